@@ -1,0 +1,1 @@
+"""inco-trio: carries inter-core interrupts between the cores of an AMP board."""

@@ -1,0 +1,72 @@
+"""The errors of inco-trio.
+
+Three kinds are kept apart: a mistake of the user (`ConfigError`, `UsageError`), a refusal of the kernel
+(`PermissionRefused`, `LinkMissing`, `ResourceRefused`), and a closed proxy (`ClosedError`). What the peer sends is never
+an error: garbage is counted. Each error ends the command with the exit code of its class (see sysexits.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    "ClosedError",
+    "ConfigError",
+    "IncoError",
+    "LinkMissing",
+    "PermissionRefused",
+    "ResourceRefused",
+    "UnknownSignal",
+    "UsageError",
+]
+
+
+class IncoError(Exception):
+    """Base of every error that a caller can cause or meet; its text is one clear line."""
+
+    exit_code = 70
+
+
+class UsageError(IncoError):
+    """The command line does not make sense."""
+
+    exit_code = 2
+
+
+class ConfigError(IncoError):
+    """The configuration is invalid.
+
+    `problems` holds every mistake that was found, one line each, each naming its key path.
+    """
+
+    exit_code = 78
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class PermissionRefused(IncoError):
+    """The kernel refuses for want of a capability or of a file permission; the text names it."""
+
+    exit_code = 77
+
+
+class LinkMissing(IncoError):
+    """There is no interface of that name."""
+
+    exit_code = 69
+
+
+class ResourceRefused(IncoError):
+    """The system has no room now: descriptors, inotify instances or watches, memory, disk."""
+
+    exit_code = 71
+
+
+class UnknownSignal(IncoError):
+    """`Proxy.send` was given a name that is not an outbound signal of the table."""
+
+
+class ClosedError(IncoError):
+    """The proxy has been closed."""
