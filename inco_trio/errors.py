@@ -1,8 +1,8 @@
 """The errors of inco-trio.
 
 Three kinds are kept apart: a mistake of the user (`ConfigError`, `UsageError`), a refusal of the kernel
-(`PermissionRefused`, `LinkMissing`, `ResourceRefused`), and a closed proxy (`ClosedError`). What the peer sends is never
-an error: garbage is counted. Each error ends the command with the exit code of its class (see sysexits.h).
+(`PermissionRefused`, `LinkMissing`, `ResourceRefused`), and a closed proxy (`ClosedError`). What the peer sends is
+never an error: garbage is counted. Each error ends the command with the exit code of its class (see sysexits.h).
 """
 
 from __future__ import annotations

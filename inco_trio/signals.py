@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
-__all__ = ["BUILTIN", "BuiltinSignal", "Direction", "Signal", "SignalTable", "builtin_signals"]
+from inco_trio.errors import ConfigError
+from inco_trio.frame import NAME_MAX, is_wire_name
+
+__all__ = [
+    "BUILTIN",
+    "BuiltinSignal",
+    "Direction",
+    "Signal",
+    "SignalTable",
+    "builtin_signals",
+    "clashes",
+    "is_path",
+    "name_fault",
+    "register_fault",
+]
+
+FILE_NAME_MAX = 255
+"""The longest file name, in bytes (NAME_MAX of limits.h)."""
 
 
 class Direction(enum.Enum):
@@ -20,17 +38,45 @@ class Direction(enum.Enum):
     """Core 0 to core 1: a close of the trigger register makes the proxy send a frame."""
 
 
+def name_fault(name: str) -> str | None:
+    """What keeps `name` from being a wire name, or None."""
+    if name.isascii() and is_wire_name(name.encode("ascii")):
+        return None
+    return f"a wire name is 1 to {NAME_MAX} printable ASCII characters without spaces"
+
+
+def is_path(text: str) -> bool:
+    """Whether the kernel can be given `text`: no NUL would cut it short, and the file system's encoding knows it."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+def register_fault(register: str) -> str | None:
+    """What keeps `register` from being the name of a file inside a directory, or None."""
+    if register in {"", ".", ".."} or "/" in register or not is_path(register):
+        return f"{register!r} is not a file name"
+    length = len(os.fsencode(register))
+    return f"a file name of {length} bytes is too long: at most {FILE_NAME_MAX}" if length > FILE_NAME_MAX else None
+
+
 @attrs.frozen
 class Signal:
     """One named inter-core interrupt.
 
-    `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in `directory`.
+    `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
+    `directory`. Raises `ConfigError` if one of them is not.
     """
 
     name: str
     direction: Direction
     directory: Path
     register: str
+
+    def __attrs_post_init__(self) -> None:
+        if fault := name_fault(self.name) or register_fault(self.register):
+            raise ConfigError([f"signal {self.name!r}: {fault}"])
 
     @property
     def path(self) -> Path:
@@ -60,6 +106,26 @@ BUILTIN = (
 def builtin_signals(directory: Path) -> tuple[Signal, ...]:
     """The three built-in signals with their default registers in `directory`."""
     return tuple(Signal(b.name, b.direction, directory, b.register) for b in BUILTIN)
+
+
+def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
+    """Each signal that an earlier one excludes, and why.
+
+    A wire name belongs to one signal, a trigger to one outbound signal; inbound signals may share a state register.
+    Directories are compared by their text, without following links.
+    """
+    names: set[str] = set()
+    owners: dict[tuple[str, str], Signal] = {}
+    for signal in signals:
+        if signal.name in names:
+            yield signal, "is there twice"
+        names.add(signal.name)
+        # normpath keeps two leading slashes, which POSIX lets mean something else; Linux does not.
+        directory = os.path.normpath(signal.directory).replace("//", "/")
+        owner = owners.setdefault((directory, signal.register), signal)
+        if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):
+            kind = "trigger" if owner.direction is Direction.OUTBOUND else "state register"
+            yield signal, f"{str(signal.path)!r} is the {kind} of {owner.name} already"
 
 
 class SignalTable:

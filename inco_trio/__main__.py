@@ -1,0 +1,8 @@
+"""`python -m inco_trio` is the command `inco-trio`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

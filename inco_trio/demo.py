@@ -1,0 +1,426 @@
+"""`inco-trio demo`: the real proxy between two cores of its own, seen working by a person.
+
+Core 1 is played here, and so are the applications of core 0. A notification counts as arrived only when its frame was
+read in core 1, or the close of its state file was reported by inotify(7). At most one notification of a signal is under
+way, so each arrival has one departure, and a latency.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+import attrs
+
+from .errors import IncoError, ResourceRefused, UsageError
+from .frame import decode
+from .inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from .signals import BUILTIN, Direction, Signal, builtin_signals
+from .world import Cores, Peer, may_make_namespaces, new_user_namespace, two_cores
+
+__all__ = ["COUNT", "RATE", "ProxyError", "run_demo"]
+
+COUNT = 80
+"""The default `count` of `run_demo`."""
+RATE = 100.0
+"""The default `rate` of `run_demo`: five seconds to look at."""
+
+_DEVICE = "ihub-irq-dev"
+
+_ADDED = (
+    ("ihub_crash_log_irq", Direction.OUTBOUND, "message_0_trig"),
+    ("ihub_uart_irq", Direction.OUTBOUND, "message_1_trig"),
+    ("ihub_type_b_irq", Direction.INBOUND, "message_2_state"),
+)
+"""The rest of the board's table that is the proxy's business."""
+
+_READY_DEADLINE = 10.0
+_LOST_AFTER = 3.0
+"""Seconds; the proxy needs well below a millisecond, but the machine may be busy."""
+_STOP_DEADLINE = 5.0
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+_ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
+
+
+class ProxyError(IncoError):
+    """The proxy did not become ready, or ended."""
+
+
+class _Stopped(BaseException):
+    """The user has had enough, by signal `number`; no error, as KeyboardInterrupt is none."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@attrs.define(eq=False)
+class _Traffic:
+    """The notifications of one signal."""
+
+    signal: Signal
+    wanted: int
+    sent: int = 0
+    latencies: list[int] = attrs.Factory(list)
+    """Of each that arrived, in nanoseconds."""
+    departed: int | None = None
+    """When the one under way left: monotonic nanoseconds."""
+    unexpected: int = 0
+    lost: bool = False
+
+    @property
+    def idle(self) -> bool:
+        return self.departed is None and self.sent < self.wanted and not self.lost
+
+    @property
+    def over(self) -> bool:
+        return self.departed is None and not self.idle
+
+    def depart(self) -> None:
+        self.sent += 1
+        self.departed = time.monotonic_ns()
+
+    def arrive(self) -> None:
+        if self.departed is None:
+            self.unexpected += 1
+        else:
+            self.latencies.append(time.monotonic_ns() - self.departed)
+            self.departed = None
+
+    def expire(self) -> None:
+        """Give the signal up after its first loss: what arrived later could not be told apart."""
+        if self.departed is not None and time.monotonic_ns() - self.departed > _LOST_AFTER * 1e9:
+            self.departed = None
+            self.lost = True
+
+
+class _Waiter:
+    """Every wait of the demonstration, and so the only place where a signal of the user can end it."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def on(self, fd: int, ready: Callable[[], None]) -> None:
+        """Call `ready` when `fd` is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, ready)
+
+    def off(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def wait(self, until: float) -> None:
+        """Wait until something was readable, or until the monotonic time `until`."""
+        for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
+            key.data()
+
+    def close(self) -> None:
+        self._selector.close()
+
+
+@contextlib.contextmanager
+def _stoppable(waiter: _Waiter) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise `_Stopped` from `waiter.wait`, where nothing is half done, and only there."""
+    receive, send = socket.socketpair()
+    with receive, send:
+        send.setblocking(False)
+
+        def stop() -> None:
+            raise _Stopped(receive.recv(1)[0])
+
+        waiter.on(receive.fileno(), stop)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, lambda _number, _frame: None) for number in numbers}
+        wakeup = signal.set_wakeup_fd(send.fileno())
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _signals(directory: Path) -> list[Signal]:
+    return [*builtin_signals(directory), *(Signal(name, way, directory, reg) for name, way, reg in _ADDED)]
+
+
+def _udrv(directory: Path) -> str:
+    """The text of a udrv.json with the signals of `_signals`."""
+    regs = {builtin.reg: {"reg": f"{_DEVICE}.{builtin.register}"} for builtin in BUILTIN}
+    added = {name: {"direction": way.value, "reg": f"{_DEVICE}.{register}"} for name, way, register in _ADDED}
+    misc = {"ihub_config_dev": {"regs": regs}, "inco_proxy": {"signals": added}}
+    return json.dumps({"file": {_DEVICE: {"path": str(directory)}}, "misc": misc})
+
+
+class _Proxy:
+    """The process `inco-trio run` in core 0."""
+
+    def __init__(self, cores: Cores, config: Path, log: Path) -> None:
+        self._log = log
+        read_ready, write_ready = os.pipe()
+        prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+        def prepare() -> None:
+            # Whatever happens to the demonstration, the proxy ends with it.
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            cores.core0.enter()
+
+        environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+        command = [sys.executable, "-m", "inco_trio", "run", cores.link, "--config", str(config)]
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    [*command, "--notification-fd", str(write_ready)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    pass_fds=[write_ready],
+                    preexec_fn=prepare,
+                    # A group of its own: Ctrl-C is for the demonstration, which then ends the proxy.
+                    process_group=0,
+                    env=environment,
+                    # So that exactly this package runs, whatever the current directory has.
+                    cwd=Path(__file__).parents[1],
+                )
+        except BaseException:
+            os.close(read_ready)
+            raise
+        finally:
+            os.close(write_ready)
+        self._ready = read_ready
+        self.end = os.pidfd_open(self.process.pid)
+
+    def failed(self, what: str) -> ProxyError:
+        """The error; what the proxy said is shown at once."""
+        sys.stderr.write(self._log.read_text(errors="replace"))
+        return ProxyError(f"{what}; what it said is above")
+
+    def ended(self) -> None:
+        raise self.failed(f"the proxy has ended with exit code {self.process.wait()}")
+
+    def wait_ready(self, waiter: _Waiter) -> None:
+        deadline = time.monotonic() + _READY_DEADLINE
+        said = b""
+
+        def read() -> None:
+            nonlocal said
+            said = os.read(self._ready, 1)
+            if not said:
+                # It has closed the descriptor without a word: all that is left to wait for is its end.
+                waiter.off(self._ready)
+
+        waiter.on(self._ready, read)
+        while not said:
+            if time.monotonic() > deadline:
+                raise self.failed(f"the proxy is not ready after {_READY_DEADLINE:g} s")
+            waiter.wait(deadline)
+        waiter.off(self._ready)
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(_STOP_DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.end)
+        os.close(self._ready)
+
+
+class _Applications:
+    """The applications of core 0 and all of core 1: they make each notification, and see it arrive."""
+
+    def __init__(self, waiter: _Waiter, peer: Peer, inotify: Inotify, traffic: Sequence[_Traffic]) -> None:
+        self._peer = peer
+        self._inotify = inotify
+        self._buffer = memoryview(bytearray(4096))
+        inbound = [one for one in traffic if one.signal.direction is Direction.INBOUND]
+        self._states = {inotify.watch(str(one.signal.path), IN_CLOSE_WRITE): one for one in inbound}
+        self._frames = {one.signal.name.encode(): one for one in traffic if one not in inbound}
+        waiter.on(inotify.fd, self._see_states)
+        waiter.on(peer.fileno(), self._see_frame)
+
+    def send(self, one: _Traffic) -> None:
+        if one.signal.direction is Direction.INBOUND:
+            one.depart()
+            self._peer.send(one.signal.name.encode())
+        else:
+            trigger = os.open(one.signal.path, os.O_WRONLY | os.O_CLOEXEC)
+            os.write(trigger, b"1")
+            one.depart()
+            os.close(trigger)
+
+    def _see_states(self) -> None:
+        for event in parse_events(self._buffer[: self._inotify.read_into(self._buffer)]):
+            if event.mask & IN_CLOSE_WRITE:
+                self._states[event.wd].arrive()
+
+    def _see_frame(self) -> None:
+        one = self._frames.get(decode(self._peer.receive()) or b"")
+        if one is not None:
+            one.arrive()
+
+
+class _Screen:
+    """What a person sees: a line for each signal that changes in place, or, not on a terminal, a line each second."""
+
+    def __init__(self, out: TextIO, traffic: Sequence[_Traffic]) -> None:
+        self._out = out
+        self._traffic = traffic
+        self._terminal = out.isatty()
+        self._drawn = False
+        self.next = time.monotonic() + (0.0 if self._terminal else 1.0)
+        """When `show` wants to be called: monotonic seconds."""
+
+    def show(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if now < self.next and not last:
+            return
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            up = f"\x1b[{len(self._traffic)}A" if self._drawn else ""
+            self._write(up + "".join(f"\x1b[K{self._line(one)[:width]}\n" for one in self._traffic))
+            self._drawn = True
+            self.next = now + 0.05
+        else:
+            sent, arrived = (
+                sum(counts) for counts in zip(*((t.sent, len(t.latencies)) for t in self._traffic), strict=True)
+            )
+            self._write(f"  {sent} sent, {arrived} arrived\n")
+            self.next = now + 1.0
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+    @staticmethod
+    def _line(one: _Traffic) -> str:
+        arrived = len(one.latencies)
+        bar = "#" * (20 * arrived // one.wanted)
+        latency = duration(one.latencies[-1]) if one.latencies else ""
+        state = "LOST" if one.lost else latency
+        return f"  {_ARROW[one.signal.direction]}  {one.signal.name:<18}  {arrived:>5} [{bar:<20}] {state:>7}"
+
+
+def duration(nanoseconds: float) -> str:
+    if nanoseconds < 999.5e3:
+        return f"{nanoseconds / 1e3:.0f} us"
+    if nanoseconds < 999.5e6:
+        return f"{nanoseconds / 1e6:.1f} ms"
+    return f"{nanoseconds / 1e9:.1f} s"
+
+
+def quantile(ordered: Sequence[int], part: float) -> int:
+    """The smallest value that is not exceeded by `part` of all (nearest rank)."""
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
+
+
+def _table(traffic: Sequence[_Traffic]) -> str:
+    titles = ("sent", "arrived", "min", "median", "p99", "max")
+    lines = [f"  {'signal':<18}  {'way':<16}" + "".join(f"{title:>9}" for title in titles)]
+    for one in traffic:
+        ordered = sorted(one.latencies)
+        spread = [duration(quantile(ordered, part)) for part in (0, 0.5, 0.99, 1)] if ordered else ["-"] * 4
+        cells = [str(one.sent), str(len(ordered)), *spread]
+        head = f"  {one.signal.name:<18}  {_ARROW[one.signal.direction]:<16}"
+        lines.append(head + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _verdict(traffic: Sequence[_Traffic]) -> tuple[str, int]:
+    """The last line, and the exit code."""
+    sent = sum(one.sent for one in traffic)
+    latencies = sorted(latency for one in traffic for latency in one.latencies)
+    unexpected = sum(one.unexpected for one in traffic)
+    if len(latencies) < sent:
+        names = ", ".join(one.signal.name for one in traffic if one.lost)
+        return f"LOST {sent - len(latencies)} of {sent} notifications ({names}): the proxy does not work here", 1
+    if unexpected:
+        return f"{unexpected} notifications arrived that nobody sent: the proxy does not work here", 1
+    median = duration(quantile(latencies, 0.5))
+    return f"all {sent} notifications arrived, median {median}: the proxy works on this machine", 0
+
+
+def _play(waiter: _Waiter, applications: _Applications, traffic: Sequence[_Traffic], rate: float, out: TextIO) -> None:
+    screen = _Screen(out, traffic)
+    next_send = time.monotonic()
+    while not all(one.over for one in traffic):
+        # The least sent first: the signals take turns.
+        idle = min((one for one in traffic if one.idle), key=lambda one: one.sent, default=None)
+        if idle is not None and time.monotonic() >= next_send:
+            applications.send(idle)
+            next_send = max(next_send + 1 / rate, time.monotonic())
+        waiter.wait(screen.next if idle is None else min(next_send, screen.next))
+        for one in traffic:
+            one.expire()
+        screen.show()
+    screen.show(last=True)
+
+
+def _demonstrate(count: int, rate: float, out: TextIO) -> int:
+    with ExitStack() as stack:
+        waiter = _Waiter()
+        stack.callback(waiter.close)
+        stack.enter_context(_stoppable(waiter))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inco-trio-demo-")))
+        cores = stack.enter_context(two_cores())
+        peer = stack.enter_context(Peer(cores))
+        inotify = Inotify()
+        stack.callback(inotify.close)
+
+        directory = scratch / "irq"
+        config = scratch / "udrv.json"
+        config.write_text(_udrv(directory))
+        proxy = _Proxy(cores, config, scratch / "proxy.log")
+        stack.callback(proxy.close)
+        waiter.on(proxy.end, proxy.ended)
+        proxy.wait_ready(waiter)
+        out.write(
+            f"Two cores (network namespaces), joined by {cores.link}; process {proxy.process.pid} is the proxy.\n"
+            f"Sending {count} notifications of each of {len(_signals(directory))} signals, {rate:g} a second in all:\n"
+        )
+        out.flush()
+
+        traffic = [_Traffic(signal, count) for signal in _signals(directory)]
+        _play(waiter, _Applications(waiter, peer, inotify, traffic), traffic, rate, out)
+        verdict, code = _verdict(traffic)
+        out.write(f"\n{_table(traffic)}\n\n{verdict}\n")
+        return code
+
+
+def run_demo(count: int, rate: float, out: TextIO) -> int:
+    """Send `count` notifications of each signal through a real proxy, `rate` a second in all, and show it on `out`.
+
+    Returns the exit code: 0 only if all arrived, 1 if not, 128 + n if stopped by signal n. Whoever may not make network
+    namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains.
+
+    Raises `UsageError`, `NamespaceRefused`, `ProxyError`, `ResourceRefused`.
+    """
+    if count < 1 or not 0 < rate < math.inf:
+        raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
+    if not may_make_namespaces():
+        new_user_namespace()
+    try:
+        return _demonstrate(count, rate, out)
+    except _Stopped as stopped:
+        return 128 + stopped.number
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ResourceRefused(f"the demonstration cannot go on: {error}") from error

@@ -1,0 +1,53 @@
+"""The frame codec: one Ethernet II broadcast frame a notification, the signal's wire name as its payload."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["BROADCAST", "ETHERTYPE", "HEADER_LENGTH", "NAME_MAX", "decode", "encode", "is_wire_name"]
+
+ETHERTYPE = 0x8800
+"""The protocol of the inter-core link."""
+BROADCAST = b"\xff" * 6
+"""The destination of every frame."""
+HEADER_LENGTH = 14
+"""Bytes before the payload: destination, source, EtherType (packet(7))."""
+NAME_MAX = 64
+"""The longest wire name, in bytes."""
+
+_TYPE = ETHERTYPE.to_bytes(2, "big")
+_VLAN = b"\x81\x00"
+_VLAN_LENGTH = 4
+_WIRE_NAME = re.compile(rb"[!-~]{1,%d}" % NAME_MAX)
+
+
+def is_wire_name(name: bytes) -> bool:
+    """Whether `name` is 1 to 64 bytes of printable ASCII without spaces."""
+    return _WIRE_NAME.fullmatch(name) is not None
+
+
+def encode(name: bytes, source: bytes) -> bytes:
+    """The frame that carries the wire name `name`, from the 6-byte MAC address `source`; nothing is padded.
+
+    Raises `ValueError` for anything that is not a wire name or not a MAC address.
+    """
+    if len(source) != len(BROADCAST):
+        raise ValueError(f"{source!r} is not a MAC address")
+    if not is_wire_name(name):
+        raise ValueError(f"{name!r} is not a wire name")
+    return BROADCAST + source + _TYPE + name
+
+
+def decode(frame: bytes) -> bytes | None:
+    """The wire name that `frame` carries, known or not, or None if the frame is malformed; never raises.
+
+    NUL bytes at the end are padding: network cards and QEMU fill a frame up to 60 bytes. One 802.1Q tag that was left
+    in front of the EtherType is skipped.
+    """
+    start = HEADER_LENGTH
+    if frame[start - 2 : start] == _VLAN:
+        start += _VLAN_LENGTH
+    if frame[start - 2 : start] != _TYPE:
+        return None
+    name = frame[start:].rstrip(b"\0")
+    return name if is_wire_name(name) else None

@@ -1,0 +1,115 @@
+"""The inbound way: frames of the link to writes of state registers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from .frame import HEADER_LENGTH, decode
+from .inflight import FRAME_SLOT, FRAME_SLOTS, Inflight, frames_in
+from .link import Link
+from .registers import Registers
+from .signals import Signal
+from .stats import Stats
+from .supervise import Health
+from .way import Batch, Way
+
+__all__ = ["Inbound"]
+
+logger = logging.getLogger(__name__)
+
+
+class Inbound:
+    """Reads frames into the in-flight memory, and writes the state registers of their signals."""
+
+    def __init__(
+        self, way: Way, link: Link, registers: Registers, inflight: Inflight, stats: Stats, wrote: Callable[[], None]
+    ) -> None:
+        self._way = way
+        self._link = link
+        self._registers = registers
+        self._inflight = inflight
+        self._stats = stats
+        self._wrote = wrote
+        self._slots = [
+            [bank.view[i * FRAME_SLOT : (i + 1) * FRAME_SLOT] for i in range(FRAME_SLOTS)] for bank in inflight.frames
+        ]
+        self._fills = max(bank.sequence for bank in inflight.frames)
+
+    def recover(self) -> None:
+        """Deliver the frames that a predecessor had read and not finished."""
+        known = self._registers.table.inbound
+        for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
+            signals = [known[name] for name in map(decode, frames_in(bank)) if name in known]
+            self._stats.recovered += len(signals)
+            self._registers.write(signals)
+            bank.clear(len(bank.view))
+
+    def drain(self, stale: Link) -> None:
+        """Deliver all that another link has queued."""
+        while batch := self._read(stale):
+            self._deliver(batch)
+
+    def count_dropped(self) -> None:
+        """Bring the counter of dropped frames up to date."""
+        if dropped := self._link.dropped():
+            self._stats.dropped += dropped
+            logger.warning("%s: %d frames dropped: the receive queue was full", self._link.interface, dropped)
+
+    def _read(self, link: Link) -> Batch | None:
+        """Read what is queued into the next bank, as far as it fits; None if nothing is."""
+        turn = self._fills & 1
+        bank, slots = self._inflight.frames[turn], self._slots[turn]
+        bank.begin(self._fills + 1)
+        lengths = link.receive_into(slots)
+        if not lengths:
+            return None
+        self._fills += 1
+        self._stats.received += len(lengths)
+        known = self._registers.table.inbound
+        signals = []
+        for slot, length in zip(slots, lengths, strict=False):
+            signal = known.get(bytes(slot[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(slot, length)
+            if signal is not None:
+                signals.append(signal)
+        used = FRAME_SLOT * len(lengths)
+        return self._way.batch(signals, lambda: bank.clear(used), drained=len(lengths) < FRAME_SLOTS)
+
+    def _unusual(self, slot: memoryview, length: int) -> Signal | None:
+        """A frame whose payload is no name of the table: count it, unless a tag stands before the name."""
+        name = decode(bytes(slot[:length])) if length <= FRAME_SLOT else None
+        if name is None:
+            self._stats.malformed += 1
+            return None
+        signal = self._registers.table.inbound.get(name)
+        if signal is None:
+            self._stats.unknown += 1
+            logger.debug("%s: unknown signal", name.decode())
+        return signal
+
+    async def receive(self, health: Health) -> None:
+        """The leg that reads the link."""
+        await self._way.read(self._link.fd, self._receive_queued, health)
+
+    async def _receive_queued(self) -> None:
+        burst = False
+        while batch := self._read(self._link):
+            if batch.drained and len(self._way.open) == 1:
+                # Nothing else is under way: a hand-over would only cost the lone frame time.
+                self._deliver(batch)
+                break
+            burst = True
+            await self._way.hand_over(batch)
+        if burst:
+            self.count_dropped()
+
+    async def write(self, health: Health) -> None:
+        """The leg that writes the registers."""
+        async for batch in self._way.exit:
+            self._deliver(batch)
+            health.well()
+
+    def _deliver(self, batch: Batch) -> None:
+        self._registers.write(batch.signals)
+        self._way.finish(batch)
+        self._wrote()

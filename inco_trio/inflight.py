@@ -1,0 +1,161 @@
+"""What was read from the kernel and is not finished yet, in memory that outlives the process.
+
+The kernel forgets a frame or an inotify event once it is read. A process that is killed between reading and acting
+would lose it, so reads go straight into this memory (a memfd that a supervisor holds, see `held`), and a part of it is
+zeroed only when everything in it has been acted upon. A successor that inherits the memory finds in it what was in
+flight, and does it again: at least once.
+
+Why that is enough: recv(2) and read(2) copy before they return, and a fatal signal does not interrupt the copying, so
+that what left the kernel's queue stands here whole. Frames and inotify events delimit themselves in zeroed memory; no
+length has to be noted, and so there is no instant in which one is missing.
+
+Layout: a header page; two banks of frames; two banks of inotify events; two tables of numbers by key.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+
+import attrs
+
+__all__ = ["FRAME_SLOT", "FRAME_SLOTS", "Bank", "Inflight", "NumberTable"]
+
+MAGIC = b"inco-trio inflight 1\n"
+PAGE = 4096
+FRAME_SLOT = 1600
+"""Bytes of one frame: more than 18 + 1500, the largest tagged frame of the usual MTU. A longer one is malformed."""
+FRAME_SLOTS = 32
+"""Frames of one batch: enough to make the cost of a hand-over small, few enough to touch little memory."""
+EVENT_BANK = 4 * PAGE
+"""Bytes of inotify events of one batch: 1024 events without a name."""
+FRAME_BANK = -(-FRAME_SLOT * FRAME_SLOTS // PAGE) * PAGE
+KEY = 64
+RECORD = KEY + 8
+RECORDS = 65536
+"""Entries of a table; untouched ones take no memory."""
+TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
+SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE
+
+_ZEROS = bytes(max(FRAME_BANK, EVENT_BANK))
+
+
+class Bank:
+    """A part of the memory that one batch is read into: free, or holding what is in flight."""
+
+    def __init__(self, view: memoryview, sequence: memoryview) -> None:
+        self.view = view
+        self._sequence = sequence
+
+    @property
+    def sequence(self) -> int:
+        """The order in which the banks were filled; the lower one is older."""
+        return int.from_bytes(self._sequence, "little")
+
+    def begin(self, sequence: int) -> None:
+        """Note, before the first read, that this bank is filled as number `sequence`."""
+        self._sequence[:] = sequence.to_bytes(8, "little")
+
+    def clear(self, length: int) -> None:
+        """Forget the first `length` bytes: all that was read into them is finished."""
+        self.view[:length] = _ZEROS[:length]
+
+
+class NumberTable:
+    """Numbers (1 or more) by key (1 to 64 bytes, no trailing NUL), in shared memory; a missing key is 0."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._keys = view
+        self._numbers = view[RECORDS * KEY : RECORDS * RECORD].cast("Q")
+        self._index: dict[bytes, int] = {}
+        self._free: list[int] = []
+        self._end = 0
+        # Entries are made without gaps, so the first empty key ends the table.
+        while self._end < RECORDS and (key := self._key(self._end)):
+            if self._numbers[self._end]:
+                self._index[key] = self._end
+            else:
+                self._free.append(self._end)
+            self._end += 1
+
+    def _key(self, index: int) -> bytes:
+        return bytes(self._keys[index * KEY : (index + 1) * KEY]).rstrip(b"\0")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(tuple(self._index))
+
+    def __getitem__(self, key: bytes) -> int:
+        index = self._index.get(key)
+        return 0 if index is None else self._numbers[index]
+
+    def __setitem__(self, key: bytes, number: int) -> None:
+        index = self._index.get(key)
+        if index is None:
+            if not number:
+                return
+            if self._free:
+                index = self._free.pop()
+            else:
+                index, self._end = self._end, self._end + 1
+            # The key first: while its number is 0 the entry does not count.
+            self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
+            self._index[key] = index
+        self._numbers[index] = number
+        if not number:
+            del self._index[key]
+            self._free.append(index)
+
+
+@attrs.define
+class Inflight:
+    """The memory: `frames` and `events` are two banks each, `owed` and `watches` the tables."""
+
+    fd: int
+    frames: tuple[Bank, Bank]
+    events: tuple[Bank, Bank]
+    owed: NumberTable
+    """By wire name: notifications whose state register could not be written yet."""
+    watches: NumberTable
+    """By the key of a trigger: its watch descriptor."""
+    inherited: bool
+    _map: mmap.mmap
+
+    @classmethod
+    def open(cls, held: int | None = None) -> Inflight:
+        """Map the inherited descriptor `held` if it is such a memory of this version, else make a new one."""
+        inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(MAGIC), 0) == MAGIC
+        if held is not None and inherited:
+            fd = held
+        else:
+            if held is not None:
+                os.close(held)
+            fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
+            os.ftruncate(fd, SIZE)
+            os.pwrite(fd, MAGIC, 0)
+        memory = mmap.mmap(fd, SIZE)
+        view = memoryview(memory)
+        banks = []
+        offset = PAGE
+        for number, length in enumerate((FRAME_BANK, FRAME_BANK, EVENT_BANK, EVENT_BANK)):
+            sequence = view[PAGE - 32 + 8 * number : PAGE - 24 + 8 * number]
+            banks.append(Bank(view[offset : offset + length], sequence))
+            offset += length
+        owed = NumberTable(view[offset : offset + TABLE])
+        watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
+        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, inherited, memory)
+
+    def close(self) -> None:
+        """Close this process's descriptor; the memory lives on if somebody else holds one."""
+        os.close(self.fd)
+        # The map itself goes with its last view: closing it now would raise BufferError.
+
+
+def frames_in(bank: Bank) -> list[bytes]:
+    """The frames that stand in a bank, NUL padding stripped, in the order of their arrival."""
+    view = bank.view
+    slots = (bytes(view[i * FRAME_SLOT : (i + 1) * FRAME_SLOT]).rstrip(b"\0") for i in range(FRAME_SLOTS))
+    return [frame for frame in slots if frame]

@@ -1,0 +1,146 @@
+"""inotify(7): the decoder of its events, and its descriptor with the watches on it.
+
+pyinotify's WatchManager keeps the watches. Its Notifier is not used: it is an order of magnitude slower than the
+decoder here, and hides an overflow of the queue.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from typing import NamedTuple
+
+import pyinotify
+
+__all__ = ["Event", "Inotify", "parse_events"]
+
+IN_MODIFY: int = pyinotify.IN_MODIFY
+IN_CLOSE_WRITE: int = pyinotify.IN_CLOSE_WRITE
+IN_MOVED_FROM: int = pyinotify.IN_MOVED_FROM
+IN_MOVED_TO: int = pyinotify.IN_MOVED_TO
+IN_CREATE: int = pyinotify.IN_CREATE
+IN_DELETE: int = pyinotify.IN_DELETE
+IN_DELETE_SELF: int = pyinotify.IN_DELETE_SELF
+IN_MOVE_SELF: int = pyinotify.IN_MOVE_SELF
+IN_UNMOUNT: int = pyinotify.IN_UNMOUNT
+IN_Q_OVERFLOW: int = pyinotify.IN_Q_OVERFLOW
+IN_IGNORED: int = pyinotify.IN_IGNORED
+IN_DONT_FOLLOW: int = pyinotify.IN_DONT_FOLLOW
+IN_ONLYDIR: int = pyinotify.IN_ONLYDIR
+IN_MASK_ADD: int = pyinotify.IN_MASK_ADD
+
+_EVENT = struct.Struct("=iIII")
+"""struct inotify_event: wd, mask, cookie, length of the NUL-padded name that follows."""
+
+
+class Event(NamedTuple):
+    """One event: the watch descriptor (-1 for an overflow), the IN_* mask, the name (directory watches only)."""
+
+    wd: int
+    mask: int
+    name: bytes
+
+
+def parse_events(data: bytes | memoryview) -> list[Event]:
+    """The events of a read(2), in order.
+
+    Ends at the first event with an empty mask, which the kernel never writes: the rest of the memory is unused. A cut
+    event at the end, which the kernel never writes either, is left out.
+    """
+    events = []
+    unpack, head = _EVENT.unpack_from, _EVENT.size
+    offset, end = 0, len(data)
+    while offset + head <= end:
+        wd, mask, _cookie, length = unpack(data, offset)
+        offset += head
+        if not mask or offset + length > end:
+            break
+        name = bytes(data[offset : offset + length]).rstrip(b"\0") if length else b""
+        offset += length
+        events.append(Event(wd, mask, name))
+    return events
+
+
+class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no types
+    """The three system calls for WatchManager; pyinotify's own wrapper runs ldconfig to find the C library."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+    def _get_errno(self) -> int:
+        return ctypes.get_errno()
+
+    def _inotify_init(self) -> int:
+        return int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+
+    def _inotify_add_watch(self, fd: int, path: str, mask: int) -> int:
+        return int(self._libc.inotify_add_watch(fd, os.fsencode(path), mask))
+
+    def _inotify_rm_watch(self, fd: int, wd: int) -> int:
+        return int(self._libc.inotify_rm_watch(fd, wd))
+
+
+class _Watches(pyinotify.WatchManager):  # type: ignore[misc]  # pyinotify has no types
+    """A WatchManager over an inherited descriptor, or a new one."""
+
+    def __init__(self, held: int | None) -> None:
+        self._exclude_filter = lambda _path: False
+        self._ignore_events = False
+        self._wmd: dict[int, object] = {}
+        self._inotify_wrapper = _Libc()
+        self._fd: int = self._inotify_wrapper.inotify_init() if held is None else held
+        if self._fd < 0:
+            number = self._inotify_wrapper.get_errno()
+            raise OSError(number, os.strerror(number), "inotify")
+
+
+class Inotify:
+    """An inotify descriptor (`fd`, non-blocking) and its watches."""
+
+    def __init__(self, held: int | None = None) -> None:
+        """Open a descriptor, or take over `held`, whose watches and queue are kept. Raises OSError (inotify_init(2))."""
+        self._watches = _Watches(held)
+        self.fd = self._watches.get_fd()
+
+    def watch(self, path: str, mask: int) -> int:
+        """Watch `path`; one inode has one watch descriptor. Raises OSError (inotify_add_watch(2))."""
+        try:
+            (wd,) = self._watches.add_watch(path, mask, quiet=False).values()
+        except pyinotify.WatchManagerError:
+            number = ctypes.get_errno()
+            reason = os.strerror(number)
+            if number == errno.ENOSPC:
+                # The kernel's text would be "No space left on device".
+                reason = "the limit of inotify watches is reached: raise fs.inotify.max_user_watches"
+            raise OSError(number, reason, path) from None
+        return int(wd)
+
+    def unwatch(self, wd: int) -> None:
+        """End a watch; one that the kernel has ended already is only forgotten."""
+        if self._watches.get_watch(wd) is None:
+            # An inherited watch: known to the kernel, not yet to the manager.
+            self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
+        else:
+            try:
+                self._watches.rm_watch(wd, quiet=False)
+            except pyinotify.WatchManagerError:
+                self._watches.del_watch(wd)
+
+    def forget(self, wd: int) -> None:
+        """The kernel has ended the watch (IN_IGNORED)."""
+        if self._watches.get_watch(wd) is not None:
+            self._watches.del_watch(wd)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Read what is queued, as far as it fits; returns the bytes, 0 when nothing is queued."""
+        try:
+            return os.readv(self.fd, [buffer])
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        """Close this process's descriptor; queue and watches live on if somebody else holds it."""
+        os.close(self.fd)

@@ -1,0 +1,77 @@
+"""Readiness: a newline on a descriptor for s6, datagrams on `$NOTIFY_SOCKET` for systemd.
+
+See https://skarnet.org/software/s6/notifywhenup.html and sd_notify(3).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+from inco_trio.errors import UsageError
+
+__all__ = ["check_notification_fd", "notify_ready", "notify_stopping", "sd_notify"]
+
+_log = logging.getLogger(__name__)
+
+
+def check_notification_fd(fd: int) -> None:
+    """Make sure that readiness can be written to `fd` later, and keep it from child processes.
+
+    Call it before anything else is opened: a wrong number could otherwise hit a descriptor of our own.
+    Raises UsageError.
+    """
+    if fd <= 2:
+        raise UsageError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams; 3 is customary")
+    try:
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+        os.set_inheritable(fd, False)
+    except (OSError, OverflowError):
+        raise UsageError(
+            f"--notification-fd {fd}: it is not open; s6 opens the one that the service's file notification-fd names"
+        ) from None
+    if mode == os.O_RDONLY:
+        raise UsageError(f"--notification-fd {fd}: the descriptor is open for reading only")
+
+
+def notify_ready(notification_fd: int | None) -> None:
+    """Tell the supervisor, whichever there is, that the service is ready. `notification_fd` is closed."""
+    if notification_fd is not None:
+        try:
+            os.write(notification_fd, b"\n")
+        except OSError as error:
+            _log.warning("cannot report readiness on descriptor %d: %s", notification_fd, error.strerror)
+        finally:
+            os.close(notification_fd)
+    _tell_systemd("READY=1")
+
+
+def notify_stopping() -> None:
+    """Tell systemd that the service has begun to stop; s6 needs no such word."""
+    _tell_systemd("STOPPING=1")
+
+
+def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
+    """Send `state` (lines of NAME=value) with descriptors to `$NOTIFY_SOCKET`. Nothing happens where it is not set.
+
+    Raises OSError.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        socket.send_fds(sock, [state.encode()], fds)
+
+
+def _tell_systemd(state: str) -> None:
+    # A service that works is worth more than its report: what a stale $NOTIFY_SOCKET refuses is only said.
+    try:
+        sd_notify(state)
+    except OSError as error:
+        _log.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", state, os.environ["NOTIFY_SOCKET"], error)

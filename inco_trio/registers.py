@@ -1,0 +1,486 @@
+"""The registers: files in the IRQ directories. State registers are written, triggers are watched.
+
+A trigger has a watch of its own, on the file: CLOSE_WRITE is the notification, and MODIFY stands between two closes, so
+that the kernel does not merge them (inotify(7)). The directory is watched only for what happens to names, because a
+watch for writes would also report the state registers that the proxy itself writes.
+
+A trigger that somebody else replaces, by a rename or by making it anew, was written by them: that counts as one
+notification. Files that the proxy makes are watched before they are visible, so that no write to them is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+
+import attrs
+
+from . import inotify as ino
+from .errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
+from .inflight import Inflight
+from .inotify import Event, Inotify
+from .signals import Direction, Signal, SignalTable
+from .stats import Stats
+
+__all__ = ["Registers", "Triggered", "start_error"]
+
+logger = logging.getLogger(__name__)
+
+STATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
+NAMES_MASK = (
+    ino.IN_CREATE
+    | ino.IN_DELETE
+    | ino.IN_MOVED_FROM
+    | ino.IN_MOVED_TO
+    | ino.IN_DELETE_SELF
+    | ino.IN_MOVE_SELF
+    | ino.IN_ONLYDIR
+)
+RETIREMENT = 1.0
+"""Seconds for which the watch of a replaced trigger is kept."""
+
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a symlink", stat.S_IFSOCK: "a socket"}
+
+GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
+# Added to the mask, as the directory above one may be an IRQ directory itself.
+ANCESTOR_MASK = ino.IN_MOVE_SELF | ino.IN_DELETE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
+
+
+def _key(path: Path) -> bytes:
+    """The key of a trigger in the table of watches."""
+    # Hexadecimal, as a key has no trailing NUL.
+    return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
+
+
+def start_error(error: OSError, what: object) -> IncoError:
+    """The error, with its exit code, for a refusal of the kernel while the registers are opened."""
+    text = f"{what}: {error.strerror}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return PermissionRefused(f"{text}: uid {os.geteuid()} needs write permission there (or CAP_DAC_OVERRIDE)")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS):
+        return ConfigError([f"{text}: the configuration has to name a directory that can be made and written"])
+    if error.errno == errno.EINVAL:
+        return ConfigError([f"{text}: remove it, or name another register"])
+    if error.errno == errno.EMFILE and error.filename == "inotify":
+        text = "inotify: the limit of instances is reached: raise fs.inotify.max_user_instances"
+    return ResourceRefused(text)
+
+
+@attrs.define
+class Triggered:
+    """What a batch of events leads to: notifications to send, and watches to note once they are sent."""
+
+    signals: list[Signal]
+    watches: dict[bytes, int]
+    """For `Inflight.watches`: noted earlier, a crash would lose the notification of a file that appeared."""
+
+    def extend(self, other: Triggered) -> None:
+        """Add what `other` leads to."""
+        self.signals += other.signals
+        self.watches |= other.watches
+
+
+@attrs.define(eq=False)
+class IrqDirectory:
+    """One directory of registers; `fd` is -1 while it cannot be opened."""
+
+    path: Path
+    states: set[str] = attrs.Factory(set)
+    outbound: list[Signal] = attrs.Factory(list)
+    fd: int = -1
+    identity: tuple[int, int] = (0, 0)
+    wd: int = -1
+
+    @property
+    def current(self) -> bool:
+        """Whether the path still leads to the directory that is open."""
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.identity
+
+    def release(self) -> None:
+        """Close the directory."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Registers:
+    """The registers of a signal table. Everything here is immediate; nothing waits.
+
+    `troubled` tells that something could not be done and `mend` should be called again.
+    """
+
+    def __init__(self, table: SignalTable, inotify: Inotify, inflight: Inflight, stats: Stats) -> None:
+        self._inotify = inotify
+        self._inflight = inflight
+        self._stats = stats
+        self._said: dict[Path, str] = {}
+        self._by_wd: dict[int, Signal] = {}
+        self._armed: dict[Path, int] = {}
+        self._retired: dict[int, float] = {}
+        self._ancestors: set[int] = set()
+        self._unarmed: set[Path] = set()
+        self._lost: set[Path] = set()
+        self._directories: dict[Path, IrqDirectory] = {}
+        self._set_table(table)
+
+    def _set_table(self, table: SignalTable) -> None:
+        self.table = table
+        old = self._directories
+        self._directories = {}
+        for signal in table:
+            directory = self._directories.get(signal.directory)
+            if directory is None:
+                directory = old.pop(signal.directory, None) or IrqDirectory(signal.directory)
+                self._directories[signal.directory] = directory
+                directory.states, directory.outbound = set(), []
+            if signal.direction is Direction.INBOUND:
+                directory.states.add(signal.register)
+            else:
+                directory.outbound.append(signal)
+        for directory in old.values():
+            self._close_directory(directory)
+        self._home = {signal.name: self._directories[signal.directory] for signal in table.inbound.values()}
+        self._above = {parent for path in self._directories for parent in path.parents}
+        self._triggers = {signal.path: signal for signal in table if signal.direction is Direction.OUTBOUND}
+        self._lost &= self._directories.keys()
+
+    # ------------------------------------------------------------------------------------------------ opening
+
+    def open(self) -> Triggered:
+        """Open the directories, make what is missing, watch the triggers.
+
+        Returns the triggers that were replaced while no proxy ran, if watches were inherited. Raises IncoError: at
+        start, what cannot be opened is the user's to mend.
+        """
+        triggered = Triggered([], {})
+        for directory in self._directories.values():
+            path = directory.path
+            try:
+                self._open_directory(directory)
+                self._make_states(directory)
+                for signal in directory.outbound:
+                    path = signal.path
+                    self._arm(directory, signal, triggered)
+            except OSError as error:
+                named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
+                raise start_error(error, error.filename if named else path) from error
+        noted = self._inflight.watches
+        live = {*self._armed.values(), *self._ancestors, *(d.wd for d in self._directories.values())}
+        current = {_key(path) for path in (*self._triggers, *self._above, *self._directories)}
+        for key in noted:
+            if key not in current:
+                # Of a predecessor's configuration.
+                if noted[key] not in live:
+                    self._inotify.unwatch(noted[key])
+                noted[key] = 0
+        return triggered
+
+    def replace_table(self, table: SignalTable) -> Triggered:
+        """Take another table: what is in both is left untouched, and nothing new makes a notification."""
+        before = self._triggers
+        self._set_table(table)
+        for path in before.keys() - self._triggers.keys():
+            self._retire(self._armed.pop(path, 0))
+            self._inflight.watches[_key(path)] = 0
+        # The same file may carry another name now.
+        for path, wd in self._armed.items():
+            self._by_wd[wd] = self._triggers[path]
+        self._unarmed = self._triggers.keys() - self._armed.keys()
+        self._lost |= {path for path, directory in self._directories.items() if directory.fd < 0}
+        return self.mend()
+
+    def _open_directory(self, directory: IrqDirectory) -> None:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            wd = self._inotify.watch(f"/proc/self/fd/{fd}/.", NAMES_MASK)
+            found = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._close_directory(directory)
+        directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
+        self._inflight.watches[_key(directory.path)] = wd
+        self._watch_ancestors(directory.path)
+
+    def _close_directory(self, directory: IrqDirectory) -> None:
+        if directory.wd >= 0:
+            self._inotify.unwatch(directory.wd)
+            directory.wd = -1
+        directory.release()
+
+    def _watch_ancestors(self, path: Path) -> None:
+        """Notice when a directory above is renamed away, which the directory itself does not tell."""
+        for parent in path.parents:
+            try:
+                wd = self._inotify.watch(str(parent), ANCESTOR_MASK)
+            except OSError:
+                continue  # Not readable for us; then a write notices.
+            self._ancestors.add(wd)
+            if parent not in self._directories:
+                self._inflight.watches[_key(parent)] = wd
+
+    # -------------------------------------------------------------------------------------------- state registers
+
+    def _make_states(self, directory: IrqDirectory) -> None:
+        """Make missing state registers; existing ones are left as they are. Raises OSError with the path."""
+        for register in directory.states:
+            try:
+                # mknod, not open: nothing is closed that somebody may be watching.
+                os.mknod(register, 0o666 | stat.S_IFREG, dir_fd=directory.fd)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                error.filename = str(directory.path / register)
+                raise
+
+    def write(self, signals: Iterable[Signal]) -> None:
+        """Write the state register of each signal, in order. What cannot be written now is owed, and `mend` retries."""
+        written = []
+        owed, home = self._inflight.owed, self._home
+        for signal in signals:
+            directory = home.get(signal.name)
+            if directory is None:
+                self._stats.unknown += 1  # Read before a reload that removed it.
+            # Earlier ones of the same register come first.
+            elif (owed and owed[signal.name.encode()]) or not self._write(directory, signal):
+                owed[signal.name.encode()] += 1
+            else:
+                written.append(signal)
+        self._stats.delivered += len(written)
+        for directory in self._directories.values():
+            if not directory.current:
+                # Replaced meanwhile: these may have gone to the old one.
+                for signal in written:
+                    if home[signal.name] is directory:
+                        owed[signal.name.encode()] += 1
+
+    def _write(self, directory: IrqDirectory, signal: Signal) -> bool:
+        """Write one state register: its own open, write and close, as a consumer may count them."""
+        try:
+            fd = os.open(signal.register, STATE_FLAGS, 0o666, dir_fd=directory.fd)
+            try:
+                os.write(fd, b"1")
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self._stats.write_failures += 1
+            self._say(signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried")
+            return False
+        return True
+
+    @property
+    def owing(self) -> bool:
+        """Whether notifications wait for their state register."""
+        return bool(self._inflight.owed)
+
+    @property
+    def troubled(self) -> bool:
+        """Whether `mend` has something to do."""
+        return self.owing or bool(self._unarmed or self._retired or self._lost)
+
+    def _say(self, path: Path, problem: str) -> None:
+        """Log a problem of a path once, until it changes or is mended."""
+        if self._said.get(path) != problem:
+            self._said[path] = problem
+            logger.warning("%s: %s", path, problem)
+
+    def _unsay(self, path: Path) -> None:
+        if self._said.pop(path, None) is not None:
+            logger.info("%s: works again", path)
+
+    # --------------------------------------------------------------------------------------------------- triggers
+
+    def _watch_existing(self, directory: IrqDirectory, register: str) -> int:
+        """Watch a trigger's file; 0 if there is none. Raises OSError, also for what is no regular file."""
+        try:
+            mode = os.stat(register, dir_fd=directory.fd, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, f"is no regular file but {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
+            return self._inotify.watch(f"/proc/self/fd/{directory.fd}/{register}", TRIGGER_MASK)
+        except FileNotFoundError:
+            return 0
+
+    def _make_trigger(self, directory: IrqDirectory, signal: Signal) -> int:
+        """Make a missing trigger, watched and noted before it is visible; 0 if somebody else made it first."""
+        fd, key = directory.fd, _key(signal.path)
+        temporary = f".inco-trio.{os.getpid()}"
+        try:
+            os.mknod(temporary, 0o666 | stat.S_IFREG, dir_fd=fd)
+            wd = self._inotify.watch(f"/proc/self/fd/{fd}/{temporary}", TRIGGER_MASK)
+            noted, self._inflight.watches[key] = self._inflight.watches[key], wd
+            try:
+                os.link(temporary, signal.register, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
+            except FileExistsError:
+                self._inflight.watches[key] = noted
+                return 0
+            except OSError:
+                # A filesystem without hard links: make it in place, visible an instant before it is watched.
+                os.mknod(signal.register, 0o666 | stat.S_IFREG, dir_fd=fd)
+                wd = self._watch_existing(directory, signal.register)
+                self._inflight.watches[key] = wd
+            return wd
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=fd)
+
+    def _arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered) -> None:
+        """Watch a trigger, making it if it is missing; one that somebody else replaced is triggered. Raises OSError."""
+        path, key = signal.path, _key(signal.path)
+        before = self._armed.get(path) or self._inflight.watches[key]
+        made = False
+        while not (wd := self._watch_existing(directory, signal.register)):
+            if wd := self._make_trigger(directory, signal):
+                made = True
+                break
+        self._armed[path] = wd
+        self._by_wd[wd] = signal
+        self._unarmed.discard(path)
+        self._unsay(path)
+        if wd == before:
+            return
+        if before:
+            self._by_wd.setdefault(before, signal)
+            self._retire(before)
+        if made or not before:
+            self._inflight.watches[key] = wd
+        else:
+            triggered.signals.append(signal)
+            triggered.watches[key] = wd
+
+    def _try_arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered) -> None:
+        try:
+            self._arm(directory, signal, triggered)
+        except OSError as error:
+            self._unarmed.add(signal.path)
+            self._say(signal.path, f"cannot watch: {error.strerror}; retried")
+
+    def _retire(self, wd: int) -> None:
+        """Keep the watch of a replaced trigger for a moment: somebody who had it open may still close it."""
+        self._retired[wd] = time.monotonic() + RETIREMENT
+
+    def triggered(self, events: Iterable[Event]) -> Triggered:
+        """What a batch of events leads to. Raises nothing; what cannot be followed now makes `troubled` true."""
+        triggered = Triggered([], {})
+        signals, by_wd = triggered.signals, self._by_wd
+        for wd, mask, name in events:
+            if mask & ino.IN_CLOSE_WRITE:
+                signal = by_wd.get(wd)
+                if signal is not None:
+                    signals.append(signal)
+                elif wd not in self._retired:
+                    # Inherited from a predecessor that was killed before it noted whose watch this is.
+                    signals.extend(self._triggers.values())
+            elif mask & ino.IN_MODIFY:
+                continue
+            elif mask & ino.IN_Q_OVERFLOW:
+                self._stats.overflowed += 1
+                logger.warning(
+                    "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once"
+                )
+                signals.extend(self._triggers.values())
+                self._look_again(self._directories.values(), triggered)
+            elif mask & ino.IN_IGNORED and wd in by_wd:
+                del by_wd[wd]
+                self._retired.pop(wd, None)
+                self._inotify.forget(wd)
+            else:
+                self._directory_event(wd, mask, name, triggered)
+        return triggered
+
+    def _directory_event(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
+        """Follow one event of a directory, or of a directory above one."""
+        if mask & GONE_MASK:
+            if mask & ino.IN_IGNORED:
+                self._ancestors.discard(wd)
+                self._inotify.forget(wd)
+            self._look_again(self._directories.values(), triggered, moved=True)
+            return
+        for directory in self._directories.values():
+            if directory.wd == wd:
+                register = os.fsdecode(name)
+                signal = self._triggers.get(directory.path / register)
+                if signal is not None:
+                    count = len(triggered.signals)
+                    self._try_arm(directory, signal, triggered)
+                    if mask & ino.IN_MOVED_TO and len(triggered.signals) == count:
+                        triggered.signals.append(signal)
+                elif mask & (ino.IN_DELETE | ino.IN_MOVED_FROM) and register in directory.states:
+                    self._look_again([directory], triggered, moved=True)
+
+    def _look_again(self, directories: Iterable[IrqDirectory], triggered: Triggered, *, moved: bool = False) -> None:
+        """Open each directory again if its path leads elsewhere now, make and watch what is new in it.
+
+        With `moved`, one that is still in its place was not touched, and its triggers need no look.
+        """
+        for directory in directories:
+            path = directory.path
+            try:
+                current = directory.current
+                if not current:
+                    self._open_directory(directory)
+                self._make_states(directory)
+            except OSError as error:
+                self._lost.add(path)
+                self._say(path, f"cannot be opened: {error.strerror}; retried")
+                continue
+            if path in self._lost:
+                self._lost.discard(path)
+                self._unsay(path)
+            if not (current and moved):
+                for signal in directory.outbound:
+                    self._try_arm(directory, signal, triggered)
+
+    # ---------------------------------------------------------------------------------------------------- mending
+
+    def mend(self) -> Triggered:
+        """Try again what could not be done: directories, watches, owed notifications. Raises nothing."""
+        triggered = Triggered([], {})
+        now = time.monotonic()
+        for wd in [wd for wd, until in self._retired.items() if until <= now]:
+            del self._retired[wd]
+            self._inotify.unwatch(wd)
+        self._look_again(self._directories.values(), triggered, moved=True)
+        for path in tuple(self._unarmed):
+            signal = self._triggers[path]
+            self._try_arm(self._directories[signal.directory], signal, triggered)
+        self._pay()
+        return triggered
+
+    def _pay(self) -> None:
+        """Write what is owed, as far as it can be written."""
+        owed = self._inflight.owed
+        for name in owed:
+            signal = self.table.inbound.get(name)
+            if signal is None:
+                logger.warning("%s: not configured any more: %d owed notifications dropped", name.decode(), owed[name])
+                self._stats.unknown += owed[name]
+                owed[name] = 0
+                continue
+            written = 0
+            directory = self._home[signal.name]
+            while written < owed[name] and self._write(directory, signal):
+                written += 1
+            # Else what was written may have gone to a directory that was replaced meanwhile.
+            if written and directory.current:
+                self._stats.delivered += written
+                owed[name] -= written
+                if not owed[name]:
+                    self._unsay(signal.path)
+
+    def close(self) -> None:
+        """Close the directories. Watches stay, for a successor that inherits them."""
+        for directory in self._directories.values():
+            directory.release()

@@ -1,0 +1,285 @@
+"""What a supervisor needs to run inco-trio: an s6 scan directory, or a systemd unit.
+
+The s6 services refer to each other by relative paths: a scan directory can be copied or moved, and the length of its
+path does not count against the 107 bytes of a socket's address. See https://skarnet.org/software/s6/servicedir.html,
+https://skarnet.org/software/s6/s6-fdholderd.html (rules), systemd.service(5) and systemd.exec(5).
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shlex
+import shutil
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from inco_trio.errors import PermissionRefused, UsageError
+
+__all__ = ["find_program", "systemd_unit", "write_scandir"]
+
+_HOLDER = "inco-trio-fdholder"
+_SERVICE = "inco-trio-"
+
+_RUN = """\
+#!/bin/sh
+# Written by `inco-trio s6`: run that again rather than edit this file.
+exec 2>&1
+# Without the fd holder nothing that waits could be taken over. s6 tries again a second after a failure.
+s6-svwait -U -t 10000 ../{holder} || exit 111
+# No shell may stand after s6-fdholder-getdump: it would drop the variable S6_FD#.
+exec s6-fdholder-getdump -t 10000 ../{holder}/s \\
+{setpriv}  {program}
+"""
+
+# Privileges are dropped after the dump, which only root may read. CAP_NET_RAW is for the AF_PACKET socket.
+_SETPRIV = """\
+  setpriv --reuid {user} --regid {gid} --init-groups --no-new-privs \\
+  --inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw \\
+"""
+
+_FINISH = """\
+#!/bin/sh
+# $1: exit code of run, 256 if a signal killed it; $3: this service. Exit code 125 tells s6 not to start run again.
+case $1 in
+2) why='the command line is wrong' ;;
+77) why='a permission is missing' ;;
+78) why='the configuration is invalid' ;;
+*) exit 0 ;;
+esac
+echo "$3 stays down: $why (exit code $1). Mend it, then: s6-svc -u $3 (in the scan directory)"
+exit 125
+"""
+
+_LOG_RUN = """\
+#!/bin/sh
+# The log is main/current, with ten older files of 1 MB; T puts the local time before each line.
+exec s6-log n10 s1000000 T ./main
+"""
+
+_HOLDER_RUN = """\
+#!/bin/sh
+# Keeps the descriptors of the inco-trio services while they do not run. Stopping it loses what waits in them.
+exec s6-fdholder-daemon -1 -i data/rules s
+"""
+
+_UNIT = """\
+# /etc/systemd/system/{name}.service, written by `inco-trio s6 --systemd`
+
+[Unit]
+Description=inco-trio: inter-core interrupts on {interface}
+# Restarts lose nothing, so there is no number of them at which to give up.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={program}
+ExecReload=kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+RestartPreventExitStatus=2 77 78
+TimeoutStopSec=10
+# The link's socket, the inotify queue and the notes of what is in flight, each twice while it is replaced.
+FileDescriptorStoreMax=8
+# systemd sets this by itself from version 254 on.
+Environment=FDSTORE=8
+User={user}
+AmbientCapabilities=CAP_NET_RAW
+CapabilityBoundingSet=CAP_NET_RAW
+NoNewPrivileges=yes
+# Not strict: a ReadWritePaths= mount does not follow an IRQ directory that is removed and made again.
+ProtectSystem=full
+DevicePolicy=closed
+LockPersonality=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def find_program() -> list[str]:
+    """The command, with an absolute path, that starts this very inco-trio again."""
+    started = Path(sys.argv[0]).absolute()
+    return [str(started)] if started.name == "inco-trio" else [sys.executable, "-m", "inco_trio"]
+
+
+def write_scandir(
+    directory: Path, *, interface: str, config: Path, user: str | None, program: Sequence[str]
+) -> list[str]:
+    """Make `directory` an s6 scan directory that runs inco-trio on `interface`, beside those of other interfaces.
+
+    `user` is who the service runs as, with CAP_NET_RAW only; None: who runs s6-svscan. `program` is the command before
+    its arguments. Only files that differ are written. Returns one line for each of them, and a warning if `config`
+    cannot be read now. Raises UsageError, PermissionRefused.
+    """
+    _check_interface(interface)
+    lines = _config_warnings(config)
+    try:
+        _make_directory(directory)
+        lines += _write_tree(directory, _service(interface, config, user, program))
+        lines += _write_tree(directory, _holder(directory))
+        lines += _remove_stale_rules(directory)
+    except PermissionError as error:
+        raise PermissionRefused(f"cannot write {error.filename}: {error.strerror}") from error
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
+    return lines
+
+
+def systemd_unit(*, interface: str, config: Path, user: str | None, program: Sequence[str]) -> str:
+    """The text of a systemd unit that runs inco-trio on `interface`; arguments as for `write_scandir`.
+
+    Raises UsageError.
+    """
+    _check_interface(interface)
+    command = [*program, "run", interface, "--config", str(config.absolute()), "--log-format", "text"]
+    return _UNIT.format(
+        name=_SERVICE + interface,
+        interface=interface.replace("%", "%%"),
+        program=" ".join(map(_quote_for_systemd, command)),
+        user="root" if user is None else _account(user).pw_name,
+    )
+
+
+_Tree = dict[str, tuple[str, int]]
+"""Path below the scan directory to content and mode."""
+
+
+def _service(interface: str, config: Path, user: str | None, program: Sequence[str]) -> _Tree:
+    account = None if user is None else _account(user)
+    setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid) if account else ""
+    command = [
+        *program,
+        *("run", interface, "--config", str(config.absolute()), "--notification-fd", "3"),
+        *("--fd-holder", f"../{_HOLDER}/s", "--log-format", "text"),
+    ]
+    name = _SERVICE + interface
+    # The logger comes first and run last: s6-svscan may look at any time, and asks for a logger only once.
+    return {
+        f"{name}/log/run": (_LOG_RUN, 0o755),
+        f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644),
+        f"{name}/finish": (_FINISH, 0o755),
+        f"{name}/notification-fd": ("3\n", 0o644),
+        # More than the 5 s that inco-trio allows itself to finish what it has accepted.
+        f"{name}/timeout-kill": ("10000\n", 0o644),
+        f"{name}/run": (_RUN.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command)), 0o755),
+    }
+
+
+def _holder(directory: Path) -> _Tree:
+    tree = {f"{_HOLDER}/{path}": (f"{content}\n", 0o644) for path, content in _rules(directory).items()}
+    tree[f"{_HOLDER}/notification-fd"] = ("1\n", 0o644)
+    tree[f"{_HOLDER}/run"] = (_HOLDER_RUN, 0o755)
+    return tree
+
+
+def _rules(directory: Path) -> dict[str, str]:
+    """Who may do what with which identifiers: root and the directory's owner all, a service's user store its own."""
+    interfaces: dict[int, list[str]] = {}
+    for path in sorted(directory.glob(f"{_SERVICE}*/data/uid")):
+        name = path.parent.parent.name.removeprefix(_SERVICE)
+        # Empty for a service without a user of its own: it runs as who runs s6-svscan.
+        if uid := path.read_text().strip():
+            interfaces.setdefault(int(uid), []).append(_quote_for_regex(name))
+    rules = {
+        f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(names)})/"
+        for uid, names in interfaces.items()
+    }
+    for owner in {0, directory.stat().st_uid}:
+        env = f"data/rules/uid/{owner}/env"
+        rules |= {
+            f"{env}/S6_FDHOLDER_STORE_REGEX": "^inco-trio/",
+            f"{env}/S6_FDHOLDER_RETRIEVE_REGEX": "^inco-trio/",
+            f"{env}/S6_FDHOLDER_LIST": "yes",
+            f"{env}/S6_FDHOLDER_GETDUMP": "yes",
+        }
+    return rules | {f"{Path(path).parent.parent}/allow": "" for path in rules}
+
+
+def _write_tree(directory: Path, tree: _Tree) -> list[str]:
+    return [line for path, (content, mode) in tree.items() if (line := _write(directory, path, content, mode))]
+
+
+def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
+    path = directory / name
+    _make_directory(path.parent)
+    exists, data = path.is_file(), os.fsencode(content)
+    if exists and path.read_bytes() == data and stat.S_IMODE(path.stat().st_mode) == mode:
+        return None
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    new.chmod(mode)
+    new.replace(path)
+    return f"{'changed' if exists else 'created'} {path}"
+
+
+def _make_directory(path: Path) -> None:
+    """Create `path` and its parents so that the services' users may pass, whatever the umask is."""
+    if not path.is_dir():
+        _make_directory(path.parent)
+        path.mkdir()
+        path.chmod(0o755)
+
+
+def _remove_stale_rules(directory: Path) -> list[str]:
+    """Take their rights from users that no service runs as any more."""
+    rules = directory / _HOLDER / "data/rules/uid"
+    wanted = {path.split("/")[3] for path in _rules(directory)}
+    lines = []
+    for path in sorted(rules.iterdir()):
+        if path.name not in wanted:
+            shutil.rmtree(path)
+            lines.append(f"removed {path}")
+    return lines
+
+
+def _check_interface(interface: str) -> None:
+    # As dev_valid_name() in the kernel's net/core/dev.c, but printable ASCII only.
+    if not re.fullmatch(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", interface):
+        raise UsageError(f"{interface!r} is not an interface name: 1 to 15 printable characters, no '/', ':' or space")
+    if _SERVICE + interface == _HOLDER:
+        raise UsageError(f"{interface!r} cannot be the interface here: {_HOLDER} is the service of the fd holder")
+
+
+def _account(user: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwnam(user)
+    except KeyError:
+        raise UsageError(f"--user {user}: there is no such user") from None
+
+
+def _config_warnings(config: Path) -> list[str]:
+    try:
+        config.open("rb").close()
+    except OSError as error:
+        return [f"warning: cannot read {config} now: {error.strerror}"]
+    return []
+
+
+def _quote_for_regex(text: str) -> str:
+    """`text` as a POSIX extended regular expression; re.escape would escape more than that knows."""
+    return re.sub(r"[][.\\()*+?{}|^$]", r"\\\g<0>", text)
+
+
+def _quote_for_systemd(text: str) -> str:
+    """`text` as one word of ExecStart=: "Quoting" in systemd.syntax(7), "Command lines" in systemd.service(5)."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[\w@%+=:,./$-]+", text, re.ASCII):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

@@ -1,0 +1,82 @@
+"""One direction of the proxy: the memory channel that joins the leg that reads to the leg that acts."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import attrs
+import trio
+
+from .signals import Signal
+from .supervise import Health
+
+__all__ = ["Batch", "Way"]
+
+
+@attrs.define(eq=False)
+class Batch:
+    """Notifications on their way from one leg to the next, in order."""
+
+    signals: list[Signal]
+    done: Callable[[], None]
+    """Called once all of them are finished: only then may what they were read from be forgotten."""
+    drained: bool = True
+    """Whether nothing was left to read behind it."""
+
+
+class Way:
+    """A channel without buffer, and the batches that were made for it and are not finished.
+
+    A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the
+    process. `carried` is called with the signals of every batch that is finished.
+    """
+
+    def __init__(self, carried: Callable[[list[Signal]], None]) -> None:
+        self._entry, self.exit = trio.open_memory_channel[Batch](0)
+        self._carried = carried
+        self._reading: trio.CancelScope | None = None
+        self._stopping = False
+        self.open: set[Batch] = set()
+
+    def batch(self, signals: list[Signal], done: Callable[[], None], *, drained: bool = True) -> Batch:
+        """A batch that is on its way from now on."""
+        batch = Batch(signals, done, drained)
+        self.open.add(batch)
+        return batch
+
+    def finish(self, batch: Batch) -> None:
+        """All of the batch is done."""
+        batch.done()
+        self.open.discard(batch)
+        if batch.signals:
+            self._carried(batch.signals)
+
+    async def hand_over(self, batch: Batch) -> None:
+        """Hand a batch to the next leg; not to be interrupted, as it is read already.
+
+        Once this returns, every earlier batch is finished: the next leg takes one when it is done with the last.
+        """
+        try:
+            self._entry.send_nowait(batch)
+        except trio.WouldBlock:
+            with trio.CancelScope(shield=True):
+                await self._entry.send(batch)
+
+    async def read(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
+        """Call `read_queued` whenever `fd` is readable; after `stop_reading` once more, then return."""
+        with trio.CancelScope() as self._reading:
+            while not self._stopping:
+                await trio.lowlevel.wait_readable(fd)
+                await read_queued()
+                health.well()
+        await read_queued()
+
+    def stop_reading(self) -> None:
+        """Let `read` return once nothing is left to read."""
+        self._stopping = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    def close(self) -> None:
+        """Let the leg that acts return once it has finished what was handed over."""
+        self._entry.close()

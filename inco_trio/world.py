@@ -1,0 +1,358 @@
+"""Two cores as network namespaces: the world of `inco-trio demo`, of the tests and of the benchmarks.
+
+A namespace lives in a descriptor and nowhere else (network_namespaces(7)): whatever ends the process, also SIGKILL,
+takes the namespaces and their links with it. Every change of a link is made in a thread of its own that has entered the
+namespace, so the caller never leaves the one it is in. Making namespaces needs CAP_SYS_ADMIN, which everyone has in a
+user namespace of their own (user_namespaces(7)); see `may_make_namespaces` and `new_user_namespace`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+
+from .errors import PermissionRefused, ResourceRefused
+from .frame import ETHERTYPE, encode
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
+
+__all__ = [
+    "Cores",
+    "Namespace",
+    "NamespaceRefused",
+    "Peer",
+    "may_make_namespaces",
+    "new_user_namespace",
+    "two_cores",
+    "veth",
+]
+
+T = TypeVar("T")
+
+# <linux/sched.h>, <linux/capability.h>, <linux/rtnetlink.h>, <asm-generic/socket.h>: Python 3.11 names none of them.
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
+CAP_SYS_ADMIN = 21
+RTMGRP_LINK = 1
+SO_RCVBUFFORCE = 33
+
+_LINK_DEADLINE = 10.0
+"""Seconds until a link that does not come up is an error; a veth pair needs milliseconds."""
+
+_PEER_BUFFER = 16 * 2**20
+"""Bytes; a burst of 20,000 small frames fits."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NamespaceRefused(PermissionRefused):
+    """The system forbids namespaces to this user."""
+
+
+def _refused(what: str, cause: OSError) -> NamespaceRefused:
+    return NamespaceRefused(
+        f"cannot make a {what} namespace ({cause.strerror}): run as root, or allow it with the sysctls"
+        " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
+        " kernel.apparmor_restrict_unprivileged_userns=0, as far as this system has them"
+    )
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def may_make_namespaces() -> bool:
+    """Whether this process holds the capabilities for network namespaces, their links and raw sockets."""
+    status = Path("/proc/self/status").read_text()
+    held = int(status.partition("CapEff:")[2].split()[0], 16)
+    return all(held >> capability & 1 for capability in (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN))
+
+
+def new_user_namespace() -> None:
+    """Move this process, which must have a single thread, into a user namespace of its own, as its root.
+
+    It keeps the rights of its user outside, and gains all capabilities over the namespaces that it makes.
+
+    Raises `NamespaceRefused`.
+    """
+    user, group = os.geteuid(), os.getegid()
+    try:
+        _checked(_libc.unshare(CLONE_NEWUSER))
+        # Without privilege, gid_map is refused unless setgroups(2) is given up before (user_namespaces(7)).
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    except OSError as error:
+        raise _refused("user", error) from error
+
+
+def _in_thread(function: Callable[[], T]) -> T:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def _make_network() -> int:
+    def make() -> int:
+        _checked(_libc.unshare(CLONE_NEWNET))
+        # Router solicitations and multicast reports would be foreign frames on every link. /proc/sys can be
+        # read-only in a container, and IPv6 can be missing: then there is nothing to do, or it only costs noise.
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    try:
+        return _in_thread(make)
+    except OSError as error:
+        raise _refused("network", error) from error
+
+
+@attrs.frozen
+class Namespace:
+    """One network namespace without a name; it ends with its last descriptor, process and socket.
+
+    `Namespace()` makes one, `Namespace(fd)` adopts the descriptor of an existing one (`/proc/PID/ns/net`).
+
+    Raises `NamespaceRefused`.
+    """
+
+    fd: int = attrs.field(factory=_make_network)
+
+    def enter(self) -> None:
+        """Move the calling thread into the namespace, for good; also as `preexec_fn` of a subprocess."""
+        _checked(_libc.setns(self.fd, CLONE_NEWNET))
+
+    def run(self, function: Callable[[], T]) -> T:
+        """The result of `function()`, called in a thread inside; what it raises is raised here.
+
+        Sockets and processes that are made inside stay inside.
+        """
+
+        def inside() -> T:
+            self.enter()
+            return function()
+
+        return _in_thread(inside)
+
+    def close(self) -> None:
+        """Let go of the namespace."""
+        os.close(self.fd)
+
+    def __enter__(self) -> Namespace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _with_links(namespace: Namespace, change: Callable[[IPRoute], T]) -> T:
+    def inside() -> T:
+        # Imported here since it takes longer than all the rest of the program. Opened here since it makes a
+        # socket for each thread that uses it, in the namespace of that thread.
+        from pyroute2 import IPRoute, NetlinkError
+
+        try:
+            with IPRoute() as links:
+                return change(links)
+        except NetlinkError as error:
+            raise ResourceRefused(f"the kernel refuses a change of a link: {os.strerror(error.code)}") from error
+
+    return namespace.run(inside)
+
+
+def _set_link(namespace: Namespace, name: str, **attributes: Any) -> None:
+    _with_links(namespace, lambda links: links.link("set", ifname=name, **attributes))
+
+
+def _delete_link(namespace: Namespace, name: str) -> None:
+    _with_links(namespace, lambda links: links.link("del", ifname=name))
+
+
+def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
+    _set_link(namespace, name, master=namespace.run(functools.partial(socket.if_nametoindex, bridge)))
+
+
+def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
+    """Join two namespaces by a veth pair, whose ends are down."""
+    _with_links(
+        a, lambda links: links.link("add", kind="veth", ifname=a_name, peer={"ifname": b_name, "net_ns_fd": b.fd})
+    )
+
+
+def _wait_running(namespace: Namespace, name: str) -> None:
+    """Return once the kernel really sends through the link.
+
+    The end of a veth pair that was brought up first is started by the kernel's link watcher a moment later; until then
+    it drops without an error what is sent.
+    """
+
+    def wait(links: IPRoute) -> None:
+        deadline = time.monotonic() + _LINK_DEADLINE
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as changes:
+            changes.bind((0, RTMGRP_LINK))
+            index = socket.if_nametoindex(name)
+            while links.get_links(index)[0].get("operstate") != "UP":
+                if not select.select([changes], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                    raise ResourceRefused(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
+                changes.recv(65536)
+
+    _with_links(namespace, wait)
+
+
+@attrs.frozen
+class Cores:
+    """Two cores and the link between them, which has the same name in both.
+
+    With `switch`, the link is the chain of the board's simulation: core 0's end leads into a bridge there, and the
+    bridge to core 1. Then core 1's end outlives a deletion of core 0's.
+    """
+
+    core0: Namespace
+    core1: Namespace
+    link: str
+    switch: Namespace | None = None
+
+    def make_link(self) -> None:
+        """Make the link (again), and return once frames pass."""
+        if self.switch is None:
+            veth(self.core0, self.link, self.core1, self.link)
+            _set_link(self.core1, self.link, state="up")
+        else:
+            veth(self.core0, self.link, self.switch, "eth_rpmsg")
+            _enslave(self.switch, "eth_rpmsg", "br_rpmsg")
+            _set_link(self.switch, "eth_rpmsg", state="up")
+        self.link_up()
+
+    def delete_link(self) -> None:
+        """Delete core 0's end, and with it its other end."""
+        _delete_link(self.core0, self.link)
+
+    def link_down(self) -> None:
+        """Take core 0's end down."""
+        _set_link(self.core0, self.link, state="down")
+
+    def link_up(self) -> None:
+        """Bring core 0's end up, and return once frames pass."""
+        _set_link(self.core0, self.link, state="up")
+        _wait_running(self.core0, self.link)
+        if self.switch is not None:
+            _wait_running(self.switch, "eth_rpmsg")
+        _wait_running(self.core1, self.link)
+
+    def _make_switch(self, switch: Namespace) -> None:
+        _with_links(switch, lambda links: links.link("add", kind="bridge", ifname="br_rpmsg"))
+        _set_link(switch, "br_rpmsg", state="up")
+        veth(switch, "tap_rpmsg", self.core1, self.link)
+        _enslave(switch, "tap_rpmsg", "br_rpmsg")
+        _set_link(switch, "tap_rpmsg", state="up")
+        _set_link(self.core1, self.link, state="up")
+        _wait_running(switch, "tap_rpmsg")
+
+
+@contextlib.contextmanager
+def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores]:
+    """Two cores joined by a running veth pair whose both ends are called `link`.
+
+    With `chain`, as on the board's simulation: link, veth, bridge, veth (there a tap), core 1.
+
+    Raises `NamespaceRefused`, and `ResourceRefused` where the kernel has no veth or bridge.
+    """
+    with contextlib.ExitStack() as stack:
+        core0, core1 = stack.enter_context(Namespace()), stack.enter_context(Namespace())
+        switch = stack.enter_context(Namespace()) if chain else None
+        cores = Cores(core0, core1, link, switch)
+        for core in (core0, core1):
+            _set_link(core, "lo", state="up")
+        if switch is not None:
+            cores._make_switch(switch)
+        cores.make_link()
+        yield cores
+
+
+class Peer:
+    """Core 1 as played by a program: a raw socket of the link's EtherType in core 1, with the MAC address `mac`.
+
+    It sees no frame that it sends itself (packet(7)). `fileno` makes it usable with select(2).
+    """
+
+    def __init__(self, cores: Cores) -> None:
+        self._cores = cores
+        self._socket = self._open()
+
+    def _open(self) -> socket.socket:
+        def inside() -> socket.socket:
+            opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+            try:
+                # Only the owner of the first user namespace may exceed net.core.rmem_max.
+                try:
+                    opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _PEER_BUFFER)
+                except PermissionError:
+                    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _PEER_BUFFER)
+                opened.bind((self._cores.link, ETHERTYPE))
+            except BaseException:
+                opened.close()
+                raise
+            return opened
+
+        return self._cores.core1.run(inside)
+
+    @property
+    def mac(self) -> bytes:
+        """Six bytes."""
+        address: bytes = self._socket.getsockname()[4]
+        return address
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
+    def rebind(self) -> None:
+        """Find the link again after it was deleted and made again; frames that wait are kept."""
+        self._cores.core1.run(lambda: self._socket.bind((self._cores.link, ETHERTYPE)))
+
+    def send(self, name: bytes, pad: int = 0) -> None:
+        """Send the signal `name`, followed by NULs up to a frame of `pad` bytes (60 is what QEMU pads to)."""
+        self.send_raw(encode(name, self.mac).ljust(pad, b"\0"))
+
+    def _forget_error(self) -> None:
+        # A link that went down leaves ENETDOWN behind, which would be the answer to the next call although the link
+        # is up again.
+        self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+    def send_raw(self, data: bytes) -> None:
+        """Send a whole frame as it is."""
+        self._forget_error()
+        self._socket.send(data)
+
+    def receive(self, timeout: float = 10.0) -> bytes:
+        """The next whole frame; `TimeoutError` if none comes within `timeout` seconds (0: only what waits already)."""
+        self._forget_error()
+        if not select.select([self._socket], [], [], timeout)[0]:
+            raise TimeoutError(f"no frame on {self._cores.link} of core 1 within {timeout:g} s")
+        return self._socket.recv(65535)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,74 @@
+"""Run a program as the user nobody, with nothing inherited: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
+
+Needs root. Nobody must be able to reach each PATH (an interpreter, a package), though often it lies below a directory
+that is closed to others, such as /root. In a mount namespace of its own, an empty directory that is open to all covers
+such a directory, with nothing in it but PATH, at its usual place (mount_namespaces(7)).
+
+Where there is no such user, in a user namespace made by an ordinary one, the program runs without any capability
+instead: that is what the ordinary user is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+NOBODY = 65534
+
+# <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>, <linux/securebits.h>
+CLONE_NEWNS = 0x00020000
+MS_BIND = 0x1000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
+PR_SET_SECUREBITS = 28
+SECBIT_NOROOT_LOCKED = 0b11
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:
+    texts = (source.encode(), os.fsencode(target), kind.encode())
+    _checked(_libc.mount(*texts, ctypes.c_ulong(flags), options.encode()))
+
+
+def _closed_to_others(path: Path) -> Path | None:
+    return next((part for part in reversed(path.parents) if not part.stat().st_mode & 0o001), None)
+
+
+def uncover(paths: list[Path]) -> None:
+    """Make every one of `paths` reachable for everyone, in this process and its children only."""
+    _checked(_libc.unshare(CLONE_NEWNS))
+    _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
+    opened = {path: os.open(path, os.O_PATH) for path in paths}
+    while closed := {path: above for path in paths if (above := _closed_to_others(path))}:
+        above = min(closed.values())
+        _mount("none", above, "tmpfs", 0, "mode=755")
+        for path in sorted(path for path in paths if path.is_relative_to(above)):
+            path.mkdir(parents=True, exist_ok=True)
+            _mount(f"/proc/self/fd/{opened[path]}", path, "none", MS_BIND | MS_REC, "")
+
+
+def drop() -> None:
+    """Become nobody, for good."""
+    try:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    except OSError:
+        # Not mapped: with this bit, root gains nothing by execve(2) (capabilities(7)).
+        _checked(_libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))
+
+
+if __name__ == "__main__":
+    split = sys.argv.index("--")
+    program = sys.argv[split + 1 :]
+    uncover([Path(path).resolve() for path in sys.argv[1:split]])
+    drop()
+    os.execve(program[0], program, {"PATH": os.environ["PATH"]})  # noqa: S606 - to run this program is the purpose

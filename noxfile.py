@@ -1,0 +1,208 @@
+"""The project's checks: plain `nox` runs them all, `nox -l` lists them, `nox -s NAME -- ARGS` runs one of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_external_run = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+COVERAGE_DATA = Path(".nox/coverage-data").resolve()
+
+DEBIAN_PACKAGES = {
+    "cc": ("gcc", "libc6-dev"),
+    "execlineb": ("execline",),
+    "ip": ("iproute2",),
+    "mosquitto": ("mosquitto",),
+    "s6-svscan": ("s6",),
+    "setpriv": ("util-linux",),
+    "strace": ("strace",),
+    "tcpdump": ("tcpdump",),
+}
+
+# Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.
+os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
+
+# Namespaces need CAP_SYS_ADMIN; in a user namespace of its own, everyone has it.
+AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--map-root-user")
+
+
+def find_pythons() -> dict[str, str]:
+    """Map each supported minor version to one interpreter that runs, of PATH or of pyenv.
+
+    Being found is not enough: pyenv puts a `python3.12` on PATH that fails unless its version is enabled.
+    """
+    versions = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
+    found: dict[str, str] = {}
+    for version in nox.project.python_versions(PROJECT):
+        name = f"python{version}"
+        for candidate in (sys.executable, name, *map(str, sorted(versions.glob(f"{version}.*/bin/{name}")))):
+            if path := works_as(candidate, version):
+                found[version] = path
+                break
+    return found
+
+
+def works_as(candidate: str, version: str) -> str | None:
+    """The path of the interpreter `candidate`, if it runs, is that version and has what pip and coverage need."""
+    code = "import sqlite3, ssl, sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+    try:
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found, path = done.stdout.strip().split(" ", 1)
+    return path if found == version else None
+
+
+# With none of them, the tests run on what nox runs on: a gate without a session would be open.
+PYTHONS = find_pythons() or {"other": sys.executable}
+
+
+def install(session: nox.Session, *groups: str) -> None:
+    """Install the project, editable so that all sessions measure the same files, and groups of pyproject.toml."""
+    session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
+
+
+def missing_programs() -> tuple[list[str], list[str]]:
+    """The programs that are not there, and the Debian packages that have them."""
+    missing = [program for program in DEBIAN_PACKAGES if not shutil.which(program)]
+    return missing, [package for program in missing for package in DEBIAN_PACKAGES[program]]
+
+
+def need_programs(session: nox.Session) -> None:
+    """Have the programs that the kernel's tests use, from Debian's packages where that is possible."""
+    missing, packages = missing_programs()
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        session.log(f"{', '.join(missing)} missing: installing {' '.join(packages)}")
+        for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+            # Whether it worked is seen by what is there afterwards: an update may fail for a source that is not needed.
+            session.run_install(
+                "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
+            )
+        missing, packages = missing_programs()
+    if missing:
+        session.error(f"{', '.join(missing)} missing: install {' '.join(packages)} (the names of Debian's packages)")
+
+
+def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, **env: str) -> None:
+    """Run pytest and its subprocesses under coverage, its data kept as `data` until the session `coverage`."""
+    COVERAGE_DATA.mkdir(parents=True, exist_ok=True)
+    for old in COVERAGE_DATA.glob(f"data.{data}.*"):
+        old.unlink()
+    session.run(
+        *(AS_ROOT if root else ()),
+        *("coverage", "run", "-m", "pytest", *args, *session.posargs),
+        env={"COVERAGE_FILE": str(COVERAGE_DATA / f"data.{data}"), **env},
+        external=root,
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff's rules and format."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict types: package, tests, netns and this file."""
+    install(session, "types")
+    session.run("mypy", "--strict")
+
+
+@nox.session
+@nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
+def unit(session: nox.Session) -> None:
+    """Tests without namespaces, on each supported Python that was found."""
+    session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
+    install(session, "test")
+    run_pytest(session, "tests", "-m", "not netns and not s6 and not faults", data=session.name)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build sdist and wheel, install the wheel into an environment with nothing else, and try it there."""
+    session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
+    work = Path(session.virtualenv.location).resolve() / "work"
+    session.run("python", "-m", "build", "--outdir", str(work / "dist"))
+    files = sorted(map(str, (work / "dist").iterdir()))
+    session.run("twine", "check", "--strict", *files)
+    session.run("virtualenv", "--quiet", str(work / "clean"))
+    python = str(work / "clean/bin/python")
+    session.run(python, "-m", "pip", "install", "--quiet", str(*(work / "dist").glob("*.whl")), external=True)
+    session.run(
+        *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *session.posargs),
+        env={"INCO_TRIO_WHEEL_PYTHON": python, "INCO_TRIO_WHEEL_DIST": str(work / "dist")},
+    )
+
+
+@nox.session
+def netns(session: nox.Session) -> None:
+    """The real program on the real kernel, in network namespaces, and under a real s6."""
+    need_programs(session)
+    install(session, "test")
+    run_pytest(session, "tests", "-m", "netns or s6", data="netns", root=True)
+
+
+@nox.session
+def faults_short(session: nox.Session) -> None:
+    """The fault suite, its quick form."""
+    run_faults(session, "short")
+
+
+@nox.session(default=False)
+def faults(session: nox.Session) -> None:
+    """The fault suite, all of it: minutes."""
+    run_faults(session, "full")
+
+
+def run_faults(session: nox.Session, form: str) -> None:
+    need_programs(session)
+    install(session, "test")
+    run_pytest(session, "tests", "-m", "faults", data="faults", root=True, INCO_TRIO_FAULTS=form)
+
+
+@nox.session(default=False)
+def soak(session: nox.Session) -> None:
+    """Faults at random for as long as wanted: `nox -s soak -- --minutes 30`."""
+    need_programs(session)
+    install(session, "test")
+    session.run(*AS_ROOT, "python", "tests/soak.py", *session.posargs, external=True)
+
+
+@nox.session
+def bench_smoke(session: nox.Session) -> None:
+    """The benchmark's quick form, which shows that it works and no figures."""
+    run_bench(session, "--smoke")
+
+
+@nox.session(default=False)
+def bench(session: nox.Session) -> None:
+    """The benchmark against C and against the usual script: table, JSON and plots."""
+    run_bench(session)
+
+
+def run_bench(session: nox.Session, *args: str) -> None:
+    need_programs(session)
+    install(session, "test", "bench")
+    session.run(*AS_ROOT, "python", "-m", "tests.bench.bench", *args, *session.posargs, external=True)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Join what the tests above measured, and fail below the figure in pyproject.toml."""
+    session.install(*nox.project.dependency_groups(PROJECT, "test"))
+    session.env["COVERAGE_FILE"] = str(COVERAGE_DATA / "data")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")

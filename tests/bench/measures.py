@@ -1,0 +1,445 @@
+"""The figures of the benchmark, each a function from the lab and the size of the run to lines of the table."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from inco_trio.world import Cores
+
+from .figures import Figure, Goal, quantile
+from .processes import memory_kib, switches, system_calls
+from .rivals import C_MODIFY, INCO, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running
+
+__all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measured", "Size"]
+
+TABLE = 30
+"""Signals where their number does not matter: 20 inbound, 10 outbound. In turn, so no two events in a row are alike."""
+
+BUILTIN_TABLE = 3
+"""The built-in signals, with one trigger."""
+
+
+@attrs.frozen
+class Size:
+    """How much is measured. Times are in seconds."""
+
+    pairs: int
+    script_pairs: int
+    """The script takes tens of times as long, and its figures are far from every goal."""
+    lone: int
+    """Single notifications a latency run."""
+    burst: int
+    sustain_probe: float
+    sustain: float
+    idle: float
+    million: int
+    """Notifications of the memory figure."""
+    steady: float
+    """Length of a run at 1,000/s each way, and of a point of the load curve."""
+    tables: tuple[int, ...] = (3, 30, 300, 3000)
+    links: tuple[int, ...] = (1, 8, 64)
+    loads: tuple[int, ...] = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 150_000, 200_000, 300_000)
+
+
+FULL = Size(10, 3, 3000, 20_000, 2.0, 10.0, 10.0, 1_000_000, 5.0)
+SMOKE = Size(2, 1, 300, 20_000, 0.3, 1.0, 1.0, 100_000, 0.5, loads=(500, 5000, 50_000, 200_000))
+
+
+@attrs.frozen
+class Measured:
+    """The lines that one measure adds to the table, and what its plot is drawn from."""
+
+    figures: Sequence[Figure]
+    series: Any = None
+
+
+@attrs.frozen
+class Bench:
+    """What a measure works with."""
+
+    lab: Lab
+    size: Size
+    say: Callable[[str], None]
+
+    def turns(self, *programs: Program) -> Iterator[Program]:
+        """A/B/A/B: each program once a pair; the script only in the first pairs."""
+        for pair in range(self.size.pairs):
+            for program in programs:
+                if program is not SCRIPT or pair < self.size.script_pairs:
+                    self.say(f"pair {pair + 1}/{self.size.pairs}: {program.name}")
+                    yield program
+
+
+Samples = defaultdict[str, list[float]]
+
+
+def _samples() -> Samples:
+    return defaultdict(list)
+
+
+def _script_note(size: Size) -> str:
+    return f"script: {size.script_pairs} of {size.pairs} pairs"
+
+
+class _Losses:
+    """Collects what got lost where nothing may, from the consumer's count and from the program's own."""
+
+    def __init__(self) -> None:
+        self.lost = _samples()
+        self.dropped = _samples()
+        self.faults: list[str] = []
+
+    def add(self, program: Program, flow: Flow, run: Running) -> None:
+        """Note one run; what the C programs or inco-trio lose, or say of it wrongly, is a fault."""
+        self.lost[program.name].append(flow.lost)
+        if run.dropped is not None:
+            self.dropped[program.name].append(run.dropped)
+        if program is not SCRIPT and (flow.lost or flow.extra or run.dropped):
+            self.faults.append(f"{program.name}: {flow.lost} lost, {flow.extra} extra, {run.dropped} dropped")
+
+
+def _latency(bench: Bench, direction: Literal["inbound", "outbound"]) -> Measured:
+    p50, p99, losses = _samples(), _samples(), _Losses()
+    pooled: dict[str, list[int]] = defaultdict(list)
+    for program in bench.turns(INCO, C, SCRIPT):
+        with bench.lab.running(program, TABLE) as run:
+            run.warm_up()
+            if direction == "inbound":
+                flow = run.load(inbound=bench.size.lone, in_rate=1000, latencies=True).inbound
+            else:
+                flow = run.load(outbound=bench.size.lone, out_rate=1000, latencies=True).outbound
+        if not flow.latencies:
+            raise BenchError(f"{program.name}: nothing arrived")
+        losses.add(program, flow, run)
+        p50[program.name].append(quantile(flow.latencies, 0.50) / 1000)
+        p99[program.name].append(quantile(flow.latencies, 0.99) / 1000)
+        pooled[program.name].extend(flow.latencies)
+    goal = Goal("<=", 2.0, "x C")
+    note = _script_note(bench.size)
+    return Measured(
+        [
+            Figure(f"{direction} latency, p50", "us", p50, goal, (INCO.name, C.name), note, tuple(losses.faults)),
+            Figure(f"{direction} latency, p99", "us", p99, goal, (INCO.name, C.name), note),
+        ],
+        {program: [quantile(times, q / 1000) for q in range(1, 1001)] for program, times in pooled.items()},
+    )
+
+
+def inbound_latency(bench: Bench) -> Measured:
+    """Frame sent -> the consumer sees its close-after-write; single frames 1 ms apart."""
+    return _latency(bench, "inbound")
+
+
+def outbound_latency(bench: Bench) -> Measured:
+    """Close of the trigger -> frame at core 1; single triggers 1 ms apart."""
+    return _latency(bench, "outbound")
+
+
+def burst(bench: Bench) -> Measured:
+    """20,000 frames as fast as a C sender can."""
+    rates, losses = _samples(), _Losses()
+    for program in bench.turns(INCO, C, SCRIPT):
+        with bench.lab.running(program, TABLE) as run:
+            run.warm_up()
+            flow = run.load(inbound=bench.size.burst, quiet=2.0).inbound
+        losses.add(program, flow, run)
+        rates[program.name].append(flow.rate)
+    note = _script_note(bench.size)
+    dropped = "the program's own count: " + ", ".join(f"{name} {max(d):g}" for name, d in losses.dropped.items())
+    return Measured(
+        [
+            Figure("inbound burst, lost", "frames", losses.lost, Goal("=", 0), None, dropped, tuple(losses.faults)),
+            Figure("inbound burst, rate", "frames/s", rates, Goal(">=", 0.8, "x C"), (INCO.name, C.name), note),
+        ]
+    )
+
+
+def _keeps(bench: Bench, run: Running, rate: float, seconds: float) -> bool:
+    """Whether nothing is lost at `rate`, which the load generator must reach."""
+    flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
+    if flow.send_s > 1.02 * seconds:
+        bench.say(f"the load generator sends only {flow.sent / flow.send_s:,.0f}/s of {rate:,.0f}/s")
+        return False
+    return flow.lost == 0
+
+
+def _sustained(bench: Bench, run: Running) -> float:
+    """The highest rate that is kept, to 4 %, frames a second."""
+    burst_rate = run.load(inbound=bench.size.burst, quiet=2.0).inbound.rate
+    low, high = 0.3 * burst_rate, 1.3 * burst_rate
+    while high / low > 1.04:
+        middle = (low * high) ** 0.5
+        if _keeps(bench, run, middle, bench.size.sustain_probe):
+            low = middle
+        else:
+            high = middle
+    # A short run hides a small overload in the socket's queue.
+    while not _keeps(bench, run, low, bench.size.sustain):
+        low /= 1.04
+        if low < 100:
+            raise BenchError("no rate is kept without loss")
+    return low
+
+
+def sustained(bench: Bench) -> Measured:
+    """The highest inbound rate with nothing lost."""
+    rates = _samples()
+    for program in bench.turns(INCO, C, SCRIPT):
+        # What is dropped beyond the limit is the program's to say, and here no fault.
+        with bench.lab.running(program, TABLE) as run:
+            run.warm_up()
+            rates[program.name].append(_sustained(bench, run))
+        bench.say(f"{program.name}: {rates[program.name][-1]:,.0f}/s")
+    goal, name = Goal(">=", 0.7, "x C"), f"sustained inbound, 0 lost over {bench.size.sustain:g} s"
+    return Measured([Figure(name, "frames/s", rates, goal, (INCO.name, C.name), _script_note(bench.size))])
+
+
+def one_trigger(bench: Bench) -> Measured:
+    """Triggers at 50,000/s on one file: identical inotify events in a row merge while unread."""
+    frames, faults = _samples(), []
+    for program in bench.turns(INCO, C, C_MODIFY, SCRIPT):
+        with bench.lab.running(program, BUILTIN_TABLE) as run:
+            run.warm_up()
+            flow = run.load(outbound=bench.size.burst, out_rate=50_000, quiet=2.0).outbound
+        frames[program.name].append(flow.seen)
+        if program is INCO and flow.seen != flow.sent:
+            faults.append(f"{flow.sent} triggers, {flow.seen} frames")
+    goal = Goal("=", bench.size.burst, "frames")
+    note = "C watches with IN_CLOSE_WRITE only; " + _script_note(bench.size)
+    return Measured([Figure("outbound, one trigger file", "frames", frames, goal, None, note, tuple(faults))])
+
+
+def many_signals(bench: Bench) -> Measured:
+    """CPU time that a notification costs, against the number of signals: a burst in, 10,000/s out."""
+    tables, losses = bench.size.tables, _Losses()
+    inbound: dict[int, Samples] = {count: _samples() for count in tables}
+    outbound: dict[int, Samples] = {count: _samples() for count in tables}
+    for program in bench.turns(INCO, C_MODIFY, SCRIPT):
+        for count in tables:
+            with bench.lab.running(program, count) as run:
+                run.warm_up()
+                received = run.load(inbound=bench.size.burst, quiet=2.0)
+                sent = run.load(outbound=bench.size.burst // 2, out_rate=10_000, quiet=2.0)
+            for flow in (received.inbound, sent.outbound):
+                losses.add(program, flow, run)
+            inbound[count][program.name].append(1e6 * received.cpu_s / max(1, received.inbound.seen))
+            outbound[count][program.name].append(1e6 * sent.cpu_s / max(1, sent.outbound.seen))
+    figures = []
+    for direction, costs in (("inbound", inbound), ("outbound", outbound)):
+        for program in (INCO, C_MODIFY):
+            samples = {f"{count:,} signals": costs[count][program.name] for count in tables}
+            figures.append(
+                Figure(
+                    f"many signals, {direction}" + ("" if program is INCO else ", C"),
+                    "us CPU",
+                    samples,
+                    Goal("<", 1.1, "x 3 signals") if program is INCO else None,
+                    (f"{tables[-1]:,} signals", f"{tables[0]:,} signals"),
+                    faults=tuple(losses.faults) if (direction, program) == ("inbound", INCO) else (),
+                )
+            )
+    series = {
+        direction: {
+            program.name: {count: statistics.median(costs[count][program.name]) for count in tables}
+            for program in (INCO, C_MODIFY, SCRIPT)
+        }
+        for direction, costs in (("inbound", inbound), ("outbound", outbound))
+    }
+    return Measured(figures, series)
+
+
+def many_links(bench: Bench) -> Measured:
+    """One `serve` for each link, in one process: memory after traffic on each, and the latency of a lone frame."""
+    lab, numbers = bench.lab, bench.size.links
+    links = [attrs.evolve(lab.cores, link=f"rpmsg{index}") for index in range(max(numbers))]
+    for cores in links:
+        cores.make_link()
+    memory: dict[int, list[float]] = defaultdict(list)
+    latency: dict[int, list[float]] = defaultdict(list)
+    faults = []
+    for pair in range(bench.size.pairs):
+        for number in numbers:
+            bench.say(f"pair {pair + 1}/{bench.size.pairs}: {number} links")
+            with _serving(bench, links[:number]) as runs:
+                flows = [run.load(inbound=100, outbound=100, out_rate=1000) for run in runs]
+                runs[0].warm_up()
+                memory[number].append(memory_kib(runs[0].pid, "VmRSS") / 1024)
+                flow = runs[0].load(inbound=bench.size.lone, in_rate=1000, latencies=True).inbound
+                latency[number].append(quantile(flow.latencies, 0.5) / 1000)
+            lost = flow.lost + sum(load.inbound.lost + load.outbound.lost for load in flows)
+            if lost:
+                faults.append(f"{number} links: {lost} lost")
+    for cores in links:
+        cores.delete_link()
+    least, most = min(numbers), max(numbers)
+    each = [(a - b) / (most - least) for a, b in zip(memory[most], memory[least], strict=True)]
+    rss = ", ".join(f"{number}: {statistics.median(memory[number]):.1f}" for number in numbers)
+    return Measured(
+        [
+            Figure("many links, memory", "MiB", {"a link": each}, Goal("<", 0.5, "MiB a link"), None, f"RSS {rss}"),
+            Figure(
+                "many links, lone frame, p50",
+                "us",
+                {f"{number} links": latency[number] for number in numbers},
+                Goal("<", 1.3, f"x {least} links"),
+                (f"{most} links", f"{least} links"),
+                faults=tuple(faults),
+            ),
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _serving(bench: Bench, links: Sequence[Cores]) -> Iterator[list[Running]]:
+    with bench.lab.place(BUILTIN_TABLE) as (directory, table):
+        script = str(Path(__file__).with_name("links.py"))
+        names = [cores.link for cores in links]
+        with bench.lab.started(
+            lambda fd: [sys.executable, script, str(directory), str(fd), *names], table.with_suffix(".log")
+        ) as (pid, ready):
+            yield [Running(bench.lab, cores, pid, directory / cores.link, table, ready) for cores in links]
+
+
+def idle(bench: Bench) -> Measured:
+    """Wake-ups and system calls without traffic."""
+    wakes, calls = _samples(), _samples()
+    for program in (INCO, C, SCRIPT):
+        bench.say(program.name)
+        with bench.lab.running(program, TABLE) as run:
+            run.warm_up()
+            before = switches(run.pid)
+            time.sleep(bench.size.idle)
+            wakes[program.name].append(switches(run.pid) - before)
+            counted = system_calls(run.pid, bench.size.idle, run.table.with_suffix(".strace"))
+            if counted is not None:
+                calls[program.name].append(counted)
+    figures = [Figure(f"idle {bench.size.idle:g} s, wake-ups", "wake-ups", wakes, Goal("=", 0))]
+    if calls:
+        figures.append(Figure(f"idle {bench.size.idle:g} s, system calls", "calls", calls, Goal("=", 0)))
+    else:
+        bench.say("strace is missing or refused: system calls are not counted")
+    return Measured(figures)
+
+
+IMPORT = "import trio"
+
+
+def start(bench: Bench) -> Measured:
+    """exec -> readiness newline, beside exec -> exit of `python -c "import trio"`, and beside the end of its import."""
+    times = _samples()
+    for pair in range(bench.size.pairs + 1):
+        bench.say(f"pair {pair}/{bench.size.pairs}")
+        with bench.lab.running(INCO, BUILTIN_TABLE) as run:
+            ready = run.ready_s
+        begin = time.monotonic()
+        with subprocess.Popen([sys.executable, "-c", f"{IMPORT}; print(flush=True)"], stdout=subprocess.PIPE) as python:
+            assert python.stdout is not None
+            python.stdout.read(1)
+            imported = time.monotonic() - begin
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", IMPORT], check=True)
+        ended = time.monotonic() - begin
+        with bench.lab.running(C, BUILTIN_TABLE) as run:
+            bare = run.ready_s
+        if pair:  # the first fills the page cache
+            for name, seconds in ((INCO.name, ready), (IMPORT, ended), ("its import only", imported), (C.name, bare)):
+                times[name].append(1000 * seconds)
+    goal = Goal("<=", 1.4, f"x {IMPORT}")
+    return Measured(
+        [
+            Figure("start to ready", "ms", times, goal, (INCO.name, IMPORT)),
+            Figure("start to ready, against the end of the import", "ms", times, None, (INCO.name, "its import only")),
+        ]
+    )
+
+
+def memory(bench: Bench) -> Measured:
+    """Peak memory after a million notifications in bursts of 20,000, half of them each way."""
+    peak, growth, losses = _samples(), _samples(), _Losses()
+    command = [sys.executable, "-c", f"{IMPORT}; print(open('/proc/self/status').read())"]
+    rounds = bench.size.million // (2 * bench.size.burst)
+    for pair in range(bench.size.pairs):
+        bench.say(f"pair {pair + 1}/{bench.size.pairs}")
+        status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        peak[IMPORT].append(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+        with bench.lab.running(INCO, TABLE) as run:
+            early, lost = 0, 0
+            for number in range(rounds):
+                received = run.load(inbound=bench.size.burst, quiet=2.0).inbound
+                sent = run.load(outbound=bench.size.burst, out_rate=50_000, quiet=2.0).outbound
+                lost += received.lost + sent.lost
+                if number + 1 == max(1, rounds // 10):
+                    early = memory_kib(run.pid, "VmRSS")
+            growth[INCO.name].append((memory_kib(run.pid, "VmRSS") - early) / 1024)
+            peak[INCO.name].append(memory_kib(run.pid, "VmHWM") / 1024)
+        if lost:
+            losses.faults.append(f"{lost} lost")
+    many = f"{2 * rounds * bench.size.burst:,} notifications"
+    return Measured(
+        [
+            Figure(
+                f"peak memory after {many}",
+                "MiB",
+                peak,
+                Goal("<=", 1.3, "x import trio"),
+                (INCO.name, IMPORT),
+                faults=tuple(losses.faults),
+            ),
+            Figure("growth from a tenth of them to all", "MiB", growth, Goal("<", 0.5, "MiB")),
+        ]
+    )
+
+
+def cpu(bench: Bench) -> Measured:
+    """CPU time a notification at 1,000/s each way."""
+    costs, losses = _samples(), _Losses()
+    count = round(1000 * bench.size.steady)
+    for program in bench.turns(INCO, C, SCRIPT):
+        with bench.lab.running(program, TABLE) as run:
+            run.warm_up()
+            load: Load = run.load(inbound=count, in_rate=1000, outbound=count, out_rate=1000)
+        for flow in (load.inbound, load.outbound):
+            losses.add(program, flow, run)
+        costs[program.name].append(1e6 * load.cpu_s / (load.inbound.seen + load.outbound.seen))
+    note = _script_note(bench.size)
+    name = "CPU a notification, 1,000/s each way"
+    return Measured([Figure(name, "us", costs, None, (INCO.name, C.name), note, tuple(losses.faults))])
+
+
+def load_curve(bench: Bench) -> Measured:
+    """Handled against offered load, for the plot."""
+    curve: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
+    for program in (INCO, C, SCRIPT):
+        for rate in bench.size.loads:
+            bench.say(f"{program.name}: {rate:,}/s")
+            with bench.lab.running(program, TABLE) as run:
+                run.warm_up()
+                flow = run.load(inbound=round(rate * bench.size.steady), in_rate=rate, quiet=2.0).inbound
+            curve[program.name].append((flow.sent / flow.send_s, flow.rate, flow.lost))
+    return Measured([], curve)
+
+
+MEASURES: dict[str, Callable[[Bench], Measured]] = {
+    "inbound-latency": inbound_latency,
+    "outbound-latency": outbound_latency,
+    "burst": burst,
+    "sustained": sustained,
+    "one-trigger": one_trigger,
+    "many-signals": many_signals,
+    "many-links": many_links,
+    "idle": idle,
+    "start": start,
+    "memory": memory,
+    "cpu": cpu,
+    "load-curve": load_curve,
+}

@@ -1,0 +1,45 @@
+"""What the kernel says about a process: its memory, its wake-ups, its system calls (proc(5), strace(1))."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+__all__ = ["memory_kib", "switches", "system_calls"]
+
+_SETTLE = 0.5
+"""Seconds after strace has attached: attaching itself interrupts the system call that is under way."""
+
+
+def memory_kib(pid: int, field: str) -> int:
+    """VmRSS or VmHWM (the peak since exec), in KiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0])
+
+
+def switches(pid: int) -> int:
+    """Voluntary context switches of all threads so far: each is one wake-up."""
+    statuses = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))
+    return sum(int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for status in statuses)
+
+
+def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
+    """System calls of all threads in a window of `seconds`; None without strace or without the right to use it."""
+    if shutil.which("strace") is None:
+        return None
+    command = ["strace", "-f", "-ttt", "-p", str(pid), "-o", str(trace)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        assert tracer.stderr is not None
+        if "attached" not in tracer.stderr.readline():
+            return None
+        time.sleep(_SETTLE)
+        start = time.time()
+        time.sleep(seconds)
+        end = time.time()
+        tracer.send_signal(signal.SIGINT)
+    times = (float(match[1]) for match in re.finditer(r"^\d+ +(\d+\.\d+) ", trace.read_text(), re.MULTILINE))
+    return sum(start <= at <= end for at in times)

@@ -1,0 +1,58 @@
+"""The results as a table for people (text and Markdown) and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from .figures import Figure
+
+__all__ = ["as_json", "as_markdown", "as_text"]
+
+_HEADER = ("figure", "goal", "result", "spread", "met", "medians", "note")
+
+
+def _number(value: float) -> str:
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _cells(figure: Figure) -> tuple[str, ...]:
+    low, high = figure.spread
+    sign = "x " if figure.ratio else ""
+    return (
+        figure.name,
+        "" if figure.goal is None else str(figure.goal),
+        f"{sign}{_number(figure.result)}",
+        f"{_number(low)}..{_number(high)}",
+        {None: "", True: "yes", False: "NO"}[figure.met],
+        ", ".join(f"{program} {_number(value)}" for program, value in figure.medians.items()) + f" {figure.unit}",
+        "; ".join(filter(None, (figure.note, *(f"LOSS: {fault}" for fault in figure.faults)))),
+    )
+
+
+def as_text(figures: Sequence[Figure]) -> str:
+    """Aligned columns."""
+    rows = [_HEADER, *map(_cells, figures)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    )
+
+
+def as_markdown(figures: Sequence[Figure], machine: dict[str, Any]) -> str:
+    """A table, and a line that names the machine."""
+    rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, figures)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    where = f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"
+    what = "Result: the median of the ratios of the pairs; spread: the least and the greatest"
+    return f"{table}\n\nMeasured on {where}, {machine['date']}. {what}.\n"
+
+
+def as_json(figures: Sequence[Figure], series: dict[str, Any], run: dict[str, Any]) -> str:
+    """Everything: how it was run, each figure with its samples, and what the plots are drawn from."""
+    document = {"run": run, "figures": [figure.as_dict() for figure in figures], "series": series}
+    return json.dumps(document, indent=1)

@@ -1,0 +1,250 @@
+"""The programs that are measured, each started in core 0 as its users would start it, and the load on them."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from inco_trio.link import RECEIVE_BUFFER
+from inco_trio.world import Cores
+
+from .tables import signals, write_table, write_udrv
+
+__all__ = ["C_MODIFY", "INCO", "SCRIPT", "BenchError", "C", "Flow", "Lab", "Load", "Program", "Running"]
+
+HERE = Path(__file__).parent
+
+_READY_WITHIN = 30.0
+_STOP_WITHIN = 30.0
+_LOAD_WITHIN = 300.0
+"""Seconds; only a broken program needs them."""
+
+_NAP_US = 500
+"""Between two reads of the load generator where it counts: the inotify queue (16,384) lasts 27 ms at 600,000/s."""
+
+
+class BenchError(Exception):
+    """The benchmark itself is broken: no figure can be trusted."""
+
+
+@attrs.frozen
+class Program:
+    """One of the programs, by the name that it has in the table and the plots."""
+
+    name: str
+    reports_drops: bool = True
+
+    def command(self, lab: Lab, directory: Path, table: Path, fd: int) -> list[str]:
+        """What to execute."""
+        interface = lab.cores.link
+        if self is INCO:
+            options = ["--config", str(table.with_suffix(".json")), "--notification-fd", str(fd)]
+            return [sys.executable, "-m", "inco_trio", "run", interface, *options]
+        arguments = [str(table), str(directory), interface, str(fd)]
+        if self is SCRIPT:
+            return [sys.executable, str(HERE / "script.py"), *arguments]
+        more = ["modify"] if self is C_MODIFY else []
+        return [str(lab.build / "reference"), *arguments, str(RECEIVE_BUFFER), *more]
+
+
+INCO = Program("inco-trio")
+C = Program("C")
+C_MODIFY = Program("C, IN_MODIFY too")
+SCRIPT = Program("script", reports_drops=False)
+
+
+@attrs.frozen
+class Flow:
+    """What became of the notifications of one direction.
+
+    `lost` and `extra` are counted for each signal; `send_s` and `total_s` are seconds from the first sending to the
+    last sending and to the last arrival. `latencies` are nanoseconds, of those that arrived, if they were asked for.
+    """
+
+    sent: int
+    seen: int
+    lost: int
+    extra: int
+    send_s: float
+    total_s: float
+    latencies: Sequence[int] = ()
+
+    @property
+    def rate(self) -> float:
+        """Notifications that arrived, a second."""
+        return self.seen / self.total_s if self.total_s else 0.0
+
+
+@attrs.frozen
+class Load:
+    """One run of the load generator; `cpu_s` is the CPU time that the program under test took meanwhile."""
+
+    inbound: Flow
+    outbound: Flow
+    cpu_s: float
+
+
+@attrs.define
+class Running:
+    """A program that runs on a link, with its directory and signal table; `dropped` is known once it has ended."""
+
+    lab: Lab
+    cores: Cores
+    pid: int
+    directory: Path
+    table: Path
+    ready_s: float
+    """Seconds from exec to readiness."""
+    dropped: int | None = None
+
+    def load(
+        self,
+        *,
+        inbound: int = 0,
+        in_rate: float = 0,
+        outbound: int = 0,
+        out_rate: float = 0,
+        latencies: bool = False,
+        quiet: float = 0.5,
+    ) -> Load:
+        """Send so many notifications at so many a second (0: as fast as possible).
+
+        Raises `BenchError` if the load generator fails, or could not count all that arrived.
+        """
+        samples = self.lab.scratch / "samples"
+        amounts = (inbound, round(in_rate), outbound, round(out_rate))
+        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, round(1000 * quiet))
+        said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
+        times = array.array("q", samples.read_bytes() if latencies else b"")
+        return Load(
+            inbound=_flow(said["inbound"], times[:inbound]),
+            outbound=_flow(said["outbound"], times[inbound:]),
+            cpu_s=said["cpu_s"],
+        )
+
+    def warm_up(self) -> None:
+        """Let caches fill and the interpreter specialise before anything is measured."""
+        self.load(inbound=500, in_rate=5000)
+        self.load(outbound=500, out_rate=5000)
+
+
+@attrs.frozen
+class Lab:
+    """The two cores, the C programs that were built, and a scratch directory, on a tmpfs if there is one."""
+
+    cores: Cores
+    build: Path
+    scratch: Path
+    pin: str
+    """"none", "split" (load on the first CPU, program on the second) or "together" (both on the first)."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, cores: Cores, pin: str) -> Iterator[Lab]:
+        """Build the C programs with the machine's cc."""
+        shared = Path("/dev/shm")  # noqa: S108 (a tmpfs as /run on a board; the directory below it is private)
+        with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as scratch:
+            build = Path(scratch, "build")
+            build.mkdir()
+            for name in ("reference", "load"):
+                command = ["cc", "-O2", "-pthread", "-o", str(build / name), str(HERE / f"{name}.c")]
+                built = subprocess.run(command, capture_output=True, text=True, check=False)
+                if built.returncode:
+                    raise BenchError(f"{name}.c does not compile:\n{built.stderr}")
+            yield cls(cores, build, Path(scratch), pin)
+
+    def _pinned(self, role: str, command: Sequence[str]) -> list[str]:
+        if self.pin == "none":
+            return list(command)
+        cpus = sorted(os.sched_getaffinity(0))
+        return ["taskset", "-c", str(cpus[role == "program" and self.pin == "split"]), *command]
+
+    def spawn(self, command: Sequence[str], fd: int, log: Path) -> tuple[subprocess.Popen[bytes], float]:
+        """Start a program in core 0; returns it and the time of its exec, seconds of the monotonic clock."""
+
+        def inside() -> tuple[subprocess.Popen[bytes], float]:
+            with log.open("wb") as errors:
+                start = time.monotonic()
+                return subprocess.Popen(self._pinned("program", command), pass_fds=[fd], stderr=errors), start
+
+        return self.cores.core0.run(inside)
+
+    @contextlib.contextmanager
+    def running(self, program: Program, count: int) -> Iterator[Running]:
+        """Run `program` with a table of `count` signals, from readiness on.
+
+        Raises `BenchError` if it does not get ready, or does not end as it should.
+        """
+        with self.place(count) as (directory, table):
+            log = table.with_suffix(".log")
+            with self.started(lambda fd: program.command(self, directory, table, fd), log) as (pid, ready):
+                run = Running(self, self.cores, pid, directory, table, ready)
+                yield run
+            if program.reports_drops:
+                found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())
+                if not found:
+                    raise BenchError(f"{program.name} did not say at its end what was dropped")
+                run.dropped = int(found[-1])
+
+    @contextlib.contextmanager
+    def place(self, count: int) -> Iterator[tuple[Path, Path]]:
+        """An empty directory, and a table of `count` signals; beside it, as .json, the same for inco-trio."""
+        with tempfile.TemporaryDirectory(dir=self.scratch) as place:
+            directory, table = Path(place, "irq"), Path(place, "table.txt")
+            directory.mkdir()
+            entries = signals(count)
+            write_table(table, entries)
+            write_udrv(table.with_suffix(".json"), directory, entries)
+            yield directory, table
+
+    @contextlib.contextmanager
+    def started(self, command: Callable[[int], list[str]], log: Path) -> Iterator[tuple[int, float]]:
+        """Run the command, which is made for a notification fd; yields its pid and the seconds from exec to ready."""
+        reader, writer = os.pipe()
+        argv = command(writer)
+        process, start = self.spawn(argv, writer, log)
+        try:
+            os.close(writer)
+            told = select.select([reader], [], [], _READY_WITHIN)[0] and os.read(reader, 1)
+            ready = time.monotonic() - start
+            os.close(reader)
+            if not told:
+                raise BenchError(f"not ready: {' '.join(argv)}\n{log.read_text()}")
+            yield process.pid, ready
+            process.terminate()
+            if process.wait(_STOP_WITHIN) != 0:
+                raise BenchError(f"exit code {process.returncode} of {' '.join(argv)}\n{log.read_text()}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+    def run_load(self, cores: Cores, arguments: Sequence[object]) -> dict[str, Any]:
+        """Run the load generator in core 1; what it says at its end."""
+        command = self._pinned("load", [str(self.build / "load"), *map(str, arguments)])
+        done = cores.core1.run(
+            lambda: subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LOAD_WITHIN)
+        )
+        if done.returncode:
+            raise BenchError(f"the load generator failed: {done.stderr}")
+        said: dict[str, Any] = json.loads(done.stdout)
+        return said
+
+
+def _flow(said: dict[str, Any], times: Sequence[int]) -> Flow:
+    if said.pop("invalid"):
+        raise BenchError("the load generator could not count all that arrived")
+    return Flow(**said, latencies=[time for time in times if time >= 0])

@@ -1,0 +1,545 @@
+"""The configuration: udrv.json and what a proxy is told."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inco_trio.config import Board, Config, parse_board, read_board
+from inco_trio.errors import ConfigError
+from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
+
+IN, OUT = Direction.INBOUND, Direction.OUTBOUND
+SAMPLE = Path(__file__).parent / "data" / "udrv.json"
+IRQ = Path("/irq")
+REGS = ("misc", "ihub_config_dev", "regs")
+SIGNALS = ("misc", "inco_proxy", "signals")
+MINIMAL: dict[str, Any] = {
+    "file": {"ihub-irq-dev": {"path": "/irq"}, "other": {"path": "/other"}},
+    "misc": {
+        "ihub_config_dev": {
+            "regs": {
+                "redun_notify_trig": {"reg": "ihub-irq-dev.message_6_trig"},
+                "ihub_hwwd_irq": {"reg": "ihub-irq-dev.message_5_state"},
+                "ihub_reset_irq": {"reg": "ihub-irq-dev.message_4_state"},
+            }
+        },
+        "inco_proxy": {"signals": {}},
+    },
+}
+
+
+def changed(*changes: tuple[tuple[str, ...], object]) -> dict[str, Any]:
+    """The minimal board with a value put at each key path; `...` takes the key away."""
+    document = copy.deepcopy(MINIMAL)
+    for (*way, last), value in changes:
+        table = document
+        for key in way:
+            table = table.setdefault(key, {})
+        if value is ...:
+            del table[last]
+        else:
+            table[last] = value
+    return document
+
+
+def parse(document: object) -> Board:
+    return parse_board(json.dumps(document).encode(), "u.json")
+
+
+def problems(text: bytes) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_board(text, "u.json")
+    for problem in caught.value.problems:
+        assert problem.startswith("u.json: ")
+    return [problem.removeprefix("u.json: ") for problem in caught.value.problems]
+
+
+def entry(direction: str, reg: str) -> dict[str, str]:
+    return {"direction": direction, "reg": reg}
+
+
+# What is taken
+
+
+def test_sample_board() -> None:
+    directory = Path("/tmp/inco-trio/devdata/dev")  # noqa: S108 - what the sample says; nothing is made there
+    assert read_board(SAMPLE) == Board(
+        signals=(
+            *builtin_signals(directory),
+            Signal("typeb_failure_irq", IN, directory, "message_2_state"),
+            Signal("ihub_crash_notify_irq", OUT, directory, "message_0_trig"),
+        ),
+        notes=(),
+    )
+
+
+@pytest.mark.parametrize(
+    "misc", [..., {}, {"ihub_config_dev": {}}, {"ihub_config_dev": {"regs": {}}, "inco_proxy": {}}]
+)
+def test_missing_regs_are_defaults_and_noted(misc: object) -> None:
+    board = parse(changed((("misc",), misc)))
+    assert board.signals == builtin_signals(IRQ)
+    assert board.notes == (
+        "misc.ihub_config_dev.regs.ihub_reset_irq is missing: using ihub-irq-dev.message_4_state",
+        "misc.ihub_config_dev.regs.ihub_hwwd_irq is missing: using ihub-irq-dev.message_5_state",
+        "misc.ihub_config_dev.regs.redun_notify_trig is missing: using ihub-irq-dev.message_6_trig",
+    )
+
+
+def test_one_missing_reg_is_noted_alone() -> None:
+    board = parse(changed(((*REGS, "ihub_hwwd_irq"), ...)))
+    assert board == Board(
+        builtin_signals(IRQ),
+        ("misc.ihub_config_dev.regs.ihub_hwwd_irq is missing: using ihub-irq-dev.message_5_state",),
+    )
+
+
+@pytest.mark.parametrize("builtin", BUILTIN, ids=lambda b: b.name)
+def test_a_reg_moves_its_builtin_signal(builtin: Any) -> None:
+    board = parse(changed(((*REGS, builtin.reg), {"reg": "other.a.b"})))
+    moved = Signal(builtin.name, builtin.direction, Path("/other"), "a.b")  # a register has dots of its own
+    assert board.signals == tuple(moved if s.name == builtin.name else s for s in builtin_signals(IRQ))
+
+
+@pytest.mark.parametrize("reg", [..., None, {"reg": "nowhere"}], ids=["missing", "mistyped", "invalid"])
+def test_the_signals_table_overrides_a_builtin_in_its_place(reg: object) -> None:
+    table = {"x": entry("inbound", "other.x"), "ihub_hwwd_irq": entry("outbound", "other.y")}
+    board = parse(changed((SIGNALS, table), ((*REGS, "ihub_hwwd_irq"), reg)))
+    reset, _, redun = builtin_signals(IRQ)
+    other = Path("/other")
+    assert board == Board(
+        (reset, Signal("ihub_hwwd_irq", OUT, other, "y"), redun, Signal("x", IN, other, "x")),
+        (),
+    )
+
+
+def test_the_order_of_the_signals_table_is_kept() -> None:
+    names = ["zeta", "alpha", "mid", "b", "a"]
+    board = parse(changed((SIGNALS, {name: entry("inbound", f"other.{name}") for name in names})))
+    assert [signal.name for signal in board.signals[3:]] == names
+
+
+def test_inbound_signals_may_share_a_state_register() -> None:
+    board = parse(changed(((*SIGNALS, "x"), entry("inbound", "ihub-irq-dev.message_4_state"))))
+    assert [str(s.path) for s in board.signals].count("/irq/message_4_state") == 2
+
+
+@pytest.mark.parametrize("name", ["!", "~", "n" * 64, "a.b", "'", '"\\'])
+def test_wire_names(name: str) -> None:
+    assert parse(changed(((*SIGNALS, name), entry("inbound", "other.x")))).signals[-1].name == name
+
+
+@pytest.mark.parametrize("junk", [None, True, 7, -1.5, "text", [], [{}], {}, {"path": 1, "reg": 2, "regs": 3}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("spi",),
+        ("file", "compatible"),
+        ("file", "unused"),
+        ("file", "ihub-irq-dev", "compatible"),
+        ("misc", "compatible"),
+        ("misc", "ihub_config_dev", "compatible"),
+        ("misc", "inco_proxy", "compatible"),
+        (*REGS, "redun_notify_irq"),
+        (*REGS, "redun_notify_trig", "privatedata"),
+    ],
+    ids=".".join,
+)
+def test_the_rest_of_the_file_is_ignored(path: tuple[str, ...], junk: object) -> None:
+    assert parse(changed((path, junk))) == Board(builtin_signals(IRQ), ())
+
+
+@pytest.mark.parametrize("text", [b"1" * 5000, b"-" + b"9" * 5000, b"1e999999", b"NaN", b"Infinity"])
+def test_no_number_in_the_rest_matters(text: bytes) -> None:
+    assert parse_board(b'{"x": %s, %s' % (text, json.dumps(MINIMAL).encode()[1:]), "u.json").notes == ()
+
+
+def test_a_byte_order_mark_is_skipped() -> None:
+    assert parse_board(b"\xef\xbb\xbf" + SAMPLE.read_bytes(), "u.json") == read_board(SAMPLE)
+
+
+# What is refused
+
+DEVICE = ("file", "ihub-irq-dev")
+HWWD = (*REGS, "ihub_hwwd_irq")
+X = (*SIGNALS, "x")
+MISSING_DEVICE = "file.ihub-irq-dev: is missing: its path is the directory of the IRQ files"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        (("file",), None, ": null is not a table"),
+        (("misc",), [], ": a list is not a table"),
+        (REGS[:2], 1, ": a number is not a table"),
+        (REGS, True, ": a boolean is not a table"),
+        (SIGNALS[:2], "x", ": a string is not a table"),
+        (SIGNALS, None, ": null is not a table"),
+        (DEVICE, ..., ": is missing: its path is the directory of the IRQ files"),
+        (DEVICE, 1.5, ": a number is not a table"),
+        (DEVICE, {}, ".path: is missing"),
+        (DEVICE, {"path": {}}, ".path: a table is not a string"),
+        (DEVICE, {"path": ""}, ".path: '' is not an absolute path"),
+        (DEVICE, {"path": "irq/x"}, ".path: 'irq/x' is not an absolute path"),
+        (DEVICE, {"path": "/\0"}, ".path: '/\\x00' is not an absolute path"),
+        (DEVICE, {"path": "/\ud800"}, ".path: '/\\ud800' is not an absolute path"),
+        (HWWD, None, ": null is not a table"),
+        (HWWD, {}, ".reg: is missing"),
+        (HWWD, {"reg": None}, ".reg: null is not a string"),
+        (HWWD, {"reg": "nix.x"}, ".reg: 'nix' is not a device of file"),
+        (HWWD, {"reg": "message"}, ".reg: 'message' is not <device>.<register>"),
+        (X, [], ": a list is not a table"),
+        (X, {"reg": "other.x"}, ".direction: is missing"),
+        (X, {"direction": "inbound"}, ".reg: is missing"),
+        (X, entry("sideways", "other.x"), ".direction: 'sideways' is not inbound or outbound"),
+        (X, entry("INBOUND", "other.x"), ".direction: 'INBOUND' is not inbound or outbound"),
+        (X, {"direction": ["inbound"], "reg": "other.x"}, ".direction: a list is not a string"),
+        (X, {"direction": "inbound", "reg": 7}, ".reg: a number is not a string"),
+        (X, {**entry("inbound", "other.x"), "rag": 1, "privatedata": 2}, ": unknown key 'privatedata', 'rag'"),
+        (X, entry("inbound", "message"), ".reg: 'message' is not <device>.<register>"),
+        (X, entry("inbound", ".x"), ".reg: '' is not a device of file"),
+        (X, entry("inbound", "other."), ".reg: in 'other.', '' is not a file name"),
+        (X, entry("inbound", "other.."), ".reg: in 'other..', '.' is not a file name"),
+        (X, entry("inbound", "other..."), ".reg: in 'other...', '..' is not a file name"),
+        (X, entry("inbound", "other./etc"), ".reg: in 'other./etc', '/etc' is not a file name"),
+        (X, entry("inbound", "other.a/b"), ".reg: in 'other.a/b', 'a/b' is not a file name"),
+        (X, entry("inbound", "other.\0"), ".reg: in 'other.\\x00', '\\x00' is not a file name"),
+        (
+            X,
+            entry("inbound", "other." + "r" * 256),
+            f".reg: in {'other.' + 'r' * 256!r}, a file name of 256 bytes is too long: at most 255",
+        ),
+    ],
+)
+def test_one_mistake(path: tuple[str, ...], value: object, problem: str) -> None:
+    assert problems(json.dumps(changed((path, value))).encode()) == [".".join(path) + problem]
+
+
+@pytest.mark.parametrize(
+    ("direction", "register", "problem"),
+    [
+        ("outbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
+        ("inbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
+        ("outbound", "message_4_state", "'/irq/message_4_state' is the state register of ihub_reset_irq already"),
+    ],
+)
+def test_a_register_that_is_taken(direction: str, register: str, problem: str) -> None:
+    document = changed((X, entry(direction, f"ihub-irq-dev.{register}")))
+    assert problems(json.dumps(document).encode()) == [f"misc.inco_proxy.signals.x.reg: {problem}"]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a\n", "a\0", "é", "\ud800", "n" * 65])
+def test_a_wire_name_that_cannot_be(name: str) -> None:
+    document = changed(((*SIGNALS, name), entry("inbound", "other.x")))
+    why = "a wire name is 1 to 64 printable ASCII characters without spaces"
+    assert problems(json.dumps(document).encode()) == [f"misc.inco_proxy.signals.{name!r}: {why}"]
+
+
+def test_a_device_without_a_name_that_can_be_shown_is_quoted() -> None:
+    document = changed((("file", "a\nb"), 7), (X, entry("inbound", "a\nb.x")))
+    assert problems(json.dumps(document).encode()) == ["file.'a\\nb': a number is not a table"]
+
+
+def test_the_device_is_needed_even_if_no_signal_names_it() -> None:
+    table = {b.name: entry(b.direction.value, f"other.{b.register}") for b in BUILTIN}
+    assert problems(json.dumps(changed((DEVICE, ...), (SIGNALS, table))).encode()) == [MISSING_DEVICE]
+
+
+def test_an_empty_table_is_not_a_board() -> None:
+    assert problems(b"{}") == [MISSING_DEVICE]
+
+
+def test_one_file_through_two_devices_is_one_register() -> None:
+    document = changed(
+        (("file", "twin", "path"), "/x/..//irq/."),
+        (X, entry("outbound", "twin.message_6_trig")),
+    )
+    assert problems(json.dumps(document).encode()) == [
+        "misc.inco_proxy.signals.x.reg: '/x/../irq/message_6_trig' is the trigger of redun_notify_irq already"
+    ]
+
+
+def test_a_builtin_that_an_overridden_one_is_in_the_way_of() -> None:
+    document = changed(((*SIGNALS, "ihub_reset_irq"), entry("inbound", "ihub-irq-dev.message_6_trig")))
+    where = "misc.ihub_config_dev.regs.redun_notify_trig.reg"
+    why = "'/irq/message_6_trig' is the state register of ihub_reset_irq already"
+    assert problems(json.dumps(document).encode()) == [f"{where}: {why}"]
+
+
+def test_every_mistake_is_reported_at_once() -> None:
+    document = changed(
+        (("file", "ihub-irq-dev", "path"), 7),
+        (("file", "other"), None),
+        (HWWD, {"reg": 1}),
+        (X, {"direction": "sideways", "reg": "nowhere", "rag": 1}),
+        ((*SIGNALS, "y"), entry("outbound", "nix.y")),
+        ((*SIGNALS, "z"), entry("outbound", "other.z")),
+        ((*SIGNALS, "a b"), 5),
+    )
+    assert sorted(problems(json.dumps(document).encode())) == [
+        "file.ihub-irq-dev.path: a number is not a string",
+        "file.other: null is not a table",
+        "misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: a number is not a string",
+        "misc.inco_proxy.signals.'a b': a number is not a table",
+        "misc.inco_proxy.signals.'a b': a wire name is 1 to 64 printable ASCII characters without spaces",
+        "misc.inco_proxy.signals.x.direction: 'sideways' is not inbound or outbound",
+        "misc.inco_proxy.signals.x.reg: 'nowhere' is not <device>.<register>",
+        "misc.inco_proxy.signals.x: unknown key 'rag'",
+        "misc.inco_proxy.signals.y.reg: 'nix' is not a device of file",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "problem"),
+    [
+        ('{"signals": {}, "signals": {}}', "misc.inco_proxy: 'signals' is there more than once"),
+        (
+            '{"signals": {"x": %(x)s, "y": %(y)s, "x": %(x)s}}',
+            "misc.inco_proxy.signals: 'x' is there more than once",
+        ),
+        (
+            '{"signals": {"x": {"direction": "outbound", "direction": "inbound", "reg": "other.x"}}}',
+            "misc.inco_proxy.signals.x: 'direction' is there more than once",
+        ),
+    ],
+)
+def test_a_key_given_twice_in_our_own_table(ours: str, problem: str) -> None:
+    entries = {name: json.dumps(entry("inbound", f"other.{name}")) for name in "xy"}
+    text = json.dumps(changed((SIGNALS[:2], "OURS"))).replace('"OURS"', ours % entries)
+    assert problems(text.encode()) == [problem]
+
+
+def test_a_key_given_twice_elsewhere_is_not_ours_to_judge() -> None:
+    text = json.dumps(MINIMAL).replace('"path": "/irq"', '"path": 1, "compatible": 1, "path": "/irq", "compatible": 2')
+    assert parse_board(text.encode(), "u.json").signals == builtin_signals(IRQ)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b"", "line 1 column 1: not JSON: Expecting value"),
+        (b'{\n  "a": 1,,\n}', "line 2 column 10: not JSON: "),
+        (b'{"a": "\n"}', "line 1 column 8: not JSON: Invalid control character at"),
+        (b"{} {}", "line 1 column 4: not JSON: Extra data"),
+        (b'{\n"a": "\xe9"}', "line 2: not UTF-8: byte 0xe9"),
+        (b'\xef\xbb\xbf{\n"a": "\xe9"}', "line 2: not UTF-8: byte 0xe9"),
+        ("{}".encode("utf-16"), "line 1: not UTF-8: byte 0xff"),
+        (b"[" * 100_000, "not a udrv.json: nested too deeply"),
+        (b'{"a":' * 100_000, "not a udrv.json: nested too deeply"),
+        (b"[]", "not a udrv.json: a list is not a table"),
+        (b"null", "not a udrv.json: null is not a table"),
+        (b"7", "not a udrv.json: a number is not a table"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_board(text: bytes, problem: str) -> None:
+    (found,) = problems(text)
+    assert found.startswith(problem)
+
+
+# Files
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """Root may read everything: be nobody meanwhile."""
+    uid = os.geteuid()
+    os.seteuid(uid or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(uid)
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_board(path)
+    (problem,) = caught.value.problems
+    assert str(caught.value) == problem
+    return problem
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.json"
+    assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
+    assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
+    assert refusal("nul\0.json").startswith("nul\0.json: cannot be read: embedded null")
+    secret = tmp_path / "secret.json"
+    secret.touch(mode=0)
+    with without_privileges():
+        assert refusal(secret) == f"{secret}: cannot be read: Permission denied"
+
+
+def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("u.json").write_text(json.dumps(changed((DEVICE, {}), (HWWD, {}))))
+    with pytest.raises(ConfigError) as caught:
+        read_board(".//u.json")
+    assert str(caught.value).splitlines() == [
+        ".//u.json: misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: is missing",
+        ".//u.json: file.ihub-irq-dev.path: is missing",
+    ]
+
+
+# Anything at all
+
+anytime = settings(deadline=None)  # how long one example takes is the machine's business
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+regs = st.text(st.sampled_from("otherihub-irq-dev./\0\n \ud800é"), max_size=12) | st.just("other.x")
+mistakes = st.tuples(
+    st.sampled_from(
+        [
+            *((*SIGNALS, "x", key) for key in ("direction", "reg", "rag")),
+            *((*way, "ihub_hwwd_irq") for way in (REGS, SIGNALS)),
+            *(SIGNALS[:n] for n in (1, 2, 3)),
+            *(REGS[:n] for n in (2, 3)),
+            *(("file", "ihub-irq-dev", "path")[:n] for n in (1, 2, 3)),
+        ]
+    ),
+    values | regs | st.dictionaries(st.text(max_size=4), st.fixed_dictionaries({"direction": regs, "reg": regs})),
+)
+
+
+def board_or_problems(text: bytes) -> None:
+    try:
+        board = parse_board(text, "u.json")
+    except ConfigError as e:
+        found = e.problems
+    else:
+        assert {b.name for b in BUILTIN} <= {signal.name for signal in board.signals}
+        assert Config("rpmsg4000", board.signals).signals == board.signals
+        return
+    assert found
+    for problem in found:
+        assert problem.startswith("u.json: ")
+        assert len(problem.splitlines()) == 1
+        assert problem.encode()
+
+
+@anytime
+@given(st.binary())
+def test_any_bytes(text: bytes) -> None:
+    board_or_problems(text)
+
+
+@anytime
+@given(values)
+def test_any_json(document: object) -> None:
+    board_or_problems(json.dumps(document).encode())
+
+
+@anytime
+@given(st.lists(mistakes, max_size=4))
+def test_any_value_in_any_place(changes: list[tuple[tuple[str, ...], object]]) -> None:
+    document = copy.deepcopy(MINIMAL)
+    for (*way, last), value in changes:
+        table: Any = document
+        for key in way:
+            table = table.get(key) if isinstance(table, dict) else None
+        if isinstance(table, dict):
+            table[last] = value
+    board_or_problems(json.dumps(document).encode())
+
+
+names = st.text(st.sampled_from([chr(c) for c in range(0x21, 0x7F)]), min_size=1, max_size=64)
+registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=60).filter(
+    lambda text: text not in {".", ".."}
+)
+
+
+@st.composite
+def boards(draw: st.DrawFn) -> tuple[dict[str, Any], list[Signal]]:
+    """A board's file with random devices and signals, and the signals that it describes."""
+    plain = st.text("abcdefgh-_", min_size=1, max_size=8)
+    devices = draw(st.dictionaries(plain, plain, max_size=4)) | {"ihub-irq-dev": "IRQ"}
+    document: dict[str, Any] = {
+        "file": {device: {"path": f"/{directory}"} for device, directory in devices.items()},
+        "rest": draw(values),
+    }
+    expected = {s.name: s for s in builtin_signals(Path("/IRQ"))}
+    table = document.setdefault("misc", {}).setdefault("inco_proxy", {}).setdefault("signals", {})
+    own = draw(st.lists(names | st.sampled_from(sorted(expected)), unique=True, max_size=6))
+    files = draw(st.lists(registers, unique=True, min_size=len(own), max_size=len(own)))
+    for name, register in zip(own, files, strict=True):
+        direction, device = draw(st.sampled_from(Direction)), draw(st.sampled_from(sorted(devices)))
+        table[name] = entry(direction.value, f"{device}.{register}")
+        expected[name] = Signal(name, direction, Path("/", devices[device]), register)
+    return document, list(expected.values())
+
+
+@anytime
+@given(boards())
+def test_a_valid_board_gives_exactly_its_signals(board: tuple[dict[str, Any], list[Signal]]) -> None:
+    document, expected = board
+    found = parse(document)
+    assert list(found.signals) == expected
+    assert len(found.notes) == len([b for b in BUILTIN if b.name not in document["misc"]["inco_proxy"]["signals"]])
+
+
+# What a proxy is told
+
+
+def test_config_defaults() -> None:
+    config = Config("rpmsg4000", builtin_signals(IRQ))
+    assert (config.wait_link, config.stop_deadline) == (False, 5.0)
+
+
+@pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\udcff"])
+def test_interfaces(interface: str) -> None:
+    assert Config(interface, ()).interface == interface
+
+
+@pytest.mark.parametrize(
+    "interface", ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\ud800"], ids=ascii
+)
+def test_interfaces_that_cannot_be(interface: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config(interface, ())
+    assert caught.value.problems == (
+        f"interface {interface!r}: a name is 1 to 15 bytes without '/', ':' and whitespace",
+    )
+
+
+@pytest.mark.parametrize("deadline", [0, 0.5, 5, float("inf")])
+def test_stop_deadlines(deadline: float) -> None:
+    assert Config("a", (), stop_deadline=deadline).stop_deadline == deadline
+
+
+@pytest.mark.parametrize("deadline", [-1, -0.001, float("-inf"), float("nan")])
+def test_stop_deadlines_that_cannot_be(deadline: float) -> None:
+    with pytest.raises(ConfigError, match=r"stop_deadline: .* is not a number of seconds, 0 or more"):
+        Config("a", (), stop_deadline=deadline)
+
+
+def test_config_refuses_signals_that_exclude_each_other_and_says_all_at_once() -> None:
+    signals = tuple(Signal(name, OUT, IRQ, "trig") for name in ("a", "b"))
+    with pytest.raises(ConfigError) as caught:
+        Config("", signals, stop_deadline=-1)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "signal b",
+        "interface ''",
+        "stop_deadline",
+    ]
+
+
+def test_config_and_board_are_frozen() -> None:
+    for frozen in (Config("a", ()), Board((), ())):
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            frozen.signals = ()  # type: ignore[misc] # the point of the test

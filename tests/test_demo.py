@@ -1,0 +1,221 @@
+"""`inco-trio demo`, as a person starts it, and stops it."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from inco_trio.demo import duration, quantile, run_demo
+from inco_trio.errors import UsageError
+from netns.fixtures import DEADLINE, Canary
+
+DEMO = [sys.executable, "-m", "inco_trio", "demo"]
+SHORT = ["--count", "5", "--rate", "1000"]
+ALL_ARRIVED = re.compile(r"all 30 notifications arrived, median \d+(\.\d)? (us|ms): the proxy works on this machine")
+
+
+@pytest.mark.parametrize(("count", "rate"), [(0, 100.0), (1, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])
+def test_nonsense_is_refused(count: int, rate: float) -> None:
+    with pytest.raises(UsageError, match="count of at least 1 and a rate above 0"):
+        run_demo(count, rate, io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("nanoseconds", "text"),
+    [
+        (0, "0 us"),
+        (87_400, "87 us"),
+        (999_499, "999 us"),
+        (999_500, "1.0 ms"),
+        (999_499_999, "999.5 ms"),
+        (2e9, "2.0 s"),
+    ],
+)
+def test_durations_are_readable(nanoseconds: float, text: str) -> None:
+    assert duration(nanoseconds) == text
+
+
+@pytest.mark.parametrize(
+    ("last", "part", "expected"),
+    [(1, 0.5, 1), (2, 0.5, 1), (100, 0, 1), (100, 0.5, 50), (100, 0.99, 99), (100, 1, 100)],
+)
+def test_quantile_is_the_nearest_rank(last: int, part: float, expected: int) -> None:
+    assert quantile(range(1, last + 1), part) == expected
+
+
+def finish(command: list[str]) -> tuple[int, str, str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * DEADLINE)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.netns
+def test_all_arrive() -> None:
+    code, said, complaints = finish([*DEMO, *SHORT])
+    *_, verdict = said.splitlines()
+    assert ALL_ARRIVED.fullmatch(verdict)
+    assert (code, complaints) == (0, "")
+    rows = [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
+    assert [row[0] for row in rows] == [
+        "ihub_reset_irq",
+        "ihub_hwwd_irq",
+        "redun_notify_irq",
+        "ihub_crash_log_irq",
+        "ihub_uart_irq",
+        "ihub_type_b_irq",
+    ]
+    assert all(row[6:8] == ["5", "5"] for row in rows)
+
+
+@pytest.mark.netns
+def test_ordinary_user_needs_nothing(nobody: list[str]) -> None:
+    code, said, complaints = finish([*nobody, *DEMO, *SHORT])
+    *_, verdict = said.splitlines()
+    assert ALL_ARRIVED.fullmatch(verdict)
+    assert (code, complaints) == (0, "")
+
+
+@pytest.mark.netns
+def test_forbidden_user_namespaces_are_one_line(nobody: list[str]) -> None:
+    # The limit belongs to the user namespace in which it is written, here a new one.
+    forbid = (
+        "import os, sys; from pathlib import Path; from inco_trio.world import new_user_namespace; "
+        "new_user_namespace(); Path('/proc/sys/user/max_user_namespaces').write_text('0'); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    code, said, complaints = finish([sys.executable, "-c", forbid, *nobody, *DEMO, *SHORT])
+    assert (code, said) == (77, "")
+    (line,) = complaints.splitlines()
+    assert "cannot make a user namespace (No space left on device): run as root, or allow it" in line
+
+
+class Running:
+    """A demonstration that is sending, with the process of its proxy."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.wait_line("Sending")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        self.proxy = int(children)
+        self.proxy_end = os.pidfd_open(self.proxy)
+
+    def wait_line(self, start: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(start):
+                return line.rstrip("\n")
+        return pytest.fail(f"the demonstration ended with {self.process.wait()}: {self.process.communicate()[1]}")
+
+    def finish(self) -> tuple[int, str, str]:
+        said, complaints = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, said, complaints
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        os.close(self.proxy_end)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """Where the demonstration makes its temporary directory."""
+    path = tmp_path / "scratch"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def running(scratch: Path) -> Iterator[Running]:
+    process = subprocess.Popen(
+        [*DEMO, "--count", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
+    started = Running(process)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
+    """Tell when the namespaces of both cores have ended."""
+    seen = {}
+    for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
+        if str(path.readlink()).startswith("net:"):
+            inherited = os.open(path, os.O_RDONLY)
+            seen[path.readlink()] = canary(inherited)
+            os.close(inherited)
+    assert len(seen) == 2
+    return list(seen.values())
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_demonstration_leaves_nothing_behind(
+    running: Running, canaries: list[Canary], scratch: Path, number: signal.Signals
+) -> None:
+    running.process.send_signal(number)
+    code, _said, complaints = running.finish()
+    assert (code, complaints) == (128 + number, "")
+    assert select.select([running.proxy_end], [], [], 0)[0]
+    assert list(scratch.iterdir()) == []
+    for one in canaries:
+        one.wait_gone()
+
+
+@pytest.mark.netns
+def test_killed_demonstration_leaves_no_process_and_no_namespace(running: Running, canaries: list[Canary]) -> None:
+    running.process.kill()
+    assert select.select([running.proxy_end], [], [], DEADLINE)[0]
+    for one in canaries:
+        one.wait_gone()
+
+
+@pytest.mark.netns
+def test_lost_notifications_are_told_and_fail(running: Running, scratch: Path) -> None:
+    os.kill(running.proxy, signal.SIGSTOP)
+    verdict = running.wait_line("LOST")
+    os.kill(running.proxy, signal.SIGCONT)
+    assert re.fullmatch(r"LOST 6 of \d+ notifications \(ihub_reset_irq, .*\): the proxy does not work here", verdict)
+    assert running.finish() == (1, "", "")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.netns
+def test_dead_proxy_is_told_and_fails(running: Running, scratch: Path) -> None:
+    os.kill(running.proxy, signal.SIGKILL)
+    code, _said, complaints = running.finish()
+    assert code == 70
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; what it said is above")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.netns
+def test_terminal_shows_a_line_a_signal_that_changes_in_place() -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [*DEMO, *SHORT], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "100"}
+    ) as process:
+        os.close(theirs)
+        said = b""
+        # A terminal that nobody writes to any more answers EIO instead of an end (pty(7)).
+        try:
+            while select.select([ours], [], [], DEADLINE)[0]:
+                said += os.read(ours, 65536)
+        except OSError:
+            os.close(ours)
+    assert process.returncode == 0
+    assert b"\x1b[6A" in said
+    assert b"ihub_uart_irq           5 [####################]" in said
+    assert b"LOST" not in said

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import UsageError
+from inco_trio.notify import check_notification_fd, notify_ready, notify_stopping
+
+DEADLINE = 20.0
+
+
+@pytest.fixture(autouse=True)
+def no_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+
+
+def test_s6_gets_one_newline_and_the_end() -> None:
+    read, write = os.pipe()
+    notify_ready(write)
+    assert [os.read(read, 10), os.read(read, 10)] == [b"\n", b""]
+    os.close(read)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(write)
+
+
+@pytest.mark.parametrize("abstract", [False, True], ids=["path", "abstract"])
+def test_systemd_gets_ready_and_stopping(abstract: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{tmp_path}/notify"
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(DEADLINE)
+        manager.bind(f"\0{name}" if abstract else name)
+        notify_ready(None)
+        notify_stopping()
+        assert [manager.recv(100), manager.recv(100)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_without_a_supervisor_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    notify_ready(None)
+    notify_stopping()
+    assert caplog.messages == []
+
+
+def test_a_supervisor_that_is_gone_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/gone")
+    read, write = os.pipe()
+    os.close(read)
+    notify_ready(write)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert f"descriptor {write}: Broken pipe" in caplog.messages[0]
+    assert f"READY=1 to $NOTIFY_SOCKET ({tmp_path}/gone)" in caplog.messages[1]
+
+
+def test_a_good_descriptor_is_kept_from_children() -> None:
+    read, write = os.pipe()
+    os.set_inheritable(write, True)
+    check_notification_fd(write)
+    assert not os.get_inheritable(write)
+    os.close(read)
+    os.close(write)
+
+
+@pytest.mark.parametrize("fd", [-1, 0, 2, 1_000_000, 2**40])
+def test_a_bad_descriptor_is_refused(fd: int) -> None:
+    with pytest.raises(UsageError, match=f"^--notification-fd {fd}: [^\n]+$"):
+        check_notification_fd(fd)
+
+
+def test_a_descriptor_for_reading_is_refused() -> None:
+    with Path("/dev/null").open("rb") as readable, pytest.raises(UsageError, match="for reading only"):
+        check_notification_fd(readable.fileno())

@@ -1,0 +1,404 @@
+"""The generated scan directory, under a real s6-svscan with a small stand-in for inco-trio, and the systemd unit."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import PermissionRefused, UsageError
+from inco_trio.scandir import find_program, systemd_unit, write_scandir
+
+DEADLINE = 20.0
+"""Seconds after which a wait fails its test: only a safety net."""
+
+STANDIN = """
+import os, signal, socket, sys
+from inco_trio.held import holder_from_environment
+from inco_trio.notify import check_notification_fd, notify_ready
+
+run, interface, _, config, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]
+check_notification_fd(int(notification_fd))
+holder = holder_from_environment(holder_socket, interface)
+home = os.path.dirname(config)
+if "link" in holder.inherited:
+    link = socket.socket(fileno=holder.inherited["link"])
+    starts = holder.inherited["inflight"]
+else:
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    link.bind(f"{home}/{interface}")
+    starts = os.memfd_create("inflight")
+    holder.store("inflight", starts)
+    holder.store("link", link.fileno())
+os.write(starts, b"+")
+report = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+report.connect(f"{home}/report")
+notify_ready(int(notification_fd))
+print(f"hello from {interface}", flush=True)
+report.send(f"{interface} started {os.fstat(starts).st_size}".encode())
+while True:
+    message = link.recv(100)
+    if message.startswith(b"exit "):
+        sys.exit(int(message[5:]))
+    report.send(interface.encode() + b" got " + message)
+    if message == b"hang":
+        signal.pause()
+"""
+"""Stands in for inco-trio: a link, notes that outlive it, and a report of everything that it does."""
+
+STANDIN_IN_SH = """
+home=${4%/*}
+if [ -n "$S6_FD_0" ]; then
+  read -r waiting <&"$S6_FD_0"
+  echo "user read $waiting" >"$home/said"
+else
+  exec 5<>"$home/fifo"
+  s6-fdholder-store "$8" "inco-trio/$2/link.1" <&5
+  echo "user $(id -un) $(sed -n '/^CapEff/s/.*\\t//p' /proc/self/status)" >"$home/said"
+fi
+echo >&"$6" && exec sleep 1000
+"""
+"""The same for a user who may not be able to run this Python: one pipe, and its words in a second one."""
+
+
+class Tree:
+    """A scan directory, the s6-svscan over it, and what its services report."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.scandir = home / "scan dir"
+        self.config = home / "udrv.json"
+        self.config.write_text("{}")
+        self._log = home / "svscan.log"
+        self._report = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._report.settimeout(DEADLINE)
+        self._report.bind(str(home / "report"))
+
+    def write(self, interface: str, *, user: str | None = None, program: Sequence[str] = ()) -> list[str]:
+        return write_scandir(
+            self.scandir,
+            interface=interface,
+            config=self.config,
+            user=user,
+            program=program or [sys.executable, "-c", STANDIN],
+        )
+
+    def start(self) -> None:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                ["s6-svscan", str(self.scandir)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def stop(self) -> None:
+        """Bring everything down, and wait until the loggers have written all."""
+        subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=True)
+        assert self._process.wait(DEADLINE) == 0
+
+    def close(self) -> None:
+        self._report.close()
+        if self._process.poll() is None:
+            # As s6-svscanctl -t, but sure to arrive.
+            self._process.terminate()
+            self._process.wait(DEADLINE)
+
+    def heard(self) -> str:
+        """The next report of a service."""
+        try:
+            return self._report.recv(100).decode()
+        except TimeoutError:
+            pytest.fail(f"no report within {DEADLINE:g} s; {self.said()}")
+
+    def tell(self, interface: str, message: str) -> None:
+        """Send a datagram to the link of a service, whether it runs or not."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(message.encode(), str(self.home / interface))
+
+    def service(self, interface: str) -> str:
+        return str(self.scandir / f"inco-trio-{interface}")
+
+    def svc(self, options: str, interface: str) -> None:
+        subprocess.run(["s6-svc", "-T", "20000", *options.split(), self.service(interface)], check=True)
+
+    def state(self, interface: str) -> dict[str, str]:
+        names = ["up", "wantedup", "exitcode"]
+        done = subprocess.run(
+            ["s6-svstat", "-o", ",".join(names), self.service(interface)], check=True, capture_output=True, text=True
+        )
+        return dict(zip(names, done.stdout.split(), strict=True))
+
+    def wait_down(self, interface: str) -> None:
+        """Wait until the service is down and its finish script has ended."""
+        subprocess.run(["s6-svwait", "-D", "-t", "20000", self.service(interface)], check=True)
+
+    def held(self) -> list[str]:
+        socket_path = str(self.scandir / "inco-trio-fdholder/s")
+        done = subprocess.run(["s6-fdholder-list", socket_path], check=True, capture_output=True, text=True)
+        return sorted(done.stdout.split())
+
+    def log(self, interface: str) -> str:
+        return (Path(self.service(interface)) / "log/main/current").read_text()
+
+    def said(self) -> str:
+        logs = [self._log, *self.scandir.glob("*/log/main/current")]
+        return "".join(f"{path}:\n{path.read_text()}" for path in logs)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory with a short path that every user may enter."""
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        yield Path(home)
+
+
+@pytest.fixture
+def tree(home: Path) -> Iterator[Tree]:
+    tree = Tree(home)
+    yield tree
+    tree.close()
+
+
+@pytest.mark.s6
+class TestUnderS6:
+    def test_what_arrives_while_it_is_down_is_read_by_the_successor(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.svc("-wD -d", "core0")
+        for number in range(3):
+            tree.tell("core0", str(number))
+        tree.svc("-wU -u", "core0")
+        assert [tree.heard() for _ in range(4)] == ["core0 started 2", *(f"core0 got {number}" for number in range(3))]
+        assert tree.held() == ["inco-trio/core0/inflight.1", "inco-trio/core0/link.1"]
+
+    def test_what_waits_when_it_is_killed_is_read_by_the_successor(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.tell("core0", "hang")
+        assert tree.heard() == "core0 got hang"
+        tree.tell("core0", "waiting")
+        tree.svc("-k", "core0")
+        assert [tree.heard(), tree.heard()] == ["core0 started 2", "core0 got waiting"]
+
+    @pytest.mark.parametrize("code", [2, 77, 78])
+    def test_a_permanent_failure_is_not_tried_again(self, code: int, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.tell("core0", f"exit {code}")
+        tree.wait_down("core0")
+        assert tree.state("core0") == {"up": "false", "wantedup": "false", "exitcode": str(code)}
+        tree.svc("-wU -u", "core0")
+        assert tree.heard() == "core0 started 2"
+        tree.stop()
+        assert re.search(rf"inco-trio-core0 stays down: [^\n]* \(exit code {code}\)", tree.log("core0"))
+
+    def test_another_failure_is_tried_again(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.tell("core0", "exit 71")
+        assert tree.heard() == "core0 started 2"
+
+    def test_the_log_has_lines_with_their_time(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.stop()
+        assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+  hello from core0$", tree.log("core0"), re.MULTILINE)
+
+    def test_two_interfaces_share_the_holder(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.write("core0.16")
+        tree.start()
+        assert {tree.heard(), tree.heard()} == {"core0 started 1", "core0.16 started 1"}
+        tree.svc("-wD -d", "core0")
+        tree.tell("core0", "a")
+        tree.tell("core0.16", "b")
+        assert tree.heard() == "core0.16 got b"
+        tree.svc("-wU -u", "core0")
+        assert [tree.heard(), tree.heard()] == ["core0 started 2", "core0 got a"]
+        services = ("core0", "core0.16")
+        assert set(tree.held()) == {f"inco-trio/{i}/{name}.1" for i in services for name in ("inflight", "link")}
+
+    def test_an_interface_can_be_added_to_a_running_tree(self, tree: Tree) -> None:
+        tree.write("core0")
+        tree.start()
+        assert tree.heard() == "core0 started 1"
+        tree.write("other")
+        subprocess.run(["s6-svscanctl", "-a", str(tree.scandir)], check=True)
+        assert tree.heard() == "other started 1"
+
+    def test_another_user_keeps_one_capability_and_what_waits(self, tree: Tree) -> None:
+        user = "nobody" if os.geteuid() == 0 else None
+        fifos = [tree.home / "fifo", tree.home / "said"]
+        for fifo in fifos:
+            os.mkfifo(fifo)
+            fifo.chmod(0o666)
+        said = os.open(fifos[1], os.O_RDWR)
+        tree.write("core0", user=user, program=["/bin/sh", "-c", STANDIN_IN_SH, "sh"])
+        tree.start()
+
+        def heard() -> str:
+            if not select.select([said], [], [], DEADLINE)[0]:
+                pytest.fail(f"the service says nothing; {tree.said()}")
+            return os.read(said, 100).decode()
+
+        first = heard()
+        if user:
+            assert first == "user nobody 0000000000002000\n"
+        tree.svc("-wD -d", "core0")
+        # Succeeds only because somebody, the holder, has the other end.
+        fd = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK)
+        os.write(fd, b"what came meanwhile\n")
+        os.close(fd)
+        tree.svc("-wU -u", "core0")
+        assert heard() == "user read what came meanwhile\n"
+        os.close(said)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file: its inode, mode and content."""
+    return {
+        str(path.relative_to(directory)): (path.stat().st_ino, stat.S_IMODE(path.stat().st_mode), path.read_bytes())
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def changes(
+    scandir: Path, *, interface: str = "core0", config: str = "/dev/null", user: str | None = None
+) -> list[str]:
+    lines = write_scandir(scandir, interface=interface, config=Path(config), user=user, program=["/opt/inco-trio"])
+    return [line.replace(f"{scandir}/", "") for line in lines]
+
+
+class TestFiles:
+    def test_the_second_run_changes_nothing(self, tmp_path: Path) -> None:
+        assert set(changes(tmp_path)) >= {
+            "created inco-trio-core0/run",
+            "created inco-trio-core0/log/run",
+            "created inco-trio-fdholder/run",
+        }
+        before = snapshot(tmp_path)
+        assert changes(tmp_path) == []
+        assert snapshot(tmp_path) == before
+
+    def test_another_configuration_changes_run_only(self, tmp_path: Path) -> None:
+        changes(tmp_path)
+        before = snapshot(tmp_path)
+        assert changes(tmp_path, config="/dev/zero") == ["changed inco-trio-core0/run"]
+        after = snapshot(tmp_path)
+        assert {name for name in after if after[name] != before[name]} == {"inco-trio-core0/run"}
+
+    def test_a_mode_and_an_edit_are_mended(self, tmp_path: Path) -> None:
+        changes(tmp_path)
+        (tmp_path / "inco-trio-core0/run").chmod(0o600)
+        (tmp_path / "inco-trio-core0/finish").write_text("")
+        assert changes(tmp_path) == ["changed inco-trio-core0/finish", "changed inco-trio-core0/run"]
+        assert os.access(tmp_path / "inco-trio-core0/run", os.X_OK)
+
+    def test_the_umask_does_not_shut_users_out(self, tmp_path: Path) -> None:
+        umask = os.umask(0o077)
+        changes(tmp_path / "new/scan")
+        os.umask(umask)
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]}
+        assert modes == {0o755, 0o644}
+
+    def test_a_user_that_no_service_has_any_more_loses_its_rights(self, tmp_path: Path) -> None:
+        rules = tmp_path / "inco-trio-fdholder/data/rules/uid"
+        owner = sorted({"0", str(os.geteuid())})
+        changes(tmp_path, interface="a.1", user="nobody")
+        changes(tmp_path, interface="b", user="nobody")
+        assert (rules / "65534/env/S6_FDHOLDER_STORE_REGEX").read_text() == "^inco-trio/(a\\.1|b)/\n"
+        changes(tmp_path, interface="a.1", user="daemon")
+        assert sorted(path.name for path in rules.iterdir()) == sorted([*owner, "1", "65534"])
+        assert "removed inco-trio-fdholder/data/rules/uid/1" in changes(tmp_path, interface="a.1")
+        shutil.rmtree(tmp_path / "inco-trio-b")
+        assert changes(tmp_path, interface="a.1") == ["removed inco-trio-fdholder/data/rules/uid/65534"]
+        assert sorted(path.name for path in rules.iterdir()) == owner
+
+    def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
+        for name in ("inco-trio-core0/down", "sshd/run"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).touch()
+        changes(tmp_path)
+        assert (tmp_path / "inco-trio-core0/down").exists()
+        assert (tmp_path / "sshd/run").exists()
+
+    @pytest.mark.parametrize("path", ["/x/a b", "/x/it's", "/x/$(exit)`exit`", "/x/a\nb", "/x/\udcff"])
+    def test_a_path_reaches_the_program_as_it_is(self, path: str, tmp_path: Path) -> None:
+        write_scandir(tmp_path, interface="core0", config=Path(path), user=None, program=[path, "x y"])
+        command = (tmp_path / "inco-trio-core0/run").read_bytes().partition(b"/s \\\n")[2]
+        done = subprocess.run(["/bin/sh"], input=b"printf '%s\\0' " + command, capture_output=True, check=True)
+        assert os.fsdecode(done.stdout).split("\0")[:6] == [path, "x y", "run", "core0", "--config", path]
+
+    def test_a_configuration_that_is_not_there_yet_is_a_warning(self, tmp_path: Path) -> None:
+        changes(tmp_path, config="/nonexistent/udrv.json")
+        assert changes(tmp_path, config="/nonexistent/udrv.json") == [
+            "warning: cannot read /nonexistent/udrv.json now: No such file or directory"
+        ]
+
+    @pytest.mark.parametrize(
+        "interface", ["", ".", "..", "a/b", "a b", "a:1", "a\n", "é", "sixteen-letters-", "fdholder"]
+    )
+    def test_a_bad_interface_is_refused(self, interface: str, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=f"^{re.escape(repr(interface))} [^\n]*interface[^\n]*$"):
+            changes(tmp_path, interface=interface)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_user_that_does_not_exist_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"^--user nobodyelse: there is no such user$"):
+            changes(tmp_path, user="nobodyelse")
+
+    def test_a_directory_that_cannot_be_made_is_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(UsageError, match=rf"^cannot write {tmp_path}/file: File exists$"):
+            changes(tmp_path / "file")
+
+    def test_no_permission_is_one_line(self) -> None:
+        # sysfs lets not even root make a directory.
+        with pytest.raises(PermissionRefused, match=r"^cannot write /sys/scan: [^\n]*$"):
+            changes(Path("/sys/scan"))
+
+
+def test_the_program_is_the_one_that_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bin/inco-trio", "s6"])
+    assert find_program() == [f"{tmp_path}/bin/inco-trio"]
+    monkeypatch.setattr(sys, "argv", ["/x/inco_trio/__main__.py", "s6"])
+    assert find_program() == [sys.executable, "-m", "inco_trio"]
+
+
+class TestSystemdUnit:
+    def test_the_command_is_quoted_for_systemd(self) -> None:
+        unit = systemd_unit(
+            interface="rpmsg%1",
+            config=Path('/etc/a b/100%/$HOME/"x"\\'),
+            user=None,
+            program=["/usr/bin/inco-trio"],
+        )
+        assert (
+            'ExecStart=/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --log-format text\n'
+        ) in unit
+        assert "interrupts on rpmsg%%1\n" in unit
+
+    def test_it_runs_as_the_user_with_one_capability(self) -> None:
+        unit = systemd_unit(interface="a", config=Path("/dev/null"), user="nobody", program=["inco-trio"]).splitlines()
+        assert {"User=nobody", "AmbientCapabilities=CAP_NET_RAW", "CapabilityBoundingSet=CAP_NET_RAW"} <= set(unit)
+
+    def test_bad_input_is_refused(self) -> None:
+        for interface, user in (("a b", None), ("a", "nobodyelse")):
+            with pytest.raises(UsageError):
+                systemd_unit(interface=interface, config=Path("/dev/null"), user=user, program=["inco-trio"])

@@ -1,0 +1,114 @@
+"""The built wheel in an environment that holds nothing else; run by `nox -s wheel`, which says where both are.
+
+Everything runs as a process of that environment, outside the checkout: what pytest itself can import plays no part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PYTHON = Path(os.environ["INCO_TRIO_WHEEL_PYTHON"])
+DIST = Path(os.environ["INCO_TRIO_WHEEL_DIST"])
+HERE = Path(__file__).parent
+SAMPLE = HERE.parent / "data/udrv.json"
+
+
+def run(cwd: Path, *command: str | Path) -> str:
+    """Run a command with the environment's programs first on PATH; return its stdout, and fail if it fails."""
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={"PATH": f"{PYTHON.parent}:{os.environ['PATH']}", "HOME": str(cwd)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_only_the_package() -> None:
+    (wheel,) = DIST.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    version = wheel.name.split("-")[1]
+    info = f"inco_trio-{version}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"inco_trio", info}
+    assert {"inco_trio/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
+
+
+def test_sdist_holds_what_the_checks_need() -> None:
+    (sdist,) = DIST.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "noxfile.py", "inco_trio/py.typed", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
+
+
+def test_metadata(tmp_path: Path) -> None:
+    code = """
+import json, importlib.metadata
+wheel = importlib.metadata.distribution("inco-trio")
+found = {key: wheel.metadata.get_all(key) for key in ("License-Expression", "License-File", "Requires-Python")}
+print(json.dumps({**found, "scripts": {entry.name: entry.value for entry in wheel.entry_points}}))
+"""
+    assert json.loads(run(tmp_path, PYTHON, "-c", code)) == {
+        "License-Expression": ["MIT"],
+        "License-File": ["LICENSE"],
+        "Requires-Python": [">=3.11"],
+        "scripts": {"inco-trio": "inco_trio.cli:main", "inco_proxy": "inco_trio.cli:inco_proxy"},
+    }
+
+
+def test_import_has_no_side_effects(tmp_path: Path) -> None:
+    code = """
+import asyncio, logging, os, signal, sys, threading, warnings
+def state():
+    return {
+        "descriptors": os.listdir("/proc/self/fd"),
+        "threads": threading.active_count(),
+        "signals": [signal.getsignal(number) for number in signal.valid_signals()],
+        "hooks": (sys.excepthook, sys.unraisablehook, sys.displayhook),
+        "handlers": list(logging.getLogger().handlers),
+        "asyncio": type(asyncio.get_event_loop_policy()),
+        "environment": dict(os.environ),
+        "files": os.listdir("."),
+    }
+before = state()
+import inco_trio
+after = state()
+assert after == before, (before, after)
+assert not {"trio_asyncio", "pyroute2"} & set(sys.modules), "imported only where they are used"
+print(inco_trio.__file__)
+"""
+    (where,) = run(tmp_path, PYTHON, "-W", "error::SyntaxWarning", "-c", code).splitlines()
+    assert Path(where).is_relative_to(PYTHON.parent.parent)
+
+
+@pytest.mark.parametrize("command", [("inco-trio",), ("inco_proxy",), ("python", "-m", "inco_trio")], ids=" ".join)
+def test_help(tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert "usage: " in run(tmp_path, *command, "--help")
+
+
+def test_check_accepts_the_sample(tmp_path: Path) -> None:
+    table = run(tmp_path, "inco-trio", "check", "--config", SAMPLE)
+    assert all(name in table for name in ("redun_notify_irq", "ihub_hwwd_irq", "ihub_reset_irq", "typeb_failure_irq"))
+
+
+def test_program_of_a_user_type_checks(tmp_path: Path) -> None:
+    program = tmp_path / "user_program.py"
+    program.write_bytes((HERE / "user_program.py").read_bytes())
+    run(tmp_path, sys.executable, "-m", "mypy", "--strict", "--python-executable", PYTHON, program)
+
+
+def test_demo(tmp_path: Path) -> None:
+    run(tmp_path, "inco-trio", "demo", "--count", "3")
