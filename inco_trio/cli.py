@@ -226,6 +226,7 @@ async def _serve(args: argparse.Namespace, config: Config, holder: Holder) -> No
                     running.append(proxy)
                     notify_ready(args.notification_fd)
                     _logger().info("%s: ready", config.interface, extra={"event": "ready"})
+                    nursery.start_soon(_diagnose, config)
                     with contextlib.ExitStack() as stopping:
                         stopping.callback(notify_stopping)
                         await trio.sleep_forever()
@@ -237,6 +238,16 @@ async def _serve(args: argparse.Namespace, config: Config, holder: Holder) -> No
                     log_statistics(proxy.stats.as_dict())
     if failure is not None:
         raise failure
+
+
+async def _diagnose(config: Config) -> None:
+    """Say what may keep notifications from coming; after readiness, as it reads all of /proc."""
+    import trio
+
+    from .diagnose import diagnose
+
+    for line in await trio.to_thread.run_sync(lambda: list(diagnose(config.signals)), abandon_on_cancel=True):
+        _logger().warning("%s", line)
 
 
 async def _follow_signals(

@@ -101,7 +101,7 @@ class Inotify:
     """An inotify descriptor (`fd`, non-blocking) and its watches."""
 
     def __init__(self, held: int | None = None) -> None:
-        """Open a descriptor, or take over `held`, whose watches and queue are kept. Raises OSError (inotify_init(2))."""
+        """Open a descriptor, or take over `held` with its watches and its queue. Raises OSError (inotify_init(2))."""
         self._watches = _Watches(held)
         self.fd = self._watches.get_fd()
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import attrs
 
 from . import inotify as ino
+from .diagnose import unreported
 from .errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
 from .inflight import Inflight
 from .inotify import Event, Inotify
@@ -174,6 +175,8 @@ class Registers:
                     path = signal.path
                     self._arm(directory, signal, triggered)
             except OSError as error:
+                if problem := unreported(directory.path):
+                    raise ConfigError([problem]) from error
                 named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
                 raise start_error(error, error.filename if named else path) from error
         noted = self._inflight.watches

@@ -28,8 +28,11 @@ _RUN = """\
 #!/bin/sh
 # Written by `inco-trio s6`: run that again rather than edit this file.
 exec 2>&1
-# Without the fd holder nothing that waits could be taken over. s6 tries again a second after a failure.
-s6-svwait -U -t 10000 ../{holder} || exit 111
+# Without the fd holder nothing that waits could be taken over. s6-svwait fails while s6-svscan has not started it yet.
+for try in 1 2 3 4 5; do
+  s6-svwait -U -t 10000 ../{holder} 2>/dev/null && break
+  sleep 0.1
+done
 # No shell may stand after s6-fdholder-getdump: it would drop the variable S6_FD#.
 exec s6-fdholder-getdump -t 10000 ../{holder}/s \\
 {setpriv}  {program}
