@@ -401,6 +401,8 @@ def _demonstrate(count: int, rate: float, out: TextIO) -> int:
         _play(waiter, _Applications(waiter, peer, inotify, traffic), traffic, rate, out)
         verdict, code = _verdict(traffic)
         out.write(f"\n{_table(traffic)}\n\n{verdict}\n")
+        # The end of the proxy may take a moment.
+        out.flush()
         return code
 
 
@@ -410,7 +412,7 @@ def run_demo(count: int, rate: float, out: TextIO) -> int:
     Returns the exit code: 0 only if all arrived, 1 if not, 128 + n if stopped by signal n. Whoever may not make network
     namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains.
 
-    Raises `UsageError`, `NamespaceRefused`, `ProxyError`, `ResourceRefused`.
+    Raises `UsageError`, `NamespaceRefused`, `ProxyError`, `ResourceRefused`; BrokenPipeError if nobody reads `out`.
     """
     if count < 1 or not 0 < rate < math.inf:
         raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")

@@ -92,16 +92,30 @@ class Inbound:
         await self._way.read(self._link.fd, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
+        if not self._way.open:
+            self._receive_lone()
         burst = False
         while batch := self._read(self._link):
-            if batch.drained and len(self._way.open) == 1:
-                # Nothing else is under way: a hand-over would only cost the lone frame time.
-                self._deliver(batch)
-                break
             burst = True
             await self._way.hand_over(batch)
         if burst:
             self.count_dropped()
+
+    def _receive_lone(self) -> None:
+        """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay."""
+        slot = self._slots[0][0]
+        length = self._link.receive_one(slot)
+        if not length:
+            return
+        signal = self._registers.table.inbound.get(bytes(slot[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(
+            slot, length
+        )
+        if signal is not None:
+            self._registers.write((signal,))
+            self._way.carried((signal,))
+            self._wrote()
+        self._stats.received += 1
+        self._inflight.frames[0].clear(FRAME_SLOT)
 
     async def write(self, health: Health) -> None:
         """The leg that writes the registers."""

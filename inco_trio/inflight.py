@@ -131,11 +131,12 @@ class Inflight:
         if held is not None and inherited:
             fd = held
         else:
-            if held is not None:
-                os.close(held)
             fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
             os.ftruncate(fd, SIZE)
             os.pwrite(fd, MAGIC, 0)
+            if held is not None:
+                # Only now, so that the new one has another number and its holder is told.
+                os.close(held)
         memory = mmap.mmap(fd, SIZE)
         view = memoryview(memory)
         banks = []

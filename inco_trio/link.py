@@ -170,18 +170,24 @@ class Link:
         that went down, which ends the batch.
         """
         lengths: list[int] = []
-        receive, flags = self._recv_into, socket.MSG_TRUNC
         for slot in slots:
-            try:
-                lengths.append(receive(slot, 0, flags))
-            except BlockingIOError:
+            length = self.receive_one(slot)
+            if not length:
                 break
-            except OSError as error:
-                # The kernel says once that the link went down; the queue is kept, and reading it goes on.
-                if error.errno != errno.ENETDOWN:
-                    raise
-                break
+            lengths.append(length)
         return lengths
+
+    def receive_one(self, slot: memoryview) -> int:
+        """Read one frame into `slot`; returns its length, 0 if none is queued. Otherwise as `receive_into`."""
+        try:
+            return self._recv_into(slot, 0, socket.MSG_TRUNC)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            # The kernel says once that the link went down; the queue is kept, and reading it goes on.
+            if error.errno != errno.ENETDOWN:
+                raise
+            return 0
 
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, or OSError (packet(7))."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 
 import trio
 
+from .errors import ClosedError
 from .inflight import EVENT_BANK, Bank, Inflight
 from .inotify import Inotify, parse_events
 from .link import DOWN, Link
@@ -45,6 +47,7 @@ class Outbound:
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._recovered: tuple[Batch, trio.Event] | None = None
+        self._waiting: set[trio.Event] = set()
 
     def recover(self, replaced: Triggered) -> None:
         """Take up what a predecessor had read and not finished, and the triggers `replaced` since."""
@@ -75,15 +78,31 @@ class Outbound:
         return self._way.batch(triggered.signals, finished, drained=drained)
 
     async def trigger(self, triggered: Triggered) -> None:
-        """Send what was found to be triggered without an event of its own."""
-        if triggered.signals or triggered.watches:
-            await self._way.hand_over(self._batch(triggered, lambda: None))
+        """Send what was found to be triggered without an event of its own.
+
+        What is not handed over before the proxy closes is not noted, so that a successor finds it again.
+        """
+        if triggered.signals:
+            with contextlib.suppress(ClosedError):
+                await self._way.hand_over(self._batch(triggered, lambda: None))
 
     async def send_signal(self, signal: Signal) -> None:
-        """Send one notification; returns once the link has accepted it."""
-        sent = trio.Event()
-        await self._way.hand_over(self._batch(Triggered([signal], {}), sent.set))
-        await sent.wait()
+        """Send one notification; returns once the link has accepted it. Raises ClosedError."""
+        finished = trio.Event()
+        batch = self._batch(Triggered([signal], {}), finished.set)
+        await self._way.offer(batch)
+        self._waiting.add(finished)
+        try:
+            await finished.wait()
+        finally:
+            self._waiting.discard(finished)
+        if batch in self._way.open:
+            raise ClosedError("the proxy was closed before the link accepted the frame")
+
+    def closed(self) -> None:
+        """Wake those who wait for what will not be sent any more."""
+        for finished in self._waiting:
+            finished.set()
 
     async def triggers(self, health: Health) -> None:
         """The leg that reads inotify."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import attrs
 import trio
 
 from .config import Config
-from .errors import ClosedError, ConfigError, ResourceRefused, UnknownSignal
+from .errors import ConfigError, ResourceRefused, UnknownSignal
 from .held import Holder, NoHolder
 from .inbound import Inbound
 from .inflight import Inflight
@@ -74,10 +74,7 @@ class Proxy:
         signal = self._registers.table.outbound.get(name.encode("ascii", "replace"))
         if signal is None:
             raise UnknownSignal(f"{name}: not an outbound signal of {self.config.interface}")
-        try:
-            await self._outbound.send_signal(signal)
-        except (trio.ClosedResourceError, trio.BrokenResourceError):
-            raise ClosedError(f"{self.config.interface}: the proxy is closed") from None
+        await self._outbound.send_signal(signal)
 
     @contextmanager
     def events(self, buffer: int = 1024) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
@@ -200,13 +197,18 @@ class Proxy:
                 way.stop_reading()
             for name in ("receive", "triggers"):
                 await self._ended[name].wait()
+            self._scopes["mend"].cancel()
             for way in ways:
                 way.close()
             for name in ("write", "send"):
                 await self._ended[name].wait()
-        for name, scope in self._scopes.items():
+        for way in ways:
+            way.abort()
+        for scope in self._scopes.values():
             scope.cancel()
-            await self._ended[name].wait()
+        for ended in self._ended.values():
+            await ended.wait()
+        self._outbound.closed()
         self._stats.unfinished = sum(self._owed[name] for name in self._owed) + sum(
             len(batch.signals) for way in ways for batch in way.open
         )
@@ -232,20 +234,22 @@ class Proxy:
 
     async def _mend(self, health: Health) -> None:
         """The leg that retries what the registers could not do."""
-        while True:
-            await self._trouble.wait()
-            backoff = Backoff()
-            while self._registers.troubled:
-                await trio.sleep(backoff.next())
-                await self._outbound.trigger(self._registers.mend())
-            health.well()
-            self._trouble = trio.Event()
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._trouble.wait()
+                backoff = Backoff()
+                while self._registers.troubled:
+                    await trio.sleep(backoff.next())
+                    # Not awaited: a link that is down must not keep registers from being mended.
+                    nursery.start_soon(self._outbound.trigger, self._registers.mend())
+                health.well()
+                self._trouble = trio.Event()
 
     def _look_for_trouble(self) -> None:
         if self._registers.troubled:
             self._trouble.set()
 
-    def _publish(self, signals: list[Signal]) -> None:
+    def _publish(self, signals: Sequence[Signal]) -> None:
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:
                 logger.debug("%s: %s", signal.direction.value, signal.name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
 import trio
 
+from .errors import ClosedError
 from .signals import Signal
 from .supervise import Health
 
@@ -31,11 +32,12 @@ class Way:
     process. `carried` is called with the signals of every batch that is finished.
     """
 
-    def __init__(self, carried: Callable[[list[Signal]], None]) -> None:
+    def __init__(self, carried: Callable[[Sequence[Signal]], None]) -> None:
         self._entry, self.exit = trio.open_memory_channel[Batch](0)
-        self._carried = carried
+        self.carried = carried
         self._reading: trio.CancelScope | None = None
         self._stopping = False
+        self._handing: set[trio.CancelScope] = set()
         self.open: set[Batch] = set()
 
     def batch(self, signals: list[Signal], done: Callable[[], None], *, drained: bool = True) -> Batch:
@@ -49,7 +51,7 @@ class Way:
         batch.done()
         self.open.discard(batch)
         if batch.signals:
-            self._carried(batch.signals)
+            self.carried(batch.signals)
 
     async def hand_over(self, batch: Batch) -> None:
         """Hand a batch to the next leg; not to be interrupted, as it is read already.
@@ -59,8 +61,30 @@ class Way:
         try:
             self._entry.send_nowait(batch)
         except trio.WouldBlock:
-            with trio.CancelScope(shield=True):
-                await self._entry.send(batch)
+            with trio.CancelScope(shield=True) as scope:
+                self._handing.add(scope)
+                await self._send(batch)
+            self._handing.discard(scope)
+            if scope.cancelled_caught:
+                # The leg is being ended too: reading on would overwrite what is in flight.
+                await trio.lowlevel.checkpoint()
+                raise ClosedError("the proxy is closed") from None
+        except trio.ClosedResourceError:
+            raise ClosedError("the proxy is closed") from None
+
+    async def offer(self, batch: Batch) -> None:
+        """Hand over a batch that is forgotten when this is cancelled. Raises ClosedError."""
+        try:
+            await self._send(batch)
+        except BaseException:
+            self.open.discard(batch)
+            raise
+
+    async def _send(self, batch: Batch) -> None:
+        try:
+            await self._entry.send(batch)
+        except trio.ClosedResourceError:
+            raise ClosedError("the proxy is closed") from None
 
     async def read(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
         """Call `read_queued` whenever `fd` is readable; after `stop_reading` once more, then return."""
@@ -80,3 +104,8 @@ class Way:
     def close(self) -> None:
         """Let the leg that acts return once it has finished what was handed over."""
         self._entry.close()
+
+    def abort(self) -> None:
+        """Give up what is being handed over; to be followed by the cancellation of the legs."""
+        for scope in self._handing:
+            scope.cancel()

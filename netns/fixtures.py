@@ -282,12 +282,14 @@ class Tcpdump:
     def __init__(self, namespace: Namespace, link: str) -> None:
         program = shutil.which("tcpdump")
         assert program, "this test needs tcpdump"
-        # -Z: in a user namespace there is no other user to become.
-        command = [program, "-i", link, "-n", "-U", "--immediate-mode", "-Z", "root", "-w", "-"]
+        command = [program, "-i", link, "-n", "-U", "--immediate-mode", "-w", "-"]
         start = functools.partial(
             subprocess.Popen[bytes], command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
         )
         self.process = namespace.run(start)
+
+    def wait_listening(self) -> None:
+        """Wait until every packet will be seen."""
         assert self.process.stderr is not None
         said = b""
         while b"listening on" not in said:
@@ -325,5 +327,8 @@ class Tcpdump:
 def tcpdump(cores: Cores) -> Iterator[Tcpdump]:
     """tcpdump on the link in core 1."""
     running = Tcpdump(cores.core1, cores.link)
-    yield running
-    running.close()
+    try:
+        running.wait_listening()
+        yield running
+    finally:
+        running.close()

@@ -1,8 +1,8 @@
 """Run a program as the user nobody, with nothing inherited: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
-Needs root. Nobody must be able to reach each PATH (an interpreter, a package), though often it lies below a directory
-that is closed to others, such as /root. In a mount namespace of its own, an empty directory that is open to all covers
-such a directory, with nothing in it but PATH, at its usual place (mount_namespaces(7)).
+Needs root, or its capabilities. Nobody must be able to reach each PATH (an interpreter, a package), though often it
+lies below a directory that is closed to others, such as /root. In a mount namespace of its own, an empty directory that
+is open to all covers such a directory, with nothing in it but PATH, at its usual place (mount_namespaces(7)).
 
 Where there is no such user, in a user namespace made by an ordinary one, the program runs without any capability
 instead: that is what the ordinary user is.
@@ -23,6 +23,8 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
 PR_SET_SECUREBITS = 28
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECBIT_NOROOT_LOCKED = 0b11
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +64,8 @@ def drop() -> None:
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     except OSError:
-        # Not mapped: with this bit, root gains nothing by execve(2) (capabilities(7)).
+        # Not mapped: keep the user, and lose what execve(2) would leave or give (capabilities(7)).
+        _checked(_libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
         _checked(_libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))
 
 

@@ -204,6 +204,11 @@ MISSING_DEVICE = "file.ihub-irq-dev: is missing: its path is the directory of th
         (X, {"direction": "inbound"}, ".reg: is missing"),
         (X, entry("sideways", "other.x"), ".direction: 'sideways' is not inbound or outbound"),
         (X, entry("INBOUND", "other.x"), ".direction: 'INBOUND' is not inbound or outbound"),
+        (
+            X,
+            entry(" @ ".join([".".join(X)] * 2), "other.x"),
+            f".direction: '{'.'.join(X)} @ {'.'.join(X)}' is not inbound or outbound",
+        ),
         (X, {"direction": ["inbound"], "reg": "other.x"}, ".direction: a list is not a string"),
         (X, {"direction": "inbound", "reg": 7}, ".reg: a number is not a string"),
         (X, {**entry("inbound", "other.x"), "rag": 1, "privatedata": 2}, ": unknown key 'privatedata', 'rag'"),

@@ -84,18 +84,32 @@ def test_ordinary_user_needs_nothing(nobody: list[str]) -> None:
     assert (code, complaints) == (0, "")
 
 
+def limited(limit: str, value: int, command: list[str]) -> list[str]:
+    """Run `command` in a new user namespace, to which its limits in /proc/sys/user belong (namespaces(7))."""
+    script = (
+        "import os, sys; from pathlib import Path; from inco_trio.world import new_user_namespace; "
+        "new_user_namespace(); Path('/proc/sys/user', sys.argv[1]).write_text(sys.argv[2]); "
+        "os.execv(sys.argv[3], sys.argv[3:])"
+    )
+    return [sys.executable, "-c", script, limit, str(value), *command]
+
+
 @pytest.mark.netns
 def test_forbidden_user_namespaces_are_one_line(nobody: list[str]) -> None:
-    # The limit belongs to the user namespace in which it is written, here a new one.
-    forbid = (
-        "import os, sys; from pathlib import Path; from inco_trio.world import new_user_namespace; "
-        "new_user_namespace(); Path('/proc/sys/user/max_user_namespaces').write_text('0'); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    code, said, complaints = finish([sys.executable, "-c", forbid, *nobody, *DEMO, *SHORT])
+    code, said, complaints = finish(limited("max_user_namespaces", 0, [*nobody, *DEMO]))
     assert (code, said) == (77, "")
     (line,) = complaints.splitlines()
     assert "cannot make a user namespace (No space left on device): run as root, or allow it" in line
+
+
+@pytest.mark.netns
+def test_proxy_that_cannot_start_is_told_and_fails() -> None:
+    # The demonstration takes the only inotify instance.
+    code, said, complaints = finish(limited("max_inotify_instances", 1, DEMO))
+    assert (code, said) == (70, "")
+    reason, verdict = complaints.splitlines()
+    assert "inotify" in reason
+    assert verdict.endswith("the proxy has ended with exit code 71; what it said is above")
 
 
 class Running:

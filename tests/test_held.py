@@ -70,7 +70,9 @@ class Daemon:
 
     def __init__(self, home: Path) -> None:
         home.chmod(0o755)
-        self.user = "nobody" if os.geteuid() == 0 else None
+        # Without root, and in a user namespace that knows but one user, there is no other to become.
+        users = int(Path("/proc/self/uid_map").read_text().split()[2])
+        self.user = "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
         write_scandir(home / "scan", interface="a", config=Path("/dev/null"), user=self.user, program=["true"])
         self._service = home / "scan/inco-trio-fdholder"
         self.socket = str(self._service / "s")

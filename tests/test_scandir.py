@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pwd
 import re
 import select
 import shutil
@@ -11,13 +13,16 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from inco_trio.errors import PermissionRefused, UsageError
 from inco_trio.scandir import find_program, systemd_unit, write_scandir
+from inco_trio.world import Cores, Namespace, Peer
+from netns.fixtures import Consumer
 
 DEADLINE = 20.0
 """Seconds after which a wait fails its test: only a safety net."""
@@ -71,6 +76,12 @@ echo >&"$6" && exec sleep 1000
 """The same for a user who may not be able to run this Python: one pipe, and its words in a second one."""
 
 
+def another_user() -> str | None:
+    """A user that a service can become; None without root, and in a user namespace that knows but one user."""
+    users = int(Path("/proc/self/uid_map").read_text().split()[2])
+    return "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
+
+
 class Tree:
     """A scan directory, the s6-svscan over it, and what its services report."""
 
@@ -93,11 +104,29 @@ class Tree:
             program=program or [sys.executable, "-c", STANDIN],
         )
 
-    def start(self) -> None:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                ["s6-svscan", str(self.scandir)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+    def start(self, namespace: Namespace | None = None) -> None:
+        def start() -> subprocess.Popen[bytes]:
+            with self._log.open("wb") as log:
+                return subprocess.Popen(
+                    ["s6-svscan", str(self.scandir)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+
+        self._process = namespace.run(start) if namespace else start()
+
+    @contextmanager
+    def becoming_ready(self, interface: str) -> Iterator[None]:
+        """Wait at the end for readiness, of a service that s6-svscan need not know at the beginning."""
+        event = f"{self.service(interface)}/event"
+        subprocess.run(["s6-mkfifodir", event], check=True)
+        # The program that s6-ftrig-listen1 starts runs once it listens.
+        with subprocess.Popen(
+            ["s6-ftrig-listen1", "-t", "20000", event, "U", "echo"], stdout=subprocess.PIPE
+        ) as listener:
+            assert listener.stdout is not None
+            assert listener.stdout.read(1) == b"\n"
+            yield
+            if listener.wait(DEADLINE) != 0:
+                pytest.fail(f"{interface} does not become ready; {self.said()}")
 
     def stop(self) -> None:
         """Bring everything down, and wait until the loggers have written all."""
@@ -241,7 +270,7 @@ class TestUnderS6:
         assert tree.heard() == "other started 1"
 
     def test_another_user_keeps_one_capability_and_what_waits(self, tree: Tree) -> None:
-        user = "nobody" if os.geteuid() == 0 else None
+        user = another_user()
         fifos = [tree.home / "fifo", tree.home / "said"]
         for fifo in fifos:
             os.mkfifo(fifo)
@@ -266,6 +295,27 @@ class TestUnderS6:
         tree.svc("-wU -u", "core0")
         assert heard() == "user read what came meanwhile\n"
         os.close(said)
+
+
+@pytest.mark.s6
+@pytest.mark.netns
+def test_the_real_program_delivers_what_came_while_it_was_down(
+    tree: Tree, cores: Cores, core1: Peer, watch: Callable[[Path], Consumer]
+) -> None:
+    irq = tree.home / "irq"
+    tree.config.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(irq)}}}))
+    tree.write(cores.link, program=[sys.executable, "-m", "inco_trio"])
+    with tree.becoming_ready(cores.link):
+        tree.start(cores.core0)
+    state = watch(irq / "message_4_state")
+    tree.svc("-wD -d", cores.link)
+    for _ in range(3):
+        core1.send(b"ihub_reset_irq")
+        (irq / "message_6_trig").write_text("1")
+    tree.svc("-wU -u", cores.link)
+    state.wait(3)
+    assert [core1.receive()[14:] for _ in range(3)] == [b"redun_notify_irq"] * 3
+    assert tree.held() == [f"inco-trio/{cores.link}/{name}.1" for name in ("inflight", "inotify", "link")]
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -318,16 +368,17 @@ class TestFiles:
 
     def test_a_user_that_no_service_has_any_more_loses_its_rights(self, tmp_path: Path) -> None:
         rules = tmp_path / "inco-trio-fdholder/data/rules/uid"
-        owner = sorted({"0", str(os.geteuid())})
-        changes(tmp_path, interface="a.1", user="nobody")
-        changes(tmp_path, interface="b", user="nobody")
-        assert (rules / "65534/env/S6_FDHOLDER_STORE_REGEX").read_text() == "^inco-trio/(a\\.1|b)/\n"
-        changes(tmp_path, interface="a.1", user="daemon")
-        assert sorted(path.name for path in rules.iterdir()) == sorted([*owner, "1", "65534"])
-        assert "removed inco-trio-fdholder/data/rules/uid/1" in changes(tmp_path, interface="a.1")
+        owner = {"0", str(os.geteuid())}
+        one, two = [account for account in pwd.getpwall() if str(account.pw_uid) not in owner][:2]
+        changes(tmp_path, interface="a.1", user=one.pw_name)
+        changes(tmp_path, interface="b", user=one.pw_name)
+        assert (rules / str(one.pw_uid) / "env/S6_FDHOLDER_STORE_REGEX").read_text() == "^inco-trio/(a\\.1|b)/\n"
+        changes(tmp_path, interface="a.1", user=two.pw_name)
+        assert {path.name for path in rules.iterdir()} == owner | {str(one.pw_uid), str(two.pw_uid)}
+        assert f"removed inco-trio-fdholder/data/rules/uid/{two.pw_uid}" in changes(tmp_path, interface="a.1")
         shutil.rmtree(tmp_path / "inco-trio-b")
-        assert changes(tmp_path, interface="a.1") == ["removed inco-trio-fdholder/data/rules/uid/65534"]
-        assert sorted(path.name for path in rules.iterdir()) == owner
+        assert changes(tmp_path, interface="a.1") == [f"removed inco-trio-fdholder/data/rules/uid/{one.pw_uid}"]
+        assert {path.name for path in rules.iterdir()} == owner
 
     def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
         for name in ("inco-trio-core0/down", "sshd/run"):

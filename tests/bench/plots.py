@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .rivals import C_MODIFY, INCO, SCRIPT, C
 
@@ -48,24 +48,25 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
     """The share of notifications that took at most so long; p50 and p99 are marked."""
     _frame(axes, f"{direction.capitalize()}: {what}", "latency (log scale)", "notifications that took at most as long")
     axes.set_xscale("log")
-    for program, quantiles in programs.items():
+    for order, (program, quantiles) in enumerate(sorted(programs.items(), key=lambda item: item[1][len(item[1]) // 2])):
         times = [time / 1000 for time in quantiles]
         shares = [(rank + 1) / len(times) for rank in range(len(times))]
         style = _STYLES[program]
         axes.plot(times, shares, **style)
         p50, p99 = times[len(times) // 2 - 1], times[len(times) * 99 // 100 - 1]
         axes.plot([p50, p99], [0.5, 0.99], "o", color=style["color"], markersize=5, zorder=4)
-        text = f"{_LABELS[program]}\np50 {p50:,.0f} µs\np99 {p99:,.0f} µs"
-        left = program == C.name
+        # The fastest is named on its left, the others on their right, the second lower where the third is not yet.
         axes.annotate(
-            text,
+            f"{_LABELS[program]}\np50 {p50:,.0f} µs\np99 {p99:,.0f} µs",
             (p50, 0.5),
-            xytext=(-8 if left else 8, 0 if left else -30),
+            xytext=(8 if order else -8, -62 if order == 1 else 0),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha="left" if order else "right",
             va="center",
             fontsize=9,
             color=style["color"],
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            zorder=5,
         )
     axes.xaxis.set_major_formatter(FuncFormatter(_micro))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -92,15 +93,17 @@ def _load(series: Mapping[str, Any]) -> Figure:
     curves: Mapping[str, Sequence[tuple[float, float, int]]] = series["load-curve"]
     offered = [point[0] for points in curves.values() for point in points]
     axes.plot([min(offered), max(offered)], [min(offered), max(offered)], color="#bbbbbb", linewidth=1, zorder=0)
-    axes.annotate("all of them", (min(offered), min(offered)), xytext=(4, 14), textcoords="offset points", color=_QUIET,
-                  fontsize=9, rotation=34)  # fmt: skip
+    low = min(offered)
+    axes.annotate(
+        "all of them", (low, low), xytext=(4, 14), textcoords="offset points", color=_QUIET, fontsize=9, rotation=34
+    )
     ends = []
     for program, points in curves.items():
         style = _STYLES[program]
         axes.plot([point[0] for point in points], [point[1] for point in points], **style)
         for x, y, lost in points:
-            axes.plot(x, y, "o", markersize=6, color=style["color"], markerfacecolor="white" if lost else style["color"],
-                      zorder=4)  # fmt: skip
+            face = "white" if lost else style["color"]
+            axes.plot(x, y, "o", markersize=6, color=style["color"], markerfacecolor=face, zorder=4)
         ends.append((program, *points[-1][:2]))
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -148,6 +151,7 @@ def _signals(series: Mapping[str, Any]) -> Figure:
         axes.set_yscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(_si))
         axes.yaxis.set_minor_formatter(NullFormatter())
         _end_labels(axes, ends)

@@ -46,6 +46,8 @@ class Program:
 
     name: str
     reports_drops: bool = True
+    quiet: float = 1.0
+    """Seconds without an arrival after which what is missing counts as lost."""
 
     def command(self, lab: Lab, directory: Path, table: Path, fd: int) -> list[str]:
         """What to execute."""
@@ -63,7 +65,7 @@ class Program:
 INCO = Program("inco-trio")
 C = Program("C")
 C_MODIFY = Program("C, IN_MODIFY too")
-SCRIPT = Program("script", reports_drops=False)
+SCRIPT = Program("script", reports_drops=False, quiet=2.0)
 
 
 @attrs.frozen
@@ -102,6 +104,7 @@ class Running:
     """A program that runs on a link, with its directory and signal table; `dropped` is known once it has ended."""
 
     lab: Lab
+    program: Program
     cores: Cores
     pid: int
     directory: Path
@@ -118,7 +121,6 @@ class Running:
         outbound: int = 0,
         out_rate: float = 0,
         latencies: bool = False,
-        quiet: float = 0.5,
     ) -> Load:
         """Send so many notifications at so many a second (0: as fast as possible).
 
@@ -126,7 +128,7 @@ class Running:
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
-        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, round(1000 * quiet))
+        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, round(1000 * self.program.quiet))
         said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
         times = array.array("q", samples.read_bytes() if latencies else b"")
         return Load(
@@ -135,10 +137,10 @@ class Running:
             cpu_s=said["cpu_s"],
         )
 
-    def warm_up(self) -> None:
-        """Let caches fill and the interpreter specialise before anything is measured."""
-        self.load(inbound=500, in_rate=5000)
-        self.load(outbound=500, out_rate=5000)
+    def warm_up(self, count: int = 500) -> None:
+        """Let caches fill and the interpreter specialise before anything is measured: `count` notifications each way."""
+        self.load(inbound=count, in_rate=5000)
+        self.load(outbound=count, out_rate=5000)
 
 
 @attrs.frozen
@@ -191,7 +193,7 @@ class Lab:
         with self.place(count) as (directory, table):
             log = table.with_suffix(".log")
             with self.started(lambda fd: program.command(self, directory, table, fd), log) as (pid, ready):
-                run = Running(self, self.cores, pid, directory, table, ready)
+                run = Running(self, program, self.cores, pid, directory, table, ready)
                 yield run
             if program.reports_drops:
                 found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())

@@ -1,0 +1,271 @@
+"""Core 0's applications: they write triggers, read state registers, and do to the files what applications do.
+
+A state register may be in several places in the course of time, as directories and files are replaced. A notification
+counts as delivered only where an application could find it: in a file that was at the register's path at, or after, the
+instant at which it was sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import attrs
+
+from inco_trio.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from tests.faults.supervised import DEADLINE
+
+__all__ = ["Applications", "Recorder", "write_config"]
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+IN_CREATE_OR_MOVED_TO = 0x180
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
+    """Write a udrv.json whose table has the signals `inbound` and `outbound`, each with a register of its name."""
+    signals = {name: {"direction": "inbound", "reg": f"ihub-irq-dev.{name}_state"} for name in inbound}
+    signals |= {name: {"direction": "outbound", "reg": f"ihub-irq-dev.{name}_trig"} for name in outbound}
+    board = {
+        "file": {"ihub-irq-dev": {"path": str(directory)}},
+        "misc": {"inco_proxy": {"signals": signals}},
+    }
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(board))
+    new.replace(path)
+
+
+class Recorder(threading.Thread):
+    """Calls `read_queued` whenever `fd` is readable, in a thread, until closed."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(name=name)
+        self._fd = fd
+        self._end, self._close = os.pipe()
+        self.changed = threading.Condition()
+        self.failure: BaseException | None = None
+
+    def read_queued(self) -> None:
+        """Read what is there."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            while self._end not in select.select([self._fd, self._end], [], [])[0]:
+                self.read_queued()
+                with self.changed:
+                    self.changed.notify_all()
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that closes
+            self.failure = error
+
+    def close(self) -> None:
+        """End the thread; raises what ended it before."""
+        os.close(self._close)
+        self.join()
+        os.close(self._end)
+        if self.failure is not None:
+            raise self.failure
+
+
+@attrs.define(eq=False)
+class _Place:
+    """A directory, or a single state register, that was at its path until `ended`."""
+
+    fd: int
+    ended: float = float("inf")
+
+
+def _reads_one(fd: int) -> bool:
+    return os.pread(fd, 16, 0) == b"1"
+
+
+class Applications(Recorder):
+    """All applications of one IRQ directory; `closes` counts the writes of each register since `reset`."""
+
+    def __init__(self, directory: Path, inbound: Iterable[str]) -> None:
+        self.directory = directory
+        self.inbound = tuple(inbound)
+        self._inotify = Inotify()
+        super().__init__(self._inotify.fd, "applications")
+        self.closes: Counter[str] = Counter()
+        self._buffer = memoryview(bytearray(1 << 20))
+        self._directories: list[_Place] = []
+        self._files: dict[str, list[_Place]] = {}
+        self._paths = threading.Lock()
+        self._aside = 0
+        self._adopt()
+        self.start()
+
+    def read_queued(self) -> None:
+        for _wd, mask, name in parse_events(self._buffer[: self._inotify.read_into(self._buffer)]):
+            assert not mask & IN_Q_OVERFLOW, "the test's own inotify queue overflowed"
+            if mask & IN_CLOSE_WRITE and name.endswith(b"_state"):
+                self.closes[name.decode().removesuffix("_state")] += 1
+
+    def close(self) -> None:
+        super().close()
+        self._forget()
+        for place in self._directories:
+            os.close(place.fd)
+        self._inotify.close()
+
+    # ------------------------------------------------------------------------------------------- what they do
+
+    def trigger(self, name: str) -> None:
+        """Write a trigger, as a shell's `echo 1 >` does."""
+        with self._paths:
+            (self.directory / f"{name}_trig").write_bytes(b"1\n")
+
+    def trigger_by_rename(self, name: str) -> None:
+        """Replace a trigger atomically."""
+        with self._paths:
+            new = self.directory / f".{name}.new"
+            new.write_bytes(b"1\n")
+            new.rename(self.directory / f"{name}_trig")
+
+    def delivered(self, name: str, sent: float) -> bool:
+        """Whether the state register reads 1 where an application looks that waits for what was sent at `sent`."""
+        if any(place.ended >= sent and _reads_one(place.fd) for place in self._files.get(name, ())):
+            return True
+        return any(place.ended >= sent and self._reads_one(place.fd, name) for place in self._directories)
+
+    @staticmethod
+    def _reads_one(directory: int, name: str) -> bool:
+        try:
+            fd = os.open(f"{name}_state", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        except FileNotFoundError:
+            return False
+        try:
+            return _reads_one(fd)
+        finally:
+            os.close(fd)
+
+    def reset(self, names: Iterable[str] = ()) -> None:
+        """Take note of the interrupts `names` (all of them, if none is given): the registers read nothing then.
+
+        truncate(2) opens and closes nothing that a watch would count.
+        """
+        chosen = tuple(names) or self.inbound
+        if chosen == self.inbound:
+            self._forget()
+            self.closes.clear()
+        for name in chosen:
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(self.directory / f"{name}_state", 0)
+
+    def _forget(self) -> None:
+        for place in (place for places in self._files.values() for place in places):
+            os.close(place.fd)
+        self._files.clear()
+        for place in [place for place in self._directories if place.ended < float("inf")]:
+            os.close(place.fd)
+            self._directories.remove(place)
+
+    # ------------------------------------------------------------------------------------- what they do to the files
+
+    def _adopt(self) -> None:
+        """Follow the directory at the path, once there is one."""
+        changes = Inotify()
+        while not self.directory.is_dir():
+            above = next(parent for parent in self.directory.parents if parent.is_dir())
+            changes.watch(str(above), IN_CREATE_OR_MOVED_TO)
+            if (self.directory.parent if above == self.directory.parent else above / "irq").is_dir():
+                # It may have come between the look and the watch.
+                if self.directory.is_dir():
+                    break
+            if select.select([changes.fd], [], [], DEADLINE)[0]:
+                changes.read_into(self._scratch())
+            else:
+                raise AssertionError(f"{self.directory} was not made again within {DEADLINE:g} s")
+        changes.close()
+        self._follow(self.directory)
+
+    @staticmethod
+    def _scratch() -> memoryview:
+        return memoryview(bytearray(1 << 16))
+
+    def _follow(self, path: Path) -> None:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        self._inotify.watch(f"/proc/self/fd/{fd}/.", IN_CLOSE_WRITE | IN_MODIFY)
+        self._directories.append(_Place(fd))
+
+    def _beside(self, path: Path) -> Path:
+        self._aside += 1
+        return path.with_name(f"{path.name}.{self._aside}")
+
+    def replace_directory(self) -> None:
+        """Put another directory, empty, at the path, in one step."""
+        new = self._beside(self.directory)
+        new.mkdir()
+        current = self._directories[-1]
+        self._follow(new)
+        with self._paths:
+            paths = os.fsencode(new), os.fsencode(self.directory)
+            if _libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), paths[1])
+            current.ended = time.monotonic()
+
+    def move_away(self, path: Path) -> None:
+        """Rename the directory, or one above it, away; returns once the proxy has made it again."""
+        with self._paths:
+            path.rename(self._beside(path))
+            self._directories[-1].ended = time.monotonic()
+            self._adopt()
+
+    def replace_state(self, name: str) -> None:
+        """Replace a state register atomically."""
+        with self._paths:
+            new = self.directory / f".{name}.new"
+            new.touch()
+            self._retire(name, lambda path: new.rename(path))
+
+    def block_state(self, name: str, kind: str) -> Path:
+        """Put a directory, FIFO or symlink in the place of a state register; returns its path."""
+
+        def block(path: Path) -> None:
+            blocker = self._beside(path)
+            if kind == "directory":
+                blocker.mkdir()
+            elif kind == "FIFO":
+                os.mkfifo(blocker)
+            else:
+                blocker.symlink_to("/dev/null")
+            if _libc.renameat2(AT_FDCWD, os.fsencode(blocker), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+            blocker.unlink()
+
+        with self._paths:
+            self._retire(name, block)
+        return self.directory / f"{name}_state"
+
+    def unblock_state(self, path: Path) -> None:
+        """Take away what `block_state` put there, if it is still there."""
+        with self._paths, contextlib.suppress(FileNotFoundError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif not path.is_file() or path.is_symlink():
+                path.unlink()
+
+    def remove_state(self, name: str) -> None:
+        """Remove a state register."""
+        with self._paths:
+            self._retire(name, lambda path: path.unlink())
+
+    def _retire(self, name: str, change: Callable[[Path], object]) -> None:
+        path = self.directory / f"{name}_state"
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return
+        change(path)
+        self._files.setdefault(name, []).append(_Place(fd, time.monotonic()))

@@ -1,0 +1,133 @@
+"""The proxy as its users run it: under s6-svscan, in the scan directory that `inco-trio s6` writes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import select
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from inco_trio.inotify import IN_MODIFY, Inotify
+from inco_trio.world import Namespace
+
+__all__ = ["DEADLINE", "Service", "write_scandir"]
+
+DEADLINE = 30.0
+"""Seconds after which a wait fails its test: only a safety net."""
+
+
+def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
+    """Run `inco-trio s6`."""
+    command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
+    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+
+
+class Service:
+    """The service of `link` in a scan directory, and the s6-svscan that runs it in `namespace`."""
+
+    def __init__(self, namespace: Namespace, scandir: Path, link: str) -> None:
+        assert shutil.which("s6-svscan"), "this test needs s6"
+        self.scandir = scandir
+        self.directory = scandir / f"inco-trio-{link}"
+        start = functools.partial(
+            subprocess.Popen[bytes], ["s6-svscan", str(scandir)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self._svscan = namespace.run(start)
+
+    @property
+    def log(self) -> str:
+        """What it said; only the newest file, if s6-log has rotated."""
+        current = self.directory / "log/main/current"
+        return current.read_text(errors="replace") if current.exists() else ""
+
+    @property
+    def pid(self) -> int | None:
+        """The proxy, or a program that is about to become it; None while none runs."""
+        told = subprocess.run(
+            ["s6-svstat", "-o", "pid", str(self.directory)], check=False, capture_output=True, text=True
+        )
+        pid = int(told.stdout or -1)
+        return pid if pid > 0 else None
+
+    def control(self, *options: str) -> None:
+        """Run s6-svc."""
+        subprocess.run(["s6-svc", *options, str(self.directory)], check=True)
+
+    def wait(self, state: str) -> None:
+        """Wait with s6-svwait for U (ready), u (started), d (ended), D (ended and finished)."""
+        # s6-svscan may not have started it yet: then there is nothing to subscribe to.
+        event = self.directory / "supervise/status"
+        changes = Inotify()
+        changes.watch(str(self.directory), 0xFFF)
+        while not event.exists():
+            assert select.select([changes.fd], [], [], DEADLINE)[0], "s6-svscan has not started the service"
+            changes.read_into(memoryview(bytearray(4096)))
+            if (self.directory / "supervise").is_dir():
+                changes.watch(str(self.directory / "supervise"), 0xFFF)
+        changes.close()
+        command = ["s6-svwait", f"-{state}", "-t", str(int(DEADLINE * 1000)), str(self.directory)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.stderr}not {state} within {DEADLINE:g} s; it said:\n{self.log[-4000:]}"
+
+    def wait_log(self, text: str, *, after: int = 0) -> str:
+        """The first line of the log that contains `text`; `after` skips so many characters."""
+        changes = Inotify()
+        log = self.directory / "log/main/current"
+        self.wait("u")
+        changes.watch(str(log.parent), IN_MODIFY | 0x180)
+        try:
+            while True:
+                for line in self.log[after:].splitlines():
+                    if text in line:
+                        return line
+                assert select.select([changes.fd], [], [], DEADLINE)[0], (
+                    f"has not said {text!r} within {DEADLINE:g} s; it said:\n{self.log[-4000:]}"
+                )
+                changes.read_into(memoryview(bytearray(65536)))
+        finally:
+            changes.close()
+
+    def close(self) -> None:
+        """End s6-svscan and all of its services."""
+        if self._svscan.poll() is None:
+            subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=False)
+        try:
+            self._svscan.wait(DEADLINE)
+        finally:
+            self._svscan.kill()
+            self._svscan.wait()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+        if kind is not None:
+            # Pytest shows it with the failure.
+            sys.stderr.write(f"the service said:\n{self.log[-8000:]}")
+
+
+def resident_kib(pid: int, what: str = "VmRSS") -> int:
+    """A figure of proc_pid_status(5), in KiB; 0 if the process has gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return int((status.partition(f"{what}:")[2].split() or ["0"])[0])
+
+
+def is_proxy(pid: int) -> bool:
+    """Whether the process is inco-trio already, and not the shell or a tool of s6 that becomes it."""
+    try:
+        return b"inco_trio\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def environment_form() -> str:
+    """`short` or `full`: how much of the fault suite runs."""
+    return os.environ.get("INCO_TRIO_FAULTS", "short")

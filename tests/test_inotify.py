@@ -1,0 +1,202 @@
+"""The decoder of inotify events, and the descriptor with its watches on the real kernel."""
+
+from __future__ import annotations
+
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inco_trio.inotify import (
+    IN_CLOSE_WRITE,
+    IN_CREATE,
+    IN_IGNORED,
+    IN_MODIFY,
+    IN_MOVED_TO,
+    IN_Q_OVERFLOW,
+    Event,
+    Inotify,
+    parse_events,
+)
+
+EVENTS_ROOM = 65536
+
+
+def encoded(wd: int, mask: int, name: bytes = b"", cookie: int = 0, padding: int = 0) -> bytes:
+    """The bytes of one event as the kernel writes them: the name is followed by at least one NUL."""
+    padded = name + bytes(1 + padding) if name else b""
+    return struct.pack("=iIII", wd, mask, cookie, len(padded)) + padded
+
+
+CLOSED = encoded(1, IN_CLOSE_WRITE)
+NAMED = encoded(2, IN_MOVED_TO, b"message_6_trig", cookie=7, padding=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "events"),
+    [
+        pytest.param(b"", [], id="nothing"),
+        pytest.param(CLOSED, [Event(1, IN_CLOSE_WRITE, b"")], id="one"),
+        pytest.param(NAMED, [Event(2, IN_MOVED_TO, b"message_6_trig")], id="padded name"),
+        pytest.param(
+            CLOSED + NAMED + CLOSED,
+            [Event(1, IN_CLOSE_WRITE, b""), Event(2, IN_MOVED_TO, b"message_6_trig"), Event(1, IN_CLOSE_WRITE, b"")],
+            id="in order",
+        ),
+        pytest.param(encoded(-1, IN_Q_OVERFLOW), [Event(-1, IN_Q_OVERFLOW, b"")], id="overflow"),
+        pytest.param(encoded(3, IN_CREATE, b"\xff\xfe"), [Event(3, IN_CREATE, b"\xff\xfe")], id="not UTF-8"),
+        pytest.param(CLOSED + bytes(100), [Event(1, IN_CLOSE_WRITE, b"")], id="unused memory behind"),
+        pytest.param(bytes(16) + CLOSED, [], id="unused memory in front"),
+        pytest.param(CLOSED + CLOSED[:15], [Event(1, IN_CLOSE_WRITE, b"")], id="cut head"),
+        pytest.param(CLOSED + NAMED[:-1], [Event(1, IN_CLOSE_WRITE, b"")], id="cut name"),
+        pytest.param(NAMED[:16], [], id="name missing"),
+    ],
+)
+def test_decoding(data: bytes, events: list[Event]) -> None:
+    assert parse_events(data) == events
+    assert parse_events(memoryview(data)) == events
+
+
+names = st.binary(max_size=255).map(lambda name: name.replace(b"\0", b"").replace(b"/", b""))
+events_of_kernel = st.builds(Event, st.integers(-1, 2**31 - 1), st.integers(1, 2**32 - 1), names)
+
+
+@given(st.lists(st.tuples(events_of_kernel, st.integers(0, 15))), st.integers(0, 64))
+def test_round_trip(generated: list[tuple[Event, int]], unused: int) -> None:
+    data = b"".join(encoded(*event, padding=padding) for event, padding in generated)
+    assert parse_events(data + bytes(unused)) == [event for event, _ in generated]
+
+
+@given(st.lists(events_of_kernel, min_size=1), st.data())
+def test_a_cut_leaves_what_is_whole(generated: list[Event], data: st.DataObject) -> None:
+    whole = b"".join(encoded(*event) for event in generated[:-1])
+    last = encoded(*generated[-1])
+    cut = data.draw(st.integers(0, len(last) - 1))
+    assert parse_events(whole + last[:cut]) == generated[:-1]
+
+
+@given(st.binary(max_size=2000))
+def test_any_bytes_are_decoded(data: bytes) -> None:
+    events = parse_events(data)
+    assert all(event.mask for event in events)
+    assert sum(16 + len(event.name) for event in events) <= len(data)
+
+
+@pytest.fixture
+def inotify() -> Iterator[Inotify]:
+    made = Inotify()
+    yield made
+    made.close()
+
+
+def read(inotify: Inotify) -> list[Event]:
+    buffer = memoryview(bytearray(EVENTS_ROOM))
+    return parse_events(buffer[: inotify.read_into(buffer)])
+
+
+def test_descriptor_neither_blocks_nor_reaches_children(inotify: Inotify) -> None:
+    assert not os.get_blocking(inotify.fd)
+    assert not os.get_inheritable(inotify.fd)
+    assert inotify.read_into(memoryview(bytearray(EVENTS_ROOM))) == 0
+
+
+def test_a_write_between_two_closes_keeps_them_apart(inotify: Inotify, tmp_path: Path) -> None:
+    file = tmp_path / "trig"
+    file.touch()
+    wd = inotify.watch(str(file), IN_CLOSE_WRITE | IN_MODIFY)
+    for _ in range(1000):
+        file.write_text("1")
+    assert read(inotify).count(Event(wd, IN_CLOSE_WRITE, b"")) == 1000
+
+
+def test_what_does_not_fit_stays_queued(inotify: Inotify, tmp_path: Path) -> None:
+    wd = inotify.watch(str(tmp_path), IN_CREATE)
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    buffer = memoryview(bytearray(40))
+    assert parse_events(buffer[: inotify.read_into(buffer)]) == [Event(wd, IN_CREATE, b"a")]
+    assert parse_events(buffer[: inotify.read_into(buffer)]) == [Event(wd, IN_CREATE, b"b")]
+
+
+def test_one_file_has_one_watch(inotify: Inotify, tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    (tmp_path / "b").hardlink_to(file)
+    assert inotify.watch(str(file), IN_MODIFY) == inotify.watch(str(tmp_path / "b"), IN_MODIFY)
+
+
+def test_names_that_are_not_utf8_can_be_watched(inotify: Inotify, tmp_path: Path) -> None:
+    file = os.fsencode(tmp_path) + b"/\xff"
+    os.close(os.open(file, os.O_CREAT | os.O_WRONLY))
+    wd = inotify.watch(os.fsdecode(file), IN_CLOSE_WRITE)
+    os.close(os.open(file, os.O_WRONLY))
+    assert read(inotify) == [Event(wd, IN_CLOSE_WRITE, b"")]
+
+
+def test_a_watch_that_cannot_be_names_its_path(inotify: Inotify, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError) as caught:
+        inotify.watch(missing, IN_MODIFY)
+    assert caught.value.filename == missing
+
+
+def test_unwatched_files_are_silent(inotify: Inotify, tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    wd = inotify.watch(str(file), IN_CLOSE_WRITE)
+    inotify.unwatch(wd)
+    file.write_text("1")
+    assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
+
+
+def test_unwatching_what_the_kernel_has_ended(inotify: Inotify, tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    wd = inotify.watch(str(file), IN_CLOSE_WRITE)
+    file.unlink()
+    inotify.unwatch(wd)
+    inotify.unwatch(wd)
+    assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
+
+
+def test_forgetting(inotify: Inotify, tmp_path: Path) -> None:
+    wd = inotify.watch(str(tmp_path), IN_CREATE)
+    inotify.forget(wd)
+    inotify.forget(wd)
+    # Only the manager's memory is gone: the kernel's watch is ended by its number.
+    inotify.unwatch(wd)
+    assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
+
+
+def test_a_successor_inherits_watches_and_queue(inotify: Inotify, tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.touch()
+    wd = inotify.watch(str(file), IN_CLOSE_WRITE)
+    held = os.dup(inotify.fd)
+    inotify.close()
+    file.write_text("1")
+    inotify = Inotify(held)
+    try:
+        assert inotify.fd == held
+        assert inotify.watch(str(file), IN_CLOSE_WRITE) == wd
+        assert read(inotify) == [Event(wd, IN_CLOSE_WRITE, b"")]
+        inotify.unwatch(wd)
+        assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
+    finally:
+        os.dup2(held, inotify.fd)
+
+
+def test_no_room_for_a_descriptor() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            Inotify()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.filename == "inotify"
