@@ -10,11 +10,9 @@ notification. Files that the proxy makes are watched before they are visible, so
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -24,6 +22,7 @@ import attrs
 
 from . import inotify as ino
 from .diagnose import unreported
+from .directory import ANCESTOR_MASK, IrqDirectory
 from .errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
 from .inflight import Inflight
 from .inotify import Event, Inotify
@@ -34,25 +33,13 @@ __all__ = ["Registers", "Triggered", "start_error"]
 
 logger = logging.getLogger(__name__)
 
-STATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
-NAMES_MASK = (
-    ino.IN_CREATE
-    | ino.IN_DELETE
-    | ino.IN_MOVED_FROM
-    | ino.IN_MOVED_TO
-    | ino.IN_DELETE_SELF
-    | ino.IN_MOVE_SELF
-    | ino.IN_ONLYDIR
-)
 RETIREMENT = 1.0
 """Seconds for which the watch of a replaced trigger is kept."""
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a symlink", stat.S_IFSOCK: "a socket"}
+PATIENCE = 0.03
+"""Seconds for which what vanished is left to whoever replaces it: what we make meanwhile would be in their way."""
+LONG_AGO = 0.0
 
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
-# Added to the mask, as the directory above one may be an IRQ directory itself.
-ANCESTOR_MASK = ino.IN_MOVE_SELF | ino.IN_DELETE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
 
 
 def _key(path: Path) -> bytes:
@@ -89,33 +76,6 @@ class Triggered:
         self.watches |= other.watches
 
 
-@attrs.define(eq=False)
-class IrqDirectory:
-    """One directory of registers; `fd` is -1 while it cannot be opened."""
-
-    path: Path
-    states: set[str] = attrs.Factory(set)
-    outbound: list[Signal] = attrs.Factory(list)
-    fd: int = -1
-    identity: tuple[int, int] = (0, 0)
-    wd: int = -1
-
-    @property
-    def current(self) -> bool:
-        """Whether the path still leads to the directory that is open."""
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self.identity
-
-    def release(self) -> None:
-        """Close the directory."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
 class Registers:
     """The registers of a signal table. Everything here is immediate; nothing waits.
 
@@ -131,8 +91,9 @@ class Registers:
         self._armed: dict[Path, int] = {}
         self._retired: dict[int, float] = {}
         self._ancestors: set[int] = set()
-        self._unarmed: set[Path] = set()
-        self._lost: set[Path] = set()
+        # What is missing, and since when (time.monotonic()).
+        self._unarmed: dict[Path, float] = {}
+        self._lost: dict[Path, float] = {}
         self._directories: dict[Path, IrqDirectory] = {}
         self._set_table(table)
 
@@ -151,11 +112,10 @@ class Registers:
             else:
                 directory.outbound.append(signal)
         for directory in old.values():
-            self._close_directory(directory)
+            directory.close(self._inotify)
         self._home = {signal.name: self._directories[signal.directory] for signal in table.inbound.values()}
         self._above = {parent for path in self._directories for parent in path.parents}
         self._triggers = {signal.path: signal for signal in table if signal.direction is Direction.OUTBOUND}
-        self._lost &= self._directories.keys()
 
     # ------------------------------------------------------------------------------------------------ opening
 
@@ -169,11 +129,11 @@ class Registers:
         for directory in self._directories.values():
             path = directory.path
             try:
-                self._open_directory(directory)
-                self._make_states(directory)
+                self._open_directory(directory, make=True)
+                directory.make_states()
                 for signal in directory.outbound:
                     path = signal.path
-                    self._arm(directory, signal, triggered)
+                    self._arm(directory, signal, triggered, make=True)
             except OSError as error:
                 if problem := unreported(directory.path):
                     raise ConfigError([problem]) from error
@@ -195,38 +155,22 @@ class Registers:
         before = self._triggers
         self._set_table(table)
         for path in before.keys() - self._triggers.keys():
-            self._retire(self._armed.pop(path, 0))
             self._inflight.watches[_key(path)] = 0
+            if wd := self._armed.pop(path, 0):
+                del self._by_wd[wd]
+                self._retire(wd)
         # The same file may carry another name now.
         for path, wd in self._armed.items():
             self._by_wd[wd] = self._triggers[path]
-        self._unarmed = self._triggers.keys() - self._armed.keys()
-        self._lost |= {path for path, directory in self._directories.items() if directory.fd < 0}
+        self._unarmed = dict.fromkeys(self._triggers.keys() - self._armed.keys(), LONG_AGO)
+        self._lost = dict.fromkeys(self._directories, LONG_AGO)
         return self.mend()
 
-    def _open_directory(self, directory: IrqDirectory) -> None:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            wd = self._inotify.watch(f"/proc/self/fd/{fd}/.", NAMES_MASK)
-            found = os.fstat(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        self._close_directory(directory)
-        directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
-        self._inflight.watches[_key(directory.path)] = wd
-        self._watch_ancestors(directory.path)
-
-    def _close_directory(self, directory: IrqDirectory) -> None:
-        if directory.wd >= 0:
-            self._inotify.unwatch(directory.wd)
-            directory.wd = -1
-        directory.release()
-
-    def _watch_ancestors(self, path: Path) -> None:
-        """Notice when a directory above is renamed away, which the directory itself does not tell."""
-        for parent in path.parents:
+    def _open_directory(self, directory: IrqDirectory, *, make: bool) -> None:
+        directory.open(self._inotify, make=make)
+        self._inflight.watches[_key(directory.path)] = directory.wd
+        # What happens above it is seen only there.
+        for parent in directory.path.parents:
             try:
                 wd = self._inotify.watch(str(parent), ANCESTOR_MASK)
             except OSError:
@@ -236,18 +180,6 @@ class Registers:
                 self._inflight.watches[_key(parent)] = wd
 
     # -------------------------------------------------------------------------------------------- state registers
-
-    def _make_states(self, directory: IrqDirectory) -> None:
-        """Make missing state registers; existing ones are left as they are. Raises OSError with the path."""
-        for register in directory.states:
-            try:
-                # mknod, not open: nothing is closed that somebody may be watching.
-                os.mknod(register, 0o666 | stat.S_IFREG, dir_fd=directory.fd)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                error.filename = str(directory.path / register)
-                raise
 
     def write(self, signals: Iterable[Signal]) -> None:
         """Write the state register of each signal, in order. What cannot be written now is owed, and `mend` retries."""
@@ -271,13 +203,8 @@ class Registers:
                         owed[signal.name.encode()] += 1
 
     def _write(self, directory: IrqDirectory, signal: Signal) -> bool:
-        """Write one state register: its own open, write and close, as a consumer may count them."""
         try:
-            fd = os.open(signal.register, STATE_FLAGS, 0o666, dir_fd=directory.fd)
-            try:
-                os.write(fd, b"1")
-            finally:
-                os.close(fd)
+            directory.write(signal.register)
         except OSError as error:
             self._stats.write_failures += 1
             self._say(signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried")
@@ -285,14 +212,9 @@ class Registers:
         return True
 
     @property
-    def owing(self) -> bool:
-        """Whether notifications wait for their state register."""
-        return bool(self._inflight.owed)
-
-    @property
     def troubled(self) -> bool:
         """Whether `mend` has something to do."""
-        return self.owing or bool(self._unarmed or self._retired or self._lost)
+        return bool(self._inflight.owed or self._unarmed or self._retired or self._lost)
 
     def _say(self, path: Path, problem: str) -> None:
         """Log a problem of a path once, until it changes or is mended."""
@@ -306,51 +228,28 @@ class Registers:
 
     # --------------------------------------------------------------------------------------------------- triggers
 
-    def _watch_existing(self, directory: IrqDirectory, register: str) -> int:
-        """Watch a trigger's file; 0 if there is none. Raises OSError, also for what is no regular file."""
-        try:
-            mode = os.stat(register, dir_fd=directory.fd, follow_symlinks=False).st_mode
-            if not stat.S_ISREG(mode):
-                raise OSError(errno.EINVAL, f"is no regular file but {_KINDS.get(stat.S_IFMT(mode), 'a device')}")
-            return self._inotify.watch(f"/proc/self/fd/{directory.fd}/{register}", TRIGGER_MASK)
-        except FileNotFoundError:
-            return 0
+    def _arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered, *, make: bool) -> None:
+        """Watch a trigger; one that somebody else replaced is triggered. One that is missing is made if `make`.
 
-    def _make_trigger(self, directory: IrqDirectory, signal: Signal) -> int:
-        """Make a missing trigger, watched and noted before it is visible; 0 if somebody else made it first."""
-        fd, key = directory.fd, _key(signal.path)
-        temporary = f".inco-trio.{os.getpid()}"
-        try:
-            os.mknod(temporary, 0o666 | stat.S_IFREG, dir_fd=fd)
-            wd = self._inotify.watch(f"/proc/self/fd/{fd}/{temporary}", TRIGGER_MASK)
-            noted, self._inflight.watches[key] = self._inflight.watches[key], wd
-            try:
-                os.link(temporary, signal.register, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
-            except FileExistsError:
-                self._inflight.watches[key] = noted
-                return 0
-            except OSError:
-                # A filesystem without hard links: make it in place, visible an instant before it is watched.
-                os.mknod(signal.register, 0o666 | stat.S_IFREG, dir_fd=fd)
-                wd = self._watch_existing(directory, signal.register)
-                self._inflight.watches[key] = wd
-            return wd
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=fd)
-
-    def _arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered) -> None:
-        """Watch a trigger, making it if it is missing; one that somebody else replaced is triggered. Raises OSError."""
+        Raises OSError.
+        """
         path, key = signal.path, _key(signal.path)
         before = self._armed.get(path) or self._inflight.watches[key]
         made = False
-        while not (wd := self._watch_existing(directory, signal.register)):
-            if wd := self._make_trigger(directory, signal):
+
+        def note(wd: int) -> None:
+            self._inflight.watches[key] = wd
+
+        while not (wd := directory.watch_trigger(signal.register, self._inotify)):
+            if not make:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            if wd := directory.make_trigger(signal.register, self._inotify, note):
                 made = True
                 break
+            note(before)
         self._armed[path] = wd
         self._by_wd[wd] = signal
-        self._unarmed.discard(path)
+        self._unarmed.pop(path, None)
         self._unsay(path)
         if wd == before:
             return
@@ -358,17 +257,19 @@ class Registers:
             self._by_wd.setdefault(before, signal)
             self._retire(before)
         if made or not before:
-            self._inflight.watches[key] = wd
+            note(wd)
         else:
             triggered.signals.append(signal)
             triggered.watches[key] = wd
 
     def _try_arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered) -> None:
+        now = time.monotonic()
+        make = now - self._unarmed.setdefault(signal.path, now) > PATIENCE
         try:
-            self._arm(directory, signal, triggered)
+            self._arm(directory, signal, triggered, make=make)
         except OSError as error:
-            self._unarmed.add(signal.path)
-            self._say(signal.path, f"cannot watch: {error.strerror}; retried")
+            if make or error.errno != errno.ENOENT:
+                self._say(signal.path, f"cannot watch: {error.strerror}; retried")
 
     def _retire(self, wd: int) -> None:
         """Keep the watch of a replaced trigger for a moment: somebody who had it open may still close it."""
@@ -421,26 +322,30 @@ class Registers:
                     if mask & ino.IN_MOVED_TO and len(triggered.signals) == count:
                         triggered.signals.append(signal)
                 elif mask & (ino.IN_DELETE | ino.IN_MOVED_FROM) and register in directory.states:
-                    self._look_again([directory], triggered, moved=True)
+                    self._lost.setdefault(directory.path, time.monotonic())
 
     def _look_again(self, directories: Iterable[IrqDirectory], triggered: Triggered, *, moved: bool = False) -> None:
-        """Open each directory again if its path leads elsewhere now, make and watch what is new in it.
+        """Open each directory again if its path leads elsewhere now, and watch the triggers in it.
 
-        With `moved`, one that is still in its place was not touched, and its triggers need no look.
+        With `moved`, the triggers in one that is still in its place need no look.
         """
+        now = time.monotonic()
         for directory in directories:
             path = directory.path
+            make = path in self._lost and now - self._lost[path] > PATIENCE
             try:
                 current = directory.current
                 if not current:
-                    self._open_directory(directory)
-                self._make_states(directory)
+                    self._lost.setdefault(path, now)
+                    self._open_directory(directory, make=make)
+                if make:
+                    directory.make_states()
             except OSError as error:
-                self._lost.add(path)
-                self._say(path, f"cannot be opened: {error.strerror}; retried")
+                if make or error.errno != errno.ENOENT:
+                    self._say(path, f"cannot be opened: {error.strerror}; retried")
                 continue
-            if path in self._lost:
-                self._lost.discard(path)
+            if make:
+                del self._lost[path]
                 self._unsay(path)
             if not (current and moved):
                 for signal in directory.outbound:
@@ -472,8 +377,10 @@ class Registers:
                 self._stats.unknown += owed[name]
                 owed[name] = 0
                 continue
-            written = 0
             directory = self._home[signal.name]
+            if not directory.current:
+                continue
+            written = 0
             while written < owed[name] and self._write(directory, signal):
                 written += 1
             # Else what was written may have gone to a directory that was replaced meanwhile.
