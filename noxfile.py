@@ -33,7 +33,7 @@ DEBIAN_PACKAGES = {
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
 
 # Namespaces need CAP_SYS_ADMIN; in a user namespace of its own, everyone has it.
-AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--map-root-user")
+AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--map-current-user", "--keep-caps")
 
 
 def find_pythons() -> dict[str, str]:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class AsyncioProxy:
-    """A running proxy as asyncio code uses it, in a trio-asyncio loop. It ends with the Trio proxy that it stands for."""
+    """A running proxy as asyncio code uses it, in a trio-asyncio loop; it closes with the Trio proxy."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
@@ -112,7 +112,7 @@ async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
         async with trio_asyncio.open_loop():
             try:
                 return await function()
-            except (Exception, asyncio.CancelledError) as error:
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - raised below, outside of the loop
                 failures.append(error)
     except BaseException as error:
         if failures:

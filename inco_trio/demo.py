@@ -33,12 +33,7 @@ from .inotify import IN_CLOSE_WRITE, Inotify, parse_events
 from .signals import BUILTIN, Direction, Signal, builtin_signals
 from .world import Cores, Peer, may_make_namespaces, new_user_namespace, two_cores
 
-__all__ = ["COUNT", "RATE", "ProxyError", "run_demo"]
-
-COUNT = 80
-"""The default `count` of `run_demo`."""
-RATE = 100.0
-"""The default `rate` of `run_demo`: five seconds to look at."""
+__all__ = ["ProxyError", "run_demo"]
 
 _DEVICE = "ihub-irq-dev"
 

@@ -121,6 +121,7 @@ class IrqDirectory:
         It is watched, and `note` is called with its watch descriptor, before it is visible.
         """
         temporary = f".inco-trio.{os.getpid()}"
+        self._unlink(temporary)  # A namesake may have been killed here; in a container, numbers recur.
         try:
             os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
             wd = inotify.watch(f"/proc/self/fd/{self.fd}/{temporary}", TRIGGER_MASK)
@@ -135,5 +136,8 @@ class IrqDirectory:
                 note(wd := self.watch_trigger(register, inotify))
             return wd
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=self.fd)
+            self._unlink(temporary)
+
+    def _unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)

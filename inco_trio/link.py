@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -26,6 +28,8 @@ SO_GET_FILTER = 26
 SO_LOCK_FILTER = 44
 SO_RCVBUFFORCE = 33
 RTMGRP_LINK = 1
+SIOCGIFFLAGS = 0x8913
+IFF_UP_AND_RUNNING = 0x1 | 0x40
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
 """Bytes asked for, which the kernel doubles: 20,000 frames even where a driver spends 2.4 kB on each."""
@@ -79,7 +83,8 @@ class Link:
     """The socket on `interface`: receives frames of our EtherType, sends notifications.
 
     `granted` is the size of the receive buffer in bytes. The socket stays the same when the interface is deleted and
-    made again: `refresh` binds it anew, and its queue and filter are kept.
+    made again: `refresh` binds it anew, and its queue and filter are kept. `mac` is the interface's address, `running`
+    whether it is up and has a carrier.
     """
 
     def __init__(self, sock: socket.socket, interface: str) -> None:
@@ -87,6 +92,7 @@ class Link:
         self._socket = sock
         self._frames: dict[str, bytes] = {}
         self.mac = b""
+        self.running = False
         self.fd = sock.fileno()
         self.granted = _set_receive_buffer(sock)
         # Bound methods of the hot path.
@@ -139,10 +145,11 @@ class Link:
             return False
 
     def refresh(self) -> bool:
-        """Bind to the interface if the socket is not bound to it now; learn its address.
+        """Bind to the interface if the socket is not bound to it now; learn its address and its state.
 
         Returns whether the interface exists. Raises OSError other than ENODEV (bind(2)).
         """
+        self.running = False
         if self._bound_address() is None:
             try:
                 self._socket.bind((self.interface, ETHERTYPE))
@@ -156,7 +163,17 @@ class Link:
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
+        self.running = self._is_running()
         return True
+
+    def _is_running(self) -> bool:
+        request = struct.pack("16sH14x", self.interface.encode(), 0)
+        try:
+            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, request)
+        except OSError:
+            return False  # It went this very moment.
+        flags: int = struct.unpack("16sH14x", answer)[1]
+        return flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING
 
     def _bound_address(self) -> bytes | None:
         """The address of the interface, or None if the socket is not bound to it."""
@@ -191,6 +208,9 @@ class Link:
 
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, or OSError (packet(7))."""
+        if not self.running:
+            # Without a carrier the kernel would accept the frame, drop it, and say nothing.
+            raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         frame = self._frames.get(name)
         if frame is None:
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)

@@ -153,14 +153,17 @@ class Outbound:
 
     async def _send(self, signal: Signal, health: Health) -> None:
         """Send one frame, waiting for a link that cannot take it now. Raises OSError for what no waiting mends."""
+        changed = None
         while True:
-            changed = self._changed
+            before, changed = changed, self._changed
             try:
                 self._link.send(signal.name)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._link.fd)
             except OSError as error:
                 self._stats.send_failures += 1
+                if error.errno in DOWN and before is not changed:
+                    continue  # The socket may have kept the error of a link that is up again: ask once more.
                 if error.errno in DOWN:
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()

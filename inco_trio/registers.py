@@ -185,15 +185,22 @@ class Registers:
         """Write the state register of each signal, in order. What cannot be written now is owed, and `mend` retries."""
         written = []
         owed, home = self._inflight.owed, self._home
+        owing = len(owed) > 0
         for signal in signals:
             directory = home.get(signal.name)
             if directory is None:
                 self._stats.unknown += 1  # Read before a reload that removed it.
-            # Earlier ones of the same register come first.
-            elif (owed and owed[signal.name.encode()]) or not self._write(directory, signal):
-                owed[signal.name.encode()] += 1
-            else:
-                written.append(signal)
+                continue
+            try:
+                # Earlier ones of the same register come first.
+                if not (owing and owed[signal.name.encode()]):
+                    directory.write(signal.register)
+                    written.append(signal)
+                    continue
+            except OSError as error:
+                self._failed(signal, error)
+            owed[signal.name.encode()] += 1
+            owing = True
         self._stats.delivered += len(written)
         for directory in self._directories.values():
             if not directory.current:
@@ -202,14 +209,9 @@ class Registers:
                     if home[signal.name] is directory:
                         owed[signal.name.encode()] += 1
 
-    def _write(self, directory: IrqDirectory, signal: Signal) -> bool:
-        try:
-            directory.write(signal.register)
-        except OSError as error:
-            self._stats.write_failures += 1
-            self._say(signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried")
-            return False
-        return True
+    def _failed(self, signal: Signal, error: OSError) -> None:
+        self._stats.write_failures += 1
+        self._say(signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried")
 
     @property
     def troubled(self) -> bool:
@@ -381,8 +383,12 @@ class Registers:
             if not directory.current:
                 continue
             written = 0
-            while written < owed[name] and self._write(directory, signal):
-                written += 1
+            try:
+                while written < owed[name]:
+                    directory.write(signal.register)
+                    written += 1
+            except OSError as error:
+                self._failed(signal, error)
             # Else what was written may have gone to a directory that was replaced meanwhile.
             if written and directory.current:
                 self._stats.delivered += written

@@ -88,7 +88,8 @@ def may_make_namespaces() -> bool:
 def new_user_namespace() -> None:
     """Move this process, which must have a single thread, into a user namespace of its own, as its root.
 
-    It keeps the rights of its user outside, and gains all capabilities over the namespaces that it makes.
+    It keeps the rights of its user outside, and gains all capabilities over the namespaces that it makes. Call it
+    before all else here: for the kernel, a thread that was joined a moment ago may still be there.
 
     Raises `NamespaceRefused`.
     """
