@@ -275,13 +275,18 @@ async def open_proxy(config: Config, *, holder: Holder | None = None) -> AsyncIt
     with ExitStack() as resources:
         proxy = Proxy(config, holder or NoHolder())
         await proxy._open(resources)
+        failure = None
         async with trio.open_nursery() as nursery:
             proxy._start(nursery)
             try:
                 yield proxy
+            except Exception as error:  # noqa: BLE001 - raised again below, where no nursery puts it into a group
+                failure = error
             finally:
                 with trio.CancelScope(shield=True):
                     await proxy._stop()
+        if failure is not None:
+            raise failure
 
 
 async def serve(

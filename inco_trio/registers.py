@@ -251,6 +251,7 @@ class Registers:
             note(before)
         self._armed[path] = wd
         self._by_wd[wd] = signal
+        self._retired.pop(wd, None)  # A file that came back.
         self._unarmed.pop(path, None)
         self._unsay(path)
         if wd == before:
@@ -340,6 +341,8 @@ class Registers:
                 if not current:
                     self._lost.setdefault(path, now)
                     self._open_directory(directory, make=make)
+                    # Its triggers need a look even if its state registers cannot be made.
+                    self._unarmed |= {signal.path: self._lost[path] for signal in directory.outbound}
                 if make:
                     directory.make_states()
             except OSError as error:

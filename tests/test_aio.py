@@ -1,0 +1,466 @@
+"""asyncio code takes part, on the real kernel, and with a real MQTT broker.
+
+Importing trio-asyncio changes asyncio for the whole process, so no test here does it in pytest's: a `scenario` is run
+by a process of its own, `python -m tests.test_aio`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import queue
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+from paho.mqtt.client import Client, MQTTMessage
+from paho.mqtt.enums import CallbackAPIVersion
+
+from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignal, builtin_signals, open_proxy
+from inco_trio.world import Cores, Namespace, Peer
+from netns.fixtures import DEADLINE
+
+PROJECT = Path(__file__).parents[1]
+RESET = b"ihub_reset_irq"
+NOTIFY = "redun_notify_irq"
+
+
+def python(filters: list[str]) -> list[str]:
+    """The start of a command: Python, with pytest's warning filters."""
+    return [sys.executable, *(part for line in filters for part in ("-W", line))]
+
+
+@attrs.frozen
+class World:
+    """What a scenario is given: it runs in core 0."""
+
+    config: Config
+    core1: Peer
+
+
+Scenario = Callable[[World], Awaitable[None]]
+SCENARIOS: dict[str, Scenario] = {}
+
+
+def scenario(function: Scenario) -> Callable[[pytest.Config, Cores, Path], None]:
+    """A test that runs `function` in a process of its own."""
+
+    @pytest.mark.netns
+    def test(pytestconfig: pytest.Config, cores: Cores, irq_dir: Path) -> None:
+        descriptors = (cores.core0.fd, cores.core1.fd)
+        done = subprocess.run(
+            [
+                *python(pytestconfig.getini("filterwarnings")),
+                *("-m", "tests.test_aio", function.__name__),
+                *map(str, (*descriptors, cores.link, irq_dir)),
+            ],
+            cwd=PROJECT,
+            pass_fds=descriptors,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=2 * DEADLINE,
+        )
+        assert done.returncode == 0, f"{function.__name__} failed:\n{done.stdout}"
+
+    SCENARIOS[function.__name__] = function
+    test.__doc__ = function.__doc__
+    return test
+
+
+def play(name: str, core0: str, core1: str, link: str, irq_dir: str) -> None:
+    """Run a scenario in this process."""
+    cores = Cores(Namespace(int(core0)), Namespace(int(core1)), link)
+    with Peer(cores) as peer:
+        cores.core0.enter()
+        world = World(Config(link, builtin_signals(Path(irq_dir))), peer)
+
+        async def main() -> None:
+            with trio.fail_after(DEADLINE):
+                await SCENARIOS[name](world)
+
+        trio.run(main)
+
+
+async def reset(world: World, proxy: Proxy, count: int = 1) -> None:
+    """Send the reset signal from core 1, and return once it has been carried."""
+    with proxy.events(count) as events:
+        for _ in range(count):
+            world.core1.send(RESET)
+        for _ in range(count):
+            await events.receive()
+
+
+@scenario
+async def test_callback_gets_each_notification_in_order_and_may_send(world: World) -> None:
+    from inco_trio import aio
+
+    entry, seen = trio.open_memory_channel[Notification](2)
+
+    async def callback(notification: Notification) -> None:
+        if notification.signal.name != NOTIFY:
+            await aio.AsyncioProxy(proxy).send(NOTIFY)
+        entry.send_nowait(notification)
+
+    async with open_proxy(world.config) as proxy, trio.open_nursery() as nursery:
+        await nursery.start(aio.on_notification, proxy, callback)
+        await reset(world, proxy)
+        got = [await seen.receive(), await seen.receive()]
+        nursery.cancel_scope.cancel()
+    assert [n.signal.name for n in got] == [RESET.decode(), NOTIFY]
+    assert got[0].monotonic_ns <= got[1].monotonic_ns
+
+
+@scenario
+async def test_error_of_the_callback_reaches_the_caller_as_it_is(world: World) -> None:
+    from inco_trio import aio
+
+    error = ValueError("from asyncio")
+
+    async def callback(notification: Notification) -> None:
+        raise error
+
+    async def handle(*, task_status: trio.TaskStatus[None]) -> None:
+        with pytest.raises(ValueError, match="from asyncio") as raised:
+            await aio.on_notification(proxy, callback, task_status=task_status)
+        assert raised.value is error
+
+    async with open_proxy(world.config) as proxy:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(handle)
+            await reset(world, proxy)
+        await reset(world, proxy)
+        assert proxy.stats.delivered == 2, "the proxy has not gone on"
+
+
+@scenario
+async def test_cancelled_by_trio_the_callback_cleans_up_first(world: World) -> None:
+    from inco_trio import aio
+
+    called = trio.Event()
+    steps = []
+
+    async def callback(notification: Notification) -> None:
+        called.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            steps.append("cleaned up")
+            raise
+
+    async def handle(*, task_status: trio.TaskStatus[trio.CancelScope]) -> None:
+        async with trio.open_nursery() as inner:
+            await inner.start(aio.on_notification, proxy, callback)
+            task_status.started(inner.cancel_scope)
+        steps.append("returned")
+
+    async with open_proxy(world.config) as proxy:
+        async with trio.open_nursery() as nursery:
+            scope = await nursery.start(handle)
+            await reset(world, proxy)
+            await called.wait()
+            scope.cancel()
+        assert steps == ["cleaned up", "returned"]
+        await reset(world, proxy)
+
+
+@scenario
+async def test_slow_callback_stalls_nothing(world: World) -> None:
+    from inco_trio import aio
+
+    called, handled = trio.Event(), 0
+    go_on = asyncio.Event()
+
+    async def callback(notification: Notification) -> None:
+        nonlocal handled
+        called.set()
+        await go_on.wait()
+        handled += 1
+
+    async with trio.open_nursery() as nursery, open_proxy(world.config) as proxy:
+        await nursery.start(functools.partial(aio.on_notification, proxy, callback, buffer=2))
+        await reset(world, proxy)
+        await called.wait()
+        await reset(world, proxy, 9)
+        assert proxy.stats.delivered == 10
+        assert proxy.stats.events_lost == 7, "one is being handled, two wait"
+        go_on.set()
+    assert handled == 3
+
+
+@scenario
+async def test_main_sends_and_returns(world: World) -> None:
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> int:
+        with pytest.raises(UnknownSignal, match="nothing: not an outbound signal"):
+            await proxy.send("nothing")
+        await proxy.send(NOTIFY)
+        return proxy.stats.sent
+
+    async with open_proxy(world.config) as proxy:
+        assert await aio.run(proxy, main) == 1
+        assert world.core1.receive()[14:].rstrip(b"\0") == NOTIFY.encode()
+
+
+@scenario
+async def test_cancelled_wait_for_an_event_loses_nothing(world: World) -> None:
+    """The wait is cancelled at each moment from before to after the arrival of the event."""
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> list[str]:
+        moments = []
+        with proxy.events() as events:
+            for moment in range(40):
+                waiting = asyncio.ensure_future(anext(events))
+                sending = asyncio.create_task(proxy.send(NOTIFY))
+                for _ in range(moment):
+                    await asyncio.sleep(0)
+                waiting.cancel()
+                try:
+                    await waiting
+                    moments.append("late")
+                except asyncio.CancelledError:
+                    await anext(events)
+                    moments.append("early")
+                await sending
+        return moments
+
+    async with open_proxy(world.config) as proxy:
+        moments = await aio.run(proxy, main)
+    assert set(moments) == {"early", "late"}, moments
+
+
+@scenario
+async def test_events_end_with_the_proxy(world: World) -> None:
+    from inco_trio import aio
+
+    started = trio.Event()
+    ended = trio.Event()
+
+    async def main(proxy: aio.AsyncioProxy) -> None:
+        with proxy.events() as events:
+            started.set()
+            assert [event async for event in events] == []
+        with pytest.raises(ClosedError):
+            await proxy.send(NOTIFY)
+        ended.set()
+
+    async with trio.open_nursery() as nursery, open_proxy(world.config) as proxy:
+        nursery.start_soon(aio.run, proxy, main)
+        await started.wait()
+    assert ended.is_set()
+
+
+@scenario
+async def test_open_loop_is_used_and_left_open(world: World) -> None:
+    import trio_asyncio
+
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> tuple[asyncio.AbstractEventLoop, asyncio.Task[bool]]:
+        return asyncio.get_running_loop(), asyncio.create_task(asyncio.Event().wait())
+
+    async with open_proxy(world.config) as proxy, trio_asyncio.open_loop() as loop:
+        for _ in range(2):
+            used, left = await aio.run(proxy, main)
+            assert used is loop
+            assert not left.done()
+
+
+@scenario
+async def test_own_loop_cancels_what_is_left(world: World) -> None:
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> asyncio.Task[bool]:
+        return asyncio.create_task(asyncio.Event().wait())
+
+    async with open_proxy(world.config) as proxy:
+        assert (await aio.run(proxy, main)).cancelled()
+
+
+@scenario
+async def test_no_error_hides_another(world: World) -> None:
+    from inco_trio import aio
+
+    async def fail_at_the_end() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise LookupError("second")
+
+    async def main(proxy: aio.AsyncioProxy) -> None:
+        tasks.append(asyncio.create_task(fail_at_the_end()))
+        await asyncio.sleep(0)
+        raise ValueError("first")
+
+    tasks: list[asyncio.Task[None]] = []
+    async with open_proxy(world.config) as proxy:
+        with pytest.raises(BaseExceptionGroup) as raised:
+            await aio.run(proxy, main)
+    assert raised.group_contains(ValueError, match="first")
+    assert raised.group_contains(LookupError, match="second")
+
+
+@scenario
+async def test_main_that_cancels_itself_is_seen_cancelled(world: World) -> None:
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> None:
+        raise asyncio.CancelledError
+
+    async with open_proxy(world.config) as proxy:
+        with pytest.raises(asyncio.CancelledError):
+            await aio.run(proxy, main)
+
+
+# ------------------------------------------------------------------------------------------- the documented programs
+
+
+def documented(word: str, directory: Path) -> Path:
+    """The program of docs/asyncio.md whose first line contains `word`, as a file."""
+    text = (PROJECT / "docs/asyncio.md").read_text()
+    programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (program,) = (each for each in programs if word in each.partition("\n")[0])
+    path = directory / word
+    path.write_text(program)
+    return path
+
+
+class Program:
+    """A running program, whose output says when it is ready."""
+
+    def __init__(self, namespace: Namespace, command: list[str]) -> None:
+        self.process = namespace.run(
+            lambda: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        )
+        self.said = b""
+
+    def wait_said(self, text: bytes) -> None:
+        """Wait until it has said `text`."""
+        assert self.process.stdout is not None
+        while text not in self.said:
+            if not select.select([self.process.stdout], [], [], DEADLINE)[0]:
+                pytest.fail(f"has not said {text!r} within {DEADLINE:g} s, but: {self.said.decode()}")
+            part = os.read(self.process.stdout.fileno(), 4096)
+            assert part, f"ended without saying {text!r}: {self.said.decode()}"
+            self.said += part
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        rest = self.process.communicate()[0]
+        # Pytest shows it, if the test fails.
+        sys.stderr.write(f"{self.process.args!r} ended; it said:\n{(self.said + rest).decode()}")
+
+
+@pytest.fixture
+def start(cores: Cores) -> Iterator[Callable[..., Program]]:
+    """Start a program in core 0: `start(*command)`."""
+    with ExitStack() as stack:
+
+        def start(*command: str | Path) -> Program:
+            program = Program(cores.core0, [str(part) for part in command])
+            stack.callback(program.close)
+            return program
+
+        yield start
+
+
+@pytest.fixture
+def mqtt(cores: Cores, start: Callable[..., Program], tmp_path: Path) -> Iterator[Client]:
+    """A client of a broker that listens in core 0; what it gets is in the queue that is its `userdata`."""
+    mosquitto = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
+    assert mosquitto, "this test needs mosquitto"
+    configuration = tmp_path / "mosquitto.conf"
+    # As another user it could not be started in a user namespace.
+    configuration.write_text("listener 1883 127.0.0.1\nallow_anonymous true\nuser root\nlog_dest stderr\n")
+    start(mosquitto, "-c", configuration).wait_said(b" running\n")
+
+    messages: queue.Queue[MQTTMessage] = queue.Queue()
+    client = Client(CallbackAPIVersion.VERSION2, userdata=messages)
+    client.on_message = lambda _client, _messages, message: messages.put(message)
+    cores.core0.run(lambda: client.connect("127.0.0.1"))
+    client.loop_start()
+    yield client
+    client.disconnect()
+    client.loop_stop()
+
+
+@pytest.mark.netns
+def test_documented_callback(
+    pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
+) -> None:
+    command = python(pytestconfig.getini("filterwarnings"))
+    say = start(*command, documented("say.py", tmp_path), cores.link, irq_dir)
+    say.wait_said(b"ready\n")
+    core1.send(RESET)
+    say.wait_said(b"inbound ihub_reset_irq\n")
+    (irq_dir / "message_6_trig").write_text("1")
+    say.wait_said(b"outbound redun_notify_irq\n")
+
+
+@pytest.mark.netns
+def test_documented_bridge_to_mqtt(
+    pytestconfig: pytest.Config,
+    start: Callable[..., Program],
+    mqtt: Client,
+    cores: Cores,
+    core1: Peer,
+    irq_dir: Path,
+    tmp_path: Path,
+) -> None:
+    messages: queue.Queue[MQTTMessage] = mqtt.user_data_get()
+    mqtt.subscribe("board/inbound/+", qos=1)
+    # The broker keeps it for whoever comes, so nobody must know when the bridge is there.
+    mqtt.publish(f"board/outbound/{NOTIFY}", "now", qos=1, retain=True)
+    command = python(pytestconfig.getini("filterwarnings"))
+    bridge = start(*command, documented("bridge.py", tmp_path), cores.link, irq_dir, "127.0.0.1")
+
+    assert core1.receive(DEADLINE)[14:] == NOTIFY.encode()
+    for name in ("ihub_reset_irq", "ihub_hwwd_irq"):
+        before = time.monotonic_ns()
+        core1.send(name.encode())
+        message = messages.get(timeout=DEADLINE)
+        assert message.topic == f"board/inbound/{name}"
+        assert before < int(message.payload) < time.monotonic_ns()
+    mqtt.publish("board/outbound/nothing", qos=1)
+    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000\n")
+    mqtt.publish(f"board/outbound/{NOTIFY}", qos=1)
+    assert core1.receive(DEADLINE)[14:] == NOTIFY.encode()
+    assert messages.empty(), "an outbound signal came back as a message"
+
+    bridge.process.terminate()
+    assert bridge.process.wait(DEADLINE) == 0
+
+
+def test_nothing_else_imports_trio_asyncio(pytestconfig: pytest.Config) -> None:
+    code = """
+import asyncio, importlib, pkgutil, sys
+before = asyncio.get_event_loop_policy
+import inco_trio
+for module in pkgutil.iter_modules(inco_trio.__path__):
+    if module.name not in ("__main__", "aio"):
+        importlib.import_module(f"inco_trio.{module.name}")
+assert "trio_asyncio" not in sys.modules
+assert asyncio.get_event_loop_policy is before
+import inco_trio.aio
+assert "trio_asyncio" in sys.modules
+assert asyncio.get_event_loop_policy is not before
+"""
+    subprocess.run([*python(pytestconfig.getini("filterwarnings")), "-c", code], check=True, timeout=DEADLINE)
+
+
+if __name__ == "__main__":
+    play(*sys.argv[1:])

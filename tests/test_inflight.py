@@ -1,0 +1,201 @@
+"""The memory of what is in flight: what one process leaves in it, another finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inco_trio.inflight import EVENT_BANK, FRAME_SLOT, FRAME_SLOTS, MAGIC, SIZE, Inflight, frames_in
+from inco_trio.inotify import Event, parse_events
+
+FRAMES = [b"first", b"second", b"third"]
+EVENT = (5).to_bytes(4, "little") + (8).to_bytes(4, "little") + bytes(8)
+
+KILLED = """
+import os, sys
+from inco_trio.inflight import FRAME_SLOT, Inflight
+
+memory = Inflight.open(int(sys.argv[1]))
+assert memory.inherited
+for number, bank in enumerate(memory.frames):
+    bank.begin(8 - number)
+    for slot, frame in enumerate([b"first", b"second", b"third"]):
+        bank.view[slot * FRAME_SLOT:slot * FRAME_SLOT + len(frame)] = frame
+memory.frames[0].clear(FRAME_SLOT)
+memory.events[1].begin(3)
+memory.events[1].view[:16] = bytes.fromhex(sys.argv[2])
+memory.owed[b"ihub_reset_irq"] += 2
+memory.owed[b"ihub_hwwd_irq"] += 1
+memory.owed[b"ihub_hwwd_irq"] -= 1
+memory.watches[b"k" * 64] = 77
+os._exit(9)
+"""
+
+
+@pytest.fixture
+def memory() -> Iterator[Inflight]:
+    made = Inflight.open()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def successor(memory: Inflight) -> Iterator[Callable[[], Inflight]]:
+    """Map the same memory once more."""
+    with ExitStack() as stack:
+
+        def start() -> Inflight:
+            found = Inflight.open(os.dup(memory.fd))
+            stack.callback(found.close)
+            return found
+
+        yield start
+
+
+def test_a_new_one_is_empty(memory: Inflight) -> None:
+    assert not memory.inherited
+    assert not os.get_inheritable(memory.fd)
+    assert [bank.sequence for bank in memory.frames + memory.events] == [0, 0, 0, 0]
+    assert [frames_in(bank) for bank in memory.frames] == [[], []]
+    assert [len(bank.view) >= FRAME_SLOT * FRAME_SLOTS for bank in memory.frames] == [True, True]
+    assert [parse_events(bank.view) for bank in memory.events] == [[], []]
+    assert [len(bank.view) for bank in memory.events] == [EVENT_BANK] * 2
+    assert (list(memory.owed), list(memory.watches)) == ([], [])
+
+
+def test_untouched_memory_costs_nothing(memory: Inflight) -> None:
+    assert os.fstat(memory.fd).st_blocks * 512 <= 4096 * 4
+
+
+def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(memory.fd), EVENT.hex()], pass_fds=[memory.fd], check=False
+    )
+    assert done.returncode == 9
+    found = successor()
+    assert found.inherited
+    assert [bank.sequence for bank in found.frames] == [8, 7]
+    assert [frames_in(bank) for bank in found.frames] == [FRAMES[1:], FRAMES]
+    assert [bank.sequence for bank in found.events] == [0, 3]
+    assert [parse_events(bank.view) for bank in found.events] == [[], [Event(5, 8, b"")]]
+    assert {name: found.owed[name] for name in found.owed} == {b"ihub_reset_irq": 2}
+    assert {key: found.watches[key] for key in found.watches} == {b"k" * 64: 77}
+
+
+def test_a_cleared_bank_is_empty_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    bank = memory.frames[1]
+    bank.begin(2**40)
+    bank.view[:] = b"x" * len(bank.view)
+    assert frames_in(bank) == [b"x" * FRAME_SLOT] * FRAME_SLOTS
+    bank.clear(2 * FRAME_SLOT)
+    assert len(frames_in(bank)) == FRAME_SLOTS - 2
+    bank.clear(len(bank.view))
+    assert frames_in(successor().frames[1]) == []
+    assert bank.sequence == 2**40
+
+
+def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    banks = memory.frames + memory.events
+    for number, bank in enumerate(banks):
+        bank.begin(number + 1)
+        bank.view[:] = bytes([number + 1]) * len(bank.view)
+    memory.owed[b"o"] = 5
+    memory.watches[b"w"] = 6
+    found = successor()
+    for number, bank in enumerate(found.frames + found.events):
+        assert bank.sequence == number + 1
+        assert bytes(bank.view) == bytes([number + 1]) * len(bank.view)
+    assert (found.owed[b"o"], found.watches[b"w"]) == (5, 6)
+    assert (list(found.owed), list(found.watches)) == ([b"o"], [b"w"])
+
+
+@pytest.mark.parametrize(
+    ("size", "start"),
+    [
+        pytest.param(SIZE, b"", id="no magic"),
+        pytest.param(SIZE, MAGIC.replace(b"1", b"0"), id="another version"),
+        pytest.param(SIZE - 4096, MAGIC, id="too small"),
+        pytest.param(SIZE + 4096, MAGIC, id="too large"),
+        pytest.param(0, b"", id="empty"),
+    ],
+)
+def test_what_is_no_such_memory_is_replaced(size: int, start: bytes) -> None:
+    held = os.memfd_create("foreign")
+    assert "foreign" in str(Path(f"/proc/self/fd/{held}").resolve())
+    os.ftruncate(held, size)
+    os.pwrite(held, start, 0)
+    os.pwrite(held, b"x", 5000)
+    made = Inflight.open(held)
+    assert not made.inherited
+    assert made.fd != held
+    assert "foreign" not in str(Path(f"/proc/self/fd/{held}").resolve())
+    assert frames_in(made.frames[0]) == []
+    made.close()
+
+
+def test_the_memory_outlives_its_descriptor() -> None:
+    made = Inflight.open()
+    made.close()
+    made.owed[b"key"] = 1
+    assert made.owed[b"key"] == 1
+
+
+def test_zero_is_missing(memory: Inflight) -> None:
+    owed = memory.owed
+    owed[b"key"] = 0
+    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
+    owed[b"key"] = 1
+    owed[b"key"] = 0
+    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
+
+
+def test_places_are_used_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    owed = memory.owed
+    for number in range(1000):
+        owed[b"%d" % number] = number + 1
+    for number in range(1000):
+        owed[b"%d" % number] = 0
+    touched = os.fstat(memory.fd).st_blocks
+    for number in range(1000):
+        owed[b"new%d" % number] = number + 1
+    assert os.fstat(memory.fd).st_blocks == touched
+    found = successor().owed
+    assert {name: found[name] for name in found} == {b"new%d" % number: number + 1 for number in range(1000)}
+
+
+def test_a_successor_uses_places_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    memory.owed[b"kept"] = 1
+    memory.owed[b"gone"] = 1
+    memory.owed[b"gone"] = 0
+    found = successor().owed
+    found[b"new"] = 3
+    third = successor().owed
+    assert {name: third[name] for name in third} == {b"kept": 1, b"new": 3}
+    assert len(third) == 2
+
+
+keys = st.sampled_from([b"a", b"b", b"c", b"d" * 64, b"e\0f"])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(keys, st.integers(0, 3), st.booleans())))
+def test_it_behaves_like_a_counter(changes: list[tuple[bytes, int, bool]]) -> None:
+    expected: dict[bytes, int] = {}
+    with ExitStack() as stack:
+        memory = Inflight.open()
+        stack.callback(memory.close)
+        for key, number, handed_on in changes:
+            memory.owed[key] = expected[key] = number
+            if handed_on:
+                memory = Inflight.open(os.dup(memory.fd))
+                stack.callback(memory.close)
+            found = {name: memory.owed[name] for name in memory.owed}
+            assert found == {name: count for name, count in expected.items() if count}

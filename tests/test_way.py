@@ -1,0 +1,225 @@
+"""The channel between two legs of one direction."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from inco_trio.errors import ClosedError
+from inco_trio.signals import Signal, builtin_signals
+from inco_trio.supervise import Health
+from inco_trio.way import Batch, Way
+
+RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
+
+
+class World:
+    """A way, and what it has told: the batches `done`, by name, and the signals that were `carried`."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.carried: list[list[Signal]] = []
+        self.way = Way(lambda signals: self.carried.append(list(signals)))
+
+    def batch(self, name: str, *signals: Signal) -> Batch:
+        return self.way.batch(list(signals), lambda: self.done.append(name))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    ends = os.pipe()
+    os.set_blocking(ends[0], False)
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
+    """Run it; what would wait for ever fails."""
+
+    async def guarded() -> None:
+        with trio.fail_after(60):
+            await main()
+
+    trio.run(guarded, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_batch_is_open_until_it_is_finished(world: World) -> None:
+    batch = world.batch("first", RESET, HWWD, RESET)
+    assert world.way.open == {batch}
+    world.way.finish(batch)
+    assert world.way.open == set()
+    assert world.done == ["first"]
+    assert world.carried == [[RESET, HWWD, RESET]]
+
+
+def test_an_empty_batch_carries_nothing(world: World) -> None:
+    world.way.finish(world.batch("empty"))
+    assert (world.done, world.carried) == (["empty"], [])
+
+
+def test_handed_over_in_order_one_at_a_time(world: World) -> None:
+    taken: list[Batch] = []
+    batches = [world.batch(str(number), NOTIFY) for number in range(3)]
+
+    async def read() -> None:
+        for number, batch in enumerate(batches):
+            await world.way.hand_over(batch)
+            # The one before was finished; that is what lets its memory be read into again.
+            assert len(world.done) >= number
+        world.way.close()
+
+    async def act() -> None:
+        async for batch in world.way.exit:
+            taken.append(batch)
+            await trio.sleep(1)
+            world.way.finish(batch)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            nursery.start_soon(act)
+
+    run(main)
+    assert taken == batches
+    assert world.done == ["0", "1", "2"]
+
+
+def test_what_was_read_is_handed_over_although_cancelled(world: World) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.way.hand_over, world.batch("first", NOTIFY))
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                world.way.finish(await world.way.exit.receive())
+
+    run(main)
+    assert world.done == ["first"]
+
+
+def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.way.hand_over, world.batch("first", NOTIFY))
+            await wait_all_tasks_blocked()
+            world.way.abort()
+            nursery.cancel_scope.cancel()
+
+    run(main)
+    assert (world.done, len(world.way.open)) == ([], 1)
+
+
+def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
+    async def hand_over() -> None:
+        with pytest.raises(ClosedError):
+            await world.way.hand_over(world.batch("first", NOTIFY))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand_over)
+            await wait_all_tasks_blocked()
+            world.way.abort()
+
+    run(main)
+
+
+def test_closed_while_handing_over(world: World) -> None:
+    async def hand_over() -> None:
+        with pytest.raises(ClosedError):
+            await world.way.hand_over(world.batch("first", NOTIFY))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand_over)
+            await wait_all_tasks_blocked()
+            world.way.close()
+
+    run(main)
+
+
+def test_nothing_enters_once_closed(world: World) -> None:
+    async def main() -> None:
+        world.way.close()
+        with pytest.raises(ClosedError):
+            await world.way.hand_over(world.batch("first", NOTIFY))
+        with pytest.raises(ClosedError):
+            await world.way.offer(world.batch("second", NOTIFY))
+        assert [batch async for batch in world.way.exit] == []
+
+    run(main)
+
+
+def test_an_offer_can_be_withdrawn(world: World) -> None:
+    async def main() -> None:
+        with trio.move_on_after(1) as scope:
+            await world.way.offer(world.batch("first", NOTIFY))
+        assert scope.cancelled_caught
+        assert world.way.open == set()
+        assert world.done == []
+
+    run(main)
+
+
+def test_an_offer_that_is_taken_is_on_its_way(world: World) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            batch = world.batch("first", NOTIFY)
+            nursery.start_soon(world.way.offer, batch)
+            assert await world.way.exit.receive() is batch
+            assert world.way.open == {batch}
+
+    run(main)
+
+
+def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> None:
+    reads: list[bytes] = []
+    health = Health("leg")
+    health.failed("was broken")
+
+    async def read_queued() -> None:
+        await trio.lowlevel.checkpoint()
+        try:
+            reads.append(os.read(pipe[0], 100))
+        except BlockingIOError:
+            reads.append(b"")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.way.read, pipe[0], read_queued, health)
+            await wait_all_tasks_blocked()
+            os.write(pipe[1], b"one")
+            while not reads:
+                await trio.lowlevel.checkpoint()
+            await wait_all_tasks_blocked()
+            world.way.stop_reading()
+
+    trio.run(main)
+    assert reads == [b"one", b""]
+    assert health.problem is None
+
+
+def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) -> None:
+    reads: list[bytes] = []
+
+    async def read_queued() -> None:
+        await trio.lowlevel.checkpoint()
+        reads.append(os.read(pipe[0], 100))
+
+    async def main() -> None:
+        world.way.stop_reading()
+        os.write(pipe[1], b"late")
+        await world.way.read(pipe[0], read_queued, Health("leg"))
+
+    trio.run(main)
+    assert reads == [b"late"]
