@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -228,7 +229,8 @@ async def _serve(args: argparse.Namespace, config: Config, holder: Holder) -> No
                     running.append(proxy)
                     notify_ready(args.notification_fd)
                     _logger().info("%s: ready", config.interface, extra={"event": "ready"})
-                    nursery.start_soon(_diagnose, config)
+                    # A thread of its own, as one of Trio's would wake up once more to end.
+                    threading.Thread(target=_diagnose, args=(config,), daemon=True).start()
                     with contextlib.ExitStack() as stopping:
                         stopping.callback(notify_stopping)
                         await trio.sleep_forever()
@@ -242,13 +244,11 @@ async def _serve(args: argparse.Namespace, config: Config, holder: Holder) -> No
         raise failure
 
 
-async def _diagnose(config: Config) -> None:
+def _diagnose(config: Config) -> None:
     """Say what may keep notifications from coming; after readiness, as it reads all of /proc."""
-    import trio
-
     from .diagnose import diagnose
 
-    for line in await trio.to_thread.run_sync(lambda: list(diagnose(config.signals)), abandon_on_cancel=True):
+    for line in diagnose(config.signals):
         _logger().warning("%s", line)
 
 

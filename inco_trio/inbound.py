@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from .frame import HEADER_LENGTH, decode
-from .inflight import FRAME_SLOT, FRAME_SLOTS, Inflight, frames_in
+from .inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
 from .link import Link
 from .registers import Registers
 from .signals import Signal
@@ -31,9 +31,8 @@ class Inbound:
         self._inflight = inflight
         self._stats = stats
         self._wrote = wrote
-        self._slots = [
-            [bank.view[i * FRAME_SLOT : (i + 1) * FRAME_SLOT] for i in range(FRAME_SLOTS)] for bank in inflight.frames
-        ]
+        starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
+        self._rooms = [[bank.view[i : i + FRAME_ROOM] for i in starts] for bank in inflight.frames]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     def recover(self) -> None:
@@ -59,25 +58,25 @@ class Inbound:
     def _read(self, link: Link) -> Batch | None:
         """Read what is queued into the next bank, as far as it fits; None if nothing is."""
         turn = self._fills & 1
-        bank, slots = self._inflight.frames[turn], self._slots[turn]
+        bank, rooms = self._inflight.frames[turn], self._rooms[turn]
         bank.begin(self._fills + 1)
-        lengths = link.receive_into(slots)
+        lengths = link.receive_into(rooms, FRAME_STEP)
         if not lengths:
             return None
         self._fills += 1
         self._stats.received += len(lengths)
         known = self._registers.table.inbound
         signals = []
-        for slot, length in zip(slots, lengths, strict=False):
-            signal = known.get(bytes(slot[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(slot, length)
+        for room, length in zip(rooms, lengths, strict=False):
+            signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(room, length)
             if signal is not None:
                 signals.append(signal)
-        used = FRAME_SLOT * len(lengths)
-        return self._way.batch(signals, lambda: bank.clear(used), drained=len(lengths) < FRAME_SLOTS)
+        used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
+        return self._way.batch(signals, lambda: bank.clear(used))
 
-    def _unusual(self, slot: memoryview, length: int) -> Signal | None:
+    def _unusual(self, room: memoryview, length: int) -> Signal | None:
         """A frame whose payload is no name of the table: count it, unless a tag stands before the name."""
-        name = decode(bytes(slot[:length])) if length <= FRAME_SLOT else None
+        name = decode(bytes(room[:length])) if length <= FRAME_ROOM else None
         if name is None:
             self._stats.malformed += 1
             return None
@@ -103,19 +102,18 @@ class Inbound:
 
     def _receive_lone(self) -> None:
         """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay."""
-        slot = self._slots[0][0]
-        length = self._link.receive_one(slot)
+        room = self._rooms[0][0]
+        length = self._link.receive_one(room)
         if not length:
             return
-        signal = self._registers.table.inbound.get(bytes(slot[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(
-            slot, length
-        )
+        known = self._registers.table.inbound
+        signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(room, length)
         if signal is not None:
             self._registers.write((signal,))
             self._way.carried((signal,))
             self._wrote()
         self._stats.received += 1
-        self._inflight.frames[0].clear(FRAME_SLOT)
+        self._inflight.frames[0].clear(min(length, FRAME_ROOM))
 
     async def write(self, health: Health) -> None:
         """The leg that writes the registers."""

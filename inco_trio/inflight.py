@@ -20,17 +20,19 @@ from collections.abc import Iterator
 
 import attrs
 
-__all__ = ["FRAME_SLOT", "FRAME_SLOTS", "Bank", "Inflight", "NumberTable"]
+__all__ = ["FRAMES", "FRAME_ROOM", "FRAME_STEP", "Bank", "Inflight", "NumberTable"]
 
 MAGIC = b"inco-trio inflight 1\n"
 PAGE = 4096
-FRAME_SLOT = 1600
-"""Bytes of one frame: more than 18 + 1500, the largest tagged frame of the usual MTU. A longer one is malformed."""
-FRAME_SLOTS = 32
-"""Frames of one batch: enough to make the cost of a hand-over small, few enough to touch little memory."""
+FRAME_STEP = 128
+"""Bytes from one frame of a bank to the next: more than 18 + 64, the longest of ours, and few, to stay cached."""
+FRAME_ROOM = 1600
+"""Bytes that a read may fill: more than 18 + 1500, the usual MTU. A frame over FRAME_STEP is the last of its bank."""
+FRAMES = 128
+"""Frames of one batch: enough to make the cost of a hand-over small."""
 EVENT_BANK = 4 * PAGE
 """Bytes of inotify events of one batch: 1024 events without a name."""
-FRAME_BANK = -(-FRAME_SLOT * FRAME_SLOTS // PAGE) * PAGE
+FRAME_BANK = -(-(FRAME_STEP * (FRAMES - 1) + FRAME_ROOM) // PAGE) * PAGE
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
@@ -156,7 +158,10 @@ class Inflight:
 
 
 def frames_in(bank: Bank) -> list[bytes]:
-    """The frames that stand in a bank, NUL padding stripped, in the order of their arrival."""
+    """The frames that stand in a bank, NUL padding stripped, in the order of their arrival.
+
+    A long one, which is the last, comes in pieces.
+    """
     view = bank.view
-    slots = (bytes(view[i * FRAME_SLOT : (i + 1) * FRAME_SLOT]).rstrip(b"\0") for i in range(FRAME_SLOTS))
-    return [frame for frame in slots if frame]
+    steps = (bytes(view[i : i + FRAME_STEP]).rstrip(b"\0") for i in range(0, len(view), FRAME_STEP))
+    return [frame for frame in steps if frame]

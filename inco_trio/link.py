@@ -180,31 +180,41 @@ class Link:
         name, protocol, _, _, address = self._socket.getsockname()
         return address[:6].ljust(6, b"\0") if name == self.interface and protocol == ETHERTYPE else None
 
-    def receive_into(self, slots: Sequence[memoryview]) -> list[int]:
-        """Read queued frames, one into each slot, until none is left; returns their lengths.
+    def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
+        """Read queued frames, one into each of `rooms`, until none is left; returns their lengths.
 
-        A frame longer than its slot is cut; its length is the true one. Raises OSError (packet(7)), but not for a link
-        that went down, which ends the batch.
+        A frame longer than `step` is the last one read, as the rooms overlap beyond that. One longer than its room is
+        cut; its length is the true one. Raises OSError (packet(7)), but not for a link that went down, which ends the
+        batch.
         """
         lengths: list[int] = []
-        for slot in slots:
-            length = self.receive_one(slot)
-            if not length:
-                break
-            lengths.append(length)
+        receive, truncated = self._recv_into, socket.MSG_TRUNC
+        try:
+            for room in rooms:
+                length = receive(room, 0, truncated)
+                lengths.append(length)
+                if length > step:
+                    break
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._not_down(error)
         return lengths
 
-    def receive_one(self, slot: memoryview) -> int:
-        """Read one frame into `slot`; returns its length, 0 if none is queued. Otherwise as `receive_into`."""
+    def receive_one(self, room: memoryview) -> int:
+        """Read one frame into `room`; returns its length, 0 if none is queued. Otherwise as `receive_into`."""
         try:
-            return self._recv_into(slot, 0, socket.MSG_TRUNC)
+            return self._recv_into(room, 0, socket.MSG_TRUNC)
         except BlockingIOError:
             return 0
         except OSError as error:
-            # The kernel says once that the link went down; the queue is kept, and reading it goes on.
-            if error.errno != errno.ENETDOWN:
-                raise
+            self._not_down(error)
             return 0
+
+    def _not_down(self, error: OSError) -> None:
+        # The kernel says once that the link went down; the queue is kept, and reading it goes on.
+        if error.errno != errno.ENETDOWN:
+            raise error
 
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, or OSError (packet(7))."""

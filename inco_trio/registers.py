@@ -167,8 +167,13 @@ class Registers:
         return self.mend()
 
     def _open_directory(self, directory: IrqDirectory, *, make: bool) -> None:
+        key = _key(directory.path)
+        former = self._inflight.watches[key]
         directory.open(self._inotify, make=make)
-        self._inflight.watches[_key(directory.path)] = directory.wd
+        if former not in (0, directory.wd):
+            # A predecessor's: what happens from now on where the directory was moved to is not for us.
+            self._inotify.unwatch(former)
+        self._inflight.watches[key] = directory.wd
         # What happens above it is seen only there.
         for parent in directory.path.parents:
             try:
@@ -326,6 +331,11 @@ class Registers:
                         triggered.signals.append(signal)
                 elif mask & (ino.IN_DELETE | ino.IN_MOVED_FROM) and register in directory.states:
                     self._lost.setdefault(directory.path, time.monotonic())
+                return
+        if mask & ino.IN_MOVED_TO:
+            # It happened in the directory that was at the path before, when nobody had seen yet that it was replaced.
+            register = os.fsdecode(name)
+            triggered.signals += [signal for signal in self._triggers.values() if signal.register == register]
 
     def _look_again(self, directories: Iterable[IrqDirectory], triggered: Triggered, *, moved: bool = False) -> None:
         """Open each directory again if its path leads elsewhere now, and watch the triggers in it.

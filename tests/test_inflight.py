@@ -13,23 +13,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inco_trio.inflight import EVENT_BANK, FRAME_SLOT, FRAME_SLOTS, MAGIC, SIZE, Inflight, frames_in
+from inco_trio.inflight import EVENT_BANK, FRAME_ROOM, FRAME_STEP, FRAMES, MAGIC, SIZE, Inflight, frames_in
 from inco_trio.inotify import Event, parse_events
 
-FRAMES = [b"first", b"second", b"third"]
+NAMES = [b"first", b"second", b"third"]
 EVENT = (5).to_bytes(4, "little") + (8).to_bytes(4, "little") + bytes(8)
 
 KILLED = """
 import os, sys
-from inco_trio.inflight import FRAME_SLOT, Inflight
+from inco_trio.inflight import FRAME_STEP, Inflight
 
 memory = Inflight.open(int(sys.argv[1]))
 assert memory.inherited
 for number, bank in enumerate(memory.frames):
     bank.begin(8 - number)
     for slot, frame in enumerate([b"first", b"second", b"third"]):
-        bank.view[slot * FRAME_SLOT:slot * FRAME_SLOT + len(frame)] = frame
-memory.frames[0].clear(FRAME_SLOT)
+        bank.view[slot * FRAME_STEP:slot * FRAME_STEP + len(frame)] = frame
+memory.frames[0].clear(FRAME_STEP)
 memory.events[1].begin(3)
 memory.events[1].view[:16] = bytes.fromhex(sys.argv[2])
 memory.owed[b"ihub_reset_irq"] += 2
@@ -65,7 +65,7 @@ def test_a_new_one_is_empty(memory: Inflight) -> None:
     assert not os.get_inheritable(memory.fd)
     assert [bank.sequence for bank in memory.frames + memory.events] == [0, 0, 0, 0]
     assert [frames_in(bank) for bank in memory.frames] == [[], []]
-    assert [len(bank.view) >= FRAME_SLOT * FRAME_SLOTS for bank in memory.frames] == [True, True]
+    assert [len(bank.view) >= FRAME_STEP * (FRAMES - 1) + FRAME_ROOM for bank in memory.frames] == [True, True]
     assert [parse_events(bank.view) for bank in memory.events] == [[], []]
     assert [len(bank.view) for bank in memory.events] == [EVENT_BANK] * 2
     assert (list(memory.owed), list(memory.watches)) == ([], [])
@@ -83,7 +83,7 @@ def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successo
     found = successor()
     assert found.inherited
     assert [bank.sequence for bank in found.frames] == [8, 7]
-    assert [frames_in(bank) for bank in found.frames] == [FRAMES[1:], FRAMES]
+    assert [frames_in(bank) for bank in found.frames] == [NAMES[1:], NAMES]
     assert [bank.sequence for bank in found.events] == [0, 3]
     assert [parse_events(bank.view) for bank in found.events] == [[], [Event(5, 8, b"")]]
     assert {name: found.owed[name] for name in found.owed} == {b"ihub_reset_irq": 2}
@@ -94,9 +94,10 @@ def test_a_cleared_bank_is_empty_again(memory: Inflight, successor: Callable[[],
     bank = memory.frames[1]
     bank.begin(2**40)
     bank.view[:] = b"x" * len(bank.view)
-    assert frames_in(bank) == [b"x" * FRAME_SLOT] * FRAME_SLOTS
-    bank.clear(2 * FRAME_SLOT)
-    assert len(frames_in(bank)) == FRAME_SLOTS - 2
+    steps = len(bank.view) // FRAME_STEP
+    assert frames_in(bank) == [b"x" * FRAME_STEP] * steps
+    bank.clear(2 * FRAME_STEP)
+    assert len(frames_in(bank)) == steps - 2
     bank.clear(len(bank.view))
     assert frames_in(successor().frames[1]) == []
     assert bank.sequence == 2**40

@@ -64,21 +64,28 @@ def main() -> int:
         document = json.loads(results.read_text())
         _draw(document["series"], out, document["run"]["machine"])
         return 0
+    results.touch()  # half an hour later would be late to learn that it cannot be written
+    machine, begin = describe(), time.monotonic()
     if not may_make_namespaces():
         new_user_namespace()
     size = SMOKE if arguments.smoke else FULL
     if arguments.pairs:
         size = attrs.evolve(size, pairs=arguments.pairs, script_pairs=min(arguments.pairs, size.script_pairs))
-    machine, begin = describe(), time.monotonic()
     figures: list[Figure] = []
     series: dict[str, Any] = {}
+    faults: list[str] = []
     with two_cores() as cores, Lab.open(cores, arguments.pin) as lab:
         for name in arguments.only:
 
             def say(text: str, name: str = name) -> None:
                 _print(f"{time.monotonic() - begin:6.0f} s  {name}: {text}", sys.stderr)
 
-            measured = MEASURES[name](Bench(lab, size, say))
+            try:
+                measured = MEASURES[name](Bench(lab, size, say))
+            except BenchError as error:
+                faults.append(f"{name}: {error}")
+                say(f"broken: {error}")
+                continue
             figures += measured.figures
             if measured.series is not None:
                 series[name] = measured.series
@@ -88,13 +95,14 @@ def main() -> int:
         "pin": arguments.pin,
         "size": attrs.asdict(size),
         "seconds": round(time.monotonic() - begin),
+        "broken": faults[:],
     }
     results.write_text(as_json(figures, series, run))
     (out / "results.md").write_text(as_markdown(figures, machine))
     for shown in (as_text(figures), results, out / "results.md"):
         _print(shown)
     _draw(series, out, machine)
-    faults = [f"{figure.name}: {fault}" for figure in figures for fault in figure.faults]
+    faults += [f"{figure.name}: {fault}" for figure in figures for fault in figure.faults]
     for fault in faults:
         _print(fault, sys.stderr)
     return 1 if faults else 0

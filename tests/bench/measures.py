@@ -17,7 +17,7 @@ import attrs
 from inco_trio.world import Cores
 
 from .figures import Figure, Goal, quantile
-from .processes import memory_kib, switches, system_calls
+from .processes import memory_kib, switches, system_calls, wake_ups
 from .rivals import C_MODIFY, INCO, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running
 
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measured", "Size"]
@@ -307,7 +307,7 @@ def _serving(bench: Bench, links: Sequence[Cores]) -> Iterator[list[Running]]:
         with bench.lab.started(
             lambda fd: [sys.executable, script, str(directory), str(fd), *names], table.with_suffix(".log")
         ) as (pid, ready):
-            yield [Running(bench.lab, INCO, cores, pid, directory / cores.link, table, ready) for cores in links]
+            yield [Running(bench.lab, cores, pid, directory / cores.link, table, ready) for cores in links]
 
 
 def idle(bench: Bench) -> Measured:
@@ -319,7 +319,7 @@ def idle(bench: Bench) -> Measured:
             run.warm_up()
             before = switches(run.pid)
             time.sleep(bench.size.idle)
-            wakes[program.name].append(switches(run.pid) - before)
+            wakes[program.name].append(wake_ups(before, switches(run.pid)))
             counted = system_calls(run.pid, bench.size.idle, run.table.with_suffix(".strace"))
             if counted is not None:
                 calls[program.name].append(counted)

@@ -7,9 +7,10 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["memory_kib", "switches", "system_calls"]
+__all__ = ["memory_kib", "switches", "system_calls", "wake_ups"]
 
 _SETTLE = 0.5
 """Seconds after strace has attached: attaching itself interrupts the system call that is under way."""
@@ -21,10 +22,17 @@ def memory_kib(pid: int, field: str) -> int:
     return int(status.partition(f"{field}:")[2].split()[0])
 
 
-def switches(pid: int) -> int:
-    """Voluntary context switches of all threads so far: each is one wake-up."""
-    statuses = (path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))
-    return sum(int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for status in statuses)
+def switches(pid: int) -> dict[int, int]:
+    """Voluntary context switches so far of each thread, by its id."""
+    statuses = {int(path.name): (path / "status").read_text() for path in Path(f"/proc/{pid}/task").iterdir()}
+    return {
+        thread: int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, status in statuses.items()
+    }
+
+
+def wake_ups(before: Mapping[int, int], after: Mapping[int, int]) -> int:
+    """The voluntary context switches from `before` to `after`; a thread that has ended woke up at least to do so."""
+    return sum(count - before.get(thread, 0) for thread, count in after.items()) + len(before.keys() - after.keys())
 
 
 def system_calls(pid: int, seconds: float, trace: Path) -> int | None:

@@ -35,6 +35,9 @@ _LOAD_WITHIN = 300.0
 _NAP_US = 500
 """Between two reads of the load generator where it counts: the inotify queue (16,384) lasts 27 ms at 600,000/s."""
 
+_QUIET_MS = 1000
+"""Without an arrival for so long, what is missing counts as lost."""
+
 
 class BenchError(Exception):
     """The benchmark itself is broken: no figure can be trusted."""
@@ -46,8 +49,6 @@ class Program:
 
     name: str
     reports_drops: bool = True
-    quiet: float = 1.0
-    """Seconds without an arrival after which what is missing counts as lost."""
 
     def command(self, lab: Lab, directory: Path, table: Path, fd: int) -> list[str]:
         """What to execute."""
@@ -65,7 +66,7 @@ class Program:
 INCO = Program("inco-trio")
 C = Program("C")
 C_MODIFY = Program("C, IN_MODIFY too")
-SCRIPT = Program("script", reports_drops=False, quiet=2.0)
+SCRIPT = Program("script", reports_drops=False)
 
 
 @attrs.frozen
@@ -104,7 +105,6 @@ class Running:
     """A program that runs on a link, with its directory and signal table; `dropped` is known once it has ended."""
 
     lab: Lab
-    program: Program
     cores: Cores
     pid: int
     directory: Path
@@ -128,7 +128,7 @@ class Running:
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
-        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, round(1000 * self.program.quiet))
+        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, _QUIET_MS)
         said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
         times = array.array("q", samples.read_bytes() if latencies else b"")
         return Load(
@@ -138,7 +138,7 @@ class Running:
         )
 
     def warm_up(self, count: int = 500) -> None:
-        """Let caches fill and the interpreter specialise before anything is measured: `count` notifications each way."""
+        """Send `count` notifications each way: caches fill and the interpreter specialises before it is measured."""
         self.load(inbound=count, in_rate=5000)
         self.load(outbound=count, out_rate=5000)
 
@@ -193,7 +193,7 @@ class Lab:
         with self.place(count) as (directory, table):
             log = table.with_suffix(".log")
             with self.started(lambda fd: program.command(self, directory, table, fd), log) as (pid, ready):
-                run = Running(self, program, self.cores, pid, directory, table, ready)
+                run = Running(self, self.cores, pid, directory, table, ready)
                 yield run
             if program.reports_drops:
                 found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that could be wrong without anyone noticing: its statistics and what it reads of processes."""
+"""What could be wrong in the benchmark without anyone noticing: its statistics, and what it reads of processes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.config import parse_board
+from inco_trio.config import read_board
 from inco_trio.signals import Direction
 
 from .figures import Figure, Goal, quantile
-from .processes import memory_kib, switches, system_calls
+from .processes import memory_kib, switches, system_calls, wake_ups
 from .tables import signals, write_table, write_udrv
 
 
@@ -54,12 +54,26 @@ def test_both_forms_of_a_table_name_the_same_signals(tmp_path: Path, count: int)
     entries = signals(count)
     write_table(tmp_path / "table", entries)
     write_udrv(tmp_path / "udrv.json", tmp_path / "irq", entries)
-    board = parse_board((tmp_path / "udrv.json").read_bytes())
+    board = read_board(tmp_path / "udrv.json")
     assert len(entries) == count
     assert sum(entry.direction is Direction.OUTBOUND for entry in entries) == count // 3
     assert {f"{s.name} {s.direction.value} {s.register}" for s in board.signals} == set(
         (tmp_path / "table").read_text().splitlines()
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({1: 5}, {1: 5}, 0),
+        ({1: 5, 2: 9}, {1: 6, 2: 11}, 3),
+        ({1: 5, 2: 9}, {1: 5}, 1),
+        ({1: 5}, {1: 6, 2: 2}, 3),
+    ],
+    ids=["none", "each thread", "a thread ended", "a thread began"],
+)
+def test_wake_ups(before: dict[int, int], after: dict[int, int], expected: int) -> None:
+    assert wake_ups(before, after) == expected
 
 
 @pytest.fixture
@@ -84,6 +98,7 @@ def test_a_process_that_waits_makes_no_calls_and_one_that_ticks_does(
         calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
         assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
         # strace interrupts the call that is under way when it comes and when it goes.
-        assert switches(ticks.pid) - before[1] > switches(waits.pid) - before[0]
+        idle, busy = (wake_ups(old, switches(process.pid)) for old, process in zip(before, (waits, ticks), strict=True))
+        assert busy > idle
         assert calls == [None, None] or (calls[0] == 0 and (calls[1] or 0) > 0)
         ticks.kill()
