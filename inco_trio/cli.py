@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import ConfigError, IncoError, UsageError
+from .errors import ConfigError, IncoError, ResourceRefused, UsageError
 
 if TYPE_CHECKING:
     from trio import CancelScope
@@ -29,6 +30,7 @@ __all__ = ["inco_proxy", "main"]
 
 LINK = "rpmsg4000"
 EXIT_INTERNAL = 70
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 EXIT_CODES = """\
 exit codes: 0 clean, 2 usage, 69 no such interface, 70 internal error, 71 the system
@@ -206,10 +208,19 @@ def _run(args: argparse.Namespace) -> int:
         trio.run(_serve, args, config, holder_from_environment(args.fd_holder, config.interface))
     except IncoError:
         raise
-    except Exception:  # noqa: BLE001 - logged whole; the exit code tells the supervisor
+    except Exception as error:  # logged whole; the exit code tells the supervisor
+        if refused := _exhausted(error):
+            raise ResourceRefused(f"{config.interface}: {refused.strerror}: raise the limit, or free some") from error
         _logger().exception("internal error: this is a fault of inco-trio, please report it")
         return EXIT_INTERNAL
     return 0
+
+
+def _exhausted(error: Exception) -> OSError | None:
+    """The cause, if `error` is, or only wraps, a limit of the system, which Trio meets too."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, OSError) and error.errno in EXHAUSTED else None
 
 
 async def _serve(args: argparse.Namespace, config: Config, holder: Holder) -> None:
@@ -248,8 +259,10 @@ def _diagnose(config: Config) -> None:
     """Say what may keep notifications from coming; after readiness, as it reads all of /proc."""
     from .diagnose import diagnose
 
-    for line in diagnose(config.signals):
-        _logger().warning("%s", line)
+    # What cannot be looked at, as no descriptor is left to look with or as it is gone, is no reason to complain.
+    with contextlib.suppress(OSError):
+        for line in diagnose(config.signals):
+            _logger().warning("%s", line)
 
 
 async def _follow_signals(

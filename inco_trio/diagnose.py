@@ -36,10 +36,13 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
 
 def unreported(path: Path) -> str | None:
     """Why inotify does not report all that happens in `path`, or in the directory that it would be made in."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    kind = filesystem_type(mounts, path.stat().st_dev)
+    try:
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        kind = filesystem_type(mounts, path.stat().st_dev)
+    except OSError:
+        return None  # Gone meanwhile, or no descriptor is left to look with.
     if kind in UNREPORTED:
         return f"{path}: is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
     return None

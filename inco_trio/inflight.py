@@ -128,7 +128,10 @@ class Inflight:
 
     @classmethod
     def open(cls, held: int | None = None) -> Inflight:
-        """Map the inherited descriptor `held` if it is such a memory of this version, else make a new one."""
+        """Map the inherited descriptor `held` if it is such a memory of this version, else make a new one.
+
+        Raises OSError (memfd_create(2), mmap(2)).
+        """
         inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(MAGIC), 0) == MAGIC
         if held is not None and inherited:
             fd = held
@@ -139,7 +142,11 @@ class Inflight:
             if held is not None:
                 # Only now, so that the new one has another number and its holder is told.
                 os.close(held)
-        memory = mmap.mmap(fd, SIZE)
+        try:
+            memory = mmap.mmap(fd, SIZE)
+        except BaseException:
+            os.close(fd)
+            raise
         view = memoryview(memory)
         banks = []
         offset = PAGE

@@ -108,7 +108,10 @@ class Proxy:
         """Acquire everything, what an earlier process left included. `resources` gets the closing of it."""
         inherited = self._holder.inherited
         interface = self.config.interface
-        inflight = Inflight.open(inherited.get("inflight"))
+        try:
+            inflight = Inflight.open(inherited.get("inflight"))
+        except OSError as error:
+            raise start_error(error, "shared memory") from error
         resources.callback(inflight.close)
         try:
             inotify = Inotify(inherited.get("inotify"))
@@ -204,6 +207,7 @@ class Proxy:
                 await self._ended[name].wait()
         for way in ways:
             way.abort()
+            way.close()
         for scope in self._scopes.values():
             scope.cancel()
         for ended in self._ended.values():

@@ -39,6 +39,7 @@ PATIENCE = 0.03
 """Seconds for which what vanished is left to whoever replaces it: what we make meanwhile would be in their way."""
 LONG_AGO = 0.0
 
+VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
 
@@ -58,7 +59,8 @@ def start_error(error: OSError, what: object) -> IncoError:
     if error.errno == errno.EINVAL:
         return ConfigError([f"{text}: remove it, or name another register"])
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        text = "inotify: the limit of instances is reached: raise fs.inotify.max_user_instances"
+        # inotify_init(2) gives the same number for both.
+        text = "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
     return ResourceRefused(text)
 
 
@@ -94,6 +96,8 @@ class Registers:
         # What is missing, and since when (time.monotonic()).
         self._unarmed: dict[Path, float] = {}
         self._lost: dict[Path, float] = {}
+        # Triggers that we made, until their IN_CREATE is read.
+        self._made: set[Path] = set()
         self._directories: dict[Path, IrqDirectory] = {}
         self._set_table(table)
 
@@ -144,9 +148,9 @@ class Registers:
         current = {_key(path) for path in (*self._triggers, *self._above, *self._directories)}
         for key in noted:
             if key not in current:
-                # Of a predecessor's configuration.
+                # Of a predecessor's configuration: what is queued for it is nobody's.
                 if noted[key] not in live:
-                    self._inotify.unwatch(noted[key])
+                    self._retire(noted[key])
                 noted[key] = 0
         return triggered
 
@@ -252,6 +256,7 @@ class Registers:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             if wd := directory.make_trigger(signal.register, self._inotify, note):
                 made = True
+                self._made.add(path)
                 break
             note(before)
         self._armed[path] = wd
@@ -323,13 +328,18 @@ class Registers:
         for directory in self._directories.values():
             if directory.wd == wd:
                 register = os.fsdecode(name)
-                signal = self._triggers.get(directory.path / register)
-                if signal is not None:
+                path = directory.path / register
+                signal = self._triggers.get(path)
+                if signal is not None and (mask & VANISHED or (mask & ino.IN_CREATE and path in self._made)):
+                    # What is there now has an event of its own behind this one, which counts it; `mend` makes sure.
+                    self._made.discard(path)
+                    self._unarmed.setdefault(path, time.monotonic())
+                elif signal is not None:
                     count = len(triggered.signals)
                     self._try_arm(directory, signal, triggered)
                     if mask & ino.IN_MOVED_TO and len(triggered.signals) == count:
                         triggered.signals.append(signal)
-                elif mask & (ino.IN_DELETE | ino.IN_MOVED_FROM) and register in directory.states:
+                elif mask & VANISHED and register in directory.states:
                     self._lost.setdefault(directory.path, time.monotonic())
                 return
         if mask & ino.IN_MOVED_TO:

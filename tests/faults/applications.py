@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
+import shutil
+import stat
 import threading
 import time
 from collections import Counter
@@ -21,13 +24,15 @@ from pathlib import Path
 import attrs
 
 from inco_trio.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
-from tests.faults.supervised import DEADLINE
+from inco_trio.world import Peer
+from tests.faults.supervised import DEADLINE, wait_path
 
-__all__ = ["Applications", "Recorder", "write_config"]
+__all__ = ["HEADER", "Applications", "Recorder", "Wire", "write_config"]
 
+HEADER = 14
+"""Bytes of an Ethernet header."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-IN_CREATE_OR_MOVED_TO = 0x180
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,8 +70,22 @@ class Recorder(threading.Thread):
                 self.read_queued()
                 with self.changed:
                     self.changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that closes
-            self.failure = error
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits, or closes
+            with self.changed:
+                self.failure = error
+                self.changed.notify_all()
+
+    def waited(self, happened: Callable[[], bool]) -> bool:
+        """Wait until `happened`, which is asked after each read; False if that takes too long."""
+        with self.changed:
+            in_time = self.changed.wait_for(lambda: self.failure is not None or happened(), DEADLINE)
+        if self.failure is not None:
+            raise self.failure
+        return in_time
+
+    def wait(self, happened: Callable[[], bool], otherwise: str) -> None:
+        """Wait until `happened`; `otherwise` is the failure if it does not."""
+        assert self.waited(happened), otherwise
 
     def close(self) -> None:
         """End the thread; raises what ended it before."""
@@ -83,6 +102,8 @@ class _Place:
 
     fd: int
     ended: float = float("inf")
+    renamed: set[str] = attrs.Factory(set)
+    """Triggers that an application replaced here."""
 
 
 def _reads_one(fd: int) -> bool:
@@ -92,9 +113,10 @@ def _reads_one(fd: int) -> bool:
 class Applications(Recorder):
     """All applications of one IRQ directory; `closes` counts the writes of each register since `reset`."""
 
-    def __init__(self, directory: Path, inbound: Iterable[str]) -> None:
+    def __init__(self, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
         self.directory = directory
         self.inbound = tuple(inbound)
+        self.triggers = {f"{name}_trig" for name in outbound}
         self._inotify = Inotify()
         super().__init__(self._inotify.fd, "applications")
         self.closes: Counter[str] = Counter()
@@ -132,6 +154,7 @@ class Applications(Recorder):
             new = self.directory / f".{name}.new"
             new.write_bytes(b"1\n")
             new.rename(self.directory / f"{name}_trig")
+            self._directories[-1].renamed.add(f"{name}_trig")
 
     def delivered(self, name: str, sent: float) -> bool:
         """Whether the state register reads 1 where an application looks that waits for what was sent at `sent`."""
@@ -141,14 +164,23 @@ class Applications(Recorder):
 
     @staticmethod
     def _reads_one(directory: int, name: str) -> bool:
+        register = f"{name}_state"
         try:
-            fd = os.open(f"{name}_state", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-        except FileNotFoundError:
+            if not stat.S_ISREG(os.stat(register, dir_fd=directory, follow_symlinks=False).st_mode):
+                return False
+            fd = os.open(register, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+        except OSError:
+            # Not there, or just being replaced.
             return False
         try:
-            return _reads_one(fd)
+            return stat.S_ISREG(os.fstat(fd).st_mode) and _reads_one(fd)
         finally:
             os.close(fd)
+
+    @staticmethod
+    def mark() -> float:
+        """The instant, for `delivered`, of what is sent next."""
+        return time.monotonic()
 
     def reset(self, names: Iterable[str] = ()) -> None:
         """Take note of the interrupts `names` (all of them, if none is given): the registers read nothing then.
@@ -175,24 +207,8 @@ class Applications(Recorder):
 
     def _adopt(self) -> None:
         """Follow the directory at the path, once there is one."""
-        changes = Inotify()
-        while not self.directory.is_dir():
-            above = next(parent for parent in self.directory.parents if parent.is_dir())
-            changes.watch(str(above), IN_CREATE_OR_MOVED_TO)
-            if (self.directory.parent if above == self.directory.parent else above / "irq").is_dir():
-                # It may have come between the look and the watch.
-                if self.directory.is_dir():
-                    break
-            if select.select([changes.fd], [], [], DEADLINE)[0]:
-                changes.read_into(self._scratch())
-            else:
-                raise AssertionError(f"{self.directory} was not made again within {DEADLINE:g} s")
-        changes.close()
+        wait_path(self.directory)
         self._follow(self.directory)
-
-    @staticmethod
-    def _scratch() -> memoryview:
-        return memoryview(bytearray(1 << 16))
 
     def _follow(self, path: Path) -> None:
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
@@ -202,6 +218,14 @@ class Applications(Recorder):
     def _beside(self, path: Path) -> Path:
         self._aside += 1
         return path.with_name(f"{path.name}.{self._aside}")
+
+    def is_watched(self, inodes: set[int]) -> bool:
+        """Whether `inodes` has the directory at the path, and all triggers in it that no application replaced."""
+        place = self._directories[-1]
+        missing = self.triggers - place.renamed
+        with os.scandir(self.directory) as files:
+            watched = {file.name for file in files if file.inode() in inodes}
+        return os.fstat(place.fd).st_ino in inodes and missing <= watched
 
     def replace_directory(self) -> None:
         """Put another directory, empty, at the path, in one step."""
@@ -219,6 +243,13 @@ class Applications(Recorder):
         """Rename the directory, or one above it, away; returns once the proxy has made it again."""
         with self._paths:
             path.rename(self._beside(path))
+            self._directories[-1].ended = time.monotonic()
+            self._adopt()
+
+    def remove_directory(self) -> None:
+        """Remove the directory and all that is in it; returns once the proxy has made it again."""
+        with self._paths:
+            shutil.rmtree(self.directory)
             self._directories[-1].ended = time.monotonic()
             self._adopt()
 
@@ -269,3 +300,28 @@ class Applications(Recorder):
             return
         change(path)
         self._files.setdefault(name, []).append(_Place(fd, time.monotonic()))
+
+
+class Wire(Recorder):
+    """Core 1's view: how often each name was on the wire."""
+
+    def __init__(self, peer: Peer) -> None:
+        super().__init__(peer.fileno(), "wire")
+        self._peer = peer
+        self.seen: Counter[str] = Counter()
+        self.order: list[str] = []
+        self.sources: set[bytes] = set()
+        self.start()
+
+    def read_queued(self) -> None:
+        try:
+            while True:
+                frame = self._peer.receive(0)
+                name = frame[HEADER:].rstrip(b"\0").decode()
+                self.seen[name] += 1
+                self.order.append(name)
+                self.sources.add(frame[6:12])
+        except OSError as error:
+            # Nothing more, or told once for each time the link goes down.
+            if not isinstance(error, TimeoutError) and error.errno != errno.ENETDOWN:
+                raise

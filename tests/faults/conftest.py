@@ -1,10 +1,19 @@
-"""Marks every test of this directory."""
+"""Marks every test of this directory, and gives them a board and an unprivileged Python."""
 
 from __future__ import annotations
 
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
+
+from inco_trio.world import Cores, Peer
+from netns.fixtures import Proxy, StartProxy
+from tests.faults.applications import Applications, Wire, write_config
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -15,3 +24,85 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
+
+
+@attrs.frozen
+class Board:
+    """A running proxy with the signals `in_a`, `in_b`, `out_a` and `out_b`, and both sides of it."""
+
+    proxy: Proxy
+    cores: Cores
+    core1: Peer
+    applications: Applications
+    wire: Wire
+
+    @property
+    def directory(self) -> Path:
+        """The IRQ directory."""
+        return self.applications.directory
+
+    def works(self) -> None:
+        """Assert that notifications pass both ways."""
+        self.applications.reset()
+        sent = self.applications.mark()
+        seen = self.wire.seen["out_b"]
+        self.core1.send(b"in_b")
+        self.applications.trigger("out_b")
+        self.applications.wait(lambda: self.applications.delivered("in_b", sent), "in_b has not been delivered")
+        self.wire.wait(lambda: self.wire.seen["out_b"] > seen, "out_b has not been sent")
+
+
+INBOUND = ("in_a", "in_b")
+OUTBOUND = ("out_a", "out_b")
+
+
+@pytest.fixture
+def board_config(tmp_path: Path) -> Path:
+    """A udrv.json of the board's signals; the directory is `board/irq` beside it."""
+    path = tmp_path / "udrv.json"
+    write_config(path, tmp_path / "board/irq", INBOUND, OUTBOUND)
+    return path
+
+
+@pytest.fixture
+def start_board(cores: Cores, core1: Peer, proxy: StartProxy, board_config: Path) -> Iterator[Callable[..., Board]]:
+    """Start the proxy and play all that is around it: `start_board(*arguments, before_ready=None)`."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str, before_ready: Callable[[Proxy], None] | None = None) -> Board:
+            running = proxy("--config", board_config, *arguments, ready=before_ready is None)
+            if before_ready is not None:
+                before_ready(running)
+                running.wait_ready()
+            applications = Applications(board_config.parent / "board/irq", INBOUND, OUTBOUND)
+            stack.callback(applications.close)
+            wire = Wire(core1)
+            stack.callback(wire.close)
+            return Board(running, cores, core1, applications, wire)
+
+        yield start
+
+
+@pytest.fixture
+def board(start_board: Callable[..., Board]) -> Board:
+    """The board, running."""
+    return start_board()
+
+
+@pytest.fixture
+def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the proxy be started by another program: `python_runs_under("prlimit", "--nofile=9")`."""
+
+    def choose(*words: str) -> None:
+        script = tmp_path / "python"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} {shlex.quote(sys.executable)} "$@"\n')
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return choose
+
+
+@pytest.fixture
+def only_net_raw(python_runs_under: Callable[..., None]) -> None:
+    """The proxy may open packet sockets, and has no other capability: root's files are closed to it by their modes."""
+    python_runs_under("setpriv", "--bounding-set=-all,+net_raw", "--inh-caps=-all,+net_raw")

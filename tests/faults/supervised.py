@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import select
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from inco_trio.inotify import IN_MODIFY, Inotify
+from inco_trio.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
 from inco_trio.world import Namespace
 
-__all__ = ["DEADLINE", "Service", "write_scandir"]
+__all__ = [
+    "DEADLINE",
+    "Service",
+    "environment_form",
+    "is_proxy",
+    "main_process",
+    "resident_kib",
+    "wait_path",
+    "watched_inodes",
+    "write_scandir",
+]
 
 DEADLINE = 30.0
 """Seconds after which a wait fails its test: only a safety net."""
@@ -24,6 +37,23 @@ def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None
     """Run `inco-trio s6`."""
     command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
     subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+
+
+def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
+    """Wait until `path` is there, or until `ready`, which is asked after every change around it."""
+    ready = ready or path.exists
+    changes = Inotify()
+    deadline = time.monotonic() + DEADLINE
+    while not ready():
+        for place in (path, *path.parents):
+            with contextlib.suppress(OSError):
+                changes.watch(str(place), IN_MODIFY | IN_CREATE | IN_MOVED_TO)
+        # It may have come between the look and the watches.
+        if not ready():
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([changes.fd], [], [], left)[0], f"{path} is not as expected after {DEADLINE:g} s"
+            changes.read_into(memoryview(bytearray(1 << 16)))
+    changes.close()
 
 
 class Service:
@@ -44,52 +74,26 @@ class Service:
         current = self.directory / "log/main/current"
         return current.read_text(errors="replace") if current.exists() else ""
 
-    @property
-    def pid(self) -> int | None:
-        """The proxy, or a program that is about to become it; None while none runs."""
-        told = subprocess.run(
-            ["s6-svstat", "-o", "pid", str(self.directory)], check=False, capture_output=True, text=True
-        )
-        pid = int(told.stdout or -1)
-        return pid if pid > 0 else None
-
     def control(self, *options: str) -> None:
         """Run s6-svc."""
         subprocess.run(["s6-svc", *options, str(self.directory)], check=True)
 
     def wait(self, state: str) -> None:
         """Wait with s6-svwait for U (ready), u (started), d (ended), D (ended and finished)."""
-        # s6-svscan may not have started it yet: then there is nothing to subscribe to.
-        event = self.directory / "supervise/status"
-        changes = Inotify()
-        changes.watch(str(self.directory), 0xFFF)
-        while not event.exists():
-            assert select.select([changes.fd], [], [], DEADLINE)[0], "s6-svscan has not started the service"
-            changes.read_into(memoryview(bytearray(4096)))
-            if (self.directory / "supervise").is_dir():
-                changes.watch(str(self.directory / "supervise"), 0xFFF)
-        changes.close()
+        # Before s6-svscan has started it there is nothing to subscribe to.
+        wait_path(self.directory / "supervise/status")
         command = ["s6-svwait", f"-{state}", "-t", str(int(DEADLINE * 1000)), str(self.directory)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, f"{done.stderr}not {state} within {DEADLINE:g} s; it said:\n{self.log[-4000:]}"
 
     def wait_log(self, text: str, *, after: int = 0) -> str:
         """The first line of the log that contains `text`; `after` skips so many characters."""
-        changes = Inotify()
-        log = self.directory / "log/main/current"
-        self.wait("u")
-        changes.watch(str(log.parent), IN_MODIFY | 0x180)
-        try:
-            while True:
-                for line in self.log[after:].splitlines():
-                    if text in line:
-                        return line
-                assert select.select([changes.fd], [], [], DEADLINE)[0], (
-                    f"has not said {text!r} within {DEADLINE:g} s; it said:\n{self.log[-4000:]}"
-                )
-                changes.read_into(memoryview(bytearray(65536)))
-        finally:
-            changes.close()
+
+        def found() -> list[str]:
+            return [line for line in self.log[after:].splitlines() if text in line]
+
+        wait_path(self.directory / "log/main/current", lambda: bool(found()))
+        return found()[0]
 
     def close(self) -> None:
         """End s6-svscan and all of its services."""
@@ -109,6 +113,26 @@ class Service:
         if kind is not None:
             # Pytest shows it with the failure.
             sys.stderr.write(f"the service said:\n{self.log[-8000:]}")
+
+
+def main_process(service: Path) -> int:
+    """The process of a service directory, 0 if none runs; a look at s6-svstat's source, without a process for it."""
+    try:
+        status = (service / "supervise/status").read_bytes()
+    except OSError:
+        return 0
+    # Two TAI64N stamps of 12 bytes, then the process (s6_svstatus_pack.c).
+    return int.from_bytes(status[24:32], "big")
+
+
+def watched_inodes(pid: int) -> set[int]:
+    """The inodes that the inotify descriptors of a process watch (proc_pid_fdinfo(5))."""
+    inodes = set()
+    for fd in Path(f"/proc/{pid}/fdinfo").iterdir():
+        for line in fd.read_text().splitlines():
+            if line.startswith("inotify "):
+                inodes.add(int(line.partition(" ino:")[2].split()[0], 16))
+    return inodes
 
 
 def resident_kib(pid: int, what: str = "VmRSS") -> int:

@@ -1,0 +1,50 @@
+"""What is done to the link, and to the kernel's queue before it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from inco_trio.frame import ETHERTYPE
+from inco_trio.world import Cores, Peer, veth
+from tests.faults.supervised import DEADLINE
+
+__all__ = ["command", "mac", "make_again", "wait_bound"]
+
+
+def command(cores: Cores, *words: str) -> str:
+    """Run `ip` or `tc` in core 0."""
+    done = cores.core0.run(lambda: subprocess.run(words, check=True, capture_output=True, text=True))
+    return done.stdout
+
+
+def make_again(cores: Cores, peer: Peer, before: Callable[[], None] = lambda: None) -> None:
+    """Make the deleted link again; core 1 listens, and `before` is called, before core 0 can send."""
+    veth(cores.core0, cores.link, cores.core1, cores.link)
+    cores.core1.run(lambda: subprocess.run(["ip", "link", "set", cores.link, "up"], check=True))
+    peer.rebind()
+    before()
+    cores.link_up()
+
+
+def wait_bound(cores: Cores, sockets: int = 1) -> None:
+    """Wait until so many packet sockets are bound to the link; the kernel tells nobody when one is."""
+
+    def bound() -> int:
+        index = socket.if_nametoindex(cores.link)
+        rows = [row.split() for row in Path("/proc/thread-self/net/packet").read_text().splitlines()[1:]]
+        return sum(int(row[4]) == index and row[3] == f"{ETHERTYPE:04x}" for row in rows)
+
+    deadline = time.monotonic() + DEADLINE
+    while cores.core0.run(bound) < sockets:
+        assert time.monotonic() < deadline, "the proxy has not bound its socket to the new link"
+        time.sleep(0.002)
+
+
+def mac(cores: Cores) -> bytes:
+    """The address of core 0's end."""
+    words = command(cores, "ip", "-o", "link", "show", cores.link).split()
+    return bytes.fromhex(words[words.index("link/ether") + 1].replace(":", ""))

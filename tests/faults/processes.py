@@ -1,0 +1,81 @@
+"""What the kernel tells of a running proxy: its CPU time, its wake-ups, its limits; and faults in its system calls."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from tests.faults.supervised import DEADLINE
+
+__all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
+
+
+@attrs.frozen
+class Work:
+    """What a process has done so far."""
+
+    cpu_ns: int
+    switches: int
+
+    def __sub__(self, earlier: Work) -> Work:
+        return Work(self.cpu_ns - earlier.cpu_ns, self.switches - earlier.switches)
+
+
+def work(pid: int) -> Work:
+    """All threads' time on a CPU and voluntary context switches (proc_pid_status(5), sched-stats.rst)."""
+    cpu_ns = switches = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        cpu_ns += int((task / "schedstat").read_text().split()[0])
+        switches += int((task / "status").read_text().partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return Work(cpu_ns, switches)
+
+
+def wait_idle(pid: int) -> None:
+    """Wait until the process has nothing to do; one that spins, or polls, never gets there and fails the test."""
+    deadline = time.monotonic() + DEADLINE
+    before = work(pid)
+    while True:
+        time.sleep(0.2)
+        now = work(pid)
+        if now == before:
+            return
+        before = now
+        assert time.monotonic() < deadline, f"still busy after {DEADLINE:g} s"
+
+
+def wait_stopped(pid: int) -> None:
+    """Stop a process, and wait until it is (SIGSTOP is not immediate)."""
+    os.kill(pid, 19)
+    deadline = time.monotonic() + DEADLINE
+    while any(
+        (task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in Path(f"/proc/{pid}/task").iterdir()
+    ):
+        assert time.monotonic() < deadline, "the process has not stopped"
+
+
+@contextmanager
+def injected(pid: int, fault: str) -> Iterator[None]:
+    """Have strace make system calls of the process fail: `injected(pid, "readv:error=ENOMEM:when=1")`."""
+    call = fault.partition(":")[0]
+    command = ["strace", "-f", "-q", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
+        try:
+            _wait_traced(pid, strace)
+            yield
+        finally:
+            strace.terminate()
+
+
+def _wait_traced(pid: int, strace: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{pid}/status").read_text():
+        assert strace.poll() is None, f"strace ended: {strace.stderr.read() if strace.stderr else b''!r}"
+        assert time.monotonic() < deadline, "strace has not attached"
+        select.select([], [], [], 0.01)

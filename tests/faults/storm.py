@@ -1,0 +1,414 @@
+"""The storm: every signal once, both ways, while faults rain on the proxy under a real s6-svscan.
+
+A notification is lost if it has not arrived within a generous time after the faults have stopped. It counts as sent
+only where the proxy could know of it: a frame, once the kernel of core 0 has queued it for the link (a witness socket
+there sees it); a trigger, once it was closed in the directory at its path.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import attrs
+
+from inco_trio.frame import ETHERTYPE
+from inco_trio.link import PACKET_IGNORE_OUTGOING, SOL_PACKET
+from inco_trio.world import Cores, Peer
+from tests.faults.applications import HEADER, Applications, Recorder, Wire, write_config
+from tests.faults.links import make_again, wait_bound
+from tests.faults.supervised import (
+    DEADLINE,
+    Service,
+    is_proxy,
+    main_process,
+    resident_kib,
+    watched_inodes,
+    write_scandir,
+)
+
+__all__ = ["FAULTS", "MEMORY_FILES", "Report", "Storm"]
+
+MEMORY_FILES = "/dev/shm"  # noqa: S108 - only the parent of a directory made by tempfile
+"""A tmpfs, as the registers of a board are on: elsewhere it takes seconds to make 2,000 files."""
+
+
+class _Witness(Recorder):
+    """A second socket beside the proxy's: what it has seen, the kernel has queued for the link."""
+
+    def __init__(self, cores: Cores) -> None:
+        self._cores = cores
+        # A socket stays in the namespace that it was made in.
+        self._socket = cores.core0.run(functools.partial(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0))
+        self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+        self._socket.setblocking(False)
+        self.rebind()
+        super().__init__(self._socket.fileno(), "witness")
+        self.seen: Counter[str] = Counter()
+        self.start()
+
+    def rebind(self) -> None:
+        self._socket.bind((self._cores.link, ETHERTYPE))
+
+    def read_queued(self) -> None:
+        try:
+            while True:
+                self.seen[self._socket.recv(1600)[HEADER:].rstrip(b"\0").decode()] += 1
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # Told once for each time the link goes down.
+            if error.errno != errno.ENETDOWN:
+                raise
+
+    def close(self) -> None:
+        super().close()
+        self._socket.close()
+
+
+@attrs.define
+class Report:
+    """What a storm did and what came of it."""
+
+    seed: int
+    rounds: int = 0
+    inbound: int = 0
+    """Notifications sent from core 1."""
+    outbound: int = 0
+    """Notifications sent to core 1."""
+    lost_inbound: list[str] = attrs.Factory(list)
+    lost_outbound: list[str] = attrs.Factory(list)
+    duplicates_inbound: int = 0
+    duplicates_outbound: int = 0
+    faults: Counter[str] = attrs.Factory(Counter)
+    lives: dict[int, list[int]] = attrs.Factory(dict)
+    """By process: its resident memory in KiB, at each look."""
+
+    @property
+    def lost(self) -> int:
+        """All that was lost."""
+        return len(self.lost_inbound) + len(self.lost_outbound)
+
+    def summary(self, seconds: float) -> dict[str, object]:
+        """All of it for JSON; memory is that at the end of a process's life, once it had started."""
+        ends = [looks[-1] for looks in self.lives.values() if len(looks) > 1]
+        return {
+            "seed": self.seed,
+            "minutes": round(seconds / 60, 1),
+            "rounds": self.rounds,
+            "notifications inbound": self.inbound,
+            "notifications outbound": self.outbound,
+            "lost inbound": len(self.lost_inbound),
+            "lost outbound": len(self.lost_outbound),
+            "duplicates inbound": self.duplicates_inbound,
+            "duplicates outbound": self.duplicates_outbound,
+            "faults": self.faults.total(),
+            "faults by kind": dict(self.faults),
+            "processes": len(self.lives),
+            "KiB of the first process": ends[0],
+            "KiB of the last process": ends[-1],
+            "KiB of the largest": max(max(looks) for looks in self.lives.values()),
+        }
+
+
+class Storm:
+    """A proxy for `count` signals each way under s6 in `cores`, and all that plays against it."""
+
+    def __init__(self, cores: Cores, work: Path, *, count: int, seed: int) -> None:
+        self.cores = cores
+        self.random = random.Random(seed)  # noqa: S311 - to be repeated from its seed
+        self.report = Report(seed)
+        self.inbound = [f"in_{number:04}" for number in range(count)]
+        self.outbound = [f"out_{number:04}" for number in range(count)]
+        self.config = work / "udrv.json"
+        directory = work / "board/irq"
+        write_config(self.config, directory, self.inbound, self.outbound)
+        write_scandir(work / "scan", cores.link, self.config)
+        self._gates = {"inbound": threading.Lock(), "outbound": threading.Lock()}
+        self._sent: dict[str, float] = {}
+        self._queued_by_sender = 0
+        self._resources = ExitStack()
+        try:
+            self.service = self._resources.enter_context(Service(cores.core0, work / "scan", cores.link))
+            self.service.wait("U")
+            self.applications = Applications(directory, self.inbound, self.outbound)
+            self._resources.callback(self.applications.close)
+            self.peer = self._resources.enter_context(Peer(cores))
+            self.wire = Wire(self.peer)
+            self._resources.callback(self.wire.close)
+            self.witness = _Witness(cores)
+            self._resources.callback(self.witness.close)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    def __enter__(self) -> Storm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._resources.__exit__(kind, error, at)
+
+    # ------------------------------------------------------------------------------------------------------ traffic
+
+    def round(self, faults: Sequence[str], *, interval: float, rate: float = 500.0) -> None:
+        """Send every signal once, half of `rate` a second each way, with one of `faults` at random each `interval` s.
+
+        Then let the proxy finish, and add what came of it to the report.
+        """
+        self._begin = time.monotonic()
+        self._injected: list[tuple[float, str]] = []
+        self.report.rounds += 1
+        self.applications.reset()
+        self.wire.seen.clear()
+        self.witness.seen.clear()
+        self._sent.clear()
+        with ThreadPoolExecutor(2) as pool:
+            traffic = [
+                pool.submit(self._send_all, self.inbound, self._send_inbound, "inbound", rate / 2),
+                pool.submit(self._send_all, self.outbound, self._send_outbound, "outbound", rate / 2),
+            ]
+            self._rain(faults, interval, traffic)
+            for future in traffic:
+                future.result()
+        self._settle()
+
+    def _send_all(self, names: Sequence[str], send: Callable[[str], None], way: str, rate: float) -> None:
+        order = self.random.sample(names, len(names))
+        start = time.monotonic()
+        for number, name in enumerate(order):
+            # The pace of the load: nothing waits for what this brings about.
+            time.sleep(max(0.0, start + number / rate - time.monotonic()))
+            with self._gates[way]:
+                send(name)
+
+    def _send_inbound(self, name: str) -> None:
+        if self.applications.delivered(name, 0.0):
+            # A late repetition of the round before.
+            self.applications.reset([name])
+        self._sent[name] = time.monotonic()
+        self.peer.send(name.encode())
+
+    def _send_outbound(self, name: str) -> None:
+        early = self.wire.seen.pop(name, 0)
+        self.report.duplicates_outbound += early
+        self._sent[name] = time.monotonic()
+        if self.random.random() < 0.1:
+            self.applications.trigger_by_rename(name)
+        else:
+            self.applications.trigger(name)
+
+    def _rain(self, faults: Sequence[str], interval: float, traffic: Sequence[Future[None]]) -> None:
+        due = time.monotonic() + interval
+        while not all(future.done() for future in traffic):
+            # The pace of the faults.
+            time.sleep(min(0.05, max(0.0, due - time.monotonic())))
+            self._look_at_memory()
+            if time.monotonic() >= due and faults:
+                due += interval
+                self.inject(self.random.choice(list(faults)))
+
+    def _settle(self) -> None:
+        """Wait for all that is on its way, and count."""
+        self.service.wait("U")
+        lost_inbound = self._wait_all(self.inbound, self.applications, self._arrived_inbound)
+        lost_outbound = self._wait_all(self.outbound, self.wire, lambda name: self.wire.seen[name] > 0)
+        report = self.report
+        report.inbound += len(self.inbound)
+        report.outbound += len(self.outbound)
+        report.lost_inbound += lost_inbound
+        report.lost_outbound += lost_outbound
+        report.duplicates_inbound += sum(max(0, self.applications.closes[name] - 1) for name in self.inbound)
+        report.duplicates_outbound += sum(max(0, self.wire.seen[name] - 1) for name in self.outbound)
+
+    def _arrived_inbound(self, name: str) -> bool:
+        return self.applications.delivered(name, self._sent[name])
+
+    def _wait_all(self, names: Sequence[str], recorder: Recorder, arrived: Callable[[str], bool]) -> list[str]:
+        missing = list(names)
+
+        def none_missing() -> bool:
+            missing[:] = [name for name in missing if not arrived(name)]
+            return not missing
+
+        recorder.waited(none_missing)
+        return missing
+
+    def _look_at_memory(self) -> None:
+        pid = self.service_pid
+        if pid is not None and (resident := resident_kib(pid)):
+            self.report.lives.setdefault(pid, []).append(resident)
+
+    # ------------------------------------------------------------------------------------------------------- faults
+
+    @property
+    def service_pid(self) -> int | None:
+        """The proxy's process, if one runs that is inco-trio already."""
+        pid = main_process(self.service.directory)
+        return pid if pid > 0 and is_proxy(pid) else None
+
+    def inject(self, fault: str) -> None:
+        """Inject one of FAULTS, by name, and count it if it could be."""
+        at = time.monotonic()
+        if FAULTS[fault](self):
+            self._injected.append((at, fault))
+            self.report.faults[fault] += 1
+
+    @property
+    def story(self) -> str:
+        """What happened in this round, and when what was lost was sent; in seconds from its beginning."""
+        lost = {*self.report.lost_inbound, *self.report.lost_outbound}
+        events = [*self._injected, *((at, f"{name} was sent") for name, at in self._sent.items() if name in lost)]
+        return "\n".join(f"{at - self._begin:8.3f} {what}" for at, what in sorted(events))
+
+    @contextmanager
+    def paused(self, *ways: str) -> Iterator[None]:
+        """No sending these ways inside."""
+        with ExitStack() as stack:
+            for way in ways:
+                stack.enter_context(self._gates[way])
+            yield
+
+    def _kill(self) -> bool:
+        running = self.service_pid is not None
+        self.service.control("-k")
+        return running
+
+    def _restart(self) -> bool:
+        self.service.control("-r")
+        return True
+
+    def _terminate(self) -> bool:
+        running = self.service_pid is not None
+        self.service.control("-t")
+        return running
+
+    def _reload(self) -> bool:
+        # Before its handler stands, SIGHUP would end what is not inco-trio yet.
+        if self.service_pid is None:
+            return False
+        self.service.control("-h")
+        return True
+
+    def _off_and_on(self) -> bool:
+        self.service.control("-d")
+        self.service.wait("D")
+        self.service.control("-u")
+        return True
+
+    def _freeze(self) -> bool:
+        return self._frozen(signal.SIGCONT)
+
+    def _freeze_and_kill(self) -> bool:
+        return self._frozen(signal.SIGKILL)
+
+    def _frozen(self, then: signal.Signals) -> bool:
+        pid = self.service_pid
+        if pid is None:
+            return False
+        os.kill(pid, signal.SIGSTOP)
+        # A backlog gathers.
+        time.sleep(self.random.uniform(0.05, 0.3))
+        os.kill(pid, then)
+        return True
+
+    def _wait_witnessed(self) -> None:
+        """Wait until the kernel of core 0 has queued every frame sent so far."""
+        self.witness.wait(
+            lambda: all(self.witness.seen[name] for name in self.inbound if name in self._sent),
+            "the network lost frames on their way to core 0",
+        )
+
+    def _flap(self) -> bool:
+        with self.paused("inbound"):
+            self._wait_witnessed()
+            self.cores.link_down()
+            self.cores.link_up()
+        return True
+
+    def _relink(self) -> bool:
+        with self.paused("inbound"):
+            self._wait_witnessed()
+            self.cores.delete_link()
+            make_again(self.cores, self.peer, self.witness.rebind)
+            wait_bound(self.cores, 2)
+        return True
+
+    def _wait_taken_up(self) -> None:
+        """Wait until a directory that was put in place has been seen by the proxy.
+
+        What happens in one that is replaced before that is seen by nobody: the kernel reports only what is watched. The
+        descriptor that counts is the one that the fd holder has; nobody is told when a watch is added.
+        """
+        holder = self.service.scandir / "inco-trio-fdholder"
+        deadline = time.monotonic() + DEADLINE
+        while not self.applications.is_watched(watched_inodes(main_process(holder))):
+            assert time.monotonic() < deadline, "the proxy has not taken up the new directory"
+            time.sleep(0.01)
+
+    def _replace_directory(self) -> bool:
+        self._wait_taken_up()
+        self.applications.replace_directory()
+        return True
+
+    def _move_directory(self) -> bool:
+        self._wait_taken_up()
+        self.applications.move_away(self.applications.directory)
+        return True
+
+    def _move_parent(self) -> bool:
+        self._wait_taken_up()
+        self.applications.move_away(self.applications.directory.parent)
+        return True
+
+    def _some(self, names: Sequence[str]) -> list[str]:
+        return self.random.sample(names, 20)
+
+    def _replace_registers(self) -> bool:
+        for name in self._some(self.inbound):
+            self.applications.replace_state(name)
+        return True
+
+    def _remove_registers(self) -> bool:
+        for name in self._some(self.inbound):
+            self.applications.remove_state(name)
+        return True
+
+    def _block_registers(self) -> bool:
+        kinds = ("directory", "FIFO", "symlink")
+        blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
+        time.sleep(self.random.uniform(0.0, 0.2))
+        for path in blocked:
+            self.applications.unblock_state(path)
+        return True
+
+
+FAULTS: dict[str, Callable[[Storm], bool]] = {
+    "SIGKILL": Storm._kill,
+    "s6-svc -r": Storm._restart,
+    "s6-svc -t": Storm._terminate,
+    "s6-svc -h": Storm._reload,
+    "s6-svc -d, -u": Storm._off_and_on,
+    "SIGSTOP, SIGCONT": Storm._freeze,
+    "SIGSTOP, SIGKILL": Storm._freeze_and_kill,
+    "link down, up": Storm._flap,
+    "link deleted, made": Storm._relink,
+    "directory replaced": Storm._replace_directory,
+    "directory moved": Storm._move_directory,
+    "parent moved": Storm._move_parent,
+    "registers replaced": Storm._replace_registers,
+    "registers removed": Storm._remove_registers,
+    "registers blocked": Storm._block_registers,
+}
+"""Every fault by its name; each tells whether it could be injected."""

@@ -1,0 +1,259 @@
+"""The IRQ directory and its files are removed, replaced, moved, made unwritable, or turned into something else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from netns.fixtures import StartProxy
+from tests.faults.conftest import Board
+from tests.faults.processes import wait_idle
+from tests.faults.supervised import wait_path
+
+DIRECTORY_FAULTS: dict[str, Callable[[Board], None]] = {
+    "removed": lambda board: board.applications.remove_directory(),
+    "moved": lambda board: board.applications.move_away(board.directory),
+    "parent moved": lambda board: board.applications.move_away(board.directory.parent),
+    "replaced": lambda board: board.applications.replace_directory(),
+}
+
+
+@pytest.mark.parametrize("fault", DIRECTORY_FAULTS.values(), ids=DIRECTORY_FAULTS)
+def test_directory(board: Board, fault: Callable[[Board], None]) -> None:
+    for _ in range(3):
+        fault(board)
+        begin = time.monotonic()
+        board.works()
+        sys.stdout.write(f"works {1e3 * (time.monotonic() - begin):.1f} ms after there is a directory again\n")
+    assert "Traceback" not in board.proxy.log
+    # Nothing but what was triggered has been sent.
+    assert set(board.wire.order) == {"out_b"}
+
+
+def test_what_was_open_before_the_directory_was_replaced(board: Board) -> None:
+    with (board.directory / "out_a_trig").open("w") as trigger:
+        board.applications.replace_directory()
+        wait_path(board.directory / "out_a_trig")
+        trigger.write("1")
+    board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "the trigger in the old directory has not been sent")
+
+
+def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None:
+    new = board.directory.with_name("prepared")
+    new.mkdir()
+    (new / "out_a_trig").touch()
+    board.directory.rename(board.directory.with_name("old"))
+    new.rename(board.directory)
+    board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "the trigger that came along has not been sent")
+
+
+def test_nothing_can_be_made_for_a_while(board: Board) -> None:
+    # A file where the directory was: nothing can be opened or made below it.
+    board.directory.rename(board.directory.with_name("old"))
+    board.directory.touch()
+    board.core1.send(b"in_a")
+    board.proxy.wait_log("cannot be opened")
+    board.directory.unlink()
+    wait_path(board.directory / "in_a_state")
+    wait_content(board.directory / "in_a_state")
+    assert board.proxy.log.count("cannot be opened") == 1
+    board.proxy.wait_log("irq: works again")
+
+
+def wait_content(path: Path) -> None:
+    """Wait until a register reads 1."""
+    wait_path(path, lambda: path.is_file() and path.read_bytes() == b"1")
+
+
+# --------------------------------------------------------------------------------------------------- state registers
+
+
+@pytest.mark.parametrize("kind", ["directory", "FIFO", "symlink"])
+def test_state_register_turned_into(board: Board, kind: str, tmp_path: Path) -> None:
+    blocked = board.applications.block_state("in_a", kind)
+    sent = board.applications.mark()
+    for _ in range(3):
+        board.core1.send(b"in_a")
+    board.proxy.wait_log("cannot write")
+    # Others go on meanwhile, and nothing was written where the link leads.
+    board.core1.send(b"in_b")
+    board.applications.wait(lambda: board.applications.delivered("in_b", sent), "in_b has not been delivered")
+    board.applications.unblock_state(blocked)
+    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.proxy.wait_log("works again")
+    assert board.applications.closes["in_a"] == 3
+    assert board.proxy.log.count("in_a_state: cannot write") == 1
+    assert board.proxy.counters()["delivered"] == 4
+
+
+@pytest.mark.parametrize("fault", ["removed", "replaced"])
+def test_state_register(board: Board, fault: str) -> None:
+    for _ in range(3):
+        if fault == "removed":
+            board.applications.remove_state("in_b")
+        else:
+            board.applications.replace_state("in_b")
+        board.works()
+
+
+def test_a_removed_state_register_is_made_again(board: Board) -> None:
+    (board.directory / "in_a_state").unlink()
+    wait_path(board.directory / "in_a_state")
+    assert (board.directory / "in_a_state").read_bytes() == b""
+
+
+def test_state_register_made_read_only(only_net_raw: None, start_board: Callable[..., Board]) -> None:
+    board = start_board()
+    state = board.directory / "in_a_state"
+    state.chmod(0o444)
+    for _ in range(5):
+        board.core1.send(b"in_a")
+    board.proxy.wait_log("in_a_state: cannot write: Permission denied")
+    board.works()
+    state.chmod(0o644)
+    board.applications.wait(lambda: board.applications.closes["in_a"] >= 5, "not all that was kept has been delivered")
+    board.proxy.wait_log("works again")
+    assert board.proxy.log.count("cannot write") == 1
+    assert board.proxy.counters()["delivered"] == 6
+
+
+def test_directory_made_read_only(only_net_raw: None, start_board: Callable[..., Board]) -> None:
+    board = start_board()
+    board.directory.chmod(0o555)
+    (board.directory / "in_a_state").unlink()
+    board.core1.send(b"in_a")
+    board.proxy.wait_log("cannot")
+    board.works()
+    board.directory.chmod(0o755)
+    wait_content(board.directory / "in_a_state")
+    board.proxy.wait_log("works again")
+
+
+# --------------------------------------------------------------------------------------------------------- triggers
+
+
+def next_frames(board: Board, *expected: str) -> None:
+    """Assert that exactly these have been sent so far, and nothing more: what is sent after them comes after them."""
+    board.applications.trigger("out_b")
+    wanted = [*expected, "out_b"]
+    board.wire.wait(lambda: "out_b" in board.wire.order, "out_b has not been sent")
+    assert board.wire.order == wanted
+    board.wire.order.clear()
+
+
+def test_trigger_replaced_by_rename(board: Board) -> None:
+    for _ in range(5):
+        board.applications.trigger_by_rename("out_a")
+        board.wire.wait(lambda: "out_a" in board.wire.order, "the rename has not been sent")
+        next_frames(board, "out_a")
+        board.applications.trigger("out_a")
+        next_frames(board, "out_a")
+
+
+def test_trigger_removed_and_written_again(board: Board) -> None:
+    trigger = board.directory / "out_a_trig"
+    trigger.unlink()
+    board.applications.trigger("out_a")
+    board.wire.wait(lambda: "out_a" in board.wire.order, "the new trigger has not been sent")
+
+
+def test_a_removed_trigger_is_made_again_and_sends_nothing(board: Board) -> None:
+    (board.directory / "out_a_trig").unlink()
+    wait_path(board.directory / "out_a_trig")
+    next_frames(board)
+    board.applications.trigger("out_a")
+    next_frames(board, "out_a")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
+def test_trigger_turned_into(board: Board, make: Callable[[Path], None]) -> None:
+    trigger = board.directory / "out_a_trig"
+    other = board.directory.with_name("other")
+    make(other)
+    trigger.unlink()
+    other.rename(trigger)
+    board.proxy.wait_log("out_a_trig: cannot watch")
+    board.works()
+    if trigger.is_dir():
+        trigger.rmdir()
+    else:
+        trigger.unlink()
+    board.applications.trigger("out_a")
+    board.wire.wait(lambda: "out_a" in board.wire.order, "the trigger that is a file again has not been sent")
+    assert board.proxy.log.count("cannot watch") == 1
+
+
+# ------------------------------------------------------------------------------------------------ said at the start
+
+
+def test_a_consumer_that_holds_registers_open(
+    board_config: Path, start_board: Callable[..., Board], proxy: StartProxy
+) -> None:
+    first = start_board()
+    trigger, state = first.directory / "out_a_trig", first.directory / "in_a_state"
+    assert first.proxy.stop() == 0
+    script = "import sys, time; held = open(sys.argv[1], 'w'), open(sys.argv[2]); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, trigger, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        again = proxy("--config", board_config)
+        assert f"process {holder.pid} " in again.wait_log(str(trigger))
+        assert f"process {holder.pid} " in again.wait_log(str(state))
+        holder.communicate(b"\n")
+
+
+@pytest.mark.parametrize(("place", "kind"), [("/proc/inco-trio", "proc"), ("/sys/inco-trio", "sysfs")])
+def test_a_filesystem_without_inotify(proxy: StartProxy, place: str, kind: str) -> None:
+    running = proxy("--irq-dir", place, ready=False)
+    assert running.wait() == 78
+    assert f"type {kind}" in running.log
+    assert "Traceback" not in running.log
+    assert len(running.log.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- disk full
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem with room for a handful of files and pages."""
+    place = tmp_path / "board"
+    place.mkdir()
+    options = ["-o", "size=16k,nr_inodes=12"]
+    subprocess.run(["mount", "-t", "tmpfs", *options, "inco-trio-test", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_disk_full(small: Path, start_board: Callable[..., Board]) -> None:
+    board = start_board()
+    filler = small / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(1 << 16))
+    for _ in range(3):
+        board.core1.send(b"in_a")
+    board.proxy.wait_log("No space left on device")
+    filler.unlink()
+    wait_content(board.directory / "in_a_state")
+    board.proxy.wait_log("works again")
+    assert board.proxy.log.count("No space left") == 1
+    wait_idle(board.proxy.pid)
+    board.works()
+    assert board.proxy.counters()["delivered"] == 4
+
+
+def test_disk_full_at_start(small: Path, board_config: Path, proxy: StartProxy) -> None:
+    for number in range(9):
+        (small / f"filler{number}").touch()
+    running = proxy("--config", board_config, ready=False)
+    assert running.wait() == 71
+    assert "No space left on device" in running.log
+    assert "Traceback" not in running.log

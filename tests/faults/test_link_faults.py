@@ -1,0 +1,191 @@
+"""The link goes down and up, vanishes and comes back as another one, refuses frames, or is not there at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.world import Cores, Peer
+from netns.fixtures import Proxy, StartProxy
+from tests.faults.applications import Applications, write_config
+from tests.faults.conftest import Board
+from tests.faults.links import command, mac, make_again, wait_bound
+from tests.faults.processes import wait_idle, work
+
+TIMES = 20
+IDLE_STRETCH = 1.0
+"""Seconds over which CPU time is measured; how long they really take does not matter."""
+
+
+def test_down_and_up_many_times(board: Board) -> None:
+    expected = []
+    for _ in range(TIMES):
+        board.cores.link_down()
+        for name in ("out_b", "out_a", "out_a", "out_b"):
+            board.applications.trigger(name)
+            expected.append(name)
+        board.cores.link_up()
+        begin = time.monotonic()
+        board.wire.wait(lambda: len(board.wire.order) >= len(expected), "what was kept has not been sent")
+        sys.stdout.write(f"sent {1e3 * (time.monotonic() - begin):.1f} ms after the link was up\n")
+        board.works()
+        expected.append("out_b")
+    assert board.wire.order == expected
+    assert board.proxy.log.count("cannot send") == TIMES
+    counters = board.proxy.counters()
+    assert (counters["triggered"], counters["sent"], counters["restarts"]) == (5 * TIMES, 5 * TIMES, 0)
+
+
+def down(board: Board) -> None:
+    board.cores.link_down()
+
+
+def no_carrier(board: Board) -> None:
+    board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "down"], check=True))
+    # The kernel's own watcher of links may take a second to tell.
+    deadline = time.monotonic() + 20
+    while "state DOWN" not in command(board.cores, "ip", "-o", "link", "show", board.cores.link):
+        assert time.monotonic() < deadline
+
+
+def deleted(board: Board) -> None:
+    board.cores.delete_link()
+
+
+@pytest.mark.parametrize("fault", [down, no_carrier, deleted])
+def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[Board], None]) -> None:
+    fault(board)
+    board.applications.trigger("out_a")
+    # It has tried at least once, or knows without trying.
+    board.proxy.wait_log("cannot send")
+    wait_idle(board.proxy.pid)
+    before = work(board.proxy.pid)
+    time.sleep(IDLE_STRETCH)
+    done = work(board.proxy.pid) - before
+    sys.stdout.write(f"{done}\n")
+    assert done.cpu_ns < 2_000_000
+    assert done.switches <= 2
+
+
+def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
+    no_carrier(board)
+    sent = ["out_a", "out_b", "out_b", "out_a"]
+    for name in sent:
+        board.applications.trigger(name)
+    board.proxy.wait_log("cannot send")
+    board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "up"], check=True))
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    assert board.wire.order == sent
+    board.works()
+
+
+def test_deleted_and_made_again(board: Board) -> None:
+    for _ in range(3):
+        old = mac(board.cores)
+        board.cores.delete_link()
+        board.applications.trigger("out_a")
+        seen = board.wire.seen["out_a"]
+        begin = time.monotonic()
+        make_again(board.cores, board.core1)
+        board.wire.wait(lambda seen=seen: board.wire.seen["out_a"] > seen, "what was kept has not been sent")  # type: ignore[misc]
+        wait_bound(board.cores)
+        sys.stdout.write(f"sends and receives {1e3 * (time.monotonic() - begin):.1f} ms after it was made again\n")
+        assert mac(board.cores) != old
+        assert board.wire.sources == {mac(board.cores)}
+        board.works()
+        board.wire.sources.clear()
+    assert board.proxy.log.count("the interface is gone") == 3
+
+
+def test_another_address_is_the_source_at_once(board: Board) -> None:
+    command(board.cores, "ip", "link", "set", board.cores.link, "address", "02:00:00:00:00:42")
+    board.proxy.counters()  # It has seen the change, which came before.
+    board.works()
+    assert board.wire.sources == {bytes.fromhex("020000000042")}
+
+
+def test_waits_for_the_link(cores: Cores, core1: Peer, start_board: Callable[..., Board]) -> None:
+    cores.delete_link()
+
+    def wait(running: Proxy) -> None:
+        running.wait_log("waiting for it")
+        wait_idle(running.pid)
+        assert '"ready"' not in running.log
+        make_again(cores, core1)
+
+    start_board("--wait-link", before_ready=wait).works()
+
+
+def test_ends_without_the_link(cores: Cores, proxy: StartProxy, board_config: Path) -> None:
+    cores.delete_link()
+    running = proxy("--config", board_config, ready=False)
+    assert running.wait() == 69
+    assert "no such interface" in running.log
+    assert "Traceback" not in running.log
+
+
+def test_full_device_queue(board: Board) -> None:
+    # A queue without room: every send is answered with ENOBUFS, and nobody tells when that ends.
+    command(board.cores, "tc", "qdisc", "add", "dev", board.cores.link, "root", "pfifo", "limit", "0")
+    sent = ["out_a", "out_b", "out_a"]
+    for name in sent:
+        board.applications.trigger(name)
+    board.proxy.wait_log("No buffer space available")
+    command(board.cores, "tc", "qdisc", "del", "dev", board.cores.link, "root")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    assert board.wire.order == sent
+    board.proxy.wait_log("works again")
+    assert board.proxy.log.count("No buffer space available") == 1
+
+
+def test_thousands_are_kept_while_the_link_is_down(board: Board) -> None:
+    board.cores.link_down()
+    sent = []
+    for number in range(6000):
+        name = ("out_a", "out_b")[number % 3 == 0]
+        board.applications.trigger(name)
+        sent.append(name)
+    board.cores.link_up()
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    assert board.wire.order == sent
+    board.works()
+
+
+def test_beyond_the_bound_each_trigger_is_kept_once(board: Board) -> None:
+    board.cores.link_down()
+    for _ in range(12000):
+        board.applications.trigger("out_a")
+    board.applications.trigger("out_b")
+    board.cores.link_up()
+    board.wire.wait(lambda: board.wire.seen["out_b"] > 0, "out_b, written after the overflow, has not been sent")
+    board.proxy.wait_log("overflowed")
+    assert board.proxy.counters()["overflowed"] == 1
+    assert board.wire.seen["out_a"] > 6000
+    board.works()
+
+
+def test_a_frame_longer_than_the_mtu(cores: Cores, tmp_path: Path) -> None:
+    # Only the loopback interface lets its MTU be smaller than a wire name may be long.
+    command(cores, "ip", "link", "set", "lo", "mtu", "20")
+    long = "a" * 21
+    write_config(tmp_path / "udrv.json", tmp_path / "irq", [], [long, "short"])
+    running = Proxy(
+        cores.core0, ["lo", "--config", str(tmp_path / "udrv.json"), "--log-format", "json"], {}, tmp_path / "log"
+    )
+    try:
+        running.wait_ready()
+        applications = Applications(tmp_path / "irq", [], [long, "short"])
+        applications.trigger(long)
+        running.wait_log("raise the MTU")
+        applications.trigger("short")
+        while not (counters := running.counters())["sent"]:
+            pass
+        applications.close()
+        assert (counters["unsendable"], counters["sent"], counters["restarts"]) == (1, 1, 0)
+    finally:
+        running.close()

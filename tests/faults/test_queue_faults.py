@@ -1,0 +1,129 @@
+"""Queues overflow, limits are reached, system calls fail."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.world import Peer
+from netns.fixtures import Consumer, StartProxy
+from tests.faults.conftest import Board
+from tests.faults.processes import injected, wait_stopped
+
+
+def test_inotify_queue_overflow(board: Board) -> None:
+    room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    wait_stopped(board.proxy.pid)
+    # Each makes two events: a write and a close.
+    for _ in range(room // 2 + 100):
+        board.applications.trigger("out_a")
+    board.applications.trigger("out_b")
+    os.kill(board.proxy.pid, signal.SIGCONT)
+    board.wire.wait(lambda: board.wire.seen["out_b"] > 0, "out_b, written after the overflow, has not been sent")
+    board.proxy.wait_log("overflowed")
+    assert board.proxy.counters()["overflowed"] == 1
+    assert board.wire.seen["out_a"] > room // 2 - 100
+    board.works()
+    assert board.wire.seen["out_b"] == 2
+
+
+def test_frames_dropped_by_the_kernel_are_counted(
+    only_net_raw: None, proxy: StartProxy, core1: Peer, irq_dir: Path, watch: Callable[[Path], Consumer]
+) -> None:
+    # Without CAP_NET_ADMIN the queue is short.
+    running = proxy("--irq-dir", irq_dir)
+    resets = watch(irq_dir / "message_4_state")
+    sent = 20_000
+    wait_stopped(running.pid)
+    for _ in range(sent):
+        core1.send(b"ihub_reset_irq")
+    os.kill(running.pid, signal.SIGCONT)
+    while True:
+        counters = running.counters()
+        if counters["received"] + counters["dropped"] >= sent:
+            break
+    assert counters["received"] + counters["dropped"] == sent
+    assert counters["dropped"] > 0
+    resets.wait(counters["received"])
+    assert "frames dropped" in running.log
+    core1.send(b"ihub_reset_irq")
+    resets.wait(counters["received"] + 1)
+
+
+def test_descriptors_run_out_while_running(board: Board) -> None:
+    hard = resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (0, hard))
+    for _ in range(3):
+        board.core1.send(b"in_a")
+        board.applications.trigger("out_a")
+    board.proxy.wait_log("Too many open files")
+    board.wire.wait(lambda: board.wire.seen["out_a"] == 3, "sending needs no descriptor")
+    resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))
+    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.proxy.wait_log("works again")
+    assert board.applications.closes["in_a"] == 3
+    assert board.proxy.log.count("Too many open files") == 1
+
+
+@pytest.mark.parametrize("limit", range(5, 14))
+def test_descriptors_run_out_at_start(
+    python_runs_under: Callable[..., None], proxy: StartProxy, irq_dir: Path, limit: int
+) -> None:
+    python_runs_under("prlimit", f"--nofile={limit}")
+    running = proxy("--irq-dir", irq_dir, ready=False)
+    assert running.wait() == 71
+    assert "Too many open files" in running.log or "limit reached" in running.log
+    assert "Traceback" not in running.log
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_inotify_instances", "raise fs.inotify.max_user_instances"),
+        ("max_inotify_watches", "raise fs.inotify.max_user_watches"),
+    ],
+)
+def test_inotify_limits_at_start(
+    python_runs_under: Callable[..., None], proxy: StartProxy, irq_dir: Path, setting: str, said: str
+) -> None:
+    # A user namespace has limits of its own (namespaces(7)).
+    script = f'echo 0 > /proc/sys/user/{setting} && exec "$@"'
+    python_runs_under("unshare", "--user", "--map-root-user", "sh", "-c", script, "sh")
+    running = proxy("--irq-dir", irq_dir, ready=False)
+    assert running.wait() == 71
+    assert said in running.log
+    assert len(running.log.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "leg"),
+    [
+        ("recvfrom:error=ENOMEM:when=1", "receive"),
+        ("readv:error=ENOMEM:when=1..3", "triggers"),
+    ],
+)
+def test_a_leg_that_fails_is_restarted(board: Board, fault: str, leg: str) -> None:
+    with injected(board.proxy.pid, fault):
+        board.core1.send(b"in_a")
+        board.applications.trigger("out_a")
+        board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
+        board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "out_a has not been sent")
+        board.proxy.wait_log(f"{leg}: Cannot allocate memory; restarted")
+        board.proxy.wait_log(f"{leg}: works again")
+    board.works()
+    assert board.proxy.log.count("Cannot allocate memory") == 1
+    assert board.proxy.log.count("works again") == 1
+    assert board.proxy.counters()["restarts"] == (3 if leg == "triggers" else 1)
+
+
+def test_a_programming_error_ends_the_process(board: Board) -> None:
+    with injected(board.proxy.pid, "readv:error=EBADF:when=1"):
+        board.applications.trigger("out_a")
+        assert board.proxy.wait() == 70
+    assert "Traceback" in board.proxy.log
+    assert "Bad file descriptor" in board.proxy.log

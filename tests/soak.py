@@ -1,0 +1,74 @@
+"""The soak: all faults at random, for as long as wanted: `python tests/soak.py --minutes 30`, as root.
+
+Prints its seed at once and its table at the end, writes the same as JSON, and fails if anything was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run as a file, not as a module of the project.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from inco_trio.world import two_cores
+from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
+
+INTERVAL = 0.7
+"""Seconds from fault to fault: more than 1,000 in half an hour, with the pauses in which the rounds end."""
+
+
+def main() -> int:
+    """Run the soak; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="how long (default: 30)")
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="the seed to repeat a run")
+    parser.add_argument("--signals", type=int, default=1000, metavar="N", help="signals each way (default: 1000)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("build/soak.json"), metavar="FILE", help="default: %(default)s"
+    )
+    args = parser.parse_args()
+    say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
+    begin = time.monotonic()
+    # Also when nobody is at the keyboard, all that was started has to be ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY_FILES) as work,
+        two_cores() as cores,
+        Storm(cores, Path(work), count=args.signals, seed=args.seed) as storm,
+    ):
+        while time.monotonic() < begin + args.minutes * 60:
+            lost = storm.report.lost
+            storm.round(sorted(FAULTS), interval=INTERVAL)
+            if storm.report.lost > lost:
+                say(f"LOST in round {storm.report.rounds}:\n{storm.story}\n{storm.service.log[-8000:]}")
+    summary = storm.report.summary(time.monotonic() - begin)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(summary, indent=2) + "\n")
+    say(table(storm.report, summary))
+    return 1 if storm.report.lost else 0
+
+
+def say(text: str) -> None:
+    """Show a line at once."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def table(report: Report, summary: dict[str, object]) -> str:
+    """The summary for a person."""
+    rows = [(name, str(value)) for name, value in summary.items() if not isinstance(value, dict)]
+    rows += [(f"fault: {name}", str(count)) for name, count in sorted(report.faults.items())]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value:>12}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
