@@ -1,0 +1,75 @@
+"""What would keep notifications from coming is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from inco_trio.diagnose import diagnose, filesystem_type, unreported
+from inco_trio.signals import builtin_signals
+
+MOUNTS = """\
+21 28 0:20 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
+22 28 0:21 / /proc rw,relatime - proc proc rw
+29 28 0:99 / /board rw,relatime shared:2 master:1 - 9p board rw,trans=virtio
+28 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [((0, 20), "sysfs"), ((0, 21), "proc"), ((0, 99), "9p"), ((254, 1), "ext4"), ((254, 2), None)],
+)
+def test_filesystem_type(device: tuple[int, int], kind: str | None) -> None:
+    assert filesystem_type(MOUNTS, os.makedev(*device)) == kind
+
+
+@pytest.mark.parametrize("path", ["/proc", "/proc/self/missing/also", "/sys/kernel"])
+def test_filesystems_without_inotify_are_named(path: str) -> None:
+    problem = unreported(Path(path))
+    assert problem is not None
+    assert problem.startswith(path[:5].rstrip("/"))
+    assert "of type " + {"/proc": "proc", "/sys/": "sysfs"}[path[:5]] in problem
+
+
+def test_an_ordinary_directory_is_not_named(tmp_path: Path) -> None:
+    assert unreported(tmp_path / "made" / "later") is None
+    assert list(diagnose(builtin_signals(tmp_path))) == []
+
+
+@contextmanager
+def holder(path: Path, mode: str) -> Iterator[int]:
+    """Another process that holds `path` open."""
+    program = f"import sys; held = open({str(path)!r}, {mode!r}); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
+        yield process.pid
+
+
+@pytest.mark.parametrize(
+    ("register", "mode", "said"),
+    [
+        ("message_6_trig", "a", "for writing: what it writes is a notification only when it closes it"),
+        ("message_6_trig", "r+", "for writing: what it writes is a notification only when it closes it"),
+        ("message_5_state", "r", "it sees a notification only when it reads again, or watches the file"),
+        ("message_6_trig", "r", None),
+        ("another", "a", None),
+    ],
+)
+def test_who_holds_a_register_open_is_named(tmp_path: Path, register: str, mode: str, said: str | None) -> None:
+    (tmp_path / register).touch()
+    with holder(tmp_path / register, mode) as pid:
+        lines = list(diagnose(builtin_signals(tmp_path)))
+    if said is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(f"{tmp_path / register}: process {pid} (python")
+        assert line.endswith(said)
