@@ -292,6 +292,7 @@ class Registers:
         """What a batch of events leads to. Raises nothing; what cannot be followed now makes `troubled` true."""
         triggered = Triggered([], {})
         signals, by_wd = triggered.signals, self._by_wd
+        unknown = False
         for wd, mask, name in events:
             if mask & ino.IN_CLOSE_WRITE:
                 signal = by_wd.get(wd)
@@ -299,7 +300,7 @@ class Registers:
                     signals.append(signal)
                 elif wd not in self._retired:
                     # Inherited from a predecessor that was killed before it noted whose watch this is.
-                    signals.extend(self._triggers.values())
+                    unknown = True
             elif mask & ino.IN_MODIFY:
                 continue
             elif mask & ino.IN_Q_OVERFLOW:
@@ -315,6 +316,9 @@ class Registers:
                 self._inotify.forget(wd)
             else:
                 self._directory_event(wd, mask, name, triggered)
+        if unknown:
+            # Once for all of them: after a crash there can be hundreds.
+            signals.extend(self._triggers.values())
         return triggered
 
     def _directory_event(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,22 +175,25 @@ def test_forgetting(inotify: Inotify, tmp_path: Path) -> None:
     assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
 
 
-def test_a_successor_inherits_watches_and_queue(inotify: Inotify, tmp_path: Path) -> None:
+def test_a_successor_inherits_watches_and_queue(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.touch()
-    wd = inotify.watch(str(file), IN_CLOSE_WRITE)
-    held = os.dup(inotify.fd)
-    inotify.close()
+    predecessor = Inotify()
+    wd = predecessor.watch(str(file), IN_CLOSE_WRITE)
+    successor = Inotify(os.dup(predecessor.fd))
+    predecessor.close()
     file.write_text("1")
-    inotify = Inotify(held)
-    try:
-        assert inotify.fd == held
-        assert inotify.watch(str(file), IN_CLOSE_WRITE) == wd
-        assert read(inotify) == [Event(wd, IN_CLOSE_WRITE, b"")]
-        inotify.unwatch(wd)
-        assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
-    finally:
-        os.dup2(held, inotify.fd)
+    assert successor.watch(str(file), IN_CLOSE_WRITE) == wd
+    assert read(successor) == [Event(wd, IN_CLOSE_WRITE, b"")]
+    successor.close()
+
+
+def test_inherited_watches_can_be_ended(inotify: Inotify, tmp_path: Path) -> None:
+    wd = inotify.watch(str(tmp_path), IN_CREATE)
+    successor = Inotify(os.dup(inotify.fd))
+    successor.unwatch(wd)
+    assert read(successor) == [Event(wd, IN_IGNORED, b"")]
+    successor.close()
 
 
 def test_no_room_for_a_descriptor() -> None:
@@ -200,3 +205,28 @@ def test_no_room_for_a_descriptor() -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert caught.value.filename == "inotify"
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ("instances", "inotify: Too many open files"),
+        ("watches", "/: the limit of inotify watches is reached: raise fs.inotify.max_user_watches"),
+    ],
+)
+def test_limits_are_named(limit: str, reason: str) -> None:
+    script = f"""
+from pathlib import Path
+from inco_trio.inotify import IN_CREATE, Inotify
+from inco_trio.world import new_user_namespace
+
+new_user_namespace()
+Path("/proc/sys/user/max_inotify_{limit}").write_text("0")
+try:
+    Inotify().watch("/", IN_CREATE)
+except OSError as error:
+    print(f"{{error.filename}}: {{error.strerror}}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [reason]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,10 +15,10 @@ import attrs
 from inco_trio.errors import IncoError
 from inco_trio.world import may_make_namespaces, new_user_namespace, two_cores
 
-from .figures import Figure
-from .machine import describe
-from .measures import FULL, MEASURES, SMOKE, Bench
-from .report import as_json, as_markdown, as_text
+from .machine import describe, in_words
+from .measures import FULL, MEASURES, SMOKE, Bench, Size
+from .report import as_text
+from .results import Results
 from .rivals import BenchError, Lab
 
 
@@ -29,6 +30,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--smoke", action="store_true", help="two minutes: shows that the benchmark works, no more")
     parser.add_argument("--only", metavar="FIGURE,...", help="only these figures")
+    parser.add_argument("--merge", action="store_true", help="keep the other figures of the results in --out")
     parser.add_argument("--pairs", type=int, help=f"pairs a figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
     parser.add_argument("--pin", choices=["none", "split", "together"], default="none", help="CPUs of load and program")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where the results go (%(default)s)")
@@ -38,6 +40,8 @@ def _arguments() -> argparse.Namespace:
     for name in arguments.only:
         if name not in MEASURES:
             parser.error(f"{name}: no such figure (there are: {', '.join(MEASURES)})")
+    if (arguments.merge or arguments.replot) and not (arguments.out / "results.json").exists():
+        parser.error(f"{arguments.out}: no results.json of an earlier run")
     return arguments
 
 
@@ -46,63 +50,77 @@ def _print(text: object, where: TextIO = sys.stdout) -> None:
     where.flush()
 
 
-def _draw(series: dict[str, Any], out: Path, machine: dict[str, Any]) -> None:
+def _draw(results: Results, out: Path) -> None:
     from .plots import draw  # matplotlib's memory and threads stay out of the measurements
 
-    where = f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"
-    for path in draw(series, out, where):
+    for path in draw(results.series, out, in_words(results.runs[-1]["machine"])):
         _print(path)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _measure(arguments: argparse.Namespace, size: Size, results: Results) -> list[str]:
+    """Measure one figure after the other, each saved as soon as it is done; returns what broke."""
+    begin, current = time.monotonic(), "bench"
+    faults: list[str] = []
+
+    def say(text: str) -> None:
+        _print(f"{time.monotonic() - begin:6.0f} s  {current}: {text}", sys.stderr)
+
+    if not arguments.smoke:
+        expected = sum(MEASURES[name].seconds(size) for name in arguments.only)
+        say(f"about {_minutes(expected)} for {len(arguments.only)} measures, {size.pairs} pairs each")
+    with two_cores() as cores, Lab.open(cores, arguments.pin, say) as lab:
+        for current in arguments.only:
+            start = time.monotonic()
+            try:
+                measured = MEASURES[current].run(Bench(lab, size))
+            except (BenchError, OSError, subprocess.SubprocessError) as error:
+                faults.append(f"{current}: {error}")
+                say(f"broken: {error}")
+                continue
+            except KeyboardInterrupt:
+                faults.append(f"{current}: interrupted")
+                break
+            took = time.monotonic() - start
+            say(f"took {took:.0f} s")
+            results.add(current, took, measured.figures, measured.series)
+            results.save(arguments.out, list(MEASURES))
+            faults += [f"{figure.name}: {fault}" for figure in measured.figures for fault in figure.faults]
+    return faults
 
 
 def main() -> int:
     """Run the command; returns its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = _arguments()
     out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    results = out / "results.json"
     if arguments.replot:
-        document = json.loads(results.read_text())
-        _draw(document["series"], out, document["run"]["machine"])
+        _draw(Results.load(out), out)
         return 0
-    results.touch()  # half an hour later would be late to learn that it cannot be written
-    machine, begin = describe(), time.monotonic()
+    machine = describe()
+    out.mkdir(parents=True, exist_ok=True)
+    results = Results.load(out) if arguments.merge else Results()
     if not may_make_namespaces():
         new_user_namespace()
     size = SMOKE if arguments.smoke else FULL
     if arguments.pairs:
         size = attrs.evolve(size, pairs=arguments.pairs, script_pairs=min(arguments.pairs, size.script_pairs))
-    figures: list[Figure] = []
-    series: dict[str, Any] = {}
-    faults: list[str] = []
-    with two_cores() as cores, Lab.open(cores, arguments.pin) as lab:
-        for name in arguments.only:
-
-            def say(text: str, name: str = name) -> None:
-                _print(f"{time.monotonic() - begin:6.0f} s  {name}: {text}", sys.stderr)
-
-            try:
-                measured = MEASURES[name](Bench(lab, size, say))
-            except BenchError as error:
-                faults.append(f"{name}: {error}")
-                say(f"broken: {error}")
-                continue
-            figures += measured.figures
-            if measured.series is not None:
-                series[name] = measured.series
-    run = {
+    run: dict[str, Any] = {
         "machine": machine,
         "arguments": " ".join(sys.argv[1:]),
         "pin": arguments.pin,
         "size": attrs.asdict(size),
-        "seconds": round(time.monotonic() - begin),
-        "broken": faults[:],
     }
-    results.write_text(as_json(figures, series, run))
-    (out / "results.md").write_text(as_markdown(figures, machine))
-    for shown in (as_text(figures), results, out / "results.md"):
+    results.runs.append(run)
+    results.save(out, list(MEASURES))  # half an hour later would be late to learn that it cannot be written
+    faults = run["faults"] = _measure(arguments, size, results)
+    results.save(out, list(MEASURES))
+    for shown in (as_text(results.figures(list(MEASURES))), out / "results.json", out / "results.md"):
         _print(shown)
-    _draw(series, out, machine)
-    faults += [f"{figure.name}: {fault}" for figure in figures for fault in figure.faults]
+    _draw(results, out)
     for fault in faults:
         _print(fault, sys.stderr)
     return 1 if faults else 0
@@ -110,5 +128,7 @@ def main() -> int:
 
 try:
     sys.exit(main())
-except (BenchError, IncoError) as error:
+except (BenchError, IncoError, OSError) as error:
     sys.exit(f"bench: {error}")
+except KeyboardInterrupt:
+    sys.exit("bench: interrupted")

@@ -96,7 +96,7 @@ class Figure:
         return {
             "name": self.name,
             "unit": self.unit,
-            "goal": None if self.goal is None else str(self.goal),
+            "goal": None if self.goal is None else attrs.asdict(self.goal),
             "met": self.met,
             "ratio_of": self.ratio,
             "result": self.result,
@@ -106,3 +106,17 @@ class Figure:
             "note": self.note,
             "faults": self.faults,
         }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Figure:
+        """What `as_dict` made, also after JSON has had it."""
+        goal, ratio = document["goal"], document["ratio_of"]
+        return cls(
+            name=document["name"],
+            unit=document["unit"],
+            samples=document["samples"],
+            goal=goal and Goal(**goal),
+            ratio=ratio and tuple(ratio),
+            note=document["note"],
+            faults=tuple(document["faults"]),
+        )

@@ -7,12 +7,13 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .rivals import BenchError
 
-__all__ = ["NEEDED", "describe"]
+__all__ = ["NEEDED", "describe", "in_words"]
 
 NEEDED = ("matplotlib", "scapy", "watchdog")
 """What the benchmark needs beside inco-trio itself."""
@@ -34,3 +35,8 @@ def describe() -> dict[str, Any]:
         "load average": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    """What matters of a description, in half a line."""
+    return f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"

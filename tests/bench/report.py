@@ -1,14 +1,12 @@
-"""The results as a table for people (text and Markdown) and as JSON."""
+"""The results as a table for people: text and Markdown."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 from .figures import Figure
 
-__all__ = ["as_json", "as_markdown", "as_text"]
+__all__ = ["as_markdown", "as_text"]
 
 _HEADER = ("figure", "goal", "result", "spread", "met", "medians", "note")
 
@@ -43,16 +41,9 @@ def as_text(figures: Sequence[Figure]) -> str:
     )
 
 
-def as_markdown(figures: Sequence[Figure], machine: dict[str, Any]) -> str:
-    """A table, and a line that names the machine."""
+def as_markdown(figures: Sequence[Figure], origins: Sequence[str]) -> str:
+    """A table, and lines that say where and when it was measured."""
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, figures)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    where = f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"
-    what = "Result: the median of the ratios of the pairs; spread: the least and the greatest"
-    return f"{table}\n\nMeasured on {where}, {machine['date']}. {what}.\n"
-
-
-def as_json(figures: Sequence[Figure], series: dict[str, Any], run: dict[str, Any]) -> str:
-    """Everything: how it was run, each figure with its samples, and what the plots are drawn from."""
-    document = {"run": run, "figures": [figure.as_dict() for figure in figures], "series": series}
-    return json.dumps(document, indent=1)
+    what = "Result: the median of the ratios of the pairs; spread: the least and the greatest."
+    return "\n\n".join([table, *origins, what]) + "\n"

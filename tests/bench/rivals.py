@@ -23,7 +23,7 @@ from inco_trio.world import Cores
 
 from .tables import signals, write_table, write_udrv
 
-__all__ = ["C_MODIFY", "INCO", "SCRIPT", "BenchError", "C", "Flow", "Lab", "Load", "Program", "Running"]
+__all__ = ["C_MODIFY", "INCO", "SCRIPT", "BenchError", "C", "Flow", "Lab", "Load", "Program", "Running", "Uncounted"]
 
 HERE = Path(__file__).parent
 
@@ -38,9 +38,16 @@ _NAP_US = 500
 _QUIET_MS = 1000
 """Without an arrival for so long, what is missing counts as lost."""
 
+_REPEATS = 3
+"""Of a run in which the load generator could not count all that arrived."""
+
 
 class BenchError(Exception):
-    """The benchmark itself is broken: no figure can be trusted."""
+    """The benchmark itself is broken: the figure cannot be trusted."""
+
+
+class Uncounted(BenchError):
+    """Again and again, the load generator could not count all that arrived: nothing is known of the program."""
 
 
 @attrs.frozen
@@ -124,16 +131,25 @@ class Running:
     ) -> Load:
         """Send so many notifications at so many a second (0: as fast as possible).
 
-        Raises `BenchError` if the load generator fails, or could not count all that arrived.
+        A run in which the load generator could not count all that arrived is repeated, and said.
+
+        Raises `BenchError` if the load generator fails, and `Uncounted`.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
         options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, _QUIET_MS)
-        said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
+        for _ in range(_REPEATS):
+            said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
+            invalid = [said[way].pop("invalid") for way in ("inbound", "outbound")]
+            if not any(invalid):
+                break
+            self.lab.say("the load generator could not count all that arrived: this run does not count")
+        else:
+            raise Uncounted(f"the load generator could not count all that arrived, {_REPEATS} times")
         times = array.array("q", samples.read_bytes() if latencies else b"")
         return Load(
-            inbound=_flow(said["inbound"], times[:inbound]),
-            outbound=_flow(said["outbound"], times[inbound:]),
+            inbound=Flow(**said["inbound"], latencies=_arrived(times[:inbound])),
+            outbound=Flow(**said["outbound"], latencies=_arrived(times[inbound:])),
             cpu_s=said["cpu_s"],
         )
 
@@ -152,10 +168,12 @@ class Lab:
     scratch: Path
     pin: str
     """"none", "split" (load on the first CPU, program on the second) or "together" (both on the first)."""
+    say: Callable[[str], None]
+    """Tells whoever waits what is being done."""
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, cores: Cores, pin: str) -> Iterator[Lab]:
+    def open(cls, cores: Cores, pin: str, say: Callable[[str], None]) -> Iterator[Lab]:
         """Build the C programs with the machine's cc."""
         shared = Path("/dev/shm")  # noqa: S108 (a tmpfs as /run on a board; the directory below it is private)
         with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as scratch:
@@ -166,7 +184,7 @@ class Lab:
                 built = subprocess.run(command, capture_output=True, text=True, check=False)
                 if built.returncode:
                     raise BenchError(f"{name}.c does not compile:\n{built.stderr}")
-            yield cls(cores, build, Path(scratch), pin)
+            yield cls(cores, build, Path(scratch), pin, say)
 
     def _pinned(self, role: str, command: Sequence[str]) -> list[str]:
         if self.pin == "none":
@@ -246,7 +264,5 @@ class Lab:
         return said
 
 
-def _flow(said: dict[str, Any], times: Sequence[int]) -> Flow:
-    if said.pop("invalid"):
-        raise BenchError("the load generator could not count all that arrived")
-    return Flow(**said, latencies=[time for time in times if time >= 0])
+def _arrived(times: Sequence[int]) -> list[int]:
+    return [time for time in times if time >= 0]

@@ -14,6 +14,8 @@ from inco_trio.signals import Direction
 
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
+from .results import Results
+from .search import RESOLUTION, Found, Outcome, Tried, highest_kept
 from .tables import signals, write_table, write_udrv
 
 
@@ -102,3 +104,69 @@ def test_a_process_that_waits_makes_no_calls_and_one_that_ticks_does(
         assert busy > idle
         assert calls == [None, None] or (calls[0] == 0 and (calls[1] or 0) > 0)
         ticks.kill()
+
+
+def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:
+    """A program that keeps `capacity` a second, under a generator that sends at most `generator` a second."""
+
+    def attempt(rate: float) -> Tried:
+        offered = min(rate, generator)
+        kept = offered <= capacity + queue
+        return Tried(Outcome.KEPT if kept else Outcome.LOST, offered, min(offered, capacity))
+
+    return attempt
+
+
+@pytest.mark.parametrize("start", [5e3, 5e4, 9e4, 1e5, 1.1e5, 5e5])
+def test_the_rate_that_is_kept_is_found_from_either_side(start: float) -> None:
+    found = highest_kept(_model(1e5), _model(1e5), start)
+    assert found is not None
+    assert 1e5 / RESOLUTION <= found.rate <= 1e5
+    assert not found.at_least
+
+
+def test_what_a_short_try_hides_is_seen_in_full_length() -> None:
+    found = highest_kept(_model(1e5, queue=2e4), _model(1e5), 1e5)
+    assert found == Found(1e5, at_least=False)
+
+
+def test_a_rate_beyond_the_generator_is_not_one_that_the_program_failed_at() -> None:
+    assert highest_kept(_model(1e5, generator=8e4), _model(1e5, generator=8e4), 9e4) == Found(8e4, at_least=True)
+
+
+def test_what_cannot_be_counted_limits_the_generator_and_not_the_program() -> None:
+    def uncounted_above_8e4(rate: float) -> Tried:
+        return Tried(Outcome.UNCOUNTED if rate > 8e4 else Outcome.KEPT, rate, rate)
+
+    for confirm in (_model(1e9), uncounted_above_8e4):
+        found = highest_kept(uncounted_above_8e4, confirm, 9e4)
+        assert found is not None
+        assert 8e4 / RESOLUTION <= found.rate <= 8e4
+        assert found.at_least
+
+
+def test_the_search_ends_where_nothing_is_kept() -> None:
+    assert highest_kept(_model(0), _model(0), 1e5) is None
+    assert highest_kept(_model(1e5), _model(0), 1e5) is None
+
+
+def test_a_figure_that_is_measured_again_replaces_its_earlier_form_only(tmp_path: Path) -> None:
+    machine = {"cpu": "a CPU", "cpus": 2, "kernel": "6", "python": "3"}
+    figures = [Figure(name, "us", {"a": [2.0], "b": [1.0]}, Goal("<=", 3.0), ("a", "b")) for name in ("x", "y", "z")]
+    results = Results([{"machine": machine | {"date": "Monday"}}])
+    results.add("one", 1.0, figures[:1], {"a": [1]})
+    results.add("two", 1.0, figures[1:2], None)
+    results.save(tmp_path, ["one", "two"])
+    again = Results.load(tmp_path)
+    again.runs.append({"machine": machine | {"date": "Friday"}})
+    again.add("two", 1.0, figures[2:], None)
+    again.save(tmp_path, ["one", "two"])
+    merged = Results.load(tmp_path)
+    assert [figure.as_dict() for figure in merged.figures(["two", "one"])] == [
+        figure.as_dict() for figure in (figures[2], figures[0])
+    ]
+    assert merged.series == {"one": {"a": [1]}}
+    monday, friday = merged.origins
+    assert "Monday (one)" in monday
+    assert "Friday (two)" in friday
+    assert friday in (tmp_path / "results.md").read_text()

@@ -313,6 +313,10 @@ class Wire(Recorder):
         self.sources: set[bytes] = set()
         self.start()
 
+    def wait_seen(self, name: str, times: int = 1) -> None:
+        """Wait until `name` has been on the wire so often."""
+        self.wait(lambda: self.seen[name] >= times, f"{name} has not been sent")
+
     def read_queued(self) -> None:
         try:
             while True:

@@ -41,7 +41,7 @@ def test_what_was_open_before_the_directory_was_replaced(board: Board) -> None:
         board.applications.replace_directory()
         wait_path(board.directory / "out_a_trig")
         trigger.write("1")
-    board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "the trigger in the old directory has not been sent")
+    board.wire.wait_seen("out_a")
 
 
 def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None:
@@ -50,7 +50,7 @@ def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None
     (new / "out_a_trig").touch()
     board.directory.rename(board.directory.with_name("old"))
     new.rename(board.directory)
-    board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "the trigger that came along has not been sent")
+    board.wire.wait_seen("out_a")
 
 
 def test_nothing_can_be_made_for_a_while(board: Board) -> None:

@@ -85,14 +85,13 @@ def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
 
 
 def test_deleted_and_made_again(board: Board) -> None:
-    for _ in range(3):
+    for turn in range(3):
         old = mac(board.cores)
         board.cores.delete_link()
         board.applications.trigger("out_a")
-        seen = board.wire.seen["out_a"]
         begin = time.monotonic()
         make_again(board.cores, board.core1)
-        board.wire.wait(lambda seen=seen: board.wire.seen["out_a"] > seen, "what was kept has not been sent")  # type: ignore[misc]
+        board.wire.wait_seen("out_a", turn + 1)
         wait_bound(board.cores)
         sys.stdout.write(f"sends and receives {1e3 * (time.monotonic() - begin):.1f} ms after it was made again\n")
         assert mac(board.cores) != old
@@ -162,7 +161,7 @@ def test_beyond_the_bound_each_trigger_is_kept_once(board: Board) -> None:
         board.applications.trigger("out_a")
     board.applications.trigger("out_b")
     board.cores.link_up()
-    board.wire.wait(lambda: board.wire.seen["out_b"] > 0, "out_b, written after the overflow, has not been sent")
+    board.wire.wait_seen("out_b")
     board.proxy.wait_log("overflowed")
     assert board.proxy.counters()["overflowed"] == 1
     assert board.wire.seen["out_a"] > 6000

@@ -24,7 +24,7 @@ def test_inotify_queue_overflow(board: Board) -> None:
         board.applications.trigger("out_a")
     board.applications.trigger("out_b")
     os.kill(board.proxy.pid, signal.SIGCONT)
-    board.wire.wait(lambda: board.wire.seen["out_b"] > 0, "out_b, written after the overflow, has not been sent")
+    board.wire.wait_seen("out_b")
     board.proxy.wait_log("overflowed")
     assert board.proxy.counters()["overflowed"] == 1
     assert board.wire.seen["out_a"] > room // 2 - 100
@@ -112,7 +112,7 @@ def test_a_leg_that_fails_is_restarted(board: Board, fault: str, leg: str) -> No
         board.core1.send(b"in_a")
         board.applications.trigger("out_a")
         board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
-        board.wire.wait(lambda: board.wire.seen["out_a"] > 0, "out_a has not been sent")
+        board.wire.wait_seen("out_a")
         board.proxy.wait_log(f"{leg}: Cannot allocate memory; restarted")
         board.proxy.wait_log(f"{leg}: works again")
     board.works()

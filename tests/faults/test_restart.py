@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
@@ -46,12 +47,13 @@ class Supervised:
     def arrived(self, inbound: list[str], outbound: list[str], since: float) -> None:
         """Assert that all of these arrive."""
         for name in inbound:
-            self.applications.wait(
-                lambda name=name: self.applications.closes[name] > 0 and self.applications.delivered(name, since),  # type: ignore[misc]
-                f"{name} has not been delivered",
-            )
+            delivered = functools.partial(self._is_delivered, name, since)
+            self.applications.wait(delivered, f"{name} has not been delivered")
         for name in outbound:
-            self.wire.wait(lambda name=name: self.wire.seen[name] > 0, f"{name} has not been sent")  # type: ignore[misc]
+            self.wire.wait_seen(name)
+
+    def _is_delivered(self, name: str, since: float) -> bool:
+        return self.applications.closes[name] > 0 and self.applications.delivered(name, since)
 
     def send_all(self, inbound: list[str], outbound: list[str]) -> float:
         """Send each once; returns when that began."""
@@ -100,6 +102,23 @@ def test_what_arrives_while_no_proxy_runs(supervise: Supervise, how: str) -> Non
         wait_idle(main_process(world.service.directory))
     assert set(world.wire.seen.values()) == {1}
     assert set(world.applications.closes.values()) == {1}
+
+
+def test_a_rename_in_a_directory_that_was_moved_before_anyone_looked(supervise: Supervise) -> None:
+    world = supervise(list(INBOUND), list(OUTBOUND))
+    world.end("dk")
+    world.applications.trigger_by_rename("out_a")
+    directory = world.applications.directory
+    directory.rename(directory.with_name("moved"))
+    world.begin()
+    world.wire.wait_seen("out_a")
+    # What happens there from now on is nobody's.
+    wait_idle(main_process(world.service.directory))
+    (directory.with_name("moved") / "new").touch()
+    (directory.with_name("moved") / "new").rename(directory.with_name("moved") / "out_a_trig")
+    world.applications.trigger("out_b")
+    world.wire.wait_seen("out_b")
+    assert world.wire.order == ["out_a", "out_b"]
 
 
 def test_killed_with_a_backlog(supervise: Supervise) -> None:

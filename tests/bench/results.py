@@ -1,0 +1,70 @@
+"""What was measured, of one run or merged from several: kept as JSON, from which the table and the plots are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from .figures import Figure
+from .machine import in_words
+from .report import as_markdown
+
+__all__ = ["Results"]
+
+
+@attrs.frozen
+class Results:
+    """The runs (machine, arguments, sizes), and by the name of each measure its run, seconds, figures and series."""
+
+    runs: list[dict[str, Any]] = attrs.field(factory=list)
+    measures: dict[str, dict[str, Any]] = attrs.field(factory=dict)
+
+    @classmethod
+    def load(cls, directory: Path) -> Results:
+        """What `save` wrote there."""
+        return cls(**json.loads((directory / "results.json").read_text()))
+
+    def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:
+        """Add a measure of the last of the runs; it replaces an earlier one."""
+        self.measures[name] = {
+            "run": len(self.runs) - 1,
+            "seconds": round(seconds, 1),
+            "figures": [figure.as_dict() for figure in figures],
+            "series": series,
+        }
+
+    def figures(self, order: Sequence[str]) -> list[Figure]:
+        """The lines of the table, by the order of their measures."""
+        present = [self.measures[name] for name in order if name in self.measures]
+        return [Figure.from_dict(figure) for measure in present for figure in measure["figures"]]
+
+    @property
+    def series(self) -> dict[str, Any]:
+        """What the plots are drawn from, by the name of the measure."""
+        return {name: measure["series"] for name, measure in self.measures.items() if measure["series"] is not None}
+
+    @property
+    def origins(self) -> list[str]:
+        """A line for each run that figures are from."""
+        lines = []
+        for index, run in enumerate(self.runs):
+            names = [name for name, measure in self.measures.items() if measure["run"] == index]
+            if names:
+                what = "" if len(names) == len(self.measures) else f" ({', '.join(names)})"
+                lines.append(f"Measured on {in_words(run['machine'])}, {run['machine']['date']}{what}.")
+        return lines
+
+    def save(self, directory: Path, order: Sequence[str]) -> None:
+        """Write results.json and results.md; an interruption leaves the old ones."""
+        texts = {
+            "results.json": json.dumps(attrs.asdict(self, recurse=False), indent=1),
+            "results.md": as_markdown(self.figures(order), self.origins),
+        }
+        for name, text in texts.items():
+            new = directory / f"{name}.new"
+            new.write_text(text)
+            new.replace(directory / name)

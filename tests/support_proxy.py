@@ -1,0 +1,78 @@
+"""What the tests of the running proxy share: a board's configuration, and what applications do to a trigger."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from inco_trio.frame import BROADCAST, ETHERTYPE
+from inco_trio.world import Namespace
+
+__all__ = ["INBOUND", "OUTBOUND", "frame", "mac_of", "sockets_of", "trigger", "write_udrv"]
+
+INBOUND = {
+    "ihub_reset_irq": "message_4_state",
+    "ihub_hwwd_irq": "message_5_state",
+    "ihub_type_b_irq": "message_2_state",
+}
+"""Wire name to register, of the board's table: core 1 to core 0."""
+OUTBOUND = {
+    "redun_notify_irq": "message_6_trig",
+    "ihub_crash_log_irq": "message_0_trig",
+    "ihub_uart_irq": "message_1_trig",
+}
+"""Wire name to register, of the board's table: core 0 to core 1."""
+
+
+def write_udrv(
+    path: Path,
+    directory: Path,
+    inbound: Mapping[str, str] = INBOUND,
+    outbound: Mapping[str, str] = OUTBOUND,
+) -> Path:
+    """Write a udrv.json with these signals at `path`, replacing what is there, and return `path`."""
+    signals = {
+        name: {"direction": direction, "reg": f"ihub-irq-dev.{register}"}
+        for direction, table in (("inbound", inbound), ("outbound", outbound))
+        for name, register in table.items()
+    }
+    board = {"file": {"ihub-irq-dev": {"path": str(directory)}}, "misc": {"inco_proxy": {"signals": signals}}}
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(board))
+    return new.rename(path)
+
+
+def trigger(path: Path) -> None:
+    """Write a trigger as an application does."""
+    with path.open("w") as register:
+        register.write("1")
+
+
+def frame(source: bytes, payload: bytes, ethertype: int = ETHERTYPE) -> bytes:
+    """A broadcast frame from the MAC address `source`."""
+    return BROADCAST + source + ethertype.to_bytes(2, "big") + payload
+
+
+def mac_of(namespace: Namespace, interface: str) -> bytes:
+    """The six bytes of the interface's address."""
+
+    def inside() -> bytes:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
+            sock.bind((interface, 0))
+            address: bytes = sock.getsockname()[4]
+            return address
+
+    return namespace.run(inside)
+
+
+def sockets_of(pid: int) -> set[str]:
+    """The sockets that a process has open, by the kernel's numbers of them."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        # One that is closed meanwhile was none of the lasting ones.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(entry.readlink()))
+    return {link for link in found if link.startswith("socket:")}

@@ -1,0 +1,230 @@
+"""The command line, as far as it needs no link: arguments, exit codes, `check`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from inco_trio.cli import inco_proxy, main
+from tests.support_proxy import write_udrv
+
+SAMPLE = Path(__file__).parent / "data" / "udrv.json"
+COMMANDS = ("run", "check", "demo", "s6")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No configuration from outside, and afterwards the package's log as it was."""
+    monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    package = logging.getLogger("inco_trio")
+    before = package.handlers, package.propagate, package.level
+    yield
+    package.handlers, package.propagate = before[:2]
+    package.setLevel(before[2])
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int | str | None, str, str]]:
+    """Run the command in this process: its exit code, output and complaints."""
+
+    def run(*arguments: str | Path, command: Callable[[list[str]], int] = main) -> tuple[int | str | None, str, str]:
+        code: int | str | None
+        try:
+            code = command(list(map(str, arguments)))
+        except SystemExit as end:  # argparse
+            code = end.code
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+Say = Callable[..., tuple[int | str | None, str, str]]
+
+
+def finished(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_has_an_example(say: Say, command: str) -> None:
+    code, out, err = say(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"example: inco-trio {command}" in out
+    assert len(out.splitlines()) <= 25
+
+
+def test_help_names_the_commands(say: Say) -> None:
+    code, out, _ = say("--help")
+    assert code == 0
+    assert all(f"    {command} " in out for command in COMMANDS)
+    assert "exit codes: 0 clean, 2 usage, 69" in out
+    assert len(out.splitlines()) <= 24
+
+
+def test_help_of_the_old_command(say: Say) -> None:
+    code, out, _ = say("--help", command=inco_proxy)
+    assert code == 0
+    assert "Example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nonsense",),
+        ("run", "--nonsense"),
+        ("run", "rpmsg4000", "surplus"),
+        ("run", "--log-format", "xml"),
+        ("run", "--notification-fd", "three"),
+        ("demo", "--count", "many"),
+    ],
+    ids=" ".join,
+)
+def test_usage(say: Say, arguments: tuple[str, ...]) -> None:
+    code, out, err = say(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: inco-trio")
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", "b"), ("--config", "x", "a")], ids=" ".join)
+def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
+    code, _, err = say(*arguments, command=inco_proxy)
+    assert code == 2
+    assert err.startswith("usage: inco_proxy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("run",), "no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)"),
+        (("check",), "no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)"),
+        (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
+        (("s6", "--config", str(SAMPLE)), "s6 needs the SCANDIR to write (or --systemd)"),
+        (("demo", "--count", "0"), "the demonstration needs a count of at least 1 and a rate above 0"),
+        (
+            ("run", "--irq-dir", "b", "--notification-fd", "1"),
+            "--notification-fd 1: 0, 1 and 2 are the standard streams; 3 is customary",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_makes_no_sense(arguments: tuple[str, ...], complaint: str) -> None:
+    # In a process of its own: `run` changes how signals are handled.
+    done = finished(sys.executable, "-m", "inco_trio", *arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"inco-trio: error: {complaint}\n")
+
+
+def test_run_needs_the_old_programs_variable_only(tmp_path: Path) -> None:
+    done = finished(Path(sys.executable).with_name("inco_proxy"), "rpmsg4000", UDRV_JSON_PATH=str(tmp_path / "none"))
+    assert done.returncode == 78
+    assert done.stderr == f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n"
+
+
+def test_an_impossible_interface(tmp_path: Path) -> None:
+    done = finished(sys.executable, "-m", "inco_trio", "run", "a/b", "--irq-dir", tmp_path)
+    assert done.returncode == 78
+    assert done.stderr.startswith("inco-trio: error: interface 'a/b': ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_check_prints_the_table(say: Say) -> None:
+    code, out, err = say("check", "--config", SAMPLE)
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if not line.startswith("note: ")]
+    assert {tuple(row[:2]) for row in rows} >= {
+        ("ihub_reset_irq", "inbound"),
+        ("ihub_hwwd_irq", "inbound"),
+        ("redun_notify_irq", "outbound"),
+    }
+    assert all(row[2].startswith("/") for row in rows)
+
+
+def test_check_as_json(say: Say, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", Path("/irq"), {"a_irq": "a_state"}, {"b_irq": "b_trig"})
+    code, out, _ = say("check", "--config", udrv, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {"name": "b_irq", "direction": "outbound", "register": "/irq/b_trig"} in found["signals"]
+    assert [signal["direction"] for signal in found["signals"]] == ["inbound"] * 3 + ["outbound"] * 2
+    regs = ("ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_trig")
+    assert [note.partition(" is missing")[0] for note in found["notes"]] == [
+        f"misc.ihub_config_dev.regs.{reg}" for reg in regs
+    ]
+
+
+def test_check_shows_what_was_taken_by_default(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UDRV_JSON_PATH", str(write_udrv(tmp_path / "u.json", Path("/irq"), {}, {})))
+    code, out, _ = say("check")
+    assert code == 0
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3
+    assert "note: misc.ihub_config_dev.regs.redun_notify_trig is missing: using ihub-irq-dev.message_6_trig" in notes
+
+
+def test_check_reports_all_mistakes_at_once(say: Say, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", Path("irq"), {"a b": "a_state"}, {"c": "../c"})
+    code, out, err = say("check", "--config", udrv)
+    assert (code, out) == (78, "")
+    lines = err.splitlines()
+    assert len(lines) >= 3
+    assert all(line.startswith(f"inco-trio: error: {udrv}: ") for line in lines)
+
+
+def test_a_reader_that_went_away_is_no_fault() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "inco_trio", "check", "--config", str(SAMPLE)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_scan_directory_is_written_once(say: Say, tmp_path: Path) -> None:
+    scandir = tmp_path / "service"
+    code, out, _ = say("s6", scandir, "--config", SAMPLE)
+    assert code == 0
+    assert str(scandir) in out
+    assert say("s6", scandir, "--config", SAMPLE) == (0, "nothing changed\n", "")
+
+
+def test_a_systemd_unit_is_printed(say: Say) -> None:
+    code, out, _ = say("s6", "--systemd", "--iface", "rpmsg16", "--config", SAMPLE)
+    assert code == 0
+    assert "[Service]" in out
+    assert "rpmsg16" in out
+
+
+def test_importing_has_no_side_effect() -> None:
+    script = """
+import signal, sys, threading
+before = {n: signal.getsignal(n) for n in signal.valid_signals()}
+import inco_trio
+import logging
+assert {n: signal.getsignal(n) for n in signal.valid_signals()} == before
+assert threading.active_count() == 1
+assert not logging.getLogger("inco_trio").handlers
+assert not {"trio_asyncio", "pyroute2", "cattrs"} & set(sys.modules)
+print(sorted(inco_trio.__all__) == inco_trio.__all__)
+"""
+    done = finished(sys.executable, "-c", script)
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -1,0 +1,415 @@
+"""The link's socket on the real kernel, and the watcher of interfaces."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import resource
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from inco_trio.errors import PermissionRefused, ResourceRefused
+from inco_trio.frame import ETHERTYPE, encode
+from inco_trio.link import FILTER, RECEIVE_BUFFER, Link, LinkWatcher, missing
+from inco_trio.world import Cores, Peer
+from netns.fixtures import DEADLINE
+from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
+
+pytestmark = pytest.mark.netns
+
+SO_DETACH_FILTER = 27
+ROOM = 200
+
+StartLink = Callable[[], Link]
+
+
+def change(cores: Cores, interface: str, **attributes: Any) -> None:
+    """Change an interface of core 0."""
+    from pyroute2 import IPRoute
+
+    def inside() -> None:
+        with IPRoute() as links:
+            links.link("set", ifname=interface, **attributes)
+
+    cores.core0.run(inside)
+
+
+@pytest.fixture
+def opened(cores: Cores) -> Iterator[StartLink]:
+    """A socket in core 0 that is not bound yet."""
+    with ExitStack() as stack:
+
+        def start() -> Link:
+            link = cores.core0.run(functools.partial(Link.open, cores.link))
+            stack.callback(link._socket.close)
+            return link
+
+        yield start
+
+
+@pytest.fixture
+def link(opened: StartLink, cores: Cores) -> Link:
+    """A socket on core 0's end of the link."""
+    made = opened()
+    assert made.refresh()
+    return made
+
+
+@pytest.fixture
+def watcher(cores: Cores) -> Iterator[LinkWatcher]:
+    made = cores.core0.run(LinkWatcher)
+    yield made
+    made.close()
+
+
+def run(function: Callable[[], Awaitable[None]]) -> None:
+    async def guarded() -> None:
+        with trio.fail_after(DEADLINE):
+            await function()
+
+    trio.run(guarded)
+
+
+def receive(link: Link, count: int = 100, step: int = ROOM) -> list[bytes]:
+    """What is queued, as far as it fits into `count` rooms of ROOM bytes."""
+    rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
+    return [bytes(room[:length]) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
+
+
+def test_nothing_is_queued_before_it_is_bound(opened: StartLink, cores: Cores, core1: Peer) -> None:
+    link = opened()
+    core1.send(b"early")
+    assert receive(link) == []
+    assert link.refresh()
+    core1.send(b"in_time")
+    assert receive(link) == [encode(b"in_time", core1.mac)]
+
+
+def test_a_batch_is_read_in_order_until_none_is_left(link: Link, core1: Peer) -> None:
+    for number in range(7):
+        core1.send(b"%d" % number)
+    assert [frame[14:] for frame in receive(link, 5)] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [frame[14:] for frame in receive(link, 5)] == [b"5", b"6"]
+    assert receive(link, 5) == []
+
+
+def test_one_frame(link: Link, core1: Peer) -> None:
+    core1.send(b"one")
+    room = memoryview(bytearray(ROOM))
+    length = link.receive_one(room)
+    assert bytes(room[:length]) == encode(b"one", core1.mac)
+    assert link.receive_one(room) == 0
+
+
+def test_a_long_frame_is_cut_and_its_length_is_true(link: Link, core1: Peer) -> None:
+    core1.send(b"long", pad=1000)
+    core1.send(b"next")
+    room = memoryview(bytearray(ROOM))
+    assert link.receive_one(room) == 1000
+    assert receive(link) == [encode(b"next", core1.mac)]
+
+
+def test_a_batch_ends_with_a_frame_beyond_its_step(link: Link, core1: Peer) -> None:
+    for pad in (0, 150, 0):
+        core1.send(b"name", pad=pad)
+    assert [len(frame) for frame in receive(link, step=100)] == [18, 150]
+    assert [len(frame) for frame in receive(link, step=100)] == [18]
+
+
+def test_own_frames_are_not_received(link: Link, core1: Peer) -> None:
+    link.send("redun_notify_irq")
+    assert core1.receive() == encode(b"redun_notify_irq", link.mac)
+    assert receive(link) == []
+
+
+def test_the_filter_cannot_be_taken_away(link: Link) -> None:
+    with socket.socket(fileno=os.dup(link.fd)) as other, pytest.raises(PermissionError):
+        other.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
+def test_the_buffer_that_was_granted_is_told(link: Link) -> None:
+    limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    assert link.granted in (RECEIVE_BUFFER, min(limit, RECEIVE_BUFFER))
+
+
+def test_without_cap_net_admin_the_limit_of_the_system_is_granted(cores: Cores) -> None:
+    def start() -> int:
+        with without_capability(CAP_NET_ADMIN):
+            link = Link.open(cores.link)
+        link._socket.close()
+        return link.granted
+
+    limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    assert cores.core0.run(start) == min(limit, RECEIVE_BUFFER)
+
+
+def test_without_cap_net_raw_it_is_refused(cores: Cores) -> None:
+    def start() -> None:
+        with without_capability(CAP_NET_RAW):
+            Link.open(cores.link)
+
+    with pytest.raises(PermissionRefused, match=f"{cores.link}: opening a packet socket needs CAP_NET_RAW"):
+        cores.core0.run(start)
+
+
+def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
+    def start() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        try:
+            Link.open("eth0")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with pytest.raises(ResourceRefused, match="eth0: cannot open a packet socket: Too many open files"):
+        cores.core0.run(start)
+
+
+def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a kernel before 4.20, which does not know the option.
+    monkeypatch.setattr("inco_trio.link.PACKET_IGNORE_OUTGOING", 9999)
+
+    def start() -> None:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        with pytest.raises(OSError, match="Protocol not available"):
+            Link.open("eth0")
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+    cores.core0.run(start)
+
+
+# ------------------------------------------------------------------------------------------------- the interface's life
+
+
+def test_what_refresh_learns(opened: StartLink, cores: Cores) -> None:
+    link = opened()
+    assert (link.mac, link.running) == (b"", False)
+    cores.delete_link()
+    assert not link.refresh()
+    assert not link.running
+    cores.make_link()
+    assert link.refresh()
+    assert link.running
+    assert len(link.mac) == 6
+    cores.link_down()
+    assert link.refresh()
+    assert not link.running
+
+
+def test_no_carrier_is_not_running(link: Link, cores: Cores, watcher: LinkWatcher) -> None:
+    async def main() -> None:
+        cores.core1.run(other_end_down)
+        # The kernel tells it a moment later.
+        while link.refresh() and link.running:
+            await watcher.wait()
+
+    def other_end_down() -> None:
+        from pyroute2 import IPRoute
+
+        with IPRoute() as links:
+            links.link("set", ifname=cores.link, state="down")
+
+    run(main)
+    with pytest.raises(OSError, match="Network is down") as caught:
+        link.send("redun_notify_irq")
+    assert caught.value.errno == errno.ENETDOWN
+
+
+def test_the_queue_outlives_the_interface(link: Link, cores: Cores, core1: Peer) -> None:
+    fd = link.fd
+    core1.send(b"before")
+    cores.delete_link()
+    assert not link.refresh()
+    cores.make_link()
+    core1.rebind()
+    assert link.refresh()
+    core1.send(b"after")
+    # The kernel says once that the link was down.
+    assert [frame[14:] for frame in receive(link) + receive(link)] == [b"before", b"after"]
+    assert link.fd == fd
+    assert link.fits
+
+
+def test_a_link_that_goes_down_is_no_error(link: Link, cores: Cores, core1: Peer) -> None:
+    room = memoryview(bytearray(ROOM))
+    cores.link_down()
+    assert receive(link) == []
+    cores.link_up()
+    cores.link_down()
+    assert link.receive_one(room) == 0
+    cores.link_up()
+    core1.send(b"again")
+    assert receive(link) == [encode(b"again", core1.mac)]
+
+
+def test_what_is_no_matter_of_the_link_is_an_error(link: Link) -> None:
+    other = Link(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "tcp")
+    try:
+        with pytest.raises(OSError, match="not connected"):
+            receive(other)
+        with pytest.raises(OSError, match="not connected"):
+            other.receive_one(memoryview(bytearray(ROOM)))
+    finally:
+        other._socket.close()
+
+
+def test_another_address_is_sent_from(link: Link, cores: Cores, core1: Peer) -> None:
+    link.send("redun_notify_irq")
+    change(cores, cores.link, address="02:00:00:00:00:77")
+    assert link.refresh()
+    link.send("redun_notify_irq")
+    first, second = core1.receive(), core1.receive()
+    assert first[6:12] != second[6:12]
+    assert second == encode(b"redun_notify_irq", bytes.fromhex("020000000077"))
+
+
+def test_drops_are_counted_once(link: Link, core1: Peer) -> None:
+    assert link.dropped() == 0
+    sent = 0
+    large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
+    for _ in range(40_000):
+        core1.send_raw(large)
+        sent += 1
+    dropped = link.dropped()
+    assert dropped > 0
+    assert link.dropped() == 0
+    received = 0
+    while lengths := len(receive(link)):
+        received += lengths
+    assert received + dropped == sent
+
+
+def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
+    error = cores.core0.run(lambda: missing("rpmsg16"))
+    assert str(error) == f"rpmsg16: no such interface (there are: lo, {cores.link}); --wait-link waits for it"
+    assert error.exit_code == 69
+
+
+# --------------------------------------------------------------------------------------------------- what is inherited
+
+
+def packet_socket(interface: str = "", protocol: int = ETHERTYPE) -> socket.socket:
+    made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+    if interface:
+        made.bind((interface, protocol))
+    return made
+
+
+def test_an_inherited_socket_keeps_queue_and_filter(link: Link, cores: Cores, core1: Peer) -> None:
+    core1.send(b"before")
+    heir = Link.take(cores.link, os.dup(link.fd))
+    link._socket.close()
+    assert heir.fits
+    assert heir.refresh()
+    core1.send(b"after")
+    assert [frame[14:] for frame in receive(heir)] == [b"before", b"after"]
+    assert not os.get_blocking(heir.fd)
+    heir._socket.close()
+
+
+def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
+    heir = Link.take(cores.link, os.dup(opened().fd))
+    assert heir.fits
+    heir._socket.close()
+
+
+def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("inco_trio.link._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
+        patch.setattr("inco_trio.link.FILTER", bytes(80) + FILTER[-16:-8])
+        longer = cores.core0.run(functools.partial(Link.open, cores.link))
+    assert not longer.fits
+    longer._socket.close()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(packet_socket, id="no filter"),
+        pytest.param(lambda: packet_socket("lo"), id="another interface"),
+        pytest.param(lambda: packet_socket("rpmsg4000", 0x0800), id="another protocol"),
+        pytest.param(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM), id="UDP"),
+        pytest.param(lambda: socket.socket(socket.AF_UNIX), id="Unix"),
+    ],
+)
+def test_what_does_not_fit(cores: Cores, make: Callable[[], socket.socket]) -> None:
+    stranger = Link.take(cores.link, cores.core0.run(make).detach())
+    assert not stranger.fits
+    stranger._socket.close()
+
+
+def test_one_of_another_link_does_not_fit(link: Link) -> None:
+    other = Link.take("rpmsg16", os.dup(link.fd))
+    assert not other.fits
+    other._socket.close()
+
+
+def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("inco_trio.link._FILTER", ((0x06, 0, 0, 0xFFFF),))
+        patch.setattr("inco_trio.link.FILTER", FILTER[-16:-8])
+        wide = cores.core0.run(functools.partial(Link.open, cores.link))
+        assert wide.fits
+    assert not wide.fits
+    wide._socket.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- the watcher
+
+
+def test_the_watcher_wakes_for_each_change(watcher: LinkWatcher, cores: Cores) -> None:
+    async def main() -> None:
+        for happen in (cores.link_down, cores.link_up, cores.delete_link, cores.make_link):
+            happen()
+            await watcher.wait()
+        # All was read.
+        with trio.move_on_after(0) as scope:
+            await watcher.wait()
+        assert scope.cancelled_caught
+
+    run(main)
+
+
+def test_the_watcher_survives_more_than_it_can_hold(watcher: LinkWatcher, cores: Cores) -> None:
+    from pyroute2 import IPRoute
+
+    def many_changes() -> None:
+        with IPRoute() as links:
+            for number in range(600):
+                links.link("set", ifname=cores.link, mtu=1400 + number % 2)
+
+    async def main() -> None:
+        watcher._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        cores.core0.run(many_changes)
+        await watcher.wait()
+        cores.link_down()
+        await watcher.wait()
+
+    run(main)
+
+
+def test_closing_wakes_a_waiter(opened: StartLink, cores: Cores) -> None:
+    async def main() -> None:
+        link = opened()
+        assert link.refresh()
+        held = os.dup(link.fd)
+
+        async def wait() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(link.fd)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            link.close()
+        os.close(held)
+
+    run(main)

@@ -1,0 +1,1070 @@
+"""The registers: real directories, real files, real inotify."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inco_trio import inotify as ino
+from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
+from inco_trio.inflight import Inflight
+from inco_trio.inotify import Event, Inotify, parse_events
+from inco_trio.registers import PATIENCE, RETIREMENT, Registers, Triggered, start_error
+from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.stats import Stats
+from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
+
+IN, OUT = Direction.INBOUND, Direction.OUTBOUND
+
+
+class Clock:
+    """Stands in for the module `time`, so that a test can let time pass."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class World:
+    """Registers of one signal table, and the descriptors below them; `again` is a successor that inherits them."""
+
+    def __init__(
+        self, clock: Clock, table: list[Signal], inotify: Inotify | None = None, inflight: Inflight | None = None
+    ) -> None:
+        self.clock = clock
+        self.ending = ExitStack()
+        self.inotify = inotify or Inotify()
+        self.inflight = inflight or Inflight.open()
+        self.stats = Stats()
+        self.registers = Registers(SignalTable(table), self.inotify, self.inflight, self.stats)
+        for part in (self.inotify, self.inflight, self.registers):
+            self.ending.callback(part.close)
+
+    def again(self, table: list[Signal] | None = None) -> World:
+        """A successor, after an end without a word."""
+        table = list(self.registers.table) if table is None else table
+        successor = World(self.clock, table, Inotify(os.dup(self.inotify.fd)), Inflight.open(os.dup(self.inflight.fd)))
+        self.ending.close()
+        self.ending.callback(successor.ending.close)
+        return successor
+
+    def events(self) -> list[Event]:
+        buffer = memoryview(bytearray(1 << 20))
+        return parse_events(buffer[: self.inotify.read_into(buffer)])
+
+    def take(self, triggered: Triggered) -> list[str]:
+        """The names of what was triggered, noted as it is once they are sent."""
+        for key, wd in triggered.watches.items():
+            self.inflight.watches[key] = wd
+        return [signal.name for signal in triggered.signals]
+
+    def open(self) -> list[str]:
+        return self.take(self.registers.open())
+
+    def triggered(self) -> list[str]:
+        """What the queued events lead to, until nothing is left to follow."""
+        names: list[str] = []
+        while events := self.events():
+            names += self.take(self.registers.triggered(events))
+        return names
+
+    def mend(self) -> list[str]:
+        return self.take(self.registers.mend())
+
+    def later(self) -> list[str]:
+        """Let all patience end, and mend what can be mended; returns what that and the events of it lead to."""
+        names = []
+        for _ in range(3):
+            self.clock.now += RETIREMENT + PATIENCE
+            names += self.mend() + self.triggered()
+        return names
+
+    def reload(self, table: list[Signal]) -> list[str]:
+        return self.take(self.registers.replace_table(SignalTable(table)))
+
+    def write(self, *signals: Signal) -> None:
+        self.registers.write(signals)
+
+    @property
+    def owed(self) -> dict[str, int]:
+        owed = self.inflight.owed
+        return {name.decode(): owed[name] for name in owed}
+
+
+StartWorld = Callable[..., World]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("inco_trio.registers.time", made)
+    return made
+
+
+@pytest.fixture
+def start(clock: Clock) -> Iterator[StartWorld]:
+    """Make the registers of signals, opened: `start(signal, ...)`; nothing may be triggered by it."""
+    with ExitStack() as stack:
+
+        def make(*table: Signal, opened: bool = True) -> World:
+            world = World(clock, list(table))
+            stack.callback(world.ending.close)
+            if opened:
+                assert world.open() == []
+                assert world.triggered() + world.mend() == []
+                assert not world.registers.troubled
+            return world
+
+        yield make
+
+
+@pytest.fixture
+def irq(tmp_path: Path) -> Path:
+    return tmp_path / "board" / "irq"
+
+
+@pytest.fixture
+def notify(irq: Path) -> Signal:
+    return Signal("redun_notify_irq", OUT, irq, "message_6_trig")
+
+
+@pytest.fixture
+def uart(irq: Path) -> Signal:
+    return Signal("uart_irq", OUT, irq, "message_1_trig")
+
+
+@pytest.fixture
+def reset(irq: Path) -> Signal:
+    return Signal("ihub_reset_irq", IN, irq, "message_4_state")
+
+
+@pytest.fixture
+def hwwd(irq: Path) -> Signal:
+    return Signal("ihub_hwwd_irq", IN, irq, "message_5_state")
+
+
+def write(path: Path, text: str = "1") -> None:
+    path.write_text(text)
+
+
+def remake(path: Path, text: str = "1") -> None:
+    """Replace a file by a rename, as careful writers do."""
+    path.with_name("new").write_text(text)
+    path.with_name("new").rename(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def test_missing_files_are_made_and_notify_nobody(
+    start: StartWorld, irq: Path, notify: Signal, uart: Signal, reset: Signal, hwwd: Signal
+) -> None:
+    world = start(notify, uart, reset, hwwd)
+    names = ["message_1_trig", "message_4_state", "message_5_state", "message_6_trig"]
+    assert sorted(path.name for path in irq.iterdir()) == names
+    assert all(stat.S_ISREG(path.stat().st_mode) and path.stat().st_nlink == 1 for path in irq.iterdir())
+    write(notify.path)
+    write(uart.path)
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq", "uart_irq", "redun_notify_irq"]
+
+
+def test_what_is_there_is_kept(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    irq.mkdir(parents=True)
+    write(notify.path, "before")
+    write(reset.path, "7 before")
+    inodes = [path.stat().st_ino for path in (notify.path, reset.path)]
+    world = start(notify, reset)
+    assert (notify.path.read_text(), reset.path.read_text()) == ("before", "7 before")
+    assert [path.stat().st_ino for path in (notify.path, reset.path)] == inodes
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_mode_follows_the_umask(start: StartWorld, notify: Signal, reset: Signal) -> None:
+    before = os.umask(0o027)
+    try:
+        start(notify, reset)
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (notify.path, reset.path)] == [0o640, 0o640]
+
+
+def test_leftover_of_a_killed_process_is_no_obstacle(start: StartWorld, irq: Path, notify: Signal) -> None:
+    # In a container, every start may have the same process id.
+    irq.mkdir(parents=True)
+    (irq / f".inco-trio.{os.getpid()}").touch()
+    world = start(notify)
+    assert list(irq.iterdir()) == [notify.path]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def kind_file(path: Path) -> None:
+    path.touch()
+
+
+def kind_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def kind_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def kind_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        # The path of a socket is short (unix(7)).
+        directory = os.open(path.parent, os.O_PATH)
+        sock.bind(f"/proc/self/fd/{directory}/{path.name}")
+        os.close(directory)
+
+
+def kind_symlink(path: Path) -> None:
+    (path.parent / "elsewhere").touch()
+    path.symlink_to("elsewhere")
+
+
+KINDS = {
+    "a directory": kind_directory,
+    "a FIFO": kind_fifo,
+    "a socket": kind_socket,
+    "a symlink": kind_symlink,
+}
+kinds = pytest.mark.parametrize(("kind", "make"), KINDS.items(), ids=[kind.replace(" ", "-") for kind in KINDS])
+
+
+@kinds
+def test_a_trigger_that_is_no_file_is_refused_at_start(
+    start: StartWorld, irq: Path, notify: Signal, kind: str, make: Callable[[Path], None]
+) -> None:
+    irq.mkdir(parents=True)
+    make(notify.path)
+    with pytest.raises(ConfigError) as caught:
+        start(notify, opened=False).open()
+    assert str(caught.value) == (f"{notify.path}: is no regular file but {kind}: remove it, or name another register")
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["itself", "above"])
+def test_a_directory_that_cannot_be_is_refused_at_start(
+    start: StartWorld, irq: Path, notify: Signal, above: bool
+) -> None:
+    irq.parent.mkdir()
+    file = irq
+    if above:
+        irq.parent.rmdir()
+        file = irq.parent
+    file.touch()
+    with pytest.raises(ConfigError, match="has to name a directory that can be made and written") as caught:
+        start(notify, opened=False).open()
+    assert str(irq) in str(caught.value)
+
+
+def test_proc_is_refused_at_start(start: StartWorld) -> None:
+    with pytest.raises(ConfigError, match="filesystem of type proc"):
+        start(Signal("x", OUT, Path("/proc/self"), "trig"), opened=False).open()
+
+
+def test_missing_permission_is_named(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    irq.mkdir(parents=True)
+    irq.chmod(0o555)
+    with without_capability(CAP_DAC_OVERRIDE):
+        for signal in (notify, reset):
+            with pytest.raises(PermissionRefused) as caught:
+                start(signal, opened=False).open()
+            assert str(caught.value).startswith(f"{signal.path}: Permission denied: uid {os.geteuid()} needs write")
+
+
+def test_a_directory_that_may_not_be_read_is_refused(start: StartWorld, irq: Path, notify: Signal) -> None:
+    irq.mkdir(parents=True)
+    irq.chmod(0o333)
+    world = start(notify, opened=False)
+    with (
+        without_capability(CAP_DAC_OVERRIDE),
+        without_capability(CAP_DAC_READ_SEARCH),
+        pytest.raises(PermissionRefused, match=f"{irq}: Permission denied"),
+    ):
+        world.open()
+    assert irq not in [path.resolve() for path in Path("/proc/self/fd").iterdir()]
+
+
+def test_a_filesystem_without_hard_links(
+    start: StartWorld, irq: Path, notify: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_names: str, **_how: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    # vfat answers so (link(2)), but needs a device to be mounted from.
+    monkeypatch.setattr("os.link", refuse)
+    world = start(notify)
+    assert list(irq.iterdir()) == [notify.path]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_somebody_else_makes_the_trigger_first(
+    start: StartWorld, irq: Path, notify: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def late(*names: str, **how: Any) -> None:
+        monkeypatch.setattr("os.link", link)
+        write(notify.path, "theirs")
+        link(*names, **how)
+
+    monkeypatch.setattr("os.link", late)
+    world = start(notify)
+    assert list(irq.iterdir()) == [notify.path]
+    assert notify.path.read_text() == "theirs"
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "text"),
+    [
+        (errno.EPERM, PermissionRefused, "CAP_DAC_OVERRIDE"),
+        (errno.EROFS, ConfigError, "can be made and written"),
+        (errno.EMFILE, ResourceRefused, "/irq: Too many open files"),
+        (errno.ENOSPC, ResourceRefused, "/irq: No space left on device"),
+    ],
+)
+def test_refusals_at_start(number: int, kind: type[IncoError], text: str) -> None:
+    found = start_error(OSError(number, os.strerror(number), "/irq"), "/irq")
+    assert type(found) is kind
+    assert text in str(found)
+
+
+def test_the_limit_of_instances_is_named() -> None:
+    found = start_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "inotify"), "inotify")
+    assert str(found) == "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
+
+
+# ----------------------------------------------------------------------------------------------------- state registers
+
+
+def closes(path: Path) -> Callable[[], int]:
+    """Count the closes-after-write of a file."""
+    inotify = Inotify()
+    inotify.watch(str(path), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
+
+    def count() -> int:
+        buffer = memoryview(bytearray(1 << 16))
+        events = parse_events(buffer[: inotify.read_into(buffer)])
+        inotify.close()
+        return sum(event.mask & ino.IN_CLOSE_WRITE != 0 for event in events)
+
+    return count
+
+
+def test_each_notification_is_a_write_of_its_own(start: StartWorld, reset: Signal, hwwd: Signal) -> None:
+    world = start(reset, hwwd)
+    resets, hwwds = closes(reset.path), closes(hwwd.path)
+    world.write(reset, hwwd, reset, reset)
+    assert (resets(), hwwds()) == (3, 1)
+    assert reset.path.read_text() == "1"
+    assert world.stats == Stats(delivered=4)
+    assert world.events() == []
+
+
+def test_a_write_does_not_truncate(start: StartWorld, irq: Path, reset: Signal) -> None:
+    irq.mkdir(parents=True)
+    write(reset.path, "0 and more")
+    start(reset).write(reset)
+    assert reset.path.read_text() == "1 and more"
+
+
+def test_a_missing_state_register_is_made_by_a_write(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    reset.path.unlink()
+    world.write(reset)
+    assert reset.path.read_text() == "1"
+    assert world.owed == {}
+
+
+@pytest.mark.parametrize("make", [kind_directory, kind_fifo, kind_socket, kind_symlink])
+def test_what_cannot_be_written_is_owed(
+    start: StartWorld,
+    irq: Path,
+    reset: Signal,
+    hwwd: Signal,
+    make: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    world = start(reset, hwwd)
+    reset.path.unlink()
+    make(reset.path)
+    world.triggered()
+    world.write(reset, hwwd, reset)
+    world.later()
+    assert hwwd.path.read_text() == "1"
+    assert world.owed == {"ihub_reset_irq": 2}
+    assert world.registers.troubled
+    assert (world.stats.delivered, world.stats.write_failures) == (1, 4)
+    if make is kind_symlink:
+        assert (irq / "elsewhere").read_text() == ""
+
+    if make is kind_directory:
+        reset.path.rmdir()
+    else:
+        reset.path.unlink()
+    reset.path.touch()
+    resets = closes(reset.path)
+    world.mend()
+    assert resets() == 2
+    assert world.owed == {}
+    assert world.stats.delivered == 3
+    assert [record.getMessage().split("; ")[0] for record in caplog.records][1:] == [f"{reset.path}: works again"]
+    assert f"{reset.path}: cannot write: " in caplog.records[0].getMessage()
+
+
+def test_a_device_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    leader, follower = os.openpty()
+    try:
+        reset.path.unlink()
+        reset.path.symlink_to(os.ttyname(follower))
+        world.write(reset)
+        assert world.owed == {"ihub_reset_irq": 1}
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+def test_a_full_fifo_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    reset.path.unlink()
+    os.mkfifo(reset.path)
+    reader = os.open(reset.path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        capacity = 16 * 4096
+        world.write(*[reset] * (capacity + 1))
+        assert world.owed == {"ihub_reset_irq": 1}
+        assert len(os.read(reader, 2 * capacity)) == capacity
+        world.mend()
+        assert world.owed == {}
+    finally:
+        os.close(reader)
+
+
+def test_what_is_owed_comes_first(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    reset.path.unlink()
+    reset.path.mkdir()
+    world.write(reset)
+    reset.path.rmdir()
+    world.write(reset)
+    assert world.owed == {"ihub_reset_irq": 2}
+
+
+def test_debts_are_inherited(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    reset.path.unlink()
+    reset.path.mkdir()
+    world.write(reset, reset)
+    reset.path.rmdir()
+    successor = world.again()
+    assert successor.open() == []
+    assert successor.registers.troubled
+    resets = closes(reset.path)
+    successor.mend()
+    assert resets() == 2
+
+
+def test_debts_of_a_signal_that_is_gone_are_dropped(
+    start: StartWorld, reset: Signal, hwwd: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = start(reset, hwwd)
+    reset.path.unlink()
+    reset.path.mkdir()
+    world.write(reset, reset)
+    world.reload([hwwd])
+    assert world.owed == {}
+    assert world.stats.unknown == 2
+    assert "not configured any more: 2 owed notifications dropped" in caplog.text
+
+
+def test_a_signal_that_is_gone_is_unknown(start: StartWorld, reset: Signal, hwwd: Signal) -> None:
+    world = start(hwwd)
+    world.write(reset, hwwd)
+    assert (world.stats.unknown, world.stats.delivered) == (1, 1)
+
+
+def test_a_removed_state_register_is_made_again(start: StartWorld, irq: Path, reset: Signal, hwwd: Signal) -> None:
+    world = start(reset, hwwd)
+    reset.path.unlink()
+    hwwd.path.rename(irq / "away")
+    assert world.triggered() == []
+    assert world.registers.troubled
+    assert world.later() == []
+    assert reset.path.is_file()
+    assert hwwd.path.is_file()
+    assert not world.registers.troubled
+
+
+# ------------------------------------------------------------------------------------------------------------ triggers
+
+
+def test_every_write_counts(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    for number in range(1000):
+        write(notify.path, str(number % 2))
+    assert world.triggered() == ["redun_notify_irq"] * 1000
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_TRUNC])
+def test_a_close_without_a_write_counts(start: StartWorld, notify: Signal, flags: int) -> None:
+    world = start(notify)
+    os.close(os.open(notify.path, flags))
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_reading_and_touching_attributes_is_no_trigger(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.read_text()
+    os.utime(notify.path)
+    notify.path.chmod(0o600)
+    assert world.triggered() == []
+
+
+def test_strangers_are_no_trigger(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    world = start(notify, reset)
+    write(irq / "stranger")
+    (irq / "stranger").rename(irq / "moved")
+    (irq / "moved").unlink()
+    write(reset.path)
+    (irq.parent / "aside").mkdir()
+    assert world.triggered() == []
+    assert not world.registers.troubled
+
+
+def test_a_rename_onto_the_trigger_counts_once(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    for _ in range(3):
+        remake(notify.path)
+        assert world.triggered() == ["redun_notify_irq"]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_rename_right_after_our_own_creation_counts_once(start: StartWorld, notify: Signal) -> None:
+    world = start(notify, opened=False)
+    assert world.open() == []
+    remake(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_removal_and_a_rename_count_once(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    remake(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_renames_that_were_not_followed_one_by_one(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    for _ in range(3):
+        remake(notify.path)
+    write(notify.path)
+    # The last file was not watched yet when it was written: its appearance stands for that.
+    assert world.triggered() == ["redun_notify_irq"] * 3
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_what_vanished_is_left_to_who_replaces_it(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    world = start(notify, reset)
+    notify.path.unlink()
+    reset.path.unlink()
+    assert world.triggered() + world.mend() == []
+    assert list(irq.iterdir()) == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_removed_trigger_is_made_again_and_notifies_nobody(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    assert world.triggered() == []
+    assert world.registers.troubled
+    assert world.later() == []
+    assert not world.registers.troubled
+    assert list(irq.iterdir()) == [notify.path]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_the_file_that_was_replaced_can_still_be_closed(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    late = os.open(notify.path, os.O_WRONLY)
+    remake(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    os.close(late)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_replaced_file_is_forgotten_after_a_moment(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.rename(irq / "away")
+    assert world.triggered() == []
+    assert world.later() == []
+    assert not world.registers.troubled
+    write(irq / "away")
+    assert world.triggered() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_trigger_that_comes_back_at_once_stays_watched(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.rename(irq / "away")
+    assert world.triggered() == []
+    (irq / "away").rename(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_trigger_that_comes_back_late_stays_watched(
+    start: StartWorld, clock: Clock, irq: Path, notify: Signal
+) -> None:
+    world = start(notify)
+    notify.path.rename(irq / "away")
+    assert world.triggered() == []
+    clock.now += 2 * PATIENCE
+    assert world.mend() == []
+    assert notify.path.exists()
+    (irq / "away").rename(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+@kinds
+def test_a_trigger_replaced_by_what_is_no_file(
+    start: StartWorld,
+    notify: Signal,
+    kind: str,
+    make: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    make(notify.path)
+    assert world.triggered() == []
+    assert world.mend() == []
+    assert world.registers.troubled
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{notify.path}: cannot watch: is no regular file but {kind}; retried"
+    ]
+    caplog.set_level(logging.INFO)
+    if kind == "a directory":
+        notify.path.rmdir()
+    else:
+        notify.path.unlink()
+    assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert caplog.records[-1].getMessage() == f"{notify.path}: works again"
+
+
+def test_an_overflow_triggers_each_once(
+    start: StartWorld, notify: Signal, uart: Signal, reset: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = start(notify, uart, reset)
+    assert world.take(world.registers.triggered([Event(-1, ino.IN_Q_OVERFLOW, b"")])) == [notify.name, uart.name]
+    assert world.stats.overflowed == 1
+    assert "the inotify queue overflowed" in caplog.text
+
+
+def test_an_overflow_of_the_kernel(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    with (irq / "stranger").open("w"):
+        for number in range(room // 2 + 10):
+            (irq / f"x{number}").touch()
+            (irq / f"x{number}").unlink()
+    remake(notify.path)
+    assert world.triggered() == ["redun_notify_irq"] * 2
+    assert world.stats.overflowed == 1
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_an_unknown_watch_may_be_any_trigger(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    event = Event(4711, ino.IN_CLOSE_WRITE, b"")
+    assert world.take(world.registers.triggered([event])) == [notify.name, uart.name]
+
+
+@pytest.mark.parametrize("mask", [ino.IN_CREATE, ino.IN_MODIFY, ino.IN_IGNORED])
+def test_other_events_of_an_unknown_watch_say_nothing(start: StartWorld, notify: Signal, mask: int) -> None:
+    world = start(notify)
+    assert world.take(world.registers.triggered([Event(4711, mask, b"message_6_trig")])) == []
+
+
+def test_a_rename_onto_a_trigger_of_a_directory_that_is_not_there_any_more(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    events = [Event(4711, ino.IN_MOVED_TO, name) for name in (b"message_6_trig", b"stranger")]
+    assert world.take(world.registers.triggered(events)) == [notify.name]
+
+
+# --------------------------------------------------------------------------------------------------------- directories
+
+
+def test_a_replaced_directory_is_followed(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal, tmp_path: Path
+) -> None:
+    world = start(notify, reset)
+    irq.rename(tmp_path / "away")
+    assert world.triggered() == []
+    assert world.later() == []
+    world.write(reset)
+    write(notify.path)
+    assert reset.path.read_text() == "1"
+    assert (tmp_path / "away" / reset.register).read_text() == ""
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_directory_replaced_with_a_written_trigger_counts(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    other = irq.with_name("other")
+    other.mkdir()
+    write(other / notify.register)
+    irq.rename(irq.with_name("away"))
+    other.rename(irq)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_removed_directory_is_made_again(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    world = start(notify, reset)
+    notify.path.unlink()
+    reset.path.unlink()
+    irq.rmdir()
+    assert world.triggered() == []
+    assert world.later() == []
+    assert sorted(path.name for path in irq.iterdir()) == [reset.register, notify.register]
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_directory_above_that_is_renamed_is_noticed(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    for _ in range(2):
+        irq.parent.rename(irq.parent.with_name("away"))
+        assert world.triggered() == []
+        assert world.later() == []
+        write(notify.path)
+        assert world.triggered() == ["redun_notify_irq"]
+        (irq.parent.with_name("away") / irq.name / notify.register).unlink()
+        (irq.parent.with_name("away") / irq.name).rmdir()
+        irq.parent.with_name("away").rmdir()
+        assert world.triggered() == []
+        assert not world.registers.troubled
+
+
+def test_writes_that_went_to_a_replaced_directory_are_made_again(
+    start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
+) -> None:
+    world = start(reset)
+    irq.rename(tmp_path / "away")
+    irq.mkdir()
+    # Before the events of that are read.
+    world.write(reset, reset)
+    assert (tmp_path / "away" / reset.register).read_text() == "1"
+    assert world.owed == {"ihub_reset_irq": 2}
+    world.mend()
+    assert reset.path.read_text() == "1"
+    assert world.owed == {}
+
+
+def test_only_what_went_to_the_replaced_directory_is_written_again(
+    start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
+) -> None:
+    other = Signal("other", IN, tmp_path / "other", "state")
+    world = start(reset, other)
+    irq.rename(tmp_path / "away")
+    world.write(other, reset, other)
+    assert world.owed == {"ihub_reset_irq": 1}
+    assert other.path.read_text() == "1"
+
+
+def test_a_directory_that_is_missing_is_waited_for(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    world = start(notify, reset)
+    irq.rename(tmp_path / "away")
+    irq.touch()
+    assert world.triggered() == []
+    world.write(reset)
+    assert world.later() == []
+    assert world.registers.troubled
+    assert world.owed == {"ihub_reset_irq": 1}
+    irq.unlink()
+    assert world.later() == []
+    assert reset.path.read_text() == "1"
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{irq}: cannot be opened: Not a directory; retried",
+        f"{irq}: cannot be opened: File exists; retried",
+        f"{irq}: works again",
+    ]
+
+
+def test_a_directory_that_becomes_writable_is_watched(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal
+) -> None:
+    world = start(notify, reset)
+    other = irq.with_name("other")
+    other.mkdir()
+    other.chmod(0o555)
+    irq.rename(irq.with_name("away"))
+    other.rename(irq)
+    with without_capability(CAP_DAC_OVERRIDE):
+        assert world.triggered() + world.later() == []
+        assert world.registers.troubled
+        irq.chmod(0o755)
+        assert world.later() == []
+        assert not world.registers.troubled
+        write(notify.path)
+        assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_late_directory_that_becomes_writable_is_watched(
+    start: StartWorld, clock: Clock, irq: Path, notify: Signal, reset: Signal
+) -> None:
+    world = start(notify, reset)
+    irq.rename(irq.with_name("away"))
+    irq.touch()
+    assert world.triggered() + world.later() == []
+    irq.unlink()
+    irq.mkdir()
+    irq.chmod(0o555)
+    with without_capability(CAP_DAC_OVERRIDE):
+        assert world.later() == []
+        assert world.registers.troubled
+        irq.chmod(0o755)
+        assert world.later() == []
+        assert not world.registers.troubled
+    assert notify.path.is_file()
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_a_trigger_waits_for_permission(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    irq.chmod(0o555)
+    with without_capability(CAP_DAC_OVERRIDE):
+        irq.chmod(0o755)
+        notify.path.unlink()
+        irq.chmod(0o555)
+        assert world.triggered() + world.later() == []
+        assert world.registers.troubled
+        irq.chmod(0o755)
+        assert world.later() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+def test_directories_inside_each_other(start: StartWorld, tmp_path: Path) -> None:
+    outer = Signal("outer", OUT, tmp_path / "a", "trig")
+    inner = Signal("inner", OUT, tmp_path / "a" / "b", "trig")
+    world = start(outer, inner)
+    (tmp_path / "a").rename(tmp_path / "away")
+    assert world.triggered() == []
+    assert world.later() == []
+    write(inner.path)
+    write(outer.path)
+    assert world.triggered() == ["inner", "outer"]
+
+
+def test_a_directory_above_that_may_not_be_read(start: StartWorld, irq: Path, notify: Signal) -> None:
+    irq.parent.mkdir()
+    irq.mkdir()
+    irq.parent.chmod(0o311)
+    try:
+        with without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+            world = start(notify)
+    finally:
+        irq.parent.chmod(0o755)
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
+# -------------------------------------------------------------------------------------------------------------- reload
+
+
+def test_a_reload_leaves_alone_what_stays(start: StartWorld, notify: Signal, uart: Signal, reset: Signal) -> None:
+    world = start(notify, reset)
+    write(notify.path)
+    assert world.reload([notify, uart, reset]) == []
+    write(notify.path)
+    write(uart.path)
+    assert world.triggered() == ["redun_notify_irq", "redun_notify_irq", "uart_irq"]
+
+
+def test_a_reload_notifies_nobody_of_what_is_there(
+    start: StartWorld, irq: Path, notify: Signal, uart: Signal, hwwd: Signal, tmp_path: Path
+) -> None:
+    world = start(notify)
+    write(uart.path, "before")
+    write(hwwd.path, "before")
+    elsewhere = Signal("elsewhere", OUT, tmp_path / "elsewhere", "trig")
+    elsewhere.directory.mkdir()
+    write(elsewhere.path, "before")
+    assert world.reload([notify, uart, hwwd, elsewhere]) == []
+    assert world.triggered() == []
+    assert [signal.path.read_text() for signal in (uart, hwwd, elsewhere)] == ["before"] * 3
+    write(elsewhere.path)
+    assert world.triggered() == ["elsewhere"]
+
+
+def test_a_reload_takes_signals_out(start: StartWorld, notify: Signal, uart: Signal, tmp_path: Path) -> None:
+    elsewhere = Signal("elsewhere", OUT, tmp_path / "elsewhere", "trig")
+    world = start(notify, uart, elsewhere)
+    write(uart.path)
+    assert world.reload([notify]) == []
+    assert world.triggered() == []
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    for signal in (uart, elsewhere):
+        write(signal.path)
+        remake(signal.path)
+    assert world.triggered() == []
+
+
+def test_a_signal_taken_out_is_silent_after_a_moment(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    world.reload([notify])
+    assert world.later() == []
+    write(uart.path)
+    assert world.events() == []
+    assert not world.registers.troubled
+
+
+def test_a_signal_taken_out_and_put_back_stays_watched(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    world.reload([notify])
+    assert world.reload([notify, uart]) == []
+    assert world.later() == []
+    write(uart.path)
+    assert world.triggered() == ["uart_irq"]
+
+
+def test_a_trigger_gets_another_name(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    assert world.reload([Signal("renamed", OUT, irq, notify.register)]) == []
+    write(notify.path)
+    assert world.triggered() == ["renamed"]
+
+
+def test_a_reload_with_a_directory_that_cannot_be(start: StartWorld, notify: Signal, tmp_path: Path) -> None:
+    world = start(notify)
+    late = Signal("late", OUT, tmp_path / "late", "trig")
+    late.directory.touch()
+    assert world.reload([notify, late]) == []
+    assert world.registers.troubled
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+    late.directory.unlink()
+    assert world.later() == []
+    write(late.path)
+    assert world.triggered() == ["late"]
+    assert not world.registers.troubled
+
+
+def test_a_reload_that_takes_out_what_could_not_be_opened(start: StartWorld, notify: Signal, tmp_path: Path) -> None:
+    world = start(notify)
+    late = Signal("late", OUT, tmp_path / "late", "trig")
+    late.directory.touch()
+    world.reload([notify, late])
+    world.reload([notify])
+    assert world.later() == []
+    assert not world.registers.troubled
+
+
+# ---------------------------------------------------------------------------------------------------------- successors
+
+
+def test_what_happened_meanwhile_is_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    successor = world.again()
+    write(notify.path)
+    assert successor.open() == []
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"] * 2
+
+
+def test_a_trigger_replaced_meanwhile_counts(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    successor = start(notify, uart).again()
+    remake(notify.path)
+    # Once for the file that is new, once for the rename that its directory reports: at least once.
+    assert successor.open() + successor.triggered() == ["redun_notify_irq"] * 2
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
+def test_a_trigger_removed_meanwhile_does_not_count(start: StartWorld, notify: Signal) -> None:
+    successor = start(notify).again()
+    notify.path.unlink()
+    assert successor.open() + successor.triggered() + successor.later() == []
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
+def test_watches_of_an_earlier_configuration_are_ended(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    successor = start(notify, uart).again([notify])
+    assert successor.open() == []
+    write(uart.path)
+    assert successor.triggered() + successor.later() == []
+    write(uart.path)
+    assert successor.events() == []
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
+def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    # As a process leaves it that is killed after a rename, before it notes the new file.
+    remake(notify.path)
+    world.registers.triggered(world.events())
+    write(notify.path)
+    successor = world.again()
+    assert successor.open() == ["redun_notify_irq"]
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
+def test_a_directory_that_is_named_otherwise_now(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    (irq.parent / "alias").symlink_to(irq)
+    alias = Signal(notify.name, OUT, irq.parent / "alias", notify.register)
+    successor = world.again([alias])
+    assert successor.open() == []
+    assert successor.later() == []
+    # One inode has one watch: what ended the old name's would have ended the new one's.
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
