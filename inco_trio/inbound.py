@@ -72,7 +72,8 @@ class Inbound:
             if signal is not None:
                 signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
-        return self._way.batch(signals, lambda: bank.clear(used))
+        drained = len(lengths) < FRAMES and lengths[-1] <= FRAME_STEP
+        return self._way.batch(signals, lambda: bank.clear(used), drained=drained)
 
     def _unusual(self, room: memoryview, length: int) -> Signal | None:
         """A frame whose payload is no name of the table: count it, unless a tag stands before the name."""
@@ -95,6 +96,10 @@ class Inbound:
             self._receive_lone()
         burst = False
         while batch := self._read(self._link):
+            if batch.drained and len(self._way.open) == 1:
+                # Nor is there a backlog behind these, which could be read while they are written.
+                self._deliver(batch)
+                break
             burst = True
             await self._way.hand_over(batch)
         if burst:

@@ -137,6 +137,7 @@ class Outbound:
                 self._link.send(signal.name)
             except OSError:
                 # The leg that sends knows what to do.
+                self._way.carried(batch.signals[:number])
                 del batch.signals[:number]
                 return False
             self._stats.sent += 1
@@ -146,13 +147,15 @@ class Outbound:
     async def send(self, health: Health) -> None:
         """The leg that sends frames."""
         async for batch in self._way.exit:
-            for signal in batch.signals:
-                await self._send(signal, health)
+            batch.signals = [signal for signal in batch.signals if await self._send(signal, health)]
             self._way.finish(batch)
             health.well()
 
-    async def _send(self, signal: Signal, health: Health) -> None:
-        """Send one frame, waiting for a link that cannot take it now. Raises OSError for what no waiting mends."""
+    async def _send(self, signal: Signal, health: Health) -> bool:
+        """Send one frame, waiting for a link that cannot take it now; False if it never will be taken.
+
+        Raises OSError for what is nobody's to wait for.
+        """
         changed = None
         while True:
             before, changed = changed, self._changed
@@ -175,12 +178,12 @@ class Outbound:
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
                     self._stats.unsendable += 1
-                    return
+                    return False
                 else:
                     raise
             else:
                 self._stats.sent += 1
-                return
+                return True
 
     def link_changed(self) -> None:
         """The interface was changed: try again to send."""
