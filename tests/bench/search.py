@@ -20,6 +20,10 @@ _FIRST_STEP = 1.1
 _LAST_STEP = 2.0
 _REACHED = 0.98
 """A generator that sends at least so much of the rate that it was asked for has reached it."""
+
+_REPEATS = 3
+"""Of a probe whose rate was not reached: a moment without a CPU is not the generator's limit."""
+
 _LEAST = 50.0
 
 
@@ -39,6 +43,10 @@ class Tried:
     outcome: Outcome
     offered: float
     handled: float
+
+    def reached(self, rate: float) -> bool:
+        """Whether the generator really sent at `rate`."""
+        return self.offered >= _REACHED * rate
 
 
 @attrs.frozen
@@ -61,21 +69,29 @@ def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tri
     while rate >= _LEAST:
         tried = confirm(rate)
         if tried.outcome is Outcome.KEPT:
-            return Found(tried.offered, at_least or tried.offered < _REACHED * rate)
+            return Found(tried.offered, at_least or not tried.reached(rate))
         at_least = tried.outcome is Outcome.UNCOUNTED
         lower += _LOWER
-        rate = min(rate / lower, tried.offered if at_least else tried.handled)
+        rate = min(rate / lower, tried.handled if tried.reached(rate) else rate)
     return None
+
+
+def _reaching(probe: Callable[[float], Tried], rate: float) -> Tried:
+    """The first probe that reached its rate, or that which came nearest."""
+    tries: list[Tried] = []
+    while len(tries) < _REPEATS and not (tries and tries[-1].reached(rate)):
+        tries.append(probe(rate))
+    return max(tries, key=lambda tried: tried.offered)
 
 
 def _bracket(probe: Callable[[float], Tried], start: float) -> Found:
     low, high, at_least = 0.0, math.inf, False
     rate, step = start, _FIRST_STEP
     while high > RESOLUTION * low and rate >= _LEAST:
-        tried = probe(rate)
+        tried = _reaching(probe, rate)
         if tried.outcome is Outcome.KEPT:
             low = tried.offered
-            if tried.offered < _REACHED * rate:
+            if not tried.reached(rate):
                 return Found(low, at_least=True)
         else:
             high, at_least = min(rate, tried.offered), tried.outcome is Outcome.UNCOUNTED

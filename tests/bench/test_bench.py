@@ -134,6 +134,19 @@ def test_a_rate_beyond_the_generator_is_not_one_that_the_program_failed_at() -> 
     assert highest_kept(_model(1e5, generator=8e4), _model(1e5, generator=8e4), 9e4) == Found(8e4, at_least=True)
 
 
+def test_a_moment_in_which_the_generator_stood_still_does_not_end_the_search() -> None:
+    tries = []
+
+    def slow_at_first(rate: float) -> Tried:
+        tries.append(rate)
+        return _model(1e5, generator=5e4 if len(tries) == 1 else 1e9)(rate)
+
+    found = highest_kept(slow_at_first, _model(1e5), 9e4)
+    assert found is not None
+    assert 1e5 / RESOLUTION <= found.rate <= 1e5
+    assert not found.at_least
+
+
 def test_what_cannot_be_counted_limits_the_generator_and_not_the_program() -> None:
     def uncounted_above_8e4(rate: float) -> Tried:
         return Tried(Outcome.UNCOUNTED if rate > 8e4 else Outcome.KEPT, rate, rate)
