@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import trio
 
 from .errors import ClosedError
-from .inflight import EVENT_BANK, Bank, Inflight
+from .inflight import EVENT_BANK, Inflight
 from .inotify import Inotify, parse_events
 from .link import DOWN, Link
 from .registers import Registers, Triggered
@@ -64,9 +65,10 @@ class Outbound:
                 bank.clear(len(bank.view))
             finished.set()
 
-        self._recovered = (self._batch(triggered, done), finished)
+        self._recovered = (self._batch(triggered, 0, done), finished)
 
-    def _batch(self, triggered: Triggered, done: Callable[[], None], *, drained: bool = True) -> Batch:
+    def _batch(self, triggered: Triggered, sent: int, done: Callable[[], None]) -> Batch:
+        """A batch of what was triggered, without the first `sent`."""
         watches = self._inflight.watches
 
         def finished() -> None:
@@ -75,7 +77,7 @@ class Outbound:
             done()
 
         self._stats.triggered += len(triggered.signals)
-        return self._way.batch(triggered.signals, finished, drained=drained)
+        return self._way.batch(triggered.signals[sent:], finished)
 
     async def trigger(self, triggered: Triggered) -> None:
         """Send what was found to be triggered without an event of its own.
@@ -84,12 +86,12 @@ class Outbound:
         """
         if triggered.signals:
             with contextlib.suppress(ClosedError):
-                await self._way.hand_over(self._batch(triggered, lambda: None))
+                await self._way.hand_over(self._batch(triggered, 0, lambda: None))
 
     async def send_signal(self, signal: Signal) -> None:
         """Send one notification; returns once the link has accepted it. Raises ClosedError."""
         finished = trio.Event()
-        batch = self._batch(Triggered([signal], {}), finished.set)
+        batch = self._batch(Triggered([signal], {}), 0, finished.set)
         await self._way.offer(batch)
         self._waiting.add(finished)
         try:
@@ -113,36 +115,39 @@ class Outbound:
         await self._way.read(self._inotify.fd, self._read_queued, health)
 
     async def _read_queued(self) -> None:
-        while batch := self._read_batch():
-            if batch.drained and len(self._way.open) == 1 and self._send_now(batch):
+        """Read inotify until nothing is left, and send, or hand over, what was triggered."""
+        length = EVENT_BANK
+        while length > EVENT_BANK - EVENT_ROOM:
+            bank = self._inflight.events[self._fills & 1]
+            bank.begin(self._fills + 1)
+            length = self._inotify.read_into(bank.view)
+            if not length:
                 return
-            await self._way.hand_over(batch)
+            triggered = self._registers.triggered(parse_events(bank.view[:length]))
+            # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
+            lone = not self._way.open and length <= EVENT_BANK - EVENT_ROOM
+            sent = self._send_now(triggered.signals) if lone else 0
+            batch = self._batch(triggered, sent, functools.partial(bank.clear, length))
+            if batch.signals:
+                self._fills += 1
+                await self._way.hand_over(batch)
+            else:
+                self._way.finish(batch)
+            self._read()
 
-    def _read_batch(self) -> Batch | None:
-        """Read what is queued into the next bank, as far as it fits; None if nothing is."""
-        bank: Bank = self._inflight.events[self._fills & 1]
-        bank.begin(self._fills + 1)
-        length = self._inotify.read_into(bank.view)
-        if not length:
-            return None
-        self._fills += 1
-        triggered = self._registers.triggered(parse_events(bank.view[:length]))
-        self._read()
-        return self._batch(triggered, lambda: bank.clear(length), drained=length < EVENT_BANK - EVENT_ROOM)
-
-    def _send_now(self, batch: Batch) -> bool:
-        """Send a batch here and now, if the link takes it; what it does not take stays in the batch."""
-        for number, signal in enumerate(batch.signals):
-            try:
+    def _send_now(self, signals: Sequence[Signal]) -> int:
+        """Send as many of `signals` as the link takes here and now; returns their number."""
+        sent = 0
+        try:
+            for signal in signals:
                 self._link.send(signal.name)
-            except OSError:
-                # The leg that sends knows what to do.
-                self._way.carried(batch.signals[:number])
-                del batch.signals[:number]
-                return False
-            self._stats.sent += 1
-        self._way.finish(batch)
-        return True
+                sent += 1
+        except OSError:
+            pass  # For the leg that sends, which knows what to do.
+        self._stats.sent += sent
+        if sent:
+            self._way.carried(signals[:sent])
+        return sent
 
     async def send(self, health: Health) -> None:
         """The leg that sends frames."""
