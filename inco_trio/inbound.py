@@ -9,7 +9,6 @@ from .frame import HEADER_LENGTH, decode
 from .inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
 from .link import Link
 from .registers import Registers
-from .signals import Signal
 from .stats import Stats
 from .supervise import Health
 from .way import Batch, Way
@@ -68,24 +67,23 @@ class Inbound:
         known = self._registers.table.inbound
         signals = []
         for room, length in zip(rooms, lengths, strict=False):
-            signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(room, length)
-            if signal is not None:
+            signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
+            if signal is None:
+                self._count_unusual(room, length)
+            else:
                 signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
         drained = len(lengths) < FRAMES and lengths[-1] <= FRAME_STEP
         return self._way.batch(signals, lambda: bank.clear(used), drained=drained)
 
-    def _unusual(self, room: memoryview, length: int) -> Signal | None:
-        """A frame whose payload is no name of the table: count it, unless a tag stands before the name."""
+    def _count_unusual(self, room: memoryview, length: int) -> None:
+        """Count a frame that carries no inbound signal of the table."""
         name = decode(bytes(room[:length])) if length <= FRAME_ROOM else None
         if name is None:
             self._stats.malformed += 1
-            return None
-        signal = self._registers.table.inbound.get(name)
-        if signal is None:
+        else:
             self._stats.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
-        return signal
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
@@ -112,8 +110,10 @@ class Inbound:
         if not length:
             return
         known = self._registers.table.inbound
-        signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0")) or self._unusual(room, length)
-        if signal is not None:
+        signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
+        if signal is None:
+            self._count_unusual(room, length)
+        else:
             self._registers.write((signal,))
             self._way.carried((signal,))
             self._wrote()

@@ -45,6 +45,3 @@ class Stats:
     def as_dict(self) -> dict[str, int]:
         """The counters by name."""
         return attrs.asdict(self)
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={count}" for name, count in self.as_dict().items())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.diagnose import diagnose, filesystem_type, unreported
+from inco_trio.diagnose import UNREPORTED, diagnose, filesystem_type, unreported
 from inco_trio.signals import builtin_signals
 
 MOUNTS = """\
@@ -41,6 +41,15 @@ def test_filesystems_without_inotify_are_named(path: str) -> None:
 def test_an_ordinary_directory_is_not_named(tmp_path: Path) -> None:
     assert unreported(tmp_path / "made" / "later") is None
     assert list(diagnose(builtin_signals(tmp_path))) == []
+
+
+def test_a_filesystem_with_another_side_is_named_by_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of them can be had here: the filesystem of this directory plays one.
+    kind = filesystem_type(Path("/proc/self/mountinfo").read_text(), tmp_path.stat().st_dev)
+    assert kind is not None
+    monkeypatch.setitem(UNREPORTED, kind, UNREPORTED["9p"])
+    (line,) = diagnose(builtin_signals(tmp_path))
+    assert line.startswith(f"{tmp_path}: is on a filesystem of type {kind}: ")
 
 
 @contextmanager
