@@ -166,7 +166,10 @@ class Registers:
         # The same file may carry another name now.
         for path, wd in self._armed.items():
             self._by_wd[wd] = self._triggers[path]
-        self._unarmed = dict.fromkeys(self._triggers.keys() - self._armed.keys(), LONG_AGO)
+        # New ones, and those that are missing right now, although a watch of before is still known.
+        self._unarmed = dict.fromkeys(
+            (path for path in self._triggers if path not in self._armed or path in self._unarmed), LONG_AGO
+        )
         self._lost = dict.fromkeys(self._directories, LONG_AGO)
         return self.mend()
 
@@ -187,6 +190,9 @@ class Registers:
             self._ancestors.add(wd)
             if parent not in self._directories:
                 self._inflight.watches[_key(parent)] = wd
+        if not directory.current:
+            # Replaced before all the watches stood, of which no event tells.
+            self._open_directory(directory, make=make)
 
     # -------------------------------------------------------------------------------------------- state registers
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from inco_trio import inotify as ino
+from inco_trio.directory import IrqDirectory
 from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
 from inco_trio.inflight import Inflight
 from inco_trio.inotify import Event, Inotify, parse_events
@@ -758,6 +759,29 @@ def test_a_directory_replaced_with_a_written_trigger_counts(start: StartWorld, i
     assert world.triggered() == ["redun_notify_irq"]
 
 
+def test_a_directory_replaced_while_it_is_opened(
+    start: StartWorld, irq: Path, notify: Signal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = start(notify, opened=False)
+    really_open = IrqDirectory.open
+
+    def late(directory: IrqDirectory, inotify: Inotify, *, make: bool) -> None:
+        really_open(directory, inotify, make=make)
+        patch.undo()
+        # The directory above goes before it is watched: no event tells.
+        irq.parent.rename(tmp_path / "above")
+        irq.mkdir(parents=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IrqDirectory, "open", late)
+        assert world.open() == []
+    assert not world.registers.troubled
+    assert notify.path.exists()
+    world.triggered()
+    write(notify.path)
+    assert world.triggered() == ["redun_notify_irq"]
+
+
 def test_a_removed_directory_is_made_again(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
     world = start(notify, reset)
     notify.path.unlink()
@@ -955,6 +979,19 @@ def test_a_reload_takes_signals_out(start: StartWorld, notify: Signal, uart: Sig
         write(signal.path)
         remake(signal.path)
     assert world.triggered() == []
+
+
+def test_a_reload_does_not_forget_what_is_missing(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+    world = start(notify, reset)
+    for vanish in (notify.path.unlink, lambda: irq.rename(irq.with_name("away"))):
+        vanish()
+        assert world.triggered() == []
+        world.reload([notify, reset])
+        while world.registers.troubled:
+            assert world.later() == []
+        assert notify.path.exists()
+        write(notify.path)
+        assert world.triggered() == ["redun_notify_irq"]
 
 
 def test_a_signal_taken_out_is_silent_after_a_moment(start: StartWorld, notify: Signal, uart: Signal) -> None:
