@@ -352,8 +352,9 @@ class Registers:
                 elif mask & VANISHED and register in directory.states:
                     self._lost.setdefault(directory.path, time.monotonic())
                 return
-        if mask & ino.IN_MOVED_TO:
+        if mask & (ino.IN_CREATE | ino.IN_MOVED_TO):
             # It happened in the directory that was at the path before, when nobody had seen yet that it was replaced.
+            # Somebody may have written what they made there; that it was us cannot be told any more.
             register = os.fsdecode(name)
             triggered.signals += [signal for signal in self._triggers.values() if signal.register == register]
 
