@@ -184,8 +184,8 @@ class Link:
         """Read queued frames, one into each of `rooms`, until none is left; returns their lengths.
 
         A frame longer than `step` is the last one read, as the rooms overlap beyond that. One longer than its room is
-        cut; its length is the true one. Raises OSError (packet(7)), but not for a link that went down, which ends the
-        batch.
+        cut; its length is the true one. An error (packet(7)) ends the batch; OSError is raised if nothing was read, but
+        not for a link that went down.
         """
         lengths: list[int] = []
         receive, truncated = self._recv_into, socket.MSG_TRUNC
@@ -198,7 +198,9 @@ class Link:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._not_down(error)
+            # After some frames, which come first: it has passed, or comes again.
+            if not lengths:
+                self._not_down(error)
         return lengths
 
     def receive_one(self, room: memoryview) -> int:

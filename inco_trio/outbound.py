@@ -16,7 +16,7 @@ from .link import DOWN, Link
 from .registers import Registers, Triggered
 from .signals import Signal
 from .stats import Stats
-from .supervise import Health
+from .supervise import TRANSIENT, Health
 from .way import Batch, Way
 
 __all__ = ["Outbound"]
@@ -175,8 +175,8 @@ class Outbound:
                 if error.errno in DOWN:
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()
-                elif error.errno == errno.ENOBUFS:
-                    # A full queue of the device, or no carrier.
+                elif error.errno in TRANSIENT:
+                    # As ENOBUFS, for a full queue of the device: nobody tells when it ends.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     with trio.move_on_after(health.backoff.next()):
                         await changed.wait()

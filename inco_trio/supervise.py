@@ -11,7 +11,7 @@ import trio
 
 from .stats import Stats
 
-__all__ = ["Backoff", "Health", "supervise"]
+__all__ = ["TRANSIENT", "Backoff", "Health", "supervise"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ TRANSIENT = frozenset({
     errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.EINTR,
     errno.ENETDOWN, errno.ENODEV, errno.ENXIO,
 })  # fmt: skip
-"""What a leg is restarted for. Anything else is a programming error and ends the proxy."""
+"""What is tried again, and a leg restarted for. Anything else is a programming error and ends the proxy."""
 
 
 class Backoff:

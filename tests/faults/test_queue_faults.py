@@ -121,6 +121,28 @@ def test_a_leg_that_fails_is_restarted(board: Board, fault: str, leg: str) -> No
     assert board.proxy.counters()["restarts"] == (3 if leg == "triggers" else 1)
 
 
+@pytest.mark.parametrize("error", ["EIO", "ENOMEM"])
+def test_an_error_of_a_send_loses_nothing(board: Board, error: str) -> None:
+    with injected(board.proxy.pid, f"sendto:error={error}:when=1..4"):
+        for name in ("out_a", "out_b", "out_a"):
+            board.applications.trigger(name)
+        board.wire.wait(lambda: len(board.wire.order) >= 3, "what was kept has not been sent")
+    assert board.wire.order == ["out_a", "out_b", "out_a"]
+    board.works()
+
+
+def test_an_error_after_some_frames_loses_none_of_them(board: Board) -> None:
+    wait_stopped(board.proxy.pid)
+    for _ in range(4):
+        board.core1.send(b"in_a")
+    # The first read is for a lone frame; two of a batch have been read when the third fails.
+    with injected(board.proxy.pid, "recvfrom:error=ENOMEM:when=4"):
+        os.kill(board.proxy.pid, signal.SIGCONT)
+        board.core1.send(b"in_b")
+        board.applications.wait(lambda: board.applications.closes["in_b"] > 0, "in_b has not been delivered")
+    assert board.applications.closes["in_a"] == 4
+
+
 def test_a_programming_error_ends_the_process(board: Board) -> None:
     with injected(board.proxy.pid, "readv:error=EBADF:when=1"):
         board.applications.trigger("out_a")
