@@ -26,14 +26,15 @@ DEBIAN_PACKAGES = {
     "s6-svscan": ("s6",),
     "setpriv": ("util-linux",),
     "strace": ("strace",),
+    "systemctl": ("systemd",),
     "tcpdump": ("tcpdump",),
 }
 
 # Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
 
-# Namespaces need CAP_SYS_ADMIN; in a user namespace of its own, everyone has it.
-AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--map-current-user", "--keep-caps")
+# Namespaces and mounts need CAP_SYS_ADMIN; in a user namespace of its own, everyone has it.
+AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--mount", "--map-current-user", "--keep-caps")
 
 
 def find_pythons() -> dict[str, str]:

@@ -91,6 +91,7 @@ FileDescriptorStoreMax=8
 # systemd sets this by itself from version 254 on.
 Environment=FDSTORE=8
 User={user}
+# With CAP_NET_ADMIN in both, more frames than net.core.rmem_max allows wait for a proxy that is being restarted.
 AmbientCapabilities=CAP_NET_RAW
 CapabilityBoundingSet=CAP_NET_RAW
 NoNewPrivileges=yes

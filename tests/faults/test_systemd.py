@@ -1,0 +1,169 @@
+"""The unit that `inco-trio s6 --systemd` prints, under a real systemd: its user manager, which needs no boot."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.world import Cores, Namespace, Peer
+from tests.faults.applications import Applications, Wire, write_config
+from tests.faults.processes import wait_stopped
+from tests.faults.supervised import wait_path
+
+INBOUND = [f"in_{number:03}" for number in range(300)]
+OUTBOUND = [f"out_{number:03}" for number in range(300)]
+
+# A user manager wants cgroups, and a system that was booted with systemd. It gets both in a mount namespace; all of its
+# own cgroup ends when standard input does.
+MANAGER = """
+mount -t tmpfs inco-trio-test /run
+mkdir -p /run/systemd/system
+ln -s "$XDG_RUNTIME_DIR/systemd/inaccessible" /run/systemd/inaccessible
+mount -t tmpfs inco-trio-test /sys/fs/cgroup
+mount -t cgroup2 inco-trio-test /sys/fs/cgroup
+cgroup=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)/inco-trio-test.$$
+mkdir "$cgroup"
+(
+    echo 0 > "$cgroup/cgroup.procs"
+    exec /lib/systemd/systemd --user --unit=basic.target < /dev/null
+) &
+read -r _ || true
+echo 1 > "$cgroup/cgroup.kill"
+wait || true
+until find "$cgroup" -depth -type d -exec rmdir {} + 2> /dev/null; do sleep 0.02; done
+"""
+
+
+class Unit:
+    """The unit of `link`, and the systemd that runs it in `namespace`; all its files are below `directory`."""
+
+    def __init__(self, namespace: Namespace, directory: Path, link: str, config: Path) -> None:
+        self.name = f"inco-trio-{link}.service"
+        self._log = directory / "log"
+        units, runtime = directory / "units", directory / "run"
+        (units / f"{self.name}.d").mkdir(parents=True)
+        runtime.mkdir(mode=0o700)
+        command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", link, "--config", str(config)]
+        (units / self.name).write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        # There is no journal here.
+        (units / f"{self.name}.d/log.conf").write_text(f"[Service]\nStandardError=append:{self._log}\n")
+        for target in ("basic", "shutdown"):
+            (units / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
+        self._environment = {
+            "PATH": os.environ["PATH"],
+            "SYSTEMD_UNIT_PATH": str(units),
+            "XDG_RUNTIME_DIR": str(runtime),
+        }
+        start = functools.partial(
+            subprocess.Popen[bytes],
+            ["unshare", "--mount", "--propagation", "private", "sh", "-ec", MANAGER],
+            stdin=subprocess.PIPE,
+            env=self._environment,
+        )
+        self._manager = namespace.run(start)
+        wait_path(runtime / "systemd/private")
+
+    @property
+    def log(self) -> str:
+        """What the proxy said."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def wait_log(self, text: str) -> None:
+        """Wait until it says so."""
+        wait_path(self._log, lambda: text in self.log)
+
+    def control(self, verb: str, *options: str) -> int:
+        """Run systemctl on the unit; returns its exit code, once what was asked for is done."""
+        return subprocess.run(["systemctl", "--user", *options, verb, self.name], env=self._environment).returncode
+
+    def property(self, name: str) -> str:
+        """A property of the unit."""
+        command = ["systemctl", "--user", "show", "--value", "--property", name, self.name]
+        return subprocess.run(command, env=self._environment, check=True, capture_output=True, text=True).stdout.strip()
+
+    def close(self) -> None:
+        """End systemd and all that it started."""
+        self._manager.communicate()
+        assert self._manager.returncode == 0
+        sys.stderr.write(f"the unit said:\n{self.log}")
+
+
+class Board:
+    """What the unit carries, on both sides."""
+
+    def __init__(self, unit: Unit, core1: Peer, applications: Applications, wire: Wire) -> None:
+        self.unit = unit
+        self._core1 = core1
+        self._applications = applications
+        self._wire = wire
+
+    def send_all(self) -> None:
+        """Send each signal once, both ways."""
+        self._applications.reset()
+        self._wire.seen.clear()
+        for name in INBOUND:
+            self._core1.send(name.encode())
+        for name in OUTBOUND:
+            self._applications.trigger(name)
+
+    def all_arrived(self) -> None:
+        """Wait for them."""
+        closes, seen = self._applications.closes, self._wire.seen
+        self._applications.wait(lambda: all(closes[name] for name in INBOUND), "not all have been delivered")
+        self._wire.wait(lambda: all(seen[name] for name in OUTBOUND), "not all have been sent")
+
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a cgroup")
+
+
+@pytest.fixture
+def board(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Board]:
+    """The board; the unit is started and ready."""
+    config, directory = tmp_path / "udrv.json", tmp_path / "irq"
+    write_config(config, directory, INBOUND, OUTBOUND)
+    with ExitStack() as stack:
+        unit = Unit(cores.core0, tmp_path / "systemd", cores.link, config)
+        stack.callback(unit.close)
+        assert unit.control("start") == 0
+        applications = Applications(directory, INBOUND, OUTBOUND)
+        stack.callback(applications.close)
+        wire = Wire(core1)
+        stack.callback(wire.close)
+        yield Board(unit, core1, applications, wire)
+
+
+def test_the_unit(board: Board, tmp_path: Path) -> None:
+    unit = board.unit
+    assert unit.property("NFileDescriptorStore") == "3"
+    pids = []
+    for end in ("kill", "restart", "reload"):
+        pid = int(unit.property("MainPID"))
+        pids.append(pid)
+        wait_stopped(pid)
+        board.send_all()
+        if end == "kill":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            # systemd continues what it ends or calls, and waits.
+            os.kill(pid, signal.SIGCONT)
+            assert unit.control(end) == 0
+        board.all_arrived()
+        assert unit.property("NFileDescriptorStore") == "3"
+    pids.append(int(unit.property("MainPID")))
+    # Killed and restarted it is another process; reloaded, it is the same.
+    assert len(set(pids)) == 3
+    unit.wait_log("reloaded")
+
+    (tmp_path / "udrv.json").write_text("{")
+    assert unit.control("restart") != 0
+    assert unit.property("ActiveState") == "failed"
+    assert unit.property("ExecMainStatus") == "78"
+    assert "Traceback" not in unit.log
