@@ -50,14 +50,13 @@ class Outbound:
         self._recovered: tuple[Batch, trio.Event] | None = None
         self._waiting: set[trio.Event] = set()
 
-    def recover(self, replaced: Triggered) -> None:
-        """Take up what a predecessor had read and not finished, and the triggers `replaced` since."""
+    def recover(self) -> None:
+        """Take up what a predecessor had read and not finished."""
         triggered = Triggered([], {})
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
             triggered.extend(self._registers.triggered(parse_events(bank.view)))
         self._stats.recovered += len(triggered.signals)
-        triggered.extend(replaced)
         finished = trio.Event()
 
         def done() -> None:
@@ -112,6 +111,8 @@ class Outbound:
             (batch, finished), self._recovered = self._recovered, None
             await self._way.hand_over(batch)
             await finished.wait()  # Its events stand in both banks.
+        await self._read_queued()
+        await self.trigger(self._registers.found())
         await self._way.read(self._inotify.fd, self._read_queued, health)
 
     async def _read_queued(self) -> None:

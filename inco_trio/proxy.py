@@ -120,7 +120,7 @@ class Proxy:
         resources.callback(inotify.close)
         self._registers = Registers(SignalTable(self.config.signals), inotify, inflight, self._stats)
         resources.callback(self._registers.close)
-        replaced = self._registers.open()
+        self._registers.open()
 
         stale = None
         if "link" in inherited:
@@ -144,7 +144,7 @@ class Proxy:
             self._outbound_way, self._link, self._registers, inotify, inflight, self._stats, self._look_for_trouble
         )
         self._inbound.recover()
-        self._outbound.recover(replaced)
+        self._outbound.recover()
         if stale is not None:
             logger.info("%s: the inherited socket does not fit any more and is replaced", interface)
             self._inbound.drain(stale)

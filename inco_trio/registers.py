@@ -98,6 +98,8 @@ class Registers:
         self._lost: dict[Path, float] = {}
         # Triggers that we made, until their IN_CREATE is read.
         self._made: set[Path] = set()
+        # Triggers that were replaced while no proxy ran, until an event tells of it.
+        self._found: set[Path] = set()
         self._directories: dict[Path, IrqDirectory] = {}
         self._set_table(table)
 
@@ -123,11 +125,10 @@ class Registers:
 
     # ------------------------------------------------------------------------------------------------ opening
 
-    def open(self) -> Triggered:
-        """Open the directories, make what is missing, watch the triggers.
+    def open(self) -> None:
+        """Open the directories, make what is missing, watch the triggers; see also `found`.
 
-        Returns the triggers that were replaced while no proxy ran, if watches were inherited. Raises IncoError: at
-        start, what cannot be opened is the user's to mend.
+        Raises IncoError: at start, what cannot be opened is the user's to mend.
         """
         triggered = Triggered([], {})
         for directory in self._directories.values():
@@ -143,6 +144,7 @@ class Registers:
                     raise ConfigError([problem]) from error
                 named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
                 raise start_error(error, error.filename if named else path) from error
+        self._found = {signal.path for signal in triggered.signals}
         noted = self._inflight.watches
         live = {*self._armed.values(), *self._ancestors, *(d.wd for d in self._directories.values())}
         current = {_key(path) for path in (*self._triggers, *self._above, *self._directories)}
@@ -152,7 +154,15 @@ class Registers:
                 if noted[key] not in live:
                     self._retire(noted[key])
                 noted[key] = 0
-        return triggered
+
+    def found(self) -> Triggered:
+        """The triggers that were replaced while no proxy ran, and of which no event told.
+
+        To be asked once what was queued before `open` has been through `triggered`.
+        """
+        paths = self._found & self._armed.keys()
+        self._found = set()
+        return Triggered([self._triggers[path] for path in paths], {_key(path): self._armed[path] for path in paths})
 
     def replace_table(self, table: SignalTable) -> Triggered:
         """Take another table: what is in both is left untouched, and nothing new makes a notification."""
@@ -349,6 +359,9 @@ class Registers:
                     self._try_arm(directory, signal, triggered)
                     if mask & ino.IN_MOVED_TO and len(triggered.signals) == count:
                         triggered.signals.append(signal)
+                        if path in self._found:
+                            self._found.discard(path)
+                            triggered.watches[_key(path)] = self._armed[path]
                 elif mask & VANISHED and register in directory.states:
                     self._lost.setdefault(directory.path, time.monotonic())
                 return

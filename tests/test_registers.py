@@ -71,7 +71,9 @@ class World:
         return [signal.name for signal in triggered.signals]
 
     def open(self) -> list[str]:
-        return self.take(self.registers.open())
+        """Open them; returns what that and what was queued lead to."""
+        self.registers.open()
+        return self.triggered() + self.take(self.registers.found())
 
     def triggered(self) -> list[str]:
         """What the queued events lead to, until nothing is left to follow."""
@@ -777,10 +779,10 @@ def test_a_directory_replaced_while_it_is_opened(
 
     with monkeypatch.context() as patch:
         patch.setattr(IrqDirectory, "open", late)
-        assert world.open() == []
+        world.registers.open()
     assert not world.registers.troubled
     assert notify.path.exists()
-    world.triggered()
+    assert world.triggered() == []
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]
 
@@ -1054,24 +1056,46 @@ def test_what_happened_meanwhile_is_found(start: StartWorld, notify: Signal, uar
     world = start(notify, uart)
     successor = world.again()
     write(notify.path)
-    assert successor.open() == []
     write(notify.path)
-    assert successor.triggered() == ["redun_notify_irq"] * 2
+    assert successor.open() == ["redun_notify_irq"] * 2
 
 
-def test_a_trigger_replaced_meanwhile_counts(start: StartWorld, notify: Signal, uart: Signal) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_trigger_replaced_meanwhile_counts(start: StartWorld, notify: Signal, uart: Signal, times: int) -> None:
     successor = start(notify, uart).again()
-    remake(notify.path)
-    # Once for the file that is new, once for the rename that its directory reports: at least once.
-    assert successor.open() + successor.triggered() == ["redun_notify_irq"] * 2
+    for _ in range(times):
+        remake(notify.path)
+    assert successor.open() == ["redun_notify_irq"] * times
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
+    # Its new watch has been noted.
+    assert successor.again().open() == []
+
+
+def test_a_trigger_made_anew_meanwhile_counts(start: StartWorld, notify: Signal) -> None:
+    successor = start(notify).again()
+    notify.path.unlink()
+    write(notify.path)
+    assert successor.open() == ["redun_notify_irq"]
+    remake(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+    assert successor.again().open() == []
+
+
+def test_what_was_found_is_forgotten_by_a_reload(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    successor = start(notify, uart).again()
+    notify.path.unlink()
+    write(notify.path)
+    successor.registers.open()
+    assert successor.reload([uart]) == []
+    assert successor.triggered() == []
+    assert successor.take(successor.registers.found()) == []
 
 
 def test_a_trigger_removed_meanwhile_does_not_count(start: StartWorld, notify: Signal) -> None:
     successor = start(notify).again()
     notify.path.unlink()
-    assert successor.open() + successor.triggered() + successor.later() == []
+    assert successor.open() + successor.later() == []
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
 
@@ -1088,7 +1112,7 @@ def test_a_trigger_made_in_a_directory_that_was_replaced_meanwhile_counts(
     successor = world.again()
     irq.rename(irq.with_name("second"))
     irq.mkdir()
-    assert successor.open() + successor.triggered() == [notify.name]
+    assert successor.open() == [notify.name]
 
 
 def test_watches_of_an_earlier_configuration_are_ended(start: StartWorld, notify: Signal, uart: Signal) -> None:
@@ -1109,8 +1133,7 @@ def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, n
     world.registers.triggered(world.events())
     write(notify.path)
     successor = world.again()
-    assert successor.open() == ["redun_notify_irq"]
-    assert successor.triggered() == ["redun_notify_irq"]
+    assert successor.open() == ["redun_notify_irq"] * 2
 
 
 def test_a_directory_that_is_named_otherwise_now(start: StartWorld, irq: Path, notify: Signal) -> None:

@@ -56,12 +56,12 @@ class Supervised:
         return self.applications.closes[name] > 0 and self.applications.delivered(name, since)
 
     def send_all(self, inbound: list[str], outbound: list[str]) -> float:
-        """Send each once; returns when that began."""
+        """Send each once, every third trigger by replacing it; returns when that began."""
         since = self.applications.mark()
         for name in inbound:
             self.core1.send(name.encode())
-        for name in outbound:
-            self.applications.trigger(name)
+        for number, name in enumerate(outbound):
+            (self.applications.trigger if number % 3 else self.applications.trigger_by_rename)(name)
         return since
 
 
