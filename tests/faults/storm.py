@@ -163,7 +163,7 @@ class Storm:
     # ------------------------------------------------------------------------------------------------------ traffic
 
     def round(self, faults: Sequence[str], *, interval: float, rate: float = 500.0) -> None:
-        """Send every signal once, half of `rate` a second each way, with one of `faults` at random each `interval` s.
+        """Send every signal once, `rate` a second each way, with one of `faults` at random each `interval` s.
 
         Then let the proxy finish, and add what came of it to the report.
         """
@@ -176,8 +176,8 @@ class Storm:
         self._sent.clear()
         with ThreadPoolExecutor(2) as pool:
             traffic = [
-                pool.submit(self._send_all, self.inbound, self._send_inbound, "inbound", rate / 2),
-                pool.submit(self._send_all, self.outbound, self._send_outbound, "outbound", rate / 2),
+                pool.submit(self._send_all, self.inbound, self._send_inbound, "inbound", rate),
+                pool.submit(self._send_all, self.outbound, self._send_outbound, "outbound", rate),
             ]
             self._rain(faults, interval, traffic)
             for future in traffic:
