@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import struct
+import termios
 from typing import NamedTuple
 
 import pyinotify
@@ -133,6 +135,11 @@ class Inotify:
         """The kernel has ended the watch (IN_IGNORED)."""
         if self._watches.get_watch(wd) is not None:
             self._watches.del_watch(wd)
+
+    @property
+    def queued(self) -> int:
+        """Bytes of the events that wait to be read."""
+        return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:
         """Read what is queued, as far as it fits; returns the bytes, 0 when nothing is queued."""

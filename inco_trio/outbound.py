@@ -111,8 +111,6 @@ class Outbound:
             (batch, finished), self._recovered = self._recovered, None
             await self._way.hand_over(batch)
             await finished.wait()  # Its events stand in both banks.
-        await self._read_queued()
-        await self.trigger(self._registers.found())
         await self._way.read(self._inotify.fd, self._read_queued, health)
 
     async def _read_queued(self) -> None:
@@ -122,9 +120,8 @@ class Outbound:
             bank = self._inflight.events[self._fills & 1]
             bank.begin(self._fills + 1)
             length = self._inotify.read_into(bank.view)
-            if not length:
-                return
             triggered = self._registers.triggered(parse_events(bank.view[:length]))
+            triggered.extend(self._registers.found())
             # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
             lone = not self._way.open and length <= EVENT_BANK - EVENT_ROOM
             sent = self._send_now(triggered.signals) if lone else 0

@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -98,8 +99,8 @@ class Registers:
         self._lost: dict[Path, float] = {}
         # Triggers that we made, until their IN_CREATE is read.
         self._made: set[Path] = set()
-        # Triggers that were replaced while no proxy ran, until an event tells of it.
-        self._found: set[Path] = set()
+        # Triggers that turned out to be replaced, and how often, until an event tells of it.
+        self._found: Counter[Path] = Counter()
         self._directories: dict[Path, IrqDirectory] = {}
         self._set_table(table)
 
@@ -130,7 +131,6 @@ class Registers:
 
         Raises IncoError: at start, what cannot be opened is the user's to mend.
         """
-        triggered = Triggered([], {})
         for directory in self._directories.values():
             path = directory.path
             try:
@@ -138,13 +138,12 @@ class Registers:
                 directory.make_states()
                 for signal in directory.outbound:
                     path = signal.path
-                    self._arm(directory, signal, triggered, make=True)
+                    self._arm(directory, signal, make=True)
             except OSError as error:
                 if problem := unreported(directory.path):
                     raise ConfigError([problem]) from error
                 named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
                 raise start_error(error, error.filename if named else path) from error
-        self._found = {signal.path for signal in triggered.signals}
         noted = self._inflight.watches
         live = {*self._armed.values(), *self._ancestors, *(d.wd for d in self._directories.values())}
         current = {_key(path) for path in (*self._triggers, *self._above, *self._directories)}
@@ -156,13 +155,18 @@ class Registers:
                 noted[key] = 0
 
     def found(self) -> Triggered:
-        """The triggers that were replaced while no proxy ran, and of which no event told.
+        """The triggers that turned out to be replaced, and no event told; none while events wait, which may tell."""
+        triggered = Triggered([], {})
+        if self._found and not self._inotify.queued:
+            for path in self._found.elements():
+                self._count(path, triggered)
+            self._found.clear()
+        return triggered
 
-        To be asked once what was queued before `open` has been through `triggered`.
-        """
-        paths = self._found & self._armed.keys()
-        self._found = set()
-        return Triggered([self._triggers[path] for path in paths], {_key(path): self._armed[path] for path in paths})
+    def _count(self, path: Path, triggered: Triggered) -> None:
+        """One notification of a trigger that was replaced."""
+        triggered.signals.append(self._triggers[path])
+        triggered.watches[_key(path)] = self._armed[path]
 
     def replace_table(self, table: SignalTable) -> Triggered:
         """Take another table: what is in both is left untouched, and nothing new makes a notification."""
@@ -170,6 +174,7 @@ class Registers:
         self._set_table(table)
         for path in before.keys() - self._triggers.keys():
             self._inflight.watches[_key(path)] = 0
+            del self._found[path]
             if wd := self._armed.pop(path, 0):
                 del self._by_wd[wd]
                 self._retire(wd)
@@ -255,8 +260,8 @@ class Registers:
 
     # --------------------------------------------------------------------------------------------------- triggers
 
-    def _arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered, *, make: bool) -> None:
-        """Watch a trigger; one that somebody else replaced is triggered. One that is missing is made if `make`.
+    def _arm(self, directory: IrqDirectory, signal: Signal, *, make: bool) -> None:
+        """Watch a trigger; one that somebody else replaced is found. One that is missing is made if `make`.
 
         Raises OSError.
         """
@@ -288,14 +293,13 @@ class Registers:
         if made or not before:
             note(wd)
         else:
-            triggered.signals.append(signal)
-            triggered.watches[key] = wd
+            self._found[path] += 1
 
-    def _try_arm(self, directory: IrqDirectory, signal: Signal, triggered: Triggered) -> None:
+    def _try_arm(self, directory: IrqDirectory, signal: Signal) -> None:
         now = time.monotonic()
         make = now - self._unarmed.setdefault(signal.path, now) > PATIENCE
         try:
-            self._arm(directory, signal, triggered, make=make)
+            self._arm(directory, signal, make=make)
         except OSError as error:
             if make or error.errno != errno.ENOENT:
                 self._say(signal.path, f"cannot watch: {error.strerror}; retried")
@@ -325,7 +329,7 @@ class Registers:
                     "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once"
                 )
                 signals.extend(self._triggers.values())
-                self._look_again(self._directories.values(), triggered)
+                self._look_again(self._directories.values())
             elif mask & ino.IN_IGNORED and wd in by_wd:
                 del by_wd[wd]
                 self._retired.pop(wd, None)
@@ -343,7 +347,7 @@ class Registers:
             if mask & ino.IN_IGNORED:
                 self._ancestors.discard(wd)
                 self._inotify.forget(wd)
-            self._look_again(self._directories.values(), triggered, moved=True)
+            self._look_again(self._directories.values(), moved=True)
             return
         for directory in self._directories.values():
             if directory.wd == wd:
@@ -355,13 +359,12 @@ class Registers:
                     self._made.discard(path)
                     self._unarmed.setdefault(path, time.monotonic())
                 elif signal is not None:
-                    count = len(triggered.signals)
-                    self._try_arm(directory, signal, triggered)
-                    if mask & ino.IN_MOVED_TO and len(triggered.signals) == count:
+                    self._try_arm(directory, signal)
+                    if self._found[path]:
+                        self._found[path] -= 1
+                        self._count(path, triggered)
+                    elif mask & ino.IN_MOVED_TO:
                         triggered.signals.append(signal)
-                        if path in self._found:
-                            self._found.discard(path)
-                            triggered.watches[_key(path)] = self._armed[path]
                 elif mask & VANISHED and register in directory.states:
                     self._lost.setdefault(directory.path, time.monotonic())
                 return
@@ -371,7 +374,7 @@ class Registers:
             register = os.fsdecode(name)
             triggered.signals += [signal for signal in self._triggers.values() if signal.register == register]
 
-    def _look_again(self, directories: Iterable[IrqDirectory], triggered: Triggered, *, moved: bool = False) -> None:
+    def _look_again(self, directories: Iterable[IrqDirectory], *, moved: bool = False) -> None:
         """Open each directory again if its path leads elsewhere now, and watch the triggers in it.
 
         With `moved`, the triggers in one that is still in its place need no look.
@@ -398,23 +401,25 @@ class Registers:
                 self._unsay(path)
             if not (current and moved):
                 for signal in directory.outbound:
-                    self._try_arm(directory, signal, triggered)
+                    self._try_arm(directory, signal)
 
     # ---------------------------------------------------------------------------------------------------- mending
 
     def mend(self) -> Triggered:
-        """Try again what could not be done: directories, watches, owed notifications. Raises nothing."""
-        triggered = Triggered([], {})
+        """Try again what could not be done: directories, watches, owed notifications. Raises nothing.
+
+        Returns what was `found`.
+        """
         now = time.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             self._inotify.unwatch(wd)
-        self._look_again(self._directories.values(), triggered, moved=True)
+        self._look_again(self._directories.values(), moved=True)
         for path in tuple(self._unarmed):
             signal = self._triggers[path]
-            self._try_arm(self._directories[signal.directory], signal, triggered)
+            self._try_arm(self._directories[signal.directory], signal)
         self._pay()
-        return triggered
+        return self.found()
 
     def _pay(self) -> None:
         """Write what is owed, as far as it can be written."""

@@ -87,12 +87,12 @@ class Way:
             raise ClosedError("the proxy is closed") from None
 
     async def read(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
-        """Call `read_queued` whenever `fd` is readable; after `stop_reading` once more, then return."""
+        """Call `read_queued` at once, and whenever `fd` is readable; after `stop_reading` once more, then return."""
         with trio.CancelScope() as self._reading:
             while not self._stopping:
-                await trio.lowlevel.wait_readable(fd)
                 await read_queued()
                 health.well()
+                await trio.lowlevel.wait_readable(fd)
         await read_queued()
 
     def stop_reading(self) -> None:

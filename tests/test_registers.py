@@ -73,14 +73,16 @@ class World:
     def open(self) -> list[str]:
         """Open them; returns what that and what was queued lead to."""
         self.registers.open()
-        return self.triggered() + self.take(self.registers.found())
+        return self.triggered()
 
     def triggered(self) -> list[str]:
         """What the queued events lead to, until nothing is left to follow."""
         names: list[str] = []
-        while events := self.events():
-            names += self.take(self.registers.triggered(events))
-        return names
+        while True:
+            events = self.events()
+            names += self.take(self.registers.triggered(events)) + self.take(self.registers.found())
+            if not events:
+                return names
 
     def mend(self) -> list[str]:
         return self.take(self.registers.mend())
@@ -1072,6 +1074,16 @@ def test_a_trigger_replaced_meanwhile_counts(start: StartWorld, notify: Signal, 
     assert successor.again().open() == []
 
 
+def test_what_mending_finds_before_its_event_is_read_counts_once(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    assert world.triggered() == []
+    remake(notify.path)
+    assert world.mend() == []
+    assert world.triggered() == ["redun_notify_irq"]
+    assert world.later() == []
+
+
 def test_a_trigger_made_anew_meanwhile_counts(start: StartWorld, notify: Signal) -> None:
     successor = start(notify).again()
     notify.path.unlink()
@@ -1089,7 +1101,6 @@ def test_what_was_found_is_forgotten_by_a_reload(start: StartWorld, notify: Sign
     successor.registers.open()
     assert successor.reload([uart]) == []
     assert successor.triggered() == []
-    assert successor.take(successor.registers.found()) == []
 
 
 def test_a_trigger_removed_meanwhile_does_not_count(start: StartWorld, notify: Signal) -> None:
