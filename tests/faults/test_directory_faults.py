@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 
 from netns.fixtures import StartProxy
 from tests.faults.conftest import Board
-from tests.faults.processes import wait_idle
+from tests.faults.processes import wait_idle, wait_stopped
 from tests.faults.supervised import wait_path
 
 DIRECTORY_FAULTS: dict[str, Callable[[Board], None]] = {
@@ -51,6 +52,25 @@ def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None
     board.directory.rename(board.directory.with_name("old"))
     new.rename(board.directory)
     board.wire.wait_seen("out_a")
+
+
+def test_a_directory_that_comes_without_an_event_counts_as_written(board: Board, tmp_path: Path) -> None:
+    parent = board.directory.parent
+    # No patience of the proxy's may end between the two.
+    wait_stopped(board.proxy.pid)
+    parent.rename(tmp_path / "old")
+    parent.symlink_to("nowhere")
+    os.kill(board.proxy.pid, signal.SIGCONT)
+    board.proxy.wait_log("cannot be opened")
+    prepared = tmp_path / "prepared" / board.directory.name
+    prepared.mkdir(parents=True)
+    (prepared / "out_a_trig").touch()
+    (tmp_path / "link").symlink_to(prepared.parent)
+    (tmp_path / "link").rename(parent)
+    board.wire.wait_seen("out_a")
+    board.applications.trigger("out_b")
+    board.wire.wait_seen("out_b")
+    assert board.wire.order == ["out_a", "out_b"]
 
 
 def test_nothing_can_be_made_for_a_while(board: Board) -> None:

@@ -94,18 +94,21 @@ def test_what_arrives_while_no_proxy_runs(supervise: Supervise, how: str) -> Non
     for _ in range(2):
         world.applications.reset()
         world.wire.seen.clear()
+        # Killed while it notes what it has finished, or made, it would send that again.
+        wait_idle(main_process(world.service.directory))
         world.end(how)
         since = world.send_all(*MANY)
         world.begin()
         world.arrived(*MANY, since)
-        # Killed while it notes that it has finished, it would do the last ones again.
-        wait_idle(main_process(world.service.directory))
+    wait_idle(main_process(world.service.directory))
     assert set(world.wire.seen.values()) == {1}
     assert set(world.applications.closes.values()) == {1}
 
 
 def test_a_rename_in_a_directory_that_was_moved_before_anyone_looked(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
+    # Killed before it has read that it made the triggers itself, it would send each once.
+    wait_idle(main_process(world.service.directory))
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
     directory = world.applications.directory
