@@ -1084,6 +1084,23 @@ def test_what_mending_finds_before_its_event_is_read_counts_once(start: StartWor
     assert world.later() == []
 
 
+def test_a_trigger_made_anew_that_could_not_be_watched_counts_when_it_can(
+    start: StartWorld, notify: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = start(notify)
+
+    def refuse(_inotify: Inotify, path: str, _mask: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    notify.path.unlink()
+    write(notify.path)
+    with monkeypatch.context() as limit:
+        limit.setattr(Inotify, "watch", refuse)
+        assert world.triggered() + world.mend() == []
+    assert world.mend() == ["redun_notify_irq"]
+    assert world.later() == []
+
+
 def test_a_trigger_made_anew_meanwhile_counts(start: StartWorld, notify: Signal) -> None:
     successor = start(notify).again()
     notify.path.unlink()
