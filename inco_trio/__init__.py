@@ -6,13 +6,13 @@
             async for event in events:
                 print(event.signal.name)
 
-The command line is `inco_trio.cli`; asyncio callbacks are in `inco_trio.aio`.
+The command line is `inco_trio.commands`; asyncio callbacks are in `inco_trio.aio`.
 """
 
 from __future__ import annotations
 
-from .config import Board, Config, read_board
-from .errors import (
+from inco_trio.config import Board, Config, read_board
+from inco_trio.errors import (
     ClosedError,
     ConfigError,
     IncoError,
@@ -22,9 +22,9 @@ from .errors import (
     UnknownSignal,
     UsageError,
 )
-from .proxy import Notification, Proxy, open_proxy, serve
-from .signals import Direction, Signal, builtin_signals
-from .stats import Stats
+from inco_trio.proxy import Notification, Proxy, open_proxy, serve
+from inco_trio.signals import Direction, Signal, builtin_signals
+from inco_trio.stats import Stats
 
 __all__ = [
     "Board",

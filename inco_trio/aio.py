@@ -16,8 +16,8 @@ from typing import TypeVar
 import trio
 import trio_asyncio
 
-from .proxy import Notification, Proxy
-from .stats import Stats
+from inco_trio.proxy import Notification, Proxy
+from inco_trio.stats import Stats
 
 __all__ = ["AsyncioProxy", "on_notification", "run"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from .frame import HEADER_LENGTH, decode
-from .inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
-from .link import Link
-from .registers import Registers
-from .stats import Stats
-from .supervise import Health
-from .way import Batch, Way
+from inco_trio.frame import HEADER_LENGTH, decode
+from inco_trio.handoff import Batch, Handoff
+from inco_trio.keep.inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
+from inco_trio.links.packet import Link
+from inco_trio.registers.triggers import Registers
+from inco_trio.stats import Stats
+from inco_trio.supervise import Health
 
 __all__ = ["Inbound"]
 
@@ -22,9 +22,15 @@ class Inbound:
     """Reads frames into the in-flight memory, and writes the state registers of their signals."""
 
     def __init__(
-        self, way: Way, link: Link, registers: Registers, inflight: Inflight, stats: Stats, wrote: Callable[[], None]
+        self,
+        handoff: Handoff,
+        link: Link,
+        registers: Registers,
+        inflight: Inflight,
+        stats: Stats,
+        wrote: Callable[[], None],
     ) -> None:
-        self._way = way
+        self._handoff = handoff
         self._link = link
         self._registers = registers
         self._inflight = inflight
@@ -74,7 +80,7 @@ class Inbound:
                 signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
         drained = len(lengths) < FRAMES and lengths[-1] <= FRAME_STEP
-        return self._way.batch(signals, lambda: bank.clear(used), drained=drained)
+        return self._handoff.batch(signals, lambda: bank.clear(used), drained=drained)
 
     def _count_unusual(self, room: memoryview, length: int) -> None:
         """Count a frame that carries no inbound signal of the table."""
@@ -87,19 +93,19 @@ class Inbound:
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
-        await self._way.read(self._link.fd, self._receive_queued, health)
+        await self._handoff.read(self._link.fd, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
-        if not self._way.open:
+        if not self._handoff.open:
             self._receive_lone()
         burst = False
         while batch := self._read(self._link):
-            if batch.drained and len(self._way.open) == 1:
+            if batch.drained and len(self._handoff.open) == 1:
                 # Nor is there a backlog behind these, which could be read while they are written.
                 self._deliver(batch)
                 break
             burst = True
-            await self._way.hand_over(batch)
+            await self._handoff.hand_over(batch)
         if burst:
             self.count_dropped()
 
@@ -115,18 +121,18 @@ class Inbound:
             self._count_unusual(room, length)
         else:
             self._registers.write((signal,))
-            self._way.carried((signal,))
+            self._handoff.carried((signal,))
             self._wrote()
         self._stats.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_ROOM))
 
     async def write(self, health: Health) -> None:
         """The leg that writes the registers."""
-        async for batch in self._way.exit:
+        async for batch in self._handoff.exit:
             self._deliver(batch)
             health.well()
 
     def _deliver(self, batch: Batch) -> None:
         self._registers.write(batch.signals)
-        self._way.finish(batch)
+        self._handoff.finish(batch)
         self._wrote()

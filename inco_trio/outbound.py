@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from .errors import ClosedError
-from .inflight import EVENT_BANK, Inflight
-from .inotify import Inotify, parse_events
-from .link import DOWN, Link
-from .registers import Registers, Triggered
-from .signals import Signal
-from .stats import Stats
-from .supervise import TRANSIENT, Health
-from .way import Batch, Way
+from inco_trio.errors import ClosedError
+from inco_trio.handoff import Batch, Handoff
+from inco_trio.keep.inflight import EVENT_BANK, Inflight
+from inco_trio.links.packet import DOWN, Link
+from inco_trio.registers.inotify import Inotify, parse_events
+from inco_trio.registers.triggers import Registers, Triggered
+from inco_trio.signals import Signal
+from inco_trio.stats import Stats
+from inco_trio.supervise import TRANSIENT, Health
 
 __all__ = ["Outbound"]
 
@@ -30,7 +30,7 @@ class Outbound:
 
     def __init__(
         self,
-        way: Way,
+        handoff: Handoff,
         link: Link,
         registers: Registers,
         inotify: Inotify,
@@ -38,7 +38,7 @@ class Outbound:
         stats: Stats,
         read: Callable[[], None],
     ) -> None:
-        self._way = way
+        self._handoff = handoff
         self._link = link
         self._registers = registers
         self._inotify = inotify
@@ -76,7 +76,7 @@ class Outbound:
             done()
 
         self._stats.triggered += len(triggered.signals)
-        return self._way.batch(triggered.signals[sent:], finished)
+        return self._handoff.batch(triggered.signals[sent:], finished)
 
     async def trigger(self, triggered: Triggered) -> None:
         """Send what was found to be triggered without an event of its own.
@@ -85,19 +85,19 @@ class Outbound:
         """
         if triggered.signals:
             with contextlib.suppress(ClosedError):
-                await self._way.hand_over(self._batch(triggered, 0, lambda: None))
+                await self._handoff.hand_over(self._batch(triggered, 0, lambda: None))
 
     async def send_signal(self, signal: Signal) -> None:
         """Send one notification; returns once the link has accepted it. Raises ClosedError."""
         finished = trio.Event()
         batch = self._batch(Triggered([signal], {}), 0, finished.set)
-        await self._way.offer(batch)
+        await self._handoff.offer(batch)
         self._waiting.add(finished)
         try:
             await finished.wait()
         finally:
             self._waiting.discard(finished)
-        if batch in self._way.open:
+        if batch in self._handoff.open:
             raise ClosedError("the proxy was closed before the link accepted the frame")
 
     def closed(self) -> None:
@@ -109,9 +109,9 @@ class Outbound:
         """The leg that reads inotify."""
         if self._recovered is not None:
             (batch, finished), self._recovered = self._recovered, None
-            await self._way.hand_over(batch)
+            await self._handoff.hand_over(batch)
             await finished.wait()  # Its events stand in both banks.
-        await self._way.read(self._inotify.fd, self._read_queued, health)
+        await self._handoff.read(self._inotify.fd, self._read_queued, health)
 
     async def _read_queued(self) -> None:
         """Read inotify until nothing is left, and send, or hand over, what was triggered."""
@@ -123,14 +123,14 @@ class Outbound:
             triggered = self._registers.triggered(parse_events(bank.view[:length]))
             triggered.extend(self._registers.found())
             # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
-            lone = not self._way.open and length <= EVENT_BANK - EVENT_ROOM
+            lone = not self._handoff.open and length <= EVENT_BANK - EVENT_ROOM
             sent = self._send_now(triggered.signals) if lone else 0
             batch = self._batch(triggered, sent, functools.partial(bank.clear, length))
             if batch.signals:
                 self._fills += 1
-                await self._way.hand_over(batch)
+                await self._handoff.hand_over(batch)
             else:
-                self._way.finish(batch)
+                self._handoff.finish(batch)
             self._read()
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
@@ -144,14 +144,14 @@ class Outbound:
             pass  # For the leg that sends, which knows what to do.
         self._stats.sent += sent
         if sent:
-            self._way.carried(signals[:sent])
+            self._handoff.carried(signals[:sent])
         return sent
 
     async def send(self, health: Health) -> None:
         """The leg that sends frames."""
-        async for batch in self._way.exit:
+        async for batch in self._handoff.exit:
             batch.signals = [signal for signal in batch.signals if await self._send(signal, health)]
-            self._way.finish(batch)
+            self._handoff.finish(batch)
             health.well()
 
     async def _send(self, signal: Signal, health: Health) -> bool:

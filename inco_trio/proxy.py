@@ -14,19 +14,19 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 import attrs
 import trio
 
-from .config import Config
-from .errors import ConfigError, ResourceRefused, UnknownSignal
-from .held import Holder, NoHolder
-from .inbound import Inbound
-from .inflight import Inflight
-from .inotify import Inotify
-from .link import Link, LinkWatcher, missing
-from .outbound import Outbound
-from .registers import Registers, start_error
-from .signals import Signal, SignalTable
-from .stats import Stats
-from .supervise import Backoff, Health, supervise
-from .way import Way
+from inco_trio.config import Config
+from inco_trio.errors import ConfigError, ResourceRefused, UnknownSignal
+from inco_trio.handoff import Handoff
+from inco_trio.inbound import Inbound
+from inco_trio.keep.fdstore import FdStore, NoFdStore
+from inco_trio.keep.inflight import Inflight
+from inco_trio.links.packet import Link, LinkWatcher, missing
+from inco_trio.outbound import Outbound
+from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.triggers import Registers, start_error
+from inco_trio.signals import Signal, SignalTable
+from inco_trio.stats import Stats
+from inco_trio.supervise import Backoff, Health, supervise
 
 __all__ = ["Notification", "Proxy", "open_proxy", "serve"]
 
@@ -45,16 +45,16 @@ class Notification:
 class Proxy:
     """A running proxy; `open_proxy` makes one."""
 
-    def __init__(self, config: Config, holder: Holder) -> None:
+    def __init__(self, config: Config, fd_store: FdStore) -> None:
         self.config = config
-        self._holder = holder
+        self._fd_store = fd_store
         self._stats = Stats()
         self._streams: set[trio.MemorySendChannel[Notification]] = set()
         self._trouble = trio.Event()
         self._closed = False
         self._scopes: dict[str, trio.CancelScope] = {}
         self._ended: dict[str, trio.Event] = {}
-        self._inbound_way, self._outbound_way = Way(self._publish), Way(self._publish)
+        self._inbound_handoff, self._outbound_handoff = Handoff(self._publish), Handoff(self._publish)
 
     # ------------------------------------------------------------------------------------------------ for callers
 
@@ -106,7 +106,7 @@ class Proxy:
 
     async def _open(self, resources: ExitStack) -> None:
         """Acquire everything, what an earlier process left included. `resources` gets the closing of it."""
-        inherited = self._holder.inherited
+        inherited = self._fd_store.inherited
         interface = self.config.interface
         try:
             inflight = Inflight.open(inherited.get("inflight"))
@@ -138,10 +138,10 @@ class Proxy:
         await self._wait_for_link()
 
         self._inbound = Inbound(
-            self._inbound_way, self._link, self._registers, inflight, self._stats, self._look_for_trouble
+            self._inbound_handoff, self._link, self._registers, inflight, self._stats, self._look_for_trouble
         )
         self._outbound = Outbound(
-            self._outbound_way, self._link, self._registers, inotify, inflight, self._stats, self._look_for_trouble
+            self._outbound_handoff, self._link, self._registers, inotify, inflight, self._stats, self._look_for_trouble
         )
         self._inbound.recover()
         self._outbound.recover()
@@ -151,7 +151,7 @@ class Proxy:
             stale.close()
         for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", self._link.fd)):
             if inherited.get(name) != fd:
-                self._holder.store(name, fd)
+                self._fd_store.store(name, fd)
         self._owed = inflight.owed
         self._look_for_trouble()
         logger.info(
@@ -194,7 +194,7 @@ class Proxy:
 
     async def _stop(self) -> None:
         """End the legs: what was accepted is finished first, within the configured deadline."""
-        ways = (self._inbound_way, self._outbound_way)
+        ways = (self._inbound_handoff, self._outbound_handoff)
         with trio.move_on_after(self.config.stop_deadline):
             for way in ways:
                 way.stop_reading()
@@ -270,14 +270,15 @@ class Proxy:
 
 
 @asynccontextmanager
-async def open_proxy(config: Config, *, holder: Holder | None = None) -> AsyncIterator[Proxy]:
+async def open_proxy(config: Config, *, fd_store: FdStore | None = None) -> AsyncIterator[Proxy]:
     """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
 
-    `holder` keeps descriptors for a successor, see `held`. Once entered, link and watches are live. Raises IncoError:
+    `fd_store` keeps descriptors for a successor, see `keep.fdstore`. Once entered, link and watches are live. Raises
+    IncoError:
     LinkMissing, PermissionRefused, ResourceRefused, ConfigError.
     """
     with ExitStack() as resources:
-        proxy = Proxy(config, holder or NoHolder())
+        proxy = Proxy(config, fd_store or NoFdStore())
         await proxy._open(resources)
         failure = None
         async with trio.open_nursery() as nursery:
@@ -296,13 +297,13 @@ async def open_proxy(config: Config, *, holder: Holder | None = None) -> AsyncIt
 async def serve(
     config: Config,
     *,
-    holder: Holder | None = None,
+    fd_store: FdStore | None = None,
     task_status: trio.TaskStatus[Proxy] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry signals until cancelled; `task_status.started` gets the Proxy once link and watches are live.
 
     Raises IncoError, see `open_proxy`.
     """
-    async with open_proxy(config, holder=holder) as proxy:
+    async with open_proxy(config, fd_store=fd_store) as proxy:
         task_status.started(proxy)
         await trio.sleep_forever()

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from .stats import Stats
+from inco_trio.stats import Stats
 
 __all__ = ["TRANSIENT", "Backoff", "Health", "supervise"]
 

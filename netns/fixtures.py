@@ -1,4 +1,4 @@
-"""Pytest fixtures over `inco_trio.world`; loaded by tests/conftest.py."""
+"""Pytest fixtures over `inco_trio.simulation.world`; loaded by tests/conftest.py."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from inco_trio.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
-from inco_trio.world import RTMGRP_LINK, Cores, Namespace, Peer, two_cores, veth
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.simulation.world import RTMGRP_LINK, Cores, Namespace, Peer, two_cores, veth
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     # Run as a file, not as a module of the project.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from inco_trio.world import two_cores
+from inco_trio.simulation.world import two_cores
 from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
 
 INTERVAL = 0.7

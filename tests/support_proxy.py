@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from inco_trio.frame import BROADCAST, ETHERTYPE
-from inco_trio.world import Namespace
+from inco_trio.simulation.world import Namespace
 
 __all__ = ["INBOUND", "OUTBOUND", "frame", "mac_of", "sockets_of", "trigger", "write_udrv"]
 

@@ -27,7 +27,7 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
 from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignal, builtin_signals, open_proxy
-from inco_trio.world import Cores, Namespace, Peer
+from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE
 
 PROJECT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.cli import inco_proxy, main
+from inco_trio.commands import inco_proxy, main
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.demo import duration, quantile, run_demo
 from inco_trio.errors import UsageError
+from inco_trio.simulation.demo import duration, quantile, run_demo
 from netns.fixtures import DEADLINE, Canary
 
 DEMO = [sys.executable, "-m", "inco_trio", "demo"]
@@ -87,7 +87,7 @@ def test_ordinary_user_needs_nothing(nobody: list[str]) -> None:
 def limited(limit: str, value: int, command: list[str]) -> list[str]:
     """Run `command` in a new user namespace, to which its limits in /proc/sys/user belong (namespaces(7))."""
     script = (
-        "import os, sys; from pathlib import Path; from inco_trio.world import new_user_namespace; "
+        "import os, sys; from pathlib import Path; from inco_trio.simulation.world import new_user_namespace; "
         "new_user_namespace(); Path('/proc/sys/user', sys.argv[1]).write_text(sys.argv[2]); "
         "os.execv(sys.argv[3], sys.argv[3:])"
     )

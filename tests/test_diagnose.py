@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.diagnose import UNREPORTED, diagnose, filesystem_type, unreported
+from inco_trio.registers.diagnose import UNREPORTED, diagnose, filesystem_type, unreported
 from inco_trio.signals import builtin_signals
 
 MOUNTS = """\

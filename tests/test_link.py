@@ -18,8 +18,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.errors import PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, encode
-from inco_trio.link import FILTER, RECEIVE_BUFFER, Link, LinkWatcher, missing
-from inco_trio.world import Cores, Peer
+from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, Link, LinkWatcher, missing
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
 
@@ -175,7 +175,7 @@ def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
 
 def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a kernel before 4.20, which does not know the option.
-    monkeypatch.setattr("inco_trio.link.PACKET_IGNORE_OUTGOING", 9999)
+    monkeypatch.setattr("inco_trio.links.packet.PACKET_IGNORE_OUTGOING", 9999)
 
     def start() -> None:
         before = len(list(Path("/proc/self/fd").iterdir()))
@@ -323,8 +323,8 @@ def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
 
 def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.link._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
-        patch.setattr("inco_trio.link.FILTER", bytes(80) + FILTER[-16:-8])
+        patch.setattr("inco_trio.links.packet._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
+        patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
         longer = cores.core0.run(functools.partial(Link.open, cores.link))
     assert not longer.fits
     longer._socket.close()
@@ -354,8 +354,8 @@ def test_one_of_another_link_does_not_fit(link: Link) -> None:
 
 def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.link._FILTER", ((0x06, 0, 0, 0xFFFF),))
-        patch.setattr("inco_trio.link.FILTER", FILTER[-16:-8])
+        patch.setattr("inco_trio.links.packet._FILTER", ((0x06, 0, 0, 0xFFFF),))
+        patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
         wide = cores.core0.run(functools.partial(Link.open, cores.link))
         assert wide.fits
     assert not wide.fits

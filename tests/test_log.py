@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from inco_trio.log import log_statistics, set_up_logging
+from inco_trio.service.log import log_statistics, set_up_logging
 
 logger = logging.getLogger("inco_trio.somewhere")
 

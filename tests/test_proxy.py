@@ -39,8 +39,8 @@ from inco_trio import (
     serve,
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
-from inco_trio.inflight import FRAME_STEP, Inflight
-from inco_trio.world import Cores, Namespace, Peer
+from inco_trio.keep.inflight import FRAME_STEP, Inflight
+from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
 from tests.support_proxy import INBOUND, OUTBOUND, frame, mac_of, sockets_of, trigger, write_udrv
@@ -647,8 +647,8 @@ def test_the_limit_of_inotify_is_named(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from inco_trio.cli import main
-from inco_trio.world import new_user_namespace
+from inco_trio.commands import main
+from inco_trio.simulation.world import new_user_namespace
 
 new_user_namespace()
 Path("/proc/sys/user/max_inotify_instances").write_text("0")
@@ -664,13 +664,13 @@ sys.exit(main(sys.argv[1:]))
 def test_an_internal_error_is_logged_whole(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
-import inco_trio.link
-from inco_trio.cli import main
+import inco_trio.links.packet
+from inco_trio.commands import main
 
 def broken(self):
     raise RuntimeError("put in by the test")
 
-inco_trio.link.LinkWatcher.wait = broken
+inco_trio.links.packet.LinkWatcher.wait = broken
 sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
@@ -1138,7 +1138,7 @@ def test_what_came_while_none_ran_is_delivered(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, holder=first):
+        async with open_proxy(config, fd_store=first):
             pass
         assert first.stored == ["inflight", "inotify", "link"]
         resets = watch(irq_dir / "message_4_state")
@@ -1148,7 +1148,7 @@ def test_what_came_while_none_ran_is_delivered(
         trigger(irq_dir / "new")
         (irq_dir / "new").rename(irq_dir / "message_6_trig")
         second = first.heir()
-        async with open_proxy(config, holder=second) as proxy:
+        async with open_proxy(config, fd_store=second) as proxy:
             for _ in range(11):
                 assert await next_name(core1) == b"redun_notify_irq"
         resets.wait(10)
@@ -1165,7 +1165,7 @@ def test_what_a_killed_predecessor_had_read_is_finished(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, holder=first):
+        async with open_proxy(config, fd_store=first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
         # As a process leaves it that is killed between reading and acting.
@@ -1177,14 +1177,14 @@ def test_what_a_killed_predecessor_had_read_is_finished(
         assert os.readv(first.kept["inotify"], [memory.events[0].view]) > 0
         memory.close()
         second = first.heir()
-        async with open_proxy(config, holder=second) as proxy:
+        async with open_proxy(config, fd_store=second) as proxy:
             assert await next_name(core1) == b"redun_notify_irq"
             assert proxy.stats.recovered == 4
         assert (proxy.stats.delivered, proxy.stats.sent) == (3, 1)
         resets.wait(2)
         hwwds.wait(1)
         third = second.heir()
-        async with open_proxy(config, holder=third) as proxy:
+        async with open_proxy(config, fd_store=third) as proxy:
             pass
         assert proxy.stats.recovered == proxy.stats.sent == 0
         third.close()
@@ -1202,7 +1202,7 @@ def test_what_the_holder_gives_is_not_trusted(
         foreign.bind((config.interface, ETHERTYPE))
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
-        async with open_proxy(config, holder=holder) as proxy:
+        async with open_proxy(config, fd_store=holder) as proxy:
             # What the other socket had queued is not lost.
             assert proxy.stats.delivered == 1
             assert "the inherited socket does not fit any more and is replaced" in caplog.text
@@ -1211,7 +1211,7 @@ def test_what_the_holder_gives_is_not_trusted(
                 await events.receive()
         assert holder.stored == ["inflight", "inotify", "link"]
         heir = holder.heir()
-        async with open_proxy(config, holder=heir) as proxy:
+        async with open_proxy(config, fd_store=heir) as proxy:
             await proxy.send("redun_notify_irq")
         assert proxy.stats.recovered == 0
         heir.close()

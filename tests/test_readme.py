@@ -14,7 +14,7 @@ import pytest
 
 from inco_trio.errors import ConfigError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.frame import decode
-from inco_trio.world import Cores, Peer
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from inco_trio import inotify as ino
-from inco_trio.directory import IrqDirectory
 from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
-from inco_trio.inflight import Inflight
-from inco_trio.inotify import Event, Inotify, parse_events
-from inco_trio.registers import PATIENCE, RETIREMENT, Registers, Triggered, start_error
+from inco_trio.keep.inflight import Inflight
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.directories import IrqDirectory
+from inco_trio.registers.inotify import Event, Inotify, parse_events
+from inco_trio.registers.triggers import PATIENCE, RETIREMENT, Registers, Triggered, start_error
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Stats
 from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
@@ -113,7 +113,7 @@ StartWorld = Callable[..., World]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("inco_trio.registers.time", made)
+    monkeypatch.setattr("inco_trio.registers.triggers.time", made)
     return made
 
 

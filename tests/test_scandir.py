@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import PermissionRefused, UsageError
-from inco_trio.scandir import find_program, systemd_unit, write_scandir
-from inco_trio.world import Cores, Namespace, Peer
+from inco_trio.service.scandir import find_program, systemd_unit, write_scandir
+from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
 
 DEADLINE = 20.0
@@ -29,12 +29,12 @@ DEADLINE = 20.0
 
 STANDIN = """
 import os, signal, socket, sys
-from inco_trio.held import holder_from_environment
-from inco_trio.notify import check_notification_fd, notify_ready
+from inco_trio.keep.fdstore import fd_store_from_environment
+from inco_trio.service.notify import check_notification_fd, notify_ready
 
 run, interface, _, config, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]
 check_notification_fd(int(notification_fd))
-holder = holder_from_environment(holder_socket, interface)
+holder = fd_store_from_environment(holder_socket, interface)
 home = os.path.dirname(config)
 if "link" in holder.inherited:
     link = socket.socket(fileno=holder.inherited["link"])

@@ -16,7 +16,7 @@ import pytest
 
 from inco_trio.errors import ResourceRefused
 from inco_trio.frame import BROADCAST, decode, encode
-from inco_trio.world import Cores, Namespace, Peer, two_cores
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Canary, Consumer, Tcpdump
 
 pytestmark = pytest.mark.netns
@@ -111,7 +111,7 @@ def test_no_descriptor_and_no_thread_is_left_behind() -> None:
 
 
 def test_namespace_ends_with_a_killed_process(canary: Callable[[int], Canary]) -> None:
-    script = "from inco_trio.world import Namespace; ns = Namespace(); print(ns.fd, flush=True); input()"
+    script = "from inco_trio.simulation.world import Namespace; ns = Namespace(); print(ns.fd, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         inherited = os.open(f"/proc/{owner.pid}/fd/{int(owner.stdout.readline())}", os.O_RDONLY)
@@ -129,7 +129,7 @@ def run_as_nobody(nobody: list[str], script: str) -> str:
 
 def test_ordinary_user_gets_two_cores_in_a_user_namespace(nobody: list[str]) -> None:
     script = """
-from inco_trio.world import Peer, may_make_namespaces, new_user_namespace, two_cores
+from inco_trio.simulation.world import Peer, may_make_namespaces, new_user_namespace, two_cores
 assert not may_make_namespaces()
 new_user_namespace()
 assert may_make_namespaces()
@@ -141,7 +141,7 @@ with two_cores() as cores, Peer(cores) as peer:
 
 def test_ordinary_user_is_refused_without_a_user_namespace(nobody: list[str]) -> None:
     script = """
-from inco_trio.world import Namespace, NamespaceRefused
+from inco_trio.simulation.world import Namespace, NamespaceRefused
 try:
     Namespace()
 except NamespaceRefused as refused:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 import attrs
 
 from inco_trio.errors import IncoError
-from inco_trio.world import may_make_namespaces, new_user_namespace, two_cores
+from inco_trio.simulation.world import may_make_namespaces, new_user_namespace, two_cores
 
 from .machine import describe, in_words
 from .measures import FULL, MEASURES, SMOKE, Bench, Size

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import attrs
 
-from inco_trio.world import Cores
+from inco_trio.simulation.world import Cores
 
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups

@@ -18,8 +18,8 @@ from typing import Any
 
 import attrs
 
-from inco_trio.link import RECEIVE_BUFFER
-from inco_trio.world import Cores
+from inco_trio.links.packet import RECEIVE_BUFFER
+from inco_trio.simulation.world import Cores
 
 from .tables import signals, write_table, write_udrv
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
-from inco_trio.world import Peer
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.simulation.world import Peer
 from tests.faults.supervised import DEADLINE, wait_path
 
 __all__ = ["HEADER", "Applications", "Recorder", "Wire", "write_config"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from inco_trio.world import Cores, Peer
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from tests.faults.applications import Applications, Wire, write_config
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from inco_trio.frame import ETHERTYPE
-from inco_trio.world import Cores, Peer, veth
+from inco_trio.simulation.world import Cores, Peer, veth
 from tests.faults.supervised import DEADLINE
 
 __all__ = ["command", "mac", "make_again", "wait_bound"]

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from inco_trio.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
-from inco_trio.world import Namespace
+from inco_trio.registers.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
+from inco_trio.simulation.world import Namespace
 
 __all__ = [
     "DEADLINE",

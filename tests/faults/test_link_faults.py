@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.world import Cores, Peer
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy, StartProxy
 from tests.faults.applications import Applications, write_config
 from tests.faults.conftest import Board

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.world import Peer
+from inco_trio.simulation.world import Peer
 from netns.fixtures import Consumer, StartProxy
 from tests.faults.conftest import Board
 from tests.faults.processes import injected, wait_stopped

@@ -15,7 +15,7 @@ import attrs
 import pytest
 
 from inco_trio.frame import ETHERTYPE
-from inco_trio.world import Cores, Peer
+from inco_trio.simulation.world import Cores, Peer
 from tests.faults.applications import Applications, Wire, write_config
 from tests.faults.conftest import INBOUND, OUTBOUND
 from tests.faults.processes import wait_idle, wait_stopped

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.world import two_cores
+from inco_trio.simulation.world import two_cores
 from tests.faults.storm import FAULTS, MEMORY_FILES, Storm
 from tests.faults.supervised import environment_form
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.world import Cores, Namespace, Peer
+from inco_trio.simulation.world import Cores, Namespace, Peer
 from tests.faults.applications import Applications, Wire, write_config
 from tests.faults.processes import wait_stopped
 from tests.faults.supervised import wait_path

@@ -65,7 +65,7 @@ print(json.dumps({**found, "scripts": {entry.name: entry.value for entry in whee
         "License-Expression": ["MIT"],
         "License-File": ["LICENSE"],
         "Requires-Python": [">=3.11"],
-        "scripts": {"inco-trio": "inco_trio.cli:main", "inco_proxy": "inco_trio.cli:inco_proxy"},
+        "scripts": {"inco-trio": "inco_trio.commands:main", "inco_proxy": "inco_trio.commands:inco_proxy"},
     }
 
 

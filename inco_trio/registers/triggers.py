@@ -21,14 +21,14 @@ from pathlib import Path
 
 import attrs
 
-from . import inotify as ino
-from .diagnose import unreported
-from .directory import ANCESTOR_MASK, IrqDirectory
-from .errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
-from .inflight import Inflight
-from .inotify import Event, Inotify
-from .signals import Direction, Signal, SignalTable
-from .stats import Stats
+from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
+from inco_trio.keep.inflight import Inflight
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.diagnose import unreported
+from inco_trio.registers.directories import ANCESTOR_MASK, IrqDirectory
+from inco_trio.registers.inotify import Event, Inotify
+from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.stats import Stats
 
 __all__ = ["Registers", "Triggered", "start_error"]
 

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from .errors import PermissionRefused, ResourceRefused
-from .frame import ETHERTYPE, encode
+from inco_trio.errors import PermissionRefused, ResourceRefused
+from inco_trio.frame import ETHERTYPE, encode
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute

@@ -7,11 +7,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import attrs
 import trio
 
-from .errors import ClosedError
-from .signals import Signal
-from .supervise import Health
+from inco_trio.errors import ClosedError
+from inco_trio.signals import Signal
+from inco_trio.supervise import Health
 
-__all__ = ["Batch", "Way"]
+__all__ = ["Batch", "Handoff"]
 
 
 @attrs.define(eq=False)
@@ -25,7 +25,7 @@ class Batch:
     """Whether nothing was left to read behind it."""
 
 
-class Way:
+class Handoff:
     """A channel without buffer, and the batches that were made for it and are not finished.
 
     A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the

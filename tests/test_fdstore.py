@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 
 from inco_trio.errors import ResourceRefused, UsageError
-from inco_trio.held import NoHolder, S6Holder, SystemdHolder, holder_from_environment
-from inco_trio.scandir import write_scandir
+from inco_trio.keep.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
+from inco_trio.service.scandir import write_scandir
 
 DEADLINE = 20.0
 PREFIX = "inco-trio/a/"
 
 PROBE = """
 import json, os, sys
-from inco_trio.held import holder_from_environment
+from inco_trio.keep.fdstore import fd_store_from_environment
 
-holder = holder_from_environment(sys.argv[1] or None, "a")
+holder = fd_store_from_environment(sys.argv[1] or None, "a")
 links = []
 for fd in os.listdir("/proc/self/fd"):
     try:
@@ -111,17 +111,17 @@ def daemon() -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def holder(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> S6Holder:
+def holder(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> S6FdStore:
     """A holder at the very first start."""
     monkeypatch.setenv("S6_FD#", "0")
-    return S6Holder(daemon.socket, PREFIX)
+    return S6FdStore(daemon.socket, PREFIX)
 
 
 @pytest.mark.s6
 class TestS6:
     def test_the_first_start_inherits_nothing(self, daemon: Daemon) -> None:
         assert daemon.successor() == {
-            "class": "S6Holder",
+            "class": "S6FdStore",
             "held": {},
             "inheritable": [],
             "open": [],
@@ -129,7 +129,7 @@ class TestS6:
         }
 
     def test_the_successor_has_what_was_stored_and_nothing_else(
-        self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         holder.store("link", fds["one"])
         holder.store("inotify", fds["two"])
@@ -140,14 +140,14 @@ class TestS6:
         assert said["inheritable"] == said["environment"] == []
         assert sorted(said["open"]) == ["/memfd:one (deleted)", "/memfd:two (deleted)"]
 
-    def test_the_newer_replaces_the_older(self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]) -> None:
+    def test_the_newer_replaces_the_older(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
         holder.store("link", fds["one"])
         holder.store("link", fds["two"])
         assert daemon.identifiers() == ["inco-trio/a/link.2"]
         assert daemon.successor()["held"] == {"link": "two"}
 
     def test_after_a_crash_within_a_replacement_the_newer_counts(
-        self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         for _ in range(9):
             holder.store("link", fds["one"])
@@ -156,14 +156,14 @@ class TestS6:
         assert (said["held"], said["open"]) == ({"link": "two"}, ["/memfd:two (deleted)"])
         assert daemon.identifiers() == ["inco-trio/a/link.10"]
 
-    def test_removed_is_gone(self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]) -> None:
+    def test_removed_is_gone(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
         holder.store("link", fds["one"])
         holder.remove("link")
         holder.remove("link")
         assert daemon.identifiers() == []
 
     def test_a_restarted_daemon_takes_descriptors_again(
-        self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         holder.store("link", fds["one"])
         daemon.stop()
@@ -172,7 +172,7 @@ class TestS6:
         assert daemon.successor()["held"] == {"link": "two"}
 
     def test_a_second_process_with_the_same_names_is_noticed(
-        self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         daemon.put("inco-trio/a/link.1", fds["foreign"])
         with pytest.raises(ResourceRefused, match=r"cannot keep inco-trio/a/link\.1 in .*busy; .*no other process"):
@@ -184,10 +184,10 @@ class TestS6:
     ) -> None:
         monkeypatch.setenv("S6_FD#", "0")
         with pytest.raises(ResourceRefused, match=r"^cannot keep other/link\.1 .*not permitted; its rules[^\n]*$"):
-            S6Holder(daemon.socket, "other/").store("link", fds["one"])
+            S6FdStore(daemon.socket, "other/").store("link", fds["one"])
 
     def test_a_daemon_that_is_not_there_is_one_line(
-        self, daemon: Daemon, holder: S6Holder, fds: dict[str, int]
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         holder.store("link", fds["one"])
         daemon.stop()
@@ -202,7 +202,7 @@ class TestS6:
         code = f"""
 import os
 from inco_trio.errors import ResourceRefused
-from inco_trio.held import S6Holder
+from inco_trio.keep.fdstore import S6FdStore
 
 if {account is not None}:
     os.setgroups([])
@@ -210,7 +210,7 @@ if {account is not None}:
     os.setuid({account and account.pw_uid})
 for prefix in ("inco-trio/a/", "inco-trio/aa/"):
     os.environ["S6_FD#"] = "0"
-    holder = S6Holder("s", prefix)
+    holder = S6FdStore("s", prefix)
     try:
         holder.store("link", 0)
         holder.store("link", 0)
@@ -236,12 +236,12 @@ def test_without_s6_installed_it_is_one_line(
     monkeypatch.setenv("S6_FD#", "0")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ResourceRefused, match=r"^cannot run s6-fdholder-store: [^\n]*is s6 installed"):
-        S6Holder("s", PREFIX).store("link", fds["one"])
+        S6FdStore("s", PREFIX).store("link", fds["one"])
 
 
 def test_s6_without_its_dump_is_refused() -> None:
     with pytest.raises(UsageError, match=r"^--fd-holder /run/s: [^\n]*s6-fdholder-getdump /run/s inco-trio run"):
-        holder_from_environment("/run/s", "a")
+        fd_store_from_environment("/run/s", "a")
 
 
 @pytest.mark.parametrize("identifier", ["inco-trio/a/link.1", "inco-trio/b/link.1"])
@@ -249,7 +249,7 @@ def test_a_descriptor_that_was_closed_on_the_way_is_refused(identifier: str, mon
     for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": identifier}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"^the environment names descriptor 1000000 [^\n]*$"):
-        holder_from_environment("/run/s", "a")
+        fd_store_from_environment("/run/s", "a")
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def received(manager: socket.socket) -> tuple[list[str], list[str]]:
 
 class TestSystemd:
     def test_the_new_is_stored_before_the_old_is_dropped(self, systemd: socket.socket, fds: dict[str, int]) -> None:
-        holder = SystemdHolder()
+        holder = SystemdFdStore()
         holder.store("link", fds["one"])
         holder.store("link", fds["two"])
         holder.remove("link")
@@ -299,7 +299,7 @@ class TestSystemd:
             text=True,
         )
         assert json.loads(done.stdout) == {
-            "class": "SystemdHolder",
+            "class": "SystemdFdStore",
             "held": {"link": "new"},
             "inheritable": [],
             "open": [],
@@ -308,7 +308,7 @@ class TestSystemd:
         assert received(systemd) == (["FDSTOREREMOVE=1", "FDNAME=link.9"], [])
 
     def test_a_store_that_cannot_be_reached_is_one_line(self, systemd: socket.socket, fds: dict[str, int]) -> None:
-        holder = SystemdHolder()
+        holder = SystemdFdStore()
         systemd.close()
         with pytest.raises(ResourceRefused, match=r"^cannot reach systemd's FD store at [^\n]*refused$"):
             holder.store("link", fds["one"])
@@ -317,13 +317,13 @@ class TestSystemd:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, NoHolder),
-        ({"NOTIFY_SOCKET": "/n"}, NoHolder),
-        ({"NOTIFY_SOCKET": "/n", "FDSTORE": "0"}, NoHolder),
-        ({"NOTIFY_SOCKET": "/n", "FDSTORE": "8"}, SystemdHolder),
-        ({"NOTIFY_SOCKET": "/n", "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0"}, SystemdHolder),
-        ({"NOTIFY_SOCKET": "/n", "LISTEN_PID": "1", "LISTEN_FDS": "1"}, NoHolder),
-        ({"FDSTORE": "8"}, NoHolder),
+        ({}, NoFdStore),
+        ({"NOTIFY_SOCKET": "/n"}, NoFdStore),
+        ({"NOTIFY_SOCKET": "/n", "FDSTORE": "0"}, NoFdStore),
+        ({"NOTIFY_SOCKET": "/n", "FDSTORE": "8"}, SystemdFdStore),
+        ({"NOTIFY_SOCKET": "/n", "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0"}, SystemdFdStore),
+        ({"NOTIFY_SOCKET": "/n", "LISTEN_PID": "1", "LISTEN_FDS": "1"}, NoFdStore),
+        ({"FDSTORE": "8"}, NoFdStore),
     ],
 )
 def test_the_environment_chooses_the_holder(
@@ -331,13 +331,13 @@ def test_the_environment_chooses_the_holder(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    holder = holder_from_environment(None, "a")
+    holder = fd_store_from_environment(None, "a")
     assert type(holder) is expected
     assert holder.inherited == {}
 
 
 def test_no_holder_keeps_nothing(fds: dict[str, int]) -> None:
-    holder = NoHolder()
+    holder = NoFdStore()
     holder.store("link", fds["one"])
     holder.remove("link")
-    assert NoHolder().inherited == {}
+    assert NoFdStore().inherited == {}

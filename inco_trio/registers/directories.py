@@ -11,9 +11,9 @@ from pathlib import Path
 
 import attrs
 
-from . import inotify as ino
-from .inotify import Inotify
-from .signals import Signal
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.inotify import Inotify
+from inco_trio.signals import Signal
 
 __all__ = ["ANCESTOR_MASK", "IrqDirectory"]
 

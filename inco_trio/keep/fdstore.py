@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from inco_trio.errors import ResourceRefused, UsageError
-from inco_trio.notify import sd_notify
+from inco_trio.service.notify import sd_notify
 
-__all__ = ["Holder", "NoHolder", "S6Holder", "SystemdHolder", "holder_from_environment"]
+__all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
 
 _TIMEOUT_MS = 5000
 """The holder answers in a millisecond or not at all; s6's tools would wait for ever."""
@@ -30,7 +30,7 @@ _Found = tuple[str, int, int]
 """The name, number and descriptor of something that was kept for us."""
 
 
-class Holder(Protocol):
+class FdStore(Protocol):
     """Keeps descriptors while no process of ours runs."""
 
     inherited: dict[str, int]
@@ -47,7 +47,7 @@ class Holder(Protocol):
         """Stop keeping `name`; nothing happens if it is not kept. Raises as `store` does."""
 
 
-class NoHolder:
+class NoFdStore:
     """Keeps nothing: without a supervisor that holds descriptors there is nothing to inherit."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class NoHolder:
         """Do nothing."""
 
 
-class _NumberedHolder(ABC):
+class _NumberedFdStore(ABC):
     """The numbering that both supervisors need, as neither replaces a descriptor in one step."""
 
     def __init__(self, found: Iterable[_Found]) -> None:
@@ -91,7 +91,7 @@ class _NumberedHolder(ABC):
     def _drop(self, identifier: str) -> None: ...
 
 
-class S6Holder(_NumberedHolder):
+class S6FdStore(_NumberedFdStore):
     """Keeps descriptors in the s6-fdholder-daemon that listens on `socket`, under identifiers that start with `prefix`.
 
     The process must have been started through `s6-fdholder-getdump`, whose variables are taken out of the environment;
@@ -128,7 +128,7 @@ class S6Holder(_NumberedHolder):
         return done.returncode, done.stderr.decode(errors="replace").strip()
 
 
-class SystemdHolder(_NumberedHolder):
+class SystemdFdStore(_NumberedFdStore):
     """Keeps descriptors in the FD store of the systemd unit that this process is the main process of.
 
     The variables of sd_listen_fds(3) are taken out of the environment; descriptors that are not ours are closed.
@@ -153,16 +153,16 @@ class SystemdHolder(_NumberedHolder):
             raise ResourceRefused(f"cannot reach systemd's FD store at $NOTIFY_SOCKET ({address}): {error}") from error
 
 
-def holder_from_environment(fd_holder: str | None, interface: str) -> Holder:
+def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
     """The holder that this process was started with: s6's at the socket `fd_holder` if given, systemd's, or none.
 
     Call it once, before other descriptors are opened. Raises UsageError.
     """
     if fd_holder is not None:
-        return S6Holder(fd_holder, f"inco-trio/{interface}/")
+        return S6FdStore(fd_holder, f"inco-trio/{interface}/")
     if os.environ.get("NOTIFY_SOCKET") and (os.environ.get("FDSTORE", "0") != "0" or _listen_fds_are_ours()):
-        return SystemdHolder()
-    return NoHolder()
+        return SystemdFdStore()
+    return NoFdStore()
 
 
 def _take_dump(socket: str, prefix: str) -> list[_Found]:

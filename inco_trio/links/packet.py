@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import trio
 
-from .errors import LinkMissing, PermissionRefused, ResourceRefused
-from .frame import ETHERTYPE, encode
+from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.frame import ETHERTYPE, encode
 
 __all__ = ["Link", "LinkWatcher"]
 

@@ -27,11 +27,11 @@ from typing import TextIO
 
 import attrs
 
-from .errors import IncoError, ResourceRefused, UsageError
-from .frame import decode
-from .inotify import IN_CLOSE_WRITE, Inotify, parse_events
-from .signals import BUILTIN, Direction, Signal, builtin_signals
-from .world import Cores, Peer, may_make_namespaces, new_user_namespace, two_cores
+from inco_trio.errors import IncoError, ResourceRefused, UsageError
+from inco_trio.frame import decode
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
+from inco_trio.simulation.world import Cores, Peer, may_make_namespaces, new_user_namespace, two_cores
 
 __all__ = ["ProxyError", "run_demo"]
 

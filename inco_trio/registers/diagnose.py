@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from .signals import Direction, Signal
+from inco_trio.signals import Direction, Signal
 
 __all__ = ["diagnose", "filesystem_type", "unreported"]
 

@@ -11,9 +11,9 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import ClosedError
+from inco_trio.handoff import Batch, Handoff
 from inco_trio.signals import Signal, builtin_signals
 from inco_trio.supervise import Health
-from inco_trio.way import Batch, Way
 
 RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
@@ -24,7 +24,7 @@ class World:
     def __init__(self) -> None:
         self.done: list[str] = []
         self.carried: list[list[Signal]] = []
-        self.way = Way(lambda signals: self.carried.append(list(signals)))
+        self.way = Handoff(lambda signals: self.carried.append(list(signals)))
 
     def batch(self, name: str, *signals: Signal) -> Batch:
         return self.way.batch(list(signals), lambda: self.done.append(name))

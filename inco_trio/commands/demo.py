@@ -1,0 +1,22 @@
+"""`inco-trio demo`: two simulated cores signal each other."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `demo`."""
+    sub.epilog = "example: inco-trio demo --count 50"
+    sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications of each signal (default: 80)")
+    sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications a second (default: 100)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demonstration."""
+    from inco_trio.simulation.demo import run_demo
+
+    return run_demo(args.count, args.rate, sys.stdout)

@@ -1,0 +1,1 @@
+"""Two cores as network namespaces, and the demonstration on them."""
