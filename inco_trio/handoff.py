@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import attrs
 import trio
 
 from inco_trio.errors import ClosedError
+from inco_trio.keep.inflight import Bank, NumberTable
 from inco_trio.signals import Signal
 from inco_trio.supervise import Health
 
@@ -19,37 +20,46 @@ class Batch:
     """Notifications on their way from one leg to the next, in order."""
 
     signals: list[Signal]
-    done: Callable[[], None]
-    """Called once all of them are finished: only then may what they were read from be forgotten."""
+    banks: Sequence[tuple[Bank, int]] = ()
+    """What they were read into, and how many bytes of it: forgotten once all of them are finished, not before."""
+    watches: Mapping[bytes, int] = attrs.field(factory=dict)
+    """The watches to note once all of them are finished, see `Triggered`."""
     drained: bool = True
     """Whether nothing was left to read behind it."""
+    finished: trio.Event | None = None
+    """Set once all of them are finished."""
 
 
 class Handoff:
     """A channel without buffer, and the batches that were made for it and are not finished.
 
     A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the
-    process. `carried` is called with the signals of every batch that is finished.
+    process. `carried` is called with the signals of every batch that is finished; `noted` is `Inflight.watches`.
     """
 
-    def __init__(self, carried: Callable[[Sequence[Signal]], None]) -> None:
+    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Signal]], None]) -> None:
         self._entry, self.exit = trio.open_memory_channel[Batch](0)
+        self._noted = noted
         self.carried = carried
         self._reading: trio.CancelScope | None = None
         self._stopping = False
         self._handing: set[trio.CancelScope] = set()
-        self.open: set[Batch] = set()
+        self.unfinished: set[Batch] = set()
 
-    def batch(self, signals: list[Signal], done: Callable[[], None], *, drained: bool = True) -> Batch:
-        """A batch that is on its way from now on."""
-        batch = Batch(signals, done, drained)
-        self.open.add(batch)
+    def begin(self, batch: Batch) -> Batch:
+        """The batch is on its way from now on."""
+        self.unfinished.add(batch)
         return batch
 
     def finish(self, batch: Batch) -> None:
         """All of the batch is done."""
-        batch.done()
-        self.open.discard(batch)
+        for key, wd in batch.watches.items():
+            self._noted[key] = wd
+        for bank, length in batch.banks:
+            bank.clear(length)
+        if batch.finished is not None:
+            batch.finished.set()
+        self.unfinished.discard(batch)
         if batch.signals:
             self.carried(batch.signals)
 
@@ -74,10 +84,11 @@ class Handoff:
 
     async def offer(self, batch: Batch) -> None:
         """Hand over a batch that is forgotten when this is cancelled. Raises ClosedError."""
+        self.begin(batch)
         try:
             await self._send(batch)
         except BaseException:
-            self.open.discard(batch)
+            self.unfinished.discard(batch)
             raise
 
     async def _send(self, batch: Batch) -> None:
@@ -86,7 +97,7 @@ class Handoff:
         except trio.ClosedResourceError:
             raise ClosedError("the proxy is closed") from None
 
-    async def read(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
+    async def run_reader(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
         """Call `read_queued` at once, and whenever `fd` is readable; after `stop_reading` once more, then return."""
         with trio.CancelScope() as self._reading:
             while not self._stopping:
@@ -96,7 +107,7 @@ class Handoff:
         await read_queued()
 
     def stop_reading(self) -> None:
-        """Let `read` return once nothing is left to read."""
+        """Let `run_reader` return once nothing is left to read."""
         self._stopping = True
         if self._reading is not None:
             self._reading.cancel()

@@ -1,16 +1,15 @@
-"""The inbound way: frames of the link to writes of state registers."""
+"""The inbound direction: frames of the link to writes of state files."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from inco_trio.frame import HEADER_LENGTH, decode
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
 from inco_trio.links.packet import Link
-from inco_trio.registers.triggers import Registers
-from inco_trio.stats import Stats
+from inco_trio.registers.states import StateFiles
+from inco_trio.stats import Counters
 from inco_trio.supervise import Health
 
 __all__ = ["Inbound"]
@@ -19,34 +18,27 @@ logger = logging.getLogger(__name__)
 
 
 class Inbound:
-    """Reads frames into the in-flight memory, and writes the state registers of their signals."""
+    """Reads frames into the in-flight memory, and writes the state files of their signals."""
 
     def __init__(
-        self,
-        handoff: Handoff,
-        link: Link,
-        registers: Registers,
-        inflight: Inflight,
-        stats: Stats,
-        wrote: Callable[[], None],
+        self, handoff: Handoff, link: Link, states: StateFiles, inflight: Inflight, counters: Counters
     ) -> None:
         self._handoff = handoff
         self._link = link
-        self._registers = registers
+        self._states = states
         self._inflight = inflight
-        self._stats = stats
-        self._wrote = wrote
+        self._counters = counters
         starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
         self._rooms = [[bank.view[i : i + FRAME_ROOM] for i in starts] for bank in inflight.frames]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     def recover(self) -> None:
         """Deliver the frames that a predecessor had read and not finished."""
-        known = self._registers.table.inbound
+        known = self._states.known
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             signals = [known[name] for name in map(decode, frames_in(bank)) if name in known]
-            self._stats.recovered += len(signals)
-            self._registers.write(signals)
+            self._counters.recovered += len(signals)
+            self._states.write(signals)
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:
@@ -57,7 +49,7 @@ class Inbound:
     def count_dropped(self) -> None:
         """Bring the counter of dropped frames up to date."""
         if dropped := self._link.dropped():
-            self._stats.dropped += dropped
+            self._counters.dropped += dropped
             logger.warning("%s: %d frames dropped: the receive queue was full", self._link.interface, dropped)
 
     def _read(self, link: Link) -> Batch | None:
@@ -69,8 +61,8 @@ class Inbound:
         if not lengths:
             return None
         self._fills += 1
-        self._stats.received += len(lengths)
-        known = self._registers.table.inbound
+        self._counters.received += len(lengths)
+        known = self._states.known
         signals = []
         for room, length in zip(rooms, lengths, strict=False):
             signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
@@ -80,27 +72,27 @@ class Inbound:
                 signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
         drained = len(lengths) < FRAMES and lengths[-1] <= FRAME_STEP
-        return self._handoff.batch(signals, lambda: bank.clear(used), drained=drained)
+        return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
 
     def _count_unusual(self, room: memoryview, length: int) -> None:
         """Count a frame that carries no inbound signal of the table."""
         name = decode(bytes(room[:length])) if length <= FRAME_ROOM else None
         if name is None:
-            self._stats.malformed += 1
+            self._counters.malformed += 1
         else:
-            self._stats.unknown += 1
+            self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
-        await self._handoff.read(self._link.fd, self._receive_queued, health)
+        await self._handoff.run_reader(self._link.fd, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
-        if not self._handoff.open:
+        if not self._handoff.unfinished:
             self._receive_lone()
         burst = False
         while batch := self._read(self._link):
-            if batch.drained and len(self._handoff.open) == 1:
+            if batch.drained and len(self._handoff.unfinished) == 1:
                 # Nor is there a backlog behind these, which could be read while they are written.
                 self._deliver(batch)
                 break
@@ -115,24 +107,22 @@ class Inbound:
         length = self._link.receive_one(room)
         if not length:
             return
-        known = self._registers.table.inbound
+        known = self._states.known
         signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
         if signal is None:
             self._count_unusual(room, length)
         else:
-            self._registers.write((signal,))
+            self._states.write((signal,))
             self._handoff.carried((signal,))
-            self._wrote()
-        self._stats.received += 1
+        self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_ROOM))
 
     async def write(self, health: Health) -> None:
-        """The leg that writes the registers."""
+        """The leg that writes the state files."""
         async for batch in self._handoff.exit:
             self._deliver(batch)
             health.well()
 
     def _deliver(self, batch: Batch) -> None:
-        self._registers.write(batch.signals)
+        self._states.write(batch.signals)
         self._handoff.finish(batch)
-        self._wrote()

@@ -1,22 +1,21 @@
-"""The outbound way: triggers, as inotify reports them, to frames on the link."""
+"""The outbound direction: triggers, as inotify reports them, to frames on the link."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import trio
 
 from inco_trio.errors import ClosedError
 from inco_trio.handoff import Batch, Handoff
-from inco_trio.keep.inflight import EVENT_BANK, Inflight
+from inco_trio.keep.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.links.packet import DOWN, Link
 from inco_trio.registers.inotify import Inotify, parse_events
-from inco_trio.registers.triggers import Registers, Triggered
+from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
-from inco_trio.stats import Stats
+from inco_trio.stats import Counters
 from inco_trio.supervise import TRANSIENT, Health
 
 __all__ = ["Outbound"]
@@ -32,72 +31,57 @@ class Outbound:
         self,
         handoff: Handoff,
         link: Link,
-        registers: Registers,
+        triggers: Triggers,
         inotify: Inotify,
         inflight: Inflight,
-        stats: Stats,
-        read: Callable[[], None],
+        counters: Counters,
     ) -> None:
         self._handoff = handoff
         self._link = link
-        self._registers = registers
+        self._triggers = triggers
         self._inotify = inotify
         self._inflight = inflight
-        self._stats = stats
-        self._read = read
+        self._counters = counters
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
-        self._recovered: tuple[Batch, trio.Event] | None = None
+        self._recovered: Batch | None = None
         self._waiting: set[trio.Event] = set()
 
     def recover(self) -> None:
-        """Take up what a predecessor had read and not finished."""
-        triggered = Triggered([], {})
+        """Take up what a predecessor had read and not finished; the leg `triggers` hands it over first."""
+        triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
-            triggered.extend(self._registers.triggered(parse_events(bank.view)))
-        self._stats.recovered += len(triggered.signals)
-        finished = trio.Event()
+            triggered.extend(self._triggers.follow(parse_events(bank.view)))
+        self._counters.recovered += len(triggered.signals)
+        self._recovered = self._batch(triggered, banks=[(bank, len(bank.view)) for bank in banks])
+        self._recovered.finished = trio.Event()
 
-        def done() -> None:
-            for bank in banks:
-                bank.clear(len(bank.view))
-            finished.set()
-
-        self._recovered = (self._batch(triggered, 0, done), finished)
-
-    def _batch(self, triggered: Triggered, sent: int, done: Callable[[], None]) -> Batch:
+    def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch:
         """A batch of what was triggered, without the first `sent`."""
-        watches = self._inflight.watches
+        self._counters.triggered += len(triggered.signals)
+        return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
-        def finished() -> None:
-            for key, wd in triggered.watches.items():
-                watches[key] = wd
-            done()
-
-        self._stats.triggered += len(triggered.signals)
-        return self._handoff.batch(triggered.signals[sent:], finished)
-
-    async def trigger(self, triggered: Triggered) -> None:
+    async def send_found(self, found: Triggered) -> None:
         """Send what was found to be triggered without an event of its own.
 
         What is not handed over before the proxy closes is not noted, so that a successor finds it again.
         """
-        if triggered.signals:
-            with contextlib.suppress(ClosedError):
-                await self._handoff.hand_over(self._batch(triggered, 0, lambda: None))
+        with contextlib.suppress(ClosedError):
+            await self._handoff.hand_over(self._batch(found))
 
     async def send_signal(self, signal: Signal) -> None:
         """Send one notification; returns once the link has accepted it. Raises ClosedError."""
         finished = trio.Event()
-        batch = self._batch(Triggered([signal], {}), 0, finished.set)
+        batch = Batch([signal], finished=finished)
         await self._handoff.offer(batch)
+        self._counters.triggered += 1
         self._waiting.add(finished)
         try:
             await finished.wait()
         finally:
             self._waiting.discard(finished)
-        if batch in self._handoff.open:
+        if batch in self._handoff.unfinished:
             raise ClosedError("the proxy was closed before the link accepted the frame")
 
     def closed(self) -> None:
@@ -108,10 +92,11 @@ class Outbound:
     async def triggers(self, health: Health) -> None:
         """The leg that reads inotify."""
         if self._recovered is not None:
-            (batch, finished), self._recovered = self._recovered, None
+            batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
-            await finished.wait()  # Its events stand in both banks.
-        await self._handoff.read(self._inotify.fd, self._read_queued, health)
+            assert batch.finished is not None  # noqa: S101 - see `recover`
+            await batch.finished.wait()  # Its events stand in both banks.
+        await self._handoff.run_reader(self._inotify.fd, self._read_queued, health)
 
     async def _read_queued(self) -> None:
         """Read inotify until nothing is left, and send, or hand over, what was triggered."""
@@ -120,18 +105,16 @@ class Outbound:
             bank = self._inflight.events[self._fills & 1]
             bank.begin(self._fills + 1)
             length = self._inotify.read_into(bank.view)
-            triggered = self._registers.triggered(parse_events(bank.view[:length]))
-            triggered.extend(self._registers.found())
+            triggered = self._triggers.follow(parse_events(bank.view[:length]))
             # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
-            lone = not self._handoff.open and length <= EVENT_BANK - EVENT_ROOM
+            lone = not self._handoff.unfinished and length <= EVENT_BANK - EVENT_ROOM
             sent = self._send_now(triggered.signals) if lone else 0
-            batch = self._batch(triggered, sent, functools.partial(bank.clear, length))
+            batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.signals:
                 self._fills += 1
                 await self._handoff.hand_over(batch)
             else:
                 self._handoff.finish(batch)
-            self._read()
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
         """Send as many of `signals` as the link takes here and now; returns their number."""
@@ -142,7 +125,7 @@ class Outbound:
                 sent += 1
         except OSError:
             pass  # For the leg that sends, which knows what to do.
-        self._stats.sent += sent
+        self._counters.sent += sent
         if sent:
             self._handoff.carried(signals[:sent])
         return sent
@@ -167,7 +150,7 @@ class Outbound:
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._link.fd)
             except OSError as error:
-                self._stats.send_failures += 1
+                self._counters.send_failures += 1
                 if error.errno in DOWN and before is not changed:
                     continue  # The socket may have kept the error of a link that is up again: ask once more.
                 if error.errno in DOWN:
@@ -180,12 +163,12 @@ class Outbound:
                         await changed.wait()
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
-                    self._stats.unsendable += 1
+                    self._counters.unsendable += 1
                     return False
                 else:
                     raise
             else:
-                self._stats.sent += 1
+                self._counters.sent += 1
                 return True
 
     def link_changed(self) -> None:

@@ -7,6 +7,7 @@ the readers stop waiting and read what is left, the others finish it.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -15,7 +16,7 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ConfigError, ResourceRefused, UnknownSignal
+from inco_trio.errors import ClosedError, ConfigError, ResourceRefused, UnknownSignal
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
@@ -23,10 +24,11 @@ from inco_trio.keep.inflight import Inflight
 from inco_trio.links.packet import Link, LinkWatcher, missing
 from inco_trio.outbound import Outbound
 from inco_trio.registers.inotify import Inotify
-from inco_trio.registers.triggers import Registers, start_error
+from inco_trio.registers.refusals import refusal
+from inco_trio.registers.registers import Registers
 from inco_trio.signals import Signal, SignalTable
-from inco_trio.stats import Stats
-from inco_trio.supervise import Backoff, Health, supervise
+from inco_trio.stats import Counters, Stats
+from inco_trio.supervise import Health, in_turns, supervise
 
 __all__ = ["Notification", "Proxy", "open_proxy", "serve"]
 
@@ -42,28 +44,92 @@ class Notification:
     """When it was written or sent, as of time.monotonic_ns()."""
 
 
+class Streams:
+    """The streams of events: each gets what is carried; nobody waits for its reader."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self._entries: set[trio.MemorySendChannel[Notification]] = set()
+
+    def publish(self, signals: Sequence[Signal]) -> None:
+        """Log, and hand to each stream, what was carried."""
+        if logger.isEnabledFor(logging.DEBUG):
+            for signal in signals:
+                logger.debug("%s: %s", signal.direction.value, signal.name)
+        if not self._entries:
+            return
+        now = time.monotonic_ns()
+        for entry in self._entries:
+            for number, signal in enumerate(signals):
+                try:
+                    entry.send_nowait(Notification(signal, now))
+                except trio.WouldBlock:
+                    self._counters.events_lost += len(signals) - number
+                    break
+
+    @contextmanager
+    def open(self, buffer: int) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
+        """A stream of what is carried from now on."""
+        entry, stream = trio.open_memory_channel[Notification](buffer)
+        self._entries.add(entry)
+        try:
+            with entry, stream:
+                yield stream
+        finally:
+            self._entries.discard(entry)
+
+    def close(self) -> None:
+        """End all streams."""
+        for entry in self._entries:
+            entry.close()
+
+
+@attrs.define
+class _Parts:
+    """What a proxy is made of."""
+
+    counters: Counters
+    streams: Streams
+    registers: Registers
+    link: Link
+    watcher: LinkWatcher
+    handoffs: tuple[Handoff, Handoff]
+    inbound: Inbound
+    outbound: Outbound
+
+
 class Proxy:
     """A running proxy; `open_proxy` makes one."""
 
-    def __init__(self, config: Config, fd_store: FdStore) -> None:
+    def __init__(self, config: Config, parts: _Parts) -> None:
         self.config = config
-        self._fd_store = fd_store
-        self._stats = Stats()
-        self._streams: set[trio.MemorySendChannel[Notification]] = set()
-        self._trouble = trio.Event()
+        self._parts = parts
+        self._counters = parts.counters
+        self._registers = parts.registers
+        self._link = parts.link
+        self._inbound, self._outbound = parts.inbound, parts.outbound
         self._closed = False
-        self._scopes: dict[str, trio.CancelScope] = {}
-        self._ended: dict[str, trio.Event] = {}
-        self._inbound_handoff, self._outbound_handoff = Handoff(self._publish), Handoff(self._publish)
+        self._present = trio.Event()
+        self._reloading = trio.Lock()
+        self._legs: dict[str, Callable[[Health], Awaitable[None]]] = {
+            "send": parts.outbound.send,
+            "write": parts.inbound.write,
+            "watch": self._watch,
+            "restore": self._restore,
+            "receive": parts.inbound.receive,
+            "triggers": parts.outbound.triggers,
+        }
+        self._scopes = {name: trio.CancelScope(shield=True) for name in self._legs}
+        self._ended = {name: trio.Event() for name in self._legs}
 
     # ------------------------------------------------------------------------------------------------ for callers
 
     @property
     def stats(self) -> Stats:
-        """The counters, up to date."""
+        """The counters of this moment."""
         if not self._closed:
             self._inbound.count_dropped()
-        return self._stats
+        return self._counters.snapshot()
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
@@ -81,151 +147,76 @@ class Proxy:
         """A stream of what is carried from now on, in both directions.
 
         A reader that is more than `buffer` notifications behind misses some, which `Stats.events_lost` counts; the
-        proxy never waits for it. The stream ends when the proxy closes.
+        proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already.
         """
-        entry, stream = trio.open_memory_channel[Notification](buffer)
-        self._streams.add(entry)
-        try:
-            with entry, stream:
-                yield stream
-        finally:
-            self._streams.discard(entry)
+        self._check_open()
+        with self._parts.streams.open(buffer) as stream:
+            yield stream
 
     async def reload(self, config: Config) -> None:
         """Take another signal table; the link and all that is in both tables are left untouched.
 
-        Nothing that was accepted is lost, and nothing is notified by it. Raises ConfigError for another interface.
+        Nothing that was accepted is lost, and nothing is notified by it; an IRQ directory that is missing is made.
+        Raises ClosedError, and IncoError for another interface or for what cannot be opened: then nothing is changed.
         """
         if config.interface != self.config.interface:
             raise ConfigError([f"{config.interface}: a reload cannot change the interface: restart"])
-        self.config = config
-        await self._outbound.trigger(self._registers.replace_table(SignalTable(config.signals)))
-        self._look_for_trouble()
+        async with self._reloading:
+            self._check_open()
+            await self._registers.reload(SignalTable(config.signals))
+            self.config = config
 
-    # --------------------------------------------------------------------------------------------- opening, closing
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the proxy is closed")
 
-    async def _open(self, resources: ExitStack) -> None:
-        """Acquire everything, what an earlier process left included. `resources` gets the closing of it."""
-        inherited = self._fd_store.inherited
-        interface = self.config.interface
-        try:
-            inflight = Inflight.open(inherited.get("inflight"))
-        except OSError as error:
-            raise start_error(error, "shared memory") from error
-        resources.callback(inflight.close)
-        try:
-            inotify = Inotify(inherited.get("inotify"))
-        except OSError as error:
-            raise start_error(error, "inotify") from error
-        resources.callback(inotify.close)
-        self._registers = Registers(SignalTable(self.config.signals), inotify, inflight, self._stats)
-        resources.callback(self._registers.close)
-        self._registers.open()
+    # --------------------------------------------------------------------------------------------- starting, stopping
 
-        stale = None
-        if "link" in inherited:
-            self._link = Link.take(interface, inherited["link"])
-            if not self._link.fits:
-                stale = self._link
-        if "link" not in inherited or stale is not None:
-            self._link = Link.open(interface)
-        resources.callback(self._link.close)
-        try:
-            self._watcher = LinkWatcher()
-        except OSError as error:
-            raise ResourceRefused(f"{interface}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
-        resources.callback(self._watcher.close)
-        await self._wait_for_link()
-
-        self._inbound = Inbound(
-            self._inbound_handoff, self._link, self._registers, inflight, self._stats, self._look_for_trouble
-        )
-        self._outbound = Outbound(
-            self._outbound_handoff, self._link, self._registers, inotify, inflight, self._stats, self._look_for_trouble
-        )
-        self._inbound.recover()
-        self._outbound.recover()
-        if stale is not None:
-            logger.info("%s: the inherited socket does not fit any more and is replaced", interface)
-            self._inbound.drain(stale)
-            stale.close()
-        for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", self._link.fd)):
-            if inherited.get(name) != fd:
-                self._fd_store.store(name, fd)
-        self._owed = inflight.owed
-        self._look_for_trouble()
-        logger.info(
-            "%s: %d signals, address %s, receive buffer of %d kB granted",
-            interface,
-            len(self._registers.table),
-            self._link.mac.hex(":"),
-            self._link.granted // 1024,
-        )
-
-    async def _wait_for_link(self) -> None:
-        health = Health(self.config.interface)
-        while not self._link.refresh():
-            if not self.config.wait_link:
-                raise missing(self.config.interface)
-            health.failed("no such interface yet: waiting for it")
-            await self._watcher.wait()
-        health.well()
-
-    def _start(self, nursery: trio.Nursery) -> None:
-        for leg in (
-            self._outbound.send,
-            self._inbound.write,
-            self._watch,
-            self._mend,
-            self._inbound.receive,
-            self._outbound.triggers,
-        ):
-            name = leg.__name__.lstrip("_")
-            self._ended[name] = trio.Event()
-            self._scopes[name] = trio.CancelScope(shield=True)
+    async def _start(self, nursery: trio.Nursery) -> None:
+        """Start the legs; returns once the interface exists."""
+        for name, leg in self._legs.items():
             nursery.start_soon(self._run_leg, name, leg, name=f"{self.config.interface}: {name}")
+        await self._present.wait()
 
     async def _run_leg(self, name: str, leg: Callable[[Health], Awaitable[None]]) -> None:
         try:
             with self._scopes[name]:
-                await supervise(f"{self.config.interface}: {name}", leg, self._stats)
+                await supervise(f"{self.config.interface}: {name}", leg, self._counters)
         finally:
             self._ended[name].set()
 
     async def _stop(self) -> None:
         """End the legs: what was accepted is finished first, within the configured deadline."""
-        ways = (self._inbound_handoff, self._outbound_handoff)
         with trio.move_on_after(self.config.stop_deadline):
-            for way in ways:
-                way.stop_reading()
+            for handoff in self._parts.handoffs:
+                handoff.stop_reading()
             for name in ("receive", "triggers"):
                 await self._ended[name].wait()
-            self._scopes["mend"].cancel()
-            for way in ways:
-                way.close()
+            self._scopes["restore"].cancel()
+            for handoff in self._parts.handoffs:
+                handoff.close()
             for name in ("write", "send"):
                 await self._ended[name].wait()
-        for way in ways:
-            way.abort()
-            way.close()
+        self._closed = True
+        for handoff in self._parts.handoffs:
+            handoff.abort()
+            handoff.close()
         for scope in self._scopes.values():
             scope.cancel()
         for ended in self._ended.values():
             await ended.wait()
         self._outbound.closed()
-        self._stats.unfinished = sum(self._owed[name] for name in self._owed) + sum(
-            len(batch.signals) for way in ways for batch in way.open
+        self._counters.unfinished = self._registers.states.owed + sum(
+            len(batch.signals) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
         self._inbound.count_dropped()
-        self._closed = True
-        for stream in self._streams:
-            stream.close()
+        self._parts.streams.close()
 
     # -------------------------------------------------------------------------------------------------------- legs
 
     async def _watch(self, health: Health) -> None:
         """The leg that follows the interface: it may go, come back as another one, or change its address."""
-        present = True
+        present = self._present.is_set()
         while True:
             if self._link.refresh() != present:
                 present = not present
@@ -233,40 +224,24 @@ class Proxy:
                     health.failed("the interface is gone: waiting for it")
             if present:
                 health.well()
+                self._present.set()
             self._outbound.link_changed()
-            await self._watcher.wait()
+            await self._parts.watcher.wait()
 
-    async def _mend(self, health: Health) -> None:
-        """The leg that retries what the registers could not do."""
+    async def _restore(self, health: Health) -> None:
+        """The leg that tries again what the registers could not do."""
+        registers = self._registers
         async with trio.open_nursery() as nursery:
             while True:
-                await self._trouble.wait()
-                backoff = Backoff()
-                while self._registers.troubled:
-                    await trio.sleep(backoff.next())
-                    # Not awaited: a link that is down must not keep registers from being mended.
-                    nursery.start_soon(self._outbound.trigger, self._registers.mend())
+                pause = max(0.0, registers.next_restore() - time.monotonic())
+                with trio.move_on_after(pause) if pause < math.inf else trio.CancelScope():
+                    await registers.troubled.wait()
+                registers.troubled = trio.Event()
+                await in_turns(registers.restore())
+                # Not awaited: a link that is down must not keep registers from being restored.
+                if (found := registers.triggers.found()).signals:
+                    nursery.start_soon(self._outbound.send_found, found)
                 health.well()
-                self._trouble = trio.Event()
-
-    def _look_for_trouble(self) -> None:
-        if self._registers.troubled:
-            self._trouble.set()
-
-    def _publish(self, signals: Sequence[Signal]) -> None:
-        if logger.isEnabledFor(logging.DEBUG):
-            for signal in signals:
-                logger.debug("%s: %s", signal.direction.value, signal.name)
-        if not self._streams:
-            return
-        now = time.monotonic_ns()
-        for stream in self._streams:
-            for number, signal in enumerate(signals):
-                try:
-                    stream.send_nowait(Notification(signal, now))
-                except trio.WouldBlock:
-                    self._stats.events_lost += len(signals) - number
-                    break
 
 
 @asynccontextmanager
@@ -274,24 +249,102 @@ async def open_proxy(config: Config, *, fd_store: FdStore | None = None) -> Asyn
     """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
 
     `fd_store` keeps descriptors for a successor, see `keep.fdstore`. Once entered, link and watches are live. Raises
-    IncoError:
-    LinkMissing, PermissionRefused, ResourceRefused, ConfigError.
+    IncoError: LinkMissing, PermissionRefused, ResourceRefused, ConfigError. What the block raises is raised as it is.
+    A leg that fails for a reason that is not tried again ends the block; its exception, and the block's if there is one
+    too, are raised in an ExceptionGroup.
     """
     with ExitStack() as resources:
-        proxy = Proxy(config, fd_store or NoFdStore())
-        await proxy._open(resources)
-        failure = None
-        async with trio.open_nursery() as nursery:
-            proxy._start(nursery)
-            try:
-                yield proxy
-            except Exception as error:  # noqa: BLE001 - raised again below, where no nursery puts it into a group
-                failure = error
-            finally:
-                with trio.CancelScope(shield=True):
-                    await proxy._stop()
+        proxy = _build(config, fd_store or NoFdStore(), resources)
+        failure: BaseException | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                try:
+                    await proxy._start(nursery)
+                    yield proxy
+                except BaseException as error:  # noqa: BLE001
+                    # Raised again below, where no nursery puts it into a group.
+                    cancelled, failure = _split_cancelled(error)
+                    if cancelled is not None:
+                        raise cancelled from None
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await proxy._stop()
+        except BaseExceptionGroup as group:
+            if failure is not None:
+                raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
+            raise
         if failure is not None:
             raise failure
+
+
+def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
+    """What of `error` is a cancellation, which the nursery has to see, and what is not."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)
+    return (error, None) if isinstance(error, trio.Cancelled) else (None, error)
+
+
+def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
+    """Acquire everything, what an earlier process left included, and make a proxy of it. `resources` closes it.
+
+    The order: first the memory, as it says which watches of the inherited inotify descriptor are whose; then the
+    registers, so that triggers are watched from here on; then the link. What a predecessor left in flight is delivered
+    before anything newer is read, and only then the descriptors are stored: storing one ends what was kept before.
+    """
+    inherited, interface = fd_store.inherited, config.interface
+    counters = Counters()
+    try:
+        inflight = Inflight.open(inherited.get("inflight"))
+        resources.callback(inflight.close)
+        inotify = Inotify(inherited.get("inotify"))
+        resources.callback(inotify.close)
+    except OSError as error:
+        raise refusal(error, "shared memory") from error
+    registers = Registers(inotify, inflight, counters)
+    resources.callback(registers.close)
+    registers.open(SignalTable(config.signals))
+
+    link, stale = _open_link(interface, inherited.get("link"))
+    resources.callback(link.close)
+    try:
+        watcher = LinkWatcher()
+    except OSError as error:
+        raise ResourceRefused(f"{interface}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
+    resources.callback(watcher.close)
+    if not link.refresh():
+        if not config.wait_link:
+            raise missing(interface)
+        logger.warning("%s: no such interface yet: waiting for it", interface)
+
+    streams = Streams(counters)
+    handoffs = (Handoff(inflight.watches, streams.publish), Handoff(inflight.watches, streams.publish))
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters)
+    outbound = Outbound(handoffs[1], link, registers.triggers, inotify, inflight, counters)
+    inbound.recover()
+    outbound.recover()
+    if stale is not None:
+        logger.info("%s: the inherited socket does not fit any more and is replaced", interface)
+        inbound.drain(stale)
+        stale.close()
+    for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", link.fd)):
+        if inherited.get(name) != fd:
+            fd_store.store(name, fd)
+    logger.info(
+        "%s: %d signals, address %s, receive buffer of %d kB granted",
+        interface,
+        len(registers.table),
+        link.mac.hex(":") or "unknown yet",
+        link.granted // 1024,
+    )
+    return Proxy(config, _Parts(counters, streams, registers, link, watcher, handoffs, inbound, outbound))
+
+
+def _open_link(interface: str, held: int | None) -> tuple[Link, Link | None]:
+    """The link, and the inherited one if that does not fit any more."""
+    if held is None:
+        return Link.open(interface), None
+    inherited = Link.take(interface, held)
+    return (inherited, None) if inherited.fits else (Link.open(interface), inherited)
 
 
 async def serve(

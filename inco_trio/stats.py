@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import attrs
 
-__all__ = ["Stats"]
+__all__ = ["Counters", "Stats"]
 
 
 @attrs.define
-class Stats:
-    """Counts since the proxy was opened. Read them at any time; only the proxy writes."""
+class Counters:
+    """Counts since the proxy was opened; only the proxy has them."""
 
     received: int = 0
     """Frames taken from the link."""
@@ -42,6 +42,15 @@ class Stats:
     restarts: int = 0
     """Restarts of a failed leg."""
 
+    def snapshot(self) -> Stats:
+        """The counts of this moment."""
+        return Stats(**attrs.asdict(self))
+
+
+@attrs.frozen
+class Stats(Counters):
+    """The counts of one moment, see `Counters`."""
+
     def as_dict(self) -> dict[str, int]:
-        """The counters by name."""
+        """The counts by name."""
         return attrs.asdict(self)

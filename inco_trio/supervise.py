@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import random
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Generator
 
 import trio
 
-from inco_trio.stats import Stats
+from inco_trio.stats import Counters
 
-__all__ = ["TRANSIENT", "Backoff", "Health", "supervise"]
+__all__ = ["TRANSIENT", "Backoff", "Health", "Problems", "in_turns", "supervise"]
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,10 @@ TRANSIENT = frozenset({
     errno.ENETDOWN, errno.ENODEV, errno.ENXIO,
 })  # fmt: skip
 """What is tried again, and a leg restarted for. Anything else is a programming error and ends the proxy."""
+
+
+TURN = 0.004
+"""Seconds after which a long piece of work lets other tasks run."""
 
 
 class Backoff:
@@ -45,29 +51,68 @@ class Backoff:
         self._pause = self.FIRST
 
 
+class Problems:
+    """What is wrong, said once each: `failed` and `well` log once a change of what is known by `key`."""
+
+    def __init__(self) -> None:
+        self._said: dict[object, str] = {}
+
+    def failed(self, key: object, problem: str, what: object = None) -> None:
+        """Log `problem` of `what`, by default the key, unless it was the last thing said of it."""
+        if self._said.get(key) != problem:
+            self._said[key] = problem
+            logger.warning("%s: %s", key if what is None else what, problem)
+
+    def well(self, key: object, what: object = None) -> bool:
+        """It works; returns whether it did not before."""
+        if self._said.pop(key, None) is None:
+            return False
+        logger.info("%s: works again", key if what is None else what)
+        return True
+
+    def known(self, key: object) -> bool:
+        """Whether something is wrong."""
+        return key in self._said
+
+    def forget(self, key: object) -> None:
+        """It does not matter any more."""
+        self._said.pop(key, None)
+
+
 class Health:
-    """What a leg says of itself: `failed` and `well` each log once a change."""
+    """What a leg says of itself."""
 
     def __init__(self, leg: str) -> None:
         self.leg = leg
         self.backoff = Backoff()
-        self.problem: str | None = None
+        self._problems = Problems()
+
+    @property
+    def troubled(self) -> bool:
+        """Whether something was said to be wrong, and not yet that it works again."""
+        return self._problems.known(self.leg)
 
     def failed(self, problem: str) -> None:
         """Log `problem`, unless it was the last thing said."""
-        if problem != self.problem:
-            self.problem = problem
-            logger.warning("%s: %s", self.leg, problem)
+        self._problems.failed(self.leg, problem)
 
     def well(self) -> None:
         """The leg does its work."""
-        if self.problem is not None:
-            self.problem = None
+        if self._problems.well(self.leg):
             self.backoff.reset()
-            logger.info("%s: works again", self.leg)
 
 
-async def supervise(name: str, leg: Callable[[Health], Awaitable[None]], stats: Stats) -> None:
+async def in_turns(steps: Generator[object, None, None]) -> None:
+    """Run all of `steps`, letting other tasks run between two of them every few milliseconds."""
+    with contextlib.closing(steps):
+        end = time.monotonic() + TURN
+        for _ in steps:
+            if time.monotonic() >= end:
+                await trio.lowlevel.checkpoint()
+                end = time.monotonic() + TURN
+
+
+async def supervise(name: str, leg: Callable[[Health], Awaitable[None]], counters: Counters) -> None:
     """Run `leg` until it returns; after an OSError of the kinds in TRANSIENT run it again, after a pause."""
     health = Health(name)
     while True:
@@ -77,5 +122,5 @@ async def supervise(name: str, leg: Callable[[Health], Awaitable[None]], stats: 
             if error.errno not in TRANSIENT:
                 raise
             health.failed(f"{error.strerror}; restarted")
-            stats.restarts += 1
+            counters.restarts += 1
         await trio.sleep(health.backoff.next())

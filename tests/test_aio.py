@@ -273,8 +273,11 @@ async def test_open_loop_is_used_and_left_open(world: World) -> None:
         return asyncio.get_running_loop(), asyncio.create_task(asyncio.Event().wait())
 
     async with open_proxy(world.config) as proxy, trio_asyncio.open_loop() as loop:
+        # asyncio keeps no reference to a task: one that nobody holds may be collected while it waits.
+        tasks = []
         for _ in range(2):
             used, left = await aio.run(proxy, main)
+            tasks.append(left)
             assert used is loop
             assert not left.done()
 

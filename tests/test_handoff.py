@@ -12,27 +12,44 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import ClosedError
 from inco_trio.handoff import Batch, Handoff
+from inco_trio.keep.inflight import Bank, Inflight
 from inco_trio.signals import Signal, builtin_signals
 from inco_trio.supervise import Health
 
 RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
 
+class Recorder(Bank):
+    """A bank that only notes that it is cleared."""
+
+    def __init__(self, name: str, done: list[str]) -> None:
+        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)))
+        self._name = name
+        self._done = done
+
+    def clear(self, length: int) -> None:
+        assert length == 7
+        self._done.append(self._name)
+
+
 class World:
-    """A way, and what it has told: the batches `done`, by name, and the signals that were `carried`."""
+    """A hand-off, and what it has told: the batches `done`, by name, and the signals that were `carried`."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
         self.carried: list[list[Signal]] = []
-        self.way = Handoff(lambda signals: self.carried.append(list(signals)))
+        self.inflight = Inflight.open()
+        self.handoff = Handoff(self.inflight.watches, lambda signals: self.carried.append(list(signals)))
 
     def batch(self, name: str, *signals: Signal) -> Batch:
-        return self.way.batch(list(signals), lambda: self.done.append(name))
+        return self.handoff.begin(Batch(list(signals), ((Recorder(name, self.done), 7),)))
 
 
 @pytest.fixture
-def world() -> World:
-    return World()
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.inflight.close()
 
 
 @pytest.fixture
@@ -56,15 +73,15 @@ def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
 
 def test_a_batch_is_open_until_it_is_finished(world: World) -> None:
     batch = world.batch("first", RESET, HWWD, RESET)
-    assert world.way.open == {batch}
-    world.way.finish(batch)
-    assert world.way.open == set()
+    assert world.handoff.unfinished == {batch}
+    world.handoff.finish(batch)
+    assert world.handoff.unfinished == set()
     assert world.done == ["first"]
     assert world.carried == [[RESET, HWWD, RESET]]
 
 
 def test_an_empty_batch_carries_nothing(world: World) -> None:
-    world.way.finish(world.batch("empty"))
+    world.handoff.finish(world.batch("empty"))
     assert (world.done, world.carried) == (["empty"], [])
 
 
@@ -74,16 +91,16 @@ def test_handed_over_in_order_one_at_a_time(world: World) -> None:
 
     async def read() -> None:
         for number, batch in enumerate(batches):
-            await world.way.hand_over(batch)
+            await world.handoff.hand_over(batch)
             # The one before was finished; that is what lets its memory be read into again.
             assert len(world.done) >= number
-        world.way.close()
+        world.handoff.close()
 
     async def act() -> None:
-        async for batch in world.way.exit:
+        async for batch in world.handoff.exit:
             taken.append(batch)
             await trio.sleep(1)
-            world.way.finish(batch)
+            world.handoff.finish(batch)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -98,11 +115,11 @@ def test_handed_over_in_order_one_at_a_time(world: World) -> None:
 def test_what_was_read_is_handed_over_although_cancelled(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.way.hand_over, world.batch("first", NOTIFY))
+            nursery.start_soon(world.handoff.hand_over, world.batch("first", NOTIFY))
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
             with trio.CancelScope(shield=True):
-                world.way.finish(await world.way.exit.receive())
+                world.handoff.finish(await world.handoff.exit.receive())
 
     run(main)
     assert world.done == ["first"]
@@ -111,25 +128,25 @@ def test_what_was_read_is_handed_over_although_cancelled(world: World) -> None:
 def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.way.hand_over, world.batch("first", NOTIFY))
+            nursery.start_soon(world.handoff.hand_over, world.batch("first", NOTIFY))
             await wait_all_tasks_blocked()
-            world.way.abort()
+            world.handoff.abort()
             nursery.cancel_scope.cancel()
 
     run(main)
-    assert (world.done, len(world.way.open)) == ([], 1)
+    assert (world.done, len(world.handoff.unfinished)) == ([], 1)
 
 
 def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
     async def hand_over() -> None:
         with pytest.raises(ClosedError):
-            await world.way.hand_over(world.batch("first", NOTIFY))
+            await world.handoff.hand_over(world.batch("first", NOTIFY))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hand_over)
             await wait_all_tasks_blocked()
-            world.way.abort()
+            world.handoff.abort()
 
     run(main)
 
@@ -137,25 +154,25 @@ def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
 def test_closed_while_handing_over(world: World) -> None:
     async def hand_over() -> None:
         with pytest.raises(ClosedError):
-            await world.way.hand_over(world.batch("first", NOTIFY))
+            await world.handoff.hand_over(world.batch("first", NOTIFY))
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hand_over)
             await wait_all_tasks_blocked()
-            world.way.close()
+            world.handoff.close()
 
     run(main)
 
 
 def test_nothing_enters_once_closed(world: World) -> None:
     async def main() -> None:
-        world.way.close()
+        world.handoff.close()
         with pytest.raises(ClosedError):
-            await world.way.hand_over(world.batch("first", NOTIFY))
+            await world.handoff.hand_over(world.batch("first", NOTIFY))
         with pytest.raises(ClosedError):
-            await world.way.offer(world.batch("second", NOTIFY))
-        assert [batch async for batch in world.way.exit] == []
+            await world.handoff.offer(world.batch("second", NOTIFY))
+        assert [batch async for batch in world.handoff.exit] == []
 
     run(main)
 
@@ -163,9 +180,9 @@ def test_nothing_enters_once_closed(world: World) -> None:
 def test_an_offer_can_be_withdrawn(world: World) -> None:
     async def main() -> None:
         with trio.move_on_after(1) as scope:
-            await world.way.offer(world.batch("first", NOTIFY))
+            await world.handoff.offer(world.batch("first", NOTIFY))
         assert scope.cancelled_caught
-        assert world.way.open == set()
+        assert world.handoff.unfinished == set()
         assert world.done == []
 
     run(main)
@@ -175,9 +192,9 @@ def test_an_offer_that_is_taken_is_on_its_way(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             batch = world.batch("first", NOTIFY)
-            nursery.start_soon(world.way.offer, batch)
-            assert await world.way.exit.receive() is batch
-            assert world.way.open == {batch}
+            nursery.start_soon(world.handoff.offer, batch)
+            assert await world.handoff.exit.receive() is batch
+            assert world.handoff.unfinished == {batch}
 
     run(main)
 
@@ -196,17 +213,17 @@ def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> N
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.way.read, pipe[0], read_queued, health)
+            nursery.start_soon(world.handoff.run_reader, pipe[0], read_queued, health)
             await wait_all_tasks_blocked()
             os.write(pipe[1], b"one")
             while len(reads) < 2:
                 await trio.lowlevel.checkpoint()
             await wait_all_tasks_blocked()
-            world.way.stop_reading()
+            world.handoff.stop_reading()
 
     trio.run(main)
     assert reads == [b"", b"one", b""]
-    assert health.problem is None
+    assert not health.troubled
 
 
 def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) -> None:
@@ -217,9 +234,9 @@ def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) ->
         reads.append(os.read(pipe[0], 100))
 
     async def main() -> None:
-        world.way.stop_reading()
+        world.handoff.stop_reading()
         os.write(pipe[1], b"late")
-        await world.way.read(pipe[0], read_queued, Health("leg"))
+        await world.handoff.run_reader(pipe[0], read_queued, Health("leg"))
 
     trio.run(main)
     assert reads == [b"late"]

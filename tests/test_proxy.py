@@ -6,6 +6,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -1072,7 +1073,7 @@ def test_a_directory_that_comes_back_with_a_written_trigger(
         async with open_proxy(config) as proxy:
             await wait_all_tasks_blocked()
             take_away()
-            while not proxy._registers.troubled:
+            while proxy._registers.next_restore() == math.inf:
                 await trio.lowlevel.checkpoint()
             bring_back()
             assert await next_name(core1) == b"redun_notify_irq"

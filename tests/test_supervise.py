@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from inco_trio.stats import Stats
+from inco_trio.stats import Counters
 from inco_trio.supervise import TRANSIENT, Backoff, Health, supervise
 
 Leg = Callable[[Health], Awaitable[None]]
@@ -22,9 +22,9 @@ def failure(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def run(leg: Leg) -> tuple[Stats, float]:
+def run(leg: Leg) -> tuple[Counters, float]:
     """Run a leg under supervision; returns the counters and how long it took, in seconds."""
-    stats = Stats()
+    stats = Counters()
 
     async def main() -> float:
         start = trio.current_time()
@@ -42,7 +42,7 @@ def test_a_leg_that_returns_is_done(caplog: pytest.LogCaptureFixture) -> None:
     async def leg(health: Health) -> None:
         await trio.lowlevel.checkpoint()
 
-    assert run(leg) == (Stats(), 0)
+    assert run(leg) == (Counters(), 0)
     assert messages(caplog) == []
 
 
@@ -112,7 +112,7 @@ def test_a_fault_of_the_program_ends_it(error: Exception) -> None:
 
 
 def test_cancellation_is_no_failure() -> None:
-    stats = Stats()
+    stats = Counters()
 
     async def leg(health: Health) -> None:
         await trio.sleep_forever()
@@ -123,7 +123,7 @@ def test_cancellation_is_no_failure() -> None:
         return scope.cancelled_caught
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert stats == Stats()
+    assert stats == Counters()
 
 
 def test_pauses_grow_to_the_cap() -> None:

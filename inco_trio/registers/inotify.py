@@ -106,6 +106,8 @@ class Inotify:
         """Open a descriptor, or take over `held` with its watches and its queue. Raises OSError (inotify_init(2))."""
         self._watches = _Watches(held)
         self.fd = self._watches.get_fd()
+        self.read = 0
+        """Bytes that were read from it."""
 
     def watch(self, path: str, mask: int) -> int:
         """Watch `path`; one inode has one watch descriptor. Raises OSError (inotify_add_watch(2))."""
@@ -144,9 +146,11 @@ class Inotify:
     def read_into(self, buffer: memoryview) -> int:
         """Read what is queued, as far as it fits; returns the bytes, 0 when nothing is queued."""
         try:
-            return os.readv(self.fd, [buffer])
+            length = os.readv(self.fd, (buffer,))
         except BlockingIOError:
             return 0
+        self.read += length
+        return length
 
     def close(self) -> None:
         """Close this process's descriptor; queue and watches live on if somebody else holds it."""

@@ -1,8 +1,8 @@
-"""The registers: files in the IRQ directories. State registers are written, triggers are watched.
+"""Triggers: the files of outbound signals. Each is watched, and followed through every replacement.
 
 A trigger has a watch of its own, on the file: CLOSE_WRITE is the notification, and MODIFY stands between two closes, so
 that the kernel does not merge them (inotify(7)). The directory is watched only for what happens to names, because a
-watch for writes would also report the state registers that the proxy itself writes.
+watch for writes would also report the state files that the proxy itself writes.
 
 A trigger that somebody else replaces, by a rename or by making it anew, was written by them: that counts as one
 notification. Files that the proxy makes are watched before they are visible, so that no write to them is missed.
@@ -10,67 +10,140 @@ notification. Files that the proxy makes are watched before they are visible, so
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
+import math
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable
-from hashlib import blake2b
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import attrs
 
-from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
-from inco_trio.keep.inflight import Inflight
+from inco_trio.keep.inflight import NumberTable
 from inco_trio.registers import inotify as ino
-from inco_trio.registers.diagnose import unreported
-from inco_trio.registers.directories import ANCESTOR_MASK, IrqDirectory
+from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, watch_key
 from inco_trio.registers.inotify import Event, Inotify
-from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.stats import Stats
+from inco_trio.registers.refusals import Unfit
+from inco_trio.signals import Signal
+from inco_trio.stats import Counters
+from inco_trio.supervise import Problems
 
-__all__ = ["Registers", "Triggered", "start_error"]
+__all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
 
 logger = logging.getLogger(__name__)
 
 RETIREMENT = 1.0
-"""Seconds for which the watch of a replaced trigger is kept."""
-PATIENCE = 0.03
-"""Seconds for which what vanished is left to whoever replaces it: what we make meanwhile would be in their way."""
-LONG_AGO = 0.0
-
-VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
-GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
+"""Seconds for which the watch of a replaced trigger is kept: somebody who had it open may still close it."""
 
 
-def _key(path: Path) -> bytes:
-    """The key of a trigger in the table of watches."""
-    # Hexadecimal, as a key has no trailing NUL.
-    return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
+class State(enum.Enum):
+    """What is known of a trigger's file."""
+
+    KNOWN = enum.auto()
+    """It is at its path, and watched."""
+    MADE = enum.auto()
+    """The same, and the event that tells of our making it is still to be read."""
+    MISSING = enum.auto()
+    """Nothing that can be watched is at its path, or nobody has looked yet."""
 
 
-def start_error(error: OSError, what: object) -> IncoError:
-    """The error, with its exit code, for a refusal of the kernel while the registers are opened."""
-    text = f"{what}: {error.strerror}"
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionRefused(f"{text}: uid {os.geteuid()} needs write permission there (or CAP_DAC_OVERRIDE)")
-    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS):
-        return ConfigError([f"{text}: the configuration has to name a directory that can be made and written"])
-    if error.errno == errno.EINVAL:
-        return ConfigError([f"{text}: remove it, or name another register"])
-    if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) gives the same number for both.
-        text = "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
-    return ResourceRefused(text)
+class Happening(enum.Enum):
+    """What an event tells of a trigger."""
+
+    CLOSED = enum.auto()
+    """IN_CLOSE_WRITE of its watch, or of one that it had."""
+    MADE = enum.auto()
+    """IN_CREATE of its name."""
+    MOVED_HERE = enum.auto()
+    """IN_MOVED_TO of its name."""
+    VANISHED = enum.auto()
+    """IN_DELETE or IN_MOVED_FROM of its name."""
+    IGNORED = enum.auto()
+    """IN_IGNORED of its watch: the file is gone."""
+
+
+class Action(enum.Enum):
+    """What is to be done about it."""
+
+    NOTIFY = enum.auto()
+    """It is a notification."""
+    LOOK = enum.auto()
+    """Watch what is there now; another file than before is a notification."""
+    FOLLOW = enum.auto()
+    """Watch what is there now; a notification, whether it is another file or not."""
+    OWN = enum.auto()
+    """It tells of what we did."""
+    MISS = enum.auto()
+    """Look a little later: what is there now has an event of its own behind this one, which counts it."""
+    NOTHING = enum.auto()
+
+
+MEANING = {
+    State.KNOWN: {
+        Happening.CLOSED: Action.NOTIFY,
+        Happening.MADE: Action.LOOK,
+        Happening.MOVED_HERE: Action.FOLLOW,
+        Happening.VANISHED: Action.MISS,
+        Happening.IGNORED: Action.MISS,
+    },
+    State.MADE: {
+        Happening.CLOSED: Action.NOTIFY,
+        Happening.MADE: Action.OWN,
+        Happening.MOVED_HERE: Action.FOLLOW,
+        Happening.VANISHED: Action.MISS,
+        Happening.IGNORED: Action.MISS,
+    },
+    State.MISSING: {
+        Happening.CLOSED: Action.NOTIFY,
+        Happening.MADE: Action.LOOK,
+        Happening.MOVED_HERE: Action.FOLLOW,
+        Happening.VANISHED: Action.NOTHING,
+        Happening.IGNORED: Action.NOTHING,
+    },
+}
+"""What each event means in each state."""
+
+
+@attrs.define(eq=False)
+class Trigger:
+    """The file of an outbound signal."""
+
+    directory: Directory
+    register: str
+    signal: Signal | None = None
+    """None before it is in the table, and after."""
+    wd: int = 0
+    """The watch on its file; 0 is none. Only `Triggers._set_watch` gives it another one."""
+    looked_in: int = 0
+    """The watch of the directory in which it was found."""
+    missing_since: float | None = None
+    made_in: int = 0
+    """The watch of the directory in which we made it, until IN_CREATE tells of that."""
+    replaced: deque[int] = attrs.Factory(deque)
+    """For each time that it was found to be another file: how much is to be read until no event tells of it."""
+    path: Path = attrs.field(init=False)
+    key: bytes = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.path = self.directory.path / self.register
+        self.key = watch_key(self.path)
+
+    def state(self, directory_wd: int) -> State:
+        """The state, as an event of the watch `directory_wd` has to take it."""
+        if self.made_in == directory_wd:
+            return State.MADE
+        return State.KNOWN if self.missing_since is None and self.looked_in == self.directory.wd else State.MISSING
 
 
 @attrs.define
 class Triggered:
-    """What a batch of events leads to: notifications to send, and watches to note once they are sent."""
+    """What events lead to: notifications to send, and watches to note once they are sent."""
 
-    signals: list[Signal]
-    watches: dict[bytes, int]
+    signals: list[Signal] = attrs.Factory(list)
+    watches: dict[bytes, int] = attrs.Factory(dict)
     """For `Inflight.watches`: noted earlier, a crash would lose the notification of a file that appeared."""
 
     def extend(self, other: Triggered) -> None:
@@ -78,377 +151,292 @@ class Triggered:
         self.signals += other.signals
         self.watches |= other.watches
 
+    def add(self, trigger: Trigger, *, note: bool = False) -> None:
+        """Add one notification of `trigger`; `note` its watch, if it is another than before."""
+        if trigger.signal is not None:
+            self.signals.append(trigger.signal)
+            if note:
+                self.watches[trigger.key] = trigger.wd
 
-class Registers:
-    """The registers of a signal table. Everything here is immediate; nothing waits.
 
-    `troubled` tells that something could not be done and `mend` should be called again.
-    """
+class Triggers:
+    """The triggers of a signal table. Everything here is immediate; nothing waits."""
 
-    def __init__(self, table: SignalTable, inotify: Inotify, inflight: Inflight, stats: Stats) -> None:
+    def __init__(
+        self, directories: Directories, inotify: Inotify, noted: NumberTable, problems: Problems, counters: Counters
+    ) -> None:
+        self.by_path: dict[Path, Trigger] = {}
+        self._in: dict[Directory, dict[bytes, Trigger]] = {}
+        self._directories = directories
         self._inotify = inotify
-        self._inflight = inflight
-        self._stats = stats
-        self._said: dict[Path, str] = {}
-        self._by_wd: dict[int, Signal] = {}
-        self._armed: dict[Path, int] = {}
+        self._noted = noted
+        self._problems = problems
+        self._counters = counters
+        # Until IN_IGNORED is read: also watches of files that were replaced, and of what is not in the table any more.
+        self._by_wd: dict[int, Trigger] = {}
         self._retired: dict[int, float] = {}
-        self._ancestors: set[int] = set()
-        # What is missing, and since when (time.monotonic()).
-        self._unarmed: dict[Path, float] = {}
-        self._lost: dict[Path, float] = {}
-        # Triggers that we made, until their IN_CREATE is read.
-        self._made: set[Path] = set()
-        # Triggers that turned out to be replaced, and how often, until an event tells of it.
-        self._found: Counter[Path] = Counter()
-        self._directories: dict[Path, IrqDirectory] = {}
-        self._set_table(table)
+        self._replaced: set[Trigger] = set()
+        # What was said of each directory: a path by the reason.
+        self._reasons: dict[Directory, dict[str, Path]] = {}
 
-    def _set_table(self, table: SignalTable) -> None:
-        self.table = table
-        old = self._directories
-        self._directories = {}
-        for signal in table:
-            directory = self._directories.get(signal.directory)
-            if directory is None:
-                directory = old.pop(signal.directory, None) or IrqDirectory(signal.directory)
-                self._directories[signal.directory] = directory
-                directory.states, directory.outbound = set(), []
-            if signal.direction is Direction.INBOUND:
-                directory.states.add(signal.register)
-            else:
-                directory.outbound.append(signal)
-        for directory in old.values():
-            directory.close(self._inotify)
-        self._home = {signal.name: self._directories[signal.directory] for signal in table.inbound.values()}
-        self._above = {parent for path in self._directories for parent in path.parents}
-        self._triggers = {signal.path: signal for signal in table if signal.direction is Direction.OUTBOUND}
+    # ------------------------------------------------------------------------------------------------------ table
 
-    # ------------------------------------------------------------------------------------------------ opening
+    def add(self, directory: Directory, register: str) -> Trigger:
+        """A trigger that has no signal yet: its events are followed and notify nobody."""
+        trigger = Trigger(directory, register)
+        self.by_path[trigger.path] = trigger
+        self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
+        return trigger
 
-    def open(self) -> None:
-        """Open the directories, make what is missing, watch the triggers; see also `found`.
+    def drop(self, trigger: Trigger) -> None:
+        """A trigger that is not in the table any more: what is queued for it is nobody's."""
+        trigger.signal = None
+        trigger.replaced.clear()
+        self._replaced.discard(trigger)
+        del self.by_path[trigger.path]
+        del self._in[trigger.directory][os.fsencode(trigger.register)]
+        if not self._in[trigger.directory]:
+            del self._in[trigger.directory]
+        self._noted[trigger.key] = 0
+        if trigger.wd:
+            self._retire(trigger.wd)
 
-        Raises IncoError: at start, what cannot be opened is the user's to mend.
+    def ignore(self, wd: int) -> None:
+        """End the watch of a predecessor's configuration: what is queued for it is nobody's."""
+        if wd not in self._by_wd:
+            self._by_wd[wd] = Trigger(Directory(Path("/")), "of a predecessor")
+            self._retire(wd)
+
+    # --------------------------------------------------------------------------------------------------- watching
+
+    def look(self, trigger: Trigger, *, make: bool) -> None:
+        """Watch the file that is there now; one that is missing is made if `make`.
+
+        If it is another file than the one that was watched, and not of our making, `replaced` says so. Raises OSError.
         """
-        for directory in self._directories.values():
-            path = directory.path
-            try:
-                self._open_directory(directory, make=True)
-                directory.make_states()
-                for signal in directory.outbound:
-                    path = signal.path
-                    self._arm(directory, signal, make=True)
-            except OSError as error:
-                if problem := unreported(directory.path):
-                    raise ConfigError([problem]) from error
-                named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
-                raise start_error(error, error.filename if named else path) from error
-        noted = self._inflight.watches
-        live = {*self._armed.values(), *self._ancestors, *(d.wd for d in self._directories.values())}
-        current = {_key(path) for path in (*self._triggers, *self._above, *self._directories)}
-        for key in noted:
-            if key not in current:
-                # Of a predecessor's configuration: what is queued for it is nobody's.
-                if noted[key] not in live:
-                    self._retire(noted[key])
-                noted[key] = 0
-
-    def found(self) -> Triggered:
-        """The triggers that turned out to be replaced, and no event told; none while events wait, which may tell."""
-        triggered = Triggered([], {})
-        if self._found and not self._inotify.queued:
-            for path in self._found.elements():
-                self._count(path, triggered)
-            self._found.clear()
-        return triggered
-
-    def _count(self, path: Path, triggered: Triggered) -> None:
-        """One notification of a trigger that was replaced."""
-        triggered.signals.append(self._triggers[path])
-        triggered.watches[_key(path)] = self._armed[path]
-
-    def replace_table(self, table: SignalTable) -> Triggered:
-        """Take another table: what is in both is left untouched, and nothing new makes a notification."""
-        before = self._triggers
-        self._set_table(table)
-        for path in before.keys() - self._triggers.keys():
-            self._inflight.watches[_key(path)] = 0
-            del self._found[path]
-            if wd := self._armed.pop(path, 0):
-                del self._by_wd[wd]
-                self._retire(wd)
-        # The same file may carry another name now.
-        for path, wd in self._armed.items():
-            self._by_wd[wd] = self._triggers[path]
-        # New ones, and those that are missing right now, although a watch of before is still known.
-        self._unarmed = dict.fromkeys(
-            (path for path in self._triggers if path not in self._armed or path in self._unarmed), LONG_AGO
-        )
-        self._lost = dict.fromkeys(self._directories, LONG_AGO)
-        return self.mend()
-
-    def _open_directory(self, directory: IrqDirectory, *, make: bool) -> None:
-        key = _key(directory.path)
-        former = self._inflight.watches[key]
-        directory.open(self._inotify, make=make)
-        if former not in (0, directory.wd):
-            # A predecessor's: what happens from now on where the directory was moved to is not for us.
-            self._inotify.unwatch(former)
-        self._inflight.watches[key] = directory.wd
-        # What happens above it is seen only there.
-        for parent in directory.path.parents:
-            try:
-                wd = self._inotify.watch(str(parent), ANCESTOR_MASK)
-            except OSError:
-                continue  # Not readable for us; then a write notices.
-            self._ancestors.add(wd)
-            if parent not in self._directories:
-                self._inflight.watches[_key(parent)] = wd
-        if not directory.current:
-            # Replaced before all the watches stood, of which no event tells.
-            self._open_directory(directory, make=make)
-
-    # -------------------------------------------------------------------------------------------- state registers
-
-    def write(self, signals: Iterable[Signal]) -> None:
-        """Write the state register of each signal, in order. What cannot be written now is owed, and `mend` retries."""
-        written = []
-        owed, home = self._inflight.owed, self._home
-        owing = len(owed) > 0
-        for signal in signals:
-            directory = home.get(signal.name)
-            if directory is None:
-                self._stats.unknown += 1  # Read before a reload that removed it.
-                continue
-            try:
-                # Earlier ones of the same register come first.
-                if not (owing and owed[signal.name.encode()]):
-                    directory.write(signal.register)
-                    written.append(signal)
-                    continue
-            except OSError as error:
-                self._failed(signal, error)
-            owed[signal.name.encode()] += 1
-            owing = True
-        self._stats.delivered += len(written)
-        for directory in self._directories.values():
-            if not directory.current:
-                # Replaced meanwhile: these may have gone to the old one.
-                for signal in written:
-                    if home[signal.name] is directory:
-                        owed[signal.name.encode()] += 1
-
-    def _failed(self, signal: Signal, error: OSError) -> None:
-        self._stats.write_failures += 1
-        self._say(signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried")
-
-    @property
-    def troubled(self) -> bool:
-        """Whether `mend` has something to do."""
-        return bool(self._inflight.owed or self._unarmed or self._retired or self._lost)
-
-    def _say(self, path: Path, problem: str) -> None:
-        """Log a problem of a path once, until it changes or is mended."""
-        if self._said.get(path) != problem:
-            self._said[path] = problem
-            logger.warning("%s: %s", path, problem)
-
-    def _unsay(self, path: Path) -> None:
-        if self._said.pop(path, None) is not None:
-            logger.info("%s: works again", path)
-
-    # --------------------------------------------------------------------------------------------------- triggers
-
-    def _arm(self, directory: IrqDirectory, signal: Signal, *, make: bool) -> None:
-        """Watch a trigger; one that somebody else replaced is found. One that is missing is made if `make`.
-
-        Raises OSError.
-        """
-        path, key = signal.path, _key(signal.path)
-        before = self._armed.get(path) or self._inflight.watches[key]
+        directory, register = trigger.directory, trigger.register
+        before = trigger.wd or self._noted[trigger.key]
         made = False
 
         def note(wd: int) -> None:
-            self._inflight.watches[key] = wd
+            self._noted[trigger.key] = wd
 
-        while not (wd := directory.watch_trigger(signal.register, self._inotify)):
+        while not (wd := directory.watch_trigger(register, self._inotify)):
             if not make:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            if wd := directory.make_trigger(signal.register, self._inotify, note):
+            if wd := directory.make_trigger(register, self._inotify, note):
                 made = True
-                self._made.add(path)
+                trigger.made_in = directory.wd
                 break
             note(before)
-        self._armed[path] = wd
-        self._by_wd[wd] = signal
-        self._retired.pop(wd, None)  # A file that came back.
-        self._unarmed.pop(path, None)
-        self._unsay(path)
+        self._set_watch(trigger, wd)
         if wd == before:
             return
-        if before:
-            self._by_wd.setdefault(before, signal)
+        if before and before not in self._by_wd:
+            self._by_wd[before] = trigger  # A predecessor's.
             self._retire(before)
         if made or not before:
             note(wd)
         else:
-            self._found[path] += 1
+            trigger.replaced.append(self._inotify.read + self._inotify.queued)
+            self._replaced.add(trigger)
 
-    def _try_arm(self, directory: IrqDirectory, signal: Signal) -> None:
-        now = time.monotonic()
-        make = now - self._unarmed.setdefault(signal.path, now) > PATIENCE
-        try:
-            self._arm(directory, signal, make=make)
-        except OSError as error:
-            if make or error.errno != errno.ENOENT:
-                self._say(signal.path, f"cannot watch: {error.strerror}; retried")
+    def _set_watch(self, trigger: Trigger, wd: int) -> None:
+        """`wd` is the watch on the trigger's file."""
+        owner = self._by_wd.get(wd, trigger)
+        if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
+            if _same_file(owner.path, trigger.path):
+                raise Unfit(trigger.path, f"is the same file as {owner.path}", "remove one of the two names")
+            # It was renamed from there to here.
+            owner.wd = 0
+            self._miss(owner)
+        if trigger.wd not in (0, wd):
+            self._retire(trigger.wd)
+        self._by_wd[wd] = trigger
+        self._retired.pop(wd, None)
+        trigger.wd, trigger.looked_in, trigger.missing_since = wd, trigger.directory.wd, None
 
     def _retire(self, wd: int) -> None:
-        """Keep the watch of a replaced trigger for a moment: somebody who had it open may still close it."""
         self._retired[wd] = time.monotonic() + RETIREMENT
+        self._directories.announce()
 
-    def triggered(self, events: Iterable[Event]) -> Triggered:
-        """What a batch of events leads to. Raises nothing; what cannot be followed now makes `troubled` true."""
-        triggered = Triggered([], {})
-        signals, by_wd = triggered.signals, self._by_wd
+    def _miss(self, trigger: Trigger) -> None:
+        """Look at a trigger a little later."""
+        if trigger.missing_since is None:
+            trigger.missing_since = time.monotonic()
+            self._directories.trouble(trigger.directory)
+
+    def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
+        """`look`; a refusal is returned, and tried again later."""
+        try:
+            self.look(trigger, make=make)
+        except OSError as error:
+            self._miss(trigger)
+            return error
+        return None
+
+    # -------------------------------------------------------------------------------------------------- following
+
+    def follow(self, events: Iterable[Event]) -> Triggered:
+        """What events lead to, in order; what nobody told of by now is added. Raises nothing."""
+        triggered = Triggered()
+        by_wd, signals = self._by_wd, triggered.signals
         unknown = False
         for wd, mask, name in events:
             if mask & ino.IN_CLOSE_WRITE:
-                signal = by_wd.get(wd)
-                if signal is not None:
-                    signals.append(signal)
-                elif wd not in self._retired:
+                trigger = by_wd.get(wd)
+                if trigger is None:
                     # Inherited from a predecessor that was killed before it noted whose watch this is.
                     unknown = True
+                elif trigger.signal is not None:
+                    signals.append(trigger.signal)
             elif mask & ino.IN_MODIFY:
                 continue
             elif mask & ino.IN_Q_OVERFLOW:
-                self._stats.overflowed += 1
-                logger.warning(
-                    "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once"
-                )
-                signals.extend(self._triggers.values())
-                self._look_again(self._directories.values())
+                self._overflowed(triggered)
             elif mask & ino.IN_IGNORED and wd in by_wd:
-                del by_wd[wd]
-                self._retired.pop(wd, None)
-                self._inotify.forget(wd)
+                self._ignored(wd)
             else:
-                self._directory_event(wd, mask, name, triggered)
+                self._follow_directory(wd, mask, name, triggered)
         if unknown:
             # Once for all of them: after a crash there can be hundreds.
-            signals.extend(self._triggers.values())
+            self._notify_all(triggered)
+        if self._replaced:
+            self._count_replaced(triggered)
         return triggered
 
-    def _directory_event(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Follow one event of a directory, or of a directory above one."""
-        if mask & GONE_MASK:
-            if mask & ino.IN_IGNORED:
-                self._ancestors.discard(wd)
-                self._inotify.forget(wd)
-            self._look_again(self._directories.values(), moved=True)
+    def _notify_all(self, triggered: Triggered) -> None:
+        for trigger in self.by_path.values():
+            triggered.add(trigger)
+
+    def _overflowed(self, triggered: Triggered) -> None:
+        self._counters.overflowed += 1
+        logger.warning("the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once")
+        self._notify_all(triggered)
+        for trigger in self.by_path.values():
+            trigger.made_in = 0  # The event that tells of it may be among the lost ones.
+            self._miss(trigger)
+        self._directories.look_at_all()
+
+    def _ignored(self, wd: int) -> None:
+        trigger = self._by_wd.pop(wd)
+        self._retired.pop(wd, None)
+        self._inotify.forget(wd)
+        if trigger.wd == wd:
+            trigger.wd = 0
+            action = MEANING[trigger.state(0)][Happening.IGNORED]
+            if action is Action.MISS and self.by_path.get(trigger.path) is trigger:
+                self._miss(trigger)
+
+    def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
+        """Follow an event of a directory, or of one above."""
+        try:
+            directory = self._directories.follow(wd, mask, name)
+        except KeyError:
+            if mask & APPEARED:
+                # In a directory that only a predecessor had seen. Somebody may have written what they made there.
+                for trigger in self.by_path.values():
+                    if os.fsencode(trigger.register) == name:
+                        triggered.add(trigger)
             return
-        for directory in self._directories.values():
-            if directory.wd == wd:
-                register = os.fsdecode(name)
-                path = directory.path / register
-                signal = self._triggers.get(path)
-                if signal is not None and (mask & VANISHED or (mask & ino.IN_CREATE and path in self._made)):
-                    # What is there now has an event of its own behind this one, which counts it; `mend` makes sure.
-                    self._made.discard(path)
-                    self._unarmed.setdefault(path, time.monotonic())
-                elif signal is not None:
-                    self._try_arm(directory, signal)
-                    if self._found[path]:
-                        self._found[path] -= 1
-                        self._count(path, triggered)
-                    elif mask & ino.IN_MOVED_TO:
-                        triggered.signals.append(signal)
-                elif mask & VANISHED and register in directory.states:
-                    self._lost.setdefault(directory.path, time.monotonic())
+        trigger_or_none = self._in.get(directory, {}).get(name) if directory is not None else None
+        if trigger_or_none is None:
+            return
+        trigger, happening = trigger_or_none, _happening(mask)
+        if wd != trigger.directory.wd:
+            # In the directory that was at the path before; what is there now is looked at anyway.
+            if trigger.made_in == wd and happening is Happening.MADE:
+                trigger.made_in = 0
+            elif happening in (Happening.MADE, Happening.MOVED_HERE):
+                triggered.add(trigger)
+            return
+        action = MEANING[trigger.state(wd)][happening]
+        if action is not Action.NOTHING:
+            trigger.made_in = 0
+        if action is Action.MISS:
+            self._miss(trigger)
+        elif action in (Action.LOOK, Action.FOLLOW):
+            unwatched = not (trigger.wd or self._noted[trigger.key])
+            watched_now = self._try_look(trigger, make=False) is None and unwatched
+            if another := bool(trigger.replaced):
+                trigger.replaced.popleft()
+            if another or watched_now or action is Action.FOLLOW:
+                triggered.add(trigger, note=another)
+
+    def _count_replaced(self, triggered: Triggered) -> None:
+        """Count the triggers that turned out to be another file, and of which no event is left that may tell."""
+        for trigger in tuple(self._replaced):
+            while trigger.replaced and trigger.replaced[0] <= self._inotify.read:
+                trigger.replaced.popleft()
+                triggered.add(trigger, note=True)
+            if not trigger.replaced:
+                self._replaced.discard(trigger)
+
+    # --------------------------------------------------------------------------------------------------- retrying
+
+    def restore(self, directory: Directory) -> Iterator[float | None]:
+        """Watch the missing triggers of a directory, and make them.
+
+        Yields after each: None if it is watched now, else when to try again at the earliest (time.monotonic()).
+        """
+        refused: dict[str, list[Path]] = {}
+        patience = directory.patience
+        for trigger in tuple(self._in.get(directory, {}).values()):
+            now = time.monotonic()
+            if trigger.missing_since is None:
+                if trigger.looked_in == directory.wd:
+                    continue
+                trigger.missing_since = now
+            if directory.fd < 0:
                 return
-        if mask & (ino.IN_CREATE | ino.IN_MOVED_TO):
-            # It happened in the directory that was at the path before, when nobody had seen yet that it was replaced.
-            # Somebody may have written what they made there; that it was us cannot be told any more.
-            register = os.fsdecode(name)
-            triggered.signals += [signal for signal in self._triggers.values() if signal.register == register]
+            made_again = max(trigger.missing_since, directory.vanished_at) + patience
+            error = self._try_look(trigger, make=now >= made_again)
+            if error is None:
+                yield None
+            elif error.errno == errno.ENOENT and now < made_again:
+                yield made_again
+            else:
+                refused.setdefault(error.strerror or "", []).append(trigger.path)
+                yield now
+        self._say(directory, refused)
 
-    def _look_again(self, directories: Iterable[IrqDirectory], *, moved: bool = False) -> None:
-        """Open each directory again if its path leads elsewhere now, and watch the triggers in it.
+    def _say(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
+        """Log what keeps triggers from being watched: once for each reason, as there may be thousands of them."""
+        for reason, paths in refused.items():
+            others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
+            self._problems.failed((directory, reason), f"cannot watch: {reason}; retried", f"{paths[0]}{others}")
+            self._reasons.setdefault(directory, {})[reason] = paths[0]
+        for reason, path in tuple(self._reasons.get(directory, {}).items()):
+            if reason not in refused:
+                self._problems.well((directory, reason), path)
+                del self._reasons[directory][reason]
 
-        With `moved`, the triggers in one that is still in its place need no look.
-        """
-        now = time.monotonic()
-        for directory in directories:
-            path = directory.path
-            make = path in self._lost and now - self._lost[path] > PATIENCE
-            try:
-                current = directory.current
-                if not current:
-                    self._lost.setdefault(path, now)
-                    self._open_directory(directory, make=make)
-                    # Its triggers need a look even if its state registers cannot be made.
-                    self._unarmed |= {signal.path: self._lost[path] for signal in directory.outbound}
-                if make:
-                    directory.make_states()
-            except OSError as error:
-                if make or error.errno != errno.ENOENT:
-                    self._say(path, f"cannot be opened: {error.strerror}; retried")
-                continue
-            if make:
-                del self._lost[path]
-                self._unsay(path)
-            if not (current and moved):
-                for signal in directory.outbound:
-                    self._try_arm(directory, signal)
-
-    # ---------------------------------------------------------------------------------------------------- mending
-
-    def mend(self) -> Triggered:
-        """Try again what could not be done: directories, watches, owed notifications. Raises nothing.
-
-        Returns what was `found`.
-        """
+    def expire(self) -> None:
+        """End the watches of files that were replaced a while ago."""
         now = time.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             self._inotify.unwatch(wd)
-        self._look_again(self._directories.values(), moved=True)
-        for path in tuple(self._unarmed):
-            signal = self._triggers[path]
-            self._try_arm(self._directories[signal.directory], signal)
-        self._pay()
-        return self.found()
 
-    def _pay(self) -> None:
-        """Write what is owed, as far as it can be written."""
-        owed = self._inflight.owed
-        for name in owed:
-            signal = self.table.inbound.get(name)
-            if signal is None:
-                logger.warning("%s: not configured any more: %d owed notifications dropped", name.decode(), owed[name])
-                self._stats.unknown += owed[name]
-                owed[name] = 0
-                continue
-            directory = self._home[signal.name]
-            if not directory.current:
-                continue
-            written = 0
-            try:
-                while written < owed[name]:
-                    directory.write(signal.register)
-                    written += 1
-            except OSError as error:
-                self._failed(signal, error)
-            # Else what was written may have gone to a directory that was replaced meanwhile.
-            if written and directory.current:
-                self._stats.delivered += written
-                owed[name] -= written
-                if not owed[name]:
-                    self._unsay(signal.path)
+    def next_expiry(self) -> float:
+        """When `expire` has something to do (time.monotonic()); infinity for never."""
+        return min(self._retired.values(), default=math.inf)
 
-    def close(self) -> None:
-        """Close the directories. Watches stay, for a successor that inherits them."""
-        for directory in self._directories.values():
-            directory.release()
+    def found(self) -> Triggered:
+        """What nobody told of by now, as `follow` adds it."""
+        triggered = Triggered()
+        self._count_replaced(triggered)
+        return triggered
+
+
+def _happening(mask: int) -> Happening:
+    if mask & VANISHED:
+        return Happening.VANISHED
+    return Happening.MADE if mask & ino.IN_CREATE else Happening.MOVED_HERE
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(one.lstat(), other.lstat())
+    except OSError:
+        return False

@@ -240,17 +240,21 @@ class Applications(Recorder):
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
-        """Rename the directory, or one above it, away; returns once the proxy has made it again."""
+        """Rename the directory, or one above it, away, and make the directory again, empty."""
         with self._paths:
             path.rename(self._beside(path))
             self._directories[-1].ended = time.monotonic()
+            # A reload makes the proxy do so too.
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def remove_directory(self) -> None:
-        """Remove the directory and all that is in it; returns once the proxy has made it again."""
+        """Remove the directory and all that is in it, and make it again, empty."""
         with self._paths:
             shutil.rmtree(self.directory)
             self._directories[-1].ended = time.monotonic()
+            # A reload makes the proxy do so too.
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def replace_state(self, name: str) -> None:

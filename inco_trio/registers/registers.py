@@ -1,0 +1,141 @@
+"""The registers of a signal table: state files, triggers and directories, opened and restored together.
+
+`Inbound` is given the state files only, `Outbound` the triggers only; here is what concerns both.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import trio
+
+from inco_trio.errors import ConfigError
+from inco_trio.keep.inflight import Inflight
+from inco_trio.registers.diagnose import unreported
+from inco_trio.registers.directories import Directories, Directory
+from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.refusals import refusal
+from inco_trio.registers.states import StateFiles
+from inco_trio.registers.triggers import Trigger, Triggers
+from inco_trio.signals import Direction, SignalTable
+from inco_trio.stats import Counters
+from inco_trio.supervise import Problems, in_turns
+
+__all__ = ["Registers"]
+
+
+class Registers:
+    """The registers of a signal table; `open` takes the first, `reload` another.
+
+    `troubled` is set when something could not be done, and `restore` is to be run.
+    """
+
+    def __init__(self, inotify: Inotify, inflight: Inflight, counters: Counters) -> None:
+        problems = Problems()
+        self.table = SignalTable(())
+        self.troubled = trio.Event()
+        self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set())
+        self.states = StateFiles(self.directories, inflight.owed, problems, counters)
+        self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
+
+    # ------------------------------------------------------------------------------------------------------ table
+
+    def open(self, table: SignalTable) -> None:
+        """Open the directories, make what is missing, watch the triggers.
+
+        Raises IncoError: what cannot be opened is the user's to mend.
+        """
+        for _ in self.exchange(table):
+            pass
+        for wd in self.directories.forget_noted(self.triggers.by_path):
+            # Of a predecessor's configuration.
+            self.triggers.ignore(wd)
+
+    def exchange(self, table: SignalTable) -> Generator[None, None, None]:
+        """Take another table, in steps: what is in both is left untouched, and nothing new makes a notification.
+
+        All that is new is opened first; if that is refused, IncoError is raised and nothing is changed.
+        """
+        directories: list[Directory] = []
+        triggers: list[Trigger] = []
+        path = Path("/")
+        states = self.states.paths
+        try:
+            for signal in table:
+                path = signal.directory
+                directory = self.directories.by_path.get(path)
+                if directory is None:
+                    directories.append(directory := self.directories.add(path))
+                    self.directories.open(directory, make=True)
+                path = signal.path
+                if signal.direction is Direction.INBOUND:
+                    if signal.path not in states and directory.fd >= 0:
+                        directory.make_state(signal.register)
+                        directory.check(signal.register)
+                elif signal.path not in self.triggers.by_path:
+                    triggers.append(trigger := self.triggers.add(directory, signal.register))
+                    if directory.fd >= 0:
+                        self.triggers.look(trigger, make=True)
+                yield
+        except BaseException as error:
+            for trigger in triggers:
+                self.triggers.drop(trigger)
+            for directory in directories:
+                self.directories.drop(directory)
+            if not isinstance(error, OSError):
+                raise
+            if problem := unreported(path):
+                raise ConfigError([problem]) from error
+            raise refusal(error, path) from error
+        self._take(table)
+
+    def _take(self, table: SignalTable) -> None:
+        paths = {signal.directory for signal in table}
+        signals = {signal.path: signal for signal in table.outbound.values()}
+        for path, trigger in tuple(self.triggers.by_path.items()):
+            if path not in signals:
+                self.triggers.drop(trigger)
+            else:
+                # The same file may carry another name now.
+                trigger.signal = signals[path]
+        for path, directory in tuple(self.directories.by_path.items()):
+            if path not in paths:
+                self.directories.drop(directory)
+        self.states.take_table(table)
+        self.table = table
+
+    async def reload(self, table: SignalTable) -> None:
+        """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""
+        await in_turns(self.exchange(table))
+        self.directories.forget_noted(self.triggers.by_path)
+        for directory in self.directories.by_path.values():
+            self.directories.look(directory, make=True)
+
+    # -------------------------------------------------------------------------------------------------- restoring
+
+    def restore(self) -> Generator[None, None, None]:
+        """Try again, in steps, what could not be done and is due."""
+        self.triggers.expire()
+        for directory in self.directories.due():
+            started = time.monotonic()
+            earliest = [self.directories.restore(directory)]
+            for again in self.triggers.restore(directory):
+                earliest.append(again)
+                yield
+            for well in self.states.pay(directory):
+                earliest.append(None if well else time.monotonic())
+                yield
+            left = [again for again in earliest if again is not None]
+            self.directories.retried(directory, min(left, default=None), time.monotonic() - started)
+
+    def next_restore(self) -> float:
+        """When `restore` has something to do (time.monotonic()); infinity for never."""
+        return min(self.directories.next_retry(), self.triggers.next_expiry(), math.inf)
+
+    def close(self) -> None:
+        """Close files and directories. Watches stay, for a successor that inherits them."""
+        self.states.close()
+        self.directories.close()

@@ -1,0 +1,194 @@
+"""State files: the files of inbound signals. Each notification is an open, write of `1` and close of its own.
+
+What cannot be written is owed: it is noted by the wire name in memory that outlives the process, and written later, in
+order, before any newer notification of the same signal.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import attrs
+
+from inco_trio.keep.inflight import NumberTable
+from inco_trio.registers.directories import Directories, Directory
+from inco_trio.signals import Signal, SignalTable
+from inco_trio.stats import Counters
+from inco_trio.supervise import Problems
+
+__all__ = ["StateFile", "StateFiles"]
+
+logger = logging.getLogger(__name__)
+
+SLICE = 32
+"""Writes of what is owed between two looks at the time."""
+
+
+@attrs.define(eq=False)
+class StateFile:
+    """The file of an inbound signal."""
+
+    signal: Signal
+    directory: Directory
+    fd: int = -1
+    """Open while the disk has no room for the `1`: closing it now would be a notification for who watches the file."""
+
+    def write(self) -> None:
+        """Write one notification. Raises OSError."""
+        if self.fd >= 0:
+            self._check_still_there()
+        fd = self.fd if self.fd >= 0 else self.directory.open_state(self.signal.register)
+        self.fd = fd
+        os.write(fd, b"1")
+        self.fd = -1
+        os.close(fd)
+
+    def _check_still_there(self) -> None:
+        try:
+            there = os.stat(self.signal.register, dir_fd=self.directory.fd, follow_symlinks=False)
+        except OSError:
+            there = None
+        if there is None or not os.path.samestat(os.fstat(self.fd), there):
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class StateFiles:
+    """The state files of a signal table. Everything here is immediate; nothing waits.
+
+    `known` maps wire names to inbound signals.
+    """
+
+    def __init__(self, directories: Directories, owed: NumberTable, problems: Problems, counters: Counters) -> None:
+        self.known: dict[bytes, Signal] = {}
+        self._files: dict[str, StateFile] = {}
+        self._directories = directories
+        self._owed = owed
+        self._problems = problems
+        self._counters = counters
+
+    def take_table(self, table: SignalTable) -> None:
+        """Write the files of this table from now on; every directory of it is known to `directories`."""
+        before, self._files = self._files, {}
+        for directory in self._directories.by_path.values():
+            directory.states = set()
+        for signal in table.inbound.values():
+            directory = self._directories.by_path[signal.directory]
+            directory.states.add(signal.register)
+            file = before.get(signal.name)
+            if file is not None and file.signal == signal and file.directory is directory:
+                self._files[signal.name] = before.pop(signal.name)
+            else:
+                self._files[signal.name] = StateFile(signal, directory)
+        for file in before.values():
+            file.close()
+            self._problems.forget(file.signal.path)
+        self.known = table.inbound
+        for name in self._owed:
+            if (found := self.known.get(name)) is not None:
+                self._directories.trouble(self._files[found.name].directory)
+                continue
+            number, self._owed[name] = self._owed[name], 0
+            logger.warning("%s: not configured any more: %d owed notifications dropped", name.decode(), number)
+            self._counters.unknown += number
+
+    @property
+    def paths(self) -> set[Path]:
+        """The paths of the files."""
+        return {file.signal.path for file in self._files.values()}
+
+    @property
+    def owed(self) -> int:
+        """Notifications that are not written yet."""
+        return sum(self._owed[name] for name in self._owed)
+
+    def write(self, signals: Iterable[Signal]) -> None:
+        """Write the state file of each signal, in order. What cannot be written now is owed."""
+        written: list[StateFile] = []
+        files, owed = self._files, self._owed
+        owing = len(owed) > 0
+        for signal in signals:
+            file = files.get(signal.name)
+            if file is None:
+                self._counters.unknown += 1  # Read before a reload that removed it.
+                continue
+            # What is owed of the same signal comes first.
+            if not (owing and owed[signal.name.encode()]):
+                try:
+                    file.write()
+                except OSError as error:
+                    self._failed(file, error)
+                else:
+                    written.append(file)
+                    continue
+            owed[signal.name.encode()] += 1
+            owing = True
+        self._counters.delivered += len(written)
+        for directory in {file.directory for file in written}:
+            if not directory.current:
+                # Replaced meanwhile: these may have gone to the old one.
+                for file in written:
+                    if file.directory is directory:
+                        owed[file.signal.name.encode()] += 1
+                self._directories.look(directory)
+
+    def _failed(self, file: StateFile, error: OSError) -> None:
+        self._counters.write_failures += 1
+        if error.errno == errno.ENOENT:
+            self._directories.look(file.directory)
+            self._directories.miss_states(file.directory)
+        else:
+            self._problems.failed(
+                file.signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried"
+            )
+            self._directories.trouble(file.directory)
+
+    def pay(self, directory: Directory) -> Iterator[bool]:
+        """Write what is owed in a directory, as far as it can be written; yields often: whether all is going well."""
+        for file in tuple(self._files.values()):
+            key = file.signal.name.encode()
+            if file.directory is not directory or not self._owed[key]:
+                continue
+            while self._files.get(file.signal.name) is file and (rest := self._owed[key]):
+                if not directory.current:
+                    yield False
+                    return
+                written, refused = self._write_some(file, min(rest, SLICE))
+                # Else what was written may have gone to a directory that was replaced meanwhile.
+                if written and directory.current:
+                    self._counters.delivered += written
+                    self._owed[key] -= written
+                yield not refused
+                if refused:
+                    break
+            else:
+                self._problems.well(file.signal.path)
+
+    def _write_some(self, file: StateFile, number: int) -> tuple[int, bool]:
+        for written in range(number):
+            try:
+                file.write()
+            except OSError as error:
+                self._counters.write_failures += 1
+                if error.errno != errno.ENOENT:
+                    self._problems.failed(
+                        file.signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried"
+                    )
+                elif file.directory.states_missing_since is None:
+                    self._directories.miss_states(file.directory)
+                return written, True
+        return number, False
+
+    def close(self) -> None:
+        """Let go of files that wait for room on the disk."""
+        for file in self._files.values():
+            file.close()
