@@ -443,20 +443,19 @@ static void flush(void)
         sleep(true);
 }
 
-/* Send what the floods still have to send, as far as there is room; true if they have more. */
+/* Send what the floods still have to send, one after the other, as far as there is room; true if they have more. */
 static bool flood(void)
 {
-    bool more = false;
     for (struct rule *rule = rules; rule < rules + rule_count; rule++) {
         if (!rule->pending)
             continue;
         for (reclaim(); rule->pending && tx_room > FLOOD_ROOM; rule->pending--)
             send(rule->signal);
-        if (!rule->pending)
-            say_line("flood ended: ", rule->signal);
-        more |= rule->pending > 0;
+        if (rule->pending)
+            return true;
+        say_line("flood ended: ", rule->signal);
     }
-    return more;
+    return false;
 }
 
 static void report(void)
