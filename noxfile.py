@@ -23,6 +23,8 @@ DEBIAN_PACKAGES = {
     "execlineb": ("execline",),
     "ip": ("iproute2",),
     "mosquitto": ("mosquitto",),
+    "qemu-system-riscv64": ("qemu-system-misc",),
+    "riscv64-linux-gnu-gcc": ("gcc-riscv64-linux-gnu",),
     "s6-svscan": ("s6",),
     "setpriv": ("util-linux",),
     "strace": ("strace",),
@@ -128,7 +130,7 @@ def unit(session: nox.Session) -> None:
     """Tests without namespaces, on each supported Python that was found."""
     session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
     install(session, "test")
-    run_pytest(session, "tests", "-m", "not netns and not s6 and not faults", data=session.name)
+    run_pytest(session, "tests", "-m", "not netns and not s6 and not qemu and not faults", data=session.name)
 
 
 @nox.session
@@ -151,10 +153,10 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def netns(session: nox.Session) -> None:
-    """The real program on the real kernel, in network namespaces, and under a real s6."""
+    """The real program on the real kernel, in network namespaces, under a real s6, and a second core in QEMU."""
     need_programs(session)
     install(session, "test")
-    run_pytest(session, "tests", "-m", "netns or s6", data="netns", root=True)
+    run_pytest(session, "tests", "-m", "netns or s6 or qemu", data="netns", root=True)
 
 
 @nox.session

@@ -45,6 +45,7 @@ def test_wheel_holds_only_the_package() -> None:
     info = f"inco_trio-{version}.dist-info"
     assert {name.split("/")[0] for name in names} == {"inco_trio", info}
     assert {"inco_trio/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
+    assert "inco_trio/simulation/firmware/core1.elf" in names
 
 
 def test_sdist_holds_what_the_checks_need() -> None:
