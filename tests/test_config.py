@@ -589,21 +589,21 @@ def test_config_defaults() -> None:
     assert (config.wait_link, config.stop_deadline) == (False, 5.0)
 
 
-@pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\udcff", "\x1f", "\x85"])
+@pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\x1f", "\x85"])
 def test_interfaces(interface: str) -> None:
     assert Config(interface, ()).interface == interface
 
 
 @pytest.mark.parametrize(
     "interface",
-    ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\ud800", "à"],
+    ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\udcff", "à"],
     ids=ascii,
 )
 def test_interfaces_that_cannot_be(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert caught.value.problems == (
-        f"interface {interface!r}: a name is 1 to 15 bytes without '/', ':' and whitespace",
+        f"interface {interface!r}: a name is 1 to 15 bytes of UTF-8 without '/', ':' and whitespace",
     )
 
 
