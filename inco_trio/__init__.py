@@ -11,20 +11,23 @@ The command line is `inco_trio.commands`; asyncio callbacks are in `inco_trio.ai
 
 from __future__ import annotations
 
-from inco_trio.config import Board, Config, read_board
-from inco_trio.errors import (
-    ClosedError,
-    ConfigError,
-    IncoError,
-    LinkMissing,
-    PermissionRefused,
-    ResourceRefused,
-    UnknownSignal,
-    UsageError,
-)
-from inco_trio.proxy import Notification, Proxy, open_proxy, serve
-from inco_trio.signals import Direction, Signal, builtin_signals
-from inco_trio.stats import Stats
+# As typing.TYPE_CHECKING: typing takes longer to import than all of this.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from inco_trio.config import Board, Config, read_board
+    from inco_trio.errors import (
+        ClosedError,
+        ConfigError,
+        IncoError,
+        LinkMissing,
+        PermissionRefused,
+        ResourceRefused,
+        UnknownSignal,
+        UsageError,
+    )
+    from inco_trio.proxy import Notification, Proxy, open_proxy, serve
+    from inco_trio.signals import Direction, Signal, builtin_signals
+    from inco_trio.stats import Stats
 
 __all__ = [
     "Board",
@@ -47,3 +50,36 @@ __all__ = [
     "read_board",
     "serve",
 ]
+
+# Imported when they are first used (PEP 562): `inco-trio check` needs no Trio.
+_PLACES = {
+    "config": ("Board", "Config", "read_board"),
+    "errors": (
+        "ClosedError",
+        "ConfigError",
+        "IncoError",
+        "LinkMissing",
+        "PermissionRefused",
+        "ResourceRefused",
+        "UnknownSignal",
+        "UsageError",
+    ),
+    "proxy": ("Notification", "Proxy", "open_proxy", "serve"),
+    "signals": ("Direction", "Signal", "builtin_signals"),
+    "stats": ("Stats",),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value: object = getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__} - {"TYPE_CHECKING"})

@@ -10,26 +10,30 @@ ignored, whatever is in it:
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, ResourceRefused
+from inco_trio.links.address import interface_fault
 from inco_trio.signals import BUILTIN, Direction, Signal, clashes, is_path, name_fault, register_fault
 
 if TYPE_CHECKING:
     import cattrs
 
-__all__ = ["Board", "Config", "parse_board", "read_board"]
+__all__ = ["Board", "Config", "parse_board", "read_board", "read_file"]
 
-INTERFACE_MAX = 15
-"""The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
+SIZE_MAX = 16 * 1024 * 1024
+"""The largest udrv.json that is read, in bytes: many times a board's."""
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 IRQ_DEVICE = "ihub-irq-dev"
 FILE = "file"
 REGS = "misc.ihub_config_dev.regs"
@@ -53,21 +57,12 @@ class Config:
 
     def __attrs_post_init__(self) -> None:
         problems = [f"signal {signal.name}: {why}" for signal, why in clashes(self.signals)]
-        if not _is_interface(self.interface):
-            problems.append(
-                f"interface {self.interface!r}: a name is 1 to {INTERFACE_MAX} bytes without '/', ':' and whitespace"
-            )
+        if fault := interface_fault(self.interface):
+            problems.append(f"interface {self.interface!r}: {fault}")
         if not self.stop_deadline >= 0:  # `< 0` would let NaN pass
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
         if problems:
             raise ConfigError(problems)
-
-
-def _is_interface(name: str) -> bool:
-    # The rule of the kernel's dev_valid_name().
-    if name in {".", ".."} or any(c in "/:" or c.isspace() for c in name) or not is_path(name):
-        return False
-    return 1 <= len(os.fsencode(name)) <= INTERFACE_MAX
 
 
 @attrs.frozen
@@ -83,15 +78,52 @@ class Board:
 def read_board(path: Path | str) -> Board:
     """The board that the udrv.json at `path` describes.
 
-    Raises `ConfigError` with every mistake, each line beginning with `path`.
+    Raises `ConfigError` with every mistake, each line beginning with `path`, and as `read_file`.
+    """
+    return parse_board(read_file(path), str(path))
+
+
+def read_file(path: Path | str) -> bytes:
+    """The bytes of the udrv.json at `path`, without ever waiting for somebody to write them.
+
+    Raises `ConfigError` for what is no regular file, too large or cannot be read, `ResourceRefused` where the system
+    has no room now.
     """
     try:
-        text = Path(path).read_bytes()
+        # Looked at before it is opened, as that can set a device off, and again after, as it may have been replaced.
+        _refuse_unless_regular(path, os.stat(path))  # noqa: PTH116 - `path` may be text
+        with open(path, "rb", opener=_open_at_once) as file:
+            _refuse_unless_regular(path, os.fstat(file.fileno()))
+            # Not by its size: files of /proc have none. None instead of bytes is one of those that would wait.
+            content = file.read(SIZE_MAX + 1) or b""
     except OSError as e:
-        raise ConfigError([f"{path}: cannot be read: {e.strerror}"]) from e
-    except ValueError as e:  # a NUL in the path
+        line = f"{path}: cannot be read: {e.strerror}"
+        raise (ResourceRefused(line) if e.errno in EXHAUSTED else ConfigError([line])) from e
+    except ValueError as e:  # a NUL in the path, or what no file name can hold
         raise ConfigError([f"{path}: cannot be read: {e}"]) from e
-    return parse_board(text, str(path))
+    if len(content) > SIZE_MAX:
+        raise ConfigError([f"{path}: cannot be read: it is larger than {SIZE_MAX >> 20} MiB"])
+    return content
+
+
+_KINDS_OF_FILE = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def _refuse_unless_regular(path: Path | str, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if kind := _KINDS_OF_FILE.get(stat.S_IFMT(status.st_mode)):
+        raise ConfigError([f"{path}: cannot be read: it is {kind}, not a regular file"])
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # O_NONBLOCK: a FIFO would wait for somebody to write to it.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def parse_board(text: bytes, source: str) -> Board:
@@ -158,8 +190,10 @@ class _Found:
 
 def _find(document: dict[str, object], problems: list[str], notes: list[str]) -> Iterator[_Found]:
     regs = _table(document, REGS, problems) or {}
-    ours = _table(document, OURS, problems)
+    ours = _table(document, OURS, problems) or {}
     signals = _table(document, SIGNALS, problems) or {}
+    # In a table of our own, a key that we do not know is a typing error.
+    problems += [f"{OURS}: unknown key {key!r}: 'signals' is the one it has" for key in ours if key != "signals"]
     problems += [*_repeated(ours, OURS), *_repeated(signals, SIGNALS)]
     builtins = {b.name: b for b in BUILTIN}
     for name in dict.fromkeys([*builtins, *signals]):
@@ -171,7 +205,9 @@ def _find(document: dict[str, object], problems: list[str], notes: list[str]) ->
         if builtin.reg not in regs:
             notes.append(f"{where} is missing: using {IRQ_DEVICE}.{builtin.register}")
             yield _Found(name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
-        elif reg := _structure(regs[builtin.reg], _Reg, where, problems):
+            continue
+        problems += [*_repeated(regs, REGS, [builtin.reg]), *_repeated(regs[builtin.reg], where, ["reg"])]
+        if reg := _structure(regs[builtin.reg], _Reg, where, problems):
             yield _Found(name, builtin.direction, reg.reg, where)
 
 
@@ -200,7 +236,10 @@ def _directories(document: dict[str, object], found: list[_Found], problems: lis
     for device, missing in wanted.items():
         if device not in files:
             problems.append(missing)
-        elif entry := _structure(files[device], _Device, f"{FILE}.{_shown(device)}", problems):
+            continue
+        where = f"{FILE}.{_shown(device)}"
+        problems += [*_repeated(files, FILE, [device]), *_repeated(files[device], where, ["path"])]
+        if entry := _structure(files[device], _Device, where, problems):
             directories[device] = entry.path
     return directories
 
@@ -210,6 +249,7 @@ def _table(document: dict[str, object], path: str, problems: list[str]) -> dict[
     table = document
     where = ""
     for key in path.split("."):
+        problems += _repeated(table, where, [key])
         where = f"{where}.{key}".removeprefix(".")
         value = table.get(key, {})
         if not isinstance(value, dict):
@@ -245,7 +285,7 @@ def _converter() -> cattrs.Converter:
     converter.register_structure_hook(Path, _to_directory)
     converter.register_structure_hook(Direction, _to_direction)
     converter.register_structure_hook(_Address, _to_address)
-    # In a table of our own, a key that we do not know is a typing error.
+    # A table of our own, too.
     converter.register_structure_hook(_Entry, make_dict_structure_fn(_Entry, converter, _cattrs_forbid_extra_keys=True))
     return converter
 
@@ -306,9 +346,11 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _repeated(value: object, where: str) -> list[str]:
-    keys = value.repeated if isinstance(value, _Repeating) else ()
-    return [f"{where}: {key!r} is there more than once" for key in keys]
+def _repeated(table: object, where: str, matter: Collection[str] | None = None) -> list[str]:
+    """A line for each key that came more than once, of those that `matter`; None: all do."""
+    keys = table.repeated if isinstance(table, _Repeating) else ()
+    place = f"{where}: " if where else ""
+    return [f"{place}{key!r} is there more than once" for key in keys if matter is None or key in matter]
 
 
 def _shown(key: str) -> str:

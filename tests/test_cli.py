@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import inco_proxy, main
+from inco_trio.commands import inco_proxy, main, process_signals
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -21,12 +22,15 @@ COMMANDS = ("run", "check", "demo", "s6")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No configuration from outside, and afterwards the package's log as it was."""
+    """No configuration from outside, and afterwards the package's log and the signals' handlers as they were."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     package = logging.getLogger("inco_trio")
     before = package.handlers, package.propagate, package.level
+    handlers = {number: signal.getsignal(number) for number in process_signals.HELD}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     package.handlers, package.propagate = before[:2]
     package.setLevel(before[2])
 

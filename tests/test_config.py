@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inco_trio.config import Board, Config, parse_board, read_board
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, ResourceRefused
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
@@ -150,7 +152,6 @@ def test_wire_names(name: str) -> None:
         ("file", "ihub-irq-dev", "compatible"),
         ("misc", "compatible"),
         ("misc", "ihub_config_dev", "compatible"),
-        ("misc", "inco_proxy", "compatible"),
         (*REGS, "redun_notify_irq"),
         (*REGS, "redun_notify_trig", "privatedata"),
     ],
@@ -186,6 +187,8 @@ MISSING_DEVICE = "file.ihub-irq-dev: is missing: its path is the directory of th
         (REGS, True, ": a boolean is not a table"),
         (SIGNALS[:2], "x", ": a string is not a table"),
         (SIGNALS, None, ": null is not a table"),
+        (SIGNALS[:2], {"signal": {}}, ": unknown key 'signal': 'signals' is the one it has"),
+        (SIGNALS[:2], {"a b": 1, "signals": {}}, ": unknown key 'a b': 'signals' is the one it has"),
         (DEVICE, ..., ": is missing: its path is the directory of the IRQ files"),
         (DEVICE, 1.5, ": a number is not a table"),
         (DEVICE, {}, ".path: is missing"),
@@ -325,9 +328,57 @@ def test_a_key_given_twice_in_our_own_table(ours: str, problem: str) -> None:
     assert problems(text.encode()) == [problem]
 
 
-def test_a_key_given_twice_elsewhere_is_not_ours_to_judge() -> None:
-    text = json.dumps(MINIMAL).replace('"path": "/irq"', '"path": 1, "compatible": 1, "path": "/irq", "compatible": 2')
-    assert parse_board(text.encode(), "u.json").signals == builtin_signals(IRQ)
+@pytest.mark.parametrize(
+    ("key", "where"),
+    [
+        ("file", ""),
+        ("misc", ""),
+        ("ihub-irq-dev", "file: "),
+        ("other", "file: "),
+        ("ihub_config_dev", "misc: "),
+        ("inco_proxy", "misc: "),
+        ("regs", "misc.ihub_config_dev: "),
+        ("redun_notify_trig", "misc.ihub_config_dev.regs: "),
+        ("ihub_hwwd_irq", "misc.ihub_config_dev.regs: "),
+        ("signals", "misc.inco_proxy: "),
+        ("x", "misc.inco_proxy.signals: "),
+    ],
+)
+def test_a_key_that_matters_is_given_twice(key: str, where: str) -> None:
+    text = json.dumps(changed((X, entry("inbound", "other.x"))))
+    assert text.count(f'"{key}": {{') == 1
+    twice = text.replace(f'"{key}": {{', f'"{key}": {{"path": "/x", "reg": "other.y"}}, "{key}": {{')
+    assert problems(twice.encode()) == [f"{where}{key!r} is there more than once"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "where"),
+    [
+        ('"path": "/irq"', "file.ihub-irq-dev: 'path'"),
+        ('"path": "/other"', "file.other: 'path'"),
+        ('"reg": "ihub-irq-dev.message_6_trig"', "misc.ihub_config_dev.regs.redun_notify_trig: 'reg'"),
+        ('"reg": "other.x"', "misc.inco_proxy.signals.x: 'reg'"),
+    ],
+)
+def test_a_value_that_matters_is_given_twice(pair: str, where: str) -> None:
+    text = json.dumps(changed((X, entry("inbound", "other.x"))))
+    assert text.count(pair) == 1
+    assert problems(text.replace(pair, f"{pair}, {pair}").encode()) == [f"{where} is there more than once"]
+
+
+@pytest.mark.parametrize(
+    ("once", "twice"),
+    [
+        ('"path": "/irq"', '"compatible": 1, "path": "/irq", "compatible": 2'),
+        ('"other": {"path": "/other"}', '"other": {}, "other": {}, "another": 1, "another": {}'),
+        ('"file": {', '"spi": 1, "spi": 2, "file": {'),
+        ('"regs": {', '"other": 1, "other": 2, "regs": {"any": 1, "any": 2, '),
+    ],
+)
+def test_a_key_given_twice_elsewhere_is_not_ours_to_judge(once: str, twice: str) -> None:
+    text = json.dumps(MINIMAL)
+    assert text.count(once) == 1
+    assert parse_board(text.replace(once, twice).encode(), "u.json").signals == builtin_signals(IRQ)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +435,38 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     secret.touch(mode=0)
     with without_privileges():
         assert refusal(secret) == f"{secret}: cannot be read: Permission denied"
+
+
+def test_what_is_no_regular_file_is_refused_by_name_and_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path, kind in (
+            (tmp_path / "fifo", "a FIFO"),
+            (tmp_path / "socket", "a socket"),
+            (Path("/dev/zero"), "a character device"),
+        ):
+            assert refusal(path) == f"{path}: cannot be read: it is {kind}, not a regular file"
+
+
+def test_a_huge_file_is_refused_without_reading_all_of_it(tmp_path: Path) -> None:
+    huge = tmp_path / "huge.json"
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    assert refusal(huge) == f"{huge}: cannot be read: it is larger than 16 MiB"
+
+
+def test_a_file_that_shows_no_size_is_read() -> None:
+    assert refusal("/proc/self/status").startswith("/proc/self/status: line 1 column 1: not JSON")
+
+
+def test_no_descriptor_is_no_fault_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(ResourceRefused, match=r"udrv\.json: cannot be read: Too many open files$"):
+        read_board(SAMPLE)
 
 
 def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,19 +589,21 @@ def test_config_defaults() -> None:
     assert (config.wait_link, config.stop_deadline) == (False, 5.0)
 
 
-@pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\udcff"])
+@pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\x1f", "\x85"])
 def test_interfaces(interface: str) -> None:
     assert Config(interface, ()).interface == interface
 
 
 @pytest.mark.parametrize(
-    "interface", ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\ud800"], ids=ascii
+    "interface",
+    ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\udcff", "à"],
+    ids=ascii,
 )
 def test_interfaces_that_cannot_be(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert caught.value.problems == (
-        f"interface {interface!r}: a name is 1 to 15 bytes without '/', ':' and whitespace",
+        f"interface {interface!r}: a name is 1 to 15 bytes of UTF-8 without '/', ':' and whitespace",
     )
 
 

@@ -24,12 +24,12 @@ def package_log() -> Iterator[None]:
     package.setLevel(before[2])
 
 
-def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     logger.warning("%s: is gone", "rpmsg4000")
     logger.debug("unheard")
     log_statistics({"received": 2, "sent": 0})
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     assert out == ""
     assert err.splitlines() == [
         "inco-trio: warning: rpmsg4000: is gone",
@@ -37,12 +37,12 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("json", verbose=True)
     logger.debug('"quoted"\nand more')
     logger.info("ready", extra={"event": "ready"})
     log_statistics({"received": 2, "sent": 0})
-    entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    entries = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
     times = [entry.pop("time") for entry in entries]
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time) for time in times)
     assert entries == [
@@ -59,13 +59,13 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_an_exception_keeps_its_traceback(log_format: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_keeps_its_traceback(log_format: str, capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging(log_format, verbose=False)
     try:
         int("no number")
     except ValueError:
         logger.exception("internal error")
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     if log_format == "json":
         (line,) = said.splitlines()
         said = json.loads(line)["traceback"]
@@ -73,9 +73,9 @@ def test_an_exception_keeps_its_traceback(log_format: str, capsys: pytest.Captur
     assert said.rstrip().endswith("ValueError: invalid literal for int() with base 10: 'no number'")
 
 
-def test_set_up_again_replaces(capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_up_again_replaces(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=True)
     set_up_logging("text", verbose=False)
     logger.debug("unheard")
     logger.info("once")
-    assert capsys.readouterr().err == "inco-trio: info: once\n"
+    assert capfd.readouterr().err == "inco-trio: info: once\n"

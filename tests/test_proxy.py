@@ -715,19 +715,21 @@ def test_the_old_command_is_a_drop_in(cores: Cores, udrv: Path, irq_dir: Path, c
     start = functools.partial(
         subprocess.Popen[str],
         command,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "UDRV_JSON_PATH": str(udrv)},
     )
     with cores.core0.run(start) as running:
         try:
-            assert running.stderr is not None
+            assert running.stdout is not None
             said: list[str] = []
             while not said or "ready" not in said[-1]:
-                said.append(running.stderr.readline())
+                said.append(running.stdout.readline())
                 assert said[-1], said
             trigger(irq_dir / "message_6_trig")
             assert names(core1, 1) == [b"redun_notify_irq"]
+            # A line for each notification, as its users know it.
+            assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
             running.terminate()
             assert running.wait(DEADLINE) == 0
         finally:

@@ -327,9 +327,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def changes(
-    scandir: Path, *, interface: str = "core0", config: str = "/dev/null", user: str | None = None
-) -> list[str]:
+def changes(scandir: Path, *, interface: str = "core0", config: str = __file__, user: str | None = None) -> list[str]:
     lines = write_scandir(scandir, interface=interface, config=Path(config), user=user, program=["/opt/inco-trio"])
     return [line.replace(f"{scandir}/", "") for line in lines]
 
@@ -348,7 +346,7 @@ class TestFiles:
     def test_another_configuration_changes_run_only(self, tmp_path: Path) -> None:
         changes(tmp_path)
         before = snapshot(tmp_path)
-        assert changes(tmp_path, config="/dev/zero") == ["changed inco-trio-core0/run"]
+        assert changes(tmp_path, config="/proc/version") == ["changed inco-trio-core0/run"]
         after = snapshot(tmp_path)
         assert {name for name in after if after[name] != before[name]} == {"inco-trio-core0/run"}
 
@@ -398,11 +396,11 @@ class TestFiles:
     def test_a_configuration_that_is_not_there_yet_is_a_warning(self, tmp_path: Path) -> None:
         changes(tmp_path, config="/nonexistent/udrv.json")
         assert changes(tmp_path, config="/nonexistent/udrv.json") == [
-            "warning: cannot read /nonexistent/udrv.json now: No such file or directory"
+            "warning: /nonexistent/udrv.json: cannot be read: No such file or directory"
         ]
 
     @pytest.mark.parametrize(
-        "interface", ["", ".", "..", "a/b", "a b", "a:1", "a\n", "é", "sixteen-letters-", "fdholder"]
+        "interface", ["", ".", "..", "a/b", "a b", "a:1", "a\n", "\udcff", "sixteen-letters-", "fdholder", "-a"]
     )
     def test_a_bad_interface_is_refused(self, interface: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"^{re.escape(repr(interface))} [^\n]*interface[^\n]*$"):

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from inco_trio.commands.configuration import config_path, configuration_argument
+from inco_trio.commands.streams import say
 from inco_trio.config import read_board
 
 __all__ = ["arguments", "run"]
@@ -31,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
         widths = [max(len(row[key]) for row in rows) for key in ("name", "direction")]
         lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
         lines += [f"note: {note}" for note in board.notes]
-    print(*lines, sep="\n")  # noqa: T201 - the command's output
+    say(*lines)
     return 0

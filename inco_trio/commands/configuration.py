@@ -1,4 +1,4 @@
-"""Where a command finds the configuration: `--config FILE` or $UDRV_JSON_PATH."""
+"""What several commands take: the interface, and the configuration by `--config FILE` or $UDRV_JSON_PATH."""
 
 from __future__ import annotations
 
@@ -7,20 +7,42 @@ import os
 from pathlib import Path
 
 from inco_trio.errors import UsageError
+from inco_trio.signals import is_path
 
-__all__ = ["config_path", "configuration_argument"]
+__all__ = ["LINK", "absolute", "config_path", "configuration_argument", "path_of"]
+
+LINK = "rpmsg4000"
+"""The interface that is used unless another one is named."""
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
     """Add `--config`."""
-    sub.add_argument("--config", type=Path, metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
+    sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
 
 
 def config_path(args: argparse.Namespace) -> Path:
     """The configuration that was named. Raises UsageError if none was."""
-    path: Path | None = args.config
-    if path is None and (named := os.environ.get("UDRV_JSON_PATH")):
-        path = Path(named)
-    if path is None:
-        raise UsageError("no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)")
-    return path
+    if args.config is not None:
+        return path_of(args.config, "--config")
+    if named := os.environ.get("UDRV_JSON_PATH"):
+        return Path(named)
+    raise UsageError("no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)")
+
+
+def absolute(path: str | Path, option: str) -> Path:
+    """The path that `option` names, in full. Raises UsageError if it has no meaning."""
+    path = path_of(path, option)
+    try:
+        return path.absolute()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: the working directory is gone: give an absolute path") from error
+
+
+def path_of(text: str | Path, option: str) -> Path:
+    """The path that `option` names. Raises UsageError if it is none."""
+    # Path("") is the working directory.
+    if not str(text):
+        raise UsageError(f"{option}: the path is empty")
+    if not is_path(str(text)):
+        raise UsageError(f"{option} {str(text)!r}: it cannot be a path")
+    return Path(text)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from inco_trio.commands.streams import output
 
 __all__ = ["arguments", "run"]
 
@@ -19,4 +20,4 @@ def run(args: argparse.Namespace) -> int:
     """Run the demonstration."""
     from inco_trio.simulation.demo import run_demo
 
-    return run_demo(args.count, args.rate, sys.stdout)
+    return run_demo(args.count, args.rate, output())

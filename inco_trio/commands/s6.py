@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
 
-from inco_trio.commands.configuration import config_path, configuration_argument
-from inco_trio.commands.run import LINK
+from inco_trio.commands.configuration import LINK, absolute, config_path, configuration_argument, path_of
+from inco_trio.commands.streams import say, say_bytes
 from inco_trio.errors import UsageError
 from inco_trio.service import scandir
 
@@ -16,7 +16,7 @@ __all__ = ["arguments", "run"]
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `s6`."""
     sub.epilog = "example: inco-trio s6 /run/service --config /etc/udrv.json && s6-svscan /run/service"
-    sub.add_argument("scandir", nargs="?", type=Path, metavar="SCANDIR", help="the scan directory")
+    sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="the scan directory")
     sub.add_argument("--iface", default=LINK, metavar="IFACE", help=f"interface of the link (default: {LINK})")
     configuration_argument(sub)
     sub.add_argument("--user", help="run as USER, with CAP_NET_RAW only")
@@ -25,13 +25,16 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the scan directory, or print the unit."""
-    config = config_path(args).absolute()
+    config = absolute(config_path(args), "--config")
     program = scandir.find_program()
     if args.systemd:
-        print(scandir.systemd_unit(interface=args.iface, config=config, user=args.user, program=program))  # noqa: T201
+        unit = scandir.systemd_unit(interface=args.iface, config=config, user=args.user, program=program)
+        # In bytes: a path need not be text, and the unit is the same whatever standard output takes for it.
+        say_bytes(os.fsencode(f"{unit}\n"))
         return 0
     if args.scandir is None:
         raise UsageError("s6 needs the SCANDIR to write (or --systemd)")
-    changes = scandir.write_scandir(args.scandir, interface=args.iface, config=config, user=args.user, program=program)
-    print(*(changes or ["nothing changed"]), sep="\n")  # noqa: T201 - the command's output
+    directory = path_of(args.scandir, "SCANDIR")
+    changes = scandir.write_scandir(directory, interface=args.iface, config=config, user=args.user, program=program)
+    say(*(changes or ["nothing changed"]))
     return 0

@@ -59,18 +59,22 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 
 def _open_registers(registers: dict[str, Signal]) -> Iterator[str]:
-    for process in Path("/proc").iterdir():
-        if not process.name.isdecimal() or int(process.name) == os.getpid():
-            continue
+    try:
+        processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208
+    except OSError:
+        return  # Not mounted: what cannot be looked at is passed over.
+    for number in processes:
+        process = Path("/proc", number)
         try:
             for fd in (process / "fd").iterdir():
                 signal = registers.get(str(fd.readlink()))
                 if signal is None:
                     continue
-                flags = re.search(r"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_text(), re.MULTILINE)
+                flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_bytes(), re.MULTILINE)
                 writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
-                name = (process / "comm").read_text().strip()
-                who = f"{signal.path}: process {process.name} ({name}) holds it open"
+                # A process may give itself any bytes for a name.
+                name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
+                who = f"{signal.path}: process {number} ({name}) holds it open"
                 if signal.direction is Direction.INBOUND:
                     yield f"{who}: it sees a notification only when it reads again, or watches the file"
                 elif writes:

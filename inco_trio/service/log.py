@@ -1,6 +1,7 @@
-"""The log, on standard error: text for people, or one JSON object a line.
+"""The log, on a standard stream: text for people, or one JSON object a line.
 
-Text has no time stamps: the supervisor's logger writes them.
+Text has no time stamps: the supervisor's logger writes them. Carrying never waits for who reads the log, and goes on
+where it is on a full disk or closed: then lines are lost, which is said in the next one that is not.
 """
 
 from __future__ import annotations
@@ -9,9 +10,14 @@ import json
 import logging
 import time
 
+from inco_trio.service.lines import STANDARD_ERROR, write_at_once
+
 __all__ = ["log_statistics", "set_up_logging"]
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_MS = 10
+"""How long a line may wait for a reader that is merely slow. Nobody waits for one that has left this pass."""
 
 
 class _Json(logging.Formatter):
@@ -34,9 +40,45 @@ class _Text(logging.Formatter):
         return f"inco-trio: {record.levelname.lower()}: {super().format(record)}"
 
 
-def set_up_logging(log_format: str, *, verbose: bool) -> None:
-    """Send the package's log to standard error as `text` or `json`; `verbose` shows each notification."""
-    handler = logging.StreamHandler()
+class _Lines(logging.Handler):
+    """Writes each record to the descriptor `fd` at once, or loses it."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._lost = 0
+        self._torn = False
+        self._complained = fd == STANDARD_ERROR
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            lines = self._line(record)
+        except Exception:  # noqa: BLE001 - a mistake in the call, which logging shows with its place
+            self.handleError(record)
+            return
+        if self._lost:
+            note = f"{self._lost} lines of the log were lost here"
+            lines = self._line(logging.LogRecord(logger.name, logging.WARNING, __file__, 0, note, None, None)) + lines
+        if self._torn:
+            lines = b"\n" + lines
+        written, reason = write_at_once(self._fd, lines, 0 if self._lost else PATIENCE_MS)
+        if written:
+            self._torn = reason is not None
+        if reason is None:
+            self._lost = 0
+        else:
+            self._lost += 1
+            if not self._complained:
+                self._complained = True
+                write_at_once(STANDARD_ERROR, f"inco-trio: warning: the log loses lines: {reason}\n".encode())
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+
+
+def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR) -> None:
+    """Send the package's log to the descriptor `fd` as `text` or `json`; `verbose` shows each notification."""
+    handler = _Lines(fd)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     package = logging.getLogger("inco_trio")
     package.handlers = [handler]

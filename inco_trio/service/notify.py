@@ -15,7 +15,7 @@ from inco_trio.errors import UsageError
 
 __all__ = ["check_notification_fd", "notify_ready", "notify_stopping", "sd_notify"]
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_notification_fd(fd: int) -> None:
@@ -43,7 +43,7 @@ def notify_ready(notification_fd: int | None) -> None:
         try:
             os.write(notification_fd, b"\n")
         except OSError as error:
-            _log.warning("cannot report readiness on descriptor %d: %s", notification_fd, error.strerror)
+            logger.warning("cannot report readiness on descriptor %d: %s", notification_fd, error.strerror)
         finally:
             os.close(notification_fd)
     _tell_systemd("READY=1")
@@ -74,4 +74,4 @@ def _tell_systemd(state: str) -> None:
     try:
         sd_notify(state)
     except OSError as error:
-        _log.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", state, os.environ["NOTIFY_SOCKET"], error)
+        logger.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", state, os.environ["NOTIFY_SOCKET"], error)

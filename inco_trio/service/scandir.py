@@ -7,6 +7,7 @@ https://skarnet.org/software/s6/s6-fdholderd.html (rules), systemd.service(5) an
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import re
@@ -17,12 +18,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from inco_trio.errors import PermissionRefused, UsageError
+from inco_trio.config import read_file
+from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.links.address import interface_fault
 
 __all__ = ["find_program", "systemd_unit", "write_scandir"]
 
 _HOLDER = "inco-trio-fdholder"
 _SERVICE = "inco-trio-"
+
+_MISPLACED = frozenset({
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.EROFS, errno.EINVAL,
+})  # fmt: skip
+"""What is wrong with the place that was named, and not with the system."""
 
 _RUN = """\
 #!/bin/sh
@@ -119,8 +127,13 @@ WantedBy=multi-user.target
 
 def find_program() -> list[str]:
     """The command, with an absolute path, that starts this very inco-trio again."""
-    started = Path(sys.argv[0]).absolute()
-    return [str(started)] if started.name == "inco-trio" else [sys.executable, "-m", "inco_trio"]
+    started = Path(sys.argv[0])
+    if started.name == "inco-trio":
+        try:
+            return [str(started.absolute())]
+        except OSError as error:
+            raise UsageError(f"{started}: the working directory is gone: start inco-trio by its full path") from error
+    return [sys.executable, "-m", "inco_trio"]
 
 
 def write_scandir(
@@ -130,20 +143,33 @@ def write_scandir(
 
     `user` is who the service runs as, with CAP_NET_RAW only; None: who runs s6-svscan. `program` is the command before
     its arguments. Only files that differ are written. Returns one line for each of them, and a warning if `config`
-    cannot be read now. Raises UsageError, PermissionRefused.
+    cannot be read now. Raises UsageError, PermissionRefused, ResourceRefused.
     """
     _check_interface(interface)
     lines = _config_warnings(config)
     try:
         _make_directory(directory)
         lines += _write_tree(directory, _service(interface, config, user, program))
-        lines += _write_tree(directory, _holder(directory))
-        lines += _remove_stale_rules(directory)
-    except PermissionError as error:
-        raise PermissionRefused(f"cannot write {error.filename}: {error.strerror}") from error
+        uids, foreign = _service_uids(directory)
+        rules = _rules(directory, uids)
+        lines += [
+            f"warning: {path} is not one that `inco-trio s6` wrote: its service is passed over" for path in foreign
+        ]
+        lines += _write_tree(directory, _holder(rules))
+        lines += _remove_stale_rules(directory, rules)
     except OSError as error:
-        raise UsageError(f"cannot write {error.filename}: {error.strerror}") from error
+        raise _refusal(error) from error
     return lines
+
+
+def _refusal(error: OSError) -> IncoError:
+    # The place to which a file was to be moved is what the user knows, not the new file's name.
+    line = f"cannot write {error.filename2 or error.filename}: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return PermissionRefused(line)
+    if error.errno in _MISPLACED:
+        return UsageError(line)
+    return ResourceRefused(line)
 
 
 def systemd_unit(*, interface: str, config: Path, user: str | None, program: Sequence[str]) -> str:
@@ -186,23 +212,33 @@ def _service(interface: str, config: Path, user: str | None, program: Sequence[s
     }
 
 
-def _holder(directory: Path) -> _Tree:
-    tree = {f"{_HOLDER}/{path}": (f"{content}\n", 0o644) for path, content in _rules(directory).items()}
+def _holder(rules: dict[str, str]) -> _Tree:
+    tree = {f"{_HOLDER}/{path}": (f"{content}\n", 0o644) for path, content in rules.items()}
     tree[f"{_HOLDER}/notification-fd"] = ("1\n", 0o644)
     tree[f"{_HOLDER}/run"] = (_HOLDER_RUN, 0o755)
     return tree
 
 
-def _rules(directory: Path) -> dict[str, str]:
-    """Who may do what with which identifiers: root and the directory's owner all, a service's user store its own."""
+def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
+    """The interfaces of the services of each user, and the files data/uid that are not ours."""
     interfaces: dict[int, list[str]] = {}
+    foreign = []
     for path in sorted(directory.glob(f"{_SERVICE}*/data/uid")):
-        name = path.parent.parent.name.removeprefix(_SERVICE)
-        # Empty for a service without a user of its own: it runs as who runs s6-svscan.
-        if uid := path.read_text().strip():
-            interfaces.setdefault(int(uid), []).append(_quote_for_regex(name))
+        try:
+            text = path.read_bytes().strip() if path.is_file() else b"none"  # a FIFO would wait for a writer
+        except PermissionError as error:
+            raise PermissionRefused(f"cannot read {path}: {error.strerror}") from error
+        if re.fullmatch(rb"[0-9]{1,10}", text):
+            interfaces.setdefault(int(text), []).append(path.parent.parent.name.removeprefix(_SERVICE))
+        elif text:  # Empty for a service without a user of its own: it runs as who runs s6-svscan.
+            foreign.append(path)
+    return interfaces, foreign
+
+
+def _rules(directory: Path, interfaces: dict[int, list[str]]) -> dict[str, str]:
+    """Who may do what with which identifiers: root and the directory's owner all, a service's user store its own."""
     rules = {
-        f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(names)})/"
+        f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
         for uid, names in interfaces.items()
     }
     for owner in {0, directory.stat().st_uid}:
@@ -224,39 +260,54 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
     path = directory / name
     _make_directory(path.parent)
     exists, data = path.is_file(), os.fsencode(content)
-    if exists and path.read_bytes() == data and stat.S_IMODE(path.stat().st_mode) == mode:
+    if exists and stat.S_IMODE(path.stat().st_mode) == mode and path.read_bytes() == data:
         return None
     new = path.with_name(f".{path.name}.new")
-    new.write_bytes(data)
-    new.chmod(mode)
-    new.replace(path)
+    new.unlink(missing_ok=True)
+    try:
+        with new.open("xb") as file:
+            file.write(data)
+        new.chmod(mode)
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        # write(2) knows no name.
+        error.filename = error.filename2 = str(path)
+        raise
     return f"{'changed' if exists else 'created'} {path}"
 
 
 def _make_directory(path: Path) -> None:
     """Create `path` and its parents so that the services' users may pass, whatever the umask is."""
-    if not path.is_dir():
+    if path.is_dir():
+        return
+    if path != path.parent:
         _make_directory(path.parent)
-        path.mkdir()
-        path.chmod(0o755)
+    path.mkdir()
+    path.chmod(0o755)
 
 
-def _remove_stale_rules(directory: Path) -> list[str]:
+def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     """Take their rights from users that no service runs as any more."""
-    rules = directory / _HOLDER / "data/rules/uid"
-    wanted = {path.split("/")[3] for path in _rules(directory)}
+    wanted = {path.split("/")[3] for path in rules}
     lines = []
-    for path in sorted(rules.iterdir()):
-        if path.name not in wanted:
+    for path in sorted((directory / _HOLDER / "data/rules/uid").iterdir()):
+        # A link may lead to a directory, and so give rights; a file gives none, and is none of ours.
+        if path.name in wanted or not (path.is_symlink() or path.is_dir()):
+            continue
+        if path.is_symlink():
+            path.unlink()
+        else:
             shutil.rmtree(path)
-            lines.append(f"removed {path}")
+        lines.append(f"removed {path}")
     return lines
 
 
 def _check_interface(interface: str) -> None:
-    # As dev_valid_name() in the kernel's net/core/dev.c, but printable ASCII only.
-    if not re.fullmatch(r"(?!\.{1,2}$)[!-.0-9;-~]{1,15}", interface):
-        raise UsageError(f"{interface!r} is not an interface name: 1 to 15 printable characters, no '/', ':' or space")
+    if fault := interface_fault(interface):
+        raise UsageError(f"{interface!r} is not an interface: {fault}")
+    if interface.startswith("-"):
+        raise UsageError(f"{interface!r} cannot be the interface here: the service would take it for an option")
     if _SERVICE + interface == _HOLDER:
         raise UsageError(f"{interface!r} cannot be the interface here: {_HOLDER} is the service of the fd holder")
 
@@ -264,15 +315,15 @@ def _check_interface(interface: str) -> None:
 def _account(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(user)
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: a NUL, or characters that no name can hold
         raise UsageError(f"--user {user}: there is no such user") from None
 
 
 def _config_warnings(config: Path) -> list[str]:
     try:
-        config.open("rb").close()
-    except OSError as error:
-        return [f"warning: cannot read {config} now: {error.strerror}"]
+        read_file(config)
+    except IncoError as error:
+        return [f"warning: {error}"]
     return []
 
 
@@ -286,4 +337,10 @@ def _quote_for_systemd(text: str) -> str:
     text = text.replace("%", "%%").replace("$", "$$")
     if re.fullmatch(r"[\w@%+=:,./$-]+", text, re.ASCII):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    # A unit is a file of UTF-8 without control characters; C's escapes stand for all other bytes.
+    return '"' + re.sub(r"[\0-\x1f\x7f\udc80-\udcff]", _escape, text) + '"'
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\x{os.fsencode(match[0])[0]:02x}"

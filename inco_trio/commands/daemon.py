@@ -1,0 +1,184 @@
+"""The daemon: signals of the process and exit codes around `open_proxy`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import signal
+import threading
+from collections.abc import Callable
+
+import attrs
+import trio
+
+from inco_trio.commands import process_signals
+from inco_trio.commands.configuration import absolute, config_path
+from inco_trio.commands.line import EXIT_INTERNAL
+from inco_trio.config import Board, Config, read_board
+from inco_trio.errors import IncoError, ResourceRefused, UsageError
+from inco_trio.keep.fdstore import FdStore, fd_store_from_environment
+from inco_trio.proxy import Proxy, open_proxy
+from inco_trio.registers.diagnose import diagnose
+from inco_trio.service.log import log_statistics
+from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
+from inco_trio.signals import builtin_signals
+
+__all__ = ["run_daemon"]
+
+logger = logging.getLogger(__name__)
+
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def run_daemon(args: argparse.Namespace) -> int:
+    """Carry signals until the process is told to stop; returns the exit code. Raises IncoError."""
+    if args.notification_fd is not None:
+        check_notification_fd(args.notification_fd)
+    if args.irq_dir is not None:
+        args.irq_dir = absolute(args.irq_dir, "--irq-dir")
+    config = _load(args)
+
+    try:
+        trio.run(_serve, args, config, fd_store_from_environment(args.fd_holder, config.interface))
+    except IncoError:
+        raise
+    except Exception as error:  # logged whole; the exit code tells the supervisor
+        if refused := _exhausted(error):
+            raise ResourceRefused(f"{config.interface}: {refused.strerror}: raise the limit, or free some") from error
+        logger.exception("internal error: this is a fault of inco-trio, please report it")
+        return EXIT_INTERNAL
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """The configuration that the arguments name; its defaults are logged. Raises IncoError."""
+    board: Board
+    if args.irq_dir is not None:
+        if args.config is not None:
+            raise UsageError("--irq-dir and --config exclude each other")
+        board = Board(builtin_signals(args.irq_dir), ())
+    else:
+        board = read_board(config_path(args))
+    for note in board.notes:
+        logger.info("%s", note)
+    return Config(args.iface, board.signals, wait_link=args.wait_link)
+
+
+async def _load_aside(args: argparse.Namespace) -> Config:
+    """`_load`, while notifications are carried."""
+    try:
+        return await trio.to_thread.run_sync(_load, args, abandon_on_cancel=True)
+    except RuntimeError:  # no thread can be had now: a large file delays notifications by what it takes to read it
+        return _load(args)
+
+
+def _exhausted(error: Exception) -> OSError | None:
+    """The cause, if `error` is, or only wraps, a limit of the system, which Trio meets too."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, OSError) and error.errno in EXHAUSTED else None
+
+
+@attrs.define(eq=False)
+class _Run:
+    """What the tasks of the daemon share; `proxy` is None until link and watches are live."""
+
+    args: argparse.Namespace
+    proxy: Proxy | None = None
+    stop: trio.CancelScope = attrs.Factory(trio.CancelScope)
+
+
+async def _serve(args: argparse.Namespace, config: Config, fd_store: FdStore) -> None:
+    run = _Run(args)
+    failure: IncoError | None = None
+    # One reload that is due stands for all that were asked for.
+    hang_up, hang_ups = trio.open_memory_channel[None](1)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_follow_signals, run, _once(hang_up))
+        try:
+            with run.stop:
+                await trio.lowlevel.checkpoint_if_cancelled()  # told to stop already: nothing is opened
+                async with open_proxy(config, fd_store=fd_store) as run.proxy:
+                    notify_ready(args.notification_fd)
+                    logger.info("%s: ready", config.interface, extra={"event": "ready"})
+                    _start_diagnosis(config)
+                    try:
+                        await _follow_hang_ups(hang_ups, args, run.proxy)
+                    finally:
+                        notify_stopping()
+        except IncoError as error:
+            failure = error
+        finally:
+            if run.proxy is not None:
+                log_statistics(run.proxy.stats.as_dict())
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if run.proxy is None:
+        logger.info("%s: told to stop before it was open", config.interface)
+
+
+def _once(channel: trio.MemorySendChannel[None]) -> Callable[[], None]:
+    """A function that sends, unless as many wait as the channel takes: then one more tells nothing new."""
+
+    def send() -> None:
+        with contextlib.suppress(trio.WouldBlock):
+            channel.send_nowait(None)
+
+    return send
+
+
+async def _follow_signals(
+    run: _Run, reload: Callable[[], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Do what the signals of the process ask for; `task_status.started` is called once those held before are done."""
+    entry, arrivals = trio.open_memory_channel[None](1)
+    tell, token = _once(entry), trio.lowlevel.current_trio_token()
+    with process_signals.listening(lambda: token.run_sync_soon(tell, idempotent=True)):
+        _obey(run, reload)
+        task_status.started()
+        async for _ in arrivals:
+            _obey(run, reload)
+
+
+def _obey(run: _Run, reload: Callable[[], None]) -> None:
+    # Nothing waits here: a stop must not come behind a reload.
+    for number in process_signals.take():
+        if number in process_signals.STOPS:
+            run.stop.cancel()
+        elif number == signal.SIGHUP:
+            if run.proxy is None:
+                logger.info("the configuration is read again once the link is there")
+            reload()
+        elif run.proxy is None:
+            logger.info("there are no counters before the link is there")
+        else:
+            log_statistics(run.proxy.stats.as_dict())
+
+
+async def _follow_hang_ups(hang_ups: trio.MemoryReceiveChannel[None], args: argparse.Namespace, proxy: Proxy) -> None:
+    """Reload the configuration whenever it is asked for, one time after the other. Cancelled, it waits for nothing."""
+    async for _ in hang_ups:
+        try:
+            await proxy.reload(await _load_aside(args))
+        except IncoError as error:
+            for problem in str(error).splitlines():
+                logger.error("reload refused, the old configuration goes on: %s", problem)  # noqa: TRY400 - no fault of ours
+        else:
+            logger.info("reloaded: %d signals", len(proxy.config.signals), extra={"event": "reloaded"})
+
+
+def _start_diagnosis(config: Config) -> None:
+    # A thread of its own, as one of Trio's would wake up once more to end.
+    with contextlib.suppress(RuntimeError):  # No thread can be had: carrying needs none.
+        threading.Thread(target=_diagnose, args=(config,), daemon=True).start()
+
+
+def _diagnose(config: Config) -> None:
+    """Say what may keep notifications from coming; after readiness, as it reads all of /proc."""
+    # What cannot be looked at, as no descriptor is left to look with or as it is gone, is no reason to complain.
+    with contextlib.suppress(OSError):
+        for line in diagnose(config.signals):
+            logger.warning("%s", line)

@@ -1,0 +1,31 @@
+"""Writing to a standard stream without ever waiting for who reads it."""
+
+from __future__ import annotations
+
+import os
+import select
+
+__all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "write_at_once"]
+
+STANDARD_OUTPUT = 1
+STANDARD_ERROR = 2
+PIECE = 4096
+"""PIPE_BUF of pipe(7): as much as a pipe takes without waiting once it takes anything."""
+
+
+def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:
+    """Write `data` to `fd`, waiting at most `patience_ms` for room.
+
+    Returns how many bytes were written and, if that is not all, why. Raises nothing.
+    """
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    written = 0
+    try:
+        while written < len(data):
+            if not room.poll(patience_ms):
+                return written, "nobody reads it"
+            written += os.write(fd, data[written : written + PIECE])
+    except OSError as error:
+        return written, error.strerror
+    return written, None
