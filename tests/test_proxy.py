@@ -41,6 +41,7 @@ from inco_trio import (
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.keep.inflight import FRAME_STEP, Inflight
+from inco_trio.links.packet import LinkWatcher
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
@@ -1104,6 +1105,128 @@ def test_an_error_of_the_caller_is_passed_on(in_core0: InCore0, config: Config) 
         with pytest.raises(ValueError, match="of the caller"):
             async with open_proxy(config):
                 raise ValueError("of the caller")
+
+    in_core0(main)
+
+
+def test_an_error_of_the_caller_and_of_a_leg(
+    in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(_watcher: LinkWatcher) -> None:
+        raise RuntimeError("of the leg")
+
+    async def fail_when_cancelled() -> None:
+        async with open_proxy(config):
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise ValueError("of the caller")
+
+    async def main() -> None:
+        monkeypatch.setattr(LinkWatcher, "wait", broken)
+        with pytest.raises(ExceptionGroup) as legs:
+            async with open_proxy(config):
+                await trio.sleep_forever()
+        assert legs.group_contains(RuntimeError, match="of the leg")
+        with pytest.raises(ExceptionGroup) as both:
+            await fail_when_cancelled()
+        assert both.group_contains(RuntimeError, match="of the leg")
+        assert both.group_contains(ValueError, match="of the caller")
+
+    in_core0(main)
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_an_exit_of_the_caller_is_no_group(in_core0: InCore0, config: Config, error: BaseException) -> None:
+    async def main() -> None:
+        with pytest.raises(type(error)) as caught:
+            async with open_proxy(config):
+                raise error
+        assert caught.value is error
+
+    in_core0(main)
+
+
+def test_a_closed_proxy_says_so(in_core0: InCore0, config: Config) -> None:
+    async def main() -> None:
+        async with open_proxy(config) as proxy:
+            pass
+        with pytest.raises(ClosedError), proxy.events():
+            pass
+        with pytest.raises(ClosedError):
+            await proxy.reload(config)
+        with pytest.raises(ClosedError):
+            await proxy.send("redun_notify_irq")
+        with pytest.raises(attrs.exceptions.FrozenInstanceError):
+            proxy.stats.sent = 1  # type: ignore[misc]
+
+    in_core0(main)
+
+
+def test_what_was_cancelled_before_it_was_accepted_does_not_count(
+    in_core0: InCore0, cores: Cores, config: Config
+) -> None:
+    cores.link_down()
+
+    async def main() -> None:
+        async with open_proxy(attrs.evolve(config, stop_deadline=0)) as proxy, trio.open_nursery() as nursery:
+            async with trio.open_nursery() as senders:
+                for _ in range(5):
+                    senders.start_soon(proxy.send, "redun_notify_irq")
+                await wait_all_tasks_blocked()
+                senders.cancel_scope.cancel()
+            # One was taken by the leg that sends, and waits for the link.
+            assert proxy.stats.triggered == 1
+            nursery.cancel_scope.cancel()
+
+    in_core0(main)
+
+
+def test_while_the_link_is_waited_for_all_is_held(
+    in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer
+) -> None:
+    async def main() -> None:
+        waiting, store = attrs.evolve(config, interface="later0", wait_link=True), Cupboard()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(serve, waiting, fd_store=store))
+            await wait_all_tasks_blocked()
+            assert store.stored == ["inflight", "inotify", "link"]
+            trigger(irq_dir / "message_6_trig")
+            nursery.cancel_scope.cancel()
+        heir = store.heir()
+        async with open_proxy(config, fd_store=heir):
+            assert await next_name(core1) == b"redun_notify_irq"
+        heir.close()
+
+    in_core0(main)
+
+
+def test_nothing_holds_the_loop(
+    in_core0: InCore0, config: Config, irq_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not measured in time, which a busy machine would decide, but in how often others had a turn.
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async def main() -> None:
+        nonlocal turns
+        async with open_proxy(config) as proxy, trio.open_nursery() as nursery:
+            state = irq_dir / "message_4_state"
+            state.unlink()
+            state.mkdir()
+            proxy._registers.states.write([config.signals[0]] * 50_000)
+            monkeypatch.setattr("inco_trio.supervise.TURN", 0.0)
+            nursery.start_soon(others)
+            state.rmdir()
+            while proxy.stats.delivered < 50_000:
+                await trio.lowlevel.checkpoint()
+            assert turns >= 50_000 / 64
+            nursery.cancel_scope.cancel()
 
     in_core0(main)
 

@@ -1236,3 +1236,285 @@ def test_a_directory_that_is_named_otherwise_now(start: StartWorld, irq: Path, n
     # One inode has one watch: what ended the old name's would have ended the new one's.
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
+
+
+# ------------------------------------------------------------------------- faults that were found in the books before
+
+
+@pytest.mark.parametrize("vanish", ["missing", "a directory"])
+def test_a_reload_may_drop_a_trigger_that_is_not_there(
+    start: StartWorld, notify: Signal, uart: Signal, vanish: str
+) -> None:
+    world = start(notify, uart)
+    notify.path.unlink()
+    if vanish == "a directory":
+        notify.path.mkdir()
+    for read in (False, True):
+        if read:
+            assert world.triggered() == []
+        assert world.reload([uart]) == []
+        assert world.reload([uart, notify] if vanish == "missing" else [uart]) == []
+    assert world.triggered() + world.later() == []
+    write(uart.path)
+    assert world.triggered() == ["uart_irq"]
+    assert not world.troubled
+
+
+def test_one_directory_by_two_paths_is_refused(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
+    irq.mkdir(parents=True)
+    alias = irq.with_name("alias")
+    alias.symlink_to(irq)
+    other = Signal(uart.name, OUT, alias, uart.register)
+    with pytest.raises(ConfigError, match=f"^{alias}: is the same directory as {irq}: name it by one path only$"):
+        start(notify, other, opened=False).open()
+    world = start(notify)
+    with pytest.raises(ConfigError, match="is the same directory as"):
+        world.reload([notify, other])
+    write(notify.path)
+    assert world.triggered() == [notify.name]
+
+
+def test_a_directory_that_becomes_another_ones_twin_is_said_once(
+    start: StartWorld, irq: Path, notify: Signal, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Signal("other", OUT, tmp_path / "other", "trig")
+    world = start(notify, other)
+    shutil.rmtree(other.directory)
+    assert world.triggered() == []
+    other.directory.symlink_to(irq)
+    caplog.clear()
+    assert world.triggered() + world.later() == []
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{other.directory}: cannot be opened: is the same directory as {irq}; retried"
+    ]
+    remake(notify.path)
+    assert world.triggered() == [notify.name]
+    other.directory.unlink()
+    other.directory.mkdir()
+    assert world.triggered() + world.later() == []
+    write(other.path)
+    assert world.triggered() == ["other"]
+
+
+def test_two_triggers_that_are_one_file_are_refused(
+    start: StartWorld, irq: Path, notify: Signal, uart: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    irq.mkdir(parents=True)
+    notify.path.touch()
+    uart.path.hardlink_to(notify.path)
+    with pytest.raises(ConfigError, match=f"^{uart.path}: is the same file as {notify.path}: remove one of the two"):
+        start(notify, uart, opened=False).open()
+    uart.path.unlink()
+    world = start(notify, uart)
+    uart.path.unlink()
+    uart.path.hardlink_to(notify.path)
+    # Somebody made it: nothing is written by it, and what it is now is said.
+    assert world.triggered() + world.restore() == []
+    assert f"{uart.path}: cannot watch: is the same file as {notify.path}; retried" in caplog.text
+    write(uart.path)
+    assert world.triggered() == [notify.name]
+    remake(uart.path)
+    assert world.triggered() + world.later() == [uart.name]
+    write(notify.path)
+    write(uart.path)
+    assert world.triggered() == [notify.name, uart.name]
+
+
+def test_a_trigger_renamed_onto_another(start: StartWorld, notify: Signal, uart: Signal) -> None:
+    world = start(notify, uart)
+    notify.path.rename(uart.path)
+    assert world.triggered() == [uart.name]
+    write(uart.path)
+    assert world.triggered() == [uart.name]
+    assert world.later() == []
+    write(notify.path)
+    write(uart.path)
+    assert world.triggered() == [notify.name, uart.name]
+
+
+def test_what_was_read_before_a_reload_goes_to_the_register_of_the_new_table(
+    start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
+) -> None:
+    world = start(reset)
+    moved = Signal(reset.name, IN, tmp_path / "elsewhere", "other_state")
+    assert world.reload([moved]) == []
+    world.write(reset)
+    assert moved.path.read_text() == "1"
+    assert reset.path.read_text() == ""
+    assert [path.name for path in moved.directory.iterdir()] == ["other_state"]
+
+
+def test_our_own_files_in_a_directory_that_was_dropped_notify_nobody(
+    start: StartWorld, irq: Path, notify: Signal, tmp_path: Path
+) -> None:
+    world = start(notify, opened=False)
+    world.registers.open(world.table)
+    moved = Signal(notify.name, OUT, tmp_path / "elsewhere", notify.register)
+    # The events of our making the first trigger are still unread.
+    assert world.reload([moved]) == []
+    assert world.triggered() + world.later() == []
+    write(moved.path)
+    assert world.triggered() == [notify.name]
+
+
+def test_a_directory_inside_one_that_is_dropped_is_still_followed(start: StartWorld, tmp_path: Path) -> None:
+    outer = Signal("outer", OUT, tmp_path / "a", "trig")
+    inner = Signal("inner", OUT, tmp_path / "a" / "b", "trig")
+    world = start(outer, inner)
+    assert world.reload([inner]) == []
+    assert world.triggered() + world.later() == []
+    (tmp_path / "a").rename(tmp_path / "away")
+    inner.directory.mkdir(parents=True)
+    assert world.triggered() + world.later() == []
+    write(inner.path)
+    assert world.triggered() == ["inner"]
+    # What happens to names in the outer one is nobody's any more.
+    (tmp_path / "a" / "stranger").touch()
+    assert world.events() == []
+
+
+def test_no_retry_is_a_notification(start: StartWorld, reset: Signal, monkeypatch: pytest.MonkeyPatch) -> None:
+    really_write = os.write
+
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    world = start(reset)
+    resets = closes(reset.path)
+    monkeypatch.setattr("os.write", full)
+    world.write(reset, reset)
+    world.after(1.0)
+    monkeypatch.setattr("os.write", really_write)
+    assert world.stats.write_failures > 2
+    assert world.owed == {"ihub_reset_irq": 2}
+    world.later()
+    assert resets() == 2
+    assert world.owed == {}
+
+
+def test_a_file_that_is_replaced_while_it_has_no_room(
+    start: StartWorld, reset: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = start(reset)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", lambda _fd, _data: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        world.write(reset)
+    remake(reset.path, "0")
+    assert world.triggered() == []
+    world.later()
+    assert reset.path.read_text() == "1"
+    assert world.owed == {}
+
+
+@pytest.mark.parametrize("register", ["trigger", "state"])
+@kinds
+def test_every_register_that_is_no_file_is_refused_at_start(
+    start: StartWorld,
+    irq: Path,
+    notify: Signal,
+    reset: Signal,
+    register: str,
+    kind: str,
+    make: Callable[[Path], None],
+) -> None:
+    irq.mkdir(parents=True)
+    signal = notify if register == "trigger" else reset
+    make(signal.path)
+    with pytest.raises(ConfigError) as caught:
+        start(notify, reset, opened=False).open()
+    assert str(caught.value) == f"{signal.path}: is no regular file but {kind}: remove it, or name another register"
+
+
+def test_nothing_is_made_in_a_directory_that_is_being_emptied(
+    start: StartWorld, clock: Clock, irq: Path, notify: Signal, uart: Signal, reset: Signal
+) -> None:
+    world = start(notify, uart, reset)
+    strangers = [irq / str(number) for number in range(20)]
+    for path in strangers:
+        path.touch()
+    for path in (notify.path, uart.path, reset.path, *strangers):
+        path.unlink()
+        # Slower than the patience with one file: it ends anew with each.
+        clock.now += 0.8 * PATIENCE
+        assert world.triggered() + world.restore() == []
+        world.write(reset)
+        assert not notify.path.exists()
+    irq.rmdir()
+    assert world.owed == {"ihub_reset_irq": 21}
+
+
+def test_what_a_comparison_finds_waits_only_for_what_is_queued_then(
+    start: StartWorld, notify: Signal, uart: Signal
+) -> None:
+    successor = start(notify, uart).again()
+    for _ in range(3):
+        write(uart.path)
+    notify.path.unlink()
+    write(notify.path)
+    # As long as more comes than is read, the queue is never empty.
+    successor.registers.open(successor.table)
+    names: list[str] = []
+    for _ in range(20):
+        for _ in range(3):
+            write(uart.path)
+        buffer = memoryview(bytearray(64))
+        names += successor.take(
+            successor.registers.triggers.follow(parse_events(buffer[: successor.inotify.read_into(buffer)]))
+        )
+        assert successor.inotify.queued
+    assert names.count(notify.name) == 1
+    assert successor.triggered().count(notify.name) == 0
+
+
+def test_thousands_of_blocked_triggers_are_said_in_one_line(
+    start: StartWorld, irq: Path, notify: Signal, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = [Signal(f"s{number}", OUT, irq, f"t{number}") for number in range(300)]
+    world = start(*many)
+    caplog.set_level(logging.INFO)
+    for signal in many:
+        signal.path.unlink()
+        signal.path.mkdir()
+    assert world.triggered() + world.later() == []
+    assert len(caplog.records) == 1
+    assert "t0 (and 299 more in this directory): cannot watch: is no regular file but a directory" in caplog.text
+    for signal in many:
+        signal.path.rmdir()
+    assert world.triggered() + world.later() == []
+    assert caplog.records[-1].getMessage() == f"{many[0].path}: works again"
+    write(many[7].path)
+    assert world.triggered() == ["s7"]
+
+
+def test_only_what_was_written_is_looked_at(start: StartWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [Signal(f"s{number}", IN, tmp_path / f"d{number}", "state") for number in range(50)]
+    world = start(*states)
+    looks: list[Path] = []
+    really_stat = os.stat
+
+    def noted(path: Path, **how: Any) -> os.stat_result:
+        looks.append(path)
+        return really_stat(path, **how)
+
+    monkeypatch.setattr("os.stat", noted)
+    world.write(states[3])
+    assert looks == [states[3].directory]
+
+
+def test_what_is_owed_is_paid_in_turns(start: StartWorld, reset: Signal) -> None:
+    world = start(reset)
+    reset.path.unlink()
+    world.write(*[reset] * 10_000)
+    reset.path.touch()
+    world.clock.now += EMPTIED
+    assert sum(1 for _ in world.registers.restore()) >= 10_000 / 64
+    assert world.owed == {}
+
+
+def test_without_proc(start: StartWorld, notify: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.registers.directories._proc_is_there", lambda: False)
+    world = start(notify, reset)
+    write(notify.path)
+    world.write(reset)
+    assert world.triggered() == [notify.name]
+    assert reset.path.read_text() == "1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -85,6 +87,34 @@ def test_nothing_can_be_made_for_a_while(board: Board) -> None:
     wait_content(board.directory / "in_a_state")
     assert board.proxy.log.count("cannot be opened") == 1
     board.proxy.wait_log("irq: works again")
+
+
+@pytest.mark.parametrize("above", [False, True], ids=["itself", "its parent"])
+def test_nobody_is_in_the_way_of_who_removes_the_directory(board: Board, above: bool) -> None:
+    stop = threading.Event()
+
+    def flood() -> None:
+        while not stop.is_set():
+            for _ in range(50):
+                board.core1.send(b"in_a")
+            # Pace: what removes needs a processor too.
+            stop.wait(0.001)
+
+    gone = board.directory.parent if above else board.directory
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        for _ in range(5):
+            shutil.rmtree(gone)
+            # Longer than a moment that the proxy gives to who replaces a file.
+            stop.wait(0.3)
+            board.directory.mkdir(parents=above)
+            wait_content(board.directory / "in_a_state")
+    finally:
+        stop.set()
+        thread.join()
+    board.applications.trigger("out_b")
+    board.wire.wait_seen("out_b")
 
 
 def wait_content(path: Path) -> None:
@@ -269,6 +299,23 @@ def test_disk_full(small: Path, start_board: Callable[..., Board]) -> None:
     wait_idle(board.proxy.pid)
     board.works()
     assert board.proxy.counters()["delivered"] == 4
+
+
+def test_no_retry_on_a_full_disk_is_a_notification(small: Path, start_board: Callable[..., Board]) -> None:
+    board = start_board()
+    filler = small / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(1 << 16))
+    board.core1.send(b"in_a")
+    board.proxy.wait_log("No space left on device")
+    while board.proxy.counters()["write_failures"] < 5:
+        assert board.applications.closes["in_a"] == 0
+    filler.unlink()
+    wait_content(board.directory / "in_a_state")
+    board.proxy.wait_log("works again")
+    board.core1.send(b"in_b")
+    board.applications.wait(lambda: board.applications.closes["in_b"] == 1, "in_b has not been delivered")
+    assert board.applications.closes["in_a"] == 1
 
 
 def test_disk_full_at_start(small: Path, board_config: Path, proxy: StartProxy) -> None:
