@@ -69,6 +69,10 @@ class Directory:
     identity: tuple[int, int] = (0, 0)
     above: set[int] = attrs.Factory(set)
     """The watches on the directories above it."""
+    opened: bool = False
+    """Whether this process has opened it before."""
+    awaited_in: int = 0
+    """While it is missing: the watch on the directory above in which the next name on the way to it may appear."""
     missing_since: float | None = None
     """When its path was seen to lead nowhere, or to what could not be opened (time.monotonic())."""
     states_missing_since: float | None = None
@@ -171,6 +175,18 @@ class Directory:
             os.unlink(name, dir_fd=self.fd)
 
 
+@attrs.define
+class _Awaited:
+    """A directory above missing ones that is watched for new names: the missing ones by the next name to them."""
+
+    path: Path
+    names: dict[bytes, set[Directory]] = attrs.Factory(dict)
+
+    def next_name(self, directory: Directory) -> bytes:
+        """The next name on the way from here to `directory`."""
+        return os.fsencode(directory.path.relative_to(self.path).parts[0])
+
+
 class Directories:
     """The IRQ directories of a signal table, and the watches on them and on the directories above them.
 
@@ -188,8 +204,7 @@ class Directories:
         # Until IN_IGNORED is read, which is the last event of a watch: also those that were replaced or dropped.
         self._by_wd: dict[int, Directory] = {}
         self._above: dict[int, set[Directory]] = {}
-        # The directories above missing ones, in which the next name on the way may appear: path by watch.
-        self._awaited: dict[int, Path] = {}
+        self._awaited: dict[int, _Awaited] = {}
 
     # ------------------------------------------------------------------------------------------------ opening
 
@@ -224,7 +239,8 @@ class Directories:
             os.close(fd)
             raise
         key = watch_key(directory.path)
-        former = directory.wd or self._noted[key]
+        former = directory.wd if directory.opened else self._noted[key]
+        directory.opened = True
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         self._by_wd[wd] = directory
@@ -251,7 +267,8 @@ class Directories:
             except OSError:
                 continue  # Missing too, or not readable for us; then a write notices.
             if waiting:
-                self._awaited[wd], waiting = parent, False
+                self._await(directory, wd, parent)
+                waiting = False
             directory.above.add(wd)
             self._above.setdefault(wd, set()).add(directory)
             if parent not in self.by_path:
@@ -259,16 +276,31 @@ class Directories:
         for wd in before - directory.above:
             self._above[wd].discard(directory)
             self._unwatch(wd)
-        for wd in directory.above & self._awaited.keys():
-            self._calm(wd)
+        if directory.missing_since is None:
+            self._await_no_more(directory)
 
-    def _calm(self, wd: int) -> None:
-        """Stop watching for new names in a directory above, if no missing directory waits there any more."""
-        if any(below.missing_since is not None for below in self._above[wd]):
+    def _await(self, directory: Directory, wd: int, above: Path) -> None:
+        """`directory`, which is missing, comes back through a name that appears in `above`."""
+        if directory.awaited_in == wd:
             return
-        path = self._awaited.pop(wd)
-        if not self._watches_names(wd):
-            self._watch_only_self(path, wd)
+        self._await_no_more(directory)
+        awaited = self._awaited.setdefault(wd, _Awaited(above))
+        awaited.names.setdefault(awaited.next_name(directory), set()).add(directory)
+        directory.awaited_in = wd
+
+    def _await_no_more(self, directory: Directory) -> None:
+        wd, directory.awaited_in = directory.awaited_in, 0
+        awaited = self._awaited.get(wd)
+        if awaited is None:
+            return
+        name = awaited.next_name(directory)
+        awaited.names[name].discard(directory)
+        if not awaited.names[name]:
+            del awaited.names[name]
+        if not awaited.names:
+            del self._awaited[wd]
+            if not self._watches_names(wd):
+                self._watch_only_self(awaited.path, wd)
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
         """Narrow the watch `wd`, which `path` led to, to what happens to the directory itself."""
@@ -303,6 +335,7 @@ class Directories:
         self._troubled.discard(directory)
         self._problems.forget(directory.path)
         directory.missing_since = None
+        self._await_no_more(directory)
         directory.release()
         former, directory.wd = directory.wd, 0
         if former and self._above.get(former):
@@ -311,14 +344,15 @@ class Directories:
             self._unwatch(former)
         for wd in directory.above:
             self._above[wd].discard(directory)
-            if wd in self._awaited:
-                self._calm(wd)
             self._unwatch(wd)
 
-    def forget_noted(self, others: Iterable[Path]) -> list[int]:
-        """Forget the noted watches of what is neither in the table nor in `others`; returns those that live on."""
-        needed = {*others, *self.by_path, *(parent for path in self.by_path for parent in path.parents)}
-        keys = {watch_key(path) for path in needed}
+    def forget_noted(self, others: Iterable[bytes]) -> list[int]:
+        """Forget the noted watches of what is neither in the table nor of the keys `others`.
+
+        Returns those that live on.
+        """
+        needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
+        keys = {*others, *map(watch_key, needed)}
         stale = []
         for key in self._noted:
             if key not in keys:
@@ -341,15 +375,19 @@ class Directories:
                 self._by_wd.pop(wd, None)
                 for other in self._above.pop(wd, ()):
                     other.above.discard(wd)
-                self._awaited.pop(wd, None)
+                if awaited := self._awaited.pop(wd, None):
+                    for waiting in set[Directory]().union(*awaited.names.values()):
+                        waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            for concerned in {*(below or ()), *([directory] if directory else [])}:
-                self.look(concerned)
+            # There may be thousands below, so that these wait for their turn.
+            for other in below or ():
+                self.trouble(other)
+            if directory is not None:
+                self.look(directory)
             return None
-        if mask & APPEARED and below:
-            for waiting in tuple(below):
-                if waiting.missing_since is not None:
-                    self.look(waiting)
+        if mask & APPEARED and (awaited := self._awaited.get(wd)):
+            for waiting in tuple(awaited.names.get(name, ())):
+                self.look(waiting)
         if mask & VANISHED and directory is not None and directory.wd == wd:
             directory.vanished_at = time.monotonic()
             if os.fsdecode(name) in directory.states:
@@ -385,9 +423,8 @@ class Directories:
         self.miss_states(directory)
 
     def look_at_all(self) -> None:
-        """Look at each directory: no event may tell any more."""
+        """Have a look at each directory soon: no event may tell any more."""
         for directory in self.by_path.values():
-            self.look(directory)
             self.trouble(directory)
 
     # ------------------------------------------------------------------------------------------------ retrying

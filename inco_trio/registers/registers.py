@@ -50,7 +50,7 @@ class Registers:
         """
         for _ in self.exchange(table):
             pass
-        for wd in self.directories.forget_noted(self.triggers.by_path):
+        for wd in self.directories.forget_noted(self.triggers.keys()):
             # Of a predecessor's configuration.
             self.triggers.ignore(wd)
 
@@ -110,7 +110,7 @@ class Registers:
     async def reload(self, table: SignalTable) -> None:
         """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""
         await in_turns(self.exchange(table))
-        self.directories.forget_noted(self.triggers.by_path)
+        self.directories.forget_noted(self.triggers.keys())
         for directory in self.directories.by_path.values():
             self.directories.look(directory, make=True)
 

@@ -188,6 +188,10 @@ class Triggers:
         self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
         return trigger
 
+    def keys(self) -> set[bytes]:
+        """The keys of the triggers in `Inflight.watches`."""
+        return {trigger.key for trigger in self.by_path.values()}
+
     def drop(self, trigger: Trigger) -> None:
         """A trigger that is not in the table any more: what is queued for it is nobody's."""
         trigger.signal = None
@@ -197,6 +201,8 @@ class Triggers:
         del self._in[trigger.directory][os.fsencode(trigger.register)]
         if not self._in[trigger.directory]:
             del self._in[trigger.directory]
+            for reason in self._reasons.pop(trigger.directory, ()):
+                self._problems.forget((trigger.directory, reason))
         self._noted[trigger.key] = 0
         if trigger.wd:
             self._retire(trigger.wd)
