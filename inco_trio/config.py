@@ -99,8 +99,8 @@ def read_file(path: Path | str) -> bytes:
     except OSError as e:
         line = f"{path}: cannot be read: {e.strerror}"
         raise (ResourceRefused(line) if e.errno in EXHAUSTED else ConfigError([line])) from e
-    except ValueError as e:  # a NUL in the path, or what no file name can hold
-        raise ConfigError([f"{path}: cannot be read: {e}"]) from e
+    except ValueError as e:
+        raise ConfigError([f"{path}: cannot be read: no file name has a NUL byte or half a character"]) from e
     if len(content) > SIZE_MAX:
         raise ConfigError([f"{path}: cannot be read: it is larger than {SIZE_MAX >> 20} MiB"])
     return content

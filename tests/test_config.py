@@ -430,7 +430,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
-    assert refusal("nul\0.json").startswith("nul\0.json: cannot be read: embedded null")
+    assert refusal("nul\0.json").startswith("nul\0.json: cannot be read: no file name has a NUL byte")
     secret = tmp_path / "secret.json"
     secret.touch(mode=0)
     with without_privileges():

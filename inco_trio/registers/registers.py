@@ -18,9 +18,9 @@ from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
 from inco_trio.registers.inotify import Inotify
 from inco_trio.registers.refusals import refusal
-from inco_trio.registers.states import StateFiles
+from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
-from inco_trio.signals import Direction, SignalTable
+from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters
 from inco_trio.supervise import Problems, in_turns
 
@@ -57,12 +57,14 @@ class Registers:
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
         """Take another table, in steps: what is in both is left untouched, and nothing new makes a notification.
 
-        All that is new is opened first; if that is refused, IncoError is raised and nothing is changed.
+        All that is new is opened first; if that is refused, IncoError is raised and nothing is changed. Then all is
+        exchanged at one instant, and then what is not needed any more is closed.
         """
         directories: list[Directory] = []
         triggers: list[Trigger] = []
+        files: list[StateFile] = []
+        signals: dict[Trigger, Signal] = {}
         path = Path("/")
-        states = self.states.paths
         try:
             for signal in table:
                 path = signal.directory
@@ -72,13 +74,14 @@ class Registers:
                     self.directories.open(directory, make=True)
                 path = signal.path
                 if signal.direction is Direction.INBOUND:
-                    if signal.path not in states and directory.fd >= 0:
-                        directory.make_state(signal.register)
-                        directory.check(signal.register)
-                elif signal.path not in self.triggers.by_path:
-                    triggers.append(trigger := self.triggers.add(directory, signal.register))
-                    if directory.fd >= 0:
-                        self.triggers.look(trigger, make=True)
+                    files.append(self.states.prepare(signal, directory))
+                else:
+                    trigger = self.triggers.by_path.get(path)
+                    if trigger is None:
+                        triggers.append(trigger := self.triggers.add(directory, signal.register))
+                        if directory.fd >= 0:
+                            self.triggers.look(trigger, make=True)
+                    signals[trigger] = signal
                 yield
         except BaseException as error:
             for trigger in triggers:
@@ -90,22 +93,22 @@ class Registers:
             if problem := unreported(path):
                 raise ConfigError([problem]) from error
             raise refusal(error, path) from error
-        self._take(table)
 
-    def _take(self, table: SignalTable) -> None:
-        paths = {signal.directory for signal in table}
-        signals = {signal.path: signal for signal in table.outbound.values()}
-        for path, trigger in tuple(self.triggers.by_path.items()):
-            if path not in signals:
-                self.triggers.drop(trigger)
-            else:
-                # The same file may carry another name now.
-                trigger.signal = signals[path]
-        for path, directory in tuple(self.directories.by_path.items()):
-            if path not in paths:
-                self.directories.drop(directory)
-        self.states.take_table(table)
+        for trigger in self.triggers.by_path.values():
+            # The same file may carry another name now.
+            trigger.signal = signals.get(trigger)
+        self.states.take(files)
         self.table = table
+
+        for trigger in tuple(self.triggers.by_path.values()):
+            if trigger not in signals:
+                self.triggers.drop(trigger)
+                yield
+        needed = {signal.directory for signal in table}
+        for path, directory in tuple(self.directories.by_path.items()):
+            if path not in needed:
+                self.directories.drop(directory)
+                yield
 
     async def reload(self, table: SignalTable) -> None:
         """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""

@@ -10,13 +10,12 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import attrs
 
 from inco_trio.keep.inflight import NumberTable
 from inco_trio.registers.directories import Directories, Directory
-from inco_trio.signals import Signal, SignalTable
+from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 from inco_trio.supervise import Problems
 
@@ -76,35 +75,36 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
 
-    def take_table(self, table: SignalTable) -> None:
-        """Write the files of this table from now on; every directory of it is known to `directories`."""
-        before, self._files = self._files, {}
+    def prepare(self, signal: Signal, directory: Directory) -> StateFile:
+        """The file of a signal, made if it is missing; one that is there already is taken as it is. Raises OSError."""
+        file = self._files.get(signal.name)
+        if file is None or file.signal != signal or file.directory is not directory:
+            file = StateFile(signal, directory)
+            if directory.fd >= 0 and signal.register not in directory.states:
+                directory.make_state(signal.register)
+                directory.check(signal.register)
+        return file
+
+    def take(self, files: Iterable[StateFile]) -> None:
+        """Write these files from now on."""
+        before = self._files
+        self._files = {file.signal.name: file for file in files}
+        self.known = {name.encode(): file.signal for name, file in self._files.items()}
         for directory in self._directories.by_path.values():
             directory.states = set()
-        for signal in table.inbound.values():
-            directory = self._directories.by_path[signal.directory]
-            directory.states.add(signal.register)
-            file = before.get(signal.name)
-            if file is not None and file.signal == signal and file.directory is directory:
-                self._files[signal.name] = before.pop(signal.name)
-            else:
-                self._files[signal.name] = StateFile(signal, directory)
-        for file in before.values():
-            file.close()
-            self._problems.forget(file.signal.path)
-        self.known = table.inbound
-        for name in self._owed:
-            if (found := self.known.get(name)) is not None:
-                self._directories.trouble(self._files[found.name].directory)
+        for file in self._files.values():
+            file.directory.states.add(file.signal.register)
+        for name, file in before.items():
+            if self._files.get(name) is not file:
+                file.close()
+                self._problems.forget(file.signal.path)
+        for key in self._owed:
+            if (found := self._files.get(key.decode())) is not None:
+                self._directories.trouble(found.directory)
                 continue
-            number, self._owed[name] = self._owed[name], 0
-            logger.warning("%s: not configured any more: %d owed notifications dropped", name.decode(), number)
+            number, self._owed[key] = self._owed[key], 0
+            logger.warning("%s: not configured any more: %d owed notifications dropped", key.decode(), number)
             self._counters.unknown += number
-
-    @property
-    def paths(self) -> set[Path]:
-        """The paths of the files."""
-        return {file.signal.path for file in self._files.values()}
 
     @property
     def owed(self) -> int:

@@ -18,12 +18,11 @@ def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str 
 
     Returns how many bytes were written and, if that is not all, why. Raises nothing.
     """
-    room = select.poll()
-    room.register(fd, select.POLLOUT)
     written = 0
     try:
         while written < len(data):
-            if not room.poll(patience_ms):
+            # Not poll(2), which refuses to work once the limit of descriptors is 0.
+            if not select.select((), (fd,), (), patience_ms / 1000)[1]:
                 return written, "nobody reads it"
             written += os.write(fd, data[written : written + PIECE])
     except OSError as error:
