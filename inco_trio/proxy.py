@@ -16,12 +16,13 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, ResourceRefused, UnknownSignal
+from inco_trio.errors import ClosedError, ConfigError, UnknownSignal
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
 from inco_trio.keep.inflight import Inflight
-from inco_trio.links.packet import Link, LinkWatcher, missing
+from inco_trio.links.link import Link
+from inco_trio.links.packet import PacketLink
 from inco_trio.outbound import Outbound
 from inco_trio.registers.inotify import Inotify
 from inco_trio.registers.refusals import refusal
@@ -92,7 +93,6 @@ class _Parts:
     streams: Streams
     registers: Registers
     link: Link
-    watcher: LinkWatcher
     handoffs: tuple[Handoff, Handoff]
     inbound: Inbound
     outbound: Outbound
@@ -215,7 +215,7 @@ class Proxy:
     # -------------------------------------------------------------------------------------------------------- legs
 
     async def _watch(self, health: Health) -> None:
-        """The leg that follows the interface: it may go, come back as another one, or change its address."""
+        """The leg that follows the link: it may go, come back as another one, or change its address."""
         present = self._present.is_set()
         while True:
             if self._link.refresh() != present:
@@ -226,7 +226,7 @@ class Proxy:
                 health.well()
                 self._present.set()
             self._outbound.link_changed()
-            await self._parts.watcher.wait()
+            await self._link.changed()
 
     async def _restore(self, health: Health) -> None:
         """The leg that tries again what the registers could not do."""
@@ -306,14 +306,9 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
 
     link, stale = _open_link(interface, inherited.get("link"))
     resources.callback(link.close)
-    try:
-        watcher = LinkWatcher()
-    except OSError as error:
-        raise ResourceRefused(f"{interface}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
-    resources.callback(watcher.close)
     if not link.refresh():
         if not config.wait_link:
-            raise missing(interface)
+            raise link.missing()
         logger.warning("%s: no such interface yet: waiting for it", interface)
 
     streams = Streams(counters)
@@ -329,22 +324,16 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
     for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", link.fd)):
         if inherited.get(name) != fd:
             fd_store.store(name, fd)
-    logger.info(
-        "%s: %d signals, address %s, receive buffer of %d kB granted",
-        interface,
-        len(registers.table),
-        link.mac.hex(":") or "unknown yet",
-        link.granted // 1024,
-    )
-    return Proxy(config, _Parts(counters, streams, registers, link, watcher, handoffs, inbound, outbound))
+    logger.info("%s: %d signals, %s", interface, len(registers.table), link.description)
+    return Proxy(config, _Parts(counters, streams, registers, link, handoffs, inbound, outbound))
 
 
 def _open_link(interface: str, held: int | None) -> tuple[Link, Link | None]:
     """The link, and the inherited one if that does not fit any more."""
     if held is None:
-        return Link.open(interface), None
-    inherited = Link.take(interface, held)
-    return (inherited, None) if inherited.fits else (Link.open(interface), inherited)
+        return PacketLink.open(interface), None
+    inherited = PacketLink.take(interface, held)
+    return (inherited, None) if inherited.fits else (PacketLink.open(interface), inherited)
 
 
 async def serve(

@@ -23,7 +23,7 @@ class Recorder(Bank):
     """A bank that only notes that it is cleared."""
 
     def __init__(self, name: str, done: list[str]) -> None:
-        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)))
+        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), bytes(7))
         self._name = name
         self._done = done
 

@@ -41,7 +41,7 @@ from inco_trio import (
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.keep.inflight import FRAME_STEP, Inflight
-from inco_trio.links.packet import LinkWatcher
+from inco_trio.links.packet import PacketLink
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
@@ -132,12 +132,36 @@ def test_padding_is_ignored(proxy: StartProxy, irq_dir: Path, core1: Peer, watch
     assert (counters["received"], counters["delivered"], counters["malformed"]) == (1, 1, 0)
 
 
-def test_a_tag_that_was_left_in_front_is_ignored(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
-    proxy("--irq-dir", irq_dir)
+def test_a_frame_that_is_too_long_is_not_judged_by_its_beginning(
+    proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
+) -> None:
+    for namespace in (cores.core0, cores.core1):
+        finished(namespace, "ip", "link", "set", cores.link, "mtu", "9000")
+    running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
+    core1.send(b"ihub_reset_irq", pad=1700)
+    core1.send(b"ihub_reset_irq")
+    resets.wait(1)
+    # Also within a batch, in the memory of which it is cut.
+    os.kill(running.pid, signal.SIGSTOP)
+    for pad in (0, 1700, 0):
+        core1.send(b"ihub_reset_irq", pad=pad)
+    os.kill(running.pid, signal.SIGCONT)
+    resets.wait(3)
+    counters = running.counters()
+    assert (counters["received"], counters["delivered"], counters["malformed"]) == (5, 3, 2)
+
+
+def test_frames_of_a_foreign_vlan_are_not_even_received(
+    proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
+) -> None:
+    running = proxy("--irq-dir", irq_dir)
+    resets = watch(irq_dir / "message_4_state")
+    # The kernel takes the tag out and calls the frame another host's, as nobody has that VLAN here.
     core1.send_raw(BROADCAST + core1.mac + b"\x81\x00\x0f\xa0\x88\x00ihub_reset_irq")
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
+    assert running.counters()["received"] == 1
 
 
 @pytest.mark.parametrize("ethertype", [0x0800, 0x0806, 0x86DD, 0x0088, 0x8801, 14])
@@ -672,7 +696,7 @@ from inco_trio.commands import main
 def broken(self):
     raise RuntimeError("put in by the test")
 
-inco_trio.links.packet.LinkWatcher.wait = broken
+inco_trio.links.packet.PacketLink.changed = broken
 sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
@@ -1112,7 +1136,7 @@ def test_an_error_of_the_caller_is_passed_on(in_core0: InCore0, config: Config) 
 def test_an_error_of_the_caller_and_of_a_leg(
     in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(_watcher: LinkWatcher) -> None:
+    async def broken(_link: PacketLink) -> None:
         raise RuntimeError("of the leg")
 
     async def fail_when_cancelled() -> None:
@@ -1123,7 +1147,7 @@ def test_an_error_of_the_caller_and_of_a_leg(
                 raise ValueError("of the caller")
 
     async def main() -> None:
-        monkeypatch.setattr(LinkWatcher, "wait", broken)
+        monkeypatch.setattr(PacketLink, "changed", broken)
         with pytest.raises(ExceptionGroup) as legs:
             async with open_proxy(config):
                 await trio.sleep_forever()
