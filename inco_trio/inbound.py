@@ -47,7 +47,8 @@ class Inbound:
             self._deliver(batch)
 
     def count_dropped(self) -> None:
-        """Bring the counter of dropped frames up to date."""
+        """Bring the counters of dropped and of foreign frames up to date."""
+        self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
             logger.warning("%s: %d frames dropped: the receive queue was full", self._link.name, dropped)
@@ -84,7 +85,7 @@ class Inbound:
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
-        await self._handoff.run_reader(self._link.fd, self._receive_queued, health)
+        await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
         if not self._handoff.unfinished:

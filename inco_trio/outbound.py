@@ -96,7 +96,7 @@ class Outbound:
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - see `recover`
             await batch.finished.wait()  # Its events stand in both banks.
-        await self._handoff.run_reader(self._inotify.fd, self._read_queued, health)
+        await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
     async def _read_queued(self) -> None:
         """Read inotify until nothing is left, and send, or hand over, what was triggered."""

@@ -142,7 +142,7 @@ def test_run_needs_the_old_programs_variable_only(tmp_path: Path) -> None:
 def test_an_impossible_interface(tmp_path: Path) -> None:
     done = finished(sys.executable, "-m", "inco_trio", "run", "a/b", "--irq-dir", tmp_path)
     assert done.returncode == 78
-    assert done.stderr.startswith("inco-trio: error: interface 'a/b': ")
+    assert done.stderr.startswith("inco-trio: error: link 'a/b': ")
     assert len(done.stderr.splitlines()) == 1
 
 

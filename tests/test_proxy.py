@@ -853,7 +853,7 @@ def test_sending(in_core0: InCore0, config: Config, core1: Peer) -> None:
                 assert core1.receive(0)[14:] == b"redun_notify_irq"
             assert (proxy.stats.triggered, proxy.stats.sent) == (3, 3)
             for unknown in ("ihub_reset_irq", "stranger", "", "\u00fc"):
-                with pytest.raises(UnknownSignal, match=f"{unknown}: not an outbound signal of {config.interface}"):
+                with pytest.raises(UnknownSignal, match=f"{unknown}: not an outbound signal of {config.link}"):
                     await proxy.send(unknown)
         with pytest.raises(ClosedError):
             await proxy.send("redun_notify_irq")
@@ -978,7 +978,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
             assert await next_name(core1) == b"uart_irq"
             await proxy.send("uart_irq")
             with pytest.raises(ConfigError, match="a reload cannot change the interface"):
-                await proxy.reload(attrs.evolve(config, interface="lo"))
+                await proxy.reload(attrs.evolve(config, link="lo"))
             assert len(proxy.config.signals) == 4
 
     in_core0(main)
@@ -987,7 +987,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
 def test_a_missing_interface(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         with pytest.raises(LinkMissing, match="nothing0: no such interface"):
-            async with open_proxy(attrs.evolve(config, interface="nothing0")):
+            async with open_proxy(attrs.evolve(config, link="nothing0")):
                 pass
 
     in_core0(main)
@@ -1005,7 +1005,7 @@ def test_nothing_stays_open(in_core0: InCore0, config: Config) -> None:
             async with open_proxy(config):
                 assert descriptors() > before
             with pytest.raises(LinkMissing):
-                async with open_proxy(attrs.evolve(config, interface="nothing0")):
+                async with open_proxy(attrs.evolve(config, link="nothing0")):
                     pass
         # The map of the memory has a descriptor of its own until it is collected.
         gc.collect()
@@ -1072,7 +1072,7 @@ def test_a_name_longer_than_the_mtu_is_given_up(in_core0: InCore0, cores: Cores,
     long, short = (attrs.evolve(config.signals[2], name=name, register=name) for name in ("n" * 64, "short"))
 
     async def main() -> None:
-        async with open_proxy(attrs.evolve(config, interface="lo", signals=(long, short))) as proxy:
+        async with open_proxy(attrs.evolve(config, link="lo", signals=(long, short))) as proxy:
             await proxy.send(long.name)
             await proxy.send(short.name)
             assert (proxy.stats.unsendable, proxy.stats.sent) == (1, 1)
@@ -1210,7 +1210,7 @@ def test_while_the_link_is_waited_for_all_is_held(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer
 ) -> None:
     async def main() -> None:
-        waiting, store = attrs.evolve(config, interface="later0", wait_link=True), Cupboard()
+        waiting, store = attrs.evolve(config, link="later0", wait_link=True), Cupboard()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(serve, waiting, fd_store=store))
             await wait_all_tasks_blocked()
@@ -1349,7 +1349,7 @@ def test_what_the_holder_gives_is_not_trusted(
 
     async def main() -> None:
         foreign = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        foreign.bind((config.interface, ETHERTYPE))
+        foreign.bind((config.link, ETHERTYPE))
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
         async with open_proxy(config, fd_store=holder) as proxy:

@@ -138,6 +138,8 @@ class Inflight:
     """By wire name: notifications whose state register could not be written yet."""
     watches: NumberTable
     """By the key of a trigger: its watch descriptor."""
+    note: memoryview
+    """16 bytes for the link, see `links.unix`."""
     inherited: bool
     _map: mmap.mmap
 
@@ -175,7 +177,8 @@ class Inflight:
                 bank.clear(len(bank.view))
         owed = NumberTable(view[offset : offset + TABLE])
         watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
-        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, inherited, memory)
+        note = view[PAGE - 48 : PAGE - 32]
+        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, note, inherited, memory)
 
     def close(self) -> None:
         """Close this process's descriptor; the memory lives on if somebody else holds one."""

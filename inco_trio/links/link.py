@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from inco_trio.errors import LinkMissing
+from inco_trio.errors import IncoError
 
 __all__ = ["Link", "LinkDown"]
 
@@ -15,7 +15,7 @@ class LinkDown(OSError):
 
 
 class Link(Protocol):
-    """Receives Ethernet frames, sends notifications. Nothing here waits but `wait_for_room` and `changed`.
+    """Receives Ethernet frames, sends notifications. Nothing here waits but what is `async`.
 
     The queue of received frames is the kernel's, and belongs to `fd`: whoever holds that has them.
     """
@@ -23,7 +23,9 @@ class Link(Protocol):
     name: str
     """What the log calls it."""
     fd: int
-    """The socket that frames are received from."""
+    """The socket that frames are received from; `refresh` may replace it."""
+    foreign: int
+    """Frames of somebody who is not the peer; each is made malformed."""
 
     @property
     def fits(self) -> bool:
@@ -36,8 +38,15 @@ class Link(Protocol):
     def refresh(self) -> bool:
         """Look how the link is now, and do what can be done for it; returns whether it exists."""
 
-    def missing(self) -> LinkMissing:
+    @property
+    def absence(self) -> str:
+        """Why it does not exist, in words for the log."""
+
+    def missing(self) -> IncoError:
         """The error for a link that does not exist."""
+
+    async def wait_readable(self) -> None:
+        """Wait until frames may be queued."""
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         """Read queued frames, one into each of `rooms`, until none is left; returns their lengths.
@@ -65,5 +74,8 @@ class Link(Protocol):
     def dropped(self) -> int:
         """Frames that the kernel dropped since the last call, as the queue was full."""
 
-    def close(self) -> None:
-        """Close this process's descriptors; the queue lives on if somebody else holds it."""
+    def close(self, *, remove: bool) -> None:
+        """Close this process's descriptors; the queue lives on if somebody else holds it.
+
+        If nobody does, `remove` what there is of it in the file system.
+        """

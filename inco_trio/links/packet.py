@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import logging
 import os
 import socket
@@ -93,6 +94,8 @@ class PacketLink:
         self.fd = sock.fileno()
         self.mac = b""
         self.running = False
+        self.foreign = 0
+        self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         self.granted = _set_receive_buffer(sock)
         """The size of the receive buffer, in bytes."""
         self._socket = sock
@@ -158,6 +161,11 @@ class PacketLink:
         """The address, and the receive buffer that was granted."""
         address = self.mac.hex(":") or "unknown yet"
         return f"address {address}, receive buffer of {self.granted // 1024} kB granted"
+
+    @property
+    def absence(self) -> str:
+        """See `Link.absence`."""
+        return "the interface is gone" if self.mac else "no such interface yet"
 
     def missing(self) -> LinkMissing:
         """The error for an interface that does not exist, with the names of those that do."""
@@ -267,7 +275,7 @@ class PacketLink:
         statistics = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
         return int(struct.unpack("=II", statistics)[1])
 
-    def close(self) -> None:
+    def close(self, *, remove: bool = False) -> None:  # noqa: ARG002 - there is nothing to remove
         """See `Link.close`."""
         # A held descriptor never becomes invalid by our close, so that a waiter would not be woken.
         trio.lowlevel.notify_closing(self.fd)
