@@ -977,7 +977,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
             trigger(uart.path)
             assert await next_name(core1) == b"uart_irq"
             await proxy.send("uart_irq")
-            with pytest.raises(ConfigError, match="a reload cannot change the interface"):
+            with pytest.raises(ConfigError, match="a reload cannot change the link"):
                 await proxy.reload(attrs.evolve(config, link="lo"))
             assert len(proxy.config.signals) == 4
 
