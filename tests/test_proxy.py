@@ -45,7 +45,7 @@ from inco_trio.links.packet import PacketLink
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
-from tests.support_proxy import INBOUND, OUTBOUND, frame, mac_of, sockets_of, trigger, write_udrv
+from tests.support_proxy import INBOUND, OUTBOUND, Cupboard, frame, mac_of, sockets_of, trigger, write_udrv
 
 pytestmark = pytest.mark.netns
 
@@ -1256,31 +1256,6 @@ def test_nothing_holds_the_loop(
 
 
 # ----------------------------------------------------------------------------------------------------------- successors
-
-
-class Cupboard:
-    """A holder of descriptors in this process: what one proxy stores, `heir` hands to the next."""
-
-    def __init__(self, inherited: dict[str, int] | None = None) -> None:
-        self.inherited = inherited or {}
-        self.kept = {name: os.dup(fd) for name, fd in self.inherited.items()}
-        self.stored: list[str] = []
-
-    def store(self, name: str, fd: int) -> None:
-        self.stored.append(name)
-        if name in self.kept:
-            os.close(self.kept[name])
-        self.kept[name] = os.dup(fd)
-
-    def remove(self, name: str) -> None:
-        os.close(self.kept.pop(name))
-
-    def heir(self) -> Cupboard:
-        return Cupboard(self.kept)
-
-    def close(self) -> None:
-        for fd in self.kept.values():
-            os.close(fd)
 
 
 def test_what_came_while_none_ran_is_delivered(
