@@ -71,7 +71,7 @@ class Action(enum.Enum):
     NOTIFY = enum.auto()
     """It is a notification."""
     LOOK = enum.auto()
-    """Watch what is there now; another file than before is a notification."""
+    """Watch what is there now; another file than before is a notification, and one that is gone again."""
     FOLLOW = enum.auto()
     """Watch what is there now; a notification, whether it is another file or not."""
     OWN = enum.auto()
@@ -362,10 +362,11 @@ class Triggers:
         if action is Action.MISS:
             self._miss(trigger)
         elif action in (Action.LOOK, Action.FOLLOW):
-            self._try_look(trigger, make=False)
+            error = self._try_look(trigger, make=False)
             if another := bool(trigger.replaced):
                 trigger.replaced.popleft()
-            if another or action is Action.FOLLOW:
+            gone_again = error is not None and error.errno == errno.ENOENT
+            if another or gone_again or action is Action.FOLLOW:
                 triggered.add(trigger, note=another)
 
     def _count_replaced(self, triggered: Triggered) -> None:
