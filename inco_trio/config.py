@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import attrs
 
 from inco_trio.errors import ConfigError, ResourceRefused
-from inco_trio.links.address import interface_fault
+from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.signals import BUILTIN, Direction, Signal, clashes, is_path, name_fault, register_fault
 
 if TYPE_CHECKING:
@@ -45,20 +45,25 @@ _T = TypeVar("_T")
 
 @attrs.frozen
 class Config:
-    """What one proxy is told. Raises `ConfigError` for an interface, signals or a deadline that cannot be."""
+    """What one proxy is told. Raises `ConfigError` for a link, signals or a deadline that cannot be."""
 
-    interface: str
-    """The link's name."""
+    link: str
+    """The address of the link: an interface's name, or "unix:LOCAL,peer=REMOTE", see `links.address`."""
     signals: tuple[Signal, ...]
     wait_link: bool = False
-    """Wait for a missing interface instead of failing at start."""
+    """Wait for a missing link instead of failing at start."""
     stop_deadline: float = 5.0
     """Seconds that a clean stop may take to finish what was accepted."""
 
+    address: InterfaceAddress | UnixAddress = attrs.field(init=False, eq=False, repr=False)
+    """`link`, taken apart."""
+
     def __attrs_post_init__(self) -> None:
         problems = [f"signal {signal.name}: {why}" for signal, why in clashes(self.signals)]
-        if fault := interface_fault(self.interface):
-            problems.append(f"interface {self.interface!r}: {fault}")
+        try:
+            object.__setattr__(self, "address", parse_address(self.link))
+        except ValueError as error:
+            problems.append(f"link {self.link!r}: {error}")
         if not self.stop_deadline >= 0:  # `< 0` would let NaN pass
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
         if problems:

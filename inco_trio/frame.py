@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
-__all__ = ["BROADCAST", "ETHERTYPE", "HEADER_LENGTH", "NAME_MAX", "decode", "encode", "is_wire_name"]
+__all__ = ["BROADCAST", "ETHERTYPE", "FRAME_MAX", "HEADER_LENGTH", "NAME_MAX", "decode", "encode", "is_wire_name"]
 
 ETHERTYPE = 0x8800
 """The protocol of the inter-core link."""
@@ -14,7 +15,10 @@ HEADER_LENGTH = 14
 """Bytes before the payload: destination, source, EtherType (packet(7))."""
 NAME_MAX = 64
 """The longest wire name, in bytes."""
+FRAME_MAX = 1600
+"""The longest frame that is looked at, in bytes: more than a tag, a header and 1,500, the usual MTU."""
 
+_ADDRESSES = 12
 _TYPE = ETHERTYPE.to_bytes(2, "big")
 _VLAN = b"\x81\x00"
 _VLAN_LENGTH = 4
@@ -38,16 +42,25 @@ def encode(name: bytes, source: bytes) -> bytes:
     return BROADCAST + source + _TYPE + name
 
 
-def decode(frame: bytes) -> bytes | None:
+def decode(frame: bytes | memoryview, length: int | None = None) -> bytes | None:
     """The wire name that `frame` carries, known or not, or None if the frame is malformed; never raises.
 
+    `length` is that of the frame, where `frame` is longer, or too short for all of it.
+
     NUL bytes at the end are padding: network cards and QEMU fill a frame up to 60 bytes. One 802.1Q tag that was left
-    in front of the EtherType is skipped.
+    in front of the EtherType is skipped. A frame of more than FRAME_MAX bytes is malformed, whatever it begins with.
     """
-    start = HEADER_LENGTH
-    if frame[start - 2 : start] == _VLAN:
-        start += _VLAN_LENGTH
-    if frame[start - 2 : start] != _TYPE:
+    if (len(frame) if length is None else length) > FRAME_MAX:
         return None
-    name = frame[start:].rstrip(b"\0")
+    return _decode_rest(bytes(frame[_ADDRESSES:length]))
+
+
+# The same few frames come again and again.
+@functools.lru_cache(maxsize=512)
+def _decode_rest(rest: bytes) -> bytes | None:
+    """The wire name of a frame without its addresses."""
+    start = _VLAN_LENGTH if rest.startswith(_VLAN) else 0
+    if not rest.startswith(_TYPE, start):
+        return None
+    name = rest[start + len(_TYPE) :].rstrip(b"\0")
     return name if is_wire_name(name) else None

@@ -97,13 +97,15 @@ class Handoff:
         except trio.ClosedResourceError:
             raise ClosedError("the proxy is closed") from None
 
-    async def run_reader(self, fd: int, read_queued: Callable[[], Awaitable[None]], health: Health) -> None:
-        """Call `read_queued` at once, and whenever `fd` is readable; after `stop_reading` once more, then return."""
+    async def run_reader(
+        self, wait_readable: Callable[[], Awaitable[None]], read_queued: Callable[[], Awaitable[None]], health: Health
+    ) -> None:
+        """Call `read_queued` at once, and after each `wait_readable`; after `stop_reading` once more, then return."""
         with trio.CancelScope() as self._reading:
             while not self._stopping:
                 await read_queued()
                 health.well()
-                await trio.lowlevel.wait_readable(fd)
+                await wait_readable()
         await read_queued()
 
     def stop_reading(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from inco_trio.frame import HEADER_LENGTH, decode
+from inco_trio.frame import FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
-from inco_trio.keep.inflight import FRAME_ROOM, FRAME_STEP, FRAMES, Inflight, frames_in
-from inco_trio.links.packet import Link
+from inco_trio.keep.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
+from inco_trio.links.link import Link
 from inco_trio.registers.states import StateFiles
 from inco_trio.stats import Counters
 from inco_trio.supervise import Health
@@ -29,7 +29,7 @@ class Inbound:
         self._inflight = inflight
         self._counters = counters
         starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
-        self._rooms = [[bank.view[i : i + FRAME_ROOM] for i in starts] for bank in inflight.frames]
+        self._rooms = [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in inflight.frames]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     def recover(self) -> None:
@@ -47,17 +47,18 @@ class Inbound:
             self._deliver(batch)
 
     def count_dropped(self) -> None:
-        """Bring the counter of dropped frames up to date."""
+        """Bring the counters of dropped and of foreign frames up to date."""
+        self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
-            logger.warning("%s: %d frames dropped: the receive queue was full", self._link.interface, dropped)
+            logger.warning("%s: %d frames dropped: the receive queue was full", self._link.name, dropped)
 
     def _read(self, link: Link) -> Batch | None:
         """Read what is queued into the next bank, as far as it fits; None if nothing is."""
         turn = self._fills & 1
         bank, rooms = self._inflight.frames[turn], self._rooms[turn]
         bank.begin(self._fills + 1)
-        lengths = link.receive_into(rooms, FRAME_STEP)
+        lengths = link.receive_into(rooms, SHORT)
         if not lengths:
             return None
         self._fills += 1
@@ -65,18 +66,17 @@ class Inbound:
         known = self._states.known
         signals = []
         for room, length in zip(rooms, lengths, strict=False):
-            signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
-            if signal is None:
-                self._count_unusual(room, length)
-            else:
+            name = decode(room, length)
+            if name is not None and (signal := known.get(name)):
                 signals.append(signal)
-        used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_ROOM)
-        drained = len(lengths) < FRAMES and lengths[-1] <= FRAME_STEP
+            else:
+                self._count_unusual(name)
+        used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_MAX)
+        drained = len(lengths) < FRAMES and lengths[-1] <= SHORT
         return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
 
-    def _count_unusual(self, room: memoryview, length: int) -> None:
+    def _count_unusual(self, name: bytes | None) -> None:
         """Count a frame that carries no inbound signal of the table."""
-        name = decode(bytes(room[:length])) if length <= FRAME_ROOM else None
         if name is None:
             self._counters.malformed += 1
         else:
@@ -85,7 +85,7 @@ class Inbound:
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
-        await self._handoff.run_reader(self._link.fd, self._receive_queued, health)
+        await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
         if not self._handoff.unfinished:
@@ -105,17 +105,16 @@ class Inbound:
         """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay."""
         room = self._rooms[0][0]
         length = self._link.receive_one(room)
-        if not length:
+        if length < 0:
             return
-        known = self._states.known
-        signal = known.get(bytes(room[HEADER_LENGTH:length]).rstrip(b"\0"))
-        if signal is None:
-            self._count_unusual(room, length)
+        name = decode(room, length)
+        if name is None or (signal := self._states.known.get(name)) is None:
+            self._count_unusual(name)
         else:
             self._states.write((signal,))
             self._handoff.carried((signal,))
         self._counters.received += 1
-        self._inflight.frames[0].clear(min(length, FRAME_ROOM))
+        self._inflight.frames[0].clear(min(length, FRAME_MAX))
 
     async def write(self, health: Health) -> None:
         """The leg that writes the state files."""

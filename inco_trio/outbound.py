@@ -11,7 +11,7 @@ import trio
 from inco_trio.errors import ClosedError
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import EVENT_BANK, Bank, Inflight
-from inco_trio.links.packet import DOWN, Link
+from inco_trio.links.link import Link, LinkDown
 from inco_trio.registers.inotify import Inotify, parse_events
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
@@ -98,7 +98,7 @@ class Outbound:
             assert batch.finished is not None  # noqa: S101 - see `recover`
             await batch.finished.wait()  # Its events stand in both banks.
         self._begin_bank()
-        await self._handoff.run_reader(self._inotify.fd, self._read_queued, health)
+        await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
     def _begin_bank(self) -> None:
         """Take the bank that the next events are read into; it is free."""
@@ -172,15 +172,17 @@ class Outbound:
             try:
                 self._link.send(signal.name)
             except BlockingIOError:
-                await trio.lowlevel.wait_writable(self._link.fd)
-            except OSError as error:
+                await self._link.wait_for_room()
+            except LinkDown as error:
                 self._counters.send_failures += 1
-                if error.errno in DOWN and before is not changed:
-                    continue  # The socket may have kept the error of a link that is up again: ask once more.
-                if error.errno in DOWN:
+                if (
+                    before is changed
+                ):  # Else the socket may have kept the error of a link that is up again: ask once more.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()
-                elif error.errno in TRANSIENT:
+            except OSError as error:
+                self._counters.send_failures += 1
+                if error.errno in TRANSIENT:
                     # As ENOBUFS, for a full queue of the device: nobody tells when it ends.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     with trio.move_on_after(health.backoff.next()):
@@ -196,6 +198,6 @@ class Outbound:
                 return True
 
     def link_changed(self) -> None:
-        """The interface was changed: try again to send."""
+        """The link was changed: try again to send."""
         self._changed.set()
         self._changed = trio.Event()

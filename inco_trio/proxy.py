@@ -16,12 +16,13 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, ResourceRefused, UnknownSignal
+from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignal
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
 from inco_trio.keep.inflight import Inflight
-from inco_trio.links.packet import Link, LinkWatcher, missing
+from inco_trio.links.link import Link
+from inco_trio.links.opening import open_link
 from inco_trio.outbound import Outbound
 from inco_trio.registers.inotify import Inotify
 from inco_trio.registers.refusals import refusal
@@ -89,10 +90,10 @@ class _Parts:
     """What a proxy is made of."""
 
     counters: Counters
+    fd_store: FdStore
     streams: Streams
     registers: Registers
     link: Link
-    watcher: LinkWatcher
     handoffs: tuple[Handoff, Handoff]
     inbound: Inbound
     outbound: Outbound
@@ -139,7 +140,7 @@ class Proxy:
         """
         signal = self._registers.table.outbound.get(name.encode("ascii", "replace"))
         if signal is None:
-            raise UnknownSignal(f"{name}: not an outbound signal of {self.config.interface}")
+            raise UnknownSignal(f"{name}: not an outbound signal of {self._link.name}")
         await self._outbound.send_signal(signal)
 
     @contextmanager
@@ -159,8 +160,8 @@ class Proxy:
         Nothing that was accepted is lost, and nothing is notified by it; an IRQ directory that is missing is made.
         Raises ClosedError, and IncoError for another interface or for what cannot be opened: then nothing is changed.
         """
-        if config.interface != self.config.interface:
-            raise ConfigError([f"{config.interface}: a reload cannot change the interface: restart"])
+        if config.address != self.config.address:
+            raise ConfigError([f"{config.link}: a reload cannot change the link: restart"])
         async with self._reloading:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
@@ -175,13 +176,13 @@ class Proxy:
     async def _start(self, nursery: trio.Nursery) -> None:
         """Start the legs; returns once the interface exists."""
         for name, leg in self._legs.items():
-            nursery.start_soon(self._run_leg, name, leg, name=f"{self.config.interface}: {name}")
+            nursery.start_soon(self._run_leg, name, leg, name=f"{self._link.name}: {name}")
         await self._present.wait()
 
     async def _run_leg(self, name: str, leg: Callable[[Health], Awaitable[None]]) -> None:
         try:
             with self._scopes[name]:
-                await supervise(f"{self.config.interface}: {name}", leg, self._counters)
+                await supervise(f"{self._link.name}: {name}", leg, self._counters)
         finally:
             self._ended[name].set()
 
@@ -215,18 +216,26 @@ class Proxy:
     # -------------------------------------------------------------------------------------------------------- legs
 
     async def _watch(self, health: Health) -> None:
-        """The leg that follows the interface: it may go, come back as another one, or change its address."""
-        present = self._present.is_set()
+        """The leg that follows the link: it may go, come back as another one, or change its address."""
+        link = self._link
         while True:
-            if self._link.refresh() != present:
-                present = not present
-                if not present:
-                    health.failed("the interface is gone: waiting for it")
-            if present:
+            stored = link.fd
+            if link.refresh():
                 health.well()
                 self._present.set()
+            elif self._present.is_set():
+                health.failed(f"{link.absence}: waiting for it")
+            if link.fd != stored:
+                self._store_link()
             self._outbound.link_changed()
-            await self._parts.watcher.wait()
+            await link.changed()
+
+    def _store_link(self) -> None:
+        """Keep the socket that replaces the former one."""
+        try:
+            self._parts.fd_store.store("link", self._link.fd)
+        except IncoError as error:
+            logger.warning("%s: frames that come while no proxy runs are lost: %s", self._link.name, error)
 
     async def _restore(self, health: Health) -> None:
         """The leg that tries again what the registers could not do."""
@@ -291,7 +300,7 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
     registers, so that triggers are watched from here on; then the link. What a predecessor left in flight is delivered
     before anything newer is read, and only then the descriptors are stored: storing one ends what was kept before.
     """
-    inherited, interface = fd_store.inherited, config.interface
+    inherited = fd_store.inherited
     counters = Counters()
     try:
         inflight = Inflight.open(inherited.get("inflight"))
@@ -304,17 +313,12 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = _open_link(interface, inherited.get("link"))
-    resources.callback(link.close)
-    try:
-        watcher = LinkWatcher()
-    except OSError as error:
-        raise ResourceRefused(f"{interface}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
-    resources.callback(watcher.close)
+    link, stale = open_link(config.address, inherited.get("link"), inflight.note, resources)
+    resources.callback(link.close, remove=isinstance(fd_store, NoFdStore))
     if not link.refresh():
         if not config.wait_link:
-            raise missing(interface)
-        logger.warning("%s: no such interface yet: waiting for it", interface)
+            raise link.missing()
+        logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
     streams = Streams(counters)
     handoffs = (Handoff(inflight.watches, streams.publish), Handoff(inflight.watches, streams.publish))
@@ -323,28 +327,14 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
     inbound.recover()
     outbound.recover()
     if stale is not None:
-        logger.info("%s: the inherited socket does not fit any more and is replaced", interface)
+        logger.info("%s: the inherited socket does not fit any more and is replaced", link.name)
         inbound.drain(stale)
-        stale.close()
+        stale.close(remove=False)
     for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", link.fd)):
         if inherited.get(name) != fd:
             fd_store.store(name, fd)
-    logger.info(
-        "%s: %d signals, address %s, receive buffer of %d kB granted",
-        interface,
-        len(registers.table),
-        link.mac.hex(":") or "unknown yet",
-        link.granted // 1024,
-    )
-    return Proxy(config, _Parts(counters, streams, registers, link, watcher, handoffs, inbound, outbound))
-
-
-def _open_link(interface: str, held: int | None) -> tuple[Link, Link | None]:
-    """The link, and the inherited one if that does not fit any more."""
-    if held is None:
-        return Link.open(interface), None
-    inherited = Link.take(interface, held)
-    return (inherited, None) if inherited.fits else (Link.open(interface), inherited)
+    logger.info("%s: %d signals, %s", link.name, len(registers.table), link.description)
+    return Proxy(config, _Parts(counters, fd_store, streams, registers, link, handoffs, inbound, outbound))
 
 
 async def serve(

@@ -23,6 +23,8 @@ class Counters:
     """Well-formed frames whose name is not an inbound signal of the table."""
     malformed: int = 0
     """Frames that carry no wire name."""
+    foreign: int = 0
+    """Datagrams of a `unix:` link that somebody else than the peer sent; they are counted as malformed, too."""
     dropped: int = 0
     """Frames that the kernel dropped because the receive queue was full (PACKET_STATISTICS, packet(7))."""
     overflowed: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from inco_trio.frame import BROADCAST, ETHERTYPE
 from inco_trio.simulation.world import Namespace
 
-__all__ = ["INBOUND", "OUTBOUND", "frame", "mac_of", "sockets_of", "trigger", "write_udrv"]
+__all__ = ["INBOUND", "OUTBOUND", "Cupboard", "frame", "mac_of", "sockets_of", "trigger", "write_udrv"]
 
 INBOUND = {
     "ihub_reset_irq": "message_4_state",
@@ -25,6 +26,31 @@ OUTBOUND = {
     "ihub_uart_irq": "message_1_trig",
 }
 """Wire name to register, of the board's table: core 0 to core 1."""
+
+
+class Cupboard:
+    """A holder of descriptors in this process: what one proxy stores, `heir` hands to the next."""
+
+    def __init__(self, inherited: dict[str, int] | None = None) -> None:
+        self.inherited = inherited or {}
+        self.kept = {name: os.dup(fd) for name, fd in self.inherited.items()}
+        self.stored: list[str] = []
+
+    def store(self, name: str, fd: int) -> None:
+        self.stored.append(name)
+        if name in self.kept:
+            os.close(self.kept[name])
+        self.kept[name] = os.dup(fd)
+
+    def remove(self, name: str) -> None:
+        os.close(self.kept.pop(name))
+
+    def heir(self) -> Cupboard:
+        return Cupboard(self.kept)
+
+    def close(self) -> None:
+        for fd in self.kept.values():
+            os.close(fd)
 
 
 def write_udrv(

@@ -591,7 +591,7 @@ def test_config_defaults() -> None:
 
 @pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\x1f", "\x85"])
 def test_interfaces(interface: str) -> None:
-    assert Config(interface, ()).interface == interface
+    assert Config(interface, ()).link == interface
 
 
 @pytest.mark.parametrize(
@@ -602,8 +602,9 @@ def test_interfaces(interface: str) -> None:
 def test_interfaces_that_cannot_be(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
-    assert caught.value.problems == (
-        f"interface {interface!r}: a name is 1 to 15 bytes of UTF-8 without '/', ':' and whitespace",
+    assert str(caught.value) == (
+        f"link {interface!r}: is neither unix:LOCAL,peer=REMOTE nor an interface's name:"
+        " 1 to 15 bytes of UTF-8 without '/', ':' and whitespace"
     )
 
 
@@ -624,7 +625,7 @@ def test_config_refuses_signals_that_exclude_each_other_and_says_all_at_once() -
         Config("", signals, stop_deadline=-1)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == [
         "signal b",
-        "interface ''",
+        "link ''",
         "stop_deadline",
     ]
 

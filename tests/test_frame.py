@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inco_trio.frame import BROADCAST, ETHERTYPE, HEADER_LENGTH, NAME_MAX, decode, encode, is_wire_name
+from inco_trio.frame import BROADCAST, ETHERTYPE, FRAME_MAX, HEADER_LENGTH, NAME_MAX, decode, encode, is_wire_name
 
 MAC = bytes.fromhex("02005e100001")
 HEADER = BROADCAST + MAC + b"\x88\x00"
@@ -68,6 +68,15 @@ def test_what_cannot_be_encoded(name: bytes, source: bytes) -> None:
 )
 def test_decode(frame: bytes, name: bytes | None) -> None:
     assert decode(frame) == name
+
+
+@pytest.mark.parametrize(("length", "name"), [(FRAME_MAX, b"x"), (FRAME_MAX + 1, None)])
+def test_a_frame_is_not_judged_by_its_beginning(length: int, name: bytes | None) -> None:
+    whole = (HEADER + b"x").ljust(length, b"\0")
+    assert decode(whole) == name
+    # Read into a room that is too short for all of it, or longer.
+    assert decode(memoryview(whole)[:FRAME_MAX], length) == name
+    assert decode(memoryview(whole + b"more"), length) == name
 
 
 @anytime

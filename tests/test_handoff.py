@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ class Recorder(Bank):
     """A bank that only notes that it is cleared."""
 
     def __init__(self, name: str, done: list[str]) -> None:
-        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)))
+        super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), bytes(7))
         self._name = name
         self._done = done
 
@@ -211,9 +212,11 @@ def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> N
         except BlockingIOError:
             reads.append(b"")
 
+    readable = functools.partial(trio.lowlevel.wait_readable, pipe[0])
+
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(world.handoff.run_reader, pipe[0], read_queued, health)
+            nursery.start_soon(world.handoff.run_reader, readable, read_queued, health)
             await wait_all_tasks_blocked()
             os.write(pipe[1], b"one")
             while len(reads) < 2:
@@ -233,10 +236,12 @@ def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) ->
         await trio.lowlevel.checkpoint()
         reads.append(os.read(pipe[0], 100))
 
+    readable = functools.partial(trio.lowlevel.wait_readable, pipe[0])
+
     async def main() -> None:
         world.handoff.stop_reading()
         os.write(pipe[1], b"late")
-        await world.handoff.run_reader(pipe[0], read_queued, Health("leg"))
+        await world.handoff.run_reader(readable, read_queued, Health("leg"))
 
     trio.run(main)
     assert reads == [b"late"]

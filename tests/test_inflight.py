@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inco_trio.keep.inflight import EVENT_BANK, FRAME_ROOM, FRAME_STEP, FRAMES, MAGIC, SIZE, Inflight, frames_in
+from inco_trio.keep.inflight import EVENT_BANK, FRAME_MAX, FRAME_STEP, FRAMES, MAGIC, SHORT, SIZE, Inflight, frames_in
 from inco_trio.registers.inotify import Event, parse_events
 
 NAMES = [b"first", b"second", b"third"]
@@ -65,14 +65,15 @@ def test_a_new_one_is_empty(memory: Inflight) -> None:
     assert not os.get_inheritable(memory.fd)
     assert [bank.sequence for bank in memory.frames + memory.events] == [0, 0, 0, 0]
     assert [frames_in(bank) for bank in memory.frames] == [[], []]
-    assert [len(bank.view) >= FRAME_STEP * (FRAMES - 1) + FRAME_ROOM for bank in memory.frames] == [True, True]
+    assert [len(bank.view) >= FRAME_STEP * (FRAMES - 1) + FRAME_MAX for bank in memory.frames] == [True, True]
     assert [parse_events(bank.view) for bank in memory.events] == [[], []]
     assert [len(bank.view) for bank in memory.events] == [EVENT_BANK] * 2
     assert (list(memory.owed), list(memory.watches)) == ([], [])
 
 
-def test_untouched_memory_costs_nothing(memory: Inflight) -> None:
-    assert os.fstat(memory.fd).st_blocks * 512 <= 4096 * 4
+def test_untouched_memory_costs_little(memory: Inflight) -> None:
+    # The marks between the frames, and a page of each table.
+    assert os.fstat(memory.fd).st_blocks * 512 <= sum(len(bank.view) for bank in memory.frames) + 4096 * 4
 
 
 def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successor: Callable[[], Inflight]) -> None:
@@ -93,14 +94,32 @@ def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successo
 def test_a_cleared_bank_is_empty_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
     bank = memory.frames[1]
     bank.begin(2**40)
-    bank.view[:] = b"x" * len(bank.view)
-    steps = len(bank.view) // FRAME_STEP
-    assert frames_in(bank) == [b"x" * FRAME_STEP] * steps
+    for slot in range(FRAMES):
+        bank.view[slot * FRAME_STEP : slot * FRAME_STEP + SHORT] = b"x" * SHORT
+    assert frames_in(bank) == [b"x" * SHORT] * FRAMES
     bank.clear(2 * FRAME_STEP)
-    assert len(frames_in(bank)) == steps - 2
+    assert len(frames_in(bank)) == FRAMES - 2
     bank.clear(len(bank.view))
     assert frames_in(successor().frames[1]) == []
     assert bank.sequence == 2**40
+
+
+@pytest.mark.parametrize("length", [SHORT, SHORT + 1, FRAME_STEP, FRAME_STEP + 1, 200, 300, FRAME_MAX])
+@pytest.mark.parametrize("slot", [0, 3, FRAMES - 1])
+@pytest.mark.parametrize("fill", [b"x", b"\0"])
+def test_a_long_frame_comes_whole(
+    memory: Inflight, successor: Callable[[], Inflight], length: int, slot: int, fill: bytes
+) -> None:
+    bank = memory.frames[0]
+    # What stands at the places of the frames behind it is a part of it.
+    whole = (b"head" + fill * 124 + b"a part" + fill * FRAME_MAX)[: length - 1] + b"e"
+    for number in range(slot):
+        bank.view[number * FRAME_STEP : number * FRAME_STEP + 5] = b"short"
+    bank.view[slot * FRAME_STEP : slot * FRAME_STEP + length] = whole
+    found = successor().frames[0]
+    assert frames_in(found) == [b"short"] * slot + [whole]
+    found.clear(slot * FRAME_STEP + length)
+    assert frames_in(bank) == []
 
 
 def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight]) -> None:
@@ -122,7 +141,7 @@ def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight
     ("size", "start"),
     [
         pytest.param(SIZE, b"", id="no magic"),
-        pytest.param(SIZE, MAGIC.replace(b"1", b"0"), id="another version"),
+        pytest.param(SIZE, MAGIC.replace(b"2", b"1"), id="another version"),
         pytest.param(SIZE - 4096, MAGIC, id="too small"),
         pytest.param(SIZE + 4096, MAGIC, id="too large"),
         pytest.param(0, b"", id="empty"),

@@ -18,7 +18,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.errors import PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, encode
-from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, Link, LinkWatcher, missing
+from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
+from inco_trio.links.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
@@ -28,7 +29,13 @@ pytestmark = pytest.mark.netns
 SO_DETACH_FILTER = 27
 ROOM = 200
 
-StartLink = Callable[[], Link]
+StartLink = Callable[[], PacketLink]
+
+
+def close(link: PacketLink) -> None:
+    """As `PacketLink.close`, without a Trio to tell."""
+    link._socket.close()
+    link._rtnetlink.close()
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
@@ -47,16 +54,16 @@ def opened(cores: Cores) -> Iterator[StartLink]:
     """A socket in core 0 that is not bound yet."""
     with ExitStack() as stack:
 
-        def start() -> Link:
-            link = cores.core0.run(functools.partial(Link.open, cores.link))
-            stack.callback(link._socket.close)
+        def start() -> PacketLink:
+            link = cores.core0.run(functools.partial(PacketLink.open, cores.link))
+            stack.callback(close, link)
             return link
 
         yield start
 
 
 @pytest.fixture
-def link(opened: StartLink, cores: Cores) -> Link:
+def link(opened: StartLink, cores: Cores) -> PacketLink:
     """A socket on core 0's end of the link."""
     made = opened()
     assert made.refresh()
@@ -64,8 +71,8 @@ def link(opened: StartLink, cores: Cores) -> Link:
 
 
 @pytest.fixture
-def watcher(cores: Cores) -> Iterator[LinkWatcher]:
-    made = cores.core0.run(LinkWatcher)
+def watcher(cores: Cores) -> Iterator[Rtnetlink]:
+    made = cores.core0.run(Rtnetlink)
     yield made
     made.close()
 
@@ -78,7 +85,7 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
     trio.run(guarded)
 
 
-def receive(link: Link, count: int = 100, step: int = ROOM) -> list[bytes]:
+def receive(link: PacketLink, count: int = 100, step: int = ROOM) -> list[bytes]:
     """What is queued, as far as it fits into `count` rooms of ROOM bytes."""
     rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
     return [bytes(room[:length]) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
@@ -93,7 +100,7 @@ def test_nothing_is_queued_before_it_is_bound(opened: StartLink, cores: Cores, c
     assert receive(link) == [encode(b"in_time", core1.mac)]
 
 
-def test_a_batch_is_read_in_order_until_none_is_left(link: Link, core1: Peer) -> None:
+def test_a_batch_is_read_in_order_until_none_is_left(link: PacketLink, core1: Peer) -> None:
     for number in range(7):
         core1.send(b"%d" % number)
     assert [frame[14:] for frame in receive(link, 5)] == [b"0", b"1", b"2", b"3", b"4"]
@@ -101,15 +108,15 @@ def test_a_batch_is_read_in_order_until_none_is_left(link: Link, core1: Peer) ->
     assert receive(link, 5) == []
 
 
-def test_one_frame(link: Link, core1: Peer) -> None:
+def test_one_frame(link: PacketLink, core1: Peer) -> None:
     core1.send(b"one")
     room = memoryview(bytearray(ROOM))
     length = link.receive_one(room)
     assert bytes(room[:length]) == encode(b"one", core1.mac)
-    assert link.receive_one(room) == 0
+    assert link.receive_one(room) == -1
 
 
-def test_a_long_frame_is_cut_and_its_length_is_true(link: Link, core1: Peer) -> None:
+def test_a_long_frame_is_cut_and_its_length_is_true(link: PacketLink, core1: Peer) -> None:
     core1.send(b"long", pad=1000)
     core1.send(b"next")
     room = memoryview(bytearray(ROOM))
@@ -117,25 +124,40 @@ def test_a_long_frame_is_cut_and_its_length_is_true(link: Link, core1: Peer) -> 
     assert receive(link) == [encode(b"next", core1.mac)]
 
 
-def test_a_batch_ends_with_a_frame_beyond_its_step(link: Link, core1: Peer) -> None:
+def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer) -> None:
     for pad in (0, 150, 0):
         core1.send(b"name", pad=pad)
     assert [len(frame) for frame in receive(link, step=100)] == [18, 150]
     assert [len(frame) for frame in receive(link, step=100)] == [18]
 
 
-def test_own_frames_are_not_received(link: Link, core1: Peer) -> None:
+WITHOUT_OPTION = ("PACKET_IGNORE_OUTGOING", 9999)
+"""As on a kernel before 4.20, which does not know it."""
+WITHOUT_FILTER = ("FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
+"""Takes everything."""
+
+
+@pytest.mark.parametrize("without", [WITHOUT_OPTION, WITHOUT_FILTER], ids=["the filter", "the option"])
+def test_own_frames_are_not_received(
+    cores: Cores, core1: Peer, monkeypatch: pytest.MonkeyPatch, without: tuple[str, object]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(f"inco_trio.links.packet.{without[0]}", without[1])
+        link = cores.core0.run(functools.partial(PacketLink.open, cores.link))
+    assert link.refresh()
     link.send("redun_notify_irq")
     assert core1.receive() == encode(b"redun_notify_irq", link.mac)
-    assert receive(link) == []
+    core1.send(b"ihub_reset_irq")
+    assert receive(link) == [encode(b"ihub_reset_irq", core1.mac)]
+    close(link)
 
 
-def test_the_filter_cannot_be_taken_away(link: Link) -> None:
+def test_the_filter_cannot_be_taken_away(link: PacketLink) -> None:
     with socket.socket(fileno=os.dup(link.fd)) as other, pytest.raises(PermissionError):
         other.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def test_the_buffer_that_was_granted_is_told(link: Link) -> None:
+def test_the_buffer_that_was_granted_is_told(link: PacketLink) -> None:
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
     assert link.granted in (RECEIVE_BUFFER, min(limit, RECEIVE_BUFFER))
 
@@ -143,8 +165,8 @@ def test_the_buffer_that_was_granted_is_told(link: Link) -> None:
 def test_without_cap_net_admin_the_limit_of_the_system_is_granted(cores: Cores) -> None:
     def start() -> int:
         with without_capability(CAP_NET_ADMIN):
-            link = Link.open(cores.link)
-        link._socket.close()
+            link = PacketLink.open(cores.link)
+        close(link)
         return link.granted
 
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
@@ -154,7 +176,7 @@ def test_without_cap_net_admin_the_limit_of_the_system_is_granted(cores: Cores) 
 def test_without_cap_net_raw_it_is_refused(cores: Cores) -> None:
     def start() -> None:
         with without_capability(CAP_NET_RAW):
-            Link.open(cores.link)
+            PacketLink.open(cores.link)
 
     with pytest.raises(PermissionRefused, match=f"{cores.link}: opening a packet socket needs CAP_NET_RAW"):
         cores.core0.run(start)
@@ -165,7 +187,7 @@ def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         try:
-            Link.open("eth0")
+            PacketLink.open("eth0")
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -174,13 +196,17 @@ def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
 
 
 def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As on a kernel before 4.20, which does not know the option.
-    monkeypatch.setattr("inco_trio.links.packet.PACKET_IGNORE_OUTGOING", 9999)
+    def broken() -> Rtnetlink:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("inco_trio.links.packet.Rtnetlink", broken)
 
     def start() -> None:
         before = len(list(Path("/proc/self/fd").iterdir()))
-        with pytest.raises(OSError, match="Protocol not available"):
-            Link.open("eth0")
+        with pytest.raises(
+            ResourceRefused, match=r"eth0: cannot watch interfaces .rtnetlink.: Operation not permitted"
+        ):
+            PacketLink.open("eth0")
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 
     cores.core0.run(start)
@@ -204,7 +230,7 @@ def test_what_refresh_learns(opened: StartLink, cores: Cores) -> None:
     assert not link.running
 
 
-def test_no_carrier_is_not_running(link: Link, cores: Cores, watcher: LinkWatcher) -> None:
+def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
     async def main() -> None:
         cores.core1.run(other_end_down)
         # The kernel tells it a moment later.
@@ -223,7 +249,7 @@ def test_no_carrier_is_not_running(link: Link, cores: Cores, watcher: LinkWatche
     assert caught.value.errno == errno.ENETDOWN
 
 
-def test_the_queue_outlives_the_interface(link: Link, cores: Cores, core1: Peer) -> None:
+def test_the_queue_outlives_the_interface(link: PacketLink, cores: Cores, core1: Peer) -> None:
     fd = link.fd
     core1.send(b"before")
     cores.delete_link()
@@ -238,30 +264,30 @@ def test_the_queue_outlives_the_interface(link: Link, cores: Cores, core1: Peer)
     assert link.fits
 
 
-def test_a_link_that_goes_down_is_no_error(link: Link, cores: Cores, core1: Peer) -> None:
+def test_a_link_that_goes_down_is_no_error(link: PacketLink, cores: Cores, core1: Peer) -> None:
     room = memoryview(bytearray(ROOM))
     cores.link_down()
     assert receive(link) == []
     cores.link_up()
     cores.link_down()
-    assert link.receive_one(room) == 0
+    assert link.receive_one(room) == -1
     cores.link_up()
     core1.send(b"again")
     assert receive(link) == [encode(b"again", core1.mac)]
 
 
-def test_what_is_no_matter_of_the_link_is_an_error(link: Link) -> None:
-    other = Link(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "tcp")
+def test_what_is_no_matter_of_the_link_is_an_error(link: PacketLink) -> None:
+    other = PacketLink(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "tcp")
     try:
         with pytest.raises(OSError, match="not connected"):
             receive(other)
         with pytest.raises(OSError, match="not connected"):
             other.receive_one(memoryview(bytearray(ROOM)))
     finally:
-        other._socket.close()
+        close(other)
 
 
-def test_another_address_is_sent_from(link: Link, cores: Cores, core1: Peer) -> None:
+def test_another_address_is_sent_from(link: PacketLink, cores: Cores, core1: Peer) -> None:
     link.send("redun_notify_irq")
     change(cores, cores.link, address="02:00:00:00:00:77")
     assert link.refresh()
@@ -271,7 +297,7 @@ def test_another_address_is_sent_from(link: Link, cores: Cores, core1: Peer) -> 
     assert second == encode(b"redun_notify_irq", bytes.fromhex("020000000077"))
 
 
-def test_drops_are_counted_once(link: Link, core1: Peer) -> None:
+def test_drops_are_counted_once(link: PacketLink, core1: Peer) -> None:
     assert link.dropped() == 0
     sent = 0
     large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
@@ -288,7 +314,9 @@ def test_drops_are_counted_once(link: Link, core1: Peer) -> None:
 
 
 def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
-    error = cores.core0.run(lambda: missing("rpmsg16"))
+    link = cores.core0.run(lambda: PacketLink.open("rpmsg16"))
+    error = link.missing()
+    close(link)
     assert str(error) == f"rpmsg16: no such interface (there are: lo, {cores.link}); --wait-link waits for it"
     assert error.exit_code == 69
 
@@ -303,31 +331,31 @@ def packet_socket(interface: str = "", protocol: int = ETHERTYPE) -> socket.sock
     return made
 
 
-def test_an_inherited_socket_keeps_queue_and_filter(link: Link, cores: Cores, core1: Peer) -> None:
+def test_an_inherited_socket_keeps_queue_and_filter(link: PacketLink, cores: Cores, core1: Peer) -> None:
     core1.send(b"before")
-    heir = Link.take(cores.link, os.dup(link.fd))
-    link._socket.close()
+    heir = cores.core0.run(lambda: PacketLink.take(cores.link, os.dup(link.fd)))
+    close(link)
     assert heir.fits
     assert heir.refresh()
     core1.send(b"after")
     assert [frame[14:] for frame in receive(heir)] == [b"before", b"after"]
     assert not os.get_blocking(heir.fd)
-    heir._socket.close()
+    close(heir)
 
 
 def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
-    heir = Link.take(cores.link, os.dup(opened().fd))
+    heir = PacketLink.take(cores.link, os.dup(opened().fd))
     assert heir.fits
-    heir._socket.close()
+    close(heir)
 
 
 def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("inco_trio.links.packet._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
         patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
-        longer = cores.core0.run(functools.partial(Link.open, cores.link))
+        longer = cores.core0.run(functools.partial(PacketLink.open, cores.link))
     assert not longer.fits
-    longer._socket.close()
+    close(longer)
 
 
 @pytest.mark.parametrize(
@@ -341,31 +369,62 @@ def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest
     ],
 )
 def test_what_does_not_fit(cores: Cores, make: Callable[[], socket.socket]) -> None:
-    stranger = Link.take(cores.link, cores.core0.run(make).detach())
+    stranger = PacketLink.take(cores.link, cores.core0.run(make).detach())
     assert not stranger.fits
-    stranger._socket.close()
+    close(stranger)
 
 
-def test_one_of_another_link_does_not_fit(link: Link) -> None:
-    other = Link.take("rpmsg16", os.dup(link.fd))
+def test_one_of_another_link_does_not_fit(link: PacketLink) -> None:
+    other = PacketLink.take("rpmsg16", os.dup(link.fd))
     assert not other.fits
-    other._socket.close()
+    close(other)
 
 
 def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("inco_trio.links.packet._FILTER", ((0x06, 0, 0, 0xFFFF),))
         patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
-        wide = cores.core0.run(functools.partial(Link.open, cores.link))
+        wide = cores.core0.run(functools.partial(PacketLink.open, cores.link))
         assert wide.fits
     assert not wide.fits
-    wide._socket.close()
+    close(wide)
+
+
+# ------------------------------------------------------------------------------------------------------------- bridges
+
+
+def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture) -> None:
+    from pyroute2 import IPRoute
+
+    def enslave(master: str) -> None:
+        def inside() -> None:
+            with IPRoute() as links:
+                if not links.link_lookup(ifname="br0"):
+                    links.link("add", ifname="br0", kind="bridge")
+                index = links.link_lookup(ifname=master)[0] if master else 0
+                links.link("set", ifname=cores.link, master=index)
+
+        cores.core0.run(inside)
+
+    caplog.set_level("INFO")
+    assert link.refresh()
+    assert caplog.messages == []
+    for _ in range(2):
+        enslave("br0")
+        assert link.refresh()
+    assert caplog.messages == [
+        f"{cores.link}: is a port of the bridge br0, which takes its frames: use br0 as the interface"
+    ]
+    for _ in range(2):
+        enslave("")
+        assert link.refresh()
+    assert caplog.messages[1:] == [f"{cores.link}: is no port of the bridge br0 any more"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the watcher
 
 
-def test_the_watcher_wakes_for_each_change(watcher: LinkWatcher, cores: Cores) -> None:
+def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> None:
     async def main() -> None:
         for happen in (cores.link_down, cores.link_up, cores.delete_link, cores.make_link):
             happen()
@@ -378,7 +437,7 @@ def test_the_watcher_wakes_for_each_change(watcher: LinkWatcher, cores: Cores) -
     run(main)
 
 
-def test_the_watcher_survives_more_than_it_can_hold(watcher: LinkWatcher, cores: Cores) -> None:
+def test_the_watcher_survives_more_than_it_can_hold(watcher: Rtnetlink, cores: Cores) -> None:
     from pyroute2 import IPRoute
 
     def many_changes() -> None:

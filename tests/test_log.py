@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 
@@ -79,3 +81,105 @@ def test_set_up_again_replaces(capfd: pytest.CaptureFixture[str]) -> None:
     logger.debug("unheard")
     logger.info("once")
     assert capfd.readouterr().err == "inco-trio: info: once\n"
+
+
+# ------------------------------------------------------------------------------------------- where nobody takes it
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """A pipe in which there is no room left."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"." * 4096)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b".")
+    os.set_blocking(writer, True)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def drain(reader: int) -> bytes:
+    os.set_blocking(reader, False)
+    read = b""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            read += os.read(reader, 65536)
+    return read.lstrip(b".")
+
+
+def test_lines_that_nobody_reads_are_counted_in_the_next_that_is_read(
+    pipe: tuple[int, int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = pipe
+    set_up_logging("text", verbose=False, fd=writer)
+    for number in range(3):
+        logger.info("lost %d", number)
+    assert capfd.readouterr().err == "inco-trio: warning: the log loses lines: nobody reads it\n"
+    assert drain(reader) == b""
+    logger.info("heard")
+    logger.info("and this")
+    assert drain(reader).decode().splitlines() == [
+        "inco-trio: warning: 3 lines of the log were lost here",
+        "inco-trio: info: heard",
+        "inco-trio: info: and this",
+    ]
+
+
+def test_a_torn_line_is_ended_before_the_next(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    set_up_logging("text", verbose=False, fd=writer)
+    # Room for a page, which is less than the line.
+    os.read(reader, 4096)
+    logger.info("x" * 10000)
+    torn = drain(reader)
+    assert torn.startswith(b"inco-trio: info: xxx")
+    assert not torn.endswith(b"\n")
+    logger.info("heard")
+    assert drain(reader) == b"\ninco-trio: warning: 1 lines of the log were lost here\ninco-trio: info: heard\n"
+
+
+@pytest.mark.parametrize(("place", "reason"), [("full", "No space left on device"), ("closed", "Bad file descriptor")])
+def test_a_log_that_cannot_be_written_is_said_once(place: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+    fd = os.open("/dev/full", os.O_WRONLY)
+    if place == "closed":
+        os.close(fd)
+    set_up_logging("json", verbose=False, fd=fd)
+    logger.info("one")
+    logger.info("two")
+    assert capfd.readouterr().err == f"inco-trio: warning: the log loses lines: {reason}\n"
+    if place == "full":
+        os.close(fd)
+
+
+def test_standard_error_that_is_full_is_not_complained_of_there(capfd: pytest.CaptureFixture[str]) -> None:
+    saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, 2)
+    try:
+        set_up_logging("text", verbose=False)
+        logger.info("lost")
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(full)
+    logger.info("heard")
+    assert capfd.readouterr().err.splitlines() == [
+        "inco-trio: warning: 1 lines of the log were lost here",
+        "inco-trio: info: heard",
+    ]
+
+
+def test_a_mistake_in_a_call_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("text", verbose=False)
+    logger.info("%d", "no number")
+    assert "--- Logging error ---" in capfd.readouterr().err
+
+
+def test_half_a_character_is_shown_as_an_escape(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("text", verbose=False)
+    logger.info("/dev/\udcff")
+    assert capfd.readouterr().err == "inco-trio: info: /dev/\\udcff\n"

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.handoff import Handoff
 from inco_trio.keep.inflight import Inflight
-from inco_trio.links.packet import Link
+from inco_trio.links.link import Link, LinkDown
 from inco_trio.outbound import Outbound
 from inco_trio.registers import inotify as ino
 from inco_trio.registers.inotify import _EVENT, Inotify, parse_events
@@ -38,7 +38,7 @@ class FakeLink:
 
     def send(self, name: str) -> None:
         if self.down:
-            raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+            raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         self.sent.append((name, sum(len(parse_events(bank.view)) for bank in self.inflight.events)))
 
 

@@ -41,11 +41,11 @@ from inco_trio import (
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.keep.inflight import FRAME_STEP, Inflight
-from inco_trio.links.packet import LinkWatcher
+from inco_trio.links.packet import PacketLink
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
-from tests.support_proxy import INBOUND, OUTBOUND, frame, mac_of, sockets_of, trigger, write_udrv
+from tests.support_proxy import INBOUND, OUTBOUND, Cupboard, frame, mac_of, sockets_of, trigger, write_udrv
 
 pytestmark = pytest.mark.netns
 
@@ -132,12 +132,36 @@ def test_padding_is_ignored(proxy: StartProxy, irq_dir: Path, core1: Peer, watch
     assert (counters["received"], counters["delivered"], counters["malformed"]) == (1, 1, 0)
 
 
-def test_a_tag_that_was_left_in_front_is_ignored(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
-    proxy("--irq-dir", irq_dir)
+def test_a_frame_that_is_too_long_is_not_judged_by_its_beginning(
+    proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
+) -> None:
+    for namespace in (cores.core0, cores.core1):
+        finished(namespace, "ip", "link", "set", cores.link, "mtu", "9000")
+    running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
+    core1.send(b"ihub_reset_irq", pad=1700)
+    core1.send(b"ihub_reset_irq")
+    resets.wait(1)
+    # Also within a batch, in the memory of which it is cut.
+    os.kill(running.pid, signal.SIGSTOP)
+    for pad in (0, 1700, 0):
+        core1.send(b"ihub_reset_irq", pad=pad)
+    os.kill(running.pid, signal.SIGCONT)
+    resets.wait(3)
+    counters = running.counters()
+    assert (counters["received"], counters["delivered"], counters["malformed"]) == (5, 3, 2)
+
+
+def test_frames_of_a_foreign_vlan_are_not_even_received(
+    proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
+) -> None:
+    running = proxy("--irq-dir", irq_dir)
+    resets = watch(irq_dir / "message_4_state")
+    # The kernel takes the tag out and calls the frame another host's, as nobody has that VLAN here.
     core1.send_raw(BROADCAST + core1.mac + b"\x81\x00\x0f\xa0\x88\x00ihub_reset_irq")
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
+    assert running.counters()["received"] == 1
 
 
 @pytest.mark.parametrize("ethertype", [0x0800, 0x0806, 0x86DD, 0x0088, 0x8801, 14])
@@ -672,7 +696,7 @@ from inco_trio.commands import main
 def broken(self):
     raise RuntimeError("put in by the test")
 
-inco_trio.links.packet.LinkWatcher.wait = broken
+inco_trio.links.packet.PacketLink.changed = broken
 sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
@@ -829,7 +853,7 @@ def test_sending(in_core0: InCore0, config: Config, core1: Peer) -> None:
                 assert core1.receive(0)[14:] == b"redun_notify_irq"
             assert (proxy.stats.triggered, proxy.stats.sent) == (3, 3)
             for unknown in ("ihub_reset_irq", "stranger", "", "\u00fc"):
-                with pytest.raises(UnknownSignal, match=f"{unknown}: not an outbound signal of {config.interface}"):
+                with pytest.raises(UnknownSignal, match=f"{unknown}: not an outbound signal of {config.link}"):
                     await proxy.send(unknown)
         with pytest.raises(ClosedError):
             await proxy.send("redun_notify_irq")
@@ -953,8 +977,8 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
             trigger(uart.path)
             assert await next_name(core1) == b"uart_irq"
             await proxy.send("uart_irq")
-            with pytest.raises(ConfigError, match="a reload cannot change the interface"):
-                await proxy.reload(attrs.evolve(config, interface="lo"))
+            with pytest.raises(ConfigError, match="a reload cannot change the link"):
+                await proxy.reload(attrs.evolve(config, link="lo"))
             assert len(proxy.config.signals) == 4
 
     in_core0(main)
@@ -963,7 +987,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
 def test_a_missing_interface(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         with pytest.raises(LinkMissing, match="nothing0: no such interface"):
-            async with open_proxy(attrs.evolve(config, interface="nothing0")):
+            async with open_proxy(attrs.evolve(config, link="nothing0")):
                 pass
 
     in_core0(main)
@@ -981,7 +1005,7 @@ def test_nothing_stays_open(in_core0: InCore0, config: Config) -> None:
             async with open_proxy(config):
                 assert descriptors() > before
             with pytest.raises(LinkMissing):
-                async with open_proxy(attrs.evolve(config, interface="nothing0")):
+                async with open_proxy(attrs.evolve(config, link="nothing0")):
                     pass
         # The map of the memory has a descriptor of its own until it is collected.
         gc.collect()
@@ -1048,7 +1072,7 @@ def test_a_name_longer_than_the_mtu_is_given_up(in_core0: InCore0, cores: Cores,
     long, short = (attrs.evolve(config.signals[2], name=name, register=name) for name in ("n" * 64, "short"))
 
     async def main() -> None:
-        async with open_proxy(attrs.evolve(config, interface="lo", signals=(long, short))) as proxy:
+        async with open_proxy(attrs.evolve(config, link="lo", signals=(long, short))) as proxy:
             await proxy.send(long.name)
             await proxy.send(short.name)
             assert (proxy.stats.unsendable, proxy.stats.sent) == (1, 1)
@@ -1112,7 +1136,7 @@ def test_an_error_of_the_caller_is_passed_on(in_core0: InCore0, config: Config) 
 def test_an_error_of_the_caller_and_of_a_leg(
     in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(_watcher: LinkWatcher) -> None:
+    async def broken(_link: PacketLink) -> None:
         raise RuntimeError("of the leg")
 
     async def fail_when_cancelled() -> None:
@@ -1123,7 +1147,7 @@ def test_an_error_of_the_caller_and_of_a_leg(
                 raise ValueError("of the caller")
 
     async def main() -> None:
-        monkeypatch.setattr(LinkWatcher, "wait", broken)
+        monkeypatch.setattr(PacketLink, "changed", broken)
         with pytest.raises(ExceptionGroup) as legs:
             async with open_proxy(config):
                 await trio.sleep_forever()
@@ -1186,7 +1210,7 @@ def test_while_the_link_is_waited_for_all_is_held(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer
 ) -> None:
     async def main() -> None:
-        waiting, store = attrs.evolve(config, interface="later0", wait_link=True), Cupboard()
+        waiting, store = attrs.evolve(config, link="later0", wait_link=True), Cupboard()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(serve, waiting, fd_store=store))
             await wait_all_tasks_blocked()
@@ -1232,31 +1256,6 @@ def test_nothing_holds_the_loop(
 
 
 # ----------------------------------------------------------------------------------------------------------- successors
-
-
-class Cupboard:
-    """A holder of descriptors in this process: what one proxy stores, `heir` hands to the next."""
-
-    def __init__(self, inherited: dict[str, int] | None = None) -> None:
-        self.inherited = inherited or {}
-        self.kept = {name: os.dup(fd) for name, fd in self.inherited.items()}
-        self.stored: list[str] = []
-
-    def store(self, name: str, fd: int) -> None:
-        self.stored.append(name)
-        if name in self.kept:
-            os.close(self.kept[name])
-        self.kept[name] = os.dup(fd)
-
-    def remove(self, name: str) -> None:
-        os.close(self.kept.pop(name))
-
-    def heir(self) -> Cupboard:
-        return Cupboard(self.kept)
-
-    def close(self) -> None:
-        for fd in self.kept.values():
-            os.close(fd)
 
 
 def test_what_came_while_none_ran_is_delivered(
@@ -1325,7 +1324,7 @@ def test_what_the_holder_gives_is_not_trusted(
 
     async def main() -> None:
         foreign = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-        foreign.bind((config.interface, ETHERTYPE))
+        foreign.bind((config.link, ETHERTYPE))
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
         async with open_proxy(config, fd_store=holder) as proxy:

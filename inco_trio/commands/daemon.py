@@ -41,12 +41,14 @@ def run_daemon(args: argparse.Namespace) -> int:
     config = _load(args)
 
     try:
-        trio.run(_serve, args, config, fd_store_from_environment(args.fd_holder, config.interface))
+        trio.run(_serve, args, config, fd_store_from_environment(args.fd_holder, config.address.label))
     except IncoError:
         raise
     except Exception as error:  # logged whole; the exit code tells the supervisor
         if refused := _exhausted(error):
-            raise ResourceRefused(f"{config.interface}: {refused.strerror}: raise the limit, or free some") from error
+            raise ResourceRefused(
+                f"{config.address.name}: {refused.strerror}: raise the limit, or free some"
+            ) from error
         logger.exception("internal error: this is a fault of inco-trio, please report it")
         return EXIT_INTERNAL
     return 0
@@ -102,7 +104,7 @@ async def _serve(args: argparse.Namespace, config: Config, fd_store: FdStore) ->
                 await trio.lowlevel.checkpoint_if_cancelled()  # told to stop already: nothing is opened
                 async with open_proxy(config, fd_store=fd_store) as run.proxy:
                     notify_ready(args.notification_fd)
-                    logger.info("%s: ready", config.interface, extra={"event": "ready"})
+                    logger.info("%s: ready", config.address.name, extra={"event": "ready"})
                     _start_diagnosis(config)
                     try:
                         await _follow_hang_ups(hang_ups, args, run.proxy)
@@ -117,7 +119,7 @@ async def _serve(args: argparse.Namespace, config: Config, fd_store: FdStore) ->
     if failure is not None:
         raise failure
     if run.proxy is None:
-        logger.info("%s: told to stop before it was open", config.interface)
+        logger.info("%s: told to stop before it was open", config.address.name)
 
 
 def _once(channel: trio.MemorySendChannel[None]) -> Callable[[], None]:

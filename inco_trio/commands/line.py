@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from inco_trio.commands import streams
 from inco_trio.errors import IncoError, ResourceRefused
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "parser", "run_command", "run_drop_in"]
 
@@ -39,7 +44,7 @@ def run_command(words: Sequence[str], *, drop_in: bool = False) -> int:
     try:
         return _run(words, drop_in=drop_in)
     except BrokenPipeError:
-        return 1  # Nobody reads the output any more.
+        return 0  # Who read the output has seen enough of it.
     except IncoError as error:
         streams.complain(error)
         return error.exit_code
@@ -65,10 +70,31 @@ def _run(words: Sequence[str], *, drop_in: bool) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """One that does not keep it to itself if its help cannot be written."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if message and file is not None and file is sys.stdout:
+            with streams.writing():
+                file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
+class _Version(argparse.Action):
+    """Prints the version, which takes a while to find out."""
+
+    def __call__(self, asking: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        streams.say(f"inco-trio {version('inco-trio')}")
+        asking.exit()
+
+
 def run_drop_in(words: Sequence[str]) -> int:
     """Run `inco_proxy` with the arguments `words`; returns the exit code. Raises SystemExit as argparse does."""
     streams.open_missing()
-    drop_in = argparse.ArgumentParser(
+    drop_in = _Parser(
         prog="inco_proxy",
         description="Carry inter-core interrupts between the link IFACE and the registers that $UDRV_JSON_PATH names.",
         epilog="The same as `inco-trio run IFACE`.  Example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000",
@@ -78,14 +104,15 @@ def run_drop_in(words: Sequence[str]) -> int:
     return run_command(["run", "--", drop_in.parse_args(words).iface], drop_in=True)
 
 
-def parser(command: str | None = None) -> argparse.ArgumentParser:
+def parser(command: str | None = None) -> _Parser:
     """The parser, with the options of `command` only; with those of all commands if it is not the name of one."""
-    made = argparse.ArgumentParser(
+    made = _Parser(
         prog="inco-trio",
         description="Carries inter-core interrupts between the cores of an AMP board, and of its simulation.",
         epilog=f"Try it: inco-trio demo\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = made.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(

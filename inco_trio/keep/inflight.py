@@ -2,53 +2,68 @@
 
 The kernel forgets a frame or an inotify event once it is read. A process that is killed between reading and acting
 would lose it, so reads go straight into this memory (a memfd that a supervisor holds, see `held`), and a part of it is
-zeroed only when everything in it has been acted upon. A successor that inherits the memory finds in it what was in
+blanked only when everything in it has been acted upon. A successor that inherits the memory finds in it what was in
 flight, and does it again: at least once.
 
 Why that is enough: recv(2) and read(2) copy before they return, and a fatal signal does not interrupt the copying, so
-that what left the kernel's queue stands here whole. Frames and inotify events delimit themselves in zeroed memory; no
-length has to be noted, and so there is no instant in which one is missing.
+that what left the kernel's queue stands here whole. Frames and inotify events delimit themselves in blank memory; no
+length has to be noted, and so there is no instant in which one is missing. Blank are zeros, and between the frames of a
+bank a mark that no frame can contain but by guessing 8 bytes: only a frame that is longer than its step overwrites it.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables of numbers by key.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 from collections.abc import Iterator
 
 import attrs
 
-__all__ = ["FRAMES", "FRAME_ROOM", "FRAME_STEP", "Bank", "Inflight", "NumberTable"]
+from inco_trio.frame import FRAME_MAX
 
-MAGIC = b"inco-trio inflight 1\n"
+__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "SHORT", "Bank", "Inflight", "NumberTable", "frames_in"]
+
+MAGIC = b"inco-trio inflight 2\n"
 PAGE = 4096
+MARK = 8
+"""Bytes of the mark behind each frame."""
 FRAME_STEP = 128
-"""Bytes from one frame of a bank to the next: more than 18 + 64, the longest of ours, and few, to stay cached."""
-FRAME_ROOM = 1600
-"""Bytes that a read may fill: more than 18 + 1500, the usual MTU. A frame over FRAME_STEP is the last of its bank."""
+"""Bytes from one frame of a bank to the next: few, to stay cached."""
+SHORT = FRAME_STEP - MARK
+"""Bytes of the longest frame that has others behind it: more than 18 + 64, the longest of ours."""
 FRAMES = 128
 """Frames of one batch: enough to make the cost of a hand-over small."""
 EVENT_BANK = 4 * PAGE
 """Bytes of inotify events of one batch: 1024 events without a name."""
-FRAME_BANK = -(-(FRAME_STEP * (FRAMES - 1) + FRAME_ROOM) // PAGE) * PAGE
+FRAME_BANK = -(-(FRAME_STEP * (FRAMES - 1) + FRAME_MAX) // PAGE) * PAGE
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
 """Entries of a table; untouched ones take no memory."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE
+_BLANK_EVENTS = bytes(EVENT_BANK)
+_MARK = os.urandom(MARK)
+"""That of the memories that this process makes."""
 
-_ZEROS = bytes(max(FRAME_BANK, EVENT_BANK))
+
+@functools.cache
+def _blank_frames(mark: bytes) -> bytes:
+    """A bank of frames in which there are none."""
+    return (bytes(SHORT) + mark) * (FRAME_BANK // FRAME_STEP)
 
 
 class Bank:
     """A part of the memory that one batch is read into: free, or holding what is in flight."""
 
-    def __init__(self, view: memoryview, sequence: memoryview) -> None:
+    def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
         self.view = view
         self._sequence = sequence
+        self.blank = blank
+        """What stands in it where nothing was read to."""
 
     @property
     def sequence(self) -> int:
@@ -61,7 +76,7 @@ class Bank:
 
     def clear(self, length: int) -> None:
         """Forget the first `length` bytes: all that was read into them is finished."""
-        self.view[:length] = _ZEROS[:length]
+        self.view[:length] = self.blank[:length]
 
 
 class NumberTable:
@@ -123,6 +138,8 @@ class Inflight:
     """By wire name: notifications whose state register could not be written yet."""
     watches: NumberTable
     """By the key of a trigger: its watch descriptor."""
+    note: memoryview
+    """16 bytes for the link, see `links.unix`."""
     inherited: bool
     _map: mmap.mmap
 
@@ -138,7 +155,7 @@ class Inflight:
         else:
             fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
             os.ftruncate(fd, SIZE)
-            os.pwrite(fd, MAGIC, 0)
+            os.pwrite(fd, MAGIC + _MARK, 0)
             if held is not None:
                 # Only now, so that the new one has another number and its holder is told.
                 os.close(held)
@@ -148,15 +165,20 @@ class Inflight:
             os.close(fd)
             raise
         view = memoryview(memory)
+        blank = _blank_frames(bytes(view[len(MAGIC) : len(MAGIC) + MARK]))
         banks = []
         offset = PAGE
-        for number, length in enumerate((FRAME_BANK, FRAME_BANK, EVENT_BANK, EVENT_BANK)):
+        for number, empty in enumerate((blank, blank, _BLANK_EVENTS, _BLANK_EVENTS)):
             sequence = view[PAGE - 32 + 8 * number : PAGE - 24 + 8 * number]
-            banks.append(Bank(view[offset : offset + length], sequence))
-            offset += length
+            banks.append(Bank(view[offset : offset + len(empty)], sequence, empty))
+            offset += len(empty)
+        if not inherited:
+            for bank in banks[:2]:
+                bank.clear(len(bank.view))
         owed = NumberTable(view[offset : offset + TABLE])
         watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
-        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, inherited, memory)
+        note = view[PAGE - 48 : PAGE - 32]
+        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, note, inherited, memory)
 
     def close(self) -> None:
         """Close this process's descriptor; the memory lives on if somebody else holds one."""
@@ -165,10 +187,21 @@ class Inflight:
 
 
 def frames_in(bank: Bank) -> list[bytes]:
-    """The frames that stand in a bank, NUL padding stripped, in the order of their arrival.
+    """The frames that stand in a bank, NUL padding stripped, in the order of their arrival."""
+    frames, mark = [], bank.blank[SHORT:FRAME_STEP]
+    for start in range(0, FRAME_STEP * FRAMES, FRAME_STEP):
+        step = bytes(bank.view[start : start + FRAME_STEP])
+        if not step.endswith(mark):
+            frames.append(_long_frame(bytes(bank.view[start : start + FRAME_MAX]), bank.blank))
+            break
+        if frame := step[:SHORT].rstrip(b"\0"):
+            frames.append(frame)
+    return frames
 
-    A long one, which is the last, comes in pieces.
-    """
-    view = bank.view
-    steps = (bytes(view[i : i + FRAME_STEP]).rstrip(b"\0") for i in range(0, len(view), FRAME_STEP))
-    return [frame for frame in steps if frame]
+
+def _long_frame(room: bytes, blank: bytes) -> bytes:
+    """The frame at the beginning of `room`: up to where all is blank again."""
+    length = len(room)
+    while room[length - 1] == blank[length - 1]:
+        length -= 1
+    return room[:length].rstrip(b"\0")

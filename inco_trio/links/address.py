@@ -1,25 +1,142 @@
-"""What names a link: today a network interface."""
+"""The address that names a link, wherever one is named: on the command line, in `Config`, in a board's file.
+
+rpmsg4000                       the network interface of that name
+unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, as QEMU, is bound at REMOTE
+unix:LOCAL,peer=REMOTE,mac=MAC  the same, with the address MAC in the frames that are sent
+"""
 
 from __future__ import annotations
 
-__all__ = ["interface_fault"]
+import os
+import re
+from hashlib import blake2b
+
+import attrs
+
+__all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 
 INTERFACE_MAX = 15
 """The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
+PATH_MAX = 107
+"""The longest path of a socket, in bytes (sun_path of unix(7), less a NUL)."""
+UNIX = "unix:"
 
 # What dev_valid_name() of the kernel's net/core/dev.c refuses; its isspace() is that of Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
+_MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
+_LOCALLY_ADMINISTERED = 0x02
+_GROUP = 0x01
 
 
-def interface_fault(name: str) -> str | None:
-    """What keeps `name` from being an interface's, or None.
+@attrs.frozen
+class InterfaceAddress:
+    """A network interface."""
 
-    The kernel would take any bytes; Python binds a packet socket to a name in UTF-8 only.
-    """
+    name: str
+
+    @property
+    def label(self) -> str:
+        """What services and kept descriptors of the link are named after: without a slash."""
+        return self.name
+
+
+@attrs.frozen
+class UnixAddress:
+    """A Unix datagram socket and its peer, as QEMU's `-netdev dgram` has them."""
+
+    local: str
+    peer: str
+    mac: bytes
+
+    @property
+    def name(self) -> str:
+        """What the log calls the link."""
+        return self.local
+
+    @property
+    def label(self) -> str:
+        """See `InterfaceAddress.label`."""
+        return self.local.strip("/").replace("/", "-")
+
+
+def parse_address(text: str) -> InterfaceAddress | UnixAddress:
+    """The address that `text` names. Raises ValueError, whose text says what is wrong."""
+    if text.startswith(UNIX):
+        return _parse_unix(text.removeprefix(UNIX))
+    # The kernel would take any bytes; Python binds a packet socket to a name in UTF-8 only.
     try:
-        raw = name.encode()
+        raw = text.encode()
     except UnicodeEncodeError:
         raw = b""
     if 1 <= len(raw) <= INTERFACE_MAX and raw not in {b".", b".."} and _REFUSED.isdisjoint(raw):
-        return None
-    return f"a name is 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', ':' and whitespace"
+        return InterfaceAddress(text)
+    raise ValueError(
+        f"is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
+        "':' and whitespace"
+    )
+
+
+def address_fault(text: str) -> str | None:
+    """What keeps `text` from being an address, or None."""
+    try:
+        parse_address(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _parse_unix(text: str) -> UnixAddress:
+    # As in QEMU's options, two commas stand for one that is part of a path.
+    local, *options = [part.replace("\0", ",") for part in _no_nul(text).replace(",,", "\0").split(",")]
+    values: dict[str, str] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key not in {"peer", "mac"} or not equals:
+            raise ValueError(f"unknown option {option!r}: peer=REMOTE and mac=MAC are those there are")
+        if key in values:
+            raise ValueError(f"{key}= is there more than once")
+        values[key] = value
+    if "peer" not in values:
+        raise ValueError("peer=REMOTE is missing: the path of the socket of the other side")
+    peer = values["peer"]
+    for what, path in (("the path before ',peer='", local), ("peer=", peer)):
+        if fault := _path_fault(path):
+            raise ValueError(f"{what}: {fault}")
+    if os.path.normpath(local) == os.path.normpath(peer):
+        raise ValueError("both sides have the same path")
+    return UnixAddress(local, peer, _parse_mac(values["mac"]) if "mac" in values else _mac_of(local))
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a NUL byte cannot be part of a path")
+    return text
+
+
+def _path_fault(path: str) -> str | None:
+    if not path:
+        return "the path is empty"
+    if not path.startswith("/"):
+        return f"{path!r} is not an absolute path"
+    if path.endswith("/"):
+        return f"{path!r} is a directory"
+    try:
+        length = len(os.fsencode(path))
+    except UnicodeEncodeError:
+        return f"{path!r} cannot be a path"
+    if length > PATH_MAX:
+        return f"the path has {length} bytes; a socket's has {PATH_MAX} at most (unix(7))"
+    return None
+
+
+def _parse_mac(text: str) -> bytes:
+    if not _MAC.fullmatch(text) or int(text[:2], 16) & _GROUP:
+        raise ValueError(f"mac={text}: is not the address of one station, as 02:00:00:00:00:01 is")
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _mac_of(path: str) -> bytes:
+    """A locally administered address that is always the same for a path."""
+    digest = bytearray(blake2b(os.fsencode(path), digest_size=6).digest())
+    digest[0] = digest[0] & ~_GROUP | _LOCALLY_ADMINISTERED
+    return bytes(digest)

@@ -1,13 +1,15 @@
-"""The link: an AF_PACKET socket on one interface, and the rtnetlink socket that tells when interfaces change.
+"""A link that is a network interface: an AF_PACKET socket on it.
 
-See packet(7), rtnetlink(7) and, for the filter, the kernel's Documentation/networking/filter.rst.
+See packet(7) and, for the filter, the kernel's Documentation/networking/filter.rst.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
-import fcntl
+import functools
+import logging
 import os
 import socket
 import struct
@@ -17,8 +19,12 @@ import trio
 
 from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, encode
+from inco_trio.links.link import LinkDown
+from inco_trio.links.rtnetlink import Rtnetlink
 
-__all__ = ["Link", "LinkWatcher"]
+__all__ = ["PacketLink"]
+
+logger = logging.getLogger(__name__)
 
 SOL_PACKET = 263
 PACKET_STATISTICS = 6
@@ -27,9 +33,6 @@ SO_ATTACH_FILTER = 26
 SO_GET_FILTER = 26
 SO_LOCK_FILTER = 44
 SO_RCVBUFFORCE = 33
-RTMGRP_LINK = 1
-SIOCGIFFLAGS = 0x8913
-IFF_UP_AND_RUNNING = 0x1 | 0x40
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
 """Bytes asked for, which the kernel doubles: 20,000 frames even where a driver spends 2.4 kB on each."""
@@ -79,28 +82,35 @@ def _set_receive_buffer(sock: socket.socket) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
 
-class Link:
-    """The socket on `interface`: receives frames of our EtherType, sends notifications.
+class PacketLink:
+    """The socket on the interface `name`: receives frames of our EtherType, sends notifications.
 
-    `granted` is the size of the receive buffer in bytes. The socket stays the same when the interface is deleted and
-    made again: `refresh` binds it anew, and its queue and filter are kept. `mac` is the interface's address, `running`
-    whether it is up and has a carrier.
+    It stays the same when the interface is deleted and made again: `refresh` binds it anew, and its queue and filter
+    are kept. `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceRefused.
     """
 
-    def __init__(self, sock: socket.socket, interface: str) -> None:
-        self.interface = interface
-        self._socket = sock
-        self._frames: dict[str, bytes] = {}
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        self.name = name
+        self.fd = sock.fileno()
         self.mac = b""
         self.running = False
-        self.fd = sock.fileno()
+        self.foreign = 0
+        self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         self.granted = _set_receive_buffer(sock)
+        """The size of the receive buffer, in bytes."""
+        self._socket = sock
+        self._frames: dict[str, bytes] = {}
+        self._bridge = ""
         # Bound methods of the hot path.
         self._recv_into = sock.recv_into
         self._send = sock.send
+        try:
+            self._rtnetlink = Rtnetlink()
+        except OSError as error:
+            raise ResourceRefused(f"{name}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
 
     @classmethod
-    def open(cls, interface: str) -> Link:
+    def open(cls, name: str) -> PacketLink:
         """Open a socket that is not bound yet: `refresh` binds it.
 
         Raises PermissionRefused without CAP_NET_RAW, ResourceRefused for want of descriptors or memory.
@@ -110,25 +120,27 @@ class Link:
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
             raise PermissionRefused(
-                f"{interface}: opening a packet socket needs CAP_NET_RAW "
+                f"{name}: opening a packet socket needs CAP_NET_RAW "
                 "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)"
             ) from error
         except OSError as error:
-            raise ResourceRefused(f"{interface}: cannot open a packet socket: {error.strerror}") from error
+            raise ResourceRefused(f"{name}: cannot open a packet socket: {error.strerror}") from error
         try:
-            sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
             _attach_filter(sock)
-            return cls(sock, interface)
+            with contextlib.suppress(OSError):
+                # Spares us our own frames. Before Linux 4.20 it is unknown, and the filter alone drops them.
+                sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+            return cls(sock, name)
         except BaseException:
             sock.close()
             raise
 
     @classmethod
-    def take(cls, interface: str, held: int) -> Link:
+    def take(cls, name: str, held: int) -> PacketLink:
         """Take over the inherited descriptor `held`; see `fits`."""
         sock = socket.socket(fileno=held)
         sock.setblocking(False)
-        return cls(sock, interface)
+        return cls(sock, name)
 
     @property
     def fits(self) -> bool:
@@ -137,12 +149,28 @@ class Link:
             bound, protocol = self._socket.getsockname()[:2]
             return (
                 self._socket.family == socket.AF_PACKET
-                and bound in ("", self.interface)
+                and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
                 and _filter_of(self._socket) == FILTER
             )
         except (OSError, ValueError):
             return False
+
+    @property
+    def description(self) -> str:
+        """The address, and the receive buffer that was granted."""
+        address = self.mac.hex(":") or "unknown yet"
+        return f"address {address}, receive buffer of {self.granted // 1024} kB granted"
+
+    @property
+    def absence(self) -> str:
+        """See `Link.absence`."""
+        return "the interface is gone" if self.mac else "no such interface yet"
+
+    def missing(self) -> LinkMissing:
+        """The error for an interface that does not exist, with the names of those that do."""
+        names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
+        return LinkMissing(f"{self.name}: no such interface (there are: {names}); --wait-link waits for it")
 
     def refresh(self) -> bool:
         """Bind to the interface if the socket is not bound to it now; learn its address and its state.
@@ -152,41 +180,42 @@ class Link:
         self.running = False
         if self._bound_address() is None:
             try:
-                self._socket.bind((self.interface, ETHERTYPE))
+                self._socket.bind((self.name, ETHERTYPE))
             except OSError as error:
                 if error.errno not in GONE:
                     raise
                 return False
-        mac = self._bound_address()
-        if mac is None:
-            return False
+        mac, interface = self._bound_address(), self._rtnetlink.interface(self.name)
+        if mac is None or interface is None:
+            return False  # It went this very moment.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
-        self.running = self._is_running()
+        self.running = interface.running
+        bridge = self._rtnetlink.interface(index=interface.master) if interface.port_of == "bridge" else None
+        self._say_bridge("" if bridge is None else bridge.name)
         return True
-
-    def _is_running(self) -> bool:
-        request = struct.pack("16sH14x", self.interface.encode(), 0)
-        try:
-            answer = fcntl.ioctl(self.fd, SIOCGIFFLAGS, request)
-        except OSError:
-            return False  # It went this very moment.
-        flags: int = struct.unpack("16sH14x", answer)[1]
-        return flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING
 
     def _bound_address(self) -> bytes | None:
         """The address of the interface, or None if the socket is not bound to it."""
         name, protocol, _, _, address = self._socket.getsockname()
-        return address[:6].ljust(6, b"\0") if name == self.interface and protocol == ETHERTYPE else None
+        return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
+
+    def _say_bridge(self, bridge: str) -> None:
+        """Say that the interface is the port of a bridge, which takes frames before our socket sees them."""
+        before, self._bridge = self._bridge, bridge
+        if bridge and bridge != before:
+            logger.warning(
+                "%s: is a port of the bridge %s, which takes its frames: use %s as the interface",
+                self.name,
+                bridge,
+                bridge,
+            )
+        elif before and not bridge:
+            logger.info("%s: is no port of the bridge %s any more", self.name, before)
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
-        """Read queued frames, one into each of `rooms`, until none is left; returns their lengths.
-
-        A frame longer than `step` is the last one read, as the rooms overlap beyond that. One longer than its room is
-        cut; its length is the true one. An error (packet(7)) ends the batch; OSError is raised if nothing was read, but
-        not for a link that went down.
-        """
+        """See `Link.receive_into`. Errors: packet(7)."""
         lengths: list[int] = []
         receive, truncated = self._recv_into, socket.MSG_TRUNC
         try:
@@ -204,14 +233,14 @@ class Link:
         return lengths
 
     def receive_one(self, room: memoryview) -> int:
-        """Read one frame into `room`; returns its length, 0 if none is queued. Otherwise as `receive_into`."""
+        """See `Link.receive_one`. Errors: packet(7)."""
         try:
             return self._recv_into(room, 0, socket.MSG_TRUNC)
         except BlockingIOError:
-            return 0
+            return -1
         except OSError as error:
             self._not_down(error)
-            return 0
+            return -1
 
     def _not_down(self, error: OSError) -> None:
         # The kernel says once that the link went down; the queue is kept, and reading it goes on.
@@ -219,57 +248,36 @@ class Link:
             raise error
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, or OSError (packet(7))."""
+        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (packet(7))."""
         if not self.running:
             # Without a carrier the kernel would accept the frame, drop it, and say nothing.
-            raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+            raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         frame = self._frames.get(name)
         if frame is None:
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
-        self._send(frame)
+        try:
+            self._send(frame)
+        except OSError as error:
+            if error.errno in DOWN:
+                raise LinkDown(error.errno, error.strerror) from None
+            raise
+
+    async def wait_for_room(self) -> None:
+        """Wait until the socket is writable."""
+        await trio.lowlevel.wait_writable(self.fd)
+
+    async def changed(self) -> None:
+        """Wait until an interface of the network namespace changes."""
+        await self._rtnetlink.wait()
 
     def dropped(self) -> int:
-        """Frames dropped by the kernel since the last call (PACKET_STATISTICS resets when read)."""
+        """See `Link.dropped` (PACKET_STATISTICS, which is reset when it is read)."""
         statistics = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
         return int(struct.unpack("=II", statistics)[1])
 
-    def close(self) -> None:
-        """Close this process's descriptor; the queue lives on if somebody else holds one."""
+    def close(self, *, remove: bool = False) -> None:  # noqa: ARG002 - there is nothing to remove
+        """See `Link.close`."""
         # A held descriptor never becomes invalid by our close, so that a waiter would not be woken.
         trio.lowlevel.notify_closing(self.fd)
         self._socket.close()
-
-
-def missing(interface: str) -> LinkMissing:
-    """The error for an interface that does not exist, with the names of those that do."""
-    names = ", ".join(name for _, name in socket.if_nameindex()) or "none"
-    return LinkMissing(f"{interface}: no such interface (there are: {names}); --wait-link waits for it")
-
-
-class LinkWatcher:
-    """Wakes when any interface of the network namespace changes (rtnetlink, RTMGRP_LINK)."""
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
-        try:
-            self._socket.bind((0, RTMGRP_LINK))
-        except BaseException:
-            self._socket.close()
-            raise
-
-    async def wait(self) -> None:
-        """Wait for a change. What changed is not told: look."""
-        await trio.lowlevel.wait_readable(self._socket.fileno())
-        while True:
-            try:
-                self._socket.recv(65536)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # The queue overran: something changed, which is all we ask.
-                if error.errno != errno.ENOBUFS:
-                    raise
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+        self._rtnetlink.close()

@@ -15,11 +15,13 @@ import termios
 from typing import NamedTuple
 
 import pyinotify
+import trio
 
 __all__ = ["Event", "Inotify", "parse_events"]
 
 IN_MODIFY: int = pyinotify.IN_MODIFY
 IN_CLOSE_WRITE: int = pyinotify.IN_CLOSE_WRITE
+IN_ATTRIB: int = pyinotify.IN_ATTRIB
 IN_MOVED_FROM: int = pyinotify.IN_MOVED_FROM
 IN_MOVED_TO: int = pyinotify.IN_MOVED_TO
 IN_CREATE: int = pyinotify.IN_CREATE
@@ -108,6 +110,10 @@ class Inotify:
         self.fd = self._watches.get_fd()
         self.read = 0
         """Bytes that were read from it."""
+
+    async def wait_readable(self) -> None:
+        """Wait until events may be queued."""
+        await trio.lowlevel.wait_readable(self.fd)
 
     def watch(self, path: str, mask: int) -> int:
         """Watch `path`; one inode has one watch descriptor. Raises OSError (inotify_add_watch(2))."""

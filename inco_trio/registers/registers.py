@@ -36,6 +36,7 @@ class Registers:
     def __init__(self, inotify: Inotify, inflight: Inflight, counters: Counters) -> None:
         problems = Problems()
         self.table = SignalTable(())
+        self._opened = False
         self.troubled = trio.Event()
         self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set())
         self.states = StateFiles(self.directories, inflight.owed, problems, counters)
@@ -46,10 +47,11 @@ class Registers:
     def open(self, table: SignalTable) -> None:
         """Open the directories, make what is missing, watch the triggers.
 
-        Raises IncoError: what cannot be opened is the user's to mend.
+        Raises IncoError: what cannot be opened is the user's to mend. Inherited watches then go on for a successor.
         """
         for _ in self.exchange(table):
             pass
+        self._opened = True
         for wd in self.directories.forget_noted(self.triggers.keys()):
             # Of a predecessor's configuration.
             self.triggers.ignore(wd)
@@ -84,10 +86,11 @@ class Registers:
                     signals[trigger] = signal
                 yield
         except BaseException as error:
-            for trigger in triggers:
-                self.triggers.drop(trigger)
-            for directory in directories:
-                self.directories.drop(directory)
+            if self._opened:
+                for trigger in triggers:
+                    self.triggers.drop(trigger)
+                for directory in directories:
+                    self.directories.drop(directory)
             if not isinstance(error, OSError):
                 raise
             if problem := unreported(path):

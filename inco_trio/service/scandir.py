@@ -20,7 +20,7 @@ from pathlib import Path
 
 from inco_trio.config import read_file
 from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
-from inco_trio.links.address import interface_fault
+from inco_trio.links.address import address_fault
 
 __all__ = ["find_program", "systemd_unit", "write_scandir"]
 
@@ -304,8 +304,8 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
 
 
 def _check_interface(interface: str) -> None:
-    if fault := interface_fault(interface):
-        raise UsageError(f"{interface!r} is not an interface: {fault}")
+    if fault := address_fault(interface):
+        raise UsageError(f"{interface!r} cannot be a link: {fault}")
     if interface.startswith("-"):
         raise UsageError(f"{interface!r} cannot be the interface here: the service would take it for an option")
     if _SERVICE + interface == _HOLDER:

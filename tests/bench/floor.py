@@ -15,9 +15,9 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.frame import HEADER_LENGTH, encode
-from inco_trio.keep.inflight import EVENT_BANK, FRAME_ROOM
-from inco_trio.links.packet import Link
+from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
+from inco_trio.keep.inflight import EVENT_BANK
+from inco_trio.links.packet import PacketLink
 from inco_trio.registers.directories import TRIGGER_MASK, WRITE_FLAGS
 from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
 
@@ -26,7 +26,7 @@ EVENT = struct.Struct("=iIII")
 
 
 async def receive(link: socket.socket, states: dict[bytes, str], directory: int) -> None:
-    frame = memoryview(bytearray(FRAME_ROOM))
+    frame = memoryview(bytearray(FRAME_MAX))
     while True:
         await trio.lowlevel.wait_readable(link.fileno())
         try:
@@ -49,7 +49,7 @@ async def send(link: socket.socket, frames: dict[int, bytes], inotify: int) -> N
                 link.send(frames[wd])
 
 
-async def serve(link: Link, inotify: Inotify, states: dict[bytes, str], frames: dict[int, bytes]) -> None:
+async def serve(link: PacketLink, inotify: Inotify, states: dict[bytes, str], frames: dict[int, bytes]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM) as stops, socket.socket(fileno=os.dup(link.fd)) as sock:
         sock.setblocking(False)
         async with trio.open_nursery() as nursery:
@@ -61,7 +61,7 @@ async def serve(link: Link, inotify: Inotify, states: dict[bytes, str], frames: 
 
 
 table, directory, interface, notification_fd = sys.argv[1:]
-link, inotify = Link.open(interface), Inotify()
+link, inotify = PacketLink.open(interface), Inotify()
 link.refresh()
 states: dict[bytes, str] = {}
 frames: dict[int, bytes] = {}

@@ -21,6 +21,6 @@ async def answer(config: inco_trio.Config) -> int:
 
 async def serve(path: Path) -> None:
     """Run the whole daemon as one task of a bigger program."""
-    config = inco_trio.Config(interface="rpmsg4000", signals=inco_trio.read_board(path).signals)
+    config = inco_trio.Config(link="rpmsg4000", signals=inco_trio.read_board(path).signals)
     async with trio.open_nursery() as nursery:
         await nursery.start(inco_trio.serve, config)

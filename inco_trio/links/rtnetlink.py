@@ -1,0 +1,144 @@
+"""What the kernel tells of the interfaces of a network namespace: see rtnetlink(7) and netlink(7)."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import attrs
+import trio
+
+__all__ = ["Interface", "Rtnetlink"]
+
+RTMGRP_LINK = 1
+NLM_F_REQUEST = 0x1
+NLM_F_DUMP = 0x300
+NLMSG_ERROR = 2
+NLMSG_DONE = 3
+RTM_NEWLINK = 16
+RTM_GETLINK = 18
+IFLA_IFNAME = 3
+IFLA_MASTER = 10
+IFLA_LINKINFO = 18
+IFLA_INFO_SLAVE_KIND = 4
+NLA_TYPE_MASK = 0x3FFF
+
+# struct nlmsghdr: length, type, flags, sequence, port. struct ifinfomsg: family, type, index, flags, change.
+_HEADER = struct.Struct("=IHHII")
+_INTERFACE = struct.Struct("=BxHiII")
+_ATTRIBUTE = struct.Struct("=HH")
+
+IFF_UP_AND_RUNNING = 0x1 | 0x40
+
+
+@attrs.frozen
+class Interface:
+    """One interface, as RTM_NEWLINK describes it."""
+
+    index: int
+    name: str
+    running: bool
+    """Whether it is up and has a carrier."""
+    master: int
+    """The index of the interface that it is a port of; 0 if it is none."""
+    port_of: str
+    """The kind of that: "bridge", "bond"."""
+
+
+class Rtnetlink:
+    """A socket that is told when interfaces change, and asked how they are.
+
+    It belongs to the network namespace in which it is made. Raises OSError (netlink(7)).
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._numbers = itertools.count(1)
+        try:
+            self._socket.bind((0, RTMGRP_LINK))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def interfaces(self) -> list[Interface]:
+        """All interfaces."""
+        return list(self._ask(NLM_F_DUMP, 0, b""))
+
+    def interface(self, name: str = "", index: int = 0) -> Interface | None:
+        """The interface of that name or index, None if there is none."""
+        value = name.encode() + b"\0"
+        attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value if name else b""
+        return next(self._ask(0, index, attribute), None)
+
+    def _ask(self, flags: int, index: int, attribute: bytes) -> Iterator[Interface]:
+        # What is queued is older than the answer, and would leave no room for it.
+        self._drain()
+        number = next(self._numbers)
+        body = _INTERFACE.pack(0, 0, index, 0, 0) + attribute
+        self._socket.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, number, 0) + body)
+        while True:
+            # The kernel answers before send(2) returns, and then as each part is read.
+            for kind, answered, message in _messages(self._socket.recv(65536)):
+                if answered != number:
+                    continue
+                if kind == RTM_NEWLINK:
+                    yield _parse(message)
+                if kind in (NLMSG_DONE, NLMSG_ERROR) or not flags:
+                    return
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                self._socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # The queue overran: something changed, which is all that it tells.
+                if error.errno != errno.ENOBUFS:
+                    raise
+
+    async def wait(self) -> None:
+        """Wait for a change. What changed is not told: look."""
+        await trio.lowlevel.wait_readable(self._socket.fileno())
+        self._drain()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Type, sequence number and body of each message."""
+    while len(data) >= _HEADER.size:
+        length, kind, _flags, number, _port = _HEADER.unpack_from(data)
+        yield kind, number, data[_HEADER.size : length]
+        data = data[(length + 3) & ~3 :]
+
+
+def _attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes by type."""
+    found = {}
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if length < _ATTRIBUTE.size:
+            break
+        found[kind & NLA_TYPE_MASK] = data[_ATTRIBUTE.size : length]
+        data = data[(length + 3) & ~3 :]
+    return found
+
+
+def _parse(message: bytes) -> Interface:
+    _family, _type, index, flags, _change = _INTERFACE.unpack_from(message)
+    attributes = _attributes(message[_INTERFACE.size :])
+    port_of = _attributes(attributes.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_SLAVE_KIND, b"")
+    return Interface(
+        index,
+        os.fsdecode(attributes.get(IFLA_IFNAME, b"").rstrip(b"\0")),
+        flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING,
+        int.from_bytes(attributes.get(IFLA_MASTER, b""), "little"),
+        port_of.rstrip(b"\0").decode("ascii", "replace"),
+    )

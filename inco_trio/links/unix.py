@@ -1,0 +1,322 @@
+"""A link that is a Unix datagram socket: each datagram is one Ethernet frame, as QEMU's `-netdev dgram` has it.
+
+The socket is bound and not connected, as a connected one would refuse a peer that was started anew; what it receives
+tells its sender. Sending goes by the peer's path each time, and so to whoever is bound there. See unix(7).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import trio
+
+from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.frame import encode
+from inco_trio.links.address import UnixAddress
+from inco_trio.links.link import LinkDown
+from inco_trio.links.names import Names, Watched
+
+__all__ = ["UnixLink"]
+
+logger = logging.getLogger(__name__)
+
+ETHERTYPE_PLACE = slice(12, 14)
+NO_PEER = frozenset({
+    errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
+    errno.ECONNRESET, errno.ENXIO,
+})  # fmt: skip
+"""Nobody whom we can send to is at the peer's path."""
+AFTERWARDS = (0.005, 0.02, 0.08)
+"""Seconds after a change at which to look again: a socket's name appears an instant before it can be sent to."""
+UNWATCHED = 0.08
+"""Seconds between two looks where no directory on the way can be watched."""
+
+SENDERS_MAX = 64
+"""Senders that are remembered."""
+IN_USE = "is in use by a live process: end that, or name another path"
+
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFREG: "a file", stat.S_IFLNK: "a symlink", stat.S_IFIFO: "a FIFO"}
+
+
+def _new_socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+
+class UnixLink:
+    """The socket bound at `address.local`. `names` is shared, and not closed with the link.
+
+    `note` is 16 bytes that outlive the process with a socket that is held: the device and the inode of its path.
+    """
+
+    def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
+        self.name = address.local
+        self.fd = sock.fileno()
+        self.mac = address.mac
+        self.foreign = 0
+        self._address = address
+        self._socket = sock
+        self._bound = False
+        self._note = note.cast("Q")
+        self._former: list[socket.socket] = []
+        self._frames: dict[str, bytes] = {}
+        self._names = names
+        self._watched = Watched((Path(address.local), Path(address.peer)))
+        self._all_watched = False
+        self._looks: Iterator[float] = iter(())
+        self._room: socket.socket | None = None
+        self._refusal: IncoError = LinkMissing(f"{self.name}: not bound yet")
+        self._senders: dict[object, bool] = {address.peer: True}
+        self._closed = False
+
+    @classmethod
+    def open(cls, address: UnixAddress, note: memoryview, names: Names) -> UnixLink:
+        """Make a socket that is not bound yet: `refresh` binds it. Raises ResourceRefused."""
+        try:
+            return cls(_new_socket(), address, note, names)
+        except OSError as error:
+            raise ResourceRefused(f"{address.local}: cannot open a socket: {error.strerror}") from error
+
+    @classmethod
+    def take(cls, address: UnixAddress, held: int, note: memoryview, names: Names) -> UnixLink:
+        """Take over the inherited descriptor `held`; see `fits`."""
+        sock = socket.socket(fileno=held)
+        sock.setblocking(False)
+        link = cls(sock, address, note, names)
+        link._bound = True
+        return link
+
+    @property
+    def fits(self) -> bool:
+        """Whether this socket is one that `open` and `refresh` would make."""
+        try:
+            return (
+                self._socket.family == socket.AF_UNIX
+                and self._socket.type == socket.SOCK_DGRAM
+                and self._socket.getsockname() == self._address.local
+            )
+        except OSError:
+            return False
+
+    @property
+    def description(self) -> str:
+        """The address, and the path of the peer."""
+        return f"address {self.mac.hex(':')}, peer {self._address.peer}"
+
+    @property
+    def absence(self) -> str:
+        """See `Link.absence`."""
+        return str(self._refusal).removeprefix(f"{self.name}: ")
+
+    def missing(self) -> IncoError:
+        """What keeps the socket from being bound."""
+        return self._refusal
+
+    # ---------------------------------------------------------------------------------------------------- binding
+
+    def refresh(self) -> bool:
+        """Bind the socket if nothing of ours is at its path, a new one if it was bound before.
+
+        Returns whether it is bound. What was queued in a former one is received first.
+        """
+        self._all_watched = self._names.watch(self._watched)
+        self._senders = {self._address.peer: True}
+        if self._room is not None:
+            trio.lowlevel.notify_closing(self._room)  # Its peer may be another one now.
+        if self._bound and self._is_ours():
+            return True
+        try:
+            self._bind()
+        except IncoError as error:
+            self._refusal = error
+            return False
+        return True
+
+    def _is_ours(self) -> bool:
+        try:
+            found = os.lstat(self.name)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == tuple(self._note)
+
+    def _bind(self) -> None:
+        """Bind the socket, or a new one instead of it. Raises IncoError."""
+        try:
+            self._clear_path()
+            sock = _new_socket() if self._bound else self._socket
+            try:
+                sock.bind(self.name)
+                found = os.lstat(self.name)
+            except BaseException:
+                if self._bound:
+                    sock.close()
+                raise
+        except FileNotFoundError as error:
+            raise LinkMissing(f"{self.name}: its directory does not exist: make it") from error
+        except PermissionError as error:
+            raise PermissionRefused(f"{self.name}: cannot bind there: {error.strerror}") from error
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise LinkMissing(f"{self.name}: {IN_USE}") from error
+            raise ResourceRefused(f"{self.name}: cannot bind there: {error.strerror}") from error
+        self._note[0], self._note[1] = found.st_dev, found.st_ino
+        if sock is not self._socket:
+            logger.warning("%s: was removed, or taken by somebody else: bound again", self.name)
+            trio.lowlevel.notify_closing(self._socket)
+            self._former.append(self._socket)
+            self._socket, self.fd = sock, sock.fileno()
+        self._bound = True
+
+    def _clear_path(self) -> None:
+        """Remove the socket of a process that has ended. Raises OSError, and IncoError for what is in use."""
+        try:
+            found = os.lstat(self.name)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
+            raise LinkMissing(f"{self.name}: is no socket but {kind}: remove it, or name another path")
+        with _new_socket() as probe:
+            try:
+                probe.connect(self.name)
+            except ConnectionRefusedError:
+                pass
+            except OSError as error:
+                if error.errno == errno.EPROTOTYPE:
+                    raise LinkMissing(f"{self.name}: is in use by a live process, as another type of socket") from error
+                raise
+            else:
+                raise LinkMissing(f"{self.name}: {IN_USE}")
+        again = os.lstat(self.name)
+        if (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino):
+            Path(self.name).unlink()
+
+    # -------------------------------------------------------------------------------------------------- receiving
+
+    async def wait_readable(self) -> None:
+        """Wait until something may be queued."""
+        try:
+            await trio.lowlevel.wait_readable(self.fd)
+        except trio.ClosedResourceError:
+            if self._closed:
+                raise
+            # Replaced by another socket: both are read.
+
+    def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
+        """See `Link.receive_into`."""
+        lengths: list[int] = []
+        for room in rooms:
+            length = self.receive_one(room)
+            if length < 0:
+                break
+            lengths.append(length)
+            if length > step:
+                break
+        return lengths
+
+    def receive_one(self, room: memoryview) -> int:
+        """See `Link.receive_one`. What does not come from the peer is made malformed."""
+        while self._former:
+            try:
+                return self._receive(self._former[0], room)
+            except OSError:  # BlockingIOError, as a rule: it is read to its end.
+                self._former.pop(0).close()
+        try:
+            return self._receive(self._socket, room)
+        except BlockingIOError:
+            return -1
+
+    def _receive(self, sock: socket.socket, room: memoryview) -> int:
+        length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
+        known = self._senders.get(sender)
+        if known is None:
+            known = self._meet(sender)
+        if not known:
+            self.foreign += 1
+            # So that neither we nor a successor take it for a frame.
+            room[ETHERTYPE_PLACE] = bytes(2)
+        return length
+
+    def _meet(self, sender: object) -> bool:
+        """Whether a sender that is called otherwise is the peer: by another path, as through a symlink."""
+        known = False
+        if isinstance(sender, str) and sender.startswith("/"):
+            try:
+                known = Path(sender).samefile(self._address.peer)
+            except OSError:
+                known = False
+        if not known and not self.foreign:
+            logger.warning(
+                "%s: datagrams come from %s, not from the peer %s: ignored and counted (foreign)",
+                self.name,
+                repr(sender) if sender else "a socket without a path",
+                self._address.peer,
+            )
+        if len(self._senders) < SENDERS_MAX:
+            self._senders[sender] = known
+        return known
+
+    # ---------------------------------------------------------------------------------------------------- sending
+
+    def send(self, name: str) -> None:
+        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (unix(7))."""
+        frame = self._frames.get(name)
+        if frame is None:
+            frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
+        try:
+            self._socket.sendto(frame, self._address.peer)
+        except OSError as error:
+            if error.errno in NO_PEER:
+                raise LinkDown(error.errno, f"nobody is at {self._address.peer} ({error.strerror})") from None
+            raise
+
+    async def wait_for_room(self) -> None:
+        """Wait until the peer's queue has room, or the peer is another one."""
+        try:
+            # What we sent counts against our own buffer too, until it is received.
+            await trio.lowlevel.wait_writable(self.fd)
+            # poll(2) knows the queue of the peer of a connected socket only.
+            with _new_socket() as self._room:
+                self._room.connect(self._address.peer)
+                await trio.lowlevel.wait_writable(self._room)
+        except trio.ClosedResourceError:
+            if self._closed:
+                raise
+        except OSError:
+            pass  # Sending again tells.
+        finally:
+            self._room = None
+
+    # -------------------------------------------------------------------------------------------------- following
+
+    async def changed(self) -> None:
+        """Wait until something may have changed at one of the two paths."""
+        delay = next(self._looks, None) if self._all_watched else UNWATCHED
+        if delay is None:
+            await self._names.wait(self._watched)
+            self._looks = iter(AFTERWARDS)
+        else:
+            with trio.move_on_after(delay):
+                await self._names.wait(self._watched)
+                self._looks = iter(AFTERWARDS)
+
+    def dropped(self) -> int:
+        """None: a sender waits for room."""
+        return 0
+
+    def close(self, *, remove: bool = False) -> None:
+        """See `Link.close`."""
+        self._closed = True
+        if remove and self._bound and self._is_ours():
+            with contextlib.suppress(OSError):
+                Path(self.name).unlink()
+        self._names.forget(self._watched)
+        trio.lowlevel.notify_closing(self.fd)
+        for sock in (*self._former, self._socket):
+            sock.close()

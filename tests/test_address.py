@@ -1,0 +1,85 @@
+"""The address that names a link."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from inco_trio.links.address import InterfaceAddress, UnixAddress, address_fault, parse_address
+
+LONGEST = "/" + "p" * 106
+TOO_LONG = "/" + "ö" * 54
+
+
+@pytest.mark.parametrize("name", ["rpmsg4000", "br0.4000", "unix", "i" * 15, "é" * 7])
+def test_interfaces(name: str) -> None:
+    assert parse_address(name) == InterfaceAddress(name)
+    assert parse_address(name).label == name
+    assert address_fault(name) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "local", "peer"),
+    [
+        ("unix:/run/core0,peer=/run/core1", "/run/core0", "/run/core1"),
+        ("unix:/a b/ö,peer=/x=y:z", "/a b/ö", "/x=y:z"),
+        # As in QEMU's options.
+        ("unix:/a,,b,peer=/,,,,", "/a,b", "/,,"),
+        (f"unix:{LONGEST},peer=/q", LONGEST, "/q"),
+    ],
+)
+def test_sockets(text: str, local: str, peer: str) -> None:
+    address = parse_address(text)
+    assert isinstance(address, UnixAddress)
+    assert (address.local, address.peer, address.name) == (local, peer, local)
+    assert "/" not in address.label
+
+
+def test_the_mac_is_stable_locally_administered_and_of_one_station() -> None:
+    addresses = [parse_address(f"unix:/run/{number},peer=/q") for number in range(200)]
+    macs = [address.mac for address in addresses if isinstance(address, UnixAddress)]
+    assert len(set(macs)) == 200
+    assert {mac[0] & 3 for mac in macs} == {2}
+    assert {len(mac) for mac in macs} == {6}
+    assert parse_address("unix:/run/0,peer=/other") == UnixAddress("/run/0", "/other", macs[0])
+
+
+def test_the_mac_can_be_given() -> None:
+    assert parse_address("unix:/a,mac=02:00:5E:10:00:01,peer=/b") == UnixAddress(
+        "/a", "/b", bytes.fromhex("02005e100001")
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("tcp:host", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("UNIX:/a,peer=/b", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("unix:", "peer=REMOTE is missing"),
+        ("unix:/a", "peer=REMOTE is missing"),
+        ("unix:/a,,peer=/b", "peer=REMOTE is missing"),
+        ("unix:,peer=/b", "the path before ',peer=': the path is empty"),
+        ("unix:/a,peer=", "peer=: the path is empty"),
+        ("unix:a,peer=/b", "the path before ',peer=': 'a' is not an absolute path"),
+        ("unix:/a,peer=b", "peer=: 'b' is not an absolute path"),
+        ("unix:/a/,peer=/b", "the path before ',peer=': '/a/' is a directory"),
+        (f"unix:{LONGEST}p,peer=/b", "the path has 108 bytes; a socket's has 107 at most (unix(7))"),
+        (f"unix:/a,peer={TOO_LONG}", "peer=: the path has 109 bytes"),
+        ("unix:/a,peer=/b,peer=/c", "peer= is there more than once"),
+        ("unix:/a,peer=/b,mtu=9000", "unknown option 'mtu=9000'"),
+        ("unix:/a,peer=/b,mac", "unknown option 'mac'"),
+        ("unix:/a,peer=/b,", "unknown option ''"),
+        ("unix:/a,peer=/x/../a", "both sides have the same path"),
+        ("unix:/a\0,peer=/b", "a NUL byte cannot be part of a path"),
+        ("unix:/\ud800,peer=/b", "cannot be a path"),
+        ("unix:/a,peer=/b,mac=02:00:00:00:00", "mac=02:00:00:00:00: is not the address of one station"),
+        ("unix:/a,peer=/b,mac=03:00:00:00:00:01", "is not the address of one station"),
+        ("unix:/a,peer=/b,mac=ff:ff:ff:ff:ff:ff", "is not the address of one station"),
+    ],
+)
+def test_what_is_no_address(text: str, fault: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(fault)):
+        parse_address(text)
+    assert fault in str(address_fault(text))

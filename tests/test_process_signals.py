@@ -1,0 +1,277 @@
+"""Signals to the daemon's process at every instant of its life: a stop ends it with 0, and without a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inco_trio.simulation.world import Cores, Namespace
+from netns.fixtures import DEADLINE, StartProxy
+from tests.support_proxy import write_udrv
+
+pytestmark = pytest.mark.netns
+
+STOPS = [signal.SIGTERM, signal.SIGINT]
+
+AT_IMPORT = """
+import os, signal, sys
+from inco_trio.commands import main
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            for number in sys.argv[2].split(","):
+                os.kill(os.getpid(), int(number))
+
+sys.meta_path.insert(0, Finder())
+sys.exit(main(sys.argv[3:]))
+"""
+"""Signals itself when a module is about to be imported."""
+
+AT_CALL = """
+import importlib, os, signal, sys
+from inco_trio.commands import main
+
+module, _, name = sys.argv[1].partition(":")
+owner = importlib.import_module(module)
+called = getattr(owner, name)
+
+def calling(*arguments, **named):
+    setattr(owner, name, called)
+    for number in sys.argv[2].split(","):
+        os.kill(os.getpid(), int(number))
+    return called(*arguments, **named)
+
+setattr(owner, name, calling)
+sys.exit(main(sys.argv[3:]))
+"""
+"""Signals itself when a function is called."""
+
+AT_THE_END = """
+import os, signal, sys
+from inco_trio.commands import main
+
+class Last:
+    def __del__(self, kill=os.kill, me=os.getpid()):
+        for number in (signal_numbers):
+            kill(me, number)
+
+signal_numbers = [int(number) for number in sys.argv[2].split(",")]
+last = Last()
+sys.exit(main(sys.argv[3:]))
+"""
+"""Signals itself while the interpreter ends."""
+
+
+def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str | Path) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", script, place, ",".join(str(int(n)) for n in numbers), "run", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "module", ["argparse", "inco_trio.errors", "inco_trio.commands.run", "trio", "inco_trio.proxy", "inco_trio.stats"]
+)
+def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
+    assert run(AT_IMPORT, module, numbers, "none0", "--irq-dir", tmp_path / "irq") == (
+        0,
+        "inco-trio: info: none0: told to stop before it was open\n",
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
+@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "trio.lowlevel:current_trio_token"])
+def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    code, said = run(AT_CALL, place, numbers, "none0", "--config", udrv)
+    assert (code, said.splitlines()[-1]) == (0, "inco-trio: info: none0: told to stop before it was open")
+    assert "Traceback" not in said
+
+
+def test_a_third_stop_ends_it_at_once(tmp_path: Path) -> None:
+    assert run(AT_IMPORT, "trio", [signal.SIGTERM, signal.SIGINT, signal.SIGTERM], "--irq-dir", tmp_path) == (
+        0,
+        "inco-trio: warning: told to stop a third time: ended at once\n",
+    )
+
+
+@pytest.mark.parametrize("number", [*STOPS, signal.SIGHUP, signal.SIGUSR1], ids=str)
+def test_signals_while_the_interpreter_ends_are_nobodys(number: signal.Signals, tmp_path: Path) -> None:
+    code, said = run(AT_THE_END, "", [number], "none0", "--config", tmp_path / "none")
+    assert (code, said) == (
+        78,
+        f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n",
+    )
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Signals, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "inco_trio", "run", "none0", "--irq-dir", str(tmp_path)],
+        stderr=subprocess.PIPE,
+        preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOPS),
+    ) as process:
+        process.send_signal(number)
+        said = process.communicate(timeout=DEADLINE)[1]
+    assert (process.returncode, said) == (0, b"inco-trio: info: none0: told to stop before it was open\n")
+
+
+def test_other_commands_are_interrupted_as_any_program() -> None:
+    script = AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
+    assert run(script, "inco_trio.commands.check", [signal.SIGINT]) == (-signal.SIGINT, "")
+
+
+# ------------------------------------------------------------------------------------------------------- while it runs
+
+
+IN_CORE = """
+import os, signal, sys
+import inco_trio.commands.daemon as daemon
+from inco_trio.commands import main
+
+place, number = sys.argv[1], int(sys.argv[2])
+told = getattr(daemon, place)
+
+def telling(*arguments):
+    os.kill(os.getpid(), number)
+    told(*arguments)
+
+setattr(daemon, place, telling)
+os.kill(os.getpid(), 0)
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def in_core(core: Namespace, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return core.run(
+        functools.partial(
+            subprocess.run,
+            [sys.executable, "-c", IN_CORE, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE,
+        )
+    )
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_at_the_very_instant_of_readiness(cores: Cores, irq_dir: Path, number: signal.Signals) -> None:
+    done = in_core(cores.core0, "notify_ready", str(int(number)), "run", cores.link, "--irq-dir", irq_dir)
+    assert done.returncode == 0
+    assert "statistics: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("place", ["notify_stopping", "log_statistics"])
+def test_a_second_stop_while_it_stops(
+    cores: Cores, irq_dir: Path, place: str, number: signal.Signals, proxy: StartProxy
+) -> None:
+    script = IN_CORE.replace("os.kill(os.getpid(), 0)", "")
+    script = script.replace(
+        "sys.exit(",
+        "ready = daemon.notify_ready\n"
+        "daemon.notify_ready = lambda fd: (ready(fd), os.kill(os.getpid(), signal.SIGTERM))\n"
+        "sys.exit(",
+    )
+    start = functools.partial(
+        subprocess.run,
+        [sys.executable, "-c", script, place, str(int(number)), "run", cores.link, "--irq-dir", str(irq_dir)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE,
+    )
+    done = cores.core0.run(start)
+    assert done.returncode == 0, done.stderr
+    assert "unfinished=0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
+    proxy: StartProxy, cores: Cores, irq_dir: Path, tmp_path: Path
+) -> None:
+    udrv = write_udrv(tmp_path / "u.json", irq_dir)
+    cores.delete_link()
+    running = proxy("--config", udrv, "--wait-link", ready=False)
+    running.wait_log("no such interface yet")
+    running.process.send_signal(signal.SIGUSR1)
+    running.wait_log("there are no counters before the link is there")
+    write_udrv(udrv, irq_dir, {}, {})
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_log("the configuration is read again once the link is there")
+    cores.make_link()
+    running.wait_ready()
+    assert '"reloaded: 3 signals"' in running.wait_log('"reloaded"')
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "huge"])
+def test_a_reload_of_what_is_no_file_is_refused(proxy: StartProxy, irq_dir: Path, tmp_path: Path, kind: str) -> None:
+    udrv = write_udrv(tmp_path / "u.json", irq_dir)
+    running = proxy("--config", udrv)
+    udrv.unlink()
+    if kind == "FIFO":
+        os.mkfifo(udrv)
+    elif kind == "directory":
+        udrv.mkdir()
+    else:
+        with udrv.open("wb") as file:
+            file.truncate(1 << 40)
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_log("reload refused, the old configuration goes on: ")
+    assert running.stop() == 0
+
+
+HANGING = """
+import sys
+import trio
+import inco_trio.proxy
+from inco_trio.commands import main
+
+async def reload(self, config):
+    sys.stderr.write("hanging\\n")
+    sys.stderr.flush()
+    await trio.sleep_forever()
+
+inco_trio.proxy.Proxy.reload = reload
+sys.exit(main(sys.argv[1:]))
+"""
+"""As a reload does that hands over to a link that is down."""
+
+
+def test_a_stop_does_not_wait_for_a_reload(cores: Cores, irq_dir: Path) -> None:
+    start = functools.partial(
+        subprocess.Popen[str],
+        [sys.executable, "-c", HANGING, "run", cores.link, "--irq-dir", str(irq_dir)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with cores.core0.run(start) as running:
+        try:
+            assert running.stderr is not None
+            while "ready" not in (line := running.stderr.readline()):
+                assert line
+            running.send_signal(signal.SIGHUP)
+            while line != "hanging\n":
+                line = running.stderr.readline()
+                assert line
+            running.terminate()
+            assert running.wait(DEADLINE) == 0
+            assert "unfinished=0" in running.stderr.read()
+        finally:
+            running.kill()

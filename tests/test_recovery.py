@@ -1,0 +1,436 @@
+"""What is in flight when a process is killed: in which order a successor finishes it, and what it never does twice.
+
+The link is a Unix socket, the other side of which is played by the test; a peer that is not there holds up all that is
+sent, so that a proxy can be ended in the middle of its work, as a kill would end it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from inco_trio.config import Config
+from inco_trio.errors import ConfigError
+from inco_trio.frame import decode, encode
+from inco_trio.keep.inflight import FRAME_STEP, Bank, Inflight, frames_in
+from inco_trio.outbound import Outbound
+from inco_trio.proxy import Proxy, open_proxy
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.inotify import Inotify, parse_events
+from inco_trio.registers.registers import Registers
+from inco_trio.registers.states import StateFile
+from inco_trio.registers.triggers import Triggered
+from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.stats import Counters
+from tests.support_proxy import Cupboard, trigger
+
+DEADLINE = 10
+MAC = bytes.fromhex("02005e100001")
+INBOUND = ["reset", "hwwd", "type_b", "spare"]
+OUTBOUND = ["redun", "crash", "uart", "other"]
+
+
+class Board:
+    """A board whose link is the socket `core0` in a directory, and `core1` the other side's."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.irq = home, home / "irq"
+        self.store = Cupboard()
+        self.config = Config(
+            f"unix:{home}/core0,peer={home}/core1",
+            (
+                *(Signal(name, Direction.INBOUND, self.irq, f"{name}_state") for name in INBOUND),
+                *(Signal(name, Direction.OUTBOUND, self.irq, f"{name}_trig") for name in OUTBOUND),
+            ),
+            stop_deadline=0,
+        )
+
+    def trigger(self, *names: str) -> None:
+        for name in names:
+            trigger(self.irq / f"{name}_trig")
+
+    @asynccontextmanager
+    async def proxy(self) -> AsyncIterator[Proxy]:
+        """A proxy with what its predecessor left; when the block ends it leaves what it has not finished."""
+        self.store = self.store.heir()
+        async with open_proxy(self.config, fd_store=self.store) as proxy:
+            yield proxy
+
+    async def leave(self) -> None:
+        """Run a proxy that does what is there to be done, and ends."""
+        async with self.proxy():
+            await stuck()
+
+    async def run(self) -> None:
+        """Run a proxy for good."""
+        async with self.proxy():
+            await trio.sleep_forever()
+
+    def memory(self) -> Inflight:
+        """The memory of what is in flight, while no proxy runs."""
+        return Inflight.open(os.dup(self.store.kept["inflight"]))
+
+    def peer(self) -> Peer:
+        return Peer(self.home / "core1")
+
+
+class Peer:
+    """The other side."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._path = path
+
+    async def __aenter__(self) -> Peer:
+        self._path.unlink(missing_ok=True)
+        await self._socket.bind(str(self._path))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._socket.close()
+        self._path.unlink()
+
+    async def receive(self, count: int) -> list[str]:
+        """The next `count` names; fewer if nothing more comes for a while."""
+        names: list[str] = []
+        with trio.move_on_after(DEADLINE / 5):
+            while len(names) < count:
+                name = decode(await self._socket.recv(200))
+                assert name is not None
+                names.append(name.decode())
+        return names
+
+    async def send(self, *names: str) -> None:
+        for name in names:
+            await self._socket.sendto(encode(name.encode(), MAC), str(self._path.with_name("core0")))
+
+    async def all(self, last: str) -> list[str]:
+        """What is received up to `last`."""
+        names = await self.receive(1)
+        while names[-1:] != [last] and (more := await self.receive(1)):
+            names += more
+        return names
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    made = Board(tmp_path)
+    yield made
+    made.store.close()
+
+
+def run(function: Callable[[], Awaitable[None]]) -> None:
+    async def guarded() -> None:
+        with trio.fail_after(DEADLINE):
+            await function()
+
+    trio.run(guarded)
+
+
+class Writes:
+    """Notes, in order, which files of a directory are closed after writing."""
+
+    def __init__(self, directory: Path) -> None:
+        self._inotify = Inotify()
+        # What stands between two closes keeps the kernel from merging them.
+        self._inotify.watch(str(directory), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
+
+    def names(self) -> list[str]:
+        """Those since the last call."""
+        buffer = memoryview(bytearray(1 << 16))
+        events = parse_events(buffer[: self._inotify.read_into(buffer)])
+        closed = [event.name.decode() for event in events if event.mask & ino.IN_CLOSE_WRITE]
+        return [name.removesuffix("_state") for name in closed if name.endswith("_state")]
+
+    def close(self) -> None:
+        self._inotify.close()
+
+
+def put(bank: Bank, sequence: int, names: list[str]) -> None:
+    """Frames, as a process leaves them that is killed before it has written their state files."""
+    bank.begin(sequence)
+    for slot, name in enumerate(names):
+        whole = encode(name.encode(), MAC)
+        bank.view[slot * FRAME_STEP : slot * FRAME_STEP + len(whole)] = whole
+
+
+# --------------------------------------------------------------------------------------------------------- the inbound
+
+
+@pytest.mark.parametrize("older", [0, 1])
+def test_frames_of_both_banks_are_delivered_in_the_order_of_their_arrival(board: Board, older: int) -> None:
+    async def main() -> None:
+        await board.leave()
+        memory = board.memory()
+        put(memory.frames[older], 7, ["reset", "hwwd", "reset"])
+        put(memory.frames[1 - older], 8, ["type_b", "spare"])
+        memory.close()
+        writes = Writes(board.irq)
+        async with board.proxy() as proxy:
+            assert proxy.stats.recovered == 5
+        assert writes.names() == ["reset", "hwwd", "reset", "type_b", "spare"]
+        writes.close()
+        memory = board.memory()
+        assert [frames_in(bank) for bank in memory.frames] == [[], []]
+        memory.close()
+
+    run(main)
+
+
+def killed(board: Board, patch: Callable[[], object]) -> None:
+    """Run a proxy in a child process, in which `patch` sees to it that it kills itself in the middle of its work."""
+    child = os.fork()
+    if child == 0:
+        try:
+            patch()
+            trio.run(board.run)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill_now() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("after", range(5))
+def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int) -> None:
+    older, newer = ["reset", "hwwd", "reset"], ["type_b", "spare"]
+
+    def patch(original: Callable[[StateFile], None] = StateFile.write) -> None:
+        left = after
+
+        def write(file: StateFile) -> None:
+            nonlocal left
+            if not left:
+                kill_now()
+            left -= 1
+            original(file)
+
+        StateFile.write = write  # type: ignore[assignment,method-assign]
+
+    run(board.leave)
+    memory = board.memory()
+    put(memory.frames[1], 7, older)
+    put(memory.frames[0], 8, newer)
+    memory.close()
+    writes = Writes(board.irq)
+    killed(board, patch)
+    assert writes.names() == [*older, *newer][:after]
+    run(board.leave)
+    # Once more from the beginning of the bank in which it was killed.
+    assert writes.names() == ([*older, *newer] if after < len(older) else newer)
+    writes.close()
+
+
+# -------------------------------------------------------------------------------------------------------- the outbound
+
+
+async def leave_in_flight(board: Board, older: list[str], newer: list[str], first: int = 0) -> None:
+    """End a process that has read the events of `older` and `newer` into its two banks, and sent nothing."""
+    await board.leave()
+    memory = board.memory()
+    for sequence, names in ((19, older), (20, newer)):
+        bank = memory.events[(first + sequence - 19) % 2]
+        bank.begin(sequence)
+        board.trigger(*names)
+        assert os.readv(board.store.kept["inotify"], [bank.view]) > 0
+    memory.close()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait until it is true, for a while."""
+    with trio.move_on_after(DEADLINE / 2):
+        while not true():  # noqa: ASYNC110 - of files, nobody tells
+            await trio.sleep(0.01)
+
+
+async def stuck() -> None:
+    """Wait until nothing can go on any more."""
+    await wait_all_tasks_blocked(0.05)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_events_of_both_banks_are_sent_in_the_order_of_their_arrival(board: Board, first: int) -> None:
+    async def main() -> None:
+        await leave_in_flight(board, ["redun", "crash", "redun"], ["uart"], first)
+        async with board.proxy() as proxy, board.peer() as peer:
+            assert await peer.receive(4) == ["redun", "crash", "redun", "uart"]
+            assert proxy.stats.recovered == 4
+
+    run(main)
+
+
+def test_nothing_is_read_over_what_is_recovered_and_not_sent(board: Board) -> None:
+    async def main() -> None:
+        await leave_in_flight(board, ["redun", "crash"], ["uart"])
+        for _ in range(3):
+            # There is no peer: what is recovered cannot be sent, and what is new has to wait in the kernel.
+            async with board.proxy() as proxy:
+                board.trigger("other")
+                await stuck()
+                assert proxy.stats.sent == 0
+        async with board.proxy(), board.peer() as peer:
+            names = await peer.receive(6)
+        assert names == ["redun", "crash", "uart", "other", "other", "other"]
+
+    run(main)
+
+
+def test_a_crash_while_recovered_events_are_sent_loses_none(board: Board) -> None:
+    async def main() -> None:
+        await leave_in_flight(board, ["redun", "crash"] * 20, ["uart"])
+        async with board.proxy() as proxy, board.peer():
+            # The peer's queue holds fewer than these.
+            board.trigger("other")
+            await stuck()
+            assert 0 < proxy.stats.sent < 41
+        async with board.proxy(), board.peer() as peer:
+            assert await peer.all(last="other") == [*["redun", "crash"] * 20, "uart", "other"]
+
+    run(main)
+
+
+def test_the_numbers_of_the_banks_go_on_where_a_predecessor_ended(board: Board) -> None:
+    async def main() -> None:
+        await leave_in_flight(board, ["redun"], ["crash"])
+        memory = board.memory()
+        put(memory.frames[0], 7, ["reset"])
+        put(memory.frames[1], 8, ["hwwd"])
+        async with board.proxy() as proxy, board.peer() as peer:
+            assert await peer.receive(2) == ["redun", "crash"]
+            await stuck()
+            with proxy.events() as events:
+                board.trigger("uart")
+                await peer.send("reset", "reset")
+                for _ in range(3):
+                    await events.receive()
+        assert max(bank.sequence for bank in memory.frames) > 8
+        assert max(bank.sequence for bank in memory.events) > 20
+        memory.close()
+
+    run(main)
+
+
+# ---------------------------------------------------------------------------------------------------------- registers
+
+
+def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Triggered] = []
+
+    async def send_found(
+        outbound: Outbound,
+        one: Triggered,
+        original: Callable[[Outbound, Triggered], Awaitable[None]] = Outbound.send_found,
+    ) -> None:
+        found.append(one)
+        await original(outbound, one)
+
+    monkeypatch.setattr(Outbound, "send_found", send_found)
+
+    async def main() -> None:
+        async with board.proxy() as proxy, board.peer() as peer:
+            # Somebody replaces the directory and all triggers in it, which counts for each. Whether an event or a look
+            # finds it is a matter of time.
+            for number in range(100):
+                # More than the peer's queue takes.
+                board.trigger(*["redun"] * 100)
+                await stuck()
+                board.irq.rename(board.home / f"away{number}")
+                board.irq.mkdir()
+                for signal_ in board.config.signals:
+                    signal_.path.touch()
+                await until(lambda: len(proxy._parts.handoffs[1].unfinished) == 2)
+                if found:
+                    break
+                await peer.receive(100 + len(OUTBOUND))
+            assert found
+            (board.irq / "reset_state").unlink()
+            await peer.send("reset")
+            await until(lambda: proxy.stats.delivered == 1)
+            assert proxy.stats.delivered == 1
+            assert (board.irq / "reset_state").read_text() == "1"
+
+    run(main)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, *, written: bool) -> None:
+    def patch(link: Callable[..., None] = os.link) -> None:
+        def linked(source: str, name: str, **directories: int | bool) -> None:
+            link(source, name, **directories)
+            # From this instant on somebody may write it, and the process may be killed.
+            if name == "redun_trig":
+                if written:
+                    board.trigger("redun")
+                kill_now()
+
+        os.link = linked  # type: ignore[assignment]
+
+    async def main() -> None:
+        async with board.proxy(), board.peer() as peer:
+            board.trigger("other")
+            # Were it not known whose watch it is, or who made it, more would be sent, to be sure.
+            assert set(await peer.all(last="other")) == ({"redun", "other"} if written else {"other"})
+
+    run(board.leave)
+    (board.irq / "redun_trig").unlink()
+    killed(board, patch)
+    run(main)
+
+
+def test_a_start_that_is_refused_leaves_the_watches_to_the_next(board: Board) -> None:
+    async def main() -> None:
+        await board.leave()
+        (board.irq / "spare_state").unlink()
+        (board.irq / "spare_state").symlink_to("nowhere")
+        with pytest.raises(ConfigError, match="spare_state: is no regular file but a symlink"):
+            await board.leave()
+        board.trigger("redun")
+        (board.irq / "spare_state").unlink()
+        async with board.proxy(), board.peer() as peer:
+            board.trigger("other")
+            assert await peer.all(last="other") == ["redun", "other"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_what_is_owed_is_not_paid_into_a_directory_that_was_replaced(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    irq, number = tmp_path / "irq", 0
+    signal = Signal("reset", Direction.INBOUND, irq, "reset_state")
+    inotify, inflight, counters = Inotify(), Inflight.open(), Counters()
+    registers = Registers(inotify, inflight, counters)
+    registers.open(SignalTable((signal,)))
+    inflight.owed[b"reset"] = 6
+
+    def write(file: StateFile, original: Callable[[StateFile], None] = StateFile.write) -> None:
+        nonlocal number
+        if number == at:
+            irq.rename(tmp_path / "away")
+            irq.mkdir()
+            (irq / "reset_state").touch()
+        number += 1
+        original(file)
+
+    monkeypatch.setattr(StateFile, "write", write)
+    directory = registers.directories.by_path[irq]
+    assert False in list(registers.states.pay(directory))
+    assert inflight.owed[b"reset"] == 6
+    registers.directories.look(directory)
+    writes = Writes(irq)
+    list(registers.states.pay(directory))
+    assert writes.names() == ["reset"] * 6
+    assert inflight.owed[b"reset"] == 0
+    for part in (writes, registers, inflight, inotify):
+        part.close()

@@ -1,0 +1,659 @@
+"""The link that is a Unix datagram socket; the test plays the other side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.frame import decode, encode
+from inco_trio.links.address import UnixAddress
+from inco_trio.links.link import LinkDown
+from inco_trio.links.names import Names
+from inco_trio.links.opening import open_link
+from inco_trio.links.unix import UnixLink
+from netns.fixtures import DEADLINE
+
+ROOM = 200
+MAC = bytes.fromhex("02005e100001")
+FOREIGN = bytes.fromhex("02005e100099")
+
+
+class World:
+    """A directory for two sockets: ours, at `local`, and that of the other side, at `peer`."""
+
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        self.local, self.peer = directory / "core0", directory / "core1"
+        self.note = memoryview(bytearray(16))
+        self.names = Names()
+        self._stack = stack
+        stack.callback(self.names.close)
+
+    @property
+    def address(self) -> UnixAddress:
+        return UnixAddress(str(self.local), str(self.peer), MAC)
+
+    def link(self) -> UnixLink:
+        """Our side, not bound yet."""
+        link = UnixLink.open(self.address, self.note, self.names)
+        self._stack.callback(close, link)
+        return link
+
+    def bound(self) -> UnixLink:
+        link = self.link()
+        assert link.refresh(), link.absence
+        return link
+
+    def other(self, path: Path | None = None, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+        """A socket that is bound at the peer's path, or at another one; "" for none."""
+        sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
+        self._stack.callback(sock.close)
+        sock.bind(str(self.peer if path is None else path))
+        return sock
+
+    def send(self, sock: socket.socket, *names: bytes) -> None:
+        for name in names:
+            sock.sendto(encode(name, FOREIGN), str(self.local))
+
+
+def close(link: UnixLink) -> None:
+    """As `UnixLink.close`, without a Trio to tell."""
+    for sock in (*link._former, link._socket):
+        sock.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(tmp_path, stack)
+
+
+def run(function: Callable[[], Awaitable[None]]) -> None:
+    async def guarded() -> None:
+        with trio.fail_after(DEADLINE):
+            await function()
+
+    trio.run(guarded)
+
+
+def receive(link: UnixLink, count: int = 100, step: int = ROOM) -> list[bytes | None]:
+    """The names in what is queued, as far as it fits into `count` rooms."""
+    rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
+    return [decode(room, length) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
+
+
+def names_of(sock: socket.socket) -> list[bytes | None]:
+    """The names in all that was sent to the other side."""
+    names = []
+    while True:
+        try:
+            names.append(decode(sock.recv(ROOM)))
+        except BlockingIOError:
+            return names
+
+
+def fill(link: UnixLink) -> None:
+    """Send until there is no room any more."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            link.send("redun_notify_irq")
+
+
+# ------------------------------------------------------------------------------------------------------ frames each way
+
+
+def test_what_is_sent_comes_from_our_path_and_address(world: World) -> None:
+    link, other = world.bound(), world.other()
+    link.send("redun_notify_irq")
+    link.send("redun_notify_irq")
+    assert other.recvfrom(ROOM) == (encode(b"redun_notify_irq", MAC), str(world.local))
+    assert names_of(other) == [b"redun_notify_irq"]
+
+
+def test_frames_are_read_in_order_until_none_is_left(world: World) -> None:
+    link, other = world.bound(), world.other()
+    world.send(other, *(b"%d" % number for number in range(7)))
+    assert receive(link, 5) == [b"0", b"1", b"2", b"3", b"4"]
+    assert receive(link, 5) == [b"5", b"6"]
+    assert receive(link, 5) == []
+    assert link.receive_one(memoryview(bytearray(ROOM))) == -1
+
+
+@pytest.mark.parametrize(
+    ("datagram", "name"),
+    [
+        pytest.param(b"", None, id="empty"),
+        pytest.param(b"x" * 65000, None, id="huge"),
+        pytest.param(encode(b"x", FOREIGN).ljust(60, b"\0"), b"x", id="padded"),
+        pytest.param(FOREIGN * 2 + b"\x81\x00\x00\x01\x88\x00x", b"x", id="tag in front"),
+        pytest.param(FOREIGN * 2 + b"\x86\xddx", None, id="IPv6"),
+    ],
+)
+def test_any_datagram_is_a_frame_or_malformed(world: World, datagram: bytes, name: bytes | None) -> None:
+    link, other = world.bound(), world.other()
+    for number in range(2):
+        other.sendto(datagram, str(world.local))
+        world.send(other, b"behind")
+        # One at a time, or as a batch, which ends with a frame beyond its step.
+        room = memoryview(bytearray(ROOM))
+        read = [decode(room, link.receive_one(room))] if number else receive(link)
+        assert read + receive(link) == [name, b"behind"]
+    assert link.foreign == 0
+
+
+def test_only_the_peer_sends_frames(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    link, other = world.bound(), world.other()
+    stranger = world.other(tmp_path / "stranger")
+    nameless = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for sock in (stranger, nameless, other, stranger):
+        world.send(sock, b"ihub_reset_irq")
+    nameless.close()
+    room = memoryview(bytearray(ROOM))
+    length = link.receive_one(room)
+    # Nor does a successor take for a frame what stands in the memory.
+    assert (decode(room, length), decode(room)) == (None, None)
+    assert receive(link) == [None, b"ihub_reset_irq", None]
+    assert link.foreign == 3
+    assert len(caplog.messages) == 1
+    assert f"datagrams come from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
+
+
+def test_many_strangers_cost_no_memory(world: World, tmp_path: Path) -> None:
+    link = world.bound()
+    for number in range(200):
+        with world.other(tmp_path / f"stranger{number}") as stranger:
+            world.send(stranger, b"ihub_reset_irq")
+        assert receive(link) == [None]
+    assert link.foreign == 200
+    assert len(link._senders) <= 64
+
+
+def test_the_peer_may_be_called_otherwise(world: World, tmp_path: Path) -> None:
+    (tmp_path / "alias").symlink_to(tmp_path)
+    link = world.bound()
+    other = world.other(tmp_path / "alias" / "core1")
+    world.send(other, b"ihub_reset_irq")
+    assert receive(link) == [b"ihub_reset_irq"]
+    link.send("redun_notify_irq")
+    assert names_of(other) == [b"redun_notify_irq"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the peer
+
+
+def test_nobody_is_there(world: World) -> None:
+    link = world.bound()
+    with pytest.raises(LinkDown, match=r"nobody is at .*core1 .No such file or directory"):
+        link.send("redun_notify_irq")
+    world.other().close()
+    with pytest.raises(LinkDown, match="Connection refused"):
+        link.send("redun_notify_irq")
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_a_type_of_socket_that_does_not_fit(world: World, kind: int) -> None:
+    link = world.bound()
+    world.other(kind=kind).listen()
+    with pytest.raises(LinkDown, match=r"nobody is at .*core1 .Protocol wrong type for socket"):
+        link.send("redun_notify_irq")
+
+
+def test_another_peer_under_the_same_path_is_sent_to_and_heard(world: World) -> None:
+    link, first = world.bound(), world.other()
+    link.send("one")
+    world.peer.unlink()
+    second = world.other()
+    link.send("two")
+    world.send(second, b"heard")
+    assert (names_of(first), names_of(second), receive(link)) == ([b"one"], [b"two"], [b"heard"])
+
+
+def test_a_full_queue_is_waited_for_without_a_circle(world: World) -> None:
+    link, other = world.bound(), world.other()
+    sent, tries = 0, 0
+
+    async def send() -> None:
+        nonlocal sent, tries
+        while sent < 100:
+            tries += 1
+            try:
+                link.send(f"number_{sent}")
+            except BlockingIOError:
+                await link.wait_for_room()
+            else:
+                sent += 1
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            names: list[bytes | None] = []
+            while len(names) < 100:
+                await wait_all_tasks_blocked()
+                assert sent < len(names) + 20
+                names += names_of(other)
+            assert names == [b"number_%d" % number for number in range(100)]
+        # Each wait was for room that was there then.
+        assert tries < 120
+
+    run(main)
+
+
+@pytest.mark.parametrize("end", ["replaced", "closed", "removed"])
+def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        fill(link)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.wait_for_room)
+            await wait_all_tasks_blocked()
+            if end == "closed":
+                other.close()
+            else:
+                world.peer.unlink()
+                if end == "replaced":
+                    world.other()
+                await link.changed()
+                link.refresh()
+
+    run(main)
+
+
+def test_our_own_buffer_is_waited_for_too(world: World) -> None:
+    """As where net.unix.max_dgram_qlen is large."""
+
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        link._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        fill(link)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.wait_for_room)
+            await wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 1
+            assert names_of(other)
+
+    run(main)
+
+
+@pytest.mark.parametrize("there", ["directory", "directory above", "nothing above", "moved here", "allowed"])
+def test_the_peer_comes(world: World, tmp_path: Path, there: str) -> None:
+    home = tmp_path / "a" / "b"
+    world.peer = home / "core1"
+
+    async def main() -> None:
+        if there != "nothing above":
+            (tmp_path / "a").mkdir()
+        if there not in ("nothing above", "directory above"):
+            home.mkdir()
+        if there == "moved here":
+            world.other(home / "before")
+        if there == "allowed":
+            world.other()
+        link = world.bound()
+
+        async def come() -> None:
+            await wait_all_tasks_blocked()
+            if there == "moved here":
+                (home / "before").rename(world.peer)
+            elif there == "allowed":
+                world.peer.chmod(0o777)
+            else:
+                home.mkdir(parents=True, exist_ok=True)
+                world.other()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(come)
+            while True:
+                await link.changed()
+                link.refresh()
+                if link._watched.places and (there == "allowed" or world.peer.exists()):
+                    link.send("redun_notify_irq")
+                    break
+
+    run(main)
+
+
+def test_nothing_happens_while_nothing_changes(world: World, tmp_path: Path) -> None:
+    async def main() -> None:
+        link = world.bound()
+        world.other()
+        # The names of both sockets, and the looks that follow.
+        while link._looks is not None:
+            with trio.move_on_after(0.2) as scope:
+                await link.changed()
+            if scope.cancelled_caught:
+                break
+            link.refresh()
+        # What a neighbour does in the directory wakes nobody.
+        (tmp_path / "neighbour").touch()
+        with trio.move_on_after(0.2) as scope:
+            await link.changed()
+        assert scope.cancelled_caught
+
+    run(main)
+
+
+# ------------------------------------------------------------------------------------------------------------- our path
+
+
+def test_what_a_crash_left_is_taken_over(world: World) -> None:
+    world.other(world.local).close()
+    link, other = world.bound(), world.other()
+    world.send(other, b"ihub_reset_irq")
+    assert receive(link) == [b"ihub_reset_irq"]
+
+
+def refuse(world: World, error: type[Exception], text: str) -> None:
+    link = world.link()
+    assert not link.refresh()
+    refusal = link.missing()
+    assert isinstance(refusal, error)
+    assert str(refusal) == f"{world.local}: {text}"
+    assert link.absence == text
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_what_a_live_process_uses_is_refused(world: World, kind: int) -> None:
+    taken = world.other(world.local, kind)
+    if kind == socket.SOCK_STREAM:
+        taken.listen()
+        refuse(world, LinkMissing, "is in use by a live process, as another type of socket")
+    else:
+        refuse(world, LinkMissing, "is in use by a live process: end that, or name another path")
+    assert stat.S_ISSOCK(world.local.lstat().st_mode)
+
+
+@pytest.mark.parametrize(("make", "kind"), [("touch", "a file"), ("mkdir", "a directory"), ("link", "a symlink")])
+def test_what_is_no_socket_is_left_alone(world: World, make: str, kind: str) -> None:
+    if make == "link":
+        world.local.symlink_to("nowhere")
+    else:
+        getattr(world.local, make)()
+    refuse(world, LinkMissing, f"is no socket but {kind}: remove it, or name another path")
+    assert world.local.is_symlink() or world.local.exists()
+
+
+def test_its_directory_does_not_exist(world: World, tmp_path: Path) -> None:
+    world.local = tmp_path / "none" / "core0"
+    refuse(world, LinkMissing, "its directory does not exist: make it")
+
+
+@pytest.mark.parametrize("at", ["/proc/core0", "/proc/self/comm/core0"])
+def test_where_no_socket_can_be(world: World, at: str) -> None:
+    world.local = Path(at)
+    link = world.link()
+    assert not link.refresh()
+    assert str(link.missing()).startswith(f"{at}: ")
+
+
+def test_as_another_user_without_permission(world: World, tmp_path: Path) -> None:
+    """In a process of its own, as the user cannot be changed back."""
+    world.local = tmp_path / "closed" / "core0"
+    world.local.parent.mkdir(mode=0o700)
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            link = world.link()
+            good = not link.refresh() and isinstance(link.missing(), PermissionRefused)
+            os._exit(0 if good else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("how", ["removed", "taken over", "directory moved"])
+def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    world.local = home / "core0"
+
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        world.send(other, b"before")
+        before = link.fd
+        if how == "directory moved":
+            home.rename(tmp_path / "away")
+            home.mkdir()
+        else:
+            world.local.unlink()
+            if how == "taken over":
+                world.other(world.local).close()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.wait_readable)
+            await wait_all_tasks_blocked()
+            while link.fd == before:
+                await link.changed()
+                link.refresh()
+        world.send(other, b"after")
+        # What was queued comes first.
+        assert receive(link) == [b"before", b"after"]
+        link.send("still")
+        assert other.recvfrom(ROOM)[1] == str(world.local)
+        link.close()
+
+    run(main)
+    assert caplog.messages == [f"{world.local}: was removed, or taken by somebody else: bound again"]
+
+
+def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        world.local.unlink()
+        thief = world.other(world.local)
+        assert not link.refresh()
+        assert "is in use by a live process" in link.absence
+        link.send("still")
+        assert names_of(other) == [b"still"]
+        thief.close()
+        world.local.unlink()
+        while not link.refresh():
+            await link.changed()
+        world.send(other, b"again")
+        assert receive(link) == [b"again"]
+
+    run(main)
+
+
+def test_closing_removes_the_path_unless_somebody_else_has_it(world: World) -> None:
+    async def main() -> None:
+        link = world.bound()
+        link.close(remove=False)
+        assert world.local.exists()
+        world.bound().close(remove=True)
+        assert not world.local.exists()
+        link = world.bound()
+        world.local.unlink()
+        world.other(world.local)
+        link.close(remove=True)
+        assert world.local.exists()
+
+    run(main)
+
+
+def test_closing_wakes_who_waits(world: World) -> None:
+    async def main() -> None:
+        link = world.bound()
+        held = os.dup(link.fd)
+
+        async def wait() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await link.wait_readable()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wait)
+            await wait_all_tasks_blocked()
+            link.close()
+        os.close(held)
+
+    run(main)
+
+
+# --------------------------------------------------------------------------------------------------- what is inherited
+
+
+def test_an_inherited_socket_keeps_its_queue(world: World) -> None:
+    link, other = world.bound(), world.other()
+    world.send(other, b"before")
+    heir = UnixLink.take(world.address, os.dup(link.fd), world.note, world.names)
+    close(link)
+    assert heir.fits
+    assert heir.refresh()
+    world.send(other, b"after")
+    assert receive(heir) == [b"before", b"after"]
+    close(heir)
+
+
+def test_an_inherited_socket_whose_path_was_removed_is_read_to_its_end(world: World) -> None:
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        world.send(other, b"before")
+        world.local.unlink()
+        heir = UnixLink.take(world.address, os.dup(link.fd), world.note, world.names)
+        close(link)
+        assert heir.fits
+        assert heir.refresh()
+        world.send(other, b"after")
+        assert receive(heir) == [b"before", b"after"]
+        heir.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", ["stream", "another path", "packet", "file"])
+def test_what_does_not_fit(world: World, tmp_path: Path, kind: str) -> None:
+    async def main() -> None:
+        if kind == "file":
+            held = os.open("/dev/null", os.O_RDONLY)
+            with pytest.raises(OSError, match="Socket operation on non-socket"):
+                UnixLink.take(world.address, held, world.note, world.names)
+            os.close(held)
+            return
+        made = {
+            "stream": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_STREAM),
+            "another path": lambda: world.other(tmp_path / "another"),
+            "packet": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
+        }[kind]()
+        with ExitStack() as stack:
+            link, stale = open_link(world.address, made.detach(), world.note, stack)
+            assert stale is not None
+            assert not stale.fits
+            assert link.refresh()
+            stale.close(remove=False)
+            link.close(remove=True)
+
+    run(main)
+
+
+def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+        with pytest.raises(ResourceRefused, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
+            open_link(world.address, None, world.note, stack)
+        with pytest.raises(ResourceRefused, match="core0: cannot open a socket: Too many open files"):
+            UnixLink.open(world.address, world.note, world.names)
+
+
+# ----------------------------------------------------------------------------------------- one descriptor for all links
+
+
+def test_several_wait_and_each_is_told_of_its_own(world: World, tmp_path: Path) -> None:
+    async def main() -> None:
+        links = []
+        for number in range(4):
+            world.local, world.peer = tmp_path / f"local{number}", tmp_path / f"peer{number}"
+            links.append(world.bound())
+        told: list[int] = []
+
+        async def follow(number: int) -> None:
+            while True:
+                await world.names.wait(links[number]._watched)
+                told.append(number)
+
+        async with trio.open_nursery() as nursery:
+            scopes = []
+            for number in range(4):
+                scope = trio.CancelScope()
+                scopes.append(scope)
+
+                async def scoped(number: int = number, scope: trio.CancelScope = scope) -> None:
+                    with scope:
+                        await follow(number)
+
+                nursery.start_soon(scoped)
+            await wait_all_tasks_blocked(0.01)
+            told.clear()
+            # Whoever reads for all may be the one that ends.
+            for ending in (0, 1, 2):
+                scopes[ending].cancel()
+                await wait_all_tasks_blocked(0.01)
+                (tmp_path / "peer3").touch()
+                (tmp_path / "peer3").unlink()
+                (tmp_path / f"peer{ending}").touch()
+                await wait_all_tasks_blocked(0.01)
+                assert set(told) == {3}
+                told.clear()
+            nursery.cancel_scope.cancel()
+
+    run(main)
+
+
+def test_a_queue_that_overflowed_wakes_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        link = world.bound()
+        await link.changed()
+        overflow = (-1).to_bytes(4, "little", signed=True) + (0x4000).to_bytes(4, "little") + bytes(8)
+
+        def read_into(buffer: memoryview) -> int:
+            buffer[:16] = overflow
+            return 16
+
+        monkeypatch.setattr(world.names._inotify, "read_into", read_into)
+        world.names._read()
+        assert link._watched.changed
+
+    run(main)
+
+
+def test_a_directory_that_goes_is_followed(world: World, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    world.peer = home / "core1"
+
+    async def main() -> None:
+        link = world.bound()
+        shutil.rmtree(home)
+        await link.changed()
+        link.refresh()
+
+        async def make_again() -> None:
+            await wait_all_tasks_blocked()
+            home.mkdir()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(make_again)
+            while not home.is_dir():
+                await link.changed()
+            link.refresh()
+        other = world.other()
+        link.send("redun_notify_irq")
+        assert names_of(other) == [b"redun_notify_irq"]
+        world.names.forget(link._watched)
+        assert world.names._at == {}
+
+    run(main)
