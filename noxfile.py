@@ -198,7 +198,7 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """The benchmark against C and against the usual script: table, JSON and plots."""
+    """The benchmark against a floor, C and the usual script, with plots; `-- --beside PATH` adds another checkout."""
     run_bench(session)
 
 

@@ -15,6 +15,7 @@ import errno
 import logging
 import math
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,10 @@ from inco_trio.supervise import Problems
 __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
 
 logger = logging.getLogger(__name__)
+
+_CLOSED = struct.Struct("=iIII")
+_WRITTEN_AND_CLOSED = struct.Struct("=iIIIiIII")
+"""One and two struct inotify_event without a name, as a watch on a file gives them."""
 
 RETIREMENT = 1.0
 """Seconds for which the watch of a replaced trigger is kept: somebody who had it open may still close it."""
@@ -310,6 +315,23 @@ class Triggers:
         if self._replaced:
             self._count_replaced(triggered)
         return triggered
+
+    def closed_alone(self, view: memoryview, length: int) -> Signal | None:
+        """The signal to send, if the `length` bytes in `view` only tell that one trigger was written and closed.
+
+        None for everything else, which is for `follow`.
+        """
+        if length == _WRITTEN_AND_CLOSED.size:
+            _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
+        elif length == _CLOSED.size:
+            wd, mask, _, _ = _CLOSED.unpack_from(view)
+            written = ino.IN_MODIFY
+        else:
+            return None
+        if written != ino.IN_MODIFY or mask != ino.IN_CLOSE_WRITE or self._replaced:
+            return None
+        trigger = self._by_wd.get(wd)
+        return None if trigger is None else trigger.signal
 
     def _notify_all(self, triggered: Triggered) -> None:
         for trigger in self.by_path.values():
