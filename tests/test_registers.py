@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import shutil
 import socket
@@ -15,119 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
-from inco_trio.keep.inflight import Inflight
 from inco_trio.registers import inotify as ino
 from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
 from inco_trio.registers.inotify import Event, Inotify, parse_events
 from inco_trio.registers.refusals import refusal
-from inco_trio.registers.registers import Registers
-from inco_trio.registers.triggers import RETIREMENT, Triggered
-from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Counters
 from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
+from tests.support_registers import Clock, World
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
-
-
-class Clock:
-    """Stands in for the module `time`, so that a test can let time pass."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class World:
-    """Registers of one signal table, and the descriptors below them; `again` is a successor that inherits them."""
-
-    def __init__(
-        self, clock: Clock, table: list[Signal], inotify: Inotify | None = None, inflight: Inflight | None = None
-    ) -> None:
-        self.clock = clock
-        self.ending = ExitStack()
-        self.inotify = inotify or Inotify()
-        self.inflight = inflight or Inflight.open()
-        self.stats = Counters()
-        self.table = SignalTable(table)
-        self.registers = Registers(self.inotify, self.inflight, self.stats)
-        for part in (self.inotify, self.inflight, self.registers):
-            self.ending.callback(part.close)
-
-    def again(self, table: list[Signal] | None = None) -> World:
-        """A successor, after an end without a word."""
-        table = list(self.table) if table is None else table
-        successor = World(self.clock, table, Inotify(os.dup(self.inotify.fd)), Inflight.open(os.dup(self.inflight.fd)))
-        self.ending.close()
-        self.ending.callback(successor.ending.close)
-        return successor
-
-    def events(self) -> list[Event]:
-        buffer = memoryview(bytearray(1 << 20))
-        return parse_events(buffer[: self.inotify.read_into(buffer)])
-
-    def take(self, triggered: Triggered) -> list[str]:
-        """The names of what was triggered, noted as it is once they are sent."""
-        for key, wd in triggered.watches.items():
-            self.inflight.watches[key] = wd
-        return [signal.name for signal in triggered.signals]
-
-    def open(self) -> list[str]:
-        """Open them; returns what that and what was queued lead to."""
-        self.registers.open(self.table)
-        return self.triggered()
-
-    def triggered(self) -> list[str]:
-        """What the queued events lead to, until nothing is left to follow."""
-        names: list[str] = []
-        while True:
-            events = self.events()
-            names += self.take(self.registers.triggers.follow(events))
-            if not events:
-                return names
-
-    @property
-    def troubled(self) -> bool:
-        return self.registers.next_restore() < math.inf
-
-    def restore(self) -> list[str]:
-        """Try again what is due, and what is due when the pause after that is over."""
-        names = []
-        for _ in range(2):
-            for _step in self.registers.restore():
-                pass
-            names += self.take(self.registers.triggers.found())
-            self.clock.now += 0.01
-        return names
-
-    def later(self) -> list[str]:
-        """Let all patience with files end; returns what restoring them and the events of it lead to."""
-        return self.after(RETIREMENT + EMPTIED)
-
-    def after(self, seconds: float) -> list[str]:
-        """Let time pass; returns what restoring and the events of it lead to."""
-        names = []
-        for _ in range(4):
-            self.clock.now += seconds
-            names += self.restore() + self.triggered()
-        return names
-
-    def reload(self, table: list[Signal]) -> list[str]:
-        self.table = SignalTable(table)
-        trio.run(self.registers.reload, self.table)
-        return self.restore()
-
-    def write(self, *signals: Signal) -> None:
-        self.registers.states.write(signals)
-
-    @property
-    def owed(self) -> dict[str, int]:
-        owed = self.inflight.owed
-        return {name.decode(): owed[name] for name in owed}
 
 
 StartWorld = Callable[..., World]
@@ -136,8 +34,7 @@ StartWorld = Callable[..., World]
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    for room in ("directories", "registers", "states", "triggers"):
-        monkeypatch.setattr(f"inco_trio.registers.{room}.time", made, raising=False)
+    made.install(monkeypatch)
     return made
 
 

@@ -396,7 +396,7 @@ class Directories:
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
         """Open the directory again if its path leads elsewhere now. What fails is said once, and tried again."""
-        if directory.path not in self.by_path or directory.current:
+        if not self.has(directory) or directory.current:
             return
         if newly := directory.missing_since is None:
             self.lose(directory)
@@ -423,14 +423,20 @@ class Directories:
         self.miss_states(directory)
 
     def look_at_all(self) -> None:
-        """Have a look at each directory soon: no event may tell any more."""
+        """Have a look at each directory and its files soon: no event may tell any more."""
         for directory in self.by_path.values():
-            self.trouble(directory)
+            self.miss_states(directory)
 
     # ------------------------------------------------------------------------------------------------ retrying
 
+    def has(self, directory: Directory) -> bool:
+        """Whether it is in the table, and not one that was there before, perhaps under the same path."""
+        return self.by_path.get(directory.path) is directory
+
     def trouble(self, directory: Directory) -> None:
         """Note that something has to be tried again in a directory, soon."""
+        if not self.has(directory):
+            return
         directory.retry_at = time.monotonic()
         directory.backoff.reset()
         self._troubled.add(directory)
@@ -446,7 +452,7 @@ class Directories:
         """The directories in which something is to be tried again now; to be followed by `retried`."""
         now = time.monotonic()
         for directory in tuple(self._troubled):
-            if directory.retry_at <= now and directory.path in self.by_path:
+            if directory.retry_at <= now and self.has(directory):
                 yield directory
 
     def next_retry(self) -> float:

@@ -241,8 +241,8 @@ class Triggers:
         if before and before not in self._by_wd:
             self._by_wd[before] = trigger  # A predecessor's.
             self._retire(before)
-        if made or not before:
-            note(wd)
+        if made or (trigger.signal is None and not before):
+            note(wd)  # Ours, or there before it was a trigger of ours.
         else:
             trigger.replaced.append(self._inotify.read + self._inotify.queued)
             self._replaced.add(trigger)
@@ -362,11 +362,10 @@ class Triggers:
         if action is Action.MISS:
             self._miss(trigger)
         elif action in (Action.LOOK, Action.FOLLOW):
-            unwatched = not (trigger.wd or self._noted[trigger.key])
-            watched_now = self._try_look(trigger, make=False) is None and unwatched
+            self._try_look(trigger, make=False)
             if another := bool(trigger.replaced):
                 trigger.replaced.popleft()
-            if another or watched_now or action is Action.FOLLOW:
+            if another or action is Action.FOLLOW:
                 triggered.add(trigger, note=another)
 
     def _count_replaced(self, triggered: Triggered) -> None:
