@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.simulation.world import Cores, Namespace
+from inco_trio.simulation.world import Cores
 from netns.fixtures import DEADLINE, StartProxy
 from tests.support_proxy import write_udrv
-
-pytestmark = pytest.mark.netns
 
 STOPS = [signal.SIGTERM, signal.SIGINT]
 
@@ -94,7 +92,7 @@ def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Sig
 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
-@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "trio.lowlevel:current_trio_token"])
+@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "inco_trio.commands.daemon:_serve"])
 def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
     code, said = run(AT_CALL, place, numbers, "none0", "--config", udrv)
@@ -132,7 +130,7 @@ def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Si
 
 def test_other_commands_are_interrupted_as_any_program() -> None:
     script = AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
-    assert run(script, "inco_trio.commands.check", [signal.SIGINT]) == (-signal.SIGINT, "")
+    assert run(script, "inco_trio.config", [signal.SIGINT]) == (-signal.SIGINT, "")
 
 
 # ------------------------------------------------------------------------------------------------------- while it runs
@@ -140,58 +138,27 @@ def test_other_commands_are_interrupted_as_any_program() -> None:
 
 IN_CORE = """
 import os, signal, sys
-import inco_trio.commands.daemon as daemon
-from inco_trio.commands import main
+from inco_trio.commands import daemon, main
 
-place, number = sys.argv[1], int(sys.argv[2])
-told = getattr(daemon, place)
+def signal_at(name, number):
+    called = getattr(daemon, name)
+    def calling(*arguments):
+        os.kill(os.getpid(), number)
+        called(*arguments)
+    setattr(daemon, name, calling)
 
-def telling(*arguments):
-    os.kill(os.getpid(), number)
-    told(*arguments)
-
-setattr(daemon, place, telling)
-os.kill(os.getpid(), 0)
+for place in sys.argv[1].split(","):
+    signal_at(place, int(sys.argv[2]))
 sys.exit(main(sys.argv[3:]))
 """
+"""Signals itself when functions of the daemon are called."""
 
 
-def in_core(core: Namespace, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return core.run(
-        functools.partial(
-            subprocess.run,
-            [sys.executable, "-c", IN_CORE, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=DEADLINE,
-        )
-    )
-
-
-@pytest.mark.parametrize("number", STOPS)
-def test_a_stop_at_the_very_instant_of_readiness(cores: Cores, irq_dir: Path, number: signal.Signals) -> None:
-    done = in_core(cores.core0, "notify_ready", str(int(number)), "run", cores.link, "--irq-dir", irq_dir)
-    assert done.returncode == 0
-    assert "statistics: " in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("number", STOPS)
-@pytest.mark.parametrize("place", ["notify_stopping", "log_statistics"])
-def test_a_second_stop_while_it_stops(
-    cores: Cores, irq_dir: Path, place: str, number: signal.Signals, proxy: StartProxy
-) -> None:
-    script = IN_CORE.replace("os.kill(os.getpid(), 0)", "")
-    script = script.replace(
-        "sys.exit(",
-        "ready = daemon.notify_ready\n"
-        "daemon.notify_ready = lambda fd: (ready(fd), os.kill(os.getpid(), signal.SIGTERM))\n"
-        "sys.exit(",
-    )
+def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) -> str:
+    """What the daemon says that is signalled at these places; it ends with 0."""
     start = functools.partial(
         subprocess.run,
-        [sys.executable, "-c", script, place, str(int(number)), "run", cores.link, "--irq-dir", str(irq_dir)],
+        [sys.executable, "-c", IN_CORE, places, str(int(number)), "run", cores.link, "--irq-dir", str(irq_dir)],
         capture_output=True,
         text=True,
         check=False,
@@ -199,10 +166,25 @@ def test_a_second_stop_while_it_stops(
     )
     done = cores.core0.run(start)
     assert done.returncode == 0, done.stderr
-    assert "unfinished=0" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    said: str = done.stderr
+    return said
 
 
+@pytest.mark.netns
+@pytest.mark.parametrize("number", STOPS)
+def test_a_stop_at_the_very_instant_of_readiness(cores: Cores, irq_dir: Path, number: signal.Signals) -> None:
+    assert "unfinished=0" in in_core(cores, "notify_ready", number, irq_dir).splitlines()[-1]
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("place", ["notify_stopping", "log_statistics"])
+def test_a_second_stop_while_it_stops(cores: Cores, irq_dir: Path, place: str, number: signal.Signals) -> None:
+    assert "unfinished=0" in in_core(cores, f"notify_ready,{place}", number, irq_dir).splitlines()[-1]
+
+
+@pytest.mark.netns
 def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
     proxy: StartProxy, cores: Cores, irq_dir: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +202,7 @@ def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
     assert '"reloaded: 3 signals"' in running.wait_log('"reloaded"')
 
 
+@pytest.mark.netns
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "huge"])
 def test_a_reload_of_what_is_no_file_is_refused(proxy: StartProxy, irq_dir: Path, tmp_path: Path, kind: str) -> None:
     udrv = write_udrv(tmp_path / "u.json", irq_dir)
@@ -254,6 +237,7 @@ sys.exit(main(sys.argv[1:]))
 """As a reload does that hands over to a link that is down."""
 
 
+@pytest.mark.netns
 def test_a_stop_does_not_wait_for_a_reload(cores: Cores, irq_dir: Path) -> None:
     start = functools.partial(
         subprocess.Popen[str],

@@ -14,6 +14,19 @@ from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
 RUN = [sys.executable, "-m", "inco_trio"]
+DROP_IN = Path(sys.executable).with_name("inco_proxy")
+
+INTERNAL = """
+import inco_trio.commands.check as check
+from inco_trio.commands import main
+
+def run(args):
+    raise ZeroDivisionError
+
+check.run = run
+raise SystemExit(main(["check"]))
+"""
+"""A command with a fault."""
 
 
 def finished(
@@ -31,13 +44,15 @@ def finished(
     return done.returncode, done.stdout, done.stderr
 
 
+BUFFERED = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 SAY_MUCH = [["check", "--config", str(SAMPLE)], ["check", "--json", "--config", str(SAMPLE)], ["--version"], ["--help"]]
 UNIT = ["s6", "--systemd", "--config", str(SAMPLE)]
 
 
+@BUFFERED
 @pytest.mark.parametrize("command", [*SAY_MUCH, UNIT], ids=" ".join)
-def test_a_full_standard_output(command: list[str]) -> None:
-    assert finished(command, out="/dev/full") == (
+def test_a_full_standard_output(command: list[str], unbuffered: str) -> None:
+    assert finished(command, out="/dev/full", PYTHONUNBUFFERED=unbuffered) == (
         71,
         b"",
         b"inco-trio: error: standard output: No space left on device\n",
@@ -54,14 +69,72 @@ def test_a_closed_standard_output(command: list[str]) -> None:
         assert (code, err) == (71, b"inco-trio: error: standard output is closed\n")
 
 
+@BUFFERED
 @pytest.mark.parametrize("command", [*SAY_MUCH, UNIT], ids=" ".join)
-def test_a_reader_that_has_gone(command: list[str]) -> None:
+def test_a_reader_that_has_gone(command: list[str], unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*RUN, *command], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        [*RUN, *command], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60, env=environment
+    )
     os.close(writer)
     assert done.stderr == b""
     assert done.returncode == 0
+
+
+@BUFFERED
+@pytest.mark.parametrize("place", ["/dev/full", "a pipe that nobody reads"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ([*RUN, "nonsense"], 2),
+        ([*RUN, "check", "--config", "/nonexistent"], 78),
+        ([*RUN, "run", "none0", "--irq-dir", "irq"], 69),
+        ([*RUN, "run", "none0", "--irq-dir", "irq", "--log-format", "json"], 69),
+        ([str(DROP_IN)], 2),
+        ([str(DROP_IN), "none0"], 69),
+        ([sys.executable, "-c", INTERNAL], 70),
+    ],
+    ids=lambda value: " ".join(value[1:]).partition("\n")[0] if isinstance(value, list) else "",
+)
+def test_the_exit_code_is_right_where_nothing_can_be_said(
+    command: list[str], code: int, place: str, unbuffered: str, tmp_path: Path
+) -> None:
+    if place == "/dev/full":
+        nowhere = os.open(place, os.O_WRONLY)
+    else:
+        reader, nowhere = os.pipe()
+        os.close(reader)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=nowhere,
+        check=False,
+        timeout=60,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "UDRV_JSON_PATH": str(SAMPLE)},
+    )
+    os.close(nowhere)
+    # The log of the drop-in is its standard output.
+    assert done.returncode == code
+    assert done.stdout.startswith(b"inco-trio: info: ") or done.stdout == b""
+
+
+@BUFFERED
+@pytest.mark.parametrize("help_option", ["-h", "--help"])
+def test_the_help_of_the_drop_in_that_cannot_be_written(help_option: str, unbuffered: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [DROP_IN, help_option],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 71
+    assert done.stderr == b"inco-trio: error: standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("closed", [[0], [2], [0, 2], [0, 1, 2]], ids=str)

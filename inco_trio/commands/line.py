@@ -7,10 +7,11 @@ the module of the command that was given is imported: the start of the daemon is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inco_trio.commands import streams
@@ -35,14 +36,31 @@ has no room now (descriptors, inotify limits, disk), 77 no permission, 78 invali
 EXIT_INTERNAL = 70
 
 
-def run_command(words: Sequence[str], *, drop_in: bool = False) -> int:
-    """Run `inco-trio` with the arguments `words`; returns the exit code. Raises SystemExit as argparse does.
+def run_command(words: Sequence[str]) -> int:
+    """Run `inco-trio` with the arguments `words`; returns the exit code. Raises SystemExit as argparse does."""
 
-    With `drop_in`, the log is what the users of `inco_proxy` know.
-    """
+    def run() -> int:
+        return _run(_parsed(parser(words[0] if words else None), words))
+
+    return _ending(run)
+
+
+def run_drop_in(words: Sequence[str]) -> int:
+    """Run `inco_proxy` with the arguments `words`, and with the log that its users know; else as `run_command`."""
+
+    def run() -> int:
+        iface = _parsed(_drop_in_parser(), words).iface
+        # `--`: an interface's name may begin with a dash.
+        return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
+
+    return _ending(run)
+
+
+def _ending(run: Callable[[], int]) -> int:
+    """What `run` returns, or the exit code of the error that it raises, which is shown."""
     streams.open_missing()
     try:
-        return _run(words, drop_in=drop_in)
+        return run()
     except BrokenPipeError:
         return 0  # Who read the output has seen enough of it.
     except IncoError as error:
@@ -52,18 +70,22 @@ def run_command(words: Sequence[str], *, drop_in: bool = False) -> int:
         streams.complain(ResourceRefused("out of memory"))
         return ResourceRefused.exit_code
     except Exception:  # noqa: BLE001 - shown whole; the exit code tells what it is
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         return EXIT_INTERNAL
     finally:
         streams.settle()
 
 
-def _run(words: Sequence[str], *, drop_in: bool) -> int:
+def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     try:
-        args = parser(words[0] if words else None).parse_args(words)
+        return parser.parse_args(words)
     except SystemExit:
         streams.flush()  # what --help has printed
         raise
+
+
+def _run(args: argparse.Namespace, *, drop_in: bool = False) -> int:
     args.drop_in = drop_in
     code: int = args.run(args)
     streams.flush()
@@ -91,17 +113,14 @@ class _Version(argparse.Action):
         asking.exit()
 
 
-def run_drop_in(words: Sequence[str]) -> int:
-    """Run `inco_proxy` with the arguments `words`; returns the exit code. Raises SystemExit as argparse does."""
-    streams.open_missing()
-    drop_in = _Parser(
+def _drop_in_parser() -> _Parser:
+    made = _Parser(
         prog="inco_proxy",
         description="Carry inter-core interrupts between the link IFACE and the registers that $UDRV_JSON_PATH names.",
         epilog="The same as `inco-trio run IFACE`.  Example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000",
     )
-    drop_in.add_argument("iface", metavar="IFACE", help="network interface of the inter-core link")
-    # `--`: an interface's name may begin with a dash.
-    return run_command(["run", "--", drop_in.parse_args(words).iface], drop_in=True)
+    made.add_argument("iface", metavar="IFACE", help="network interface of the inter-core link")
+    return made
 
 
 def parser(command: str | None = None) -> _Parser:

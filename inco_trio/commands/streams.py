@@ -67,19 +67,21 @@ def flush() -> None:
 
 
 def settle() -> None:
-    """Give up what could not be written: the interpreter would try again when it ends, and complain."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+    """Give up what could not be written: the interpreter would try again when it ends, and make its exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def complain(error: IncoError) -> None:
-    """Print an error on standard error, one line for each of its problems."""
-    for problem in getattr(error, "problems", (str(error),)):
-        # A path may contain anything.
-        shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)
-        print(f"inco-trio: error: {shown}", file=sys.stderr)  # noqa: T201 - before and beside the log
+    """Print an error on standard error, one line for each of its problems; where that is full, the exit code tells."""
+    with contextlib.suppress(OSError):
+        for problem in getattr(error, "problems", (str(error),)):
+            # A path may contain anything.
+            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)
+            print(f"inco-trio: error: {shown}", file=sys.stderr)  # noqa: T201 - before and beside the log
