@@ -259,6 +259,12 @@ class Consumer:
             self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
         assert self.count == count, f"{self.path}: {self.count} closes instead of {count}"
 
+    def wait_at_least(self, count: int, timeout: float = DEADLINE) -> None:
+        """Wait until there have been `count` closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
+        assert self.count >= count, f"{self.path}: {self.count} closes instead of {count}"
+
     def close(self) -> None:
         """End the thread."""
         os.close(self._stop_write)

@@ -1,0 +1,191 @@
+"""The proxy under s6 and a real second core, on one link: what both kinds of link are tried with.
+
+Core 1 is a bare-metal guest of QEMU, which answers each outbound signal by an inbound one of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.simulation.guest import Guest
+from inco_trio.simulation.world import Namespace
+from netns.fixtures import Consumer
+from tests.faults.processes import wait_stopped
+from tests.faults.supervised import Service, is_proxy, main_process, wait_path, write_scandir
+from tests.support_proxy import trigger, write_udrv
+
+__all__ = ["SCENARIOS", "Board", "Scenario"]
+
+SIGNALS = 100
+ROUND_TRIPS = 10_000
+KILLS = 10
+FLOOD = 20_000
+
+
+class Here:
+    """Stands for the namespace that this process is in already."""
+
+    def run(self, start: Callable[[], Any]) -> Any:
+        return start()
+
+
+class Board:
+    """A board of which core 0's side runs under s6, in `core0`, and core 1's in QEMU, on `netdev` in `core1`."""
+
+    def __init__(
+        self,
+        home: Path,
+        link: str,
+        netdev: Mapping[str, Any],
+        *,
+        core0: Namespace | None = None,
+        core1: Namespace | None = None,
+    ) -> None:
+        self.home, self.irq = home, home / "irq"
+        address = parse_address(link)
+        self.link_knows_its_peer = isinstance(address, UnixAddress)
+        """Whether it is down while nobody is at its other end."""
+        self._netdev, self._core1 = netdev, core1
+        self._stack = contextlib.ExitStack()
+        inbound = {f"in_{number}": f"in_{number}_state" for number in range(SIGNALS)}
+        outbound = {f"out_{number}": f"out_{number}_trig" for number in range(SIGNALS)}
+        config = write_udrv(home / "udrv.json", self.irq, inbound, outbound)
+        write_scandir(home / "scan", link, config)
+        self.service = self._stack.enter_context(Service(core0 or Here(), home / "scan", address.label))  # type: ignore[arg-type]
+        self.service.wait("U")
+        echoes = ",".join(f"out_{number}:in_{number}" for number in range(4, SIGNALS))
+        self._rules = f"echo={echoes} reset_on=out_0 flood_on=out_1:{FLOOD}:in_1 report_on=out_2 boot=in_3"
+        self.first = self.consumer(3)
+        self.guest = self._stack.enter_context(self.boot())
+
+    def boot(self) -> Guest:
+        """Core 1; answers all signals but the first, which reset it, make it flood and report."""
+        return Guest(self._netdev, self._rules, log=self.home / "guest.log", namespace=self._core1)
+
+    def consumer(self, number: int) -> Consumer:
+        """Who waits for an inbound signal."""
+        made = Consumer(self.irq / f"in_{number}_state")
+        self._stack.callback(made.close)
+        return made
+
+    def trigger(self, number: int, times: int = 1) -> None:
+        """Notify core 1 of an outbound signal."""
+        for _ in range(times):
+            trigger(self.irq / f"out_{number}_trig")
+
+    @property
+    def pid(self) -> int:
+        """The proxy's process; another one after each restart."""
+        return main_process(self.service.directory)
+
+    def kill_proxy(self) -> None:
+        """End the proxy by SIGKILL, and return once another one has begun."""
+        before = self.pid
+        os.kill(before, signal.SIGKILL)
+        wait_path(self.service.directory / "supervise/status", lambda: self.pid not in (0, before))
+
+    def counters(self) -> dict[str, int]:
+        """What the guest counts, after all that it was sent before."""
+        self.trigger(2)
+        return self.guest.wait_counters()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Scenario = Callable[[Board], None]
+
+
+def every_signal_passes_each_way(board: Board) -> None:
+    board.first.wait(1)  # sent at boot
+    consumers = {number: board.consumer(number) for number in range(4, SIGNALS)}
+    for number in consumers:
+        board.trigger(number)
+    for consumer in consumers.values():
+        consumer.wait(1)
+
+
+def round_trips_survive_kills(board: Board) -> None:
+    consumer = board.consumer(4)
+    for number in range(ROUND_TRIPS):
+        if number % (ROUND_TRIPS // KILLS) == ROUND_TRIPS // KILLS // 2:
+            board.kill_proxy()
+        board.trigger(4)
+        # At least once: what was in flight when it was killed may come twice.
+        consumer.wait_at_least(number + 1)
+    extra = consumer.count - ROUND_TRIPS
+    assert extra <= 2 * KILLS
+    assert board.counters()["known"] >= ROUND_TRIPS
+
+
+def a_reset_loses_nothing_that_comes_after_it(board: Board) -> None:
+    board.first.wait(1)
+    consumer = board.consumer(4)
+    for resets in range(1, 4):
+        if resets % 2:
+            board.trigger(0)
+        else:
+            board.guest.system_reset()
+        board.guest.wait_ready()
+        board.first.wait(1 + resets)
+        board.trigger(4, 50)
+        consumer.wait(50 * resets)
+
+
+def a_pause_loses_nothing(board: Board) -> None:
+    consumer = board.consumer(4)
+    board.guest.stop()
+    board.trigger(4, 300)
+    board.guest.cont()
+    consumer.wait(300)
+
+
+def a_flood_while_the_proxy_is_stopped_loses_nothing(board: Board) -> None:
+    consumer = board.consumer(1)
+    pid = board.pid
+    assert is_proxy(pid)
+    board.trigger(1)
+    board.guest.wait_for("floods: ")
+    wait_stopped(pid)
+    time.sleep(2)  # the length of the pause is what is tried
+    os.kill(pid, signal.SIGCONT)
+    consumer.wait(FLOOD)
+
+
+def a_guest_that_is_started_again_is_found(board: Board) -> None:
+    consumer = board.consumer(4)
+    board.first.wait(1)
+    for starts in range(1, 4):
+        board.guest.kill()
+        board.trigger(4, 50)
+        board.guest.start()
+        board.guest.wait_ready()
+        board.first.wait(1 + starts)
+        if not board.link_knows_its_peer:
+            # The link took the frames, and the bridge had nobody to hand them to.
+            assert consumer.count == 50 * (starts - 1)
+            board.trigger(4, 50)
+        consumer.wait(50 * starts)
+
+
+SCENARIOS: list[Scenario] = [
+    every_signal_passes_each_way,
+    round_trips_survive_kills,
+    a_reset_loses_nothing_that_comes_after_it,
+    a_guest_that_is_started_again_is_found,
+    a_pause_loses_nothing,
+    a_flood_while_the_proxy_is_stopped_loses_nothing,
+]
