@@ -139,13 +139,6 @@ def test_run_needs_the_old_programs_variable_only(tmp_path: Path) -> None:
     assert done.stderr == f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n"
 
 
-def test_an_impossible_interface(tmp_path: Path) -> None:
-    done = finished(sys.executable, "-m", "inco_trio", "run", "a/b", "--irq-dir", tmp_path)
-    assert done.returncode == 78
-    assert done.stderr.startswith("inco-trio: error: link 'a/b': ")
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_check_prints_the_table(say: Say) -> None:
     code, out, err = say("check", "--config", SAMPLE)
     assert (code, err) == (0, "")
@@ -232,3 +225,43 @@ print(sorted(inco_trio.__all__) == inco_trio.__all__)
 """
     done = finished(sys.executable, "-c", script)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+IMPORTED = """
+import sys
+from inco_trio.commands import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+NEVER = {"asyncio", "pyroute2", "trio_asyncio", "inco_trio.aio", "inco_trio.commands.demo", "inco_trio.simulation"}
+NOT_FOR_RUN = {"cattrs", "email", "importlib.metadata", "inco_trio.commands.check", "inco_trio.commands.s6"}
+NOT_FOR_OTHERS = {"inco_trio.commands.daemon", "inco_trio.proxy", "inco_trio.registers", "pyinotify", "trio"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unwanted"),
+    [
+        (["--version"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
+        (["--help"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
+        (["check", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"inco_trio.service.scandir"}),
+        (["s6", "--systemd", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"cattrs"}),
+        (
+            ["run", "none0", "--irq-dir", "/proc/nowhere"],
+            NOT_FOR_RUN | NEVER | {"inco_trio.links.unix", "inco_trio.service.scandir"},
+        ),
+        (
+            ["run", "unix:/proc/a,peer=/b", "--irq-dir", "/proc/nowhere"],
+            NOT_FOR_RUN | NEVER | {"inco_trio.links.packet", "inco_trio.service.scandir"},
+        ),
+        (["run", "none0", "--config", str(SAMPLE)], (NOT_FOR_RUN | NEVER) - {"cattrs"}),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[str]) -> None:
+    done = finished(sys.executable, "-c", IMPORTED, *command)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "inco_trio.commands.line" in imported
+    assert imported & unwanted == set()
