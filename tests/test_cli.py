@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import inco_proxy, main, process_signals
+from inco_trio.commands import check, inco_proxy, main, process_signals
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -265,3 +265,43 @@ def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[
     imported = set(done.stderr.splitlines()[-1].split())
     assert "inco_trio.commands.line" in imported
     assert imported & unwanted == set()
+
+
+# What a child process could show, but not measure: in a directory that is gone, without memory, ended by a signal.
+
+
+def test_a_working_directory_that_is_gone(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    said = "inco-trio: error: --config u.json: the working directory is gone: give an absolute path\n"
+    assert say("s6", "--systemd", "--config", "u.json") == (2, "", said)
+    monkeypatch.setattr(sys, "argv", ["bin/inco-trio"])
+    said = "inco-trio: error: bin/inco-trio: the working directory is gone: start inco-trio by its full path\n"
+    assert say("s6", "--systemd", "--config", SAMPLE) == (2, "", said)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_cannot_be_a_path(say: Say, path: str) -> None:
+    assert say("check", "--config", path) == (2, "", f"inco-trio: error: --config {path!r}: it cannot be a path\n")
+
+
+def test_too_little_memory(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(check, "run", run)
+    assert say("check") == (71, "", "inco-trio: error: out of memory\n")
+
+
+def test_an_interrupted_command_ends_by_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        raise KeyboardInterrupt
+
+    raised: list[int] = []
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    with pytest.raises(KeyboardInterrupt):
+        main(["check"])
+    assert raised == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
