@@ -71,7 +71,7 @@ PYTHONS = find_pythons() or {"other": sys.executable}
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the project, editable so that all sessions measure the same files, and groups of pyproject.toml."""
+    """Install the project, editable, and groups of pyproject.toml."""
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
@@ -127,10 +127,15 @@ def types(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
 def unit(session: nox.Session) -> None:
-    """Tests without namespaces, on each supported Python that was found."""
+    """Tests without namespaces, of the built wheel, on each supported Python that was found."""
     session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
-    install(session, "test")
-    run_pytest(session, "tests", "-m", "not netns and not s6 and not qemu and not faults", data=session.name)
+    session.install(".", *nox.project.dependency_groups(PROJECT, "test"))
+    # Where there is no package beside the tests, what they import is the wheel's.
+    away = Path(session.create_tmp(), "without-package")
+    shutil.rmtree(away, ignore_errors=True)
+    shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
+    with session.chdir(away):
+        run_pytest(session, "tests", "-m", "not netns and not s6 and not qemu and not faults", data=session.name)
 
 
 @nox.session
@@ -193,7 +198,7 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """The benchmark against C and against the usual script: table, JSON and plots."""
+    """The benchmark against a floor, C and the usual script, with plots; `-- --beside PATH` adds another checkout."""
     run_bench(session)
 
 

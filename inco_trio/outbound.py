@@ -44,6 +44,7 @@ class Outbound:
         self._counters = counters
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
+        self._bank = inflight.events[self._fills & 1]
         self._recovered: Batch | None = None
         self._waiting: set[trio.Event] = set()
 
@@ -96,25 +97,48 @@ class Outbound:
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - see `recover`
             await batch.finished.wait()  # Its events stand in both banks.
+        self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
+
+    def _begin_bank(self) -> None:
+        """Take the bank that the next events are read into; it is free."""
+        self._bank = self._inflight.events[self._fills & 1]
+        self._bank.begin(self._fills + 1)
 
     async def _read_queued(self) -> None:
         """Read inotify until nothing is left, and send, or hand over, what was triggered."""
         length = EVENT_BANK
         while length > EVENT_BANK - EVENT_ROOM:
-            bank = self._inflight.events[self._fills & 1]
-            bank.begin(self._fills + 1)
+            bank = self._bank
             length = self._inotify.read_into(bank.view)
-            triggered = self._triggers.follow(parse_events(bank.view[:length]))
             # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
             lone = not self._handoff.unfinished and length <= EVENT_BANK - EVENT_ROOM
+            if lone and self._send_lone(bank, length):
+                return
+            triggered = self._triggers.follow(parse_events(bank.view[:length]))
             sent = self._send_now(triggered.signals) if lone else 0
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.signals:
                 self._fills += 1
                 await self._handoff.hand_over(batch)
+                self._begin_bank()
             else:
                 self._handoff.finish(batch)
+
+    def _send_lone(self, bank: Bank, length: int) -> bool:
+        """Send at once what a single close of a trigger notifies, without a batch; False if there is more to it."""
+        signal = self._triggers.closed_alone(bank.view, length)
+        if signal is None:
+            return False
+        try:
+            self._link.send(signal.name)
+        except OSError:
+            return False  # For the leg that sends, which knows what to do.
+        self._counters.triggered += 1
+        self._counters.sent += 1
+        bank.clear(length)
+        self._handoff.carried((signal,))
+        return True
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
         """Send as many of `signals` as the link takes here and now; returns their number."""

@@ -362,24 +362,30 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
     run(main)
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, *, written: bool) -> None:
+@pytest.mark.parametrize("then", ["nothing", "written", "replaced"])
+def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, then: str) -> None:
     def patch(link: Callable[..., None] = os.link) -> None:
         def linked(source: str, name: str, **directories: int | bool) -> None:
             link(source, name, **directories)
             # From this instant on somebody may write it, and the process may be killed.
             if name == "redun_trig":
-                if written:
+                if then != "nothing":
                     board.trigger("redun")
+                if then == "replaced":
+                    # Which watch it had cannot be found out any more by looking at the file.
+                    (board.irq / "new").touch()
+                    (board.irq / "new").rename(board.irq / "redun_trig")
                 kill_now()
 
         os.link = linked  # type: ignore[assignment]
 
     async def main() -> None:
         async with board.proxy(), board.peer() as peer:
+            await stuck()
             board.trigger("other")
             # Were it not known whose watch it is, or who made it, more would be sent, to be sure.
-            assert set(await peer.all(last="other")) == ({"redun", "other"} if written else {"other"})
+            expected = {"other"} if then == "nothing" else {"redun", "other"}
+            assert set(await peer.all(last="other")) == expected
 
     run(board.leave)
     (board.irq / "redun_trig").unlink()

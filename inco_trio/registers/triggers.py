@@ -15,6 +15,7 @@ import errno
 import logging
 import math
 import os
+import struct
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,10 @@ from inco_trio.supervise import Problems
 __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
 
 logger = logging.getLogger(__name__)
+
+_CLOSED = struct.Struct("=iIII")
+_WRITTEN_AND_CLOSED = struct.Struct("=iIIIiIII")
+"""One and two struct inotify_event without a name, as a watch on a file gives them."""
 
 RETIREMENT = 1.0
 """Seconds for which the watch of a replaced trigger is kept: somebody who had it open may still close it."""
@@ -71,7 +76,7 @@ class Action(enum.Enum):
     NOTIFY = enum.auto()
     """It is a notification."""
     LOOK = enum.auto()
-    """Watch what is there now; another file than before is a notification."""
+    """Watch what is there now; another file than before is a notification, and one that is gone again."""
     FOLLOW = enum.auto()
     """Watch what is there now; a notification, whether it is another file or not."""
     OWN = enum.auto()
@@ -311,6 +316,23 @@ class Triggers:
             self._count_replaced(triggered)
         return triggered
 
+    def closed_alone(self, view: memoryview, length: int) -> Signal | None:
+        """The signal to send, if the `length` bytes in `view` only tell that one trigger was written and closed.
+
+        None for everything else, which is for `follow`.
+        """
+        if length == _WRITTEN_AND_CLOSED.size:
+            _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
+        elif length == _CLOSED.size:
+            wd, mask, _, _ = _CLOSED.unpack_from(view)
+            written = ino.IN_MODIFY
+        else:
+            return None
+        if written != ino.IN_MODIFY or mask != ino.IN_CLOSE_WRITE or self._replaced:
+            return None
+        trigger = self._by_wd.get(wd)
+        return None if trigger is None else trigger.signal
+
     def _notify_all(self, triggered: Triggered) -> None:
         for trigger in self.by_path.values():
             triggered.add(trigger)
@@ -362,10 +384,11 @@ class Triggers:
         if action is Action.MISS:
             self._miss(trigger)
         elif action in (Action.LOOK, Action.FOLLOW):
-            self._try_look(trigger, make=False)
+            error = self._try_look(trigger, make=False)
             if another := bool(trigger.replaced):
                 trigger.replaced.popleft()
-            if another or action is Action.FOLLOW:
+            gone_again = error is not None and error.errno == errno.ENOENT
+            if another or gone_again or action is Action.FOLLOW:
                 triggered.add(trigger, note=another)
 
     def _count_replaced(self, triggered: Triggered) -> None:

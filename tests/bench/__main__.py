@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,7 +20,7 @@ from .machine import describe, in_words
 from .measures import FULL, MEASURES, SMOKE, Bench, Size
 from .report import as_text
 from .results import Results
-from .rivals import BenchError, Lab
+from .rivals import BenchError, Lab, Program, another
 
 
 def _arguments() -> argparse.Namespace:
@@ -32,6 +33,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="FIGURE,...", help="only these figures")
     parser.add_argument("--merge", action="store_true", help="keep the other figures of the results in --out")
     parser.add_argument("--pairs", type=int, help=f"pairs a figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
+    parser.add_argument("--beside", type=Path, metavar="PATH", help="one more program: another checkout of inco-trio")
     parser.add_argument("--pin", choices=["none", "split", "together"], default="none", help="CPUs of load and program")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where the results go (%(default)s)")
     parser.add_argument("--replot", action="store_true", help="only draw the plots again, from the results in --out")
@@ -61,7 +63,7 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def _measure(arguments: argparse.Namespace, size: Size, results: Results) -> list[str]:
+def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program], results: Results) -> list[str]:
     """Measure one figure after the other, each saved as soon as it is done; returns what broke."""
     begin, current = time.monotonic(), "bench"
     faults: list[str] = []
@@ -76,7 +78,7 @@ def _measure(arguments: argparse.Namespace, size: Size, results: Results) -> lis
         for current in arguments.only:
             start = time.monotonic()
             try:
-                measured = MEASURES[current].run(Bench(lab, size))
+                measured = MEASURES[current].run(Bench(lab, size, beside))
             except (BenchError, OSError, subprocess.SubprocessError) as error:
                 faults.append(f"{current}: {error}")
                 say(f"broken: {error}")
@@ -101,6 +103,7 @@ def main() -> int:
         _draw(Results.load(out), out)
         return 0
     machine = describe()
+    beside = [another(arguments.beside)] if arguments.beside else []
     out.mkdir(parents=True, exist_ok=True)
     results = Results.load(out) if arguments.merge else Results()
     if not may_make_namespaces():
@@ -116,7 +119,7 @@ def main() -> int:
     }
     results.runs.append(run)
     results.save(out, list(MEASURES))  # half an hour later would be late to learn that it cannot be written
-    faults = run["faults"] = _measure(arguments, size, results)
+    faults = run["faults"] = _measure(arguments, size, beside, results)
     results.save(out, list(MEASURES))
     for shown in (as_text(results.figures(list(MEASURES))), out / "results.json", out / "results.md"):
         _print(shown)

@@ -1,11 +1,12 @@
 /* The load generator: plays core 1 and the consumer on core 0. It is started in core 1's network namespace.
  *
- * usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE NAP_US QUIET_MS SAMPLES
+ * usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE GAP_US NAP_US QUIET_MS SAMPLES
  *
  * Inbound, IN_COUNT frames are sent, IN_RATE a second (0: as fast as possible), the inbound signals of TABLE in turn,
  * and the consumer's closes-after-write of the state registers are counted. Outbound, OUT_COUNT triggers are opened,
  * written and closed, and the frames that arrive are counted. Both may run at once. From 8,000 a second on, frames leave
- * in batches, as the generator would otherwise keep a CPU busy with waiting. Readers sleep NAP_US between two reads, so
+ * in batches, as the generator would otherwise keep a CPU busy with waiting. With GAP_US the loop is closed instead, and
+ * rates do not count: each notification leaves so long after the one before has arrived, and nobody spins. Readers sleep NAP_US between two reads, so
  * that counting takes little from the program under test; 0 is for latencies. The run ends when all has arrived, or
  * nothing more has for QUIET_MS. PID is the program under test: its CPU time is taken.
  *
@@ -16,6 +17,7 @@
 #include "common.h"
 #include <inttypes.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -34,6 +36,7 @@ struct flow {
     void *(*read)(void *);
     int64_t *sent_at, *seen_at;
     long *seen_of; /* per signal */
+    sem_t arrived; /* posted for each, if the loop is closed */
     atomic_long seen;
     atomic_bool invalid;
     _Atomic int64_t last_seen;
@@ -41,7 +44,8 @@ struct flow {
 
 static struct flow inbound, outbound;
 static int directory, the_link, events;
-static long nap;
+static long nap, gap;
+static int64_t quiet;
 
 static int64_t now(void) {
     struct timespec t;
@@ -95,16 +99,31 @@ static void pull_triggers(struct flow *flow, long first, long count) {
     }
 }
 
-/* Paces by absolute deadlines: a late notification does not move the ones after it. */
+/* Sleeps until one more has arrived, and the gap after it; false if none does. */
+static bool wait_for_arrival(struct flow *flow) {
+    struct timespec deadline = timespec_of(now() + quiet);
+    while (sem_clockwait(&flow->arrived, CLOCK_MONOTONIC, &deadline)) {
+        if (errno == ETIMEDOUT)
+            return false;
+        if (errno != EINTR)
+            die("sem_clockwait");
+    }
+    sleep_for(gap);
+    return true;
+}
+
+/* Paces by absolute deadlines, if the loop is open: a late notification does not move the ones after it. */
 static void *emit_all(void *argument) {
     struct flow *flow = argument;
     prctl(PR_SET_TIMERSLACK, 1);
     int64_t start = now();
     for (long i = 0, count; i < flow->count && !flow->invalid; i += count) {
         count = flow->count - i < flow->at_once ? flow->count - i : flow->at_once;
-        if (flow->rate)
+        if (flow->rate && !gap)
             wait_until(start + (i + count - 1) * 1000000000LL / flow->rate);
         flow->emit(flow, i, count);
+        if (gap && !wait_for_arrival(flow))
+            break;
     }
     return NULL;
 }
@@ -115,6 +134,8 @@ static void note(struct flow *flow, int signal, int64_t when) {
         flow->seen_at[i] = when;
     atomic_fetch_add_explicit(&flow->seen, 1, memory_order_relaxed);
     atomic_store_explicit(&flow->last_seen, when, memory_order_relaxed);
+    if (gap)
+        sem_post(&flow->arrived);
 }
 
 /* Whoever counts must not be starved, or the kernel's queue overflows; without the right to it, it does more often. */
@@ -190,6 +211,7 @@ static void watch_registers(const char *path) {
 static void prepare(struct flow *flow, const char *count, const char *rate) {
     flow->count = atol(count);
     flow->rate = atol(rate);
+    sem_init(&flow->arrived, 0, 0);
     flow->sent_at = calloc(flow->count + 1, sizeof *flow->sent_at);
     flow->seen_at = calloc(flow->count + 1, sizeof *flow->seen_at);
     flow->seen_of = calloc(flow->side.count + 1, sizeof *flow->seen_of);
@@ -228,8 +250,9 @@ static void write_samples(FILE *file, const struct flow *flow) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 12) {
-        fprintf(stderr, "usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE NAP_US QUIET_MS SAMPLES\n");
+    if (argc != 13) {
+        fprintf(stderr, "usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE GAP_US NAP_US QUIET_MS "
+                        "SAMPLES\n");
         return 2;
     }
     read_table(argv[1], &inbound.side, &outbound.side);
@@ -240,8 +263,9 @@ int main(int argc, char **argv) {
     long together = inbound.rate * SEND_EVERY_NS / 1000000000;
     inbound.at_once = together < 1 ? 1 : together > SEND_BATCH ? SEND_BATCH : together;
     outbound.at_once = 1;
-    nap = atol(argv[9]) * 1000;
-    int64_t quiet = atol(argv[10]) * 1000000LL;
+    gap = atol(argv[9]) * 1000;
+    nap = atol(argv[10]) * 1000;
+    quiet = atol(argv[11]) * 1000000LL;
     if ((directory = open(argv[2], O_PATH | O_DIRECTORY | O_CLOEXEC)) < 0)
         die(argv[2]);
     the_link = open_link(argv[3], CORE1_BUFFER, 0);
@@ -282,14 +306,14 @@ int main(int argc, char **argv) {
     report("inbound", &inbound);
     report("outbound", &outbound);
     printf("\"cpu_s\": %.9f}\n", cpu / 1e9);
-    if (strcmp(argv[11], "-")) {
-        FILE *file = fopen(argv[11], "wb");
+    if (strcmp(argv[12], "-")) {
+        FILE *file = fopen(argv[12], "wb");
         if (!file)
-            die(argv[11]);
+            die(argv[12]);
         write_samples(file, &inbound);
         write_samples(file, &outbound);
         if (fclose(file))
-            die(argv[11]);
+            die(argv[12]);
     }
     return 0;
 }

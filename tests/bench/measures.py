@@ -6,12 +6,13 @@ import contextlib
 import functools
 import itertools
 import math
+import operator
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from inco_trio.simulation.world import Cores
 
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
-from .rivals import C_MODIFY, INCO, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running, Uncounted
+from .rivals import C_MODIFY, FLOOR, INCO, PYTHON, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running, Uncounted
 from .search import Outcome, Tried, highest_kept
 
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measure", "Measured", "Size"]
@@ -31,6 +32,12 @@ TABLE = 30
 
 BUILTIN_TABLE = 3
 """The built-in signals, with one trigger."""
+
+GAP_US = 500
+"""Of a closed loop: from the arrival of a notification to the next, all asleep."""
+
+ROUNDS = 10
+"""Of a closed loop, in each pair: the programs take turns so often."""
 
 _BEHIND = 0.03
 """Of the length of a probe. A program that falls behind so in ten seconds has about filled its socket's queue."""
@@ -61,7 +68,7 @@ class Size:
 
 
 FULL = Size(10, 3, 3000, 20_000, 1.0, 10.0, 10.0, 1_000_000, 3.0, 2.0)
-SMOKE = Size(1, 1, 300, 5000, 0.3, 1.0, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8), (500, 5000, 50_000))
+SMOKE = Size(1, 1, 300, 5000, 0.3, 1.0, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8), (1000, 50_000))
 
 
 @attrs.frozen
@@ -78,19 +85,46 @@ class Bench:
 
     lab: Lab
     size: Size
+    beside: Sequence[Program] = ()
+    """Other checkouts of inco-trio, which run wherever it does."""
 
     def say(self, text: str) -> None:
         """Tell whoever waits what is being done."""
         self.lab.say(text)
 
     def turns(self, *programs: Program, script_pairs: int | None = None) -> Iterator[Program]:
-        """A/B/A/B: each program once a pair; the script only in the first pairs."""
+        """A/B/A/B: each program once a pair; the script only in the first pairs. Other checkouts follow inco-trio."""
         scripts = self.size.script_pairs if script_pairs is None else script_pairs
         for pair in range(self.size.pairs):
-            for program in programs:
+            for program in self.with_beside(*programs):
                 if program is not SCRIPT or pair < scripts:
                     self.say(f"pair {pair + 1}/{self.size.pairs}: {program.name}")
                     yield program
+
+    def with_beside(self, *programs: Program) -> list[Program]:
+        """These programs, and the other checkouts after inco-trio."""
+        return [one for program in programs for one in ((program, *self.beside) if program is INCO else (program,))]
+
+    def compare(
+        self,
+        name: str,
+        unit: str,
+        samples: Mapping[str, Sequence[float]],
+        goal: Goal | None,
+        note: str = "",
+        faults: Sequence[str] = (),
+    ) -> list[Figure]:
+        """Inco-trio against the floor, by the goal; and a line against each of the others, which only reports."""
+        against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
+        return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
+
+    def report(
+        self, name: str, unit: str, samples: Mapping[str, Sequence[float]], *rivals: Program
+    ) -> Iterator[Figure]:
+        """A line without a goal against each of the rivals."""
+        for rival in rivals:
+            both = {program.name: samples[program.name] for program in (INCO, rival)}
+            yield Figure(f"{name}, against {rival.name}", unit, both, None, (INCO.name, rival.name))
 
 
 Samples = defaultdict[str, list[float]]
@@ -121,31 +155,82 @@ class _Losses:
             self.faults.append(f"{program.name}: {flow.lost} lost, {flow.extra} extra, {run.dropped} dropped")
 
 
-def _latency(bench: Bench, direction: Literal["inbound", "outbound"]) -> Measured:
-    p50, p99, losses = _samples(), _samples(), _Losses()
-    pooled: dict[str, list[int]] = defaultdict(list)
-    for program in bench.turns(INCO, C, SCRIPT):
+Direction = Literal["inbound", "outbound"]
+
+
+def _latency(bench: Bench, direction: Direction) -> Measured:
+    lone, losses = bench.size.lone, _Losses()
+    pairs: dict[str, list[Flow]] = defaultdict(list)
+    for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             if direction == "inbound":
-                flow = run.load(inbound=bench.size.lone, in_rate=1000, latencies=True).inbound
+                flow = run.load(inbound=lone, in_rate=1000, latencies=True).inbound
             else:
-                flow = run.load(outbound=bench.size.lone, out_rate=1000, latencies=True).outbound
-        if not flow.latencies:
-            raise BenchError(f"{program.name}: nothing arrived")
+                flow = run.load(outbound=lone, out_rate=1000, latencies=True).outbound
         losses.add(program, flow, run)
-        p50[program.name].append(quantile(flow.latencies, 0.50) / 1000)
-        p99[program.name].append(quantile(flow.latencies, 0.99) / 1000)
-        pooled[program.name].extend(flow.latencies)
-    goal = Goal("<=", 2.0, "x C")
-    note = _script_note(bench.size)
+        pairs[program.name].append(flow)
+    return _quantiles(bench, f"{direction} latency", pairs, losses)
+
+
+def _closed_loop(bench: Bench, direction: Direction) -> Measured:
+    count, losses = bench.size.lone // ROUNDS, _Losses()
+    pairs: dict[str, list[Flow]] = defaultdict(list)
+    for pair in range(bench.size.pairs):
+        bench.say(f"pair {pair + 1}/{bench.size.pairs}")
+        programs = bench.with_beside(INCO, FLOOR, C, *[SCRIPT] * (pair < bench.size.script_pairs))
+        rounds: dict[Program, list[Flow]] = defaultdict(list)
+        # All of them run at once, each on a link of its own, so that what disturbs the machine disturbs all alike.
+        with contextlib.ExitStack() as stack:
+            links = stack.enter_context(bench.lab.links(len(programs)))
+            runs = {
+                program: stack.enter_context(bench.lab.running(program, TABLE, cores))
+                for program, cores in zip(programs, links, strict=True)
+            }
+            for run in runs.values():
+                run.warm_up()
+            for number in range(ROUNDS):
+                for program in programs if number % 2 else reversed(programs):
+                    if direction == "inbound":
+                        flow = runs[program].load(inbound=count, gap_us=GAP_US, latencies=True).inbound
+                    else:
+                        flow = runs[program].load(outbound=count, gap_us=GAP_US, latencies=True).outbound
+                    rounds[program].append(flow)
+        for program in programs:
+            flow = functools.reduce(operator.add, rounds[program])
+            losses.add(program, flow, runs[program])
+            pairs[program.name].append(flow)
+    return _quantiles(bench, f"{direction} latency, closed loop", pairs, losses)
+
+
+def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], losses: _Losses) -> Measured:
+    """The lines for p50 and p99, and the distribution of all runs together."""
+    for program, flows in pairs.items():
+        if not all(flow.latencies for flow in flows):
+            raise BenchError(f"{program}: nothing arrived")
+    goal, note = Goal("<=", 1.1, "x floor"), _script_note(bench.size)
+    figures: list[Figure] = []
+    for percent in (50, 99):
+        samples = {
+            program: [quantile(flow.latencies, percent / 100) / 1000 for flow in flows]
+            for program, flows in pairs.items()
+        }
+        faults = losses.faults if percent == 50 else ()
+        figures += bench.compare(f"{name}, p{percent}", "us", samples, goal, note, faults)
+    pooled = {program: [time for flow in flows for time in flow.latencies] for program, flows in pairs.items()}
     return Measured(
-        [
-            Figure(f"{direction} latency, p50", "us", p50, goal, (INCO.name, C.name), note, tuple(losses.faults)),
-            Figure(f"{direction} latency, p99", "us", p99, goal, (INCO.name, C.name), note),
-        ],
-        {program: [quantile(times, q / 1000) for q in range(1, 1001)] for program, times in pooled.items()},
+        figures, {program: [quantile(times, q / 1000) for q in range(1, 1001)] for program, times in pooled.items()}
     )
+
+
+def inbound_closed_loop(bench: Bench) -> Measured:
+    """Frame sent -> the consumer sees its close-after-write; the next 500 us after that."""
+    return _closed_loop(bench, "inbound")
+
+
+def outbound_closed_loop(bench: Bench) -> Measured:
+    """Close of the trigger -> frame at core 1; the next 500 us after that."""
+    return _closed_loop(bench, "outbound")
 
 
 def inbound_latency(bench: Bench) -> Measured:
@@ -161,7 +246,7 @@ def outbound_latency(bench: Bench) -> Measured:
 def burst(bench: Bench) -> Measured:
     """20,000 frames as fast as a C sender can."""
     rates, losses = _samples(), _Losses()
-    for program in bench.turns(INCO, C, SCRIPT):
+    for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             flow = run.load(inbound=bench.size.burst).inbound
@@ -172,7 +257,7 @@ def burst(bench: Bench) -> Measured:
     return Measured(
         [
             Figure("inbound burst, lost", "frames", losses.lost, Goal("=", 0), None, dropped, tuple(losses.faults)),
-            Figure("inbound burst, rate", "frames/s", rates, Goal(">=", 0.8, "x C"), (INCO.name, C.name), note),
+            *bench.compare("inbound burst, rate", "frames/s", rates, Goal(">=", 0.9, "x floor"), note),
         ]
     )
 
@@ -193,7 +278,7 @@ def sustained(bench: Bench) -> Measured:
     rates = _samples()
     at_least: Counter[str] = Counter()
     size = bench.size
-    for program in bench.turns(INCO, C, SCRIPT, script_pairs=1):
+    for program in bench.turns(INCO, FLOOR, C, SCRIPT, script_pairs=1):
         # What is dropped beyond the limit is the program's to say, and here no fault.
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
@@ -215,8 +300,7 @@ def sustained(bench: Bench) -> Measured:
         if count
     ]
     note = "; ".join([_script_note(size, 1), *limited])
-    goal, name = Goal(">=", 0.7, "x C"), f"sustained inbound, 0 lost over {size.sustain:g} s"
-    return Measured([Figure(name, "frames/s", rates, goal, (INCO.name, C.name), note)])
+    return Measured(bench.compare(f"sustained inbound, 0 lost over {size.sustain:g} s", "frames/s", rates, None, note))
 
 
 def one_trigger(bench: Bench) -> Measured:
@@ -251,11 +335,11 @@ def many_signals(bench: Bench) -> Measured:
             outbound[count][program.name].append(1e6 * sent.cpu_s / max(1, sent.outbound.seen))
     figures = []
     for direction, costs in (("inbound", inbound), ("outbound", outbound)):
-        for program in (INCO, C_MODIFY):
+        for program in bench.with_beside(INCO, C_MODIFY):
             samples = {f"{count:,} signals": costs[count][program.name] for count in tables}
             figures.append(
                 Figure(
-                    f"many signals, {direction}" + ("" if program is INCO else ", C"),
+                    f"many signals, {direction}" + ("" if program is INCO else f", {program.name}"),
                     "us CPU",
                     samples,
                     Goal("<", 1.1, "x 3 signals") if program is INCO else None,
@@ -263,6 +347,9 @@ def many_signals(bench: Bench) -> Measured:
                     faults=tuple(losses.faults) if (direction, program) == ("inbound", INCO) else (),
                 )
             )
+        figures += bench.report(
+            f"many signals, {direction}, {tables[-1]:,}", "us CPU", costs[tables[-1]], *bench.beside
+        )
     series = {
         direction: {
             program.name: {count: statistics.median(costs[count][program.name]) for count in tables}
@@ -275,51 +362,51 @@ def many_signals(bench: Bench) -> Measured:
 
 def many_links(bench: Bench) -> Measured:
     """One `serve` for each link, in one process: memory after traffic on each, and the latency of a lone frame."""
-    lab, numbers = bench.lab, bench.size.links
-    links = [attrs.evolve(lab.cores, link=f"rpmsg{index}") for index in range(max(numbers))]
-    memory: dict[int, list[float]] = defaultdict(list)
-    latency: dict[int, list[float]] = defaultdict(list)
+    numbers, programs = bench.size.links, bench.with_beside(INCO)
+    memory: dict[int, Samples] = {number: _samples() for number in numbers}
+    latency: dict[int, Samples] = {number: _samples() for number in numbers}
     faults = []
-    with contextlib.ExitStack() as made:
-        for cores in links:
-            cores.make_link()
-            made.callback(cores.delete_link)
-        for pair, number in itertools.product(range(bench.size.pairs), numbers):
-            bench.say(f"pair {pair + 1}/{bench.size.pairs}: {number} links")
-            with _serving(bench, links[:number]) as runs:
+    with bench.lab.links(max(numbers)) as links:
+        for pair, number, program in itertools.product(range(bench.size.pairs), numbers, programs):
+            bench.say(f"pair {pair + 1}/{bench.size.pairs}: {number} links, {program.name}")
+            with _serving(bench, program, links[:number]) as runs:
                 flows = [run.load(inbound=100, outbound=100, out_rate=10_000) for run in runs]
                 runs[0].warm_up()
-                memory[number].append(memory_kib(runs[0].pid, "VmRSS") / 1024)
+                memory[number][program.name].append(memory_kib(runs[0].pid, "VmRSS") / 1024)
                 flow = runs[0].load(inbound=bench.size.lone, in_rate=1000, latencies=True).inbound
-                latency[number].append(quantile(flow.latencies, 0.5) / 1000)
+                latency[number][program.name].append(quantile(flow.latencies, 0.5) / 1000)
             lost = flow.lost + sum(load.inbound.lost + load.outbound.lost for load in flows)
             if lost:
-                faults.append(f"{number} links: {lost} lost")
+                faults.append(f"{program.name}, {number} links: {lost} lost")
     least, most = min(numbers), max(numbers)
-    each = [(a - b) / (most - least) for a, b in zip(memory[most], memory[least], strict=True)]
-    rss = ", ".join(f"{number}: {statistics.median(memory[number]):.1f}" for number in numbers)
-    return Measured(
-        [
-            Figure("many links, memory", "MiB", {"a link": each}, Goal("<", 0.5, "MiB a link"), None, f"RSS {rss}"),
-            Figure(
-                "many links, lone frame, p50",
-                "us",
-                {f"{number} links": latency[number] for number in numbers},
-                Goal("<", 1.3, f"x {least} links"),
-                (f"{most} links", f"{least} links"),
-                faults=tuple(faults),
-            ),
+    figures = []
+    for program in programs:
+        judged = program is INCO
+        suffix = "" if judged else f", {program.name}"
+        memory_goal = Goal("<", 0.5, "MiB a link") if judged else None
+        latency_goal = Goal("<", 1.3, f"x {least} links") if judged else None
+        taken = {number: memory[number][program.name] for number in numbers}
+        each = [(a - b) / (most - least) for a, b in zip(taken[most], taken[least], strict=True)]
+        rss = ", ".join(f"{number}: {statistics.median(taken[number]):.1f}" for number in numbers)
+        lone = {f"{number} links": latency[number][program.name] for number in numbers}
+        ratio = (f"{most} links", f"{least} links")
+        figures += [
+            Figure(f"many links, memory{suffix}", "MiB", {"a link": each}, memory_goal, None, f"RSS {rss}"),
+            Figure(f"many links, lone frame, p50{suffix}", "us", lone, latency_goal, ratio, faults=tuple(faults)),
         ]
-    )
+        faults = []
+    return Measured(figures)
 
 
 @contextlib.contextmanager
-def _serving(bench: Bench, links: Sequence[Cores]) -> Iterator[list[Running]]:
+def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator[list[Running]]:
     with bench.lab.place(BUILTIN_TABLE) as (directory, table):
         script = str(Path(__file__).with_name("links.py"))
         names = [cores.link for cores in links]
         with bench.lab.started(
-            lambda fd: [sys.executable, script, str(directory), str(fd), *names], table.with_suffix(".log")
+            lambda fd: [*PYTHON, script, str(directory), str(fd), *names],
+            program.environment,
+            table.with_suffix(".log"),
         ) as (pid, ready):
             yield [Running(bench.lab, cores, pid, directory / cores.link, table, ready) for cores in links]
 
@@ -327,7 +414,7 @@ def _serving(bench: Bench, links: Sequence[Cores]) -> Iterator[list[Running]]:
 def idle(bench: Bench) -> Measured:
     """Wake-ups and system calls without traffic."""
     wakes, calls = _samples(), _samples()
-    for program in (INCO, C, SCRIPT):
+    for program in bench.with_beside(INCO, C, SCRIPT):
         bench.say(program.name)
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
@@ -353,8 +440,10 @@ def start(bench: Bench) -> Measured:
     times = _samples()
     for pair in range(bench.size.pairs + 1):
         bench.say(f"pair {pair}/{bench.size.pairs}")
-        with bench.lab.running(INCO, BUILTIN_TABLE) as run:
-            ready = run.ready_s
+        ready = {}
+        for program in bench.with_beside(INCO):
+            with bench.lab.running(program, BUILTIN_TABLE) as run:
+                ready[program.name] = run.ready_s
         begin = time.monotonic()
         with subprocess.Popen([sys.executable, "-c", f"{IMPORT}; print(flush=True)"], stdout=subprocess.PIPE) as python:
             assert python.stdout is not None
@@ -366,13 +455,14 @@ def start(bench: Bench) -> Measured:
         with bench.lab.running(C, BUILTIN_TABLE) as run:
             bare = run.ready_s
         if pair:  # the first fills the page cache
-            for name, seconds in ((INCO.name, ready), (IMPORT, ended), ("its import only", imported), (C.name, bare)):
+            for name, seconds in (ready | {IMPORT: ended, "its import only": imported, C.name: bare}).items():
                 times[name].append(1000 * seconds)
     goal = Goal("<=", 1.4, f"x {IMPORT}")
     return Measured(
         [
             Figure("start to ready", "ms", times, goal, (INCO.name, IMPORT)),
             Figure("start to ready, against the end of the import", "ms", times, None, (INCO.name, "its import only")),
+            *bench.report("start to ready", "ms", times, *bench.beside),
         ]
     )
 
@@ -386,18 +476,19 @@ def memory(bench: Bench) -> Measured:
         bench.say(f"pair {pair + 1}/{bench.size.pairs}")
         status = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peak[IMPORT].append(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
-        with bench.lab.running(INCO, TABLE) as run:
-            early, lost = 0, 0
-            for number in range(rounds):
-                received = run.load(inbound=bench.size.burst).inbound
-                sent = run.load(outbound=bench.size.burst, out_rate=50_000).outbound
-                lost += received.lost + sent.lost
-                if number + 1 == max(1, rounds // 10):
-                    early = memory_kib(run.pid, "VmRSS")
-            growth[INCO.name].append((memory_kib(run.pid, "VmRSS") - early) / 1024)
-            peak[INCO.name].append(memory_kib(run.pid, "VmHWM") / 1024)
-        if lost:
-            losses.faults.append(f"{lost} lost")
+        for program in bench.with_beside(INCO):
+            with bench.lab.running(program, TABLE) as run:
+                early, lost = 0, 0
+                for number in range(rounds):
+                    received = run.load(inbound=bench.size.burst).inbound
+                    sent = run.load(outbound=bench.size.burst, out_rate=50_000).outbound
+                    lost += received.lost + sent.lost
+                    if number + 1 == max(1, rounds // 10):
+                        early = memory_kib(run.pid, "VmRSS")
+                growth[program.name].append((memory_kib(run.pid, "VmRSS") - early) / 1024)
+                peak[program.name].append(memory_kib(run.pid, "VmHWM") / 1024)
+            if lost:
+                losses.faults.append(f"{program.name}: {lost} lost")
     many = f"{2 * rounds * bench.size.burst:,} notifications"
     return Measured(
         [
@@ -409,6 +500,7 @@ def memory(bench: Bench) -> Measured:
                 (INCO.name, IMPORT),
                 faults=tuple(losses.faults),
             ),
+            *bench.report(f"peak memory after {many}", "MiB", peak, *bench.beside),
             Figure("growth from a tenth of them to all", "MiB", growth, Goal("<", 0.5, "MiB")),
         ]
     )
@@ -418,7 +510,7 @@ def cpu(bench: Bench) -> Measured:
     """CPU time a notification at 1,000/s each way."""
     costs, losses = _samples(), _Losses()
     count = round(1000 * bench.size.steady)
-    for program in bench.turns(INCO, C, SCRIPT):
+    for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             load: Load = run.load(inbound=count, in_rate=1000, outbound=count, out_rate=1000)
@@ -427,7 +519,7 @@ def cpu(bench: Bench) -> Measured:
         costs[program.name].append(1e6 * load.cpu_s / (load.inbound.seen + load.outbound.seen))
     note = _script_note(bench.size)
     name = "CPU a notification, 1,000/s each way"
-    return Measured([Figure(name, "us", costs, None, (INCO.name, C.name), note, tuple(losses.faults))])
+    return Measured(bench.compare(name, "us", costs, None, note, losses.faults))
 
 
 def load_curve(bench: Bench) -> Measured:
@@ -461,16 +553,18 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "inbound-latency": Measure(inbound_latency, 18, 8),
-    "outbound-latency": Measure(outbound_latency, 18, 8),
-    "burst": Measure(burst, 9, 2),
-    "sustained": Measure(sustained, 60, 30),
+    "inbound-closed-loop": Measure(inbound_closed_loop, 12, 10),
+    "outbound-closed-loop": Measure(outbound_closed_loop, 12, 10),
+    "inbound-latency": Measure(inbound_latency, 18, 12),
+    "outbound-latency": Measure(outbound_latency, 18, 12),
+    "burst": Measure(burst, 9, 3),
+    "sustained": Measure(sustained, 60, 45),
     "one-trigger": Measure(one_trigger, 12, 4),
     "many-signals": Measure(many_signals, 25, 18),
     "many-links": Measure(many_links, 0, 22),
     "idle": Measure(idle, 65, 0),
     "start": Measure(start, 1, 1.2),
     "memory": Measure(memory, 0, 18),
-    "cpu": Measure(cpu, 15, 8),
+    "cpu": Measure(cpu, 15, 12),
     "load-curve": Measure(load_curve, 100, 0),
 }

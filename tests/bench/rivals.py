@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,25 @@ from inco_trio.simulation.world import Cores
 
 from .tables import signals, write_table, write_udrv
 
-__all__ = ["C_MODIFY", "INCO", "SCRIPT", "BenchError", "C", "Flow", "Lab", "Load", "Program", "Running", "Uncounted"]
+__all__ = [
+    "C_MODIFY",
+    "FLOOR",
+    "INCO",
+    "PYTHON",
+    "SCRIPT",
+    "BenchError",
+    "C",
+    "Flow",
+    "Lab",
+    "Load",
+    "Program",
+    "Running",
+    "Uncounted",
+    "another",
+]
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+PROJECT = HERE.parents[1]
 
 _READY_WITHIN = 30.0
 _STOP_WITHIN = 30.0
@@ -56,24 +72,51 @@ class Program:
 
     name: str
     reports_drops: bool = True
+    checkout: Path | None = None
+    """Of inco-trio: the project whose package it is."""
 
-    def command(self, lab: Lab, directory: Path, table: Path, fd: int) -> list[str]:
-        """What to execute."""
-        interface = lab.cores.link
-        if self is INCO:
+    def command(self, lab: Lab, directory: Path, table: Path, interface: str, fd: int) -> list[str]:
+        """What to execute, in the environment `environment`."""
+        if self.checkout is not None:
             options = ["--config", str(table.with_suffix(".json")), "--notification-fd", str(fd)]
-            return [sys.executable, "-m", "inco_trio", "run", interface, *options]
+            return [*PYTHON, "-m", "inco_trio", "run", interface, *options]
         arguments = [str(table), str(directory), interface, str(fd)]
-        if self is SCRIPT:
-            return [sys.executable, str(HERE / "script.py"), *arguments]
+        if self in (FLOOR, SCRIPT):
+            return [*PYTHON, str(HERE / f"{self.name}.py"), *arguments]
         more = ["modify"] if self is C_MODIFY else []
         return [str(lab.build / "reference"), *arguments, str(RECEIVE_BUFFER), *more]
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Where the interpreter finds the package."""
+        return {**os.environ, "PYTHONPATH": str(self.checkout or PROJECT)}
 
-INCO = Program("inco-trio")
+
+PYTHON = (sys.executable, "-P")
+"""Without the working directory on the path: what is there must not hide another checkout."""
+
+INCO = Program("inco-trio", checkout=PROJECT)
+FLOOR = Program("floor")
 C = Program("C")
 C_MODIFY = Program("C, IN_MODIFY too")
 SCRIPT = Program("script", reports_drops=False)
+
+
+def another(checkout: Path) -> Program:
+    """The inco-trio of another checkout, named by its commit if it has one. Raises `BenchError` if that is none."""
+    checkout = checkout.resolve()
+    found = subprocess.run(
+        [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
+        env=(program := Program(checkout.name, checkout=checkout)).environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    if not found or not Path(found).is_relative_to(checkout):
+        raise BenchError(f"{checkout}: no checkout of inco-trio whose package can be imported")
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return attrs.evolve(program, name=f"inco-trio {commit or checkout.name}")
 
 
 @attrs.frozen
@@ -96,6 +139,18 @@ class Flow:
     def rate(self) -> float:
         """Notifications that arrived, a second."""
         return self.seen / self.total_s if self.total_s else 0.0
+
+    def __add__(self, other: Flow) -> Flow:
+        """Two runs of one program as one."""
+        return Flow(
+            self.sent + other.sent,
+            self.seen + other.seen,
+            self.lost + other.lost,
+            self.extra + other.extra,
+            self.send_s + other.send_s,
+            self.total_s + other.total_s,
+            [*self.latencies, *other.latencies],
+        )
 
 
 @attrs.frozen
@@ -127,9 +182,12 @@ class Running:
         in_rate: float = 0,
         outbound: int = 0,
         out_rate: float = 0,
+        gap_us: int = 0,
         latencies: bool = False,
     ) -> Load:
         """Send so many notifications at so many a second (0: as fast as possible).
+
+        With `gap_us` the loop is closed: each leaves so long after the one before has arrived.
 
         A run in which the load generator could not count all that arrived is repeated, and said.
 
@@ -137,7 +195,7 @@ class Running:
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
-        options = (self.cores.link, self.pid, *amounts, 0 if latencies else _NAP_US, _QUIET_MS)
+        options = (self.cores.link, self.pid, *amounts, gap_us, 0 if latencies else _NAP_US, _QUIET_MS)
         for _ in range(_REPEATS):
             said = self.lab.run_load(self.cores, [self.table, self.directory, *options, samples if latencies else "-"])
             invalid = [said[way].pop("invalid") for way in ("inbound", "outbound")]
@@ -192,32 +250,48 @@ class Lab:
         cpus = sorted(os.sched_getaffinity(0))
         return ["taskset", "-c", str(cpus[role == "program" and self.pin == "split"]), *command]
 
-    def spawn(self, command: Sequence[str], fd: int, log: Path) -> tuple[subprocess.Popen[bytes], float]:
+    def spawn(
+        self, command: Sequence[str], environment: Mapping[str, str], fd: int, log: Path
+    ) -> tuple[subprocess.Popen[bytes], float]:
         """Start a program in core 0; returns it and the time of its exec, seconds of the monotonic clock."""
 
         def inside() -> tuple[subprocess.Popen[bytes], float]:
             with log.open("wb") as errors:
                 start = time.monotonic()
-                return subprocess.Popen(self._pinned("program", command), pass_fds=[fd], stderr=errors), start
+                argv = self._pinned("program", command)
+                return subprocess.Popen(argv, pass_fds=[fd], stderr=errors, env=environment), start
 
         return self.cores.core0.run(inside)
 
     @contextlib.contextmanager
-    def running(self, program: Program, count: int) -> Iterator[Running]:
-        """Run `program` with a table of `count` signals, from readiness on.
+    def running(self, program: Program, count: int, cores: Cores | None = None) -> Iterator[Running]:
+        """Run `program` with a table of `count` signals, from readiness on, on the lab's link or that of `cores`.
 
         Raises `BenchError` if it does not get ready, or does not end as it should.
         """
+        cores = cores or self.cores
         with self.place(count) as (directory, table):
             log = table.with_suffix(".log")
-            with self.started(lambda fd: program.command(self, directory, table, fd), log) as (pid, ready):
-                run = Running(self, self.cores, pid, directory, table, ready)
+            with self.started(
+                lambda fd: program.command(self, directory, table, cores.link, fd), program.environment, log
+            ) as (pid, ready):
+                run = Running(self, cores, pid, directory, table, ready)
                 yield run
             if program.reports_drops:
                 found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())
                 if not found:
                     raise BenchError(f"{program.name} did not say at its end what was dropped")
                 run.dropped = int(found[-1])
+
+    @contextlib.contextmanager
+    def links(self, number: int) -> Iterator[list[Cores]]:
+        """So many links between the two cores, beside the lab's own."""
+        links = [attrs.evolve(self.cores, link=f"rpmsg{index}") for index in range(number)]
+        with contextlib.ExitStack() as made:
+            for cores in links:
+                cores.make_link()
+                made.callback(cores.delete_link)
+            yield links
 
     @contextlib.contextmanager
     def place(self, count: int) -> Iterator[tuple[Path, Path]]:
@@ -231,11 +305,13 @@ class Lab:
             yield directory, table
 
     @contextlib.contextmanager
-    def started(self, command: Callable[[int], list[str]], log: Path) -> Iterator[tuple[int, float]]:
+    def started(
+        self, command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
+    ) -> Iterator[tuple[int, float]]:
         """Run the command, which is made for a notification fd; yields its pid and the seconds from exec to ready."""
         reader, writer = os.pipe()
         argv = command(writer)
-        process, start = self.spawn(argv, writer, log)
+        process, start = self.spawn(argv, environment, writer, log)
         try:
             os.close(writer)
             told = select.select([reader], [], [], _READY_WITHIN)[0] and os.read(reader, 1)

@@ -15,6 +15,7 @@ from inco_trio.signals import Direction
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
 from .results import Results
+from .rivals import PYTHON, BenchError, Flow, another
 from .search import RESOLUTION, Found, Outcome, Tried, highest_kept
 from .tables import signals, write_table, write_udrv
 
@@ -62,6 +63,34 @@ def test_both_forms_of_a_table_name_the_same_signals(tmp_path: Path, count: int)
     assert {f"{s.name} {s.direction.value} {s.register}" for s in board.signals} == set(
         (tmp_path / "table").read_text().splitlines()
     )
+
+
+def test_rounds_of_a_closed_loop_are_one_flow() -> None:
+    rounds = [Flow(3, 3, 0, 0, 1.0, 1.5, [10, 20, 30]), Flow(3, 2, 1, 0, 1.0, 1.5, [40, 50])]
+    assert rounds[0] + rounds[1] == Flow(6, 5, 1, 0, 2.0, 3.0, [10, 20, 30, 40, 50])
+
+
+def _make_checkout(place: Path, text: str) -> Path:
+    (place / "inco_trio").mkdir(parents=True)
+    (place / "inco_trio/__init__.py").write_text(text)
+    return place
+
+
+def test_another_checkout_is_the_package_that_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = another(_make_checkout(tmp_path / "before", ""))
+    monkeypatch.chdir(_make_checkout(tmp_path / "elsewhere", "raise SystemExit"))
+    code = "import inco_trio; print(inco_trio.__file__)"
+    done = subprocess.run([*PYTHON, "-c", code], env=before.environment, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).parent == tmp_path / "before/inco_trio"
+    assert before.name == "inco-trio before"
+
+
+@pytest.mark.parametrize("text", [None, "import nothing_of_that_name"])
+def test_a_checkout_whose_package_cannot_be_imported_is_refused(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        _make_checkout(tmp_path, text)
+    with pytest.raises(BenchError, match=f"{tmp_path}: no checkout of inco-trio"):
+        another(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""The outbound direction without a link of its own: what a lone trigger does, step by step, on the real inotify."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from inco_trio.handoff import Handoff
+from inco_trio.keep.inflight import Inflight
+from inco_trio.links.link import Link, LinkDown
+from inco_trio.outbound import Outbound
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.inotify import _EVENT, Inotify, parse_events
+from inco_trio.registers.registers import Registers
+from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.stats import Counters
+from inco_trio.supervise import Health
+
+
+class FakeLink:
+    """A link that notes what is sent, and what stood in the in-flight memory then; it refuses while it is `down`."""
+
+    fd = -1
+
+    def __init__(self, inflight: Inflight) -> None:
+        self.inflight = inflight
+        self.sent: list[tuple[str, int]] = []
+        self.down = False
+
+    def send(self, name: str) -> None:
+        if self.down:
+            raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+        self.sent.append((name, sum(len(parse_events(bank.view)) for bank in self.inflight.events)))
+
+
+class World:
+    """Two triggers, a hand-off and the legs between them and a link."""
+
+    def __init__(self, irq: Path, ending: ExitStack) -> None:
+        self.notify = Signal("redun_notify_irq", Direction.OUTBOUND, irq, "message_6_trig")
+        self.uart = Signal("uart_irq", Direction.OUTBOUND, irq, "message_1_trig")
+        self.counters = Counters()
+        self.inotify, self.inflight = Inotify(), Inflight.open()
+        self.registers = Registers(self.inotify, self.inflight, self.counters)
+        for part in (self.inflight, self.inotify, self.registers):
+            ending.callback(part.close)
+        self.registers.open(SignalTable([self.notify, self.uart]))
+        self.triggers = self.registers.triggers
+        self.follow_queued()
+        self.link = FakeLink(self.inflight)
+        self.carried: list[str] = []
+        self.handoff = Handoff(
+            self.inflight.watches, lambda signals: self.carried.extend(signal.name for signal in signals)
+        )
+        self.outbound = Outbound(
+            self.handoff, cast(Link, self.link), self.triggers, self.inotify, self.inflight, self.counters
+        )
+
+    def queued(self) -> bytes:
+        buffer = memoryview(bytearray(1 << 16))
+        return bytes(buffer[: self.inotify.read_into(buffer)])
+
+    def follow_queued(self) -> None:
+        while data := self.queued():
+            self.triggers.follow(parse_events(data))
+
+    def wd_of(self, signal: Signal) -> int:
+        return self.triggers.by_path[signal.path].wd
+
+    def closed_alone(self, data: bytes) -> Signal | None:
+        return self.triggers.closed_alone(memoryview(data.ljust(4096, b"\0")), len(data))
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(parse_events(bank.view)) for bank in self.inflight.events)
+
+    def run(self, *acts: Callable[[], None]) -> None:
+        """Run the legs; do one of `acts` whenever they wait, and end once they wait again."""
+
+        async def main() -> None:
+            with trio.fail_after(60):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.outbound.send, Health("send"))
+                    nursery.start_soon(self.outbound.triggers, Health("triggers"))
+                    await wait_all_tasks_blocked()
+                    for act in acts:
+                        act()
+                        # What is queued is readable at once, but the loop has to look.
+                        while self.inotify.queued:
+                            await trio.lowlevel.checkpoint()
+                        await wait_all_tasks_blocked()
+                    nursery.cancel_scope.cancel()
+
+        trio.run(main)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ExitStack() as ending:
+        yield World(tmp_path / "irq", ending)
+
+
+def write(*signals: Signal) -> None:
+    for signal in signals:
+        signal.path.write_text("1")
+
+
+def test_a_lone_trigger_is_in_flight_until_it_is_sent_and_no_longer(world: World) -> None:
+    world.run(lambda: write(world.notify))
+    assert world.link.sent == [("redun_notify_irq", 2)]
+    assert world.in_flight == 0
+    assert world.carried == ["redun_notify_irq"]
+    assert (world.counters.triggered, world.counters.sent, world.counters.send_failures) == (1, 1, 0)
+
+
+def test_a_lone_trigger_makes_no_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act() -> None:
+        monkeypatch.setattr(Handoff, "begin", lambda *_: pytest.fail("a batch was made"))
+        write(world.notify)
+
+    world.run(act)
+    assert world.link.sent == [("redun_notify_irq", 2)]
+
+
+def test_a_lone_trigger_that_the_link_refuses_stays_in_flight_and_is_sent_once(world: World) -> None:
+    def act() -> None:
+        world.link.down = True
+        write(world.notify)
+
+    world.run(act)
+    assert (world.link.sent, world.in_flight, world.carried) == ([], 2, [])
+    assert (world.counters.triggered, world.counters.sent) == (1, 0)
+    world.link.down = False
+    world.outbound.recover()
+    world.run()
+    assert [name for name, _ in world.link.sent] == ["redun_notify_irq"]
+    assert world.in_flight == 0
+
+
+def test_a_lone_trigger_does_not_overtake_those_that_wait(world: World) -> None:
+    def trigger_while_down() -> None:
+        world.link.down = True
+        write(world.uart)
+
+    def trigger_when_up() -> None:
+        world.link.down = False
+        write(world.notify)
+
+    def change() -> None:
+        assert world.link.sent == []
+        world.outbound.link_changed()
+
+    world.run(trigger_while_down, trigger_when_up, change)
+    assert [name for name, _ in world.link.sent] == ["uart_irq", "redun_notify_irq"]
+
+
+def test_a_close_with_or_without_a_write_is_told_alone(world: World) -> None:
+    write(world.notify)
+    assert world.closed_alone(world.queued()) == world.notify
+    world.notify.path.open("a").close()
+    assert world.closed_alone(world.queued()) == world.notify
+
+
+def test_a_trigger_that_is_not_in_the_table_any_more_is_not_told_alone(world: World) -> None:
+    write(world.notify)
+    data = world.queued()
+    trio.run(world.registers.reload, SignalTable([world.uart]))
+    assert world.closed_alone(data) is None
+
+
+def test_nothing_is_told_alone_while_a_replaced_trigger_is_to_be_counted(world: World) -> None:
+    """A replacement of which no event tells is counted by whatever is read next."""
+    new = world.notify.path.with_name("new")
+    new.write_text("1")
+    new.rename(world.notify.path)
+    world.queued()  # as if the events were lost
+    world.triggers.look(world.triggers.by_path[world.notify.path], make=False)
+    write(world.uart)
+    data = world.queued()
+    assert world.closed_alone(data) is None
+    assert world.triggers.follow(parse_events(data)).signals == [world.uart, world.notify]
+
+
+def test_what_is_told_alone_is_what_following_leads_to(world: World) -> None:
+    wds = [world.wd_of(world.notify), world.wd_of(world.uart), 4711]
+    masks = [ino.IN_MODIFY, ino.IN_CLOSE_WRITE, ino.IN_CLOSE_WRITE | ino.IN_UNMOUNT, ino.IN_CREATE, ino.IN_Q_OVERFLOW]
+    single = list(itertools.product(wds, masks))
+    told = 0
+    for events in [[], *([one] for one in single), *map(list, itertools.product(single, repeat=2)), single]:
+        data = b"".join(_EVENT.pack(wd, mask, 0, 0) for wd, mask in events)
+        if signal := world.closed_alone(data):
+            assert world.triggers.follow(parse_events(data)).signals == [signal]
+            told += 1
+    assert told == 2 + 3 * 2
