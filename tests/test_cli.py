@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import inco_proxy, main, process_signals
+from inco_trio.commands import check, inco_proxy, main, process_signals
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -139,13 +139,6 @@ def test_run_needs_the_old_programs_variable_only(tmp_path: Path) -> None:
     assert done.stderr == f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n"
 
 
-def test_an_impossible_interface(tmp_path: Path) -> None:
-    done = finished(sys.executable, "-m", "inco_trio", "run", "a/b", "--irq-dir", tmp_path)
-    assert done.returncode == 78
-    assert done.stderr.startswith("inco-trio: error: link 'a/b': ")
-    assert len(done.stderr.splitlines()) == 1
-
-
 def test_check_prints_the_table(say: Say) -> None:
     code, out, err = say("check", "--config", SAMPLE)
     assert (code, err) == (0, "")
@@ -232,3 +225,83 @@ print(sorted(inco_trio.__all__) == inco_trio.__all__)
 """
     done = finished(sys.executable, "-c", script)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+IMPORTED = """
+import sys
+from inco_trio.commands import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(*sorted(sys.modules), file=sys.stderr)
+"""
+
+NEVER = {"asyncio", "pyroute2", "trio_asyncio", "inco_trio.aio", "inco_trio.commands.demo", "inco_trio.simulation"}
+NOT_FOR_RUN = {"cattrs", "email", "importlib.metadata", "inco_trio.commands.check", "inco_trio.commands.s6"}
+NOT_FOR_OTHERS = {"inco_trio.commands.daemon", "inco_trio.proxy", "inco_trio.registers", "pyinotify", "trio"}
+
+
+@pytest.mark.parametrize(
+    ("command", "unwanted"),
+    [
+        (["--version"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
+        (["--help"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
+        (["check", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"inco_trio.service.scandir"}),
+        (["s6", "--systemd", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"cattrs"}),
+        (
+            ["run", "none0", "--irq-dir", "/proc/nowhere"],
+            NOT_FOR_RUN | NEVER | {"inco_trio.links.unix", "inco_trio.service.scandir"},
+        ),
+        (
+            ["run", "unix:/proc/a,peer=/b", "--irq-dir", "/proc/nowhere"],
+            NOT_FOR_RUN | NEVER | {"inco_trio.links.packet", "inco_trio.service.scandir"},
+        ),
+        (["run", "none0", "--config", str(SAMPLE)], (NOT_FOR_RUN | NEVER) - {"cattrs"}),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
+)
+def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[str]) -> None:
+    done = finished(sys.executable, "-c", IMPORTED, *command)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "inco_trio.commands.line" in imported
+    assert imported & unwanted == set()
+
+
+# What a child process could show, but not measure: in a directory that is gone, without memory, ended by a signal.
+
+
+def test_a_working_directory_that_is_gone(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    said = "inco-trio: error: --config u.json: the working directory is gone: give an absolute path\n"
+    assert say("s6", "--systemd", "--config", "u.json") == (2, "", said)
+    monkeypatch.setattr(sys, "argv", ["bin/inco-trio"])
+    said = "inco-trio: error: bin/inco-trio: the working directory is gone: start inco-trio by its full path\n"
+    assert say("s6", "--systemd", "--config", SAMPLE) == (2, "", said)
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_cannot_be_a_path(say: Say, path: str) -> None:
+    assert say("check", "--config", path) == (2, "", f"inco-trio: error: --config {path!r}: it cannot be a path\n")
+
+
+def test_too_little_memory(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(check, "run", run)
+    assert say("check") == (71, "", "inco-trio: error: out of memory\n")
+
+
+def test_an_interrupted_command_ends_by_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object) -> int:
+        raise KeyboardInterrupt
+
+    raised: list[int] = []
+    monkeypatch.setattr(check, "run", run)
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    with pytest.raises(KeyboardInterrupt):
+        main(["check"])
+    assert raised == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL

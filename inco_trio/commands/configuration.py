@@ -7,12 +7,19 @@ import os
 from pathlib import Path
 
 from inco_trio.errors import UsageError
+from inco_trio.links.address import address_fault
 from inco_trio.signals import is_path
 
-__all__ = ["LINK", "absolute", "config_path", "configuration_argument", "path_of"]
+__all__ = ["LINK", "absolute", "check_link", "config_path", "configuration_argument", "path_of"]
 
 LINK = "rpmsg4000"
 """The interface that is used unless another one is named."""
+
+
+def check_link(address: str) -> None:
+    """Raise UsageError if `address` cannot be a link's."""
+    if fault := address_fault(address):
+        raise UsageError(f"link {address!r}: {fault}")
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import absolute, config_path
+from inco_trio.commands.configuration import absolute, check_link, config_path, path_of
 from inco_trio.commands.line import EXIT_INTERNAL
 from inco_trio.config import Board, Config, read_board
 from inco_trio.errors import IncoError, ResourceRefused, UsageError
@@ -36,6 +36,9 @@ def run_daemon(args: argparse.Namespace) -> int:
     """Carry signals until the process is told to stop; returns the exit code. Raises IncoError."""
     if args.notification_fd is not None:
         check_notification_fd(args.notification_fd)
+    check_link(args.iface)
+    if args.fd_holder is not None:
+        path_of(args.fd_holder, "--fd-holder")
     if args.irq_dir is not None:
         args.irq_dir = absolute(args.irq_dir, "--irq-dir")
     config = _load(args)

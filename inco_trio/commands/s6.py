@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from inco_trio.commands.configuration import LINK, absolute, config_path, configuration_argument, path_of
+from inco_trio.commands.configuration import LINK, absolute, check_link, config_path, configuration_argument
 from inco_trio.commands.streams import say, say_bytes
 from inco_trio.errors import UsageError
 from inco_trio.service import scandir
@@ -25,6 +25,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the scan directory, or print the unit."""
+    check_link(args.iface)
     config = absolute(config_path(args), "--config")
     program = scandir.find_program()
     if args.systemd:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.scandir is None:
         raise UsageError("s6 needs the SCANDIR to write (or --systemd)")
-    directory = path_of(args.scandir, "SCANDIR")
+    directory = absolute(args.scandir, "SCANDIR")
     changes = scandir.write_scandir(directory, interface=args.iface, config=config, user=args.user, program=program)
     say(*(changes or ["nothing changed"]))
     return 0

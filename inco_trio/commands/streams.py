@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from inco_trio.errors import IncoError, ResourceRefused
+from inco_trio.service.lines import printable
 
 __all__ = ["complain", "flush", "open_missing", "output", "say", "say_bytes", "settle", "writing"]
 
@@ -82,6 +83,4 @@ def complain(error: IncoError) -> None:
     """Print an error on standard error, one line for each of its problems; where that is full, the exit code tells."""
     with contextlib.suppress(OSError):
         for problem in getattr(error, "problems", (str(error),)):
-            # A path may contain anything.
-            shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in problem)
-            print(f"inco-trio: error: {shown}", file=sys.stderr)  # noqa: T201 - before and beside the log
+            print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - before and beside the log

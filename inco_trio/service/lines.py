@@ -1,16 +1,24 @@
-"""Writing to a standard stream without ever waiting for who reads it."""
+"""Writing lines to a standard stream without ever waiting for who reads it, and what may stand in a line."""
 
 from __future__ import annotations
 
 import os
 import select
 
-__all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "write_at_once"]
+__all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "printable", "write_at_once"]
 
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
 PIECE = 4096
 """PIPE_BUF of pipe(7): as much as a pipe takes without waiting once it takes anything."""
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what would end its line, or command a terminal.
+
+    Paths, and the names of processes, are any bytes.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:

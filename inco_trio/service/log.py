@@ -10,7 +10,7 @@ import json
 import logging
 import time
 
-from inco_trio.service.lines import STANDARD_ERROR, write_at_once
+from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
 
 __all__ = ["log_statistics", "set_up_logging"]
 
@@ -36,8 +36,8 @@ class _Json(logging.Formatter):
 
 
 class _Text(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"inco-trio: {record.levelname.lower()}: {super().format(record)}"
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return f"inco-trio: {record.levelname.lower()}: {printable(record.message)}"
 
 
 class _Lines(logging.Handler):

@@ -7,6 +7,7 @@ https://skarnet.org/software/s6/s6-fdholderd.html (rules), systemd.service(5) an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pwd
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from inco_trio.config import read_file
 from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
-from inco_trio.links.address import address_fault
+from inco_trio.links.address import parse_address
 
 __all__ = ["find_program", "systemd_unit", "write_scandir"]
 
@@ -145,11 +146,11 @@ def write_scandir(
     its arguments. Only files that differ are written. Returns one line for each of them, and a warning if `config`
     cannot be read now. Raises UsageError, PermissionRefused, ResourceRefused.
     """
-    _check_interface(interface)
+    label = _label(interface)
     lines = _config_warnings(config)
     try:
         _make_directory(directory)
-        lines += _write_tree(directory, _service(interface, config, user, program))
+        lines += _write_tree(directory, _service(label, interface, config, user, program))
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
         lines += [
@@ -177,10 +178,10 @@ def systemd_unit(*, interface: str, config: Path, user: str | None, program: Seq
 
     Raises UsageError.
     """
-    _check_interface(interface)
+    label = _label(interface)
     command = [*program, "run", interface, "--config", str(config.absolute()), "--log-format", "text"]
     return _UNIT.format(
-        name=_SERVICE + interface,
+        name=_SERVICE + label,
         interface=interface.replace("%", "%%"),
         program=" ".join(map(_quote_for_systemd, command)),
         user="root" if user is None else _account(user).pw_name,
@@ -191,7 +192,7 @@ _Tree = dict[str, tuple[str, int]]
 """Path below the scan directory to content and mode."""
 
 
-def _service(interface: str, config: Path, user: str | None, program: Sequence[str]) -> _Tree:
+def _service(label: str, interface: str, config: Path, user: str | None, program: Sequence[str]) -> _Tree:
     account = None if user is None else _account(user)
     setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid) if account else ""
     command = [
@@ -199,7 +200,7 @@ def _service(interface: str, config: Path, user: str | None, program: Sequence[s
         *("run", interface, "--config", str(config.absolute()), "--notification-fd", "3"),
         *("--fd-holder", f"../{_HOLDER}/s", "--log-format", "text"),
     ]
-    name = _SERVICE + interface
+    name = _SERVICE + label
     # The logger comes first and run last: s6-svscan may look at any time, and asks for a logger only once.
     return {
         f"{name}/log/run": (_LOG_RUN, 0o755),
@@ -220,26 +221,31 @@ def _holder(rules: dict[str, str]) -> _Tree:
 
 
 def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
-    """The interfaces of the services of each user, and the files data/uid that are not ours."""
-    interfaces: dict[int, list[str]] = {}
+    """The labels of the services of each user, and the files data/uid that are not ours."""
+    labels: dict[int, list[str]] = {}
     foreign = []
-    for path in sorted(directory.glob(f"{_SERVICE}*/data/uid")):
+    for service in sorted(path for path in directory.iterdir() if path.name.startswith(_SERVICE)):
+        path = service / "data/uid"
         try:
+            path.lstat()
             text = path.read_bytes().strip() if path.is_file() else b"none"  # a FIFO would wait for a writer
+        except (FileNotFoundError, NotADirectoryError):
+            continue
         except PermissionError as error:
             raise PermissionRefused(f"cannot read {path}: {error.strerror}") from error
-        if re.fullmatch(rb"[0-9]{1,10}", text):
-            interfaces.setdefault(int(text), []).append(path.parent.parent.name.removeprefix(_SERVICE))
+        label = service.name.removeprefix(_SERVICE)
+        if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
+            labels.setdefault(int(text), []).append(label)
         elif text:  # Empty for a service without a user of its own: it runs as who runs s6-svscan.
             foreign.append(path)
-    return interfaces, foreign
+    return labels, foreign
 
 
-def _rules(directory: Path, interfaces: dict[int, list[str]]) -> dict[str, str]:
+def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
     """Who may do what with which identifiers: root and the directory's owner all, a service's user store its own."""
     rules = {
         f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
-        for uid, names in interfaces.items()
+        for uid, names in labels.items()
     }
     for owner in {0, directory.stat().st_uid}:
         env = f"data/rules/uid/{owner}/env"
@@ -263,14 +269,16 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
     if exists and stat.S_IMODE(path.stat().st_mode) == mode and path.read_bytes() == data:
         return None
     new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
+    if os.path.lexists(new):
+        new.unlink()
     try:
         with new.open("xb") as file:
             file.write(data)
         new.chmod(mode)
         new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # refused in the same way
+            new.unlink(missing_ok=True)
         # write(2) knows no name.
         error.filename = error.filename2 = str(path)
         raise
@@ -303,13 +311,19 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     return lines
 
 
-def _check_interface(interface: str) -> None:
-    if fault := address_fault(interface):
-        raise UsageError(f"{interface!r} cannot be a link: {fault}")
+def _label(interface: str) -> str:
+    """What the service of the link is named after. Raises UsageError for what cannot be one, or not here."""
+    try:
+        label = parse_address(interface).label
+    except ValueError as error:
+        raise UsageError(f"link {interface!r}: {error}") from None
     if interface.startswith("-"):
-        raise UsageError(f"{interface!r} cannot be the interface here: the service would take it for an option")
-    if _SERVICE + interface == _HOLDER:
-        raise UsageError(f"{interface!r} cannot be the interface here: {_HOLDER} is the service of the fd holder")
+        raise UsageError(f"link {interface!r}: the service would take it for an option")
+    if "\n" in label:
+        raise UsageError(f"link {interface!r}: a service's name has no line break")
+    if _SERVICE + label == _HOLDER:
+        raise UsageError(f"link {interface!r}: {_HOLDER} is the service of the fd holder")
+    return label
 
 
 def _account(user: str) -> pwd.struct_passwd:

@@ -411,6 +411,8 @@ def run_demo(count: int, rate: float, out: TextIO) -> int:
     """
     if count < 1 or not 0 < rate < math.inf:
         raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
+    if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
+        raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
     if not may_make_namespaces():
         new_user_namespace()
     try:

@@ -1,0 +1,490 @@
+"""Whatever a user or the system gives the commands: one line that says what is wrong, and the exit code for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import DEADLINE, StartProxy
+from tests.support_proxy import trigger, write_udrv
+
+SAMPLE = str(Path(__file__).parent / "data" / "udrv.json")
+RUN = [sys.executable, "-m", "inco_trio"]
+LOGGED = b"inco-trio: info: "
+
+Done = tuple[int, bytes, bytes]
+
+
+def finished(command: Iterable[object], cwd: Path | None = None, **environment: str) -> Done:
+    """Exit code, standard output and standard error."""
+    done = subprocess.run(
+        [word if isinstance(word, bytes) else str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, "UDRV_JSON_PATH": "", **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def complaint(text: str) -> bytes:
+    return b"inco-trio: error: " + text.encode() + b"\n"
+
+
+# -------------------------------------------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (b"", "''"),
+        (b"sixteen-letters-", "'sixteen-letters-'"),
+        ("ü".encode() * 8, "'üüüüüüüü'"),
+        (b"a/b", "'a/b'"),
+        (b"a b", "'a b'"),
+        (b"a:1", "'a:1'"),
+        (b"a\n", "'a\\n'"),
+        (b"..", "'..'"),
+        (b"\xff", "'\\udcff'"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        [*RUN, "run", "--irq-dir", "irq", "--"],
+        [*RUN, "run", "--irq-dir", "irq", "--wait-link", "--log-format", "json", "--"],
+        [Path(sys.executable).with_name("inco_proxy"), "--"],
+        [*RUN, "s6", "scan", "--config", SAMPLE, "--iface"],
+        [*RUN, "s6", "--systemd", "--config", SAMPLE, "--iface"],
+    ],
+    ids=["run", "wait", "inco_proxy", "s6", "systemd"],
+)
+def test_every_command_has_one_rule_for_links(
+    command: list[object], address: bytes, shown: str, tmp_path: Path
+) -> None:
+    # Together, as it may begin with a dash.
+    command = [*command[:-1], b"--iface=" + address] if command[-1] == "--iface" else [*command, address]
+    assert finished(command, cwd=tmp_path, UDRV_JSON_PATH=SAMPLE) == (
+        2,
+        b"",
+        complaint(
+            f"link {shown}: is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
+            "'/', ':' and whitespace"
+        ),
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["run", "none0", "--irq-dir", ""], "--irq-dir"),
+        (["run", "none0", "--config", ""], "--config"),
+        (["run", "none0", "--irq-dir", "irq", "--fd-holder", ""], "--fd-holder"),
+        (["check", "--config", ""], "--config"),
+        (["s6", "scan", "--config", ""], "--config"),
+        (["s6", "--systemd", "--config", ""], "--config"),
+        (["s6", "", "--config", SAMPLE], "SCANDIR"),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path(words: list[str], option: str, tmp_path: Path) -> None:
+    assert finished([*RUN, *words], cwd=tmp_path) == (2, b"", complaint(f"{option}: the path is empty"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["check", "--config", "u.json"], 78, "u.json: cannot be read: No such file or directory"),
+        (["check"], 78, "v.json: cannot be read: No such file or directory"),
+        (["run", "none0", "--config", "u.json"], 78, "u.json: cannot be read: No such file or directory"),
+        (
+            ["run", "none0", "--irq-dir", "irq"],
+            2,
+            "--irq-dir irq: the working directory is gone: give an absolute path",
+        ),
+        (["s6", "scan", "--config", SAMPLE], 2, "SCANDIR scan: the working directory is gone: give an absolute path"),
+        (["s6", "/x", "--config", "u"], 2, "--config u: the working directory is gone: give an absolute path"),
+        (["s6", "--systemd"], 2, "--config v.json: the working directory is gone: give an absolute path"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_relative_paths_in_a_directory_that_is_gone(words: list[str], code: int, said: str, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("inco-trio"), *words]
+    done = finished(["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command], cwd=tmp_path, UDRV_JSON_PATH="v.json")
+    assert done == (code, b"", complaint(said))
+
+
+def test_absolute_paths_in_a_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    leave = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh"]
+    program = Path(sys.executable).with_name("inco-trio")
+    for words in (["check", "--config", SAMPLE], ["s6", tmp_path / "scan", "--config", SAMPLE]):
+        (tmp_path / "gone").mkdir(exist_ok=True)
+        code, out, err = finished([*leave, program, *words], cwd=tmp_path / "gone")
+        assert (code, err) == (0, b"")
+        assert out
+    # Python itself looks for modules beside a program, unless it is told not to.
+    (tmp_path / "gone").mkdir()
+    relative = os.path.relpath(program, tmp_path / "gone")
+    assert finished(
+        [*leave, relative, "s6", "--systemd", "--config", SAMPLE], cwd=tmp_path / "gone", PYTHONSAFEPATH="1"
+    ) == (2, b"", complaint(f"{relative}: the working directory is gone: start inco-trio by its full path"))
+
+
+@pytest.mark.parametrize("place", ["option", "environment"])
+def test_a_configuration_whose_name_is_no_text(place: str, tmp_path: Path) -> None:
+    name = os.fsencode(write_udrv(tmp_path / "\udcff.json", tmp_path))
+    words = ["--config", name] if place == "option" else []
+    code, out, err = finished([*RUN, "check", *words], UDRV_JSON_PATH=os.fsdecode(name))
+    assert (code, err) == (0, b"")
+    assert b"redun_notify_irq" in out
+    code, out, err = finished([*RUN, "s6", "--systemd", *words], UDRV_JSON_PATH=os.fsdecode(name))
+    assert (code, err) == (0, b"")
+    assert b"/\\xff.json" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"signal": {}}', "misc.inco_proxy: unknown key 'signal': 'signals' is the one it has"),
+        ('{"signals": {}, "signals": {}}', "misc.inco_proxy: 'signals' is there more than once"),
+        (
+            '{"signals": {"a": {}, "a": {"direction": "inbound", "reg": "ihub-irq-dev.a"}}}',
+            "misc.inco_proxy.signals: 'a' is there more than once",
+        ),
+        (
+            '{"signals": {"a": {"direction": "inbound", "reg": "ihub-irq-dev.a", "reg": "ihub-irq-dev.b"}}}',
+            "misc.inco_proxy.signals.a: 'reg' is there more than once",
+        ),
+        (
+            '{"signals": {"a": {"direction": "inbound", "reg": "ihub-irq-dev.a", "register": "b"}}}',
+            "misc.inco_proxy.signals.a: unknown key 'register'",
+        ),
+    ],
+    ids=["signal", "signals twice", "a name twice", "a reg twice", "an unknown key"],
+)
+def test_typing_errors_in_our_own_table(text: str, said: str, tmp_path: Path) -> None:
+    udrv = tmp_path / "u.json"
+    udrv.write_text('{"file": {"ihub-irq-dev": {"path": "/irq"}}, "misc": {"inco_proxy": %s}}' % text)  # noqa: UP031
+    for words in (["check"], ["run", "none0"]):
+        code, out, err = finished([*RUN, *words, "--config", str(udrv)])
+        assert (code, out) == (78, b"")
+        assert err == complaint(f"{udrv}: {said}")
+
+
+# ------------------------------------------------------------------------------------------------ the scan directory
+
+
+def scan(directory: Path, *words: str) -> Done:
+    code, out, err = finished([*RUN, "s6", str(directory), "--iface", "core0", "--config", SAMPLE, *words])
+    return code, out.replace(b"%b/" % os.fsencode(directory), b""), err.replace(b"%b/" % os.fsencode(directory), b"")
+
+
+PASSED_OVER = b"warning: inco-trio-x/data/uid is not one that `inco-trio s6` wrote: its service is passed over\n"
+
+
+@pytest.mark.parametrize(
+    ("make", "out"),
+    [
+        (lambda path: path.write_bytes(b"\xff\xfe"), PASSED_OVER),
+        (lambda path: path.write_text("12345678901"), PASSED_OVER),
+        (os.mkfifo, PASSED_OVER),
+        (Path.mkdir, PASSED_OVER),
+        (lambda path: path.symlink_to("uid"), PASSED_OVER),
+        (lambda path: path.symlink_to("nowhere"), PASSED_OVER),
+        (lambda path: path.symlink_to("/dev/zero"), PASSED_OVER),
+        (Path.touch, b"nothing changed\n"),
+        (lambda path: path.parent.rmdir(), b"nothing changed\n"),
+        (lambda path: (path.parent.rmdir(), path.parent.touch()), b"nothing changed\n"),
+    ],
+    ids=["binary", "long", "FIFO", "directory", "loop", "dangling", "device", "empty", "no data", "data is a file"],
+)
+def test_a_service_of_somebody_else(make: Callable[[Path], object], out: bytes, tmp_path: Path) -> None:
+    scan(tmp_path)
+    (tmp_path / "inco-trio-x" / "data").mkdir(parents=True)
+    make(tmp_path / "inco-trio-x" / "data" / "uid")
+    assert scan(tmp_path) == (0, out, b"")
+
+
+def test_a_service_whose_name_has_a_line_break_gets_no_rights(tmp_path: Path) -> None:
+    scan(tmp_path)
+    (tmp_path / "inco-trio-x\n" / "data").mkdir(parents=True)
+    (tmp_path / "inco-trio-x\n" / "data" / "uid").write_text("5")
+    assert scan(tmp_path) == (0, PASSED_OVER.replace(b"-x/", b"-x\n/"), b"")
+    assert not (tmp_path / "inco-trio-fdholder/data/rules/uid/5").exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "said"),
+    [
+        (Path.mkdir, 2, "inco-trio: error: cannot write inco-trio-core0/run: Is a directory\n"),
+        (os.mkfifo, 0, "created inco-trio-core0/run\n"),
+        (lambda path: path.symlink_to("/nonexistent/x"), 0, "created inco-trio-core0/run\n"),
+        (lambda path: path.symlink_to("run"), 0, "created inco-trio-core0/run\n"),
+        (lambda path: path.symlink_to("finish"), 0, "changed inco-trio-core0/run\n"),
+    ],
+    ids=["directory", "FIFO", "dangling", "loop", "symlink"],
+)
+def test_something_else_in_the_place_of_a_file(
+    make: Callable[[Path], object], code: int, said: str, tmp_path: Path
+) -> None:
+    scan(tmp_path)
+    path = tmp_path / "inco-trio-core0/run"
+    path.unlink()
+    make(path)
+    before = (path.parent / "finish").read_bytes()
+    done, out, err = scan(tmp_path)
+    assert (done, (out + err).decode()) == (code, said)
+    assert (path.parent / "finish").read_bytes() == before
+    if code == 0:
+        assert not path.is_symlink()
+        assert path.read_text().startswith("#!/bin/sh\n")
+
+
+@pytest.mark.parametrize("place", ["inco-trio-core0", "inco-trio-fdholder/data/rules/uid"])
+@pytest.mark.parametrize("target", [None, "nowhere"], ids=["file", "dangling"])
+def test_something_else_in_the_place_of_a_directory(place: str, target: str | None, tmp_path: Path) -> None:
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if target is None:
+        path.touch()
+    else:
+        path.symlink_to(target)
+    code, _, err = scan(tmp_path)
+    assert (code, err) == (2, complaint(f"cannot write {place}: File exists"))
+
+
+def test_what_is_not_a_rule_of_ours(tmp_path: Path) -> None:
+    scan(tmp_path)
+    uids = tmp_path / "inco-trio-fdholder/data/rules/uid"
+    (uids / "notes").touch()
+    (uids / "98765").mkdir()
+    (uids / "98765/foreign").touch()
+    (uids / "link").symlink_to("98765")
+    removed = b"removed inco-trio-fdholder/data/rules/uid/98765\nremoved inco-trio-fdholder/data/rules/uid/link\n"
+    assert scan(tmp_path) == (0, removed, b"")
+    assert sorted(path.name for path in uids.iterdir()) == sorted({"0", str(os.geteuid()), "notes"})
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "said"),
+    [
+        ("unix:/run/core 1/local,peer=/run/remote", 0, b""),
+        ("unix:/a\nb,peer=/c", 2, complaint("link 'unix:/a\\nb,peer=/c': a service's name has no line break")),
+        (
+            "unix:/fdholder,peer=/c",
+            2,
+            complaint("link 'unix:/fdholder,peer=/c': inco-trio-fdholder is the service of the fd holder"),
+        ),
+    ],
+    ids=["spaces", "line break", "the holder's"],
+)
+def test_the_service_of_a_socket(address: str, code: int, said: bytes, tmp_path: Path) -> None:
+    done = finished([*RUN, "s6", str(tmp_path), "--iface", address, "--config", SAMPLE, "--user", "nobody"])
+    assert (done[0], done[2]) == (code, said)
+    if code == 0:
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["inco-trio-fdholder", "inco-trio-run-core 1-local"]
+        assert f"run '{address}' --config" in (tmp_path / "inco-trio-run-core 1-local/run").read_text()
+        (rule,) = tmp_path.glob("inco-trio-fdholder/data/rules/uid/6*/env/S6_FDHOLDER_STORE_REGEX")
+        assert rule.read_text() == "^inco-trio/(run-core 1-local)/\n"
+        unit = finished([*RUN, "s6", "--systemd", "--iface", address, "--config", SAMPLE])[1].decode()
+        assert unit.startswith("# /etc/systemd/system/inco-trio-run-core 1-local.service, ")
+
+
+def mounted(options: str, script: str, tmp_path: Path, *words: str | Path) -> Done:
+    """Run `script` in a mount namespace, with a tmpfs of `options` as the directory m; `words` are its arguments."""
+    (tmp_path / "m").mkdir(exist_ok=True)
+    setup = f"mount -t tmpfs -o {options} inco-trio-test m && {script}"
+    return finished(["unshare", "--mount", "sh", "-c", setup, "sh", *words], cwd=tmp_path)
+
+
+IN_M = [*RUN, "s6", "m/scan", "--iface", "core0", "--config", SAMPLE]
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("options", ["size=4k", "size=20k", "nr_inodes=2", "nr_inodes=9"])
+def test_a_scan_directory_on_a_full_disk(options: str, tmp_path: Path) -> None:
+    code, out, err = mounted(options, '"$@"; code=$?; find m -name ".*.new"; exit $code', tmp_path, *IN_M)
+    assert (code, out) == (71, b"")
+    assert err.startswith(b"inco-trio: error: cannot write %b/m/scan/" % os.fsencode(tmp_path))
+    assert err.endswith(b": No space left on device\n")
+    assert err.count(b"\n") == 1
+
+
+@pytest.mark.netns
+def test_a_scan_directory_that_may_only_be_read(tmp_path: Path) -> None:
+    written = '"$@" >written && mount -o remount,ro m && "$@"'
+    assert mounted("mode=755", written, tmp_path, *IN_M) == (0, b"nothing changed\n", b"")
+    changed = written + " --config /dev/null"
+    assert mounted("mode=755", changed, tmp_path, *IN_M) == (
+        2,
+        b"",
+        complaint(f"cannot write {tmp_path}/m/scan/inco-trio-core0/run: Read-only file system"),
+    )
+    assert mounted("ro", '"$@"', tmp_path, *IN_M) == (
+        2,
+        b"",
+        complaint(f"cannot write {tmp_path}/m/scan: Read-only file system"),
+    )
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ("ro", 78, "/m/irq: Read-only file system: the configuration has to name a directory that can be made and"),
+        ("nr_inodes=1", 71, "/m/irq: No space left on device"),
+        ("nr_inodes=3", 71, "/m/irq/message_"),
+    ],
+)
+def test_registers_that_cannot_be_made(options: str, code: int, said: str, tmp_path: Path, cores: Cores) -> None:
+    done, _, err = cores.core0.run(
+        lambda: mounted(options, '"$@"', tmp_path, *RUN, "run", cores.link, "--irq-dir", "m/irq")
+    )
+    lines = [line for line in err.splitlines() if not line.startswith(LOGGED)]
+    assert (done, len(lines)) == (code, 1)
+    assert lines[0].startswith(f"inco-trio: error: {tmp_path}{said}".encode())
+
+
+@pytest.mark.netns
+def test_a_service_that_may_not_be_read(tmp_path: Path, nobody: list[str]) -> None:
+    scandir = tmp_path / "scan"
+    scan(scandir)
+    for path in [scandir, *scandir.rglob("*")]:
+        os.chown(path, 65534, 65534)
+    (scandir / "inco-trio-x" / "data").mkdir(parents=True)
+    (scandir / "inco-trio-x" / "data" / "uid").write_text("5")
+    (scandir / "inco-trio-x" / "data").chmod(0)
+    for path in (scandir, *scandir.parents):
+        if path.is_relative_to("/tmp/"):  # noqa: S108 - only those of pytest, to let nobody in
+            path.chmod(0o755)
+    words = ["s6", str(scandir), "--iface", "core0", "--config", "/dev/null"]
+    command = [*nobody[:2], str(scandir), *nobody[2:], *RUN, *words]
+    code, _, err = finished(command)
+    assert code == 77
+    assert err == complaint(f"cannot read {scandir}/inco-trio-x/data/uid: Permission denied")
+
+
+# ------------------------------------------------------------------------------------------------ the system around it
+
+
+WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /proc && exec "$@"', "sh", *RUN]
+
+
+@pytest.mark.netns
+def test_commands_without_proc(tmp_path: Path) -> None:
+    for words in (["check"], ["s6", "--systemd"], ["s6", str(tmp_path / "scan")]):
+        code, out, err = finished([*WITHOUT_PROC, *words, "--config", SAMPLE])
+        assert (code, err) == (0, b"")
+        assert out
+    assert finished([*WITHOUT_PROC, "demo"]) == (
+        71,
+        b"",
+        complaint("the demonstration makes network namespaces by way of /proc, which is not mounted here"),
+    )
+
+
+@pytest.mark.netns
+def test_the_daemon_without_proc(cores: Cores, core1: Peer, irq_dir: Path) -> None:
+    ready, write_ready = os.pipe()
+    with cores.core0.run(
+        lambda: subprocess.Popen(
+            [*WITHOUT_PROC, "run", cores.link, "--irq-dir", str(irq_dir), "--notification-fd", str(write_ready)],
+            stderr=subprocess.PIPE,
+            pass_fds=[write_ready],
+        )
+    ) as running:
+        os.close(write_ready)
+        assert os.read(ready, 1) == b"\n"
+        os.close(ready)
+        trigger(irq_dir / "message_6_trig")
+        assert core1.receive()[14:] == b"redun_notify_irq"
+        running.terminate()
+        said = running.communicate(timeout=DEADLINE)[1]
+    assert running.returncode == 0
+    assert all(line.startswith(LOGGED) for line in said.splitlines())
+    assert b"triggered=1 sent=1 " in said
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_the_daemon_whose_streams_are_closed_or_full(closed: str, cores: Cores, core1: Peer, irq_dir: Path) -> None:
+    ready, write_ready = os.pipe()
+    words = ["run", cores.link, "--irq-dir", str(irq_dir), "--notification-fd", str(write_ready), "-v"]
+    with cores.core0.run(
+        lambda: subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *RUN, *words], pass_fds=[write_ready])
+    ) as running:
+        os.close(write_ready)
+        assert os.read(ready, 1) == b"\n"
+        os.close(ready)
+        trigger(irq_dir / "message_6_trig")
+        assert core1.receive()[14:] == b"redun_notify_irq"
+        core1.send(b"ihub_reset_irq")
+        # Nothing but frames and registers were written: no log line has found its way into one of them.
+        for number in range(3):
+            assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
+        running.terminate()
+        assert running.wait(DEADLINE) == 0
+    assert (irq_dir / "message_4_state").read_bytes() == b"1"
+    assert (irq_dir / "message_6_trig").read_bytes() == b"1"
+
+
+HOLDER = """
+import ctypes, sys
+ctypes.CDLL(None).prctl(15, b"a\\xff\\x1b[2J\\nb", 0, 0, 0)
+held = open(sys.argv[1], "w")
+print(flush=True)
+sys.stdin.read()
+"""
+"""Holds a file open as a process whose name is no text: PR_SET_NAME of prctl(2)."""
+
+
+@pytest.mark.netns
+def test_a_process_whose_name_is_no_text_holds_a_register(
+    cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path
+) -> None:
+    irq_dir.mkdir()
+    register = irq_dir / "message_6_trig"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(register)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        running = proxy("--irq-dir", irq_dir, "--log-format", "text")
+        said = running.wait_log(f"process {holder.pid}")
+        # One line, which commands no terminal.
+        assert said == (
+            f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds it open for writing: "
+            "what it writes is a notification only when it closes it"
+        )
+        assert running.stop() == 0
+
+
+@pytest.mark.netns
+def test_a_trigger_that_may_not_be_read_is_not_blamed_on_writing(
+    cores: Cores, irq_dir: Path, nobody: list[str], tmp_path: Path
+) -> None:
+    irq_dir.mkdir()
+    irq_dir.chmod(0o777)
+    for name in ("message_4_state", "message_5_state", "message_6_trig"):
+        (irq_dir / name).touch()
+        (irq_dir / name).chmod(0o666)
+    (irq_dir / "message_6_trig").chmod(0o222)
+    address = f"unix:{irq_dir}/a,peer={irq_dir}/b"
+    command = [*nobody[:2], str(irq_dir), *nobody[2:], *RUN, "run", address, "--irq-dir", str(irq_dir)]
+    code, _, err = finished(command)
+    (line,) = [line for line in err.decode().splitlines() if not line.startswith(LOGGED.decode())]
+    assert code == 77
+    assert line.startswith(f"inco-trio: error: {irq_dir}/message_6_trig: Permission denied: uid ")
+    assert "needs to read triggers" in line
