@@ -1113,6 +1113,18 @@ def test_watches_of_an_earlier_configuration_are_ended(start: StartWorld, notify
     assert successor.triggered() == ["redun_notify_irq"]
 
 
+def test_a_directory_of_an_earlier_configuration_notifies_nobody(start: StartWorld, irq: Path, notify: Signal) -> None:
+    world = start(notify)
+    # A trigger of the same name, elsewhere.
+    elsewhere = Signal("redun_notify_irq", OUT, irq.with_name("elsewhere"), notify.register)
+    successor = world.again([elsewhere])
+    assert successor.open() == []
+    remake(notify.path)
+    assert successor.triggered() + successor.later() == []
+    write(elsewhere.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
 def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     # As a process leaves it that is killed after a rename, before it notes the new file.

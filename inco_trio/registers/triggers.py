@@ -361,8 +361,9 @@ class Triggers:
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:
-            if mask & APPEARED:
-                # In a directory that only a predecessor had seen. Somebody may have written what they made there.
+            if mask & APPEARED and wd not in self._by_wd:
+                # In a directory that only a predecessor had seen, and that was not left out by our configuration.
+                # Somebody may have written what they made there.
                 for trigger in self.by_path.values():
                     if os.fsencode(trigger.register) == name:
                         triggered.add(trigger)

@@ -1,8 +1,9 @@
-"""The random walk over registers, long: 100,000 steps in the full form."""
+"""The random walks over registers, long: 100,000 steps each in the full form."""
 
 from __future__ import annotations
 
 from tests.faults.supervised import environment_form
+from tests.test_registers_calm import calm
 from tests.test_registers_machine import walk
 
 
@@ -11,3 +12,10 @@ def test_a_long_walk() -> None:
         walk(steps=5000, walks=50)
     else:
         walk(steps=100_000, walks=1000)
+
+
+def test_a_long_calm_walk() -> None:
+    if environment_form() == "short":
+        calm(steps=3000, walks=75)
+    else:
+        calm(steps=100_000, walks=2500)
