@@ -55,7 +55,9 @@ class Results:
             names = [name for name, measure in self.measures.items() if measure["run"] == index]
             if names:
                 what = "" if len(names) == len(self.measures) else f" ({', '.join(names)})"
-                lines.append(f"Measured on {in_words(run['machine'])}, {run['machine']['date']}{what}.")
+                machine = run["machine"]
+                busy = f"load average {machine['load average']:.1f} at the start"
+                lines.append(f"Measured on {in_words(machine)}, {busy}, {machine['date']}{what}.")
         return lines
 
     def save(self, directory: Path, order: Sequence[str]) -> None:

@@ -193,7 +193,7 @@ def test_the_search_ends_where_nothing_is_kept() -> None:
 
 
 def test_a_figure_that_is_measured_again_replaces_its_earlier_form_only(tmp_path: Path) -> None:
-    machine = {"cpu": "a CPU", "cpus": 2, "kernel": "6", "python": "3"}
+    machine = {"cpu": "a CPU", "cpus": 2, "kernel": "6", "python": "3", "load average": 0.25}
     figures = [Figure(name, "us", {"a": [2.0], "b": [1.0]}, Goal("<=", 3.0), ("a", "b")) for name in ("x", "y", "z")]
     results = Results([{"machine": machine | {"date": "Monday"}}])
     results.add("one", 1.0, figures[:1], {"a": [1]})
@@ -209,6 +209,6 @@ def test_a_figure_that_is_measured_again_replaces_its_earlier_form_only(tmp_path
     ]
     assert merged.series == {"one": {"a": [1]}}
     monday, friday = merged.origins
-    assert "Monday (one)" in monday
+    assert "load average 0.2 at the start, Monday (one)" in monday
     assert "Friday (two)" in friday
     assert friday in (tmp_path / "results.md").read_text()
