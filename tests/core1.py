@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from inco_trio.links.address import UnixAddress, parse_address
@@ -96,14 +97,11 @@ class Board:
         self.trigger(2)
         return self.guest.wait_counters()
 
-    def close(self) -> None:
-        self._stack.close()
-
     def __enter__(self) -> Board:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, at)
 
 
 Scenario = Callable[[Board], None]
