@@ -31,8 +31,9 @@ COMMANDS = {
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 2 usage, 69 no such interface, 70 internal error, 71 the system
-has no room now (descriptors, inotify limits, disk), 77 no permission, 78 invalid configuration"""
+exit codes: 0 clean, 2 usage, 69 a program or device that is needed is not there (as the
+interface), 70 internal error, 71 the system has no room now (descriptors, inotify limits, memory,
+disk), 77 no permission, 78 invalid configuration, 1 nobody reads the output any more"""
 EXIT_INTERNAL = 70
 
 
