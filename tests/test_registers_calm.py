@@ -72,8 +72,8 @@ class Calm(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.make_room()
-            self.follow()
+            self.rest()
+            assert self.watches() == self.needed()
         finally:
             self.world.ending.close()
             self.consumer.close()
@@ -101,6 +101,20 @@ class Calm(RuleBasedStateMachine):
     @property
     def outbound(self) -> set[Path]:
         return {signal.path for signal in self.world.table.outbound.values()}
+
+    def watches(self) -> set[int]:
+        """The watches that the kernel has."""
+        lines = Path(f"/proc/self/fdinfo/{self.world.inotify.fd}").read_text().splitlines()
+        return {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify wd:")}
+
+    def needed(self) -> set[int]:
+        """The watches on what is in the table, and on the directories above."""
+        registers = self.world.registers
+        return {
+            *(trigger.wd for trigger in registers.triggers.by_path.values()),
+            *(directory.wd for directory in registers.directories.by_path.values()),
+            *(wd for directory in registers.directories.by_path.values() for wd in directory.above),
+        }
 
     def trigger(self, path: Path) -> None:
         if path in self.outbound:
