@@ -242,8 +242,11 @@ class Calm(RuleBasedStateMachine):
     @rule(outbound=st.none() | st.sets(triggers), inbound=st.sets(states), rested=st.booleans())
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
         """Another process takes over what is held, perhaps with another table."""
-        # Of a watch that its predecessor was about to end, a successor does not know whose it is, and would tell all.
-        if rested or self.world.owed or self.world.registers.triggers._retired:
+        triggers = self.world.registers.triggers
+        # What it cannot know of its predecessor, and would tell once more: whose a watch is that was about to be ended,
+        # and who made a file that was replaced since.
+        unknown = triggers._retired or any(triggers.by_path[path].made_in for path in self.replaced & self.outbound)
+        if rested or self.world.owed or unknown:
             self.rest()
         table = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(table)
