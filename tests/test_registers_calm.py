@@ -244,8 +244,8 @@ class Calm(RuleBasedStateMachine):
         """Another process takes over what is held, perhaps with another table."""
         triggers = self.world.registers.triggers
         # What it cannot know of its predecessor, and would tell once more: whose a watch is that was about to be ended,
-        # and who made a file that was replaced since.
-        unknown = triggers._retired or any(triggers.by_path[path].made_in for path in self.replaced & self.outbound)
+        # and who made a file that is replaced before the event of that is read.
+        unknown = triggers._retired or any(trigger.made_in for trigger in triggers.by_path.values())
         if rested or self.world.owed or unknown:
             self.rest()
         table = list(self.world.table) if outbound is None else self.table(outbound, inbound)
