@@ -1125,6 +1125,21 @@ def test_a_directory_of_an_earlier_configuration_notifies_nobody(start: StartWor
     assert successor.triggered() == ["redun_notify_irq"]
 
 
+def test_a_directory_of_an_earlier_configuration_that_is_taken_again_stays_watched(
+    start: StartWorld, irq: Path, notify: Signal, uart: Signal
+) -> None:
+    world = start(notify)
+    successor = world.again([Signal("uart_irq", OUT, irq.parent.with_name("elsewhere"), uart.register)])
+    assert successor.open() == []
+    assert successor.reload([notify]) + successor.later() == []
+    irq.rename(irq.with_name("away"))
+    irq.mkdir()
+    write(notify.path)
+    assert set(successor.triggered() + successor.later()) == {"redun_notify_irq"}
+    write(notify.path)
+    assert successor.triggered() == ["redun_notify_irq"]
+
+
 def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     # As a process leaves it that is killed after a rename, before it notes the new file.

@@ -72,8 +72,8 @@ class Calm(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self.make_room()
-            self.follow()
+            self.rest()
+            assert self.watches() == self.needed()
         finally:
             self.world.ending.close()
             self.consumer.close()
@@ -101,6 +101,20 @@ class Calm(RuleBasedStateMachine):
     @property
     def outbound(self) -> set[Path]:
         return {signal.path for signal in self.world.table.outbound.values()}
+
+    def watches(self) -> set[int]:
+        """The watches that the kernel has."""
+        lines = Path(f"/proc/self/fdinfo/{self.world.inotify.fd}").read_text().splitlines()
+        return {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify wd:")}
+
+    def needed(self) -> set[int]:
+        """The watches on what is in the table, and on the directories above."""
+        registers = self.world.registers
+        return {
+            *(trigger.wd for trigger in registers.triggers.by_path.values()),
+            *(directory.wd for directory in registers.directories.by_path.values()),
+            *(wd for directory in registers.directories.by_path.values() for wd in directory.above),
+        }
 
     def trigger(self, path: Path) -> None:
         if path in self.outbound:
@@ -228,8 +242,11 @@ class Calm(RuleBasedStateMachine):
     @rule(outbound=st.none() | st.sets(triggers), inbound=st.sets(states), rested=st.booleans())
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
         """Another process takes over what is held, perhaps with another table."""
-        # Of a watch that its predecessor was about to end, a successor does not know whose it is, and would tell all.
-        if rested or self.world.owed or self.world.registers.triggers._retired:
+        triggers = self.world.registers.triggers
+        # What it cannot know of its predecessor, and would tell once more: whose a watch is that was about to be ended,
+        # and who made a file that is replaced before the event of that is read.
+        unknown = triggers._retired or any(trigger.made_in for trigger in triggers.by_path.values())
+        if rested or self.world.owed or unknown:
             self.rest()
         table = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(table)

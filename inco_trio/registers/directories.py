@@ -313,9 +313,13 @@ class Directories:
         directory = self._by_wd.get(wd)
         return directory is not None and directory.wd == wd
 
+    def watches(self, wd: int) -> bool:
+        """Whether `wd` is a watch on a directory, or on one above."""
+        return self._watches_names(wd) or bool(self._above.get(wd))
+
     def _unwatch(self, wd: int) -> None:
         """End a watch that nothing needs any more. Its queued events still come."""
-        if not self._watches_names(wd) and not self._above.get(wd):
+        if not self.watches(wd):
             self._above.setdefault(wd, set())
             self._inotify.unwatch(wd)
 
@@ -358,7 +362,7 @@ class Directories:
             if key not in keys:
                 stale.append(self._noted[key])
                 self._noted[key] = 0
-        return [wd for wd in stale if not self._watches_names(wd) and not self._above.get(wd)]
+        return [wd for wd in stale if not self.watches(wd)]
 
     # ----------------------------------------------------------------------------------------------- following
 

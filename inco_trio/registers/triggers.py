@@ -445,7 +445,10 @@ class Triggers:
         now = time.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
-            self._inotify.unwatch(wd)
+            if self._directories.watches(wd):
+                del self._by_wd[wd]  # A directory of a predecessor's configuration that a reload took again.
+            else:
+                self._inotify.unwatch(wd)
 
     def next_expiry(self) -> float:
         """When `expire` has something to do (time.monotonic()); infinity for never."""

@@ -11,11 +11,12 @@ def test_a_long_walk() -> None:
     if environment_form() == "short":
         walk(steps=5000, walks=50)
     else:
-        walk(steps=100_000, walks=1000)
+        # A part of the walks ends early.
+        walk(steps=120_000, walks=1200)
 
 
 def test_a_long_calm_walk() -> None:
     if environment_form() == "short":
         calm(steps=3000, walks=75)
     else:
-        calm(steps=100_000, walks=2500)
+        calm(steps=120_000, walks=3000)
