@@ -131,7 +131,7 @@ def unit(session: nox.Session) -> None:
     session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
     session.install(".", *nox.project.dependency_groups(PROJECT, "test"))
     # Where there is no package beside the tests, what they import is the wheel's.
-    away = Path(session.create_tmp(), "without-package")
+    away = Path(session.virtualenv.location).resolve() / "without-package"
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):

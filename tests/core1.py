@@ -164,7 +164,7 @@ def a_flood_while_the_proxy_is_stopped_loses_nothing(board: Board) -> None:
 
 
 def a_guest_that_is_started_again_is_found(board: Board) -> None:
-    consumer = board.consumer(4)
+    consumer, received = board.consumer(4), 0
     board.first.wait(1)
     for starts in range(1, 4):
         board.guest.kill()
@@ -172,11 +172,17 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
         board.guest.start()
         board.guest.wait_ready()
         board.first.wait(1 + starts)
-        if not board.link_knows_its_peer:
+        if board.link_knows_its_peer:
+            # All were kept and are sent. QEMU may drop the first, which it has read before the guest starts its card.
+            arrived = board.counters()["known"] - 1
+            assert arrived in (49, 50)
+        else:
             # The link took the frames, and the bridge had nobody to hand them to.
-            assert consumer.count == 50 * (starts - 1)
+            assert consumer.count == received
             board.trigger(4, 50)
-        consumer.wait(50 * starts)
+            arrived = 50
+        received += arrived
+        consumer.wait(received)
 
 
 SCENARIOS: list[Scenario] = [

@@ -36,6 +36,16 @@ def test_sockets(text: str, local: str, peer: str) -> None:
     assert "/" not in address.label
 
 
+def test_labels_of_long_paths_are_short_and_differ() -> None:
+    labels = set()
+    for number in range(100):
+        address = parse_address(f"unix:/run/{'long' * 10}/{number}/" + "ö" * 10 + "/core0,peer=/q")
+        labels.add(address.label)
+        assert len(address.label.encode()) <= 36
+        assert re.fullmatch(r"[^/]*-core0-[0-9a-f]{8}", address.label)
+    assert len(labels) == 100
+
+
 def test_the_mac_is_stable_locally_administered_and_of_one_station() -> None:
     addresses = [parse_address(f"unix:/run/{number},peer=/q") for number in range(200)]
     macs = [address.mac for address in addresses if isinstance(address, UnixAddress)]

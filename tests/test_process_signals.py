@@ -130,7 +130,7 @@ def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Si
 
 def test_other_commands_are_interrupted_as_any_program() -> None:
     script = AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
-    assert run(script, "inco_trio.config", [signal.SIGINT]) == (-signal.SIGINT, "")
+    assert run(script, "inco_trio.commands.check", [signal.SIGINT]) == (-signal.SIGINT, "")
 
 
 # ------------------------------------------------------------------------------------------------------- while it runs

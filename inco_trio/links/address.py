@@ -19,6 +19,8 @@ INTERFACE_MAX = 15
 """The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
 PATH_MAX = 107
 """The longest path of a socket, in bytes (sun_path of unix(7), less a NUL)."""
+LABEL_MAX = 36
+"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of more than 64."""
 UNIX = "unix:"
 
 # What dev_valid_name() of the kernel's net/core/dev.c refuses; its isspace() is that of Latin-1.
@@ -55,8 +57,13 @@ class UnixAddress:
 
     @property
     def label(self) -> str:
-        """See `InterfaceAddress.label`."""
-        return self.local.strip("/").replace("/", "-")
+        """See `InterfaceAddress.label`. A long path is shortened, to its end and what tells it from others."""
+        whole = self.local.strip("/").replace("/", "-")
+        if len(os.fsencode(whole)) <= LABEL_MAX:
+            return whole
+        digest = blake2b(os.fsencode(self.local), digest_size=4).hexdigest()
+        end = os.fsencode(whole)[len(digest) + 1 - LABEL_MAX :].decode(errors="ignore")
+        return f"{end}-{digest}"
 
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
