@@ -118,6 +118,19 @@ def test_what_is_there_is_kept(start: StartWorld, irq: Path, notify: Signal, res
     assert world.triggered() == ["redun_notify_irq"]
 
 
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_state_file_that_is_a_trigger_too_is_refused(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal, *, reload: bool
+) -> None:
+    irq.mkdir(parents=True)
+    reset.path.touch()
+    notify.path.hardlink_to(reset.path)
+    world = start(reset if reload else notify)
+    with pytest.raises(ConfigError, match=r"is the same file as .*: remove one of the two names"):
+        world.reload([notify, reset])
+    assert list(world.registers.table) == [reset if reload else notify]
+
+
 def test_mode_follows_the_umask(start: StartWorld, notify: Signal, reset: Signal) -> None:
     before = os.umask(0o027)
     try:

@@ -13,7 +13,8 @@ from inco_trio.signals import is_path
 __all__ = ["LINK", "absolute", "check_link", "config_path", "configuration_argument", "path_of"]
 
 LINK = "rpmsg4000"
-"""The interface that is used unless another one is named."""
+"""The interface that is used unless another link is named."""
+LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
 def check_link(address: str) -> None:

@@ -31,9 +31,9 @@ COMMANDS = {
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 2 usage, 69 a program or device that is needed is not there (as the
-interface), 70 internal error, 71 the system has no room now (descriptors, inotify limits, memory,
-disk), 77 no permission, 78 invalid configuration, 1 nobody reads the output any more"""
+exit codes: 0 clean, 1 the demonstration lost something, 2 usage, 69 a program or device is not there
+(as the link), 70 internal error, 71 no room now (descriptors, inotify limits, memory, disk),
+77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 

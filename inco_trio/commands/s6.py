@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from inco_trio.commands.configuration import LINK, absolute, check_link, config_path, configuration_argument
+from inco_trio.commands.configuration import LINK, LINK_HELP, absolute, check_link, config_path, configuration_argument
 from inco_trio.commands.streams import say, say_bytes
 from inco_trio.errors import UsageError
 from inco_trio.service import scandir
@@ -17,7 +17,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `s6`."""
     sub.epilog = "example: inco-trio s6 /run/service --config /etc/udrv.json && s6-svscan /run/service"
     sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="the scan directory")
-    sub.add_argument("--iface", default=LINK, metavar="IFACE", help=f"interface of the link (default: {LINK})")
+    sub.add_argument("--iface", default=LINK, metavar="LINK", help=LINK_HELP)
     configuration_argument(sub)
     sub.add_argument("--user", help="run as USER, with CAP_NET_RAW only")
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")

@@ -17,7 +17,7 @@ from inco_trio.keep.inflight import Inflight
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
 from inco_trio.registers.inotify import Inotify
-from inco_trio.registers.refusals import refusal
+from inco_trio.registers.refusals import Unfit, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
@@ -84,6 +84,7 @@ class Registers:
                         if directory.fd >= 0:
                             self.triggers.look(trigger, make=True)
                     signals[trigger] = signal
+                self._refuse_both_ways(signal, table)
                 yield
         except BaseException as error:
             if self._opened:
@@ -112,6 +113,17 @@ class Registers:
             if path not in needed:
                 self.directories.drop(directory)
                 yield
+
+    def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
+        """Raise Unfit for a file that is a state register and a trigger: each frame would send one."""
+        try:
+            if signal.path.lstat().st_nlink < 2:
+                return
+            for other in table:
+                if other.direction is not signal.direction and other.path.samefile(signal.path):
+                    raise Unfit(signal.path, f"is the same file as {other.path}", "remove one of the two names")
+        except FileNotFoundError:
+            pass  # In a directory that is missing now.
 
     async def reload(self, table: SignalTable) -> None:
         """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""

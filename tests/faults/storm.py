@@ -386,6 +386,8 @@ class Storm:
         return True
 
     def _block_registers(self) -> bool:
+        # A start in this very moment would be refused for good (exit code 78), as it should be.
+        self.service.wait("U")
         kinds = ("directory", "FIFO", "symlink")
         blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
         time.sleep(self.random.uniform(0.0, 0.2))
