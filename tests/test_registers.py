@@ -1274,6 +1274,26 @@ def test_a_trigger_that_turns_out_to_be_missing_while_others_are_restored_is_mad
     assert world.triggered() == ["redun_notify_irq", "uart_irq"]
 
 
+def test_a_trigger_that_was_made_anew_and_blocked_at_once_counts(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    write(notify.path)
+    notify.path.unlink()
+    notify.path.mkdir()
+    assert world.triggered() == ["redun_notify_irq"]
+    notify.path.rmdir()
+    assert world.later() == []
+    notify.path.unlink()
+    notify.path.mkdir()
+    notify.path.rmdir()
+    notify.path.mkdir()
+    assert world.triggered() + world.later() == []
+    notify.path.rmdir()
+    notify.path.mkdir()
+    notify.path.rmdir()
+    assert world.triggered() + world.later() == []
+
+
 def test_what_fails_while_its_directory_is_restored_is_tried_again(
     start: StartWorld, hwwd: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
