@@ -1269,6 +1269,69 @@ def test_a_trigger_renamed_onto_another(start: StartWorld, notify: Signal, uart:
     assert world.triggered() == [notify.name, uart.name]
 
 
+def test_a_trigger_that_turns_out_to_be_missing_while_others_are_restored_is_made_again(
+    start: StartWorld, notify: Signal, uart: Signal
+) -> None:
+    world = start(notify, uart)
+    uart.path.unlink()
+    assert world.triggered() == []
+    # Its events are read only after the other trigger was looked for, and found to be this file.
+    notify.path.rename(uart.path)
+    world.clock.now += PATIENCE
+    world.restore()
+    world.triggered()
+    world.later()
+    assert notify.path.exists()
+    write(notify.path)
+    write(uart.path)
+    assert world.triggered() == ["redun_notify_irq", "uart_irq"]
+
+
+def test_a_trigger_that_was_made_anew_and_blocked_at_once_counts(start: StartWorld, notify: Signal) -> None:
+    world = start(notify)
+    notify.path.unlink()
+    write(notify.path)
+    notify.path.unlink()
+    notify.path.mkdir()
+    assert world.triggered() == ["redun_notify_irq"]
+    notify.path.rmdir()
+    assert world.later() == []
+    notify.path.unlink()
+    notify.path.mkdir()
+    notify.path.rmdir()
+    notify.path.mkdir()
+    assert world.triggered() + world.later() == []
+    notify.path.rmdir()
+    notify.path.mkdir()
+    notify.path.rmdir()
+    assert world.triggered() + world.later() == []
+
+
+def test_what_fails_while_its_directory_is_restored_is_tried_again(
+    start: StartWorld, hwwd: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, full, write_there = start(hwwd, reset), True, os.write
+
+    def write_if_there_is_room(fd: int, data: bytes) -> int:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_there(fd, data)
+
+    monkeypatch.setattr("os.write", write_if_there_is_room)
+    world.write(reset)
+    full = False
+    for _ in world.registers.restore():
+        if world.owed:
+            continue
+        # Another leg has its turn.
+        full = True
+        world.write(hwwd)
+    assert world.owed == {"ihub_hwwd_irq": 1}
+    full = False
+    assert world.later() == []
+    assert world.owed == {}
+
+
 def test_what_was_read_before_a_reload_goes_to_the_register_of_the_new_table(
     start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
 ) -> None:

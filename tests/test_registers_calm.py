@@ -243,14 +243,15 @@ class Calm(RuleBasedStateMachine):
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
         """Another process takes over what is held, perhaps with another table."""
         triggers = self.world.registers.triggers
-        # What it cannot know of its predecessor, and would tell once more: whose a watch is that was about to be ended,
-        # and who made a file that is replaced before the event of that is read.
-        unknown = triggers._retired or any(trigger.made_in for trigger in triggers.by_path.values())
+        # What it cannot know of its predecessor, and would tell once more: whose a watch was that is being ended, and
+        # who made a file that is replaced before the event of that is read.
+        known = triggers.by_path.values()
+        unknown = set(triggers._by_wd) - {trigger.wd for trigger in known} or any(trigger.made_in for trigger in known)
         if rested or self.world.owed or unknown:
             self.rest()
-        table = list(self.world.table) if outbound is None else self.table(outbound, inbound)
-        self.leave_out(table)
-        self.world = self.world.again(table)
+        signals = list(self.world.table) if outbound is None else self.table(outbound, inbound)
+        self.leave_out(signals)
+        self.world = self.world.again(signals)
         self.tell(self.world.open())
 
 

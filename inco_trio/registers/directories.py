@@ -80,6 +80,8 @@ class Directory:
     """When a name in it was last seen to vanish."""
     retry_at: float = math.inf
     """When to try again what could not be done in it."""
+    troubled_again: bool = False
+    """Whether something more could not be done while it was being tried again."""
     backoff: Backoff = attrs.Factory(Backoff)
 
     @property
@@ -442,6 +444,7 @@ class Directories:
         if not self.has(directory):
             return
         directory.retry_at = time.monotonic()
+        directory.troubled_again = True
         directory.backoff.reset()
         self._troubled.add(directory)
         self.announce()
@@ -457,6 +460,7 @@ class Directories:
         now = time.monotonic()
         for directory in tuple(self._troubled):
             if directory.retry_at <= now and self.has(directory):
+                directory.troubled_again = False
                 yield directory
 
     def next_retry(self) -> float:
@@ -465,7 +469,10 @@ class Directories:
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
         """Note that all was tried, in `spent` seconds, and when to do so again; None if nothing is left."""
-        if earliest is None:
+        if directory.troubled_again:
+            # It may concern what had had its turn.
+            directory.retry_at = time.monotonic() + directory.backoff.next()
+        elif earliest is None:
             self._troubled.discard(directory)
             directory.retry_at = math.inf
         else:

@@ -34,6 +34,7 @@ IN_IGNORED: int = pyinotify.IN_IGNORED
 IN_DONT_FOLLOW: int = pyinotify.IN_DONT_FOLLOW
 IN_ONLYDIR: int = pyinotify.IN_ONLYDIR
 IN_MASK_ADD: int = pyinotify.IN_MASK_ADD
+IN_ISDIR: int = pyinotify.IN_ISDIR
 
 _EVENT = struct.Struct("=iIII")
 """struct inotify_event: wd, mask, cookie, length of the NUL-padded name that follows."""

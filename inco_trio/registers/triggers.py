@@ -388,7 +388,12 @@ class Triggers:
             error = self._try_look(trigger, make=False)
             if another := bool(trigger.replaced):
                 trigger.replaced.popleft()
-            gone_again = error is not None and error.errno == errno.ENOENT
+            # A file of which the event tells, not the directory that may be there instead.
+            gone_again = (
+                error is not None
+                and not mask & ino.IN_ISDIR
+                and (error.errno == errno.ENOENT or _is_directory(trigger.path))
+            )
             if another or gone_again or action is Action.FOLLOW:
                 triggered.add(trigger, note=another)
 
@@ -465,6 +470,13 @@ def _happening(mask: int) -> Happening:
     if mask & VANISHED:
         return Happening.VANISHED
     return Happening.MADE if mask & ino.IN_CREATE else Happening.MOVED_HERE
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _same_file(one: Path, other: Path) -> bool:
