@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
-__all__ = ["BROADCAST", "ETHERTYPE", "FRAME_MAX", "HEADER_LENGTH", "NAME_MAX", "decode", "encode", "is_wire_name"]
+__all__ = [
+    "ADDRESSES",
+    "BROADCAST",
+    "ETHERTYPE",
+    "FRAME_MAX",
+    "HEADER_LENGTH",
+    "NAME_MAX",
+    "decode",
+    "encode",
+    "is_wire_name",
+]
 
 ETHERTYPE = 0x8800
 """The protocol of the inter-core link."""
@@ -15,10 +24,11 @@ HEADER_LENGTH = 14
 """Bytes before the payload: destination, source, EtherType (packet(7))."""
 NAME_MAX = 64
 """The longest wire name, in bytes."""
+ADDRESSES = 12
+"""Bytes of the two addresses at the beginning of a frame, which say nothing about the signal."""
 FRAME_MAX = 1600
 """The longest frame that is looked at, in bytes: more than a tag, a header and 1,500, the usual MTU."""
 
-_ADDRESSES = 12
 _TYPE = ETHERTYPE.to_bytes(2, "big")
 _VLAN = b"\x81\x00"
 _VLAN_LENGTH = 4
@@ -52,13 +62,7 @@ def decode(frame: bytes | memoryview, length: int | None = None) -> bytes | None
     """
     if (len(frame) if length is None else length) > FRAME_MAX:
         return None
-    return _decode_rest(bytes(frame[_ADDRESSES:length]))
-
-
-# The same few frames come again and again.
-@functools.lru_cache(maxsize=512)
-def _decode_rest(rest: bytes) -> bytes | None:
-    """The wire name of a frame without its addresses."""
+    rest = bytes(frame[ADDRESSES:length])
     start = _VLAN_LENGTH if rest.startswith(_VLAN) else 0
     if not rest.startswith(_TYPE, start):
         return None

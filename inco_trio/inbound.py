@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from inco_trio.frame import FRAME_MAX, decode
+from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
 from inco_trio.links.link import Link
 from inco_trio.registers.states import StateFiles
+from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 from inco_trio.supervise import Health
 
 __all__ = ["Inbound"]
+
+PADDINGS = 4
+"""Frames of one signal that are remembered; they differ in their padding."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,9 @@ class Inbound:
         starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
         self._rooms = [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in inflight.frames]
         self._fills = max(bank.sequence for bank in inflight.frames)
+        self._known: dict[bytes, Signal] = {}
+        # The same few frames come again and again: the signals of short ones, by all but the addresses.
+        self._by_frame: dict[bytes, Signal] = {}
 
     def recover(self) -> None:
         """Deliver the frames that a predecessor had read and not finished."""
@@ -63,25 +70,33 @@ class Inbound:
             return None
         self._fills += 1
         self._counters.received += len(lengths)
-        known = self._states.known
-        signals = []
+        signals, by_frame = [], self._signals_by_frame()
         for room, length in zip(rooms, lengths, strict=False):
-            name = decode(room, length)
-            if name is not None and (signal := known.get(name)):
+            signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
+            if signal is not None or (signal := self._decode(room, length)) is not None:
                 signals.append(signal)
-            else:
-                self._count_unusual(name)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_MAX)
         drained = len(lengths) < FRAMES and lengths[-1] <= SHORT
         return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
 
-    def _count_unusual(self, name: bytes | None) -> None:
-        """Count a frame that carries no inbound signal of the table."""
+    def _signals_by_frame(self) -> dict[bytes, Signal]:
+        if self._known is not self._states.known:
+            self._known, self._by_frame = self._states.known, {}
+        return self._by_frame
+
+    def _decode(self, room: memoryview, length: int) -> Signal | None:
+        """The signal of a frame that comes for the first time; one that carries none is counted."""
+        name = decode(room, length)
         if name is None:
             self._counters.malformed += 1
-        else:
+            return None
+        signal = self._known.get(name)
+        if signal is None:
             self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
+        elif length <= SHORT and len(self._by_frame) < PADDINGS * len(self._known):
+            self._by_frame[room[ADDRESSES:length].tobytes()] = signal
+        return signal
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
@@ -107,10 +122,8 @@ class Inbound:
         length = self._link.receive_one(room)
         if length < 0:
             return
-        name = decode(room, length)
-        if name is None or (signal := self._states.known.get(name)) is None:
-            self._count_unusual(name)
-        else:
+        signal = self._signals_by_frame().get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
+        if signal is not None or (signal := self._decode(room, length)) is not None:
             self._states.write((signal,))
             self._handoff.carried((signal,))
         self._counters.received += 1

@@ -40,8 +40,9 @@ class StateFile:
         """Write one notification. Raises OSError."""
         if self.fd >= 0:
             self._check_still_there()
-        fd = self.fd if self.fd >= 0 else self.directory.open_state(self.signal.register)
-        self.fd = fd
+        fd = self.fd
+        if fd < 0:
+            fd = self.fd = self.directory.open_state(self.signal.register)
         os.write(fd, b"1")
         self.fd = -1
         os.close(fd)
