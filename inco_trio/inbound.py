@@ -122,7 +122,8 @@ class Inbound:
         length = self._link.receive_one(room)
         if length < 0:
             return
-        signal = self._signals_by_frame().get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
+        by_frame = self._signals_by_frame()
+        signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
         if signal is not None or (signal := self._decode(room, length)) is not None:
             self._states.write((signal,))
             self._handoff.carried((signal,))
