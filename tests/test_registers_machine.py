@@ -306,3 +306,14 @@ def walk(steps: int, walks: int) -> None:
 
 def test_a_walk() -> None:
     walk(steps=1600, walks=40)
+
+
+def test_a_file_of_no_trigger_any_more_is_renamed_to_one_in_an_overflow_and_written_before_it_goes() -> None:
+    # Found by the long walk: the file's watch was that of a trigger that the table no longer has.
+    machine = Walk()
+    machine.reload(moved=False, states=set(), triggers={("board", "a_trig")})
+    machine.rename(place=("board/irq", "a_trig"), other=("board", "a_trig"))
+    machine.overflow(kept=0)
+    machine.write(place=("board", "a_trig"))
+    machine.remove_directory(directory="board")
+    machine.teardown()

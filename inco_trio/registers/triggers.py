@@ -343,7 +343,8 @@ class Triggers:
         self._notify_all(triggered)
         for trigger in self.by_path.values():
             trigger.made_in = 0  # The event that tells of it may be among the lost ones.
-            self._miss(trigger)
+            # At once: a file that was renamed to here may have a watch that is still nobody's.
+            self._try_look(trigger, make=False)
         self._directories.look_at_all()
 
     def _ignored(self, wd: int) -> None:
