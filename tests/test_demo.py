@@ -58,14 +58,18 @@ def finish(command: list[str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def table(said: str) -> list[list[str]]:
+    """The words of each row of the table at the end."""
+    return [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
+
+
 @pytest.mark.netns
 def test_all_arrive() -> None:
     code, said, complaints = finish([*DEMO, *SHORT])
     *_, verdict = said.splitlines()
     assert ALL_ARRIVED.fullmatch(verdict)
     assert (code, complaints) == (0, "")
-    rows = [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
-    assert [row[0] for row in rows] == [
+    assert [row[0] for row in table(said)] == [
         "ihub_reset_irq",
         "ihub_hwwd_irq",
         "redun_notify_irq",
@@ -73,7 +77,7 @@ def test_all_arrive() -> None:
         "ihub_uart_irq",
         "ihub_type_b_irq",
     ]
-    assert all(row[6:8] == ["5", "5"] for row in rows)
+    assert all(row[6:8] == ["5", "5"] for row in table(said))
 
 
 @pytest.mark.netns
@@ -95,11 +99,72 @@ def limited(limit: str, value: int, command: list[str]) -> list[str]:
 
 
 @pytest.mark.netns
-def test_forbidden_user_namespaces_are_one_line(nobody: list[str]) -> None:
-    code, said, complaints = finish(limited("max_user_namespaces", 0, [*nobody, *DEMO]))
-    assert (code, said) == (77, "")
-    (line,) = complaints.splitlines()
-    assert "cannot make a user namespace (No space left on device): run as root, or allow it" in line
+@pytest.mark.parametrize(
+    ("kind", "as_nobody", "refusal"),
+    [
+        ("user", True, "a user namespace (No space left on device)"),
+        ("net", False, "a network namespace (No space left on device)"),
+        # The user is the root of a namespace, without its capabilities: a namespace is made, and refused its maps.
+        ("net", True, "a user namespace (Operation not permitted)"),
+    ],
+    ids=["user", "network", "maps"],
+)
+def test_forbidden_namespaces_are_told_and_a_unix_socket_serves(
+    nobody: list[str], kind: str, as_nobody: bool, refusal: str
+) -> None:
+    command = [*(nobody if as_nobody else []), *DEMO, *SHORT]
+    code, said, complaints = finish(limited(f"max_{kind}_namespaces", 0, command))
+    assert (code, complaints) == (0, "")
+    told, stage, *_, verdict = said.splitlines()
+    assert told.startswith(
+        f"Over a Unix socket, as this system forbids namespaces: cannot make {refusal}: run as root, or allow it"
+    )
+    assert stage.startswith("Two cores, joined by a pair of Unix sockets; process ")
+    assert ALL_ARRIVED.fullmatch(verdict)
+    assert len(table(said)) == 6
+    assert all(row[6:8] == ["5", "5"] for row in table(said))
+
+
+@pytest.mark.qemu
+@pytest.mark.netns
+def test_real_firmware_answers_as_nobody(nobody: list[str]) -> None:
+    code, said, complaints = finish([*nobody, *DEMO, "--qemu", *SHORT])
+    assert (code, complaints) == (0, "")
+    *_, verdict = said.splitlines()
+    assert re.fullmatch(
+        r"all 15 round trips arrived, median \d+(\.\d)? (us|ms): the proxy works on this machine", verdict
+    )
+    assert "\nEach latency is that of a round trip.\n" in said
+    for name, answer in {
+        "redun_notify_irq": "ihub_hwwd_irq",
+        "ihub_crash_log_irq": "ihub_reset_irq",
+        "ihub_uart_irq": "ihub_type_b_irq",
+    }.items():
+        assert f"{name} by {answer}" in said
+        assert [row[1:8] for row in table(said) if row[0] == name] == [["core", "0", "->", "1", "->", "0", "5"]], said
+
+
+def test_missing_qemu_is_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*DEMO, "--qemu"], env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == (
+        "inco-trio: error: qemu-system-riscv64 is not installed: "
+        "install the package that has it (Debian: qemu-system-misc)\n"
+    )
+
+
+def test_too_long_a_directory_for_a_socket_is_one_line(tmp_path: Path) -> None:
+    scratch = tmp_path / ("long" * 25)
+    scratch.mkdir()
+    done = subprocess.run(
+        [*DEMO, "--qemu"], env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "there can be no link in the directory for temporary files (TMPDIR): " in line
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.netns
@@ -113,14 +178,19 @@ def test_proxy_that_cannot_start_is_told_and_fails() -> None:
 
 
 class Running:
-    """A demonstration that is sending, with the process of its proxy."""
+    """A demonstration that is sending, with its processes: that of the proxy is the last."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.wait_line("Sending")
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        self.proxy = int(children)
-        self.proxy_end = os.pidfd_open(self.proxy)
+        self.children = [int(child) for child in children.split()]
+        self.proxy = self.children[-1]
+        self._ends = [os.pidfd_open(child) for child in self.children]
+
+    def wait_children_ended(self, timeout: float = DEADLINE) -> None:
+        for end in self._ends:
+            assert select.select([end], [], [], timeout)[0]
 
     def wait_line(self, start: str) -> str:
         assert self.process.stdout is not None
@@ -136,7 +206,8 @@ class Running:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-        os.close(self.proxy_end)
+        for end in self._ends:
+            os.close(end)
 
 
 @pytest.fixture
@@ -147,16 +218,29 @@ def scratch(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def running(scratch: Path) -> Iterator[Running]:
+def start(scratch: Path, *options: str) -> Running:
     process = subprocess.Popen(
-        [*DEMO, "--count", "1000000"],
+        [*DEMO, "--count", "1000000", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "TMPDIR": str(scratch)},
     )
-    started = Running(process)
+    return Running(process)
+
+
+@pytest.fixture
+def running(scratch: Path) -> Iterator[Running]:
+    started = start(scratch)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def running_qemu(scratch: Path) -> Iterator[Running]:
+    """The demonstration with QEMU, whose process is the first."""
+    started = start(scratch, "--qemu")
+    assert len(started.children) == 2
     yield started
     started.close()
 
@@ -182,7 +266,7 @@ def test_stopped_demonstration_leaves_nothing_behind(
     running.process.send_signal(number)
     code, _said, complaints = running.finish()
     assert (code, complaints) == (128 + number, "")
-    assert select.select([running.proxy_end], [], [], 0)[0]
+    running.wait_children_ended(0)
     assert list(scratch.iterdir()) == []
     for one in canaries:
         one.wait_gone()
@@ -191,7 +275,7 @@ def test_stopped_demonstration_leaves_nothing_behind(
 @pytest.mark.netns
 def test_killed_demonstration_leaves_no_process_and_no_namespace(running: Running, canaries: list[Canary]) -> None:
     running.process.kill()
-    assert select.select([running.proxy_end], [], [], DEADLINE)[0]
+    running.wait_children_ended()
     for one in canaries:
         one.wait_gone()
 
@@ -212,6 +296,53 @@ def test_dead_proxy_is_told_and_fails(running: Running, scratch: Path) -> None:
     code, _said, complaints = running.finish()
     assert code == 70
     assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; what it said is above")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_demonstration_with_qemu_leaves_nothing_behind(
+    running_qemu: Running, scratch: Path, number: signal.Signals
+) -> None:
+    running_qemu.process.send_signal(number)
+    code, _said, complaints = running_qemu.finish()
+    assert (code, complaints) == (128 + number, "")
+    running_qemu.wait_children_ended(0)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.qemu
+def test_killed_demonstration_with_qemu_leaves_no_process(running_qemu: Running) -> None:
+    running_qemu.process.kill()
+    running_qemu.wait_children_ended()
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("child", "code", "complaint"),
+    [
+        (0, 69, "QEMU has ended with exit code -9; the last that it said: core1: ready"),
+        (1, 70, "the proxy has ended with exit code -9; what it said is above"),
+    ],
+    ids=["qemu", "proxy"],
+)
+def test_dead_process_of_the_demonstration_with_qemu_is_told(
+    running_qemu: Running, scratch: Path, child: int, code: int, complaint: str
+) -> None:
+    os.kill(running_qemu.children[child], signal.SIGKILL)
+    ended, _said, complaints = running_qemu.finish()
+    assert ended == code
+    assert complaints.splitlines()[-1].startswith(f"inco-trio: error: {complaint}")
+    running_qemu.wait_children_ended(0)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.qemu
+def test_lost_round_trips_are_told_and_fail(running_qemu: Running, scratch: Path) -> None:
+    os.kill(running_qemu.children[0], signal.SIGSTOP)
+    verdict = running_qemu.wait_line("LOST")
+    assert re.fullmatch(r"LOST 3 of \d+ round trips \(redun_notify_irq, .*\): the proxy does not work here", verdict)
+    assert running_qemu.finish() == (1, "", "")
     assert list(scratch.iterdir()) == []
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
 from inco_trio.errors import ConfigError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.frame import decode
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
+from tests.faults.supervised import wait_path
+from tests.support_proxy import trigger
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
@@ -62,3 +69,61 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
             assert process.stdout.readline() == b"ihub_reset_irq\n"
         finally:
             process.kill()
+
+
+def trigger_until_answered(irq: Path) -> None:
+    """Notify core 1 until it answers: what QEMU reads before the guest has started its card is lost."""
+    state, changes = irq / "message_5_state", Inotify()
+    try:
+        changes.watch(str(state), IN_CLOSE_WRITE)
+        deadline = time.monotonic() + DEADLINE
+        while state.read_text() != "1":
+            assert time.monotonic() < deadline, "core 1 has not answered"
+            trigger(irq / "message_6_trig")
+            select.select([changes.fd], [], [], 0.2)
+    finally:
+        changes.close()
+
+
+@pytest.mark.qemu
+@pytest.mark.netns
+def test_the_way_to_qemu_without_root_runs(nobody: list[str]) -> None:
+    section = README[README.index("## Without root: QEMU") :]
+    (lines,) = re.findall(r"^    cd .*?(?=\n\n)", section, re.MULTILINE | re.DOTALL)
+    assert lines.count("\n") == 4
+    with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
+        Path(home).chmod(0o777)
+        # The programs as the installed ones: that of this environment, and its Python. When the input ends, also by the
+        # end of this test, so do they.
+        script = f"""
+            export TMPDIR={home}
+            python3() {{ exec {sys.executable} "$@"; }}
+            inco-trio() {{ exec {sys.executable} -m inco_trio "$@"; }}
+            {textwrap.dedent(lines)}
+            echo $PWD; read; kill $(jobs -p); wait
+        """
+        with subprocess.Popen(
+            [*nobody, "/bin/bash", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            process_group=0,
+        ) as shell:
+            assert shell.stdin is not None
+            assert shell.stdout is not None
+            try:
+                irq = Path(shell.stdout.readline().rstrip("\n")) / "irq"
+                wait_path(irq.parent, irq.exists)
+                wait_path(irq, lambda: (irq / "message_6_trig").exists() and (irq / "message_5_state").exists())
+                trigger_until_answered(irq)
+                shell.communicate(timeout=DEADLINE)
+                with pytest.raises(ProcessLookupError):
+                    os.killpg(shell.pid, 0)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shell.pid, signal.SIGKILL)
+        log.seek(0)
+        said = log.read()
+    assert "outbound: redun_notify_irq" in said
+    assert "inbound: ihub_hwwd_irq" in said

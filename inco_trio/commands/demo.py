@@ -11,7 +11,15 @@ __all__ = ["arguments", "run"]
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
-    sub.epilog = "example: inco-trio demo --count 50"
+    sub.epilog = (
+        "Where user namespaces are forbidden, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
+        "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50"
+    )
+    sub.add_argument(
+        "--qemu",
+        action="store_true",
+        help="let core 1 be real firmware, in QEMU, and measure round trips; needs no root",
+    )
     sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications of each signal (default: 80)")
     sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications a second (default: 100)")
 
@@ -20,4 +28,4 @@ def run(args: argparse.Namespace) -> int:
     """Run the demonstration."""
     from inco_trio.simulation.demo import run_demo
 
-    return run_demo(args.count, args.rate, output())
+    return run_demo(args.count, args.rate, output(), with_qemu=args.qemu)

@@ -1,14 +1,16 @@
 """`inco-trio demo`: the real proxy between two cores of its own, seen working by a person.
 
 Core 1 is played here, and so are the applications of core 0. A notification counts as arrived only when its frame was
-read in core 1, or the close of its state file was reported by inotify(7). At most one notification of a signal is under
-way, so each arrival has one departure, and a latency.
+read in core 1, or the close of its state file was reported by inotify(7). Where core 1 is a guest of QEMU, what counts
+is a round trip: the close of the state file of its answer. At most one notification of a signal is under way, so each
+arrival has one departure, and a latency.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -31,7 +33,9 @@ from inco_trio.errors import IncoError, ResourceRefused, UsageError
 from inco_trio.frame import decode
 from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify, parse_events
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
-from inco_trio.simulation.world import Cores, Peer, may_make_namespaces, new_user_namespace, two_cores
+from inco_trio.simulation.guest import Guest
+from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets
+from inco_trio.simulation.world import may_make_namespaces, namespaces_refusal, new_user_namespace
 
 __all__ = ["ProxyError", "run_demo"]
 
@@ -44,6 +48,13 @@ _ADDED = (
 )
 """The rest of the board's table that is the proxy's business."""
 
+_ANSWERS = {
+    "redun_notify_irq": "ihub_hwwd_irq",
+    "ihub_crash_log_irq": "ihub_reset_irq",
+    "ihub_uart_irq": "ihub_type_b_irq",
+}
+"""What a guest of QEMU answers each outbound signal by: every signal has its part."""
+
 _READY_DEADLINE = 10.0
 _LOST_AFTER = 3.0
 """Seconds; the proxy needs well below a millisecond, but the machine may be busy."""
@@ -52,6 +63,7 @@ _STOP_DEADLINE = 5.0
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
+_ROUND_TRIP = "core 0 -> 1 -> 0"
 
 
 class ProxyError(IncoError):
@@ -67,10 +79,11 @@ class _Stopped(BaseException):
 
 @attrs.define(eq=False)
 class _Traffic:
-    """The notifications of one signal."""
+    """The notifications of one signal, or its round trips: those that come back as `answer`."""
 
     signal: Signal
     wanted: int
+    answer: Signal | None = None
     sent: int = 0
     latencies: list[int] = attrs.Factory(list)
     """Of each that arrived, in nanoseconds."""
@@ -78,6 +91,15 @@ class _Traffic:
     """When the one under way left: monotonic nanoseconds."""
     unexpected: int = 0
     lost: bool = False
+
+    @property
+    def seen(self) -> Signal:
+        """The signal whose arrival counts."""
+        return self.answer or self.signal
+
+    @property
+    def way(self) -> str:
+        return _ARROW[self.signal.direction] if self.answer is None else _ROUND_TRIP
 
     @property
     def idle(self) -> bool:
@@ -164,7 +186,7 @@ def _udrv(directory: Path) -> str:
 class _Proxy:
     """The process `inco-trio run` in core 0."""
 
-    def __init__(self, cores: Cores, config: Path, log: Path) -> None:
+    def __init__(self, stage: Stage, config: Path, log: Path) -> None:
         self._log = log
         read_ready, write_ready = os.pipe()
         prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
@@ -174,10 +196,10 @@ class _Proxy:
             prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
-            cores.core0.enter()
+            stage.enter()
 
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        command = [sys.executable, "-m", "inco_trio", "run", cores.link, "--config", str(config)]
+        command = [sys.executable, "-m", "inco_trio", "run", stage.link, "--config", str(config)]
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
@@ -239,20 +261,21 @@ class _Proxy:
 
 
 class _Applications:
-    """The applications of core 0 and all of core 1: they make each notification, and see it arrive."""
+    """The applications of core 0, and core 1 unless it is a guest: they make each notification, and see it arrive."""
 
-    def __init__(self, waiter: _Waiter, peer: Peer, inotify: Inotify, traffic: Sequence[_Traffic]) -> None:
+    def __init__(self, waiter: _Waiter, peer: Core1 | None, inotify: Inotify, traffic: Sequence[_Traffic]) -> None:
         self._peer = peer
         self._inotify = inotify
         self._buffer = memoryview(bytearray(4096))
-        inbound = [one for one in traffic if one.signal.direction is Direction.INBOUND]
-        self._states = {inotify.watch(str(one.signal.path), IN_CLOSE_WRITE): one for one in inbound}
+        inbound = [one for one in traffic if one.seen.direction is Direction.INBOUND]
+        self._states = {inotify.watch(str(one.seen.path), IN_CLOSE_WRITE): one for one in inbound}
         self._frames = {one.signal.name.encode(): one for one in traffic if one not in inbound}
         waiter.on(inotify.fd, self._see_states)
-        waiter.on(peer.fileno(), self._see_frame)
+        if peer is not None:
+            waiter.on(peer.fileno(), lambda: self._see_frame(peer))
 
     def send(self, one: _Traffic) -> None:
-        if one.signal.direction is Direction.INBOUND:
+        if one.signal.direction is Direction.INBOUND and self._peer is not None:
             one.depart()
             self._peer.send(one.signal.name.encode())
         else:
@@ -266,8 +289,8 @@ class _Applications:
             if event.mask & IN_CLOSE_WRITE:
                 self._states[event.wd].arrive()
 
-    def _see_frame(self) -> None:
-        one = self._frames.get(decode(self._peer.receive()) or b"")
+    def _see_frame(self, peer: Core1) -> None:
+        one = self._frames.get(decode(peer.receive()) or b"")
         if one is not None:
             one.arrive()
 
@@ -310,7 +333,7 @@ class _Screen:
         bar = "#" * (20 * arrived // one.wanted)
         latency = duration(one.latencies[-1]) if one.latencies else ""
         state = "LOST" if one.lost else latency
-        return f"  {_ARROW[one.signal.direction]}  {one.signal.name:<18}  {arrived:>5} [{bar:<20}] {state:>7}"
+        return f"  {one.way}  {one.signal.name:<18}  {arrived:>5} [{bar:<20}] {state:>7}"
 
 
 def duration(nanoseconds: float) -> str:
@@ -333,7 +356,7 @@ def _table(traffic: Sequence[_Traffic]) -> str:
         ordered = sorted(one.latencies)
         spread = [duration(quantile(ordered, part)) for part in (0, 0.5, 0.99, 1)] if ordered else ["-"] * 4
         cells = [str(one.sent), str(len(ordered)), *spread]
-        head = f"  {one.signal.name:<18}  {_ARROW[one.signal.direction]:<16}"
+        head = f"  {one.signal.name:<18}  {one.way:<16}"
         lines.append(head + "".join(f"{cell:>9}" for cell in cells))
     return "\n".join(lines)
 
@@ -343,13 +366,14 @@ def _verdict(traffic: Sequence[_Traffic]) -> tuple[str, int]:
     sent = sum(one.sent for one in traffic)
     latencies = sorted(latency for one in traffic for latency in one.latencies)
     unexpected = sum(one.unexpected for one in traffic)
+    what = "notifications" if traffic[0].answer is None else "round trips"
     if len(latencies) < sent:
         names = ", ".join(one.signal.name for one in traffic if one.lost)
-        return f"LOST {sent - len(latencies)} of {sent} notifications ({names}): the proxy does not work here", 1
+        return f"LOST {sent - len(latencies)} of {sent} {what} ({names}): the proxy does not work here", 1
     if unexpected:
         return f"{unexpected} notifications arrived that nobody sent: the proxy does not work here", 1
     median = duration(quantile(latencies, 0.5))
-    return f"all {sent} notifications arrived, median {median}: the proxy works on this machine", 0
+    return f"all {sent} {what} arrived, median {median}: the proxy works on this machine", 0
 
 
 def _play(waiter: _Waiter, applications: _Applications, traffic: Sequence[_Traffic], rate: float, out: TextIO) -> None:
@@ -368,32 +392,48 @@ def _play(waiter: _Waiter, applications: _Applications, traffic: Sequence[_Traff
     screen.show(last=True)
 
 
-def _demonstrate(count: int, rate: float, out: TextIO) -> int:
+def _traffic(stage: Stage, signals: Sequence[Signal], count: int) -> list[_Traffic]:
+    if stage.guest is None:
+        return [_Traffic(one, count) for one in signals]
+    by_name = {one.name: one for one in signals}
+    return [_Traffic(by_name[name], count, by_name[answer]) for name, answer in stage.answers.items()]
+
+
+def _watch_end(waiter: _Waiter, guest: Guest) -> None:
+    def ended() -> None:
+        raise guest.ended()
+
+    waiter.on(guest.fileno(), ended)
+
+
+def _demonstrate(set_up: Callable[[Path], AbstractContextManager[Stage]], count: int, rate: float, out: TextIO) -> int:
     with ExitStack() as stack:
         waiter = _Waiter()
         stack.callback(waiter.close)
         stack.enter_context(_stoppable(waiter))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inco-trio-demo-")))
-        cores = stack.enter_context(two_cores())
-        peer = stack.enter_context(Peer(cores))
+        stage = stack.enter_context(set_up(scratch))
+        if stage.guest is not None:
+            _watch_end(waiter, stage.guest)
         inotify = Inotify()
         stack.callback(inotify.close)
 
         directory = scratch / "irq"
         config = scratch / "udrv.json"
         config.write_text(_udrv(directory))
-        proxy = _Proxy(cores, config, scratch / "proxy.log")
+        proxy = _Proxy(stage, config, scratch / "proxy.log")
         stack.callback(proxy.close)
         waiter.on(proxy.end, proxy.ended)
         proxy.wait_ready(waiter)
-        out.write(
-            f"Two cores (network namespaces), joined by {cores.link}; process {proxy.process.pid} is the proxy.\n"
-            f"Sending {count} notifications of each of {len(_signals(directory))} signals, {rate:g} a second in all:\n"
-        )
+        traffic = _traffic(stage, _signals(directory), count)
+        out.write(f"{stage.about}; process {proxy.process.pid} is the proxy.\n")
+        if stage.answers:
+            answers = ", ".join(f"{name} by {answer}" for name, answer in stage.answers.items())
+            out.write(f"It answers {answers}.\nEach latency is that of a round trip.\n")
+        out.write(f"Sending {count} notifications of each of {len(traffic)} signals, {rate:g} a second in all:\n")
         out.flush()
 
-        traffic = [_Traffic(signal, count) for signal in _signals(directory)]
-        _play(waiter, _Applications(waiter, peer, inotify, traffic), traffic, rate, out)
+        _play(waiter, _Applications(waiter, stage.peer, inotify, traffic), traffic, rate, out)
         verdict, code = _verdict(traffic)
         out.write(f"\n{_table(traffic)}\n\n{verdict}\n")
         # The end of the proxy may take a moment.
@@ -401,22 +441,32 @@ def _demonstrate(count: int, rate: float, out: TextIO) -> int:
         return code
 
 
-def run_demo(count: int, rate: float, out: TextIO) -> int:
+def _choose(out: TextIO) -> Callable[[Path], AbstractContextManager[Stage]]:
+    if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
+        raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
+    refusal = namespaces_refusal()
+    if refusal is not None:
+        out.write(f"Over a Unix socket, as this system forbids namespaces: {refusal}\n")
+        return sockets
+    if not may_make_namespaces():
+        new_user_namespace()
+    return namespaces
+
+
+def run_demo(count: int, rate: float, out: TextIO, *, with_qemu: bool = False) -> int:
     """Send `count` notifications of each signal through a real proxy, `rate` a second in all, and show it on `out`.
 
     Returns the exit code: 0 only if all arrived, 1 if not, 128 + n if stopped by signal n. Whoever may not make network
-    namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains.
+    namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains; where
+    that is forbidden too, the link is a Unix socket. With `with_qemu`, it is one too, and core 1 a guest of QEMU.
 
-    Raises `UsageError`, `NamespaceRefused`, `ProxyError`, `ResourceRefused`; BrokenPipeError if nobody reads `out`.
+    Raises `UsageError`, `GuestError`, `ProxyError`, `ResourceRefused`; BrokenPipeError if nobody reads `out`.
     """
     if count < 1 or not 0 < rate < math.inf:
         raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
-    if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
-        raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
-    if not may_make_namespaces():
-        new_user_namespace()
+    set_up = functools.partial(qemu, answers=_ANSWERS) if with_qemu else _choose(out)
     try:
-        return _demonstrate(count, rate, out)
+        return _demonstrate(set_up, count, rate, out)
     except _Stopped as stopped:
         return 128 + stopped.number
     except BrokenPipeError:

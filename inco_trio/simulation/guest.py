@@ -189,7 +189,13 @@ class Guest:
         except subprocess.TimeoutExpired:
             raise GuestError(f"QEMU has not ended within {_DEADLINE:g} s") from None
 
-    def _ended(self) -> GuestError:
+    def fileno(self) -> int:
+        """A descriptor that is readable once QEMU has ended."""
+        self._running()
+        return self._end
+
+    def ended(self) -> GuestError:
+        """The error that tells of QEMU's end, which it waits for."""
         code = self._exit_code()
         said = self.log.splitlines() or ["nothing"]
         return GuestError(f"QEMU has ended with exit code {code}; the last that it said: {said[-1]}")
@@ -203,7 +209,7 @@ class Guest:
             with contextlib.suppress(ConnectionError):
                 part = self._monitor.recv(65536)
             if not part:
-                raise self._ended()
+                raise self.ended()
             self._received += part
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
@@ -217,7 +223,7 @@ class Guest:
         try:
             self._monitor.sendall(json.dumps({"execute": command, "id": self._commands}).encode())
         except ConnectionError:
-            raise self._ended() from None
+            raise self.ended() from None
         # Between them come a greeting, events, and answers that nobody has waited for long enough.
         while (answer := self._message(deadline)).get("id") != self._commands:
             pass
@@ -237,7 +243,7 @@ class Guest:
                         self._seen = log.tell()
                         return line.decode(errors="replace").rstrip("\n")
             if ended:
-                raise self._ended()
+                raise self.ended()
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._changes.fd, self._end], [], [], left)[0]:
                 raise GuestError(f"the guest has not said {text!r} within {_DEADLINE:g} s; it said:\n{self.log}")

@@ -35,6 +35,7 @@ __all__ = [
     "NamespaceRefused",
     "Peer",
     "may_make_namespaces",
+    "namespaces_refusal",
     "new_user_namespace",
     "two_cores",
     "veth",
@@ -102,6 +103,29 @@ def new_user_namespace() -> None:
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     except OSError as error:
         raise _refused("user", error) from error
+
+
+def namespaces_refusal() -> str | None:
+    """What keeps this process, which must have a single thread, from network namespaces, or None.
+
+    It is tried in a child: nobody can leave a user namespace that was made, but was refused its maps.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            if not may_make_namespaces():
+                new_user_namespace()
+            Namespace()
+        except NamespaceRefused as refusal:
+            os.write(write, str(refusal).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, encoding="utf-8") as text:  # noqa: PTH123 - a descriptor
+        said = text.read()
+    os.waitpid(child, 0)
+    return said or None
 
 
 def _in_thread(function: Callable[[], T]) -> T:
