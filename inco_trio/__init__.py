@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnknownSignal,
         UsageError,
     )
+    from inco_trio.proxies import Proxies, open_proxies
     from inco_trio.proxy import Notification, Proxy, open_proxy, serve
     from inco_trio.signals import Direction, Signal, builtin_signals
     from inco_trio.stats import Stats
@@ -39,6 +40,7 @@ __all__ = [
     "LinkMissing",
     "Notification",
     "PermissionRefused",
+    "Proxies",
     "Proxy",
     "ResourceRefused",
     "Signal",
@@ -46,6 +48,7 @@ __all__ = [
     "UnknownSignal",
     "UsageError",
     "builtin_signals",
+    "open_proxies",
     "open_proxy",
     "read_board",
     "serve",
@@ -64,6 +67,7 @@ _PLACES = {
         "UnknownSignal",
         "UsageError",
     ),
+    "proxies": ("Proxies", "open_proxies"),
     "proxy": ("Notification", "Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
     "stats": ("Stats",),

@@ -29,7 +29,7 @@ from inco_trio.signals import BUILTIN, Direction, Signal, clashes, is_path, name
 if TYPE_CHECKING:
     import cattrs
 
-__all__ = ["Board", "Config", "parse_board", "read_board", "read_file"]
+__all__ = ["Board", "Config", "kind_of", "load_document", "parse_board", "read_board", "read_file", "repeated_keys"]
 
 SIZE_MAX = 16 * 1024 * 1024
 """The largest udrv.json that is read, in bytes: many times a board's."""
@@ -54,6 +54,8 @@ class Config:
     """Wait for a missing link instead of failing at start."""
     stop_deadline: float = 5.0
     """Seconds that a clean stop may take to finish what was accepted."""
+    netns: Path | None = None
+    """The network namespace (a file as in /run/netns) in which an interface is looked for; None is our own."""
 
     address: InterfaceAddress | UnixAddress = attrs.field(init=False, eq=False, repr=False)
     """`link`, taken apart."""
@@ -68,6 +70,10 @@ class Config:
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
         if problems:
             raise ConfigError(problems)
+
+    def same_link(self, other: Config) -> bool:
+        """Whether both have the same link."""
+        return (self.address, self.netns) == (other.address, other.netns)
 
 
 @attrs.frozen
@@ -136,7 +142,7 @@ def parse_board(text: bytes, source: str) -> Board:
 
     Raises `ConfigError` with every mistake, each line beginning with `source`.
     """
-    document = _load(text, source)
+    document = load_document(text, source)
     problems: list[str] = []
     notes: list[str] = []
     found = list(_find(document, problems, notes))
@@ -199,7 +205,7 @@ def _find(document: dict[str, object], problems: list[str], notes: list[str]) ->
     signals = _table(document, SIGNALS, problems) or {}
     # In a table of our own, a key that we do not know is a typing error.
     problems += [f"{OURS}: unknown key {key!r}: 'signals' is the one it has" for key in ours if key != "signals"]
-    problems += [*_repeated(ours, OURS), *_repeated(signals, SIGNALS)]
+    problems += [*repeated_keys(ours, OURS), *repeated_keys(signals, SIGNALS)]
     builtins = {b.name: b for b in BUILTIN}
     for name in dict.fromkeys([*builtins, *signals]):
         if name in signals:
@@ -211,7 +217,7 @@ def _find(document: dict[str, object], problems: list[str], notes: list[str]) ->
             notes.append(f"{where} is missing: using {IRQ_DEVICE}.{builtin.register}")
             yield _Found(name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
             continue
-        problems += [*_repeated(regs, REGS, [builtin.reg]), *_repeated(regs[builtin.reg], where, ["reg"])]
+        problems += [*repeated_keys(regs, REGS, [builtin.reg]), *repeated_keys(regs[builtin.reg], where, ["reg"])]
         if reg := _structure(regs[builtin.reg], _Reg, where, problems):
             yield _Found(name, builtin.direction, reg.reg, where)
 
@@ -221,7 +227,7 @@ def _find_own(name: str, value: object, problems: list[str]) -> Iterator[_Found]
     where = f"{SIGNALS}.{_shown(name)}"
     if fault:
         problems.append(f"{where}: {fault}")
-    problems += _repeated(value, where)
+    problems += repeated_keys(value, where)
     entry = _structure(value, _Entry, where, problems)
     if entry and not fault:
         yield _Found(name, entry.direction, entry.reg, where)
@@ -243,7 +249,7 @@ def _directories(document: dict[str, object], found: list[_Found], problems: lis
             problems.append(missing)
             continue
         where = f"{FILE}.{_shown(device)}"
-        problems += [*_repeated(files, FILE, [device]), *_repeated(files[device], where, ["path"])]
+        problems += [*repeated_keys(files, FILE, [device]), *repeated_keys(files[device], where, ["path"])]
         if entry := _structure(files[device], _Device, where, problems):
             directories[device] = entry.path
     return directories
@@ -254,11 +260,11 @@ def _table(document: dict[str, object], path: str, problems: list[str]) -> dict[
     table = document
     where = ""
     for key in path.split("."):
-        problems += _repeated(table, where, [key])
+        problems += repeated_keys(table, where, [key])
         where = f"{where}.{key}".removeprefix(".")
         value = table.get(key, {})
         if not isinstance(value, dict):
-            problems.append(f"{where}: {_kind(value)} is not a table")
+            problems.append(f"{where}: {kind_of(value)} is not a table")
             return None
         table = value
     return table
@@ -269,7 +275,7 @@ def _structure(value: object, cls: type[_T], where: str, problems: list[str]) ->
     import cattrs
 
     if not isinstance(value, dict):
-        problems.append(f"{where}: {_kind(value)} is not a table")
+        problems.append(f"{where}: {kind_of(value)} is not a table")
         return None
     try:
         return _converter().structure(value, cls)
@@ -307,7 +313,7 @@ def _describe(error: BaseException, _: type | None) -> str:
 
 def _to_string(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{_kind(value)} is not a string")
+        raise TypeError(f"{kind_of(value)} is not a string")
     return value
 
 
@@ -351,7 +357,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _repeated(table: object, where: str, matter: Collection[str] | None = None) -> list[str]:
+def repeated_keys(table: object, where: str, matter: Collection[str] | None = None) -> list[str]:
     """A line for each key that came more than once, of those that `matter`; None: all do."""
     keys = table.repeated if isinstance(table, _Repeating) else ()
     place = f"{where}: " if where else ""
@@ -363,13 +369,14 @@ def _shown(key: str) -> str:
     return repr(key) if name_fault(key) else key
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     kinds = {dict: "a table", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
     return kinds.get(type(value), "null")
 
 
-def _load(text: bytes, source: str) -> dict[str, object]:
+def load_document(text: bytes, source: str) -> dict[str, object]:
+    """The JSON object `text`. Raises `ConfigError`, its line beginning with `source`."""
     try:
         # No number matters here, and int() refuses the very long ones.
         document = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=float)
@@ -379,7 +386,7 @@ def _load(text: bytes, source: str) -> dict[str, object]:
     except json.JSONDecodeError as e:
         raise ConfigError([f"{source}: line {e.lineno} column {e.colno}: not JSON: {e.msg}"]) from e
     except RecursionError as e:
-        raise ConfigError([f"{source}: not a udrv.json: nested too deeply"]) from e
+        raise ConfigError([f"{source}: not a table: nested too deeply"]) from e
     if not isinstance(document, dict):
-        raise ConfigError([f"{source}: not a udrv.json: {_kind(document)} is not a table"])
+        raise ConfigError([f"{source}: {kind_of(document)} is not a table"])
     return document

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
@@ -32,12 +33,17 @@ class Inbound:
         self._states = states
         self._inflight = inflight
         self._counters = counters
-        starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
-        self._rooms = [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in inflight.frames]
+        self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
         self._known: dict[bytes, Signal] = {}
         # The same few frames come again and again: the signals of short ones, by all but the addresses.
         self._by_frame: dict[bytes, Signal] = {}
+
+    @functools.cached_property
+    def _rooms(self) -> list[list[memoryview]]:
+        """Where the frames of a batch go, for each bank; a board of many that never has one does without."""
+        starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
+        return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
     def recover(self) -> None:
         """Deliver the frames that a predecessor had read and not finished."""
@@ -103,8 +109,8 @@ class Inbound:
         await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
-        if not self._handoff.unfinished:
-            self._receive_lone()
+        if not self._handoff.unfinished and not self._receive_lone():
+            return
         burst = False
         while batch := self._read(self._link):
             if batch.drained and len(self._handoff.unfinished) == 1:
@@ -116,12 +122,15 @@ class Inbound:
         if burst:
             self.count_dropped()
 
-    def _receive_lone(self) -> None:
-        """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay."""
-        room = self._rooms[0][0]
+    def _receive_lone(self) -> bool:
+        """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay.
+
+        Returns whether there was one.
+        """
+        room = self._lone_room
         length = self._link.receive_one(room)
         if length < 0:
-            return
+            return False
         by_frame = self._signals_by_frame()
         signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
         if signal is not None or (signal := self._decode(room, length)) is not None:
@@ -129,6 +138,7 @@ class Inbound:
             self._handoff.carried((signal,))
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
+        return True
 
     async def write(self, health: Health) -> None:
         """The leg that writes the state files."""

@@ -12,7 +12,7 @@ from inco_trio.errors import ClosedError
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.links.link import Link, LinkDown
-from inco_trio.registers.inotify import Inotify, parse_events
+from inco_trio.registers.inotify import Watcher, parse_events
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
@@ -32,7 +32,7 @@ class Outbound:
         handoff: Handoff,
         link: Link,
         triggers: Triggers,
-        inotify: Inotify,
+        inotify: Watcher,
         inflight: Inflight,
         counters: Counters,
     ) -> None:
@@ -113,7 +113,8 @@ class Outbound:
             length = self._inotify.read_into(bank.view)
             # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
             lone = not self._handoff.unfinished and length <= EVENT_BANK - EVENT_ROOM
-            if lone and self._send_lone(bank, length):
+            if lone and self._send_lone(bank.view, length):
+                bank.clear(length)
                 return
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
             sent = self._send_now(triggered.signals) if lone else 0
@@ -125,9 +126,13 @@ class Outbound:
             else:
                 self._handoff.finish(batch)
 
-    def _send_lone(self, bank: Bank, length: int) -> bool:
+    def finish_alone(self, events: memoryview, length: int) -> bool:
+        """Send what the `length` bytes of events notify, if that is one notification and nothing is under way."""
+        return not self._handoff.unfinished and self._send_lone(events, length)
+
+    def _send_lone(self, events: memoryview, length: int) -> bool:
         """Send at once what a single close of a trigger notifies, without a batch; False if there is more to it."""
-        signal = self._triggers.closed_alone(bank.view, length)
+        signal = self._triggers.closed_alone(events, length)
         if signal is None:
             return False
         try:
@@ -136,7 +141,6 @@ class Outbound:
             return False  # For the leg that sends, which knows what to do.
         self._counters.triggered += 1
         self._counters.sent += 1
-        bank.clear(length)
         self._handoff.carried((signal,))
         return True
 

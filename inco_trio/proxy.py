@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import attrs
@@ -22,16 +22,16 @@ from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
 from inco_trio.keep.inflight import Inflight
 from inco_trio.links.link import Link
-from inco_trio.links.opening import open_link
+from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.outbound import Outbound
-from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.inotify import Inotify, Watcher
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Signal, SignalTable
 from inco_trio.stats import Counters, Stats
 from inco_trio.supervise import Health, in_turns, supervise
 
-__all__ = ["Notification", "Proxy", "open_proxy", "serve"]
+__all__ = ["Ground", "Notification", "Proxy", "build", "open_proxy", "running", "serve", "starting_and_stopping"]
 
 logger = logging.getLogger(__name__)
 
@@ -160,12 +160,16 @@ class Proxy:
         Nothing that was accepted is lost, and nothing is notified by it; an IRQ directory that is missing is made.
         Raises ClosedError, and IncoError for another interface or for what cannot be opened: then nothing is changed.
         """
-        if config.address != self.config.address:
+        if not config.same_link(self.config):
             raise ConfigError([f"{config.link}: a reload cannot change the link: restart"])
         async with self._reloading:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
             self.config = config
+
+    def finish_alone(self, events: memoryview, length: int) -> bool:
+        """See `Outbound.finish_alone`."""
+        return self._outbound.finish_alone(events, length)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -173,11 +177,14 @@ class Proxy:
 
     # --------------------------------------------------------------------------------------------- starting, stopping
 
-    async def _start(self, nursery: trio.Nursery) -> None:
-        """Start the legs; returns once the interface exists."""
+    async def present(self) -> None:
+        """Wait until the link exists."""
+        await self._present.wait()
+
+    def _start(self, nursery: trio.Nursery) -> None:
+        """Start the legs."""
         for name, leg in self._legs.items():
             nursery.start_soon(self._run_leg, name, leg, name=f"{self._link.name}: {name}")
-        await self._present.wait()
 
     async def _run_leg(self, name: str, leg: Callable[[Health], Awaitable[None]]) -> None:
         try:
@@ -253,6 +260,19 @@ class Proxy:
                 health.well()
 
 
+@attrs.define
+class Ground:
+    """What a proxy stands on, and a successor after it."""
+
+    inflight: Inflight
+    inotify: Watcher
+    fds: Mapping[str, int]
+    """The descriptors of both that are to be kept, by name."""
+    around: Surroundings
+    leave_nothing: bool
+    """Whether no successor is expected."""
+
+
 @asynccontextmanager
 async def open_proxy(config: Config, *, fd_store: FdStore | None = None) -> AsyncIterator[Proxy]:
     """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
@@ -263,27 +283,48 @@ async def open_proxy(config: Config, *, fd_store: FdStore | None = None) -> Asyn
     too, are raised in an ExceptionGroup.
     """
     with ExitStack() as resources:
-        proxy = _build(config, fd_store or NoFdStore(), resources)
-        failure: BaseException | None = None
-        try:
-            async with trio.open_nursery() as nursery:
-                try:
-                    await proxy._start(nursery)
-                    yield proxy
-                except BaseException as error:  # noqa: BLE001
-                    # Raised again below, where no nursery puts it into a group.
-                    cancelled, failure = _split_cancelled(error)
-                    if cancelled is not None:
-                        raise cancelled from None
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await proxy._stop()
-        except BaseExceptionGroup as group:
-            if failure is not None:
-                raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
-            raise
+        store = fd_store or NoFdStore()
+        proxy = build(config, store, _ground(store, resources), resources)
+        async with running(proxy):
+            await proxy.present()
+            yield proxy
+
+
+@asynccontextmanager
+async def running(proxy: Proxy) -> AsyncIterator[None]:
+    """Run the legs of a proxy while the block runs; raises as `open_proxy` does."""
+    async with starting_and_stopping(proxy._start, proxy._stop):
+        yield
+
+
+@asynccontextmanager
+async def starting_and_stopping(
+    start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Run the tasks that `start` starts while the block runs, and `stop`, shielded, at its end.
+
+    What the block raises is raised as it is, what a task raises in a group.
+    """
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                start(nursery)
+                yield
+            except BaseException as error:  # noqa: BLE001
+                # Raised again below, where no nursery puts it into a group.
+                cancelled, failure = _split_cancelled(error)
+                if cancelled is not None:
+                    raise cancelled from None
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stop()
+    except BaseExceptionGroup as group:
         if failure is not None:
-            raise failure
+            raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
+        raise
+    if failure is not None:
+        raise failure
 
 
 def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
@@ -293,15 +334,9 @@ def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseEx
     return (error, None) if isinstance(error, trio.Cancelled) else (None, error)
 
 
-def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
-    """Acquire everything, what an earlier process left included, and make a proxy of it. `resources` closes it.
-
-    The order: first the memory, as it says which watches of the inherited inotify descriptor are whose; then the
-    registers, so that triggers are watched from here on; then the link. What a predecessor left in flight is delivered
-    before anything newer is read, and only then the descriptors are stored: storing one ends what was kept before.
-    """
+def _ground(fd_store: FdStore, resources: ExitStack) -> Ground:
+    """The ground of one proxy, inherited or new. Raises ResourceRefused."""
     inherited = fd_store.inherited
-    counters = Counters()
     try:
         inflight = Inflight.open(inherited.get("inflight"))
         resources.callback(inflight.close)
@@ -309,12 +344,27 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
-    registers = Registers(inotify, inflight, counters)
+    fds = {"inflight": inflight.fd, "inotify": inotify.fd}
+    around = Surroundings()
+    resources.callback(around.close)
+    return Ground(inflight, inotify, fds, around, isinstance(fd_store, NoFdStore))
+
+
+def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
+    """Acquire everything, what an earlier process left included, and make a proxy of it. `resources` closes it.
+
+    The order: the memory comes first, as it says which watches of the inherited inotify descriptor are whose; then the
+    registers, so that triggers are watched from here on; then the link. What a predecessor left in flight is delivered
+    before anything newer is read, and only then the descriptors are stored: storing one ends what was kept before.
+    """
+    inherited = fd_store.inherited
+    counters, inflight = Counters(), ground.inflight
+    registers = Registers(ground.inotify, inflight, counters)
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, inherited.get("link"), inflight.note, resources)
-    resources.callback(link.close, remove=isinstance(fd_store, NoFdStore))
+    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    resources.callback(lambda: link.close(remove=ground.leave_nothing))
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
@@ -323,14 +373,14 @@ def _build(config: Config, fd_store: FdStore, resources: ExitStack) -> Proxy:
     streams = Streams(counters)
     handoffs = (Handoff(inflight.watches, streams.publish), Handoff(inflight.watches, streams.publish))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters)
-    outbound = Outbound(handoffs[1], link, registers.triggers, inotify, inflight, counters)
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters)
     inbound.recover()
     outbound.recover()
     if stale is not None:
         logger.info("%s: the inherited socket does not fit any more and is replaced", link.name)
         inbound.drain(stale)
         stale.close(remove=False)
-    for name, fd in (("inflight", inflight.fd), ("inotify", inotify.fd), ("link", link.fd)):
+    for name, fd in (*ground.fds.items(), ("link", link.fd)):
         if inherited.get(name) != fd:
             fd_store.store(name, fd)
     logger.info("%s: %d signals, %s", link.name, len(registers.table), link.description)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 
 import trio
 
 from inco_trio.stats import Counters
 
-__all__ = ["TRANSIENT", "Backoff", "Health", "Problems", "in_turns", "supervise"]
+__all__ = ["TRANSIENT", "Backoff", "Health", "Problems", "board_name", "in_turns", "supervise", "working_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,20 @@ TRANSIENT = frozenset({
     errno.ENETDOWN, errno.ENODEV, errno.ENXIO,
 })  # fmt: skip
 """What is tried again, and a leg restarted for. Anything else is a programming error and ends the proxy."""
+
+
+board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
+"""The board that a task works for, where a process has many; the log has it."""
+
+
+@contextlib.contextmanager
+def working_for(board: str) -> Iterator[None]:
+    """Have the log name `board` while the block runs."""
+    token = board_name.set(board)
+    try:
+        yield
+    finally:
+        board_name.reset(token)
 
 
 TURN = 0.004

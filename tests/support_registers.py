@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import trio
 
 from inco_trio.keep.inflight import Inflight
+from inco_trio.registers import inotify as ino
 from inco_trio.registers.directories import EMPTIED
 from inco_trio.registers.inotify import Event, Inotify, parse_events
 from inco_trio.registers.registers import Registers
+from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.registers.triggers import RETIREMENT, Triggered
 from inco_trio.signals import Signal, SignalTable
 from inco_trio.stats import Counters
@@ -35,26 +39,59 @@ class Clock:
             monkeypatch.setattr(f"inco_trio.registers.{room}.time", self, raising=False)
 
 
+class BoardShare(Share):
+    """The share of one board, of a descriptor that a neighbour's board watches directories by as well."""
+
+    def __init__(self, held: int | None, inflight: Inflight, watched: tuple[Path, ...]) -> None:
+        noted = [inflight.watches[key] for key in inflight.watches]
+        shared = SharedInotify(held, Inflight.open().events[0])
+        neighbour = shared.share(Inflight.open().queue, ())
+        super().__init__(shared, inflight.queue)
+        shared.adopt(self, noted)
+        for path in watched:
+            with contextlib.suppress(OSError):
+                neighbour.watch(str(path), ino.IN_CREATE | ino.IN_ONLYDIR)
+
+    def read_into(self, buffer: memoryview) -> int:
+        self._shared.drain()
+        return super().read_into(buffer)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
 class World:
-    """Registers of one signal table, and the descriptors below them; `again` is a successor that inherits them."""
+    """Registers of one signal table, and the descriptors below them; `again` is a successor that inherits them.
+
+    `shared` are directories that a neighbour watches by the same inotify descriptor; None is a descriptor of our own.
+    """
 
     def __init__(
-        self, clock: Clock, table: list[Signal], inotify: Inotify | None = None, inflight: Inflight | None = None
+        self,
+        clock: Clock,
+        table: list[Signal],
+        held: int | None = None,
+        inflight: Inflight | None = None,
+        shared: tuple[Path, ...] | None = None,
     ) -> None:
         self.clock = clock
         self.ending = ExitStack()
-        self.inotify = inotify or Inotify()
         self.inflight = inflight or Inflight.open()
+        self.inotify: Inotify | BoardShare = (
+            Inotify(held) if shared is None else BoardShare(held, self.inflight, shared)
+        )
         self.stats = Counters()
         self.table = SignalTable(table)
         self.registers = Registers(self.inotify, self.inflight, self.stats)
+        self._shared = shared
         for part in (self.inotify, self.inflight, self.registers):
             self.ending.callback(part.close)
 
     def again(self, table: list[Signal] | None = None) -> World:
         """A successor, after an end without a word."""
         table = list(self.table) if table is None else table
-        successor = World(self.clock, table, Inotify(os.dup(self.inotify.fd)), Inflight.open(os.dup(self.inflight.fd)))
+        inflight = Inflight.open(os.dup(self.inflight.fd))
+        successor = World(self.clock, table, os.dup(self.inotify.fd), inflight, self._shared)
         self.ending.close()
         self.ending.callback(successor.ending.close)
         return successor

@@ -17,7 +17,7 @@ import pytest
 
 from inco_trio.errors import ResourceRefused, UsageError
 from inco_trio.keep.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
-from inco_trio.service.scandir import write_scandir
+from inco_trio.service.scandir import link_service, write_scandir
 
 DEADLINE = 20.0
 PREFIX = "inco-trio/a/"
@@ -73,7 +73,7 @@ class Daemon:
         # Without root, and in a user namespace that knows but one user, there is no other to become.
         users = int(Path("/proc/self/uid_map").read_text().split()[2])
         self.user = "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
-        write_scandir(home / "scan", interface="a", config=Path("/dev/null"), user=self.user, program=["true"])
+        write_scandir(home / "scan", service=link_service("a", Path("/dev/null")), user=self.user, program=["true"])
         self._service = home / "scan/inco-trio-fdholder"
         self.socket = str(self._service / "s")
 

@@ -709,7 +709,7 @@ def test_an_invalid_configuration(cores: Cores, tmp_path: Path) -> None:
     (tmp_path / "u.json").write_text("[]")
     done = finished(cores.core0, *RUN, cores.link, "--config", tmp_path / "u.json")
     assert done.returncode == 78
-    assert done.stderr == f"inco-trio: error: {tmp_path}/u.json: not a udrv.json: a list is not a table\n"
+    assert done.stderr == f"inco-trio: error: {tmp_path}/u.json: a list is not a table\n"
 
 
 def test_defaults_that_were_taken_are_logged(proxy: StartProxy, irq_dir: Path, tmp_path: Path, core1: Peer) -> None:

@@ -40,6 +40,9 @@ directories = st.sampled_from(DIRECTORIES)
 class Walk(RuleBasedStateMachine):
     """Who uses the files, and the registers that follow."""
 
+    shared = False
+    """Whether a neighbour's board watches directories by the same descriptor."""
+
     def __init__(self) -> None:
         super().__init__()
         self.home = Path(tempfile.mkdtemp(prefix="inco-trio-", dir=MEMORY_FILES))
@@ -52,7 +55,10 @@ class Walk(RuleBasedStateMachine):
         """The triggers that were written, and of which nothing was told since."""
         self.delivered = 0
         table = self.table({("board/irq", "a_trig"), ("other/irq", "a_trig")}, {("board/irq", "a_state")}, moved=False)
-        self.world = World(clock, table)
+        beside = (self.home, *(self.home / directory for directory in DIRECTORIES)) if self.shared else None
+        for directory in beside or ():
+            directory.mkdir(exist_ok=True, parents=True)
+        self.world = World(clock, table, shared=beside)
         self.take(self.world.open())
 
     def teardown(self) -> None:
@@ -292,7 +298,13 @@ class Walk(RuleBasedStateMachine):
         assert all(signal.path.read_text() == "1" for signal in self.states)
 
 
-def walk(steps: int, walks: int) -> None:
+class SharedWalk(Walk):
+    """The same beside another board of the process."""
+
+    shared = True
+
+
+def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
     """Go so many steps, in so many walks."""
     once = settings(
         max_examples=walks,
@@ -301,11 +313,12 @@ def walk(steps: int, walks: int) -> None:
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    run_state_machine_as_test(Walk, settings=once)
+    run_state_machine_as_test(machine, settings=once)
 
 
-def test_a_walk() -> None:
-    walk(steps=1600, walks=40)
+@pytest.mark.parametrize("machine", [Walk, SharedWalk])
+def test_a_walk(machine: type[Walk]) -> None:
+    walk(steps=1600, walks=40, machine=machine)
 
 
 def test_a_file_of_no_trigger_any_more_is_renamed_to_one_in_an_overflow_and_written_before_it_goes() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import PermissionRefused, UsageError
-from inco_trio.service.scandir import find_program, systemd_unit, write_scandir
+from inco_trio.service.scandir import find_program, link_service, systemd_unit, write_scandir
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
 
@@ -98,8 +98,7 @@ class Tree:
     def write(self, interface: str, *, user: str | None = None, program: Sequence[str] = ()) -> list[str]:
         return write_scandir(
             self.scandir,
-            interface=interface,
-            config=self.config,
+            service=link_service(interface, self.config),
             user=user,
             program=program or [sys.executable, "-c", STANDIN],
         )
@@ -328,7 +327,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
 
 
 def changes(scandir: Path, *, interface: str = "core0", config: str = __file__, user: str | None = None) -> list[str]:
-    lines = write_scandir(scandir, interface=interface, config=Path(config), user=user, program=["/opt/inco-trio"])
+    lines = write_scandir(scandir, service=link_service(interface, Path(config)), user=user, program=["/opt/inco-trio"])
     return [line.replace(f"{scandir}/", "") for line in lines]
 
 
@@ -388,7 +387,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("path", ["/x/a b", "/x/it's", "/x/$(exit)`exit`", "/x/a\nb", "/x/\udcff"])
     def test_a_path_reaches_the_program_as_it_is(self, path: str, tmp_path: Path) -> None:
-        write_scandir(tmp_path, interface="core0", config=Path(path), user=None, program=[path, "x y"])
+        write_scandir(tmp_path, service=link_service("core0", Path(path)), user=None, program=[path, "x y"])
         command = (tmp_path / "inco-trio-core0/run").read_bytes().partition(b"/s \\\n")[2]
         done = subprocess.run(["/bin/sh"], input=b"printf '%s\\0' " + command, capture_output=True, check=True)
         assert os.fsdecode(done.stdout).split("\0")[:6] == [path, "x y", "run", "core0", "--config", path]
@@ -433,8 +432,7 @@ def test_the_program_is_the_one_that_was_started(tmp_path: Path, monkeypatch: py
 class TestSystemdUnit:
     def test_the_command_is_quoted_for_systemd(self) -> None:
         unit = systemd_unit(
-            interface="rpmsg%1",
-            config=Path('/etc/a b/100%/$HOME/"x"\\'),
+            service=link_service("rpmsg%1", Path('/etc/a b/100%/$HOME/"x"\\')),
             user=None,
             program=["/usr/bin/inco-trio"],
         )
@@ -444,10 +442,12 @@ class TestSystemdUnit:
         assert "interrupts on rpmsg%%1\n" in unit
 
     def test_it_runs_as_the_user_with_one_capability(self) -> None:
-        unit = systemd_unit(interface="a", config=Path("/dev/null"), user="nobody", program=["inco-trio"]).splitlines()
+        unit = systemd_unit(
+            service=link_service("a", Path("/dev/null")), user="nobody", program=["inco-trio"]
+        ).splitlines()
         assert {"User=nobody", "AmbientCapabilities=CAP_NET_RAW", "CapabilityBoundingSet=CAP_NET_RAW"} <= set(unit)
 
     def test_bad_input_is_refused(self) -> None:
         for interface, user in (("a b", None), ("a", "nobodyelse")):
             with pytest.raises(UsageError):
-                systemd_unit(interface=interface, config=Path("/dev/null"), user=user, program=["inco-trio"])
+                systemd_unit(service=link_service(interface, Path("/dev/null")), user=user, program=["inco-trio"])

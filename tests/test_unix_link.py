@@ -9,7 +9,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from inco_trio.frame import decode, encode
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDown
 from inco_trio.links.names import Names
-from inco_trio.links.opening import open_link
+from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.unix import UnixLink
 from netns.fixtures import DEADLINE
 
@@ -547,8 +547,9 @@ def test_what_does_not_fit(world: World, tmp_path: Path, kind: str) -> None:
             "another path": lambda: world.other(tmp_path / "another"),
             "packet": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM),
         }[kind]()
-        with ExitStack() as stack:
-            link, stale = open_link(world.address, made.detach(), world.note, stack)
+        around = Surroundings()
+        with closing(around):
+            link, stale = open_link(world.address, None, made.detach(), world.note, around)
             assert stale is not None
             assert not stale.fits
             assert link.refresh()
@@ -564,7 +565,7 @@ def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
         with pytest.raises(ResourceRefused, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
-            open_link(world.address, None, world.note, stack)
+            open_link(world.address, None, None, world.note, Surroundings())
         with pytest.raises(ResourceRefused, match="core0: cannot open a socket: Too many open files"):
             UnixLink.open(world.address, world.note, world.names)
 

@@ -1,13 +1,15 @@
-"""`inco-trio check`: validates a configuration and prints its signal table."""
+"""`inco-trio check`: validates a configuration and prints its signal table, or the boards of a directory."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from inco_trio.commands.configuration import config_path, configuration_argument
+from inco_trio.commands.configuration import BOARDS_HELP, boards_directory, config_path, configuration_argument
 from inco_trio.commands.streams import say
 from inco_trio.config import read_board
+from inco_trio.errors import ConfigError
 
 __all__ = ["arguments", "run"]
 
@@ -16,11 +18,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `check`."""
     sub.epilog = "example: inco-trio check --config udrv.json"
     configuration_argument(sub)
+    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; raises ConfigError or UsageError."""
+    if args.boards is not None:
+        return _check_boards(boards_directory(args, "--config"), as_json=args.json)
     board = read_board(config_path(args))
     rows = [
         {"name": s.name, "direction": s.direction.value, "register": str(s.path)}
@@ -33,4 +38,26 @@ def run(args: argparse.Namespace) -> int:
         lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
+    return 0
+
+
+def _check_boards(directory: Path, *, as_json: bool) -> int:
+    """Print the boards; raises ConfigError for those that are refused, after the others."""
+    from inco_trio.boards import read_boards
+
+    boards = read_boards(directory)
+    rows = [
+        {"name": name, "link": config.link, "netns": str(config.netns or ""), "signals": len(config.signals)}
+        for name, config in boards.configs.items()
+    ]
+    refused = {name: str(error).splitlines() for name, error in boards.refused.items()}
+    if as_json:
+        say(json.dumps({"boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
+    else:
+        width = max((len(str(row["name"])) for row in rows), default=0)
+        for row in rows:
+            place = f" in {row['netns']}" if row["netns"] else ""
+            say(f"{row['name']:{width}}  {row['link']}{place}, {row['signals']} signals")
+    if refused:
+        raise ConfigError(line for lines in refused.values() for line in lines)
     return 0

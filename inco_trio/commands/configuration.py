@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+from hashlib import blake2b
 from pathlib import Path
 
 from inco_trio.errors import UsageError
 from inco_trio.links.address import address_fault
 from inco_trio.signals import is_path
 
-__all__ = ["LINK", "absolute", "check_link", "config_path", "configuration_argument", "path_of"]
+__all__ = [
+    "BOARDS_HELP",
+    "LINK",
+    "LINK_HELP",
+    "absolute",
+    "check_link",
+    "config_path",
+    "configuration_argument",
+    "path_of",
+]
 
 LINK = "rpmsg4000"
 """The interface that is used unless another link is named."""
+BOARDS_HELP = "boards, one for each file DIR/NAME.json"
 LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
@@ -54,3 +65,17 @@ def path_of(text: str | Path, option: str) -> Path:
     if not is_path(str(text)):
         raise UsageError(f"{option} {str(text)!r}: it cannot be a path")
     return Path(text)
+
+
+def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
+    """The directory of `--boards`. Raises UsageError, also for an option of `excluded` that is given beside it."""
+    for option in excluded:
+        # None and False are what is not given.
+        if getattr(args, option.strip("-").replace("-", "_").lower()) not in (None, False):
+            raise UsageError(f"--boards and {option} exclude each other: a board's file names its link and registers")
+    return absolute(args.boards, "--boards")
+
+
+def boards_label(directory: Path) -> str:
+    """What services and kept descriptors of a directory of boards are named after."""
+    return f"boards-{blake2b(os.fsencode(directory), digest_size=4).hexdigest()}"

@@ -8,13 +8,15 @@ import errno
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol, TypeVar
 
 import attrs
 import trio
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import absolute, check_link, config_path, path_of
+from inco_trio.commands.configuration import LINK, absolute, check_link, config_path, path_of
 from inco_trio.commands.line import EXIT_INTERNAL
 from inco_trio.config import Board, Config, read_board
 from inco_trio.errors import IncoError, ResourceRefused, UsageError
@@ -23,11 +25,14 @@ from inco_trio.proxy import Proxy, open_proxy
 from inco_trio.registers.diagnose import diagnose
 from inco_trio.service.log import log_statistics
 from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
-from inco_trio.signals import builtin_signals
+from inco_trio.signals import Signal, builtin_signals
 
-__all__ = ["run_daemon"]
+__all__ = ["aside", "run_daemon"]
 
 logger = logging.getLogger(__name__)
+
+_A = TypeVar("_A")
+_R = TypeVar("_R")
 
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -36,25 +41,76 @@ def run_daemon(args: argparse.Namespace) -> int:
     """Carry signals until the process is told to stop; returns the exit code. Raises IncoError."""
     if args.notification_fd is not None:
         check_notification_fd(args.notification_fd)
-    check_link(args.iface)
     if args.fd_holder is not None:
         path_of(args.fd_holder, "--fd-holder")
-    if args.irq_dir is not None:
-        args.irq_dir = absolute(args.irq_dir, "--irq-dir")
-    config = _load(args)
+    service: _Service
+    if args.boards is not None:
+        from inco_trio.commands.boards import ManyBoards
+
+        service = ManyBoards(args)
+    else:
+        service = _OneBoard(args)
 
     try:
-        trio.run(_serve, args, config, fd_store_from_environment(args.fd_holder, config.address.label))
+        trio.run(_serve, args, service, fd_store_from_environment(args.fd_holder, service.label))
     except IncoError:
         raise
     except Exception as error:  # logged whole; the exit code tells the supervisor
         if refused := _exhausted(error):
-            raise ResourceRefused(
-                f"{config.address.name}: {refused.strerror}: raise the limit, or free some"
-            ) from error
+            raise ResourceRefused(f"{service.name}: {refused.strerror}: raise the limit, or free some") from error
         logger.exception("internal error: this is a fault of inco-trio, please report it")
         return EXIT_INTERNAL
     return 0
+
+
+class _Service(Protocol):
+    """What the daemon runs: the proxy of one board, or those of many."""
+
+    name: str
+    """What the log calls it."""
+    label: str
+    """What its kept descriptors are named after."""
+
+    def open(self, fd_store: FdStore) -> AbstractAsyncContextManager[None]:
+        """Open it while the block runs. Raises IncoError."""
+
+    async def reload(self) -> None:
+        """Read the configuration again. Raises IncoError for one that is refused."""
+
+    def log_statistics(self) -> None:
+        """Log the counters; nothing if it was not open yet."""
+
+    def signals(self) -> Collection[Signal]:
+        """All that it carries."""
+
+
+class _OneBoard:
+    def __init__(self, args: argparse.Namespace) -> None:
+        args.iface = LINK if args.iface is None else args.iface
+        check_link(args.iface)
+        if args.irq_dir is not None:
+            args.irq_dir = absolute(args.irq_dir, "--irq-dir")
+        self._args = args
+        self._config = _load(args)
+        self._proxy: Proxy | None = None
+        self.name, self.label = self._config.address.name, self._config.address.label
+
+    @asynccontextmanager
+    async def open(self, fd_store: FdStore) -> AsyncIterator[None]:
+        async with open_proxy(self._config, fd_store=fd_store) as self._proxy:
+            yield
+
+    async def reload(self) -> None:
+        assert self._proxy is not None  # noqa: S101 - see `_Service.open`
+        await self._proxy.reload(await aside(_load, self._args))
+        logger.info("reloaded: %d signals", len(self._proxy.config.signals), extra={"event": "reloaded"})
+
+    def log_statistics(self) -> None:
+        if self._proxy is not None:
+            log_statistics(self._proxy.stats.as_dict())
+
+    def signals(self) -> Collection[Signal]:
+        return self._config.signals
 
 
 def _load(args: argparse.Namespace) -> Config:
@@ -71,12 +127,12 @@ def _load(args: argparse.Namespace) -> Config:
     return Config(args.iface, board.signals, wait_link=args.wait_link)
 
 
-async def _load_aside(args: argparse.Namespace) -> Config:
-    """`_load`, while notifications are carried."""
+async def aside(read: Callable[[_A], _R], argument: _A) -> _R:
+    """`read(argument)`, which reads files, while notifications are carried."""
     try:
-        return await trio.to_thread.run_sync(_load, args, abandon_on_cancel=True)
+        return await trio.to_thread.run_sync(read, argument, abandon_on_cancel=True)
     except RuntimeError:  # no thread can be had now: a large file delays notifications by what it takes to read it
-        return _load(args)
+        return read(argument)
 
 
 def _exhausted(error: Exception) -> OSError | None:
@@ -88,15 +144,15 @@ def _exhausted(error: Exception) -> OSError | None:
 
 @attrs.define(eq=False)
 class _Run:
-    """What the tasks of the daemon share; `proxy` is None until link and watches are live."""
+    """What the tasks of the daemon share."""
 
-    args: argparse.Namespace
-    proxy: Proxy | None = None
+    service: _Service
+    is_open: bool = False
     stop: trio.CancelScope = attrs.Factory(trio.CancelScope)
 
 
-async def _serve(args: argparse.Namespace, config: Config, fd_store: FdStore) -> None:
-    run = _Run(args)
+async def _serve(args: argparse.Namespace, service: _Service, fd_store: FdStore) -> None:
+    run = _Run(service)
     failure: IncoError | None = None
     # One reload that is due stands for all that were asked for.
     hang_up, hang_ups = trio.open_memory_channel[None](1)
@@ -105,24 +161,24 @@ async def _serve(args: argparse.Namespace, config: Config, fd_store: FdStore) ->
         try:
             with run.stop:
                 await trio.lowlevel.checkpoint_if_cancelled()  # told to stop already: nothing is opened
-                async with open_proxy(config, fd_store=fd_store) as run.proxy:
+                async with service.open(fd_store):
+                    run.is_open = True
                     notify_ready(args.notification_fd)
-                    logger.info("%s: ready", config.address.name, extra={"event": "ready"})
-                    _start_diagnosis(config)
+                    logger.info("%s: ready", service.name, extra={"event": "ready"})
+                    _start_diagnosis(service)
                     try:
-                        await _follow_hang_ups(hang_ups, args, run.proxy)
+                        await _follow_hang_ups(hang_ups, service)
                     finally:
                         notify_stopping()
         except IncoError as error:
             failure = error
         finally:
-            if run.proxy is not None:
-                log_statistics(run.proxy.stats.as_dict())
+            service.log_statistics()
         nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
-    if run.proxy is None:
-        logger.info("%s: told to stop before it was open", config.address.name)
+    if not run.is_open:
+        logger.info("%s: told to stop before it was open", service.name)
 
 
 def _once(channel: trio.MemorySendChannel[None]) -> Callable[[], None]:
@@ -154,36 +210,34 @@ def _obey(run: _Run, reload: Callable[[], None]) -> None:
         if number in process_signals.STOPS:
             run.stop.cancel()
         elif number == signal.SIGHUP:
-            if run.proxy is None:
+            if not run.is_open:
                 logger.info("the configuration is read again once the link is there")
             reload()
-        elif run.proxy is None:
+        elif not run.is_open:
             logger.info("there are no counters before the link is there")
         else:
-            log_statistics(run.proxy.stats.as_dict())
+            run.service.log_statistics()
 
 
-async def _follow_hang_ups(hang_ups: trio.MemoryReceiveChannel[None], args: argparse.Namespace, proxy: Proxy) -> None:
+async def _follow_hang_ups(hang_ups: trio.MemoryReceiveChannel[None], service: _Service) -> None:
     """Reload the configuration whenever it is asked for, one time after the other. Cancelled, it waits for nothing."""
     async for _ in hang_ups:
         try:
-            await proxy.reload(await _load_aside(args))
+            await service.reload()
         except IncoError as error:
             for problem in str(error).splitlines():
                 logger.error("reload refused, the old configuration goes on: %s", problem)  # noqa: TRY400 - no fault of ours
-        else:
-            logger.info("reloaded: %d signals", len(proxy.config.signals), extra={"event": "reloaded"})
 
 
-def _start_diagnosis(config: Config) -> None:
+def _start_diagnosis(service: _Service) -> None:
     # A thread of its own, as one of Trio's would wake up once more to end.
     with contextlib.suppress(RuntimeError):  # No thread can be had: carrying needs none.
-        threading.Thread(target=_diagnose, args=(config,), daemon=True).start()
+        threading.Thread(target=_diagnose, args=(service,), daemon=True).start()
 
 
-def _diagnose(config: Config) -> None:
+def _diagnose(service: _Service) -> None:
     """Say what may keep notifications from coming; after readiness, as it reads all of /proc."""
     # What cannot be looked at, as no descriptor is left to look with or as it is gone, is no reason to complain.
     with contextlib.suppress(OSError):
-        for line in diagnose(config.signals):
+        for line in diagnose(service.signals()):
             logger.warning("%s", line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import LINK, LINK_HELP, configuration_argument
+from inco_trio.commands.configuration import BOARDS_HELP, LINK_HELP, configuration_argument
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 
@@ -14,13 +14,15 @@ __all__ = ["arguments", "run"]
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `run`."""
+    sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
         "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v\n"
         f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
     )
-    sub.add_argument("iface", nargs="?", default=LINK, metavar="LINK", help=LINK_HELP)
+    sub.add_argument("iface", nargs="?", metavar="LINK", help=LINK_HELP)
     configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals in DIR, without a file")
+    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")

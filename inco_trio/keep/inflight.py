@@ -10,7 +10,8 @@ that what left the kernel's queue stands here whole. Frames and inotify events d
 length has to be noted, and so there is no instant in which one is missing. Blank are zeros, and between the frames of a
 bank a mark that no frame can contain but by guessing 8 bytes: only a frame that is longer than its step overwrites it.
 
-Layout: a header page; two banks of frames; two banks of inotify events; two tables of numbers by key.
+Layout: a header page; two banks of frames; two banks of inotify events; two tables of numbers by key; a queue of
+inotify events, where a process has many boards, see `registers.share`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,26 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 
 import attrs
 
 from inco_trio.frame import FRAME_MAX
 
-__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "SHORT", "Bank", "Inflight", "NumberTable", "frames_in"]
+__all__ = [
+    "FRAMES",
+    "FRAME_MAX",
+    "FRAME_STEP",
+    "SHORT",
+    "Bank",
+    "EventQueue",
+    "Inflight",
+    "NumberTable",
+    "frames_in",
+]
 
-MAGIC = b"inco-trio inflight 2\n"
+MAGIC = b"inco-trio inflight 3\n"
 PAGE = 4096
 MARK = 8
 """Bytes of the mark behind each frame."""
@@ -44,7 +56,13 @@ RECORD = KEY + 8
 RECORDS = 65536
 """Entries of a table; untouched ones take no memory."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
-SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE
+QUEUE = 256 * PAGE
+"""Bytes of queued inotify events: four times the 16,384 that the kernel queues by default."""
+SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
+_EVENT = struct.Struct("=iIII")
+"""struct inotify_event (inotify(7)): wd, mask, cookie, length of the name that follows."""
+OVERFLOW = _EVENT.pack(-1, 0x4000, 0, 0)
+"""IN_Q_OVERFLOW."""
 _BLANK_EVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
 """That of the memories that this process makes."""
@@ -127,6 +145,82 @@ class NumberTable:
             self._free.append(index)
 
 
+class EventQueue:
+    """A queue of whole inotify events in shared memory: its two ends stand in the first page, then it goes round."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._ends = view[:16].cast("Q")
+        self._readers = view[16:24].cast("Q")
+        self._room = view[PAGE:]
+        self._overflowed = False
+        if not len(self):
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        # This end first: less than none is none, if it is the last thing that a process does.
+        self._ends[1] = 0
+        self._ends[0] = 0
+
+    def next_reader(self) -> int:
+        """The number of the process that reads it from now on: 1 for the first."""
+        self._readers[0] += 1
+        return self._readers[0]
+
+    def __len__(self) -> int:
+        """The bytes that are queued."""
+        return max(0, self._ends[1] - self._ends[0])
+
+    def append(self, events: bytes) -> None:
+        """Queue some events; where there is no room for them, that of an overflow instead, as the kernel does."""
+        room = len(self._room) - len(self)
+        if len(events) + len(OVERFLOW) <= room:
+            self._overflowed = False
+            self._put(events)
+        elif not self._overflowed and len(OVERFLOW) <= room:
+            self._overflowed = True
+            self._put(OVERFLOW)
+
+    def _put(self, events: bytes) -> None:
+        end, size = self._ends[1], len(self._room)
+        place = end % size
+        first = min(len(events), size - place)
+        self._room[place : place + first] = events[:first]
+        self._room[: len(events) - first] = events[first:]
+        # Last of all, so that who is killed before has queued nothing.
+        self._ends[1] = end + len(events)
+
+    def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
+        """Have `act` do all that is queued where it stands; returns its bytes, or 0 if it did not."""
+        length = len(self)
+        if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
+            return 0
+        self._begin_again()
+        return length
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Move queued events into `buffer`, as many as fit whole; returns their bytes."""
+        start, size = self._ends[0], len(self._room)
+        available = min(len(self), len(buffer))
+        place = start % size
+        first = min(available, size - place)
+        buffer[:first] = self._room[place : place + first]
+        buffer[first:available] = self._room[: available - first]
+        length = available
+        if available < len(self):
+            length = 0
+            while length + _EVENT.size <= available:
+                following = length + _EVENT.size + _EVENT.unpack_from(buffer, length)[3]
+                if following > available:
+                    break
+                length = following
+            buffer[length:available] = bytes(available - length)
+        if length == len(self):
+            self._begin_again()  # So that few pages are ever used.
+        else:
+            self._ends[0] = start + length
+        return length
+
+
 @attrs.define
 class Inflight:
     """The memory: `frames` and `events` are two banks each, `owed` and `watches` the tables."""
@@ -138,6 +232,8 @@ class Inflight:
     """By wire name: notifications whose state register could not be written yet."""
     watches: NumberTable
     """By the key of a trigger: its watch descriptor."""
+    queue: EventQueue
+    """Events that one descriptor for many boards has brought, and that are not read yet."""
     note: memoryview
     """16 bytes for the link, see `links.unix`."""
     inherited: bool
@@ -177,8 +273,9 @@ class Inflight:
                 bank.clear(len(bank.view))
         owed = NumberTable(view[offset : offset + TABLE])
         watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
+        queue = EventQueue(view[offset + 2 * TABLE :])
         note = view[PAGE - 48 : PAGE - 32]
-        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, note, inherited, memory)
+        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, queue, note, inherited, memory)
 
     def close(self) -> None:
         """Close this process's descriptor; the memory lives on if somebody else holds one."""
@@ -188,6 +285,8 @@ class Inflight:
 
 def frames_in(bank: Bank) -> list[bytes]:
     """The frames that stand in a bank, NUL padding stripped, in the order of their arrival."""
+    if bytes(bank.view) == bank.blank:
+        return []  # As a rule, and with many boards at a start it matters.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, FRAME_STEP * FRAMES, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])

@@ -39,6 +39,12 @@ class Watched:
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
     """Watch descriptors, and names in the directories that they watch."""
+    complete: frozenset[tuple[int, bytes]] = frozenset()
+    """Those of them that are the last names of the paths: the way leads there, whatever becomes of these."""
+    moved: bool = True
+    """Whether the way to a path may be another one."""
+    all_found: bool = False
+    """Whether all paths can be watched."""
     changed: bool = False
     woken: trio.Event = attrs.Factory(trio.Event)
 
@@ -58,9 +64,15 @@ class Names:
 
         What is missing on the way to a path is awaited in the directory above.
         """
-        ways = [self._way_to(path) for path in watched.paths]
-        self._move(watched, frozenset(way for way in ways if way is not None))
-        return None not in ways
+        if watched.moved:
+            watched.moved = False
+            ways = [self._way_to(path) for path in watched.paths]
+            found = [way for way in ways if way is not None]
+            watched.all_found = len(found) == len(ways)
+            watched.complete = frozenset((wd, name) for wd, name, complete in found if complete)
+            self._move(watched, frozenset((wd, name) for wd, name, _ in found))
+            watched.moved |= not watched.all_found
+        return watched.all_found
 
     def forget(self, watched: Watched) -> None:
         """Watch the paths no more."""
@@ -78,8 +90,11 @@ class Names:
             if not names and self._at.pop(wd, None) is not None:
                 self._inotify.unwatch(wd)
 
-    def _way_to(self, path: Path) -> tuple[int, bytes] | None:
-        """The lowest directory on the way that can be watched, and the next name in it; None if there is none."""
+    def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
+        """The lowest directory on the way that can be watched, the next name in it, and whether it is the last one.
+
+        None if no directory can be watched.
+        """
         found = None
         for _ in range(TRIES):
             for parent in path.parents:
@@ -87,8 +102,8 @@ class Names:
                     wd = self._inotify.watch(str(parent), MASK)
                 except OSError:
                     continue  # It is missing, or not ours to read.
-                following = parent / path.relative_to(parent).parts[0]
-                found = wd, os.fsencode(following.name)
+                following = path if parent == path.parent else parent / path.relative_to(parent).parts[0]
+                found = wd, os.fsencode(following.name), following == path
                 break
             else:
                 return found
@@ -122,10 +137,13 @@ class Names:
         for wd, mask, name in parse_events(self._buffer[: self._inotify.read_into(self._buffer)]):
             if mask & ino.IN_Q_OVERFLOW:
                 for names in self._at.values():
-                    _wake(names.values())
+                    _wake(names.values(), None)
                 continue
             names = self._at.get(wd, {})
-            _wake(names.values() if not name else [names.get(name, set())])
+            if name:
+                _wake([names.get(name, set())], (wd, name))
+            else:
+                _wake(names.values(), None)
             if mask & ino.IN_IGNORED:
                 self._at.pop(wd, None)
                 self._inotify.forget(wd)
@@ -135,8 +153,10 @@ class Names:
         self._inotify.close()
 
 
-def _wake(groups: Iterable[set[Watched]]) -> None:
+def _wake(groups: Iterable[set[Watched]], place: tuple[int, bytes] | None) -> None:
+    """Tell of a change at `place`; None is any."""
     for group in groups:
         for watched in group:
             watched.changed = True
+            watched.moved |= place not in watched.complete
             watched.woken.set()

@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inco_trio.errors import ResourceRefused
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.link import Link
 
-__all__ = ["open_link"]
+if TYPE_CHECKING:
+    from inco_trio.links.names import Names
+
+__all__ = ["Surroundings", "open_link"]
+
+
+class Surroundings:
+    """What the links of one process share, made once it is needed."""
+
+    def __init__(self) -> None:
+        self._names: Names | None = None
+
+    def names(self, asking: str) -> Names:
+        """What watches the names of sockets. Raises ResourceRefused, for the link `asking`."""
+        from inco_trio.links.names import Names
+
+        if self._names is None:
+            try:
+                self._names = Names()
+            except OSError as error:
+                raise ResourceRefused(
+                    f"{asking}: inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
+                ) from error
+        return self._names
+
+    def close(self) -> None:
+        """Close what was made."""
+        if self._names is not None:
+            self._names.close()
 
 
 def open_link(
-    address: InterfaceAddress | UnixAddress, held: int | None, note: memoryview, resources: ExitStack
+    address: InterfaceAddress | UnixAddress,
+    netns: Path | None,
+    held: int | None,
+    note: memoryview,
+    around: Surroundings,
 ) -> tuple[Link, Link | None]:
     """The link, and the one of the inherited descriptor `held` if that does not fit any more.
 
-    `note` is 16 bytes of memory that outlive the process with the descriptor. `resources` closes what the link needs
-    besides. Raises PermissionRefused, ResourceRefused.
+    An interface is looked for in the network namespace `netns`; None is our own. `note` is 16 bytes of memory that
+    outlive the process with the descriptor. Raises LinkMissing for a namespace that is none, PermissionRefused,
+    ResourceRefused.
     """
     # Each kind is imported only where it is used: start-up time is an outage.
     link: Link
-    if isinstance(address, InterfaceAddress):
-        from inco_trio.links.packet import PacketLink
+    if isinstance(address, UnixAddress):
+        from inco_trio.links.unix import UnixLink
 
+        names = around.names(address.name)
+        if held is None:
+            return UnixLink.open(address, note, names), None
+        link = UnixLink.take(address, held, note, names)
+        return (link, None) if link.fits else (UnixLink.open(address, note, names), link)
+
+    from inco_trio.links.netns import belongs_to, inside
+    from inco_trio.links.packet import PacketLink
+
+    with inside(netns, address.name):
         if held is None:
             return PacketLink.open(address.name), None
         link = PacketLink.take(address.name, held)
-        return (link, None) if link.fits else (PacketLink.open(address.name), link)
-
-    from inco_trio.links.names import Names
-    from inco_trio.links.unix import UnixLink
-
-    try:
-        names = Names()
-    except OSError as error:
-        raise ResourceRefused(
-            f"{address.name}: inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
-        ) from error
-    resources.callback(names.close)
-    if held is None:
-        return UnixLink.open(address, note, names), None
-    link = UnixLink.take(address, held, note, names)
-    return (link, None) if link.fits else (UnixLink.open(address, note, names), link)
+        return (link, None) if link.fits and belongs_to(held, netns) else (PacketLink.open(address.name), link)

@@ -20,7 +20,7 @@ import attrs
 
 from inco_trio.keep.inflight import NumberTable
 from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.inotify import Watcher
 from inco_trio.registers.refusals import Unfit
 from inco_trio.supervise import Backoff, Problems
 
@@ -141,7 +141,7 @@ class Directory:
 
     # -------------------------------------------------------------------------------------------------- triggers
 
-    def watch_trigger(self, register: str, inotify: Inotify) -> int:
+    def watch_trigger(self, register: str, inotify: Watcher) -> int:
         """Watch a trigger's file; 0 if there is none."""
         try:
             self.check(register)
@@ -149,7 +149,7 @@ class Directory:
         except FileNotFoundError:
             return 0
 
-    def make_trigger(self, register: str, inotify: Inotify, note: Callable[[int], None]) -> int:
+    def make_trigger(self, register: str, inotify: Watcher, note: Callable[[int], None]) -> int:
         """Make a missing trigger; 0 if somebody else made it first.
 
         It is watched, and `note` is called with its watch descriptor, before it is visible.
@@ -196,7 +196,7 @@ class Directories:
     time has come.
     """
 
-    def __init__(self, inotify: Inotify, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
+    def __init__(self, inotify: Watcher, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
         self.by_path: dict[Path, Directory] = {}
         self._inotify = inotify
         self._noted = noted

@@ -12,12 +12,12 @@ import fcntl
 import os
 import struct
 import termios
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyinotify
 import trio
 
-__all__ = ["Event", "Inotify", "parse_events"]
+__all__ = ["Event", "Inotify", "Watcher", "parse_events"]
 
 IN_MODIFY: int = pyinotify.IN_MODIFY
 IN_CLOSE_WRITE: int = pyinotify.IN_CLOSE_WRITE
@@ -68,6 +68,20 @@ def parse_events(data: bytes | memoryview) -> list[Event]:
     return events
 
 
+class Watcher(Protocol):
+    """What watches the files of one proxy: an `Inotify`, or its share of one (`registers.share`)."""
+
+    read: int
+
+    def watch(self, path: str, mask: int) -> int: ...
+    def unwatch(self, wd: int) -> None: ...
+    def forget(self, wd: int) -> None: ...
+    @property
+    def queued(self) -> int: ...
+    def read_into(self, buffer: memoryview) -> int: ...
+    async def wait_readable(self) -> None: ...
+
+
 class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no types
     """The three system calls for WatchManager; pyinotify's own wrapper runs ldconfig to find the C library."""
 
@@ -108,7 +122,7 @@ class Inotify:
     def __init__(self, held: int | None = None) -> None:
         """Open a descriptor, or take over `held` with its watches and its queue. Raises OSError (inotify_init(2))."""
         self._watches = _Watches(held)
-        self.fd = self._watches.get_fd()
+        self.fd: int = self._watches.get_fd()
         self.read = 0
         """Bytes that were read from it."""
 

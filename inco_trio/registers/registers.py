@@ -16,7 +16,7 @@ from inco_trio.errors import ConfigError
 from inco_trio.keep.inflight import Inflight
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
-from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.inotify import Watcher
 from inco_trio.registers.refusals import Unfit, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
@@ -33,7 +33,7 @@ class Registers:
     `troubled` is set when something could not be done, and `restore` is to be run.
     """
 
-    def __init__(self, inotify: Inotify, inflight: Inflight, counters: Counters) -> None:
+    def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
         problems = Problems()
         self.table = SignalTable(())
         self._opened = False

@@ -26,7 +26,7 @@ import attrs
 from inco_trio.keep.inflight import NumberTable
 from inco_trio.registers import inotify as ino
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, watch_key
-from inco_trio.registers.inotify import Event, Inotify
+from inco_trio.registers.inotify import Event, Watcher
 from inco_trio.registers.refusals import Unfit
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
@@ -168,7 +168,7 @@ class Triggers:
     """The triggers of a signal table. Everything here is immediate; nothing waits."""
 
     def __init__(
-        self, directories: Directories, inotify: Inotify, noted: NumberTable, problems: Problems, counters: Counters
+        self, directories: Directories, inotify: Watcher, noted: NumberTable, problems: Problems, counters: Counters
     ) -> None:
         self.by_path: dict[Path, Trigger] = {}
         self._in: dict[Directory, dict[bytes, Trigger]] = {}

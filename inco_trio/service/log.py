@@ -11,6 +11,7 @@ import logging
 import time
 
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
+from inco_trio.supervise import board_name
 
 __all__ = ["log_statistics", "set_up_logging"]
 
@@ -29,6 +30,8 @@ class _Json(logging.Formatter):
             "event": getattr(record, "event", "message"),
             "message": record.getMessage(),
         }
+        if board := board_name.get():
+            entry["board"] = board
         entry |= getattr(record, "fields", {})
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
@@ -37,7 +40,8 @@ class _Json(logging.Formatter):
 
 class _Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return f"inco-trio: {record.levelname.lower()}: {printable(record.message)}"
+        board = board_name.get()
+        return f"inco-trio: {record.levelname.lower()}: {board}{': ' if board else ''}{printable(record.message)}"
 
 
 class _Lines(logging.Handler):

@@ -16,14 +16,16 @@ import shlex
 import shutil
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import attrs
 
 from inco_trio.config import read_file
 from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.links.address import parse_address
 
-__all__ = ["find_program", "systemd_unit", "write_scandir"]
+__all__ = ["Service", "boards_service", "find_program", "link_service", "systemd_unit", "write_scandir"]
 
 _HOLDER = "inco-trio-fdholder"
 _SERVICE = "inco-trio-"
@@ -82,7 +84,7 @@ _UNIT = """\
 # /etc/systemd/system/{name}.service, written by `inco-trio s6 --systemd`
 
 [Unit]
-Description=inco-trio: inter-core interrupts on {interface}
+Description=inco-trio: inter-core interrupts {of}
 # Restarts lose nothing, so there is no number of them at which to give up.
 StartLimitIntervalSec=0
 
@@ -137,20 +139,43 @@ def find_program() -> list[str]:
     return [sys.executable, "-m", "inco_trio"]
 
 
-def write_scandir(
-    directory: Path, *, interface: str, config: Path, user: str | None, program: Sequence[str]
-) -> list[str]:
-    """Make `directory` an s6 scan directory that runs inco-trio on `interface`, beside those of other interfaces.
+@attrs.frozen
+class Service:
+    """A service that runs inco-trio; `link_service` and `boards_service` make it."""
+
+    label: str
+    """What it, and what is held for it, is named after."""
+    of: str
+    """What it carries the interrupts of, in words."""
+    words: tuple[str, ...]
+    """The arguments of `run` that say so."""
+    warnings: tuple[str, ...]
+    """What cannot be read now."""
+
+
+def link_service(link: str, config: Path) -> Service:
+    """The service of the link of that address, with the registers of the udrv.json `config`. Raises UsageError."""
+    words = (link, "--config", str(config.absolute()))
+    return Service(_label(link), f"on {link}", words, _warnings(lambda: read_file(config)))
+
+
+def boards_service(directory: Path, label: str) -> Service:
+    """The service of all boards of a directory."""
+    words = ("--boards", str(directory.absolute()))
+    return Service(label, f"of the boards in {directory}", words, _warnings(lambda: os.scandir(directory).close()))
+
+
+def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
+    """Make `directory` an s6 scan directory that runs inco-trio as `service`, beside others.
 
     `user` is who the service runs as, with CAP_NET_RAW only; None: who runs s6-svscan. `program` is the command before
-    its arguments. Only files that differ are written. Returns one line for each of them, and a warning if `config`
-    cannot be read now. Raises UsageError, PermissionRefused, ResourceRefused.
+    its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what cannot
+    be read now. Raises UsageError, PermissionRefused, ResourceRefused.
     """
-    label = _label(interface)
-    lines = _config_warnings(config)
+    lines = list(service.warnings)
     try:
         _make_directory(directory)
-        lines += _write_tree(directory, _service(label, interface, config, user, program))
+        lines += _write_tree(directory, _service(service, user, program))
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
         lines += [
@@ -173,16 +198,12 @@ def _refusal(error: OSError) -> IncoError:
     return ResourceRefused(line)
 
 
-def systemd_unit(*, interface: str, config: Path, user: str | None, program: Sequence[str]) -> str:
-    """The text of a systemd unit that runs inco-trio on `interface`; arguments as for `write_scandir`.
-
-    Raises UsageError.
-    """
-    label = _label(interface)
-    command = [*program, "run", interface, "--config", str(config.absolute()), "--log-format", "text"]
+def systemd_unit(*, service: Service, user: str | None, program: Sequence[str]) -> str:
+    """The text of a systemd unit that runs inco-trio; arguments as for `write_scandir`. Raises UsageError."""
+    command = [*program, "run", *service.words, "--log-format", "text"]
     return _UNIT.format(
-        name=_SERVICE + label,
-        interface=interface.replace("%", "%%"),
+        name=_SERVICE + service.label,
+        of=service.of.replace("%", "%%"),
         program=" ".join(map(_quote_for_systemd, command)),
         user="root" if user is None else _account(user).pw_name,
     )
@@ -192,15 +213,16 @@ _Tree = dict[str, tuple[str, int]]
 """Path below the scan directory to content and mode."""
 
 
-def _service(label: str, interface: str, config: Path, user: str | None, program: Sequence[str]) -> _Tree:
+def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
     account = None if user is None else _account(user)
     setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid) if account else ""
     command = [
         *program,
-        *("run", interface, "--config", str(config.absolute()), "--notification-fd", "3"),
+        *("run", *service.words, "--notification-fd", "3"),
         *("--fd-holder", f"../{_HOLDER}/s", "--log-format", "text"),
     ]
-    name = _SERVICE + label
+    name = _SERVICE + service.label
+    run = _RUN.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command))
     # The logger comes first and run last: s6-svscan may look at any time, and asks for a logger only once.
     return {
         f"{name}/log/run": (_LOG_RUN, 0o755),
@@ -209,7 +231,7 @@ def _service(label: str, interface: str, config: Path, user: str | None, program
         f"{name}/notification-fd": ("3\n", 0o644),
         # More than the 5 s that inco-trio allows itself to finish what it has accepted.
         f"{name}/timeout-kill": ("10000\n", 0o644),
-        f"{name}/run": (_RUN.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command)), 0o755),
+        f"{name}/run": (run, 0o755),
     }
 
 
@@ -333,12 +355,12 @@ def _account(user: str) -> pwd.struct_passwd:
         raise UsageError(f"--user {user}: there is no such user") from None
 
 
-def _config_warnings(config: Path) -> list[str]:
+def _warnings(read: Callable[[], object]) -> tuple[str, ...]:
     try:
-        read_file(config)
-    except IncoError as error:
-        return [f"warning: {error}"]
-    return []
+        read()
+    except (IncoError, OSError) as error:
+        return (f"warning: {error}",)
+    return ()
 
 
 def _quote_for_regex(text: str) -> str:

@@ -20,6 +20,7 @@ import attrs
 
 from inco_trio.simulation.world import Cores
 
+from .boards import boards_figures
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
 from .rivals import C_MODIFY, FLOOR, INCO, PYTHON, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running, Uncounted
@@ -64,11 +65,12 @@ class Size:
     """Length of a point of the load curve."""
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
+    boards: int = 1000
     loads: tuple[int, ...] = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 150_000, 200_000, 300_000)
 
 
 FULL = Size(10, 3, 3000, 20_000, 1.0, 10.0, 10.0, 1_000_000, 3.0, 2.0)
-SMOKE = Size(1, 1, 200, 5000, 0.3, 0.5, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8), (1000, 10_000))
+SMOKE = Size(1, 1, 200, 5000, 0.3, 0.5, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8), 50, (1000, 10_000))
 
 
 @attrs.frozen
@@ -411,6 +413,12 @@ def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator
             yield [Running(bench.lab, cores, pid, directory / cores.link, table, ready) for cores in links]
 
 
+def boards(bench: Bench) -> Measured:
+    """Many boards of a directory in one process, see `boards`."""
+    size = bench.size
+    return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
+
+
 def idle(bench: Bench) -> Measured:
     """Wake-ups and system calls without traffic."""
     wakes, calls = _samples(), _samples()
@@ -562,6 +570,7 @@ MEASURES: dict[str, Measure] = {
     "one-trigger": Measure(one_trigger, 12, 4),
     "many-signals": Measure(many_signals, 25, 18),
     "many-links": Measure(many_links, 0, 22),
+    "boards": Measure(boards, 110, 0),
     "idle": Measure(idle, 65, 0),
     "start": Measure(start, 1, 1.2),
     "memory": Measure(memory, 0, 18),

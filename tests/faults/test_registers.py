@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.faults.supervised import environment_form
 from tests.test_registers_calm import calm
-from tests.test_registers_machine import walk
+from tests.test_registers_machine import SharedWalk, Walk, walk
 
 
-def test_a_long_walk() -> None:
+@pytest.mark.parametrize("machine", [Walk, SharedWalk])
+def test_a_long_walk(machine: type[Walk]) -> None:
     if environment_form() == "short":
-        walk(steps=5000, walks=50)
+        walk(steps=5000, walks=50, machine=machine)
     else:
         # A part of the walks ends early.
-        walk(steps=120_000, walks=1200)
+        walk(steps=120_000, walks=1200, machine=machine)
 
 
 def test_a_long_calm_walk() -> None:

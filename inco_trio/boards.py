@@ -1,0 +1,125 @@
+"""The boards of a directory: each `NAME.json` in it names the link and the registers of one.
+
+    {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
+    {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
+
+`config` is a udrv.json; `irq_dir` a directory for the built-in signals. `netns` is a name under /run/netns, or a path.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import attrs
+
+from inco_trio.config import Config, kind_of, load_document, read_board, read_file, repeated_keys
+from inco_trio.errors import ConfigError, IncoError
+from inco_trio.links.address import UnixAddress, address_fault
+from inco_trio.signals import builtin_signals, is_path
+
+__all__ = ["NETNS", "Boards", "read_boards", "refuse_shared"]
+
+NETNS = Path("/run/netns")
+SUFFIX = ".json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEYS = ("link", "config", "irq_dir", "netns")
+
+
+@attrs.frozen
+class Boards:
+    """What a directory of boards says."""
+
+    configs: Mapping[str, Config]
+    refused: Mapping[str, IncoError]
+    """The boards whose file is refused; its text has the path of the file."""
+    notes: Mapping[str, tuple[str, ...]]
+    """See `config.Board.notes`."""
+
+
+def read_boards(directory: Path, running: Collection[str] = ()) -> Boards:
+    """The boards of a directory, by name; of two that share something, the one that is `running` stays.
+
+    Raises ConfigError for a directory that cannot be read.
+    """
+    try:
+        files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
+    except OSError as error:
+        raise ConfigError([f"{directory}: the directory of boards cannot be read: {error.strerror}"]) from error
+    configs: dict[str, Config] = {}
+    refused: dict[str, IncoError] = {}
+    notes: dict[str, tuple[str, ...]] = {}
+    for file in files:
+        name = file.name.removesuffix(SUFFIX)
+        try:
+            configs[name], notes[name] = _read(file, name)
+        except IncoError as error:
+            refused[name] = error
+    for name, why in refuse_shared(configs, running).items():
+        refused[name] = ConfigError([f"{directory / name}{SUFFIX}: {why}"])
+        del configs[name]
+    return Boards(configs, refused, notes)
+
+
+def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
+    """The board that a file describes, and its notes. Raises IncoError."""
+    if not NAME.fullmatch(name):
+        raise ConfigError([f"{path}: a board's name has 1 to 64 letters, digits, '.', '_' and '-', the first no sign"])
+    document = load_document(read_file(path), str(path))
+    problems = [f"{key}: unknown key: {', '.join(KEYS)} are those there are" for key in document if key not in KEYS]
+    problems += repeated_keys(document, "")
+    values: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, str):
+            values[key] = value
+        elif key in KEYS:
+            problems.append(f"{key}: {kind_of(value)} is not a string")
+    if "link" not in document:
+        problems.append("link: is missing")
+    if ("config" in document) == ("irq_dir" in document):
+        problems.append("one of config, the path of a udrv.json, and irq_dir, a directory, is needed")
+    for key in ("config", "irq_dir"):
+        if key in values and not (values[key].startswith("/") and is_path(values[key])):
+            problems.append(f"{key}: {values[key]!r} is not an absolute path")
+    if "link" in values and (fault := address_fault(values["link"])):
+        problems.append(f"link: {values['link']!r}: {fault}")
+    netns = values.get("netns")
+    if netns is not None and (netns in {"", ".", ".."} or not is_path(netns) or ("/" in netns and netns[0] != "/")):
+        problems.append(f"netns: {netns!r} is neither a name under {NETNS} nor an absolute path")
+    if netns is not None and values.get("link", "").startswith("unix:"):
+        problems.append("netns: a unix: link has none: leave it out")
+    if problems:
+        raise ConfigError(f"{path}: {problem}" for problem in problems)
+    notes: tuple[str, ...] = ()
+    if "irq_dir" in values:
+        signals = builtin_signals(Path(values["irq_dir"]))
+    else:
+        board = read_board(values["config"])
+        signals, notes = board.signals, board.notes
+    # A board that waits for its link is in nobody's way.
+    config = Config(values["link"], signals, wait_link=True, netns=None if netns is None else NETNS / netns)
+    return config, notes
+
+
+def refuse_shared(configs: Mapping[str, Config], running: Collection[str] = ()) -> dict[str, str]:
+    """Why boards are refused that share a link or a directory with one before them; those `running` come first."""
+    taken: dict[object, str] = {}
+    refused: dict[str, str] = {}
+    for name in sorted(configs, key=lambda name: (name not in running, name)):
+        config = configs[name]
+        address = config.address
+        wanted: dict[object, str] = {}
+        if isinstance(address, UnixAddress):
+            wanted[os.path.realpath(address.local)] = f"the link {address.local}"
+        else:
+            wanted[address.name, config.netns] = f"the link {address.name}"
+        for directory in {signal.directory for signal in config.signals}:
+            wanted[os.path.realpath(directory)] = f"the directory {directory}"
+        shared = next((what for what in wanted if what in taken), None)
+        if shared is not None:
+            refused[name] = f"{wanted[shared]} is also that of the board {taken[shared]}"
+        else:
+            taken |= dict.fromkeys(wanted, name)
+    return refused

@@ -1,0 +1,262 @@
+"""One inotify descriptor for many boards: a user may have 128 of them only (fs.inotify.max_user_instances).
+
+Each board has a `Share`, which does for it what an `Inotify` of its own would: it has its watches, and a queue of its
+own in the memory that outlives the process, which overflows for itself. Whoever reads the descriptor moves each event
+to the queues of the boards that watch what it tells of, so that no board waits for another to be read.
+
+Two boards may watch one directory, as that of the directories of both, and so have one watch descriptor. A board that
+gives it up while another keeps it is told IN_IGNORED at once, and gets it under another number if it comes back, in
+this process or the next: a number is the watch descriptor, and `GENERATION` for each process and each giving up.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable
+
+import attrs
+import trio
+
+from inco_trio.keep.inflight import Bank, EventQueue
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.inotify import Inotify
+from inco_trio.supervise import Health
+
+__all__ = ["GENERATION", "Share", "SharedInotify"]
+
+GENERATION = 1 << 27
+GENERATIONS = 16
+"""Numbers of one watch descriptor that can be told apart: an old one is forgotten long before it comes again."""
+ANY = 0xFFF
+"""All that happens (IN_ALL_EVENTS)."""
+ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
+"""What comes without being asked for."""
+FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
+_EVENT = struct.Struct("=iIII")
+
+
+@attrs.define
+class _Watch:
+    """What a board watches: by which number, and for which events."""
+
+    number: int
+    mask: int | None
+    """None for what a predecessor watched, of which only the kernel knows the mask."""
+
+    @property
+    def wanted(self) -> int:
+        return ANY if self.mask is None else self.mask & ANY
+
+
+class SharedInotify:
+    """The descriptor. `bank` is memory that outlives the process, for what is read and not yet moved to its boards."""
+
+    def __init__(self, held: int | None, bank: Bank) -> None:
+        """Open a descriptor, or take over `held`. Raises OSError (inotify_init(2))."""
+        self.inotify = Inotify(held)
+        self._bank = bank
+        self._watches: dict[int, dict[Share, _Watch]] = {}
+        self._given_up: dict[tuple[Share, int], int] = {}
+        self._shares: set[Share] = set()
+
+    def share(self, queue: EventQueue, noted: Iterable[int]) -> Share:
+        """The share of one board; `noted` are the numbers of its predecessor's watches."""
+        share = Share(self, queue)
+        self.adopt(share, noted)
+        return share
+
+    def adopt(self, share: Share, noted: Iterable[int]) -> None:
+        """See `share`."""
+        self._shares.add(share)
+        for number in noted:
+            self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
+
+    def recover(self) -> None:
+        """Move what a predecessor had read; to be called once all its boards have their shares."""
+        self._move(len(self._bank.view))
+
+    async def run(self, health: Health) -> None:
+        """The leg that reads the descriptor."""
+        while True:
+            while self._pump():
+                await trio.lowlevel.checkpoint()
+            health.well()
+            await self.inotify.wait_readable()
+
+    def drain(self) -> None:
+        """Move all that is queued at this instant, and perhaps more."""
+        target = self.inotify.read + self.inotify.queued
+        while self.inotify.read < target and self._pump():
+            pass
+
+    def _pump(self) -> bool:
+        """Read once, and move what was read; returns whether there was anything."""
+        if length := self.inotify.read_into(self._bank.view):
+            self._move(length)
+        return length > 0
+
+    def _move(self, length: int) -> None:
+        """Move the events in the first `length` bytes of the bank to their boards, and wake these."""
+        view, moved = self._bank.view, dict[Share, list[bytes]]()
+        offset = 0
+        while offset + _EVENT.size <= length:
+            wd, mask, cookie, name_length = _EVENT.unpack_from(view, offset)
+            if not mask:
+                break
+            end = offset + _EVENT.size + name_length
+            event = bytes(view[offset:end])
+            offset = end
+            if mask & ino.IN_Q_OVERFLOW:
+                for share in self._shares:
+                    moved.setdefault(share, []).append(event)
+                continue
+            watches = self._watches.get(wd)
+            if watches is None:
+                if not mask & ino.IN_IGNORED:
+                    self.inotify.unwatch(wd)  # That of a board that there is no more.
+                continue
+            for share, watch in watches.items():
+                if mask & (watch.wanted | ALWAYS):
+                    head = _EVENT.pack(watch.number, mask, cookie, name_length)
+                    moved.setdefault(share, []).append(head + event[_EVENT.size :])
+            if mask & ino.IN_IGNORED:
+                self._forget(wd)
+        for share, events in moved.items():
+            share.queue.append(b"".join(events))
+        self._bank.clear(length)
+        for share in moved:
+            share.wake()
+
+    def _forget(self, wd: int) -> None:
+        for share in self._watches.pop(wd):
+            self._given_up.pop((share, wd), None)
+        self.inotify.forget(wd)
+
+    # ---------------------------------------------------------------------------------------------- for the shares
+
+    def watch(self, share: Share, path: str, mask: int) -> int:
+        """Watch `path` for a board; returns its number. Raises OSError."""
+        # What other boards watch it for stays.
+        wd = self.inotify.watch(path, mask | ino.IN_MASK_ADD)
+        watches = self._watches.setdefault(wd, {})
+        watch = watches.get(share)
+        if watch is None:
+            generation = share.generation + self._given_up.get((share, wd), 0)
+            watch = watches[share] = _Watch(wd + GENERATION * (generation % GENERATIONS), 0)
+        before = watch.wanted
+        added = watch.mask if mask & ino.IN_MASK_ADD and watch.mask is not None else 0
+        watch.mask = added | mask & ANY
+        if before & ~watch.mask:
+            self._narrow(wd, path, mask & FLAGS)
+        return watch.number
+
+    def _narrow(self, wd: int, path: str, flags: int) -> None:
+        """Have the kernel tell only what is wanted, now that a board wants less of the watch `wd`."""
+        wanted = 0
+        for watch in self._watches[wd].values():
+            wanted |= watch.wanted
+        found = self.inotify.watch(path, wanted | flags)
+        if found == wd:
+            return
+        # The path leads elsewhere by now, of which an event tells.
+        if found not in self._watches:
+            self.inotify.unwatch(found)
+        else:
+            for watch in self._watches[found].values():
+                self.inotify.watch(path, watch.wanted | flags | ino.IN_MASK_ADD)
+
+    def unwatch(self, share: Share, number: int) -> None:
+        """End a board's watch."""
+        wd = number % GENERATION
+        watches = self._watches.get(wd, {})
+        watch = watches.get(share)
+        if watch is None or watch.number != number:
+            return  # It has ended.
+        if len(watches) == 1:
+            self.inotify.unwatch(wd)  # What is queued comes first, and IN_IGNORED last.
+            return
+        del watches[share]
+        self._given_up[share, wd] = self._given_up.get((share, wd), 0) + 1
+        share.queue.append(_EVENT.pack(number, ino.IN_IGNORED, 0, 0))
+        share.wake()
+
+    def end(self, share: Share) -> None:
+        """End a board's share with all its watches: the board is no more."""
+        self._shares.discard(share)
+        for wd, watches in tuple(self._watches.items()):
+            if watches.pop(share, None) is not None and not watches:
+                del self._watches[wd]
+                self.inotify.unwatch(wd)
+        for key in [key for key in self._given_up if key[0] is share]:
+            del self._given_up[key]
+
+
+class Share:
+    """The part of a board; to it, it is an `Inotify`."""
+
+    def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
+        self._shared = shared
+        self.queue = queue
+        self.generation = queue.next_reader()
+        self._arrived = trio.Event()
+        self._waiting = False
+        self.read = 0
+        self.finish_alone: Callable[[memoryview, int], bool] | None = None
+        """Does at once what some events ask for, if that is simple and nothing is under way; returns whether it did.
+
+        Called instead of waking a task of the board: for a lone notification that would be half of its time.
+        """
+
+    @property
+    def fd(self) -> int:
+        """The descriptor, which is that of all boards."""
+        return self._shared.inotify.fd
+
+    def wake(self) -> None:
+        """Let the board read its queue."""
+        if self._waiting and self.finish_alone is not None and (done := self.queue.finish_alone(self.finish_alone)):
+            self.read += done
+        else:
+            self._arrived.set()
+
+    async def wait_readable(self) -> None:
+        """See `Inotify.wait_readable`."""
+        if len(self.queue):
+            await trio.lowlevel.checkpoint()
+            return
+        self._arrived = trio.Event()
+        self._waiting = True
+        try:
+            await self._arrived.wait()
+        finally:
+            self._waiting = False
+
+    def watch(self, path: str, mask: int) -> int:
+        """See `Inotify.watch`."""
+        return self._shared.watch(self, path, mask)
+
+    def unwatch(self, wd: int) -> None:
+        """See `Inotify.unwatch`."""
+        self._shared.unwatch(self, wd)
+
+    def forget(self, wd: int) -> None:
+        """See `Inotify.forget`; here it is done when the event is moved."""
+
+    @property
+    def queued(self) -> int:
+        """See `Inotify.queued`."""
+        self._shared.drain()
+        return len(self.queue)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """See `Inotify.read_into`."""
+        length = self.queue.read_into(buffer)
+        self.read += length
+        return length
+
+    def leave(self) -> None:
+        """The proxy that reads this has ended; another one may come."""
+        self.finish_alone = None
+
+    def close(self) -> None:
+        """Watches stay, for a successor; see `SharedInotify.end`."""

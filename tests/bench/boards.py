@@ -1,0 +1,207 @@
+"""Many boards in one process, on `unix:` links: memory, start, and what one board notices of the others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from inco_trio.frame import encode
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
+
+from .figures import Figure, Goal, quantile
+from .processes import memory_kib, switches, wake_ups
+from .rivals import INCO, PYTHON, BenchError, C, Lab
+
+__all__ = ["Place", "boards_figures"]
+
+FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
+GAP = 0.0005
+"""Seconds between two notifications of a closed loop."""
+FLOOD_RATE = 50_000
+WITHIN = 60.0
+IMPORTS = "import inco_trio.commands.daemon, inco_trio.commands.boards"
+PROCESSES = 10
+"""Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
+_FLOOD = """
+import socket, sys, time
+path, to, rate, frame = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex(sys.argv[4])
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+sock.bind(path)
+begin, sent = time.monotonic(), 0
+print(flush=True)
+while True:
+    due = int((time.monotonic() - begin) * rate)
+    while sent < due:
+        sock.sendto(frame, to)
+        sent += 1
+    time.sleep(0.0002)
+"""
+
+
+class Place:
+    """So many boards of a directory, and the one process that runs them; board 0's second core is played here."""
+
+    def __init__(self, home: Path, number: int, stack: ExitStack) -> None:
+        self.home = home
+        (home / "boards").mkdir()
+        (home / "s").mkdir()
+        for index in range(number):
+            board = {"link": f"unix:{home}/s/{index}.0,peer={home}/s/{index}.1", "irq_dir": f"{home}/irq/{index}"}
+            (home / f"boards/b{index}.json").write_text(json.dumps(board))
+        self.peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        stack.callback(self.peer.close)
+        self.peer.settimeout(WITHIN)
+        self.peer.bind(f"{home}/s/0.1")
+        self._consumer = Inotify()
+        stack.callback(self._consumer.close)
+        self._buffer = memoryview(bytearray(4096))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[tuple[int, float]]:
+        """The process, and the seconds from its exec to readiness."""
+        reader, writer = os.pipe()
+        command = [
+            *PYTHON,
+            "-m",
+            "inco_trio",
+            "run",
+            "--boards",
+            f"{self.home}/boards",
+            "--notification-fd",
+            str(writer),
+        ]
+        log = self.home / "log"
+        begin = time.monotonic()
+        with (
+            log.open("wb") as errors,
+            subprocess.Popen(command, pass_fds=[writer], stderr=errors, env=INCO.environment) as process,
+        ):
+            try:
+                os.close(writer)
+                told = select.select([reader], [], [], WITHIN)[0] and os.read(reader, 1)
+                ready = time.monotonic() - begin
+                os.close(reader)
+                if not told:
+                    raise BenchError(f"not ready: {' '.join(command)}\n{log.read_text()}")
+                self._consumer.watch(f"{self.home}/irq/0/message_5_state", IN_CLOSE_WRITE)
+                yield process.pid, ready
+                process.terminate()
+                if process.wait(WITHIN):
+                    raise BenchError(f"exit code {process.returncode}\n{log.read_text()[-4000:]}")
+            finally:
+                if process.poll() is None:
+                    process.kill()
+
+    def inbound(self) -> float:
+        """Microseconds from a frame to the close of board 0's state file."""
+        begin = time.monotonic_ns()
+        self.peer.sendto(FRAME, f"{self.home}/s/0.0")
+        if not select.select([self._consumer.fd], [], [], WITHIN)[0]:
+            raise BenchError("a frame was lost")
+        end = time.monotonic_ns()
+        self._consumer.read_into(self._buffer)
+        return (end - begin) / 1000
+
+    def outbound(self) -> float:
+        """Microseconds from the close of board 0's trigger to its frame."""
+        trigger = os.open(f"{self.home}/irq/0/message_6_trig", os.O_WRONLY)
+        os.write(trigger, b"1")
+        begin = time.monotonic_ns()
+        os.close(trigger)
+        self.peer.recv(200)
+        return (time.monotonic_ns() - begin) / 1000
+
+    def closed_loop(self, count: int) -> dict[str, list[float]]:
+        """So many notifications each way, one at a time."""
+        taken: dict[str, list[float]] = {"inbound": [], "outbound": []}
+        for _ in range(count):
+            for way, measure in (("inbound", self.inbound), ("outbound", self.outbound)):
+                time.sleep(GAP)
+                taken[way].append(measure())
+        return taken
+
+    @contextlib.contextmanager
+    def flooded(self) -> Iterator[None]:
+        """Board 1 gets frames as fast as FLOOD_RATE, or as fast as its link takes them."""
+        paths = (f"{self.home}/s/1.1", f"{self.home}/s/1.0")
+        command = [sys.executable, "-c", _FLOOD, *paths, str(FLOOD_RATE), FRAME.hex()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+            try:
+                assert flood.stdout is not None
+                flood.stdout.read(1)
+                yield
+            finally:
+                flood.kill()
+
+
+def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) -> list[Figure]:
+    """The figures of `number` boards, beside those of one board, side by side in each of the pairs."""
+    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    one, many = "1 board", f"{number:,} boards"
+    for pair in range(pairs):
+        for name, boards in ((one, 1), (many, number)):
+            lab.say(f"pair {pair + 1}/{pairs}: {name}")
+            with tempfile.TemporaryDirectory(dir=lab.scratch) as home, ExitStack() as stack:
+                place = Place(Path(home), boards, stack)
+                begin = time.monotonic()
+                subprocess.run([*PYTHON, "-c", IMPORTS], check=True, env=INCO.environment)
+                imports = time.monotonic() - begin
+                with place.running() as (pid, ready):
+                    samples["ready"][name].append(ready - imports)
+                    place.closed_loop(50)
+                    samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
+                    time.sleep(0.5)
+                    before = switches(pid)
+                    time.sleep(idle)
+                    samples["idle"][name].append(wake_ups(before, switches(pid)))
+                    for way, taken in place.closed_loop(lone).items():
+                        samples[way][name].append(quantile(taken, 0.5))
+                        samples[f"{way} p99"][f"{name}, calm"].append(quantile(taken, 0.99))
+                    if boards > 1:
+                        with place.flooded():
+                            for way, taken in place.closed_loop(lone).items():
+                                samples[f"{way} p99"]["another flooded"].append(quantile(taken, 0.99))
+    each = [(a - b) / (number - 1) for a, b in zip(samples["memory"][many], samples["memory"][one], strict=True)]
+    figures = [
+        Figure(f"{many}, memory", "MiB", {"a board": each}, Goal("<=", 0.3, "MiB a board"), None, _of_processes(lab)),
+        Figure(f"{many}, ready after the imports", "s", {many: samples["ready"][many]}, Goal("<=", 3, "s")),
+        Figure(f"{many}, idle {idle:g} s, wake-ups", "wake-ups", {many: samples["idle"][many]}, Goal("=", 0)),
+    ]
+    for way in ("inbound", "outbound"):
+        calm, flooded = f"{many}, calm", "another flooded"
+        p99 = {key: samples[f"{way} p99"][key] for key in (flooded, calm)}
+        figures += [
+            Figure(f"{many}, lone {way}, p50", "us", samples[way], Goal("<=", 1.3, "x 1 board"), (many, one)),
+            Figure(f"{many}, {way} beside a flood, p99", "us", p99, Goal("<=", 3, "x calm"), (flooded, calm)),
+        ]
+    return figures
+
+
+def _of_processes(lab: Lab) -> str:
+    """What a thousand processes of one board each would take, from the proportional set size of some."""
+    said = []
+    for program in (C, INCO):
+        with ExitStack() as stack:
+            runs = [stack.enter_context(lab.running(program, 3)) for _ in range(PROCESSES)]
+            total = sum(_pss_kib(run.pid) for run in runs) / 1024
+        said.append(f"{program.name} {1000 * total / PROCESSES:,.0f} MiB")
+    return f"1,000 processes, from {PROCESSES}: {', '.join(said)}"
+
+
+def _pss_kib(pid: int) -> int:
+    found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    if found is None:
+        raise BenchError("the kernel does not tell the proportional set size")
+    return int(found[1])

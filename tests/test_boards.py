@@ -1,0 +1,444 @@
+"""Many boards in one process: their directory, and the proxies that share one inotify descriptor."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ParamSpec
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from inco_trio.boards import read_boards, refuse_shared
+from inco_trio.config import Config
+from inco_trio.errors import ClosedError, ConfigError
+from inco_trio.frame import decode, encode
+from inco_trio.proxies import Proxies, open_proxies
+from inco_trio.signals import Direction, Signal, builtin_signals
+from netns.fixtures import DEADLINE
+from tests.support_proxy import Cupboard
+
+P = ParamSpec("P")
+
+FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
+
+
+def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
+    """A test that Trio runs."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        trio.run(functools.partial(test, *args, **kwargs))
+
+    return run
+
+
+class Place:
+    """A directory with the registers and sockets of boards; the test plays each one's second core."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home = home
+        self._stack = stack
+
+    def config(self, name: str) -> Config:
+        link = f"unix:{self.home}/{name}.0,peer={self.home}/{name}.1"
+        return Config(link, builtin_signals(self.home / name))
+
+    def configs(self, *names: str) -> dict[str, Config]:
+        return {name: self.config(name) for name in names}
+
+    def peer(self, name: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._stack.callback(sock.close)
+        sock.bind(str(self.home / f"{name}.1"))
+        return sock
+
+    def trigger(self, name: str) -> None:
+        (self.home / name / "message_6_trig").write_text("1")
+
+    def state(self, name: str) -> str:
+        return (self.home / name / "message_5_state").read_text()
+
+    def interrupt(self, name: str, peer: socket.socket) -> None:
+        peer.sendto(FRAME, str(self.home / f"{name}.0"))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield Place(tmp_path, stack)
+
+
+async def received(peer: socket.socket) -> bytes | None:
+    with trio.fail_after(DEADLINE):
+        await trio.lowlevel.wait_readable(peer)
+    return decode(peer.recv(200))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(DEADLINE):
+        while not condition():
+            await wait_all_tasks_blocked()
+
+
+async def carried(proxies: Proxies, name: str, count: int) -> None:
+    """Wait until a board has carried so many notifications."""
+    await until(lambda: proxies[name].stats.sent + proxies[name].stats.delivered >= count)
+
+
+# ------------------------------------------------------------------------------------------------------ their directory
+
+
+def write(directory: Path, files: Mapping[str, object]) -> Path:
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return directory
+
+
+def test_a_directory_of_boards(tmp_path: Path) -> None:
+    udrv = tmp_path / "udrv.json"
+    udrv.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": "/x/b"}}}))
+    directory = write(
+        tmp_path / "boards",
+        {
+            "a": {"link": "unix:/x/a.0,peer=/x/a.1", "irq_dir": "/x/a"},
+            "b": {"link": "rpmsg0", "config": str(udrv), "netns": "b"},
+            "c": {"link": "rpmsg0", "irq_dir": "/x/c", "netns": "/proc/1/ns/net"},
+        },
+    )
+    (directory / "README").write_text("no board")
+    (directory / ".d.json.swp").write_text("no board")
+    boards = read_boards(directory)
+    assert boards.refused == {}
+    assert {name: (config.link, config.netns) for name, config in boards.configs.items()} == {
+        "a": ("unix:/x/a.0,peer=/x/a.1", None),
+        "b": ("rpmsg0", Path("/run/netns/b")),
+        "c": ("rpmsg0", Path("/proc/1/ns/net")),
+    }
+    assert {signal.directory for signal in boards.configs["b"].signals} == {Path("/x/b")}
+    assert len(boards.notes["b"]) == 3
+
+
+LINK = "unix:/x/a.0,peer=/x/a.1"
+LONG = f"unix:/{'x' * 200},peer=/x/a.1"
+
+
+@pytest.mark.parametrize(
+    ("content", "problems"),
+    [
+        ("{", ["line 1 column 2: not JSON: Expecting property name enclosed in double quotes"]),
+        ("[]", ["a list is not a table"]),
+        ({}, ["link: is missing", "one of config, the path of a udrv.json, and irq_dir, a directory, is needed"]),
+        (
+            {"link": LINK, "irq_dir": "/x", "config": "/y"},
+            ["one of config, the path of a udrv.json, and irq_dir, a directory, is needed"],
+        ),
+        ({"link": 7, "irq_dir": "/x"}, ["link: a number is not a string"]),
+        ({"link": LINK, "irq_dir": "x"}, ["irq_dir: 'x' is not an absolute path"]),
+        (
+            {"link": LINK, "irq_dir": "/x", "iface": "y"},
+            ["iface: unknown key: link, config, irq_dir, netns are those there are"],
+        ),
+        ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["'link' is there more than once"]),
+        ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing: the path of the "]),
+        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': is neither unix:LOCAL,peer=REMOTE nor an interface"]),
+        (
+            {"link": LONG, "irq_dir": "/x"},
+            [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes; a socket's has 107 "],
+        ),
+        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: a unix: link has none: leave it out"]),
+        ({"link": "a", "irq_dir": "/x", "netns": "a/b"}, ["netns: 'a/b' is neither a name under /run/netns nor an "]),
+    ],
+)
+def test_a_board_that_is_refused(tmp_path: Path, content: object, problems: list[str]) -> None:
+    directory = write(tmp_path / "boards", {"bad": content, "good": {"link": "rpmsg0", "irq_dir": "/x/good"}})
+    boards = read_boards(directory)
+    assert list(boards.configs) == ["good"]
+    said = str(boards.refused["bad"]).splitlines()
+    assert len(said) == len(problems)
+    for line, problem in zip(said, problems, strict=True):
+        assert line.startswith(f"{directory}/bad.json: {problem}")
+
+
+def test_a_name_that_is_refused(tmp_path: Path) -> None:
+    directory = write(tmp_path / "boards", {"a b": {}, "-x": {}, "x" * 65: {}, "ä": {}})
+    boards = read_boards(directory)
+    assert boards.configs == {}
+    assert {str(error) for error in boards.refused.values()} == {
+        f"{directory}/{name}.json: a board's name has 1 to 64 letters, digits, '.', '_' and '-', the first no sign"
+        for name in ("a b", "-x", "x" * 65, "ä")
+    }
+
+
+def test_a_udrv_json_that_is_refused_is_named(tmp_path: Path) -> None:
+    directory = write(tmp_path / "boards", {"a": {"link": "rpmsg0", "config": f"{tmp_path}/missing"}})
+    assert str(read_boards(directory).refused["a"]) == f"{tmp_path}/missing: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_a_directory_that_is_none(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "boards"
+    if kind == "file":
+        path.touch()
+    with pytest.raises(ConfigError, match=f"{path}: the directory of boards cannot be read: No"):
+        read_boards(path)
+
+
+def test_what_two_boards_share_is_refused(place: Place) -> None:
+    configs = place.configs("a", "b", "c", "d")
+    configs["b"] = Config(configs["b"].link, configs["a"].signals)
+    configs["c"] = Config(configs["a"].link, configs["c"].signals)
+    (place.home / "link").symlink_to(place.home / "a")
+    configs["d"] = Config(configs["d"].link, builtin_signals(place.home / "link"))
+    assert refuse_shared(configs) == {
+        "b": f"the directory {place.home}/a is also that of the board a",
+        "c": f"the link {place.home}/a.0 is also that of the board a",
+        "d": f"the directory {place.home}/link is also that of the board a",
+    }
+    # The one that is there already stays.
+    assert set(refuse_shared(configs, ["b"])) == {"a", "c"} - {"c"} | {"d"}
+
+
+def test_ten_thousand_files(tmp_path: Path) -> None:
+    directory = write(tmp_path / "boards", {f"b{i}": {"link": f"i{i}", "irq_dir": f"/x/{i}"} for i in range(10_000)})
+    boards = read_boards(directory)
+    assert (len(boards.configs), boards.refused) == (10_000, {})
+
+
+# -------------------------------------------------------------------------------------------------------- their proxies
+
+
+@in_trio
+async def test_each_board_carries_its_own(place: Place) -> None:
+    names = [f"board{i}" for i in range(20)]
+    peers = {name: place.peer(name) for name in names}
+    async with open_proxies(place.configs(*names)) as proxies:
+        assert sorted(proxies) == sorted(names)
+        for name in names:
+            place.trigger(name)
+            place.interrupt(name, peers[name])
+        for name in names:
+            assert await received(peers[name]) == b"redun_notify_irq"
+            await carried(proxies, name, 2)
+            assert place.state(name) == "1"
+    assert {(stats.sent, stats.delivered) for stats in proxies.stats.values()} == {(1, 1)}
+    # Nothing is left of them.
+    assert not [path for path in place.home.iterdir() if path.name.endswith(".0")]
+    with pytest.raises(ClosedError):
+        await proxies.reload({})
+
+
+@in_trio
+async def test_one_that_cannot_be_opened_is_tried_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    (place.home / "bad").mkdir()
+    (place.home / "bad/message_5_state").symlink_to("/dev/null")
+    peer = place.peer("good")
+    async with open_proxies(place.configs("bad", "good")) as proxies:
+        assert list(proxies) == ["good"]
+        problem = (
+            f"{place.home}/bad/message_5_state: is no regular file but a symlink: remove it, or name another register"
+        )
+        assert proxies.not_open == {"bad": problem}
+        with pytest.raises(KeyError):
+            proxies["bad"]
+        place.trigger("good")
+        assert await received(peer) == b"redun_notify_irq"
+        (place.home / "bad/message_5_state").unlink()
+        await proxies.reload(place.configs("bad", "good"))
+        await until(lambda: len(proxies) == 2)
+    assert len([record for record in caplog.records if "not open" in record.message]) == 1
+
+
+@in_trio
+async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    monkeypatch.setattr("inco_trio.proxies.PAUSE", 0.01)
+    async with open_proxies(place.configs("a", "b")) as proxies:
+        broken, fine = proxies["a"], proxies["b"]
+
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(broken._inbound._states, "write", fail)
+        place.interrupt("a", peers["a"])
+        await until(lambda: "a" in proxies and proxies["a"] is not broken)
+        # What was in flight is delivered by the next one, as after a crash.
+        await carried(proxies, "a", 1)
+        assert place.state("a") == "1"
+        assert proxies["b"] is fine
+        place.trigger("a")
+        assert await received(peers["a"]) == b"redun_notify_irq"
+    assert "internal error: this is a fault of inco-trio" in caplog.text
+
+
+@in_trio
+async def test_boards_come_go_and_change(place: Place) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b", "c")}
+    async with open_proxies(place.configs("a", "b")) as proxies:
+        before = proxies["b"]
+        more = (*place.config("b").signals, Signal("more", Direction.OUTBOUND, place.home / "b", "more_trig"))
+        configs = place.configs("c") | {"b": Config(place.config("b").link, more)}
+        # What was triggered before is sent.
+        place.trigger("a")
+        assert await proxies.reload(configs) == {}
+        assert await received(peers["a"]) == b"redun_notify_irq"
+        assert sorted(proxies) == ["b", "c"]
+        assert proxies["b"] is before
+        assert not (place.home / "a.0").exists()
+        (place.home / "b/more_trig").write_text("1")
+        assert await received(peers["b"]) == b"more"
+        place.trigger("c")
+        assert await received(peers["c"]) == b"redun_notify_irq"
+        # The watches of the board that is gone are gone.
+        place.trigger("a")
+        place.trigger("b")
+        assert await received(peers["b"]) == b"redun_notify_irq"
+        assert before.stats.unknown == 0
+        # It comes back.
+        assert await proxies.reload(configs | place.configs("a")) == {}
+        place.trigger("a")
+        assert await received(peers["a"]) == b"redun_notify_irq"
+
+
+@in_trio
+async def test_another_link_is_another_proxy(place: Place) -> None:
+    peer = place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        before = proxies["a"]
+        link = f"unix:{place.home}/other.0,peer={place.home}/a.1"
+        assert await proxies.reload({"a": Config(link, place.config("a").signals)}) == {}
+        assert proxies["a"] is not before
+        place.trigger("a")
+        assert await received(peer) == b"redun_notify_irq"
+        assert not (place.home / "a.0").exists()
+        assert (place.home / "other.0").exists()
+
+
+@in_trio
+async def test_a_reload_that_is_refused_leaves_all_as_it_is(place: Place) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    async with open_proxies(place.configs("a", "b")) as proxies:
+        (place.home / "file").touch()
+        bad = Config(place.config("a").link, builtin_signals(place.home / "file/irq"))
+        twice = Config(place.config("b").link, place.config("a").signals)
+        refused = await proxies.reload({"a": bad, "b": place.config("b")})
+        assert list(refused) == ["a"]
+        assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
+        # A board whose file is refused stays.
+        assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
+        for name, peer in peers.items():
+            place.trigger(name)
+            assert await received(peer) == b"redun_notify_irq"
+
+
+@in_trio
+async def test_boards_that_share_something_cannot_be_opened(place: Place) -> None:
+    configs = place.configs("a") | {"b": place.config("a")}
+    with pytest.raises(ConfigError, match=f"^b: the link {place.home}/a.0 is also that of the board a$"):
+        async with open_proxies(configs):
+            pass
+
+
+@in_trio
+async def test_what_the_block_raises_is_raised_as_it_is(place: Place) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with open_proxies(place.configs("a")):
+            raise ZeroDivisionError
+
+
+@in_trio
+async def test_a_directory_above_is_watched_for_each_board(place: Place) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    async with open_proxies(place.configs("a", "b")):
+        for name, peer in peers.items():
+            (place.home / name).rename(place.home / f"{name}.away")
+            (place.home / name).mkdir()
+            # Its trigger is made again, and one that somebody else makes is a notification.
+            (place.home / name / "message_6_trig").write_text("1")
+            assert await received(peer) == b"redun_notify_irq"
+
+
+@in_trio
+async def test_a_successor_takes_over_what_is_held(place: Place) -> None:
+    names = ("a", "b", "gone")
+    peers = {name: place.peer(name) for name in names}
+    holder = Cupboard()
+    async with open_proxies(place.configs(*names), fd_store=holder):
+        pass
+    for name in names:
+        place.trigger(name)
+        place.interrupt(name, peers[name])
+    async with open_proxies(place.configs("a", "b"), fd_store=(heir := holder.heir())) as proxies:
+        for name in ("a", "b"):
+            assert await received(peers[name]) == b"redun_notify_irq"
+            await carried(proxies, name, 2)
+            assert place.state(name) == "1"
+        assert sorted(heir.kept) == ["bundle", "inflight", "inotify"]
+        assert heir.stored == ["bundle"]
+        # Nothing more comes of it.
+        place.trigger("a")
+        assert await received(peers["a"]) == b"redun_notify_irq"
+        assert proxies["a"].stats.sent == 2
+    heir.close()
+
+
+@in_trio
+async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(place: Place) -> None:
+    other = place.peer("other")
+    async with open_proxies(place.configs("down", "other")) as proxies:
+        for _ in range(2000):
+            place.trigger("down")
+        place.trigger("other")
+        assert await received(other) == b"redun_notify_irq"
+        peer = place.peer("down")
+        count = 0
+        with trio.fail_after(DEADLINE):
+            while count < 2000:
+                assert await received(peer) == b"redun_notify_irq"
+                count += 1
+        assert proxies["down"].stats.sent == 2000
+        assert proxies["down"].stats.overflowed == 0
+
+
+@in_trio
+async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    from inco_trio.supervise import board_name
+
+    seen: list[str] = []
+
+    class Names(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno == logging.DEBUG:
+                seen.append(board_name.get())
+
+    caplog.set_level(logging.DEBUG, "inco_trio")
+    handler = Names()
+    logging.getLogger("inco_trio").addHandler(handler)
+    try:
+        peer = place.peer("a")
+        async with open_proxies(place.configs("a", "b")) as proxies:
+            place.trigger("a")
+            assert await received(peer) == b"redun_notify_irq"
+            place.interrupt("a", peer)
+            await carried(proxies, "a", 2)
+    finally:
+        logging.getLogger("inco_trio").removeHandler(handler)
+    assert seen == ["a", "a"]
+
+
+@in_trio
+async def test_a_network_namespace_that_is_none(place: Place) -> None:
+    config = Config("none0", builtin_signals(place.home / "a"), wait_link=True, netns=place.home / "netns")
+    async with open_proxies({"a": config}) as proxies:
+        assert proxies.not_open["a"] == (
+            f"none0: there is no network namespace {place.home}/netns: make it (`ip netns add NAME`)"
+        )

@@ -1,0 +1,228 @@
+"""One inotify descriptor for many boards, the queue that each has of it, and the descriptors that are kept as one."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import ResourceRefused
+from inco_trio.keep.bundle import Bundle
+from inco_trio.keep.inflight import OVERFLOW, PAGE, EventQueue, Inflight
+from inco_trio.registers import inotify as ino
+from inco_trio.registers.inotify import Event, parse_events
+from inco_trio.registers.share import GENERATION, Share, SharedInotify
+from tests.support_proxy import Cupboard
+
+EVENT = bytes.fromhex("01000000 08000000 00000000 00000000")
+NAMED = bytes.fromhex("02000000 00010000 00000000 10000000") + b"a name".ljust(16, b"\0")
+
+
+# ------------------------------------------------------------------------------------------------------------ the queue
+
+
+def queue(size: int, memory: bytearray | None = None) -> EventQueue:
+    return EventQueue(memoryview(memory if memory is not None else bytearray(PAGE + size)))
+
+
+def read(events: EventQueue, size: int) -> bytes:
+    buffer = memoryview(bytearray(b"\xff" * size))
+    length = events.read_into(buffer)
+    assert set(buffer[length : min(size, length + 16)]) <= {0, 0xFF}
+    return bytes(buffer[:length])
+
+
+def test_events_come_out_whole_and_in_order() -> None:
+    events = queue(1024)
+    events.append(EVENT + NAMED)
+    events.append(NAMED + EVENT)
+    assert read(events, 20) == EVENT
+    assert read(events, 70) == NAMED + NAMED
+    assert (read(events, 70), read(events, 70)) == (EVENT, b"")
+
+
+def test_the_queue_goes_round() -> None:
+    events = queue(128)
+    for _ in range(50):
+        events.append(NAMED)
+        events.append(EVENT)
+        assert read(events, 40) == NAMED
+        events.append(NAMED)
+        assert read(events, 100) == EVENT + NAMED
+
+
+def test_a_full_queue_ends_with_an_overflow_and_takes_events_again_once_there_is_room() -> None:
+    events = queue(80)
+    for _ in range(10):
+        events.append(EVENT)
+    assert read(events, 32) == EVENT * 2
+    events.append(NAMED)
+    assert read(events, 200) == EVENT * 2 + OVERFLOW
+    events.append(EVENT)
+    assert read(events, 200) == EVENT
+
+
+def test_a_successor_finds_what_is_queued() -> None:
+    memory = bytearray(PAGE + 128)
+    events = queue(128, memory)
+    events.append(EVENT)
+    assert events.next_reader() == 1
+    successor = queue(128, memory)
+    assert (read(successor, 100), successor.next_reader()) == (EVENT, 2)
+
+
+def test_a_process_that_was_killed_while_it_began_again_has_queued_nothing() -> None:
+    memory = bytearray(PAGE + 128)
+    memory[:8] = (77).to_bytes(8, "little")
+    events = queue(128, memory)
+    assert len(events) == 0
+    events.append(EVENT)
+    assert read(events, 100) == EVENT
+
+
+def test_what_is_alone_is_done_where_it_stands_or_stays() -> None:
+    events = queue(128)
+    assert events.finish_alone(lambda *_: True) == 0
+    events.append(EVENT)
+    assert events.finish_alone(lambda *_: False) == 0
+    assert events.finish_alone(lambda view, length: bytes(view[:length]) == EVENT) == len(EVENT)
+    assert len(events) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- the shares
+
+
+class Boards:
+    def __init__(self, stack: ExitStack) -> None:
+        self.shared = SharedInotify(None, Inflight.open().events[0])
+        stack.callback(self.shared.inotify.close)
+        self.shares = [self.shared.share(Inflight.open().queue, ()) for _ in range(2)]
+
+    def told(self, share: Share) -> list[Event]:
+        self.shared.drain()
+        buffer = memoryview(bytearray(4096))
+        return parse_events(buffer[: share.read_into(buffer)])
+
+
+@pytest.fixture
+def boards() -> Iterator[Boards]:
+    with ExitStack() as stack:
+        yield Boards(stack)
+
+
+def test_each_board_is_told_what_it_watches_for(boards: Boards, tmp_path: Path) -> None:
+    one, other = boards.shares
+    wd = one.watch(str(tmp_path), ino.IN_CREATE)
+    assert other.watch(str(tmp_path), ino.IN_DELETE) % GENERATION == wd % GENERATION
+    (tmp_path / "a").touch()
+    (tmp_path / "a").unlink()
+    assert boards.told(one) == [Event(wd, ino.IN_CREATE, b"a")]
+    assert [event.mask for event in boards.told(other)] == [ino.IN_DELETE]
+
+
+def test_who_gives_a_shared_watch_up_is_told_and_gets_another_number(boards: Boards, tmp_path: Path) -> None:
+    one, other = boards.shares
+    first, kept = one.watch(str(tmp_path), ino.IN_CREATE), other.watch(str(tmp_path), ino.IN_CREATE)
+    one.unwatch(first)
+    again = one.watch(str(tmp_path), ino.IN_CREATE)
+    assert again != first
+    assert again % GENERATION == first % GENERATION
+    (tmp_path / "a").touch()
+    assert boards.told(one) == [Event(first, ino.IN_IGNORED, b""), Event(again, ino.IN_CREATE, b"a")]
+    assert boards.told(other) == [Event(kept, ino.IN_CREATE, b"a")]
+    one.unwatch(first)  # That has ended.
+    one.unwatch(again)
+    other.unwatch(kept)
+    assert boards.told(one) == [Event(again, ino.IN_IGNORED, b"")]
+    assert boards.told(other) == [Event(kept, ino.IN_IGNORED, b"")]
+
+
+def test_a_watch_that_nobody_wants_any_more_wakes_nobody(boards: Boards, tmp_path: Path) -> None:
+    one, other = boards.shares
+    one.watch(str(tmp_path), ino.IN_CREATE)
+    one.watch(str(tmp_path), ino.IN_DELETE)
+    other.watch(str(tmp_path / ".."), ino.IN_CREATE)
+    (tmp_path / "a").touch()
+    assert boards.shared.inotify.queued == 0
+
+
+def test_a_watch_is_narrowed_though_its_path_leads_elsewhere_now(boards: Boards, tmp_path: Path) -> None:
+    one, other = boards.shares
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    wide = one.watch(str(tmp_path / "a"), ino.IN_CREATE)
+    place = other.watch(str(tmp_path / "b"), ino.IN_CREATE)
+    boards.shared._narrow(wide % GENERATION, str(tmp_path / "b"), 0)
+    boards.shared._narrow(wide % GENERATION, str(tmp_path), 0)
+    (tmp_path / "b/x").touch()
+    assert boards.told(other) == [Event(place, ino.IN_CREATE, b"x")]
+    assert boards.told(one) == []
+
+
+def test_the_watches_of_a_board_that_ends_end_and_those_of_nobody_too(boards: Boards, tmp_path: Path) -> None:
+    one, other = boards.shares
+    one.watch(str(tmp_path), ino.IN_CREATE)
+    other.watch(str(tmp_path), ino.IN_CREATE)
+    boards.shared.end(one)
+    # As a predecessor's, of a board that there is no more.
+    boards.shared._watches.clear()
+    (tmp_path / "a").touch()
+    boards.shared.drain()
+    boards.shared.drain()
+    (tmp_path / "b").touch()
+    assert boards.shared.inotify.queued == 0
+
+
+# --------------------------------------------------------------------------------------------- many descriptors as one
+
+
+def inode(fd: int) -> int:
+    return os.fstat(fd).st_ino
+
+
+def test_any_number_of_descriptors_is_kept_as_one(tmp_path: Path) -> None:
+    holder = Cupboard()
+    bundle = Bundle(holder)
+    expected = {}
+    for number in range(600):
+        path = tmp_path / str(number)
+        path.touch()
+        with path.open() as file:
+            bundle.store(f"name/{number}", file.fileno())
+        expected[f"name/{number}"] = path.stat().st_ino
+    for number in range(0, 600, 3):
+        bundle.remove(f"name/{number}")
+        del expected[f"name/{number}"]
+    with (tmp_path / "5").open() as file:
+        bundle.store("name/1", file.fileno())
+    expected["name/1"] = expected["name/5"]
+    bundle.remove("unknown")
+    bundle.close()
+    assert list(holder.kept) == ["bundle"]
+    assert len(holder.stored) > 1  # The first socket was full.
+    for _ in range(2):
+        holder = holder.heir()
+        heir = Bundle(holder)
+        assert {name: inode(fd) for name, fd in heir.kept.items()} == expected
+        heir.close()
+    holder.close()
+
+
+def test_without_room_for_descriptors_it_is_refused() -> None:
+    holder = Cupboard()
+    bundle = Bundle(holder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(ResourceRefused, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+            bundle.store("a", 0)
+        with pytest.raises(ResourceRefused, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+            bundle._renew()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    bundle.close()
+    holder.close()
