@@ -127,7 +127,7 @@ class Proxies:
             inflight = Inflight.open(held if held is None else os.dup(held))
         except OSError as error:
             raise refusal(error, "shared memory") from error
-        share = self._shared.share(inflight.queue, (inflight.watches[key] for key in inflight.watches))
+        share = self._shared.share(inflight)
         ground = Ground(inflight, share, {"inflight": inflight.fd}, self._around, self._bundle is None)
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 

@@ -43,11 +43,10 @@ class BoardShare(Share):
     """The share of one board, of a descriptor that a neighbour's board watches directories by as well."""
 
     def __init__(self, held: int | None, inflight: Inflight, watched: tuple[Path, ...]) -> None:
-        noted = [inflight.watches[key] for key in inflight.watches]
         shared = SharedInotify(held, Inflight.open().events[0])
-        neighbour = shared.share(Inflight.open().queue, ())
+        neighbour = shared.share(Inflight.open())
         super().__init__(shared, inflight.queue)
-        shared.adopt(self, noted)
+        shared.adopt(self, inflight)
         for path in watched:
             with contextlib.suppress(OSError):
                 neighbour.watch(str(path), ino.IN_CREATE | ino.IN_ONLYDIR)

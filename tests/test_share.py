@@ -100,7 +100,7 @@ class Boards:
     def __init__(self, stack: ExitStack) -> None:
         self.shared = SharedInotify(None, Inflight.open().events[0])
         stack.callback(self.shared.inotify.close)
-        self.shares = [self.shared.share(Inflight.open().queue, ()) for _ in range(2)]
+        self.shares = [self.shared.share(Inflight.open()) for _ in range(2)]
 
     def told(self, share: Share) -> list[Event]:
         self.shared.drain()

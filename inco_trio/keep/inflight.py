@@ -170,6 +170,11 @@ class EventQueue:
         """The bytes that are queued."""
         return max(0, self._ends[1] - self._ends[0])
 
+    def copy(self) -> bytes:
+        """All that is queued."""
+        place, length = self._ends[0] % len(self._room), len(self)
+        return (bytes(self._room[place:]) + bytes(self._room[:place]))[:length]
+
     def append(self, events: bytes) -> None:
         """Queue some events; where there is no room for them, that of an overflow instead, as the kernel does."""
         room = len(self._room) - len(self)

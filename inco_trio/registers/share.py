@@ -12,14 +12,14 @@ this process or the next: a number is the watch descriptor, and `GENERATION` for
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import attrs
 import trio
 
-from inco_trio.keep.inflight import Bank, EventQueue
+from inco_trio.keep.inflight import Bank, EventQueue, Inflight
 from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Inotify
+from inco_trio.registers.inotify import Inotify, parse_events
 from inco_trio.supervise import Health
 
 __all__ = ["GENERATION", "Share", "SharedInotify"]
@@ -59,16 +59,19 @@ class SharedInotify:
         self._given_up: dict[tuple[Share, int], int] = {}
         self._shares: set[Share] = set()
 
-    def share(self, queue: EventQueue, noted: Iterable[int]) -> Share:
-        """The share of one board; `noted` are the numbers of its predecessor's watches."""
-        share = Share(self, queue)
-        self.adopt(share, noted)
+    def share(self, inflight: Inflight) -> Share:
+        """The share of one board, which goes on with what its predecessor watched."""
+        share = Share(self, inflight.queue)
+        self.adopt(share, inflight)
         return share
 
-    def adopt(self, share: Share, noted: Iterable[int]) -> None:
+    def adopt(self, share: Share, inflight: Inflight) -> None:
         """See `share`."""
         self._shares.add(share)
-        for number in noted:
+        unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
+        # Given up, though it is still noted.
+        ended = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
+        for number in {inflight.watches[key] for key in inflight.watches} - ended:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
@@ -175,7 +178,9 @@ class SharedInotify:
         if len(watches) == 1:
             self.inotify.unwatch(wd)  # What is queued comes first, and IN_IGNORED last.
             return
-        del watches[share]
+        self.drain()  # What is queued comes first, as it does from the kernel.
+        if self._watches.get(wd, {}).pop(share, None) is None:
+            return  # That was its IN_IGNORED.
         self._given_up[share, wd] = self._given_up.get((share, wd), 0) + 1
         share.queue.append(_EVENT.pack(number, ino.IN_IGNORED, 0, 0))
         share.wake()
