@@ -151,6 +151,31 @@ def test_check_prints_the_table(say: Say) -> None:
     assert all(row[2].startswith("/") for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("link", "explanation"),
+    [
+        ("rpmsg0", "the network interface rpmsg0, by an AF_PACKET socket, which needs CAP_NET_RAW"),
+        (
+            "unix:/x/a,peer=/x/b,mac=02:00:00:00:00:01",
+            "a Unix datagram socket at /x/a, which needs no privilege; the other side, as QEMU, is bound at /x/b; frames "
+            "are sent from 02:00:00:00:00:01",
+        ),
+    ],
+)
+def test_check_explains_a_link(say: Say, link: str, explanation: str) -> None:
+    code, out, err = say("check", "--config", SAMPLE, "--iface", link)
+    assert (code, err) == (0, "")
+    assert f"link: {explanation}" in out.splitlines()
+    _, out, _ = say("check", "--config", SAMPLE, "--iface", link, "--json")
+    assert json.loads(out)["link"] == explanation
+
+
+def test_check_refuses_what_is_no_link(say: Say) -> None:
+    code, out, err = say("check", "--config", SAMPLE, "--iface", "unix:/x/a")
+    assert (code, out) == (2, "")
+    assert err.startswith("inco-trio: error: link 'unix:/x/a': peer=REMOTE is missing")
+
+
 def test_check_as_json(say: Say, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", Path("/irq"), {"a_irq": "a_state"}, {"b_irq": "b_trig"})
     code, out, _ = say("check", "--config", udrv, "--json")

@@ -6,10 +6,18 @@ import argparse
 import json
 from pathlib import Path
 
-from inco_trio.commands.configuration import BOARDS_HELP, boards_directory, config_path, configuration_argument
+from inco_trio.commands.configuration import (
+    BOARDS_HELP,
+    LINK_HELP,
+    boards_directory,
+    check_link,
+    config_path,
+    configuration_argument,
+)
 from inco_trio.commands.streams import say
 from inco_trio.config import read_board
 from inco_trio.errors import ConfigError
+from inco_trio.links.address import parse_address
 
 __all__ = ["arguments", "run"]
 
@@ -18,6 +26,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `check`."""
     sub.epilog = "example: inco-trio check --config udrv.json"
     configuration_argument(sub)
+    sub.add_argument("--iface", metavar="LINK", help=f"also explain the link: {LINK_HELP}")
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -25,17 +34,23 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; raises ConfigError or UsageError."""
     if args.boards is not None:
-        return _check_boards(boards_directory(args, "--config"), as_json=args.json)
+        return _check_boards(boards_directory(args, "--config", "--iface"), as_json=args.json)
     board = read_board(config_path(args))
     rows = [
         {"name": s.name, "direction": s.direction.value, "register": str(s.path)}
         for s in sorted(board.signals, key=lambda s: s.direction.value)
     ]
+    explanation = None
+    if args.iface is not None:
+        check_link(args.iface)
+        explanation = parse_address(args.iface).explanation
     if args.json:
-        lines = [json.dumps({"signals": rows, "notes": list(board.notes)}, indent=2)]
+        link = {} if explanation is None else {"link": explanation}
+        lines = [json.dumps({**link, "signals": rows, "notes": list(board.notes)}, indent=2)]
     else:
         widths = [max(len(row[key]) for row in rows) for key in ("name", "direction")]
         lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
+        lines += [] if explanation is None else [f"link: {explanation}"]
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
     return 0

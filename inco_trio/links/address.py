@@ -41,6 +41,11 @@ class InterfaceAddress:
         """What services and kept descriptors of the link are named after: without a slash."""
         return self.name
 
+    @property
+    def explanation(self) -> str:
+        """What kind of link it is, and what it takes."""
+        return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
+
 
 @attrs.frozen
 class UnixAddress:
@@ -64,6 +69,14 @@ class UnixAddress:
         digest = blake2b(os.fsencode(self.local), digest_size=4).hexdigest()
         end = os.fsencode(whole)[len(digest) + 1 - LABEL_MAX :].decode(errors="ignore")
         return f"{end}-{digest}"
+
+    @property
+    def explanation(self) -> str:
+        """See `InterfaceAddress.explanation`."""
+        return (
+            f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, as QEMU, is bound at "
+            f"{self.peer}; frames are sent from {self.mac.hex(':')}"
+        )
 
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
