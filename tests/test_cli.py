@@ -151,14 +151,19 @@ def test_check_prints_the_table(say: Say) -> None:
     assert all(row[2].startswith("/") for row in rows)
 
 
+UNIX_EXPLANATION = (
+    "a Unix datagram socket at /x/a, which needs no privilege; the other side, as QEMU, is bound at /x/b; frames are "
+    "sent from 02:00:00:00:00:01"
+)
+
+
 @pytest.mark.parametrize(
     ("link", "explanation"),
     [
         ("rpmsg0", "the network interface rpmsg0, by an AF_PACKET socket, which needs CAP_NET_RAW"),
         (
             "unix:/x/a,peer=/x/b,mac=02:00:00:00:00:01",
-            "a Unix datagram socket at /x/a, which needs no privilege; the other side, as QEMU, is bound at /x/b; frames "
-            "are sent from 02:00:00:00:00:01",
+            UNIX_EXPLANATION,
         ),
     ],
 )
