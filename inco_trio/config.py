@@ -24,7 +24,7 @@ import attrs
 
 from inco_trio.errors import ConfigError, ResourceRefused
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
-from inco_trio.signals import BUILTIN, Direction, Signal, clashes, is_path, name_fault, register_fault
+from inco_trio.signals import BUILTIN, FILE_NAME_MAX, Direction, Signal, clashes, is_path, name_fault, register_fault
 
 if TYPE_CHECKING:
     import cattrs
@@ -320,8 +320,12 @@ def _to_string(value: object) -> str:
 def _to_directory(value: object, _: type) -> Path:
     text = _to_string(value)
     # A daemon has no meaningful working directory.
-    if not text.startswith("/") or not is_path(text):
+    if not text.startswith("/"):
         raise ValueError(f"{text!r} is not an absolute path")
+    if not is_path(text):
+        raise ValueError(f"{text!r} cannot be a path: no file name has a NUL byte or half a character")
+    if any(len(os.fsencode(part)) > FILE_NAME_MAX for part in text.split("/")):
+        raise ValueError(f"a name in {text[:40]!r}... has more than {FILE_NAME_MAX} bytes")
     return Path(text)
 
 

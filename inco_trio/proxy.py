@@ -138,7 +138,7 @@ class Proxy:
         Waits while the link is down; when cancelled then, the frame may still be sent later. Raises UnknownSignal, or
         ClosedError once the proxy is closing.
         """
-        signal = self._registers.table.outbound.get(name.encode("ascii", "replace"))
+        signal = self._registers.table.outbound.get(str(name).encode("ascii", "replace"))
         if signal is None:
             raise UnknownSignal(f"{name}: not an outbound signal of {self._link.name}")
         await self._outbound.send_signal(signal)
@@ -217,6 +217,13 @@ class Proxy:
         self._counters.unfinished = self._registers.states.owed + sum(
             len(batch.signals) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
+        if unfinished := self._counters.unfinished:
+            if isinstance(self._parts.fd_store, NoFdStore):
+                logger.warning(
+                    "%s: stopped with %d notifications unfinished: they are lost", self._link.name, unfinished
+                )
+            else:
+                logger.info("%s: stopped with %d notifications unfinished: kept", self._link.name, unfinished)
         self._inbound.count_dropped()
         self._parts.streams.close()
 

@@ -15,6 +15,7 @@ from inco_trio.frame import NAME_MAX, is_wire_name
 
 __all__ = [
     "BUILTIN",
+    "FILE_NAME_MAX",
     "BuiltinSignal",
     "Direction",
     "Signal",

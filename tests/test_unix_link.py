@@ -205,7 +205,7 @@ def test_nobody_is_there(world: World) -> None:
 def test_a_type_of_socket_that_does_not_fit(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
-    with pytest.raises(LinkDown, match=r"nobody is at .*core1 .Protocol wrong type for socket"):
+    with pytest.raises(LinkDown, match=r"core1 takes no frames .Protocol wrong type for socket"):
         link.send("redun_notify_irq")
 
 
@@ -462,6 +462,24 @@ def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
         world.local.unlink()
         while not link.refresh():
             await link.changed()
+        world.send(other, b"again")
+        assert receive(link) == [b"again"]
+
+    run(main)
+
+
+def test_a_path_whose_thief_ended_without_a_word_is_taken_back(world: World) -> None:
+    async def main() -> None:
+        link, other = world.bound(), world.other()
+        world.local.unlink()
+        thief = world.other(world.local)
+        with trio.fail_after(DEADLINE):
+            while link.refresh():
+                await link.changed()
+            link._looks = iter(())  # Those after the last change are over.
+            thief.close()  # As a crash does, of which no event tells.
+            while not link.refresh():
+                await link.changed()
         world.send(other, b"again")
         assert receive(link) == [b"again"]
 

@@ -36,7 +36,7 @@ NO_PEER = frozenset({
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Seconds after a change at which to look again: a socket's name appears an instant before it can be sent to."""
 UNWATCHED = 0.08
-"""Seconds between two looks where no directory on the way can be watched."""
+"""Seconds between two looks where no event tells: of a directory that we may not watch, of a process that ends."""
 
 SENDERS_MAX = 64
 """Senders that are remembered."""
@@ -69,6 +69,7 @@ class UnixLink:
         self._names = names
         self._watched = Watched((Path(address.local), Path(address.peer)))
         self._all_watched = False
+        self._ours = False
         self._looks: Iterator[float] = iter(())
         self._room: socket.socket | None = None
         self._refusal: IncoError = LinkMissing(f"{self.name}: not bound yet")
@@ -129,14 +130,14 @@ class UnixLink:
         self._senders = {self._address.peer: True}
         if self._room is not None:
             trio.lowlevel.notify_closing(self._room)  # Its peer may be another one now.
-        if self._bound and self._is_ours():
-            return True
-        try:
-            self._bind()
-        except IncoError as error:
-            self._refusal = error
-            return False
-        return True
+        self._ours = self._bound and self._is_ours()
+        if not self._ours:
+            try:
+                self._bind()
+                self._ours = True
+            except IncoError as error:
+                self._refusal = error
+        return self._ours
 
     def _is_ours(self) -> bool:
         try:
@@ -273,7 +274,9 @@ class UnixLink:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
             if error.errno in NO_PEER:
-                raise LinkDown(error.errno, f"nobody is at {self._address.peer} ({error.strerror})") from None
+                nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+                who = f"nobody is at {self._address.peer}" if nobody else f"{self._address.peer} takes no frames"
+                raise LinkDown(error.errno, f"{who} ({error.strerror})") from None
             raise
 
     async def wait_for_room(self) -> None:
@@ -297,7 +300,8 @@ class UnixLink:
 
     async def changed(self) -> None:
         """Wait until something may have changed at one of the two paths."""
-        delay = next(self._looks, None) if self._all_watched else UNWATCHED
+        # The end of the process that uses our path makes no event.
+        delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
         if delay is None:
             await self._names.wait(self._watched)
             self._looks = iter(AFTERWARDS)

@@ -263,7 +263,11 @@ class Directories:
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
-                raise Unfit(directory.path, f"is the same directory as {other.path}", "name it by one path only")
+                raise Unfit(
+                    directory.path,
+                    f"is the same directory as {other.path}",
+                    "name it by one path only; another than before takes a restart",
+                )
             self.lose(other)
 
     def _watch_above(self, directory: Directory, *, waiting: bool) -> None:
