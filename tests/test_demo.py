@@ -311,6 +311,35 @@ def test_stopped_demonstration_with_qemu_leaves_nothing_behind(
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_demonstration_stops_at_once_while_qemu_starts(tmp_path: Path, scratch: Path, number: signal.Signals) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    # It never answers: its monitor is only held open.
+    qemu = programs / "qemu-system-riscv64"
+    qemu.write_text(
+        f"#!{sys.executable}\nimport os, signal\nopen({str(started)!r}, 'w').write(str(os.getpid()))\nsignal.pause()\n"
+    )
+    qemu.chmod(0o755)
+    with subprocess.Popen(
+        [*DEMO, "--qemu"],
+        env={**os.environ, "PATH": str(programs), "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        child = int(started.read_text())
+        end = os.pidfd_open(child)
+        process.send_signal(number)
+        said, complaints = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, said, complaints) == (128 + number, "", "")
+    assert select.select([end], [], [], 0)[0]
+    os.close(end)
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.qemu
 def test_killed_demonstration_with_qemu_leaves_no_process(running_qemu: Running) -> None:
     running_qemu.process.kill()
