@@ -49,11 +49,17 @@ class _BoardStore:
         self._name = name
 
     def lend(self, inflight: int) -> None:
-        """Have a proxy inherit what is kept: the in-flight memory itself, and a link that it may close."""
+        """Have a proxy inherit what is kept: the in-flight memory itself, and a link that it may close.
+
+        Raises ResourceRefused.
+        """
         self.inherited = {"inflight": inflight} if f"{self._name}/inflight" in self._bundle.kept else {}
         link = self._bundle.kept.get(f"{self._name}/link")
         if link is not None:
-            self.inherited["link"] = os.dup(link)
+            try:
+                self.inherited["link"] = os.dup(link)
+            except OSError as error:
+                raise refusal(error, "the link that is kept") from error
 
     def store(self, name: str, fd: int) -> None:
         self._bundle.store(f"{self._name}/{name}", fd)

@@ -330,3 +330,15 @@ def test_a_file_of_no_trigger_any_more_is_renamed_to_one_in_an_overflow_and_writ
     machine.write(place=("board", "a_trig"))
     machine.remove_directory(directory="board")
     machine.teardown()
+
+
+@pytest.mark.parametrize("kind", [Walk, SharedWalk])
+def test_a_file_that_is_gone_before_ours_is_made_counts(kind: type[Walk]) -> None:
+    # Found by the long walk: the event of theirs was taken for that of ours.
+    machine = kind()
+    machine.move_away(directory="board/irq")
+    machine.follow()
+    machine.reload(moved=False, states=set(), triggers={("board/irq", "b_trig")})
+    machine.write(place=("board/irq", "b_trig"))
+    machine.block(place=("board/irq", "b_trig"))
+    machine.teardown()

@@ -150,7 +150,6 @@ class EventQueue:
 
     def __init__(self, view: memoryview) -> None:
         self._ends = view[:16].cast("Q")
-        self._readers = view[16:24].cast("Q")
         self._room = view[PAGE:]
         self._overflowed = False
         if not len(self):
@@ -160,11 +159,6 @@ class EventQueue:
         # This end first: less than none is none, if it is the last thing that a process does.
         self._ends[1] = 0
         self._ends[0] = 0
-
-    def next_reader(self) -> int:
-        """The number of the process that reads it from now on: 1 for the first."""
-        self._readers[0] += 1
-        return self._readers[0]
 
     def __len__(self) -> int:
         """The bytes that are queued."""

@@ -24,7 +24,7 @@ from inco_trio.registers.inotify import Watcher
 from inco_trio.registers.refusals import Unfit
 from inco_trio.supervise import Backoff, Problems
 
-__all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "watch_key"]
+__all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "temporary_name", "watch_key"]
 
 PATIENCE = 0.03
 """Seconds for which a file that vanished is left to whoever replaces it: ours would be in their way."""
@@ -53,6 +53,11 @@ def watch_key(path: Path) -> bytes:
     return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
 
 
+def temporary_name() -> str:
+    """What a trigger of our making is called before it is watched."""
+    return f".inco-trio.{os.getpid()}"
+
+
 @attrs.define(eq=False)
 class Directory:
     """The directory at `path`; `fd` is -1 while it is not open.
@@ -78,6 +83,8 @@ class Directory:
     states_missing_since: float | None = None
     vanished_at: float = -math.inf
     """When a name in it was last seen to vanish."""
+    making_in: int = 0
+    """The watch whose events are being read that tell of our making a trigger: those between its temporary name's."""
     retry_at: float = math.inf
     """When to try again what could not be done in it."""
     troubled_again: bool = False
@@ -154,7 +161,7 @@ class Directory:
 
         It is watched, and `note` is called with its watch descriptor, before it is visible.
         """
-        temporary = f".inco-trio.{os.getpid()}"
+        temporary = temporary_name()
         self._unlink(temporary)  # A namesake may have been killed here; in a container, numbers recur.
         try:
             os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
@@ -431,6 +438,7 @@ class Directories:
     def look_at_all(self) -> None:
         """Have a look at each directory and its files soon: no event may tell any more."""
         for directory in self.by_path.values():
+            directory.making_in = 0
             self.miss_states(directory)
 
     # ------------------------------------------------------------------------------------------------ retrying

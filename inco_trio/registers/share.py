@@ -5,8 +5,8 @@ own in the memory that outlives the process, which overflows for itself. Whoever
 to the queues of the boards that watch what it tells of, so that no board waits for another to be read.
 
 Two boards may watch one directory, as that of the directories of both, and so have one watch descriptor. A board that
-gives it up while another keeps it is told IN_IGNORED at once, and gets it under another number if it comes back, in
-this process or the next: a number is the watch descriptor, and `GENERATION` for each process and each giving up.
+gives it up while another keeps it is told IN_IGNORED at once, and gets it under another number if it comes back before
+it has read that: a number is the watch descriptor and some times `GENERATION`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["GENERATION", "Share", "SharedInotify"]
 
 GENERATION = 1 << 27
 GENERATIONS = 16
-"""Numbers of one watch descriptor that can be told apart: an old one is forgotten long before it comes again."""
+"""Numbers of one watch descriptor."""
 ANY = 0xFFF
 """All that happens (IN_ALL_EVENTS)."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
@@ -56,7 +56,6 @@ class SharedInotify:
         self.inotify = Inotify(held)
         self._bank = bank
         self._watches: dict[int, dict[Share, _Watch]] = {}
-        self._given_up: dict[tuple[Share, int], int] = {}
         self._shares: set[Share] = set()
 
     def share(self, inflight: Inflight) -> Share:
@@ -69,9 +68,9 @@ class SharedInotify:
         """See `share`."""
         self._shares.add(share)
         unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
-        # Given up, though it is still noted.
-        ended = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
-        for number in {inflight.watches[key] for key in inflight.watches} - ended:
+        # Also what is still noted.
+        share.given_up = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
+        for number in {inflight.watches[key] for key in inflight.watches} - share.given_up:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
@@ -131,8 +130,7 @@ class SharedInotify:
             share.wake()
 
     def _forget(self, wd: int) -> None:
-        for share in self._watches.pop(wd):
-            self._given_up.pop((share, wd), None)
+        del self._watches[wd]
         self.inotify.forget(wd)
 
     # ---------------------------------------------------------------------------------------------- for the shares
@@ -144,8 +142,8 @@ class SharedInotify:
         watches = self._watches.setdefault(wd, {})
         watch = watches.get(share)
         if watch is None:
-            generation = share.generation + self._given_up.get((share, wd), 0)
-            watch = watches[share] = _Watch(wd + GENERATION * (generation % GENERATIONS), 0)
+            numbers = range(wd, wd + GENERATION * GENERATIONS, GENERATION)
+            watch = watches[share] = _Watch(next((n for n in numbers if n not in share.given_up), wd), 0)
         before = watch.wanted
         added = watch.mask if mask & ino.IN_MASK_ADD and watch.mask is not None else 0
         watch.mask = added | mask & ANY
@@ -181,7 +179,7 @@ class SharedInotify:
         self.drain()  # What is queued comes first, as it does from the kernel.
         if self._watches.get(wd, {}).pop(share, None) is None:
             return  # That was its IN_IGNORED.
-        self._given_up[share, wd] = self._given_up.get((share, wd), 0) + 1
+        share.given_up.add(number)
         share.queue.append(_EVENT.pack(number, ino.IN_IGNORED, 0, 0))
         share.wake()
 
@@ -192,8 +190,6 @@ class SharedInotify:
             if watches.pop(share, None) is not None and not watches:
                 del self._watches[wd]
                 self.inotify.unwatch(wd)
-        for key in [key for key in self._given_up if key[0] is share]:
-            del self._given_up[key]
 
 
 class Share:
@@ -202,7 +198,8 @@ class Share:
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared
         self.queue = queue
-        self.generation = queue.next_reader()
+        self.given_up: set[int] = set()
+        """The numbers of which IN_IGNORED is not read yet."""
         self._arrived = trio.Event()
         self._waiting = False
         self.read = 0
@@ -245,7 +242,8 @@ class Share:
         self._shared.unwatch(self, wd)
 
     def forget(self, wd: int) -> None:
-        """See `Inotify.forget`; here it is done when the event is moved."""
+        """See `Inotify.forget`."""
+        self.given_up.discard(wd)
 
     @property
     def queued(self) -> int:

@@ -25,7 +25,7 @@ import attrs
 
 from inco_trio.keep.inflight import NumberTable
 from inco_trio.registers import inotify as ino
-from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, watch_key
+from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, temporary_name, watch_key
 from inco_trio.registers.inotify import Event, Watcher
 from inco_trio.registers.refusals import Unfit
 from inco_trio.signals import Signal
@@ -179,6 +179,7 @@ class Triggers:
         self._counters = counters
         # Until IN_IGNORED is read: also watches of files that were replaced, and of what is not in the table any more.
         self._by_wd: dict[int, Trigger] = {}
+        self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
         # What was said of each directory: a path by the reason.
@@ -369,8 +370,12 @@ class Triggers:
                     if os.fsencode(trigger.register) == name:
                         triggered.add(trigger)
             return
-        trigger_or_none = self._in.get(directory, {}).get(name) if directory is not None else None
+        if directory is None:
+            return
+        trigger_or_none = self._in.get(directory, {}).get(name)
         if trigger_or_none is None:
+            if name == self._temporary:
+                directory.making_in = wd if mask & ino.IN_CREATE else 0
             return
         trigger, happening = trigger_or_none, _happening(mask)
         if wd != trigger.directory.wd:
@@ -381,6 +386,11 @@ class Triggers:
                 triggered.add(trigger)
             return
         action = MEANING[trigger.state(wd)][happening]
+        if action is Action.OWN and directory.making_in != wd:
+            # Somebody's file, which was gone again before ours was made: the event of that is still to come.
+            if not mask & ino.IN_ISDIR:
+                triggered.add(trigger)
+            return
         if action is not Action.NOTHING:
             trigger.made_in = 0
         if action is Action.MISS:
