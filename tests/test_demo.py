@@ -218,9 +218,9 @@ def scratch(tmp_path: Path) -> Path:
     return path
 
 
-def start(scratch: Path, *options: str) -> Running:
+def start(scratch: Path, command: list[str]) -> Running:
     process = subprocess.Popen(
-        [*DEMO, "--count", "1000000", *options],
+        [*command, "--count", "1000000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -231,7 +231,7 @@ def start(scratch: Path, *options: str) -> Running:
 
 @pytest.fixture
 def running(scratch: Path) -> Iterator[Running]:
-    started = start(scratch)
+    started = start(scratch, DEMO)
     yield started
     started.close()
 
@@ -239,8 +239,16 @@ def running(scratch: Path) -> Iterator[Running]:
 @pytest.fixture
 def running_qemu(scratch: Path) -> Iterator[Running]:
     """The demonstration with QEMU, whose process is the first."""
-    started = start(scratch, "--qemu")
+    started = start(scratch, [*DEMO, "--qemu"])
     assert len(started.children) == 2
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def running_sockets(scratch: Path) -> Iterator[Running]:
+    """The demonstration over a Unix socket, as namespaces are forbidden."""
+    started = start(scratch, limited("max_net_namespaces", 0, DEMO))
     yield started
     started.close()
 
@@ -299,6 +307,37 @@ def test_dead_proxy_is_told_and_fails(running: Running, scratch: Path) -> None:
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.netns
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_demonstration_over_a_socket_leaves_nothing_behind(
+    running_sockets: Running, scratch: Path, number: signal.Signals
+) -> None:
+    running_sockets.process.send_signal(number)
+    code, _said, complaints = running_sockets.finish()
+    assert (code, complaints) == (128 + number, "")
+    running_sockets.wait_children_ended(0)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.netns
+def test_dead_proxy_over_a_socket_is_told_and_fails(running_sockets: Running, scratch: Path) -> None:
+    os.kill(running_sockets.proxy, signal.SIGKILL)
+    code, _said, complaints = running_sockets.finish()
+    assert code == 70
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; what it said is above")
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.netns
+def test_stuck_proxy_over_a_socket_is_told_and_fails(running_sockets: Running, scratch: Path) -> None:
+    os.kill(running_sockets.proxy, signal.SIGSTOP)
+    verdict = running_sockets.wait_line("LOST")
+    os.kill(running_sockets.proxy, signal.SIGCONT)
+    assert re.fullmatch(r"LOST 6 of \d+ notifications \(ihub_reset_irq, .*\): the proxy does not work here", verdict)
+    assert running_sockets.finish() == (1, "", "")
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.qemu
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_demonstration_with_qemu_leaves_nothing_behind(
@@ -308,6 +347,35 @@ def test_stopped_demonstration_with_qemu_leaves_nothing_behind(
     code, _said, complaints = running_qemu.finish()
     assert (code, complaints) == (128 + number, "")
     running_qemu.wait_children_ended(0)
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_demonstration_stops_at_once_while_qemu_starts(tmp_path: Path, scratch: Path, number: signal.Signals) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    # It never answers: its monitor is only held open.
+    qemu = programs / "qemu-system-riscv64"
+    qemu.write_text(
+        f"#!{sys.executable}\nimport os, signal\nopen({str(started)!r}, 'w').write(str(os.getpid()))\nsignal.pause()\n"
+    )
+    qemu.chmod(0o755)
+    with subprocess.Popen(
+        [*DEMO, "--qemu"],
+        env={**os.environ, "PATH": str(programs), "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        child = int(started.read_text())
+        end = os.pidfd_open(child)
+        process.send_signal(number)
+        said, complaints = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, said, complaints) == (128 + number, "", "")
+    assert select.select([end], [], [], 0)[0]
+    os.close(end)
     assert list(scratch.iterdir()) == []
 
 

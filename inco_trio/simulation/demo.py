@@ -33,7 +33,7 @@ from inco_trio.errors import IncoError, ResourceRefused, UsageError
 from inco_trio.frame import decode
 from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify, parse_events
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
-from inco_trio.simulation.guest import Guest
+from inco_trio.simulation.guest import Guest, Wait
 from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets
 from inco_trio.simulation.world import may_make_namespaces, namespaces_refusal, new_user_namespace
 
@@ -61,6 +61,9 @@ _LOST_AFTER = 3.0
 _STOP_DEADLINE = 5.0
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+_SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
+"""Makes a stage in a directory; the wait of the demonstration is the one in which it may be stopped."""
 
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
@@ -144,6 +147,18 @@ class _Waiter:
         """Wait until something was readable, or until the monotonic time `until`."""
         for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
             key.data()
+
+    def readable(self, fds: Sequence[int], timeout: float) -> list[int]:
+        """Which of `fds` are readable, once anything is, or after `timeout` seconds."""
+        found: list[int] = []
+        for fd in fds:
+            self.on(fd, functools.partial(found.append, fd))
+        try:
+            self.wait(time.monotonic() + timeout)
+        finally:
+            for fd in fds:
+                self.off(fd)
+        return found
 
     def close(self) -> None:
         self._selector.close()
@@ -406,13 +421,13 @@ def _watch_end(waiter: _Waiter, guest: Guest) -> None:
     waiter.on(guest.fileno(), ended)
 
 
-def _demonstrate(set_up: Callable[[Path], AbstractContextManager[Stage]], count: int, rate: float, out: TextIO) -> int:
+def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO) -> int:
     with ExitStack() as stack:
         waiter = _Waiter()
         stack.callback(waiter.close)
         stack.enter_context(_stoppable(waiter))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inco-trio-demo-")))
-        stage = stack.enter_context(set_up(scratch))
+        stage = stack.enter_context(set_up(scratch, waiter.readable))
         if stage.guest is not None:
             _watch_end(waiter, stage.guest)
         inotify = Inotify()
@@ -441,7 +456,7 @@ def _demonstrate(set_up: Callable[[Path], AbstractContextManager[Stage]], count:
         return code
 
 
-def _choose(out: TextIO) -> Callable[[Path], AbstractContextManager[Stage]]:
+def _choose(out: TextIO) -> _SetUp:
     if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
         raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
     refusal = namespaces_refusal()

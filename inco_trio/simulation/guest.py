@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ from inco_trio.errors import IncoError
 from inco_trio.registers.inotify import IN_MODIFY, Inotify
 from inco_trio.simulation.world import Namespace
 
-__all__ = ["FIRMWARE", "MAC", "QEMU", "Guest", "GuestError", "parse_counters", "tap_netdev", "unix_netdev"]
+__all__ = ["FIRMWARE", "MAC", "QEMU", "Guest", "GuestError", "Wait", "parse_counters", "tap_netdev", "unix_netdev"]
 
 QEMU = "qemu-system-riscv64"
 FIRMWARE = Path(__file__).with_name("firmware") / "core1.elf"
@@ -41,6 +41,14 @@ _MACHINE = (
     *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),
     *("-global", "virtio-mmio.force-legacy=false"),
 )
+
+
+Wait = Callable[[Sequence[int], float], Sequence[int]]
+"""Which of the descriptors are readable, once one is or after that many seconds; it may raise, to end the wait."""
+
+
+def _wait(fds: Sequence[int], timeout: float) -> Sequence[int]:
+    return select.select(fds, [], [], timeout)[0]
 
 
 class GuestError(IncoError):
@@ -76,7 +84,8 @@ class Guest:
 
     `netdev` is one of `unix_netdev` and `tap_netdev`. `command_line` holds the firmware's rules. `log` is a file that
     gets what the firmware and QEMU say, appended. With `reboot=False`, QEMU ends when the guest resets itself or is
-    reset. QEMU runs in the network namespace `namespace`, where one is given.
+    reset. QEMU runs in the network namespace `namespace`, where one is given. `wait` is for a program that has more to
+    wait for, as a signal of its user: what it raises ends the method, and at the start QEMU too.
 
     QEMU ends with the thread that started it, whatever ends that (PR_SET_PDEATHSIG in prctl(2)). Where nothing else is
     said, a method that cannot do its work within 20 s, or for want of a running QEMU, raises `GuestError`.
@@ -91,6 +100,7 @@ class Guest:
         mac: str = MAC,
         reboot: bool = True,
         namespace: Namespace | None = None,
+        wait: Wait = _wait,
     ) -> None:
         self._arguments = [
             *_MACHINE,
@@ -100,6 +110,7 @@ class Guest:
             *(() if reboot else ("-no-reboot",)),
         ]
         self._namespace = namespace
+        self._wait = wait
         self._log = log
         self._seen = 0
         self._commands = 0
@@ -203,7 +214,7 @@ class Guest:
     def _message(self, deadline: float) -> dict[str, Any]:
         """The next message of the monitor, until the monotonic time `deadline`."""
         while b"\n" not in self._received:
-            if not select.select([self._monitor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not self._wait([self._monitor.fileno()], max(0.0, deadline - time.monotonic())):
                 raise GuestError(f"QEMU's monitor has not answered within {_DEADLINE:g} s")
             part = b""
             with contextlib.suppress(ConnectionError):
@@ -235,7 +246,7 @@ class Guest:
         deadline = time.monotonic() + _DEADLINE
         self._running()
         while True:
-            ended = bool(select.select([self._end], [], [], 0)[0])
+            ended = bool(self._wait([self._end], 0))
             with self._log.open("rb") as log:
                 log.seek(self._seen)
                 for line in log:
@@ -245,7 +256,7 @@ class Guest:
             if ended:
                 raise self.ended()
             left = max(0.0, deadline - time.monotonic())
-            if not select.select([self._changes.fd, self._end], [], [], left)[0]:
+            if not self._wait([self._changes.fd, self._end], left):
                 raise GuestError(f"the guest has not said {text!r} within {_DEADLINE:g} s; it said:\n{self.log}")
             self._changes.read_into(memoryview(bytearray(4096)))
 

@@ -13,7 +13,7 @@ import attrs
 from inco_trio.errors import UsageError
 from inco_trio.frame import encode
 from inco_trio.links.address import address_fault
-from inco_trio.simulation.guest import Guest, unix_netdev
+from inco_trio.simulation.guest import Guest, Wait, unix_netdev
 from inco_trio.simulation.world import Peer, two_cores
 
 __all__ = ["Core1", "Stage", "namespaces", "qemu", "sockets"]
@@ -56,7 +56,7 @@ class Stage:
 
 
 @contextlib.contextmanager
-def namespaces(_directory: Path) -> Iterator[Stage]:
+def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
     """Two network namespaces and a veth pair. Raises what `two_cores` raises."""
     with two_cores() as cores, Peer(cores) as peer:
         yield Stage(cores.link, f"Two cores (network namespaces), joined by {cores.link}", cores.core0.enter, peer)
@@ -96,7 +96,7 @@ class _SocketPeer:
 
 
 @contextlib.contextmanager
-def sockets(directory: Path) -> Iterator[Stage]:
+def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
     """Two Unix datagram sockets in `directory`, which need no privilege. Raises UsageError if its path is too long."""
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
@@ -105,15 +105,15 @@ def sockets(directory: Path) -> Iterator[Stage]:
 
 
 @contextlib.contextmanager
-def qemu(directory: Path, answers: Mapping[str, str]) -> Iterator[Stage]:
+def qemu(directory: Path, wait: Wait, answers: Mapping[str, str]) -> Iterator[Stage]:
     """Core 1 as a guest of QEMU, which has started; the link is a pair of Unix datagram sockets in `directory`.
 
-    Raises GuestError, and UsageError if the path is too long.
+    Raises GuestError, UsageError if the path is too long, and what `wait` raises.
     """
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     rules = "echo=" + ",".join(f"{name}:{answer}" for name, answer in answers.items())
     # QEMU would lose what it is sent before the guest has started its card: the proxy comes after that.
-    with Guest(unix_netdev(core1, core0), rules, log=directory / "guest.log") as guest:
+    with Guest(unix_netdev(core1, core0), rules, log=directory / "guest.log", wait=wait) as guest:
         about = f"Core 1 is RISC-V firmware in QEMU (process {guest.pid}), joined by a pair of Unix sockets"
         yield Stage(link, about, guest=guest, answers=answers)
