@@ -478,6 +478,7 @@ def test_a_path_whose_thief_ended_without_a_word_is_taken_back(world: World) -> 
                 await link.changed()
         thief.close()  # As a crash does, of which no event tells.
         with trio.fail_after(DEADLINE):
+            await link.changed()
             while not link.refresh():
                 await link.changed()
         world.send(other, b"again")
