@@ -73,6 +73,16 @@ def test_a_successor_finds_what_is_queued() -> None:
     assert read(queue(128, memory), 100) == EVENT
 
 
+@pytest.mark.parametrize("queued", [b"", EVENT, NAMED])
+def test_a_board_takes_the_memory_that_it_uses(queued: bytes) -> None:
+    memory = Inflight.open()
+    memory.queue.append(queued)
+    before = os.fstat(memory.fd).st_blocks
+    assert memory.queue.copy() == queued
+    assert os.fstat(memory.fd).st_blocks <= before + 8
+    memory.close()
+
+
 def test_a_process_that_was_killed_while_it_began_again_has_queued_nothing() -> None:
     memory = bytearray(PAGE + 128)
     memory[:8] = (77).to_bytes(8, "little")

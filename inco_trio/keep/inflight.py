@@ -165,9 +165,10 @@ class EventQueue:
         return max(0, self._ends[1] - self._ends[0])
 
     def copy(self) -> bytes:
-        """All that is queued."""
+        """All that is queued; no page is touched besides, as each would be memory."""
         place, length = self._ends[0] % len(self._room), len(self)
-        return (bytes(self._room[place:]) + bytes(self._room[:place]))[:length]
+        behind = bytes(self._room[place : place + length])
+        return behind + bytes(self._room[: length - len(behind)])
 
     def append(self, events: bytes) -> None:
         """Queue some events; where there is no room for them, that of an overflow instead, as the kernel does."""
