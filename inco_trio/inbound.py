@@ -35,9 +35,6 @@ class Inbound:
         self._counters = counters
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
-        self._known: dict[bytes, Signal] = {}
-        # The same few frames come again and again: the signals of short ones, by all but the addresses.
-        self._by_frame: dict[bytes, Signal] = {}
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
@@ -76,7 +73,7 @@ class Inbound:
             return None
         self._fills += 1
         self._counters.received += len(lengths)
-        signals, by_frame = [], self._signals_by_frame()
+        signals, by_frame = [], self._states.by_frame
         for room, length in zip(rooms, lengths, strict=False):
             signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
             if signal is not None or (signal := self._decode(room, length)) is not None:
@@ -85,23 +82,19 @@ class Inbound:
         drained = len(lengths) < FRAMES and lengths[-1] <= SHORT
         return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
 
-    def _signals_by_frame(self) -> dict[bytes, Signal]:
-        if self._known is not self._states.known:
-            self._known, self._by_frame = self._states.known, {}
-        return self._by_frame
-
     def _decode(self, room: memoryview, length: int) -> Signal | None:
         """The signal of a frame that comes for the first time; one that carries none is counted."""
         name = decode(room, length)
         if name is None:
             self._counters.malformed += 1
             return None
-        signal = self._known.get(name)
+        known, by_frame = self._states.known, self._states.by_frame
+        signal = known.get(name)
         if signal is None:
             self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
-        elif length <= SHORT and len(self._by_frame) < PADDINGS * len(self._known):
-            self._by_frame[room[ADDRESSES:length].tobytes()] = signal
+        elif length <= SHORT and len(by_frame) < PADDINGS * len(known):
+            by_frame[room[ADDRESSES:length].tobytes()] = signal
         return signal
 
     async def receive(self, health: Health) -> None:
@@ -131,8 +124,7 @@ class Inbound:
         length = self._link.receive_one(room)
         if length < 0:
             return False
-        by_frame = self._signals_by_frame()
-        signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
+        signal = self._states.by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
         if signal is not None or (signal := self._decode(room, length)) is not None:
             self._states.write((signal,))
             self._handoff.carried((signal,))

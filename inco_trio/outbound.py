@@ -107,17 +107,16 @@ class Outbound:
 
     async def _read_queued(self) -> None:
         """Read inotify until nothing is left, and send, or hand over, what was triggered."""
-        length = EVENT_BANK
-        while length > EVENT_BANK - EVENT_ROOM:
+        while True:
             bank = self._bank
             length = self._inotify.read_into(bank.view)
-            # While nothing is under way, nor queued behind, a hand-over would only cost the lone trigger time.
-            lone = not self._handoff.unfinished and length <= EVENT_BANK - EVENT_ROOM
-            if lone and self._send_lone(bank.view, length):
+            if self.finish_alone(bank.view, length):
                 bank.clear(length)
                 return
+            last = length <= EVENT_BANK - EVENT_ROOM
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
-            sent = self._send_now(triggered.signals) if lone else 0
+            # While nothing is under way, nor queued behind, a hand-over would only cost these time.
+            sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.signals:
                 self._fills += 1
@@ -125,13 +124,16 @@ class Outbound:
                 self._begin_bank()
             else:
                 self._handoff.finish(batch)
+            if last:
+                return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """Send what the `length` bytes of events notify, if that is one notification and nothing is under way."""
-        return not self._handoff.unfinished and self._send_lone(events, length)
+        """Send at once what a lone close of a trigger notifies, if nothing is under way; False if there is more to it.
 
-    def _send_lone(self, events: memoryview, length: int) -> bool:
-        """Send at once what a single close of a trigger notifies, without a batch; False if there is more to it."""
+        A batch and a hand-over would only cost it time.
+        """
+        if self._handoff.unfinished:
+            return False
         signal = self._triggers.closed_alone(events, length)
         if signal is None:
             return False

@@ -103,13 +103,14 @@ class NumberTable:
     def __init__(self, view: memoryview) -> None:
         self._keys = view
         self._numbers = view[RECORDS * KEY : RECORDS * RECORD].cast("Q")
-        self._index: dict[bytes, int] = {}
+        self.places: dict[bytes, int] = {}
+        """Where the number of each key stands that is not 0."""
         self._free: list[int] = []
         self._end = 0
         # Entries are made without gaps, so the first empty key ends the table.
         while self._end < RECORDS and (key := self._key(self._end)):
             if self._numbers[self._end]:
-                self._index[key] = self._end
+                self.places[key] = self._end
             else:
                 self._free.append(self._end)
             self._end += 1
@@ -118,17 +119,17 @@ class NumberTable:
         return bytes(self._keys[index * KEY : (index + 1) * KEY]).rstrip(b"\0")
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.places)
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(tuple(self._index))
+        return iter(tuple(self.places))
 
     def __getitem__(self, key: bytes) -> int:
-        index = self._index.get(key)
+        index = self.places.get(key)
         return 0 if index is None else self._numbers[index]
 
     def __setitem__(self, key: bytes, number: int) -> None:
-        index = self._index.get(key)
+        index = self.places.get(key)
         if index is None:
             if not number:
                 return
@@ -138,10 +139,10 @@ class NumberTable:
                 index, self._end = self._end, self._end + 1
             # The key first: while its number is 0 the entry does not count.
             self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
-            self._index[key] = index
+            self.places[key] = index
         self._numbers[index] = number
         if not number:
-            del self._index[key]
+            del self.places[key]
             self._free.append(index)
 
 

@@ -7,7 +7,6 @@ whoever removed it: it is made again only after `ABANDONED`, or by a reload.
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import stat
@@ -132,12 +131,6 @@ class Directory:
         except OSError as error:
             error.filename = str(self.path / register)
             raise
-
-    def open_state(self, register: str) -> int:
-        """Open a state file for writing. A missing one is not made: somebody may be removing the directory."""
-        if self.fd < 0:
-            raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-        return os.open(register, WRITE_FLAGS, dir_fd=self.fd)
 
     def check(self, register: str) -> None:
         """Raise Unfit for what is there and no regular file."""

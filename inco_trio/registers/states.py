@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import attrs
 
 from inco_trio.keep.inflight import NumberTable
-from inco_trio.registers.directories import Directories, Directory
+from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 from inco_trio.supervise import Problems
@@ -37,12 +37,18 @@ class StateFile:
     """Open while the disk has no room for the `1`: closing it now would be a notification for who watches the file."""
 
     def write(self) -> None:
-        """Write one notification. Raises OSError."""
+        """Write one notification. Raises OSError.
+
+        A missing file is not made: somebody may be removing the directory.
+        """
         if self.fd >= 0:
             self._check_still_there()
         fd = self.fd
         if fd < 0:
-            fd = self.fd = self.directory.open_state(self.signal.register)
+            directory = self.directory.fd
+            if directory < 0:
+                raise FileNotFoundError(errno.ENOENT, "the directory is missing")
+            fd = self.fd = os.open(self.signal.register, WRITE_FLAGS, dir_fd=directory)
         os.write(fd, b"1")
         self.fd = -1
         os.close(fd)
@@ -65,11 +71,13 @@ class StateFile:
 class StateFiles:
     """The state files of a signal table. Everything here is immediate; nothing waits.
 
-    `known` maps wire names to inbound signals.
+    `known` maps wire names to inbound signals, and `by_frame` short frames, without their addresses: the same few come
+    again and again, and `Inbound` notes them here, as both change with the table.
     """
 
     def __init__(self, directories: Directories, owed: NumberTable, problems: Problems, counters: Counters) -> None:
         self.known: dict[bytes, Signal] = {}
+        self.by_frame: dict[bytes, Signal] = {}
         self._files: dict[str, StateFile] = {}
         self._directories = directories
         self._owed = owed
@@ -91,6 +99,7 @@ class StateFiles:
         before = self._files
         self._files = {file.signal.name: file for file in files}
         self.known = {name.encode(): file.signal for name, file in self._files.items()}
+        self.by_frame = {}
         for directory in self._directories.by_path.values():
             directory.states = set()
         for file in self._files.values():
@@ -116,7 +125,7 @@ class StateFiles:
         """Write the state file of each signal, in order. What cannot be written now is owed."""
         written: list[StateFile] = []
         files, owed = self._files, self._owed
-        owing = len(owed) > 0
+        owing = bool(owed.places)
         for signal in signals:
             file = files.get(signal.name)
             if file is None:
