@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         UnknownSignal,
         UsageError,
     )
+    from inco_trio.events import Notification
     from inco_trio.proxies import Proxies, open_proxies
-    from inco_trio.proxy import Notification, Proxy, open_proxy, serve
+    from inco_trio.proxy import Proxy, open_proxy, serve
     from inco_trio.signals import Direction, Signal, builtin_signals
     from inco_trio.stats import Stats
+    from inco_trio.status import Status
 
 __all__ = [
     "Board",
@@ -45,6 +47,7 @@ __all__ = [
     "ResourceRefused",
     "Signal",
     "Stats",
+    "Status",
     "UnknownSignal",
     "UsageError",
     "builtin_signals",
@@ -68,9 +71,11 @@ _PLACES = {
         "UsageError",
     ),
     "proxies": ("Proxies", "open_proxies"),
-    "proxy": ("Notification", "Proxy", "open_proxy", "serve"),
+    "events": ("Notification",),
+    "proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
     "stats": ("Stats",),
+    "status": ("Status",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

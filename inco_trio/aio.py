@@ -16,7 +16,8 @@ from typing import TypeVar
 import trio
 import trio_asyncio
 
-from inco_trio.proxy import Notification, Proxy
+from inco_trio.events import Notification
+from inco_trio.proxy import Proxy
 from inco_trio.stats import Stats
 
 __all__ = ["AsyncioProxy", "on_notification", "run"]

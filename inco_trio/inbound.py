@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
@@ -26,13 +27,20 @@ class Inbound:
     """Reads frames into the in-flight memory, and writes the state files of their signals."""
 
     def __init__(
-        self, handoff: Handoff, link: Link, states: StateFiles, inflight: Inflight, counters: Counters
+        self,
+        handoff: Handoff,
+        link: Link,
+        states: StateFiles,
+        inflight: Inflight,
+        counters: Counters,
+        ignored: Callable[[str, str | None], None] = lambda *_: None,
     ) -> None:
         self._handoff = handoff
         self._link = link
         self._states = states
         self._inflight = inflight
         self._counters = counters
+        self._ignored = ignored
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
@@ -61,7 +69,10 @@ class Inbound:
         self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
-            logger.warning("%s: %d frames dropped: the receive queue was full", self._link.name, dropped)
+            logger.warning(
+                "%s: %d frames dropped: the receive queue was full", self._link.name, dropped,
+                extra={"event": "dropped", "fields": {"count": dropped}},
+            )  # fmt: skip
 
     def _read(self, link: Link) -> Batch | None:
         """Read what is queued into the next bank, as far as it fits; None if nothing is."""
@@ -87,12 +98,14 @@ class Inbound:
         name = decode(room, length)
         if name is None:
             self._counters.malformed += 1
+            self._ignored("malformed", None)
             return None
         known, by_frame = self._states.known, self._states.by_frame
         signal = known.get(name)
         if signal is None:
             self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
+            self._ignored("unknown", name.decode())
         elif length <= SHORT and len(by_frame) < PADDINGS * len(known):
             by_frame[room[ADDRESSES:length].tobytes()] = signal
         return signal

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -35,6 +36,7 @@ class Outbound:
         inotify: Watcher,
         inflight: Inflight,
         counters: Counters,
+        ignored: Callable[[str, str | None], None] = lambda *_: None,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -42,6 +44,9 @@ class Outbound:
         self._inotify = inotify
         self._inflight = inflight
         self._counters = counters
+        self._ignored = ignored
+        self.failures: Counter[str] = Counter()
+        """Attempts to send a frame that failed, by its signal."""
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
@@ -181,6 +186,7 @@ class Outbound:
                 await self._link.wait_for_room()
             except LinkDown as error:
                 self._counters.send_failures += 1
+                self.failures[signal.name] += 1
                 if (
                     before is changed
                 ):  # Else the socket may have kept the error of a link that is up again: ask once more.
@@ -188,6 +194,7 @@ class Outbound:
                     await changed.wait()
             except OSError as error:
                 self._counters.send_failures += 1
+                self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
                     # As ENOBUFS, for a full queue of the device: nobody tells when it ends.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
@@ -196,6 +203,7 @@ class Outbound:
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
                     self._counters.unsendable += 1
+                    self._ignored("unsendable", signal.name)
                     return False
                 else:
                     raise

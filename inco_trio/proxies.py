@@ -20,6 +20,7 @@ import trio
 from inco_trio.boards import refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceRefused
+from inco_trio.events import Listener
 from inco_trio.keep.bundle import Bundle
 from inco_trio.keep.fdstore import FdStore, NoFdStore
 from inco_trio.keep.inflight import Inflight
@@ -29,7 +30,7 @@ from inco_trio.proxy import Ground, Proxy, build, running, starting_and_stopping
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.stats import Counters, Stats
-from inco_trio.supervise import board_name, supervise, working_for
+from inco_trio.supervise import Health, board_name, supervise, working_for
 
 __all__ = ["Proxies", "open_proxies"]
 
@@ -45,6 +46,7 @@ class _BoardStore:
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.inherited: dict[str, int] = {}
+        self.holder = bundle.holder
         self._bundle = bundle
         self._name = name
 
@@ -96,8 +98,9 @@ class _Board:
 class Proxies:
     """The running proxies of a process, by the names of their boards; `open_proxies` makes it."""
 
-    def __init__(self, fd_store: FdStore, resources: ExitStack) -> None:
+    def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
         whole = fd_store.inherited
+        self._listener = listener
         self._bundle: Bundle | None = None
         self._resources = resources
         self._boards: dict[str, _Board] = {}
@@ -134,7 +137,7 @@ class Proxies:
         except OSError as error:
             raise refusal(error, "shared memory") from error
         share = self._shared.share(inflight)
-        ground = Ground(inflight, share, {"inflight": inflight.fd}, self._around, self._bundle is None)
+        ground = Ground(inflight, share, {"inflight": inflight.fd}, self._around, self._bundle is None, self._listener)
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     # ------------------------------------------------------------------------------------------------ for callers
@@ -223,7 +226,7 @@ class Proxies:
 
     def _start(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        nursery.start_soon(supervise, "triggers", self._shared.run, Counters())
+        nursery.start_soon(supervise, Health("triggers"), self._shared.run, Counters())
 
     async def _stop(self) -> None:
         async with self._changing:
@@ -309,7 +312,11 @@ class Proxies:
 
 @asynccontextmanager
 async def open_proxies(
-    configs: Mapping[str, Config], *, fd_store: FdStore | None = None, keep: Collection[str] = ()
+    configs: Mapping[str, Config],
+    *,
+    fd_store: FdStore | None = None,
+    keep: Collection[str] = (),
+    listener: Listener | None = None,
 ) -> AsyncIterator[Proxies]:
     """Open a proxy for each board while the block runs; they are stopped cleanly when it ends or is cancelled.
 
@@ -319,7 +326,7 @@ async def open_proxies(
     if shared := refuse_shared(configs):
         raise ConfigError(f"{name}: {why}" for name, why in shared.items())
     with ExitStack() as resources:
-        proxies = Proxies(fd_store or NoFdStore(), resources)
+        proxies = Proxies(fd_store or NoFdStore(), resources, listener)
         async with starting_and_stopping(proxies._start, proxies._stop):
             await proxies.reload(configs, keep)
             yield proxies

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 import attrs
@@ -17,6 +17,7 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignal
+from inco_trio.events import Events, Listener, Notification
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
@@ -27,62 +28,14 @@ from inco_trio.outbound import Outbound
 from inco_trio.registers.inotify import Inotify, Watcher
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
-from inco_trio.signals import Signal, SignalTable
+from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters, Stats
+from inco_trio.status import LegStatus, SignalStatus, Status
 from inco_trio.supervise import Health, in_turns, supervise
 
-__all__ = ["Ground", "Notification", "Proxy", "build", "open_proxy", "running", "serve", "starting_and_stopping"]
+__all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve", "starting_and_stopping"]
 
 logger = logging.getLogger(__name__)
-
-
-@attrs.frozen
-class Notification:
-    """One notification that was carried."""
-
-    signal: Signal
-    monotonic_ns: int
-    """When it was written or sent, as of time.monotonic_ns()."""
-
-
-class Streams:
-    """The streams of events: each gets what is carried; nobody waits for its reader."""
-
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
-        self._entries: set[trio.MemorySendChannel[Notification]] = set()
-
-    def publish(self, signals: Sequence[Signal]) -> None:
-        """Log, and hand to each stream, what was carried."""
-        if logger.isEnabledFor(logging.DEBUG):
-            for signal in signals:
-                logger.debug("%s: %s", signal.direction.value, signal.name)
-        if not self._entries:
-            return
-        now = time.monotonic_ns()
-        for entry in self._entries:
-            for number, signal in enumerate(signals):
-                try:
-                    entry.send_nowait(Notification(signal, now))
-                except trio.WouldBlock:
-                    self._counters.events_lost += len(signals) - number
-                    break
-
-    @contextmanager
-    def open(self, buffer: int) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """A stream of what is carried from now on."""
-        entry, stream = trio.open_memory_channel[Notification](buffer)
-        self._entries.add(entry)
-        try:
-            with entry, stream:
-                yield stream
-        finally:
-            self._entries.discard(entry)
-
-    def close(self) -> None:
-        """End all streams."""
-        for entry in self._entries:
-            entry.close()
 
 
 @attrs.define
@@ -91,7 +44,7 @@ class _Parts:
 
     counters: Counters
     fd_store: FdStore
-    streams: Streams
+    events: Events
     registers: Registers
     link: Link
     handoffs: tuple[Handoff, Handoff]
@@ -120,6 +73,8 @@ class Proxy:
             "receive": parts.inbound.receive,
             "triggers": parts.outbound.triggers,
         }
+        self._health = {name: Health(f"{self._link.name}: {name}") for name in self._legs}
+        self._since = time.time()
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._legs}
         self._ended = {name: trio.Event() for name in self._legs}
 
@@ -131,6 +86,38 @@ class Proxy:
         if not self._closed:
             self._inbound.count_dropped()
         return self._counters.snapshot()
+
+    @property
+    def status(self) -> Status:
+        """The state of this moment."""
+        parts = self._parts
+        return Status(
+            link=self.config.link,
+            since=self._since,
+            running=self._link.running and not self._closed,
+            description=self._link.description,
+            holder=parts.fd_store.holder,
+            stats=self.stats,
+            signals=tuple(self._signal_status(signal) for signal in self._registers.table),
+            legs=tuple(
+                LegStatus(name, health.restarts, health.problem, health.last_problem)
+                for name, health in self._health.items()
+            ),
+        )
+
+    def _signal_status(self, signal: Signal) -> SignalStatus:
+        inbound = signal.direction is Direction.INBOUND
+        tally = self._parts.events.inbound if inbound else self._parts.events.outbound
+        last = tally.last.get(signal.name)
+        states = self._registers.states
+        return SignalStatus(
+            signal=signal,
+            count=tally.counts[signal.name],
+            last=None if last is None else last / 1e9,
+            failures=states.failures(signal.name) if inbound else self._outbound.failures[signal.name],
+            owed=states.owed_of(signal.name) if inbound else 0,
+            problem=self._registers.problem(signal),
+        )
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
@@ -151,7 +138,7 @@ class Proxy:
         proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already.
         """
         self._check_open()
-        with self._parts.streams.open(buffer) as stream:
+        with self._parts.events.open(buffer) as stream:
             yield stream
 
     async def reload(self, config: Config) -> None:
@@ -189,7 +176,7 @@ class Proxy:
     async def _run_leg(self, name: str, leg: Callable[[Health], Awaitable[None]]) -> None:
         try:
             with self._scopes[name]:
-                await supervise(f"{self._link.name}: {name}", leg, self._counters)
+                await supervise(self._health[name], leg, self._counters)
         finally:
             self._ended[name].set()
 
@@ -225,13 +212,14 @@ class Proxy:
             else:
                 logger.info("%s: stopped with %d notifications unfinished: kept", self._link.name, unfinished)
         self._inbound.count_dropped()
-        self._parts.streams.close()
+        self._parts.events.close()
 
     # -------------------------------------------------------------------------------------------------------- legs
 
     async def _watch(self, health: Health) -> None:
         """The leg that follows the link: it may go, come back as another one, or change its address."""
         link = self._link
+        running = False
         while True:
             stored = link.fd
             if link.refresh():
@@ -239,6 +227,9 @@ class Proxy:
                 self._present.set()
             elif self._present.is_set():
                 health.failed(f"{link.absence}: waiting for it")
+            before, running = running, link.running
+            if running is not before:
+                self._parts.events.listener.link_changed(running)
             if link.fd != stored:
                 self._store_link()
             self._outbound.link_changed()
@@ -278,20 +269,23 @@ class Ground:
     around: Surroundings
     leave_nothing: bool
     """Whether no successor is expected."""
+    listener: Listener | None = None
 
 
 @asynccontextmanager
-async def open_proxy(config: Config, *, fd_store: FdStore | None = None) -> AsyncIterator[Proxy]:
+async def open_proxy(
+    config: Config, *, fd_store: FdStore | None = None, listener: Listener | None = None
+) -> AsyncIterator[Proxy]:
     """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
 
-    `fd_store` keeps descriptors for a successor, see `keep.fdstore`. Once entered, link and watches are live. Raises
-    IncoError: LinkMissing, PermissionRefused, ResourceRefused, ConfigError. What the block raises is raised as it is.
-    A leg that fails for a reason that is not tried again ends the block; its exception, and the block's if there is one
-    too, are raised in an ExceptionGroup.
+    `fd_store` keeps descriptors for a successor, see `keep.fdstore`; `listener` is told of everything. Once entered,
+    link and watches are live. Raises IncoError: LinkMissing, PermissionRefused, ResourceRefused, ConfigError. What the
+    block raises is raised as it is. A leg that fails for a reason that is not tried again ends the block; its
+    exception, and the block's if there is one too, are raised in an ExceptionGroup.
     """
     with ExitStack() as resources:
         store = fd_store or NoFdStore()
-        proxy = build(config, store, _ground(store, resources), resources)
+        proxy = build(config, store, _ground(store, resources, listener), resources)
         async with running(proxy):
             await proxy.present()
             yield proxy
@@ -341,7 +335,7 @@ def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseEx
     return (error, None) if isinstance(error, trio.Cancelled) else (None, error)
 
 
-def _ground(fd_store: FdStore, resources: ExitStack) -> Ground:
+def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """The ground of one proxy, inherited or new. Raises ResourceRefused."""
     inherited = fd_store.inherited
     try:
@@ -354,7 +348,7 @@ def _ground(fd_store: FdStore, resources: ExitStack) -> Ground:
     fds = {"inflight": inflight.fd, "inotify": inotify.fd}
     around = Surroundings()
     resources.callback(around.close)
-    return Ground(inflight, inotify, fds, around, isinstance(fd_store, NoFdStore))
+    return Ground(inflight, inotify, fds, around, isinstance(fd_store, NoFdStore), listener)
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
@@ -377,10 +371,11 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
             raise link.missing()
         logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
-    streams = Streams(counters)
-    handoffs = (Handoff(inflight.watches, streams.publish), Handoff(inflight.watches, streams.publish))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters)
-    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters)
+    events = Events(counters, ground.listener)
+    ignored = events.listener.ignored
+    handoffs = (Handoff(inflight.watches, events.delivered), Handoff(inflight.watches, events.sent))
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored)
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, ignored)
     inbound.recover()
     outbound.recover()
     if stale is not None:
@@ -391,7 +386,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
         if inherited.get(name) != fd:
             fd_store.store(name, fd)
     logger.info("%s: %d signals, %s", link.name, len(registers.table), link.description)
-    return Proxy(config, _Parts(counters, fd_store, streams, registers, link, handoffs, inbound, outbound))
+    return Proxy(config, _Parts(counters, fd_store, events, registers, link, handoffs, inbound, outbound))
 
 
 async def serve(

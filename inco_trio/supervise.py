@@ -72,22 +72,22 @@ class Problems:
     def __init__(self) -> None:
         self._said: dict[object, str] = {}
 
-    def failed(self, key: object, problem: str, what: object = None) -> None:
+    def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
         """Log `problem` of `what`, by default the key, unless it was the last thing said of it."""
         if self._said.get(key) != problem:
             self._said[key] = problem
-            logger.warning("%s: %s", key if what is None else what, problem)
+            logger.warning("%s: %s", key if what is None else what, problem, extra={"event": event})
 
     def well(self, key: object, what: object = None) -> bool:
         """It works; returns whether it did not before."""
         if self._said.pop(key, None) is None:
             return False
-        logger.info("%s: works again", key if what is None else what)
+        logger.info("%s: works again", key if what is None else what, extra={"event": "works"})
         return True
 
-    def known(self, key: object) -> bool:
-        """Whether something is wrong."""
-        return key in self._said
+    def said(self, key: object) -> str | None:
+        """What is wrong, if anything is."""
+        return self._said.get(key)
 
     def forget(self, key: object) -> None:
         """It does not matter any more."""
@@ -100,15 +100,18 @@ class Health:
     def __init__(self, leg: str) -> None:
         self.leg = leg
         self.backoff = Backoff()
+        self.restarts = 0
+        self.last_problem: str | None = None
         self._problems = Problems()
 
     @property
-    def troubled(self) -> bool:
-        """Whether something was said to be wrong, and not yet that it works again."""
-        return self._problems.known(self.leg)
+    def problem(self) -> str | None:
+        """What was said to be wrong, until it works again."""
+        return self._problems.said(self.leg)
 
     def failed(self, problem: str) -> None:
         """Log `problem`, unless it was the last thing said."""
+        self.last_problem = problem
         self._problems.failed(self.leg, problem)
 
     def well(self) -> None:
@@ -127,9 +130,8 @@ async def in_turns(steps: Generator[object, None, None]) -> None:
                 end = time.monotonic() + TURN
 
 
-async def supervise(name: str, leg: Callable[[Health], Awaitable[None]], counters: Counters) -> None:
+async def supervise(health: Health, leg: Callable[[Health], Awaitable[None]], counters: Counters) -> None:
     """Run `leg` until it returns; after an OSError of the kinds in TRANSIENT run it again, after a pause."""
-    health = Health(name)
     while True:
         try:
             return await leg(health)
@@ -138,4 +140,5 @@ async def supervise(name: str, leg: Callable[[Health], Awaitable[None]], counter
                 raise
             health.failed(f"{error.strerror}; restarted")
             counters.restarts += 1
+            health.restarts += 1
         await trio.sleep(health.backoff.next())

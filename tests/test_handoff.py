@@ -226,7 +226,7 @@ def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> N
 
     trio.run(main)
     assert reads == [b"", b"one", b""]
-    assert not health.troubled
+    assert health.problem is None
 
 
 def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) -> None:

@@ -28,7 +28,7 @@ def run(leg: Leg) -> tuple[Counters, float]:
 
     async def main() -> float:
         start = trio.current_time()
-        await supervise("rpmsg4000: receive", leg, stats)
+        await supervise(Health("rpmsg4000: receive"), leg, stats)
         return trio.current_time() - start
 
     return stats, trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -119,7 +119,7 @@ def test_cancellation_is_no_failure() -> None:
 
     async def main() -> bool:
         with trio.move_on_after(1) as scope:
-            await supervise("leg", leg, stats)
+            await supervise(Health("leg"), leg, stats)
         return scope.cancelled_caught
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0))

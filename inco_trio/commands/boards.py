@@ -13,8 +13,10 @@ from inco_trio.boards import Boards, read_boards
 from inco_trio.commands.configuration import boards_directory, boards_label
 from inco_trio.commands.daemon import aside
 from inco_trio.errors import IncoError
+from inco_trio.events import Listener
 from inco_trio.keep.fdstore import FdStore
 from inco_trio.proxies import Proxies, open_proxies
+from inco_trio.proxy import Proxy
 from inco_trio.service.log import log_statistics
 from inco_trio.signals import Signal
 from inco_trio.supervise import working_for
@@ -34,12 +36,14 @@ class ManyBoards:
         self.name, self.label = str(self._directory), boards_label(self._directory)
 
     @asynccontextmanager
-    async def open(self, fd_store: FdStore) -> AsyncIterator[None]:
+    async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
         """Open the proxies of all boards while the block runs."""
         _raise_descriptor_limit()
         gc.disable()
         self._say(self._boards, self._boards.refused, "refused")
-        async with open_proxies(self._boards.configs, fd_store=fd_store, keep=self._boards.refused) as proxies:
+        async with open_proxies(
+            self._boards.configs, fd_store=fd_store, keep=self._boards.refused, listener=listener
+        ) as proxies:
             self._proxies = proxies
             self._say_open()
             # What is there now stays: the collector of garbage would hold all boards up to look through it.
@@ -84,6 +88,14 @@ class ManyBoards:
     def signals(self) -> Collection[Signal]:
         """All signals of all boards."""
         return [signal for config in self._boards.configs.values() for signal in config.signals]
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        """See `Served.proxies`."""
+        return {} if self._proxies is None else {name: self._proxies[name] for name in self._proxies}
+
+    def not_open(self) -> Mapping[str, str]:
+        """See `Served.not_open`."""
+        return {} if self._proxies is None else self._proxies.not_open
 
 
 def _raise_descriptor_limit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from hashlib import blake2b
 from pathlib import Path
@@ -13,19 +14,42 @@ from inco_trio.signals import is_path
 
 __all__ = [
     "BOARDS_HELP",
+    "CONTROL_HELP",
     "LINK",
     "LINK_HELP",
     "absolute",
     "check_link",
     "config_path",
     "configuration_argument",
+    "number_of_seconds",
     "path_of",
+    "positive",
 ]
 
+DIGITS_MAX = 12
 LINK = "rpmsg4000"
 """The interface that is used unless another link is named."""
 BOARDS_HELP = "boards, one for each file DIR/NAME.json"
+CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
 LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
+
+
+def number_of_seconds(text: str) -> float:
+    """More than 0 seconds, as an option gives them. Raises ArgumentTypeError."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, as an option gives it. Raises ArgumentTypeError."""
+    if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def check_link(address: str) -> None:

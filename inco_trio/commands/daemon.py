@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import glob
 import logging
+import os
 import signal
+import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import attrs
@@ -19,7 +23,10 @@ from inco_trio.commands import process_signals
 from inco_trio.commands.configuration import LINK, absolute, check_link, config_path, path_of
 from inco_trio.commands.line import EXIT_INTERNAL
 from inco_trio.config import Board, Config, read_board
+from inco_trio.control import place
+from inco_trio.control.server import Control
 from inco_trio.errors import IncoError, ResourceRefused, UsageError
+from inco_trio.events import Listener
 from inco_trio.keep.fdstore import FdStore, fd_store_from_environment
 from inco_trio.proxy import Proxy, open_proxy
 from inco_trio.registers.diagnose import diagnose
@@ -43,6 +50,8 @@ def run_daemon(args: argparse.Namespace) -> int:
         check_notification_fd(args.notification_fd)
     if args.fd_holder is not None:
         path_of(args.fd_holder, "--fd-holder")
+    if args.control not in (None, "none"):
+        args.control = absolute(args.control, "--control")
     service: _Service
     if args.boards is not None:
         from inco_trio.commands.boards import ManyBoards
@@ -71,7 +80,7 @@ class _Service(Protocol):
     label: str
     """What its kept descriptors are named after."""
 
-    def open(self, fd_store: FdStore) -> AbstractAsyncContextManager[None]:
+    def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
         """Open it while the block runs. Raises IncoError."""
 
     async def reload(self) -> None:
@@ -82,6 +91,12 @@ class _Service(Protocol):
 
     def signals(self) -> Collection[Signal]:
         """All that it carries."""
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        """See `Served.proxies`."""
+
+    def not_open(self) -> Mapping[str, str]:
+        """See `Served.not_open`."""
 
 
 class _OneBoard:
@@ -96,8 +111,8 @@ class _OneBoard:
         self.name, self.label = self._config.address.name, self._config.address.label
 
     @asynccontextmanager
-    async def open(self, fd_store: FdStore) -> AsyncIterator[None]:
-        async with open_proxy(self._config, fd_store=fd_store) as self._proxy:
+    async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
+        async with open_proxy(self._config, fd_store=fd_store, listener=listener) as self._proxy:
             yield
 
     async def reload(self) -> None:
@@ -111,6 +126,12 @@ class _OneBoard:
 
     def signals(self) -> Collection[Signal]:
         return self._config.signals
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        return {} if self._proxy is None else {self.name: self._proxy}
+
+    def not_open(self) -> Mapping[str, str]:
+        return {self.name: "the link is not there yet"} if self._proxy is None else {}
 
 
 def _load(args: argparse.Namespace) -> Config:
@@ -161,7 +182,7 @@ async def _serve(args: argparse.Namespace, service: _Service, fd_store: FdStore)
         try:
             with run.stop:
                 await trio.lowlevel.checkpoint_if_cancelled()  # told to stop already: nothing is opened
-                async with service.open(fd_store):
+                async with _answering(args, service, nursery) as control, service.open(fd_store, control):
                     run.is_open = True
                     notify_ready(args.notification_fd)
                     logger.info("%s: ready", service.name, extra={"event": "ready"})
@@ -179,6 +200,55 @@ async def _serve(args: argparse.Namespace, service: _Service, fd_store: FdStore)
         raise failure
     if not run.is_open:
         logger.info("%s: told to stop before it was open", service.name)
+
+
+@asynccontextmanager
+async def _answering(
+    args: argparse.Namespace, service: _Service, nursery: trio.Nursery
+) -> AsyncIterator[Listener | None]:
+    """Answer at the control socket while the block runs, if there can be one: it is nothing that carrying needs."""
+    with ExitStack() as resources:
+        try:
+            listener = _control_socket(args, service, resources)
+        except OSError as error:
+            logger.warning("no control socket: %s: %s", error.filename or args.control, error.strerror)
+            listener = None
+        if listener is None:
+            yield None
+            return
+        control = Control()
+        nursery.start_soon(control.serve, service, listener)
+        try:
+            yield control
+        finally:
+            control.close()
+            with trio.CancelScope(shield=True):
+                await control.closed.wait()
+
+
+def _control_socket(args: argparse.Namespace, service: _Service, resources: ExitStack) -> socket.socket | None:
+    """The socket, if there is to be one. Raises OSError."""
+    if args.control == "none":
+        return None
+    path = place.default_path(service.label) if args.control is None else Path(args.control)
+    if path is None:
+        logger.info("no control socket: $XDG_RUNTIME_DIR is not set: --control PATH names one")
+        return None
+    if args.control is not None:
+        return resources.enter_context(place.listening(path))
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    try:
+        return resources.enter_context(place.listening(path))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # As two interfaces of one name in two network namespaces. Such processes may have been killed.
+        for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
+            with contextlib.suppress(OSError):
+                if not place.is_live(left):
+                    left.unlink()
+        other = path.with_name(f"{path.stem}-{os.getpid()}.sock")
+        return resources.enter_context(place.listening(other))
 
 
 def _once(channel: trio.MemorySendChannel[None]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import BOARDS_HELP, LINK_HELP, configuration_argument
+from inco_trio.commands.configuration import BOARDS_HELP, CONTROL_HELP, LINK_HELP, configuration_argument
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 
@@ -26,6 +26,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
+    sub.add_argument("--control", metavar="PATH|none", help=CONTROL_HELP)
     sub.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
     sub.add_argument("-v", "--verbose", action="store_true", help="log each notification")
 

@@ -28,6 +28,7 @@ class Bundle:
     """An `FdStore` that keeps all in one descriptor of `outer`. What it is given it keeps open itself, in `kept`."""
 
     def __init__(self, outer: FdStore) -> None:
+        self.holder = outer.holder
         self._outer = outer
         self.kept: dict[str, int] = {}
         held = outer.inherited.get(NAME)

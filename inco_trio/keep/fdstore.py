@@ -33,6 +33,8 @@ _Found = tuple[str, int, int]
 class FdStore(Protocol):
     """Keeps descriptors while no process of ours runs."""
 
+    holder: str | None
+    """Who keeps them: `s6-fdholder`, `systemd` or nobody."""
     inherited: dict[str, int]
     """The descriptors that an earlier process stored: name to descriptor, close-on-exec. They belong to the caller."""
 
@@ -50,6 +52,8 @@ class FdStore(Protocol):
 class NoFdStore:
     """Keeps nothing: without a supervisor that holds descriptors there is nothing to inherit."""
 
+    holder: str | None = None
+
     def __init__(self) -> None:
         self.inherited: dict[str, int] = {}
 
@@ -62,6 +66,8 @@ class NoFdStore:
 
 class _NumberedFdStore(ABC):
     """The numbering that both supervisors need, as neither replaces a descriptor in one step."""
+
+    holder: str | None = None
 
     def __init__(self, found: Iterable[_Found]) -> None:
         self.inherited: dict[str, int] = {}
@@ -97,6 +103,8 @@ class S6FdStore(_NumberedFdStore):
     The process must have been started through `s6-fdholder-getdump`, whose variables are taken out of the environment;
     descriptors of other prefixes are closed. Raises UsageError if it was not.
     """
+
+    holder: str | None = "s6-fdholder"
 
     def __init__(self, socket: str, prefix: str) -> None:
         self._socket = socket
@@ -134,6 +142,8 @@ class SystemdFdStore(_NumberedFdStore):
     The variables of sd_listen_fds(3) are taken out of the environment; descriptors that are not ours are closed.
     systemd takes what it is sent without an answer: what it refuses (see `FileDescriptorStoreMax=`) is in its journal.
     """
+
+    holder: str | None = "systemd"
 
     def __init__(self) -> None:
         super().__init__(_take_listen_fds())

@@ -28,6 +28,10 @@ class Link(Protocol):
     """Frames of somebody who is not the peer; each is made malformed."""
 
     @property
+    def running(self) -> bool:
+        """Whether it is up and has a carrier, or somebody at its other end."""
+
+    @property
     def fits(self) -> bool:
         """Whether an inherited socket is what a new one would be."""
 

@@ -111,6 +111,18 @@ class UnixLink:
         return f"address {self.mac.hex(':')}, peer {self._address.peer}"
 
     @property
+    def running(self) -> bool:
+        """Whether it is bound, and somebody is at the peer's path."""
+        if self._closed or not self._ours:
+            return False
+        try:
+            with _new_socket() as probe:
+                probe.connect(self._address.peer)
+        except OSError:
+            return False
+        return True
+
+    @property
     def absence(self) -> str:
         """See `Link.absence`."""
         return str(self._refusal).removeprefix(f"{self.name}: ")

@@ -34,7 +34,7 @@ class Registers:
     """
 
     def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
-        problems = Problems()
+        self._problems = problems = Problems()
         self.table = SignalTable(())
         self._opened = False
         self.troubled = trio.Event()
@@ -131,6 +131,16 @@ class Registers:
         self.directories.forget_noted(self.triggers.keys())
         for directory in self.directories.by_path.values():
             self.directories.look(directory, make=True)
+
+    def problem(self, signal: Signal) -> str | None:
+        """What keeps the register of a signal from being written or watched now."""
+        directory = self.directories.by_path[signal.directory]
+        if directory.fd < 0:
+            return "its directory is missing"
+        trigger = self.triggers.by_path.get(signal.path)
+        if trigger is not None and trigger.missing_since is not None:
+            return "cannot be watched, or is missing"
+        return self._problems.said(signal.path)
 
     # -------------------------------------------------------------------------------------------------- restoring
 

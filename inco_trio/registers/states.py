@@ -35,6 +35,8 @@ class StateFile:
     directory: Directory
     fd: int = -1
     """Open while the disk has no room for the `1`: closing it now would be a notification for who watches the file."""
+    failures: int = 0
+    """Attempts to write it that failed."""
 
     def write(self) -> None:
         """Write one notification. Raises OSError.
@@ -121,6 +123,14 @@ class StateFiles:
         """Notifications that are not written yet."""
         return sum(self._owed[name] for name in self._owed)
 
+    def owed_of(self, name: str) -> int:
+        """Notifications of one signal that are not written yet."""
+        return self._owed[name.encode()]
+
+    def failures(self, name: str) -> int:
+        """Attempts to write the state file of a signal that failed."""
+        return self._files[name].failures
+
     def write(self, signals: Iterable[Signal]) -> None:
         """Write the state file of each signal, in order. What cannot be written now is owed."""
         written: list[StateFile] = []
@@ -153,6 +163,7 @@ class StateFiles:
 
     def _failed(self, file: StateFile, error: OSError) -> None:
         self._counters.write_failures += 1
+        file.failures += 1
         if error.errno == errno.ENOENT:
             self._directories.look(file.directory)
             self._directories.miss_states(file.directory)
@@ -189,6 +200,7 @@ class StateFiles:
                 file.write()
             except OSError as error:
                 self._counters.write_failures += 1
+                file.failures += 1
                 if error.errno != errno.ENOENT:
                     self._problems.failed(
                         file.signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried"

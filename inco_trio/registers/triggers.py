@@ -340,7 +340,10 @@ class Triggers:
 
     def _overflowed(self, triggered: Triggered) -> None:
         self._counters.overflowed += 1
-        logger.warning("the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once")
+        logger.warning(
+            "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once",
+            extra={"event": "overflow"},
+        )
         self._notify_all(triggered)
         for trigger in self.by_path.values():
             trigger.made_in = 0  # The event that tells of it may be among the lost ones.

@@ -1,0 +1,1 @@
+"""Asking a running proxy: the control socket, see docs/control.md."""

@@ -1,0 +1,130 @@
+"""Who is told of what a proxy does: streams of events, a listener, and the counts of each signal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import attrs
+import trio
+
+from inco_trio.signals import Signal
+from inco_trio.stats import Counters
+
+__all__ = ["Events", "Listener", "Notification", "Tally"]
+
+logger = logging.getLogger(__name__)
+
+
+@attrs.frozen
+class Notification:
+    """One notification that was carried."""
+
+    signal: Signal
+    monotonic_ns: int
+    """When it was written or sent, as of time.monotonic_ns()."""
+
+
+class Listener(Protocol):
+    """Who is told of everything, at once; `supervise.board_name` says of which board. Nothing here waits or raises."""
+
+    def carried(self, signals: Sequence[Signal], sequence: int) -> None:
+        """These were written or sent; the first is the proxy's notification number `sequence`, from 1."""
+
+    def ignored(self, reason: str, name: str | None) -> None:
+        """A frame is no notification, or one is given up, for `reason`: the name of the counter that counts it."""
+
+    def link_changed(self, running: bool) -> None:
+        """The link went up, or down."""
+
+
+class Deaf:
+    """A listener that does not care."""
+
+    def carried(self, signals: Sequence[Signal], sequence: int) -> None:
+        """See `Listener.carried`."""
+
+    def ignored(self, reason: str, name: str | None) -> None:
+        """See `Listener.ignored`."""
+
+    def link_changed(self, running: bool) -> None:
+        """See `Listener.link_changed`."""
+
+
+@attrs.define(eq=False)
+class Tally:
+    """How often each signal of one direction was carried, by its wire name."""
+
+    counts: Counter[str] = attrs.Factory(Counter)
+    last: dict[str, int] = attrs.Factory(dict)
+    """When it was carried last, as of time.time_ns()."""
+
+    def add(self, signals: Sequence[Signal]) -> None:
+        """These were carried now."""
+        now = time.time_ns()
+        if len(signals) == 1:
+            name = signals[0].name
+            self.counts[name] += 1
+            self.last[name] = now
+            return
+        names = [signal.name for signal in signals]
+        self.counts.update(names)
+        self.last.update(dict.fromkeys(names, now))
+
+
+class Events:
+    """Tells streams and the listener; nobody waits for them."""
+
+    def __init__(self, counters: Counters, listener: Listener | None = None) -> None:
+        self.listener: Listener = listener or Deaf()
+        self.inbound, self.outbound = Tally(), Tally()
+        self._counters = counters
+        self._sequence = 0
+        self._entries: set[trio.MemorySendChannel[Notification]] = set()
+
+    def delivered(self, signals: Sequence[Signal]) -> None:
+        """State files were written."""
+        self.inbound.add(signals)
+        self._carried(signals)
+
+    def sent(self, signals: Sequence[Signal]) -> None:
+        """The link has accepted frames."""
+        self.outbound.add(signals)
+        self._carried(signals)
+
+    def _carried(self, signals: Sequence[Signal]) -> None:
+        self.listener.carried(signals, self._sequence + 1)
+        self._sequence += len(signals)
+        if logger.isEnabledFor(logging.DEBUG):
+            for signal in signals:
+                logger.debug("%s: %s", signal.direction.value, signal.name)
+        if not self._entries:
+            return
+        now = time.monotonic_ns()
+        for entry in self._entries:
+            for number, signal in enumerate(signals):
+                try:
+                    entry.send_nowait(Notification(signal, now))
+                except trio.WouldBlock:
+                    self._counters.events_lost += len(signals) - number
+                    break
+
+    @contextmanager
+    def open(self, buffer: int) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
+        """A stream of what is carried from now on."""
+        entry, stream = trio.open_memory_channel[Notification](buffer)
+        self._entries.add(entry)
+        try:
+            with entry, stream:
+                yield stream
+        finally:
+            self._entries.discard(entry)
+
+    def close(self) -> None:
+        """End all streams."""
+        for entry in self._entries:
+            entry.close()

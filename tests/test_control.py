@@ -1,0 +1,529 @@
+"""The control socket: real daemons on `unix:` links, and clients that are plain sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inco_trio.control import place
+from inco_trio.control.server import CLIENTS_MAX, LINE_MAX, WAITING_MAX
+from inco_trio.frame import decode, encode
+from netns.fixtures import DEADLINE, Proxy
+from tests.core1 import Here
+
+MAC = bytes.fromhex("020000000001")
+FRAME = encode(b"ihub_hwwd_irq", MAC)
+
+
+class Client:
+    """A connection; what is read is lines of JSON."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        stack.callback(self.sock.close)
+        self.sock.settimeout(DEADLINE)
+        self.sock.connect(os.fspath(path))
+        self._file = self.sock.makefile("rb")
+        stack.callback(self._file.close)
+        self.greeting = self.read()
+
+    def read(self) -> dict[str, Any]:
+        line = self._file.readline()
+        assert line.endswith(b"\n"), line
+        read: dict[str, Any] = json.loads(line)
+        return read
+
+    def ask(self, request: Mapping[str, object] | bytes) -> dict[str, Any]:
+        self.sock.sendall(request if isinstance(request, bytes) else json.dumps(request).encode() + b"\n")
+        return self.read()
+
+    def until(self, **wanted: object) -> dict[str, Any]:
+        """The first event with these values."""
+        while True:
+            event = self.read()
+            if wanted.items() <= event.items():
+                return event
+
+    def at_end(self) -> bool:
+        """Whether the proxy closes the connection, whatever it still says."""
+        with contextlib.suppress(ConnectionResetError):
+            while self._file.read(1 << 16):
+                pass
+        return True
+
+
+class Board:
+    """A board on a `unix:` link, whose second core the test plays, and its daemon."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self.irq, self.path = home, home / "irq", home / "run/control.sock"
+        self.path.parent.mkdir()
+        self.link = f"unix:{home}/core0,peer={home}/core1"
+        self._stack = stack
+
+    def start(self, *options: str, environment: Mapping[str, str] | None = None, control: str | None = "") -> Proxy:
+        arguments = [self.link, "--log-format", "json", *options]
+        if not {"--config", "--boards"} & set(options):
+            arguments += ["--irq-dir", str(self.irq)]
+        if control is not None:
+            arguments += ["--control", control or str(self.path)]
+        proxy = Proxy(Here(), arguments, environment or {}, self.home / "log")  # type: ignore[arg-type]
+        self._stack.callback(proxy.close)
+        return proxy
+
+    def running(self, *options: str) -> Proxy:
+        proxy = self.start(*options)
+        proxy.wait_ready()
+        return proxy
+
+    def core1(self) -> socket.socket:
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._stack.callback(peer.close)
+        peer.settimeout(DEADLINE)
+        peer.bind(f"{self.home}/core1")
+        return peer
+
+    def inbound(self, peer: socket.socket, frame: bytes = FRAME) -> None:
+        peer.sendto(frame, f"{self.home}/core0")
+
+    def trigger(self) -> None:
+        (self.irq / "message_6_trig").write_text("1")
+
+    def client(self, path: Path | None = None) -> Client:
+        return Client(path or self.path, self._stack)
+
+    def status(self) -> dict[str, Any]:
+        (board,) = self.client().ask({"request": "status"})["status"]
+        assert isinstance(board, dict)
+        return board
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        yield Board(tmp_path, stack)
+
+
+# ------------------------------------------------------------------------------------------------------ what is asked
+
+
+def test_it_greets_and_tells_the_status(board: Board) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    greeting = board.client().greeting
+    assert (greeting["protocol"], greeting["pid"], greeting["boards"]) == (1, proxy.pid, [f"{board.home}/core0"])
+    told = board.client()
+    assert told.ask({"request": "monitor"}) == {"monitor": True}
+    board.inbound(peer)
+    board.trigger()
+    board.trigger()
+    for _ in range(3):
+        told.until(event="notification")
+    status = board.status()
+    signals = {each["signal"]: each for each in status["signals"]}
+    assert {name: each["count"] for name, each in signals.items()} == {
+        "ihub_hwwd_irq": 1,
+        "ihub_reset_irq": 0,
+        "redun_notify_irq": 2,
+    }
+    assert signals["ihub_reset_irq"]["last"] is None
+    assert status["since"] <= signals["ihub_hwwd_irq"]["last"] <= signals["redun_notify_irq"]["last"]
+    assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
+    assert (status["open"], status["running"], status["holder"], status["link"]) == (True, True, None, board.link)
+    assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
+    assert [leg["problem"] for leg in status["legs"]] == [None] * 6
+
+
+def test_what_is_wrong_is_in_the_status(board: Board) -> None:
+    board.running()
+    watching = board.client()
+    watching.ask({"request": "monitor"})
+    (board.irq / "message_5_state").unlink()
+    (board.irq / "message_5_state").mkdir()
+    peer = board.core1()
+    watching.until(event="link", running=True)
+    board.inbound(peer)
+    watching.until(event="problem")
+    signals = {each["signal"]: each for each in board.status()["signals"]}
+    assert signals["ihub_hwwd_irq"]["owed"] == 1
+    assert signals["ihub_hwwd_irq"]["failures"] >= 1
+    assert "Is a directory" in signals["ihub_hwwd_irq"]["problem"]
+    (board.irq / "message_5_state").rmdir()
+    watching.until(event="notification", signal="ihub_hwwd_irq")
+    peer.close()
+    Path(f"{board.home}/core1").unlink()
+    watching.until(event="link", running=False)
+    board.irq.rename(board.home / "away")
+    watching.until(event="problem")
+    assert {each["problem"] for each in board.status()["signals"]} == {"its directory is missing"}
+
+
+def test_a_monitor_is_told_of_everything(board: Board) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    monitor, filtered = board.client(), board.client()
+    assert monitor.ask({"request": "monitor", "id": [1]}) == {"id": [1], "monitor": True}
+    filtered.ask({"request": "monitor", "signals": ["redun_notify_irq"], "direction": "outbound"})
+    board.inbound(peer)
+    event = monitor.read()
+    assert event.pop("time") == pytest.approx(event.pop("monotonic_ns") / 1e9 + _offset(), abs=5)
+    assert event == {
+        "event": "notification",
+        "board": f"{board.home}/core0",
+        "direction": "inbound",
+        "signal": "ihub_hwwd_irq",
+        "register": f"{board.irq}/message_5_state",
+        "sequence": 1,
+    }
+    board.inbound(peer, encode(b"nobody", MAC))
+    assert monitor.until(event="ignored")["signal"] == "nobody"
+    board.inbound(peer, b"short")
+    assert monitor.until(event="ignored")["reason"] == "malformed"
+    board.trigger()
+    assert monitor.until(event="notification")["sequence"] == 2
+    assert filtered.read()["signal"] == "redun_notify_irq"
+    proxy.process.send_signal(signal.SIGHUP)
+    assert monitor.until(event="reloaded")["level"] == "info"
+    assert proxy.stop() == 0
+    assert monitor.at_end()
+    assert not board.path.exists()
+
+
+def _offset() -> float:
+    import time
+
+    return time.time() - time.monotonic()
+
+
+def test_what_is_carried_at_the_end_is_told(board: Board) -> None:
+    board.core1()
+    proxy = board.running()
+    monitor = board.client()
+    monitor.ask({"request": "monitor"})
+    proxy.process.send_signal(signal.SIGSTOP)
+    for _ in range(8):  # As many as the queue of core 1 takes.
+        board.trigger()
+    proxy.process.send_signal(signal.SIGTERM)
+    proxy.process.send_signal(signal.SIGCONT)
+    for sequence in range(1, 9):
+        assert monitor.until(event="notification")["sequence"] == sequence
+
+
+def test_send(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    client = board.client()
+    assert client.ask({"request": "send", "signal": "redun_notify_irq"}) == {"sent": 1}
+    assert client.ask({"request": "send", "signal": "redun_notify_irq", "count": 3, "id": 5}) == {"id": 5, "sent": 3}
+    assert [decode(peer.recv(200)) for _ in range(4)] == [b"redun_notify_irq"] * 4
+    assert client.ask({"request": "send", "signal": "ihub_hwwd_irq"})["error"] == "unknown-signal"
+    assert "(there are: redun_notify_irq)" in client.ask({"request": "send", "signal": "x"})["message"]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        (b"nonsense\n", "not-json"),
+        (b"[1]\n", "not-json"),
+        (b"\xff\n", "not-json"),
+        (b"[" * 60_000 + b"\n", "not-json"),
+        (b"{}\n", "unknown-request"),
+        (b'{"request": "stop"}\n', "unknown-request"),
+        (b'{"request": ["status"]}\n', "unknown-request"),
+        (b'{"request": "status", "board": "b"}\n', "unknown-board"),
+        (b'{"request": "status", "board": 1}\n', "invalid"),
+        (b'{"request": "send"}\n', "invalid"),
+        (b'{"request": "send", "signal": "redun_notify_irq", "count": 0}\n', "invalid"),
+        (b'{"request": "send", "signal": "redun_notify_irq", "count": 1000001}\n', "invalid"),
+        (b'{"request": "send", "signal": "redun_notify_irq", "count": true}\n', "invalid"),
+        (b'{"request": "monitor", "direction": "up"}\n', "invalid"),
+        (b'{"request": "monitor", "signals": [1]}\n', "invalid"),
+        (b'{"request": "monitor", "signals": "x"}\n', "invalid"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_and_the_next_line_answered(board: Board, line: bytes, error: str) -> None:
+    board.running()
+    client = board.client()
+    assert client.ask(line)["error"] == error
+    assert client.ask(b'\n{"request": "status", "id": null}\n')["id"] is None
+
+
+def test_a_second_monitor_of_a_connection_is_refused(board: Board) -> None:
+    board.running()
+    client = board.client()
+    client.ask({"request": "monitor"})
+    assert client.ask({"request": "monitor"})["error"] == "invalid"
+
+
+def test_many_boards(board: Board) -> None:
+    directory = board.home / "boards"
+    directory.mkdir()
+    for name in ("a", "b"):
+        entry = {"link": f"unix:{board.home}/{name}.0,peer={board.home}/{name}.1", "irq_dir": f"{board.home}/{name}"}
+        (directory / f"{name}.json").write_text(json.dumps(entry))
+    (board.home / "b").write_text("")
+    proxy = Proxy(Here(), ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")  # type: ignore[arg-type]
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    client = board.client()
+    assert (client.greeting["boards"], client.greeting["name"]) == (["a"], str(directory))
+    status = {each["board"]: each for each in client.ask({"request": "status"})["status"]}
+    assert (status["a"]["open"], status["b"]["open"]) == (True, False)
+    assert f"{board.home}/b" in status["b"]["problem"]
+    assert [each["board"] for each in client.ask({"request": "status", "board": "b"})["status"]] == ["b"]
+    assert client.ask({"request": "send", "signal": "redun_notify_irq", "board": "b"})["error"] == "unknown-board"
+    (board.home / "b").unlink()
+    told, mine = board.client(), board.client()
+    told.ask({"request": "monitor"})
+    mine.ask({"request": "monitor", "board": "b"})
+    proxy.process.send_signal(signal.SIGHUP)
+    told.until(event="reloaded")
+    assert client.ask({"request": "send", "signal": "redun_notify_irq"})["error"] == "unknown-board"
+    for name in ("a", "b"):
+        (board.home / name / "message_6_trig").write_text("1")
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        board._stack.callback(peer.close)
+        peer.bind(f"{board.home}/{name}.1")
+        event = told.until(event="notification")
+        assert (event["board"], event["sequence"]) == (name, 1)
+    assert mine.until(event="notification")["board"] == "b"
+
+
+# --------------------------------------------------------------------------------------------- clients that misbehave
+
+
+def test_a_monitor_that_does_not_read_loses_events_and_is_told_how_many(board: Board) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    slow, quick = board.client(), board.client()
+    slow.ask({"request": "monitor"})
+    quick.ask({"request": "monitor"})
+    number = 3 * WAITING_MAX
+    for sequence in range(1, number + 1):
+        board.inbound(peer)
+        if sequence % 100 == 0:
+            while quick.until(event="notification")["sequence"] != sequence:
+                pass
+    seen = lost = 0
+    while seen + lost < number:
+        event = slow.read()
+        if event["event"] == "lost":
+            lost += event["count"]
+        else:
+            seen += 1
+    assert seen + lost == number
+    assert lost > 0
+    assert proxy.stop() == 0
+
+
+def test_a_line_without_an_end_ends_its_connection_only(board: Board) -> None:
+    proxy = board.running()
+    client = board.client()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for _ in range(1600):
+            client.sock.sendall(b"x" * LINE_MAX)
+    assert client.at_end()
+    assert board.status()["open"]
+    assert "Traceback" not in proxy.log
+
+
+def test_requests_in_pieces_and_many_at_once_are_answered_in_order(board: Board) -> None:
+    board.running()
+    client = board.client()
+    lines = b"".join(b'{"request": "status", "id": %d}\n' % number for number in range(500))
+    for start in range(0, len(lines), 1000):
+        client.sock.sendall(lines[start : start + 1000])
+    client.sock.shutdown(socket.SHUT_WR)
+    assert [client.read()["id"] for _ in range(500)] == list(range(500))
+    assert client.at_end()
+
+
+def test_a_monitor_that_closed_its_end_for_writing_goes_on(board: Board) -> None:
+    board.core1()
+    board.running()
+    client = board.client()
+    client.ask({"request": "monitor"})
+    client.sock.shutdown(socket.SHUT_WR)
+    board.trigger()
+    assert client.until(event="notification")["signal"] == "redun_notify_irq"
+
+
+def test_as_many_clients_as_there_is_room_for_and_those_that_are_gone_make_room(board: Board) -> None:
+    proxy = board.running()
+    with ExitStack() as stack:
+        clients = [Client(board.path, stack) for _ in range(CLIENTS_MAX)]
+        for client in clients:
+            client.ask({"request": "monitor"})
+            client.sock.shutdown(socket.SHUT_WR)
+        refused = Client(board.path, stack)
+        assert refused.greeting["error"] == "busy"
+        for client in clients[:2]:
+            client._file.close()
+            client.sock.close()
+        assert "protocol" in Client(board.path, stack).greeting
+    assert board.status()["open"]
+    assert proxy.stop() == 0
+
+
+def test_a_client_that_goes_away_in_the_middle_harms_nobody(board: Board) -> None:
+    board.core1()
+    proxy = board.running()
+    for request in (b'{"request": "status"}\n' * 500, b'{"request": "monitor"}\n', b'{"request"'):
+        with ExitStack() as stack:
+            client = Client(board.path, stack)
+            client.sock.sendall(request)
+    board.trigger()
+    assert board.status()["open"]
+    assert proxy.stop() == 0
+    assert "Traceback" not in proxy.log
+
+
+@pytest.mark.netns
+def test_others_may_read_if_the_group_lets_them_but_not_send(board: Board, nobody: list[str]) -> None:
+    board.running()
+    code = (
+        "import socket, sys\n"
+        "sock = socket.socket(socket.AF_UNIX)\n"
+        "sock.connect(sys.argv[1])\n"
+        "file = sock.makefile('rwb', 0)\n"
+        "file.readline()\n"
+        "for request in ('status', 'send'):\n"
+        '    file.write(b\'{"request": "%s", "signal": "redun_notify_irq"}\\n\' % request.encode())\n'
+        "    print(file.readline().decode()[:30])\n"
+    )
+
+    def ask() -> subprocess.CompletedProcess[str]:
+        command = [*nobody, sys.executable, "-c", code, os.fspath(board.path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+    assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
+    for directory in board.path.parents[:-1]:
+        if not directory.stat().st_mode & 0o001:
+            directory.chmod(0o711)
+    assert "PermissionError" in ask().stderr
+    board.path.chmod(0o666)  # As a group that the user is in.
+    status, send = ask().stdout.splitlines()
+    assert status.startswith('{"status": [')
+    assert send.startswith('{"error": "not-permitted"')
+
+
+# --------------------------------------------------------------------------------------------------- where it is bound
+
+
+def test_what_a_crash_left_is_taken_over(board: Board) -> None:
+    proxy = board.running()
+    proxy.process.kill()
+    proxy.wait()
+    assert board.path.is_socket()
+    proxy = board.running()
+    assert board.client().greeting["pid"] == proxy.pid
+
+
+@pytest.mark.parametrize("what", ["file", "live", "directory", "missing", "long"])
+def test_a_path_that_cannot_be_had_is_said_and_nothing_else_suffers(board: Board, what: str) -> None:
+    path = board.path
+    with ExitStack() as stack:
+        if what == "file":
+            path.write_text("mine")
+        elif what == "live":
+            stack.enter_context(place.listening(path))
+        elif what == "directory":
+            path.mkdir()
+        elif what == "missing":
+            path = board.home / "nowhere/x.sock"
+        else:
+            path = board.home / ("x" * 120)
+        board.core1()
+        proxy = board.start(control=str(path))
+        proxy.wait_ready()
+        assert "no control socket: " in proxy.wait_log("no control socket")
+        board.trigger()
+        assert proxy.stop() == 0
+    if what == "file":
+        assert path.read_text() == "mine"
+
+
+def test_by_default_it_is_in_the_runtime_directory(board: Board, nobody_environment: dict[str, str]) -> None:
+    proxy = board.start(environment=nobody_environment, control=None)
+    proxy.wait_ready()
+    (path,) = [path for path in _default_directory(nobody_environment).glob("*.sock") if _pid(path) == proxy.pid]
+    assert proxy.stop() == 0
+    assert not path.exists()
+
+
+@pytest.fixture
+def nobody_environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "runtime").mkdir()
+    return {"XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
+
+
+def _default_directory(environment: Mapping[str, str]) -> Path:
+    return Path("/run/inco-trio" if os.geteuid() == 0 else f"{environment['XDG_RUNTIME_DIR']}/inco-trio")
+
+
+def _pid(path: Path) -> int:
+    with ExitStack() as stack:
+        try:
+            pid: int = Client(path, stack).greeting["pid"]
+        except ConnectionRefusedError:
+            return 0
+        return pid
+
+
+def test_a_user_without_a_runtime_directory_is_told_how_to_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert place.default_path("rpmsg0") is None
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert place.default_path("rpmsg0") == Path("/run/user/1000/inco-trio/rpmsg0.sock")
+    long = place.default_path("x" * 200)
+    assert long is not None
+    assert len(os.fsencode(long)) <= place.PATH_MAX
+    assert place.runtime_directories() == [Path("/run/inco-trio"), Path("/run/user/1000/inco-trio")]
+
+
+def test_a_full_queue_of_connections_is_somebody_who_listens(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        server.bind(str(path))
+        server.listen(0)
+        client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        client.connect(str(path))
+        assert place.is_live(path)
+        with pytest.raises(OSError, match="another process listens there"):
+            place.bind(path)
+
+
+@pytest.mark.netns
+def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
+    board.link = "nothere0"
+    proxy = board.start("--wait-link")
+    proxy.wait_log("waiting for it")
+    status = board.status()
+    assert (status["open"], status["problem"]) == (False, "the link is not there yet")
+    proxy.process.terminate()
+    assert proxy.wait() == 0
+
+
+def test_without_a_control_socket(board: Board) -> None:
+    proxy = board.start(control="none")
+    proxy.wait_ready()
+    assert not [fd for fd in _sockets(proxy.pid) if "inco-trio" in fd]
+    assert proxy.stop() == 0
+
+
+def _sockets(pid: int) -> list[str]:
+    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:] if "/" in line]
