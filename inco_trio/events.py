@@ -73,7 +73,8 @@ class Tally:
             return
         names = [signal.name for signal in signals]
         self.counts.update(names)
-        self.last.update(dict.fromkeys(names, now))
+        for name in set(names):
+            self.last[name] = now
 
 
 class Events:

@@ -153,7 +153,7 @@ class StateFiles:
             owed[signal.name.encode()] += 1
             owing = True
         self._counters.delivered += len(written)
-        for directory in {file.directory for file in written}:
+        for directory in {file.directory for file in set(written)}:  # As a rule, a few files again and again.
             if not directory.current:
                 # Replaced meanwhile: these may have gone to the old one.
                 for file in written:

@@ -9,7 +9,6 @@ import re
 import select
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -34,20 +33,6 @@ WITHIN = 60.0
 IMPORTS = "import inco_trio.commands.daemon, inco_trio.commands.boards"
 PROCESSES = 10
 """Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
-_FLOOD = """
-import socket, sys, time
-path, to, rate, frame = sys.argv[1], sys.argv[2], int(sys.argv[3]), bytes.fromhex(sys.argv[4])
-sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-sock.bind(path)
-begin, sent = time.monotonic(), 0
-print(flush=True)
-while True:
-    due = int((time.monotonic() - begin) * rate)
-    while sent < due:
-        sock.sendto(frame, to)
-        sent += 1
-    time.sleep(0.0002)
-"""
 
 
 class Place:
@@ -133,23 +118,26 @@ class Place:
         return taken
 
     @contextlib.contextmanager
-    def flooded(self) -> Iterator[None]:
-        """Board 1 gets frames as fast as FLOOD_RATE, or as fast as its link takes them."""
+    def flooded(self, flood: Path, rates: list[float]) -> Iterator[None]:
+        """Board 1 gets frames, FLOOD_RATE a second, or as many as its link takes; `rates` gets how many it took."""
         paths = (f"{self.home}/s/1.1", f"{self.home}/s/1.0")
-        command = [sys.executable, "-c", _FLOOD, *paths, str(FLOOD_RATE), FRAME.hex()]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as flood:
+        command = [str(flood), *paths, str(FLOOD_RATE), FRAME.hex()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             try:
-                assert flood.stdout is not None
-                flood.stdout.read(1)
+                assert process.stdout is not None
+                process.stdout.readline()
                 yield
+                process.terminate()
+                rates.append(float(process.stdout.readline()))
             finally:
-                flood.kill()
+                process.kill()
 
 
 def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) -> list[Figure]:
     """The figures of `number` boards, beside those of one board, side by side in each of the pairs."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     one, many = "1 board", f"{number:,} boards"
+    rates: list[float] = []
     for pair in range(pairs):
         for name, boards in ((one, 1), (many, number)):
             lab.say(f"pair {pair + 1}/{pairs}: {name}")
@@ -170,7 +158,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                         samples[way][name].append(quantile(taken, 0.5))
                         samples[f"{way} p99"][f"{name}, calm"].append(quantile(taken, 0.99))
                     if boards > 1:
-                        with place.flooded():
+                        with place.flooded(lab.build / "flood", rates):
                             for way, taken in place.closed_loop(lone).items():
                                 samples[f"{way} p99"]["another flooded"].append(quantile(taken, 0.99))
     each = [(a - b) / (number - 1) for a, b in zip(samples["memory"][many], samples["memory"][one], strict=True)]
@@ -179,12 +167,13 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
         Figure(f"{many}, ready after the imports", "s", {many: samples["ready"][many]}, Goal("<=", 3, "s")),
         Figure(f"{many}, idle {idle:g} s, wake-ups", "wake-ups", {many: samples["idle"][many]}, Goal("=", 0)),
     ]
+    note = f"frames of the flood a second: {', '.join(f'{rate:,.0f}' for rate in rates)}"
     for way in ("inbound", "outbound"):
         calm, flooded = f"{many}, calm", "another flooded"
         p99 = {key: samples[f"{way} p99"][key] for key in (flooded, calm)}
         figures += [
             Figure(f"{many}, lone {way}, p50", "us", samples[way], Goal("<=", 1.3, "x 1 board"), (many, one)),
-            Figure(f"{many}, {way} beside a flood, p99", "us", p99, Goal("<=", 3, "x calm"), (flooded, calm)),
+            Figure(f"{many}, {way} beside a flood, p99", "us", p99, Goal("<=", 3, "x calm"), (flooded, calm), note),
         ]
     return figures
 

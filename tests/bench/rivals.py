@@ -237,7 +237,7 @@ class Lab:
         with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as scratch:
             build = Path(scratch, "build")
             build.mkdir()
-            for name in ("reference", "load"):
+            for name in ("reference", "load", "flood"):
                 command = ["cc", "-O2", "-pthread", "-o", str(build / name), str(HERE / f"{name}.c")]
                 built = subprocess.run(command, capture_output=True, text=True, check=False)
                 if built.returncode:
