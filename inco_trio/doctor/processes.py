@@ -1,0 +1,184 @@
+"""Who has which sockets and inotify watches, as proc(5) tells: one look at all processes.
+
+All paths are below `root`, where tests have a /proc that they wrote.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+__all__ = ["Process", "Processes", "lines_of", "look", "named", "packet_sockets", "read", "unix_sockets"]
+
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
+
+_SOCKET = re.compile(r"socket:\[([0-9]+)\]")
+_INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
+_WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
+_MINOR_BITS = 20
+"""Of the numbers of devices in fdinfo, which are the kernel's own (include/linux/kdev_t.h)."""
+_HOLDERS = ("s6-fdholder", "systemd")
+
+
+def read(path: Path) -> str | None:
+    """The text of a file of /proc or /sys, without the line break at its end; None if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
+    except OSError:
+        return None
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of /proc, none if it cannot be read."""
+    # Not splitlines(), which knows line breaks that names may contain.
+    return (read(path) or "").split("\n")
+
+
+@attrs.frozen
+class Process:
+    """A process, and the descriptors of it that matter here."""
+
+    pid: int
+    name: str
+    uid: int
+    """Its effective user."""
+    capabilities: int
+    """The effective ones, a bit each (capabilities(7))."""
+    command: tuple[str, ...]
+    started: float
+    """Seconds since 1970."""
+    sockets: frozenset[int]
+    """Inodes."""
+    instances: int
+    """Its inotify descriptors."""
+    watches: tuple[tuple[int, int], ...]
+    """What they watch: device and inode."""
+
+    @property
+    def is_proxy(self) -> bool:
+        """Whether its command is that of a proxy, ours or the one that came before."""
+        words = [os.path.basename(word) for word in self.command]  # noqa: PTH119 - a word need not be a path
+        return "inco_proxy" in words[:2] or ("run" in words and not {"inco-trio", "inco_trio"}.isdisjoint(words))
+
+    @property
+    def is_holder(self) -> bool:
+        """Whether it keeps the descriptors of others."""
+        return self.name.startswith(_HOLDERS)
+
+    def may(self, capability: int) -> bool:
+        """Whether a capability is effective."""
+        return bool(self.capabilities >> capability & 1)
+
+
+def named(processes: list[Process]) -> str:
+    """Their numbers and names, for a line."""
+    return ", ".join(f"{process.pid} ({process.name})" for process in processes)
+
+
+@attrs.frozen
+class Processes:
+    """All processes that could be looked at."""
+
+    all: tuple[Process, ...]
+    unseen: bool
+    """Whether the descriptors of some may not be looked at by this user."""
+    mounted: bool
+    """Whether there is a /proc."""
+
+    def with_socket(self, inode: int) -> list[Process]:
+        """Those that have a socket open."""
+        return [process for process in self.all if inode in process.sockets]
+
+    def watching(self, device: int, inode: int) -> list[Process]:
+        """Those that watch a file or a directory, but for the holders of others' descriptors."""
+        return [process for process in self.all if (device, inode) in process.watches and not process.is_holder]
+
+    def by_pid(self, pid: int) -> Process | None:
+        """That of a number, None if there is none."""
+        return next((process for process in self.all if process.pid == pid), None)
+
+
+def look(root: Path = Path("/")) -> Processes:
+    """Look at all processes below `root`/proc; one that ends meanwhile is left out."""
+    proc = root / "proc"
+    try:
+        numbers = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
+    except OSError:
+        numbers = []
+    booted = next((int(line.split()[1]) for line in lines_of(proc / "stat") if line.startswith("btime ")), 0)
+    found, unseen = [], False
+    for number in numbers:
+        place = proc / str(number)
+        status = dict(line.partition(":")[::2] for line in lines_of(place / "status"))
+        times = (read(place / "stat") or "").rpartition(")")[2].split()
+        if "Uid" not in status or len(times) < 20:
+            continue
+        try:
+            sockets, instances, watches = _descriptors(place)
+        except PermissionError:
+            sockets, instances, watches, unseen = frozenset(), 0, (), True
+        except OSError:
+            continue
+        found.append(
+            Process(
+                pid=number,
+                name=(read(place / "comm") or ""),
+                uid=int(status["Uid"].split()[1]),
+                capabilities=int(status.get("CapEff", "0"), 16),
+                command=tuple((read(place / "cmdline") or "").rstrip("\0").split("\0")),
+                # Field 22 of proc_pid_stat(5), of which the first two are before the parenthesis.
+                started=booted + int(times[19]) / os.sysconf("SC_CLK_TCK"),
+                sockets=sockets,
+                instances=instances,
+                watches=watches,
+            )
+        )
+    return Processes(tuple(found), unseen, bool(numbers))
+
+
+def _descriptors(place: Path) -> tuple[frozenset[int], int, tuple[tuple[int, int], ...]]:
+    """Sockets, the number of inotify descriptors, and what they watch. Raises OSError."""
+    sockets: set[int] = set()
+    instances = 0
+    watches: list[tuple[int, int]] = []
+    for fd in (place / "fd").iterdir():
+        try:
+            target = str(fd.readlink())
+        except FileNotFoundError:
+            continue  # Closed meanwhile.
+        if match := _SOCKET.fullmatch(target):
+            sockets.add(int(match[1]))
+        elif _INOTIFY.fullmatch(target):
+            instances += 1
+            watches += _watches(read(place / "fdinfo" / fd.name) or "")
+    return frozenset(sockets), instances, tuple(watches)
+
+
+def _watches(fdinfo: str) -> Iterator[tuple[int, int]]:
+    for inode, device in _WATCH.findall(fdinfo):
+        number = int(device, 16)
+        yield os.makedev(number >> _MINOR_BITS, number & (1 << _MINOR_BITS) - 1), int(inode, 16)
+
+
+def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[tuple[int, int]]:
+    """Inode and user of each packet socket that is bound to an interface and an EtherType."""
+    found = []
+    # That of the thread, which may be in another network namespace.
+    for line in lines_of(root / "proc/thread-self/net/packet")[1:]:
+        # sk, references, type, protocol, interface, running, memory, user, inode.
+        fields = line.split()
+        if len(fields) >= 9 and int(fields[3], 16) == ethertype and int(fields[4]) == index:
+            found.append((int(fields[8]), int(fields[7])))
+    return found
+
+
+def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:
+    """The inodes of the sockets that were bound at a path, as far as they are of this network namespace."""
+    # Num, references, protocol, flags, type, state, inode, path; the path may have spaces.
+    rows = (line.split(None, 7) for line in lines_of(root / "proc/thread-self/net/unix")[1:])
+    return [int(row[6]) for row in rows if len(row) == 8 and row[7] == path]
