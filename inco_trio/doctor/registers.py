@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import stat
@@ -87,13 +88,19 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     try:
         seen = _opening_is_reported(existing)
     except OSError as error:
-        # Its text tells which limit it is.
-        yield fail("filesystem", existing, f"{on}, and inotify cannot watch it: {error.strerror}")
+        yield fail("filesystem", existing, f"{on}; it cannot be watched: {_reason(error)}")
         return
     if seen:
         yield ok("filesystem", existing, f"{on}, and inotify reports what is done there")
     else:
         yield fail("filesystem", existing, f"{on}, and inotify reports nothing there; use tmpfs")
+
+
+def _reason(error: OSError) -> str:
+    if error.errno == errno.EMFILE:
+        # inotify_init(2) gives the same number for both.
+        return "raise fs.inotify.max_user_instances or ulimit -n"
+    return str(error.strerror)
 
 
 def _opening_is_reported(path: Path) -> bool:
