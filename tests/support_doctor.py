@@ -20,7 +20,7 @@ class Tree:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.put("proc/stat", f"cpu 1 2 3\nbtime {BOOTED}\n")
+        (root / "proc").mkdir(parents=True)
 
     def put(self, path: str, text: str) -> None:
         """Write a file."""
@@ -72,4 +72,4 @@ def process(
     watches: tuple[tuple[int, int], ...] = (),
 ) -> Process:
     """A process as it is looked at."""
-    return Process(pid, name, uid, 0, tuple(command.split()), started, frozenset(sockets), instances, watches)
+    return Process(pid, name, uid, tuple(command.split()), started, frozenset(sockets), instances, watches)

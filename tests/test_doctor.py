@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,12 @@ from inco_trio.commands.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, registers
 from inco_trio.doctor.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.doctor.proxies import Users
-from inco_trio.doctor.result import Level, Result
+from inco_trio.doctor.result import Level, Result, permit
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.signals import builtin_signals
+from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
 
 NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
@@ -57,18 +58,17 @@ def test_processes_and_what_they_have(tree: Tree) -> None:
         "/usr/bin/python3 -m inco_trio run l0",
         name="python3",
         uid=5,
-        capabilities=NET_RAW,
         seconds=8,
         fds={0: "/dev/null", 3: "socket:[77]", 4: "socket:[78]"},
         watches={5: "inotify wd:2 ino:2a sdev:fe00001 mask:2 ignored_mask:0 fhandle-bytes:8 f_handle:1\n", 6: ""},
     )
     tree.process(20, name="s6-fdholderd", fds={9: "socket:[77]"})
-    processes = look(tree.root)
+    processes = look(tree.root, BOOTED)
     assert processes.mounted
     assert not processes.unseen
     proxy = processes.by_pid(3)
     assert proxy is not None
-    assert (proxy.name, proxy.uid, proxy.capabilities, proxy.started) == ("python3", 5, NET_RAW, BOOTED + 8)
+    assert (proxy.name, proxy.uid, proxy.started) == ("python3", 5, BOOTED + 8)
     assert (proxy.sockets, proxy.instances) == (frozenset({77, 78}), 2)
     assert proxy.watches == ((os.makedev(254, 1), 42),)
     assert (proxy.is_proxy, proxy.is_holder) == (True, False)
@@ -86,7 +86,7 @@ def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
     (tree.root / "proc/3/fd").rmdir()
     tree.put("proc/4/comm", "nothing else is left")
     tree.process(5)
-    assert [found.pid for found in look(tree.root).all] == [5]
+    assert [found.pid for found in look(tree.root, BOOTED).all] == [5]
 
 
 def test_no_proc(tmp_path: Path) -> None:
@@ -124,6 +124,20 @@ def test_no_proc(tmp_path: Path) -> None:
 )
 def test_what_a_proxy_is_called(command: str, proxy: bool) -> None:
     assert process(1, command).is_proxy is proxy
+
+
+@pytest.mark.parametrize(
+    ("name", "holder"),
+    [
+        ("s6-fdholderd", True),
+        ("s6-fdholder-dae", True),
+        ("systemd", True),
+        ("systemd-network", False),
+        ("python3", False),
+    ],
+)
+def test_what_a_holder_is_called(name: str, holder: bool) -> None:
+    assert process(1, name=name).is_holder is holder
 
 
 # ----------------------------------------------------------------------------------------------------------- machine
@@ -429,6 +443,50 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
     assert only(registers.directory(path / "a"))[1] == f"{path}/a: cannot be looked at: Not a directory"
 
 
+def test_what_this_user_may_not_do(tmp_path: Path) -> None:
+    home = tmp_path / "irq"
+    home.mkdir()
+    trigger, state, ours, core1 = (home / name for name in ("message_6_trig", "message_5_state", "a", "b"))
+    trigger.touch()
+    state.touch()
+    address, signals, uid = unix(home), builtin_signals(home), os.geteuid()
+    with datagram(ours), datagram(core1), without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+        for path in (trigger, state, ours, core1):
+            path.chmod(0)
+        found = list(registers.kinds(signals))
+        assert [str(result) for result in found] == [
+            f"{state}: uid {uid} may not write it: run: chmod u+w {state}",
+            f"{trigger}: uid {uid} may not read it: run: chmod u+r {trigger}",
+        ]
+        for result in found:
+            mended(("", "", result.mend))
+        assert only(registers.kinds(signals))[0] == "ok"
+        text = f"{ours}: cannot be connected to: Permission denied"
+        assert only(links.socket_path(address)) == ("fail", text, None)
+        refused = only(links.peer(address))
+        assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to it")
+        mended(refused)
+        assert only(links.peer(address))[0] == "ok"
+        ours.unlink()
+        home.chmod(0o500)
+        checks: list[tuple[Callable[[], Iterable[Result]], str]] = [
+            (lambda: links.socket_path(address), "may not make a socket there"),
+            (lambda: registers.directory(home), "may not read and write it"),
+        ]
+        for check, text in checks:
+            refused = only(check())
+            assert refused == ("fail", f"{home}: uid {uid} {text}", f"chmod u+rwx {home}")
+            mended(refused)
+            assert only(check())[0] == "ok"
+            home.chmod(0o500)
+        home.chmod(0o700)
+
+
+def test_the_owner_permits_itself_and_anybody_else_is_made_the_owner(tmp_path: Path) -> None:
+    assert permit(tmp_path, "u+r") == f"chmod u+r {tmp_path}"
+    assert permit(tmp_path / "gone", "u+r") == f"chown {os.geteuid()} {tmp_path}/gone"
+
+
 def test_what_registers_are(tmp_path: Path) -> None:
     signals = builtin_signals(tmp_path)
     names = "message_4_state, message_5_state, message_6_trig"
@@ -536,6 +594,7 @@ sk               RefCnt Type Proto  Iface R Rmem   User   Inode
 0000000000000000 3      3    8800   4     1 0      0      77
 0000000000000000 3      3    8800   5     1 0      0      78
 0000000000000000 3      3    0003   4     1 0      0      79
+0000000000000000 3      3    0003   4     1 0      0      80
 """
 
 SOCKETS = """\
@@ -549,15 +608,19 @@ Num       RefCount Protocol Flags    Type St Inode Path
 def test_who_has_sockets_of_a_link(tree: Tree) -> None:
     tree.put("proc/thread-self/net/packet", PACKETS)
     tree.put("proc/thread-self/net/unix", SOCKETS)
-    assert packet_sockets(4, 0x8800, tree.root) == [(77, 0)]
+    assert packet_sockets(4, 0x8800, tree.root) == [77]
     assert unix_sockets("/x/a", tree.root) == [77]
     assert unix_sockets("/x/a b", tree.root) == [78]
     processes = everyone(PROXY, HOLDER)
     assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert proxies.users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
+    # Who takes every EtherType does not matter, but for the proxy that came before.
+    former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
+    processes = everyone(PROXY, LISTENER, former)
+    assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
     address = parse_address("unix:/x/a,peer=/x/b")
     assert isinstance(address, UnixAddress)
-    assert proxies.users_of_socket(address, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+    assert proxies.users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), 0)
 
 
 @pytest.mark.parametrize(
@@ -669,6 +732,10 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
     level, _, mend = only(proxies.configuration(path, process(3, started=99)))
     assert (level, mend) == ("warn", "kill -HUP 3")
+    # Once it tells itself.
+    assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
+    level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
+    assert (level, text) == ("warn", f"{path}: was changed after process 3 has read it")
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inco_trio.doctor.processes import read
-from inco_trio.doctor.result import Result, fail, ok, warn
+from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.rtnetlink import Interface, Rtnetlink
@@ -168,7 +168,7 @@ def _socket_directory(directory: Path) -> Result:
         )
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         text = f"uid {os.geteuid()} may not make a socket there"
-        return fail("socket", directory, text, f"chown {os.geteuid()} {shlex.quote(str(directory))}")
+        return fail("socket", directory, text, permit(directory, "u+rwx"))
     return ok("socket", directory, "the proxy can make its socket there")
 
 
@@ -181,6 +181,6 @@ def peer(address: UnixAddress) -> Iterator[Result]:
         yield fail("peer", address.peer, f"nobody is bound there ({os.strerror(code)}): start core 1, as QEMU")
     elif code == errno.EACCES:
         text = f"uid {os.geteuid()} may not send to it"
-        yield fail("peer", address.peer, text, f"chown {os.geteuid()} {shlex.quote(address.peer)}")
+        yield fail("peer", address.peer, text, permit(Path(address.peer), "u+w"))
     else:
         yield fail("peer", address.peer, f"takes no frames: {os.strerror(code)}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +15,11 @@ import attrs
 
 __all__ = ["Process", "Processes", "lines_of", "look", "named", "packet_sockets", "read", "unix_sockets"]
 
-CAP_NET_ADMIN = 12
-CAP_NET_RAW = 13
-
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _MINOR_BITS = 20
 """Of the numbers of devices in fdinfo, which are the kernel's own (include/linux/kdev_t.h)."""
-_HOLDERS = ("s6-fdholder", "systemd")
 
 
 def read(path: Path) -> str | None:
@@ -47,8 +44,6 @@ class Process:
     name: str
     uid: int
     """Its effective user."""
-    capabilities: int
-    """The effective ones, a bit each (capabilities(7))."""
     command: tuple[str, ...]
     started: float
     """Seconds since 1970."""
@@ -68,11 +63,7 @@ class Process:
     @property
     def is_holder(self) -> bool:
         """Whether it keeps the descriptors of others."""
-        return self.name.startswith(_HOLDERS)
-
-    def may(self, capability: int) -> bool:
-        """Whether a capability is effective."""
-        return bool(self.capabilities >> capability & 1)
+        return self.name == "systemd" or self.name.startswith("s6-fdholder")
 
 
 def named(processes: list[Process]) -> str:
@@ -103,14 +94,18 @@ class Processes:
         return next((process for process in self.all if process.pid == pid), None)
 
 
-def look(root: Path = Path("/")) -> Processes:
-    """Look at all processes below `root`/proc; one that ends meanwhile is left out."""
+def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
+    """Look at all processes below `root`/proc; one that ends meanwhile is left out.
+
+    `booted` is when the machine was (seconds since 1970); None: find out.
+    """
+    if booted is None:
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     proc = root / "proc"
     try:
         numbers = sorted(int(entry.name) for entry in proc.iterdir() if entry.name.isdecimal())
     except OSError:
         numbers = []
-    booted = next((int(line.split()[1]) for line in lines_of(proc / "stat") if line.startswith("btime ")), 0)
     found, unseen = [], False
     for number in numbers:
         place = proc / str(number)
@@ -129,7 +124,6 @@ def look(root: Path = Path("/")) -> Processes:
                 pid=number,
                 name=(read(place / "comm") or ""),
                 uid=int(status["Uid"].split()[1]),
-                capabilities=int(status.get("CapEff", "0"), 16),
                 command=tuple((read(place / "cmdline") or "").rstrip("\0").split("\0")),
                 # Field 22 of proc_pid_stat(5), of which the first two are before the parenthesis.
                 started=booted + int(times[19]) / os.sysconf("SC_CLK_TCK"),
@@ -165,16 +159,12 @@ def _watches(fdinfo: str) -> Iterator[tuple[int, int]]:
         yield os.makedev(number >> _MINOR_BITS, number & (1 << _MINOR_BITS) - 1), int(inode, 16)
 
 
-def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[tuple[int, int]]:
-    """Inode and user of each packet socket that is bound to an interface and an EtherType."""
-    found = []
+def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[int]:
+    """The inodes of the packet sockets that are bound to an interface and an EtherType."""
     # That of the thread, which may be in another network namespace.
-    for line in lines_of(root / "proc/thread-self/net/packet")[1:]:
-        # sk, references, type, protocol, interface, running, memory, user, inode.
-        fields = line.split()
-        if len(fields) >= 9 and int(fields[3], 16) == ethertype and int(fields[4]) == index:
-            found.append((int(fields[8]), int(fields[7])))
-    return found
+    # sk, references, type, protocol, interface, running, memory, user, inode.
+    rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
+    return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:

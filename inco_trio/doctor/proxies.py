@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+ETH_P_ALL = 0x0003
+"""Every EtherType (packet(7))."""
+
+
 @attrs.frozen
 class Users:
     """Who has the sockets of a link."""
@@ -47,8 +51,15 @@ class Users:
 
 
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
-    """Who has packet sockets of our EtherType on the interface with that index, in this network namespace."""
-    return _users([inode for inode, _ in packet_sockets(index, ETHERTYPE, root)], processes)
+    """Who has packet sockets of our EtherType on the interface with that index, in this network namespace.
+
+    The proxy that came before inco-trio has one of all EtherTypes, as many others have, which do not matter.
+    """
+    inodes = packet_sockets(index, ETHERTYPE, root)
+    for inode in packet_sockets(index, ETH_P_ALL, root):
+        if any(process.is_proxy for process in processes.with_socket(inode)):
+            inodes.append(inode)
+    return _users(inodes, processes)
 
 
 def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
@@ -139,17 +150,19 @@ def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
         yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}")
 
 
-def configuration(path: Path, proxy: Process) -> Iterator[Result]:
-    """Whether a proxy that runs may have read an older configuration than what is there now.
+def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
+    """Whether a proxy that runs has read an older configuration than what is there now.
 
-    Its process tells when it was started, not when it reloaded: the control socket's `status` will.
+    `read_at` is when it read its configuration last (seconds since 1970). Only the proxy itself can tell that; None: it
+    is not known, and so it is when its process was started, whatever it has reloaded since.
     """
     try:
         changed = path.stat().st_mtime
     except OSError:
         return
-    if changed > proxy.started:
-        text = f"was changed after process {proxy.pid} was started: unless it was told since, it has an older one"
+    if changed > (proxy.started if read_at is None else read_at):
+        text = f"was changed after process {proxy.pid} "
+        text += "was started: unless it was told since, it has an older one" if read_at is None else "has read it"
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
         yield ok("reload", path, f"is older than process {proxy.pid}, which has read it")

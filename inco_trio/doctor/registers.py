@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from inco_trio.doctor.processes import Process
-from inco_trio.doctor.result import Result, fail, ok, warn
+from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.registers.diagnose import UNREPORTED, filesystem, open_registers
 from inco_trio.signals import Direction, Signal
 
@@ -40,8 +40,7 @@ def directory(path: Path) -> Iterator[Result]:
     elif os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         yield ok("directory", path, f"uid {uid} may read and write it")
     else:
-        mend = f"chmod u+rwx {quoted}" if status.st_uid == uid else f"chown {uid} {quoted}"
-        yield fail("directory", path, f"uid {uid} may not read and write it", mend)
+        yield fail("directory", path, f"uid {uid} may not read and write it", permit(path, "u+rwx"))
 
 
 def kinds(signals: Iterable[Signal]) -> Iterator[Result]:
@@ -68,8 +67,7 @@ def _register(signal: Signal) -> Iterator[Result]:
     use, mode = (os.R_OK, "u+r") if signal.direction is Direction.OUTBOUND else (os.W_OK, "u+w")
     if not os.access(path, use, effective_ids=True):
         what = "read" if use == os.R_OK else "write"
-        mend = f"chmod {mode} {quoted}" if status.st_uid == uid else f"chown {uid} {quoted}"
-        yield fail("registers", path, f"uid {uid} may not {what} it", mend)
+        yield fail("registers", path, f"uid {uid} may not {what} it", permit(path, mode))
 
 
 def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
+import os
+import shlex
+from pathlib import Path
 
 import attrs
 
-__all__ = ["Level", "Result", "fail", "ok", "warn"]
+__all__ = ["Level", "Result", "fail", "ok", "permit", "warn"]
 
 
 class Level(enum.IntEnum):
@@ -60,3 +63,13 @@ def warn(check: str, subject: object, found: str, mend: str | None = None) -> Re
 def fail(check: str, subject: object, found: str, mend: str | None = None) -> Result:
     """See `Level.FAIL`."""
     return Result(Level.FAIL, check, str(subject), found, mend)
+
+
+def permit(path: Path, mode: str) -> str:
+    """The command that lets this user use what is at `path`: chmod(1) with `mode` by its owner, or else chown(1)."""
+    quoted, uid = shlex.quote(str(path)), os.geteuid()
+    try:
+        owned = path.lstat().st_uid == uid
+    except OSError:
+        owned = False  # It has gone this moment.
+    return f"chmod {mode} {quoted}" if owned else f"chown {uid} {quoted}"
