@@ -89,6 +89,19 @@ def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
     assert [found.pid for found in look(tree.root, BOOTED).all] == [5]
 
 
+@pytest.mark.parametrize("user", [0, 1000])
+def test_processes_that_may_not_be_looked_at(tree: Tree, monkeypatch: pytest.MonkeyPatch, user: int) -> None:
+    tree.process(3, fds={3: "socket:[77]"})
+    (tree.root / "proc/3/fd").chmod(0)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+        processes = look(tree.root, BOOTED)
+    (found,) = processes.all
+    assert (found.pid, found.sockets, found.instances, found.watches) == (3, frozenset(), 0, ())
+    # Root is not told to ask root.
+    assert processes.unseen is (user != 0)
+
+
 def test_no_proc(tmp_path: Path) -> None:
     processes = look(tmp_path)
     assert (processes.all, processes.mounted) == ((), False)
@@ -564,6 +577,7 @@ def place(path: Path) -> tuple[int, int]:
 
 
 def test_whether_a_proxy_watches_the_triggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registers, "filesystem", lambda path: (path, "tmpfs"))
     signals, path = builtin_signals(tmp_path), tmp_path / "message_6_trig"
     assert list(registers.watched(signals, process(3))) == []
     path.touch()
@@ -676,6 +690,20 @@ def test_one_proxy_carries_a_link(users: Users, level: str, text: str, mend: str
             "warn",
             "nobody keeps its socket: what comes while the proxy is restarted is lost",
             "inco-trio s6 /run/service --iface l0",
+        ),
+        (
+            Users((process(3, "inco-trio run l0 --config u.json"),), (), (), 0),
+            False,
+            "warn",
+            "nobody keeps its socket",
+            "inco-trio s6 /run/service --iface l0 --config u.json",
+        ),
+        (
+            Users((process(3, "inco-trio run l0 --config=u.json"),), (), (), 0),
+            False,
+            "warn",
+            "nobody keeps its socket",
+            "inco-trio s6 /run/service --iface l0 --config u.json",
         ),
         (
             Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),

@@ -77,7 +77,7 @@ class Processes:
 
     all: tuple[Process, ...]
     unseen: bool
-    """Whether the descriptors of some may not be looked at by this user."""
+    """Whether there are some whose descriptors root may look at, and this user may not."""
     mounted: bool
     """Whether there is a /proc."""
 
@@ -116,7 +116,8 @@ def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
         try:
             sockets, instances, watches = _descriptors(place)
         except PermissionError:
-            sockets, instances, watches, unseen = frozenset(), 0, (), True
+            # What root may not look at, nobody may.
+            sockets, instances, watches, unseen = frozenset(), 0, (), os.geteuid() != 0
         except OSError:
             continue
         found.append(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import attrs
@@ -142,12 +143,23 @@ def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
     elif processes.unseen:
         text = "who keeps its socket over a restart cannot be seen by this user"
         yield warn("holder", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
-    elif "--fd-holder" in proxy.command:
+    elif _value_of("--fd-holder", proxy.command) is not None:
         text = f"process {proxy.pid} was started with --fd-holder, but no holder has its socket: see its log"
         yield fail("holder", link, text)
     else:
         text = "nobody keeps its socket: what comes while the proxy is restarted is lost"
-        yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}")
+        config = _value_of("--config", proxy.command)
+        option = "" if config is None else f" --config {shlex.quote(config)}"
+        yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
+
+
+def _value_of(option: str, command: Sequence[str]) -> str | None:
+    """What a command line gives for an option, None if it does not."""
+    for word, following in pairwise([*command, ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else following
+    return None
 
 
 def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
