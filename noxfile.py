@@ -28,6 +28,7 @@ DEBIAN_PACKAGES = {
     "s6-svscan": ("s6",),
     "setpriv": ("util-linux",),
     "strace": ("strace",),
+    "sysctl": ("procps",),
     "systemctl": ("systemd",),
     "tcpdump": ("tcpdump",),
 }

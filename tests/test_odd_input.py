@@ -63,10 +63,11 @@ def complaint(text: str) -> bytes:
         [*RUN, "run", "--irq-dir", "irq", "--"],
         [*RUN, "run", "--irq-dir", "irq", "--wait-link", "--log-format", "json", "--"],
         [Path(sys.executable).with_name("inco_proxy"), "--"],
+        [*RUN, "doctor", "--irq-dir", "irq", "--"],
         [*RUN, "s6", "scan", "--config", SAMPLE, "--iface"],
         [*RUN, "s6", "--systemd", "--config", SAMPLE, "--iface"],
     ],
-    ids=["run", "wait", "inco_proxy", "s6", "systemd"],
+    ids=["run", "wait", "inco_proxy", "doctor", "s6", "systemd"],
 )
 def test_every_command_has_one_rule_for_links(
     command: list[object], address: bytes, shown: str, tmp_path: Path
@@ -91,6 +92,9 @@ def test_every_command_has_one_rule_for_links(
         (["run", "none0", "--config", ""], "--config"),
         (["run", "none0", "--irq-dir", "irq", "--fd-holder", ""], "--fd-holder"),
         (["check", "--config", ""], "--config"),
+        (["doctor", "--config", ""], "--config"),
+        (["doctor", "--irq-dir", ""], "--irq-dir"),
+        (["doctor", "--boards", ""], "--boards"),
         (["s6", "scan", "--config", ""], "--config"),
         (["s6", "--systemd", "--config", ""], "--config"),
         (["s6", "", "--config", SAMPLE], "SCANDIR"),

@@ -25,15 +25,16 @@ __all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "parser", "run_command", "
 COMMANDS = {
     "run": "carry signals until SIGTERM or SIGINT",
     "check": "validate the configuration and print the signal table",
+    "doctor": "find what keeps notifications from coming",
     "demo": "show two simulated cores signalling each other; needs no root",
     "s6": "write an s6 scan directory that runs the proxy, or print a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 1 the demonstration lost something, 2 usage, 69 a program or device is not there
-(as the link), 70 internal error, 71 no room now (descriptors, inotify limits, memory, disk),
-77 no permission, 78 invalid configuration"""
+exit codes: 0 clean, 1 the demonstration lost something or `doctor` found a fault, 2 usage, 3 `doctor`
+warns, 69 a program or device is not there (as the link), 70 internal error, 71 no room now
+(descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 

@@ -21,7 +21,9 @@ NLMSG_ERROR = 2
 NLMSG_DONE = 3
 RTM_NEWLINK = 16
 RTM_GETLINK = 18
+IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
+IFLA_MTU = 4
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_INFO_SLAVE_KIND = 4
@@ -32,7 +34,8 @@ _HEADER = struct.Struct("=IHHII")
 _INTERFACE = struct.Struct("=BxHiII")
 _ATTRIBUTE = struct.Struct("=HH")
 
-IFF_UP_AND_RUNNING = 0x1 | 0x40
+IFF_UP = 0x1
+IFF_UP_AND_RUNNING = IFF_UP | 0x40
 
 
 @attrs.frozen
@@ -41,12 +44,16 @@ class Interface:
 
     index: int
     name: str
+    up: bool
     running: bool
     """Whether it is up and has a carrier."""
     master: int
     """The index of the interface that it is a port of; 0 if it is none."""
     port_of: str
     """The kind of that: "bridge", "bond"."""
+    mtu: int
+    """The longest payload of a frame, in bytes."""
+    address: bytes
 
 
 class Rtnetlink:
@@ -138,7 +145,10 @@ def _parse(message: bytes) -> Interface:
     return Interface(
         index,
         os.fsdecode(attributes.get(IFLA_IFNAME, b"").rstrip(b"\0")),
+        bool(flags & IFF_UP),
         flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING,
         int.from_bytes(attributes.get(IFLA_MASTER, b""), "little"),
         port_of.rstrip(b"\0").decode("ascii", "replace"),
+        int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
+        attributes.get(IFLA_ADDRESS, b""),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["diagnose", "filesystem_type", "unreported"]
+__all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported"]
 
 UNREPORTED = {
     "proc": "inotify reports nothing there",
@@ -31,21 +31,30 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if problem := unreported(directory):
             yield problem
-    yield from _open_registers({str(signal.path): signal for signal in signals})
+    for signal, _, problem in open_registers(signals):
+        yield f"{signal.path}: {problem}"
 
 
 def unreported(path: Path) -> str | None:
     """Why inotify does not report all that happens in `path`, or in the directory that it would be made in."""
+    existing, kind = filesystem(path)
+    if kind in UNREPORTED:
+        return f"{existing}: is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
+    return None
+
+
+def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
+    """What there is of `path`, and the type of the filesystem that it is on; None if that cannot be known.
+
+    `root` is where /proc is.
+    """
     try:
         while not path.exists() and path != path.parent:
             path = path.parent
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-        kind = filesystem_type(mounts, path.stat().st_dev)
+        mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+        return path, filesystem_type(mounts, path.stat().st_dev)
     except OSError:
-        return None  # Gone meanwhile, or no descriptor is left to look with.
-    if kind in UNREPORTED:
-        return f"{path}: is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
-    return None
+        return path, None  # Gone meanwhile, or no descriptor is left to look with.
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:
@@ -58,7 +67,9 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
     return None
 
 
-def _open_registers(registers: dict[str, Signal]) -> Iterator[str]:
+def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
+    """The signal, the process and what that means, for each register that is held open in the way of notifications."""
+    registers = {str(signal.path): signal for signal in signals}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208
     except OSError:
@@ -74,10 +85,18 @@ def _open_registers(registers: dict[str, Signal]) -> Iterator[str]:
                 writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
                 # A process may give itself any bytes for a name.
                 name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
-                who = f"{signal.path}: process {number} ({name}) holds it open"
+                who = f"process {number} ({name}) holds it open"
                 if signal.direction is Direction.INBOUND:
-                    yield f"{who}: it sees a notification only when it reads again, or watches the file"
+                    yield (
+                        signal,
+                        int(number),
+                        f"{who}: it sees a notification only when it reads again, or watches the file",
+                    )
                 elif writes:
-                    yield f"{who} for writing: what it writes is a notification only when it closes it"
+                    yield (
+                        signal,
+                        int(number),
+                        f"{who} for writing: what it writes is a notification only when it closes it",
+                    )
         except OSError:
             continue  # Ended meanwhile, or another user's.

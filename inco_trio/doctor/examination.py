@@ -1,0 +1,94 @@
+"""All checks, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from inco_trio.doctor import links, machine, proxies, registers
+from inco_trio.doctor.processes import Processes
+from inco_trio.doctor.proxies import Users
+from inco_trio.doctor.result import Result, fail
+from inco_trio.errors import IncoError
+from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
+from inco_trio.links.netns import inside
+from inco_trio.signals import Signal
+
+__all__ = ["examine"]
+
+_NOBODY = Users((), (), (), 0)
+
+
+def examine(
+    link: str | None,
+    signals: Sequence[Signal],
+    processes: Processes,
+    *,
+    netns: Path | None = None,
+    configuration: Path | None = None,
+    start: str | None = None,
+) -> Iterator[Result]:
+    """Everything about a link and the registers of its signals; both may be missing.
+
+    An interface is looked for in the network namespace `netns`. `configuration` is the file that names the signals;
+    `start` is the
+    command that starts the proxy; None: without options.
+    """
+    users = _NOBODY
+    if link is not None:
+        address = parse_address(link)
+        if isinstance(address, UnixAddress):
+            results, users = _unix(link, address, processes, start)
+        else:
+            try:
+                # All of it is done by the time that somebody reads the results, who is in our own namespace.
+                with inside(netns, link):
+                    results, users = _interface(address, processes, start)
+            except IncoError as error:
+                results = [fail("netns", link, str(error).removeprefix(f"{link}: "))]
+        yield from results
+    yield from machine.inotify_limits(processes, users.proxy)
+    yield from _registers(signals, processes, users)
+    if configuration is not None and users.proxy is not None:
+        yield from proxies.configuration(configuration, users.proxy)
+
+
+def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
+    users = proxies.users_of_socket(address, processes)
+    results = [
+        *links.socket_path(address),
+        *links.peer(address),
+        *machine.unix_queue(),
+        *proxies.users_of_link(link, users, start),
+        *proxies.holder(link, users, processes),
+    ]
+    return results, users
+
+
+def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
+    # Imported only here, as a `unix:` link needs none of it.
+    from inco_trio.links.packet import RECEIVE_BUFFER
+
+    users = _NOBODY
+    found, state = links.interface(address.name)
+    results = [*machine.capability(address.name), *state]
+    if found is not None:
+        users = proxies.users_of_interface(found.index, processes)
+        results += [
+            *links.order(found),
+            *proxies.users_of_link(address.name, users, start),
+            *proxies.holder(address.name, users, processes),
+        ]
+    return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER)], users
+
+
+def _registers(signals: Sequence[Signal], processes: Processes, users: Users) -> Iterator[Result]:
+    for directory in dict.fromkeys(signal.directory for signal in signals):
+        own = [signal for signal in signals if signal.directory == directory]
+        yield from registers.directory(directory)
+        yield from registers.reported(directory)
+        yield from registers.kinds(own)
+        yield from registers.held_open(own, users.proxies)
+        yield from proxies.users_of_directory(directory, own, processes)
+        if users.proxy is not None:
+            yield from registers.watched(own, users.proxy)

@@ -1,0 +1,180 @@
+"""Checks of who uses a link or a directory: no proxy, one, or too many; who keeps its descriptors; what it has read."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import attrs
+
+from inco_trio.doctor.processes import Process, Processes, named, packet_sockets, unix_sockets
+from inco_trio.doctor.result import Result, fail, ok, warn
+from inco_trio.frame import ETHERTYPE
+from inco_trio.links.address import UnixAddress
+from inco_trio.signals import Direction, Signal
+
+__all__ = [
+    "Users",
+    "configuration",
+    "holder",
+    "users_of_directory",
+    "users_of_interface",
+    "users_of_link",
+    "users_of_socket",
+]
+
+
+ETH_P_ALL = 0x0003
+"""Every EtherType (packet(7))."""
+
+
+@attrs.frozen
+class Users:
+    """Who has the sockets of a link."""
+
+    proxies: tuple[Process, ...]
+    """Whose command is that of a proxy, the oldest first."""
+    others: tuple[Process, ...]
+    """Those that only have such a socket: a program that uses the library, or that listens."""
+    holders: tuple[Process, ...]
+    unseen: int
+    """Sockets of processes that this user may not look at."""
+
+    @property
+    def proxy(self) -> Process | None:
+        """The one that carries, if that can be told."""
+        if len(self.proxies) == 1:
+            return self.proxies[0]
+        return self.others[0] if not self.proxies and len(self.others) == 1 else None
+
+
+def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
+    """Who has packet sockets of our EtherType on the interface with that index, in this network namespace.
+
+    The proxy that came before inco-trio has one of all EtherTypes, as many others have, which do not matter.
+    """
+    inodes = packet_sockets(index, ETHERTYPE, root)
+    for inode in packet_sockets(index, ETH_P_ALL, root):
+        if any(process.is_proxy for process in processes.with_socket(inode)):
+            inodes.append(inode)
+    return _users(inodes, processes)
+
+
+def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
+    """Who has the socket that is bound at the path of a `unix:` link."""
+    return _users(unix_sockets(address.local, root), processes)
+
+
+def _users(inodes: Iterable[int], processes: Processes) -> Users:
+    found: dict[int, Process] = {}
+    unseen = 0
+    for inode in inodes:
+        with_it = processes.with_socket(inode)
+        found |= {process.pid: process for process in with_it}
+        unseen += not with_it
+    ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
+    return Users(
+        tuple(process for process in ordered if process.is_proxy and not process.is_holder),
+        tuple(process for process in ordered if not process.is_proxy and not process.is_holder),
+        tuple(process for process in ordered if process.is_holder),
+        unseen,
+    )
+
+
+def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
+    """Whether one proxy carries the link; `start` is the command that has one do so."""
+    again = f"inco-trio doctor {shlex.quote(link)}"
+    if users.unseen:
+        text = "a process that this user may not look at has a socket of it"
+        yield warn("proxy", link, f"{text}; as root it can be told which", f"sudo {again}")
+    yield from _crowd(link, [*users.proxies], [*users.others], "carries it", "takes each frame")
+    if not users.unseen and not users.proxies and not users.others:
+        kept = f"; {named(list(users.holders))} keeps what comes for the next one" if users.holders else ""
+        yield warn("proxy", link, f"no proxy runs on it{kept}", start or f"inco-trio run {shlex.quote(link)}")
+
+
+def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
+    """Whether several proxies watch the triggers of a directory."""
+    found: dict[int, Process] = {}
+    for signal in signals:
+        if signal.direction is Direction.OUTBOUND:
+            try:
+                status = signal.path.lstat()
+            except OSError:
+                continue
+            found |= {p.pid: p for p in processes.watching(status.st_dev, status.st_ino) if p.pid != os.getpid()}
+    ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
+    proxies = [process for process in ordered if process.is_proxy]
+    yield from _crowd(
+        str(directory),
+        proxies,
+        [process for process in ordered if process not in proxies],
+        "watches its triggers",
+        "sends each notification",
+    )
+
+
+def _crowd(subject: str, proxies: list[Process], others: list[Process], does: str, harm: str) -> Iterator[Result]:
+    """What to say of processes of which one should be the proxy. `does` and `harm` are what each of them does."""
+    everyone = [*proxies, *others]
+    if len(proxies) > 1:
+        text = f"{len(proxies)} proxies: {named(proxies)}: each of them {harm}"
+        yield fail("proxy", subject, text, f"kill {proxies[-1].pid}")
+    elif len(everyone) > 1:
+        text = f"several processes have it: {named(everyone)}: of two proxies, each {harm}"
+        yield warn("proxy", subject, text)
+    elif everyone:
+        yield ok("proxy", subject, f"process {named(everyone)} {does}, and no other one")
+
+
+def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
+    """Whether somebody keeps the descriptors of the proxy that runs, so that its restart loses nothing.
+
+    Seen from outside: s6-fdholder-daemon, or systemd, has the same socket open.
+    """
+    proxy = users.proxy
+    if proxy is None:
+        return
+    if users.holders:
+        yield ok("holder", link, f"process {named(list(users.holders))} keeps its socket over a restart of the proxy")
+    elif processes.unseen:
+        text = "who keeps its socket over a restart cannot be seen by this user"
+        yield warn("holder", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
+    elif _value_of("--fd-holder", proxy.command) is not None:
+        text = f"process {proxy.pid} was started with --fd-holder, but no holder has its socket: see its log"
+        yield fail("holder", link, text)
+    else:
+        text = "nobody keeps its socket: what comes while the proxy is restarted is lost"
+        config = _value_of("--config", proxy.command)
+        option = "" if config is None else f" --config {shlex.quote(config)}"
+        yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
+
+
+def _value_of(option: str, command: Sequence[str]) -> str | None:
+    """What a command line gives for an option, None if it does not."""
+    for word, following in pairwise([*command, ""]):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else following
+    return None
+
+
+def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
+    """Whether a proxy that runs has read an older configuration than what is there now.
+
+    `read_at` is when it read its configuration last (seconds since 1970). Only the proxy itself can tell that; None: it
+    is not known, and so it is when its process was started, whatever it has reloaded since.
+    """
+    try:
+        changed = path.stat().st_mtime
+    except OSError:
+        return
+    if changed > (proxy.started if read_at is None else read_at):
+        text = f"was changed after process {proxy.pid} "
+        text += "was started: unless it was told since, it has an older one" if read_at is None else "has read it"
+        yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
+    else:
+        yield ok("reload", path, f"is older than process {proxy.pid}, which has read it")

@@ -1,0 +1,75 @@
+"""A /proc and a /sys that a test writes, for what is read of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from inco_trio.doctor.processes import Process
+
+__all__ = ["BOOTED", "FIRST", "Tree", "process"]
+
+BOOTED = 1_700_000_000
+FIRST = "         0          0 4294967295"
+"""The uid_map of the first user namespace."""
+
+
+class Tree:
+    """A root directory with a /proc that is empty at first."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "proc").mkdir(parents=True)
+
+    def put(self, path: str, text: str) -> None:
+        """Write a file."""
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def status(self, who: str, uid: int = 0, capabilities: int = 0) -> None:
+        """The status of a process, or of `self`."""
+        text = f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t7\t7\t7\t7\nCapEff:\t{capabilities:016x}\n"
+        self.put(f"proc/{who}/status", text)
+
+    def process(
+        self,
+        pid: int,
+        command: str = "program",
+        *,
+        name: str = "program",
+        uid: int = 0,
+        capabilities: int = 0,
+        seconds: int = 1,
+        fds: Mapping[int, str] | None = None,
+        watches: Mapping[int, str] | None = None,
+    ) -> None:
+        """A process: its command line, seconds from boot to start, descriptors, and what its inotify ones watch."""
+        self.status(str(pid), uid, capabilities)
+        ticks = seconds * os.sysconf("SC_CLK_TCK")
+        self.put(f"proc/{pid}/stat", f"{pid} (a ) b) S {' '.join(['1'] * 18)} {ticks} 0\n")
+        self.put(f"proc/{pid}/comm", f"{name}\n")
+        self.put(f"proc/{pid}/cmdline", command.replace(" ", "\0") + "\0")
+        directory = self.root / f"proc/{pid}/fd"
+        directory.mkdir()
+        for fd, target in (fds or {}).items():
+            (directory / str(fd)).symlink_to(target)
+        for fd, text in (watches or {}).items():
+            (directory / str(fd)).symlink_to("anon_inode:inotify")
+            self.put(f"proc/{pid}/fdinfo/{fd}", f"pos:\t0\nflags:\t02004000\n{text}")
+
+
+def process(
+    pid: int,
+    command: str = "",
+    *,
+    name: str = "program",
+    uid: int = 0,
+    started: float = BOOTED,
+    sockets: tuple[int, ...] = (),
+    instances: int = 0,
+    watches: tuple[tuple[int, int], ...] = (),
+) -> Process:
+    """A process as it is looked at."""
+    return Process(pid, name, uid, tuple(command.split()), started, frozenset(sockets), instances, watches)

@@ -1,0 +1,940 @@
+"""What `inco-trio doctor` makes of what it sees, and how it says that."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import pty
+import socket
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.commands import main
+from inco_trio.commands.doctor import EXITS
+from inco_trio.doctor import links, machine, proxies, registers
+from inco_trio.doctor.processes import Process, Processes, look, packet_sockets, unix_sockets
+from inco_trio.doctor.proxies import Users
+from inco_trio.doctor.result import Level, Result, permit
+from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.links.rtnetlink import Interface
+from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.signals import builtin_signals
+from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
+from tests.support_doctor import BOOTED, FIRST, Tree, process
+
+NET_ADMIN, NET_RAW = 1 << 12, 1 << 13
+MAC = bytes.fromhex("020000000001")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "root")
+
+
+def only(results: Iterable[Result]) -> tuple[str, str, str | None]:
+    """Level, text and command of the one result."""
+    (result,) = results
+    return result.level.name.lower(), f"{result.subject}: {result.found}", result.mend
+
+
+def everyone(*found: Process, unseen: bool = False) -> Processes:
+    return Processes(found, unseen, mounted=True)
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def test_processes_and_what_they_have(tree: Tree) -> None:
+    tree.process(
+        3,
+        "/usr/bin/python3 -m inco_trio run l0",
+        name="python3",
+        uid=5,
+        seconds=8,
+        fds={0: "/dev/null", 3: "socket:[77]", 4: "socket:[78]"},
+        watches={5: "inotify wd:2 ino:2a sdev:fe00001 mask:2 ignored_mask:0 fhandle-bytes:8 f_handle:1\n", 6: ""},
+    )
+    tree.process(20, name="s6-fdholderd", fds={9: "socket:[77]"})
+    processes = look(tree.root, BOOTED)
+    assert processes.mounted
+    assert not processes.unseen
+    proxy = processes.by_pid(3)
+    assert proxy is not None
+    assert (proxy.name, proxy.uid, proxy.started) == ("python3", 5, BOOTED + 8)
+    assert (proxy.sockets, proxy.instances) == (frozenset({77, 78}), 2)
+    assert proxy.watches == ((os.makedev(254, 1), 42),)
+    assert (proxy.is_proxy, proxy.is_holder) == (True, False)
+    holder = processes.by_pid(20)
+    assert holder is not None
+    assert (holder.is_proxy, holder.is_holder) == (False, True)
+    assert processes.with_socket(77) == [proxy, holder]
+    assert processes.watching(os.makedev(254, 1), 42) == [proxy]
+    assert processes.watching(os.makedev(254, 1), 43) == []
+    assert processes.by_pid(4) is None
+
+
+def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
+    tree.process(3)
+    (tree.root / "proc/3/fd").rmdir()
+    tree.put("proc/4/comm", "nothing else is left")
+    tree.process(5)
+    assert [found.pid for found in look(tree.root, BOOTED).all] == [5]
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_processes_that_may_not_be_looked_at(tree: Tree, monkeypatch: pytest.MonkeyPatch, user: int) -> None:
+    tree.process(3, fds={3: "socket:[77]"})
+    (tree.root / "proc/3/fd").chmod(0)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    with without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+        processes = look(tree.root, BOOTED)
+    (found,) = processes.all
+    assert (found.pid, found.sockets, found.instances, found.watches) == (3, frozenset(), 0, ())
+    # Root is not told to ask root.
+    assert processes.unseen is (user != 0)
+
+
+def test_no_proc(tmp_path: Path) -> None:
+    processes = look(tmp_path)
+    assert (processes.all, processes.mounted) == ((), False)
+    assert only(machine.proc(processes)) == (
+        "warn",
+        "/proc: is not mounted: processes, limits and filesystems cannot be looked at",
+        "mount -t proc proc /proc",
+    )
+    # What cannot be looked at is passed over.
+    for found in (
+        machine.capability("l0", tmp_path),
+        machine.receive_buffer(None, 5, tmp_path),
+        machine.inotify_limits(processes, None, tmp_path),
+        machine.unix_queue(tmp_path),
+    ):
+        assert list(found) == []
+    assert packet_sockets(2, 0x8800, tmp_path) == []
+    assert unix_sockets("/a", tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "proxy"),
+    [
+        ("/usr/bin/python3 /usr/bin/inco-trio run l0", True),
+        ("python3 -m inco_trio run l0", True),
+        ("inco_proxy l0", True),
+        ("python3 /usr/bin/inco_proxy l0", True),
+        ("python3 /usr/bin/inco-trio doctor l0", False),
+        ("vim inco_trio/commands/run.py", False),
+        ("grep -r inco_trio inco_proxy", False),
+        ("", False),
+    ],
+)
+def test_what_a_proxy_is_called(command: str, proxy: bool) -> None:
+    assert process(1, command).is_proxy is proxy
+
+
+@pytest.mark.parametrize(
+    ("name", "holder"),
+    [
+        ("s6-fdholderd", True),
+        ("s6-fdholder-dae", True),
+        ("systemd", True),
+        ("systemd-network", False),
+        ("python3", False),
+    ],
+)
+def test_what_a_holder_is_called(name: str, holder: bool) -> None:
+    assert process(1, name=name).is_holder is holder
+
+
+# ----------------------------------------------------------------------------------------------------------- machine
+
+
+@pytest.mark.parametrize(
+    ("uid", "capabilities", "level", "text", "mend"),
+    [
+        (0, NET_RAW, "ok", "CAP_NET_RAW is effective for this user (uid 0)", None),
+        (5, NET_RAW | NET_ADMIN, "ok", "CAP_NET_RAW is effective for this user (uid 5)", None),
+        (0, NET_ADMIN, "fail", "CAP_NET_RAW is not effective, although this is root: give the container NET_RAW", None),
+        (
+            5,
+            0,
+            "fail",
+            "CAP_NET_RAW is not effective for this user (uid 5)",
+            "setpriv --reuid 5 --regid 7 --init-groups --inh-caps +net_raw --ambient-caps +net_raw inco-trio run l0",
+        ),
+    ],
+)
+def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: str, mend: str | None) -> None:
+    tree.status("self", uid, capabilities)
+    found = only(machine.capability("l0", tree.root))
+    assert (found[0], found[2]) == (level, mend)
+    assert found[1].startswith(f"l0: {text}")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "uid_map", "limit", "level", "mend"),
+    [
+        (NET_ADMIN, FIRST, "100", "ok", None),
+        # All capabilities of a user namespace do not suffice.
+        (NET_ADMIN, "0 1000 1", "100", "warn", "sysctl -w net.core.rmem_max=101"),
+        (NET_RAW, FIRST, "100", "warn", "sysctl -w net.core.rmem_max=101"),
+        (NET_RAW, FIRST, "101", "ok", None),
+        (NET_RAW, FIRST, None, "warn", None),
+    ],
+)
+@pytest.mark.parametrize("running", [False, True])
+def test_receive_buffer(
+    tree: Tree, capabilities: int, uid_map: str, limit: str | None, level: str, mend: str | None, running: bool
+) -> None:
+    tree.status("3" if running else "self", 0, capabilities)
+    tree.put("proc/3/uid_map" if running else "proc/self/uid_map", uid_map)
+    if limit is not None:
+        tree.put("proc/sys/net/core/rmem_max", f"{limit}\n")
+    found = only(machine.receive_buffer(process(3) if running else None, 101, tree.root))
+    assert (found[0], found[2]) == (level, mend)
+    assert found[1].startswith("net.core.rmem_max: ")
+
+
+def limits(tree: Tree, instances: int, watches: int, queued: int = 16384) -> None:
+    tree.put("proc/sys/fs/inotify/max_user_instances", f"{instances}\n")
+    tree.put("proc/sys/fs/inotify/max_user_watches", f"{watches}\n")
+    tree.put("proc/sys/fs/inotify/max_queued_events", f"{queued}\n")
+
+
+def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
+    uid = os.geteuid()
+    processes = everyone(
+        process(3, uid=uid, instances=7, watches=((1, 1),) * 30),
+        process(4, uid=uid, instances=1, watches=((1, 1),) * 6),
+        process(5, uid=uid + 1, instances=100, watches=((1, 1),) * 1000),
+    )
+
+    def found(proxy: Process | None = None) -> list[tuple[str, str, str | None]]:
+        results = machine.inotify_limits(processes, proxy, tree.root)
+        return [(result.level.name, f"{result.subject}: {result.found}", result.mend) for result in results]
+
+    assert found() == []
+    limits(tree, 128, 1000)
+    assert found() == [
+        ("OK", f"fs.inotify.max_user_instances: uid {uid} has taken at most 8 of 128", None),
+        ("OK", f"fs.inotify.max_user_watches: uid {uid} has taken at most 36 of 1000", None),
+        (
+            "OK",
+            "fs.inotify.max_queued_events: 16384 events wait in order while a link is down, two for each close",
+            None,
+        ),
+    ]
+    # A proxy needs 2 and 64 more.
+    limits(tree, 10, 99, 100)
+    assert [(level, mend) for level, _, mend in found()] == [
+        ("WARN", "sysctl -w fs.inotify.max_user_instances=20"),
+        ("FAIL", "sysctl -w fs.inotify.max_user_watches=200"),
+        ("WARN", "sysctl -w fs.inotify.max_queued_events=16384"),
+    ]
+    # One that runs has them already, and it is its user that counts.
+    assert [level for level, _, _ in found(processes.all[0])] == ["OK", "OK", "WARN"]
+    assert [level for level, _, _ in found(processes.all[2])] == ["FAIL", "FAIL", "WARN"]
+    # The limit of a user namespace, if that is the lower one.
+    tree.put("proc/sys/user/max_inotify_instances", "2147483647")
+    tree.put("proc/sys/user/max_inotify_watches", "50")
+    assert [mend for _, _, mend in found()][:2] == [
+        "sysctl -w fs.inotify.max_user_instances=20",
+        "sysctl -w user.max_inotify_watches=200",
+    ]
+
+
+@pytest.mark.parametrize(("length", "level"), [("10", "ok"), ("512", "ok"), ("9", "warn")])
+def test_unix_queue(tree: Tree, length: str, level: str) -> None:
+    tree.put("proc/sys/net/unix/max_dgram_qlen", length)
+    found = only(machine.unix_queue(tree.root))
+    assert found[0] == level
+    assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames wait")
+    assert found[2] == (None if level == "ok" else "sysctl -w net.unix.max_dgram_qlen=10")
+
+
+# ------------------------------------------------------------------------------------------------------------- links
+
+
+def interface(
+    name: str = "l0", *, up: bool = True, running: bool = True, master: int = 0, port_of: str = "", mtu: int = 1500
+) -> Interface:
+    return Interface(4, name, up, running, master, port_of, mtu, MAC)
+
+
+BRIDGE = interface("br0")
+
+
+@pytest.mark.parametrize(
+    ("found", "master", "said"),
+    [
+        (interface(), None, []),
+        (interface(up=False, running=False), None, [("the interface is down", "ip link set dev l0 up")]),
+        (interface(running=False), None, [("the interface is up without a carrier: bring its other end up", None)]),
+        (interface(mtu=63), None, [("MTU 63: the longest signal's name has 64 bytes", "ip link set dev l0 mtu 1500")]),
+        (interface(mtu=64), None, []),
+        (interface(master=5, port_of="bond"), BRIDGE, []),
+        (interface(master=5, port_of="bridge"), BRIDGE, [("is a port of the bridge br0, which", "inco-trio run br0")]),
+        (interface(master=5, port_of="bridge"), None, [("is a port of the bridge of another network names", None)]),
+        (interface("a;b", up=False), None, [("the interface is down", "ip link set dev 'a;b' up")]),
+    ],
+)
+def test_state(found: Interface, master: Interface | None, said: list[tuple[str, str | None]]) -> None:
+    results = list(links.state(found, master))
+    assert [result.check for result in results] == ["state", "mtu", "bridge"]
+    faults = [result for result in results if result.level is not Level.OK]
+    assert all(result.level is Level.FAIL for result in faults)
+    assert [result.mend for result in faults] == [mend for _, mend in said]
+    assert all(result.found.startswith(text) for result, (text, _) in zip(faults, said, strict=True))
+
+
+ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
+
+
+@pytest.mark.parametrize(
+    ("cpus", "masks", "hardware", "level", "text", "mend"),
+    [
+        ("0", ["f"], False, "ok", "this machine has one CPU", None),
+        ("0-3", ["2"], False, "ok", "one CPU handles its frames", None),
+        ("0-3", ["00000000,00000002", "00000000,00000002"], True, "ok", "one CPU handles its frames", None),
+        ("0,2", ["0"], True, "ok", "one receive queue without steering", None),
+        ("0-1", ["3"], True, "warn", "rps_cpus is 3: several CPUs", ALL_CPUS),
+        ("0-63", ["1", "1,00000000"], True, "warn", "rps_cpus is 1, 1,00000000: several CPUs", ALL_CPUS),
+        ("0-1", ["0", "0"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
+        ("0-1", ["0", "1"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
+        ("0-1", ["0"], False, "warn", "rps_cpus is 0: the CPU that sends", ALL_CPUS),
+        # A kernel without RPS.
+        ("0-1", [None, None], True, "warn", "2 receive queues", "ethtool -L l0 combined 1"),
+        ("0-1", [None], True, "ok", "one receive queue", None),
+        ("0-1", [None], False, "warn", "rps_cpus is 0", None),
+    ],
+)
+def test_order(
+    tree: Tree, cpus: str, masks: list[str | None], hardware: bool, level: str, text: str, mend: str | None
+) -> None:
+    place = "sys/class/net/l0"
+    tree.put("sys/devices/system/cpu/online", f"{cpus}\n")
+    tree.put(f"{place}/ifindex", "4\n")
+    tree.put(f"{place}/address", f"{MAC.hex(':')}\n")
+    for number, mask in enumerate(masks):
+        tree.put(f"{place}/queues/rx-{number}/{'rps_cpus' if mask is not None else 'other'}", f"{mask}\n")
+    if hardware:
+        tree.put(f"{place}/device/vendor", "")
+    found = only(links.order(interface(), tree.root))
+    assert (found[0], found[2]) == (level, mend)
+    assert found[1].startswith(f"l0: {text}")
+
+
+def test_order_of_what_is_below_a_vlan(tree: Tree) -> None:
+    tree.put("sys/devices/system/cpu/online", "0-1\n")
+    for name in ("rpmsg4000", "eth_rpmsg"):
+        tree.put(f"sys/class/net/{name}/ifindex", "4\n")
+        tree.put(f"sys/class/net/{name}/address", f"{MAC.hex(':')}\n")
+        tree.put(f"sys/class/net/{name}/queues/rx-0/rps_cpus", "1\n" if name == "rpmsg4000" else "3\n")
+    (tree.root / "sys/class/net/rpmsg4000/lower_eth_rpmsg").symlink_to("../eth_rpmsg")
+    own, below = links.order(interface("rpmsg4000"), tree.root)
+    assert (own.level, own.subject) == (Level.OK, "rpmsg4000")
+    assert (below.level, below.subject) == (Level.WARN, "eth_rpmsg")
+    assert "several CPUs handle the frames of rpmsg4000" in below.found
+    assert below.mend == "echo 1 | tee /sys/class/net/eth_rpmsg/queues/rx-*/rps_cpus"
+
+
+@pytest.mark.parametrize(("index", "address"), [("5", MAC.hex(":")), ("4", "02:00:00:00:00:02"), (None, None)])
+def test_the_sys_of_another_network_namespace(tree: Tree, index: str | None, address: str | None) -> None:
+    if index is not None:
+        tree.put("sys/class/net/l0/ifindex", index)
+        tree.put("sys/class/net/l0/address", str(address))
+    assert only(links.order(interface(), tree.root)) == (
+        "warn",
+        "l0: its queues cannot be looked at: /sys is not that of this network namespace",
+        "mount -t sysfs sysfs /sys",
+    )
+
+
+def test_interfaces_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(links, "Rtnetlink", refuse)
+    found, results = links.interface("l0")
+    assert found is None
+    assert only(results) == ("warn", "l0: interfaces cannot be looked at (rtnetlink): Too many open files", None)
+
+
+def unix(home: Path) -> UnixAddress:
+    address = parse_address(f"unix:{home}/a,peer={home}/b")
+    assert isinstance(address, UnixAddress)
+    return address
+
+
+def datagram(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(path))
+    return sock
+
+
+def mended(found: tuple[str, str, str | None]) -> None:
+    """Run the command that mends it."""
+    assert found[2] is not None
+    subprocess.run(["sh", "-c", found[2]], check=True, timeout=60)
+
+
+def test_the_path_of_a_socket(tmp_path: Path) -> None:
+    home = tmp_path / "of links"
+    address, path = unix(home), home / "a"
+    found = only(links.socket_path(address))
+    assert found == ("fail", f"{home}: does not exist: sockets are made there", f"mkdir -p '{home}'")
+    mended(found)
+    free = ("ok", f"{home}: the proxy can make its socket there", None)
+    assert only(links.socket_path(address)) == free
+    with datagram(path):
+        assert only(links.socket_path(address)) == ("ok", f"{path}: a process is bound there", None)
+    ended = f"{path}: is that of a process that has ended: the next proxy takes it over"
+    assert only(links.socket_path(address)) == ("ok", ended, None)
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.bind(str(path))
+        found = only(links.socket_path(address))
+        text = f"{path}: a live process is bound there, by another type of socket: name another path"
+        assert found == ("fail", text, None)
+    path.unlink()
+    for make, kind in ((Path.mkdir, "a directory"), (Path.touch, "a file"), (os.mkfifo, "a FIFO")):
+        make(path)
+        found = only(links.socket_path(address))
+        assert found[:2] == ("fail", f"{path}: is no socket but {kind}: the proxy cannot be bound there")
+        mended(found)
+        assert only(links.socket_path(address)) == free
+    (tmp_path / "file").touch()
+    assert only(links.socket_path(unix(tmp_path / "file"))) == (
+        "fail",
+        f"{tmp_path}/file/a: cannot be looked at: Not a directory",
+        None,
+    )
+
+
+def test_the_path_of_the_peer(tmp_path: Path) -> None:
+    address, path = unix(tmp_path), tmp_path / "b"
+    nobody = "fail", f"{path}: nobody is bound there (No such file or directory): start core 1, as QEMU", None
+    assert only(links.peer(address)) == nobody
+    with datagram(path) as sock:
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
+        # One that takes nobody but us.
+        sock.connect(str(path))
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
+    assert "nobody is bound there (Connection refused)" in only(links.peer(address))[1]
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as stream:
+        stream.bind(str(path))
+        text = f"{path}: takes no frames: Protocol wrong type for socket"
+        assert only(links.peer(address)) == ("fail", text, None)
+
+
+# --------------------------------------------------------------------------------------------------------- registers
+
+
+def test_the_directory_of_registers(tmp_path: Path) -> None:
+    path = tmp_path / "an irq"
+    found = only(registers.directory(path))
+    assert found == (
+        "warn",
+        f"{path}: does not exist: a proxy makes it when it starts, and 60 s after it was removed",
+        f"mkdir -p '{path}'",
+    )
+    mended(found)
+    fine = "ok", f"{path}: uid {os.geteuid()} may read and write it", None
+    assert only(registers.directory(path)) == fine
+    path.rmdir()
+    path.touch()
+    found = only(registers.directory(path))
+    assert found == ("fail", f"{path}: is no directory: name another one, or remove it", f"rm '{path}'")
+    assert only(registers.directory(path / "a"))[1] == f"{path}/a: cannot be looked at: Not a directory"
+
+
+def test_what_this_user_may_not_do(tmp_path: Path) -> None:
+    home = tmp_path / "irq"
+    home.mkdir()
+    trigger, state, ours, core1 = (home / name for name in ("message_6_trig", "message_5_state", "a", "b"))
+    trigger.touch()
+    state.touch()
+    address, signals, uid = unix(home), builtin_signals(home), os.geteuid()
+    with datagram(ours), datagram(core1), without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
+        for path in (trigger, state, ours, core1):
+            path.chmod(0)
+        found = list(registers.kinds(signals))
+        assert [str(result) for result in found] == [
+            f"{state}: uid {uid} may not write it: run: chmod u+w {state}",
+            f"{trigger}: uid {uid} may not read it: run: chmod u+r {trigger}",
+        ]
+        for result in found:
+            mended(("", "", result.mend))
+        assert only(registers.kinds(signals))[0] == "ok"
+        text = f"{ours}: cannot be connected to: Permission denied"
+        assert only(links.socket_path(address)) == ("fail", text, None)
+        refused = only(links.peer(address))
+        assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to it")
+        mended(refused)
+        assert only(links.peer(address))[0] == "ok"
+        ours.unlink()
+        home.chmod(0o500)
+        checks: list[tuple[Callable[[], Iterable[Result]], str]] = [
+            (lambda: links.socket_path(address), "may not make a socket there"),
+            (lambda: registers.directory(home), "may not read and write it"),
+        ]
+        for check, text in checks:
+            refused = only(check())
+            assert refused == ("fail", f"{home}: uid {uid} {text}", f"chmod u+rwx {home}")
+            mended(refused)
+            assert only(check())[0] == "ok"
+            home.chmod(0o500)
+        home.chmod(0o700)
+
+
+def test_the_owner_permits_itself_and_anybody_else_is_made_the_owner(tmp_path: Path) -> None:
+    assert permit(tmp_path, "u+r") == f"chmod u+r {tmp_path}"
+    assert permit(tmp_path / "gone", "u+r") == f"chown {os.geteuid()} {tmp_path}/gone"
+
+
+def test_what_registers_are(tmp_path: Path) -> None:
+    signals = builtin_signals(tmp_path)
+    names = "message_4_state, message_5_state, message_6_trig"
+    fine = "ok", f"{tmp_path}: {names}: regular files, or still to be made", None
+    assert only(registers.kinds(signals)) == fine
+    path = tmp_path / "message_6_trig"
+    path.touch()
+    assert only(registers.kinds(signals)) == fine
+    path.unlink()
+    for make, kind in (
+        (lambda path: path.symlink_to("message_4_state"), "a symlink"),
+        (Path.mkdir, "a directory"),
+        (os.mkfifo, "a FIFO"),
+        (lambda path: datagram(path).close(), "a socket"),
+    ):
+        make(path)
+        found = only(registers.kinds(signals))
+        assert found[:2] == ("fail", f"{path}: is no regular file but {kind}: the proxy refuses it")
+        mended(found)
+        assert only(registers.kinds(signals)) == fine
+
+
+MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "level", "text"),
+    [
+        ("tmpfs", "ok", "is on a filesystem of type tmpfs, and inotify reports what is done there"),
+        ("proc", "fail", f"is on a filesystem of type proc: {UNREPORTED['proc']}; use a local one, such as tmpfs"),
+        ("9p", "warn", f"is on a filesystem of type 9p: {UNREPORTED['9p']}; use a local one, such as tmpfs"),
+        ("nfs4", "warn", f"is on a filesystem of type nfs4: {UNREPORTED['nfs4']}; use a local one, such as tmpfs"),
+        (None, "ok", "the type of its filesystem is unknown, and inotify reports what is done there"),
+    ],
+)
+def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, text: str) -> None:
+    if kind is not None:
+        device = tmp_path.stat().st_dev
+        tree.put("proc/self/mountinfo", MOUNTS.format(major=os.major(device), minor=os.minor(device), kind=kind))
+    before = list(tmp_path.iterdir())
+    assert only(registers.reported(tmp_path / "later", tree.root)) == (level, f"{tmp_path}: {text}", None)
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_filesystem_on_which_inotify_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registers, "_opening_is_reported", lambda _: False)
+    level, text, mend = only(registers.reported(tmp_path))
+    assert (level, mend) == ("fail", None)
+    assert text.endswith(", and inotify reports nothing there; use tmpfs")
+
+
+def test_a_directory_that_cannot_be_watched(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    level, text, _ = only(registers.reported(tmp_path / "file"))
+    assert level == "fail"
+    assert text.endswith("; it cannot be watched: Not a directory")
+
+
+def test_registers_that_are_held_open(tmp_path: Path) -> None:
+    path = tmp_path / "message_6_trig"
+    program = f"import sys; held = open({str(path)!r}, 'w'); print(flush=True); sys.stdin.read()"
+    signals = builtin_signals(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        level, text, _ = only(registers.held_open(signals, []))
+        assert level == "warn"
+        assert text.startswith(f"{path}: process {holder.pid} (python")
+        assert list(registers.held_open(signals, [process(holder.pid)])) == []
+
+
+def place(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
+
+
+def test_whether_a_proxy_watches_the_triggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registers, "filesystem", lambda path: (path, "tmpfs"))
+    signals, path = builtin_signals(tmp_path), tmp_path / "message_6_trig"
+    assert list(registers.watched(signals, process(3))) == []
+    path.touch()
+    assert only(registers.watched(signals, process(3))) == (
+        "fail",
+        f"{path}: process 3 does not watch it: what is written there is not seen by that proxy",
+        "kill -HUP 3",
+    )
+    proxy = process(3, watches=(place(path),))
+    assert only(registers.watched(signals, proxy)) == (
+        "ok",
+        f"{path}: process 3 sees what is written there",
+        None,
+    )
+    monkeypatch.setattr(registers, "filesystem", lambda path: (path, "overlay"))
+    assert list(registers.watched(signals, process(3))) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- proxies
+
+PROXY = process(30, "inco-trio run l0", name="inco-trio", sockets=(77,), started=5)
+SECOND = process(20, "inco-trio run l0", name="inco-trio", sockets=(78,), started=6)
+LISTENER = process(40, "python3 listen.py", name="python3", sockets=(79,))
+HOLDER = process(2, name="s6-fdholderd", sockets=(77,))
+
+PACKETS = """\
+sk               RefCnt Type Proto  Iface R Rmem   User   Inode
+0000000000000000 3      3    8800   4     1 0      0      77
+0000000000000000 3      3    8800   5     1 0      0      78
+0000000000000000 3      3    0003   4     1 0      0      79
+0000000000000000 3      3    0003   4     1 0      0      80
+"""
+
+SOCKETS = """\
+Num       RefCount Protocol Flags    Type St Inode Path
+0000000000000000: 00000002 00000000 00000000 0002 01 77 /x/a
+0000000000000000: 00000002 00000000 00000000 0002 01 78 /x/a b
+0000000000000000: 00000003 00000000 00000000 0001 03 79
+"""
+
+
+def test_who_has_sockets_of_a_link(tree: Tree) -> None:
+    tree.put("proc/thread-self/net/packet", PACKETS)
+    tree.put("proc/thread-self/net/unix", SOCKETS)
+    assert packet_sockets(4, 0x8800, tree.root) == [77]
+    assert unix_sockets("/x/a", tree.root) == [77]
+    assert unix_sockets("/x/a b", tree.root) == [78]
+    processes = everyone(PROXY, HOLDER)
+    assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+    assert proxies.users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
+    # Who takes every EtherType does not matter, but for the proxy that came before.
+    former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
+    processes = everyone(PROXY, LISTENER, former)
+    assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
+    address = parse_address("unix:/x/a,peer=/x/b")
+    assert isinstance(address, UnixAddress)
+    assert proxies.users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+
+
+@pytest.mark.parametrize(
+    ("users", "level", "text", "mend"),
+    [
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other one", None),
+        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other one", None),
+        (Users((), (), (), 0), "warn", "no proxy runs on it", "inco-trio run l0"),
+        (
+            Users((), (), (HOLDER,), 0),
+            "warn",
+            "no proxy runs on it; 2 (s6-fdholderd) keeps what comes for the next one",
+            "inco-trio run l0",
+        ),
+        (
+            Users((PROXY, SECOND), (LISTENER,), (), 0),
+            "fail",
+            "2 proxies: 30 (inco-trio), 20 (inco-trio): each of them takes each frame",
+            "kill 20",
+        ),
+        (
+            Users((PROXY,), (LISTENER,), (), 0),
+            "warn",
+            "several processes have it: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
+            None,
+        ),
+        (
+            Users((), (), (), 1),
+            "warn",
+            "a process that this user may not look at has a socket of it; as root it can be told which",
+            "sudo inco-trio doctor l0",
+        ),
+    ],
+)
+def test_one_proxy_carries_a_link(users: Users, level: str, text: str, mend: str | None) -> None:
+    assert only(proxies.users_of_link("l0", users)) == (level, f"l0: {text}", mend)
+
+
+@pytest.mark.parametrize(
+    ("users", "unseen", "level", "text", "mend"),
+    [
+        (Users((PROXY,), (), (HOLDER,), 0), True, "ok", "process 2 (s6-fdholderd) keeps its socket over", None),
+        (
+            Users((PROXY,), (), (), 0),
+            True,
+            "warn",
+            "who keeps its socket over a restart cannot be seen by this user",
+            "sudo inco-trio doctor l0",
+        ),
+        (
+            Users((), (LISTENER,), (), 0),
+            False,
+            "warn",
+            "nobody keeps its socket: what comes while the proxy is restarted is lost",
+            "inco-trio s6 /run/service --iface l0",
+        ),
+        (
+            Users((process(3, "inco-trio run l0 --config u.json"),), (), (), 0),
+            False,
+            "warn",
+            "nobody keeps its socket",
+            "inco-trio s6 /run/service --iface l0 --config u.json",
+        ),
+        (
+            Users((process(3, "inco-trio run l0 --config=u.json"),), (), (), 0),
+            False,
+            "warn",
+            "nobody keeps its socket",
+            "inco-trio s6 /run/service --iface l0 --config u.json",
+        ),
+        (
+            Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
+            False,
+            "fail",
+            "process 3 was started with --fd-holder, but no holder has its socket: see its log",
+            None,
+        ),
+    ],
+)
+def test_who_keeps_the_socket(users: Users, unseen: bool, level: str, text: str, mend: str | None) -> None:
+    found = only(proxies.holder("l0", users, everyone(unseen=unseen)))
+    assert (found[0], found[2]) == (level, mend)
+    assert found[1].startswith(f"l0: {text}")
+
+
+def test_nobody_keeps_the_socket_of_no_proxy_or_of_two() -> None:
+    for users in (Users((), (), (HOLDER,), 0), Users((PROXY, SECOND), (), (), 0), Users((), (), (), 1)):
+        assert users.proxy is None
+        assert list(proxies.holder("l0", users, everyone())) == []
+
+
+def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
+    signals = builtin_signals(tmp_path)
+    path = tmp_path / "message_6_trig"
+    both = [process(n, f"inco-trio run l{n}", started=n, watches=((1, 1),)) for n in (3, 4)]
+    assert list(proxies.users_of_directory(tmp_path, signals, everyone(*both))) == []
+    path.touch()
+    assert list(proxies.users_of_directory(tmp_path, signals, everyone(*both))) == []
+    three, four, other = (
+        process(n, command, started=n, watches=(place(path),))
+        for n, command in ((3, "inco-trio run l0"), (4, "inco_proxy l1"), (5, "tail -f x"))
+    )
+    # A holder has the proxy's own watches, and this process looks for itself.
+    aside = (
+        process(6, name="s6-fdholderd", watches=(place(path),)),
+        process(os.getpid(), watches=(place(path),)),
+    )
+    assert only(proxies.users_of_directory(tmp_path, signals, everyone(four, three, *aside))) == (
+        "fail",
+        f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each of them sends each notification",
+        "kill 4",
+    )
+    assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"
+    assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
+
+
+def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
+    path = tmp_path / "u.json"
+    assert list(proxies.configuration(path, PROXY)) == []
+    path.touch()
+    os.utime(path, (100, 100))
+    text = f"{path}: is older than process 3, which has read it"
+    assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
+    level, _, mend = only(proxies.configuration(path, process(3, started=99)))
+    assert (level, mend) == ("warn", "kill -HUP 3")
+    # Once it tells itself.
+    assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
+    level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
+    assert (level, text) == ("warn", f"{path}: was changed after process 3 has read it")
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "inco_trio", "doctor", *map(str, words)]
+    options: dict[str, object] = {"stdin": subprocess.DEVNULL, "capture_output": True, **more}
+    return subprocess.run(command, check=False, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+    """The results that the next command has, instead of what this machine is like."""
+    results: list[Result] = []
+    monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(results))
+    return results
+
+
+OK = Result(Level.OK, "mtu", "l0", "MTU 1500")
+WARN = Result(Level.WARN, "order", "l0", "two queues", "ethtool")
+FAIL = Result(Level.FAIL, "state", "a\nb\x1b", "down")
+
+
+@pytest.mark.parametrize(
+    ("results", "code", "said"),
+    [
+        ([], 0, ""),
+        ([OK], 0, "ok   l0: MTU 1500\n"),
+        ([OK, WARN, OK], 3, "ok   l0: MTU 1500\nwarn l0: two queues: run: ethtool\n"),
+        ([FAIL, WARN], 1, "fail a\\nb\\x1b: down\nwarn l0: two queues: run: ethtool\n"),
+    ],
+)
+def test_a_line_for_each_and_the_exit_code_of_the_worst(
+    quiet: list[Result], capsys: pytest.CaptureFixture[str], results: list[Result], code: int, said: str
+) -> None:
+    quiet += results
+    assert main(["doctor"]) == code
+    assert capsys.readouterr() == (said, "")
+    assert main(["doctor", "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert [entry["level"] for entry in found] == [line.split()[0] for line in said.splitlines()]
+    assert all(set(entry) == {"level", "check", "subject", "found", "mend"} for entry in found)
+
+
+def test_exit_codes_tell_all_levels() -> None:
+    assert sorted(EXITS.values()) == [0, 1, 3]
+
+
+def test_what_makes_no_sense(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words, said in (
+        (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config exclude each other"),
+        (["--boards", "a", "--config", "b"], "--boards and --config exclude each other: a board's file names its link"),
+        (["l0", "--boards", "a"], "--boards and IFACE exclude each other"),
+        (["a/b"], "link 'a/b': is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
+        (["--irq-dir", ""], "--irq-dir: the path is empty"),
+        (["--config", ""], "--config: the path is empty"),
+    ):
+        assert main(["doctor", *words]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"inco-trio: error: {said}")
+        assert err.count("\n") == 1
+
+
+def test_a_configuration_that_is_refused_hinders_nothing_else(tmp_path: Path) -> None:
+    udrv = tmp_path / "u.json"
+    done = run("--config", udrv)
+    assert (done.returncode, done.stderr) == (1, b"")
+    assert done.stdout.startswith(b"fail %b: cannot be read: No such file or directory\n" % bytes(udrv))
+    assert b" fs.inotify.max_user_instances: " in done.stdout
+    udrv.write_text('{"file": {}, "misc": {"inco_proxy": {"signals": {"a b": {}}}}}')
+    lines = run(env={**os.environ, "UDRV_JSON_PATH": str(udrv)}).stdout.decode().splitlines()
+    refused = [line for line in lines if line.startswith(f"fail {udrv}: ")]
+    assert len(refused) > 1
+    udrv.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(tmp_path / "irq")}}}))
+    done = run("--config", udrv)
+    assert done.stdout.startswith(b"ok   %b: names 3 signals\n" % bytes(udrv))
+    assert b"warn %b/irq: does not exist" % bytes(tmp_path) in done.stdout
+
+
+def test_all_boards_of_a_directory(tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    done = run("--boards", boards)
+    assert done.returncode == 1
+    assert done.stdout.endswith(b"the directory of boards cannot be read: No such file or directory\n")
+    boards.mkdir()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        link = f"unix:{tmp_path}/{name}.0,peer={tmp_path}/{name}.1"
+        (boards / f"{name}.json").write_text(json.dumps({"link": link, "irq_dir": f"{tmp_path / name}"}))
+    (boards / "three.json").write_text("{}")
+    done = run("--boards", boards, "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert {entry["subject"] for entry in found if entry["check"] == "directory"} == {
+        f"{tmp_path}/one",
+        f"{tmp_path}/two",
+    }
+    assert {entry["subject"] for entry in found if entry["check"] == "peer"} == {
+        f"{tmp_path}/one.1",
+        f"{tmp_path}/two.1",
+    }
+    assert {(entry["subject"], entry["level"]) for entry in found if entry["check"] == "configuration"} == {
+        (f"{boards}/one.json", "ok"),
+        (f"{boards}/two.json", "ok"),
+        (f"{boards}", "fail"),
+    }
+    # What is the same for all is said once.
+    assert [entry["subject"] for entry in found].count("net.unix.max_dgram_qlen") == 1
+
+
+def shown(tmp_path: Path, **environment: str) -> bytes:
+    """What a terminal of 20 columns shows of one line, and its colours."""
+    ours, theirs = pty.openpty()
+    # struct winsize of TIOCSWINSZ: rows and columns.
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+    done = run(f"unix:{tmp_path}/a,peer={tmp_path}/b", stdout=theirs, stderr=theirs, capture_output=False,
+               env={**os.environ, **environment})  # fmt: skip
+    os.close(theirs)
+    said = b""
+    try:
+        while part := os.read(ours, 65536):
+            said += part
+    except OSError:
+        pass  # EIO: nobody writes to it any more.
+    os.close(ours)
+    assert done.returncode == 1
+    return said
+
+
+def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
+    line = b"%b/b: nobody is bound there" % bytes(tmp_path)
+    coloured = shown(tmp_path)
+    assert b"\033[31mfail\033[m " + line in coloured
+    assert b"\033[32mok  \033[m " in coloured
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        plain = shown(tmp_path, **{name: value})
+        assert b"fail " + line in plain
+        assert b"\033" not in plain
+
+
+def test_standard_output_that_is_closed_or_full(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run(stdout=write, stderr=subprocess.PIPE, capture_output=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        for words in ([], ["--json"]):
+            done = run(*words, stdout=full, stderr=subprocess.PIPE, capture_output=False)
+            said = b"inco-trio: error: standard output: No space left on device\n"
+            assert (done.returncode, done.stderr) == (71, said)
+
+
+def test_it_changes_nothing(tmp_path: Path) -> None:
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    for name in ("message_4_state", "message_6_trig"):
+        (irq / name).write_text("0")
+    before = {path: path.stat() for path in (tmp_path, irq, *irq.iterdir())}
+    run(f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", irq)
+    after = {path: path.stat() for path in (tmp_path, irq, *irq.iterdir())}
+    assert {path: (s.st_mtime_ns, s.st_ino) for path, s in after.items()} == {
+        path: (s.st_mtime_ns, s.st_ino) for path, s in before.items()
+    }

@@ -1,0 +1,396 @@
+"""`inco-trio doctor` on the real kernel: each fault is made, found, and mended by the command that was printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inco_trio.doctor import machine
+from inco_trio.links.packet import RECEIVE_BUFFER
+from inco_trio.links.rtnetlink import RTMGRP_LINK, Rtnetlink
+from inco_trio.simulation.world import Cores, Namespace
+from netns.fixtures import DEADLINE, Proxy, StartProxy
+from tests.faults.supervised import Service, main_process, write_scandir
+from tests.support_doctor import FIRST, Tree
+from tests.support_proxy import write_udrv
+
+pytestmark = pytest.mark.netns
+
+Found = dict[str, Any]
+
+DRIVER = """
+import json, subprocess, sys
+setup, check, subject, *words = sys.argv[1:]
+found = []
+subprocess.run(["sh", "-ec", setup], check=True)
+while len(found) < 5:
+    done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
+    results = json.loads(done.stdout)
+    (result,) = [result for result in results if (result["check"], result["subject"]) == (check, subject)]
+    found.append(result)
+    if result["level"] == "ok" or result["mend"] is None:
+        break
+    subprocess.run(["sh", "-ec", result["mend"]], check=True, stdout=subprocess.DEVNULL)
+print(json.dumps(found))
+"""
+"""Runs a set-up, then the doctor and the command that mends one thing, until that is ok; tells what was found."""
+
+
+def driven(
+    core: Namespace, setup: str, check: str, subject: object, *words: object, around: Sequence[str] = ()
+) -> list[Found]:
+    """What was found of one thing, each time; all runs in `core`, started by the words `around`."""
+    command = [*around, sys.executable, "-c", DRIVER, setup, check, str(subject), *map(str, words)]
+    done = core.run(lambda: subprocess.run(command, check=True, timeout=60, stdout=subprocess.PIPE))
+    found: list[Found] = json.loads(done.stdout)
+    return found
+
+
+def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[Found]:
+    """All that is found."""
+    command = [*around, sys.executable, "-m", "inco_trio", "doctor", *map(str, words), "--json"]
+    done = core.run(lambda: subprocess.run(command, check=False, timeout=60, stdout=subprocess.PIPE))
+    found: list[Found] = json.loads(done.stdout)
+    worst = {result["level"] for result in found}
+    assert done.returncode == (1 if "fail" in worst else 3 if "warn" in worst else 0)
+    return found
+
+
+def of(found: list[Found], check: str) -> Found:
+    """The one result of a check."""
+    (result,) = [result for result in found if result["check"] == check]
+    return result
+
+
+def mend(core: Namespace, result: Found) -> None:
+    """Run the command that was printed."""
+    command = ["sh", "-ec", result["mend"]]
+    core.run(lambda: subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL))
+
+
+def levels(found: list[Found]) -> list[str]:
+    return [result["level"] for result in found]
+
+
+ROOT = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == FIRST.split()
+"""Of the machine, and not of a user namespace only."""
+IN_MOUNTS = ["unshare", "--mount"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def test_without_proc(cores: Cores) -> None:
+    around = ["unshare", "--mount", "--pid", "--fork"]
+    setup = "mount -t tmpfs inco-trio-test /proc"
+    # Once it is there, nothing is said of it.
+    command = [*around, "sh", "-ec", setup + '; "$@" || mount -t proc proc /proc; "$@"', "sh"]
+    command += [sys.executable, "-m", "inco_trio", "doctor", cores.link]
+    done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=60, capture_output=True))
+    first, *rest = done.stdout.decode().splitlines()
+    assert done.stderr == b""
+    assert first.startswith("warn /proc: is not mounted: ")
+    assert first.endswith(": run: mount -t proc proc /proc")
+    # What needs no /proc is looked at all the same.
+    assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
+    assert not any(line.startswith("warn /proc") for line in rest)
+    assert any("fs.inotify.max_user_instances" in line for line in rest)
+
+
+def test_the_capability(cores: Cores, nobody: list[str]) -> None:
+    result = of(doctor(cores.core0, cores.link, around=nobody), "capability")
+    assert result["level"] == "fail"
+    assert result["mend"].endswith(f" inco-trio run {cores.link}")
+    if not ROOT:
+        return  # There is no other user whom the command could make of us.
+    # Nobody may be unable to run this Python: a program in its place says what it was given.
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        program = Path(home, "inco-trio")
+        program.write_text("#!/bin/sh\ncat /proc/self/status\n")
+        program.chmod(0o755)
+        path = f"{home}:{os.environ['PATH']}"
+        given = subprocess.run(
+            ["sh", "-ec", result["mend"]], check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}
+        ).stdout
+        tree = Tree(Path(home))
+        tree.put("proc/self/status", given)
+        (after,) = machine.capability(cores.link, tree.root)
+    assert after.level.name == "OK"
+    assert after.found == f"CAP_NET_RAW is effective for this user (uid {pwd.getpwnam('nobody').pw_uid})"
+
+
+def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
+    limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    result = of(doctor(cores.core0, cores.link, around=nobody), "receive-buffer")
+    # It is a limit of the whole machine, which a test must not change.
+    if limit < RECEIVE_BUFFER:
+        assert (result["level"], result["mend"]) == ("warn", f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}")
+    else:
+        assert result["level"] == "ok"
+
+
+@pytest.mark.parametrize("what", ["instances", "watches"])
+def test_the_limits_of_inotify(cores: Cores, what: str) -> None:
+    found = driven(
+        cores.core0,
+        f"sysctl -qw user.max_inotify_{what}=1",
+        "inotify-limits",
+        f"user.max_inotify_{what}",
+        around=["unshare", "--user", "--map-root-user"],
+    )
+    assert levels(found) == ["fail", "ok"]
+    assert " of 1; a proxy needs " in found[0]["found"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("instances", "it cannot be watched: raise fs.inotify.max_user_instances or ulimit -n"),
+        ("watches", "it cannot be watched: the limit of inotify watches is reached: raise fs.inotify.max_user_watches"),
+    ],
+)
+def test_a_directory_that_no_watch_is_left_for(cores: Cores, tmp_path: Path, setting: str, reason: str) -> None:
+    (result,) = driven(
+        cores.core0,
+        f"sysctl -qw user.max_inotify_{setting}=0",
+        "filesystem",
+        tmp_path,
+        *("--irq-dir", tmp_path),
+        around=["unshare", "--user", "--map-root-user"],
+    )
+    assert result["level"] == "fail"
+    assert result["found"].endswith(f"; {reason}")
+
+
+def test_the_queue_of_unix_sockets(cores: Cores, tmp_path: Path) -> None:
+    setting, link = "net.unix.max_dgram_qlen", f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    found = driven(cores.core0, f"sysctl -qw {setting}=3", "unix-queue", setting, link)
+    assert levels(found) == ["warn", "ok"]
+
+
+# ---------------------------------------------------------------------------------------------------------- interfaces
+
+
+def wait_running(cores: Cores) -> None:
+    """Wait until core 0's end is up and has a carrier, which comes a moment later."""
+
+    def wait() -> None:
+        rtnetlink = Rtnetlink()
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as changes:
+            changes.bind((0, RTMGRP_LINK))
+            while not ((found := rtnetlink.interface(cores.link)) and found.running):
+                assert select.select([changes], [], [], DEADLINE)[0], "the link has not come up"
+                changes.recv(65536)
+        rtnetlink.close()
+
+    cores.core0.run(wait)
+
+
+def test_an_interface_that_works(cores: Cores) -> None:
+    found = doctor(cores.core0, cores.link)
+    for check, text in (
+        ("capability", "CAP_NET_RAW is effective for this user"),
+        ("state", "the interface is up and has a carrier"),
+        ("mtu", "MTU 1500 holds every signal's name"),
+        ("bridge", "is no port of a bridge"),
+    ):
+        result = of(found, check)
+        assert (result["level"], result["subject"]) == ("ok", cores.link)
+        assert result["found"].startswith(text)
+
+
+def test_an_interface_that_is_down(cores: Cores) -> None:
+    cores.link_down()
+    result = of(doctor(cores.core0, cores.link), "state")
+    assert (result["level"], result["found"]) == ("fail", "the interface is down")
+    mend(cores.core0, result)
+    wait_running(cores)
+    assert of(doctor(cores.core0, cores.link), "state")["level"] == "ok"
+
+
+def test_an_interface_whose_other_end_is_down(cores: Cores) -> None:
+    command = ["ip", "link", "set", "dev", cores.link, "down"]
+    cores.core1.run(lambda: subprocess.run(command, check=True))
+    result = of(doctor(cores.core0, cores.link), "state")
+    assert (result["level"], result["mend"]) == ("fail", None)
+    assert result["found"].startswith("the interface is up without a carrier: bring its other end up")
+
+
+def test_an_interface_that_is_missing(cores: Cores) -> None:
+    cores.delete_link()
+    result = of(doctor(cores.core0, cores.link), "interface")
+    assert result["level"] == "fail"
+    assert result["found"].startswith("there is no such interface (there are: lo")
+
+
+def test_an_interface_that_is_a_port_of_a_bridge(cores: Cores) -> None:
+    setup = f"ip link add br0 type bridge; ip link set dev br0 up; ip link set dev {cores.link} master br0"
+    cores.core0.run(lambda: subprocess.run(["sh", "-ec", setup], check=True))
+    result = of(doctor(cores.core0, cores.link), "bridge")
+    assert (result["level"], result["mend"]) == ("fail", "inco-trio run br0")
+    assert of(doctor(cores.core0, "br0"), "bridge")["level"] == "ok"
+
+
+def test_the_order_of_frames(cores: Cores) -> None:
+    sysfs = "mount -t sysfs sysfs /sys"
+    if not ROOT:
+        # Nobody may set rps_cpus in a user namespace.
+        around = [*IN_MOUNTS, "sh", "-c", f'{sysfs} && exec "$@"', "sh"]
+        assert of(doctor(cores.core0, cores.link, around=around), "order")["level"] == "warn"
+        return
+    # The first command shows the queues, the second one pins them to a CPU.
+    found = driven(cores.core0, "true", "order", cores.link, cores.link, around=IN_MOUNTS)
+    assert levels(found) == ["warn", "warn", "ok"]
+    assert found[0]["mend"] == sysfs
+    assert found[1]["found"].startswith("rps_cpus is 0: ")
+    every = f"{sysfs}; echo 3 > /sys/class/net/{cores.link}/queues/rx-0/rps_cpus"
+    found = driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)
+    assert levels(found) == ["warn", "ok"]
+    assert found[0]["found"].startswith("rps_cpus is 3: several CPUs handle its frames")
+
+
+def test_a_board_whose_network_namespace_is_missing(cores: Cores, tmp_path: Path) -> None:
+    board = {"link": "l0", "irq_dir": str(tmp_path / "irq"), "netns": str(tmp_path / "none")}
+    (tmp_path / "b1.json").write_text(json.dumps(board))
+    result = of(doctor(cores.core0, "--boards", tmp_path), "netns")
+    assert result["level"] == "fail"
+    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none: make it")
+
+
+def test_a_board_in_a_network_namespace(cores: Cores, tmp_path: Path) -> None:
+    place = f"/proc/{os.getpid()}/fd/{cores.core0.fd}"
+    board = {"link": cores.link, "irq_dir": str(tmp_path / "irq"), "netns": place}
+    (tmp_path / "b1.json").write_text(json.dumps(board))
+    assert of(doctor(cores.core1, "--boards", tmp_path), "state")["level"] == "ok"
+    cores.link_down()
+    assert of(doctor(cores.core1, "--boards", tmp_path), "state")["found"] == "the interface is down"
+
+
+# ----------------------------------------------------------------------------------------------------------- registers
+
+
+def test_what_this_user_may_not_do(cores: Cores, irq_dir: Path, nobody: list[str]) -> None:
+    irq_dir.mkdir()
+    around = [*nobody[:2], str(irq_dir), *nobody[2:]]
+    for name, mode in (("message_6_trig", 0o200), ("message_4_state", 0o400), ("", 0o500)):
+        path = irq_dir / name
+        path.touch()
+        path.chmod(mode)
+        check = "registers" if name else "directory"
+        before = of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)
+        assert (before["level"], before["subject"]) == ("fail", str(path))
+        mend(cores.core0, before)
+        path.chmod(path.stat().st_mode | 0o700)
+        assert of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)["level"] == "ok"
+
+
+def test_registers_on_proc(cores: Cores) -> None:
+    result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
+    assert (result["level"], result["mend"]) == ("fail", None)
+    assert "is on a filesystem of type proc: inotify reports nothing there" in result["found"]
+
+
+# ------------------------------------------------------------------------------------------------------------- proxies
+
+
+def test_no_proxy_one_or_two_on_an_interface(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+    result = of(doctor(cores.core0, cores.link, "--irq-dir", tmp_path / "one"), "proxy")
+    assert (result["level"], result["mend"]) == ("warn", f"inco-trio run {cores.link} --irq-dir {tmp_path}/one")
+    one = proxy("--irq-dir", tmp_path / "one")
+    found = doctor(cores.core0, cores.link)
+    result = of(found, "proxy")
+    assert result["level"] == "ok"
+    assert result["found"].startswith(f"process {one.pid} (python")
+    assert of(found, "holder")["level"] == "warn"
+    two = proxy("--irq-dir", tmp_path / "two")
+    result = of(doctor(cores.core0, cores.link), "proxy")
+    assert (result["level"], result["mend"]) == ("fail", f"kill {two.pid}")
+    mend(cores.core0, result)
+    assert two.wait() == 0
+    assert of(doctor(cores.core0, cores.link), "proxy")["level"] == "ok"
+
+
+def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path, nobody: list[str]) -> None:
+    running = proxy("--irq-dir", irq_dir)
+    result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
+    if os.geteuid() == 0:
+        assert (result["level"], result["mend"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
+        assert result["found"].startswith("a process that this user may not look at has a socket of it")
+    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"process {running.pid} ")
+
+
+def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path) -> None:
+    one = proxy("--irq-dir", irq_dir)
+    link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
+    two = Proxy(cores.core0, [link, "--irq-dir", str(irq_dir)], {}, tmp_path / "two.log")
+    try:
+        two.wait_ready()
+        found = [result for result in doctor(cores.core0, link, "--irq-dir", irq_dir) if result["check"] == "proxy"]
+        assert [(result["subject"], result["level"]) for result in found] == [(link, "ok"), (str(irq_dir), "fail")]
+        assert found[1]["found"].startswith("2 proxies: ")
+        assert found[1]["mend"] == f"kill {two.pid}"
+        mend(cores.core0, found[1])
+        assert two.wait() == 0
+    finally:
+        two.close()
+    result = of(doctor(cores.core0, "--irq-dir", irq_dir), "proxy")
+    assert result["level"] == "ok"
+    assert result["found"].startswith(f"process {one.pid} ")
+
+
+def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "one")
+    os.utime(udrv, (1, 1))
+    running = proxy("--config", udrv)
+    found = doctor(cores.core0, cores.link, "--config", udrv)
+    assert of(found, "reload")["level"] == "ok"
+    assert of(found, "watched")["level"] == "ok"
+    write_udrv(udrv, tmp_path / "two")
+    (tmp_path / "two").mkdir()
+    for name in ("message_0_trig", "message_1_trig", "message_6_trig"):
+        (tmp_path / "two" / name).touch()
+    found = doctor(cores.core0, cores.link, "--config", udrv)
+    reload = of(found, "reload")
+    assert reload["level"] == "warn"
+    missed = [result for result in found if result["check"] == "watched"]
+    assert levels(missed) == ["fail"] * 3
+    assert {result["mend"] for result in [reload, *missed]} == {f"kill -HUP {running.pid}"}
+    mend(cores.core0, reload)
+    running.wait_log("reloaded: 6 signals")
+    assert of(doctor(cores.core0, cores.link, "--config", udrv), "watched")["level"] == "ok"
+
+
+@pytest.mark.s6
+def test_the_holder(cores: Cores, tmp_path: Path) -> None:
+    udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
+    write_scandir(tmp_path / "scan", cores.link, udrv)
+    with Service(cores.core0, tmp_path / "scan", cores.link) as service:
+        service.wait("U")
+        found = doctor(cores.core0, cores.link, "--config", udrv)
+        result = of(found, "holder")
+        assert result["level"] == "ok"
+        assert "(s6-fdholder" in result["found"]
+        for result in found:
+            if result["check"] == "proxy":
+                assert result["level"] == "ok"
+                assert result["found"].startswith(f"process {main_process(service.directory)} ")
+        # While it is down, the holder alone has the socket.
+        service.control("-d")
+        service.wait("D")
+        found = doctor(cores.core0, cores.link, "--config", udrv)
+        result = of(found, "proxy")
+        assert result["level"] == "warn"
+        assert result["found"].startswith("no proxy runs on it; ")
+        assert "(s6-fdholder" in result["found"]
