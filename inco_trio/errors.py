@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "ClosedError",
     "ConfigError",
+    "ControlMissing",
     "IncoError",
     "LinkMissing",
     "PermissionRefused",
@@ -54,6 +55,12 @@ class PermissionRefused(IncoError):
 
 class LinkMissing(IncoError):
     """There is no interface of that name."""
+
+    exit_code = 69
+
+
+class ControlMissing(IncoError):
+    """No running proxy answers on a control socket."""
 
     exit_code = 69
 

@@ -74,7 +74,7 @@ class Proxy:
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._legs}
-        self._since = time.time()
+        self._since = self._table_since = time.time()
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._legs}
         self._ended = {name: trio.Event() for name in self._legs}
 
@@ -94,6 +94,7 @@ class Proxy:
         return Status(
             link=self.config.link,
             since=self._since,
+            table_since=self._table_since,
             running=self._link.running and not self._closed,
             description=self._link.description,
             holder=parts.fd_store.holder,
@@ -153,6 +154,7 @@ class Proxy:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
             self.config = config
+            self._table_since = time.time()
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
         """See `Outbound.finish_alone`."""

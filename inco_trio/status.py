@@ -47,6 +47,8 @@ class Status:
     """The address of the link."""
     since: float
     """When the proxy was opened, in seconds since 1970."""
+    table_since: float
+    """When the signal table was taken, in seconds since 1970: at the start, or by the last reload."""
     running: bool
     """Whether the link is up and has a carrier, or a peer."""
     description: str

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,92 +21,7 @@ from inco_trio.control.server import CLIENTS_MAX, LINE_MAX, WAITING_MAX
 from inco_trio.frame import decode, encode
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here
-
-MAC = bytes.fromhex("020000000001")
-FRAME = encode(b"ihub_hwwd_irq", MAC)
-
-
-class Client:
-    """A connection; what is read is lines of JSON."""
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        stack.callback(self.sock.close)
-        self.sock.settimeout(DEADLINE)
-        self.sock.connect(os.fspath(path))
-        self._file = self.sock.makefile("rb")
-        stack.callback(self._file.close)
-        self.greeting = self.read()
-
-    def read(self) -> dict[str, Any]:
-        line = self._file.readline()
-        assert line.endswith(b"\n"), line
-        read: dict[str, Any] = json.loads(line)
-        return read
-
-    def ask(self, request: Mapping[str, object] | bytes) -> dict[str, Any]:
-        self.sock.sendall(request if isinstance(request, bytes) else json.dumps(request).encode() + b"\n")
-        return self.read()
-
-    def until(self, **wanted: object) -> dict[str, Any]:
-        """The first event with these values."""
-        while True:
-            event = self.read()
-            if wanted.items() <= event.items():
-                return event
-
-    def at_end(self) -> bool:
-        """Whether the proxy closes the connection, whatever it still says."""
-        with contextlib.suppress(ConnectionResetError):
-            while self._file.read(1 << 16):
-                pass
-        return True
-
-
-class Board:
-    """A board on a `unix:` link, whose second core the test plays, and its daemon."""
-
-    def __init__(self, home: Path, stack: ExitStack) -> None:
-        self.home, self.irq, self.path = home, home / "irq", home / "run/control.sock"
-        self.path.parent.mkdir()
-        self.link = f"unix:{home}/core0,peer={home}/core1"
-        self._stack = stack
-
-    def start(self, *options: str, environment: Mapping[str, str] | None = None, control: str | None = "") -> Proxy:
-        arguments = [self.link, "--log-format", "json", *options]
-        if not {"--config", "--boards"} & set(options):
-            arguments += ["--irq-dir", str(self.irq)]
-        if control is not None:
-            arguments += ["--control", control or str(self.path)]
-        proxy = Proxy(Here(), arguments, environment or {}, self.home / "log")  # type: ignore[arg-type]
-        self._stack.callback(proxy.close)
-        return proxy
-
-    def running(self, *options: str) -> Proxy:
-        proxy = self.start(*options)
-        proxy.wait_ready()
-        return proxy
-
-    def core1(self) -> socket.socket:
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._stack.callback(peer.close)
-        peer.settimeout(DEADLINE)
-        peer.bind(f"{self.home}/core1")
-        return peer
-
-    def inbound(self, peer: socket.socket, frame: bytes = FRAME) -> None:
-        peer.sendto(frame, f"{self.home}/core0")
-
-    def trigger(self) -> None:
-        (self.irq / "message_6_trig").write_text("1")
-
-    def client(self, path: Path | None = None) -> Client:
-        return Client(path or self.path, self._stack)
-
-    def status(self) -> dict[str, Any]:
-        (board,) = self.client().ask({"request": "status"})["status"]
-        assert isinstance(board, dict)
-        return board
+from tests.support_control import MAC, Board, Client
 
 
 @pytest.fixture

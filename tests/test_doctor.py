@@ -756,7 +756,7 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     assert list(proxies.configuration(path, PROXY)) == []
     path.touch()
     os.utime(path, (100, 100))
-    text = f"{path}: is older than process 3, which has read it"
+    text = f"{path}: process 3 has read it since it was changed"
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
     level, _, mend = only(proxies.configuration(path, process(3, started=99)))
     assert (level, mend) == ("warn", "kill -HUP 3")

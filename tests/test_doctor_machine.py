@@ -369,7 +369,9 @@ def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, 
     assert {result["mend"] for result in [reload, *missed]} == {f"kill -HUP {running.pid}"}
     mend(cores.core0, reload)
     running.wait_log("reloaded: 6 signals")
-    assert of(doctor(cores.core0, cores.link, "--config", udrv), "watched")["level"] == "ok"
+    found = doctor(cores.core0, cores.link, "--config", udrv)
+    assert of(found, "watched")["level"] == "ok"
+    assert of(found, "reload")["level"] == "ok"
 
 
 @pytest.mark.s6

@@ -725,8 +725,9 @@ def test_defaults_that_were_taken_are_logged(proxy: StartProxy, irq_dir: Path, t
 def test_a_lack_of_descriptors(cores: Cores, irq_dir: Path, limit: int) -> None:
     done = finished(cores.core0, "prlimit", f"--nofile={limit}", *RUN, cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 71
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
     assert line.startswith("inco-trio: error: ")
+    assert all(said.startswith("inco-trio: warning: no control socket: ") for said in before)
 
 
 def test_a_directory_that_cannot_be_made(cores: Cores, tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ COMMANDS = {
     "run": "carry signals until SIGTERM or SIGINT",
     "check": "validate the configuration and print the signal table",
     "doctor": "find what keeps notifications from coming",
+    "status": "tell how a running proxy is, and what it has carried",
+    "monitor": "show each notification as it happens",
     "demo": "show two simulated cores signalling each other; needs no root",
     "s6": "write an s6 scan directory that runs the proxy, or print a systemd unit",
 }

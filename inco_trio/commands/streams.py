@@ -11,7 +11,7 @@ from typing import TextIO
 from inco_trio.errors import IncoError, ResourceRefused
 from inco_trio.service.lines import printable
 
-__all__ = ["complain", "flush", "open_missing", "output", "say", "say_bytes", "settle", "writing"]
+__all__ = ["complain", "flush", "open_missing", "output", "remark", "say", "say_bytes", "settle", "writing"]
 
 
 def open_missing() -> None:
@@ -77,6 +77,12 @@ def settle() -> None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
+
+
+def remark(text: str) -> None:
+    """Print on standard error what a person wants to know and a script does not have to."""
+    with contextlib.suppress(OSError):
+        print(f"inco-trio: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - beside the output
 
 
 def complain(error: IncoError) -> None:

@@ -459,7 +459,8 @@ def _field(request: Mapping[str, object], key: str, kind: type[_T], default: _T 
 
 def _status_fields(status: Status) -> dict[str, object]:
     return {
-        "link": status.link, "since": status.since, "running": status.running, "description": status.description,
+        "link": status.link, "since": status.since, "table_since": status.table_since,
+        "running": status.running, "description": status.description,
         "holder": status.holder, "counters": status.stats.as_dict(),
         "signals": [
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from inco_trio.control.client import client_of
 from inco_trio.doctor import links, machine, proxies, registers
 from inco_trio.doctor.processes import Processes
 from inco_trio.doctor.proxies import Users
@@ -31,8 +32,7 @@ def examine(
     """Everything about a link and the registers of its signals; both may be missing.
 
     An interface is looked for in the network namespace `netns`. `configuration` is the file that names the signals;
-    `start` is the
-    command that starts the proxy; None: without options.
+    `start` is the command that starts the proxy; None: without options.
     """
     users = _NOBODY
     if link is not None:
@@ -50,7 +50,20 @@ def examine(
     yield from machine.inotify_limits(processes, users.proxy)
     yield from _registers(signals, processes, users)
     if configuration is not None and users.proxy is not None:
-        yield from proxies.configuration(configuration, users.proxy)
+        yield from proxies.configuration(configuration, users.proxy, _table_since(users.proxy.pid))
+
+
+def _table_since(pid: int) -> float | None:
+    """When the proxy of this process has taken its signal table, if it tells."""
+    client = client_of(pid)
+    if client is None:
+        return None
+    with client:
+        try:
+            told = client.request({"request": "status"})["status"]
+        except IncoError:
+            return None
+    return min((board["table_since"] for board in told if board["open"]), default=None)
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:

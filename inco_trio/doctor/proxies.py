@@ -177,4 +177,4 @@ def configuration(path: Path, proxy: Process, read_at: float | None = None) -> I
         text += "was started: unless it was told since, it has an older one" if read_at is None else "has read it"
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
-        yield ok("reload", path, f"is older than process {proxy.pid}, which has read it")
+        yield ok("reload", path, f"process {proxy.pid} has read it since it was changed")

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import trio
 
@@ -22,7 +22,7 @@ from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.link import LinkDown
 from inco_trio.links.rtnetlink import Rtnetlink
 
-__all__ = ["PacketLink"]
+__all__ = ["PacketLink", "attach_filter", "program"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ SO_ATTACH_FILTER = 26
 SO_GET_FILTER = 26
 SO_LOCK_FILTER = 44
 SO_RCVBUFFORCE = 33
+INSTRUCTION = 8
+"""Bytes of struct sock_filter."""
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
 """Bytes asked for, which the kernel doubles: 20,000 frames even where a driver spends 2.4 kB on each."""
@@ -47,17 +49,26 @@ _FILTER = (
     (0x06, 0, 0, 0xFFFF),  # ret #65535
     (0x06, 0, 0, 0),  # ret #0
 )
-FILTER = b"".join(struct.pack("=HBBI", *instruction) for instruction in _FILTER)
+
+
+def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
+    """A filter of struct sock_filter: of each the code, two jumps and a number."""
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+
+
+FILTER = program(_FILTER)
 
 GONE = frozenset({errno.ENODEV, errno.ENXIO})
 DOWN = GONE | {errno.ENETDOWN}
 """The interface is down or gone: the next change of an interface may mend it."""
 
 
-def _attach_filter(sock: socket.socket) -> None:
-    program = ctypes.create_string_buffer(FILTER, len(FILTER))
+def attach_filter(sock: socket.socket, code: bytes) -> None:
+    """Have the kernel queue only what the filter accepts, for good. Raises OSError."""
+    kept = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: the number of instructions, and where they are.
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", len(_FILTER), ctypes.addressof(program)))
+    fprog = struct.pack("HP", len(code) // INSTRUCTION, ctypes.addressof(kept))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
     # From here on nobody who is handed the descriptor can widen it.
     sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
@@ -126,7 +137,7 @@ class PacketLink:
         except OSError as error:
             raise ResourceRefused(f"{name}: cannot open a packet socket: {error.strerror}") from error
         try:
-            _attach_filter(sock)
+            attach_filter(sock, FILTER)
             with contextlib.suppress(OSError):
                 # Spares us our own frames. Before Linux 4.20 it is unknown, and the filter alone drops them.
                 sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)

@@ -1,0 +1,216 @@
+"""A client of the control socket, with blocking sockets and nothing else: tools of a shell have to start quickly.
+
+docs/control.md says what is asked and answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import socket
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from inco_trio.control.place import runtime_directories
+from inco_trio.errors import (
+    ControlMissing,
+    IncoError,
+    PermissionRefused,
+    ResourceRefused,
+    UsageError,
+)
+from inco_trio.links.address import parse_address
+
+__all__ = ["Client", "add_place", "client_of", "connect"]
+
+PROTOCOL = 1
+PATIENCE = 10.0
+"""Seconds in which a proxy greets, and answers what it need not wait for."""
+ERRORS: dict[str, type[IncoError]] = {
+    "not-permitted": PermissionRefused,
+    "closed": ControlMissing,
+    "busy": ResourceRefused,
+}
+"""What an error of the proxy is here; UsageError for the others."""
+
+
+class Client:
+    """A connection to the proxy that listens at `path`.
+
+    Raises ControlMissing if nobody does, PermissionRefused, and ResourceRefused for a proxy that has no room.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._received = bytearray()
+        self._events: deque[dict[str, Any]] = deque()
+        try:
+            self._sock.settimeout(PATIENCE)
+            self._connect()
+            self.greeting = self._read()
+            self._check(self.greeting)
+            self._check_greeting()
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def _check_greeting(self) -> None:
+        greeting = self.greeting
+        if not isinstance(greeting.get("protocol"), int) or not isinstance(greeting.get("boards"), list):
+            raise ControlMissing(f"{self.path}: who listens there is no inco-trio")
+
+    def _connect(self) -> None:
+        try:
+            self._sock.connect(os.fspath(self.path))
+        except PermissionError as error:
+            raise PermissionRefused(
+                f"{self.path}: only root, the user of the proxy and its group may ask it (run as one of them)"
+            ) from error
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            raise ControlMissing(f"{self.path}: no proxy listens there") from error
+        except OSError as error:
+            raise ControlMissing(f"{self.path}: cannot ask there: {error.strerror or error}") from error
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._sock.close()
+
+    def request(self, request: Mapping[str, object], patience: float | None = PATIENCE) -> dict[str, Any]:
+        """The answer to a request, within `patience` seconds. Raises IncoError for one that is refused."""
+        self._sock.settimeout(patience)
+        try:
+            self._sock.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise self._gone() from error
+        while "event" in (line := self._read()):
+            self._events.append(line)
+        self._check(line)
+        return line
+
+    def events(self, patience: float | None = None) -> Iterator[dict[str, Any]]:
+        """The events of a monitor, until the proxy ends; TimeoutError if none comes for `patience` seconds."""
+        while True:
+            while self._events:
+                yield self._events.popleft()
+            self._sock.settimeout(patience)
+            try:
+                self._events.append(self._read())
+            except ControlMissing:
+                return
+
+    def wait(self, seconds: float) -> None:
+        """Wait, while the proxy says nothing. Raises ControlMissing if it ends meanwhile."""
+        if select.select([self._sock], [], [], seconds)[0]:
+            self._sock.settimeout(0)
+            self._events.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        while (end := self._received.find(b"\n")) < 0:
+            try:
+                data = self._sock.recv(1 << 16)
+            except TimeoutError as error:
+                raise ControlMissing(f"{self.path}: the proxy does not answer") from error
+            except OSError as error:
+                raise self._gone() from error
+            if not data:
+                raise self._gone()
+            self._received += data
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        try:
+            read: object = json.loads(line)
+        except ValueError:
+            read = None
+        if not isinstance(read, dict):
+            raise ControlMissing(f"{self.path}: who listens there is no inco-trio")
+        return read
+
+    def _gone(self) -> ControlMissing:
+        return ControlMissing(f"{self.path}: the proxy has ended")
+
+    def _check(self, answer: Mapping[str, Any]) -> None:
+        if "error" in answer:
+            raise ERRORS.get(answer["error"], UsageError)(str(answer.get("message", answer["error"])))
+
+
+def add_place(sub: argparse.ArgumentParser) -> None:
+    """Add the options that say which proxy is asked."""
+    sub.add_argument("link", nargs="?", metavar="LINK", help="the proxy of this link, or of this directory of boards")
+    sub.add_argument("--control", metavar="PATH", help="the proxy with this control socket (default: the only one)")
+
+
+def connect(args: argparse.Namespace) -> Client:
+    """The proxy that `add_place`'s options name, or the only one.
+
+    Raises ControlMissing, PermissionRefused, and UsageError where several run.
+    """
+    if args.control is not None:
+        if args.link is not None:
+            raise UsageError("--control and LINK exclude each other: both name a proxy")
+        return Client(Path(args.control))
+    found: list[Client] = []
+    refused: IncoError | None = None
+    for path in _sockets():
+        try:
+            client = Client(path)
+        except ControlMissing:
+            continue  # Left over.
+        except IncoError as error:
+            refused = error
+            continue
+        if args.link is None or _is_called(client, args.link):
+            found.append(client)
+        else:
+            client.__exit__(None, None, None)
+    if len(found) == 1:
+        return found[0]
+    for client in found:
+        client.__exit__(None, None, None)
+    if found:
+        named = ", ".join(f"{client.greeting['name']} (--control {client.path})" for client in found)
+        raise UsageError(f"{len(found)} proxies answer: name one of {named}")
+    if refused is not None:
+        raise refused
+    whose = "no running proxy" if args.link is None else f"no proxy of {args.link}"
+    places = " or ".join(map(str, runtime_directories()))
+    raise ControlMissing(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
+
+
+def client_of(pid: int) -> Client | None:
+    """The proxy of a process, if it answers where sockets are looked for."""
+    for path in _sockets():
+        try:
+            client = Client(path)
+        except IncoError:
+            continue
+        if client.greeting.get("pid") == pid:
+            return client
+        client.__exit__(None, None, None)
+    return None
+
+
+def _sockets() -> list[Path]:
+    found: list[Path] = []
+    for directory in runtime_directories():
+        try:
+            found += sorted(path for path in directory.iterdir() if path.suffix == ".sock")
+        except OSError:
+            continue
+    return found
+
+
+def _is_called(client: Client, link: str) -> bool:
+    name = client.greeting["name"]
+    try:
+        called = parse_address(link).name
+    except ValueError:
+        called = link
+    return name in (called, link, os.path.abspath(link)) or link in client.greeting["boards"]  # noqa: PTH100 - no symlinks

@@ -1,0 +1,384 @@
+"""`inco-trio status` and `inco-trio monitor`, as their users run them, beside a real daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from inco_trio.control.openmetrics import openmetrics
+from inco_trio.frame import encode
+from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import DEADLINE, StartProxy
+from tests.support_control import MAC, Board, Client
+from tests.support_proxy import frame
+
+COMMAND = [sys.executable, "-m", "inco_trio"]
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        yield Board(tmp_path, stack)
+
+
+def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    whole = [*COMMAND, *map(str, words)]
+    return subprocess.run(
+        whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env={**os.environ, **(env or {})}
+    )
+
+
+class Running:
+    """A command that goes on; what it prints is read by lines."""
+
+    def __init__(self, *words: str | Path) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def listening(self) -> None:
+        """Wait until it hears everything."""
+        assert self.process.stderr is not None
+        assert self.process.stderr.readline().startswith("inco-trio: listening to ")
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.kill()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        self.process.wait()
+
+    def end(self) -> int:
+        out, err = self.process.communicate(timeout=DEADLINE)
+        assert "Traceback" not in out + err
+        return self.process.returncode
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    with ExitStack() as stack:
+
+        def started(*words: str | Path) -> Running:
+            running = Running(*words)
+            stack.callback(running.close)
+            return running
+
+        yield started
+
+
+# ----------------------------------------------------------------------------------------------------------- status
+
+
+def test_status(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    with ExitStack() as stack:
+        told = Client(board.path, stack)
+        told.ask({"request": "monitor"})
+        board.inbound(peer)
+        board.inbound(peer, encode(b"unknown", MAC))
+        told.until(event="notification")
+        told.until(event="ignored")
+    done = run("status", "--control", board.path)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second, head, *rows = done.stdout.splitlines()
+    assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.* m?s\), kept by nobody", first)
+    assert second.startswith(f"  {board.link}: address ")
+    assert head.split() == ["signal", "count", "a", "second", "last", "owed", "failed", "register"]
+    cells = [row.split() for row in rows]
+    assert [(row[0], row[1], row[2], row[-1]) for row in cells[:3]] == [
+        ("in", "ihub_reset_irq", "0", f"{board.irq}/message_4_state"),
+        ("in", "ihub_hwwd_irq", "1", f"{board.irq}/message_5_state"),
+        ("out", "redun_notify_irq", "0", f"{board.irq}/message_6_trig"),
+    ] or sorted(row[1] for row in cells[:3]) == ["ihub_hwwd_irq", "ihub_reset_irq", "redun_notify_irq"]
+    assert rows[3] == "  counters: 2 received, 1 delivered, 1 unknown"
+
+
+def test_status_says_what_is_wrong(board: Board) -> None:
+    board.running()
+    board.irq.rename(board.home / "away")
+    with ExitStack() as stack:
+        told = Client(board.path, stack)
+        while not all(each["problem"] for each in told.ask({"request": "status"})["status"][0]["signals"]):
+            pass
+    out = run("status", "--control", board.path).stdout
+    assert f"{board.home}/core0: down, open since" in out
+    assert f"  ihub_hwwd_irq: {board.irq}/message_5_state: its directory is missing" in out
+
+
+def test_status_as_json_and_openmetrics(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    with ExitStack() as stack:
+        told = Client(board.path, stack)
+        told.ask({"request": "monitor"})
+        board.inbound(peer)
+        told.until(event="notification")
+    (status,) = json.loads(run("status", "--control", board.path, "--json").stdout)
+    assert status["counters"]["received"] == 1
+    text = run("status", "--control", board.path, "--openmetrics").stdout
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    (sample,) = families["inco_trio_received_frames"].samples
+    assert (sample.name, sample.value, sample.labels) == (
+        "inco_trio_received_frames_total",
+        1.0,
+        {"board": f"{board.home}/core0"},
+    )
+    counts = {sample.labels["signal"]: sample.value for sample in families["inco_trio_notifications"].samples}
+    assert counts == {"ihub_hwwd_irq": 1, "ihub_reset_irq": 0, "redun_notify_irq": 0}
+    (last,) = families["inco_trio_last_notification_timestamp_seconds"].samples
+    assert last.value == pytest.approx(status["signals"][1]["last"] or status["signals"][0]["last"] or 0, abs=1e9)
+    assert {family.type for family in families.values()} <= {"counter", "gauge"}
+
+
+def test_labels_of_any_kind_are_escaped() -> None:
+    text = openmetrics([{"board": 'a"b\\c\nd\udcff', "open": False, "problem": "x"}])
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    (sample,) = families["inco_trio_open"].samples
+    assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)
+
+
+def test_status_again_and_again_until_the_proxy_ends(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    watching = start("status", "--control", board.path, "--watch", "0.05", "--json")
+    while json.loads(watching.line())[0]["counters"]["received"] == 0:
+        if peer:
+            board.inbound(peer)
+    assert proxy.stop() == 0
+    assert watching.end() == 69
+
+
+def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
+    board.running()
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (10, 20))
+    command = [*COMMAND, "status", "--control", str(board.path), "--watch", "0.05"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        while shown.count(b"\x1b[H") < 3:
+            shown += os.read(master, 4096)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
+            while more := os.read(master, 4096):
+                shown += more
+    os.close(master)
+    screens = shown.decode().replace("\r", "").split("\x1b[H\x1b[J")[1:-1]
+    for screen in screens:
+        assert max(map(len, screen.splitlines())) <= 20
+        assert len(screen.splitlines()) <= 10
+    assert b"Traceback" not in shown
+
+
+# ---------------------------------------------------------------------------------------------------------- monitor
+
+
+def test_monitor(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    board.running()
+    monitor = start("monitor", "--control", board.path, "--count", "3")
+    monitor.listening()
+    for sent in (None, encode(b"unknown", MAC), b"short", None):
+        board.inbound(peer, *([sent] if sent else []))
+    lines = [monitor.line() for _ in range(4)]
+    board.trigger()
+    shown = [line.split(" ", 1)[1].rstrip("\n") for line in [*lines, *iter(monitor.line, "")]]
+    assert [re.sub(r"[\d.]+ s", "N s", line) for line in shown] == [
+        "in  ihub_hwwd_irq",
+        "ignored: unknown signal unknown",
+        "ignored: malformed frame",
+        "in  ihub_hwwd_irq +N s",
+        "out redun_notify_irq",
+    ]
+    assert monitor.end() == 0
+
+
+def test_monitor_filters_and_as_json(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    board.running()
+    words = ("--signal", "redun_notify_irq", "--direction", "outbound", "--json", "--count", "1")
+    monitor = start("monitor", "--control", board.path, *words)
+    monitor.listening()
+    board.inbound(peer)
+    board.trigger()
+    (line,) = iter(monitor.line, "")
+    assert json.loads(line)["signal"] == "redun_notify_irq"
+    assert monitor.end() == 0
+
+
+def test_monitor_tells_of_the_link_and_ends_with_the_proxy(board: Board, start: Callable[..., Running]) -> None:
+    proxy = board.running()
+    monitor = start("monitor", "--control", board.path)
+    monitor.listening()
+    peer = board.core1()
+    assert "the link came up" in monitor.line()
+    peer.close()
+    Path(f"{board.home}/core1").unlink()
+    assert "the link went down" in monitor.line()
+    assert proxy.stop() == 0
+    assert monitor.end() == 0
+
+
+def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    board.running()
+    monitor = start("monitor", "--control", board.path)
+    monitor.listening()
+    assert monitor.process.stdout is not None
+    board.inbound(peer)
+    monitor.line()
+    monitor.process.stdout.close()
+    ended = threading.Event()
+
+    def keep_sending() -> None:
+        while not ended.wait(0.01):
+            board.inbound(peer)
+
+    sender = threading.Thread(target=keep_sending)
+    sender.start()
+    try:
+        assert monitor.process.wait(DEADLINE) == 0
+    finally:
+        ended.set()
+        sender.join()
+    assert monitor.process.stderr is not None
+    assert monitor.process.stderr.read() == ""
+
+
+@pytest.mark.netns
+def test_without_a_proxy_it_listens_on_the_interface_itself(
+    cores: Cores, core1: Peer, proxy: StartProxy, tmp_path: Path
+) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
+    command = [*COMMAND, "monitor", cores.link, "--json", "--count", "2"]
+
+    def popen() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        )
+
+    with cores.core0.run(popen) as monitor:
+        assert monitor.stdout is not None
+        try:
+            assert "listening on" in json.loads(monitor.stdout.readline())["message"]
+            core1.send_raw(frame(MAC, b"\0"))
+            core1.send_raw(frame(MAC, b"ihub_hwwd_irq"))
+            (tmp_path / "irq/message_6_trig").write_text("1")
+            events = [json.loads(line) for line in monitor.stdout]
+            assert monitor.wait(DEADLINE) == 0
+        finally:
+            monitor.kill()
+    assert [(each["event"], each.get("direction"), each["signal"]) for each in events] == [
+        ("ignored", None, None),
+        ("notification", "inbound", "ihub_hwwd_irq"),
+        ("notification", "outbound", "redun_notify_irq"),
+    ]
+    assert running.stop() == 0
+
+
+# ------------------------------------------------------------------------------------------------------- which proxy
+
+
+@pytest.mark.parametrize("command", ["status", "monitor"])
+def test_nobody_answers(command: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    done = run(command, "--control", path)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr == f"inco-trio: error: {path}: no proxy listens there\n"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    assert run(command, "--control", path).returncode == 69
+    done = run(command, "--control", path, "rpmsg0")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "inco-trio: error: --control and LINK exclude each other: both name a proxy\n",
+    )
+    done = run(command, "no such link", env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert done.returncode == 69
+    assert f"no proxy of no such link answers in /run/inco-trio or {tmp_path}/inco-trio" in done.stderr
+
+
+def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    proxies = tmp_path / "inco-trio"
+    proxies.mkdir()
+    board.path = proxies / "a.sock"
+    board.running()
+    for link in (board.link, f"{board.home}/core0"):
+        (status,) = json.loads(run("status", link, "--json", env=environment).stdout)
+        assert status["link"] == board.link
+    (proxies / "b.sock").symlink_to(board.path)
+    done = run("status", env=environment)
+    assert done.returncode == 2
+    assert f"(--control {proxies}/b.sock)" in done.stderr
+
+
+def test_who_is_no_proxy(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    for said, code, text in (
+        (b"hello\n", 69, "who listens there is no inco-trio"),
+        (b"{}\n", 69, "who listens there is no inco-trio"),
+        (b"", 69, "the proxy has ended"),
+        (b'{"error": "busy", "message": "256 clients are connected already"}\n', 71, "256 clients"),
+        (b'{"protocol": 1, "name": "x", "boards": []}\nnonsense\n', 69, "who listens there is no inco-trio"),
+    ):
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+            server.listen(1)
+
+            def answer(server: socket.socket = server, said: bytes = said) -> None:
+                client, _ = server.accept()
+                with client:
+                    client.sendall(said)
+                    client.shutdown(socket.SHUT_WR)
+                    select.select([client], [], [], DEADLINE)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            done = run("status", "--control", path)
+            thread.join()
+        path.unlink()
+        assert done.returncode == code
+        assert text in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("status", "--watch", "0"), "'0' is not a number of seconds above 0"),
+        (("status", "--watch", "nan"), "'nan' is not a number of seconds above 0"),
+        (("status", "--watch", "x"), "'x' is not a number of seconds above 0"),
+        (("monitor", "--count", "0"), "'0' is not a whole number above 0"),
+        (("monitor", "--count", "9" * 5000), "is not a whole number above 0"),
+        (("monitor", "--direction", "up"), "invalid choice: 'up'"),
+        (("status", "--watch", "--openmetrics"), "--watch and --openmetrics exclude each other"),
+    ],
+)
+def test_options_that_make_no_sense(words: tuple[str, ...], text: str) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert text in done.stderr
