@@ -19,6 +19,7 @@ import pytest
 from inco_trio.errors import ConfigError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.frame import decode
 from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
+from inco_trio.commands.line import COMMANDS
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 from tests.faults.supervised import wait_path
@@ -38,7 +39,7 @@ def test_options_exist() -> None:
         subprocess.run(
             [sys.executable, "-m", "inco_trio", *command, "--help"], capture_output=True, text=True, check=True
         ).stdout
-        for command in ([], ["run"], ["check"], ["doctor"], ["demo"], ["s6"])
+        for command in ([], *([name] for name in COMMANDS))
     )
     own = README[: README.index("## Tests")]
     options = set(re.findall(r"(?<![\w<-])--[a-z]+(?:-[a-z]+)*(?![\w>-])", own))
