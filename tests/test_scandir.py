@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import PermissionRefused, UsageError
-from inco_trio.service.scandir import find_program, link_service, systemd_unit, write_scandir
+from inco_trio.service.scandir import boards_service, find_program, link_service, systemd_unit, write_scandir
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
 
@@ -446,6 +446,15 @@ class TestSystemdUnit:
             service=link_service("a", Path("/dev/null")), user="nobody", program=["inco-trio"]
         ).splitlines()
         assert {"User=nobody", "AmbientCapabilities=CAP_NET_RAW", "CapabilityBoundingSet=CAP_NET_RAW"} <= set(unit)
+
+    def test_a_socket_needs_no_capability_and_boards_may_have_namespaces(self) -> None:
+        for service, said in (
+            (link_service("unix:/a,peer=/b", Path("/dev/null")), "RestrictAddressFamilies=AF_UNIX"),
+            (boards_service(Path("/etc/boards"), "boards-1"), "RestrictNamespaces=net"),
+        ):
+            unit = systemd_unit(service=service, user="nobody", program=["inco-trio"]).splitlines()
+            assert said in unit
+            assert ("CapabilityBoundingSet=CAP_NET_RAW" in unit) == (service.label == "boards-1")
 
     def test_bad_input_is_refused(self) -> None:
         for interface, user in (("a b", None), ("a", "nobodyelse")):

@@ -23,7 +23,7 @@ import attrs
 
 from inco_trio.config import read_file
 from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
-from inco_trio.links.address import parse_address
+from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = ["Service", "boards_service", "find_program", "link_service", "systemd_unit", "write_scandir"]
 
@@ -52,7 +52,7 @@ exec s6-fdholder-getdump -t 10000 ../{holder}/s \\
 # Privileges are dropped after the dump, which only root may read. CAP_NET_RAW is for the AF_PACKET socket.
 _SETPRIV = """\
   setpriv --reuid {user} --regid {gid} --init-groups --no-new-privs \\
-  --inh-caps=-all,+net_raw --ambient-caps=-all,+net_raw \\
+  --inh-caps=-all{capability} --ambient-caps=-all{capability} \\
 """
 
 _FINISH = """\
@@ -102,9 +102,11 @@ FileDescriptorStoreMax=8
 # systemd sets this by itself from version 254 on.
 Environment=FDSTORE=8
 User={user}
-# With CAP_NET_ADMIN in both, more frames than net.core.rmem_max allows wait for a proxy that is being restarted.
-AmbientCapabilities=CAP_NET_RAW
-CapabilityBoundingSet=CAP_NET_RAW
+# For the control socket. Other units may have theirs there.
+RuntimeDirectory=inco-trio
+RuntimeDirectoryPreserve=yes
+Environment=XDG_RUNTIME_DIR=%t
+{rights}
 NoNewPrivileges=yes
 # Not strict: a ReadWritePaths= mount does not follow an IRQ directory that is removed and made again.
 ProtectSystem=full
@@ -116,8 +118,7 @@ ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 ProtectKernelTunables=yes
-RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX
-RestrictNamespaces=yes
+RestrictNamespaces={namespaces}
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 SystemCallArchitectures=native
@@ -126,6 +127,22 @@ SystemCallFilter=@system-service
 [Install]
 WantedBy=multi-user.target
 """
+
+
+_RIGHTS_OF_INTERFACE = """\
+# With CAP_NET_ADMIN in both, more frames than net.core.rmem_max allows wait for a proxy that is being restarted.
+AmbientCapabilities=CAP_NET_RAW
+CapabilityBoundingSet=CAP_NET_RAW
+RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
+_RIGHTS_OF_SOCKET = """\
+AmbientCapabilities=
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_UNIX"""
+_RIGHTS_OF_BOARDS = """\
+# CAP_NET_RAW is for boards on interfaces. One with a netns needs CAP_SYS_ADMIN too, in both.
+AmbientCapabilities=CAP_NET_RAW
+CapabilityBoundingSet=CAP_NET_RAW
+RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
 
 
 def find_program() -> list[str]:
@@ -149,6 +166,12 @@ class Service:
     """What it carries the interrupts of, in words."""
     words: tuple[str, ...]
     """The arguments of `run` that say so."""
+    rights: str
+    """The directives of a systemd unit that say what it may do."""
+    capability: str
+    """The capability that it keeps, as an argument of setpriv(1)."""
+    namespaces: str
+    """RestrictNamespaces= of a systemd unit."""
     warnings: tuple[str, ...]
     """What cannot be read now."""
 
@@ -156,20 +179,24 @@ class Service:
 def link_service(link: str, config: Path) -> Service:
     """The service of the link of that address, with the registers of the udrv.json `config`. Raises UsageError."""
     words = (link, "--config", str(config.absolute()))
-    return Service(_label(link), f"on {link}", words, _warnings(lambda: read_file(config)))
+    label, warnings = _label(link), _warnings(lambda: read_file(config))
+    if isinstance(parse_address(link), UnixAddress):
+        return Service(label, f"on {link}", words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
+    return Service(label, f"on {link}", words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
 
 
 def boards_service(directory: Path, label: str) -> Service:
     """The service of all boards of a directory."""
     words = ("--boards", str(directory.absolute()))
-    return Service(label, f"of the boards in {directory}", words, _warnings(lambda: os.scandir(directory).close()))
+    warnings = _warnings(lambda: os.scandir(directory).close())
+    return Service(label, f"of the boards in {directory}", words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
 
 
 def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
     """Make `directory` an s6 scan directory that runs inco-trio as `service`, beside others.
 
-    `user` is who the service runs as, with CAP_NET_RAW only; None: who runs s6-svscan. `program` is the command before
-    its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what cannot
+    `user` is who the service runs as, with CAP_NET_RAW at most; None: who runs s6-svscan. `program` is the command
+    before its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what cannot
     be read now. Raises UsageError, PermissionRefused, ResourceRefused.
     """
     lines = list(service.warnings)
@@ -206,6 +233,8 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str]) 
         of=service.of.replace("%", "%%"),
         program=" ".join(map(_quote_for_systemd, command)),
         user="root" if user is None else _account(user).pw_name,
+        rights=service.rights,
+        namespaces=service.namespaces,
     )
 
 
@@ -215,7 +244,9 @@ _Tree = dict[str, tuple[str, int]]
 
 def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
     account = None if user is None else _account(user)
-    setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid) if account else ""
+    setpriv = ""
+    if account:
+        setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=service.capability)
     command = [
         *program,
         *("run", *service.words, "--notification-fd", "3"),
