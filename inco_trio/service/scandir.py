@@ -196,8 +196,8 @@ def write_scandir(directory: Path, *, service: Service, user: str | None, progra
     """Make `directory` an s6 scan directory that runs inco-trio as `service`, beside others.
 
     `user` is who the service runs as, with CAP_NET_RAW at most; None: who runs s6-svscan. `program` is the command
-    before its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what cannot
-    be read now. Raises UsageError, PermissionRefused, ResourceRefused.
+    before its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what
+    cannot be read now. Raises UsageError, PermissionRefused, ResourceRefused.
     """
     lines = list(service.warnings)
     try:
