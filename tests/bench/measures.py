@@ -23,7 +23,23 @@ from inco_trio.simulation.world import Cores
 from .boards import boards_figures
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
-from .rivals import C_MODIFY, FLOOR, INCO, PYTHON, SCRIPT, BenchError, C, Flow, Lab, Load, Program, Running, Uncounted
+from .rivals import (
+    C_MODIFY,
+    FLOOR,
+    INCO,
+    MONITORED,
+    PYTHON,
+    SCRIPT,
+    UNASKED,
+    BenchError,
+    C,
+    Flow,
+    Lab,
+    Load,
+    Program,
+    Running,
+    Uncounted,
+)
 from .search import Outcome, Tried, highest_kept
 
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measure", "Measured", "Size"]
@@ -243,6 +259,54 @@ def inbound_latency(bench: Bench) -> Measured:
 def outbound_latency(bench: Bench) -> Measured:
     """Close of the trigger -> frame at core 1; single triggers 1 ms apart."""
     return _latency(bench, "outbound")
+
+
+def control(bench: Bench) -> Measured:
+    """Latency at 1,000/s with a monitor of the control socket and without the socket; the start with and without."""
+    times, losses = _samples(), _Losses()
+    latencies: dict[str, Samples] = {"inbound": _samples(), "outbound": _samples()}
+    for pair in range(bench.size.pairs):
+        bench.say(f"pair {pair + 1}/{bench.size.pairs}")
+        for program in (MONITORED, UNASKED) if pair % 2 else (UNASKED, MONITORED):
+            with contextlib.ExitStack() as stack:
+                run = stack.enter_context(bench.lab.running(program, TABLE))
+                times[program.name].append(1000 * run.ready_s)
+                if program is MONITORED:
+                    stack.enter_context(_monitor(run.table.with_name("control.sock")))
+                run.warm_up()
+                flows = {
+                    "inbound": run.load(inbound=bench.size.lone, in_rate=1000, latencies=True).inbound,
+                    "outbound": run.load(outbound=bench.size.lone, out_rate=1000, latencies=True).outbound,
+                }
+            for way, flow in flows.items():
+                losses.add(program, flow, run)
+                latencies[way][program.name].append(quantile(flow.latencies, 0.5) / 1000)
+    both, goal = (MONITORED.name, UNASKED.name), Goal("<=", 1.1, f"x {UNASKED.name}")
+    return Measured(
+        [
+            Figure(
+                "inbound latency with a monitor, p50", "us", latencies["inbound"], goal, both, "", tuple(losses.faults)
+            ),
+            Figure("outbound latency with a monitor, p50", "us", latencies["outbound"], goal, both),
+            Figure("start to ready with a control socket", "ms", times, goal, both),
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _monitor(path: Path) -> Iterator[None]:
+    """Have `inco-trio monitor` print all that the proxy with that control socket carries."""
+    command = [*PYTHON, "-m", "inco_trio", "monitor", "--control", str(path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=MONITORED.environment
+    ) as process:
+        try:
+            assert process.stderr is not None
+            if b"listening" not in process.stderr.readline():
+                raise BenchError("the monitor does not listen")
+            yield
+        finally:
+            process.terminate()
 
 
 def burst(bench: Bench) -> Measured:
@@ -565,6 +629,7 @@ MEASURES: dict[str, Measure] = {
     "outbound-closed-loop": Measure(outbound_closed_loop, 12, 10),
     "inbound-latency": Measure(inbound_latency, 18, 12),
     "outbound-latency": Measure(outbound_latency, 18, 12),
+    "control": Measure(control, 2, 14),
     "burst": Measure(burst, 9, 3),
     "sustained": Measure(sustained, 60, 45),
     "one-trigger": Measure(one_trigger, 12, 4),

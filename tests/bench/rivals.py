@@ -74,11 +74,15 @@ class Program:
     reports_drops: bool = True
     checkout: Path | None = None
     """Of inco-trio: the project whose package it is."""
+    control: str | None = None
+    """Of inco-trio: the name of its control socket, beside the table, or "none"; None: where it is by default."""
 
     def command(self, lab: Lab, directory: Path, table: Path, interface: str, fd: int) -> list[str]:
         """What to execute, in the environment `environment`."""
         if self.checkout is not None:
             options = ["--config", str(table.with_suffix(".json")), "--notification-fd", str(fd)]
+            if self.control is not None:
+                options += ["--control", "none" if self.control == "none" else str(table.with_name(self.control))]
             return [*PYTHON, "-m", "inco_trio", "run", interface, *options]
         arguments = [str(table), str(directory), interface, str(fd)]
         if self in (FLOOR, SCRIPT):
@@ -96,6 +100,8 @@ PYTHON = (sys.executable, "-P")
 """Without the working directory on the path: what is there must not hide another checkout."""
 
 INCO = Program("inco-trio", checkout=PROJECT)
+MONITORED = Program("a monitor", checkout=PROJECT, control="control.sock")
+UNASKED = Program("no control socket", checkout=PROJECT, control="none")
 FLOOR = Program("floor")
 C = Program("C")
 C_MODIFY = Program("C, IN_MODIFY too")
