@@ -25,10 +25,12 @@ IDLE_STRETCH = 1.0
 def test_down_and_up_many_times(board: Board) -> None:
     expected = []
     for _ in range(TIMES):
+        said = len(board.proxy.log)
         board.cores.link_down()
         for name in ("out_b", "out_a", "out_a", "out_b"):
             board.applications.trigger(name)
             expected.append(name)
+        board.proxy.wait_log("cannot send", after=said)
         board.cores.link_up()
         begin = time.monotonic()
         board.wire.wait(lambda: len(board.wire.order) >= len(expected), "what was kept has not been sent")
