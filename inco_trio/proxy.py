@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -30,8 +31,10 @@ from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters, Stats
-from inco_trio.status import LegStatus, SignalStatus, Status
 from inco_trio.supervise import Health, in_turns, supervise
+
+if TYPE_CHECKING:
+    from inco_trio.status import SignalStatus, Status
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve", "starting_and_stopping"]
 
@@ -90,6 +93,9 @@ class Proxy:
     @property
     def status(self) -> Status:
         """The state of this moment."""
+        # Imported only here, as few starts of a proxy are for that.
+        from inco_trio.status import LegStatus, Status
+
         parts = self._parts
         return Status(
             link=self.config.link,
@@ -107,6 +113,8 @@ class Proxy:
         )
 
     def _signal_status(self, signal: Signal) -> SignalStatus:
+        from inco_trio.status import SignalStatus
+
         inbound = signal.direction is Direction.INBOUND
         tally = self._parts.events.inbound if inbound else self._parts.events.outbound
         last = tally.last.get(signal.name)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import attrs
 import trio
@@ -23,8 +23,10 @@ import trio
 from inco_trio.errors import ClosedError, UnknownSignal
 from inco_trio.proxy import Proxy
 from inco_trio.signals import Direction, Signal
-from inco_trio.status import Status
 from inco_trio.supervise import board_name
+
+if TYPE_CHECKING:
+    from inco_trio.status import Status
 
 __all__ = ["Control", "Served"]
 
