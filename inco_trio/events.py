@@ -15,7 +15,7 @@ import trio
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 
-__all__ = ["Events", "Listener", "Notification", "Tally"]
+__all__ = ["Events", "Listener", "Notification"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,49 +55,29 @@ class Deaf:
         """See `Listener.link_changed`."""
 
 
-@attrs.define(eq=False)
-class Tally:
-    """How often each signal of one direction was carried, by its wire name."""
-
-    counts: Counter[str] = attrs.Factory(Counter)
-    last: dict[str, int] = attrs.Factory(dict)
-    """When it was carried last, as of time.time_ns()."""
-
-    def add(self, signals: Sequence[Signal]) -> None:
-        """These were carried now."""
-        now = time.time_ns()
-        if len(signals) == 1:
-            name = signals[0].name
-            self.counts[name] += 1
-            self.last[name] = now
-            return
-        names = [signal.name for signal in signals]
-        self.counts.update(names)
-        for name in set(names):
-            self.last[name] = now
-
-
 class Events:
     """Tells streams and the listener; nobody waits for them."""
 
     def __init__(self, counters: Counters, listener: Listener | None = None) -> None:
         self.listener: Listener = listener or Deaf()
-        self.inbound, self.outbound = Tally(), Tally()
+        self.sent: Counter[str] = Counter()
+        """Frames that the link has accepted, by the wire name; what is written is counted where the file is."""
+        self.sent_last: dict[str, int] = {}
+        """When that was, the last time, as of time.time_ns()."""
         self._counters = counters
         self._sequence = 0
         self._entries: set[trio.MemorySendChannel[Notification]] = set()
 
-    def delivered(self, signals: Sequence[Signal]) -> None:
-        """State files were written."""
-        self.inbound.add(signals)
-        self._carried(signals)
-
-    def sent(self, signals: Sequence[Signal]) -> None:
+    def accepted(self, signals: Sequence[Signal]) -> None:
         """The link has accepted frames."""
-        self.outbound.add(signals)
-        self._carried(signals)
+        now = time.time_ns()
+        for signal in signals:
+            self.sent[signal.name] += 1
+            self.sent_last[signal.name] = now
+        self.carried(signals)
 
-    def _carried(self, signals: Sequence[Signal]) -> None:
+    def carried(self, signals: Sequence[Signal]) -> None:
+        """Tell of what was carried."""
         self.listener.carried(signals, self._sequence + 1)
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):

@@ -115,16 +115,20 @@ class Proxy:
     def _signal_status(self, signal: Signal) -> SignalStatus:
         from inco_trio.status import SignalStatus
 
-        inbound = signal.direction is Direction.INBOUND
-        tally = self._parts.events.inbound if inbound else self._parts.events.outbound
-        last = tally.last.get(signal.name)
-        states = self._registers.states
+        events, states = self._parts.events, self._registers.states
+        owed = 0
+        if signal.direction is Direction.INBOUND:
+            file, owed = states.file_of(signal.name), states.owed_of(signal.name)
+            count, last, failures = file.count, file.last, file.failures
+        else:
+            count, last = events.sent[signal.name], events.sent_last.get(signal.name, 0)
+            failures = self._outbound.failures[signal.name]
         return SignalStatus(
             signal=signal,
-            count=tally.counts[signal.name],
-            last=None if last is None else last / 1e9,
-            failures=states.failures(signal.name) if inbound else self._outbound.failures[signal.name],
-            owed=states.owed_of(signal.name) if inbound else 0,
+            count=count,
+            last=last / 1e9 if last else None,
+            failures=failures,
+            owed=owed,
             problem=self._registers.problem(signal),
         )
 
@@ -383,7 +387,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     events = Events(counters, ground.listener)
     ignored = events.listener.ignored
-    handoffs = (Handoff(inflight.watches, events.delivered), Handoff(inflight.watches, events.sent))
+    handoffs = (Handoff(inflight.watches, events.carried), Handoff(inflight.watches, events.accepted))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored)
     outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, ignored)
     inbound.recover()

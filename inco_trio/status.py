@@ -16,7 +16,7 @@ class SignalStatus:
 
     signal: Signal
     count: int
-    """How often it was carried since the proxy was opened."""
+    """How often its state file was written, or its frame sent, since it is in the table."""
     last: float | None
     """When it was carried last, in seconds since 1970."""
     failures: int

@@ -33,6 +33,9 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def time_ns(self) -> int:
+        return round(self.now * 1e9)
+
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Give the registers this time."""
         for room in ("directories", "registers", "states", "triggers"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import attrs
@@ -35,6 +37,10 @@ class StateFile:
     directory: Directory
     fd: int = -1
     """Open while the disk has no room for the `1`: closing it now would be a notification for who watches the file."""
+    count: int = 0
+    """How often it was written."""
+    last: int = 0
+    """When it was written last, as of time.time_ns()."""
     failures: int = 0
     """Attempts to write it that failed."""
 
@@ -45,14 +51,17 @@ class StateFile:
         """
         if self.fd >= 0:
             self._check_still_there()
-        fd = self.fd
+        fd, self.fd = self.fd, -1
         if fd < 0:
             directory = self.directory.fd
             if directory < 0:
                 raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-            fd = self.fd = os.open(self.signal.register, WRITE_FLAGS, dir_fd=directory)
-        os.write(fd, b"1")
-        self.fd = -1
+            fd = os.open(self.signal.register, WRITE_FLAGS, dir_fd=directory)
+        try:
+            os.write(fd, b"1")
+        except OSError:
+            self.fd = fd
+            raise
         os.close(fd)
 
     def _check_still_there(self) -> None:
@@ -127,9 +136,9 @@ class StateFiles:
         """Notifications of one signal that are not written yet."""
         return self._owed[name.encode()]
 
-    def failures(self, name: str) -> int:
-        """Attempts to write the state file of a signal that failed."""
-        return self._files[name].failures
+    def file_of(self, name: str) -> StateFile:
+        """The state file of a signal."""
+        return self._files[name]
 
     def write(self, signals: Iterable[Signal]) -> None:
         """Write the state file of each signal, in order. What cannot be written now is owed."""
@@ -152,8 +161,16 @@ class StateFiles:
                     continue
             owed[signal.name.encode()] += 1
             owing = True
+        if not written:
+            return
         self._counters.delivered += len(written)
-        for directory in {file.directory for file in set(written)}:  # As a rule, a few files again and again.
+        now = time.time_ns()
+        # As a rule, one file, or a few again and again.
+        counted = Counter(written) if len(written) > 1 else {written[0]: 1}
+        for file, number in counted.items():
+            file.count += number
+            file.last = now
+        for directory in {file.directory for file in counted}:
             if not directory.current:
                 # Replaced meanwhile: these may have gone to the old one.
                 for file in written:
@@ -187,6 +204,8 @@ class StateFiles:
                 # Else what was written may have gone to a directory that was replaced meanwhile.
                 if written and directory.current:
                     self._counters.delivered += written
+                    file.count += written
+                    file.last = time.time_ns()
                     self._owed[key] -= written
                 yield not refused
                 if refused:
