@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -21,7 +22,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from inco_trio.commands.monitor import _Lines
+from inco_trio.commands.status import _board_lines, _duration
+from inco_trio.control.client import Client as AskingClient
+from inco_trio.control.client import client_of, connect
 from inco_trio.control.openmetrics import openmetrics
+from inco_trio.errors import ControlMissing, ResourceRefused
 from inco_trio.frame import encode
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE, StartProxy
@@ -273,7 +279,9 @@ def test_without_a_proxy_it_listens_on_the_interface_itself(
 ) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
-    command = [*COMMAND, "monitor", cores.link, "--json", "--count", "2"]
+    # Without the sockets of others in /run: they may have a link of this name, too.
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
+    command = [*hidden, *COMMAND, "monitor", cores.link, "--json", "--count", "2"]
 
     def popen() -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -364,6 +372,125 @@ def test_who_is_no_proxy(tmp_path: Path) -> None:
         assert done.returncode == code
         assert text in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
+    """Somebody who says something to the first who connects, at the path that is returned, and then no more."""
+    with ExitStack() as stack:
+
+        def start(said: bytes) -> Path:
+            path = tmp_path / f"{len(list(tmp_path.iterdir()))}.sock"
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listening.bind(str(path))
+            listening.listen(1)
+
+            def answer() -> None:
+                client, _ = listening.accept()
+                stack.callback(client.close)
+                client.sendall(said)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            stack.callback(thread.join)
+            return path
+
+        yield start
+
+
+GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boards": ["x"]}\n'
+
+
+def test_a_proxy_that_says_no_more(server: Callable[[bytes], Path]) -> None:
+    with AskingClient(server(GREETING)) as client, pytest.raises(ControlMissing, match="the proxy does not answer"):
+        client.request({"request": "status"}, patience=0.05)
+
+
+def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], Path]) -> None:
+    with AskingClient(server(GREETING + b'{"event": "link"}\n{"monitor": true}\n')) as client:
+        assert client.request({"request": "monitor"}) == {"monitor": True}
+        assert next(client.events(0.05)) == {"event": "link"}
+        client.wait(0.01)
+
+
+def test_the_proxies_of_others_are_passed_over(
+    server: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
+    place = argparse.Namespace(control=None, link="y")
+    with pytest.raises(ControlMissing, match=f"no proxy of y answers in {tmp_path} or "):
+        connect(place)
+    server(GREETING)
+    with pytest.raises(ControlMissing, match="no proxy of y answers"):
+        connect(place)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    server(b'{"error": "busy", "message": "later"}\n')
+    with pytest.raises(ResourceRefused, match="later"):
+        connect(place)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    server(GREETING)
+    assert client_of(2) is None
+    for path in tmp_path.iterdir():
+        path.unlink()
+    server(b"nonsense\n")
+    assert client_of(2) is None
+
+
+@pytest.mark.netns
+def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -> None:
+    board.running()
+    board.home.chmod(0o711)
+    for directory in board.path.parents[:-1]:
+        directory.chmod(directory.stat().st_mode | 0o111)
+    command = [*nobody, *COMMAND, "status", "--control", str(board.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 77
+    assert done.stderr == (
+        f"inco-trio: error: {board.path}: only root, the user of the proxy and its group may ask it"
+        " (run as one of them)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.25, "250 ms"), (7, "7.0 s"), (60, "1 min"), (3600 * 5 + 120, "5 h 2 min"), (86400 * 3 + 7200, "3 d 2 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert _duration(seconds) == text
+
+
+def test_a_board_in_words() -> None:
+    assert [*_board_lines({"board": "b", "open": False, "problem": "no room"}, None, None)] == ["b: not open: no room"]
+    signal = {
+        "signal": "s",
+        "direction": "inbound",
+        "register": "/s",
+        "count": 9,
+        "last": 1.0,
+        "owed": 2,
+        "failures": 3,
+    }
+    leg = {"leg": "send", "restarts": 2, "problem": None, "last_problem": "No buffer space available"}
+    told = {"board": "b", "open": True, "since": 1.0, "running": True, "holder": "systemd", "link": "b"}
+    told |= {"description": "d", "signals": [signal | {"problem": "cannot write"}], "legs": [leg], "counters": {}}
+    past = told | {"signals": [signal | {"count": 5}]}
+    _, _, _, row, problem, restarted = _board_lines(told, 2.0, past)
+    assert row.split()[:4] == ["in", "s", "9", "2"]
+    assert problem == "  s: /s: cannot write"
+    assert restarted == "  send: restarted 2 times; last: No buffer space available"
+
+
+def test_events_in_words() -> None:
+    lines = _Lines()
+
+    def line(**event: object) -> str:
+        return lines.line({"time": 0.25, "monotonic_ns": 0, **event}).split(" ", 1)[1]
+
+    assert line(event="lost", count=3) == "3 events were lost here: they came faster than they could be shown"
+    assert line(event="problem", level="warning", message="m") == "warning: m"
+    assert line(event="new", board="b") == "b: info: new"
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ class Client:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the connection."""
         self._sock.close()
 
     def request(self, request: Mapping[str, object], patience: float | None = PATIENCE) -> dict[str, Any]:
@@ -169,11 +173,11 @@ def connect(args: argparse.Namespace) -> Client:
         if args.link is None or _is_called(client, args.link):
             found.append(client)
         else:
-            client.__exit__(None, None, None)
+            client.close()
     if len(found) == 1:
         return found[0]
     for client in found:
-        client.__exit__(None, None, None)
+        client.close()
     if found:
         named = ", ".join(f"{client.greeting['name']} (--control {client.path})" for client in found)
         raise UsageError(f"{len(found)} proxies answer: name one of {named}")
@@ -193,7 +197,7 @@ def client_of(pid: int) -> Client | None:
             continue
         if client.greeting.get("pid") == pid:
             return client
-        client.__exit__(None, None, None)
+        client.close()
     return None
 
 
