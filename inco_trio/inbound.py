@@ -6,6 +6,8 @@ import functools
 import logging
 from collections.abc import Callable
 
+import trio
+
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
@@ -24,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class Inbound:
-    """Reads frames into the in-flight memory, and writes the state files of their signals."""
+    """Reads frames into the in-flight memory, and writes the state files of their signals.
+
+    With less than FRAMES `at_once`, it lets other tasks run after each batch, which costs a rate that is high some of it.
+    """
 
     def __init__(
         self,
@@ -34,6 +39,7 @@ class Inbound:
         inflight: Inflight,
         counters: Counters,
         ignored: Callable[[str, str | None], None] = lambda *_: None,
+        at_once: int = FRAMES,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -41,13 +47,14 @@ class Inbound:
         self._inflight = inflight
         self._counters = counters
         self._ignored = ignored
+        self._at_once = at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
         """Where the frames of a batch go, for each bank; a board of many that never has one does without."""
-        starts = range(0, FRAMES * FRAME_STEP, FRAME_STEP)
+        starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
     def recover(self) -> None:
@@ -90,7 +97,7 @@ class Inbound:
             if signal is not None or (signal := self._decode(room, length)) is not None:
                 signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_MAX)
-        drained = len(lengths) < FRAMES and lengths[-1] <= SHORT
+        drained = len(lengths) < self._at_once and lengths[-1] <= SHORT
         return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
 
     def _decode(self, room: memoryview, length: int) -> Signal | None:
@@ -119,10 +126,13 @@ class Inbound:
             return
         burst = False
         while batch := self._read(self._link):
-            if batch.drained and len(self._handoff.unfinished) == 1:
+            if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
                 # Nor is there a backlog behind these, which could be read while they are written.
                 self._deliver(batch)
-                break
+                if batch.drained:
+                    break
+                await trio.lowlevel.checkpoint()  # It is the turn of the other boards.
+                continue
             burst = True
             await self._handoff.hand_over(batch)
         if burst:

@@ -36,6 +36,8 @@ __all__ = ["Proxies", "open_proxies"]
 
 logger = logging.getLogger(__name__)
 
+FRAMES_AT_ONCE = 16
+"""The most frames that a board takes before it is the turn of the others."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
 """Seconds until a board that could not be opened is tried again: the first time, and at most."""
@@ -137,7 +139,15 @@ class Proxies:
         except OSError as error:
             raise refusal(error, "shared memory") from error
         share = self._shared.share(inflight)
-        ground = Ground(inflight, share, {"inflight": inflight.fd}, self._around, self._bundle is None, self._listener)
+        ground = Ground(
+            inflight,
+            share,
+            {"inflight": inflight.fd},
+            self._around,
+            self._bundle is None,
+            self._listener,
+            FRAMES_AT_ONCE,
+        )
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     # ------------------------------------------------------------------------------------------------ for callers

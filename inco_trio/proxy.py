@@ -22,7 +22,7 @@ from inco_trio.events import Events, Listener, Notification
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
-from inco_trio.keep.inflight import Inflight
+from inco_trio.keep.inflight import FRAMES, Inflight
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.outbound import Outbound
@@ -284,6 +284,8 @@ class Ground:
     leave_nothing: bool
     """Whether no successor is expected."""
     listener: Listener | None = None
+    frames_at_once: int = FRAMES
+    """The most frames of one turn, see `Inbound`."""
 
 
 @asynccontextmanager
@@ -388,7 +390,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     events = Events(counters, ground.listener)
     ignored = events.listener.ignored
     handoffs = (Handoff(inflight.watches, events.carried), Handoff(inflight.watches, events.accepted))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored)
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored, ground.frames_at_once)
     outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, ignored)
     inbound.recover()
     outbound.recover()
