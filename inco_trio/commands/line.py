@@ -134,7 +134,7 @@ def parser(command: str | None = None) -> _Parser:
     made = _Parser(
         prog="inco-trio",
         description="Carries inter-core interrupts between the cores of an AMP board, and of its simulation.",
-        epilog=f"Try it: inco-trio demo\n\n{EXIT_CODES}",
+        epilog=f"Try it: inco-trio demo\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

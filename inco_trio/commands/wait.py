@@ -48,8 +48,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `wait`."""
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
-        "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        f"Exit code 0: it came; 1: it did not.\n{EXIT_CODES}"
+        "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n" + EXIT_CODES
     )
     add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
