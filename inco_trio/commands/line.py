@@ -28,15 +28,17 @@ COMMANDS = {
     "doctor": "find what keeps notifications from coming",
     "status": "tell how a running proxy is, and what it has carried",
     "monitor": "show each notification as it happens",
+    "send": "make notifications, through the proxy, as an application or as core 1",
+    "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",
     "s6": "write an s6 scan directory that runs the proxy, or print a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 1 the demonstration lost something or `doctor` found a fault, 2 usage, 3 `doctor`
-warns, 69 a program or device is not there (as the link), 70 internal error, 71 no room now
-(descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
+exit codes: 0 clean, 1 the demonstration lost something, `doctor` found a fault, `wait` waited in vain,
+2 usage, 3 `doctor` warns, 69 a program or device is not there (as the link), 70 internal error, 71 no
+room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 
@@ -132,7 +134,7 @@ def parser(command: str | None = None) -> _Parser:
     made = _Parser(
         prog="inco-trio",
         description="Carries inter-core interrupts between the cores of an AMP board, and of its simulation.",
-        epilog=f"Try it: inco-trio demo\n\n{EXIT_CODES}",
+        epilog=f"Try it: inco-trio demo\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

@@ -110,6 +110,20 @@ class Client:
             except ControlMissing:
                 return
 
+    def fileno(self) -> int:
+        """The descriptor that is readable when `arrived` has something new."""
+        return self._sock.fileno()
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """The events of a monitor that are there, without waiting. Raises ControlMissing once the proxy has ended."""
+        if not self._events and b"\n" not in self._received and select.select([self._sock], [], [], 0)[0]:
+            self._receive()
+        while (line := self._line()) is not None:
+            self._events.append(line)
+        events = list(self._events)
+        self._events.clear()
+        return events
+
     def wait(self, seconds: float) -> None:
         """Wait, while the proxy says nothing. Raises ControlMissing if it ends meanwhile."""
         if select.select([self._sock], [], [], seconds)[0]:
@@ -117,16 +131,26 @@ class Client:
             self._events.append(self._read())
 
     def _read(self) -> dict[str, Any]:
-        while (end := self._received.find(b"\n")) < 0:
-            try:
-                data = self._sock.recv(1 << 16)
-            except TimeoutError as error:
-                raise ControlMissing(f"{self.path}: the proxy does not answer") from error
-            except OSError as error:
-                raise self._gone() from error
-            if not data:
-                raise self._gone()
-            self._received += data
+        while (line := self._line()) is None:
+            self._receive()
+        return line
+
+    def _receive(self) -> None:
+        try:
+            data = self._sock.recv(1 << 16)
+        except TimeoutError as error:
+            raise ControlMissing(f"{self.path}: the proxy does not answer") from error
+        except OSError as error:
+            raise self._gone() from error
+        if not data:
+            raise self._gone()
+        self._received += data
+
+    def _line(self) -> dict[str, Any] | None:
+        """The next line, or None if it is not there yet."""
+        end = self._received.find(b"\n")
+        if end < 0:
+            return None
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         try:

@@ -15,7 +15,6 @@ import termios
 from typing import NamedTuple, Protocol
 
 import pyinotify
-import trio
 
 __all__ = ["Event", "Inotify", "Watcher", "parse_events"]
 
@@ -128,6 +127,8 @@ class Inotify:
 
     async def wait_readable(self) -> None:
         """Wait until events may be queued."""
+        import trio  # here, as a tool that only reads has no need of it: the import takes 0.1 s
+
         await trio.lowlevel.wait_readable(self.fd)
 
     def watch(self, path: str, mask: int) -> int:

@@ -1,0 +1,636 @@
+"""`inco-trio send` and `inco-trio wait`, as shell tests use them, beside a real daemon and without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.commands import send as send_command
+from inco_trio.commands.send import _Schedule
+from inco_trio.commands.signalling import alone
+from inco_trio.frame import decode, encode
+from inco_trio.simulation.world import Cores
+from netns.fixtures import DEADLINE, Proxy, StartProxy
+from tests.core1 import Here
+from tests.support_control import MAC, Board
+from tests.support_proxy import write_udrv
+
+README = Path(__file__).parents[1] / "README.md"
+COMMAND = [sys.executable, "-m", "inco_trio"]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No configuration from outside, the command `inco-trio` for shells, and no proxy but the test's."""
+    monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
+    program = tmp_path / "bin/inco-trio"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m inco_trio "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        yield Board(tmp_path, stack)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A command that goes on, whose command of --after says that it listens."""
+    with ExitStack() as stack:
+
+        def start(*words: str | Path) -> subprocess.Popen[str]:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [*COMMAND, *map(str, words), "--after", "echo listening"], stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            assert process.stdout.readline() == "listening\n"
+            return process
+
+        yield start
+
+
+def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=DEADLINE, check=False,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
+
+
+def error(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
+    """The exit code and the one line that says what is wrong."""
+    assert done.stdout == ""
+    assert done.stderr.startswith("inco-trio: error: ")
+    assert done.stderr.count("\n") == 1
+    return done.returncode, done.stderr.removeprefix("inco-trio: error: ").rstrip("\n")
+
+
+def received(peer: socket.socket, count: int) -> list[bytes | None]:
+    return [decode(peer.recv(2000)) for _ in range(count)]
+
+
+def core1_link(board: Board) -> str:
+    return f"unix:{board.home}/core1,peer={board.home}/core0"
+
+
+# ----------------------------------------------------------------------------------------------- through the proxy
+
+
+def test_send_through_the_proxy(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    done = run("send", "redun_notify_irq", "--control", board.path, "--count", "3", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    said = json.loads(done.stdout)
+    assert (said["signal"], said["sent"], said["where"]) == ("redun_notify_irq", 3, f"through {board.home}/core0")
+    assert received(peer, 3) == [b"redun_notify_irq"] * 3
+    assert run("send", "redun_notify_irq", "--control", board.path, "-q").stdout == ""
+    done = run("send", "redun_notify_irq", "--control", board.path)
+    assert done.stdout.startswith(f"redun_notify_irq: 1 sent, through {board.home}/core0, in 0.")
+
+
+def test_the_only_proxy_is_found_and_its_link_names_it(board: Board) -> None:
+    runtime = board.home / "xdg/inco-trio"
+    runtime.mkdir(parents=True)
+    left = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    left.bind(str(runtime / "left.sock"))
+    left.close()
+    peer = board.core1()
+    proxy = board.start(control=str(runtime / "board.sock"))
+    proxy.wait_ready()
+    assert run("send", "redun_notify_irq", board.link).returncode == 0
+    assert received(peer, 1) == [b"redun_notify_irq"]
+    done = run("send", "redun_notify_irq", "unix:/x/a,peer=/x/b")
+    assert error(done)[0] == 69
+    assert "no proxy of unix:/x/a,peer=/x/b answers" in done.stderr
+
+
+def test_a_rate_is_kept(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    done = run("send", "redun_notify_irq", "--control", board.path, "--count", "5", "--rate", "50", "--json")
+    assert received(peer, 5) == [b"redun_notify_irq"] * 5
+    assert json.loads(done.stdout)["seconds"] >= 0.08
+
+
+def test_wait_at_the_proxy(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    after = f"inco-trio send redun_notify_irq --control {board.path} -q"
+    done = run("wait", "redun_notify_irq", "--control", board.path, "--timeout", "15", "--after", after)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" outbound redun_notify_irq\n")
+    assert received(peer, 1) == [b"redun_notify_irq"]
+
+
+def test_the_example_of_the_readme(board: Board) -> None:
+    (line,) = re.findall(r"^    (inco-trio wait .* --after .*)$", README.read_text(), re.MULTILINE)
+    board.core1()
+    runtime = board.home / "xdg/inco-trio"
+    runtime.mkdir(parents=True)
+    board.start(control=str(runtime / "board.sock")).wait_ready()
+    done = subprocess.run(
+        ["/bin/sh", "-c", line], cwd=board.home, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith(" outbound redun_notify_irq\n")
+
+
+def test_wait_for_several_and_for_nothing_else(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+    peer = board.core1()
+    board.running()
+    waiting = started("wait", "ihub_hwwd_irq", "--control", board.path, "--count", "2", "--json")
+    board.inbound(peer, encode(b"ihub_reset_irq", MAC))
+    board.inbound(peer)
+    board.inbound(peer)
+    out, err = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, err) == (0, "")
+    assert [json.loads(line)["signal"] for line in out.splitlines()] == ["ihub_hwwd_irq"] * 2
+
+
+def test_wait_in_vain(board: Board) -> None:
+    board.running()
+    done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0.01")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.01 s\n"
+    done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+
+
+def test_the_proxy_ends_while_it_is_waited_for(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+    proxy = board.running()
+    waiting = started("wait", "ihub_hwwd_irq", "--control", board.path)
+    proxy.stop()
+    _, err = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, err) == (69, f"inco-trio: error: {board.path}: the proxy has ended\n")
+
+
+def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) -> None:
+    board.running()
+    with subprocess.Popen(
+        [*COMMAND, "send", "redun_notify_irq", "--control", str(board.path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("inco-trio: the link is down, or core 1 is not there")
+        assert received(board.core1(), 1) == [b"redun_notify_irq"]
+        assert process.wait(DEADLINE) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("send", "redun_notfy_irq"), "redun_notfy_irq: no such signal (there are: redun_notify_irq)"),
+        (("send", "ihub_hwwd_irq"), "ihub_hwwd_irq: is not sent by core 0: core 1 sends it (--as core1 LINK)"),
+        (
+            ("wait", "ihub_hwd_irq"),
+            "ihub_hwd_irq: no such signal (there are: ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq)",
+        ),
+        (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': there are {home}/core0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_a_proxy_does_not_have(board: Board, words: tuple[str, ...], complaint: str) -> None:
+    board.running()
+    assert error(run(*words, "--control", board.path)) == (2, complaint.format(home=board.home))
+
+
+def test_the_boards_of_a_proxy(board: Board) -> None:
+    boards = board.home / "boards"
+    boards.mkdir()
+    for name in ("a", "b"):
+        (boards / f"{name}.json").write_text(
+            json.dumps(
+                {
+                    "link": f"unix:{board.home}/{name}0,peer={board.home}/{name}1",
+                    "irq_dir": str(board.home / name),
+                }
+            )
+        )
+    with ExitStack() as stack:
+        peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        peer.bind(f"{board.home}/b1")
+        peer.settimeout(DEADLINE)
+        runtime = board.home / "xdg/inco-trio"
+        runtime.mkdir(parents=True)
+        arguments = ["--boards", str(boards), "--control", str(runtime / "boards.sock")]
+        proxy = Proxy(Here(), arguments, {}, board.home / "log")  # type: ignore[arg-type]
+        stack.callback(proxy.close)
+        proxy.wait_ready()
+        code, complaint = error(run("send", "redun_notify_irq", "--control", runtime / "boards.sock", "--board", "c"))
+        assert (code, complaint) == (2, "board 'c': there are a, b")
+        done = run("wait", "redun_notify_irq", "b", "--timeout", "15", "--after", "inco-trio send redun_notify_irq b")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "redun_notify_irq: 1 sent, through b, in " in done.stdout
+        assert received(peer, 1) == [b"redun_notify_irq"]
+
+
+@pytest.mark.netns
+def test_others_may_wait_if_the_group_lets_them_but_not_send(board: Board, nobody: list[str], tmp_path: Path) -> None:
+    board.core1()
+    board.running()
+    for path in (board.path.parent, *board.path.parents):
+        if path.is_relative_to(tmp_path.parents[1]):
+            path.chmod(0o755)
+
+    def ask(*words: str) -> subprocess.CompletedProcess[str]:
+        whole = [*nobody, *COMMAND, *words, "--control", str(board.path)]
+        return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+    assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
+    board.path.chmod(0o666)
+    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user that the proxy runs as may send")
+    assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
+
+
+def test_no_proxy(tmp_path: Path) -> None:
+    assert error(run("send", "x", "--control", tmp_path / "none")) == (69, f"{tmp_path}/none: no proxy listens there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
+        stale.bind(str(tmp_path / "stale"))
+    code, complaint = error(run("wait", "x", "--control", tmp_path / "stale"))
+    assert (code, complaint) == (69, f"{tmp_path}/stale: no proxy listens there")
+
+
+# ------------------------------------------------------------------------------------------------- as an application
+
+
+def test_send_as_an_application(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    done = run("send", "redun_notify_irq", "--irq-dir", board.irq)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"redun_notify_irq: 1 sent, by {board.irq}/message_6_trig, in ")
+    assert received(peer, 1) == [b"redun_notify_irq"]
+
+
+def test_send_and_wait_by_the_configuration(board: Board) -> None:
+    peer = board.core1()
+    udrv = write_udrv(board.home / "udrv.json", board.irq)
+    board.running("--config", str(udrv))
+    assert run("send", "ihub_crash_log_irq", "--config", udrv, "--count", "4", "--rate", "100").returncode == 0
+    assert received(peer, 4) == [b"ihub_crash_log_irq"] * 4
+
+
+def test_wait_as_an_application(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+    peer = board.core1()
+    board.running()
+    waiting = started("wait", "ihub_hwwd_irq", "--irq-dir", board.irq, "--count", "3", "--timeout", "15")
+    board.trigger()
+    for _ in range(3):
+        board.inbound(peer)
+    out, err = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, err) == (0, "")
+    assert [line.split()[1:] for line in out.splitlines()] == [["inbound", "ihub_hwwd_irq"]] * 3
+
+
+def test_wait_follows_what_is_replaced(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+    irq = tmp_path / "above/irq"
+    irq.mkdir(parents=True)
+    state = irq / "message_5_state"
+    state.touch()
+    waiting = started("wait", "ihub_hwwd_irq", "--irq-dir", irq, "--count", "4", "--timeout", "15")
+    assert waiting.stdout is not None
+    state.write_text("1")
+    assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
+    state.unlink()
+    state.write_text("1")  # a new file
+    assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
+    # Another directory takes the place; that of another name is nothing, and neither is a write in the old one.
+    other = tmp_path / "above/other"
+    other.mkdir()
+    (other / "message_5_state").touch()
+    irq.rename(tmp_path / "away")
+    other.rename(irq)
+    (tmp_path / "away/message_5_state").write_text("1")
+    assert wait_until_counted(waiting, state) == 0
+    out, err = waiting.communicate(timeout=DEADLINE)
+    assert (out, err) == ("", "")
+
+
+def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
+    """Write until it has seen two: when it follows a directory, nothing tells but that."""
+    deadline = time.monotonic() + DEADLINE
+    while waiting.poll() is None:
+        assert time.monotonic() < deadline
+        state.write_text("1")
+    assert waiting.stdout is not None
+    assert [waiting.stdout.readline().split()[1:] for _ in range(2)] == [["inbound", "ihub_hwwd_irq"]] * 2
+    return waiting.returncode
+
+
+def test_a_directory_that_is_made_again_is_awaited(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    irq = tmp_path / "above/irq"
+    irq.mkdir(parents=True)
+    state = irq / "message_5_state"
+    state.touch()
+    waiting = started("wait", "ihub_hwwd_irq", "--irq-dir", irq, "--count", "2", "--timeout", "15")
+    state.unlink()
+    irq.rmdir()
+    irq.parent.rmdir()
+    irq.mkdir(parents=True)
+    assert wait_until_counted(waiting, state) == 0
+
+
+@pytest.mark.parametrize("command", ["send", "wait"])
+def test_registers_that_are_not_there(tmp_path: Path, command: str) -> None:
+    name, register = (
+        ("redun_notify_irq", "message_6_trig") if command == "send" else ("ihub_hwwd_irq", "message_5_state")
+    )
+    missing = f"{tmp_path}/irq/{register}: is missing: no proxy seems to run, which would have made it"
+    assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
+    (tmp_path / "irq").mkdir()
+    assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
+    assert list((tmp_path / "irq").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "null"])
+def test_a_trigger_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "message_6_trig"
+    make: dict[str, Callable[[], None]] = {
+        "directory": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "symlink": lambda: path.symlink_to("/etc/passwd"),
+        "null": lambda: path.symlink_to("/dev/null"),
+    }
+    make[kind]()
+    assert error(run("send", "redun_notify_irq", "--irq-dir", tmp_path)) == (
+        2,
+        f"{path}: is no register, which is a regular file",
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- as core 1
+
+
+def test_send_as_core1(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+    board.running()
+    waiting = started("wait", "ihub_hwwd_irq", "--control", board.path, "--count", "30", "--timeout", "15", "-q")
+    done = run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board), "--count", "30")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"ihub_hwwd_irq: 30 sent, as core 1 on {core1_link(board)}, in ")
+    assert waiting.communicate(timeout=DEADLINE) == ("", "")
+    assert waiting.returncode == 0
+    assert not (board.home / "core1").exists()
+
+
+def test_wait_as_core1(board: Board) -> None:
+    board.running()
+    after = f"inco-trio send redun_notify_irq --irq-dir {board.irq} --count 20 -q"
+    done = run(
+        "wait",
+        "redun_notify_irq",
+        "--as",
+        "core1",
+        core1_link(board),
+        "--count",
+        "20",
+        "--timeout",
+        "15",
+        "--after",
+        after,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[1:] for line in done.stdout.splitlines()] == [["outbound", "redun_notify_irq"]] * 20
+
+
+def test_core1_waits_for_its_own_signal(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0:
+        core0.bind(f"{tmp_path}/core0")
+        waiting = started("wait", "a_irq", "--as", "core1", f"unix:{tmp_path}/core1,peer={tmp_path}/core0")
+        for name in (b"b_irq", b"a_irq"):
+            core0.sendto(encode(name, MAC), f"{tmp_path}/core1")
+        out, _ = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
+
+
+def test_core1_waits_in_vain(tmp_path: Path) -> None:
+    link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
+    done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 came in 0.01 s\n")
+    done = run("wait", "a_irq", "--as", "core1", link, "--after", "exit 5")
+    assert (done.returncode, done.stderr) == (5, "inco-trio: the command of --after failed: exit code 5\n")
+    assert not (tmp_path / "core1").exists()
+
+
+def test_core1_where_nobody_or_somebody_else_is(board: Board) -> None:
+    code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
+    assert code == 69
+    assert complaint.startswith(f"{board.home}/core1: takes no frames now: nobody is at {board.home}/core0")
+    board.running()
+    code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", board.link))
+    assert code == 69
+    assert complaint.endswith("or name another path (core 1's path comes first here, then peer=CORE0)")
+
+
+@pytest.mark.netns
+def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -> None:
+    proxy("--irq-dir", irq_dir)
+    inside = [*COMMAND, "send", "ihub_hwwd_irq", "--as", "core1", cores.link, "--count", "100"]
+
+    def send() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(inside, capture_output=True, text=True, timeout=DEADLINE, check=False)
+
+    after = ["wait", "ihub_hwwd_irq", "--irq-dir", str(irq_dir), "--count", "100", "--timeout", "15", "-q"]
+    with subprocess.Popen(
+        [*COMMAND, *after, "--after", "echo listening"], stdout=subprocess.PIPE, text=True
+    ) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "listening\n"
+        done = cores.core1.run(send)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert waiting.wait(DEADLINE) == 0
+    inside[3:] = ["send", "x", "--as", "core1", "nothing0"]
+    code, complaint = error(cores.core1.run(send))
+    assert code == 69
+    assert complaint.startswith("nothing0: no such interface (there are: ")
+    assert "wait-link" not in complaint
+
+
+# ------------------------------------------------------------------------------------------------- what makes no sense
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("send", "x", "--count", "0"), "argument --count: '0' is not a whole number above 0"),
+        (("send", "x", "--count", "-1"), "argument --count: '-1' is not a whole number above 0"),
+        (("send", "x", "--count", "9" * 5000), "is not a whole number above 0"),
+        (("send", "x", "--rate", "0"), "argument --rate: '0' is not a number above 0"),
+        (("send", "x", "--rate", "nan"), "argument --rate: 'nan' is not a number above 0"),
+        (("send", "x", "--rate", "inf"), "argument --rate: 'inf' is not a number above 0"),
+        (("send", "x", "--rate", "many"), "argument --rate: 'many' is not a number above 0"),
+        (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan' is not a number of seconds, 0 or more"),
+        (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1' is not a number of seconds, 0 or more"),
+        (("send", "x", "--as", "core0", "l"), "--as core0: core1 is what can be played"),
+        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': is neither"),
+        (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
+        (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),
+        (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config exclude each other"),
+        (("wait", "x", "--irq-dir", ""), "--irq-dir: the path is empty"),
+        (("send", "x", "--irq-dir", "/a"), "x: no such signal (there are: redun_notify_irq)"),
+        (
+            ("wait", "redun_notify_irq", "--irq-dir", "/a"),
+            "redun_notify_irq: is not received by core 0: core 1 receives",
+        ),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
+)
+def test_what_makes_no_sense(words: tuple[str, ...], complaint: str) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert complaint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------- how it ends
+
+
+@pytest.mark.parametrize("command", ["exit 3", "kill -TERM $$", "no-such-program"])
+def test_the_command_fails(tmp_path: Path, command: str) -> None:
+    (tmp_path / "message_5_state").touch()
+    done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--after", command)
+    expected = {"exit 3": 3, "kill -TERM $$": 143, "no-such-program": 127}[command]
+    assert done.returncode == expected
+    assert done.stderr.endswith(f"inco-trio: the command of --after failed: exit code {expected}\n")
+
+
+def test_the_command_is_waited_for(tmp_path: Path) -> None:
+    state = tmp_path / "message_5_state"
+    state.touch()
+    words = ("wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "-q", "--after")
+    assert run(*words, f"echo 1 > {state}").returncode == 0
+    assert run(*words, f"echo 1 > {state}; exec 1>&- 2>&-; read x < {tmp_path}/none; exit 4").returncode == 4
+    # It is ended with the time, whether it came or not.
+    os.mkfifo(tmp_path / "fifo")
+    done = run(
+        "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
+    )
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+    done = run(*words, f"echo 1 > {state}; exec cat {tmp_path}/fifo", "--timeout", "1")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "inco-trio: the command was ended: it went on when the time was over\n",
+    )
+
+
+def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:
+    (tmp_path / "message_5_state").touch()
+    # /bin/sh is there and can be run: only the limit of processes, or this, keeps it from that.
+    code = "import sys; sys.argv[-1] = chr(0); from inco_trio.commands import main; sys.exit(main())"
+    words = ["wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "--after", "x"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    exit_code, complaint = error(done)
+    assert (exit_code, complaint.startswith("--after: cannot be run: ")) == (71, True)
+
+
+def test_a_closed_pipe(tmp_path: Path) -> None:
+    state = tmp_path / "message_5_state"
+    state.touch()
+    words = f"wait ihub_hwwd_irq --irq-dir {tmp_path} --count 3 --after 'for i in 1 2 3; do echo 1 > {state}; done'"
+    shell = f"set -o pipefail; inco-trio {words} | true"
+    done = subprocess.run(["/bin/bash", "-c", shell], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("way", ["proxy", "application", "core1"])
+def test_ctrl_c(board: Board, started: Callable[..., subprocess.Popen[str]], way: str) -> None:
+    board.running()
+    options: dict[str, list[str | Path]] = {
+        "proxy": ["ihub_hwwd_irq", "--control", board.path],
+        "application": ["ihub_hwwd_irq", "--irq-dir", board.irq],
+        "core1": ["redun_notify_irq", "--as", "core1", core1_link(board)],
+    }
+    waiting = started("wait", *options[way])
+    waiting.send_signal(signal.SIGINT)
+    out, err = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, out, err) == (-signal.SIGINT, "", "")
+    assert not (board.home / "core1").exists()
+
+
+def test_what_was_sent_before_the_end_is_said(tmp_path: Path) -> None:
+    trigger = tmp_path / "message_6_trig"
+    trigger.touch()
+    words = ["send", "redun_notify_irq", "--irq-dir", str(tmp_path), "--count", "2", "--rate", "1e-300"]
+    with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + DEADLINE
+        while not trigger.read_text():
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, err) == (-signal.SIGINT, "inco-trio: redun_notify_irq: 1 of 2 were sent\n")
+
+
+class Clock:
+    """Stands in for `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_schedule_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(send_command, "time", clock)
+    schedule, sent = _Schedule(10, 4.0), list[tuple[float, int]]()
+
+    def send(count: int) -> None:
+        sent.append((clock.now - 100, count))
+        # The third one takes a second: the ones after it are made up for.
+        clock.now += 1.0 if len(sent) == 3 else 0.125
+
+    schedule.follow(send)
+    assert sent == [(0, 1), (0.25, 1), (0.5, 1), (1.5, 4), (1.75, 1), (2.0, 1), (2.25, 1)]
+    assert schedule.sent == 10
+    assert schedule.pause() >= 0
+    assert _Schedule(10**30, None).due() == send_command.AT_ONCE
+    assert _Schedule(1, None).pause() == 0
+
+
+def test_an_error_alone_in_groups() -> None:
+    with pytest.raises(KeyboardInterrupt), alone():
+        raise BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])])
+    with pytest.raises(ExceptionGroup), alone():
+        raise ExceptionGroup("", [ValueError(), ValueError()])
+
+
+def test_a_tool_of_a_shell_starts_without_trio(tmp_path: Path) -> None:
+    (tmp_path / "message_6_trig").touch()
+    (tmp_path / "message_5_state").touch()
+    for words in (["send", "redun_notify_irq"], ["wait", "ihub_hwwd_irq", "--timeout", "0"]):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "inco_trio", *words, "--irq-dir", str(tmp_path), "-q"],
+            capture_output=True, text=True, timeout=DEADLINE, check=False,
+        )  # fmt: skip
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "inco_trio.commands.signalling" in imported
+        assert "trio" not in imported
