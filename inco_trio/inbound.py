@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Inbound:
     """Reads frames into the in-flight memory, and writes the state files of their signals.
 
-    With less than FRAMES `at_once`, it lets other tasks run after each batch, which costs a rate that is high some of it.
+    With less than FRAMES `at_once`, it lets other tasks run after each batch, at the cost of some of the highest rate.
     """
 
     def __init__(

@@ -136,7 +136,7 @@ class Place:
 
 @contextlib.contextmanager
 def _never_kept_waiting() -> Iterator[None]:
-    """Have this process run whenever it can, where that is allowed (sched(7)): what it waits for is what is measured."""
+    """Have this process run whenever it can, if that is allowed (sched(7)): how long it waits for a CPU is not ours."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except PermissionError:
