@@ -30,6 +30,7 @@ DEBIAN_PACKAGES = {
     "strace": ("strace",),
     "systemctl": ("systemd",),
     "tcpdump": ("tcpdump",),
+    "tshark": ("tshark",),
 }
 
 # Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.

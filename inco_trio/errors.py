@@ -15,6 +15,7 @@ __all__ = [
     "IncoError",
     "LinkMissing",
     "PermissionRefused",
+    "RecordingRefused",
     "ResourceRefused",
     "UnknownSignal",
     "UsageError",
@@ -56,6 +57,12 @@ class LinkMissing(IncoError):
     """There is no interface of that name."""
 
     exit_code = 69
+
+
+class RecordingRefused(IncoError):
+    """A file that should be a recording is not there, or is none."""
+
+    exit_code = 65
 
 
 class ResourceRefused(IncoError):

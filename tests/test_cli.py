@@ -17,7 +17,7 @@ from inco_trio.commands import check, inco_proxy, main, process_signals
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
-COMMANDS = ("run", "check", "demo", "s6")
+COMMANDS = ("run", "check", "demo", "replay", "s6")
 
 
 @pytest.fixture(autouse=True)

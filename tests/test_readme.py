@@ -38,7 +38,7 @@ def test_options_exist() -> None:
         subprocess.run(
             [sys.executable, "-m", "inco_trio", *command, "--help"], capture_output=True, text=True, check=True
         ).stdout
-        for command in ([], ["run"], ["check"], ["demo"], ["s6"])
+        for command in ([], ["run"], ["check"], ["demo"], ["replay"], ["s6"])
     )
     own = README[: README.index("## Tests")]
     options = set(re.findall(r"(?<![\w<-])--[a-z]+(?:-[a-z]+)*(?![\w>-])", own))

@@ -26,14 +26,15 @@ COMMANDS = {
     "run": "carry signals until SIGTERM or SIGINT",
     "check": "validate the configuration and print the signal table",
     "demo": "show two simulated cores signalling each other; needs no root",
+    "replay": "play one side of a recording, and say what came back",
     "s6": "write an s6 scan directory that runs the proxy, or print a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 1 the demonstration lost something, 2 usage, 69 a program or device is not there
-(as the link), 70 internal error, 71 no room now (descriptors, inotify limits, memory, disk),
-77 no permission, 78 invalid configuration"""
+exit codes: 0 clean, 1 the demonstration lost something, or a replay did not bring all back,
+2 usage, 65 not a recording, 69 a program or device is not there (as the link), 70 internal error,
+71 no room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 
