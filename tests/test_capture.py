@@ -44,6 +44,11 @@ def entries(path: Path, table: SignalTable = TABLE) -> list[Entry]:
         return list(recording)
 
 
+def append_many(recorder: Recorder) -> None:
+    for _ in range(100):
+        recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC))
+
+
 packets = st.lists(
     st.tuples(
         st.integers(0, 2**64 - 1), st.binary(max_size=200), st.sampled_from([None, *Direction]), st.text(max_size=20)
@@ -177,8 +182,7 @@ def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(ResourceRefused, match="File too large: the recording ends after"):
-            for _ in range(100):
-                recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC))
+            append_many(recorder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert 0 < recorder.count == len(entries(tmp_path / "f"))
