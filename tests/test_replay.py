@@ -17,7 +17,7 @@ from inco_trio.capture.recording import Recorder
 from inco_trio.frame import encode
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE, Consumer, Proxy, StartProxy, Tcpdump
+from netns.fixtures import DEADLINE, Consumer, Proxy, StartProxy
 from tests.support_proxy import trigger
 
 MAC = bytes.fromhex("02005e100001")
@@ -85,22 +85,33 @@ def test_what_tcpdump_recorded_is_the_same_again(
 ) -> None:
     proxy("--irq-dir", irq_dir)
     state = watch(irq_dir / "message_4_state")
-    dump = Tcpdump(cores.core1, cores.link)
-    try:
-        dump.wait_listening()
-        for _ in range(COUNT):
-            core1.send(IN.encode())
-            trigger(irq_dir / "message_6_trig")
-            core1.receive(DEADLINE)
-        state.wait(COUNT)
-        seen = [dump.packet() for _ in range(2 * COUNT)]
-    finally:
-        dump.close()
     path = tmp_path / "f"
-    recorder = Recorder(path, "x")
-    for number, data in enumerate(seen):
-        recorder.append(number * 10**6, Direction.INBOUND if IN.encode() in data else Direction.OUTBOUND, "", "", data)
-    recorder.close()
+    command = [
+        "tcpdump",
+        "-i",
+        cores.link,
+        "-n",
+        "--immediate-mode",
+        "-Z",
+        "root",
+        "-c",
+        str(2 * COUNT),
+        "-w",
+        str(path),
+    ]
+    start = functools.partial(subprocess.Popen[str], command, stderr=subprocess.PIPE, text=True)
+    with cores.core1.run(start) as tcpdump:
+        try:
+            assert tcpdump.stderr is not None
+            assert any("listening on" in line for line in iter(tcpdump.stderr.readline, ""))
+            for _ in range(COUNT):
+                core1.send(IN.encode())
+                trigger(irq_dir / "message_6_trig")
+                core1.receive(DEADLINE)
+            state.wait(COUNT)
+            tcpdump.communicate(timeout=DEADLINE)
+        finally:
+            tcpdump.kill()
 
     # As core 1, nobody triggers: what is missing is said.
     code, out, err = cores.core1.run(functools.partial(replay, path, cores.link, "--wait", "0.1"))
@@ -118,7 +129,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
     [
         (("none", "none0"), 65, "none: cannot be read: No such file or directory"),
         (("empty", "none0"), 65, "empty: is no recording: it is empty"),
-        (("f", "none0"), 69, "none0: no such interface yet"),
+        pytest.param(("f", "none0"), 69, "none0: no such interface yet", marks=pytest.mark.netns),
         (("f", "unix:HOME/1,peer=HOME/0"), 69, "HOME/1: nobody is at HOME/0 (No such file or directory): is the"),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: is not there: the proxy makes it, is it running?"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
@@ -153,3 +164,17 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
         f"note: {path}: it is cut after {path.stat().st_size} bytes: what was whole before was played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
+
+
+@pytest.mark.netns
+def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> None:
+    path = record(tmp_path / "f", IN)
+    with path.open("rb") as file:
+        # The way to the file is closed to others; a descriptor is not.
+        path.chmod(0o644)
+        command = [*nobody, sys.executable, "-m", "inco_trio", "replay", f"/proc/self/fd/{file.fileno()}", "lo"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60, pass_fds=[file.fileno()]
+        )
+    assert (done.returncode, done.stdout) == (77, "")
+    assert "lo: opening a packet socket needs CAP_NET_RAW" in done.stderr
