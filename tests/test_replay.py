@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +180,22 @@ def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> N
         )
     assert (done.returncode, done.stdout) == (77, "")
     assert "lo: opening a packet socket needs CAP_NET_RAW" in done.stderr
+
+
+def test_progress_fits_a_terminal_of_20_columns(tmp_path: Path) -> None:
+    path = record(tmp_path / "f", OUT, OUT, apart_ns=1_200_000_000)
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    ours, theirs = pty.openpty()
+    try:
+        termios.tcsetwinsize(theirs, (5, 20))
+        command = [sys.executable, "-m", "inco_trio", "replay", str(path), "--irq-dir", str(irq), "--wait", "0"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=60)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (done.returncode, done.stdout) == (0, f"{OUT}: 2 sent\n")
+    assert "%, 1 sent" in shown
+    assert max(map(len, shown.split("\r"))) < 20

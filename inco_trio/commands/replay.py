@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -142,15 +141,20 @@ async def _show_progress(played: Played, size: int) -> None:
         await trio.sleep(SLOW)
         while True:
             text = f"{100 * played.position // max(size, 1)} %, {played.sent.total()} sent, {played.came.total()} came"
-            width = shutil.get_terminal_size().columns - 1
+            width = _width()
             sys.stderr.write(f"\r{text[:width]:{width}}")
             sys.stderr.flush()
             shown = True
             await trio.sleep(BETWEEN)
     finally:
         if shown:
-            sys.stderr.write(f"\r{'':{shutil.get_terminal_size().columns - 1}}\r")
+            sys.stderr.write(f"\r{'':{_width()}}\r")
             sys.stderr.flush()
+
+
+def _width() -> int:
+    # Of standard error, where progress is shown. One that tells no width has 0 columns.
+    return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
 
 
 def _report(args: argparse.Namespace, path: Path, played: Played, notes: list[str]) -> None:
