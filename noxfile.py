@@ -31,6 +31,7 @@ DEBIAN_PACKAGES = {
     "sysctl": ("procps",),
     "systemctl": ("systemd",),
     "tcpdump": ("tcpdump",),
+    "tshark": ("tshark",),
 }
 
 # Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.

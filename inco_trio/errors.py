@@ -16,6 +16,7 @@ __all__ = [
     "IncoError",
     "LinkMissing",
     "PermissionRefused",
+    "RecordingRefused",
     "ResourceRefused",
     "UnknownSignal",
     "UsageError",
@@ -63,6 +64,12 @@ class ControlMissing(IncoError):
     """No running proxy answers on a control socket."""
 
     exit_code = 69
+
+
+class RecordingRefused(IncoError):
+    """A file that should be a recording is not there, or is none."""
+
+    exit_code = 65
 
 
 class ResourceRefused(IncoError):

@@ -28,17 +28,18 @@ COMMANDS = {
     "doctor": "find what keeps notifications from coming",
     "status": "tell how a running proxy is, and what it has carried",
     "monitor": "show each notification as it happens",
-    "send": "make notifications, through the proxy, as an application or as core 1",
+    "send": "send a signal: by the proxy, as an application, or as core 1",
     "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",
-    "s6": "write an s6 scan directory that runs the proxy, or print a systemd unit",
+    "replay": "play one side of a recording, and say what came back",
+    "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 1 the demonstration lost something, `doctor` found a fault, `wait` waited in vain,
-2 usage, 3 `doctor` warns, 69 a program or device is not there (as the link), 70 internal error, 71 no
-room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
+exit codes: 0 clean, 1 something was lost or did not come back, or `doctor` found a fault, 2 usage,
+3 `doctor` warns, 65 not a recording, 69 a program or device is not there (as the link), 70 internal error,
+71 no room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 

@@ -1,0 +1,267 @@
+"""pcapng and classic pcap: a writer of the first, and a reader of both that streams.
+
+See draft-ietf-opsawg-pcapng and pcap-savefile(5). The libraries there are do not fit: python-pcapng and dpkt have had
+no release since 2022, scapy takes longer to import than a replay lasts, and none of them says where a file is cut.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import attrs
+
+from inco_trio.errors import RecordingRefused
+from inco_trio.signals import Direction
+
+__all__ = ["Interface", "Packet", "Reader", "interface_block", "packet_block", "section_block"]
+
+SECTION, INTERFACE, PACKET = 0x0A0D0D0A, 1, 6
+BYTE_ORDER = 0x1A2B3C4D
+ETHERNET = 1
+"""LINKTYPE_ETHERNET."""
+
+COMMENT, END = 1, 0
+IF_NAME, IF_TSRESOL, IF_TSOFFSET = 2, 9, 14
+SHB_USERAPPL, EPB_FLAGS = 4, 2
+NANOSECONDS = 9
+BILLION = 10**9
+
+DIRECTIONS = {1: Direction.INBOUND, 2: Direction.OUTBOUND}
+"""The lowest two bits of epb_flags."""
+_FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
+
+BLOCK_MAX = 16 * 2**20
+"""The largest block that is read, in bytes; a larger one is damage, as libpcap has it."""
+OPTION_MAX = 0xFFFF
+"""The most bytes of an option."""
+
+# Magic numbers of classic pcap, and how many units of its fraction make a second.
+_CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _option(code: int, value: bytes) -> bytes:
+    return struct.pack("<HH", code, len(value)) + value + bytes(-len(value) % 4)
+
+
+def _text(code: int, text: str) -> bytes:
+    # Cut at a character: what is not UTF-8 is no option of text.
+    return _option(code, text.encode("utf-8", "backslashreplace")[:OPTION_MAX].decode("utf-8", "ignore").encode())
+
+
+def _block(kind: int, body: bytes, options: bytes) -> bytes:
+    if options:
+        options += struct.pack("<HH", END, 0)
+    length = 12 + len(body) + len(options)
+    return struct.pack("<II", kind, length) + body + options + struct.pack("<I", length)
+
+
+def section_block(application: str) -> bytes:
+    """The beginning of a file that `application` writes, little-endian, of a length that is not told."""
+    return _block(SECTION, struct.pack("<IHHq", BYTE_ORDER, 1, 0, -1), _text(SHB_USERAPPL, application))
+
+
+def interface_block(name: str) -> bytes:
+    """An Ethernet interface, whose packets have their time in nanoseconds."""
+    options = _text(IF_NAME, name) + _option(IF_TSRESOL, bytes([NANOSECONDS]))
+    return _block(INTERFACE, struct.pack("<HHI", ETHERNET, 0, 0), options)
+
+
+def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction | None, comment: str = "") -> bytes:
+    """A packet of the interface of that number, at `time_ns` nanoseconds since 1970 (0 to 2**64 - 1)."""
+    options = _text(COMMENT, comment) if comment else b""
+    if direction is not None:
+        options += _option(EPB_FLAGS, struct.pack("<I", _FLAGS[direction]))
+    head = struct.pack("<IIIII", interface, time_ns >> 32, time_ns & 0xFFFFFFFF, len(data), len(data))
+    return _block(PACKET, head + data + bytes(-len(data) % 4), options)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@attrs.frozen
+class Interface:
+    """Where packets were seen. `name` is empty where none is told."""
+
+    name: str
+    linktype: int
+    units: int = 10**6
+    """Units of time in a second."""
+    offset: int = 0
+    """Seconds that are added to the times."""
+
+
+@attrs.frozen
+class Packet:
+    """A packet: `time_ns` since 1970, what was kept of it, its true length, and what else the file tells of it."""
+
+    time_ns: int
+    interface: Interface
+    data: bytes
+    length: int
+    direction: Direction | None = None
+    comment: str = ""
+
+
+class _CutError(Exception):
+    """The file ends, or makes no sense, here."""
+
+
+class Reader:
+    """The packets of a recording, whole ones only, read as they are asked for.
+
+    `cut` says, after the last packet, why the file was not read to its end; None if it was. `application` is who wrote
+    it, as far as it tells. Raises RecordingRefused if `file` is neither pcapng nor pcap.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self.application = ""
+        self.cut: str | None = None
+        self.position = 0
+        """Bytes that were read."""
+        self._file = file
+        self._order = "<"
+        self._interfaces: list[Interface] = []
+        try:
+            magic = self._read(4)
+        except _CutError:
+            raise RecordingRefused(f"{name}: is no recording: it is {'cut' if self.position else 'empty'}") from None
+        self._units = 0
+        if magic != SECTION.to_bytes(4, "little"):
+            for order in "<>":
+                if units := _CLASSIC.get(struct.unpack(f"{order}I", magic)[0]):
+                    self._order, self._units = order, units
+        try:
+            if self._units:
+                self._classic_header()
+            elif magic == SECTION.to_bytes(4, "little"):
+                self._section()
+            else:
+                raise RecordingRefused(f"{name}: is no recording: neither pcapng nor pcap")
+        except _CutError as cut:
+            raise RecordingRefused(f"{name}: is no recording: {cut}") from None
+
+    def __iter__(self) -> Iterator[Packet]:
+        try:
+            yield from self._classic() if self._units else self._blocks()
+        except _CutError as cut:
+            self.cut = str(cut)
+
+    def _read(self, size: int, *, may_end: bool = False) -> bytes:
+        try:
+            data = self._file.read(size)
+        except OSError as error:
+            raise _CutError(f"it cannot be read after {self.position} bytes: {error.strerror}") from error
+        self.position += len(data)
+        if len(data) < size and (data or not may_end):
+            raise _CutError(f"it is cut after {self.position} bytes")
+        return data
+
+    def _unpack(self, layout: str, data: bytes, offset: int = 0) -> tuple[int, ...]:
+        try:
+            return struct.unpack_from(self._order + layout, data, offset)
+        except struct.error:
+            raise self._damage("a block is too short") from None
+
+    def _damage(self, what: str) -> _CutError:
+        return _CutError(f"it is damaged before byte {self.position}: {what}")
+
+    # ------------------------------------------------------------------------------------------------ classic pcap
+
+    def _classic_header(self) -> None:
+        *_, linktype = self._unpack("HHiIII", self._read(20))
+        self._interfaces = [Interface("", linktype & 0xFFFF, self._units)]
+
+    def _classic(self) -> Iterator[Packet]:
+        (interface,) = self._interfaces
+        while head := self._read(16, may_end=True):
+            seconds, fraction, captured, length = self._unpack("IIII", head)
+            if captured > BLOCK_MAX:
+                raise self._damage(f"a packet of {captured} bytes")
+            time_ns = seconds * BILLION + fraction * BILLION // self._units
+            yield Packet(time_ns, interface, self._read(captured), length)
+
+    # ------------------------------------------------------------------------------------------------------ pcapng
+
+    def _section(self) -> None:
+        length, magic = self._read(4), self._read(4)
+        orders = [order for order in "<>" if struct.unpack(f"{order}I", magic)[0] == BYTE_ORDER]
+        if not orders:
+            raise self._damage("the byte order is none")
+        self._order = orders[0]
+        (size,) = self._unpack("I", length)
+        body = self._body(size, 12)
+        major, _minor, _length = self._unpack("HHq", body)
+        if major != 1:
+            raise self._damage(f"version {major} is not known")
+        self._interfaces = []
+        self.application = _string(self._options(body, 12).get(SHB_USERAPPL, b""))
+
+    def _body(self, size: int, already: int) -> bytes:
+        """The rest of a block of `size` bytes, without its last length, which is checked."""
+        if size % 4 or not already + 4 <= size <= BLOCK_MAX:
+            raise self._damage(f"a block of {size} bytes")
+        rest = self._read(size - already)
+        if self._unpack("I", rest, len(rest) - 4) != (size,):
+            raise self._damage("the two lengths of a block differ")
+        return rest[:-4]
+
+    def _blocks(self) -> Iterator[Packet]:
+        while head := self._read(4, may_end=True):
+            (kind,) = self._unpack("I", head)
+            if kind == SECTION:
+                self._section()
+                continue
+            (size,) = self._unpack("I", self._read(4))
+            body = self._body(size, 8)
+            if kind == INTERFACE:
+                self._interfaces.append(self._interface(body))
+            elif kind == PACKET:
+                yield self._packet(body)
+
+    def _interface(self, body: bytes) -> Interface:
+        linktype, _reserved, _snaplen = self._unpack("HHI", body)
+        options = self._options(body, 8)
+        (resolution,) = options.get(IF_TSRESOL, b"\6")[:1] or b"\6"
+        units = 2 ** (resolution & 0x7F) if resolution & 0x80 else 10**resolution
+        offset = options.get(IF_TSOFFSET, bytes(8))
+        return Interface(_string(options.get(IF_NAME, b"")), linktype, units, self._unpack("q", offset)[0])
+
+    def _packet(self, body: bytes) -> Packet:
+        number, high, low, captured, length = self._unpack("IIIII", body)
+        end = 20 + captured
+        if number >= len(self._interfaces) or end > len(body):
+            raise self._damage("a packet of no interface" if end <= len(body) else "a packet is longer than its block")
+        interface = self._interfaces[number]
+        options = self._options(body, end + -captured % 4)
+        flags = self._unpack("I", options[EPB_FLAGS])[0] if EPB_FLAGS in options else 0
+        return Packet(
+            (high << 32 | low) * BILLION // interface.units + interface.offset * BILLION,
+            interface,
+            body[20:end],
+            length,
+            DIRECTIONS.get(flags & 3),
+            _string(options.get(COMMENT, b"")),
+        )
+
+    def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
+        """The options from `offset` on, by their codes; of several with one code, the first."""
+        found: dict[int, bytes] = {}
+        while offset < len(body):
+            code, length = self._unpack("HH", body, offset)
+            if code == END:
+                break
+            offset += 4
+            if offset + length > len(body):
+                raise self._damage("an option is longer than its block")
+            found.setdefault(code, body[offset : offset + length])
+            offset += length + -length % 4
+        return found
+
+
+def _string(value: bytes) -> str:
+    return value.decode("utf-8", "replace").rstrip("\0")

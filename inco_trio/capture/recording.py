@@ -1,0 +1,216 @@
+"""Recordings of notifications: the pcapng file that is written, and the notifications that are in any capture.
+
+A recording has two Ethernet interfaces: the link, with the frames as they were, and `registers`, for notifications that
+came without a frame. Such a one is a frame of the EtherType that IEEE 802 keeps for local experiments, 0x88B5, whose
+payload is a JSON object. A Custom Block would need a number of IANA's, and tshark would not show it; an interface of
+another link type, as LINKTYPE_USER0, would make tcpdump refuse the whole file, since libpcap knows one type a file.
+The flags of each packet tell its direction as core 0 sees it, and a comment names signal and register.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import attrs
+
+from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
+from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefused
+from inco_trio.frame import ADDRESSES, HEADER_LENGTH, decode, is_wire_name
+from inco_trio.signals import Direction, SignalTable
+
+__all__ = ["Entry", "Recorder", "Recording", "open_recording"]
+
+APPLICATION = "inco-trio"
+REGISTERS = "registers"
+"""The interface of notifications without a frame."""
+LOCAL_EXPERIMENT = 0x88B5
+_UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Recorder:
+    """Appends notifications to a file at `path`; what is at that path is replaced, as tcpdump does.
+
+    Without a limit there is one file. With `size_max` (bytes) or `seconds_max` there are several, PATH_00001 and so on
+    in front of the suffix; a new one begins with the entry that would exceed a limit, and of more than `keep` the
+    oldest is removed. Each entry is one write(2), so that the file of a process that was killed can be read.
+
+    Raises PermissionRefused and ResourceRefused, which close the file: what was written before is whole.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        link: str,
+        *,
+        size_max: int | None = None,
+        seconds_max: float | None = None,
+        keep: int | None = None,
+    ) -> None:
+        self.written: list[Path] = []
+        """The files there are, the oldest first."""
+        self.count = 0
+        """Entries in all files."""
+        self._path, self._link = path, link
+        self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
+        self._fd = -1
+        self._number = 0
+        self._size = self._entries = self._first_ns = 0
+        self._open()
+
+    @property
+    def path(self) -> Path:
+        """The file that is written to."""
+        return self.written[-1]
+
+    def append(self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None) -> None:
+        """Append one notification; `frame` is None for one that came without."""
+        if self._fd < 0:
+            raise ResourceRefused(f"{self.path}: is closed")
+        if frame is None:
+            told = {"signal": signal, "direction": direction.value, "register": register}
+            frame, interface = _UNFRAMED + json.dumps(told).encode() + b"\n", 1
+        else:
+            interface = 0
+        comment = f"{direction.value} {signal} {register}".rstrip()
+        block = packet_block(interface, time_ns, frame, direction, comment)
+        if self._is_full(time_ns, len(block)):
+            self.close()
+            self._open()
+        if not self._entries:
+            self._first_ns = time_ns
+        self._write(block)
+        self._entries += 1
+        self.count += 1
+
+    def _is_full(self, time_ns: int, more: int) -> bool:
+        # A file has one entry at least, whatever the limits are.
+        if not self._entries:
+            return False
+        if self._size_max is not None and self._size + more > self._size_max:
+            return True
+        return self._seconds_max is not None and time_ns - self._first_ns >= self._seconds_max * 10**9
+
+    def _open(self) -> None:
+        self._number += 1
+        path = self._path
+        if (self._size_max, self._seconds_max) != (None, None):
+            path = path.with_name(f"{path.stem}_{self._number:05}{path.suffix}")
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+        except OSError as error:
+            kind = PermissionRefused if error.errno in _DENIED else ResourceRefused
+            raise kind(f"{path}: cannot be written: {error.strerror}") from error
+        self.written.append(path)
+        self._size = self._entries = 0
+        self._write(section_block(APPLICATION) + interface_block(self._link) + interface_block(REGISTERS))
+        while self._keep is not None and len(self.written) > max(self._keep, 1):
+            with contextlib.suppress(OSError):  # Somebody else has taken it away.
+                self.written.pop(0).unlink()
+
+    def _write(self, data: bytes) -> None:
+        try:
+            done = os.write(self._fd, data)
+            while done < len(data):  # As much as there was room for: the next one tells why.
+                done += os.write(self._fd, data[done:])
+        except OSError as error:
+            with contextlib.suppress(OSError):  # A pipe cannot be shortened.
+                os.ftruncate(self._fd, self._size)
+            self.close()
+            raise ResourceRefused(
+                f"{self.path}: {error.strerror}: the recording ends after {self.count} notifications, which are kept"
+            ) from error
+        self._size += len(data)
+
+    def close(self) -> None:
+        """Close the file. Does nothing if it is closed."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+@attrs.frozen
+class Entry:
+    """A notification of a recording. `direction` is None, and `register` empty, where nothing tells."""
+
+    time_ns: int
+    signal: str
+    direction: Direction | None
+    register: str = ""
+
+
+class Recording:
+    """The notifications of a capture, read as they are asked for; what else is in it is left out.
+
+    The direction of a frame is, the first that there is: the flags of a recording of ours; that of the signal in
+    `table`; that of frames before from the same MAC address. Flags of other programs tell how the machine saw it that
+    they ran on, which may have been core 1, and are not used.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, table: SignalTable) -> None:
+        self.reader = Reader(file, name)
+        self.size = os.fstat(file.fileno()).st_size
+        """The size of the file, in bytes."""
+        self.packets = 0
+        """Packets that were read."""
+        self._table = table
+        self._senders: dict[bytes, Direction] = {}
+
+    def __iter__(self) -> Iterator[Entry]:
+        for packet in self.reader:
+            self.packets += 1
+            if packet.interface.linktype == ETHERNET and (entry := self._entry(packet)):
+                yield entry
+
+    def _entry(self, packet: Packet) -> Entry | None:
+        ours = self.reader.application == APPLICATION
+        if ours and packet.data.startswith(_UNFRAMED):
+            return _unframed(packet)
+        name = decode(packet.data) if len(packet.data) == packet.length else None
+        if name is None:
+            return None
+        direction = packet.direction if ours else None
+        if direction is None and name in self._table.inbound:
+            direction = Direction.INBOUND
+        elif direction is None and name in self._table.outbound:
+            direction = Direction.OUTBOUND
+        source = packet.data[ADDRESSES // 2 : ADDRESSES]
+        if direction is None:
+            direction = self._senders.get(source)
+        else:
+            self._senders[source] = direction
+        return Entry(packet.time_ns, name.decode("ascii"), direction)
+
+
+def _unframed(packet: Packet) -> Entry | None:
+    try:
+        told = json.loads(packet.data[HEADER_LENGTH:])
+        signal, register = told["signal"], told["register"]
+        if is_wire_name(signal.encode("ascii")) and isinstance(register, str):
+            return Entry(packet.time_ns, signal, packet.direction, register)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    return None
+
+
+@contextlib.contextmanager
+def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
+    """The recording at `path`. Raises RecordingRefused, PermissionRefused."""
+    try:
+        # A FIFO would wait for somebody to write to it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        kind = PermissionRefused if error.errno in _DENIED else RecordingRefused
+        raise kind(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RecordingRefused(f"{path}: is no recording: not a regular file")
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        yield Recording(file, str(path), table)

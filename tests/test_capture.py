@@ -1,0 +1,222 @@
+"""Recordings: what is written is pcapng, and what is read is what was whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inco_trio.capture.pcapng import Reader, interface_block, packet_block, section_block
+from inco_trio.capture.recording import Entry, Recorder, open_recording
+from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefused
+from inco_trio.frame import encode
+from inco_trio.signals import Direction, SignalTable, builtin_signals
+
+MAC = bytes.fromhex("02005e100001")
+TABLE = SignalTable(builtin_signals(Path("/irq")))
+NOW = 1_700_000_000_123_456_789
+HEAD = section_block("x") + interface_block("rpmsg4000")
+
+
+def blocks(data: bytes) -> list[tuple[int, bytes]]:
+    """Type and body of each block; strict."""
+    found = []
+    while data:
+        kind, length = struct.unpack_from("<II", data)
+        assert length % 4 == 0
+        assert 12 <= length <= len(data)
+        assert struct.unpack_from("<I", data, length - 4) == (length,)
+        found.append((kind, data[8 : length - 4]))
+        data = data[length:]
+    return found
+
+
+def entries(path: Path, table: SignalTable = TABLE) -> list[Entry]:
+    with open_recording(path, table) as recording:
+        return list(recording)
+
+
+def append_many(recorder: Recorder) -> None:
+    for _ in range(100):
+        recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC))
+
+
+packets = st.lists(
+    st.tuples(
+        st.integers(0, 2**64 - 1), st.binary(max_size=200), st.sampled_from([None, *Direction]), st.text(max_size=20)
+    ),
+    max_size=5,
+)
+
+
+@given(packets)
+def test_what_is_written_is_read(made: list[tuple[int, bytes, Direction | None, str]]) -> None:
+    data = HEAD + b"".join(packet_block(0, *one) for one in made)
+    assert len(blocks(data)) == 2 + len(made)
+    reader = Reader(io.BytesIO(data), "x")
+    read = list(reader)
+    assert reader.cut is None
+    assert reader.application == "x"
+    assert [(p.time_ns, p.data, p.direction) for p in read] == [one[:3] for one in made]
+    for packet, one in zip(read, made, strict=True):
+        assert packet.comment == one[3].encode("utf-8", "backslashreplace").decode().rstrip("\0")
+        assert packet.interface.name == "rpmsg4000"
+
+
+@given(st.binary(max_size=60), st.integers(0, 200))
+def test_damage_never_raises(junk: bytes, at: int) -> None:
+    data = HEAD + packet_block(0, NOW, b"abc", Direction.INBOUND, "c")
+    list(Reader(io.BytesIO(data + junk), "x"))
+    try:
+        list(Reader(io.BytesIO(data[:at] + junk + data[at:]), "x"))
+    except RecordingRefused:
+        assert at < len(section_block("x"))
+
+
+def test_a_cut_file_is_read_as_far_as_it_is_whole() -> None:
+    data = HEAD + packet_block(0, 1, b"a", None)
+    whole = data + packet_block(0, 2, b"b", None)
+    for end in range(len(data) + 1, len(whole)):
+        reader = Reader(io.BytesIO(whole[:end]), "x")
+        assert [p.data for p in reader] == [b"a"]
+        assert reader.cut == f"it is cut after {end} bytes"
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("magic", "fraction"), [(0xA1B2C3D4, 123_456), (0xA1B23C4D, 123_456_000)])
+def test_classic_pcap(order: str, magic: int, fraction: int) -> None:
+    head = struct.pack(f"{order}IHHiIII", magic, 2, 4, 0, 0, 65535, 1)
+    data = head + struct.pack(f"{order}IIII", 7, fraction, 3, 9) + b"abc"
+    reader = Reader(io.BytesIO(data), "x")
+    (packet,) = reader
+    assert (packet.time_ns, packet.data, packet.length) == (7_123_456_000, b"abc", 9)
+    reader = Reader(io.BytesIO(data[:-1]), "x")
+    assert list(reader) == []
+    assert reader.cut
+    reader = Reader(io.BytesIO(head + struct.pack(f"{order}IIII", 7, 0, 2**30, 9)), "x")
+    assert list(reader) == []
+    assert "a packet of 1073741824 bytes" in str(reader.cut)
+
+
+def test_big_endian_and_other_resolutions() -> None:
+    def block(kind: int, body: bytes) -> bytes:
+        return struct.pack(">II", kind, len(body) + 12) + body + struct.pack(">I", len(body) + 12)
+
+    resolution = struct.pack(">HHB3xHHq", 9, 1, 0x81, 14, 8, 100)
+    data = block(0x0A0D0D0A, struct.pack(">IHHq", 0x1A2B3C4D, 1, 0, -1))
+    data += block(1, struct.pack(">HHI", 1, 0, 0) + resolution) + block(5, bytes(8))
+    data += block(6, struct.pack(">IIIII", 0, 0, 3, 1, 1) + b"a\0\0\0")
+    # A second section begins anew.
+    (one, two) = Reader(io.BytesIO(data + HEAD + packet_block(0, 5, b"b", None)), "x")
+    assert (one.time_ns, one.data, two.time_ns) == (101_500_000_000, b"a", 5)
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"nonsense", section_block("x")[:20], b"\xd4\xc3\xb2\xa1\0"])
+def test_what_is_no_recording(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(RecordingRefused, match="is no recording"):
+        entries(tmp_path / "f")
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with pytest.raises(RecordingRefused, match="not a regular file"):
+            entries(path)
+    with pytest.raises(RecordingRefused, match="No such file"):
+        entries(tmp_path / "none")
+    with pytest.raises(ResourceRefused, match="cannot be written"):
+        Recorder(tmp_path, "x")
+
+
+def test_directions(tmp_path: Path) -> None:
+    other = bytes.fromhex("02005e100002")
+    names = [(b"x", MAC), (b"ihub_reset_irq", MAC), (b"x", MAC), (b"redun_notify_irq", other), (b"y", other)]
+    data = HEAD + b"".join(packet_block(0, 1, encode(n, mac), Direction.OUTBOUND) for n, mac in names)
+    (tmp_path / "f").write_bytes(data + packet_block(0, 1, b"no frame of ours", None))
+    inbound, outbound = Direction.INBOUND, Direction.OUTBOUND
+    assert [e.direction for e in entries(tmp_path / "f")] == [None, inbound, inbound, outbound, outbound]
+
+
+def test_a_recording_of_ours(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f", "rpmsg4000")
+    # Its flags count more than the table.
+    recorder.append(NOW, Direction.OUTBOUND, "ihub_reset_irq", "/r", encode(b"ihub_reset_irq", MAC))
+    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/ö", None)
+    recorder.close()
+    recorder.close()
+    with pytest.raises(ResourceRefused, match="is closed"):
+        recorder.append(NOW, Direction.INBOUND, "b", "", None)
+    assert entries(tmp_path / "f") == [
+        Entry(NOW, "ihub_reset_irq", Direction.OUTBOUND),
+        Entry(NOW + 1, "b", Direction.INBOUND, "/irq/ö"),
+    ]
+    assert [kind for kind, _ in blocks((tmp_path / "f").read_bytes())] == [0x0A0D0D0A, 1, 1, 6, 6]
+
+
+@pytest.mark.parametrize("limits", [{"size_max": 600}, {"seconds_max": 2.0}], ids=str)
+def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
+    recorder = Recorder(tmp_path / "f.pcapng", "x", keep=2, **limits)  # type: ignore[arg-type]
+    for number in range(20):
+        recorder.append(NOW + number * 10**9, Direction.INBOUND, "a", "", encode(b"a", MAC))
+    recorder.close()
+    assert recorder.count == 20
+    assert recorder.path.name > "f_00003.pcapng"
+    assert sorted(tmp_path.iterdir()) == recorder.written
+    assert len(recorder.written) == 2
+    last = [e.time_ns for path in recorder.written for e in entries(path)]
+    assert last == [NOW + number * 10**9 for number in range(20 - len(last), 20)]
+
+
+def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    recorder = Recorder(tmp_path / "f", "x")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(ResourceRefused, match="File too large: the recording ends after"):
+            append_many(recorder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < recorder.count == len(entries(tmp_path / "f"))
+    assert len(blocks((tmp_path / "f").read_bytes())) == 3 + recorder.count
+
+
+@pytest.mark.netns
+def test_tools_read_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f", "rpmsg4000")
+    recorder.append(NOW, Direction.OUTBOUND, "a", "/irq/a", encode(b"a", MAC))
+    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/b", None)
+    recorder.close()
+    tshark, tcpdump = shutil.which("tshark"), shutil.which("tcpdump")
+    assert tshark
+    assert tcpdump
+    fields = ("frame.interface_name", "frame.packet_flags_direction", "frame.comment", "eth.type")
+    said = subprocess.run(
+        [tshark, "-r", tmp_path / "f", "-T", "fields", *(part for field in fields for part in ("-e", field))],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout  # fmt: skip
+    assert [line.split("\t") for line in said.splitlines()] == [
+        ["rpmsg4000", "0x00000002", "outbound a /irq/a", "0x8800"],
+        ["registers", "0x00000001", "inbound b /irq/b", "0x88b5"],
+    ]
+    said = subprocess.run(
+        [tcpdump, "-n", "-e", "-r", tmp_path / "f"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert len([line for line in said.splitlines() if "ethertype" in line]) == 2
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionRefused, match="cannot be read"):
+        entries(tmp_path / "f")

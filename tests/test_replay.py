@@ -1,0 +1,201 @@
+"""`inco-trio replay`: a recording is played to a real proxy."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inco_trio.capture.recording import Recorder
+from inco_trio.frame import encode
+from inco_trio.signals import Direction
+from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import DEADLINE, Consumer, Proxy, StartProxy
+from tests.support_proxy import trigger
+
+MAC = bytes.fromhex("02005e100001")
+IN, OUT = "ihub_reset_irq", "redun_notify_irq"
+COUNT = 20
+
+Watch = Callable[[Path], Consumer]
+
+
+class Here:
+    """Stands for the namespace that this process is in already."""
+
+    def run(self, start: Callable[[], Any]) -> Any:
+        return start()
+
+
+def record(path: Path, *names: str, apart_ns: int = 0) -> Path:
+    recorder = Recorder(path, "rpmsg4000")
+    for number, name in enumerate(names):
+        direction = Direction.OUTBOUND if name == OUT else Direction.INBOUND
+        recorder.append(number * apart_ns, direction, name, "", encode(name.encode(), MAC))
+    recorder.close()
+    return path
+
+
+def replay(*arguments: str | Path) -> tuple[int, str, str]:
+    command = [sys.executable, "-m", "inco_trio", "replay", *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("pace", [("--fast",), ("--speed", "10"), ()], ids=str)
+def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...]) -> None:
+    path = record(tmp_path / "f", *[IN] * COUNT, apart_ns=10**6)
+    link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
+    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    try:
+        proxy.wait_ready()
+        state = watch(tmp_path / "irq/message_4_state")
+        assert replay(path, link[1], *pace, "--wait", "0.1") == (0, f"{IN}: {COUNT} sent\n", "")
+        state.wait(COUNT)
+    finally:
+        proxy.close()
+
+
+def test_a_burst_over_a_socket_loses_nothing(tmp_path: Path, watch: Watch) -> None:
+    path = record(tmp_path / "f", *[IN] * 5000, OUT)
+    link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
+    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    try:
+        proxy.wait_ready()
+        state = watch(tmp_path / "irq/message_4_state")
+        code, out, _ = replay(path, link[1], "--fast", "--wait", "0.1", "--json")
+        state.wait(5000)
+    finally:
+        proxy.close()
+    result = json.loads(out)
+    assert (code, result["sent"], result["missing"]) == (1, {IN: 5000}, {OUT: 1})
+
+
+@pytest.mark.netns
+def test_what_tcpdump_recorded_is_the_same_again(
+    proxy: StartProxy, cores: Cores, core1: Peer, irq_dir: Path, watch: Watch, tmp_path: Path
+) -> None:
+    proxy("--irq-dir", irq_dir)
+    state = watch(irq_dir / "message_4_state")
+    path = tmp_path / "f"
+    command = [
+        "tcpdump",
+        "-i",
+        cores.link,
+        "-n",
+        "--immediate-mode",
+        "-Z",
+        "root",
+        "-c",
+        str(2 * COUNT),
+        "-w",
+        str(path),
+    ]
+    start = functools.partial(subprocess.Popen[str], command, stderr=subprocess.PIPE, text=True)
+    with cores.core1.run(start) as tcpdump:
+        try:
+            assert tcpdump.stderr is not None
+            assert any("listening on" in line for line in iter(tcpdump.stderr.readline, ""))
+            for _ in range(COUNT):
+                core1.send(IN.encode())
+                trigger(irq_dir / "message_6_trig")
+                core1.receive(DEADLINE)
+            state.wait(COUNT)
+            tcpdump.communicate(timeout=DEADLINE)
+        finally:
+            tcpdump.kill()
+
+    # As core 1, nobody triggers: what is missing is said.
+    code, out, err = cores.core1.run(functools.partial(replay, path, cores.link, "--wait", "0.1"))
+    assert (code, err) == (1, "")
+    assert out == f"{IN}: {COUNT} sent\n{OUT}: 0 of {COUNT} came back, {COUNT} missing\n"
+    state.wait(2 * COUNT)
+    code, out, err = replay(path, "--irq-dir", irq_dir, "--wait", "0.1")
+    assert out == f"{OUT}: {COUNT} sent\n{IN}: 0 of {COUNT} came back, {COUNT} missing\n"
+    for _ in range(COUNT):
+        core1.receive(DEADLINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("none", "none0"), 65, "none: cannot be read: No such file or directory"),
+        (("empty", "none0"), 65, "empty: is no recording: it is empty"),
+        pytest.param(("f", "none0"), 69, "none0: no such interface yet", marks=pytest.mark.netns),
+        (("f", "unix:HOME/1,peer=HOME/0"), 69, "HOME/1: nobody is at HOME/0 (No such file or directory): is the"),
+        (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: is not there: the proxy makes it, is it running?"),
+        (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
+        (("f", "x", "--as", "core0"), 2, "--as core0 writes triggers and takes no LINK: give --irq-dir or --config"),
+        (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed exclude each other"),
+        (("f", "x", "--speed", "0"), 2, "--speed 0: is not a number above 0"),
+        (("f", "x", "--wait", "nan"), 2, "--wait nan: is not a number of seconds, 0 or more"),
+        (("f", "--irq-dir", "a", "--config", "b"), 2, "--irq-dir and --config exclude each other"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_played(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+    record(tmp_path / "f", IN)
+    (tmp_path / "empty").touch()
+    home = str(tmp_path)
+    words = [f"{home}/{arguments[0]}", *(word.replace("HOME", home) for word in arguments[1:])]
+    ended, out, err = replay(*words)
+    assert (ended, out, len(err.splitlines())) == (code, "", 1)
+    assert said.replace("HOME", home) in err
+
+
+def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
+    path = record(tmp_path / "f", IN, "other", OUT, IN)
+    path.write_bytes(path.read_bytes()[:-3])
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    code, out, err = replay(path, "--irq-dir", irq, "--wait", "0")
+    assert (code, err) == (1, "")
+    assert out == (
+        f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
+        f"note: {path}: it is cut after {path.stat().st_size} bytes: what was whole before was played\n"
+    )
+    assert (irq / "message_6_trig").read_text() == "1"
+
+
+@pytest.mark.netns
+def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> None:
+    path = record(tmp_path / "f", IN)
+    with path.open("rb") as file:
+        # The way to the file is closed to others; a descriptor is not.
+        path.chmod(0o644)
+        command = [*nobody, sys.executable, "-m", "inco_trio", "replay", f"/proc/self/fd/{file.fileno()}", "lo"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60, pass_fds=[file.fileno()]
+        )
+    assert (done.returncode, done.stdout) == (77, "")
+    assert "lo: opening a packet socket needs CAP_NET_RAW" in done.stderr
+
+
+def test_progress_fits_a_terminal_of_20_columns(tmp_path: Path) -> None:
+    path = record(tmp_path / "f", OUT, OUT, apart_ns=1_200_000_000)
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    ours, theirs = pty.openpty()
+    try:
+        termios.tcsetwinsize(theirs, (5, 20))
+        command = [sys.executable, "-m", "inco_trio", "replay", str(path), "--irq-dir", str(irq), "--wait", "0"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=60)
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (done.returncode, done.stdout) == (0, f"{OUT}: 2 sent\n")
+    assert "%, 1 sent" in shown
+    assert max(map(len, shown.split("\r"))) < 20
