@@ -28,7 +28,7 @@ COMMANDS = {
     "doctor": "find what keeps notifications from coming",
     "status": "tell how a running proxy is, and what it has carried",
     "monitor": "show each notification as it happens",
-    "send": "send a signal: by the proxy, as an application, or as core 1",
+    "send": "send a signal, by the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",
     "replay": "play one side of a recording, and say what came back",
