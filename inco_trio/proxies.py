@@ -304,6 +304,8 @@ class Proxies:
             kept.store.lend(kept.ground.inflight.fd)
         with ExitStack() as resources:
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
+            # What it has made and watched is an event, and thousands of boards would make more than the kernel queues.
+            self._shared.drain()
             # Called by the task that reads for all boards, in the name of this one.
             run_here = contextvars.copy_context().run
             kept.share.finish_alone = lambda events, length: run_here(proxy.finish_alone, events, length)

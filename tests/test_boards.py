@@ -19,7 +19,9 @@ from inco_trio.boards import read_boards, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError
 from inco_trio.frame import decode, encode
+from inco_trio.keep.inflight import Inflight
 from inco_trio.proxies import Proxies, open_proxies
+from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.fixtures import DEADLINE
 from tests.support_proxy import Cupboard
@@ -442,3 +444,18 @@ async def test_a_network_namespace_that_is_none(place: Place) -> None:
         assert proxies.not_open["a"] == (
             f"none0: there is no network namespace {place.home}/netns: make it (`ip netns add NAME`)"
         )
+
+
+@in_trio
+async def test_any_number_of_boards_start_without_an_overflow(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued: list[int] = []
+    share = SharedInotify.share
+
+    def counted(shared: SharedInotify, inflight: Inflight) -> Share:
+        queued.append(shared.inotify.queued)
+        return share(shared, inflight)
+
+    monkeypatch.setattr(SharedInotify, "share", counted)
+    async with open_proxies(place.configs(*(f"b{number}" for number in range(20)))) as proxies:
+        assert len(proxies) == 20
+    assert (len(queued), max(queued)) == (20, 0)

@@ -214,7 +214,7 @@ class _Proxy:
             stage.enter()
 
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        command = [sys.executable, "-m", "inco_trio", "run", stage.link, "--config", str(config)]
+        command = [sys.executable, "-m", "inco_trio", "run", stage.link, "--config", str(config), "--control", "none"]
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
