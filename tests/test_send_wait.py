@@ -145,11 +145,11 @@ def test_wait_at_the_proxy(board: Board) -> None:
 def test_the_example_of_the_readme(board: Board) -> None:
     (line,) = re.findall(r"^    (inco-trio wait .* --after .*)$", README.read_text(), re.MULTILINE)
     board.core1()
-    runtime = board.home / "xdg/inco-trio"
-    runtime.mkdir(parents=True)
-    board.start(control=str(runtime / "board.sock")).wait_ready()
+    board.running()
+    # By name, as others may run here.
+    named = line.replace(" --timeout", f" --control {board.path} --timeout")
     done = subprocess.run(
-        ["/bin/sh", "-c", line], cwd=board.home, capture_output=True, text=True, timeout=DEADLINE, check=False
+        ["/bin/sh", "-c", named], cwd=board.home, capture_output=True, text=True, timeout=DEADLINE, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(" outbound redun_notify_irq\n")
@@ -422,6 +422,24 @@ def test_core1_waits_for_its_own_signal(tmp_path: Path, started: Callable[..., s
             core0.sendto(encode(name, MAC), f"{tmp_path}/core1")
         out, _ = waiting.communicate(timeout=DEADLINE)
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
+
+
+def test_core1_waits_for_the_command_too(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
+    command = [*COMMAND, "wait", "a_irq", "--as", "core1", link, "--after", f"echo listening; cat {fifo}"]
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting,
+    ):
+        core0.bind(f"{tmp_path}/core0")
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "listening\n"
+        core0.sendto(encode(b"a_irq", MAC), f"{tmp_path}/core1")
+        assert waiting.stdout.readline().endswith(" outbound a_irq\n")
+        fifo.write_text("")  # So that the command ends only now.
+        assert (waiting.wait(DEADLINE), waiting.stderr and waiting.stderr.read()) == (0, "")
 
 
 def test_core1_waits_in_vain(tmp_path: Path) -> None:

@@ -325,14 +325,14 @@ async def _hear_frames(text: str, waiting: _Waiting) -> None:
 
     wanted = waiting.signal.encode()
     room = memoryview(bytearray(FRAME_MAX + 1))
-    async with as_core1(text) as link, trio.open_nursery() as nursery:
+    async with as_core1(text) as link:
 
         async def follow_link() -> None:
             while True:
                 await link.changed()
                 refreshed(link)
 
-        async def follow_command(end: int) -> None:
+        async def follow_command(end: int, nursery: trio.Nursery) -> None:
             await trio.lowlevel.wait_readable(end)
             if waiting.command_failed():
                 nursery.cancel_scope.cancel()
@@ -343,10 +343,12 @@ async def _hear_frames(text: str, waiting: _Waiting) -> None:
                     return True
             return False
 
-        nursery.start_soon(follow_link)
+        # The tasks end before the descriptor is closed that one of them waits for.
         with waiting.listening() as end, trio.move_on_after(waiting.left):
-            if end is not None:
-                nursery.start_soon(follow_command, end)
-            while not read():
-                await link.wait_readable()
-        nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(follow_link)
+                if end is not None:
+                    nursery.start_soon(follow_command, end, nursery)
+                while not read():
+                    await link.wait_readable()
+                nursery.cancel_scope.cancel()
