@@ -137,7 +137,8 @@ def unit(session: nox.Session) -> None:
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
-        run_pytest(session, "tests", "-m", "not netns and not s6 and not qemu and not faults", data=session.name)
+        unit = "not netns and not s6 and not qemu and not faults and not tools"
+        run_pytest(session, "tests", "-m", unit, data=session.name)
 
 
 @nox.session
@@ -163,7 +164,7 @@ def netns(session: nox.Session) -> None:
     """The real program on the real kernel, in network namespaces, under a real s6, and a second core in QEMU."""
     need_programs(session)
     install(session, "test")
-    run_pytest(session, "tests", "-m", "netns or s6 or qemu", data="netns", root=True)
+    run_pytest(session, "tests", "-m", "netns or s6 or qemu or tools", data="netns", root=True)
 
 
 @nox.session

@@ -22,6 +22,8 @@ from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE, Consumer, Proxy, StartProxy
 from tests.support_proxy import trigger
 
+pytestmark = pytest.mark.tools
+
 MAC = bytes.fromhex("02005e100001")
 IN, OUT = "ihub_reset_irq", "redun_notify_irq"
 COUNT = 20

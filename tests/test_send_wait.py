@@ -26,6 +26,8 @@ from tests.core1 import Here
 from tests.support_control import MAC, Board
 from tests.support_proxy import write_udrv
 
+pytestmark = pytest.mark.tools
+
 README = Path(__file__).parents[1] / "README.md"
 COMMAND = [sys.executable, "-m", "inco_trio"]
 
