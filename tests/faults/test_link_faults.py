@@ -70,8 +70,9 @@ def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[B
     time.sleep(IDLE_STRETCH)
     done = work(board.proxy.pid) - before
     sys.stdout.write(f"{done}\n")
-    assert done.cpu_ns < 2_000_000
     assert done.switches <= 2
+    # What a wake-up takes depends on the machine; a loop that never sleeps would take all of a CPU.
+    assert done.cpu_ns < IDLE_STRETCH * 1e9 / 50
 
 
 def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
