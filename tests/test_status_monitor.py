@@ -184,12 +184,16 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
     with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
-        while shown.count(b"\x1b[H") < 3:
-            shown += os.read(master, 4096)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
-            while more := os.read(master, 4096):
-                shown += more
+        try:
+            while shown.count(b"\x1b[H") < 3:
+                shown += os.read(master, 4096)
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
+                while more := os.read(master, 4096):
+                    shown += more
+        except BaseException:
+            process.kill()
+            raise
     os.close(master)
     screens = shown.decode().replace("\r", "").split("\x1b[H\x1b[J")[1:-1]
     for screen in screens:
