@@ -41,9 +41,10 @@ def test_it_greets_and_tells_the_status(board: Board) -> None:
     told = board.client()
     assert told.ask({"request": "monitor"}) == {"monitor": True}
     board.inbound(peer)
+    told.until(event="notification")
     board.trigger()
     board.trigger()
-    for _ in range(3):
+    for _ in range(2):
         told.until(event="notification")
     status = board.status()
     signals = {each["signal"]: each for each in status["signals"]}
