@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,15 @@ from typing import Protocol
 import attrs
 import trio
 
+from inco_trio.registers.states import StateFile
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 
 __all__ = ["Events", "Listener", "Notification"]
 
 logger = logging.getLogger(__name__)
+
+_signal_of = operator.attrgetter("signal")
 
 
 @attrs.frozen
@@ -67,6 +71,10 @@ class Events:
         self._counters = counters
         self._sequence = 0
         self._entries: set[trio.MemorySendChannel[Notification]] = set()
+
+    def written(self, files: Sequence[StateFile]) -> None:
+        """State files were written, or are owed."""
+        self.carried(list(map(_signal_of, files)))
 
     def accepted(self, signals: Sequence[Signal]) -> None:
         """The link has accepted frames."""

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import attrs
 import trio
 
 from inco_trio.errors import ClosedError
 from inco_trio.keep.inflight import Bank, NumberTable
-from inco_trio.signals import Signal
 from inco_trio.supervise import Health
 
 __all__ = ["Batch", "Handoff"]
 
+Item = TypeVar("Item")
+"""What stands for a notification: the file to write, or the signal to send."""
+
 
 @attrs.define(eq=False)
-class Batch:
+class Batch(Generic[Item]):
     """Notifications on their way from one leg to the next, in order."""
 
-    signals: list[Signal]
+    items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
     """What they were read into, and how many bytes of it: forgotten once all of them are finished, not before."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
@@ -30,28 +33,28 @@ class Batch:
     """Set once all of them are finished."""
 
 
-class Handoff:
+class Handoff(Generic[Item]):
     """A channel without buffer, and the batches that were made for it and are not finished.
 
     A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the
-    process. `carried` is called with the signals of every batch that is finished; `noted` is `Inflight.watches`.
+    process. `carried` is called with the items of every batch that is finished; `noted` is `Inflight.watches`.
     """
 
-    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Signal]], None]) -> None:
-        self._entry, self.exit = trio.open_memory_channel[Batch](0)
+    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Item]], None]) -> None:
+        self._entry, self.exit = trio.open_memory_channel[Batch[Item]](0)
         self._noted = noted
         self.carried = carried
         self._reading: trio.CancelScope | None = None
         self._stopping = False
         self._handing: set[trio.CancelScope] = set()
-        self.unfinished: set[Batch] = set()
+        self.unfinished: set[Batch[Item]] = set()
 
-    def begin(self, batch: Batch) -> Batch:
+    def begin(self, batch: Batch[Item]) -> Batch[Item]:
         """The batch is on its way from now on."""
         self.unfinished.add(batch)
         return batch
 
-    def finish(self, batch: Batch) -> None:
+    def finish(self, batch: Batch[Item]) -> None:
         """All of the batch is done."""
         for key, wd in batch.watches.items():
             self._noted[key] = wd
@@ -60,10 +63,10 @@ class Handoff:
         if batch.finished is not None:
             batch.finished.set()
         self.unfinished.discard(batch)
-        if batch.signals:
-            self.carried(batch.signals)
+        if batch.items:
+            self.carried(batch.items)
 
-    async def hand_over(self, batch: Batch) -> None:
+    async def hand_over(self, batch: Batch[Item]) -> None:
         """Hand a batch to the next leg; not to be interrupted, as it is read already.
 
         Once this returns, every earlier batch is finished: the next leg takes one when it is done with the last.
@@ -82,7 +85,7 @@ class Handoff:
         except trio.ClosedResourceError:
             raise ClosedError("the proxy is closed") from None
 
-    async def offer(self, batch: Batch) -> None:
+    async def offer(self, batch: Batch[Item]) -> None:
         """Hand over a batch that is forgotten when this is cancelled. Raises ClosedError."""
         self.begin(batch)
         try:
@@ -91,7 +94,7 @@ class Handoff:
             self.unfinished.discard(batch)
             raise
 
-    async def _send(self, batch: Batch) -> None:
+    async def _send(self, batch: Batch[Item]) -> None:
         try:
             await self._entry.send(batch)
         except trio.ClosedResourceError:

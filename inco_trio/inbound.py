@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import struct
 from collections.abc import Callable
 
 import trio
@@ -12,15 +14,17 @@ from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
 from inco_trio.links.link import Link
-from inco_trio.registers.states import StateFiles
-from inco_trio.signals import Signal
+from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.stats import Counters
 from inco_trio.supervise import Health
 
 __all__ = ["Inbound"]
 
-PADDINGS = 4
-"""Frames of one signal that are remembered; they differ in their padding."""
+FORMS = 4
+"""Frames of one signal that are remembered; they differ in their tag."""
+_SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
+"""Where a frame of a bank stands. What is behind its addresses tells it from others: padded or not, zeros and the mark
+follow, and a longer one has no mark."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,18 +32,18 @@ logger = logging.getLogger(__name__)
 class Inbound:
     """Reads frames into the in-flight memory, and writes the state files of their signals.
 
-    With less than FRAMES `at_once`, it lets other tasks run after each batch, at the cost of some of the highest rate.
+    With batches of less than FRAMES frames, it lets other tasks run after each, at the cost of some of the highest
+    rate.
     """
 
     def __init__(
         self,
-        handoff: Handoff,
+        handoff: Handoff[StateFile],
         link: Link,
         states: StateFiles,
         inflight: Inflight,
         counters: Counters,
         ignored: Callable[[str, str | None], None] = lambda *_: None,
-        at_once: int = FRAMES,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -47,7 +51,7 @@ class Inbound:
         self._inflight = inflight
         self._counters = counters
         self._ignored = ignored
-        self._at_once = at_once
+        self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
@@ -61,9 +65,9 @@ class Inbound:
         """Deliver the frames that a predecessor had read and not finished."""
         known = self._states.known
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
-            signals = [known[name] for name in map(decode, frames_in(bank)) if name in known]
-            self._counters.recovered += len(signals)
-            self._states.write(signals)
+            files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
+            self._counters.recovered += len(files)
+            self._states.write(files)
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:
@@ -81,7 +85,7 @@ class Inbound:
                 extra={"event": "dropped", "fields": {"count": dropped}},
             )  # fmt: skip
 
-    def _read(self, link: Link) -> Batch | None:
+    def _read(self, link: Link) -> Batch[StateFile] | None:
         """Read what is queued into the next bank, as far as it fits; None if nothing is."""
         turn = self._fills & 1
         bank, rooms = self._inflight.frames[turn], self._rooms[turn]
@@ -91,31 +95,36 @@ class Inbound:
             return None
         self._fills += 1
         self._counters.received += len(lengths)
-        signals, by_frame = [], self._states.by_frame
-        for room, length in zip(rooms, lengths, strict=False):
-            signal = by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
-            if signal is not None or (signal := self._decode(room, length)) is not None:
-                signals.append(signal)
         used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_MAX)
+        slots = _SLOT.iter_unpack(bank.view[: FRAME_STEP * len(lengths)])
+        try:
+            files = list(map(self._states.by_frame.__getitem__, itertools.chain.from_iterable(slots)))
+        except KeyError:
+            found = (self._file_of(bank.view[FRAME_STEP * number :], length) for number, length in enumerate(lengths))
+            files = [file for file in found if file is not None]
         drained = len(lengths) < self._at_once and lengths[-1] <= SHORT
-        return self._handoff.begin(Batch(signals, ((bank, used),), drained=drained))
+        return self._handoff.begin(Batch(files, ((bank, used),), drained=drained))
 
-    def _decode(self, room: memoryview, length: int) -> Signal | None:
-        """The signal of a frame that comes for the first time; one that carries none is counted."""
+    def _file_of(self, room: memoryview, length: int) -> StateFile | None:
+        """The file of a frame; one that has none is counted."""
+        file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
+        return self._decode(room, length) if file is None else file
+
+    def _decode(self, room: memoryview, length: int) -> StateFile | None:
         name = decode(room, length)
         if name is None:
             self._counters.malformed += 1
             self._ignored("malformed", None)
             return None
         known, by_frame = self._states.known, self._states.by_frame
-        signal = known.get(name)
-        if signal is None:
+        file = known.get(name)
+        if file is None:
             self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
             self._ignored("unknown", name.decode())
-        elif length <= SHORT and len(by_frame) < PADDINGS * len(known):
-            by_frame[room[ADDRESSES:length].tobytes()] = signal
-        return signal
+        elif length <= SHORT and len(by_frame) < FORMS * len(known):
+            by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
+        return file
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
@@ -147,10 +156,10 @@ class Inbound:
         length = self._link.receive_one(room)
         if length < 0:
             return False
-        signal = self._states.by_frame.get(room[ADDRESSES:length].tobytes()) if length <= SHORT else None
-        if signal is not None or (signal := self._decode(room, length)) is not None:
-            self._states.write((signal,))
-            self._handoff.carried((signal,))
+        file = self._file_of(room, length)
+        if file is not None:
+            self._states.write((file,))
+            self._handoff.carried((file,))
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True
@@ -161,6 +170,6 @@ class Inbound:
             self._deliver(batch)
             health.well()
 
-    def _deliver(self, batch: Batch) -> None:
-        self._states.write(batch.signals)
+    def _deliver(self, batch: Batch[StateFile]) -> None:
+        self._states.write(batch.items)
         self._handoff.finish(batch)

@@ -30,7 +30,7 @@ class Outbound:
 
     def __init__(
         self,
-        handoff: Handoff,
+        handoff: Handoff[Signal],
         link: Link,
         triggers: Triggers,
         inotify: Watcher,
@@ -50,7 +50,7 @@ class Outbound:
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
-        self._recovered: Batch | None = None
+        self._recovered: Batch[Signal] | None = None
         self._waiting: set[trio.Event] = set()
 
     def recover(self) -> None:
@@ -63,7 +63,7 @@ class Outbound:
         self._recovered = self._batch(triggered, banks=[(bank, len(bank.view)) for bank in banks])
         self._recovered.finished = trio.Event()
 
-    def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch:
+    def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
         """A batch of what was triggered, without the first `sent`."""
         self._counters.triggered += len(triggered.signals)
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
@@ -123,7 +123,7 @@ class Outbound:
             # While nothing is under way, nor queued behind, a hand-over would only cost these time.
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
-            if batch.signals:
+            if batch.items:
                 self._fills += 1
                 await self._handoff.hand_over(batch)
                 self._begin_bank()
@@ -168,7 +168,7 @@ class Outbound:
     async def send(self, health: Health) -> None:
         """The leg that sends frames."""
         async for batch in self._handoff.exit:
-            batch.signals = [signal for signal in batch.signals if await self._send(signal, health)]
+            batch.items = [signal for signal in batch.items if await self._send(signal, health)]
             self._handoff.finish(batch)
             health.well()
 

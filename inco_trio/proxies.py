@@ -135,19 +135,12 @@ class Proxies:
         """What a board needs over its proxies, new or inherited. Raises ResourceRefused."""
         held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
         try:
-            inflight = Inflight.open(held if held is None else os.dup(held))
+            inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
         except OSError as error:
             raise refusal(error, "shared memory") from error
         share = self._shared.share(inflight)
-        ground = Ground(
-            inflight,
-            share,
-            {"inflight": inflight.fd},
-            self._around,
-            self._bundle is None,
-            self._listener,
-            FRAMES_AT_ONCE,
-        )
+        fds = {"inflight": inflight.fd}
+        ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener)
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     # ------------------------------------------------------------------------------------------------ for callers

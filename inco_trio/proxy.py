@@ -22,13 +22,14 @@ from inco_trio.events import Events, Listener, Notification
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
-from inco_trio.keep.inflight import FRAMES, Inflight
+from inco_trio.keep.inflight import Inflight
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.outbound import Outbound
 from inco_trio.registers.inotify import Inotify, Watcher
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
+from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters, Stats
 from inco_trio.supervise import Health, in_turns, supervise
@@ -50,7 +51,7 @@ class _Parts:
     events: Events
     registers: Registers
     link: Link
-    handoffs: tuple[Handoff, Handoff]
+    handoffs: tuple[Handoff[StateFile], Handoff[Signal]]
     inbound: Inbound
     outbound: Outbound
 
@@ -216,7 +217,7 @@ class Proxy:
             await ended.wait()
         self._outbound.closed()
         self._counters.unfinished = self._registers.states.owed + sum(
-            len(batch.signals) for handoff in self._parts.handoffs for batch in handoff.unfinished
+            len(batch.items) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
         if unfinished := self._counters.unfinished:
             if isinstance(self._parts.fd_store, NoFdStore):
@@ -284,8 +285,6 @@ class Ground:
     leave_nothing: bool
     """Whether no successor is expected."""
     listener: Listener | None = None
-    frames_at_once: int = FRAMES
-    """The most frames of one turn, see `Inbound`."""
 
 
 @asynccontextmanager
@@ -389,8 +388,8 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     events = Events(counters, ground.listener)
     ignored = events.listener.ignored
-    handoffs = (Handoff(inflight.watches, events.carried), Handoff(inflight.watches, events.accepted))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored, ground.frames_at_once)
+    handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored)
     outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, ignored)
     inbound.recover()
     outbound.recover()

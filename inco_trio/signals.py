@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import functools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -80,7 +79,7 @@ class Signal:
         if fault := name_fault(self.name) or register_fault(self.register):
             raise ConfigError([f"signal {self.name!r}: {fault}"])
 
-    @functools.cached_property
+    @property
     def path(self) -> Path:
         """The register's file."""
         return self.directory / self.register

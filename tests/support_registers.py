@@ -154,7 +154,8 @@ class World:
         return self.restore()
 
     def write(self, *signals: Signal) -> None:
-        self.registers.states.write(signals)
+        known = self.registers.states.known
+        self.registers.states.write([known[signal.name.encode()] for signal in signals])
 
     @property
     def owed(self) -> dict[str, int]:

@@ -40,9 +40,9 @@ class World:
         self.done: list[str] = []
         self.carried: list[list[Signal]] = []
         self.inflight = Inflight.open()
-        self.handoff = Handoff(self.inflight.watches, lambda signals: self.carried.append(list(signals)))
+        self.handoff = Handoff[Signal](self.inflight.watches, lambda signals: self.carried.append(list(signals)))
 
-    def batch(self, name: str, *signals: Signal) -> Batch:
+    def batch(self, name: str, *signals: Signal) -> Batch[Signal]:
         return self.handoff.begin(Batch(list(signals), ((Recorder(name, self.done), 7),)))
 
 
@@ -87,7 +87,7 @@ def test_an_empty_batch_carries_nothing(world: World) -> None:
 
 
 def test_handed_over_in_order_one_at_a_time(world: World) -> None:
-    taken: list[Batch] = []
+    taken: list[Batch[Signal]] = []
     batches = [world.batch(str(number), NOTIFY) for number in range(3)]
 
     async def read() -> None:

@@ -141,9 +141,10 @@ def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight
     ("size", "start"),
     [
         pytest.param(SIZE, b"", id="no magic"),
-        pytest.param(SIZE, MAGIC.replace(b"3", b"1"), id="another version"),
-        pytest.param(SIZE - 4096, MAGIC, id="too small"),
-        pytest.param(SIZE + 4096, MAGIC, id="too large"),
+        pytest.param(SIZE, (MAGIC % FRAMES).replace(b"4", b"1"), id="another version"),
+        pytest.param(SIZE, MAGIC % (FRAMES - 1), id="other banks"),
+        pytest.param(SIZE - 4096, MAGIC % FRAMES, id="too small"),
+        pytest.param(SIZE + 4096, MAGIC % FRAMES, id="too large"),
         pytest.param(0, b"", id="empty"),
     ],
 )

@@ -58,7 +58,7 @@ class World:
         self.follow_queued()
         self.link = FakeLink(self.inflight)
         self.carried: list[str] = []
-        self.handoff = Handoff(
+        self.handoff = Handoff[Signal](
             self.inflight.watches, lambda signals: self.carried.extend(signal.name for signal in signals)
         )
         self.outbound = Outbound(

@@ -1246,7 +1246,7 @@ def test_nothing_holds_the_loop(
             state = irq_dir / "message_4_state"
             state.unlink()
             state.mkdir()
-            proxy._registers.states.write([config.signals[0]] * 50_000)
+            proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 50_000)
             monkeypatch.setattr("inco_trio.supervise.TURN", 0.0)
             nursery.start_soon(others)
             state.rmdir()

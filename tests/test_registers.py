@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
@@ -441,10 +442,17 @@ def test_debts_of_a_signal_that_is_gone_are_dropped(
     assert "not configured any more: 2 owed notifications dropped" in caplog.text
 
 
-def test_a_signal_that_is_gone_is_unknown(start: StartWorld, reset: Signal, hwwd: Signal) -> None:
-    world = start(hwwd)
-    world.write(reset, hwwd)
-    assert (world.stats.unknown, world.stats.delivered) == (1, 1)
+def test_what_was_read_before_a_reload_goes_where_the_signal_is_now(
+    start: StartWorld, reset: Signal, hwwd: Signal
+) -> None:
+    world = start(reset, hwwd)
+    files = [world.registers.states.file_of(signal.name) for signal in (reset, hwwd, hwwd)]
+    moved = attrs.evolve(hwwd, register="elsewhere")
+    assert world.reload([moved]) == []
+    world.registers.states.write(files)
+    assert (world.stats.unknown, world.stats.delivered) == (1, 2)
+    assert (reset.path.read_text(), hwwd.path.read_text(), moved.path.read_text()) == ("", "", "1")
+    assert [file.count for file in [*files, world.registers.states.file_of(hwwd.name)]] == [0, 0, 0, 2]
 
 
 def test_a_removed_state_register_is_made_again(start: StartWorld, irq: Path, reset: Signal, hwwd: Signal) -> None:

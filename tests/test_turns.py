@@ -57,7 +57,7 @@ def test_a_backlog_is_read_in_turns(tmp_path: Path, at_once: int) -> None:
     async def main() -> None:
         nonlocal turns
         with ExitStack() as stack:
-            inflight, counters = Inflight.open(), Counters()
+            inflight, counters = Inflight.open(at_once=at_once), Counters()
             stack.callback(inflight.close)
             inotify = Inotify()
             stack.callback(inotify.close)
@@ -66,7 +66,7 @@ def test_a_backlog_is_read_in_turns(tmp_path: Path, at_once: int) -> None:
             registers.open(SignalTable(builtin_signals(tmp_path / "irq")))
             handoff = Handoff(inflight.watches, Events(counters).carried)
             queue = Queue(number)
-            inbound = Inbound(handoff, queue, registers.states, inflight, counters, at_once=at_once)  # type: ignore[arg-type]
+            inbound = Inbound(handoff, queue, registers.states, inflight, counters)  # type: ignore[arg-type]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(inbound.receive, Health("receive"))
                 nursery.start_soon(inbound.write, Health("write"))

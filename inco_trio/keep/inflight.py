@@ -38,7 +38,7 @@ __all__ = [
     "frames_in",
 ]
 
-MAGIC = b"inco-trio inflight 3\n"
+MAGIC = b"inco-trio inflight 4, batches of %6d frames\n"
 PAGE = 4096
 MARK = 8
 """Bytes of the mark behind each frame."""
@@ -46,11 +46,10 @@ FRAME_STEP = 128
 """Bytes from one frame of a bank to the next: few, to stay cached."""
 SHORT = FRAME_STEP - MARK
 """Bytes of the longest frame that has others behind it: more than 18 + 64, the longest of ours."""
-FRAMES = 128
-"""Frames of one batch: enough to make the cost of a hand-over small."""
+FRAMES = 256
+"""Frames of one batch, at most: enough to make the cost of a hand-over small."""
 EVENT_BANK = 4 * PAGE
 """Bytes of inotify events of one batch: 1024 events without a name."""
-FRAME_BANK = -(-(FRAME_STEP * (FRAMES - 1) + FRAME_MAX) // PAGE) * PAGE
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
@@ -58,6 +57,14 @@ RECORDS = 65536
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 QUEUE = 256 * PAGE
 """Bytes of queued inotify events: four times the 16,384 that the kernel queues by default."""
+
+
+def _bank_of(frames: int) -> int:
+    """Bytes of a bank for so many frames, in whole pages."""
+    return -(-(FRAME_STEP * (frames - 1) + FRAME_MAX) // PAGE) * PAGE
+
+
+FRAME_BANK = _bank_of(FRAMES)
 SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
 _EVENT = struct.Struct("=iIII")
 """struct inotify_event (inotify(7)): wd, mask, cookie, length of the name that follows."""
@@ -69,9 +76,9 @@ _MARK = os.urandom(MARK)
 
 
 @functools.cache
-def _blank_frames(mark: bytes) -> bytes:
+def _blank_frames(mark: bytes, frames: int) -> bytes:
     """A bank of frames in which there are none."""
-    return (bytes(SHORT) + mark) * (FRAME_BANK // FRAME_STEP)
+    return (bytes(SHORT) + mark) * (_bank_of(frames) // FRAME_STEP)
 
 
 class Bank:
@@ -237,22 +244,26 @@ class Inflight:
     """Events that one descriptor for many boards has brought, and that are not read yet."""
     note: memoryview
     """16 bytes for the link, see `links.unix`."""
+    at_once: int
+    """The most frames of one batch."""
     inherited: bool
     _map: mmap.mmap
 
     @classmethod
-    def open(cls, held: int | None = None) -> Inflight:
+    def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
         """Map the inherited descriptor `held` if it is such a memory of this version, else make a new one.
 
-        Raises OSError (memfd_create(2), mmap(2)).
+        Of banks for less than FRAMES frames `at_once`, the rest is never touched, and takes no memory. Raises OSError
+        (memfd_create(2), mmap(2)).
         """
-        inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(MAGIC), 0) == MAGIC
+        magic = MAGIC % at_once
+        inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(magic), 0) == magic
         if held is not None and inherited:
             fd = held
         else:
             fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
             os.ftruncate(fd, SIZE)
-            os.pwrite(fd, MAGIC + _MARK, 0)
+            os.pwrite(fd, magic + _MARK, 0)
             if held is not None:
                 # Only now, so that the new one has another number and its holder is told.
                 os.close(held)
@@ -262,13 +273,13 @@ class Inflight:
             os.close(fd)
             raise
         view = memoryview(memory)
-        blank = _blank_frames(bytes(view[len(MAGIC) : len(MAGIC) + MARK]))
+        blank = _blank_frames(bytes(view[len(magic) : len(magic) + MARK]), at_once)
         banks = []
         offset = PAGE
-        for number, empty in enumerate((blank, blank, _BLANK_EVENTS, _BLANK_EVENTS)):
+        for number, (empty, size) in enumerate(2 * [(blank, FRAME_BANK)] + 2 * [(_BLANK_EVENTS, EVENT_BANK)]):
             sequence = view[PAGE - 32 + 8 * number : PAGE - 24 + 8 * number]
             banks.append(Bank(view[offset : offset + len(empty)], sequence, empty))
-            offset += len(empty)
+            offset += size
         if not inherited:
             for bank in banks[:2]:
                 bank.clear(len(bank.view))
@@ -276,7 +287,8 @@ class Inflight:
         watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
         queue = EventQueue(view[offset + 2 * TABLE :])
         note = view[PAGE - 48 : PAGE - 32]
-        return cls(fd, (banks[0], banks[1]), (banks[2], banks[3]), owed, watches, queue, note, inherited, memory)
+        frames, events = (banks[0], banks[1]), (banks[2], banks[3])
+        return cls(fd, frames, events, owed, watches, queue, note, at_once, inherited, memory)
 
     def close(self) -> None:
         """Close this process's descriptor; the memory lives on if somebody else holds one."""
@@ -289,7 +301,7 @@ def frames_in(bank: Bank) -> list[bytes]:
     if bytes(bank.view) == bank.blank:
         return []  # As a rule, and with many boards at a start it matters.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
-    for start in range(0, FRAME_STEP * FRAMES, FRAME_STEP):
+    for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])
         if not step.endswith(mark):
             frames.append(_long_frame(bytes(bank.view[start : start + FRAME_MAX]), bank.blank))

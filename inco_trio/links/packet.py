@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import itertools
 import logging
 import os
 import socket
@@ -228,10 +229,8 @@ class PacketLink:
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         """See `Link.receive_into`. Errors: packet(7)."""
         lengths: list[int] = []
-        receive, truncated = self._recv_into, socket.MSG_TRUNC
         try:
-            for room in rooms:
-                length = receive(room, 0, truncated)
+            for length in map(self._recv_into, rooms, itertools.repeat(0), itertools.repeat(socket.MSG_TRUNC)):
                 lengths.append(length)
                 if length > step:
                     break

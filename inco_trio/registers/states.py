@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
@@ -43,20 +43,25 @@ class StateFile:
     """When it was written last, as of time.time_ns()."""
     failures: int = 0
     """Attempts to write it that failed."""
+    _register: bytes = attrs.field(
+        init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
+    )
+    """The file's name as the kernel takes it."""
 
     def write(self) -> None:
         """Write one notification. Raises OSError.
 
         A missing file is not made: somebody may be removing the directory.
         """
-        if self.fd >= 0:
+        fd = self.fd
+        if fd >= 0:
             self._check_still_there()
-        fd, self.fd = self.fd, -1
+            fd, self.fd = self.fd, -1
         if fd < 0:
             directory = self.directory.fd
             if directory < 0:
                 raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-            fd = os.open(self.signal.register, WRITE_FLAGS, dir_fd=directory)
+            fd = os.open(self._register, WRITE_FLAGS, dir_fd=directory)
         try:
             os.write(fd, b"1")
         except OSError:
@@ -82,14 +87,15 @@ class StateFile:
 class StateFiles:
     """The state files of a signal table. Everything here is immediate; nothing waits.
 
-    `known` maps wire names to inbound signals, and `by_frame` short frames, without their addresses: the same few come
-    again and again, and `Inbound` notes them here, as both change with the table.
+    `known` maps wire names to files, and `by_frame` short frames as they stand in a bank, without their addresses: the
+    same few come again and again, and `Inbound` notes them here, as both change with the table.
     """
 
     def __init__(self, directories: Directories, owed: NumberTable, problems: Problems, counters: Counters) -> None:
-        self.known: dict[bytes, Signal] = {}
-        self.by_frame: dict[bytes, Signal] = {}
+        self.known: dict[bytes, StateFile] = {}
+        self.by_frame: dict[bytes, StateFile] = {}
         self._files: dict[str, StateFile] = {}
+        self._current: set[StateFile] = set()
         self._directories = directories
         self._owed = owed
         self._problems = problems
@@ -109,7 +115,8 @@ class StateFiles:
         """Write these files from now on."""
         before = self._files
         self._files = {file.signal.name: file for file in files}
-        self.known = {name.encode(): file.signal for name, file in self._files.items()}
+        self._current = set(self._files.values())
+        self.known = {name.encode(): file for name, file in self._files.items()}
         self.by_frame = {}
         for directory in self._directories.by_path.values():
             directory.states = set()
@@ -140,43 +147,48 @@ class StateFiles:
         """The state file of a signal."""
         return self._files[name]
 
-    def write(self, signals: Iterable[Signal]) -> None:
-        """Write the state file of each signal, in order. What cannot be written now is owed."""
-        written: list[StateFile] = []
-        files, owed = self._files, self._owed
+    def write(self, files: Sequence[StateFile]) -> None:
+        """Write each file, in order. What cannot be written now is owed."""
+        if not self._current.issuperset(files):
+            files = self._renewed(files)
+        owed, unwritten = self._owed, []
         owing = bool(owed.places)
-        for signal in signals:
-            file = files.get(signal.name)
-            if file is None:
-                self._counters.unknown += 1  # Read before a reload that removed it.
-                continue
+        for file in files:
             # What is owed of the same signal comes first.
-            if not (owing and owed[signal.name.encode()]):
+            if not (owing and owed[file.signal.name.encode()]):
                 try:
                     file.write()
+                    continue
                 except OSError as error:
                     self._failed(file, error)
-                else:
-                    written.append(file)
-                    continue
-            owed[signal.name.encode()] += 1
+            owed[file.signal.name.encode()] += 1
             owing = True
-        if not written:
+            unwritten.append(file)
+        if len(unwritten) == len(files):
             return
-        self._counters.delivered += len(written)
+        self._counters.delivered += len(files) - len(unwritten)
         now = time.time_ns()
         # As a rule, one file, or a few again and again.
-        counted = Counter(written) if len(written) > 1 else {written[0]: 1}
-        for file, number in counted.items():
-            file.count += number
-            file.last = now
-        for directory in {file.directory for file in counted}:
+        written = Counter(files) if len(files) > 1 else {files[0]: 1}
+        for file in unwritten:
+            written[file] -= 1
+        for file, number in written.items():
+            if number:
+                file.count += number
+                file.last = now
+        for directory in {file.directory for file in written}:
             if not directory.current:
                 # Replaced meanwhile: these may have gone to the old one.
-                for file in written:
-                    if file.directory is directory:
-                        owed[file.signal.name.encode()] += 1
+                for file, number in written.items():
+                    if file.directory is directory and number:
+                        owed[file.signal.name.encode()] += number
                 self._directories.look(directory)
+
+    def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
+        """The files of now for those of frames that were read before a reload."""
+        renewed = [self._files[name] for file in files if (name := file.signal.name) in self._files]
+        self._counters.unknown += len(files) - len(renewed)
+        return renewed
 
     def _failed(self, file: StateFile, error: OSError) -> None:
         self._counters.write_failures += 1
