@@ -1,0 +1,185 @@
+"""The man pages and completions are those of the parser, and shells and readers take them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.commands.line import COMMANDS
+from inco_trio.signals import builtin_signals
+from manual.generated import COMPLETION, MAN, ROOT, generate, stale
+
+REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m manual`), and commit"
+BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
+PAGES = sorted((ROOT / MAN).glob("*"))
+SIGNALS = {signal.name for signal in builtin_signals(Path("/"))}
+
+
+def test_nothing_is_stale() -> None:
+    old = stale()
+    assert not old, f"{', '.join(old)}: {REMEDY}"
+
+
+def test_what_is_stale_is_found(tmp_path: Path) -> None:
+    for name in (MAN, COMPLETION):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / MAN / "inco-trio-run.1").write_text("old")
+    (tmp_path / MAN / "inco-trio-s6.1").unlink()
+    (tmp_path / COMPLETION / "gone").write_text("")
+    assert stale(tmp_path) == ["docs/completion/gone", "docs/man/inco-trio-run.1", "docs/man/inco-trio-s6.1"]
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_the_width_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert {path: text == (ROOT / path).read_text() for path, text in generate().items()} == dict.fromkeys(
+        generate(), True
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_has_its_sections(page: Path) -> None:
+    headings = [line[4:] for line in page.read_text().splitlines() if line.startswith(".SH ")]
+    headings = [heading for heading in headings if heading != "COMMANDS"]
+    assert headings == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"]
+
+
+def test_each_command_has_a_page() -> None:
+    assert {page.name for page in PAGES} == {
+        "inco-trio.1",
+        "inco_proxy.1",
+        *(f"inco-trio-{command}.1" for command in COMMANDS),
+    }
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_readers_have_no_complaint(page: Path) -> None:
+    lint = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True, text=True, timeout=60, check=False
+    )
+    # A page that is made from the parser has no date.
+    assert [line for line in lint.stdout.splitlines() if "missing date" not in line] == []
+    shown = subprocess.run(
+        ["man", "--warnings", "--encoding=UTF-8", "--local-file", page],
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert shown.stderr == ""
+    assert "$UDRV_JSON_PATH names" in shown.stdout or page.stem != "inco_proxy"
+    assert "--after 'inco-trio send redun_notify_irq'" in shown.stdout or page.stem != "inco-trio-wait"
+
+
+Complete = Callable[[Path, str], set[str]]
+
+
+def in_bash(cwd: Path, line: str) -> set[str]:
+    """What bash offers after `line`: its function is called as readline would."""
+    words = line.split(" ")
+    script = f"""
+        . {BASH}
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=$(printf %s "$*" | wc -c)
+        $(complete -p inco-trio | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    return run(cwd, "bash", "--norc", "-c", script, "bash", *words)
+
+
+def in_fish(cwd: Path, line: str) -> set[str]:
+    """What fish offers after `line`, without what it says of each."""
+    offered = run(cwd, "fish", "--no-config", "-c", f"source {FISH}; complete --do-complete $argv[1]", line)
+    return {word.split("\t")[0] for word in offered}
+
+
+def run(cwd: Path, *command: str) -> set[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TERM": "dumb"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {line.rstrip() for line in done.stdout.splitlines() if line}
+
+
+def in_zsh(cwd: Path, line: str) -> set[str]:
+    """What zsh offers after `line`, typed on a terminal; each time that something is added, it is written to a FIFO."""
+    fifo = cwd / "fifo"
+    os.mkfifo(fifo)
+    (cwd / ".zshrc").write_text(f"""
+        fpath=({BASH.parent} $fpath)
+        autoload -Uz compinit && compinit -u -D
+        compadd() {{
+            local -a offered
+            if [[ "${{@[1,(i)(-|--)]}}" != *-(O|A|D)\\ * ]]; then
+                builtin compadd -A offered "$@"
+                (( $#offered )) && printf '%s\\n' "$offered[@]" >> {cwd}/offered
+            fi
+            builtin compadd "$@"
+        }}
+        finished() {{ echo finished > {fifo} }}
+        ask() {{ comppostfuncs=(finished); BUFFER=$QUESTION; CURSOR=$#BUFFER; zle list-choices; exit }}
+        zle -N zle-line-init ask
+    """)
+    shell, terminal = pty.openpty()
+    try:
+        with subprocess.Popen(
+            ["zsh", "--no-globalrcs", "-i"],
+            cwd=cwd,
+            env={"PATH": os.environ["PATH"], "HOME": str(cwd), "ZDOTDIR": str(cwd), "TERM": "dumb", "QUESTION": line},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        ) as zsh:
+            try:
+                assert fifo.read_text() == "finished\n"
+            finally:
+                zsh.kill()
+    finally:
+        os.close(shell)
+        os.close(terminal)
+    offered = cwd / "offered"
+    return set(offered.read_text().split("\n")) - {""} if offered.exists() else set()
+
+
+@pytest.mark.parametrize(
+    "complete",
+    [in_bash, pytest.param(in_zsh, marks=pytest.mark.tools), pytest.param(in_fish, marks=pytest.mark.tools)],
+)
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("inco-trio r", {command for command in COMMANDS if command.startswith("r")}),
+        ("inco-trio run --irq", {"--irq-dir"}),
+        ("inco-trio run --log-format ", {"text", "json"}),
+        ("inco-trio run l", {"lo"}),
+        ("inco-trio check --iface l", {"lo"}),
+        ("inco-trio wait ", SIGNALS),
+        ("inco-trio wait --as cor", {"core1"}),
+        ("inco-trio wait --as core1 l", {"lo"}),
+        ("inco-trio monitor --signal ihub_h", {"ihub_hwwd_irq"}),
+        ("inco-trio check --config ud", {"udrv.json"}),
+        ("inco-trio run --irq-dir i", {"irq/"}),
+        ("inco-trio s6 --user roo", {"root"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_completion(complete: Complete, line: str, offered: set[str], tmp_path: Path) -> None:
+    (tmp_path / "udrv.json").touch()
+    (tmp_path / "irq").mkdir()
+    found = complete(tmp_path, line)
+    assert {word.rstrip("/") for word in found} == {word.rstrip("/") for word in offered}
