@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from manual.generated import COMPLETION, MAN, ROOT, generate, stale
 REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m manual`), and commit"
 BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
 PAGES = sorted((ROOT / MAN).glob("*"))
+README = (ROOT / "README.md").read_text()
 SIGNALS = {signal.name for signal in builtin_signals(Path("/"))}
 
 
@@ -154,6 +157,54 @@ def in_zsh(cwd: Path, line: str) -> set[str]:
         os.close(terminal)
     offered = cwd / "offered"
     return set(offered.read_text().split("\n")) - {""} if offered.exists() else set()
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A PATH on which `inco-trio` is found as pipx has it: a symlink into an environment where the wheel is."""
+    environment = tmp_path / "environment"
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for source, where in wheel["shared-data"].items():
+        (environment / where).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
+        copy(ROOT / source, environment / where)
+    for directory in (environment / "bin", tmp_path / "links"):
+        directory.mkdir()
+    (environment / "bin/inco-trio").write_text("#!/bin/sh\n")
+    (environment / "bin/inco-trio").chmod(0o755)
+    (tmp_path / "links/inco-trio").symlink_to(environment / "bin/inco-trio")
+    return tmp_path / "links"
+
+
+@pytest.mark.parametrize(
+    ("shell", "row", "ask", "said"),
+    [
+        (("bash", "--norc"), "~/.bashrc", "complete -p inco-trio | grep -o 'inco-trio$'", "inco-trio"),
+        pytest.param(
+            *(
+                ("zsh", "-f"),
+                "~/.zshrc",
+                "autoload -Uz compinit; compinit -u -D; echo $_comps[inco-trio]",
+                "_inco-trio",
+            ),
+            marks=pytest.mark.tools,
+        ),
+        pytest.param(
+            *(("fish", "--no-config"), "config.fish", "complete -C 'inco-trio ru' | cut -f 1", "run"),
+            marks=pytest.mark.tools,
+        ),
+    ],
+    ids=["bash", "zsh", "fish"],
+)
+def test_the_lines_of_the_readme_switch_it_on(
+    shell: tuple[str, ...], row: str, ask: str, said: str, installed: Path, tmp_path: Path
+) -> None:
+    section = README[README.index("## Man pages and completion") : README.index("## As a library")]
+    (line,) = re.findall(r"^    (share=.*)$", section, re.MULTILINE)
+    (lines,) = re.findall(rf"^\| `{row}` \| (.*) \|$", section, re.MULTILINE)
+    given = ([line] if "the line above" in lines else []) + re.findall(r"`([^`]+ [^`]+)`", lines)
+    path = f"set -gx PATH {installed} $PATH" if shell[0] == "fish" else f"PATH={installed}:$PATH"
+    assert run(tmp_path, *shell, "-c", "\n".join([path, *given, ask])) == {said}
 
 
 @pytest.mark.parametrize(
