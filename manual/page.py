@@ -84,27 +84,28 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
 
 
 class _Notes:
-    """What an epilog says: paragraphs, the exit codes, and examples."""
+    """What an epilog says: paragraphs; `exit codes: 0 ..., 1 ...`; `example: ...`, or `examples:` and indented lines.
+
+    A part ends at an empty line; the exit codes also at a line that points to the help of `inco-trio`.
+    """
 
     def __init__(self, epilog: str) -> None:
         self.paragraphs: list[str] = []
         self.codes = ""
         self.examples: list[str] = []
         part = None
-        for line in epilog.splitlines():
+        for line in epilog.replace(EXIT_CODES, f"{EXIT_CODES}\n").splitlines():
             if example := EXAMPLE.match(line):
                 part = "examples"
                 rest = line[example.end() :]
                 self.examples += [rest] if rest else []
-            elif line.startswith(CODES):
-                part = "codes"
+            elif line.startswith(CODES) or (part == "codes" and line.strip()):
+                part = None if line.endswith("--help") else "codes"
                 self.codes += f"{line}\n"
             elif not line.strip():
                 part = None
             elif part == "examples" and line[0].isspace():
                 self.examples.append(line.strip())
-            elif part == "codes":
-                self.codes += f"{line}\n"
             elif part == "paragraph":
                 self.paragraphs[-1] += f" {line.strip()}"
             else:

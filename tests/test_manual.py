@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ import pytest
 from inco_trio.commands.line import COMMANDS
 from inco_trio.signals import builtin_signals
 from manual.generated import COMPLETION, MAN, ROOT, generate, stale
+from manual.page import drop_in_page
 
 REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m manual`), and commit"
 BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
@@ -51,6 +53,27 @@ def test_a_page_has_its_sections(page: Path) -> None:
     headings = [line[4:] for line in page.read_text().splitlines() if line.startswith(".SH ")]
     headings = [heading for heading in headings if heading != "COMMANDS"]
     assert headings == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"]
+
+
+def test_an_epilog_becomes_sections_and_says_nothing_to_roff() -> None:
+    parser = argparse.ArgumentParser(
+        prog="inco_proxy",
+        description="What it does.",
+        epilog="First words,\nmore of them.\n\nexamples:\n  .run 'a' \\n\n  second --one\n"
+        "exit codes: 0 fine, 1 bad, or\nworse, 9 both; see inco-trio --help\nLast words with `code --x` in them.",
+    )
+    parser.add_argument("--level", nargs="?", metavar="N", help="up to N of 100%% (default: %(default)s)", default=3)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="what is named")
+    page = drop_in_page(parser)["inco_proxy.1"]
+    for part in (
+        "\\fBinco_proxy\\fR [\\fIOPTION\\fR ...] \\fINAME\\fR ...\n",
+        ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
+        ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
+        ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\nusage\n.TP\n.B 9\nboth\n",
+        ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
+    ):
+        assert part in page
 
 
 def test_each_command_has_a_page() -> None:
