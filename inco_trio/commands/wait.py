@@ -48,7 +48,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it came, 1 it did not come in time, or that of the COMMAND that failed; see inco-trio --help"
+        "exit codes: 0 it came, 1 it did not come in time; that of a COMMAND that failed; see inco-trio --help"
     )
     add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
