@@ -21,7 +21,10 @@ COVERAGE_DATA = Path(".nox/coverage-data").resolve()
 DEBIAN_PACKAGES = {
     "cc": ("gcc", "libc6-dev"),
     "execlineb": ("execline",),
+    "fish": ("fish",),
     "ip": ("iproute2",),
+    "man": ("man-db",),
+    "mandoc": ("mandoc",),
     "mosquitto": ("mosquitto",),
     "qemu-system-riscv64": ("qemu-system-misc",),
     "riscv64-linux-gnu-gcc": ("gcc-riscv64-linux-gnu",),
@@ -32,6 +35,7 @@ DEBIAN_PACKAGES = {
     "systemctl": ("systemd",),
     "tcpdump": ("tcpdump",),
     "tshark": ("tshark",),
+    "zsh": ("zsh",),
 }
 
 # Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.
@@ -121,7 +125,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types: package, tests, netns and this file."""
+    """Strict types: package, tests, netns, manual and this file."""
     install(session, "types")
     session.run("mypy", "--strict")
 
@@ -209,6 +213,13 @@ def run_bench(session: nox.Session, *args: str) -> None:
     need_programs(session)
     install(session, "test", "bench")
     session.run("python", "-m", "tests.bench", *args, *session.posargs)
+
+
+@nox.session(default=False)
+def generated(session: nox.Session) -> None:
+    """Write the man pages and the completions of shells again, from the parser of `--help`."""
+    install(session, "manual")
+    session.run("python", "-m", "manual")
 
 
 @nox.session

@@ -83,7 +83,7 @@ def test_help_names_the_commands(say: Say) -> None:
 def test_help_of_the_old_command(say: Say) -> None:
     code, out, _ = say("--help", command=inco_proxy)
     assert code == 0
-    assert "Example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000" in out
+    assert "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000" in out
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
     sub.epilog = (
         "Where user namespaces are forbidden, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
-        "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50"
+        "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50\n"
+        "exit codes: 0 everything arrived, 1 something was lost; see inco-trio --help"
     )
     sub.add_argument(
         "--qemu",

@@ -1,7 +1,9 @@
 """The arguments of the commands, their exit codes, and what an error looks like.
 
 A command's module has `arguments`, which adds its options to its parser, and `run`, which returns the exit code. Only
-the module of the command that was given is imported: the start of the daemon is an outage.
+the module of the command that was given is imported: the start of the daemon is an outage. The man pages and the
+completions are made of the same: manual/page.py says what an epilog looks like, manual/completion.py which metavar is
+completed, and `nox -s generated` writes them again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from inco_trio.errors import IncoError, ResourceRefused
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-__all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "parser", "run_command", "run_drop_in"]
+__all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "drop_in_parser", "parser", "run_command", "run_drop_in"]
 
 COMMANDS = {
     "run": "carry signals until SIGTERM or SIGINT",
@@ -56,7 +58,7 @@ def run_drop_in(words: Sequence[str]) -> int:
     """Run `inco_proxy` with the arguments `words`, and with the log that its users know; else as `run_command`."""
 
     def run() -> int:
-        iface = _parsed(_drop_in_parser(), words).iface
+        iface = _parsed(drop_in_parser(), words).iface
         # `--`: an interface's name may begin with a dash.
         return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
 
@@ -120,11 +122,16 @@ class _Version(argparse.Action):
         asking.exit()
 
 
-def _drop_in_parser() -> _Parser:
+def drop_in_parser() -> _Parser:
+    """The parser of `inco_proxy`."""
     made = _Parser(
         prog="inco_proxy",
         description="Carry inter-core interrupts between the link IFACE and the registers that $UDRV_JSON_PATH names.",
-        epilog="The same as `inco-trio run IFACE`.  Example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000",
+        epilog=(
+            "The same as `inco-trio run IFACE`, but for its log, on standard output.\n"
+            "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("iface", metavar="IFACE", help="network interface of the inter-core link")
     return made

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inco_trio.commands.configuration import positive
-from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.signalling import (
     add_ways,
     alone,
@@ -48,7 +47,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `wait`."""
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
-        "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n" + EXIT_CODES
+        "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
+        "exit codes: 0 it came, 1 it did not come in time; that of a COMMAND that failed; see inco-trio --help"
     )
     add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -43,7 +44,7 @@ def test_wheel_holds_only_the_package() -> None:
     names = zipfile.ZipFile(wheel).namelist()
     version = wheel.name.split("-")[1]
     info = f"inco_trio-{version}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"inco_trio", info}
+    assert {name.split("/")[0] for name in names} == {"inco_trio", info, f"inco_trio-{version}.data"}
     assert {"inco_trio/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert "inco_trio/simulation/firmware/core1.elf" in names
 
@@ -98,6 +99,21 @@ print(inco_trio.__file__)
 @pytest.mark.parametrize("command", [("inco-trio",), ("inco_proxy",), ("python", "-m", "inco_trio")], ids=" ".join)
 def test_help(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "usage: " in run(tmp_path, *command, "--help")
+
+
+def test_man_pages_and_completions_are_where_tools_look(tmp_path: Path) -> None:
+    share = PYTHON.parent.parent / "share"
+    for path in (
+        "bash-completion/completions/inco-trio",
+        "zsh/site-functions/_inco-trio",
+        "fish/vendor_completions.d/inco-trio.fish",
+    ):
+        assert "inco-trio" in (share / path).read_text()
+    usage = run(tmp_path, "inco-trio", "--help")
+    commands = re.findall(r"^    ([a-z]\w*)  ", usage, re.MULTILINE)
+    assert "run" in commands
+    pages = {"inco-trio.1", "inco_proxy.1", *(f"inco-trio-{command}.1" for command in commands)}
+    assert {page.name for page in (share / "man/man1").glob("inco*")} == pages
 
 
 def test_check_accepts_the_sample(tmp_path: Path) -> None:

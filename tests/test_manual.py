@@ -1,0 +1,259 @@
+"""The man pages and completions are those of the parser, and shells and readers take them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pty
+import re
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from inco_trio.commands.line import COMMANDS
+from inco_trio.signals import builtin_signals
+from manual.generated import COMPLETION, MAN, ROOT, generate, stale
+from manual.page import drop_in_page
+
+REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m manual`), and commit"
+BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
+PAGES = sorted((ROOT / MAN).glob("*"))
+README = (ROOT / "README.md").read_text()
+SIGNALS = {signal.name for signal in builtin_signals(Path("/"))}
+
+
+def test_nothing_is_stale() -> None:
+    old = stale()
+    assert not old, f"{', '.join(old)}: {REMEDY}"
+
+
+def test_what_is_stale_is_found(tmp_path: Path) -> None:
+    for name in (MAN, COMPLETION):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / MAN / "inco-trio-run.1").write_text("old")
+    (tmp_path / MAN / "inco-trio-s6.1").unlink()
+    (tmp_path / COMPLETION / "gone").write_text("")
+    assert stale(tmp_path) == ["docs/completion/gone", "docs/man/inco-trio-run.1", "docs/man/inco-trio-s6.1"]
+
+
+@pytest.mark.parametrize("columns", ["20", "300"])
+def test_the_width_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert {path: text == (ROOT / path).read_text() for path, text in generate().items()} == dict.fromkeys(
+        generate(), True
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_has_its_sections(page: Path) -> None:
+    headings = [line[4:] for line in page.read_text().splitlines() if line.startswith(".SH ")]
+    headings = [heading for heading in headings if heading != "COMMANDS"]
+    assert headings == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"]
+
+
+def test_an_epilog_becomes_sections_and_says_nothing_to_roff() -> None:
+    parser = argparse.ArgumentParser(
+        prog="inco_proxy",
+        description="What it does.",
+        epilog="First words,\nmore of them.\n\nexamples:\n  .run 'a' \\n\n  second --one\n"
+        "exit codes: 0 fine, 1 bad, or\nworse, 9 both; see inco-trio --help\nLast words with `code --x` in them.",
+    )
+    parser.add_argument("--level", nargs="?", metavar="N", help="up to N of 100%% (default: %(default)s)", default=3)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="what is named")
+    page = drop_in_page(parser)["inco_proxy.1"]
+    for part in (
+        "\\fBinco_proxy\\fR [\\fIOPTION\\fR ...] \\fINAME\\fR ...\n",
+        ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
+        ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
+        ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\nusage\n.TP\n.B 9\nboth\n",
+        ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
+    ):
+        assert part in page
+
+
+def test_each_command_has_a_page() -> None:
+    assert {page.name for page in PAGES} == {
+        "inco-trio.1",
+        "inco_proxy.1",
+        *(f"inco-trio-{command}.1" for command in COMMANDS),
+    }
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_readers_have_no_complaint(page: Path) -> None:
+    lint = subprocess.run(
+        ["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True, text=True, timeout=60, check=False
+    )
+    # A page that is made from the parser has no date.
+    assert [line for line in lint.stdout.splitlines() if "missing date" not in line] == []
+    shown = subprocess.run(
+        ["man", "--warnings", "--encoding=UTF-8", "--local-file", page],
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert shown.stderr == ""
+    assert "$UDRV_JSON_PATH names" in shown.stdout or page.stem != "inco_proxy"
+    assert "--after 'inco-trio send redun_notify_irq'" in shown.stdout or page.stem != "inco-trio-wait"
+
+
+Complete = Callable[[Path, str], set[str]]
+
+
+def in_bash(cwd: Path, line: str) -> set[str]:
+    """What bash offers after `line`: its function is called as readline would."""
+    words = line.split(" ")
+    script = f"""
+        . {BASH}
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*" COMP_POINT=$(printf %s "$*" | wc -c)
+        $(complete -p inco-trio | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    return run(cwd, "bash", "--norc", "-c", script, "bash", *words)
+
+
+def in_fish(cwd: Path, line: str) -> set[str]:
+    """What fish offers after `line`, without what it says of each."""
+    offered = run(cwd, "fish", "--no-config", "-c", f"source {FISH}; complete --do-complete $argv[1]", line)
+    return {word.split("\t")[0] for word in offered}
+
+
+def run(cwd: Path, *command: str) -> set[str]:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "HOME": str(cwd), "TERM": "dumb"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == ""
+    return {line.rstrip() for line in done.stdout.splitlines() if line}
+
+
+def in_zsh(cwd: Path, line: str) -> set[str]:
+    """What zsh offers after `line`, typed on a terminal; each time that something is added, it is written to a FIFO."""
+    fifo = cwd / "fifo"
+    os.mkfifo(fifo)
+    (cwd / ".zshrc").write_text(f"""
+        fpath=({BASH.parent} $fpath)
+        autoload -Uz compinit && compinit -u -D
+        compadd() {{
+            local -a offered
+            if [[ "${{@[1,(i)(-|--)]}}" != *-(O|A|D)\\ * ]]; then
+                builtin compadd -A offered "$@"
+                (( $#offered )) && printf '%s\\n' "$offered[@]" >> {cwd}/offered
+            fi
+            builtin compadd "$@"
+        }}
+        finished() {{ echo finished > {fifo} }}
+        ask() {{ comppostfuncs=(finished); BUFFER=$QUESTION; CURSOR=$#BUFFER; zle list-choices; exit }}
+        zle -N zle-line-init ask
+    """)
+    shell, terminal = pty.openpty()
+    try:
+        with subprocess.Popen(
+            ["zsh", "--no-globalrcs", "-i"],
+            cwd=cwd,
+            env={"PATH": os.environ["PATH"], "HOME": str(cwd), "ZDOTDIR": str(cwd), "TERM": "dumb", "QUESTION": line},
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        ) as zsh:
+            try:
+                assert fifo.read_text() == "finished\n"
+            finally:
+                zsh.kill()
+    finally:
+        os.close(shell)
+        os.close(terminal)
+    offered = cwd / "offered"
+    return set(offered.read_text().split("\n")) - {""} if offered.exists() else set()
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A PATH on which `inco-trio` is found as pipx has it: a symlink into an environment where the wheel is."""
+    environment = tmp_path / "environment"
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for source, where in wheel["shared-data"].items():
+        (environment / where).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
+        copy(ROOT / source, environment / where)
+    for directory in (environment / "bin", tmp_path / "links"):
+        directory.mkdir()
+    (environment / "bin/inco-trio").write_text("#!/bin/sh\n")
+    (environment / "bin/inco-trio").chmod(0o755)
+    (tmp_path / "links/inco-trio").symlink_to(environment / "bin/inco-trio")
+    return tmp_path / "links"
+
+
+@pytest.mark.parametrize(
+    ("shell", "row", "ask", "said"),
+    [
+        (("bash", "--norc"), "~/.bashrc", "complete -p inco-trio | grep -o 'inco-trio$'", "inco-trio"),
+        pytest.param(
+            *(
+                ("zsh", "-f"),
+                "~/.zshrc",
+                "autoload -Uz compinit; compinit -u -D; echo $_comps[inco-trio]",
+                "_inco-trio",
+            ),
+            marks=pytest.mark.tools,
+        ),
+        pytest.param(
+            *(("fish", "--no-config"), "config.fish", "complete -C 'inco-trio ru' | cut -f 1", "run"),
+            marks=pytest.mark.tools,
+        ),
+    ],
+    ids=["bash", "zsh", "fish"],
+)
+def test_the_lines_of_the_readme_switch_it_on(
+    shell: tuple[str, ...], row: str, ask: str, said: str, installed: Path, tmp_path: Path
+) -> None:
+    section = README[README.index("## Man pages and completion") : README.index("## As a library")]
+    (line,) = re.findall(r"^    (share=.*)$", section, re.MULTILINE)
+    (lines,) = re.findall(rf"^\| `{row}` \| (.*) \|$", section, re.MULTILINE)
+    given = ([line] if "the line above" in lines else []) + re.findall(r"`([^`]+ [^`]+)`", lines)
+    path = f"set -gx PATH {installed} $PATH" if shell[0] == "fish" else f"PATH={installed}:$PATH"
+    assert run(tmp_path, *shell, "-c", "\n".join([path, *given, ask])) == {said}
+
+
+@pytest.mark.parametrize(
+    "complete",
+    [in_bash, pytest.param(in_zsh, marks=pytest.mark.tools), pytest.param(in_fish, marks=pytest.mark.tools)],
+)
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("inco-trio r", {command for command in COMMANDS if command.startswith("r")}),
+        ("inco-trio run --irq", {"--irq-dir"}),
+        ("inco-trio run --log-format ", {"text", "json"}),
+        ("inco-trio run l", {"lo"}),
+        ("inco-trio check --iface l", {"lo"}),
+        ("inco-trio wait ", SIGNALS),
+        ("inco-trio wait --as cor", {"core1"}),
+        ("inco-trio wait --as core1 l", {"lo"}),
+        ("inco-trio monitor --signal ihub_h", {"ihub_hwwd_irq"}),
+        ("inco-trio check --config ud", {"udrv.json"}),
+        ("inco-trio run --irq-dir i", {"irq/"}),
+        ("inco-trio s6 --user roo", {"root"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_completion(complete: Complete, line: str, offered: set[str], tmp_path: Path) -> None:
+    (tmp_path / "udrv.json").touch()
+    (tmp_path / "irq").mkdir()
+    found = complete(tmp_path, line)
+    assert {word.rstrip("/") for word in found} == {word.rstrip("/") for word in offered}
