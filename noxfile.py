@@ -125,7 +125,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types: package, tests, netns, manual and this file."""
+    """Strict types: package, tests, netns, docs and this file."""
     install(session, "types")
     session.run("mypy", "--strict")
 
@@ -219,7 +219,7 @@ def run_bench(session: nox.Session, *args: str) -> None:
 def generated(session: nox.Session) -> None:
     """Write the man pages and the completions of shells again, from the parser of `--help`."""
     install(session, "manual")
-    session.run("python", "-m", "manual")
+    session.run("python", "-m", "docs.manual")
 
 
 @nox.session

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from docs.manual.generated import COMPLETION, MAN, ROOT, generate, stale
+from docs.manual.page import drop_in_page
 from inco_trio.commands.line import COMMANDS
 from inco_trio.signals import builtin_signals
-from manual.generated import COMPLETION, MAN, ROOT, generate, stale
-from manual.page import drop_in_page
 
-REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m manual`), and commit"
+REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m docs.manual`), and commit"
 BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
 PAGES = sorted((ROOT / MAN).glob("*"))
 README = (ROOT / "README.md").read_text()

@@ -2,8 +2,8 @@
 
 A command's module has `arguments`, which adds its options to its parser, and `run`, which returns the exit code. Only
 the module of the command that was given is imported: the start of the daemon is an outage. The man pages and the
-completions are made of the same: manual/page.py says what an epilog looks like, manual/completion.py which metavar is
-completed, and `nox -s generated` writes them again.
+completions are made of the same: docs/manual/page.py says what an epilog looks like, docs/manual/completion.py which
+metavar is completed, and `nox -s generated` writes them again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`python -m manual`: writes what is generated, and removes the files of commands that are gone."""
+"""`python -m docs.manual`: writes what is generated, and removes the files of commands that are gone."""
 
 from __future__ import annotations
 
-from manual.generated import ROOT, generate, stale
+from docs.manual.generated import ROOT, generate, stale
 
 
 def main() -> None:

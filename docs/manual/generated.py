@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from docs.manual.completion import complete
+from docs.manual.page import command_pages, drop_in_page
 from inco_trio.commands.line import drop_in_parser, parser
-from manual.completion import complete
-from manual.page import command_pages, drop_in_page
 
 __all__ = ["COMPLETION", "MAN", "ROOT", "generate", "stale"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAN = Path("docs/man")
 COMPLETION = Path("docs/completion")
 
