@@ -17,7 +17,7 @@ from inco_trio.registers.states import StateFile
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 
-__all__ = ["Events", "Listener", "Notification"]
+__all__ = ["Deaf", "Events", "Listener", "Notification"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,16 @@ class Notification:
 class Listener(Protocol):
     """Who is told of everything, at once; `supervise.board_name` says of which board. Nothing here waits or raises."""
 
-    def carried(self, signals: Sequence[Signal], sequence: int) -> None:
-        """These were written or sent; the first is the proxy's notification number `sequence`, from 1."""
+    wants_frames: bool
+    """Whether it is told the frames of the link, too."""
 
-    def ignored(self, reason: str, name: str | None) -> None:
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
+        """These were written or sent; the first is the proxy's notification number `sequence`, from 1.
+
+        `frames` are those that came, one for each, if they are wanted and came.
+        """
+
+    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """A frame is no notification, or one is given up, for `reason`: the name of the counter that counts it."""
 
     def link_changed(self, running: bool) -> None:
@@ -49,10 +55,12 @@ class Listener(Protocol):
 class Deaf:
     """A listener that does not care."""
 
-    def carried(self, signals: Sequence[Signal], sequence: int) -> None:
+    wants_frames = False
+
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
         """See `Listener.carried`."""
 
-    def ignored(self, reason: str, name: str | None) -> None:
+    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """See `Listener.ignored`."""
 
     def link_changed(self, running: bool) -> None:
@@ -72,21 +80,21 @@ class Events:
         self._sequence = 0
         self._entries: set[trio.MemorySendChannel[Notification]] = set()
 
-    def written(self, files: Sequence[StateFile]) -> None:
-        """State files were written, or are owed."""
-        self.carried(list(map(_signal_of, files)))
+    def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
+        """State files were written, or are owed, for these frames."""
+        self.carried(list(map(_signal_of, files)), frames)
 
-    def accepted(self, signals: Sequence[Signal]) -> None:
+    def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = ()) -> None:
         """The link has accepted frames."""
         now = time.time_ns()
         for signal in signals:
             self.sent[signal.name] += 1
             self.sent_last[signal.name] = now
-        self.carried(signals)
+        self.carried(signals, frames)
 
-    def carried(self, signals: Sequence[Signal]) -> None:
+    def carried(self, signals: Sequence[Signal], frames: Sequence[bytes]) -> None:
         """Tell of what was carried."""
-        self.listener.carried(signals, self._sequence + 1)
+        self.listener.carried(signals, self._sequence + 1, frames)
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:

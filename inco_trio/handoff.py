@@ -29,6 +29,8 @@ class Batch(Generic[Item]):
     """The watches to note once all of them are finished, see `Triggered`."""
     drained: bool = True
     """Whether nothing was left to read behind it."""
+    frames: Sequence[bytes] = ()
+    """The frame of each item, if `Listener.wants_frames`."""
     finished: trio.Event | None = None
     """Set once all of them are finished."""
 
@@ -37,10 +39,10 @@ class Handoff(Generic[Item]):
     """A channel without buffer, and the batches that were made for it and are not finished.
 
     A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the
-    process. `carried` is called with the items of every batch that is finished; `noted` is `Inflight.watches`.
+    process. `carried` is called with items and frames of every batch that is finished; `noted` is `Inflight.watches`.
     """
 
-    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Item]], None]) -> None:
+    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
         self._entry, self.exit = trio.open_memory_channel[Batch[Item]](0)
         self._noted = noted
         self.carried = carried
@@ -64,7 +66,7 @@ class Handoff(Generic[Item]):
             batch.finished.set()
         self.unfinished.discard(batch)
         if batch.items:
-            self.carried(batch.items)
+            self.carried(batch.items, batch.frames)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
         """Hand a batch to the next leg; not to be interrupted, as it is read already.

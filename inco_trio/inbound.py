@@ -6,10 +6,11 @@ import functools
 import itertools
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import trio
 
+from inco_trio.events import Deaf, Listener
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
@@ -43,14 +44,14 @@ class Inbound:
         states: StateFiles,
         inflight: Inflight,
         counters: Counters,
-        ignored: Callable[[str, str | None], None] = lambda *_: None,
+        listener: Listener | None = None,
     ) -> None:
         self._handoff = handoff
         self._link = link
         self._states = states
         self._inflight = inflight
         self._counters = counters
-        self._ignored = ignored
+        self._listener = listener or Deaf()
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
@@ -102,8 +103,20 @@ class Inbound:
         except KeyError:
             found = (self._file_of(bank.view[FRAME_STEP * number :], length) for number, length in enumerate(lengths))
             files = [file for file in found if file is not None]
-        drained = len(lengths) < self._at_once and lengths[-1] <= SHORT
-        return self._handoff.begin(Batch(files, ((bank, used),), drained=drained))
+        batch = Batch(files, ((bank, used),), drained=len(lengths) < self._at_once and lengths[-1] <= SHORT)
+        if self._listener.wants_frames:
+            batch.frames = self._frames_of(files, bank.view, lengths)
+        return self._handoff.begin(batch)
+
+    def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
+        """The frame of each file, of those that were read into a bank."""
+        names = [file.signal.name.encode() for file in files]
+        frames: list[bytes] = []
+        for number, length in enumerate(lengths):
+            frame = bytes(view[FRAME_STEP * number :][:length])
+            if len(frames) < len(names) and decode(frame) == names[len(frames)]:
+                frames.append(frame)
+        return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
         """The file of a frame; one that has none is counted."""
@@ -114,17 +127,21 @@ class Inbound:
         name = decode(room, length)
         if name is None:
             self._counters.malformed += 1
-            self._ignored("malformed", None)
+            self._ignore("malformed", None, room, length)
             return None
         known, by_frame = self._states.known, self._states.by_frame
         file = known.get(name)
         if file is None:
             self._counters.unknown += 1
             logger.debug("%s: unknown signal", name.decode())
-            self._ignored("unknown", name.decode())
+            self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
         return file
+
+    def _ignore(self, reason: str, name: str | None, room: memoryview, length: int) -> None:
+        frame = bytes(room[:length]) if self._listener.wants_frames else None
+        self._listener.ignored(reason, name, frame)
 
     async def receive(self, health: Health) -> None:
         """The leg that reads the link."""
@@ -159,7 +176,7 @@ class Inbound:
         file = self._file_of(room, length)
         if file is not None:
             self._states.write((file,))
-            self._handoff.carried((file,))
+            self._handoff.carried((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True

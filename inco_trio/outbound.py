@@ -36,7 +36,7 @@ class Outbound:
         inotify: Watcher,
         inflight: Inflight,
         counters: Counters,
-        ignored: Callable[[str, str | None], None] = lambda *_: None,
+        ignored: Callable[[str, str | None, bytes | None], None] = lambda *_: None,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -148,7 +148,7 @@ class Outbound:
             return False  # For the leg that sends, which knows what to do.
         self._counters.triggered += 1
         self._counters.sent += 1
-        self._handoff.carried((signal,))
+        self._handoff.carried((signal,), ())
         return True
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
@@ -162,7 +162,7 @@ class Outbound:
             pass  # For the leg that sends, which knows what to do.
         self._counters.sent += sent
         if sent:
-            self._handoff.carried(signals[:sent])
+            self._handoff.carried(signals[:sent], ())
         return sent
 
     async def send(self, health: Health) -> None:
@@ -203,7 +203,7 @@ class Outbound:
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
                     self._counters.unsendable += 1
-                    self._ignored("unsendable", signal.name)
+                    self._ignored("unsendable", signal.name, None)
                     return False
                 else:
                     raise

@@ -144,6 +144,10 @@ class Proxy:
             raise UnknownSignal(f"{name}: not an outbound signal of {self._link.name}")
         await self._outbound.send_signal(signal)
 
+    def frame(self, name: str) -> bytes:
+        """The frame that `send` sends for a signal."""
+        return self._link.frame(name)
+
     @contextmanager
     def events(self, buffer: int = 1024) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
         """A stream of what is carried from now on, in both directions.
@@ -387,10 +391,11 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
         logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
     events = Events(counters, ground.listener)
-    ignored = events.listener.ignored
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, ignored)
-    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, ignored)
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
+    outbound = Outbound(
+        handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener.ignored
+    )
     inbound.recover()
     outbound.recover()
     if stale is not None:

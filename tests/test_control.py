@@ -21,7 +21,7 @@ from inco_trio.control.server import CLIENTS_MAX, LINE_MAX, WAITING_MAX
 from inco_trio.frame import decode, encode
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here
-from tests.support_control import MAC, Board, Client
+from tests.support_control import FRAME, MAC, Board, Client
 
 
 @pytest.fixture
@@ -120,6 +120,30 @@ def _offset() -> float:
     import time
 
     return time.time() - time.monotonic()
+
+
+def test_a_monitor_is_told_the_frames_if_it_wants_them(board: Board) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    monitor, other = board.client(), board.client()
+    monitor.ask({"request": "monitor", "frames": True})
+    other.ask({"request": "monitor"})
+    padded = FRAME.ljust(60, b"\0")
+    tagged = FRAME[:12] + bytes.fromhex("81000001") + FRAME[12:]
+    proxy.process.send_signal(signal.SIGSTOP)  # So that they come in one batch.
+    sent = [padded, b"short", FRAME, encode(b"nobody", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
+    for frame in sent:
+        board.inbound(peer, frame)
+    proxy.process.send_signal(signal.SIGCONT)
+    told = [monitor.read() for _ in sent]
+    frames = [(event.get("reason"), bytes.fromhex(event["frame"])) for event in told]
+    known = [(None, frame) for frame in sent if b"ihub" in frame]
+    assert [each for each in frames if each[0] is None] == known
+    assert [each for each in frames if each[0] is not None] == [("malformed", sent[1]), ("unknown", sent[3])]
+    assert all("frame" not in other.read() for _ in sent)
+    board.trigger()
+    assert monitor.read()["frame"] == peer.recv(2000).hex()
+    assert board.client().ask({"request": "monitor", "frames": 1})["error"] == "invalid"
 
 
 def test_what_is_carried_at_the_end_is_told(board: Board) -> None:

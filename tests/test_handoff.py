@@ -40,7 +40,9 @@ class World:
         self.done: list[str] = []
         self.carried: list[list[Signal]] = []
         self.inflight = Inflight.open()
-        self.handoff = Handoff[Signal](self.inflight.watches, lambda signals: self.carried.append(list(signals)))
+        self.handoff = Handoff[Signal](
+            self.inflight.watches, lambda signals, _frames: self.carried.append(list(signals))
+        )
 
     def batch(self, name: str, *signals: Signal) -> Batch[Signal]:
         return self.handoff.begin(Batch(list(signals), ((Recorder(name, self.done), 7),)))

@@ -64,7 +64,7 @@ def test_a_backlog_is_read_in_turns(tmp_path: Path, at_once: int) -> None:
             registers = Registers(inotify, inflight, counters)
             stack.callback(registers.close)
             registers.open(SignalTable(builtin_signals(tmp_path / "irq")))
-            handoff = Handoff(inflight.watches, Events(counters).carried)
+            handoff = Handoff(inflight.watches, Events(counters).written)
             queue = Queue(number)
             inbound = Inbound(handoff, queue, registers.states, inflight, counters)  # type: ignore[arg-type]
             async with trio.open_nursery() as nursery:

@@ -74,6 +74,7 @@ class _Event:
     monotonic_ns: int
     signals: Sequence[Signal] = ()
     sequence: int = 0
+    frames: Sequence[bytes] = ()
     fields: Mapping[str, object] = attrs.Factory(dict)
 
     @property
@@ -88,6 +89,8 @@ class _Monitor:
     board: str | None
     direction: Direction | None
     names: Collection[str] | None
+    frames: bool
+    """Whether it is told the frames, too."""
     _waiting: deque[_Event] = attrs.Factory(deque)
     _number: int = 0
     """Notifications, and other events, that wait."""
@@ -134,18 +137,21 @@ class _Monitor:
         common |= {"time": event.time_ns / 1e9, "monotonic_ns": event.monotonic_ns}
         if not event.signals:
             if self._wanted(event.fields.get("direction"), event.fields.get("signal")):
-                yield json.dumps({**event.fields, **common}) + "\n"
+                fields = {key: value for key, value in event.fields.items() if self.frames or key != "frame"}
+                yield json.dumps({**fields, **common}) + "\n"
             return
-        for sequence, signal in enumerate(event.signals, event.sequence):
+        for number, signal in enumerate(event.signals):
             if not self._wanted(signal.direction.value, signal.name):
                 continue
-            told = {
+            told: dict[str, object] = {
                 "event": "notification",
                 "direction": signal.direction.value,
                 "signal": signal.name,
                 "register": str(signal.path),
-                "sequence": sequence,
+                "sequence": event.sequence + number,
             }
+            if self.frames:
+                told["frame"] = event.frames[number].hex() if event.frames else None
             yield json.dumps(told | common) + "\n"
 
     def _wanted(self, direction: object, name: object) -> bool:
@@ -163,6 +169,8 @@ class Control:
         self._boot = os.urandom(8).hex()
         self._clients: set[_Client] = set()
         self._monitors: set[_Monitor] = set()
+        self.wants_frames = False
+        """See `Listener.wants_frames`."""
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
         self.closed = trio.Event()
         """Set once `serve` has ended."""
@@ -170,16 +178,27 @@ class Control:
 
     # ------------------------------------------------------------------------------------------------ as a listener
 
-    def carried(self, signals: Sequence[Signal], sequence: int) -> None:
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
         """See `Listener.carried`."""
         if self._monitors:
-            self._offer(_Event(self._board, time.time_ns(), time.monotonic_ns(), tuple(signals), sequence))
+            if self.wants_frames and not frames:
+                frames = self._frames_sent(signals)
+            self._offer(_Event(self._board, time.time_ns(), time.monotonic_ns(), tuple(signals), sequence, frames))
 
-    def ignored(self, reason: str, name: str | None) -> None:
+    def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
+        assert self._served is not None  # noqa: S101 - see `serve`
+        proxy = self._served.proxies().get(self._board)
+        # None is known of what was read before somebody wanted frames, or before the proxy is open.
+        if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
+            return ()
+        return [proxy.frame(signal.name) for signal in signals]
+
+    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """See `Listener.ignored`."""
         if self._monitors:
             direction = "outbound" if reason == "unsendable" else "inbound"
-            self._tell({"event": "ignored", "reason": reason, "direction": direction, "signal": name})
+            told = {"event": "ignored", "reason": reason, "direction": direction, "signal": name}
+            self._tell({**told, "frame": None if frame is None else frame.hex()})
 
     def link_changed(self, running: bool) -> None:
         """See `Listener.link_changed`."""
@@ -241,6 +260,7 @@ class Control:
             self._clients.discard(client)
             if client.monitor is not None:
                 self._monitors.discard(client.monitor)
+                self._monitors_changed()
 
     def _sweep(self) -> bool:
         """End clients that went away without a word that was read; returns whether there is room now."""
@@ -285,6 +305,7 @@ class Control:
                 case "monitor":
                     client.monitor = monitor = self._monitor(request, client)
                     self._monitors.add(monitor)
+                    self._monitors_changed()
                     await client.write(tag | {"monitor": True})
                     nursery.start_soon(self._run_monitor, client, monitor)
                 case other:
@@ -349,7 +370,10 @@ class Control:
             way = None if direction is None else Direction(direction)
         except ValueError:
             raise _Refused("invalid", f"direction: {direction!r} is neither inbound nor outbound") from None
-        return _Monitor(self._known_board(request), way, None if names is None else frozenset(names))
+        frames = request.get("frames", False)
+        if not isinstance(frames, bool):
+            raise _Refused("invalid", f"frames: {frames!r} is neither true nor false")
+        return _Monitor(self._known_board(request), way, None if names is None else frozenset(names), frames)
 
     def _known_board(self, request: Mapping[str, object]) -> str | None:
         """The board that a request names, if it names one."""
@@ -362,13 +386,16 @@ class Control:
 
     async def _run_monitor(self, client: _Client, monitor: _Monitor) -> None:
         """Write what it is told, until it is ended."""
-        self._log.attach(self._monitors)
         try:
             while lines := await monitor.take():
                 await client.write_lines(lines)
         finally:
             self._monitors.discard(monitor)
-            self._log.attach(self._monitors)
+            self._monitors_changed()
+
+    def _monitors_changed(self) -> None:
+        self.wants_frames = any(monitor.frames for monitor in self._monitors)
+        self._log.attach(self._monitors)
 
 
 class _Client:

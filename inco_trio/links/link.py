@@ -63,6 +63,9 @@ class Link(Protocol):
     def receive_one(self, room: memoryview) -> int:
         """Read one frame into `room`; returns its length, -1 if none is queued. Otherwise as `receive_into`."""
 
+    def frame(self, name: str) -> bytes:
+        """The frame of one notification, as `send` sends it."""
+
     def send(self, name: str) -> None:
         """Send the frame of one notification.
 

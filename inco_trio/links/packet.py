@@ -257,14 +257,19 @@ class PacketLink:
         if error.errno != errno.ENETDOWN:
             raise error
 
+    def frame(self, name: str) -> bytes:
+        """See `Link.frame`."""
+        frame = self._frames.get(name)
+        if frame is None:
+            frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
+        return frame
+
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (packet(7))."""
         if not self.running:
             # Without a carrier the kernel would accept the frame, drop it, and say nothing.
             raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
-        frame = self._frames.get(name)
-        if frame is None:
-            frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
+        frame = self._frames.get(name) or self.frame(name)
         try:
             self._send(frame)
         except OSError as error:

@@ -277,11 +277,16 @@ class UnixLink:
 
     # ---------------------------------------------------------------------------------------------------- sending
 
-    def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (unix(7))."""
+    def frame(self, name: str) -> bytes:
+        """See `Link.frame`."""
         frame = self._frames.get(name)
         if frame is None:
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
+        return frame
+
+    def send(self, name: str) -> None:
+        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (unix(7))."""
+        frame = self._frames.get(name) or self.frame(name)
         try:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
