@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +17,9 @@ from inco_trio.frame import encode
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here
 
-__all__ = ["FRAME", "MAC", "Board", "Client"]
+__all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running"]
+
+COMMAND = [sys.executable, "-m", "inco_trio"]
 
 MAC = bytes.fromhex("020000000001")
 FRAME = encode(b"ihub_hwwd_irq", MAC)
@@ -102,3 +106,36 @@ class Board:
         (board,) = self.client().ask({"request": "status"})["status"]
         assert isinstance(board, dict)
         return board
+
+
+class Running:
+    """A command that goes on; what it prints is read by lines."""
+
+    def __init__(self, *words: str | Path) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def listening(self, first: str = "listening to ") -> None:
+        """Wait until it hears everything, which it says."""
+        assert self.remark().startswith(f"inco-trio: {first}")
+
+    def remark(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.readline()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def close(self) -> None:
+        self.process.kill()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        self.process.wait()
+
+    def end(self) -> int:
+        out, err = self.process.communicate(timeout=DEADLINE)
+        assert "Traceback" not in out + err
+        return self.process.returncode

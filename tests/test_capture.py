@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inco_trio.capture.pcapng import Reader, interface_block, packet_block, section_block
-from inco_trio.capture.recording import Entry, Recorder, open_recording
+from inco_trio.capture.recording import Entry, Mark, Recorder, open_recording
 from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefused
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable, builtin_signals
@@ -39,14 +39,18 @@ def blocks(data: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
-def entries(path: Path, table: SignalTable = TABLE) -> list[Entry]:
+def everything(path: Path, table: SignalTable = TABLE) -> list[Entry | Mark]:
     with open_recording(path, table) as recording:
         return list(recording)
 
 
+def entries(path: Path, table: SignalTable = TABLE) -> list[Entry]:
+    return [entry for entry in everything(path, table) if isinstance(entry, Entry)]
+
+
 def append_many(recorder: Recorder) -> None:
     for _ in range(100):
-        recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC))
+        recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC), "rpmsg4000")
 
 
 packets = st.lists(
@@ -134,7 +138,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(RecordingRefused, match="No such file"):
         entries(tmp_path / "none")
     with pytest.raises(ResourceRefused, match="cannot be written"):
-        Recorder(tmp_path, "x")
+        Recorder(tmp_path)
 
 
 def test_directions(tmp_path: Path) -> None:
@@ -147,26 +151,30 @@ def test_directions(tmp_path: Path) -> None:
 
 
 def test_a_recording_of_ours(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "f", "rpmsg4000")
+    recorder = Recorder(tmp_path / "f")
     # Its flags count more than the table.
-    recorder.append(NOW, Direction.OUTBOUND, "ihub_reset_irq", "/r", encode(b"ihub_reset_irq", MAC))
-    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/ö", None)
+    recorder.append(NOW, Direction.OUTBOUND, "ihub_reset_irq", "/r", encode(b"ihub_reset_irq", MAC), "rpmsg4000")
+    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/ö", None, "rpmsg4000")
+    recorder.mark(NOW + 2, "the link went down")
+    recorder.ignored(NOW + 3, "malformed", b"no frame of ours", "rpmsg4001")
     recorder.close()
     recorder.close()
     with pytest.raises(ResourceRefused, match="is closed"):
-        recorder.append(NOW, Direction.INBOUND, "b", "", None)
-    assert entries(tmp_path / "f") == [
+        recorder.append(NOW, Direction.INBOUND, "b", "", None, "rpmsg4000")
+    assert recorder.count == 2
+    assert everything(tmp_path / "f") == [
         Entry(NOW, "ihub_reset_irq", Direction.OUTBOUND),
         Entry(NOW + 1, "b", Direction.INBOUND, "/irq/ö"),
+        Mark(NOW + 2, "the link went down"),
     ]
-    assert [kind for kind, _ in blocks((tmp_path / "f").read_bytes())] == [0x0A0D0D0A, 1, 1, 6, 6]
+    assert [kind for kind, _ in blocks((tmp_path / "f").read_bytes())] == [0x0A0D0D0A, 1, 1, 6, 6, 6, 1, 6]
 
 
 @pytest.mark.parametrize("limits", [{"size_max": 600}, {"seconds_max": 2.0}], ids=str)
 def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
-    recorder = Recorder(tmp_path / "f.pcapng", "x", keep=2, **limits)  # type: ignore[arg-type]
+    recorder = Recorder(tmp_path / "f.pcapng", keep=2, **limits)  # type: ignore[arg-type]
     for number in range(20):
-        recorder.append(NOW + number * 10**9, Direction.INBOUND, "a", "", encode(b"a", MAC))
+        recorder.append(NOW + number * 10**9, Direction.INBOUND, "a", "", encode(b"a", MAC), "rpmsg4000")
     recorder.close()
     assert recorder.count == 20
     assert recorder.path.name > "f_00003.pcapng"
@@ -178,7 +186,7 @@ def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
 
 def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    recorder = Recorder(tmp_path / "f", "x")
+    recorder = Recorder(tmp_path / "f")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(ResourceRefused, match="File too large: the recording ends after"):
@@ -191,9 +199,9 @@ def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.netns
 def test_tools_read_it(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "f", "rpmsg4000")
-    recorder.append(NOW, Direction.OUTBOUND, "a", "/irq/a", encode(b"a", MAC))
-    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/b", None)
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(NOW, Direction.OUTBOUND, "a", "/irq/a", encode(b"a", MAC), "rpmsg4000")
+    recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/b", None, "rpmsg4000")
     recorder.close()
     tshark, tcpdump = shutil.which("tshark"), shutil.which("tcpdump")
     assert tshark

@@ -144,6 +144,9 @@ def test_a_monitor_is_told_the_frames_if_it_wants_them(board: Board) -> None:
     board.trigger()
     assert monitor.read()["frame"] == peer.recv(2000).hex()
     assert board.client().ask({"request": "monitor", "frames": 1})["error"] == "invalid"
+    assert board.client().ask({"request": "flush"})["error"] == "invalid"
+    assert monitor.ask({"request": "flush", "id": 1}) == {"flush": True, "id": 1}
+    assert monitor.read()["event"] == "flushed"
 
 
 def test_what_is_carried_at_the_end_is_told(board: Board) -> None:

@@ -39,10 +39,10 @@ class Here:
 
 
 def record(path: Path, *names: str, apart_ns: int = 0) -> Path:
-    recorder = Recorder(path, "rpmsg4000")
+    recorder = Recorder(path)
     for number, name in enumerate(names):
         direction = Direction.OUTBOUND if name == OUT else Direction.INBOUND
-        recorder.append(number * apart_ns, direction, name, "", encode(name.encode(), MAC))
+        recorder.append(number * apart_ns, direction, name, "", encode(name.encode(), MAC), "rpmsg4000")
     recorder.close()
     return path
 

@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
@@ -31,10 +30,8 @@ from inco_trio.errors import ControlMissing, ResourceRefused
 from inco_trio.frame import encode
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE, StartProxy
-from tests.support_control import MAC, Board, Client
+from tests.support_control import COMMAND, MAC, Board, Client, Running
 from tests.support_proxy import frame
-
-COMMAND = [sys.executable, "-m", "inco_trio"]
 
 
 @pytest.fixture
@@ -48,36 +45,6 @@ def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.Com
     return subprocess.run(
         whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env={**os.environ, **(env or {})}
     )
-
-
-class Running:
-    """A command that goes on; what it prints is read by lines."""
-
-    def __init__(self, *words: str | Path) -> None:
-        self.process = subprocess.Popen(
-            [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def listening(self) -> None:
-        """Wait until it hears everything."""
-        assert self.process.stderr is not None
-        assert self.process.stderr.readline().startswith("inco-trio: listening to ")
-
-    def line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
-
-    def close(self) -> None:
-        self.process.kill()
-        for stream in (self.process.stdout, self.process.stderr):
-            assert stream is not None
-            stream.close()
-        self.process.wait()
-
-    def end(self) -> int:
-        out, err = self.process.communicate(timeout=DEADLINE)
-        assert "Traceback" not in out + err
-        return self.process.returncode
 
 
 @pytest.fixture
@@ -304,7 +271,7 @@ def test_without_a_proxy_it_listens_on_the_interface_itself(
         finally:
             monitor.kill()
     assert [(each["event"], each.get("direction"), each["signal"]) for each in events] == [
-        ("ignored", None, None),
+        ("ignored", "inbound", None),
         ("notification", "inbound", "ihub_hwwd_irq"),
         ("notification", "outbound", "redun_notify_irq"),
     ]

@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor send wait demo replay s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --fd-holder --iface --irq-dir --log-format --notification-fd --rate --signal --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --period --rate --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -100,6 +100,19 @@ complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l direction -xka "inb
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l count -x -d 'end after so many notifications'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l json -d 'the lines of JSON as they come, see docs/control.md'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'the proxy of this link, or of this directory of boards'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a record -d 'Write each notification, with its frame, to a file for Wireshark and replay.'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'the proxy with this control socket (default: the only one)'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l board -x -d 'only this one of many boards'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l signal -xka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'only this signal; may be given several times'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l direction -xka "inbound outbound" -d 'only this direction'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l count -x -d 'end after so many notifications'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l duration -x -d 'end after so long'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l size -x -d 'go on in FILE_00002 and so on before this size'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l period -x -d 'go on in another file after so long'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l keep -x -d 'of more files than these, remove the oldest'
+complete -c inco-trio -n '_shtab_inco_trio_using record; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'written as pcapng; a file that is there is replaced'
+complete -c inco-trio -n '_shtab_inco_trio_using record; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'the proxy of this link, or of this directory of boards'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a send -d 'Send a signal, by the proxy or as one of the cores.'
 complete -c inco-trio -n '_shtab_inco_trio_using send' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using send' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'the proxy with this control socket (default: the only one)'

@@ -17,7 +17,7 @@ from typing import Protocol
 import attrs
 import trio
 
-from inco_trio.capture.recording import Recording
+from inco_trio.capture.recording import Mark, Recording
 from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
 from inco_trio.frame import FRAME_MAX, decode
 from inco_trio.links.address import parse_address
@@ -97,6 +97,8 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
                 await trio.sleep_until(due)
             elif number % TURN == 0:
                 await trio.lowlevel.checkpoint()
+            if isinstance(entry, Mark):
+                continue
             if entry.direction is side.direction:
                 counted = played.sent if await side.send(entry.signal) else played.unknown
                 counted[entry.signal] += 1

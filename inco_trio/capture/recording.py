@@ -1,8 +1,9 @@
 """Recordings of notifications: the pcapng file that is written, and the notifications that are in any capture.
 
-A recording has two Ethernet interfaces: the link, with the frames as they were, and `registers`, for notifications that
-came without a frame. Such a one is a frame of the EtherType that IEEE 802 keeps for local experiments, 0x88B5, whose
-payload is a JSON object. A Custom Block would need a number of IANA's, and tshark would not show it; an interface of
+A recording has an Ethernet interface for each link, with the frames as they were, and one called `registers`, for what
+came without a frame: notifications, and marks, as of a link that went down. Such a one is a frame of the EtherType that
+IEEE 802 keeps for local experiments, 0x88B5, whose payload is a JSON object: `signal`, `direction` and `register`, or
+`mark`. A Custom Block would need a number of IANA's, and tshark would not show it; an interface of
 another link type, as LINKTYPE_USER0, would make tcpdump refuse the whole file, since libpcap knows one type a file.
 The flags of each packet tell its direction as core 0 sees it, and a comment names signal and register.
 """
@@ -14,7 +15,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +26,7 @@ from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefuse
 from inco_trio.frame import ADDRESSES, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
 
-__all__ = ["Entry", "Recorder", "Recording", "open_recording"]
+__all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 
 APPLICATION = "inco-trio"
 REGISTERS = "registers"
@@ -36,7 +37,7 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Recorder:
-    """Appends notifications to a file at `path`; what is at that path is replaced, as tcpdump does.
+    """Appends notifications and marks to a file at `path`; what is at that path is replaced, as tcpdump does.
 
     Without a limit there is one file. With `size_max` (bytes) or `seconds_max` there are several, PATH_00001 and so on
     in front of the suffix; a new one begins with the entry that would exceed a limit, and of more than `keep` the
@@ -48,7 +49,6 @@ class Recorder:
     def __init__(
         self,
         path: Path,
-        link: str,
         *,
         size_max: int | None = None,
         seconds_max: float | None = None,
@@ -57,8 +57,9 @@ class Recorder:
         self.written: list[Path] = []
         """The files there are, the oldest first."""
         self.count = 0
-        """Entries in all files."""
-        self._path, self._link = path, link
+        """Notifications in all files."""
+        self._path = path
+        self._interfaces: dict[str, int] = {}
         self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
         self._fd = -1
         self._number = 0
@@ -70,25 +71,47 @@ class Recorder:
         """The file that is written to."""
         return self.written[-1]
 
-    def append(self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None) -> None:
-        """Append one notification; `frame` is None for one that came without."""
-        if self._fd < 0:
-            raise ResourceRefused(f"{self.path}: is closed")
+    def append(
+        self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str
+    ) -> None:
+        """Append one notification of a link; `frame` is None for one that came without."""
+        comment = f"{direction.value} {signal} {register}".rstrip()
         if frame is None:
             told = {"signal": signal, "direction": direction.value, "register": register}
-            frame, interface = _UNFRAMED + json.dumps(told).encode() + b"\n", 1
+            self._append(time_ns, REGISTERS, _unframed(told), direction, comment)
         else:
-            interface = 0
-        comment = f"{direction.value} {signal} {register}".rstrip()
-        block = packet_block(interface, time_ns, frame, direction, comment)
-        if self._is_full(time_ns, len(block)):
+            self._append(time_ns, link, frame, direction, comment)
+        self.count += 1
+
+    def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
+        """Append a frame that came and is no notification."""
+        self._append(time_ns, link, frame, Direction.INBOUND, comment)
+
+    def mark(self, time_ns: int, text: str) -> None:
+        """Append what happened at this time."""
+        self._append(time_ns, REGISTERS, _unframed({"mark": text}), None, text)
+
+    def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
+        if self._fd < 0:
+            raise ResourceRefused(f"{self.path}: is closed")
+        blocks = self._blocks(time_ns, interface, data, direction, comment)
+        if self._is_full(time_ns, len(blocks)):
             self.close()
             self._open()
+            blocks = self._blocks(time_ns, interface, data, direction, comment)
         if not self._entries:
             self._first_ns = time_ns
-        self._write(block)
+        self._write(blocks)
+        self._interfaces.setdefault(interface, len(self._interfaces))
         self._entries += 1
-        self.count += 1
+
+    def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
+        """A packet, behind its interface where that is new in the file."""
+        number = self._interfaces.get(interface)
+        if number is not None:
+            return packet_block(number, time_ns, data, direction, comment)
+        packet = packet_block(len(self._interfaces), time_ns, data, direction, comment)
+        return interface_block(interface) + packet
 
     def _is_full(self, time_ns: int, more: int) -> bool:
         # A file has one entry at least, whatever the limits are.
@@ -110,7 +133,8 @@ class Recorder:
             raise kind(f"{path}: cannot be written: {error.strerror}") from error
         self.written.append(path)
         self._size = self._entries = 0
-        self._write(section_block(APPLICATION) + interface_block(self._link) + interface_block(REGISTERS))
+        self._interfaces = {REGISTERS: 0}
+        self._write(section_block(APPLICATION) + interface_block(REGISTERS))
         while self._keep is not None and len(self.written) > max(self._keep, 1):
             with contextlib.suppress(OSError):  # Somebody else has taken it away.
                 self.written.pop(0).unlink()
@@ -146,8 +170,16 @@ class Entry:
     register: str = ""
 
 
+@attrs.frozen
+class Mark:
+    """What happened at a time, beside notifications: a link that went down, frames that were dropped, a restart."""
+
+    time_ns: int
+    text: str
+
+
 class Recording:
-    """The notifications of a capture, read as they are asked for; what else is in it is left out.
+    """The notifications and marks of a capture, read as they are asked for; what else is in it is left out.
 
     The direction of a frame is, the first that there is: the flags of a recording of ours; that of the signal in
     `table`; that of frames before from the same MAC address. Flags of other programs tell how the machine saw it that
@@ -163,16 +195,16 @@ class Recording:
         self._table = table
         self._senders: dict[bytes, Direction] = {}
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[Entry | Mark]:
         for packet in self.reader:
             self.packets += 1
             if packet.interface.linktype == ETHERNET and (entry := self._entry(packet)):
                 yield entry
 
-    def _entry(self, packet: Packet) -> Entry | None:
+    def _entry(self, packet: Packet) -> Entry | Mark | None:
         ours = self.reader.application == APPLICATION
         if ours and packet.data.startswith(_UNFRAMED):
-            return _unframed(packet)
+            return _told(packet)
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
             return None
@@ -189,9 +221,16 @@ class Recording:
         return Entry(packet.time_ns, name.decode("ascii"), direction)
 
 
-def _unframed(packet: Packet) -> Entry | None:
+def _unframed(told: Mapping[str, str]) -> bytes:
+    return _UNFRAMED + json.dumps(told).encode() + b"\n"
+
+
+def _told(packet: Packet) -> Entry | Mark | None:
+    """What `_unframed` has told."""
     try:
         told = json.loads(packet.data[HEADER_LENGTH:])
+        if isinstance(told.get("mark"), str):
+            return Mark(packet.time_ns, told["mark"])
         signal, register = told["signal"], told["register"]
         if is_wire_name(signal.encode("ascii")) and isinstance(register, str):
             return Entry(packet.time_ns, signal, packet.direction, register)

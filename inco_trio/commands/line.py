@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "find what keeps notifications from coming",
     "status": "tell how a running proxy is, and what it has carried",
     "monitor": "show each notification as it happens",
+    "record": "write each notification, with its frame, to a file for Wireshark and replay",
     "send": "send a signal, by the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",

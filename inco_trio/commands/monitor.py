@@ -42,9 +42,10 @@ def run(args: argparse.Namespace) -> int:
     except ControlMissing:
         if args.link is None or address_fault(args.link) or not isinstance(parse_address(args.link), InterfaceAddress):
             raise
-        from inco_trio.control.listen import listen
+        from inco_trio.control.listen import Listening
 
-        return _print(listen(args.link, args.signal, args.direction), args)
+        with Listening(args.link, args.signal, args.direction) as listening:
+            return _print(listening.events(), args)
     request = {"request": "monitor", "board": args.board, "signals": args.signal, "direction": args.direction}
     with client:
         client.request({key: value for key, value in request.items() if value is not None})

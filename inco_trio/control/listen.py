@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Collection, Iterator
+from types import TracebackType
 from typing import Any
 
-from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import ControlMissing, LinkMissing, PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode
 from inco_trio.links.packet import GONE, attach_filter, program
 
-__all__ = ["listen"]
+__all__ = ["Listening"]
 
 ETH_P_ALL = 3
 PACKET_OUTGOING = 4
@@ -24,43 +26,83 @@ _FILTER = (
 )
 
 
-def listen(interface: str, signals: Collection[str] | None, direction: str | None) -> Iterator[dict[str, Any]]:
-    """The frames on an interface, without end: those that this host sends are outbound.
+class Listening:
+    """The frames on an interface: those that this host sends are outbound. The filters are those of a monitor.
 
     Raises PermissionRefused, LinkMissing, ResourceRefused.
     """
-    try:
-        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    except PermissionError as error:
-        raise PermissionRefused(f"{interface}: no proxy answers, and listening needs CAP_NET_RAW") from error
-    with sock:
+
+    def __init__(self, interface: str, signals: Collection[str] | None, direction: str | None) -> None:
+        self.name = interface
+        self._signals, self._direction = signals, direction
+        self._numbers = 0
+        self._gone = False
         try:
-            attach_filter(sock, program(_FILTER))
+            self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
+        except PermissionError as error:
+            raise PermissionRefused(f"{interface}: no proxy answers, and listening needs CAP_NET_RAW") from error
+        try:
+            attach_filter(self._sock, program(_FILTER))
             # Of what this host sends, only sockets of every EtherType get a copy.
-            sock.bind((interface, ETH_P_ALL))
+            self._sock.bind((interface, ETH_P_ALL))
         except OSError as error:
+            self._sock.close()
             if error.errno in GONE:
                 raise LinkMissing(f"{interface}: no proxy answers, and there is no such interface") from error
             raise ResourceRefused(f"{interface}: cannot listen: {error.strerror}") from error
-        yield _event(event="message", level="info", message=f"no proxy answers: listening on {interface} itself")
-        numbers = 0
-        while True:
-            try:
-                frame, address = sock.recvfrom(FRAME_MAX + 1)
-            except OSError as error:
-                yield _event(event="problem", level="warning", message=f"{interface}: {error.strerror}")
-                if error.errno in GONE:
-                    return
-                continue
-            way = "outbound" if address[2] == PACKET_OUTGOING else "inbound"
-            name = decode(memoryview(frame), len(frame))
-            if direction not in (None, way):
-                continue
-            if name is None:
-                yield _event(event="ignored", reason="malformed", signal=None)
-            elif signals is None or name.decode() in signals:
-                numbers += 1
-                yield _event(event="notification", direction=way, signal=name.decode(), register=None, sequence=numbers)
+
+    def __enter__(self) -> Listening:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._sock.close()
+
+    def fileno(self) -> int:
+        """The descriptor that is readable when `arrived` has something new."""
+        return self._sock.fileno()
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """As of a monitor, each with its frame, until the interface is gone."""
+        message = f"no proxy answers: listening on {self.name} itself"
+        yield _event(event="message", level="info", message=message)
+        while not self._gone:
+            yield from self._receive(0)
+
+    def arrived(self) -> list[dict[str, Any]]:
+        """Those that are there, without waiting. Raises ControlMissing once the interface is gone."""
+        if self._gone:
+            raise ControlMissing(f"{self.name}: the interface is gone")
+        events: list[dict[str, Any]] = []
+        with contextlib.suppress(BlockingIOError):
+            while not self._gone:
+                events += self._receive(socket.MSG_DONTWAIT)
+        return events
+
+    def rest(self) -> Iterator[dict[str, Any]]:
+        """Those that came until now."""
+        yield from self.arrived()
+
+    def _receive(self, flags: int) -> Iterator[dict[str, Any]]:
+        try:
+            frame, address = self._sock.recvfrom(FRAME_MAX + 1, flags)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._gone = error.errno in GONE
+            yield _event(event="problem", level="warning", message=f"{self.name}: {error.strerror}")
+            return
+        way = "outbound" if address[2] == PACKET_OUTGOING else "inbound"
+        if self._direction not in (None, way):
+            return
+        name = decode(memoryview(frame), len(frame))
+        if name is None:
+            yield _event(event="ignored", reason="malformed", direction=way, signal=None, frame=frame.hex())
+        elif self._signals is None or name.decode() in self._signals:
+            self._numbers += 1
+            yield _event(
+                event="notification", direction=way, signal=name.decode(), register=None,
+                sequence=self._numbers, frame=frame.hex(),
+            )  # fmt: skip
 
 
 def _event(**fields: object) -> dict[str, Any]:

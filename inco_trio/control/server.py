@@ -109,6 +109,12 @@ class _Monitor:
         self._waiting.append(event)
         self._arrived.set()
 
+    def flush(self) -> None:
+        """Tell the client that everything before was told, whether there is room or not."""
+        self._waiting.append(_Event("", time.time_ns(), time.monotonic_ns(), fields={"event": "flushed"}))
+        self._number += 1
+        self._arrived.set()
+
     def end(self) -> None:
         """Have `take` end once nothing waits."""
         self._ended = True
@@ -308,8 +314,12 @@ class Control:
                     self._monitors_changed()
                     await client.write(tag | {"monitor": True})
                     nursery.start_soon(self._run_monitor, client, monitor)
+                case "flush":
+                    monitor = _monitor_of(client)
+                    await client.write(tag | {"flush": True})
+                    monitor.flush()
                 case other:
-                    message = f"{other!r}: there are status, send and monitor"
+                    message = f"{other!r}: there are status, send, monitor and flush"
                     await client.write(tag | {"error": "unknown-request", "message": message})
         except _Refused as refused:
             error, message = refused.args
@@ -464,6 +474,12 @@ class _LogTap(logging.Handler):
             self._tell(told)
         elif self._token is not None:
             self._token.run_sync_soon(self._tell, told)
+
+
+def _monitor_of(client: _Client) -> _Monitor:
+    if client.monitor is None:
+        raise _Refused("invalid", "this connection has no monitor")
+    return client.monitor
 
 
 def _parsed(line: bytes) -> dict[str, object]:

@@ -1,0 +1,296 @@
+"""`inco-trio record`, as its users run it, beside a real daemon."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.capture.pcapng import Packet
+from inco_trio.capture.recording import Entry, Mark, open_recording
+from inco_trio.frame import encode
+from inco_trio.signals import Direction, SignalTable
+from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import DEADLINE
+from tests.support_control import COMMAND, FRAME, MAC, Board, Running
+
+pytestmark = pytest.mark.tools
+
+IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        yield Board(tmp_path, stack)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """Start `record` and wait until it hears everything."""
+    with ExitStack() as stack:
+
+        def started(*words: str | Path) -> Running:
+            running = Running("record", *words)
+            stack.callback(running.close)
+            running.listening("recording ")
+            return running
+
+        yield started
+
+
+def finish(running: Running, number: signal.Signals = signal.SIGINT) -> str:
+    """End it, and return the last thing that it says."""
+    running.process.send_signal(number)
+    out, err = running.process.communicate(timeout=DEADLINE)
+    assert (running.process.returncode, out) == (0, "")
+    return err.splitlines()[-1]
+
+
+def everything(path: Path) -> list[Entry | Mark]:
+    with open_recording(path, SignalTable([])) as recording:
+        found = list(recording)
+        assert recording.reader.cut is None
+        return found
+
+
+def names(path: Path) -> list[tuple[str, Direction | None]]:
+    return [(entry.signal, entry.direction) for entry in everything(path) if isinstance(entry, Entry)]
+
+
+def packets(path: Path) -> list[Packet]:
+    with open_recording(path, SignalTable([])) as recording:
+        return list(recording.reader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_both_directions_with_their_frames(
+    board: Board, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
+) -> None:
+    peer = board.core1()
+    board.running()
+    file = tmp_path / "f.pcapng"
+    recording = start(file, "--control", board.path)
+    sent = [FRAME, FRAME.ljust(60, b"\0"), encode(b"nobody", MAC), b"short"]
+    for frame in sent:
+        board.inbound(peer, frame)
+    board.trigger()
+    sent.append(peer.recv(2000))
+    while board.status()["counters"]["received"] < 4:
+        pass
+    assert finish(recording, number) == f"inco-trio: 3 notifications in {file}"
+    assert Counter(names(file)) == {
+        (IN, Direction.INBOUND): 2,
+        (OUT, Direction.OUTBOUND): 1,
+        ("nobody", Direction.INBOUND): 1,
+    }
+    told = {packet.data: packet.comment for packet in packets(file)}
+    assert told == {
+        sent[0]: f"inbound {IN} {board.irq}/message_5_state",
+        sent[1]: f"inbound {IN} {board.irq}/message_5_state",
+        sent[2]: "ignored: unknown signal nobody",
+        sent[3]: "ignored: malformed frame",
+        sent[4]: f"outbound {OUT} {board.irq}/message_6_trig",
+    }
+    assert {packet.interface.name for packet in packets(file)} == {f"{board.home}/core0"}
+
+
+def test_it_waits_for_a_proxy_that_is_started_again(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    recording = start(tmp_path / "f", "--control", board.path)
+    board.trigger()
+    peer.recv(2000)
+    assert proxy.stop() == 0
+    assert recording.remark().endswith("the proxy has ended: waiting for the next\n")
+    board.running()
+    while not any(isinstance(each, Mark) and "again" in each.text for each in everything(tmp_path / "f")):
+        assert recording.process.poll() is None
+    board.trigger()
+    peer.recv(2000)
+    finish(recording)
+    assert names(tmp_path / "f") == [(OUT, Direction.OUTBOUND)] * 2
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert marks[-2:] == ["the proxy has ended", "the proxy was started again"]
+
+
+def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "f", "--control", board.path)
+    peer.close()
+    Path(f"{board.home}/core1").unlink()
+    while not any(isinstance(each, Mark) and each.text == "the link went down" for each in everything(tmp_path / "f")):
+        assert recording.process.poll() is None
+    assert finish(recording).startswith("inco-trio: 0 notifications in ")
+
+
+@pytest.mark.parametrize("wanted", [("--count", "3"), ("--direction", "inbound", "--count", "2")], ids=str)
+def test_it_ends_after_so_many(
+    board: Board, start: Callable[..., Running], tmp_path: Path, wanted: tuple[str, ...]
+) -> None:
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "f", "--control", board.path, *wanted)
+    board.trigger()
+    peer.recv(2000)
+    board.inbound(peer)
+    board.inbound(peer)
+    assert recording.end() == 0
+    assert len(names(tmp_path / "f")) == int(wanted[-1])
+
+
+def test_it_ends_after_so_long(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    board.core1()
+    proxy = board.running()
+    assert start(tmp_path / "f", "--control", board.path, "--duration", "0.2").end() == 0
+    # Also while no proxy is there.
+    recording = start(tmp_path / "g", "--control", board.path, "--duration", "1")
+    assert proxy.stop() == 0
+    assert recording.end() == 0
+    assert [each.text for each in everything(tmp_path / "g") if isinstance(each, Mark)][-1] == "the proxy has ended"
+
+
+def test_several_files(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "f.pcapng", "--control", board.path, "--size", "2000", "--keep", "2", "--count", "100")
+    for _ in range(100):
+        board.trigger()
+        peer.recv(2000)
+    _, err = recording.process.communicate(timeout=DEADLINE)
+    files = sorted(tmp_path.glob("f*.pcapng"))
+    assert err.splitlines()[-1] == f"inco-trio: 100 notifications in 2 files, the last one {files[-1]}"
+    assert len(files) == 2
+    assert all(path.stat().st_size <= 2000 and names(path) for path in files)
+
+
+def test_who_is_killed_leaves_what_is_whole(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "f", "--control", board.path)
+    for _ in range(50):
+        board.trigger()
+        peer.recv(2000)
+    while not names(tmp_path / "f"):
+        assert recording.process.poll() is None
+    recording.process.kill()
+    recording.process.wait()
+    assert set(names(tmp_path / "f")) == {(OUT, Direction.OUTBOUND)}
+
+
+def test_a_full_disk_ends_it_with_what_was_written(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    command = [*COMMAND, "record", str(tmp_path / "f"), "--control", str(board.path)]
+    limit = (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    ) as process:
+        assert process.stderr is not None
+        assert "recording" in process.stderr.readline()
+        for _ in range(20):
+            board.trigger()
+            peer.recv(2000)
+        _, err = process.communicate(timeout=DEADLINE)
+    written = len(names(tmp_path / "f"))
+    assert process.returncode == 71
+    assert err.splitlines()[-1] == (
+        f"inco-trio: error: {tmp_path}/f: File too large: "
+        f"the recording ends after {written} notifications, which are kept"
+    )
+    assert written > 0
+
+
+def replay(*words: str | Path) -> int:
+    return subprocess.run([*COMMAND, "replay", *map(str, words)], timeout=DEADLINE, check=False).returncode
+
+
+def test_what_is_replayed_gives_the_same_counts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    first = start(tmp_path / "first", "--control", board.path, "--count", "30")
+    for number in range(30):
+        if number % 3:
+            board.inbound(peer)
+        else:
+            board.trigger()
+            peer.recv(2000)
+    assert first.end() == 0
+    second = start(tmp_path / "second", "--control", board.path, "--count", "30")
+    # As the applications, for whom this test is core 1.
+    replay(tmp_path / "first", "--irq-dir", board.irq, "--fast", "--wait", "0.1")
+    for _ in range(10):
+        peer.recv(2000)
+    peer.close()
+    Path(f"{board.home}/core1").unlink()
+    # As core 1.
+    replay(tmp_path / "first", f"unix:{board.home}/core1,peer={board.home}/core0", "--fast", "--wait", "0.1")
+    assert second.end() == 0
+    assert Counter(names(tmp_path / "second")) == Counter(names(tmp_path / "first"))
+
+
+def test_tshark_reads_it(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running()
+    recording = start(tmp_path / "f", "--control", board.path, "--count", "1")
+    board.trigger()
+    peer.recv(2000)
+    assert recording.end() == 0
+    tshark = shutil.which("tshark")
+    assert tshark
+    fields = ("-e", "frame.packet_flags_direction", "-e", "frame.comment", "-e", "eth.type")
+    command = [tshark, "-r", str(tmp_path / "f"), "-Y", "eth.type == 0x8800", "-T", "fields", *fields]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=DEADLINE).stdout
+    assert said.splitlines() == [f"0x00000002\toutbound {OUT} {board.irq}/message_6_trig\t0x8800"]
+
+
+@pytest.mark.netns
+def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: Path) -> None:
+    command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
+    # Without the sockets of others in /run: they may have a link of this name, too.
+    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
+    with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"inco-trio: no proxy answers: listening on {cores.link} itself\n"
+        assert "recording" in process.stderr.readline()
+        core1.send(b"one")
+        core1.send(b"two")
+        process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert names(tmp_path / "f") == [("one", Direction.INBOUND), ("two", Direction.INBOUND)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
+        (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: else there is one file"),
+        (("FILE", "--duration", "0"), 2, "'0' is not a number of seconds above 0"),
+        (("",), 2, "FILE"),
+    ],
+)
+def test_what_it_refuses(words: tuple[str, ...], code: int, text: str, tmp_path: Path) -> None:
+    words = tuple(str(tmp_path / "f") if word == "FILE" else word for word in words)
+    done = subprocess.run([*COMMAND, "record", *words], capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert text in done.stderr
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_file_that_cannot_be_written(board: Board, tmp_path: Path) -> None:
+    board.core1()
+    board.running()
+    command = [*COMMAND, "record", str(tmp_path), "--control", str(board.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == 71
+    assert done.stderr == f"inco-trio: error: {tmp_path}: cannot be written: Is a directory\n"
