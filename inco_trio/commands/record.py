@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from inco_trio.commands.configuration import number_of_seconds, path_of, positive
-from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.streams import remark
 from inco_trio.control.client import Client, add_place, connect
 from inco_trio.errors import ControlMissing, IncoError, UsageError
@@ -43,7 +42,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "It ends at SIGINT, SIGTERM, --count or --duration; a proxy that ends is waited for.\n"
         "Without a proxy, on an interface, it listens itself (CAP_NET_RAW), and sees frames only.\n"
-        "example: inco-trio record night.pcapng --size 100000000 --keep 10\n" + EXIT_CODES
+        "example: inco-trio record night.pcapng --size 100000000 --keep 10\n"
+        "exit codes: 0 it ended as asked, 69 no proxy, 71 no room, 77 no permission; see inco-trio --help"
     )
     sub.add_argument("file", metavar="FILE", help="written as pcapng; a file that is there is replaced")
     add_place(sub)

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
-POLL_MAX = 3600.0
-"""Seconds of one poll(2), which takes no larger numbers than an int of milliseconds."""
 EXIT_NOT_CAME = 1
+UNINTERRUPTED = 1.0
+"""Seconds of one poll(2): a signal that comes just before it does not end it."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -174,7 +174,7 @@ class _Waiting:
             while True:
                 if any(map(self.came, source.arrived())):
                     return
-                ready = poll.poll(None if math.isinf(self._deadline) else math.ceil(min(self.left, POLL_MAX) * 1000))
+                ready = poll.poll(math.ceil(min(self.left, UNINTERRUPTED) * 1000))
                 if not ready and not self.left:
                     return
                 if end is not None and any(fd == end for fd, _ in ready):

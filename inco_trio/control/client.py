@@ -29,6 +29,8 @@ from inco_trio.links.address import parse_address
 __all__ = ["Client", "add_place", "client_of", "connect"]
 
 PROTOCOL = 1
+UNINTERRUPTED = 1.0
+"""Seconds of one select(2): a signal that comes just before it does not end it."""
 PATIENCE = 10.0
 """Seconds in which a proxy greets, and answers what it need not wait for."""
 ERRORS: dict[str, type[IncoError]] = {
@@ -137,6 +139,8 @@ class Client:
 
     def _receive(self) -> None:
         try:
+            while self._sock.gettimeout() is None and not select.select([self._sock], [], [], UNINTERRUPTED)[0]:
+                pass
             data = self._sock.recv(1 << 16)
         except TimeoutError as error:
             raise ControlMissing(f"{self.path}: the proxy does not answer") from error
