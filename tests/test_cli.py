@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_help_fits_a_screen_and_has_an_example(say: Say, command: str) -> None:
 def test_help_names_the_commands(say: Say) -> None:
     code, out, _ = say("--help")
     assert code == 0
-    assert all(f"    {command} " in out for command in COMMANDS)
+    assert all(re.search(rf"^    {command}\s", out, re.MULTILINE) for command in COMMANDS)
     assert "exit codes: 0 clean, 1 something was lost or did not come back, or `doctor` found a fault," in out
     assert len(out.splitlines()) <= 30
 

@@ -50,7 +50,7 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay s6
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay dissector s6
 set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --period --rate --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
@@ -100,7 +100,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l direction -xka "inb
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l count -x -d 'end after so many notifications'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l json -d 'the lines of JSON as they come, see docs/control.md'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'the proxy of this link, or of this directory of boards'
-complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a record -d 'Write each notification, with its frame, to a file for Wireshark and replay.'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a record -d 'Write each notification with its frame to a file.'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'the proxy with this control socket (default: the only one)'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l board -x -d 'only this one of many boards'
@@ -156,6 +156,9 @@ complete -c inco-trio -n '_shtab_inco_trio_using replay' -l wait -x -d 'listen a
 complete -c inco-trio -n '_shtab_inco_trio_using replay' -l json -d 'print the result as JSON'
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a recording, or any pcapng or pcap of Ethernet frames'
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'play core 1 here: interface, or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a dissector -d 'Print or install what names signals in Wireshark and tshark.'
+complete -c inco-trio -n '_shtab_inco_trio_using dissector' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using dissector' -l install -d 'put it where this user'"'"'s Wireshark looks for it'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a s6 -d 'Write an s6 scan directory for the proxy, or a systemd unit.'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'

@@ -30,11 +30,12 @@ COMMANDS = {
     "doctor": "find what keeps notifications from coming",
     "status": "tell how a running proxy is, and what it has carried",
     "monitor": "show each notification as it happens",
-    "record": "write each notification, with its frame, to a file for Wireshark and replay",
+    "record": "write each notification with its frame to a file",
     "send": "send a signal, by the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",
     "replay": "play one side of a recording, and say what came back",
+    "dissector": "print or install what names signals in Wireshark and tshark",
     "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""

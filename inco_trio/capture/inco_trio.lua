@@ -1,0 +1,163 @@
+-- Names the inter-core interrupts of an AMP board in Wireshark and tshark. `inco-trio dissector --install` puts it where
+-- they look for it. A frame of EtherType 0x8800 carries the name of a signal; recordings of inco-trio also have frames of
+-- 0x88B5, between addresses of zeros, for notifications without a frame and for marks.
+
+local inco = Proto("inco", "Inter-core interrupt")
+
+local signal = ProtoField.string("inco.signal", "Signal")
+local direction = ProtoField.string("inco.direction", "Direction", "As core 0 sees it")
+local register = ProtoField.string("inco.register", "Register", "The file of the signal on core 0")
+local mark = ProtoField.string("inco.mark", "Mark", "What happened beside notifications")
+local padding = ProtoField.bytes("inco.padding", "Padding")
+inco.fields = { signal, direction, register, mark, padding }
+
+local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
+inco.experts = { malformed }
+
+local flags = Field.new("frame.packet_flags_direction")
+local comments = Field.new("frame.comment")
+local addresses = { Field.new("eth.dst"), Field.new("eth.src") }
+
+local NAME_MAX = 64
+local WAYS = { [1] = "inbound", [2] = "outbound" }
+local ARROWS = { inbound = "core 1 > core 0  ", outbound = "core 0 > core 1  " }
+local NOBODY = "000000000000"
+
+local function show(pinfo, way, text)
+    pinfo.cols.protocol = "inco"
+    pinfo.cols.info = (ARROWS[way] or "") .. text
+end
+
+-- What the recording says of a frame: its direction, and the register in its comment.
+local function recorded(name)
+    local flag, comment = flags(), comments()
+    local way = flag and WAYS[flag.value]
+    if way and comment then
+        local prefix = way .. " " .. name .. " "
+        if comment.value:sub(1, #prefix) == prefix then
+            return way, comment.value:sub(#prefix + 1)
+        end
+    end
+    return way, nil
+end
+
+local function add_recorded(tree, way, file)
+    if way then
+        tree:add(direction, way):set_generated()
+    end
+    if file and file ~= "" then
+        tree:add(register, file):set_generated()
+    end
+end
+
+function inco.dissector(buffer, pinfo, root)
+    local length = buffer:len()
+    local used = length
+    while used > 0 and buffer(used - 1, 1):uint() == 0 do
+        used = used - 1
+    end
+    local tree = root:add(inco, buffer())
+    local name = used > 0 and used <= NAME_MAX and buffer:raw(0, used) or ""
+    if not name:match("^[!-~]+$") then
+        tree:add_proto_expert_info(malformed)
+        show(pinfo, nil, "malformed")
+        return length
+    end
+    local way, file = recorded(name)
+    tree:add(signal, buffer(0, used))
+    add_recorded(tree, way, file)
+    if used < length then
+        tree:add(padding, buffer(used))
+    end
+    tree:append_text(": " .. name)
+    show(pinfo, way, name)
+    return length
+end
+
+local function utf8(code)
+    if code < 0x80 then
+        return string.char(code)
+    elseif code < 0x800 then
+        return string.char(0xC0 + math.floor(code / 0x40), 0x80 + code % 0x40)
+    elseif code < 0x10000 then
+        return string.char(0xE0 + math.floor(code / 0x1000), 0x80 + math.floor(code / 0x40) % 0x40, 0x80 + code % 0x40)
+    end
+    return string.char(
+        0xF0 + math.floor(code / 0x40000), 0x80 + math.floor(code / 0x1000) % 0x40,
+        0x80 + math.floor(code / 0x40) % 0x40, 0x80 + code % 0x40
+    )
+end
+
+local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
+
+-- The string of a key in the flat object of strings that a recording has; nil if there is none.
+local function told(json, key)
+    local _, start = json:find('"' .. key .. '": "', 1, true)
+    if not start then
+        return nil
+    end
+    local parts, at, high = {}, start + 1, nil
+    while at <= #json do
+        local char = json:sub(at, at)
+        if char == '"' then
+            return table.concat(parts)
+        elseif char == "\\" then
+            local escape, code = json:sub(at + 1, at + 1), json:match("^u(%x%x%x%x)", at + 1)
+            if code then
+                local number = tonumber(code, 16)
+                if number >= 0xD800 and number < 0xDC00 then
+                    high = number
+                elseif number >= 0xDC00 and number < 0xE000 then
+                    number = 0x10000 + ((high or 0xD800) - 0xD800) * 0x400 + number - 0xDC00
+                    parts[#parts + 1] = utf8(number)
+                else
+                    parts[#parts + 1] = utf8(number)
+                end
+                at = at + 6
+            else
+                parts[#parts + 1] = ESCAPES[escape] or escape
+                at = at + 2
+            end
+        else
+            parts[#parts + 1] = char
+            at = at + 1
+        end
+    end
+    return nil
+end
+
+-- Whether the frame is between addresses of zeros, as those of recordings are.
+local function between_nobody()
+    for _, field in ipairs(addresses) do
+        local address = field()
+        if not address or address.range:bytes():tohex() ~= NOBODY then
+            return false
+        end
+    end
+    return true
+end
+
+local beside = Proto("inco_beside", "Inter-core interrupt without a frame")
+
+function beside.dissector(buffer, pinfo, root)
+    local json = buffer:raw()
+    local name, happened = told(json, "signal"), told(json, "mark")
+    if not between_nobody() or not (name or happened) then
+        return Dissector.get("data"):call(buffer, pinfo, root)
+    end
+    local tree = root:add(inco, buffer())
+    if name then
+        local way = told(json, "direction")
+        tree:add(signal, name):set_generated()
+        add_recorded(tree, way, told(json, "register"))
+        show(pinfo, way, name .. " (without a frame)")
+    else
+        tree:add(mark, happened):set_generated()
+        show(pinfo, nil, happened)
+    end
+    return buffer:len()
+end
+
+local types = DissectorTable.get("ethertype")
+types:add(0x8800, inco)
+types:add(0x88B5, beside)

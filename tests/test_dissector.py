@@ -1,0 +1,139 @@
+"""`inco-trio dissector`, judged by tshark."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from inco_trio.capture.recording import Recorder
+from inco_trio.frame import encode
+from inco_trio.signals import Direction
+from netns.fixtures import DEADLINE
+from tests.support_control import COMMAND, MAC
+
+LUA = Path(__file__).parents[1] / "inco_trio/capture/inco_trio.lua"
+ETHERTYPE = b"\x88\x00"
+HEAD = b"\xff" * 6 + MAC
+
+
+def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / "config")}
+    command = [*COMMAND, "dissector", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
+
+
+def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
+    """The fields of each frame of a file, by what is installed in `home`."""
+    command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l"]
+    done = subprocess.run(
+        [*command, *(word for field in fields for word in ("-e", field))],
+        capture_output=True, timeout=DEADLINE, check=True, env={**os.environ, "HOME": str(home)},
+    )  # fmt: skip
+    said = done.stderr.decode()
+    assert "lua" not in said.lower(), said
+    return [line.split("\t") for line in done.stdout.decode(errors="replace").splitlines()]
+
+
+def test_it_prints_the_program(tmp_path: Path) -> None:
+    done = dissector(tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, LUA.read_text(), "")
+
+
+@pytest.mark.tools
+def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
+    done = dissector(tmp_path, "--install")
+    path = tmp_path / ".local/lib/wireshark/plugins/inco_trio.lua"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: installed\n", "")
+    assert path.read_text() == LUA.read_text()
+    assert dissector(tmp_path, "--install").stdout == f"{path}: is installed already\n"
+    path.write_text("older")
+    assert dissector(tmp_path, "--install").stdout == f"{path}: replaced\n"
+    assert path.read_text() == LUA.read_text()
+    assert [each.name for each in path.parent.iterdir()] == ["inco_trio.lua"]
+
+
+@pytest.mark.parametrize("obstacle", ["file", "directory"])
+def test_it_cannot_be_written(tmp_path: Path, obstacle: str) -> None:
+    path = tmp_path / ".local/lib/wireshark/plugins"
+    if obstacle == "file":
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    else:
+        (path / "inco_trio.lua").mkdir(parents=True)
+    done = dissector(tmp_path, "--install")
+    assert (done.returncode, done.stdout) == (71, "")
+    assert done.stderr.startswith(f"inco-trio: error: {path}/inco_trio.lua: cannot be written: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    assert dissector(tmp_path, "--install").returncode == 0
+    return tmp_path
+
+
+@pytest.mark.tools
+def test_a_recording_is_named(home: Path) -> None:
+    name = b"ihub_hwwd_irq"
+    frame = encode(name, MAC)
+    recorder = Recorder(home / "f")
+    recorder.append(1, Direction.INBOUND, name.decode(), "/irq/ö x", frame.ljust(60, b"\0"), "rpmsg4000")
+    recorder.append(2, Direction.OUTBOUND, "b", '/irq/"\\ü😀\n', None, "rpmsg4000")
+    recorder.mark(3, "the link went down")
+    recorder.append(4, Direction.OUTBOUND, name.decode(), "/t", frame[:12] + b"\x81\0\0\1" + frame[12:], "rpmsg4000")
+    recorder.close()
+    fields = ("inco.signal", "inco.direction", "inco.register", "inco.mark", "_ws.col.Protocol", "_ws.col.Info")
+    assert tshark(home, home / "f", *fields) == [
+        ["ihub_hwwd_irq", "inbound", "/irq/ö x", "", "inco", "core 1 > core 0  ihub_hwwd_irq"],
+        ["b", "outbound", '/irq/"\\ü😀\\n', "", "inco", "core 0 > core 1  b (without a frame)"],
+        ["", "", "", "the link went down", "inco", "the link went down"],
+        ["ihub_hwwd_irq", "outbound", "/t", "", "inco", "core 0 > core 1  ihub_hwwd_irq"],
+    ]
+
+
+@pytest.mark.tools
+def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
+    payloads = {
+        b"a": "a",
+        b"a\0\0": "a",
+        b"~" * 64: "~" * 64,
+        b"~" * 65: "",
+        b"": "",
+        b"\0" * 46: "",
+        b"two words": "",
+        b"a\0b": "",
+        "ö".encode(): "",
+        b"x" * 1500: "",
+    }
+    recorder = Recorder(home / "f")
+    for payload in payloads:
+        recorder.ignored(1, "", HEAD + ETHERTYPE + payload, "rpmsg4000")
+    # The EtherType for local experiments is everybody's.
+    recorder.ignored(1, "", HEAD + b"\x88\xb5" + b'{"signal": "a"}', "rpmsg4000")
+    recorder.close()
+    shown = tshark(home, home / "f", "inco.signal", "_ws.expert.message")
+    assert [row[0] for row in shown] == [*payloads.values(), ""]
+    assert [row[1] == "No wire name" for row in shown] == [not name for name in payloads.values()] + [False]
+
+
+@pytest.mark.tools
+def test_no_frame_makes_it_fail(home: Path) -> None:
+    """Random frames of both types, and random changes of frames of ours, with a seed."""
+    chance = random.Random(1)  # noqa: S311 - no cryptography
+    recorder = Recorder(home / "whole")
+    recorder.append(1, Direction.INBOUND, "b", '/irq/"\\ü😀', None, "rpmsg4000")
+    recorder.close()
+    whole = (home / "whole").read_bytes()
+    ours = whole[whole.index(b"\x88\xb5") :].partition(b"\n")[0]
+    recorder = Recorder(home / "f")
+    for number in range(3000):
+        data = bytearray(chance.choice([ours, ETHERTYPE + b"name", ETHERTYPE]) + chance.randbytes(number % 7))
+        for _ in range(chance.randrange(4)):
+            data[2 + chance.randrange(len(data) - 2) if len(data) > 2 else 0] = chance.choice(b'"\\u\0:{}\xff')
+        recorder.ignored(1, chance.choice(["", "inbound b", "outbound name /x"]), bytes(12) + bytes(data), "rpmsg4000")
+    recorder.close()
+    assert len(tshark(home, home / "f", "frame.number", "inco.signal")) == 3000
