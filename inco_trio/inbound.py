@@ -175,7 +175,7 @@ class Inbound:
             return False
         file = self._file_of(room, length)
         if file is not None:
-            self._states.write((file,))
+            self._states.write_lone(file)
             self._handoff.carried((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
