@@ -39,6 +39,51 @@ def test_text(capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_the_same_cause_is_said_once_a_second(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("text", verbose=False)
+    for number in range(5):
+        logger.warning("%s: %d frames dropped", "rpmsg4000", number)
+        logger.warning("%s: %d frames dropped", "rpmsg4001", number)
+        logger.info("reloaded")
+    (handler,) = logging.getLogger("inco_trio").handlers
+    before = capfd.readouterr().err.splitlines()
+    handler.flush()
+    assert before == [
+        "inco-trio: warning: rpmsg4000: 0 frames dropped",
+        "inco-trio: warning: rpmsg4001: 0 frames dropped",
+        *["inco-trio: info: reloaded"] * 5,
+    ]
+    assert capfd.readouterr().err.splitlines() == [
+        "inco-trio: warning: rpmsg4000: 4 frames dropped (3 lines like this were left out)",
+        "inco-trio: warning: rpmsg4001: 4 frames dropped (3 lines like this were left out)",
+    ]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_was_left_out_is_said_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+    monkeypatch.setattr("inco_trio.service.log.PERIOD", 0.01)
+    ours, theirs = os.pipe()
+    set_up_logging(log_format, verbose=False, fd=theirs)
+    # The last line is the state that it is in.
+    for _ in range(2):
+        logger.warning("down")
+        logger.info("up", extra={"event": "works"})
+    with open(ours) as lines:  # noqa: PTH123 - a descriptor
+        said = [lines.readline() for _ in range(4)]
+    os.close(theirs)
+    assert [("down" in line, "up" in line) for line in said] == [(True, False), (False, True)] * 2
+
+
+def test_the_number_is_a_field_of_json(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("json", verbose=False)
+    for _ in range(3):
+        logger.error("down")
+    (handler,) = logging.getLogger("inco_trio").handlers
+    handler.flush()
+    entries = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [(entry["message"], entry.get("left_out")) for entry in entries] == [("down", None), ("down", 1)]
+
+
 def test_json(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("json", verbose=True)
     logger.debug('"quoted"\nand more')
