@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Callable, Iterator
@@ -162,11 +163,48 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             process.kill()
             raise
     os.close(master)
-    screens = shown.decode().replace("\r", "").split("\x1b[H\x1b[J")[1:-1]
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown.decode().replace("\r", ""))
+    screens = plain.split("\x1b[H\x1b[J")[1:-1]
     for screen in screens:
         assert max(map(len, screen.splitlines())) <= 20
         assert len(screen.splitlines()) <= 10
     assert b"Traceback" not in shown
+
+
+COLOUR = b"\x1b[32mup"
+
+
+def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
+    """What a command prints on a terminal of 200 columns that knows colours."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (50, 200))
+    known = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment = {**known, "TERM": "xterm-256color", **environment}
+    with subprocess.Popen([*map(str, words)], stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
+            while more := os.read(master, 4096):
+                shown += more
+    os.close(master)
+    assert process.returncode == 0, shown
+    return shown
+
+
+def test_colours_on_a_terminal(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    board.inbound(peer)
+    while board.status()["counters"]["received"] == 0:
+        pass
+    status = ("status", "--control", board.path)
+    assert COLOUR in on_a_terminal(*COMMAND, *status)
+    assert COLOUR not in on_a_terminal(*COMMAND, *status, NO_COLOR="1")
+    assert b"\x1b" not in run(*status).stdout.encode()
+    hidden = "import sys; sys.modules['rich'] = None; from inco_trio.commands import main; sys.exit(main())"
+    plain = on_a_terminal(sys.executable, "-c", hidden, *status)
+    assert b"\x1b" not in plain
+    assert b": up, open since" in plain
 
 
 # ---------------------------------------------------------------------------------------------------------- monitor

@@ -11,6 +11,7 @@ from typing import Any
 from inco_trio.commands.configuration import positive
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.streams import flush, remark, say
+from inco_trio.commands.terminal import painted
 from inco_trio.control.client import add_place, connect
 from inco_trio.errors import ControlMissing
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
@@ -57,7 +58,7 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
     """Print each event; ends after as many notifications as were asked for."""
     left, shown = args.count, _Lines()
     for event in events:
-        say(json.dumps(event) if args.json else printable(shown.line(event)))
+        say(*([json.dumps(event)] if args.json else painted([printable(shown.line(event))])))
         flush()
         if left is not None and event["event"] == "notification":
             left -= 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from inco_trio.commands.configuration import number_of_seconds
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.streams import flush, say
+from inco_trio.commands.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, add_place, connect
 from inco_trio.errors import UsageError
 from inco_trio.service.lines import printable
@@ -21,8 +20,6 @@ __all__ = ["arguments", "run"]
 
 Board = Mapping[str, Any]
 HEAD = ("", "signal", "count", "a second", "last", "owed", "failed", "register")
-CLEAR = "\x1b[H\x1b[J"
-"""Cursor home, and all behind it erased."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -48,15 +45,15 @@ def run(args: argparse.Namespace) -> int:
     with connect(args) as client:
         if args.watch is None:
             boards = _ask(client, args)
-            say(*_shown(boards, args, None))
+            lines = [*_shown(boards, args, None)]
+            say(*(lines if args.json or args.openmetrics else painted(lines)))
             return 0
         before: tuple[float, list[Board]] | None = None
         while True:
             boards, now = _ask(client, args), time.monotonic()
             lines = [*_shown(boards, args, before and (now - before[0], before[1]))]
-            if sys.stdout is not None and sys.stdout.isatty() and not args.json:
-                width, height = shutil.get_terminal_size()
-                say(CLEAR + "\n".join(line[:width] for line in lines[: height - 1]))
+            if is_terminal() and not args.json:
+                say(screen(lines))
             else:
                 say(*lines)
             flush()
