@@ -6,6 +6,7 @@ Prints its seed at once and its table at the end, writes the same as JSON, and f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import secrets
 import signal
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inco_trio.simulation.world import two_cores
+from tests.faults.clients import Clients
 from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
 
 INTERVAL = 0.7
@@ -31,6 +33,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="how long (default: 30)")
     parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="the seed to repeat a run")
     parser.add_argument("--signals", type=int, default=1000, metavar="N", help="signals each way (default: 1000)")
+    parser.add_argument("--clients", action="store_true", help="beside monitor, record and status that come and go")
     parser.add_argument(
         "--json", type=Path, default=Path("build/soak.json"), metavar="FILE", help="default: %(default)s"
     )
@@ -43,6 +46,9 @@ def main() -> int:
         tempfile.TemporaryDirectory(dir=MEMORY_FILES) as work,
         two_cores() as cores,
         Storm(cores, Path(work), count=args.signals, seed=args.seed) as storm,
+        Clients(Path(f"/run/inco-trio/{cores.link}.sock"), Path(work), args.seed)
+        if args.clients
+        else contextlib.nullcontext() as clients,
     ):
         while time.monotonic() < begin + args.minutes * 60:
             lost = storm.report.lost
@@ -50,10 +56,14 @@ def main() -> int:
             if storm.report.lost > lost:
                 say(f"LOST in round {storm.report.rounds}:\n{storm.story}\n{storm.service.log[-8000:]}")
     summary = storm.report.summary(time.monotonic() - begin)
+    if clients is not None:
+        summary |= {f"clients: {kind}": count for kind, count in sorted((clients.started + clients.ended).items())}
+        summary["clients: tracebacks"] = len(clients.tracebacks)
+        say("\n".join(clients.tracebacks))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(summary, indent=2) + "\n")
     say(table(storm.report, summary))
-    return 1 if storm.report.lost else 0
+    return 1 if storm.report.lost or (clients is not None and clients.tracebacks) else 0
 
 
 def say(text: str) -> None:

@@ -1,0 +1,92 @@
+"""Clients of the control socket that come and go beside the soak: they read, or not, and are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import threading
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+from tests.support_control import COMMAND
+
+__all__ = ["Clients"]
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "monitor": ("monitor", "--json"),
+    "monitor, filtered": ("monitor", "--direction", "inbound", "--count", "1000"),
+    "record": ("record", "FILE", "--size", "1000000", "--keep", "2"),
+    "status": ("status", "--json"),
+    "status, live": ("status", "--watch", "0.05"),
+    "status, metrics": ("status", "--openmetrics"),
+}
+MANY = 6
+"""Clients at a time."""
+LIFE = 2.0
+"""Seconds of a client, at most."""
+
+
+class Clients:
+    """Starts them from a thread of its own while the block runs, asking the proxy at `control`."""
+
+    def __init__(self, control: Path, work: Path, seed: int) -> None:
+        self.started: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.tracebacks: list[str] = []
+        self._control, self._work = control, work
+        self._chance = random.Random(seed)  # noqa: S311 - no cryptography
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._follow, args=(number,)) for number in range(MANY)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _follow(self, number: int) -> None:
+        """One client after the other."""
+        while not self._stop.is_set():
+            kind = self._chance.choice(sorted(KINDS))
+            words = [str(self._work / f"client{number}.pcapng") if word == "FILE" else word for word in KINDS[kind]]
+            ours, theirs = os.pipe()
+            with (
+                (self._work / f"client{number}.err").open("w+") as said,
+                subprocess.Popen(
+                    [*COMMAND, *words, "--control", str(self._control)], stdout=theirs, stderr=said
+                ) as process,
+            ):
+                os.close(theirs)
+                self.started[kind] += 1
+                end = self._chance.choice(["killed", "interrupted", "stopped", "deaf", "left"])
+                self.ended[end] += 1
+                self._read(ours, deaf=end == "deaf")
+                if end == "stopped":
+                    process.send_signal(signal.SIGSTOP)
+                    self._stop.wait(LIFE)
+                process.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
+                process.wait()
+                said.seek(0)
+                if "Traceback" in (text := said.read()):
+                    self.tracebacks.append(f"{kind}, {end}:\n{text}")
+            with contextlib.suppress(OSError):
+                os.close(ours)
+
+    def _read(self, fd: int, *, deaf: bool) -> None:
+        """Read what a client prints for a while, or do not, so that it stands still."""
+        os.set_blocking(fd, False)
+        begun = self._chance.uniform(0, LIFE)
+        for _ in range(int(begun / 0.02) + 1):
+            if not deaf:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(fd, 1 << 16)
+            if self._stop.wait(0.02):
+                return
