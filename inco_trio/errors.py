@@ -16,6 +16,7 @@ __all__ = [
     "IncoError",
     "LinkMissing",
     "PermissionRefused",
+    "ProgramMissing",
     "RecordingRefused",
     "ResourceRefused",
     "UnknownSignal",
@@ -62,6 +63,12 @@ class LinkMissing(IncoError):
 
 class ControlMissing(IncoError):
     """No running proxy answers on a control socket."""
+
+    exit_code = 69
+
+
+class ProgramMissing(IncoError):
+    """A program or library that a command needs is not installed."""
 
     exit_code = 69
 

@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay dissector s6)
+_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector s6)
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --notification-fd --fd-holder --control --log-format -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --json)
@@ -17,6 +17,7 @@ _shtab_inco_trio_send_option_strings=(-h --help --control --board --irq-dir --co
 _shtab_inco_trio_wait_option_strings=(-h --help --control --board --irq-dir --config --as --count --timeout --after --json -q --quiet)
 _shtab_inco_trio_demo_option_strings=(-h --help --qemu --count --rate)
 _shtab_inco_trio_replay_option_strings=(-h --help --as --irq-dir --config --speed --fast --wait --json)
+_shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --user --systemd)
 _shtab_inco_trio_option_strings=(-h --help --version)
@@ -56,6 +57,9 @@ _shtab_inco_trio_replay_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_replay_pos_1_COMPGEN=_inco_trio_links
 _shtab_inco_trio_replay___irq_dir_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_replay___config_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_plot_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_plot___out_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_plot___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_s6___config_COMPGEN=_shtab_compgen_files
@@ -70,7 +74,7 @@ _shtab_inco_trio_record___direction_choices=(inbound outbound)
 _shtab_inco_trio_send_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_wait_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_replay___as_choices=(core0 core1)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay dissector s6)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector s6)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -112,6 +116,10 @@ _shtab_inco_trio_replay__h_nargs=0
 _shtab_inco_trio_replay___help_nargs=0
 _shtab_inco_trio_replay___fast_nargs=0
 _shtab_inco_trio_replay___json_nargs=0
+_shtab_inco_trio_plot__h_nargs=0
+_shtab_inco_trio_plot___help_nargs=0
+_shtab_inco_trio_plot___pair_nargs=2
+_shtab_inco_trio_plot___json_nargs=0
 _shtab_inco_trio_dissector__h_nargs=0
 _shtab_inco_trio_dissector___help_nargs=0
 _shtab_inco_trio_dissector___install_nargs=0

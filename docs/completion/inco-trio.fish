@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay dissector s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --period --rate --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -156,6 +156,13 @@ complete -c inco-trio -n '_shtab_inco_trio_using replay' -l wait -x -d 'listen a
 complete -c inco-trio -n '_shtab_inco_trio_using replay' -l json -d 'print the result as JSON'
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a recording, or any pcapng or pcap of Ethernet frames'
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'play core 1 here: interface, or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a plot -d 'Draw a recording: timelines, rates, gaps, answers, faults.'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'an .svg or .png (default: that of FILE, with .svg)'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l pair -x -d 'how long the answer to a signal takes; may be given several times'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l json -d 'print the numbers, in seconds, and draw only with --out'
+complete -c inco-trio -n '_shtab_inco_trio_using plot; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a recording, or any pcapng or pcap of Ethernet frames'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a dissector -d 'Print or install what names signals in Wireshark and tshark.'
 complete -c inco-trio -n '_shtab_inco_trio_using dissector' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using dissector' -l install -d 'put it where this user'"'"'s Wireshark looks for it'

@@ -35,6 +35,7 @@ COMMANDS = {
     "wait": "wait for a notification, for shell tests",
     "demo": "show two simulated cores signalling each other; needs no root",
     "replay": "play one side of a recording, and say what came back",
+    "plot": "draw a recording: timelines, rates, gaps, answers, faults",
     "dissector": "print or install what names signals in Wireshark and tshark",
     "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }

@@ -1,0 +1,141 @@
+"""The numbers of a recording: counts, rates and gaps of each signal, the time to an answer, and what went wrong."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import attrs
+
+from inco_trio.capture.recording import Entry, Mark
+from inco_trio.signals import Direction
+
+__all__ = ["Flow", "Pair", "Summary", "quantile"]
+
+BILLION = 10**9
+
+
+def quantile(ordered: Sequence[int], share: float) -> float:
+    """The value below which `share` of some ordered ones are, in seconds; they are nanoseconds."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] / BILLION
+
+
+@attrs.define
+class Flow:
+    """The notifications of one signal in one direction; 8 bytes are kept of each."""
+
+    signal: str
+    direction: Direction | None
+    times: array[int] = attrs.Factory(lambda: array("q"))
+    """When they were, in nanoseconds since 1970, in the order of the recording."""
+
+    @property
+    def label(self) -> str:
+        """The signal, and its direction if that is known."""
+        return self.signal if self.direction is None else f"{self.signal} ({self.direction.value})"
+
+    def intervals(self) -> Iterator[int]:
+        """Nanoseconds from each to the next."""
+        return (later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
+
+    def longest_gap(self) -> tuple[int, int] | None:
+        """When the longest time without one began, and how long it was, in nanoseconds."""
+        gaps = zip(self.intervals(), self.times, strict=False)
+        gap, begin = max(gaps, default=(0, 0), key=lambda each: each[0])
+        return (begin, gap) if gap > 0 else None
+
+
+@attrs.define
+class Pair:
+    """How long the answer to a signal took: from each to the next answer, if no other one of the signal is between."""
+
+    signal: str
+    answer: str
+    taken: array[int] = attrs.Factory(lambda: array("q"))
+    """Nanoseconds."""
+    unanswered: int = 0
+    _asked: int | None = None
+
+    def take(self, entry: Entry) -> None:
+        """Follow one notification."""
+        if entry.signal == self.signal:
+            self.unanswered += self._asked is not None
+            self._asked = entry.time_ns
+        elif entry.signal == self.answer and self._asked is not None:
+            self.taken.append(entry.time_ns - self._asked)
+            self._asked = None
+
+    def end(self) -> None:
+        """There are no more."""
+        self.unanswered += self._asked is not None
+        self._asked = None
+
+
+@attrs.define
+class Summary:
+    """What a recording has."""
+
+    pairs: Sequence[Pair] = ()
+    flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
+    marks: list[Mark] = attrs.Factory(list)
+
+    def take(self, each: Entry | Mark) -> None:
+        """Follow one of the recording's."""
+        if isinstance(each, Mark):
+            self.marks.append(each)
+            return
+        flow = self.flows.get((each.signal, each.direction))
+        if flow is None:
+            flow = self.flows[each.signal, each.direction] = Flow(each.signal, each.direction)
+        flow.times.append(each.time_ns)
+        for pair in self.pairs:
+            pair.take(each)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """From when to when, in nanoseconds since 1970."""
+        times = [time for flow in self.flows.values() for time in (min(flow.times), max(flow.times))]
+        times += [mark.time_ns for mark in self.marks]
+        return min(times), max(times)
+
+    def numbers(self) -> dict[str, object]:
+        """All of it in seconds, times since 1970."""
+        begin, end = self.span
+        return {
+            "from": begin / BILLION,
+            "to": end / BILLION,
+            "signals": [self._flow_numbers(flow, end - begin) for flow in self.flows.values()],
+            "pairs": [_pair_numbers(pair) for pair in self.pairs],
+            "marks": [{"time": mark.time_ns / BILLION, "text": mark.text} for mark in self.marks],
+        }
+
+    def _flow_numbers(self, flow: Flow, span_ns: int) -> dict[str, object]:
+        gap = flow.longest_gap()
+        return {
+            "signal": flow.signal,
+            "direction": None if flow.direction is None else flow.direction.value,
+            "count": len(flow.times),
+            "rate": len(flow.times) / (span_ns / BILLION) if span_ns else None,
+            "interval": _spread(flow.intervals()),
+            "longest_gap": None if gap is None else {"from": gap[0] / BILLION, "seconds": gap[1] / BILLION},
+        }
+
+
+def _pair_numbers(pair: Pair) -> dict[str, object]:
+    return {
+        "signal": pair.signal,
+        "answer": pair.answer,
+        "answered": len(pair.taken),
+        "unanswered": pair.unanswered,
+        "taken": _spread(pair.taken),
+    }
+
+
+def _spread(values: Iterable[int]) -> dict[str, float] | None:
+    """How nanoseconds are spread, in seconds."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {name: quantile(ordered, share) for name, share in shares.items()}

@@ -1,0 +1,197 @@
+"""`inco-trio plot`: the numbers exactly, the picture by its text."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from inco_trio.capture.recording import Entry, Mark, Recorder
+from inco_trio.capture.summary import Flow, Pair, Summary
+from inco_trio.frame import encode
+from inco_trio.signals import Direction
+from netns.fixtures import DEADLINE
+from tests.support_control import MAC
+
+IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
+SECOND = 10**9
+
+
+def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", f"{code}\nfrom inco_trio.commands import main; import sys; sys.exit(main())"]
+    whole = [*command, "plot", *map(str, words)]
+    environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
+    return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Path:
+    """Three questions a second apart; two are answered, after 250 and 500 ms; then the link goes down."""
+    recorder = Recorder(tmp_path / "night.pcapng")
+    for time_ns, way, name in (
+        (0, Direction.OUTBOUND, OUT),
+        (SECOND // 4, Direction.INBOUND, IN),
+        (SECOND, Direction.OUTBOUND, OUT),
+        (2 * SECOND, Direction.OUTBOUND, OUT),
+        (5 * SECOND // 2, Direction.INBOUND, IN),
+        (5 * SECOND // 2, Direction.INBOUND, IN),
+    ):
+        recorder.append(time_ns, way, name, "", encode(name.encode(), MAC), "rpmsg4000")
+    recorder.mark(4 * SECOND, "the link went down")
+    recorder.close()
+    return tmp_path / "night.pcapng"
+
+
+def test_the_numbers(night: Path) -> None:
+    done = plot(night, "--json", "--pair", OUT, IN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {
+        "file": str(night),
+        "from": 0,
+        "to": 4,
+        "signals": [
+            {
+                "signal": OUT,
+                "direction": "outbound",
+                "count": 3,
+                "rate": 0.75,
+                "interval": {"min": 1, "p50": 1, "p90": 1, "p99": 1, "max": 1},
+                "longest_gap": {"from": 0, "seconds": 1},
+            },
+            {
+                "signal": IN,
+                "direction": "inbound",
+                "count": 3,
+                "rate": 0.75,
+                "interval": {"min": 0, "p50": 0, "p90": 2.25, "p99": 2.25, "max": 2.25},
+                "longest_gap": {"from": 0.25, "seconds": 2.25},
+            },
+        ],
+        "pairs": [
+            {
+                "signal": OUT,
+                "answer": IN,
+                "answered": 2,
+                "unanswered": 1,
+                "taken": {"min": 0.25, "p50": 0.25, "p90": 0.5, "p99": 0.5, "max": 0.5},
+            }
+        ],
+        "marks": [{"time": 4, "text": "the link went down"}],
+    }
+    assert sorted(path.name for path in night.parent.iterdir()) == ["night.pcapng"]
+
+
+def test_one_alone() -> None:
+    summary = Summary([Pair("a", "b")])
+    summary.take(Entry(5, "a", None))
+    summary.pairs[0].end()
+    signals = summary.numbers()["signals"]
+    assert isinstance(signals, list)
+    (flow,) = signals
+    assert (flow["count"], flow["rate"], flow["interval"], flow["longest_gap"]) == (1, None, None, None)
+    assert (summary.pairs[0].unanswered, len(summary.pairs[0].taken)) == (1, 0)
+    assert Flow("a", None).label == "a"
+    summary.take(Mark(9, "x"))
+    assert summary.span == (5, 9)
+
+
+@pytest.mark.tools
+def test_the_picture(night: Path) -> None:
+    done = plot(night, "--pair", OUT, IN)
+    picture = night.with_suffix(".svg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"6 notifications and 1 marks drawn to {picture}\n"
+    text = picture.read_text()
+    # matplotlib draws letters as paths, and leaves what they say as comments.
+    said = {comment.strip() for comment in text.split("<!--")[1:] for comment in [comment.partition("-->")[0]]}
+    assert {
+        "night.pcapng: 6 notifications",
+        f"{OUT} (outbound): 3",
+        f"{IN} (inbound): 3",
+        "the link went down",
+        "2.25 s",
+        f"from {OUT} to {IN}: 2 answered, 1 not",
+    } <= said
+    assert ET.fromstring(text).tag.endswith("svg")  # noqa: S314 - of our own making
+
+
+@pytest.mark.tools
+def test_another_format_and_place(night: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.png"
+    assert plot(night, "--out", out, "--json").returncode == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    done = plot(night, "--out", tmp_path / "nowhere/p.svg")
+    assert (done.returncode, done.stdout) == (71, "")
+    assert done.stderr == f"inco-trio: error: {tmp_path}/nowhere/p.svg: cannot be written: No such file or directory\n"
+
+
+@pytest.mark.tools
+def test_many_are_drawn_in_little_room(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f.pcapng")
+    frame = encode(IN.encode(), MAC)
+    for number in range(20_000):
+        recorder.append(number * 1000, Direction.INBOUND, IN, "", frame, "rpmsg4000")
+    recorder.close()
+    assert plot(tmp_path / "f.pcapng").returncode == 0
+    assert (tmp_path / "f.svg").stat().st_size < 1 << 20
+
+
+def test_without_matplotlib(night: Path) -> None:
+    hidden = "import sys; sys.modules['matplotlib'] = None"
+    done = plot(night, code=hidden)
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.startswith("inco-trio: error: matplotlib is not there (")
+    assert done.stderr.endswith("): pip install 'inco-trio[plot]', or use --json\n")
+    assert plot(night, "--json", code=hidden).returncode == 0
+
+
+def test_a_cut_recording(night: Path) -> None:
+    night.write_bytes(night.read_bytes()[:-3])
+    done = plot(night, "--json")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"inco-trio: {night}: ")
+    assert done.stderr.endswith(": what was whole before is drawn\n")
+    assert json.loads(done.stdout)["marks"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("FILE", "--pair", OUT, "nobody", "--json"), 2, f"--pair: 'nobody' is not in FILE (there are: {IN}, {OUT})"),
+        (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: the name ends in one of .svg, .png"),
+        (("FILE", "--out", ""), 2, "--out: the path is empty"),
+        (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
+    ],
+)
+def test_what_it_refuses(night: Path, words: tuple[str, ...], code: int, text: str) -> None:
+    done = plot(*(word.replace("FILE", str(night)) for word in words))
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr == f"inco-trio: error: {text.replace('FILE', str(night))}\n"
+
+
+def test_an_empty_recording(tmp_path: Path) -> None:
+    Recorder(tmp_path / "f").close()
+    done = plot(tmp_path / "f", "--json")
+    assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: has no notifications\n")
+
+
+def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import inco_trio.commands.plot as plot; plot.SHOWN = -1.0; plot.OFTEN = 1"
+    start = f"{code}\nfrom inco_trio.commands import main; import sys; sys.exit(main())"
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", start, "plot", str(night), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0
+    assert json.loads(out)["to"] == 4
+    shown = os.read(master, 4096).decode()
+    os.close(master)
+    assert shown.startswith("\r\x1b[K")
+    assert " %\r\x1b[K" in shown
