@@ -1,5 +1,7 @@
 """inco-trio: carries inter-core interrupts between the cores of an AMP board, and of its simulation.
 
+As a library::
+
     async with inco_trio.open_proxy(inco_trio.Config("rpmsg4000", inco_trio.read_board("udrv.json").signals)) as proxy:
         await proxy.send("redun_notify_irq")
         with proxy.events() as events:
