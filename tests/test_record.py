@@ -255,6 +255,21 @@ def test_tshark_reads_it(board: Board, start: Callable[..., Running], tmp_path: 
 
 
 @pytest.mark.netns
+def test_the_demonstration_is_recorded(tmp_path: Path) -> None:
+    file = tmp_path / "demo.pcapng"
+    command = [*COMMAND, "demo", "--count", "5", "--rate", "1000", "--record", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * DEADLINE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"Recorded: 30 notifications in {file}"
+    assert set(Counter(names(file)).values()) == {5}
+    done = subprocess.run(
+        [*command[:-1], str(tmp_path)], capture_output=True, text=True, timeout=3 * DEADLINE, check=False
+    )
+    assert done.returncode == 71
+    assert done.stderr == f"inco-trio: error: --record: {tmp_path}: cannot be written: Is a directory\n"
+
+
+@pytest.mark.netns
 def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
     # Without the sockets of others in /run: they may have a link of this name, too.

@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -143,6 +143,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using wait; and test $_shtab_inco_tri
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a demo -d 'Show two simulated cores signalling each other; needs no root.'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l qemu -d 'let core 1 be real firmware, in QEMU, and measure round trips; needs no root'
+complete -c inco-trio -n '_shtab_inco_trio_using demo' -l record -xka "(__fish_complete_path (commandline -ct))" -d 'record all of it, for Wireshark, replay and plot'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l count -x -d 'notifications of each signal (default: 80)'
 complete -c inco-trio -n '_shtab_inco_trio_using demo' -l rate -x -d 'notifications a second (default: 100)'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a replay -d 'Play one side of a recording, and say what came back.'

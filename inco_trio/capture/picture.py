@@ -21,7 +21,9 @@ BILLION = 10**9
 COLUMNS = 4000
 """Places of a timeline that differ: more cannot be seen."""
 BINS = 200
-"""Steps of the rates."""
+"""Steps of the rates, at most."""
+IN_BIN = 4
+"""Notifications of the most frequent signal in a step, at least: fewer would show each of them, and no rate."""
 MARKS_MAX = 20
 """Marks whose text is shown; of more, only where they are."""
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
@@ -72,12 +74,13 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
 
 
 def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
-    width = span / BINS
+    bins = max(1, min(BINS, max((len(flow.times) for flow in flows), default=0) // IN_BIN))
+    width = span / bins
     for flow in flows:
-        counts = [0] * BINS
+        counts = [0] * bins
         for time in flow.times:
-            counts[min(BINS - 1, int((time - begin) / BILLION / width))] += 1
-        edges = [number * width for number in range(BINS + 1)]
+            counts[min(bins - 1, int((time - begin) / BILLION / width))] += 1
+        edges = [number * width for number in range(bins + 1)]
         axis.stairs([count / width for count in counts], edges, label=flow.label)
     axis.set_ylabel("a second")
     axis.set_title(f"rates, in steps of {width:.3g} s", fontsize=9, loc="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from inco_trio.commands.configuration import absolute
 from inco_trio.commands.streams import output
 
 __all__ = ["arguments", "run"]
@@ -21,6 +22,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let core 1 be real firmware, in QEMU, and measure round trips; needs no root",
     )
+    sub.add_argument("--record", metavar="FILE", help="record all of it, for Wireshark, replay and plot")
     sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications of each signal (default: 80)")
     sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications a second (default: 100)")
 
@@ -29,4 +31,5 @@ def run(args: argparse.Namespace) -> int:
     """Run the demonstration."""
     from inco_trio.simulation.demo import run_demo
 
-    return run_demo(args.count, args.rate, output(), with_qemu=args.qemu)
+    record = None if args.record is None else absolute(args.record, "--record")
+    return run_demo(args.count, args.rate, output(), with_qemu=args.qemu, record=record)

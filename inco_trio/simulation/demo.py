@@ -201,7 +201,7 @@ def _udrv(directory: Path) -> str:
 class _Proxy:
     """The process `inco-trio run` in core 0."""
 
-    def __init__(self, stage: Stage, config: Path, log: Path) -> None:
+    def __init__(self, stage: Stage, config: Path, log: Path, control: str) -> None:
         self._log = log
         read_ready, write_ready = os.pipe()
         prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
@@ -214,7 +214,7 @@ class _Proxy:
             stage.enter()
 
         environment = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
-        command = [sys.executable, "-m", "inco_trio", "run", stage.link, "--config", str(config), "--control", "none"]
+        command = [sys.executable, "-m", "inco_trio", "run", stage.link, "--config", str(config), "--control", control]
         try:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
@@ -273,6 +273,35 @@ class _Proxy:
             self.process.wait()
         os.close(self.end)
         os.close(self._ready)
+
+
+class _Recording:
+    """The process `inco-trio record`, which asks the proxy at `control`. Raises ResourceRefused."""
+
+    said = ""
+    """The last thing that it has said."""
+
+    def __init__(self, path: Path, control: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "inco_trio", "record", str(path), "--control", control],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        assert self._process.stderr is not None  # noqa: S101 - a pipe
+        said = self._process.stderr.readline()
+        if "recording" not in said:
+            self.close()
+            raise ResourceRefused(f"--record: {said.rstrip().removeprefix('inco-trio: error: ')}")
+
+    def close(self) -> None:
+        """End it."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            _, said = self._process.communicate()
+            self.said = said.rpartition("inco-trio: ")[2].rstrip()
 
 
 class _Applications:
@@ -421,7 +450,7 @@ def _watch_end(waiter: _Waiter, guest: Guest) -> None:
     waiter.on(guest.fileno(), ended)
 
 
-def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO) -> int:
+def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO, record: Path | None) -> int:
     with ExitStack() as stack:
         waiter = _Waiter()
         stack.callback(waiter.close)
@@ -436,7 +465,8 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO) -> int:
         directory = scratch / "irq"
         config = scratch / "udrv.json"
         config.write_text(_udrv(directory))
-        proxy = _Proxy(stage, config, scratch / "proxy.log")
+        control = "none" if record is None else str(scratch / "control")
+        proxy = _Proxy(stage, config, scratch / "proxy.log", control)
         stack.callback(proxy.close)
         waiter.on(proxy.end, proxy.ended)
         proxy.wait_ready(waiter)
@@ -448,9 +478,15 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO) -> int:
         out.write(f"Sending {count} notifications of each of {len(traffic)} signals, {rate:g} a second in all:\n")
         out.flush()
 
+        recording = None if record is None else _Recording(record, control)
+        if recording is not None:
+            stack.callback(recording.close)
         _play(waiter, _Applications(waiter, stage.peer, inotify, traffic), traffic, rate, out)
         verdict, code = _verdict(traffic)
         out.write(f"\n{_table(traffic)}\n\n{verdict}\n")
+        if recording is not None:
+            recording.close()
+            out.write(f"Recorded: {recording.said}\n")
         # The end of the proxy may take a moment.
         out.flush()
         return code
@@ -468,8 +504,10 @@ def _choose(out: TextIO) -> _SetUp:
     return namespaces
 
 
-def run_demo(count: int, rate: float, out: TextIO, *, with_qemu: bool = False) -> int:
+def run_demo(count: int, rate: float, out: TextIO, *, with_qemu: bool = False, record: Path | None = None) -> int:
     """Send `count` notifications of each signal through a real proxy, `rate` a second in all, and show it on `out`.
+
+    All of them are recorded to the file `record`, see `capture.recording`.
 
     Returns the exit code: 0 only if all arrived, 1 if not, 128 + n if stopped by signal n. Whoever may not make network
     namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains; where
@@ -481,7 +519,7 @@ def run_demo(count: int, rate: float, out: TextIO, *, with_qemu: bool = False) -
         raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
     set_up = functools.partial(qemu, answers=_ANSWERS) if with_qemu else _choose(out)
     try:
-        return _demonstrate(set_up, count, rate, out)
+        return _demonstrate(set_up, count, rate, out, record)
     except _Stopped as stopped:
         return 128 + stopped.number
     except BrokenPipeError:
