@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from inco_trio.capture.pcapng import ETHERNET
 from inco_trio.capture.recording import Recorder
-from inco_trio.frame import encode
+from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.signals import Direction
 from netns.fixtures import DEADLINE
 from tests.support_control import COMMAND, MAC
@@ -27,15 +30,21 @@ def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
-    """The fields of each frame of a file, by what is installed in `home`."""
-    command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l"]
+    """The fields of each frame of a file, by what is installed in `home`.
+
+    An error of the program while it runs is not told on standard error: it is in the tree of its frame.
+    """
+    command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(
         [*command, *(word for field in fields for word in ("-e", field))],
         capture_output=True, timeout=DEADLINE, check=True, env={**os.environ, "HOME": str(home)},
     )  # fmt: skip
     said = done.stderr.decode()
     assert "lua" not in said.lower(), said
-    return [line.split("\t") for line in done.stdout.decode(errors="replace").splitlines()]
+    rows = [line.split("\t") for line in done.stdout.decode(errors="replace").split("\n")[:-1]]
+    failed = [number for number, row in enumerate(rows, 1) if row[0]]
+    assert not failed, f"the program fails at the frames {failed}"
+    return [row[1:] for row in rows]
 
 
 def test_it_prints_the_program(tmp_path: Path) -> None:
@@ -54,6 +63,15 @@ def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
     assert dissector(tmp_path, "--install").stdout == f"{path}: replaced\n"
     assert path.read_text() == LUA.read_text()
     assert [each.name for each in path.parent.iterdir()] == ["inco_trio.lua"]
+
+
+@pytest.mark.tools
+def test_the_home_directory_is_any_bytes(tmp_path: Path) -> None:
+    home = tmp_path / os.fsdecode(b"h\xff")
+    home.mkdir()
+    done = dissector(home, "--install")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (home / ".local/lib/wireshark/plugins/inco_trio.lua").read_text() == LUA.read_text()
 
 
 @pytest.mark.parametrize("obstacle", ["file", "directory"])
@@ -108,6 +126,8 @@ def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
         b"a\0b": "",
         "ö".encode(): "",
         b"x" * 1500: "",
+        b"a".ljust(FRAME_MAX - HEADER_LENGTH, b"\0"): "a",
+        b"a".ljust(FRAME_MAX - HEADER_LENGTH + 1, b"\0"): "",
     }
     recorder = Recorder(home / "f")
     for payload in payloads:
@@ -115,9 +135,40 @@ def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
     # The EtherType for local experiments is everybody's.
     recorder.ignored(1, "", HEAD + b"\x88\xb5" + b'{"signal": "a"}', "rpmsg4000")
     recorder.close()
-    shown = tshark(home, home / "f", "inco.signal", "_ws.expert.message")
+    shown = tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol")
     assert [row[0] for row in shown] == [*payloads.values(), ""]
     assert [row[1] == "No wire name" for row in shown] == [not name for name in payloads.values()] + [False]
+    assert [row[2] for row in shown[:-1]] == ["inco"] * len(payloads)
+
+
+@pytest.mark.tools
+def test_what_a_capture_has_cut_is_not_named(home: Path) -> None:
+    frame = encode(b"ihub_hwwd_irq", MAC)
+    header = struct.pack("<IHHIIII", 0xA1B2C3D4, 2, 4, 0, 0, 20, ETHERNET)
+    (home / "f").write_bytes(header + struct.pack("<IIII", 1, 0, 20, len(frame)) + frame[:20])
+    assert tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol") == [
+        ["", "Not captured whole", "inco"]
+    ]
+
+
+@pytest.mark.tools
+def test_only_what_recordings_tell_is_believed(home: Path) -> None:
+    """A signal without a frame has a wire name and one of two directions."""
+    told: list[tuple[dict[str, str], tuple[str, str, str]]] = [
+        ({"signal": "a", "direction": "inbound", "register": "r"}, ("a", "inbound", "r")),
+        ({"signal": "a", "direction": "sideways", "register": "r"}, ("a", "", "r")),
+        ({"signal": "two words", "direction": "inbound", "register": "r"}, ("", "", "")),
+        ({"signal": "", "direction": "inbound", "register": "r"}, ("", "", "")),
+        ({"signal": "a\0b", "direction": "inbound", "register": "r"}, ("", "", "")),
+        ({"signal": "~" * 65, "direction": "inbound", "register": "r"}, ("", "", "")),
+    ]
+    recorder = Recorder(home / "f")
+    for each, _ in told:
+        recorder.ignored(1, "", bytes(12) + b"\x88\xb5" + json.dumps(each).encode(), "rpmsg4000")
+    recorder.close()
+    shown = tshark(home, home / "f", "inco.signal", "inco.direction", "inco.register", "_ws.expert.message")
+    assert [tuple(row[:3]) for row in shown] == [fields for _, fields in told]
+    assert [row[3] for row in shown] == ["", "", *["No wire name"] * 4]
 
 
 @pytest.mark.tools

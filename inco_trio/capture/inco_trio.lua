@@ -12,13 +12,17 @@ local padding = ProtoField.bytes("inco.padding", "Padding")
 inco.fields = { signal, direction, register, mark, padding }
 
 local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
-inco.experts = { malformed }
+local incomplete =
+    ProtoExpert.new("inco.incomplete", "Not captured whole", expert.group.UNDECODED, expert.severity.NOTE)
+inco.experts = { malformed, incomplete }
 
 local flags = Field.new("frame.packet_flags_direction")
 local comments = Field.new("frame.comment")
 local addresses = { Field.new("eth.dst"), Field.new("eth.src") }
 
 local NAME_MAX = 64
+-- The proxy takes no longer frame, whatever it begins with; nor are 200 kB of padding looked through here.
+local FRAME_MAX = 1600
 local WAYS = { [1] = "inbound", [2] = "outbound" }
 local ARROWS = { inbound = "core 1 > core 0  ", outbound = "core 0 > core 1  " }
 local NOBODY = "000000000000"
@@ -26,6 +30,15 @@ local NOBODY = "000000000000"
 local function show(pinfo, way, text)
     pinfo.cols.protocol = "inco"
     pinfo.cols.info = (ARROWS[way] or "") .. text
+end
+
+local function is_wire_name(name)
+    return #name <= NAME_MAX and name:match("^[!-~]+$") ~= nil
+end
+
+local function complain(tree, pinfo, fault, text)
+    tree:add_proto_expert_info(fault)
+    show(pinfo, nil, text)
 end
 
 -- What the recording says of a frame: its direction, and the register in its comment.
@@ -52,16 +65,23 @@ end
 
 function inco.dissector(buffer, pinfo, root)
     local length = buffer:len()
+    local tree = root:add(inco, buffer())
+    -- What is returned is never 0, which would mean that an empty frame is not ours.
+    if length < buffer:reported_len() then
+        complain(tree, pinfo, incomplete, "not captured whole")
+        return math.max(length, 1)
+    elseif pinfo.len > FRAME_MAX then
+        complain(tree, pinfo, malformed, "malformed")
+        return length
+    end
     local used = length
     while used > 0 and buffer(used - 1, 1):uint() == 0 do
         used = used - 1
     end
-    local tree = root:add(inco, buffer())
     local name = used > 0 and used <= NAME_MAX and buffer:raw(0, used) or ""
-    if not name:match("^[!-~]+$") then
-        tree:add_proto_expert_info(malformed)
-        show(pinfo, nil, "malformed")
-        return length
+    if not is_wire_name(name) then
+        complain(tree, pinfo, malformed, "malformed")
+        return math.max(length, 1)
     end
     local way, file = recorded(name)
     tree:add(signal, buffer(0, used))
@@ -146,8 +166,11 @@ function beside.dissector(buffer, pinfo, root)
         return Dissector.get("data"):call(buffer, pinfo, root)
     end
     local tree = root:add(inco, buffer())
-    if name then
+    if name and not is_wire_name(name) then
+        complain(tree, pinfo, malformed, "malformed")
+    elseif name then
         local way = told(json, "direction")
+        way = ARROWS[way] and way
         tree:add(signal, name):set_generated()
         add_recorded(tree, way, told(json, "register"))
         show(pinfo, way, name .. " (without a frame)")

@@ -69,8 +69,9 @@ def _replace(path: Path, text: str) -> None:
 def _directory() -> Path:
     """The directory of this user's plugins in Lua: tshark knows it best."""
     if (tshark := shutil.which("tshark")) is not None:
-        said = subprocess.run([tshark, "-G", "folders"], capture_output=True, text=True, check=False).stdout
-        for line in said.splitlines():
+        # In bytes: a path need not be text.
+        said = subprocess.run([tshark, "-G", "folders"], capture_output=True, check=False).stdout
+        for line in os.fsdecode(said).split("\n"):
             what, _, where = line.partition(":")
             if what == "Personal Lua Plugins" and where.strip().startswith("/"):
                 return Path(where.strip())
