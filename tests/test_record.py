@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -186,6 +187,25 @@ def test_who_is_killed_leaves_what_is_whole(board: Board, start: Callable[..., R
     recording.process.kill()
     recording.process.wait()
     assert set(names(tmp_path / "f")) == {(OUT, Direction.OUTBOUND)}
+
+
+def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    recording = start(tmp_path / "f", "--control", board.path)
+    recording.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, recording.process.pid, os.WSTOPPED)
+    for _ in range(5):
+        board.trigger()
+        peer.recv(2000)
+    assert proxy.stop() == 0
+    # Both are told to stop at once, as by Ctrl-C for a script that runs them.
+    recording.process.send_signal(signal.SIGINT)
+    recording.process.send_signal(signal.SIGCONT)
+    _, err = recording.process.communicate(timeout=DEADLINE)
+    assert recording.process.returncode == 0
+    assert err.splitlines()[-1] == f"inco-trio: 5 notifications in {tmp_path}/f"
+    assert names(tmp_path / "f") == [(OUT, Direction.OUTBOUND)] * 5
 
 
 def test_a_full_disk_ends_it_with_what_was_written(board: Board, tmp_path: Path) -> None:
