@@ -208,6 +208,40 @@ def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable
     assert names(tmp_path / "f") == [(OUT, Direction.OUTBOUND)] * 5
 
 
+@pytest.mark.netns
+@pytest.mark.parametrize("rotation", [(), ("--size", "8000")], ids=str)
+def test_a_file_system_that_is_full(board: Board, tmp_path: Path, rotation: tuple[str, ...]) -> None:
+    peer = board.core1()
+    board.running()
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    kept.mkdir()
+    # It has four pages for files of two at most: the head of a third file has no room.
+    command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
+    script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "recording" in process.stderr.readline()
+        for _ in range(200):
+            board.trigger()
+            peer.recv(2000)
+        _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 71
+    files = sorted(kept.iterdir())
+    assert len(files) == (2 if rotation else 1)
+    written = sum(len(names(path)) for path in files)
+    assert written > 0
+    many = "2 files, the last one " if rotation else ""
+    last = small / files[-1].name
+    end = f"the recording ends after {written} notifications, which are kept"
+    assert err.splitlines() == [
+        f"inco-trio: {written} notifications in {many}{last}",
+        f"inco-trio: error: {last}: No space left on device: {end}",
+    ]
+
+
 def test_a_full_disk_ends_it_with_what_was_written(board: Board, tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
