@@ -141,6 +141,19 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         Recorder(tmp_path)
 
 
+def test_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    # It would wait for somebody to read, and no signal would end that.
+    with pytest.raises(ResourceRefused, match="fifo: cannot be written: nobody reads from it"):
+        Recorder(tmp_path / "fifo")
+    fd = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    recorder = Recorder(tmp_path / "fifo")
+    recorder.append(NOW, Direction.INBOUND, "a", "", encode(b"a", MAC), "x")
+    recorder.close()
+    assert [kind for kind, _ in blocks(os.read(fd, 65536))] == [0x0A0D0D0A, 1, 1, 6]
+    os.close(fd)
+
+
 def test_directions(tmp_path: Path) -> None:
     other = bytes.fromhex("02005e100002")
     names = [(b"x", MAC), (b"ihub_reset_irq", MAC), (b"x", MAC), (b"redun_notify_irq", other), (b"y", other)]

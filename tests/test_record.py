@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 import signal
@@ -186,6 +187,59 @@ def test_who_is_killed_leaves_what_is_whole(board: Board, start: Callable[..., R
     recording.process.kill()
     recording.process.wait()
     assert set(names(tmp_path / "f")) == {(OUT, Direction.OUTBOUND)}
+
+
+def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+    peer = board.core1()
+    proxy = board.running()
+    recording = start(tmp_path / "f", "--control", board.path)
+    recording.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, recording.process.pid, os.WSTOPPED)
+    for _ in range(5):
+        board.trigger()
+        peer.recv(2000)
+    assert proxy.stop() == 0
+    # Both are told to stop at once, as by Ctrl-C for a script that runs them.
+    recording.process.send_signal(signal.SIGINT)
+    recording.process.send_signal(signal.SIGCONT)
+    _, err = recording.process.communicate(timeout=DEADLINE)
+    assert recording.process.returncode == 0
+    assert err.splitlines()[-1] == f"inco-trio: 5 notifications in {tmp_path}/f"
+    assert names(tmp_path / "f") == [(OUT, Direction.OUTBOUND)] * 5
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("rotation", [(), ("--size", "8000")], ids=str)
+def test_a_file_system_that_is_full(board: Board, tmp_path: Path, rotation: tuple[str, ...]) -> None:
+    peer = board.core1()
+    board.running()
+    small, kept = tmp_path / "small", tmp_path / "kept"
+    small.mkdir()
+    kept.mkdir()
+    # It has four pages for files of two at most: the head of a third file has no room.
+    command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
+    script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert "recording" in process.stderr.readline()
+        for _ in range(200):
+            board.trigger()
+            peer.recv(2000)
+        _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 71
+    files = sorted(kept.iterdir())
+    assert len(files) == (2 if rotation else 1)
+    written = sum(len(names(path)) for path in files)
+    assert written > 0
+    many = "2 files, the last one " if rotation else ""
+    last = small / files[-1].name
+    end = f"the recording ends after {written} notifications, which are kept"
+    assert err.splitlines() == [
+        f"inco-trio: {written} notifications in {many}{last}",
+        f"inco-trio: error: {last}: No space left on device: {end}",
+    ]
 
 
 def test_a_full_disk_ends_it_with_what_was_written(board: Board, tmp_path: Path) -> None:

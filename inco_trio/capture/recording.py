@@ -34,6 +34,8 @@ REGISTERS = "registers"
 LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A FIFO that nobody reads would be waited for, and no signal would end that.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Recorder:
@@ -127,10 +129,12 @@ class Recorder:
         if (self._size_max, self._seconds_max) != (None, None):
             path = path.with_name(f"{path.stem}_{self._number:05}{path.suffix}")
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+            self._fd = os.open(path, _NEW, 0o666)
         except OSError as error:
             kind = PermissionRefused if error.errno in _DENIED else ResourceRefused
-            raise kind(f"{path}: cannot be written: {error.strerror}") from error
+            why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
+            raise kind(f"{path}: cannot be written: {why}") from error
+        os.set_blocking(self._fd, True)
         self.written.append(path)
         self._size = self._entries = 0
         self._interfaces = {REGISTERS: 0}
@@ -148,6 +152,9 @@ class Recorder:
             with contextlib.suppress(OSError):  # A pipe cannot be shortened.
                 os.ftruncate(self._fd, self._size)
             self.close()
+            if not self._size and len(self.written) > 1:  # Without its head it is no recording.
+                with contextlib.suppress(OSError):
+                    self.written.pop().unlink()
             raise ResourceRefused(
                 f"{self.path}: {error.strerror}: the recording ends after {self.count} notifications, which are kept"
             ) from error

@@ -155,7 +155,8 @@ class _Proxy:
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            self._client.request({"request": "flush"}, FAREWELL)
+            with contextlib.suppress(IncoError):  # If it has ended meanwhile, what it told before is still there.
+                self._client.request({"request": "flush"}, FAREWELL)
             for event in self._client.events(FAREWELL):
                 if event["event"] == "flushed":
                     break
