@@ -72,7 +72,11 @@ class Clients:
                 if end == "stopped":
                     process.send_signal(signal.SIGSTOP)
                     self._stop.wait(LIFE)
-                process.send_signal(signal.SIGINT if end == "interrupted" else signal.SIGKILL)
+                if end == "interrupted":
+                    process.send_signal(signal.SIGINT)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(LIFE)  # It may have been too early, or be one that nobody reads from.
+                process.kill()
                 process.wait()
                 said.seek(0)
                 if "Traceback" in (text := said.read()):
