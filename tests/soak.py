@@ -41,7 +41,8 @@ def main() -> int:
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
     begin = time.monotonic()
     # Also when nobody is at the keyboard, all that was started has to be ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     with (
         tempfile.TemporaryDirectory(dir=MEMORY_FILES) as work,
         two_cores() as cores,
