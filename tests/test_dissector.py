@@ -7,6 +7,7 @@ import os
 import random
 import struct
 import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from inco_trio.signals import Direction
 from netns.fixtures import DEADLINE
 from tests.support_control import COMMAND, MAC
 
-LUA = Path(__file__).parents[1] / "inco_trio/capture/inco_trio.lua"
+LUA = files("inco_trio.capture") / "inco_trio.lua"
 ETHERTYPE = b"\x88\x00"
 HEAD = b"\xff" * 6 + MAC
 
