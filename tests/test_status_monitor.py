@@ -210,6 +210,21 @@ def test_colours_on_a_terminal(board: Board) -> None:
 # ---------------------------------------------------------------------------------------------------------- monitor
 
 
+def test_a_signal_that_nobody_has(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    board.running()
+    for words in (["monitor"], ["record", board.home / "f"]):
+        monitor = start(
+            *words, "--control", board.path, "--signal", "nobody", "--signal", "ihub_hwwd_irq", "--count", "1"
+        )
+        said = monitor.remark()
+        assert said.startswith("inco-trio: nobody: not in the signal table (there are: ")
+        assert "ihub_hwwd_irq" in said
+        monitor.remark()
+        board.inbound(peer)
+        assert monitor.end() == 0
+
+
 def test_monitor(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()

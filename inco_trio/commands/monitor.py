@@ -10,11 +10,11 @@ from typing import Any
 
 from inco_trio.commands.configuration import positive
 from inco_trio.commands.line import EXIT_CODES
+from inco_trio.commands.signalling import may_listen, remark_unknown
 from inco_trio.commands.streams import flush, remark, say
 from inco_trio.commands.terminal import painted
 from inco_trio.control.client import add_place, connect
 from inco_trio.errors import ControlMissing
-from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 from inco_trio.service.lines import printable
 
 __all__ = ["arguments", "run"]
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         client = connect(args)
     except ControlMissing:
-        if args.link is None or address_fault(args.link) or not isinstance(parse_address(args.link), InterfaceAddress):
+        if not may_listen(args.link):
             raise
         from inco_trio.control.listen import Listening
 
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             return _print(listening.events(), args)
     request = {"request": "monitor", "board": args.board, "signals": args.signal, "direction": args.direction}
     with client:
+        remark_unknown(client, args)
         client.request({key: value for key, value in request.items() if value is not None})
         remark(f"listening to {client.greeting['name']}")
         return _print(client.events(), args)

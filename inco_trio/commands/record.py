@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from inco_trio.commands.configuration import number_of_seconds, path_of, positive
+from inco_trio.commands.signalling import may_listen, remark_unknown
 from inco_trio.commands.streams import remark
 from inco_trio.control.client import Client, add_place, connect
 from inco_trio.errors import ControlMissing, IncoError, UsageError
-from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
     try:
         client = connect(args)
     except ControlMissing:
-        if args.link is None or address_fault(args.link) or not isinstance(parse_address(args.link), InterfaceAddress):
+        if not may_listen(args.link):
             raise
         from inco_trio.control.listen import Listening
 
@@ -180,6 +180,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
             remark(f"no proxy answers: listening on {args.link} itself")
             yield listening
         return
+    remark_unknown(client, args)
     with client, _Proxy(client, args, stop) as proxy:
         yield proxy
 

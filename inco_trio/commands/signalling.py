@@ -10,8 +10,10 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from inco_trio.commands.configuration import check_link, config_path, path_of
+from inco_trio.commands.streams import remark
 from inco_trio.control.client import add_place
 from inco_trio.errors import ControlMissing, IncoError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -147,6 +149,21 @@ def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]
     boards: list[dict[str, Any]] = [each for each in client.request(request)["status"] if each["open"]]
     directions = {signal["signal"]: signal["direction"] for each in boards for signal in each["signals"]}
     return directions, all(each["running"] for each in boards)
+
+
+def remark_unknown(client: Client, args: argparse.Namespace) -> None:
+    """Say which of the signals that are asked for the proxy does not know: frames of that name are ignored."""
+    if args.signal is None:
+        return
+    known, _ = signals_of(client, args.board)
+    for name in args.signal:
+        if name not in known:
+            remark(f"{name}: not in the signal table (there are: {', '.join(known) or 'none'})")
+
+
+def may_listen(link: str | None) -> bool:
+    """Whether a link can be listened to without a proxy: an interface."""
+    return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
 
 
 # --------------------------------------------------------------------------------------------------------- as core 1

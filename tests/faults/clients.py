@@ -79,7 +79,9 @@ class Clients:
                 process.kill()
                 process.wait()
                 said.seek(0)
-                if "Traceback" in (text := said.read()):
+                text = said.read()
+                # An interrupt before the first line of ours is Python's to show.
+                if "Traceback" in text and (end != "interrupted" or "run_command" in text):
                     self.tracebacks.append(f"{kind}, {end}:\n{text}")
             with contextlib.suppress(OSError):
                 os.close(ours)
