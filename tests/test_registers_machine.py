@@ -110,6 +110,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(place=any_places)
     def remove(self, place: tuple[str, str]) -> None:
+        self.forget_unseen("/".join(place))
         with contextlib.suppress(OSError):
             self.path(place).unlink()
 
@@ -134,6 +135,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(place=any_places)
     def block(self, place: tuple[str, str]) -> None:
+        self.forget_unseen("/".join(place))
         with contextlib.suppress(OSError):
             self.path(place).unlink(missing_ok=True)
             self.path(place).mkdir()
@@ -169,11 +171,11 @@ class Walk(RuleBasedStateMachine):
     def make_directory(self, directory: str) -> None:
         (self.home / directory).mkdir(parents=True, exist_ok=True)
 
-    def forget_unseen(self, directory: str) -> None:
-        """What was written into a directory that goes before anybody has looked at it is told by nobody."""
+    def forget_unseen(self, gone: str) -> None:
+        """What goes from a directory before anybody has looked at that is told by nobody."""
         known = self.world.registers.directories.by_path
         for path in tuple(self.written):
-            if path.is_relative_to(self.home / directory) and not known[path.parent].current:
+            if path.is_relative_to(self.home / gone) and not known[path.parent].current:
                 self.written.discard(path)
 
     # ------------------------------------------------------------------------------------------- what the registers do
