@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -332,9 +333,23 @@ def test_a_client_that_goes_away_in_the_middle_harms_nobody(board: Board) -> Non
     assert "Traceback" not in proxy.log
 
 
+@pytest.fixture
+def open_home() -> Iterator[Path]:
+    """A directory that everybody may enter: each start of pytest closes its own to others."""
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o755)
+        yield Path(home)
+
+
 @pytest.mark.netns
-def test_others_may_read_if_the_group_lets_them_but_not_send(board: Board, nobody: list[str]) -> None:
-    board.running()
+def test_others_may_read_if_the_group_lets_them_but_not_send(open_home: Path, nobody: list[str]) -> None:
+    with ExitStack() as stack:
+        board = Board(open_home, stack)
+        board.running()
+        _others_read(board, nobody)
+
+
+def _others_read(board: Board, nobody: list[str]) -> None:
     code = (
         "import socket, sys\n"
         "sock = socket.socket(socket.AF_UNIX)\n"
@@ -351,9 +366,6 @@ def test_others_may_read_if_the_group_lets_them_but_not_send(board: Board, nobod
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
 
     assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
-    for directory in board.path.parents[:-1]:
-        if not directory.stat().st_mode & 0o001:
-            directory.chmod(0o711)
     assert "PermissionError" in ask().stderr
     board.path.chmod(0o666)  # As a group that the user is in.
     status, send = ask().stdout.splitlines()
