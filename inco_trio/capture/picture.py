@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import datetime
+from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullFormatter
 
+from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from collections.abc import Sequence
 
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from inco_trio.capture.recording import Mark
     from inco_trio.capture.summary import Flow, Pair, Summary
 
 __all__ = ["draw"]
@@ -20,10 +29,19 @@ __all__ = ["draw"]
 BILLION = 10**9
 COLUMNS = 4000
 """Places of a timeline that differ: more cannot be seen."""
+ROWS = 40
+"""Signals that are drawn, at most."""
+LINE_COLORS = "Dark2"
+"""None of them is that of a direction."""
+LINES = 8
+"""Signals whose rates are drawn, at most: as many as there are colours."""
 BINS = 200
 """Steps of the rates, at most."""
 IN_BIN = 4
 """Notifications of the most frequent signal in a step, at least: fewer would show each of them, and no rate."""
+ANSWER_BINS = 100
+WIDE = 100
+"""How many times the fastest answer the slowest one takes where the axis becomes a logarithmic one."""
 MARKS_MAX = 20
 """Marks whose text is shown; of more, only where they are."""
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
@@ -31,38 +49,54 @@ COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None:
 
 def draw(summary: Summary, title: str, path: Path) -> None:
     """Write the picture to `path`, in the format of its suffix. Raises OSError."""
-    flows, pairs = list(summary.flows.values()), [pair for pair in summary.pairs if pair.taken]
-    heights = [0.6 + 0.35 * len(flows), 2.5, *(2.0 for _ in pairs)]
+    # A dollar sign in a name, of a file or a signal, begins no formula.
+    with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
+        _draw(summary, title, path)
+
+
+def _draw(summary: Summary, title: str, path: Path) -> None:
+    flows = _most_frequent(list(summary.flows.values()), ROWS)
+    heights = [0.6 + 0.35 * len(flows), 2.5, *(2.0 for _ in summary.pairs)]
     figure = Figure(figsize=(12, 1 + sum(heights)), layout="constrained")
     axes = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     begin, end = summary.span
     span = max(end - begin, 1) / BILLION
     figure.suptitle(title)
     _timeline(axes[0], flows, begin, span)
-    _rates(axes[1], flows, begin, span)
+    of_more = f": the {len(flows)} most frequent of {len(summary.flows)}" if len(flows) < len(summary.flows) else ""
+    axes[0].set_title(f"notifications, and the longest gap of each signal{of_more}", fontsize=9, loc="left")
+    _rates(axes[1], _most_frequent(flows, LINES), begin, span)
     axes[1].sharex(axes[0])
-    for axis in axes[:2]:
-        for mark in summary.marks:
-            axis.axvline((mark.time_ns - begin) / BILLION, color="tab:red", linestyle=":", linewidth=1)
-    for number, mark in enumerate(summary.marks[:MARKS_MAX]):
-        place = ((mark.time_ns - begin) / BILLION, 1 - 0.08 * (number % 8))
-        axes[1].annotate(
-            mark.text, place, xycoords=axes[1].get_xaxis_transform(), fontsize=7, color="tab:red", va="top"
-        )
+    _marks(axes[0], axes[1], summary.marks, begin, span)
     when = datetime.datetime.fromtimestamp(begin / BILLION).astimezone()
     axes[1].set_xlabel(f"seconds since {when:%Y-%m-%d %H:%M:%S %Z}")
-    for axis, pair in zip(axes[2:], pairs, strict=True):
+    for axis, pair in zip(axes[2:], summary.pairs, strict=True):
         _answers(axis, pair)
     figure.savefig(path)
 
 
+def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
+    """At most so many of `flows`, in their order."""
+    chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
+    return [flows[number] for number in sorted(chosen)]
+
+
+def _seconds(times: array[int], begin: int) -> NDArray[np.float64]:
+    # The difference first: a float does not know the nanoseconds since 1970.
+    return (np.frombuffer(times, np.int64) - begin) / BILLION
+
+
+def _places(seconds: NDArray[np.float64], span: float) -> NDArray[np.float64]:
+    """Those of them that can be told apart."""
+    if len(seconds) <= COLUMNS:
+        return seconds
+    return np.unique(np.rint(seconds / span * COLUMNS)) * (span / COLUMNS)
+
+
 def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     for row, flow in enumerate(flows):
-        seconds = [(time - begin) / BILLION for time in flow.times]
-        if len(seconds) > COLUMNS:
-            seconds = sorted({round(each / span * COLUMNS) * span / COLUMNS for each in seconds})
-        color = COLORS[flow.direction]
-        axis.plot(seconds, [row] * len(seconds), "|", color=color, markersize=12)
+        places = _places(_seconds(flow.times, begin), span)
+        axis.plot(places, np.full(len(places), row), "|", color=COLORS[flow.direction], markersize=12)
         if (gap := flow.longest_gap()) is not None:
             start, length = (gap[0] - begin) / BILLION, gap[1] / BILLION
             axis.plot([start, start + length], [row - 0.4] * 2, color="tab:gray", linewidth=1, solid_capstyle="butt")
@@ -70,26 +104,43 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     axis.set_yticks(range(len(flows)), [f"{flow.label}: {len(flow.times)}" for flow in flows])
     axis.set_ylim(len(flows) - 0.4, -0.6)
     axis.set_xlim(-0.01 * span, 1.01 * span)
-    axis.set_title("notifications, and the longest gap of each signal", fontsize=9, loc="left")
 
 
 def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     bins = max(1, min(BINS, max((len(flow.times) for flow in flows), default=0) // IN_BIN))
     width = span / bins
+    axis.set_prop_cycle(color=mpl.color_sequences[LINE_COLORS])
     for flow in flows:
-        counts = [0] * bins
-        for time in flow.times:
-            counts[min(bins - 1, int((time - begin) / BILLION / width))] += 1
-        edges = [number * width for number in range(bins + 1)]
-        axis.stairs([count / width for count in counts], edges, label=flow.label)
+        counts, edges = np.histogram(_seconds(flow.times, begin), bins, (0, span))
+        # The space: a label that begins with an underscore is none to matplotlib.
+        axis.stairs(counts / width, edges, label=f" {flow.label}")
     axis.set_ylabel("a second")
     axis.set_title(f"rates, in steps of {width:.3g} s", fontsize=9, loc="left")
     if flows:
         axis.legend(fontsize=7, loc="upper right")
 
 
+def _marks(timeline: Axes, rates: Axes, marks: Sequence[Mark], begin: int, span: float) -> None:
+    seconds = _seconds(array("q", (mark.time_ns for mark in marks)), begin)
+    for axis in (timeline, rates):
+        transform = axis.get_xaxis_transform()
+        axis.vlines(_places(seconds, span), 0, 1, "tab:red", ":", transform=transform, linewidth=1)
+    for number, (second, mark) in enumerate(zip(seconds[:MARKS_MAX], marks, strict=False)):
+        place = (second, 1 - 0.08 * (number % 8))
+        transform = rates.get_xaxis_transform()
+        rates.annotate(f" {printable(mark.text)}", place, xycoords=transform, fontsize=7, color="tab:red", va="top")
+
+
 def _answers(axis: Axes, pair: Pair) -> None:
-    axis.hist([each / BILLION for each in pair.taken], bins=100, color="tab:green")
-    axis.set_xlabel("seconds")
     title = f"from {pair.signal} to {pair.answer}: {len(pair.taken)} answered, {pair.unanswered} not"
+    if spread := pair.spread():
+        title += f"; half within {spread['p50']:.3g} s, 99 % within {spread['p99']:.3g} s"
+        low, high = spread["min"], spread["max"]
+        bins: int | NDArray[np.float64] = ANSWER_BINS
+        if 0 < low * WIDE < high:
+            bins = np.geomspace(low, high, ANSWER_BINS + 1)
+            axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.stairs(*np.histogram(_seconds(pair.taken, 0), bins), fill=True, color="tab:green")
+    axis.xaxis.set_major_formatter(EngFormatter("s"))
     axis.set_title(title, fontsize=9, loc="left")

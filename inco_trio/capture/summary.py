@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import attrs
 
 from inco_trio.capture.recording import Entry, Mark
 from inco_trio.signals import Direction
 
-__all__ = ["Flow", "Pair", "Summary", "quantile"]
+__all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 
 BILLION = 10**9
-
-
-def quantile(ordered: Sequence[int], share: float) -> float:
-    """The value below which `share` of some ordered ones are, in seconds; they are nanoseconds."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] / BILLION
+TIME_MAX = 2**63 - 1
+"""The latest time there can be, in nanoseconds since 1970: in the year 2262."""
+AT_ONCE = 2**16
+"""Numbers that are sorted at once: as objects they take five times the memory."""
 
 
 @attrs.define
@@ -37,7 +38,7 @@ class Flow:
 
     def intervals(self) -> Iterator[int]:
         """Nanoseconds from each to the next."""
-        return (later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False))
+        return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def longest_gap(self) -> tuple[int, int] | None:
         """When the longest time without one began, and how long it was, in nanoseconds."""
@@ -71,6 +72,10 @@ class Pair:
         self.unanswered += self._asked is not None
         self._asked = None
 
+    def spread(self) -> dict[str, float] | None:
+        """How long it took, in seconds: `min`, `p50`, `p90`, `p99` and `max`; None if nothing was answered."""
+        return _spread(self.taken)
+
 
 @attrs.define
 class Summary:
@@ -81,7 +86,7 @@ class Summary:
     marks: list[Mark] = attrs.Factory(list)
 
     def take(self, each: Entry | Mark) -> None:
-        """Follow one of the recording's."""
+        """Follow one of the recording's, whose time is 0 to TIME_MAX."""
         if isinstance(each, Mark):
             self.marks.append(each)
             return
@@ -128,14 +133,29 @@ def _pair_numbers(pair: Pair) -> dict[str, object]:
         "answer": pair.answer,
         "answered": len(pair.taken),
         "unanswered": pair.unanswered,
-        "taken": _spread(pair.taken),
+        "taken": pair.spread(),
     }
 
 
 def _spread(values: Iterable[int]) -> dict[str, float] | None:
     """How nanoseconds are spread, in seconds."""
-    ordered = sorted(values)
-    if not ordered:
+    rest, parts = iter(values), []
+    while some := sorted(islice(rest, AT_ONCE)):
+        parts.append(array("q", some))
+    if not parts:
         return None
     shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-    return {name: quantile(ordered, share) for name, share in shares.items()}
+    return {name: _quantile(parts, share) / BILLION for name, share in shares.items()}
+
+
+def _quantile(parts: Sequence[array[int]], share: float) -> int:
+    """The least number that `share` of all are not above; each part is ordered."""
+    rank = max(1, math.ceil(share * sum(map(len, parts))))
+    low, high = min(part[0] for part in parts), max(part[-1] for part in parts)
+    while low < high:
+        middle = (low + high) // 2
+        if sum(bisect_right(part, middle) for part in parts) < rank:
+            low = middle + 1
+        else:
+            high = middle
+    return low

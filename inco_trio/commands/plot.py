@@ -52,11 +52,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw it; raises IncoError."""
     path = path_of(args.file, "FILE")
-    out = path.with_suffix(FORMATS[0]) if args.out is None else path_of(args.out, "--out")
+    out = _out(args, path)
     draws = args.out is not None or not args.json
-    if out.suffix not in FORMATS:
-        raise UsageError(f"--out {out}: the name ends in one of {', '.join(FORMATS)}")
     if draws:
+        if _is_one_file(path, out):
+            raise UsageError(f"--out {out}: is the recording itself: name another file")
         # First of all: reading may take long.
         try:
             from inco_trio.capture.picture import draw
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if draws:
         total = sum(len(flow.times) for flow in summary.flows.values())
         try:
-            draw(summary, f"{path.name}: {total} notifications", out)
+            draw(summary, f"{printable(path.name)}: {total} notifications", out)
         except OSError as error:
             denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
             kind = PermissionRefused if denied else ResourceRefused
@@ -77,6 +77,23 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             say(f"{total} notifications and {len(summary.marks)} marks drawn to {printable(str(out))}")
     return 0
+
+
+def _out(args: argparse.Namespace, path: Path) -> Path:
+    """Where the picture of the recording at `path` goes. Raises UsageError."""
+    if args.out is None:
+        return path.parent / f"{path.stem}{FORMATS[0]}"
+    out = path_of(args.out, "--out")
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out}: the name ends in one of {', '.join(FORMATS)}")
+    return out
+
+
+def _is_one_file(path: Path, out: Path) -> bool:
+    try:
+        return out.samefile(path)
+    except OSError:  # One of them is not there; who opens it says so.
+        return False
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
@@ -93,7 +110,7 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
 
     summary = Summary([Pair(signal, answer) for signal, answer in pairs])
     with open_recording(path, table) as recording:
-        _follow(recording, summary)
+        _follow(recording, summary, path)
         if recording.reader.cut is not None:
             remark(f"{path}: {recording.reader.cut}: what was whole before is drawn")
     for pair in summary.pairs:
@@ -107,9 +124,14 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
     return summary
 
 
-def _follow(recording: Recording, summary: Summary) -> None:
+def _follow(recording: Recording, summary: Summary, path: Path) -> None:
+    from inco_trio.capture.summary import TIME_MAX
+
     shows, shown = sys.stderr.isatty(), time.monotonic()
     for number, each in enumerate(recording):
+        if not 0 <= each.time_ns <= TIME_MAX:
+            when = "is of the year 2262 or later, or before 1970"
+            raise RecordingRefused(f"{path}: is damaged: packet {recording.packets} {when}")
         summary.take(each)
         if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
