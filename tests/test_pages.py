@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import inco_trio
+from docs.fields import described, table
+from inco_trio.boards import KEYS, BoardFile
 from inco_trio.commands.line import COMMANDS, parser
 from inco_trio.simulation.world import Cores
 from netns.fixtures import DEADLINE
@@ -113,3 +116,16 @@ def test_the_tests_that_prove_promises_exist() -> None:
     for file, test in named:
         texts = [path.read_text() for path in (ROOT / "tests").rglob(file)]
         assert any(f"def {test}(" in text for text in texts) or (texts and not test), f"{file}::{test}"
+
+
+def test_the_page_of_the_configuration_has_each_key() -> None:
+    assert [*described(BoardFile)] == [*KEYS]
+    assert table(BoardFile)[2:4] == [
+        "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
+        "| `config` | optional | The absolute path of a udrv.json. |",
+    ]
+
+
+def test_the_page_of_the_library_has_each_name() -> None:
+    page = (DOCS / "api.md").read_text()
+    assert set(re.findall(r":: inco_trio\.([A-Z]\w*|[a-z]+_\w+|serve)$", page, re.MULTILINE)) == set(inco_trio.__all__)
