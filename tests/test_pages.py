@@ -6,8 +6,12 @@ import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +20,7 @@ import inco_trio
 from docs.fields import described, table
 from inco_trio.boards import KEYS, BoardFile
 from inco_trio.commands.line import COMMANDS, parser
-from inco_trio.simulation.world import Cores
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 
 ROOT = Path(__file__).parents[1]
@@ -51,10 +55,18 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     # Without the sockets of others in /run: they may have a link of this name, too.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}"}
-    return subprocess.run(
-        [*hidden, "/bin/bash", "-c", whole], cwd=home, capture_output=True, text=True, timeout=2 * DEADLINE,
-        check=False, preexec_fn=cores.core0.enter, env=environment,
-    )  # fmt: skip
+    with subprocess.Popen(
+        [*hidden, "/bin/bash", "-c", whole], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=cores.core0.enter, env=environment, process_group=0,
+    ) as shell:  # fmt: skip
+        try:
+            out, err = shell.communicate(timeout=2 * DEADLINE)
+        except subprocess.TimeoutExpired:
+            # With what it left in the background.
+            os.killpg(shell.pid, signal.SIGKILL)
+            out, err = shell.communicate()
+            raise AssertionError(f"not at its end:\n{out}{err}") from None
+    return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
 @pytest.mark.netns
@@ -65,18 +77,81 @@ def test_shell_lines_run(cores: Cores, tmp_path: Path, page: str, text: str) -> 
     assert "Traceback" not in done.stderr
 
 
+SCENES = {
+    "Nothing arrives": """
+        inco-trio run rpmsg4000 --irq-dir /run/irq 2> log &
+        until inco-trio status > status 2>&1; do sleep 0.1; done
+        inco-trio wait ihub_hwwd_irq --count 2 --timeout 20
+    """,
+    "It arrives twice": """
+        inco-trio run rpmsg4000 --irq-dir /run/irq --control /run/second 2> second &
+        until inco-trio status --control /run/second > status 2>&1; do sleep 0.1; done
+    """,
+    "It was fine until the restart": "kill $!; wait $!",
+    "It is slow": """
+        until rm -f /run/irq/message_5_state && mkdir /run/irq/message_5_state; do :; done
+        until inco-trio status | grep -q 'cannot write'; do :; done
+    """,
+    "No permission": 'inco-trio() { setpriv --bounding-set=-net_raw --inh-caps=-net_raw inco-trio "$@"; }',
+}
+"""What happens on the page of troubleshooting before the lines of a section are run."""
+
+
+@contextmanager
+def signalling(core1: Peer) -> Iterator[None]:
+    """Core 1 sends again and again: a signal that is not in the table, and one that is."""
+    stop = threading.Event()
+
+    def send() -> None:
+        for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
+            core1.send(name)
+            if stop.wait(0.05):
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def comparable(text: str) -> set[str]:
+    """Its lines, without what is another at each time: numbers, times, addresses, names of processes, columns."""
+    for varying, constant in (
+        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
+        (r"receive buffer of .*", "BUFFER"),
+        (r"never|[\d.]+ \w+ ago", "WHEN"),
+        (r"[\d.]+ m?s\b", "TIME"),
+        (r"(\d+) \([\w.-]+\)", r"\1 (PROGRAM)"),
+        (r"\b\d[\d.]*", "N"),
+        (r" +", " "),
+    ):
+        text = re.sub(varying, constant, text)
+    return {line.strip() for line in text.splitlines()}
+
+
 @pytest.mark.netns
-def test_the_lines_of_troubleshooting_run(cores: Cores, tmp_path: Path) -> None:
-    """One after the other, beside a proxy."""
-    start = f"""
-        export IRQ=$PWD/irq CONTROL=/run/inco-trio/{cores.link}.sock
-        inco-trio run {cores.link} --irq-dir $IRQ &
-        until inco-trio status > status; do sleep 0.1; done
-    """
-    lines = "\n".join(text for _, text in blocks("sh", "troubleshooting"))
-    done = run(cores, tmp_path, start + lines)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "outbound redun_notify_irq" in done.stdout
+@pytest.mark.tools
+def test_the_lines_of_troubleshooting_say_what_the_page_shows(cores: Cores, core1: Peer, tmp_path: Path) -> None:
+    """One after the other, beside a proxy whose core 1 signals."""
+    script, shown = "exec 2>&1\n", list[str]()
+    for section in re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]:
+        script += SCENES[section.partition("\n")[0]] + "\n"
+        for line, text in re.findall(
+            r"^```sh\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", section, re.MULTILINE | re.DOTALL
+        ):
+            script += f"echo '=== {len(shown)}'\n{line}\necho ===\n"
+            shown.append(text)
+    with signalling(core1):
+        done = run(cores, tmp_path, script)
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout
+    said = re.findall(r"^=== \d+\n(.*?)^===$", done.stdout, re.MULTILINE | re.DOTALL)
+    assert len(said) == len(shown)
+    for text, output in zip(shown, said, strict=True):
+        assert comparable(text) <= comparable(output), output
 
 
 @pytest.mark.netns
