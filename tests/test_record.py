@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -240,29 +239,6 @@ def test_a_file_system_that_is_full(board: Board, tmp_path: Path, rotation: tupl
         f"inco-trio: {written} notifications in {many}{last}",
         f"inco-trio: error: {last}: No space left on device: {end}",
     ]
-
-
-def test_a_full_disk_ends_it_with_what_was_written(board: Board, tmp_path: Path) -> None:
-    peer = board.core1()
-    board.running()
-    command = [*COMMAND, "record", str(tmp_path / "f"), "--control", str(board.path)]
-    limit = (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    ) as process:
-        assert process.stderr is not None
-        assert "recording" in process.stderr.readline()
-        for _ in range(20):
-            board.trigger()
-            peer.recv(2000)
-        _, err = process.communicate(timeout=DEADLINE)
-    written = len(names(tmp_path / "f"))
-    assert process.returncode == 71
-    assert err.splitlines()[-1] == (
-        f"inco-trio: error: {tmp_path}/f: File too large: "
-        f"the recording ends after {written} notifications, which are kept"
-    )
-    assert written > 0
 
 
 def replay(*words: str | Path) -> int:
