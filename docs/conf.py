@@ -1,7 +1,7 @@
 """Sphinx's configuration: `nox -s docs` builds the site from these pages, and fails on any warning.
 
-What can be known from the program is taken from it: help texts from the parser, built-in signals from their table, the
-library from its docstrings.
+What can be known from the program is taken from it: help texts from the parser, built-in signals from their table, keys
+of files from the classes that read them, the library from its docstrings.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["COLUMNS"] = "100"  # of the help texts
 
-from inco_trio.commands.line import COMMANDS, parser
+from docs.fields import table
+from inco_trio import config
+from inco_trio.boards import BoardFile
+from inco_trio.commands.line import COMMANDS, drop_in_parser, parser
 from inco_trio.signals import BUILTIN
+
+KEYS = {
+    "file.<device>": config._Device,
+    "misc.ihub_config_dev.regs.<reg>": config._Reg,
+    "misc.inco_proxy.signals.<wire name>": config._Entry,
+    "NAME.json": BoardFile,
+}
+"""What the pages call a table of a file, and the class that reads it."""
 
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
@@ -40,10 +51,10 @@ class Help(Directive):
         """A section for each command."""
         sections: list[nodes.Node] = []
         commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
-        for name in COMMANDS:
-            section = nodes.section(ids=[f"inco-trio-{name}"])
-            text = commands[name].format_help()  # type: ignore[index]
-            section += [nodes.title(text=f"inco-trio {name}"), nodes.literal_block(text, text, language="text")]
+        for each in (*(commands[name] for name in COMMANDS), drop_in_parser()):  # type: ignore[index]
+            section = nodes.section(ids=[each.prog.replace(" ", "-")])
+            text = each.format_help()
+            section += [nodes.title(text=each.prog), nodes.literal_block(text, text, language="text")]
             sections.append(section)
         return sections
 
@@ -57,12 +68,31 @@ class BuiltinSignals(Directive):
         for each in BUILTIN:
             key = f"misc.ihub_config_dev.regs.{each.reg}.reg"
             rows.append(f"| `{each.name}` | {each.direction.value} | `{key}` | `ihub-irq-dev.{each.register}` |")
-        node = nodes.section()
-        self.state.nested_parse(StringList(rows, "inco_trio.signals"), self.content_offset, node)
-        return list(node.children)
+        return _parsed(self, rows, "inco_trio.signals")
+
+
+class Keys(Directive):
+    """The keys of one table of a file, which is named in KEYS."""
+
+    required_arguments = 1
+    final_argument_whitespace = True
+
+    def run(self) -> list[nodes.Node]:
+        """A table."""
+        cls = KEYS[self.arguments[0]]
+        prefix = "" if cls is BoardFile else f"{self.arguments[0]}."
+        return _parsed(self, table(cls, prefix), cls.__module__)
+
+
+def _parsed(directive: Directive, lines: list[str], source: str) -> list[nodes.Node]:
+    """The nodes of lines of Markdown."""
+    node = nodes.section()
+    directive.state.nested_parse(StringList(lines, source), directive.content_offset, node)
+    return list(node.children)
 
 
 def setup(app: Sphinx) -> None:
     """Add what the pages use."""
     app.add_directive("inco-help", Help)
     app.add_directive("inco-signals", BuiltinSignals)
+    app.add_directive("inco-keys", Keys)

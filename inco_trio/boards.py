@@ -20,12 +20,28 @@ from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
 from inco_trio.signals import builtin_signals, is_path
 
-__all__ = ["NETNS", "Boards", "read_boards", "refuse_shared"]
+__all__ = ["NETNS", "BoardFile", "Boards", "read_boards", "refuse_shared"]
 
 NETNS = Path("/run/netns")
 SUFFIX = ".json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-KEYS = ("link", "config", "irq_dir", "netns")
+
+
+@attrs.frozen
+class BoardFile:
+    """What a board's file says: all strings, and one of `config` and `irq_dir`. Other keys are refused."""
+
+    link: str
+    """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
+    config: str | None = None
+    """The absolute path of a udrv.json."""
+    irq_dir: str | None = None
+    """The absolute path of a directory for the built-in signals."""
+    netns: str | None = None
+    """The network namespace in which an interface is looked for: a name under /run/netns, or an absolute path."""
+
+
+KEYS = tuple(field.name for field in attrs.fields(BoardFile))
 
 
 @attrs.frozen
@@ -92,15 +108,20 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
         problems.append("netns: a unix: link has none: leave it out")
     if problems:
         raise ConfigError(f"{path}: {problem}" for problem in problems)
+    return _configured(BoardFile(**values))
+
+
+def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
-    if "irq_dir" in values:
-        signals = builtin_signals(Path(values["irq_dir"]))
-    else:
-        board = read_board(values["config"])
+    if file.config is not None:
+        board = read_board(file.config)
         signals, notes = board.signals, board.notes
+    else:
+        assert file.irq_dir is not None  # noqa: S101 - one of the two is there
+        signals = builtin_signals(Path(file.irq_dir))
     # A board that waits for its link is in nobody's way.
-    config = Config(values["link"], signals, wait_link=True, netns=None if netns is None else NETNS / netns)
-    return config, notes
+    netns = None if file.netns is None else NETNS / file.netns
+    return Config(file.link, signals, wait_link=True, netns=netns), notes
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Collection[str] = ()) -> dict[str, str]:

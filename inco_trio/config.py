@@ -50,6 +50,7 @@ class Config:
     link: str
     """The address of the link: an interface's name, or "unix:LOCAL,peer=REMOTE", see `links.address`."""
     signals: tuple[Signal, ...]
+    """What is carried."""
     wait_link: bool = False
     """Wait for a missing link instead of failing at start."""
     stop_deadline: float = 5.0
@@ -172,6 +173,7 @@ class _Device:
     """An entry of `file`."""
 
     path: Path
+    """The directory, absolute, and by one path only. It is made with its parents if it is missing."""
 
 
 @attrs.frozen
@@ -179,14 +181,17 @@ class _Reg:
     """An entry of `misc.ihub_config_dev.regs`."""
 
     reg: _Address
+    """`"<device>.<register>"`: the register is a file name in the device's directory, all after the first dot."""
 
 
 @attrs.frozen
 class _Entry:
-    """An entry of `misc.inco_proxy.signals`."""
+    """An entry of `misc.inco_proxy.signals`, under its wire name. Other keys are refused."""
 
     direction: Direction
+    """`"inbound"`, from core 1 to core 0, or `"outbound"`."""
     reg: _Address
+    """`"<device>.<register>"`, as above."""
 
 
 @attrs.frozen

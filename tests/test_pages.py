@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+import inco_trio
+from docs.fields import described, table
+from inco_trio.boards import KEYS, BoardFile, read_boards
 from inco_trio.commands.line import COMMANDS, parser
-from inco_trio.simulation.world import Cores
+from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
+from tests.support_control import Board
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = {"systemctl enable --now ./inco-trio.service\n": "it would change the machine"}
+NOT_RUN = {
+    "systemctl enable --now ./inco-trio.service": "it would change the machine",
+    "python3 -m pip install . && inco-trio demo": "it would change the machine; the session `wheel` does it elsewhere",
+    "python3 -m pip install nox && nox": "it runs the tests",
+    "core 0 (Linux)": "a picture",
+    "serve(config)": "a picture",
+}
+"""How blocks begin that no test runs, and why."""
+RUN_BY = {
+    ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
+    ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
+    ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
+    ("README", "share="): "test_manual.py::test_the_lines_of_the_readme_switch_it_on",
+    ("README", "async with"): "test_readme.py::test_the_library_example_runs",
+    ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
+    ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
+    ("control", "{"): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
+    ("first-steps", "import inco_trio"): "test_pages.py::test_programs_run",
+    ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
+    ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
+    ("troubleshooting", ""): "test_pages.py::test_the_lines_of_troubleshooting_say_what_the_page_shows",
+}
+"""Who runs the blocks of a page that begin so."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
@@ -31,7 +64,7 @@ def blocks(language: str, *pages: str) -> list[tuple[str, str]]:
         (path.stem, text)
         for path in paths
         for found, text in BLOCK.findall(path.read_text())
-        if found == language and text not in NOT_RUN
+        if found == language and not text.startswith(tuple(NOT_RUN))
     ]
 
 
@@ -48,10 +81,18 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     # Without the sockets of others in /run: they may have a link of this name, too.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}"}
-    return subprocess.run(
-        [*hidden, "/bin/bash", "-c", whole], cwd=home, capture_output=True, text=True, timeout=2 * DEADLINE,
-        check=False, preexec_fn=cores.core0.enter, env=environment,
-    )  # fmt: skip
+    with subprocess.Popen(
+        [*hidden, "/bin/bash", "-c", whole], cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=cores.core0.enter, env=environment, process_group=0,
+    ) as shell:  # fmt: skip
+        try:
+            out, err = shell.communicate(timeout=2 * DEADLINE)
+        except subprocess.TimeoutExpired:
+            # With what it left in the background.
+            os.killpg(shell.pid, signal.SIGKILL)
+            out, err = shell.communicate()
+            raise AssertionError(f"not at its end:\n{out}{err}") from None
+    return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
 @pytest.mark.netns
@@ -62,18 +103,81 @@ def test_shell_lines_run(cores: Cores, tmp_path: Path, page: str, text: str) -> 
     assert "Traceback" not in done.stderr
 
 
+SCENES = {
+    "Nothing arrives": """
+        inco-trio run rpmsg4000 --irq-dir /run/irq 2> log &
+        until inco-trio status > status 2>&1; do sleep 0.1; done
+        inco-trio wait ihub_hwwd_irq --count 2 --timeout 20
+    """,
+    "It arrives twice": """
+        inco-trio run rpmsg4000 --irq-dir /run/irq --control /run/second 2> second &
+        until inco-trio status --control /run/second > status 2>&1; do sleep 0.1; done
+    """,
+    "It was fine until the restart": "kill $!; wait $!",
+    "It is slow": """
+        until rm -f /run/irq/message_5_state && mkdir /run/irq/message_5_state; do :; done
+        until inco-trio status | grep -q 'cannot write'; do :; done
+    """,
+    "No permission": 'inco-trio() { setpriv --bounding-set=-net_raw --inh-caps=-net_raw inco-trio "$@"; }',
+}
+"""What happens on the page of troubleshooting before the lines of a section are run."""
+
+
+@contextmanager
+def signalling(core1: Peer) -> Iterator[None]:
+    """Core 1 sends again and again: a signal that is not in the table, and one that is."""
+    stop = threading.Event()
+
+    def send() -> None:
+        for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
+            core1.send(name)
+            if stop.wait(0.05):
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def comparable(text: str) -> set[str]:
+    """Its lines, without what is another at each time: numbers, times, addresses, names of processes, columns."""
+    for varying, constant in (
+        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
+        (r"receive buffer of .*", "BUFFER"),
+        (r"never|[\d.]+ \w+ ago", "WHEN"),
+        (r"[\d.]+ m?s\b", "TIME"),
+        (r"(\d+) \([\w.-]+\)", r"\1 (PROGRAM)"),
+        (r"\b\d[\d.]*", "N"),
+        (r" +", " "),
+    ):
+        text = re.sub(varying, constant, text)
+    return {line.strip() for line in text.splitlines()}
+
+
 @pytest.mark.netns
-def test_the_lines_of_troubleshooting_run(cores: Cores, tmp_path: Path) -> None:
-    """One after the other, beside a proxy."""
-    start = f"""
-        export IRQ=$PWD/irq CONTROL=/run/inco-trio/{cores.link}.sock
-        inco-trio run {cores.link} --irq-dir $IRQ &
-        until inco-trio status > status; do sleep 0.1; done
-    """
-    lines = "\n".join(text for _, text in blocks("sh", "troubleshooting"))
-    done = run(cores, tmp_path, start + lines)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "outbound redun_notify_irq" in done.stdout
+@pytest.mark.tools
+def test_the_lines_of_troubleshooting_say_what_the_page_shows(cores: Cores, core1: Peer, tmp_path: Path) -> None:
+    """One after the other, beside a proxy whose core 1 signals."""
+    script, shown = "exec 2>&1\n", list[str]()
+    for section in re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]:
+        script += SCENES[section.partition("\n")[0]] + "\n"
+        for line, text in re.findall(
+            r"^```sh\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", section, re.MULTILINE | re.DOTALL
+        ):
+            script += f"echo '=== {len(shown)}'\n{line}\necho ===\n"
+            shown.append(text)
+    with signalling(core1):
+        done = run(cores, tmp_path, script)
+    assert done.returncode == 0, done.stdout
+    assert "Traceback" not in done.stdout
+    said = re.findall(r"^=== \d+\n(.*?)^===$", done.stdout, re.MULTILINE | re.DOTALL)
+    assert len(said) == len(shown)
+    for text, output in zip(shown, said, strict=True):
+        assert comparable(text) <= comparable(output), output
 
 
 @pytest.mark.netns
@@ -107,9 +211,108 @@ def test_every_command_is_shown() -> None:
     assert {words[0] for words in commands()} == set(COMMANDS)
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
+def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> None:
+    for name, rest in re.findall(r"`inco-trio ([a-z0-9]+)( [^`]*)?`", page.read_text()):
+        assert name in COMMANDS
+        (commands,) = (each for each in parser(name)._actions if isinstance(each, argparse._SubParsersAction))
+        assert set(re.findall(r"--[a-z-]+", rest)) <= commands.choices[name]._option_string_actions.keys()
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Also where the site does not have the page, or a reader has the files only."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, link
+
+
+def exists(test: str) -> bool:
+    """Whether `file.py`, or `file.py::test` in it, is there."""
+    file, _, name = test.partition("::")
+    texts = [path.read_text() for path in (ROOT / "tests").rglob(file)]
+    return any(f"def {name}(" in text or not name for text in texts)
+
+
+def all_blocks() -> Iterator[tuple[str, str]]:
+    """Each block of code of README and pages that is no directive of Sphinx: the page, and the text."""
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
+        text = path.read_text()
+        for _, code in BLOCK.findall(text):
+            yield path.stem, code
+        indented = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        for code in re.findall(r"(?:^    .*\n)+", indented, re.MULTILINE):
+            yield path.stem, textwrap.dedent(code)
+
+
+def test_every_block_is_run_or_there_is_a_reason() -> None:
+    left: set[object] = {*RUN_BY, *NOT_RUN}
+    for page, code in all_blocks():
+        found: list[object] = [key for key in RUN_BY if key[0] == page and code.startswith(key[1])]
+        found += [key for key in NOT_RUN if code.startswith(key)]
+        assert len(found) == 1, f"{page}: {code}"
+        left -= set(found)
+    assert not left
+    assert [test for test in RUN_BY.values() if not exists(test)] == []
+
+
 def test_the_tests_that_prove_promises_exist() -> None:
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (DOCS / "promises.md").read_text())
-    assert len(named) > 20
-    for file, test in named:
-        texts = [path.read_text() for path in (ROOT / "tests").rglob(file)]
-        assert any(f"def {test}(" in text for text in texts) or (texts and not test), f"{file}::{test}"
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", (DOCS / "promises.md").read_text(), re.MULTILINE)[1:]
+    named = {promise: re.findall(r"`(test_[^`]+)`", tests) for promise, tests in rows}
+    assert len(named) > 10
+    assert [promise for promise, tests in named.items() if not tests] == []
+    assert [test for tests in named.values() for test in tests if not exists(test)] == []
+
+
+def test_the_board_files_are_valid(tmp_path: Path) -> None:
+    lines = next(code for page, code in all_blocks() if page == "README" and code.startswith('{"link"')).splitlines()
+    (tmp_path / "b1").mkdir()
+    (tmp_path / "b1/udrv.json").write_text(UDRV % (tmp_path / "irq"))
+    for number, line in enumerate(lines):
+        (tmp_path / f"{number}.json").write_text(line.replace("/etc/", f"{tmp_path}/"))
+    boards = read_boards(tmp_path)
+    assert not boards.refused
+    assert [config.link for config in boards.configs.values()] == [json.loads(line)["link"] for line in lines]
+
+
+@pytest.mark.tools
+def test_the_control_socket_answers_as_its_page_says(tmp_path: Path) -> None:
+    codes = [code for page, code in all_blocks() if page == "control"]
+    greeting, *lines = [line for code in codes for line in code.splitlines()]
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        board.core1()
+        board.running()
+        client = board.client()
+        assert client.greeting.keys() == json.loads(greeting).keys()
+        for line in lines:
+            request, answer = re.split(" {2,}", line)
+            # What is left out in the page is whatever it is.
+            wanted, _ = json.JSONDecoder().raw_decode(answer.replace(", …", ""))
+            got = client.ask(json.loads(request))
+            while "event" in got:
+                got = client.read()
+            for key in ("status", "message"):
+                if key in wanted:
+                    assert got.pop(key)
+                    del wanted[key]
+            assert got == wanted
+
+
+def test_the_page_of_the_configuration_has_each_key() -> None:
+    assert [*described(BoardFile)] == [*KEYS]
+    assert table(BoardFile)[2:4] == [
+        "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
+        "| `config` | optional | The absolute path of a udrv.json. |",
+    ]
+
+
+def test_the_page_of_the_library_has_each_name() -> None:
+    page = (DOCS / "api.md").read_text()
+    assert set(re.findall(r":: inco_trio\.([A-Z]\w*|[a-z]+_\w+|serve)$", page, re.MULTILINE)) == set(inco_trio.__all__)

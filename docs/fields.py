@@ -1,0 +1,34 @@
+"""What the pages tell of attrs classes: a row for each field, of the string below it in the source."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from itertools import pairwise
+
+import attrs
+
+__all__ = ["described", "table"]
+
+
+def described(cls: type) -> dict[str, str]:
+    """What the class says of each field that it is given, in one line. Raises KeyError where it says nothing."""
+    (found,) = (node for node in ast.walk(ast.parse(inspect.getsource(cls))) if isinstance(node, ast.ClassDef))
+    said: dict[str, str] = {}
+    for field, below in pairwise(found.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            said[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return {field.name: said[field.name] for field in attrs.fields(cls) if field.init}
+
+
+def table(cls: type, prefix: str = "") -> list[str]:
+    """The rows of a Markdown table: each key, after `prefix`, whether it is needed or its default, and what it is."""
+    rows = ["| key | | |", "|---|---|---|"]
+    said = described(cls)
+    for field in attrs.fields(cls):
+        if field.init:
+            needed = "required" if field.default is attrs.NOTHING else "optional"
+            if field.default not in (attrs.NOTHING, None):
+                needed = f"default `{field.default!r}`"
+            rows.append(f"| `{prefix}{field.name}` | {needed} | {said[field.name]} |")
+    return rows
