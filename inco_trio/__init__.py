@@ -17,6 +17,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
+    from inco_trio.core1 import Arrival, Core1
     from inco_trio.errors import (
         ClosedError,
         ConfigError,
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
     from inco_trio.status import Status
 
 __all__ = [
+    "Arrival",
     "Board",
     "ClosedError",
     "Config",
     "ConfigError",
+    "Core1",
     "Direction",
     "IncoError",
     "LinkMissing",
@@ -62,6 +65,7 @@ __all__ = [
 # Imported when they are first used (PEP 562): `inco-trio check` needs no Trio.
 _PLACES = {
     "config": ("Board", "Config", "read_board"),
+    "core1": ("Arrival", "Core1"),
     "errors": (
         "ClosedError",
         "ConfigError",

@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -14,12 +14,14 @@ import attrs
 import trio
 
 from inco_trio.registers.states import StateFile
-from inco_trio.signals import Signal
+from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Counters
 
 __all__ = ["Deaf", "Events", "Listener", "Notification"]
 
 logger = logging.getLogger(__name__)
+
+Wanted = Callable[[Signal], bool]
 
 _signal_of = operator.attrgetter("signal")
 
@@ -29,8 +31,17 @@ class Notification:
     """One notification that was carried."""
 
     signal: Signal
+    sequence: int
+    """Its number among all that the proxy carried, from 1."""
     monotonic_ns: int
     """When it was written or sent, as of time.monotonic_ns()."""
+    time_ns: int
+    """The same, as of time.time_ns()."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which core it went to."""
+        return self.signal.direction
 
 
 class Listener(Protocol):
@@ -78,7 +89,7 @@ class Events:
         """When that was, the last time, as of time.time_ns()."""
         self._counters = counters
         self._sequence = 0
-        self._entries: set[trio.MemorySendChannel[Notification]] = set()
+        self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
         """State files were written, or are owed, for these frames."""
@@ -101,25 +112,28 @@ class Events:
                 logger.debug("%s: %s", signal.direction.value, signal.name)
         if not self._entries:
             return
-        now = time.monotonic_ns()
-        for entry in self._entries:
-            for number, signal in enumerate(signals):
+        now, wall = time.monotonic_ns(), time.time_ns()
+        first = self._sequence - len(signals) + 1
+        told = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
+        for entry, wanted in self._entries.items():
+            some = [each for each in told if wanted(each.signal)]
+            for number, notification in enumerate(some):
                 try:
-                    entry.send_nowait(Notification(signal, now))
+                    entry.send_nowait(notification)
                 except trio.WouldBlock:
-                    self._counters.events_lost += len(signals) - number
+                    self._counters.events_lost += len(some) - number
                     break
 
     @contextmanager
-    def open(self, buffer: int) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """A stream of what is carried from now on."""
+    def open(self, buffer: float, wanted: Wanted) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
+        """A stream of what is carried from now on, of the signals that are `wanted`."""
         entry, stream = trio.open_memory_channel[Notification](buffer)
-        self._entries.add(entry)
+        self._entries[entry] = wanted
         try:
             with entry, stream:
                 yield stream
         finally:
-            self._entries.discard(entry)
+            del self._entries[entry]
 
     def close(self) -> None:
         """End all streams."""

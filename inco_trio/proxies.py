@@ -26,11 +26,11 @@ from inco_trio.keep.fdstore import FdStore, NoFdStore
 from inco_trio.keep.inflight import Inflight
 from inco_trio.links.netns import identity
 from inco_trio.links.opening import Surroundings
-from inco_trio.proxy import Ground, Proxy, build, running, starting_and_stopping
+from inco_trio.proxy import Ground, Proxy, build, running
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.stats import Counters, Stats
-from inco_trio.supervise import Health, board_name, supervise, working_for
+from inco_trio.supervise import Health, board_name, starting_and_stopping, supervise, working_for
 
 __all__ = ["Proxies", "open_proxies"]
 

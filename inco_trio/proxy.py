@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,12 +32,12 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters, Stats
-from inco_trio.supervise import Health, in_turns, supervise
+from inco_trio.supervise import Health, in_turns, starting_and_stopping, supervise
 
 if TYPE_CHECKING:
     from inco_trio.status import SignalStatus, Status
 
-__all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve", "starting_and_stopping"]
+__all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve"]
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Proxy:
         """
         signal = self._registers.table.outbound.get(str(name).encode("ascii", "replace"))
         if signal is None:
-            raise UnknownSignal(f"{name}: not an outbound signal of {self._link.name}")
+            raise self._unknown(name, "an outbound signal", self._registers.table.outbound.values())
         await self._outbound.send_signal(signal)
 
     def frame(self, name: str) -> bytes:
@@ -149,15 +149,37 @@ class Proxy:
         return self._link.frame(name)
 
     @contextmanager
-    def events(self, buffer: int = 1024) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """A stream of what is carried from now on, in both directions.
+    def events(
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+    ) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
+        """A stream of what is carried from now on: of these signals, or all, in one direction or both.
 
         A reader that is more than `buffer` notifications behind misses some, which `Stats.events_lost` counts; the
-        proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already.
+        proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already,
+        and UnknownSignal.
         """
         self._check_open()
-        with self._parts.events.open(buffer) as stream:
+        names = None if signals is None else frozenset(signals)
+        for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
+            raise self._unknown(name, "a signal", self._registers.table)
+
+        def wanted(signal: Signal) -> bool:
+            return (names is None or signal.name in names) and direction in (None, signal.direction)
+
+        with self._parts.events.open(buffer, wanted) as stream:
             yield stream
+
+    async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as `events`
+        """The next notification of a signal, from now on, in whichever direction it goes.
+
+        Raises TimeoutError after `timeout` seconds, UnknownSignal, and ClosedError, also if the proxy closes meanwhile.
+        """
+        with self.events(math.inf, signals=[name]) as events:
+            with trio.move_on_after(math.inf if timeout is None else timeout):
+                async for notification in events:
+                    return notification
+                raise ClosedError("the proxy is closed")
+        raise TimeoutError(f"{name}: did not come within {timeout:g} s")
 
     async def reload(self, config: Config) -> None:
         """Take another signal table; the link and all that is in both tables are left untouched.
@@ -176,6 +198,10 @@ class Proxy:
     def finish_alone(self, events: memoryview, length: int) -> bool:
         """See `Outbound.finish_alone`."""
         return self._outbound.finish_alone(events, length)
+
+    def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignal:
+        known = ", ".join(signal.name for signal in signals) or "none"
+        return UnknownSignal(f"{name}: not {kind} of {self._link.name}; there are: {known}")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -315,43 +341,6 @@ async def running(proxy: Proxy) -> AsyncIterator[None]:
     """Run the legs of a proxy while the block runs; raises as `open_proxy` does."""
     async with starting_and_stopping(proxy._start, proxy._stop):
         yield
-
-
-@asynccontextmanager
-async def starting_and_stopping(
-    start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
-) -> AsyncIterator[None]:
-    """Run the tasks that `start` starts while the block runs, and `stop`, shielded, at its end.
-
-    What the block raises is raised as it is, what a task raises in a group.
-    """
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            try:
-                start(nursery)
-                yield
-            except BaseException as error:  # noqa: BLE001
-                # Raised again below, where no nursery puts it into a group.
-                cancelled, failure = _split_cancelled(error)
-                if cancelled is not None:
-                    raise cancelled from None
-            finally:
-                with trio.CancelScope(shield=True):
-                    await stop()
-    except BaseExceptionGroup as group:
-        if failure is not None:
-            raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
-        raise
-    if failure is not None:
-        raise failure
-
-
-def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """What of `error` is a cancellation, which the nursery has to see, and what is not."""
-    if isinstance(error, BaseExceptionGroup):
-        return error.split(trio.Cancelled)
-    return (error, None) if isinstance(error, trio.Cancelled) else (None, error)
 
 
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:

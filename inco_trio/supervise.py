@@ -1,4 +1,4 @@
-"""Restart of a failed leg, with back-off; other legs are untouched."""
+"""Tasks and their failures: restart of a failed leg, with back-off, and the one nursery that a block runs beside."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ import errno
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 
 import trio
 
 from inco_trio.stats import Counters
 
-__all__ = ["TRANSIENT", "Backoff", "Health", "Problems", "board_name", "in_turns", "supervise", "working_for"]
+__all__ = [
+    "TRANSIENT",
+    "Backoff",
+    "Health",
+    "Problems",
+    "board_name",
+    "in_turns",
+    "starting_and_stopping",
+    "supervise",
+    "working_for",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -142,3 +152,40 @@ async def supervise(health: Health, leg: Callable[[Health], Awaitable[None]], co
             counters.restarts += 1
             health.restarts += 1
         await trio.sleep(health.backoff.next())
+
+
+@contextlib.asynccontextmanager
+async def starting_and_stopping(
+    start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Run the tasks that `start` starts while the block runs, and `stop`, shielded, at its end.
+
+    What the block raises is raised as it is, what a task raises in a group.
+    """
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                start(nursery)
+                yield
+            except BaseException as error:  # noqa: BLE001
+                # Raised again below, where no nursery puts it into a group.
+                cancelled, failure = _split_cancelled(error)
+                if cancelled is not None:
+                    raise cancelled from None
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stop()
+    except BaseExceptionGroup as group:
+        if failure is not None:
+            raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
+        raise
+    if failure is not None:
+        raise failure
+
+
+def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
+    """What of `error` is a cancellation, which the nursery has to see, and what is not."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)
+    return (error, None) if isinstance(error, trio.Cancelled) else (None, error)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -18,15 +18,12 @@ import attrs
 import trio
 
 from inco_trio.capture.recording import Mark, Recording
+from inco_trio.core1 import Core1
 from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
-from inco_trio.frame import FRAME_MAX, decode
-from inco_trio.links.address import parse_address
-from inco_trio.links.link import Link, LinkDown
-from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.signals import Direction, SignalTable
 
-__all__ = ["Applications", "Core1", "Played", "Side", "applications", "core1", "play"]
+__all__ = ["Applications", "Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
 """Seconds for which a link that went down is waited for."""
@@ -115,14 +112,14 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
 # --------------------------------------------------------------------------------------------------------- as core 1
 
 
-class Core1:
+class _Core1:
     """Core 1, on a link that is there."""
 
     direction = Direction.INBOUND
     overflowed = False
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, core1: Core1) -> None:
+        self._core1 = core1
         self._sent = False
 
     def label(self, signal: str) -> str | None:
@@ -131,61 +128,31 @@ class Core1:
 
     async def send(self, signal: str) -> bool:
         """See `Side.send`. A link that goes down once something was sent is waited for."""
-        with trio.move_on_after(PATIENCE) as patience:
-            while True:
-                try:
-                    self._link.send(signal)
-                except BlockingIOError:
-                    # A peer that reads slowly is no reason to give up.
-                    patience.deadline = trio.current_time() + PATIENCE
-                    await self._link.wait_for_room()
-                    continue
-                except LinkDown as down:
-                    if not self._sent:
-                        raise LinkMissing(f"{self._link.name}: {down.strerror}: is the proxy running?") from down
-                    await self._link.changed()
-                    self._link.refresh()
-                    continue
-                except OSError as error:
-                    raise ResourceRefused(f"{self._link.name}: cannot send: {error.strerror}") from error
-                self._sent = True
-                return True
-        raise LinkMissing(f"{self._link.name}: takes no frames since {PATIENCE:g} s")
+        while True:
+            try:
+                await self._core1.send(signal)
+            except LinkMissing as missing:
+                if not self._sent:
+                    raise LinkMissing(f"{missing}: is the proxy running?") from missing
+                with trio.move_on_after(PATIENCE) as patience:
+                    await self._core1.wait_running()
+                if patience.cancelled_caught:
+                    raise
+                continue
+            self._sent = True
+            return True
 
     async def listen(self, came: Counter[str]) -> None:
         """See `Side.listen`."""
-        room = memoryview(bytearray(FRAME_MAX + 1))
-        while True:
-            await self._link.wait_readable()
-            try:
-                for _ in range(TURN):
-                    length = self._link.receive_one(room)
-                    if length < 0:
-                        break
-                    if (name := decode(room, length)) is not None:
-                        came[name.decode("ascii")] += 1
-            except OSError as error:
-                raise ResourceRefused(f"{self._link.name}: cannot receive: {error.strerror}") from error
+        async for arrival in self._core1:
+            came[arrival.name] += 1
 
 
-@contextmanager
-def core1(address: str) -> Iterator[Core1]:
+@asynccontextmanager
+async def core1(address: str) -> AsyncIterator[Side]:
     """Core 1 on the link `address`. Raises LinkMissing, PermissionRefused, ResourceRefused."""
-    around = Surroundings()
-    try:
-        link, _ = open_link(parse_address(address), None, None, memoryview(bytearray(16)), around)
-        try:
-            try:
-                there = link.refresh()
-            except OSError as error:
-                raise ResourceRefused(f"{link.name}: {error.strerror}") from error
-            if not there:
-                raise type(link.missing())(f"{link.name}: {link.absence}")
-            yield Core1(link)
-        finally:
-            link.close(remove=True)
-    finally:
-        around.close()
+    async with Core1(address) as opened:
+        yield _Core1(opened)
 
 
 # ------------------------------------------------------------------------------------------------- as the applications
@@ -256,8 +223,8 @@ def _register_error(path: Path, error: OSError) -> IncoError:
     return ResourceRefused(f"{path}: {error.strerror}")
 
 
-@contextmanager
-def applications(table: SignalTable) -> Iterator[Applications]:
+@asynccontextmanager
+async def applications(table: SignalTable) -> AsyncIterator[Side]:
     """The applications. Raises LinkMissing for directories that are not there, PermissionRefused, ResourceRefused."""
     try:
         inotify = Inotify()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from inco_trio.commands.configuration import absolute, check_link, config_path, configuration_argument, path_of
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     played = Played()
     with open_recording(path, table) as recording:
-        side: AbstractContextManager[Side] = core1(args.link) if args.side == "core1" else applications(table)
+        side: AbstractAsyncContextManager[Side] = core1(args.link) if args.side == "core1" else applications(table)
         _play(args, side, recording, played)
         cut = recording.reader.cut
     notes = [] if cut is None else [f"{path}: {cut}: what was whole before was played"]
@@ -104,20 +104,20 @@ def _table(args: argparse.Namespace) -> SignalTable:
     return SignalTable(read_board(config_path(args)).signals)
 
 
-def _play(args: argparse.Namespace, made: AbstractContextManager[Side], recording: Recording, played: Played) -> None:
+def _play(
+    args: argparse.Namespace, made: AbstractAsyncContextManager[Side], recording: Recording, played: Played
+) -> None:
     import trio
 
     from inco_trio.capture.player import play
 
     async def main() -> None:
-        # In here, as a link that is opened waits by Trio.
-        with made as side:
-            async with trio.open_nursery() as nursery:
-                if sys.stderr.isatty():
-                    nursery.start_soon(_show_progress, played, recording.size)
-                speed = None if args.fast else args.speed or 1.0
-                await play(side, recording, played, speed=speed, wait=args.wait)
-                nursery.cancel_scope.cancel()
+        async with made as side, trio.open_nursery() as nursery:
+            if sys.stderr.isatty():
+                nursery.start_soon(_show_progress, played, recording.size)
+            speed = None if args.fast else args.speed or 1.0
+            await play(side, recording, played, speed=speed, wait=args.wait)
+            nursery.cancel_scope.cancel()
 
     try:
         trio.run(main)

@@ -16,7 +16,6 @@ from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.signalling import (
     add_ways,
     alone,
-    as_core1,
     board_of,
     check_known,
     check_ways,
@@ -28,7 +27,6 @@ from inco_trio.commands.signalling import (
     signals_of,
 )
 from inco_trio.commands.streams import remark, say
-from inco_trio.errors import LinkMissing, ResourceRefused
 
 __all__ = ["arguments", "run"]
 
@@ -167,26 +165,15 @@ def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
     return f"as core 1 on {link}"
 
 
-async def _send_frames(text: str, name: str, schedule: _Schedule) -> None:
+async def _send_frames(link: str, name: str, schedule: _Schedule) -> None:
     import trio
 
-    from inco_trio.links.link import LinkDown
+    from inco_trio.core1 import Core1
 
-    async with as_core1(text) as link:
+    async with Core1(link) as core1:
         while schedule.left:
-            if not schedule.due():
-                await trio.sleep(schedule.pause())
-                continue
-            try:
-                link.send(name)
-            except BlockingIOError:
-                await link.wait_for_room()
-            except LinkDown as error:
-                raise LinkMissing(f"{link.name}: takes no frames now: {error.strerror}") from error
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise ResourceRefused(f"{link.name}: cannot send: {error.strerror}") from error
-                await trio.sleep(0.001)  # packet(7): the interface's queue is full, and nothing tells when it is not.
-            else:
+            if schedule.due():
+                await core1.send(name)
                 schedule.sent += 1
-                await trio.lowlevel.checkpoint()
+            else:
+                await trio.sleep(schedule.pause())

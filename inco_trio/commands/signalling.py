@@ -1,29 +1,27 @@
-"""What `send` and `wait` share: who they are, which signals there are, numbers, and core 1's end of a link."""
+"""What `send` and `wait` share: who they are, which signals there are, and numbers."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import math
-from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from inco_trio.commands.configuration import check_link, config_path, path_of
 from inco_trio.commands.streams import remark
 from inco_trio.control.client import add_place
-from inco_trio.errors import ControlMissing, IncoError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
-    from inco_trio.links.link import Link
     from inco_trio.signals import Signal
 
 __all__ = [
     "add_ways",
     "alone",
-    "as_core1",
     "board_of",
     "check_known",
     "file_refusal",
@@ -180,35 +178,6 @@ def link_of(args: argparse.Namespace) -> str:
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")
     return str(link)
-
-
-@asynccontextmanager
-async def as_core1(text: str) -> AsyncIterator[Link]:
-    """Core 1's end of the link; for a socket, `text` has core 1's path as LOCAL. Raises IncoError."""
-    from inco_trio.links.address import UnixAddress, parse_address
-    from inco_trio.links.opening import Surroundings, open_link
-
-    address, around = parse_address(text), Surroundings()
-    try:
-        link, _ = open_link(address, None, None, memoryview(bytearray(16)), around)
-        try:
-            if not refreshed(link):
-                refused = link.missing()
-                hint = " (core 1's path comes first here, then peer=CORE0)" if isinstance(address, UnixAddress) else ""
-                raise type(refused)(str(refused).removesuffix("; --wait-link waits for it") + hint)
-            yield link
-        finally:
-            link.close(remove=True)
-    finally:
-        around.close()
-
-
-def refreshed(link: Link) -> bool:
-    """`link.refresh()`, with IncoError for what the kernel refuses."""
-    try:
-        return link.refresh()
-    except OSError as error:
-        raise LinkMissing(f"{link.name}: {error.strerror}") from error
 
 
 @contextmanager

@@ -17,14 +17,12 @@ from inco_trio.commands.configuration import positive
 from inco_trio.commands.signalling import (
     add_ways,
     alone,
-    as_core1,
     board_of,
     check_known,
     check_ways,
     file_refusal,
     is_application,
     link_of,
-    refreshed,
     register_of,
     seconds,
     signals_of,
@@ -318,37 +316,24 @@ def _notification(signal: str, direction: str, register: str | None) -> dict[str
 # --------------------------------------------------------------------------------------------------------- as core 1
 
 
-async def _hear_frames(text: str, waiting: _Waiting) -> None:
+async def _hear_frames(link: str, waiting: _Waiting) -> None:
     import trio
 
-    from inco_trio.frame import FRAME_MAX, decode
+    from inco_trio.core1 import Core1
 
-    wanted = waiting.signal.encode()
-    room = memoryview(bytearray(FRAME_MAX + 1))
-    async with as_core1(text) as link:
-
-        async def follow_link() -> None:
-            while True:
-                await link.changed()
-                refreshed(link)
+    async with Core1(link) as core1:
 
         async def follow_command(end: int, nursery: trio.Nursery) -> None:
             await trio.lowlevel.wait_readable(end)
             if waiting.command_failed():
                 nursery.cancel_scope.cancel()
 
-        def read() -> bool:
-            while (length := link.receive_one(room)) >= 0:
-                if decode(room, length) == wanted and waiting.came(_notification(waiting.signal, "outbound", None)):
-                    return True
-            return False
-
-        # The tasks end before the descriptor is closed that one of them waits for.
+        # The task ends before the descriptor is closed that it waits for.
         with waiting.listening() as end, trio.move_on_after(waiting.left):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(follow_link)
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)
-                while not read():
-                    await link.wait_readable()
+                async for arrival in core1:
+                    if arrival.name == waiting.signal and waiting.came(_notification(arrival.name, "outbound", None)):
+                        break
                 nursery.cancel_scope.cancel()

@@ -72,6 +72,9 @@ class Link(Protocol):
         Raises BlockingIOError if there is no room, LinkDown, or OSError.
         """
 
+    def send_frame(self, frame: bytes) -> None:
+        """Send a frame as it is, whatever it holds. Raises as `send` does."""
+
     async def wait_for_room(self) -> None:
         """Wait until it may be worth to send again what raised BlockingIOError."""
 

@@ -266,10 +266,13 @@ class PacketLink:
 
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (packet(7))."""
+        self.send_frame(self._frames.get(name) or self.frame(name))
+
+    def send_frame(self, frame: bytes) -> None:
+        """See `Link.send_frame`."""
         if not self.running:
             # Without a carrier the kernel would accept the frame, drop it, and say nothing.
             raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
-        frame = self._frames.get(name) or self.frame(name)
         try:
             self._send(frame)
         except OSError as error:

@@ -286,7 +286,10 @@ class UnixLink:
 
     def send(self, name: str) -> None:
         """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (unix(7))."""
-        frame = self._frames.get(name) or self.frame(name)
+        self.send_frame(self._frames.get(name) or self.frame(name))
+
+    def send_frame(self, frame: bytes) -> None:
+        """See `Link.send_frame`."""
         try:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
