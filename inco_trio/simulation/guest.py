@@ -25,22 +25,32 @@ from inco_trio.errors import IncoError
 from inco_trio.registers.inotify import IN_MODIFY, Inotify
 from inco_trio.simulation.world import Namespace
 
-__all__ = ["FIRMWARE", "MAC", "QEMU", "Guest", "GuestError", "Wait", "parse_counters", "tap_netdev", "unix_netdev"]
+__all__ = [
+    "FIRMWARE",
+    "MAC",
+    "QEMU",
+    "Guest",
+    "GuestError",
+    "QemuMissing",
+    "Wait",
+    "parse_counters",
+    "tap_netdev",
+    "unix_netdev",
+]
 
 QEMU = "qemu-system-riscv64"
 FIRMWARE = Path(__file__).with_name("firmware") / "core1.elf"
 MAC = "52:54:00:00:00:01"
 
+READY = "core1: ready"
+"""What our firmware says once its card is started."""
 _DEADLINE = 20.0
 """Seconds after which a wait is an error: only a safety net."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
-_MACHINE = (
-    *("-machine", "virt", "-m", "16", "-bios", "none", "-kernel", str(FIRMWARE)),
-    *("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio"),
-    *("-global", "virtio-mmio.force-legacy=false"),
-)
+_MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")
+_PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
 
 
 Wait = Callable[[Sequence[int], float], Sequence[int]]
@@ -55,6 +65,10 @@ class GuestError(IncoError):
     """QEMU is not installed, refuses or has ended, or the guest does not do what is waited for."""
 
     exit_code = 69
+
+
+class QemuMissing(GuestError):
+    """QEMU is not installed."""
 
 
 def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
@@ -89,6 +103,8 @@ class Guest:
 
     QEMU ends with the thread that started it, whatever ends that (PR_SET_PDEATHSIG in prctl(2)). Where nothing else is
     said, a method that cannot do its work within 20 s, or for want of a running QEMU, raises `GuestError`.
+
+    Another `firmware` says `ready` on its serial output once it is; another `program` has other `machine` arguments.
     """
 
     def __init__(
@@ -101,9 +117,17 @@ class Guest:
         reboot: bool = True,
         namespace: Namespace | None = None,
         wait: Wait = _wait,
+        firmware: Path = FIRMWARE,
+        program: str = QEMU,
+        machine: Sequence[str] = _MACHINE,
+        ready: str = READY,
     ) -> None:
+        self._program = program
+        self._ready = ready
         self._arguments = [
-            *_MACHINE,
+            *machine,
+            *("-kernel", str(firmware)),
+            *_PLAIN,
             *("-netdev", json.dumps({"id": "link", **netdev})),
             *("-device", f"virtio-net-device,netdev=link,mac={mac}"),
             *("-append", command_line),
@@ -148,9 +172,11 @@ class Guest:
         """Start QEMU, and return once its monitor answers; the firmware is ready a moment later."""
         if self._process is not None:
             raise GuestError(f"the guest is running already, as process {self._process.pid}")
-        program = shutil.which(QEMU)
+        program = shutil.which(self._program)
         if program is None:
-            raise GuestError(f"{QEMU} is not installed: install the package that has it (Debian: qemu-system-misc)")
+            raise QemuMissing(
+                f"{self._program} is not installed: install the package that has it (Debian: qemu-system-misc)"
+            )
         try:
             self._open(program)
             self._execute("qmp_capabilities")
@@ -262,7 +288,7 @@ class Guest:
 
     def wait_ready(self) -> None:
         """Wait until the firmware has started its card, also after a reset; what it sends at boot it sends after."""
-        self.wait_for("core1: ready")
+        self.wait_for(self._ready)
 
     def wait_counters(self) -> dict[str, int]:
         """The counters of its next report, which a signal has asked for (`report_on=NAME`)."""

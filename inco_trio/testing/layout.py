@@ -1,0 +1,111 @@
+"""What a board under test is made of on disk: its udrv.json, register directories and sockets, all in one directory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from inco_trio.config import parse_board, read_file
+from inco_trio.errors import ConfigError, UsageError
+from inco_trio.links.address import PATH_MAX
+from inco_trio.signals import Direction, Signal
+
+__all__ = ["DEVICE", "Layout", "make_layout"]
+
+DEVICE = "ihub-irq-dev"
+"""The device of udrv.json whose directory has the built-in signals."""
+LONGEST = "/control.sock"
+"""The longest name of a socket."""
+
+
+@attrs.frozen
+class Layout:
+    """Paths, and the signals; all is made, but for the registers, which the proxy makes."""
+
+    directory: Path
+    sockets: Path
+    """The same, or a short one in the directory for temporary files where that has too long a path (unix(7))."""
+    config: Path
+    """The udrv.json."""
+    signals: tuple[Signal, ...]
+
+    def socket(self, name: str) -> Path:
+        """The path of a socket."""
+        return self.sockets / name
+
+    def address(self, local: str, peer: str) -> str:
+        """The address of a link between two of the sockets."""
+        return "unix:" + ",peer=".join(str(self.socket(name)).replace(",", ",,") for name in (local, peer))
+
+    def signal(self, name: str, direction: Direction | None = None) -> Signal:
+        """The signal of that name. Raises UsageError, which names those that there are."""
+        known = [signal for signal in self.signals if direction in (None, signal.direction)]
+        for signal in known:
+            if signal.name == name:
+                return signal
+        kind = "a signal" if direction is None else f"an {direction.value} signal"
+        names = ", ".join(signal.name for signal in known) or "none"
+        raise UsageError(f"{name}: not {kind} of this board; there are: {names}")
+
+    def remove(self) -> None:
+        """Remove the directory of the sockets, if it is one of its own."""
+        if self.sockets != self.directory:
+            shutil.rmtree(self.sockets, ignore_errors=True)
+
+
+def make_layout(
+    directory: Path, config: Path | str | Mapping[str, Any] | None, signals: Mapping[str, str] | None
+) -> Layout:
+    """Make it in `directory`, which is made if it is missing. Raises ConfigError, UsageError.
+
+    `config` is a udrv.json, or what it would say; its devices get directories in here. `signals` maps further wire
+    names to `inbound` or `outbound`; their registers are called NAME_state and NAME_trig.
+    """
+    document = _document(config)
+    devices = _tables(document, "file")
+    for name, device in devices.items():
+        if isinstance(device, dict) and isinstance(device.get("path"), str):
+            device["path"] = str(directory / "registers" / name)
+    if config is None or DEVICE not in devices:
+        devices[DEVICE] = {"path": str(directory / "registers" / DEVICE)}
+    added = _tables(_tables(_tables(document, "misc"), "inco_proxy"), "signals")
+    for name, direction in (signals or {}).items():
+        if direction not in {"inbound", "outbound"}:
+            raise UsageError(f"signals: {name}: {direction!r} is no direction: inbound or outbound")
+        kind = "state" if direction == "inbound" else "trig"
+        added[name] = {"direction": direction, "reg": f"{DEVICE}.{name.replace('/', '_')}_{kind}"}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "registers").mkdir(exist_ok=True)
+    path = directory / "udrv.json"
+    text = json.dumps(document, indent=2)
+    board = parse_board(text.encode(), str(config) if isinstance(config, Path | str) else "signals")
+    path.write_text(text + "\n")
+    sockets = directory
+    if len(f"{directory}{LONGEST}".encode()) > PATH_MAX:
+        sockets = Path(tempfile.mkdtemp(prefix="inco-trio-"))
+    return Layout(directory, sockets, path, board.signals)
+
+
+def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, Mapping):
+        return copy.deepcopy(dict(config))
+    text = read_file(config)
+    parse_board(text, str(config))
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def _tables(document: dict[str, Any], key: str) -> dict[str, Any]:
+    found = document.setdefault(key, {})
+    if not isinstance(found, dict):
+        raise ConfigError([f"{key}: is no table"])
+    return found

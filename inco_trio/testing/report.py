@@ -1,0 +1,45 @@
+"""What a person reads of a board's history, and what a tool reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from inco_trio.capture.recording import Recorder
+from inco_trio.testing.history import Happening
+
+__all__ = ["record", "side_by_side"]
+
+SHOWN = 200
+"""Happenings that are shown, at most: the last ones."""
+WIDTH = 36
+
+
+def side_by_side(happenings: Sequence[Happening]) -> str:
+    """A table: seconds since the first happening, and what core 0 and core 1 did and got."""
+    if not happenings:
+        return "nothing happened at either core"
+    first = happenings[0].monotonic_ns
+    lines = [f"{'seconds':>10}  {'core 0':{WIDTH}}core 1"]
+    if len(happenings) > SHOWN:
+        lines.append(f"{'':>10}  ({len(happenings) - SHOWN} before these)")
+    for each in happenings[-SHOWN:]:
+        text = f"{each.what} {each.name}".rstrip()
+        place = {0: f"{text}", 1: f"{'':{WIDTH}}{text}", None: f"-- {text}"}[each.core]
+        lines.append(f"{(each.monotonic_ns - first) / 1e9:10.6f}  {place}")
+    return "\n".join(lines)
+
+
+def record(path: Path, happenings: Sequence[Happening], registers: Mapping[str, str], link: str) -> None:
+    """Write the frames of core 1, and what is neither core's as marks. Raises PermissionRefused, ResourceRefused."""
+    recorder = Recorder(path)
+    for each in happenings:
+        if each.core is None:
+            recorder.mark(each.time_ns, f"{each.what} {each.name}".rstrip())
+        elif each.frame is not None and each.direction is not None:
+            if each.name:
+                register = registers.get(each.name, "")
+                recorder.append(each.time_ns, each.direction, each.name, register, each.frame, link)
+            else:
+                recorder.ignored(each.time_ns, each.what, each.frame, link)
+    recorder.close()

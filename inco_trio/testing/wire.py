@@ -1,0 +1,76 @@
+"""The wire between the proxy and core 1, which loses and bends what it is told to."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from inco_trio.errors import LinkMissing, ResourceRefused
+from inco_trio.frame import decode
+from inco_trio.signals import Direction
+from inco_trio.testing.faults import FrameFaults
+from inco_trio.testing.history import History
+
+__all__ = ["Lane"]
+
+PATIENCE = 1.0
+"""Seconds."""
+
+
+class Lane:
+    """One direction of the wire: frames come to `deliver` in the order in which they are due, one after the other.
+
+    A frame that `deliver` refuses by LinkMissing or ResourceRefused is lost, as on a wire that ends nowhere.
+    """
+
+    def __init__(self, direction: Direction, history: History, deliver: Callable[[bytes], Awaitable[None]]) -> None:
+        self.faults = FrameFaults()
+        self._direction = direction
+        self._history = history
+        self._deliver = deliver
+        self._due: list[tuple[float, int, bytes]] = []
+        self._number = itertools.count()
+        self._news = trio.lowlevel.ParkingLot()
+        self._rest = trio.lowlevel.ParkingLot()
+        self._delivering = False
+
+    def put(self, frame: bytes) -> None:
+        """Let a frame go its way."""
+        for late, whole, done in self.faults.fates(frame):
+            if done:
+                self._note(f"{done} on the wire", frame)
+            if done != "dropped":
+                heapq.heappush(self._due, (trio.current_time() + late, next(self._number), whole))
+        self._news.unpark_all()
+
+    def _note(self, what: str, frame: bytes) -> None:
+        name = decode(frame)
+        self._history.add(None, what, "a frame" if name is None else name.decode("ascii"), self._direction)
+
+    async def carry(self) -> None:
+        """Deliver, until cancelled."""
+        while True:
+            due = self._due[0][0] if self._due else math.inf
+            if due > trio.current_time():
+                with trio.move_on_at(due):
+                    await self._news.park()
+                continue
+            _, _, frame = heapq.heappop(self._due)
+            self._delivering = True
+            try:
+                await self._deliver(frame)
+            except (LinkMissing, ResourceRefused) as error:
+                self._note(f"lost ({error})", frame)
+            finally:
+                self._delivering = False
+                self._rest.unpark_all()
+
+    async def settled(self) -> None:
+        """Wait until nothing is due, or somebody has no room for what is."""
+        with trio.move_on_after(PATIENCE):
+            while self._delivering or (self._due and self._due[0][0] <= trio.current_time()):
+                await self._rest.park()
