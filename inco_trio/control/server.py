@@ -23,7 +23,7 @@ import trio
 from inco_trio.errors import ClosedError, UnknownSignal
 from inco_trio.proxy import Proxy
 from inco_trio.signals import Direction, Signal
-from inco_trio.supervise import board_name
+from inco_trio.supervise import TRANSIENT, Problems, board_name
 
 if TYPE_CHECKING:
     from inco_trio.status import Status
@@ -41,6 +41,8 @@ CLIENTS_MAX = 256
 SEND_MAX = 1_000_000
 PIECE = 128
 """Events that are encoded at once."""
+ACCEPT_AGAIN = 0.1
+"""Seconds until a client is tried to be taken again."""
 FAREWELL = 0.1
 """Seconds that clients have at the end to take what was told."""
 _UCRED = struct.Struct("iII")
@@ -233,9 +235,24 @@ class Control:
             with self._ending:
                 async with trio.open_nursery() as clients:
                     with self._accepting:
-                        await trio.serve_listeners(self._serve_client, [listening], handler_nursery=clients)
+                        await self._accept(listening, clients)
         finally:
             self.closed.set()
+
+    async def _accept(self, listener: trio.SocketListener, clients: trio.Nursery) -> None:
+        """As trio.serve_listeners does, which logs a traceback each time that no descriptor is left."""
+        problems = Problems()
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in TRANSIENT:
+                    raise
+                problems.failed("control", f"cannot take a client: {error.strerror}; tried again")
+                await trio.sleep(ACCEPT_AGAIN)
+            else:
+                problems.well("control")
+                clients.start_soon(self._serve_client, stream)
 
     def close(self) -> None:
         """End it: those who were told something get it, if they take it at once."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from inco_trio.control.client import client_of
 from inco_trio.simulation.world import Peer
-from netns.fixtures import Consumer, StartProxy
+from netns.fixtures import DEADLINE, Consumer, StartProxy
 from tests.faults.conftest import Board
 from tests.faults.processes import injected, wait_stopped
 
@@ -67,7 +69,24 @@ def test_descriptors_run_out_while_running(board: Board) -> None:
     board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
     board.proxy.wait_log("works again")
     assert board.applications.closes["in_a"] == 3
-    assert board.proxy.log.count("Too many open files") == 1
+    assert board.proxy.log.count("cannot write: Too many open files") == 1
+
+
+def test_a_client_comes_while_there_are_no_descriptors(board: Board) -> None:
+    client = client_of(board.proxy.pid)
+    assert client is not None
+    client.close()
+    hard = resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (0, hard))
+    with socket.socket(socket.AF_UNIX) as late:
+        late.settimeout(DEADLINE)
+        late.connect(str(client.path))
+        board.proxy.wait_log("control: cannot take a client: Too many open files")
+        resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert late.recv(1024).startswith(b'{"protocol"')
+    board.proxy.wait_log("control: works again")
+    assert "Traceback" not in board.proxy.log
+    board.works()
 
 
 @pytest.mark.parametrize("limit", range(5, 14))
