@@ -12,9 +12,13 @@ import fcntl
 import os
 import struct
 import termios
+import warnings
 from typing import NamedTuple, Protocol
 
-import pyinotify
+with warnings.catch_warnings():
+    # It imports asyncore, which is deprecated; on Python 3.12 and newer pyasyncore takes its place, silently.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import pyinotify
 
 __all__ = ["Event", "Inotify", "Watcher", "parse_events"]
 

@@ -192,6 +192,7 @@ class _Rig:
 
     async def settle(self) -> None:
         """Have all in the history that the kernel has queued for us until now."""
+        await self.carrier.look()
         self._engine.watcher.drain()
         if self._port is not None:
             while self._port.receive():
@@ -213,6 +214,7 @@ class _Core:
 
     def count(self, name: str) -> int:
         """How often this core got or made notifications of a signal until now. Raises UsageError for a wrong name."""
+        __tracebackhide__ = True
         self._board._layout.signal(name)
         return sum(each.name == name for each in self.history)
 
@@ -222,11 +224,13 @@ class _Core:
         Raises NotificationMissing, an AssertionError, after `timeout` seconds, or when the proxy has ended by itself;
         UsageError for a wrong name.
         """
+        __tracebackhide__ = True
         self._board._layout.signal(name)
         return self._board._rig.history.wait(self.number, name, timeout)
 
     async def async_wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `wait_for`
         """`wait_for`, in an event loop of Trio's or asyncio's."""
+        __tracebackhide__ = True
         self._board._layout.signal(name)
         return await self._board._rig.history.wait_async(self.number, name, timeout)
 
@@ -253,10 +257,12 @@ class Core0(_Core):
 
     def register(self, name: str) -> Path:
         """The path of a signal's register. Raises UsageError for a wrong name."""
+        __tracebackhide__ = True
         return self._board._layout.signal(name).path
 
     def trigger(self, name: str) -> None:
         """Write the trigger of an outbound signal, as an application does. Raises UsageError, OSError."""
+        __tracebackhide__ = True
         path = self._board._layout.signal(name, Direction.OUTBOUND).path
         with path.open("w") as trigger:
             trigger.write("1")
@@ -269,16 +275,19 @@ class Core1(_Core):
 
     def send(self, name: str) -> None:
         """Send an inbound signal. Raises UsageError for a wrong name, and where core 1 is a guest."""
+        __tracebackhide__ = True
         self._board._layout.signal(name, Direction.INBOUND)
         self._played()
         self._board._engine.soon(self._board._rig.send_name, name)
 
     def send_frame(self, frame: bytes) -> None:
         """Send a frame as it is, also one that no core would send. Raises UsageError where core 1 is a guest."""
+        __tracebackhide__ = True
         self._played()
         self._board._engine.soon(self._board._rig.send, frame)
 
     def _played(self) -> None:
+        __tracebackhide__ = True
         if self._board._guests:
             raise UsageError("core 1 is a guest: what it sends is up to its firmware")
 
@@ -464,6 +473,7 @@ class Board:
 
     def failure(self) -> str | None:
         """Why the board is of no use any more, as that the proxy has ended by itself; told once."""
+        self._settle()
         told, self._told = self._told, self._rig.history.failure
         return None if self._told == told else self._told
 

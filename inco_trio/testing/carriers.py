@@ -45,6 +45,7 @@ class Carrier(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def kill(self) -> None: ...
+    async def look(self) -> None: ...
     def log(self) -> str: ...
     def stats(self) -> Stats | None: ...
     def close(self) -> None: ...
@@ -141,6 +142,11 @@ class Process:
         """End it by SIGKILL."""
         await self._end(signal.SIGKILL)
 
+    async def look(self) -> None:
+        """Know if it has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            await self._ended.wait()
+
     async def _end(self, number: signal.Signals) -> None:
         if self._process is None:
             return
@@ -231,6 +237,9 @@ class InProcess:
     async def kill(self) -> None:
         """Raises UsageError."""
         raise UsageError("a proxy in the test's process cannot be killed: leave out --inco-trio-in-process")
+
+    async def look(self) -> None:
+        """It does not end by itself."""
 
     def log(self) -> str:
         """All that it has said."""

@@ -107,6 +107,7 @@ class History:
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
         """Take the next one, once it is there, within `timeout` seconds. Raises NotificationMissing."""
+        __tracebackhide__ = True  # pytest shows the line of the test.
         news = threading.Event()
         end = time.monotonic() + timeout
         with self._listening(news.set):
@@ -120,6 +121,7 @@ class History:
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
         """The same, in an event loop of Trio's or asyncio's, which is not held up."""
+        __tracebackhide__ = True
         end = time.monotonic() + timeout
         bell = _bell()
         with self._listening(bell.ring):

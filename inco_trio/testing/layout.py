@@ -15,7 +15,7 @@ import attrs
 from inco_trio.config import parse_board, read_file
 from inco_trio.errors import ConfigError, UsageError
 from inco_trio.links.address import PATH_MAX
-from inco_trio.signals import Direction, Signal
+from inco_trio.signals import BUILTIN, Direction, Signal
 
 __all__ = ["DEVICE", "Layout", "make_layout"]
 
@@ -46,6 +46,7 @@ class Layout:
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
         """The signal of that name. Raises UsageError, which names those that there are."""
+        __tracebackhide__ = True  # pytest shows the line of the test.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
             if signal.name == name:
@@ -95,7 +96,8 @@ def make_layout(
 
 def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
     if config is None:
-        return {}
+        regs = {builtin.reg: {"reg": f"{DEVICE}.{builtin.register}"} for builtin in BUILTIN}
+        return {"misc": {"ihub_config_dev": {"regs": regs}}}
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
     text = read_file(config)

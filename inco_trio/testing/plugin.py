@@ -9,7 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
@@ -73,8 +73,8 @@ def make_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeB
             try:
                 return stack.enter_context(opened)
             except IncoError as error:
-                _refuse(request.config, error)
-                raise
+                refused = error
+            _refuse(request.config, refused)
 
         yield make
 
@@ -101,18 +101,23 @@ def _open_boards() -> frozenset[Board]:
     return open_boards()
 
 
-def _refuse(config: pytest.Config, error: BaseException) -> None:
-    """End the test with the one line of an error that is not the test's: by skipping it, if the user has chosen so."""
-    from inco_trio.errors import IncoError
+def _is_missing(error: BaseException) -> bool:
+    """Whether the machine has not what a board needs."""
+    if "inco_trio.testing.board" not in sys.modules:
+        return False
     from inco_trio.simulation.guest import QemuMissing
     from inco_trio.simulation.world import NamespaceRefused
 
-    if isinstance(error, QemuMissing | NamespaceRefused):
-        if config.getini(MISSING) == "skip":
-            pytest.skip(str(error))
-        pytest.fail(f"{error} (or set {MISSING} = skip in pytest's configuration)", pytrace=False)
-    if isinstance(error, IncoError):
+    return isinstance(error, QemuMissing | NamespaceRefused)
+
+
+def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
+    """End the test with the one line of an error that is not the test's: by skipping it, if the user has chosen so."""
+    if not _is_missing(error):
         pytest.fail(str(error), pytrace=False)
+    if config.getini(MISSING) == "skip":
+        pytest.skip(str(error))
+    pytest.fail(f"{error} (or set {MISSING} = skip in pytest's configuration)", pytrace=False)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -148,15 +153,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
 
 @contextlib.contextmanager
 def _refusing(item: pytest.Item) -> Iterator[None]:
+    missing: Exception | None = None
     try:
         yield
     except Exception as error:
-        if "inco_trio.testing.board" in sys.modules:
-            from inco_trio.simulation.guest import QemuMissing
-
-            if isinstance(error, QemuMissing):
-                _refuse(item.config, error)
-        raise
+        if not _is_missing(error):
+            raise
+        missing = error
+    if missing is not None:
+        _refuse(item.config, missing)
 
 
 @pytest.hookimpl(wrapper=True)
