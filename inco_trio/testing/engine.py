@@ -37,7 +37,7 @@ __all__ = ["Engine", "Watcher", "engine", "stop_engine"]
 
 T = TypeVar("T")
 
-_DIRECTORY = IN_CLOSE_WRITE | IN_MODIFY | IN_CREATE | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
+_DIRECTORY = IN_CLOSE_WRITE | IN_MODIFY | IN_MOVED_TO | IN_DELETE_SELF | IN_MOVE_SELF | IN_ONLYDIR
 _PARENT = IN_CREATE | IN_MOVED_TO | IN_ONLYDIR
 
 
@@ -48,8 +48,6 @@ class _Followed:
         self.path = path
         self.told = told
         self.signals: dict[bytes, list[Signal]] = {}
-        self.made: set[bytes] = set()
-        """Files that were made, and neither written nor closed since."""
         self.written: set[bytes] = set()
         """Files that were written, and not closed since."""
 
@@ -58,7 +56,7 @@ class Watcher:
     """Tells of each notification at the registers of core 0, as inotify(7) reports it.
 
     One of an inbound signal is a close of its state file after a write; one of an outbound signal is any close of its
-    trigger after it was opened for writing, or a file that is renamed onto it. What the proxy makes is neither.
+    trigger after it was opened for writing, or a file that is renamed onto it. The proxy makes triggers without.
     """
 
     def __init__(self) -> None:
@@ -133,19 +131,14 @@ class Watcher:
             self._watch(followed)
         elif name not in followed.signals:
             pass
-        elif mask & IN_CREATE:
-            followed.made.add(name)
         elif mask & IN_MODIFY:
             followed.written.add(name)
         else:
-            made, written = name in followed.made, name in followed.written
-            followed.made.discard(name)
+            written = name in followed.written
             followed.written.discard(name)
             for signal in followed.signals[name]:
                 inbound = signal.direction is Direction.INBOUND
-                if (mask & IN_CLOSE_WRITE and (written or not (inbound or made))) or (
-                    mask & IN_MOVED_TO and not inbound
-                ):
+                if (mask & IN_CLOSE_WRITE and (written or not inbound)) or (mask & IN_MOVED_TO and not inbound):
                     followed.told(signal)
 
     def close(self) -> None:

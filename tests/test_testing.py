@@ -1,0 +1,569 @@
+"""The test bench: boards whose cores are played by a test."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+
+from inco_trio.capture.recording import Entry, Mark, open_recording
+from inco_trio.errors import ConfigError, UsageError
+from inco_trio.frame import decode, encode
+from inco_trio.signals import Direction, SignalTable
+from inco_trio.testing import Board, GuestError, Happening, NotificationMissing, ProxyDied, open_board
+from inco_trio.testing.faults import LATE, FrameFaults
+from inco_trio.testing.history import History
+from inco_trio.testing.layout import make_layout
+from inco_trio.testing.report import side_by_side
+from netns.fixtures import DEADLINE
+
+RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
+FRAME = encode(RESET.encode(), bytes(6))
+T = TypeVar("T")
+UDRV = {
+    "file": {"ihub-irq-dev": {"path": "/nowhere/dev"}, "eps": {"path": "/nowhere/eps"}, "bus": {"kind": "spi"}},
+    "misc": {"inco_proxy": {"signals": {"eps_irq": {"direction": "inbound", "reg": "eps.state"}}}},
+}
+UDRV_BEFORE = copy.deepcopy(UDRV)
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_no_faults() -> None:
+    assert FrameFaults().fates(FRAME) == [(0.0, FRAME, "")]
+
+
+def test_each_fault() -> None:
+    assert FrameFaults(drop=1).fates(FRAME) == [(0.0, b"", "dropped")]
+    assert FrameFaults(double=1).fates(FRAME) == [(0.0, FRAME, ""), (0.0, FRAME, "doubled")]
+    assert FrameFaults(reorder=1, delay=2).fates(FRAME) == [(2 + LATE, FRAME, "reordered")]
+    assert FrameFaults(corrupt=1).fates(b"") == [(0.0, b"", "")]
+    for seed in range(50):
+        ((late, frame, what),) = FrameFaults(corrupt=1, seed=seed).fates(FRAME)
+        turned = [a ^ b for a, b in zip(frame, FRAME, strict=True)]
+        assert (late, what, sum(each.bit_count() for each in turned)) == (0.0, "corrupted", 1)
+
+
+def test_rates_and_seeds() -> None:
+    def fates(**options: float) -> list[list[tuple[float, bytes, str]]]:
+        faults = FrameFaults(**options)  # type: ignore[arg-type]
+        return [faults.fates(FRAME) for _ in range(1000)]
+
+    assert fates(drop=0.3, corrupt=0.1, seed=4) == fates(drop=0.3, corrupt=0.1, seed=4)
+    assert fates(drop=0.3, seed=4) != fates(drop=0.3, seed=5)
+    assert 250 < sum(each == [(0.0, b"", "dropped")] for each in fates(drop=0.3)) < 350
+    doubled = [len(each) == 2 for each in fates(double=0.2)]
+    assert doubled == [len(each) == 2 for each in fates(double=0.2, corrupt=0.5)], "one rate changes what another does"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"drop": 1.5}, "drop=1.5: is no rate, which is a number from 0 to 1"),
+        ({"corrupt": float("nan")}, "corrupt=nan: is no rate"),
+        ({"delay": -1}, "delay=-1: is not a number of seconds, 0 or more"),
+        ({"delay": float("inf")}, "delay=inf: is not a number of seconds"),
+    ],
+)
+def test_faults_that_cannot_be(options: dict[str, float], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        FrameFaults(**options)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------ history
+
+
+def test_each_is_taken_once() -> None:
+    history = History()
+    for core, name in ((0, RESET), (1, RESET), (0, HWWD), (0, RESET)):
+        history.add(core, "gets", name)
+    first, second = history.wait(0, RESET, 0), history.wait(0, RESET, 0)
+    assert [each.name for each in history.all(0)] == [RESET, HWWD, RESET]
+    assert history.all(0)[::2] == [first, second]
+    with pytest.raises(
+        NotificationMissing, match=f"{RESET}: did not come to core 0 within 0 s; there: gets {RESET}, g"
+    ):
+        history.wait(0, RESET, 0)
+    with pytest.raises(NotificationMissing, match=f"{HWWD}: did not come to core 1 within 0 s; there: gets {RESET}$"):
+        history.wait(1, HWWD, 0)
+    with pytest.raises(NotificationMissing, match="there: nothing happened"):
+        History().wait(1, HWWD, 0)
+
+
+def run(library: str, function: Callable[..., Coroutine[object, object, T]], *args: object) -> T:
+    """The result of an async function, in a loop of one of the libraries."""
+    return trio.run(function, *args) if library == "trio" else asyncio.run(function(*args))
+
+
+def _add_later(history: History, act: Callable[[], None]) -> threading.Thread:
+    def wait_and_act() -> None:
+        while not history._listeners:
+            time.sleep(0)
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("loop", ["none", "trio", "asyncio"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_waiting(loop: str, fails: bool) -> None:
+    history = History()
+
+    def act() -> None:
+        history.add(0, "gets", RESET)
+        if fails:
+            history.fail("it broke")
+        else:
+            history.add(1, "gets", HWWD)
+
+    thread = _add_later(history, act)
+
+    def wait() -> Happening:
+        if loop == "none":
+            return history.wait(1, HWWD, DEADLINE)
+        return run(loop, history.wait_async, 1, HWWD, DEADLINE)
+
+    if fails:
+        with pytest.raises(NotificationMissing, match=r"\(it broke\)"):
+            wait()
+    else:
+        assert wait() == history.all(1)[0]
+    thread.join()
+    assert not history._listeners
+
+
+@pytest.mark.parametrize("library", ["trio", "asyncio"])
+def test_waiting_in_a_loop_ends(library: str) -> None:
+    history = History()
+    with pytest.raises(NotificationMissing, match=r"within 0.01 s"):
+        run(library, history.wait_async, 0, RESET, 0.01)
+    assert not history._listeners
+
+
+def test_a_loop_that_has_ended_is_not_woken() -> None:
+    history = History()
+    bells = []
+
+    async def leave() -> None:
+        from inco_trio.testing.history import _bell
+
+        bells.append(_bell())
+
+    trio.run(leave)
+    asyncio.run(leave())
+    for bell in bells:
+        bell.ring()
+    history.add(0, "gets", RESET)
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
+    layout = make_layout(tmp_path / "board", UDRV, {"door_irq": "inbound", "lamp_irq": "outbound"})
+    paths = {signal.name: str(signal.path.relative_to(tmp_path)) for signal in layout.signals}
+    assert paths == {
+        RESET: "board/registers/ihub-irq-dev/message_4_state",
+        HWWD: "board/registers/ihub-irq-dev/message_5_state",
+        NOTIFY: "board/registers/ihub-irq-dev/message_6_trig",
+        "eps_irq": "board/registers/eps/state",
+        "door_irq": "board/registers/ihub-irq-dev/door_irq_state",
+        "lamp_irq": "board/registers/ihub-irq-dev/lamp_irq_trig",
+    }
+    assert UDRV == UDRV_BEFORE
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(UDRV))
+    assert [signal.name for signal in make_layout(tmp_path / "b", file, None).signals] == [
+        RESET,
+        HWWD,
+        NOTIFY,
+        "eps_irq",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "signals", "said"),
+    [
+        (None, {"x": "up"}, "signals: x: 'up' is no direction: inbound or outbound"),
+        (None, {"two words": "inbound"}, "signals: misc.inco_proxy.signals"),
+        ({"file": []}, None, "file: is no table"),
+        ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
+    ],
+)
+def test_boards_that_cannot_be(
+    tmp_path: Path, config: dict[str, object] | str | None, signals: dict[str, str] | None, said: str
+) -> None:
+    with pytest.raises((UsageError, ConfigError), match=said):
+        make_layout(tmp_path, config, signals)
+
+
+def test_a_long_path_has_its_sockets_elsewhere(tmp_path: Path) -> None:
+    layout = make_layout(tmp_path / ("x" * 100), None, None)
+    assert layout.sockets.is_dir()
+    assert len(str(layout.socket("control.sock"))) < 100
+    layout.remove()
+    assert not layout.sockets.exists()
+    assert layout.directory.is_dir()
+
+
+def test_wrong_names(tmp_path: Path) -> None:
+    layout = make_layout(tmp_path, None, None)
+    with pytest.raises(UsageError, match=f"^x: not a signal of this board; there are: {RESET}, {HWWD}, {NOTIFY}$"):
+        layout.signal("x")
+    with pytest.raises(UsageError, match=f"{RESET}: not an outbound signal of this board; there are: {NOTIFY}$"):
+        layout.signal(RESET, Direction.OUTBOUND)
+
+
+def test_both_cores_side_by_side() -> None:
+    history = History()
+    assert side_by_side(history.all()) == "nothing happened at either core"
+    history.add(1, "sends", RESET)
+    history.add(0, "gets", RESET)
+    history.add(None, "the link is taken down")
+    lines = side_by_side(history.all()).splitlines()
+    assert lines[0].split() == ["seconds", "core", "0", "core", "1"]
+    places = [line.index(word) for line, word in zip(lines[1:], ("sends", "gets", "-- the"), strict=True)]
+    assert places == [lines[0].index("core 1"), lines[0].index("core 0"), lines[0].index("core 0")]
+    for _ in range(300):
+        history.add(1, "sends", RESET)
+    lines = side_by_side(history.all()).splitlines()
+    assert (len(lines), lines[1].strip()) == (202, "(103 before these)")
+
+
+# -------------------------------------------------------------------------------------------------------------- boards
+
+
+@pytest.fixture(params=[False, True], ids=["process", "in process"])
+def board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Board]:
+    with open_board(tmp_path / "board", in_process=request.param) as made:
+        yield made
+
+
+@pytest.mark.tools
+def test_each_way(board: Board) -> None:
+    board.core1.send(HWWD)
+    came = board.core0.wait_for(HWWD)
+    board.core0.trigger(NOTIFY)
+    board.core1.wait_for(NOTIFY)
+    assert (came.core, came.what, came.direction) == (0, "gets", Direction.INBOUND)
+    assert (board.core0.count(HWWD), board.core0.count(NOTIFY), board.core1.count(NOTIFY)) == (1, 1, 1)
+    assert [(each.core, each.what) for each in board.history] == [
+        (1, "sends"),
+        (0, "gets"),
+        (0, "triggers"),
+        (1, "gets"),
+    ]
+    stats = board.proxy.stats
+    assert stats is not None
+    assert (stats.delivered, stats.sent) == (1, 1)
+    assert "works" not in board.proxy.log
+    assert (board.proxy.pid is None) == board._plan.in_process
+
+
+@pytest.mark.tools
+def test_counts_are_those_of_the_moment(board: Board) -> None:
+    for number in range(1, 200):
+        board.core0.trigger(NOTIFY)
+        assert board.core0.count(NOTIFY) == number
+    for _ in range(199):
+        board.core1.wait_for(NOTIFY)
+    assert board.core1.count(NOTIFY) == 199
+
+
+@pytest.mark.tools
+def test_applications_of_all_kinds_are_seen(board: Board) -> None:
+    trigger = board.core0.register(NOTIFY)
+    with trigger.open("a"):
+        pass  # written or not
+    board.core1.wait_for(NOTIFY)
+    (trigger.parent / "new").write_text("1")
+    (trigger.parent / "new").rename(trigger)
+    board.core1.wait_for(NOTIFY)
+    (trigger.parent / "foreign").write_text("1")
+    trigger.read_text()
+    assert (board.core0.count(NOTIFY), board.core1.count(NOTIFY)) == (2, 2)
+    assert board.core0.environment["UDRV_JSON_PATH"] == str(board.core0.config)
+    assert board.core0.directory == trigger.parent
+
+
+@pytest.mark.tools
+def test_a_killed_proxy_loses_nothing(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board") as board:
+        for _ in range(3):
+            board.faults.kill_proxy()
+            assert board.proxy.pid is None
+            assert board.proxy.stats is None
+            for _ in range(7):
+                board.core1.send(RESET)
+                board.core0.trigger(NOTIFY)
+            board.faults.start_proxy()
+            for _ in range(7):
+                board.core0.wait_for(RESET)
+                board.core1.wait_for(NOTIFY)
+        assert board.failure() is None
+        with pytest.raises(UsageError, match=r"the proxy runs already, as process \d+"):
+            board.faults.start_proxy()
+
+
+@pytest.mark.tools
+def test_a_restart(board: Board) -> None:
+    board.proxy.restart()
+    board.proxy.stop()
+    board.proxy.stop()
+    board.proxy.start()
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    if board._plan.in_process:
+        with pytest.raises(UsageError, match="cannot be killed: leave out --inco-trio-in-process"):
+            board.faults.kill_proxy()
+        with pytest.raises(UsageError, match="the proxy runs already"):
+            board.faults.start_proxy()
+
+
+@pytest.mark.tools
+def test_the_link_goes_down_and_up(board: Board) -> None:
+    for _ in range(3):
+        board.faults.link_down()
+        board.faults.link_down()
+        board.core0.trigger(NOTIFY)
+        board.core1.send(RESET)
+        board.faults.link_up()
+        board.faults.link_up()
+        board.core1.wait_for(NOTIFY)
+    board.core1.send(HWWD)
+    board.core0.wait_for(HWWD)
+    assert board.core0.count(RESET) == 0, "what is sent on a link that is down is lost"
+    assert [each.name for each in board.history if each.what.startswith("lost")] == [RESET] * 3
+
+
+@pytest.mark.tools
+def test_a_replaced_directory(board: Board) -> None:
+    board.faults.replace_directory()
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    while not board.core0.register(NOTIFY).exists():
+        time.sleep(0)
+    board.core0.trigger(NOTIFY)
+    board.core1.wait_for(NOTIFY)
+    assert (board.core0.count(RESET), board.core1.count(NOTIFY)) == (1, 1)
+
+
+@pytest.mark.tools
+def test_faults_of_frames(board: Board) -> None:
+    board.faults.frames(double=1, direction=Direction.INBOUND)
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    board.core0.wait_for(RESET)
+    board.core0.trigger(NOTIFY)
+    board.core1.wait_for(NOTIFY)
+    board.faults.frames(drop=1, direction=Direction.OUTBOUND)
+    board.core0.trigger(NOTIFY)
+    board.faults.frames(delay=0.001)
+    board.core0.trigger(NOTIFY)
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    board.core1.wait_for(NOTIFY)
+    board.faults.frames()
+    dropped = [each for each in board.history if each.what == "dropped on the wire"]
+    assert board.core1.count(NOTIFY) + len(dropped) == 3
+    with pytest.raises(UsageError, match="double=2: is no rate"):
+        board.faults.frames(double=2)
+
+
+@pytest.mark.tools
+def test_frames_that_no_core_sends(board: Board) -> None:
+    board.core1.send_frame(b"\x01" * 20)
+    board.core1.send_frame(encode(b"strange_irq", bytes(6)))
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    stats = board.proxy.stats
+    assert stats is not None
+    assert (stats.malformed, stats.unknown, stats.delivered) == (1, 1, 1)
+    assert [f"{each.what} {each.name}" for each in board.core1.history] == [
+        "sends a malformed frame ",
+        "sends strange_irq",
+        f"sends {RESET}",
+    ]
+
+
+@pytest.mark.tools
+def test_wrong_words(board: Board) -> None:
+    with pytest.raises(UsageError, match=r"there are: ihub_reset_irq, ihub_hwwd_irq$"):
+        board.core1.send(NOTIFY)
+    with pytest.raises(UsageError, match=f"there are: {NOTIFY}$"):
+        board.core0.trigger(RESET)
+    for use in (board.core0.count, board.core0.wait_for, board.core1.wait_for, board.core0.register):
+        with pytest.raises(UsageError, match=r"^x: not a signal of this board"):
+            use("x")
+    with (
+        pytest.raises(UsageError, match="link='carrier pigeon': is neither 'unix' nor 'interface'"),
+        open_board(board.directory, link="carrier pigeon"),
+    ):
+        pass
+
+
+@pytest.mark.tools
+def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board") as board:
+        assert board.proxy.pid is not None
+        end = os.pidfd_open(board.proxy.pid)
+        os.kill(board.proxy.pid, signal.SIGKILL)
+        assert select.select([end], [], [], DEADLINE)[0]
+        os.close(end)
+        failure = board.failure()
+        assert failure is not None
+        assert failure.startswith("the proxy has ended by itself, with exit code -9; it said: inco-trio: info:")
+        assert board.failure() is None, "it is told once"
+        with pytest.raises(NotificationMissing, match=r"did not come to core 0 \(the proxy has ended by itself"):
+            board.core0.wait_for(RESET)
+        board.proxy.start()
+        board.core1.send(RESET)
+        board.core0.wait_for(RESET)
+
+
+@pytest.mark.tools
+def test_a_proxy_that_cannot_start(tmp_path: Path) -> None:
+    (tmp_path / "board/registers/ihub-irq-dev/message_6_trig").mkdir(parents=True)
+    for in_process in (False, True):
+        with pytest.raises(ProxyDied, match="message_6_trig"), open_board(tmp_path / "board", in_process=in_process):
+            pass
+    assert sorted(path.name for path in tmp_path.glob("board/*")) == ["proxy.log", "registers", "udrv.json"]
+
+
+@pytest.mark.tools
+def test_nothing_is_left(board: Board, tmp_path: Path) -> None:
+    pid = board.proxy.pid
+    board.close()
+    board.close()
+    left = sorted(path.name for path in (tmp_path / "board").iterdir())
+    assert left == ["registers", "udrv.json"] if pid is None else ["proxy.log", "registers", "udrv.json"]
+    if pid is not None:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.tools
+def test_a_recording(board: Board, tmp_path: Path) -> None:
+    board.core1.send(RESET)
+    board.core0.wait_for(RESET)
+    board.core0.trigger(NOTIFY)
+    board.core1.wait_for(NOTIFY)
+    board.core1.send_frame(b"\x01" * 20)
+    board.faults.link_down()
+    board.record(tmp_path / "f.pcapng")
+    with open_recording(tmp_path / "f.pcapng", SignalTable(())) as recording:
+        entries = list(recording)
+    assert [(each.signal, each.direction) for each in entries if isinstance(each, Entry)] == [
+        (RESET, Direction.INBOUND),
+        (NOTIFY, Direction.OUTBOUND),
+    ]
+    assert [each.text for each in entries if isinstance(each, Mark)] == ["the link is taken down"]
+    assert "received=2 delivered=1" in board.report
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("library", ["trio", "asyncio"])
+def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: str) -> None:
+    async def application(sleep: Callable[[float], Awaitable[object]]) -> None:
+        while not board.core0.register(HWWD).read_text():
+            await sleep(0.001)
+        board.core0.trigger(NOTIFY)
+
+    async def with_trio() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(application, trio.sleep)
+            board.core1.send(HWWD)
+            await board.core1.async_wait_for(NOTIFY)
+
+    async def with_asyncio() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(application(asyncio.sleep))
+            board.core1.send(HWWD)
+            await board.core1.async_wait_for(NOTIFY)
+
+    run(library, with_trio if library == "trio" else with_asyncio)
+    assert board.core0.count(HWWD) == 1
+
+
+@pytest.mark.tools
+def test_two_hundred_side_by_side(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        boards = [stack.enter_context(open_board(tmp_path / str(number), in_process=True)) for number in range(200)]
+        for board in boards:
+            board.core1.send(HWWD)
+            board.core0.trigger(NOTIFY)
+        for board in boards:
+            board.core0.wait_for(HWWD)
+            board.core1.wait_for(NOTIFY)
+        assert {(board.core0.count(HWWD), board.core1.count(NOTIFY)) for board in boards} == {(1, 1)}
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("in_process", [False, True])
+def test_on_an_interface(tmp_path: Path, in_process: bool) -> None:
+    with open_board(tmp_path / "board", link="interface", in_process=in_process) as board:
+        board.core1.send(HWWD)
+        board.core0.wait_for(HWWD)
+        board.faults.link_down()
+        board.core0.trigger(NOTIFY)
+        board.faults.link_up()
+        board.core1.wait_for(NOTIFY)
+        with pytest.raises(UsageError, match="a guest needs the link of sockets"), board.guest():
+            pass
+
+
+@pytest.mark.qemu
+def test_a_guest(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board") as board:
+        with board.guest(command_line=f"echo={NOTIFY}:{HWWD} verbose") as guest:
+            board.core0.trigger(NOTIFY)
+            board.core0.wait_for(HWWD)
+            guest.stop()
+            board.core0.trigger(NOTIFY)
+            guest.cont()
+            board.core0.wait_for(HWWD)
+            guest.system_reset()
+            guest.wait_ready()
+            guest.kill()
+            guest.start()
+            guest.wait_ready()
+            board.core0.trigger(NOTIFY)
+            board.core0.wait_for(HWWD)
+            with pytest.raises(UsageError, match="core 1 is a guest: what it sends is up to its firmware"):
+                board.core1.send(HWWD)
+        assert "serial output of the guest:\ncore1: ready" in board.report
+        assert [f"{each.what} {each.name}" for each in board.core1.history] == [f"gets {NOTIFY}", f"sends {HWWD}"] * 3
+        with pytest.raises(GuestError, match="QEMU has ended"), board.guest(tmp_path / "none.elf"):
+            pass
+
+
+@pytest.mark.qemu
+def test_a_guest_behind_a_bad_wire(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board") as board, board.guest(command_line=f"echo={NOTIFY}:{HWWD}"):
+        board.faults.frames(corrupt=1, direction=Direction.OUTBOUND, seed=1)
+        board.core0.trigger(NOTIFY)
+        while not board.core1.history:
+            pass
+        board.faults.frames()
+        board.faults.frames(double=1, direction=Direction.INBOUND)
+        board.core0.trigger(NOTIFY)
+        board.core0.wait_for(HWWD)
+        board.core0.wait_for(HWWD)
+        first = next(each for each in board.core1.history if each.what.startswith("gets"))
+        assert first.frame is not None
+        assert decode(first.frame) != NOTIFY.encode() or first.frame[:12] != b"\xff" * 6
