@@ -170,7 +170,9 @@ class Proxy:
             yield stream
 
     async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as `events`
-        """The next notification of a signal, from now on, in whichever direction it goes.
+        """The next notification of a signal, in whichever direction it goes, of those that are carried from now on.
+
+        What an action of yours brings about may be carried before you come to wait: open `events` before you act.
 
         Raises TimeoutError after `timeout` seconds, UnknownSignal, and ClosedError, also if the proxy closes meanwhile.
         """

@@ -84,8 +84,8 @@ def board(request: pytest.FixtureRequest, make_board: MakeBoard) -> Board:
     """A board whose proxy runs, set up by the marker `inco_trio`; both cores are the test's."""
     options: dict[str, Any] = {}
     for marker in reversed(list(request.node.iter_markers("inco_trio"))):
-        if marker.args:
-            raise pytest.UsageError("the marker inco_trio takes config=, signals= and link=, by name")
+        if marker.args or not marker.kwargs.keys() <= {"config", "signals", "link"}:
+            pytest.fail("the marker inco_trio takes config=, signals= and link=, by name", pytrace=False)
         options |= marker.kwargs
     return make_board(**options)
 

@@ -1,0 +1,310 @@
+"""The pytest plugin, as other people's tests use it: each test here is a pytest of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inco_trio.capture.recording import Entry, open_recording
+from inco_trio.signals import SignalTable
+from netns.fixtures import DEADLINE
+
+pytestmark = pytest.mark.tools
+pytest_plugins = ["pytester"]
+
+ASYNCIO_AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
+QUIET = ("-p", "no:cacheprovider", "-W", "error")
+
+
+def run(pytester: pytest.Pytester, test: str, *options: str) -> pytest.RunResult:
+    """Run a file of tests."""
+    pytester.makepyfile(test)
+    plugins = ("-p", "no:asyncio", "-p", "no:trio", "-p", "no:anyio") if "-p" not in options else ()
+    return pytester.runpytest_subprocess(*QUIET, *plugins, *options, timeout=2 * DEADLINE)
+
+
+PASSING = """
+import pytest
+
+def test_an_application_answers(board):
+    board.core1.send("ihub_hwwd_irq")
+    board.core0.wait_for("ihub_hwwd_irq")
+    board.core0.trigger("redun_notify_irq")  # the application under test would
+    board.core1.wait_for("redun_notify_irq", timeout=1)
+    assert board.core0.count("ihub_hwwd_irq") == 1
+
+@pytest.mark.inco_trio(signals={"door_irq": "inbound"})
+class TestMarked:
+    def test_signals(self, board):
+        board.core1.send("door_irq")
+        board.core0.wait_for("door_irq")
+
+    @pytest.mark.inco_trio(signals={"lamp_irq": "outbound"})
+    def test_the_nearest_marker_counts(self, board):
+        assert [signal.name for signal in board.signals][3:] == ["lamp_irq"]
+
+def test_several(make_board):
+    boards = [make_board() for _ in range(3)]
+    for board in boards:
+        board.core0.trigger("redun_notify_irq")
+    for board in boards:
+        board.core1.wait_for("redun_notify_irq")
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--inco-trio-in-process",), ("-n", "2")], ids=" ".join)
+def test_tests_that_pass(pytester: pytest.Pytester, options: tuple[str, ...]) -> None:
+    run(pytester, PASSING, *options).assert_outcomes(passed=4)
+
+
+def test_a_missing_signal(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        def test_missing(board):
+            board.core1.send("ihub_hwwd_irq")
+            board.core0.wait_for("ihub_hwwd_irq")
+            board.core1.wait_for("redun_notify_irq", timeout=0.01)
+
+        def test_another(board):
+            pass
+        """,
+    )
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.re_match_lines_random(
+        [
+            r">       board.core1.wait_for\(\"redun_notify_irq\", timeout=0.01\)",
+            r"E .*NotificationMissing: redun_notify_irq: did not come to core 1 within 0.01 s; there: sends ihub",
+            r"-+ inco-trio board -+",
+            r"  0.000000  +sends ihub_hwwd_irq",
+            r"  0.\d+  gets ihub_hwwd_irq",
+            r"counters: received=1 delivered=1",
+            r"log of the proxy:",
+            r"inco-trio: info: .*/core0: ready",
+        ]
+    )
+    recorded = re.search(r"recorded in (.*)", result.stdout.str())
+    assert recorded
+    with open_recording(Path(recorded[1]), SignalTable(())) as recording:
+        assert [each.signal for each in recording if isinstance(each, Entry)] == ["ihub_hwwd_irq"]
+    result.stdout.no_fnmatch_line("*history.py*")  # only the test's own lines
+
+
+def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        import os, select, signal
+
+        def die(board):
+            end = os.pidfd_open(board.proxy.pid)
+            os.kill(board.proxy.pid, signal.SIGKILL)
+            select.select([end], [], [])
+            os.close(end)
+
+        def test_waits(board):
+            die(board)
+            board.core1.wait_for("redun_notify_irq")
+
+        def test_notices_nothing(board):
+            die(board)
+
+        def test_another(board):
+            board.core1.send("ihub_hwwd_irq")
+            board.core0.wait_for("ihub_hwwd_irq")
+        """,
+    )
+    result.assert_outcomes(failed=2, passed=1)
+    result.stdout.re_match_lines(
+        [
+            r"E .*did not come to core 1 \(the proxy has ended by itself, with exit code -9",
+            r"the proxy has ended by itself, with exit code -9; it said: inco-trio: info: .*",
+        ]
+    )
+
+
+def test_a_leaked_board(pytester: pytest.Pytester) -> None:
+    result = run(
+        pytester,
+        """
+        from inco_trio.testing import open_board
+        kept = []
+
+        def test_leaks(tmp_path):
+            kept.append(open_board(tmp_path / "leaked"))
+            kept[0].__enter__()
+
+        def test_another():
+            from inco_trio.testing.board import open_boards
+            assert not open_boards()
+        """,
+    )
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.re_match_lines(
+        [r"the test leaves a board open: .*/leaked: use `with open_board\(\.\.\.\)`, or make_board"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ("signals={'x': 'up'}", "signals: x: 'up' is no direction: inbound or outbound"),
+        ("config='/nowhere'", "/nowhere: cannot be read: No such file or directory"),
+        ("link='pigeon'", "link='pigeon': is neither 'unix' nor 'interface'"),
+        ("'unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
+        ("lnk='unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
+    ],
+)
+def test_a_wrong_marker(pytester: pytest.Pytester, marker: str, said: str) -> None:
+    result = run(
+        pytester,
+        f"""
+        import pytest
+
+        @pytest.mark.inco_trio({marker})
+        def test_marked(board):
+            pass
+        """,
+    )
+    result.assert_outcomes(errors=1)
+    assert [line for line in result.outlines if line.endswith(said)]
+    assert "Traceback" not in result.stdout.str()
+    assert "another exception" not in result.stdout.str()
+
+
+def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    test = """
+        import pytest
+
+        @pytest.fixture
+        def guest(board):
+            with board.guest() as running:
+                yield running
+
+        def test_in_a_fixture(guest):
+            pass
+
+        def test_in_the_test(board):
+            with board.guest():
+                pass
+        """
+    result = run(pytester, test)
+    result.assert_outcomes(failed=1, errors=1)
+    hint = r"qemu-system-riscv64 is not installed: .* \(or set inco_trio_missing = skip in pytest's configuration\)"
+    result.stdout.re_match_lines([hint, hint])
+    result = run(pytester, test, "-o", "inco_trio_missing=skip", "-rs")
+    result.assert_outcomes(skipped=2)
+    result.stdout.re_match_lines([r"SKIPPED \[\d\] .*qemu-system-riscv64 is not installed"])
+    result = run(pytester, test, "-o", "inco_trio_missing=maybe")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "ERROR: inco_trio_missing = maybe: is neither fail nor skip" in result.stderr.str()
+
+
+def test_a_guests_words_are_in_the_failure(pytester: pytest.Pytester) -> None:
+    if not shutil.which("qemu-system-riscv64"):
+        pytest.fail("this test needs QEMU")
+    result = run(
+        pytester,
+        """
+        def test_guest(board):
+            with board.guest(command_line="verbose"):
+                board.core0.trigger("redun_notify_irq")
+                board.core0.wait_for("ihub_reset_irq", timeout=0.1)
+        """,
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.re_match_lines([r"serial output of the guest:", r"core1: ready, .*"])
+
+
+ASYNC = """
+    async def application(board, sleep):
+        while not board.core0.register("ihub_hwwd_irq").read_text():
+            await sleep(0.001)
+        board.core0.trigger("redun_notify_irq")
+
+    async def test_{library}(board):
+        {tasks}
+"""
+TRIO = """import trio
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(application, board, trio.sleep)
+            board.core1.send("ihub_hwwd_irq")
+            await board.core1.async_wait_for("redun_notify_irq")
+        await trio.to_thread.run_sync(board.proxy.restart)"""
+ASYNCIO = """import asyncio
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(application(board, asyncio.sleep))
+            board.core1.send("ihub_hwwd_irq")
+            await board.core1.async_wait_for("redun_notify_irq")
+        await asyncio.to_thread(board.proxy.restart)"""
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+@pytest.mark.parametrize(
+    ("library", "tasks", "options"),
+    [
+        ("trio", TRIO, ("-p", "no:asyncio", "-p", "no:anyio", "-o", "trio_mode=true")),
+        ("asyncio", ASYNCIO, ("-p", "no:trio", "-p", "no:anyio", *ASYNCIO_AUTO)),
+        ("anyio", ASYNCIO, ("-p", "no:trio", "-p", "no:asyncio", "-o", "anyio_mode=auto")),
+    ],
+)
+def test_tests_in_event_loops(
+    pytester: pytest.Pytester, library: str, tasks: str, options: tuple[str, ...], in_process: bool
+) -> None:
+    if library == "anyio":
+        pytester.makeconftest("import pytest\n@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n")
+    where = ("--inco-trio-in-process",) if in_process else ()
+    run(pytester, ASYNC.format(library=library, tasks=tasks), *options, *where).assert_outcomes(passed=1)
+
+
+def test_nothing_is_left_after_ctrl_c(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        def test_waits(board, make_board):
+            second = make_board()
+            print(board.proxy.pid, second.proxy.pid, board.directory, second.directory, flush=True)
+            board.core0.wait_for("ihub_hwwd_irq", timeout=1000)
+        """
+    )
+    running = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-s", "-q", "-p", "no:cacheprovider", "-p", "no:asyncio"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=pytester.path,
+    )
+    assert running.stdout is not None
+    *pids, first, second = running.stdout.readline().split()
+    ends = [os.pidfd_open(int(pid)) for pid in pids]
+    os.kill(running.pid, signal.SIGINT)
+    out, err = running.communicate(timeout=DEADLINE)
+    assert running.returncode == pytest.ExitCode.INTERRUPTED
+    assert "Traceback" not in err
+    for end in ends:
+        assert select.select([end], [], [], 0)[0]
+        os.close(end)
+    for directory in (first, second):
+        assert [path for path in Path(directory).iterdir() if path.is_socket()] == []
+    assert "1 error" not in out
+
+
+def test_it_costs_nothing_where_it_is_not_used(pytester: pytest.Pytester) -> None:
+    run(
+        pytester,
+        """
+        import sys
+
+        def test_imports():
+            names = {name for name in sys.modules if name.startswith("inco_trio")}
+            assert names == {"inco_trio", "inco_trio.testing", "inco_trio.testing.plugin"}
+        """,
+    ).assert_outcomes(passed=1)
