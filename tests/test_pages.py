@@ -24,6 +24,8 @@ from docs.fields import described, table
 from inco_trio.boards import KEYS, BoardFile, read_boards
 from inco_trio.commands.line import COMMANDS, parser
 from inco_trio.simulation.world import Cores, Peer
+from inco_trio.testing.history import History
+from inco_trio.testing.report import side_by_side
 from netns.fixtures import DEADLINE
 from tests.support_control import Board
 
@@ -43,13 +45,18 @@ RUN_BY = {
     ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
     ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
     ("README", "share="): "test_manual.py::test_the_lines_of_the_readme_switch_it_on",
-    ("README", "async with"): "test_readme.py::test_the_library_example_runs",
+    ("README", "import inco_trio"): "test_readme.py::test_the_library_example_runs",
+    ("README", "async def answer"): "test_readme.py::test_the_library_example_runs",
+    ("README", "trio.run(answer)"): "test_readme.py::test_the_library_example_runs",
+    ("README", "async with"): "test_readme.py::test_the_example_of_core1_runs",
+    ("README", "def test_"): "test_pages.py::test_the_tests_of_the_test_bench_pass",
     ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", "{"): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
     ("first-steps", "import inco_trio"): "test_pages.py::test_programs_run",
     ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
     ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
+    ("testing", ""): "test_pages.py::test_the_tests_of_the_test_bench_pass",
     ("troubleshooting", ""): "test_pages.py::test_the_lines_of_troubleshooting_say_what_the_page_shows",
 }
 """Who runs the blocks of a page that begin so."""
@@ -186,6 +193,38 @@ def test_programs_run(cores: Cores, tmp_path: Path, page: str, text: str) -> Non
     (tmp_path / "program.py").write_text(text)
     done = run(cores, tmp_path, "python3 program.py")
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+@pytest.mark.qemu
+def test_the_tests_of_the_test_bench_pass(tmp_path: Path) -> None:
+    *tests, program = [text for _, text in blocks("python", "testing")]
+    readme = next(code for page, code in all_blocks() if page == "README" and code.startswith("def test_"))
+    for number, text in enumerate(tests):
+        (tmp_path / f"test_{number}.py").write_text(text)
+    # The fixture of the page is that of the README's test.
+    fixture = tests[0].partition("\n\ndef test_")[0]
+    (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
+    plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-W", "error", *plugins],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=4 * DEADLINE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "ihub_hwwd_irq\n")
+    (shown,) = [text for _, text in blocks("text", "testing")]
+    history = History()
+    history.add(1, "sends", "ihub_hwwd_irq")
+    history.add(0, "gets", "ihub_hwwd_irq")
+    lines = side_by_side(history.all()).splitlines()
+    assert [line[10:] for line in lines] == [line[10:] for line in shown.splitlines()[:3]]
 
 
 def commands() -> list[list[str]]:

@@ -8,34 +8,34 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.simulation.guest import Guest, GuestError
-    from inco_trio.testing.board import Board, Core0, Core1, Faults, Proxy, open_board
+    from inco_trio.testing.board import Board, BoardCore0, BoardCore1, BoardFaults, BoardProxy, open_board
     from inco_trio.testing.carriers import ProxyDied
     from inco_trio.testing.history import Happening, NotificationMissing
 
 __all__ = [
     "Board",
-    "Core0",
-    "Core1",
-    "Faults",
+    "BoardCore0",
+    "BoardCore1",
+    "BoardFaults",
+    "BoardProxy",
     "Guest",
     "GuestError",
     "Happening",
     "NotificationMissing",
-    "Proxy",
     "ProxyDied",
     "open_board",
 ]
 
 _PLACE_OF = {
     "Board": "testing.board",
-    "Core0": "testing.board",
-    "Core1": "testing.board",
-    "Faults": "testing.board",
+    "BoardCore0": "testing.board",
+    "BoardCore1": "testing.board",
+    "BoardFaults": "testing.board",
     "Guest": "simulation.guest",
     "GuestError": "simulation.guest",
     "Happening": "testing.history",
     "NotificationMissing": "testing.history",
-    "Proxy": "testing.board",
+    "BoardProxy": "testing.board",
     "ProxyDied": "testing.carriers",
     "open_board": "testing.board",
 }

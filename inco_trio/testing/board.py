@@ -28,7 +28,7 @@ from inco_trio.testing.layout import Layout, make_layout
 from inco_trio.testing.report import record, side_by_side
 from inco_trio.testing.wire import Lane
 
-__all__ = ["Board", "Core0", "Core1", "Faults", "Proxy", "open_board", "open_boards"]
+__all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "open_board", "open_boards"]
 
 T = TypeVar("T")
 
@@ -235,7 +235,7 @@ class _Core:
         return await self._board._rig.history.wait_async(self.number, name, timeout)
 
 
-class Core0(_Core):
+class BoardCore0(_Core):
     """The applications' side."""
 
     number = 0
@@ -268,7 +268,7 @@ class Core0(_Core):
             trigger.write("1")
 
 
-class Core1(_Core):
+class BoardCore1(_Core):
     """The other core, played by the test, until it starts a guest."""
 
     number = 1
@@ -292,7 +292,7 @@ class Core1(_Core):
             raise UsageError("core 1 is a guest: what it sends is up to its firmware")
 
 
-class Proxy:
+class BoardProxy:
     """The proxy under test."""
 
     def __init__(self, board: Board) -> None:
@@ -331,7 +331,7 @@ class Proxy:
         self.start()
 
 
-class Faults:
+class BoardFaults:
     """What goes wrong on purpose."""
 
     def __init__(self, board: Board) -> None:
@@ -398,10 +398,10 @@ class Board:
         self._guests: list[Guest] = []
         self._resources = resources
         self._told: str | None = None
-        self.core0 = Core0(self)
-        self.core1 = Core1(self)
-        self.proxy = Proxy(self)
-        self.faults = Faults(self)
+        self.core0 = BoardCore0(self)
+        self.core1 = BoardCore1(self)
+        self.proxy = BoardProxy(self)
+        self.faults = BoardFaults(self)
 
     @property
     def directory(self) -> Path:
