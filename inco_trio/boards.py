@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -20,7 +20,7 @@ from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
 from inco_trio.signals import builtin_signals, is_path
 
-__all__ = ["NETNS", "BoardFile", "Boards", "read_boards", "refuse_shared"]
+__all__ = ["NETNS", "BoardFile", "Boards", "claims", "read_boards", "refuse_shared"]
 
 NETNS = Path("/run/netns")
 SUFFIX = ".json"
@@ -55,7 +55,7 @@ class Boards:
     """See `config.Board.notes`."""
 
 
-def read_boards(directory: Path, running: Collection[str] = ()) -> Boards:
+def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
     """The boards of a directory, by name; of two that share something, the one that is `running` stays.
 
     Raises ConfigError for a directory that cannot be read.
@@ -73,7 +73,8 @@ def read_boards(directory: Path, running: Collection[str] = ()) -> Boards:
             configs[name], notes[name] = _read(file, name)
         except IncoError as error:
             refused[name] = error
-    for name, why in refuse_shared(configs, running).items():
+    there = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
+    for name, why in refuse_shared(configs, there).items():
         refused[name] = ConfigError([f"{directory / name}{SUFFIX}: {why}"])
         del configs[name]
     return Boards(configs, refused, notes)
@@ -124,23 +125,40 @@ def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
     return Config(file.link, signals, wait_link=True, netns=netns), notes
 
 
-def refuse_shared(configs: Mapping[str, Config], running: Collection[str] = ()) -> dict[str, str]:
-    """Why boards are refused that share a link or a directory with one before them; those `running` come first."""
-    taken: dict[object, str] = {}
+def claims(config: Config) -> dict[object, str]:
+    """What no other board may have: its link and its directories, each with what it is called."""
+    address = config.address
+    if isinstance(address, UnixAddress):
+        claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
+    else:
+        claimed = {(address.name, config.netns): f"the link {address.name}"}
+    for directory in {signal.directory for signal in config.signals}:
+        claimed[os.path.realpath(directory)] = f"the directory {directory}"
+    return claimed
+
+
+def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
+    """Why boards are refused that share a link or a directory with another one.
+
+    `running` is what there is already: it comes first, and what is refused goes on with that.
+    """
+    running = running or {}
     refused: dict[str, str] = {}
-    for name in sorted(configs, key=lambda name: (name not in running, name)):
-        config = configs[name]
-        address = config.address
-        wanted: dict[object, str] = {}
-        if isinstance(address, UnixAddress):
-            wanted[os.path.realpath(address.local)] = f"the link {address.local}"
-        else:
-            wanted[address.name, config.netns] = f"the link {address.name}"
-        for directory in {signal.directory for signal in config.signals}:
-            wanted[os.path.realpath(directory)] = f"the directory {directory}"
-        shared = next((what for what in wanted if what in taken), None)
-        if shared is not None:
-            refused[name] = f"{wanted[shared]} is also that of the board {taken[shared]}"
-        else:
-            taken |= dict.fromkeys(wanted, name)
-    return refused
+    while True:
+        taken: dict[object, str] = {}
+        for name, config in running.items():
+            if name not in configs or name in refused:
+                taken |= dict.fromkeys(claims(config), name)
+        more: dict[str, str] = {}
+        # First those that stay as they are, then those that change.
+        order = {name: (name not in running, running.get(name) != configs[name], name) for name in configs}
+        for name in sorted(configs.keys() - refused.keys(), key=order.__getitem__):
+            claimed = claims(configs[name])
+            shared = next((what for what in claimed if what in taken), None)
+            if shared is not None:
+                more[name] = f"{claimed[shared]} is also that of the board {taken[shared]}"
+            else:
+                taken |= dict.fromkeys(claimed, name)
+        refused |= more
+        if more.keys().isdisjoint(running):
+            return refused

@@ -17,7 +17,7 @@ from contextlib import ExitStack, asynccontextmanager
 import attrs
 import trio
 
-from inco_trio.boards import refuse_shared
+from inco_trio.boards import claims, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceRefused
 from inco_trio.events import Listener
@@ -160,6 +160,11 @@ class Proxies:
         return sum(board.proxy is not None for board in self._boards.values())
 
     @property
+    def configs(self) -> Mapping[str, Config]:
+        """What each board is now, also one that is not open."""
+        return {name: board.config for name, board in self._boards.items()}
+
+    @property
     def not_open(self) -> Mapping[str, str]:
         """Why boards are not open, by name."""
         return {name: board.problem for name, board in self._boards.items() if board.proxy is None}
@@ -172,44 +177,53 @@ class Proxies:
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
         """Have these boards from now on; those named in `keep` stay as they are, if they are there.
 
-        New ones are opened, others stopped cleanly, changed ones reloaded, or stopped and opened for another link.
-        Returns the refused ones: of these, what was there before goes on. Raises ClosedError.
+        New ones are opened, others stopped cleanly, changed ones reloaded, or stopped and opened for another link: what
+        was triggered is sent there. Returns the refused ones: of these, what was there before goes on. Raises
+        ClosedError.
         """
         async with self._changing:
             if self._closed or self._nursery is None:
                 raise ClosedError("the proxies are closed")
-            refused: dict[str, IncoError] = {
-                name: ConfigError([why]) for name, why in refuse_shared(configs, self._boards).items()
-            }
             staying = {*configs, *keep}
-            await self._end([board for name, board in self._boards.items() if name not in staying])
+            running = {name: config for name, config in self.configs.items() if name in staying}
+            refused: dict[str, IncoError] = {
+                name: ConfigError([why]) for name, why in refuse_shared(configs, running).items()
+            }
+            wanted = {name: config for name, config in configs.items() if name not in refused}
+            removed = [board for name, board in self._boards.items() if name not in staying]
+            both = [board for name, board in self._boards.items() if name in wanted]
+            moved = [board for board in both if not self._same_place(board, wanted[board.name])]
+            # One that has much to finish keeps nobody waiting who needs nothing of it.
+            freed = {what for board in (*removed, *moved) for what in claims(board.config)}
+            late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
+            late |= {board.name for board in moved}
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end, removed)
+                for board in moved:
+                    nursery.start_soon(self._hand_on, board, wanted[board.name])
+                await self._have({name: config for name, config in wanted.items() if name not in late}, refused)
             for name in [name for name in self._kept if name not in staying]:
                 self._drop(name)
-            elsewhere = [
-                board
-                for name, board in self._boards.items()
-                if name in configs and name not in refused and not self._same_place(board, configs[name])
-            ]
-            await self._end(elsewhere)
-            for board in elsewhere:
-                self._drop(board.name)
-            started = []
-            for name, config in configs.items():
-                if name in refused:
-                    continue
-                if name not in self._boards:
-                    board = self._boards[name] = _Board(name, config, identity(config.netns))
-                    opened = trio.Event()
-                    self._nursery.start_soon(self._run_board, board, opened, name=name)
-                    started.append(opened)
-                    continue
-                try:
-                    await self._change(self._boards[name], config)
-                except IncoError as error:
-                    refused[name] = error
-            for opened in started:
-                await opened.wait()
+            await self._have({name: config for name, config in wanted.items() if name in late}, refused)
             return refused
+
+    async def _have(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
+        """Open boards, or change those that are open."""
+        assert self._nursery is not None  # noqa: S101 - see `_start`
+        started = []
+        for name, config in configs.items():
+            if name not in self._boards:
+                board = self._boards[name] = _Board(name, config, identity(config.netns))
+                opened = trio.Event()
+                self._nursery.start_soon(self._run_board, board, opened, name=name)
+                started.append(opened)
+                continue
+            try:
+                await self._change(self._boards[name], config)
+            except IncoError as error:
+                refused[name] = error
+        for opened in started:
+            await opened.wait()
 
     @staticmethod
     def _same_place(board: _Board, config: Config) -> bool:
@@ -220,7 +234,7 @@ class Proxies:
             board.config = config
             board.again.set()
             return
-        if config != board.config:
+        if config != board.config or board.proxy.troubled:
             with working_for(board.name):
                 await board.proxy.reload(config)
             board.config = config
@@ -254,6 +268,17 @@ class Proxies:
         for board in boards:
             await board.ended.wait()
             del self._boards[board.name]
+
+    async def _hand_on(self, board: _Board, config: Config) -> None:
+        """Stop a board whose next proxy has another link, and finishes what this one cannot."""
+        if board.proxy is not None:
+            board.proxy.hand_on()
+        if kept := self._kept.get(board.name):
+            # Of the former link nothing stays, but what the next one has too.
+            kept.ground.leave_nothing = config.address.name != board.config.address.name
+        board.scope.cancel()
+        await board.ended.wait()
+        del self._boards[board.name]
 
     def _drop(self, name: str) -> None:
         """Let go of what is kept of a board that is no more."""
@@ -293,6 +318,7 @@ class Proxies:
         kept = self._kept.get(board.name)
         if kept is None:
             kept = self._kept[board.name] = self._keep(board.name)
+        kept.ground.leave_nothing = self._bundle is None
         if kept.store is not None:
             kept.store.lend(kept.ground.inflight.fd)
         with ExitStack() as resources:

@@ -41,6 +41,9 @@ __all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve"]
 
 logger = logging.getLogger(__name__)
 
+SHORTLY = 0.2
+"""Seconds to finish what a successor would finish otherwise."""
+
 
 @attrs.define
 class _Parts:
@@ -66,7 +69,7 @@ class Proxy:
         self._registers = parts.registers
         self._link = parts.link
         self._inbound, self._outbound = parts.inbound, parts.outbound
-        self._closed = False
+        self._closed = self._successor = False
         self._present = trio.Event()
         self._reloading = trio.Lock()
         self._legs: dict[str, Callable[[Health], Awaitable[None]]] = {
@@ -197,6 +200,15 @@ class Proxy:
             self.config = config
             self._table_since = time.time()
 
+    @property
+    def troubled(self) -> bool:
+        """Whether a directory or a register is missing, which a reload makes."""
+        return self._registers.next_restore() < math.inf
+
+    def hand_on(self) -> None:
+        """Before a stop: another proxy on the same ground finishes what a link that is down would keep waiting."""
+        self._successor = True
+
     def finish_alone(self, events: memoryview, length: int) -> bool:
         """See `Outbound.finish_alone`."""
         return self._outbound.finish_alone(events, length)
@@ -229,7 +241,8 @@ class Proxy:
 
     async def _stop(self) -> None:
         """End the legs: what was accepted is finished first, within the configured deadline."""
-        with trio.move_on_after(self.config.stop_deadline):
+        deadline = self.config.stop_deadline
+        with trio.move_on_after(min(deadline, SHORTLY) if self._successor else deadline):
             for handoff in self._parts.handoffs:
                 handoff.stop_reading()
             for name in ("receive", "triggers"):
@@ -252,7 +265,7 @@ class Proxy:
             len(batch.items) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
         if unfinished := self._counters.unfinished:
-            if isinstance(self._parts.fd_store, NoFdStore):
+            if isinstance(self._parts.fd_store, NoFdStore) and not self._successor:
                 logger.warning(
                     "%s: stopped with %d notifications unfinished: they are lost", self._link.name, unfinished
                 )

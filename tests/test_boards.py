@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
+import shutil
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -205,7 +207,23 @@ def test_what_two_boards_share_is_refused(place: Place) -> None:
         "d": f"the directory {place.home}/link is also that of the board a",
     }
     # The one that is there already stays.
-    assert set(refuse_shared(configs, ["b"])) == {"a", "c"} - {"c"} | {"d"}
+    assert set(refuse_shared(configs, {"b": configs["b"]})) == {"a", "d"}
+
+
+def test_what_goes_on_keeps_what_it_has(place: Place) -> None:
+    now = place.configs("a", "b", "c")
+    # b has no readable file any more and goes on; d may have nothing of it.
+    assert refuse_shared({"a": now["a"], "d": now["b"]}, now) == {
+        "d": f"the link {place.home}/b.0 is also that of the board b"
+    }
+    # a may not have what b has, and keeps what c wants.
+    refused = refuse_shared({"a": now["b"], "b": now["b"], "c": now["a"]}, {name: now[name] for name in "ab"})
+    assert refused == {
+        "a": f"the link {place.home}/b.0 is also that of the board b",
+        "c": f"the link {place.home}/a.0 is also that of the board a",
+    }
+    # Two may exchange what they have.
+    assert refuse_shared({"a": now["b"], "b": now["a"]}, {name: now[name] for name in "ab"}) == {}
 
 
 def test_ten_thousand_files(tmp_path: Path) -> None:
@@ -323,6 +341,68 @@ async def test_another_link_is_another_proxy(place: Place) -> None:
         assert await received(peer) == b"redun_notify_irq"
         assert not (place.home / "a.0").exists()
         assert (place.home / "other.0").exists()
+
+
+@pytest.mark.parametrize("away", [False, True])
+@in_trio
+async def test_another_link_loses_nothing_of_what_is_triggered(place: Place, away: bool) -> None:
+    former, later = place.peer("a"), place.peer("b")
+    if away:
+        former.close()
+        (place.home / "a.1").unlink()
+    triggered = 0
+    came = 0
+    async with open_proxies(place.configs("a")) as proxies:
+
+        async def trigger(*, task_status: trio.TaskStatus[None]) -> None:
+            nonlocal triggered
+            task_status.started()
+            while True:
+                place.trigger("a")
+                triggered += 1
+                await trio.sleep(0.001)
+
+        def read() -> bool:
+            nonlocal came
+            for peer in (later,) if away else (former, later):
+                with contextlib.suppress(BlockingIOError):
+                    while peer.recv(200):
+                        came += 1
+            return came == triggered
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trigger)
+            await until(lambda: triggered > 20)
+            moved = Config(place.config("b").link, place.config("a").signals)
+            assert await proxies.reload({"a": moved}) == {}
+            before = triggered
+            await until(lambda: triggered > before + 20 + read())
+            nursery.cancel_scope.cancel()
+        await until(read)
+        assert not (place.home / "a.0").exists()
+
+
+@in_trio
+async def test_what_ends_slowly_keeps_nobody_waiting(place: Place) -> None:
+    async with open_proxies(place.configs("slow")) as proxies:
+        place.trigger("slow")  # Its peer is not there.
+        await until(lambda: proxies["slow"].stats.triggered == 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(proxies.reload, place.configs("new"))
+            await until(lambda: "new" in proxies)
+            assert "slow" in proxies.configs
+            place.peer("slow")
+        assert list(proxies) == ["new"]
+
+
+@in_trio
+async def test_a_reload_makes_a_directory_again(place: Place) -> None:
+    place.peer("a")
+    async with open_proxies(place.configs("a")) as proxies:
+        shutil.rmtree(place.home / "a")
+        await until(lambda: proxies["a"].troubled)
+        assert await proxies.reload(place.configs("a")) == {}
+        assert (place.home / "a").is_dir()
 
 
 @in_trio

@@ -180,6 +180,7 @@ def test_send(board: Board) -> None:
     [
         (b"nonsense\n", "not-json"),
         (b"[1]\n", "not-json"),
+        (b'{"request": "status", "id": NaN}\n', "not-json"),
         (b"\xff\n", "not-json"),
         (b"[" * 60_000 + b"\n", "not-json"),
         (b"{}\n", "unknown-request"),

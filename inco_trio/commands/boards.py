@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from inco_trio.boards import Boards, read_boards
 from inco_trio.commands.configuration import boards_directory, boards_label
 from inco_trio.commands.daemon import aside
+from inco_trio.config import Config
 from inco_trio.errors import IncoError
 from inco_trio.events import Listener
 from inco_trio.keep.fdstore import FdStore
@@ -54,12 +55,12 @@ class ManyBoards:
     async def reload(self) -> None:
         """Read the directory again."""
         assert self._proxies is not None  # noqa: S101 - see `daemon._Service.open`
-        boards = await aside(self._read, {*self._proxies, *self._proxies.not_open})
+        boards = await aside(self._read, self._proxies.configs)
         refused = await self._proxies.reload(boards.configs, keep=boards.refused)
         self._say(boards, {**boards.refused, **refused}, "refused, what was there before goes on")
         self._say_open()
 
-    def _read(self, running: Collection[str]) -> Boards:
+    def _read(self, running: Mapping[str, Config]) -> Boards:
         return read_boards(self._directory, running)
 
     def _say(self, boards: Boards, refused: Mapping[str, IncoError], what: str) -> None:

@@ -119,7 +119,8 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
         directions, running = signals_of(client, board)
         outbound = [name for name, direction in directions.items() if direction == "outbound"]
         check_known(args.signal, outbound, directions, WHAT, HINT)
-        if not running:
+        one = board is not None or len(client.greeting["boards"]) == 1
+        if one and not running:
             remark("the link is down, or core 1 is not there: it is sent once that has changed")
 
         def send(count: int) -> None:

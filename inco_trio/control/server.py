@@ -499,9 +499,14 @@ def _monitor_of(client: _Client) -> _Monitor:
     return client.monitor
 
 
+def _no_constant(text: str) -> object:
+    """Python reads NaN and Infinity, which no JSON is. Raises ValueError."""
+    raise ValueError(f"{text} is no JSON")
+
+
 def _parsed(line: bytes) -> dict[str, object]:
     try:
-        request = json.loads(line)
+        request = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _Refused("not-json", f"a line is a JSON object: {error}") from None
     if not isinstance(request, dict):
