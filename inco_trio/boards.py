@@ -98,7 +98,11 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     if ("config" in document) == ("irq_dir" in document):
         problems.append("one of config, the path of a udrv.json, and irq_dir, a directory, is needed")
     for key in ("config", "irq_dir"):
-        if key in values and not (values[key].startswith("/") and is_path(values[key])):
+        if key not in values:
+            continue
+        if not is_path(values[key]):
+            problems.append(f"{key}: {values[key]!r} cannot be a path")
+        elif not values[key].startswith("/"):
             problems.append(f"{key}: {values[key]!r} is not an absolute path")
     if "link" in values and (fault := address_fault(values["link"])):
         problems.append(f"link: {values['link']!r}: {fault}")

@@ -197,6 +197,31 @@ def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
     assert last == [NOW + number * 10**9 for number in range(20 - len(last), 20)]
 
 
+def test_two_do_not_record_to_one_file(tmp_path: Path) -> None:
+    first = Recorder(tmp_path / "f")
+    append_many(first)
+    with pytest.raises(ResourceRefused, match="f: another process records to it: name another file"):
+        Recorder(tmp_path / "f")
+    append_many(first)
+    first.close()
+    assert len(entries(tmp_path / "f")) == 200
+    Recorder(tmp_path / "f").close()
+    assert entries(tmp_path / "f") == []
+
+
+def test_what_was_ignored_is_told_apart(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(NOW, Direction.INBOUND, "a", "/irq/a", encode(b"a", MAC), "rpmsg4000")
+    recorder.ignored(NOW, "ignored: unknown signal b", encode(b"b", MAC), "rpmsg4000")
+    recorder.append(NOW, Direction.OUTBOUND, "c", "", None, "rpmsg4000")
+    recorder.close()
+    assert [(each.signal, each.ignored) for each in entries(tmp_path / "f")] == [
+        ("a", False),
+        ("b", True),
+        ("c", False),
+    ]
+
+
 def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     recorder = Recorder(tmp_path / "f")

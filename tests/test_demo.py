@@ -53,6 +53,14 @@ def test_quantile_is_the_nearest_rank(last: int, part: float, expected: int) -> 
     assert quantile(range(1, last + 1), part) == expected
 
 
+def test_a_full_standard_output() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - as a shell does
+        done = subprocess.run(
+            [*DEMO, *SHORT], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=DEADLINE
+        )
+    assert (done.returncode, done.stderr) == (71, "inco-trio: error: standard output: No space left on device\n")
+
+
 def finish(command: list[str]) -> tuple[int, str, str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * DEADLINE)
     return done.returncode, done.stdout, done.stderr

@@ -84,6 +84,7 @@ def test_the_numbers(night: Path) -> None:
                 "taken": {"min": 0.25, "p50": 0.25, "p90": 0.5, "p99": 0.5, "max": 0.5},
             }
         ],
+        "ignored": 0,
         "marks": [{"time": 4, "text": "the link went down"}],
     }
     assert sorted(path.name for path in night.parent.iterdir()) == ["night.pcapng"]
@@ -273,6 +274,29 @@ def test_many_are_drawn_in_little_room(tmp_path: Path) -> None:
     recorder.close()
     assert plot(tmp_path / "f.pcapng").returncode == 0
     assert (tmp_path / "f.svg").stat().st_size < 1 << 20
+
+
+@pytest.mark.tools
+def test_what_was_ignored_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "f.pcapng"
+    recorder = Recorder(path)
+    recorder.append(0, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "rpmsg4000")
+    for _ in range(3):
+        recorder.ignored(SECOND, "ignored: unknown signal x", encode(b"x", MAC), "rpmsg4000")
+    recorder.close()
+    done = plot(path)
+    assert done.stdout == f"1 notifications and 0 marks drawn to {tmp_path}/f.svg\n"
+    assert done.stderr == f"inco-trio: {path}: 3 frames that the proxy ignored are left out\n"
+
+
+@pytest.mark.tools
+def test_no_part_of_a_picture_is_left(night: Path) -> None:
+    command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    picture = night.with_suffix(".svg")
+    assert done.stderr == f"inco-trio: error: {picture}: cannot be written: File too large\n"
+    assert done.returncode == 71
+    assert not picture.exists()
 
 
 def test_without_matplotlib(night: Path) -> None:

@@ -554,6 +554,14 @@ def test_the_command_is_waited_for(tmp_path: Path) -> None:
     )
 
 
+def test_what_the_command_started_is_ended_with_it(tmp_path: Path) -> None:
+    (tmp_path / "message_5_state").touch()
+    # Whoever inherits standard output keeps its end from being read.
+    command = "cat > /dev/null & sleep 1000 & sleep 1000"
+    done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", command)
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+
+
 def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "message_5_state").touch()
     # /bin/sh is there and can be run: only the limit of processes, or this, keeps it from that.

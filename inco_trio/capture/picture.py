@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 from array import array
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,7 +73,15 @@ def _draw(summary: Summary, title: str, path: Path) -> None:
     axes[1].set_xlabel(f"seconds since {when:%Y-%m-%d %H:%M:%S %Z}")
     for axis, pair in zip(axes[2:], summary.pairs, strict=True):
         _answers(axis, pair)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    file = path.open("wb")
+    try:
+        with file:
+            file.write(drawn.getbuffer())
+    except OSError:
+        path.unlink(missing_ok=True)  # A part of a picture is none.
+        raise
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -35,7 +36,7 @@ LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 # A FIFO that nobody reads would be waited for, and no signal would end that.
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Recorder:
@@ -77,7 +78,7 @@ class Recorder:
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str
     ) -> None:
         """Append one notification of a link; `frame` is None for one that came without."""
-        comment = f"{direction.value} {signal} {register}".rstrip()
+        comment = f"{_comment(direction, signal)} {register}".rstrip()
         if frame is None:
             told = {"signal": signal, "direction": direction.value, "register": register}
             self._append(time_ns, REGISTERS, _unframed(told), direction, comment)
@@ -135,6 +136,7 @@ class Recorder:
             why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
             raise kind(f"{path}: cannot be written: {why}") from error
         os.set_blocking(self._fd, True)
+        self._begin(path)
         self.written.append(path)
         self._size = self._entries = 0
         self._interfaces = {REGISTERS: 0}
@@ -142,6 +144,19 @@ class Recorder:
         while self._keep is not None and len(self.written) > max(self._keep, 1):
             with contextlib.suppress(OSError):  # Somebody else has taken it away.
                 self.written.pop(0).unlink()
+
+    def _begin(self, path: Path) -> None:
+        """Empty the file, unless somebody else records to it: both would be damaged."""
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            return
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ResourceRefused(f"{path}: another process records to it: name another file") from None
+        except OSError:
+            pass  # A file system without locks.
+        os.ftruncate(self._fd, 0)
 
     def _write(self, data: bytes) -> None:
         try:
@@ -175,6 +190,8 @@ class Entry:
     signal: str
     direction: Direction | None
     register: str = ""
+    ignored: bool = False
+    """Whether the proxy that is recorded took it for none of its own."""
 
 
 @attrs.frozen
@@ -225,7 +242,16 @@ class Recording:
             direction = self._senders.get(source)
         else:
             self._senders[source] = direction
-        return Entry(packet.time_ns, name.decode("ascii"), direction)
+        text = name.decode("ascii")
+        # Its comment says why, not what.
+        meant = packet.direction if ours else None
+        ignored = meant is not None and not packet.comment.startswith(_comment(meant, text))
+        return Entry(packet.time_ns, text, direction, ignored=ignored)
+
+
+def _comment(direction: Direction, signal: str) -> str:
+    """How the comment of a notification begins."""
+    return f"{direction.value} {signal}"
 
 
 def _unframed(told: Mapping[str, str]) -> bytes:

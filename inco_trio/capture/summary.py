@@ -84,11 +84,16 @@ class Summary:
     pairs: Sequence[Pair] = ()
     flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
     marks: list[Mark] = attrs.Factory(list)
+    ignored: int = 0
+    """Frames that the proxy ignored; they are left out."""
 
     def take(self, each: Entry | Mark) -> None:
         """Follow one of the recording's, whose time is 0 to TIME_MAX."""
         if isinstance(each, Mark):
             self.marks.append(each)
+            return
+        if each.ignored:
+            self.ignored += 1
             return
         flow = self.flows.get((each.signal, each.direction))
         if flow is None:
@@ -112,6 +117,7 @@ class Summary:
             "to": end / BILLION,
             "signals": [self._flow_numbers(flow, end - begin) for flow in self.flows.values()],
             "pairs": [_pair_numbers(pair) for pair in self.pairs],
+            "ignored": self.ignored,
             "marks": [{"time": mark.time_ns / BILLION, "text": mark.text} for mark in self.marks],
         }
 

@@ -48,7 +48,7 @@ def number_of_seconds(text: str) -> float:
 def positive(text: str) -> int:
     """A whole number above 0, as an option gives it. Raises ArgumentTypeError."""
     if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of {DIGITS_MAX} digits at most")
     return int(text)
 
 

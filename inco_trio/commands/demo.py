@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from inco_trio.commands.configuration import absolute
-from inco_trio.commands.streams import output
+from inco_trio.commands.streams import output, writing
 
 __all__ = ["arguments", "run"]
 
@@ -32,4 +32,22 @@ def run(args: argparse.Namespace) -> int:
     from inco_trio.simulation.demo import run_demo
 
     record = None if args.record is None else absolute(args.record, "--record")
-    return run_demo(args.count, args.rate, output(), with_qemu=args.qemu, record=record)
+    return run_demo(args.count, args.rate, _Output(), with_qemu=args.qemu, record=record)
+
+
+class _Output:
+    """Standard output, with the errors of `streams`."""
+
+    def __init__(self) -> None:
+        self._file = output()
+
+    def write(self, text: str) -> None:
+        with writing():
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with writing():
+            self._file.flush()
+
+    def isatty(self) -> bool:
+        return self._file.isatty()

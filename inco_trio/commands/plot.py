@@ -113,6 +113,8 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
         _follow(recording, summary, path)
         if recording.reader.cut is not None:
             remark(f"{path}: {recording.reader.cut}: what was whole before is drawn")
+    if summary.ignored:
+        remark(f"{path}: {summary.ignored} frames that the proxy ignored are left out")
     for pair in summary.pairs:
         pair.end()
     if not summary.flows and not summary.marks:

@@ -10,7 +10,8 @@ import select
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inco_trio.commands.configuration import positive
@@ -110,7 +111,9 @@ class _Waiting:
             yield None
             return
         try:
-            self._process = subprocess.Popen(["/bin/sh", "-c", self._args.after])
+            # A process group of its own, all of which is ended if the time is over; no terminal stops it for reading.
+            command = ["/bin/sh", "-c", self._args.after]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
             raise ResourceRefused(f"--after: cannot be run: {error}") from error
         end = os.pidfd_open(self._process.pid)
@@ -121,7 +124,8 @@ class _Waiting:
         finally:
             os.close(end)
             if self._process.poll() is None:
-                self._process.terminate()
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, SIGTERM)
                 self._process.wait()
 
     def _wait_for_command(self) -> None:

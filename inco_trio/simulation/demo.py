@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol
 
 import attrs
 
@@ -37,7 +37,7 @@ from inco_trio.simulation.guest import Guest, Wait
 from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets
 from inco_trio.simulation.world import may_make_namespaces, namespaces_refusal, new_user_namespace
 
-__all__ = ["ProxyError", "run_demo"]
+__all__ = ["Output", "ProxyError", "run_demo"]
 
 _DEVICE = "ihub-irq-dev"
 
@@ -67,6 +67,14 @@ _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
 
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
+
+
+class Output(Protocol):
+    """Where a demonstration is shown."""
+
+    def write(self, text: str, /) -> object: ...
+    def flush(self) -> object: ...
+    def isatty(self) -> bool: ...
 
 
 class ProxyError(IncoError):
@@ -342,7 +350,7 @@ class _Applications:
 class _Screen:
     """What a person sees: a line for each signal that changes in place, or, not on a terminal, a line each second."""
 
-    def __init__(self, out: TextIO, traffic: Sequence[_Traffic]) -> None:
+    def __init__(self, out: Output, traffic: Sequence[_Traffic]) -> None:
         self._out = out
         self._traffic = traffic
         self._terminal = out.isatty()
@@ -420,7 +428,7 @@ def _verdict(traffic: Sequence[_Traffic]) -> tuple[str, int]:
     return f"all {sent} {what} arrived, median {median}: the proxy works on this machine", 0
 
 
-def _play(waiter: _Waiter, applications: _Applications, traffic: Sequence[_Traffic], rate: float, out: TextIO) -> None:
+def _play(waiter: _Waiter, applications: _Applications, traffic: Sequence[_Traffic], rate: float, out: Output) -> None:
     screen = _Screen(out, traffic)
     next_send = time.monotonic()
     while not all(one.over for one in traffic):
@@ -450,7 +458,7 @@ def _watch_end(waiter: _Waiter, guest: Guest) -> None:
     waiter.on(guest.fileno(), ended)
 
 
-def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO, record: Path | None) -> int:
+def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: Path | None) -> int:
     with ExitStack() as stack:
         waiter = _Waiter()
         stack.callback(waiter.close)
@@ -492,7 +500,7 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: TextIO, record: P
         return code
 
 
-def _choose(out: TextIO) -> _SetUp:
+def _choose(out: Output) -> _SetUp:
     if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
         raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
     refusal = namespaces_refusal()
@@ -504,7 +512,7 @@ def _choose(out: TextIO) -> _SetUp:
     return namespaces
 
 
-def run_demo(count: int, rate: float, out: TextIO, *, with_qemu: bool = False, record: Path | None = None) -> int:
+def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, record: Path | None = None) -> int:
     """Send `count` notifications of each signal through a real proxy, `rate` a second in all, and show it on `out`.
 
     All of them are recorded to the file `record`, see `capture.recording`.
