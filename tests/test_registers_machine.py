@@ -173,9 +173,12 @@ class Walk(RuleBasedStateMachine):
 
     def forget_unseen(self, gone: str) -> None:
         """What goes from a directory before anybody has looked at that is told by nobody."""
-        known = self.world.registers.directories.by_path
+        watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
-            if path.is_relative_to(self.home / gone) and not known[path.parent].current:
+            directory = watched.by_path[path.parent]
+            # A directory that has come is open at once, and its files are looked at in the step that is due next.
+            seen = directory.current and not (directory in watched._troubled and directory.retry_at <= now)
+            if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
 
     # ------------------------------------------------------------------------------------------- what the registers do
