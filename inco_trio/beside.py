@@ -271,8 +271,10 @@ class Beside:
             self._calls.start_soon(self._run_call, call)
 
     async def _run_call(self, call: _Call[object]) -> None:
-        await call.run()
-        self._here(call.ended.set_result, None)
+        try:
+            await call.run()
+        finally:
+            self._here(call.ended.set_result, None)
 
     def _here(self, function: Callable[..., object], *args: object) -> None:
         """Call it in the loop; one that has been closed is told nothing."""
