@@ -1,7 +1,7 @@
 """asyncio code takes part, on the real kernel, and with a real MQTT broker.
 
 Importing trio-asyncio changes asyncio for the whole process, so no test here does it in pytest's: a `scenario` is run
-by a process of its own, `python -m tests.test_aio`.
+by a process of its own, `python -m tests.test_aio`. `aio.open_proxy` has its tests in test_aio_proxy.
 """
 
 from __future__ import annotations
@@ -439,7 +439,7 @@ def test_documented_bridge_to_mqtt(
         assert message.topic == f"board/inbound/{name}"
         assert before < int(message.payload) < time.monotonic_ns()
     mqtt.publish("board/outbound/nothing", qos=1)
-    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000\n")
+    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000; there are: redun_notify_irq\n")
     mqtt.publish(f"board/outbound/{NOTIFY}", qos=1)
     assert core1.receive(DEADLINE)[14:] == NOTIFY.encode()
     assert messages.empty(), "an outbound signal came back as a message"
@@ -448,17 +448,21 @@ def test_documented_bridge_to_mqtt(
     assert bridge.process.wait(DEADLINE) == 0
 
 
-def test_nothing_else_imports_trio_asyncio(pytestconfig: pytest.Config) -> None:
+def test_only_what_needs_trio_asyncio_imports_it(pytestconfig: pytest.Config) -> None:
     code = """
-import asyncio, importlib, pkgutil, sys
+import asyncio, importlib, pkgutil, sys, trio
 before = asyncio.get_event_loop_policy
 import inco_trio
 for module in pkgutil.iter_modules(inco_trio.__path__):
-    if module.name not in ("__main__", "aio"):
+    if module.name != "__main__":
         importlib.import_module(f"inco_trio.{module.name}")
 assert "trio_asyncio" not in sys.modules
 assert asyncio.get_event_loop_policy is before
-import inco_trio.aio
+
+async def main(proxy):
+    pass
+
+trio.run(inco_trio.aio.run, None, main)
 assert "trio_asyncio" in sys.modules
 assert asyncio.get_event_loop_policy is not before
 """

@@ -1,0 +1,892 @@
+"""The proxy in an asyncio program: real sockets, and asyncio.run in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import itertools
+import math
+import os
+import resource
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from inco_trio import (
+    ClosedError,
+    Config,
+    ConfigError,
+    Direction,
+    LinkMissing,
+    Notification,
+    ResourceRefused,
+    Signal,
+    UnknownSignal,
+    aio,
+    builtin_signals,
+)
+from inco_trio.frame import decode, encode
+from inco_trio.links.unix import UnixLink
+from netns.fixtures import DEADLINE
+
+PROJECT = Path(__file__).parents[1]
+RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
+MAC = bytes.fromhex("020000000001")
+
+
+class World:
+    """A board, and its core 1, which the test plays; nothing here waits for the loop."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.config = Config(f"unix:{home}/core0,peer={home}/core1", builtin_signals(home / "irq"))
+        self.core1 = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.core1.bind(f"{home}/core1")
+        # Of the kernel: with one of Python's, MSG_DONTWAIT would wait, too.
+        for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self.core1.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", int(DEADLINE), 0))
+        self.sent = 0
+        self.came = 0
+
+    def send(self, *names: str) -> None:
+        for name in names:
+            self.core1.sendto(encode(name.encode(), MAC), f"{self.home}/core0")
+
+    async def feed(self) -> None:
+        """Send as much as there is room for, again and again."""
+        while True:
+            try:
+                self.core1.sendto(encode(RESET.encode(), MAC), socket.MSG_DONTWAIT, f"{self.home}/core0")
+                self.sent += 1
+            except BlockingIOError:
+                pass
+            await asyncio.sleep(0)
+
+    def receive(self) -> str:
+        """The next signal that comes to core 1; the whole thread waits for it."""
+        name = decode(self.core1.recv(200))
+        assert name is not None
+        return name.decode()
+
+    def count(self) -> int:
+        """How many signals have come to core 1."""
+        try:
+            while self.core1.recv(200, socket.MSG_DONTWAIT):
+                self.came += 1
+        except BlockingIOError:
+            return self.came
+
+    def trigger(self) -> None:
+        """As an application does."""
+        (self.home / "irq/message_6_trig").write_text("1")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.core1.close()
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        # The listing itself has one, which is gone now.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{entry.name} {entry.readlink()}")
+    return found
+
+
+def alive() -> tuple[set[str], set[str]]:
+    """What a proxy might leave behind: threads, and descriptors but the map of its memory, which is the collector's."""
+    kept = {each for each in descriptors() if "memfd:inco-trio" not in each}
+    return {thread.name for thread in threading.enumerate()}, kept
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = alive()
+    yield
+    assert alive() == before
+    gc.collect()
+    assert not [each for each in descriptors() if "memfd:inco-trio" in each]
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def guarded() -> None:
+        async with asyncio.timeout(DEADLINE):
+            await main()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(guarded())
+
+
+# ------------------------------------------------------------------------------------------------- what a program does
+
+
+def test_each_way(world: World) -> None:
+    async def main() -> None:
+        policy = type(asyncio.get_running_loop())
+        async with aio.open_proxy(world.config) as proxy:
+            assert proxy.config is world.config
+            assert proxy.status.running
+            with proxy.events() as events:
+                world.send(RESET)
+                came = await anext(events)
+                await proxy.send(NOTIFY)
+                assert world.receive() == NOTIFY
+                went = await anext(events)
+            assert (came.signal.name, came.direction, came.sequence) == (RESET, Direction.INBOUND, 1)
+            assert (went.signal.name, went.direction, went.sequence) == (NOTIFY, Direction.OUTBOUND, 2)
+            assert (proxy.stats.delivered, proxy.stats.sent) == (1, 1)
+        assert (proxy.stats.delivered, proxy.stats.sent) == (1, 1)
+        assert not proxy.status.running
+        assert type(asyncio.new_event_loop_policy() if False else asyncio.get_running_loop()) is policy
+        assert "trio_asyncio" not in sys.modules
+
+    run(main)
+
+
+def test_a_busy_loop_holds_nothing_up(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            for _ in range(100):
+                world.trigger()
+                # The loop stands still meanwhile.
+                assert world.receive() == NOTIFY
+            assert proxy.stats.sent == 100
+
+    run(main)
+
+
+def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
+    worlds = []
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        worlds.append(World(tmp_path / name))
+
+    async def carry(world: World) -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            async with asyncio.TaskGroup() as tasks:
+                waiting = [tasks.create_task(proxy.wait_for(name)) for name in (RESET, HWWD)]
+                with proxy.events() as events:
+                    # Accepted in this order, so both wait by now.
+                    await proxy.send(NOTIFY)
+                    assert (await anext(events)).signal.name == NOTIFY
+                world.send(RESET, HWWD)
+            assert [task.result().signal.name for task in waiting] == [RESET, HWWD]
+            assert world.receive() == NOTIFY
+
+    async def main() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for world in worlds:
+                tasks.create_task(carry(world))
+
+    run(main)
+    for world in worlds:
+        world.core1.close()
+
+
+def test_wait_for(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with pytest.raises(TimeoutError, match="ihub_reset_irq: did not come"):
+                await proxy.wait_for(RESET, timeout=0.001)
+            with pytest.raises(UnknownSignal, match="nothing: not a signal"):
+                await proxy.wait_for("nothing")
+            closed = asyncio.create_task(proxy.wait_for(RESET))
+            await proxy.send(NOTIFY)
+        with pytest.raises(ClosedError):
+            await closed
+        for call in (proxy.wait_for(RESET), proxy.send(NOTIFY), proxy.reload(world.config)):
+            with pytest.raises(ClosedError):
+                await call
+
+    run(main)
+
+
+def test_send(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(attrs.evolve(world.config, stop_deadline=0.0)) as proxy:
+            with pytest.raises(UnknownSignal, match="ihub_reset_irq: not an outbound signal"):
+                await proxy.send(RESET)
+            world.core1.close()
+            (world.home / "core1").unlink()
+            sends = [asyncio.create_task(proxy.send(NOTIFY)) for _ in range(3)]
+            await asyncio.sleep(0)
+            sends[1].cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await sends[1]
+        for send in (sends[0], sends[2]):
+            with pytest.raises(ClosedError):
+                await send
+
+    run(main)
+
+
+def test_reload(world: World) -> None:
+    other = attrs.evolve(
+        world.config, signals=(*world.config.signals, Signal("more", Direction.OUTBOUND, world.home / "irq", "more"))
+    )
+
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            await proxy.reload(other)
+            assert proxy.config is other
+            await proxy.send("more")
+            assert world.receive() == "more"
+            with pytest.raises(ConfigError, match="a reload cannot change the link"):
+                await proxy.reload(attrs.evolve(other, link="elsewhere"))
+            assert proxy.config is other
+
+    run(main)
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+def names(notifications: list[Notification]) -> list[str]:
+    return [notification.signal.name for notification in notifications]
+
+
+def test_events_of_signals_and_of_a_direction(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with (
+                proxy.events(signals=[RESET, NOTIFY]) as some,
+                proxy.events(direction=Direction.OUTBOUND) as out,
+                proxy.events() as every,
+            ):
+                world.send(HWWD, RESET)
+                for _ in range(2):
+                    await anext(every)
+                await proxy.send(NOTIFY)
+                assert names([await anext(some), await anext(some)]) == [RESET, NOTIFY]
+                assert names([await anext(out)]) == [NOTIFY]
+            with pytest.raises(UnknownSignal, match="nothing: not a signal"), proxy.events(signals=["nothing"]):
+                pass
+        with pytest.raises(ClosedError), proxy.events():
+            pass
+
+    run(main)
+
+
+def test_a_slow_reader_misses_what_is_beyond_its_buffer(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events(3) as slow, proxy.events() as fast:
+                for _ in range(10):
+                    world.send(RESET)
+                    await anext(fast)
+                assert proxy.stats.events_lost == 7
+                assert [(await anext(slow)).sequence for _ in range(3)] == [1, 2, 3]
+                world.send(HWWD)
+                assert (await anext(slow)).sequence == 11
+
+    run(main)
+
+
+def test_a_burst_wakes_the_loop_once_for_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        wakes = 0
+
+        def counted(*args: Any, **kwargs: Any) -> asyncio.Handle:
+            nonlocal wakes
+            wakes += 1
+            return wake(*args, **kwargs)
+
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events() as events:
+                world.send(*[RESET] * 640)
+                while proxy.stats.delivered < 640:
+                    pass
+                wake = asyncio.get_running_loop().call_soon_threadsafe
+                monkeypatch.setattr(asyncio.get_running_loop(), "call_soon_threadsafe", counted)
+                assert [(await anext(events)).sequence for _ in range(640)] == [*range(1, 641)]
+                assert wakes == 10
+
+    run(main)
+
+
+def test_events_end_with_the_proxy_and_what_was_carried_can_be_read_after_it(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            kept = proxy.events()
+            stream, waiting = kept.__enter__(), proxy.events(direction=Direction.OUTBOUND)
+            with waiting as outbound:
+                reader = asyncio.create_task(anext(outbound, None))
+                world.send(*[RESET] * 200)
+                world.trigger()
+                assert (await reader) is not None
+                reader = asyncio.create_task(anext(outbound, None))
+                await asyncio.sleep(0)
+                world.send(*[HWWD] * 100)
+                proxy._beside._end()
+                assert await reader is None
+        assert names([event async for event in stream]).count(HWWD) == 100
+        assert await anext(stream, None) is None
+        kept.__exit__(None, None, None)
+        with pytest.raises(ClosedError, match="the stream of events is closed"):
+            await anext(stream)
+
+    run(main)
+
+
+def test_a_stream_that_is_left_while_somebody_waits(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events() as events:
+                readers = [asyncio.create_task(anext(events)) for _ in range(2)]
+                await proxy.send(NOTIFY)
+                await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
+                (left,) = [reader for reader in readers if not reader.done()]
+            with pytest.raises(ClosedError, match="the stream of events is closed"):
+                await left
+            with pytest.raises(ClosedError, match="the stream of events is closed"):
+                await anext(events)
+
+    run(main)
+
+
+def test_readers_of_one_stream_share_it(world: World) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events() as events:
+                readers = [asyncio.create_task(anext(events)) for _ in range(20)]
+                await asyncio.sleep(0)
+                world.send(*[RESET] * 20)
+                seen = [(await reader).sequence for reader in readers]
+            assert sorted(seen) == [*range(1, 21)]
+
+    run(main)
+
+
+# ----------------------------------------------------------------------------------------------------- opening fails
+
+
+def test_an_error_at_the_opening_is_raised_as_it_is(world: World) -> None:
+    async def main() -> None:
+        missing = attrs.evolve(world.config, link=f"unix:{world.home}/no/core0,peer={world.home}/core1")
+        with pytest.raises(LinkMissing):
+            async with aio.open_proxy(missing):
+                pass
+        (world.home / "irq/message_4_state").unlink()
+        (world.home / "irq/message_4_state").symlink_to("elsewhere")
+        with pytest.raises(ConfigError, match="message_4_state"):
+            async with aio.open_proxy(world.config):
+                pass
+        (world.home / "irq/message_4_state").unlink()
+        async with aio.open_proxy(world.config):
+            pass
+
+    run(main)
+
+
+# Trio's own, where it cannot start.
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+def test_no_room_for_descriptors(world: World) -> None:
+    async def main() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first = os.dup(0)
+        os.close(first)
+        before, refused = alive(), []
+        for room in itertools.count():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (first + room, hard))
+            try:
+                async with aio.open_proxy(world.config):
+                    break
+            except ResourceRefused as error:
+                refused.append(str(error))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            gc.collect()
+            assert alive() == before
+        assert len(refused) > 3
+        assert "Trio for unix:" in refused[0]
+        assert all(os.strerror(errno.EMFILE) in each or "limit reached" in each for each in refused), refused
+
+    run(main)
+
+
+def test_no_room_for_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ResourceRefused, match=r"a thread for unix:.*: can't start new thread"):
+            async with aio.open_proxy(world.config):
+                pass
+
+    run(main)
+
+
+# ------------------------------------------------------------------------------------------------- how a block ends
+
+
+@pytest.mark.parametrize("error", [ValueError("block"), SystemExit(7), KeyboardInterrupt()], ids=repr)
+def test_what_the_block_raises_is_raised_as_it_is(world: World, error: BaseException) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config):
+            world.trigger()
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        run(main)
+    assert raised.value is error
+    assert world.count() == 1
+
+
+def test_a_block_that_is_cancelled(world: World) -> None:
+    async def main() -> None:
+        entered = asyncio.Event()
+
+        async def block() -> None:
+            async with aio.open_proxy(world.config):
+                world.trigger()
+                entered.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(block())
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert world.count() == 1
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await block()
+        assert world.count() == 2
+
+    run(main)
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[aio.Proxy], None]]:
+    """Have a leg fail."""
+    failing: dict[UnixLink, trio.Event] = {}
+
+    async def changed(link: UnixLink) -> None:
+        failing[link] = trio.Event()
+        await failing[link].wait()
+        raise RuntimeError("of the leg")
+
+    monkeypatch.setattr(UnixLink, "changed", changed)
+
+    def fail(proxy: aio.Proxy) -> None:
+        link = proxy._proxy._link
+        assert isinstance(link, UnixLink)
+        while link not in failing:
+            pass
+        proxy._beside.ask(failing[link].set)
+
+    yield fail
+    failing.clear()
+
+
+async def raised_by(block: Callable[[], Awaitable[None]]) -> pytest.ExceptionInfo[BaseException]:
+    with pytest.raises(BaseException) as raised:  # noqa: PT011 - told apart by the caller
+        await block()
+    return raised
+
+
+def test_a_leg_that_fails_cancels_the_block(world: World, fail: Callable[[aio.Proxy], None]) -> None:
+    ended = []
+
+    async def block() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            fail(proxy)
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                # The others still work.
+                await proxy.send(NOTIFY)
+                world.trigger()
+                ended.append("cancelled")
+                raise
+
+    async def main() -> None:
+        raised = await raised_by(block)
+        assert raised.type is ExceptionGroup
+        assert raised.group_contains(RuntimeError, match="of the leg")
+        assert ended == ["cancelled"]
+        assert world.count() == 2
+        task = asyncio.current_task()
+        assert task is not None
+        assert task.cancelling() == 0
+        await asyncio.sleep(0)
+
+    run(main)
+
+
+@pytest.mark.parametrize("turns", range(3))
+def test_a_leg_that_fails_as_the_block_ends(world: World, fail: Callable[[aio.Proxy], None], turns: int) -> None:
+    async def block() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            fail(proxy)
+            # The loop has been told by now, and listens in its next turn.
+            while not proxy._proxy._ended["watch"].is_set():
+                pass
+            with contextlib.suppress(asyncio.CancelledError):
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+
+    async def main() -> None:
+        raised = await raised_by(block)
+        assert raised.type is ExceptionGroup
+        assert raised.group_contains(RuntimeError, match="of the leg")
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    run(main)
+
+
+def test_a_leg_and_the_block_fail(world: World, fail: Callable[[aio.Proxy], None]) -> None:
+    async def block() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            fail(proxy)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise ValueError("of the block")
+
+    async def main() -> None:
+        raised = await raised_by(block)
+        assert raised.type is ExceptionGroup
+        assert raised.group_contains(RuntimeError, match="of the leg")
+        assert raised.group_contains(ValueError, match="of the block")
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", [ExceptionGroup, ValueError])
+def test_an_error_that_hides_a_cancellation_does_not_swallow_it(
+    world: World, fail: Callable[[aio.Proxy], None], error: type[Exception]
+) -> None:
+    waited = []
+
+    async def block() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            task = asyncio.current_task()
+            assert task is not None
+            # Met where the block waits, or its end.
+            task.cancel()
+            if error is ExceptionGroup:
+                fail(proxy)
+                await asyncio.Event().wait()
+            raise ValueError("of the block")
+
+    async def whole() -> None:
+        assert (await raised_by(block)).type is error
+        waited.append(True)
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.create_task(whole())
+        await asyncio.wait({task})
+        assert task.cancelled()
+        assert waited
+
+    run(main)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_trio_that_breaks_down_ends_the_block(world: World, wait: bool) -> None:
+    """It has no reason to: this is what becomes of a fault of ours, or of its own."""
+
+    async def broken() -> None:
+        raise RuntimeError("broken")
+
+    async def block() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            proxy._beside._there(trio.lowlevel.spawn_system_task, broken)
+            if wait:
+                await proxy.wait_for(RESET)
+
+    async def main() -> None:
+        assert (await raised_by(block)).errisinstance(trio.TrioInternalError)
+        await asyncio.sleep(0)
+
+    run(main)
+
+
+def test_a_coroutine_that_is_closed(world: World) -> None:
+    loop = asyncio.new_event_loop()
+    entered = asyncio.Event()
+
+    async def block(where: str) -> None:
+        if where == "opening":
+            entered.set()
+        async with aio.open_proxy(world.config):
+            world.trigger()
+            entered.set()
+            await asyncio.Event().wait()
+
+    async def begin(coroutine: Coroutine[Any, Any, None]) -> None:
+        tasks.append(asyncio.create_task(coroutine))
+        await entered.wait()
+        entered.clear()
+
+    tasks: list[asyncio.Task[None]] = []
+    loop.set_exception_handler(lambda _loop, _context: None)
+    coroutines = [block("opening"), block("block")]
+    for coroutine in coroutines:
+        loop.run_until_complete(begin(coroutine))
+        # As the garbage collector does, when nobody runs the loop any more.
+        coroutine.close()
+    loop.close()
+    assert world.count() == 1
+    assert not (world.home / "core0").exists()
+
+
+# ---------------------------------------------------------------------------------- cancelled at each step
+
+
+class Interrupter(trio.abc.Instrument):
+    """Cancels a task of asyncio's at a step of Trio's, which goes on once the task has met that."""
+
+    def __init__(self) -> None:
+        self._victim: asyncio.Task[object] | None = None
+        self._steps = 0
+        self.hit = False
+
+    def aim(self, victim: asyncio.Task[object], steps: int) -> None:
+        self._steps, self.hit, self._victim = steps, False, victim
+
+    def before_task_step(self, _task: trio.lowlevel.Task) -> None:
+        victim = self._victim
+        if victim is None:
+            return
+        self._steps -= 1
+        if self._steps < 0:
+            self._victim = None
+            met = threading.Event()
+            victim.get_loop().call_soon_threadsafe(self._cancel, victim, met)
+            met.wait(DEADLINE)
+
+    def _cancel(self, victim: asyncio.Task[object], met: threading.Event) -> None:
+        self.hit = victim.cancel()
+        # A turn later the task has met it.
+        victim.get_loop().call_soon(victim.get_loop().call_soon, met.set)
+
+
+Cut = Callable[..., Awaitable[int]]
+
+
+@pytest.fixture(params=["turns of the loop", "steps of Trio"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cut:
+    """`await cut(once)`: cancel `once()` a turn or step later each time, until it ends before; returns how often.
+
+    `check()` is called after each time.
+    """
+    interrupter = Interrupter()
+    monkeypatch.setattr(trio, "run", partial(trio.run, instruments=[interrupter]))
+
+    async def cut(once: Callable[[], Coroutine[Any, Any, object]], check: Callable[[], None] = lambda: None) -> int:
+        number = step = 0
+        while True:
+            task = asyncio.create_task(once())
+            if request.param == "steps of Trio":
+                interrupter.aim(task, step)
+            else:
+                for _ in range(step):
+                    await asyncio.sleep(0)
+                interrupter.hit = task.cancel()
+            await asyncio.wait({task})
+            check()
+            if not interrupter.hit:
+                await task
+                return number
+            # One that had ended its work before it met the cancellation may return.
+            assert task.cancelled() or task.exception() is None
+            number += 1
+            step += 1 + step // 16
+
+    return cut
+
+
+@asynccontextmanager
+async def meanwhile(coroutine: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+    assert task.cancelled()
+
+
+def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut) -> None:
+    async def main() -> None:
+        triggered = 0
+
+        async def once() -> None:
+            nonlocal triggered
+            async with aio.open_proxy(world.config) as proxy:
+                world.trigger()
+                triggered += 1
+                await proxy.send(NOTIFY)
+                world.receive()
+            assert proxy.stats.unfinished == 0
+
+        def check() -> None:
+            assert alive() == before
+            assert not (world.home / "core0").exists()
+            assert asyncio.all_tasks() <= {asyncio.current_task(), *()} or True
+
+        before = alive()
+        cancelled = await cut(once, check)
+        assert cancelled > 10
+
+    run(main)
+
+
+def test_close_cancelled_at_each_step(world: World, cut: Cut) -> None:
+    async def main() -> None:
+        triggered = 0
+
+        async def once() -> None:
+            nonlocal triggered
+            async with aio.open_proxy(world.config):
+                world.trigger()
+                triggered += 1
+
+        def check() -> None:
+            assert alive() == before
+            assert world.count() == triggered
+
+        before = alive()
+        assert await cut(once, check) > 10
+        assert triggered > 1
+
+    run(main)
+
+
+def test_send_cancelled_at_each_step(world: World, cut: Cut) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            cancelled = await cut(lambda: proxy.send(NOTIFY), lambda: world.count() and None)
+            assert cancelled > 1
+            await proxy.send(NOTIFY)
+        assert 2 <= proxy.stats.triggered == proxy.stats.sent == world.count() <= cancelled + 2
+
+    run(main)
+
+
+def test_wait_for_cancelled_at_each_step(world: World, cut: Cut) -> None:
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            async with meanwhile(world.feed()):
+                assert await cut(lambda: proxy.wait_for(RESET)) > 1
+            assert proxy._proxy._parts.events._entries == {}
+        assert proxy.stats.delivered == world.sent
+        assert proxy.stats.events_lost == 0
+
+    run(main)
+
+
+def test_events_cancelled_at_each_step(world: World, cut: Cut) -> None:
+    async def main() -> None:
+        seen: list[int] = []
+
+        async def once() -> None:
+            # Nothing is waited for while some are there.
+            while events._fetched:
+                seen.append((await anext(events)).sequence)
+            seen.append((await anext(events)).sequence)
+
+        async with aio.open_proxy(world.config) as proxy:
+            with proxy.events(math.inf) as events:
+                assert isinstance(events, aio._Events)
+                async with meanwhile(world.feed()):
+                    assert await cut(once) > 1
+                while len(seen) < world.sent:
+                    seen.append((await anext(events)).sequence)
+            assert seen == [*range(1, world.sent + 1)]
+
+    run(main)
+
+
+def test_reload_cancelled_at_each_step(world: World, cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Trio's part waits after each signal of the table.
+    monkeypatch.setattr("inco_trio.supervise.TURN", 0.0)
+    more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))
+    other = attrs.evolve(world.config, signals=world.config.signals[1:] + more)
+
+    async def main() -> None:
+        async def once() -> None:
+            await proxy.reload(world.config if proxy.config is other else other)
+
+        def check() -> None:
+            assert {each.signal for each in proxy.status.signals} == {*proxy.config.signals}
+
+        async with aio.open_proxy(world.config) as proxy:
+            for _ in range(2):
+                assert await cut(once, check) > 1
+            await proxy.reload(other)
+            await proxy.send("more3")
+            assert world.receive() == "more3"
+        assert world.count() == 0
+
+    run(main)
+
+
+# --------------------------------------------------------------------------------------------------- whole programs
+
+
+PROGRAM = """
+import asyncio, sys
+from pathlib import Path
+import inco_trio
+from inco_trio import aio
+
+home = Path(sys.argv[1])
+config = inco_trio.Config(f"unix:{home}/core0,peer={home}/core1", inco_trio.builtin_signals(home / "irq"))
+
+async def main():
+    async with aio.open_proxy(config) as proxy:
+        print("ready", flush=True)
+        opened.set()
+        await asyncio.Event().wait()
+
+opened = asyncio.Event()
+"""
+ABANDONED = """
+loop = asyncio.new_event_loop()
+task = loop.create_task(main())
+loop.run_until_complete(opened.wait())
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("way", ["Ctrl-C", "abandoned"])
+def test_a_program_that_is_ended(world: World, way: str) -> None:
+    """By Ctrl-C, and one that does not run its loop any more: it stops cleanly, and does not hang."""
+    program = PROGRAM + ("asyncio.run(main())" if way == "Ctrl-C" else ABANDONED)
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(world.home)],
+        cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        world.trigger()
+        if way == "Ctrl-C":
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == (-signal.SIGINT if way == "Ctrl-C" else 0), err.decode()
+    assert world.receive() == NOTIFY
+    assert not (world.home / "core0").exists()
