@@ -13,6 +13,7 @@ import queue
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -412,6 +413,20 @@ def test_documented_callback(
     say.wait_said(b"inbound ihub_reset_irq\n")
     (irq_dir / "message_6_trig").write_text("1")
     say.wait_said(b"outbound redun_notify_irq\n")
+
+
+@pytest.mark.netns
+def test_documented_program_of_asyncio(
+    pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
+) -> None:
+    command = python(pytestconfig.getini("filterwarnings"))
+    answer = start(*command, documented("answer.py", tmp_path), cores.link, irq_dir)
+    answer.wait_said(b"ready\n")
+    core1.send(RESET)
+    assert core1.receive(DEADLINE)[14:] == NOTIFY.encode()
+    answer.wait_said(b"answered 1\n")
+    answer.process.send_signal(signal.SIGINT)
+    assert answer.process.wait(DEADLINE) == -signal.SIGINT
 
 
 @pytest.mark.netns

@@ -85,7 +85,8 @@ class World:
     def count(self) -> int:
         """How many signals have come to core 1."""
         try:
-            while self.core1.recv(200, socket.MSG_DONTWAIT):
+            while True:
+                self.core1.recv(200, socket.MSG_DONTWAIT)
                 self.came += 1
         except BlockingIOError:
             return self.came
@@ -350,7 +351,7 @@ def test_a_stream_that_is_left_while_somebody_waits(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events() as events:
-                readers = [asyncio.create_task(anext(events)) for _ in range(2)]
+                readers = [asyncio.ensure_future(anext(events)) for _ in range(2)]
                 await proxy.send(NOTIFY)
                 await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
                 (left,) = [reader for reader in readers if not reader.done()]
@@ -366,7 +367,7 @@ def test_readers_of_one_stream_share_it(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events() as events:
-                readers = [asyncio.create_task(anext(events)) for _ in range(20)]
+                readers = [asyncio.ensure_future(anext(events)) for _ in range(20)]
                 await asyncio.sleep(0)
                 world.send(*[RESET] * 20)
                 seen = [(await reader).sequence for reader in readers]
@@ -676,7 +677,9 @@ class Interrupter(trio.abc.Instrument):
             self._victim = None
             met = threading.Event()
             victim.get_loop().call_soon_threadsafe(self._cancel, victim, met)
-            met.wait(DEADLINE)
+            # One that has ended leaves a loop that may be waiting for this very thread.
+            while not (victim.done() or met.wait(0.01)):
+                pass
 
     def _cancel(self, victim: asyncio.Task[object], met: threading.Event) -> None:
         self.hit = victim.cancel()
@@ -740,17 +743,15 @@ def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut) -> None:
                 world.trigger()
                 triggered += 1
                 await proxy.send(NOTIFY)
-                world.receive()
-            assert proxy.stats.unfinished == 0
 
         def check() -> None:
             assert alive() == before
             assert not (world.home / "core0").exists()
-            assert asyncio.all_tasks() <= {asyncio.current_task(), *()} or True
+            # What it sends itself is cancelled at times, or sent in spite of that.
+            assert triggered <= world.count() <= 2 * triggered
 
         before = alive()
-        cancelled = await cut(once, check)
-        assert cancelled > 10
+        assert await cut(once, check) > 10
 
     run(main)
 
@@ -805,13 +806,13 @@ def test_events_cancelled_at_each_step(world: World, cut: Cut) -> None:
 
         async def once() -> None:
             # Nothing is waited for while some are there.
+            assert isinstance(events, aio._Events)
             while events._fetched:
                 seen.append((await anext(events)).sequence)
             seen.append((await anext(events)).sequence)
 
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events(math.inf) as events:
-                assert isinstance(events, aio._Events)
                 async with meanwhile(world.feed()):
                     assert await cut(once) > 1
                 while len(seen) < world.sent:

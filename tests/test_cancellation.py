@@ -190,16 +190,20 @@ def test_several_proxies_and_tasks_that_end_with_them_or_outlive_them(tmp_path: 
             Config(f"unix:{tmp_path}/{name}0,peer={tmp_path}/{name}1", builtin_signals(tmp_path / name))
             for name in "ab"
         ]
-        async with trio.open_nursery() as outer:
-            async with open_proxy(configs[0]) as a, open_proxy(configs[1]) as b, trio.open_nursery() as inner:
-                await outer.start(follow, a)
-                await inner.start(follow, b)
-                async with Core1(f"unix:{tmp_path}/a1,peer={tmp_path}/a0") as core1:
-                    with a.events() as events:
-                        await core1.send(RESET)
-                        await events.receive()
-                inner.cancel_scope.cancel()
-            assert told == ["carried"], "the one inside was cancelled before its proxy closed"
+        async with (
+            trio.open_nursery() as outer,
+            open_proxy(configs[0]) as a,
+            open_proxy(configs[1]) as b,
+            trio.open_nursery() as inner,
+        ):
+            await outer.start(follow, a)
+            await inner.start(follow, b)
+            async with Core1(f"unix:{tmp_path}/a1,peer={tmp_path}/a0") as core1:
+                with a.events() as events:
+                    await core1.send(RESET)
+                    await events.receive()
+            inner.cancel_scope.cancel()
+        # The one inside was cancelled before its proxy closed.
         assert told == ["carried", "the proxy closed"]
 
     trio.run(main)

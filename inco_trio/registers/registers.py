@@ -60,7 +60,7 @@ class Registers:
         """Take another table, in steps: what is in both is left untouched, and nothing new makes a notification.
 
         All that is new is opened first; if that is refused, IncoError is raised and nothing is changed. Then all is
-        exchanged at one instant, and then what is not needed any more is closed.
+        exchanged at one instant, the last step; what is not needed any more is left to `_drop_unneeded`.
         """
         directories: list[Directory] = []
         triggers: list[Trigger] = []
@@ -104,11 +104,12 @@ class Registers:
         self.states.take(files)
         self.table = table
 
+    def _drop_unneeded(self) -> Generator[None, None, None]:
         for trigger in tuple(self.triggers.by_path.values()):
-            if trigger not in signals:
+            if trigger.signal is None:
                 self.triggers.drop(trigger)
                 yield
-        needed = {signal.directory for signal in table}
+        needed = {signal.directory for signal in self.table}
         for path, directory in tuple(self.directories.by_path.items()):
             if path not in needed:
                 self.directories.drop(directory)
@@ -128,6 +129,9 @@ class Registers:
     async def reload(self, table: SignalTable) -> None:
         """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""
         await in_turns(self.exchange(table))
+        # Whoever cancels that now finds the new table whole.
+        with trio.CancelScope(shield=True):
+            await in_turns(self._drop_unneeded())
         self.directories.forget_noted(self.triggers.keys())
         for directory in self.directories.by_path.values():
             self.directories.look(directory, make=True)
