@@ -444,6 +444,26 @@ def test_core1_waits_for_the_command_too(tmp_path: Path) -> None:
         assert (waiting.wait(DEADLINE), waiting.stderr and waiting.stderr.read()) == (0, "")
 
 
+def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+    link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0:
+        core0.bind(f"{tmp_path}/core0")
+        core0.settimeout(DEADLINE)
+        waiting = started("wait", "a_irq", "--as", "core1", link, "--send", "b_irq", "--timeout", str(DEADLINE))
+        assert decode(core0.recv(2000)) == b"b_irq"
+        core0.sendto(encode(b"a_irq", MAC), f"{tmp_path}/core1")
+        out, _ = waiting.communicate(timeout=DEADLINE)
+    assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
+    assert error(run("wait", "a_irq", "--as", "core1", link, "--send", "b_irq")) == (
+        69,
+        f"{tmp_path}/core1: takes no frames now: nobody is at {tmp_path}/core0 (Connection refused)",
+    )
+    assert error(run("wait", "a_irq", "--send", "b_irq")) == (
+        2,
+        "--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'",
+    )
+
+
 def test_core1_waits_in_vain(tmp_path: Path) -> None:
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
     done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")

@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -136,6 +136,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using wait' -l as -xka "core1" -d 'as
 complete -c inco-trio -n '_shtab_inco_trio_using wait' -l count -x -d 'so many (default: 1)'
 complete -c inco-trio -n '_shtab_inco_trio_using wait' -l timeout -x -d 'end with 1 after so many seconds (default: never)'
 complete -c inco-trio -n '_shtab_inco_trio_using wait' -l after -xka "(__fish_complete_command)" -d 'run this in a shell once listening; if it fails, so does `wait`'
+complete -c inco-trio -n '_shtab_inco_trio_using wait' -l send -x -d 'as core 1: send this once listening, on the same link'
 complete -c inco-trio -n '_shtab_inco_trio_using wait' -l json -d 'a line of JSON for each notification'
 complete -c inco-trio -n '_shtab_inco_trio_using wait' -s q -l quiet -d 'print nothing but errors'
 complete -c inco-trio -n '_shtab_inco_trio_using wait; and test $_shtab_inco_trio_npos -eq 0' -ka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'the wire name'

@@ -29,7 +29,7 @@ from inco_trio.commands.signalling import (
     signals_of,
 )
 from inco_trio.commands.streams import flush, remark, say
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceRefused, UsageError
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -55,6 +55,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--after", metavar="COMMAND", help="run this in a shell once listening; if it fails, so does `wait`"
     )
+    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this once listening, on the same link")
     sub.add_argument("--json", action="store_true", help="a line of JSON for each notification")
     sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
 
@@ -62,6 +63,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Wait; returns 0 when it came, 1 when not, or the exit code of the command that failed. Raises IncoError."""
     check_ways(args)
+    if args.send is not None and args.core1 is None:
+        raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = link_of(args)
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         import trio
 
         with alone():
-            trio.run(_hear_frames, link, waiting)
+            trio.run(_hear_frames, link, waiting, args.send)
     elif is_application(args):
         signal = register_of(args, "inbound", "received by core 0", "core 1 receives it (--as core1 LINK)")
         with _Register(signal) as register:
@@ -320,7 +323,7 @@ def _notification(signal: str, direction: str, register: str | None) -> dict[str
 # --------------------------------------------------------------------------------------------------------- as core 1
 
 
-async def _hear_frames(link: str, waiting: _Waiting) -> None:
+async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
     import trio
 
     from inco_trio.core1 import Core1
@@ -337,6 +340,8 @@ async def _hear_frames(link: str, waiting: _Waiting) -> None:
             async with trio.open_nursery() as nursery:
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)
+                if send is not None:
+                    nursery.start_soon(core1.send, send)
                 async for arrival in core1:
                     if arrival.name == waiting.signal and waiting.came(_notification(arrival.name, "outbound", None)):
                         break

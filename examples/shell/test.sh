@@ -1,0 +1,21 @@
+#!/bin/sh
+# Test answer.sh beside a real proxy: `inco-trio send` and `wait` are core 1. Needs no privilege.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+home=$(mktemp -d)
+core0="unix:$home/core0,peer=$home/core1" core1="unix:$home/core1,peer=$home/core0"
+trap 'kill $proxy; kill -- -$answer; wait; cat "$home/log"; rm -r "$home"' EXIT
+
+inco-trio run "$core0" --irq-dir "$home/irq" --control none 2> "$home/log" &
+proxy=$!
+until [ -e "$home/irq/message_6_trig" ]; do sleep 0.1; done
+# A session of its own, so that all of it is ended.
+setsid "$here/answer.sh" "$home/irq" > "$home/said" &
+answer=$!
+until [ -s "$home/said" ]; do sleep 0.1; done
+
+for try in 1 2 3; do
+    echo "watchdog $try"
+    inco-trio wait redun_notify_irq --as core1 "$core1" --send ihub_hwwd_irq --timeout 10
+done
+echo "answer.sh works"
