@@ -61,13 +61,17 @@ def test_metadata(tmp_path: Path) -> None:
 import json, importlib.metadata
 wheel = importlib.metadata.distribution("inco-trio")
 found = {key: wheel.metadata.get_all(key) for key in ("License-Expression", "License-File", "Requires-Python")}
-print(json.dumps({**found, "scripts": {entry.name: entry.value for entry in wheel.entry_points}}))
+points = {entry.group: {} for entry in wheel.entry_points}
+for entry in wheel.entry_points:
+    points[entry.group][entry.name] = entry.value
+print(json.dumps({**found, **points}))
 """
     assert json.loads(run(tmp_path, PYTHON, "-c", code)) == {
         "License-Expression": ["MIT"],
         "License-File": ["LICENSE"],
         "Requires-Python": [">=3.11"],
-        "scripts": {"inco-trio": "inco_trio.commands:main", "inco_proxy": "inco_trio.commands:inco_proxy"},
+        "console_scripts": {"inco-trio": "inco_trio.commands:main", "inco_proxy": "inco_trio.commands:inco_proxy"},
+        "pytest11": {"inco_trio": "inco_trio.testing.plugin"},
     }
 
 
