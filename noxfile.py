@@ -24,6 +24,7 @@ DEBIAN_PACKAGES = {
     "fish": ("fish",),
     "ip": ("iproute2",),
     "man": ("man-db",),
+    "make": ("make",),
     "mandoc": ("mandoc",),
     "mosquitto": ("mosquitto",),
     "qemu-system-riscv64": ("qemu-system-misc",),
@@ -167,6 +168,22 @@ def wheel(session: nox.Session) -> None:
     session.run(
         *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *session.posargs),
         env={"INCO_TRIO_WHEEL_PYTHON": python, "INCO_TRIO_WHEEL_DIST": str(work / "dist")},
+    )
+
+
+@nox.session
+@nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
+def examples(session: nox.Session) -> None:
+    """The example projects, from the built wheel, each in an environment of its own; and each with a fault in it."""
+    need_programs(session)
+    session.install(*nox.project.dependency_groups(PROJECT, "examples"))
+    work = Path(session.virtualenv.location).resolve() / "work"
+    shutil.rmtree(work / "dist", ignore_errors=True)
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(work / "dist"))
+    (wheel,) = (work / "dist").iterdir()
+    session.run(
+        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *session.posargs),
+        env={"INCO_TRIO_WHEEL": str(wheel), "INCO_TRIO_ENVIRONMENTS": str(work / "environments")},
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from inco_trio.testing import Board, Guest
 
 HERE = Path(__file__).parent

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from inco_trio import read_board
 from inotify_simple import INotify, flags
+
+from inco_trio import read_board
 
 
 async def stop(service: trio.Process) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from inco_trio.testing import Board
 
 GUARD = Path(__file__).with_name("guard.py")

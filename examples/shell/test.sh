@@ -16,6 +16,6 @@ until [ -s "$home/said" ]; do sleep 0.1; done
 
 for try in 1 2 3; do
     echo "watchdog $try"
-    inco-trio wait redun_notify_irq --as core1 "$core1" --send ihub_hwwd_irq --timeout 10
+    inco-trio wait redun_notify_irq --as core1 "$core1" --send ihub_hwwd_irq --timeout 5
 done
 echo "answer.sh works"

@@ -1,0 +1,64 @@
+"""Guard a service of core 0: python guard.py COMMAND [ARGUMENT ...]
+
+ihub_hwwd_irq: core 1 has missed the service, which is started again.
+ihub_reset_irq: core 1 is going to reset the board; the service is stopped, and the guard ends.
+Both are answered by redun_notify_irq when it is done. UDRV_JSON_PATH names the board's file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import trio
+from inotify_simple import INotify, flags
+
+from inco_trio import read_board
+
+
+async def stop(service: trio.Process) -> None:
+    """End the service, at last by force."""
+    with trio.move_on_after(5):
+        service.terminate()
+        await service.wait()
+    service.kill()
+    await service.wait()
+
+
+async def guard(command: list[str], board: Path) -> None:
+    """Run the command until core 1 resets the board."""
+    signals = {signal.name: signal for signal in read_board(board).signals}
+    answer = signals["redun_notify_irq"].path
+    with INotify() as inotify:
+        interrupts = {}
+        for name in ("ihub_hwwd_irq", "ihub_reset_irq"):
+            watch = inotify.add_watch(signals[name].directory, flags.CLOSE_WRITE)
+            interrupts[watch, signals[name].register] = name
+        async with trio.open_nursery() as nursery:
+
+            async def start() -> trio.Process:
+                service: trio.Process = await nursery.start(partial(trio.run_process, command, check=False))
+                print(f"{command[0]} runs as process {service.pid}", flush=True)
+                return service
+
+            service = await start()
+            while True:
+                await trio.lowlevel.wait_readable(inotify)
+                for event in inotify.read(timeout=0):
+                    name = interrupts.get((event.wd, event.name), "")
+                    if name:
+                        await stop(service)
+                    if name == "ihub_hwwd_irq":
+                        service = await start()
+                    if name:
+                        answer.write_text("1")
+                    if name == "ihub_reset_irq":
+                        return
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or "UDRV_JSON_PATH" not in os.environ:
+        sys.exit(__doc__)
+    trio.run(guard, sys.argv[1:], Path(os.environ["UDRV_JSON_PATH"]))

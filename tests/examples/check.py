@@ -1,0 +1,109 @@
+"""The example projects, each in an environment of its own that has the built wheel; run by `nox -s examples`.
+
+Its tests pass as it is, and fail with a fault in the program that they test, naming the signal that is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WHEEL = Path(os.environ["INCO_TRIO_WHEEL"])
+ENVIRONMENTS = Path(os.environ["INCO_TRIO_ENVIRONMENTS"])
+PYTEST = ("pytest", "-x", "-p", "no:cacheprovider")
+DEADLINE = 150
+
+
+@attrs.frozen
+class Fault:
+    """A line of a program, and a wrong one in its place."""
+
+    file: str
+    right: str
+    wrong: str
+    missing: str
+    """The signal that does not come any more."""
+
+
+FAULTS = {
+    "guard": Fault("guard.py", 'answer.write_text("1")', "answer.read_text()", "redun_notify_irq"),
+    "firmware": Fault("watchdog.c", "link_send(signal);", "(void)signal;", "ihub_hwwd_irq"),
+    "shell": Fault("answer.sh", 'echo 1 > "$1/message_6_trig"', ":", "redun_notify_irq"),
+}
+COMMANDS = {"shell": ("./test.sh",)}
+
+
+@pytest.fixture(scope="session", params=sorted(FAULTS))
+def example(request: pytest.FixtureRequest) -> str:
+    """Its environment is made with it."""
+    name: str = request.param
+    environment = ENVIRONMENTS / name
+    if not environment.exists():
+        subprocess.run([sys.executable, "-m", "virtualenv", "--quiet", environment], check=True)
+    pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--force-reinstall", "--no-deps", str(WHEEL)], check=True)
+    project = EXAMPLES / name / "pyproject.toml"
+    needs = [f"{WHEEL}[testing]"]
+    if project.exists():
+        needs += ["--group", f"{project}:test"]
+        if "[project]" in project.read_text():
+            needs.append(str(project.parent))
+    subprocess.run([*pip, *needs], check=True)
+    return name
+
+
+def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the tests of a copy of the example."""
+    home = tmp_path / name
+    shutil.copytree(EXAMPLES / name, home)
+    if fault is not None:
+        text = (home / fault.file).read_text()
+        assert text.count(fault.right) == 1
+        (home / fault.file).write_text(text.replace(fault.right, fault.wrong))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COVERAGE"))}
+    return subprocess.run(
+        COMMANDS.get(name, PYTEST),
+        cwd=home,
+        env={**environment, "PATH": f"{ENVIRONMENTS / name / 'bin'}:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def test_an_example_passes(example: str, tmp_path: Path) -> None:
+    done = run(example, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" not in done.stdout
+
+
+def test_a_fault_in_it_is_named(example: str, tmp_path: Path) -> None:
+    fault = FAULTS[example]
+    done = run(example, tmp_path, fault)
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = (done.stdout + done.stderr).splitlines()
+    assert [line for line in said if fault.missing in line and ("did not come" in line or "0 of 1 came" in line)], said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vendor.github-workflows", ".github/workflows/test.yml"),
+        ("vendor.gitlab-ci", "--data-transform", "gitlab-ci", ".gitlab-ci.yml"),
+    ],
+    ids=["github", "gitlab"],
+)
+def test_the_jobs_are_well_formed(words: tuple[str, ...]) -> None:
+    schema, *rest = words
+    command = ["check-jsonschema", "--builtin-schema", schema, *rest]
+    done = subprocess.run(command, cwd=EXAMPLES / "firmware", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout
