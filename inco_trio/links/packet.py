@@ -261,6 +261,8 @@ class PacketLink:
         """See `Link.frame`."""
         frame = self._frames.get(name)
         if frame is None:
+            if not self.mac:  # An interface that has never been there.
+                raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
 
