@@ -20,6 +20,8 @@ COVERAGE_DATA = Path(".nox/coverage-data").resolve()
 
 DEBIAN_PACKAGES = {
     "cc": ("gcc", "libc6-dev"),
+    "chromedriver": ("chromium-driver",),
+    "chromium": ("chromium",),
     "execlineb": ("execline",),
     "fish": ("fish",),
     "ip": ("iproute2",),

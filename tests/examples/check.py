@@ -35,6 +35,7 @@ class Fault:
 FAULTS = {
     "guard": Fault("guard.py", 'answer.write_text("1")', "answer.read_text()", "redun_notify_irq"),
     "firmware": Fault("watchdog.c", "link_send(signal);", "(void)signal;", "ihub_hwwd_irq"),
+    "web": Fault("signals_page.py", 'row["count"] += 1', 'row["count"] += 0', "ihub_hwwd_irq"),
     "shell": Fault("answer.sh", 'echo 1 > "$1/message_6_trig"', ":", "redun_notify_irq"),
 }
 COMMANDS = {"shell": ("./test.sh",)}
@@ -49,7 +50,9 @@ def example(request: pytest.FixtureRequest) -> str:
         subprocess.run([sys.executable, "-m", "virtualenv", "--quiet", environment], check=True)
     pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "--force-reinstall", "--no-deps", str(WHEEL)], check=True)
-    project = EXAMPLES / name / "pyproject.toml"
+    # pip builds where the source is.
+    shutil.copytree(EXAMPLES / name, environment / "source", dirs_exist_ok=True)
+    project = environment / "source/pyproject.toml"
     needs = [f"{WHEEL}[testing]"]
     if project.exists():
         needs += ["--group", f"{project}:test"]
