@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import math
 import os
 import select
 import signal
@@ -13,13 +14,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trio
 
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.errors import ConfigError, UsageError
+from inco_trio.errors import ConfigError, IncoError, UsageError
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissing, ProxyDied, open_board
@@ -229,6 +230,18 @@ def test_wrong_names(tmp_path: Path) -> None:
         layout.signal(RESET, Direction.OUTBOUND)
 
 
+@pytest.mark.parametrize(
+    ("config", "signals", "complaint"),
+    [
+        (3, None, "config=3: is neither the path of a udrv.json nor a dict"),
+        (None, ["a"], r"signals=\['a'\]: is no dict of wire names"),
+    ],
+)
+def test_wrong_types(tmp_path: Path, config: Any, signals: Any, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        make_layout(tmp_path, config, signals)
+
+
 def test_both_cores_side_by_side() -> None:
     history = History()
     assert side_by_side(history.all()) == "nothing happened at either core"
@@ -410,11 +423,36 @@ def test_wrong_words(board: Board) -> None:
     for use in (board.core0.count, board.core0.wait_for, board.core1.wait_for, board.core0.register):
         with pytest.raises(UsageError, match=r"^x: not a signal of this board"):
             use("x")
+    timeouts: list[Any] = [-1, math.nan, math.inf, "1"]
+    for timeout in timeouts:
+        with pytest.raises(UsageError, match=f"timeout={timeout!r}: is not a number of seconds"):
+            board.core0.wait_for(RESET, timeout)
+    frame: Any = "text"
+    with pytest.raises(UsageError, match="a frame is bytes, not str"):
+        board.core1.send_frame(frame)
     with (
         pytest.raises(UsageError, match="link='carrier pigeon': is neither 'unix' nor 'interface'"),
         open_board(board.directory, link="carrier pigeon"),
     ):
         pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_the_bench_ends_no_later_board(tmp_path: Path) -> None:
+    def fault() -> None:
+        raise ZeroDivisionError
+
+    with (
+        pytest.raises(IncoError, match="the boards of this process were ended"),
+        open_board(tmp_path / "a", in_process=True) as board,
+    ):
+        board._engine.soon(fault)
+        board._engine._thread.join()
+        with pytest.raises(IncoError, match="the boards of this process were ended"):
+            board.core1.send(RESET)
+    with open_board(tmp_path / "b", in_process=True) as board:
+        board.core1.send(RESET)
+        board.core0.wait_for(RESET)
 
 
 @pytest.mark.tools

@@ -222,16 +222,22 @@ class _Core:
         """The next notification of a signal here that no `wait_for` returned before; it may have come already.
 
         Raises NotificationMissing, an AssertionError, after `timeout` seconds, or when the proxy has ended by itself;
-        UsageError for a wrong name.
+        UsageError for a wrong name or timeout.
         """
         __tracebackhide__ = True
-        self._board._layout.signal(name)
+        self._check(name, timeout)
         return self._board._rig.history.wait(self.number, name, timeout)
+
+    def _check(self, name: str, timeout: float) -> None:
+        __tracebackhide__ = True
+        self._board._layout.signal(name)
+        if not isinstance(timeout, int | float) or not 0 <= timeout <= threading.TIMEOUT_MAX:
+            raise UsageError(f"timeout={timeout!r}: is not a number of seconds, 0 or more")
 
     async def async_wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `wait_for`
         """`wait_for`, in an event loop of Trio's or asyncio's."""
         __tracebackhide__ = True
-        self._board._layout.signal(name)
+        self._check(name, timeout)
         return await self._board._rig.history.wait_async(self.number, name, timeout)
 
 
@@ -281,10 +287,15 @@ class BoardCore1(_Core):
         self._board._engine.soon(self._board._rig.send_name, name)
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame as it is, also one that no core would send. Raises UsageError where core 1 is a guest."""
+        """Send a frame as it is, also one that no core would send.
+
+        Raises UsageError for what is not in bytes, and where core 1 is a guest.
+        """
         __tracebackhide__ = True
         self._played()
-        self._board._engine.soon(self._board._rig.send, frame)
+        if not isinstance(frame, bytes | bytearray | memoryview):
+            raise UsageError(f"a frame is bytes, not {type(frame).__name__}")
+        self._board._engine.soon(self._board._rig.send, bytes(frame))
 
     def _played(self) -> None:
         __tracebackhide__ = True

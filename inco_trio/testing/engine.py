@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import math
 import os
 import threading
@@ -191,20 +192,32 @@ class Engine:
                 done.set_exception(IncoError("the boards of this process were ended"))
                 raise
 
-        try:
-            self._token.run_sync_soon(self.nursery.start_soon, call)
-        except trio.RunFinishedError:
-            raise IncoError("the boards of this process were ended") from None
+        def begin() -> None:
+            try:
+                self.nursery.start_soon(call)
+            except RuntimeError:  # It is about to end.
+                done.set_exception(IncoError("the boards of this process were ended"))
+
+        self.soon(begin)
         return done.result()
 
     def soon(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function in the thread, in the order of these calls, without waiting for it."""
-        self._token.run_sync_soon(function, *args)
+        """Call a function in the thread, in the order of these calls, without waiting for it. Raises IncoError."""
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            raise IncoError("the boards of this process were ended") from None
 
     def stop(self) -> None:
         """End the thread, and with it what runs in there."""
-        self._token.run_sync_soon(self.nursery.cancel_scope.cancel)
+        with contextlib.suppress(IncoError):
+            self.soon(self.nursery.cancel_scope.cancel)
         self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread goes on: a fault of ours ends it, and the boards that it has."""
+        return self._thread.is_alive()
 
 
 _engine: Engine | None = None
@@ -215,7 +228,7 @@ def engine() -> Engine:
     """The engine of this process, started when it is first asked for. Raises ResourceRefused."""
     global _engine
     with _making:
-        if _engine is None:
+        if _engine is None or not _engine.running:
             _engine = Engine()
             atexit.register(stop_engine)
         return _engine

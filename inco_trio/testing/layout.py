@@ -69,6 +69,10 @@ def make_layout(
     `config` is a udrv.json, or what it would say; its devices get directories in here. `signals` maps further wire
     names to `inbound` or `outbound`; their registers are called NAME_state and NAME_trig.
     """
+    if not isinstance(config, Path | str | Mapping | None):
+        raise UsageError(f"config={config!r}: is neither the path of a udrv.json nor a dict")
+    if not isinstance(signals, Mapping | None):
+        raise UsageError(f"signals={signals!r}: is no dict of wire names to 'inbound' and 'outbound'")
     document = _document(config)
     devices = _tables(document, "file")
     for name, device in devices.items():
