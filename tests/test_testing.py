@@ -442,7 +442,7 @@ def test_a_fault_of_the_bench_ends_no_later_board(tmp_path: Path) -> None:
     def fault() -> None:
         raise ZeroDivisionError
 
-    with (
+    with (  # noqa: PT012
         pytest.raises(IncoError, match="the boards of this process were ended"),
         open_board(tmp_path / "a", in_process=True) as board,
     ):
