@@ -162,6 +162,8 @@ class Proxy:
         and UnknownSignal.
         """
         self._check_open()
+        if isinstance(signals, str):  # A collection too, of characters.
+            raise TypeError(f"signals={signals!r}: one name is given as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
             raise self._unknown(name, "a signal", self._registers.table)

@@ -195,6 +195,8 @@ def test_wrong_words(tmp_path: Path) -> None:
         async with Core1(link) as core1, open_proxy(config) as proxy:
             with pytest.raises(UsageError, match="'two words': a wire name is"):
                 await core1.send("two words")
+            with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), proxy.events(signals="x"):
+                pass
             with pytest.raises(UnknownSignal, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"):
                 await proxy.wait_for("x")
             with pytest.raises(UnknownSignal, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
