@@ -176,15 +176,17 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
 def examples(session: nox.Session) -> None:
-    """The example projects, from the built wheel, each in an environment of its own; and each with a fault in it."""
+    """The example projects, from the built wheel, each in an environment of its own; on one Python also faulty."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
+    # A fault is found on one Python as on the others.
+    which = () if session.python == next(iter(PYTHONS.values())) else ("-k", "passes")
     session.run(
-        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *session.posargs),
+        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *session.posargs),
         env={"INCO_TRIO_WHEEL": str(wheel), "INCO_TRIO_ENVIRONMENTS": str(work / "environments")},
     )
 
