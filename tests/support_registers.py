@@ -46,8 +46,9 @@ class BoardShare(Share):
     """The share of one board, of a descriptor that a neighbour's board watches directories by as well."""
 
     def __init__(self, held: int | None, inflight: Inflight, watched: tuple[Path, ...]) -> None:
-        shared = SharedInotify(held, Inflight.open().events[0])
-        neighbour = shared.share(Inflight.open())
+        self._others = (Inflight.open(), Inflight.open())
+        shared = SharedInotify(held, self._others[0].events[0])
+        neighbour = shared.share(self._others[1])
         super().__init__(shared, inflight.queue)
         shared.adopt(self, inflight)
         for path in watched:
@@ -60,6 +61,8 @@ class BoardShare(Share):
 
     def close(self) -> None:
         os.close(self.fd)
+        for inflight in self._others:
+            inflight.close()
 
 
 class World:

@@ -51,7 +51,9 @@ def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
         # It may have come between the look and the watches.
         if not ready():
             left = max(0.0, deadline - time.monotonic())
-            assert select.select([changes.fd], [], [], left)[0], f"{path} is not as expected after {DEADLINE:g} s"
+            ready_to_read = select.poll()  # select(2) knows only the first 1024 descriptors.
+            ready_to_read.register(changes.fd, select.POLLIN)
+            assert ready_to_read.poll(left * 1000), f"{path} is not as expected after {DEADLINE:g} s"
             changes.read_into(memoryview(bytearray(1 << 16)))
     changes.close()
 
