@@ -126,12 +126,14 @@ class Walk(RuleBasedStateMachine):
     def rename(self, place: tuple[str, str], other: tuple[str, str]) -> None:
         # A write that is not told before a reload takes the file under its new name is told under that.
         self.follow()
+        if place == other:
+            return
+        self.forget_unseen("/".join(place))
         with contextlib.suppress(OSError):
-            if place != other:
-                file = self.path(place).is_file()  # A directory in its place is no trigger that was written.
-                self.path(place).rename(self.path(other))
-                if file:
-                    self.wrote(self.path(other))
+            file = self.path(place).is_file()  # A directory in its place is no trigger that was written.
+            self.path(place).rename(self.path(other))
+            if file:
+                self.wrote(self.path(other))
 
     @rule(place=any_places)
     def block(self, place: tuple[str, str]) -> None:
@@ -172,7 +174,7 @@ class Walk(RuleBasedStateMachine):
         (self.home / directory).mkdir(parents=True, exist_ok=True)
 
     def forget_unseen(self, gone: str) -> None:
-        """What goes from a directory before anybody has looked at that is told by nobody."""
+        """What goes from its place in a directory before anybody has looked at that is told by nobody."""
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
