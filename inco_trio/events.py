@@ -13,6 +13,7 @@ from typing import Protocol
 import attrs
 import trio
 
+from inco_trio.keep.history import History
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Counters
@@ -62,6 +63,9 @@ class Listener(Protocol):
     def link_changed(self, running: bool) -> None:
         """The link went up, or down."""
 
+    def opened(self, keep: Callable[[str], History]) -> None:
+        """The proxy is being opened; `keep` is its `Events.keep`."""
+
 
 class Deaf:
     """A listener that does not care."""
@@ -77,18 +81,23 @@ class Deaf:
     def link_changed(self, running: bool) -> None:
         """See `Listener.link_changed`."""
 
+    def opened(self, keep: Callable[[str], History]) -> None:
+        """See `Listener.opened`."""
+
 
 class Events:
     """Tells streams and the listener; nobody waits for them."""
 
-    def __init__(self, counters: Counters, listener: Listener | None = None) -> None:
+    def __init__(self, counters: Counters, history: History, listener: Listener | None = None) -> None:
+        self.history = history
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
         """Frames that the link has accepted, by the wire name; what is written is counted where the file is."""
         self.sent_last: dict[str, int] = {}
         """When that was, the last time, as of time.time_ns()."""
         self._counters = counters
-        self._sequence = 0
+        # Where the history outlived a process, its numbers go on.
+        self._sequence = history.sequence if history.keeping else 0
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
@@ -105,6 +114,8 @@ class Events:
 
     def carried(self, signals: Sequence[Signal], frames: Sequence[bytes]) -> None:
         """Tell of what was carried."""
+        if self.history.keeping:
+            self.history.append(signals)
         self.listener.carried(signals, self._sequence + 1, frames)
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
@@ -123,6 +134,11 @@ class Events:
                 except trio.WouldBlock:
                     self._counters.events_lost += len(some) - number
                     break
+
+    def keep(self, boot: str) -> History:
+        """The history, which keeps what is carried from now on, if it did not before; `boot` names the process."""
+        self.history.begin(boot, self._sequence)
+        return self.history
 
     @contextmanager
     def open(self, buffer: float, wanted: Wanted) -> Iterator[trio.MemoryReceiveChannel[Notification]]:

@@ -58,6 +58,9 @@ class Handoff(Generic[Item]):
 
     def finish(self, batch: Batch[Item]) -> None:
         """All of the batch is done."""
+        if batch.items:
+            # Before it is forgotten: who is killed in between has told of it twice, not never.
+            self.carried(batch.items, batch.frames)
         for key, wd in batch.watches.items():
             self._noted[key] = wd
         for bank, length in batch.banks:
@@ -65,8 +68,6 @@ class Handoff(Generic[Item]):
         if batch.finished is not None:
             batch.finished.set()
         self.unfinished.discard(batch)
-        if batch.items:
-            self.carried(batch.items, batch.frames)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
         """Hand a batch to the next leg; not to be interrupted, as it is read already.

@@ -69,6 +69,8 @@ class Inbound:
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
             self._counters.recovered += len(files)
             self._states.write(files)
+            if files:
+                self._handoff.carried(files, ())
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:

@@ -22,6 +22,7 @@ from inco_trio.events import Events, Listener, Notification
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
 from inco_trio.keep.fdstore import FdStore, NoFdStore
+from inco_trio.keep.history import History
 from inco_trio.keep.inflight import Inflight
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
@@ -211,6 +212,15 @@ class Proxy:
         """Before a stop: another proxy on the same ground finishes what a link that is down would keep waiting."""
         self._successor = True
 
+    def keep_history(self, boot: str) -> History:
+        """Have what is carried from now on kept until it is acknowledged; `boot` names the process."""
+        return self._parts.events.keep(boot)
+
+    @property
+    def history(self) -> History:
+        """What was carried and is not acknowledged, if somebody wants that."""
+        return self._parts.events.history
+
     def finish_alone(self, events: memoryview, length: int) -> bool:
         """See `Outbound.finish_alone`."""
         return self._outbound.finish_alone(events, length)
@@ -396,12 +406,13 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
             raise link.missing()
         logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
-    events = Events(counters, ground.listener)
+    events = Events(counters, History(inflight.history), ground.listener)
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
     outbound = Outbound(
         handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener.ignored
     )
+    events.listener.opened(events.keep)
     inbound.recover()
     outbound.recover()
     if stale is not None:

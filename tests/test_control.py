@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.control import place
-from inco_trio.control.server import CLIENTS_MAX, LINE_MAX, WAITING_MAX
+from inco_trio.control.monitors import WAITING_MAX
+from inco_trio.control.server import CLIENTS_MAX, LINE_MAX
 from inco_trio.frame import decode, encode
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here

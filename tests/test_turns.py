@@ -13,6 +13,7 @@ from inco_trio.events import Events
 from inco_trio.frame import encode
 from inco_trio.handoff import Handoff
 from inco_trio.inbound import Inbound
+from inco_trio.keep.history import History
 from inco_trio.keep.inflight import FRAMES, Inflight
 from inco_trio.registers.inotify import Inotify
 from inco_trio.registers.registers import Registers
@@ -64,7 +65,7 @@ def test_a_backlog_is_read_in_turns(tmp_path: Path, at_once: int) -> None:
             registers = Registers(inotify, inflight, counters)
             stack.callback(registers.close)
             registers.open(SignalTable(builtin_signals(tmp_path / "irq")))
-            handoff = Handoff(inflight.watches, Events(counters).written)
+            handoff = Handoff(inflight.watches, Events(counters, History(inflight.history)).written)
             queue = Queue(number)
             inbound = Inbound(handoff, queue, registers.states, inflight, counters)  # type: ignore[arg-type]
             async with trio.open_nursery() as nursery:

@@ -13,14 +13,15 @@ import socket
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import attrs
 import trio
 
+from inco_trio.control.monitors import Event, Follower, Monitor
 from inco_trio.errors import ClosedError, UnknownSignal
+from inco_trio.keep.history import History
 from inco_trio.proxy import Proxy
 from inco_trio.signals import Direction, Signal
 from inco_trio.supervise import TRANSIENT, Problems, board_name
@@ -35,12 +36,8 @@ logger = logging.getLogger(__name__)
 PROTOCOL = 1
 LINE_MAX = 65_536
 """Bytes of the longest line of a client."""
-WAITING_MAX = 8192
-"""Events that wait for a client."""
 CLIENTS_MAX = 256
 SEND_MAX = 1_000_000
-PIECE = 128
-"""Events that are encoded at once."""
 ACCEPT_AGAIN = 0.1
 """Seconds until a client is tried to be taken again."""
 FAREWELL = 0.1
@@ -67,108 +64,6 @@ class _Refused(Exception):
     """A request that cannot be answered: the error, and what is to be said of it."""
 
 
-@attrs.frozen
-class _Event:
-    """What monitors are told: `signals` that were carried, or else `fields`."""
-
-    board: str
-    time_ns: int
-    monotonic_ns: int
-    signals: Sequence[Signal] = ()
-    sequence: int = 0
-    frames: Sequence[bytes] = ()
-    fields: Mapping[str, object] = attrs.Factory(dict)
-
-    @property
-    def count(self) -> int:
-        return len(self.signals) or 1
-
-
-@attrs.define(eq=False)
-class _Monitor:
-    """A client that is told of events: of those that its filters let through."""
-
-    board: str | None
-    direction: Direction | None
-    names: Collection[str] | None
-    frames: bool
-    """Whether it is told the frames, too."""
-    _waiting: deque[_Event] = attrs.Factory(deque)
-    _number: int = 0
-    """Notifications, and other events, that wait."""
-    _lost: int = 0
-    _ended: bool = False
-    _arrived: trio.Event = attrs.Factory(trio.Event)
-
-    def offer(self, event: _Event) -> None:
-        """Have it wait for the client, if there is room."""
-        if self.board is not None and event.board != self.board:
-            return
-        if self._number >= WAITING_MAX:
-            self._lost += event.count
-            return
-        self._number += event.count
-        self._waiting.append(event)
-        self._arrived.set()
-
-    def flush(self) -> None:
-        """Tell the client that everything before was told, whether there is room or not."""
-        self._waiting.append(_Event("", time.time_ns(), time.monotonic_ns(), fields={"event": "flushed"}))
-        self._number += 1
-        self._arrived.set()
-
-    def end(self) -> None:
-        """Have `take` end once nothing waits."""
-        self._ended = True
-        self._arrived.set()
-
-    async def take(self) -> bytes:
-        """The lines of some events, once there are any; none at the end."""
-        while True:
-            lines: list[str] = []
-            while self._waiting and len(lines) < PIECE:
-                event = self._waiting.popleft()
-                self._number -= event.count
-                lines += self._lines(event)
-            if self._lost and not self._waiting:
-                fields = {"event": "lost", "count": self._lost}
-                lines += self._lines(_Event("", time.time_ns(), time.monotonic_ns(), fields=fields))
-                self._lost = 0
-            if lines or (self._ended and not self._waiting):
-                return "".join(lines).encode()
-            if not self._waiting:
-                self._arrived = trio.Event()
-                await self._arrived.wait()
-
-    def _lines(self, event: _Event) -> Iterator[str]:
-        common: dict[str, object] = {"board": event.board} if event.board else {}
-        common |= {"time": event.time_ns / 1e9, "monotonic_ns": event.monotonic_ns}
-        if not event.signals:
-            if self._wanted(event.fields.get("direction"), event.fields.get("signal")):
-                fields = {key: value for key, value in event.fields.items() if self.frames or key != "frame"}
-                yield json.dumps({**fields, **common}) + "\n"
-            return
-        for number, signal in enumerate(event.signals):
-            if not self._wanted(signal.direction.value, signal.name):
-                continue
-            told: dict[str, object] = {
-                "event": "notification",
-                "direction": signal.direction.value,
-                "signal": signal.name,
-                "register": str(signal.path),
-                "sequence": event.sequence + number,
-            }
-            if self.frames:
-                told["frame"] = event.frames[number].hex() if event.frames else None
-            yield json.dumps(told | common) + "\n"
-
-    def _wanted(self, direction: object, name: object) -> bool:
-        """Whether the filters let through what has this direction and name, or none."""
-        return (self.direction is None or direction in (None, self.direction.value)) and (
-            self.names is None or name is None or name in self.names
-        )
-
-
 class Control:
     """Answers clients; a `Listener`, which tells monitors of everything."""
 
@@ -176,7 +71,7 @@ class Control:
         self._served: Served | None = None
         self._boot = os.urandom(8).hex()
         self._clients: set[_Client] = set()
-        self._monitors: set[_Monitor] = set()
+        self._monitors: set[Monitor] = set()
         self.wants_frames = False
         """See `Listener.wants_frames`."""
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
@@ -191,7 +86,9 @@ class Control:
         if self._monitors:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
-            self._offer(_Event(self._board, time.time_ns(), time.monotonic_ns(), tuple(signals), sequence, frames))
+            event = Event(self._board, time.time_ns(), time.monotonic_ns(), tuple(signals), sequence, frames)
+            for monitor in self._monitors:
+                monitor.carried(event)
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         assert self._served is not None  # noqa: S101 - see `serve`
@@ -213,15 +110,26 @@ class Control:
         if self._monitors:
             self._tell({"event": "link", "running": running})
 
+    def opened(self, keep: Callable[[str], History]) -> None:
+        """See `Listener.opened`."""
+        board = self._board
+        for follower in self._followers():
+            if follower.follows(board):
+                follower.begin(board, keep(self._boot))
+                self._tell({"event": "opened"})
+
+    def _followers(self) -> Iterator[Follower]:
+        return (monitor for monitor in self._monitors if isinstance(monitor, Follower))
+
     @property
     def _board(self) -> str:
         """The board that this task works for."""
         return board_name.get() or (self._served.name if self._served is not None else "")
 
     def _tell(self, fields: Mapping[str, object]) -> None:
-        self._offer(_Event(self._board, time.time_ns(), time.monotonic_ns(), fields=fields))
+        self._offer(Event(self._board, time.time_ns(), time.monotonic_ns(), fields=fields))
 
-    def _offer(self, event: _Event) -> None:
+    def _offer(self, event: Event) -> None:
         for monitor in self._monitors:
             monitor.offer(event)
 
@@ -331,12 +239,22 @@ class Control:
                     self._monitors_changed()
                     await client.write(tag | {"monitor": True})
                     nursery.start_soon(self._run_monitor, client, monitor)
+                case "follow":
+                    client.monitor = follower = self._follower(request, client)
+                    self._monitors.add(follower)
+                    self._monitors_changed()
+                    await client.write(tag | {"follow": self._begin(follower)})
+                    nursery.start_soon(self._run_monitor, client, follower)
+                case "acknowledge":
+                    await client.write(tag | {"acknowledged": self._acknowledge(request, client)})
+                case "forget":
+                    await client.write(tag | {"forgotten": self._forget(request, client)})
                 case "flush":
                     monitor = _monitor_of(client)
                     await client.write(tag | {"flush": True})
                     monitor.flush()
                 case other:
-                    message = f"{other!r}: there are status, send, monitor and flush"
+                    message = f"{other!r}: there are status, send, monitor, flush, follow, acknowledge and forget"
                     await client.write(tag | {"error": "unknown-request", "message": message})
         except _Refused as refused:
             error, message = refused.args
@@ -354,14 +272,23 @@ class Control:
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if wanted in (None, name) and proxy is not None:
-                boards.append(json.dumps({"board": name, "open": True} | _status_fields(proxy.status)))
+                told = {"board": name, "open": True} | _status_fields(proxy.status)
+                boards.append(json.dumps(told | {"history": self._history_fields(name, proxy.history)}))
                 await trio.lowlevel.checkpoint()  # There may be a thousand.
         return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}'
 
+    def _history_fields(self, board: str, history: History) -> dict[str, object] | None:
+        if not history.keeping:
+            return None
+        return {
+            "boot": history.boot, "sequence": history.sequence, "acknowledged": history.acknowledged,
+            "waiting": history.waiting, "merged": history.merged_ever,
+            "followed": any(board in follower.cursors for follower in self._followers()),
+        }  # fmt: skip
+
     async def _send(self, request: Mapping[str, object], client: _Client) -> int:
         assert self._served is not None  # noqa: S101 - see `serve`
-        if client.user not in (0, os.geteuid()):
-            raise _Refused("not-permitted", "only root and the user that the proxy runs as may send")
+        self._check_permitted(client, "send")
         board, name = self._known_board(request), _field(request, "signal", str, None)
         count = _field(request, "count", int, 1) or 0
         if name is None:
@@ -386,12 +313,10 @@ class Control:
             raise _Refused("closed", str(error)) from None
         return count
 
-    def _monitor(self, request: Mapping[str, object], client: _Client) -> _Monitor:
+    def _monitor(self, request: Mapping[str, object], client: _Client) -> Monitor:
         if client.monitor is not None:
             raise _Refused("invalid", "this connection has a monitor already")
-        names = _field(request, "signals", list, None)
-        if names is not None and not all(isinstance(name, str) for name in names):
-            raise _Refused("invalid", "signals: a list of names")
+        names = _names(request, "signals")
         direction = _field(request, "direction", str, None)
         try:
             way = None if direction is None else Direction(direction)
@@ -400,7 +325,62 @@ class Control:
         frames = request.get("frames", False)
         if not isinstance(frames, bool):
             raise _Refused("invalid", f"frames: {frames!r} is neither true nor false")
-        return _Monitor(self._known_board(request), way, None if names is None else frozenset(names), frames)
+        return Monitor(self._known_board(request), way, names, frames)
+
+    def _follower(self, request: Mapping[str, object], client: _Client) -> Follower:
+        self._check_permitted(client, "follow")
+        if client.monitor is not None:
+            raise _Refused("invalid", "this connection has a monitor already")
+        boards = _names(request, "boards")
+        for other in self._clients:
+            follower = other.monitor
+            if not isinstance(follower, Follower) or other.gone:
+                continue
+            if boards is None or follower.boards is None or boards & set(follower.boards):
+                raise _Refused("busy", f"process {other.process} follows already, and there is one history for one")
+        return Follower(None, None, None, False, boards=boards)
+
+    def _begin(self, follower: Follower) -> dict[str, object]:
+        """Have it follow what is open; returns where it is in each history."""
+        assert self._served is not None  # noqa: S101 - see `serve`
+        for name, proxy in self._served.proxies().items():
+            if follower.follows(name):
+                follower.begin(name, proxy.keep_history(self._boot))
+        return {
+            name: {"boot": c.history.boot, "acknowledged": c.history.acknowledged, "sequence": c.history.sequence}
+            for name, c in follower.cursors.items()
+        }
+
+    def _acknowledge(self, request: Mapping[str, object], client: _Client) -> int:
+        follower = client.monitor
+        if not isinstance(follower, Follower):
+            raise _Refused("invalid", "this connection does not follow")
+        board, sequence = _field(request, "board", str, None), _field(request, "sequence", int, None)
+        if board not in follower.cursors:
+            raise _Refused("unknown-board", f"board {board!r} is not followed")
+        if sequence is None:
+            raise _Refused("invalid", "sequence: the number up to which all is done with is missing")
+        if (boot := _field(request, "boot", str, None)) not in (None, follower.cursors[board].history.boot):
+            raise _Refused("invalid", f"boot: {boot!r} is not that of the history any more")
+        return follower.acknowledge(board, sequence)
+
+    def _forget(self, request: Mapping[str, object], client: _Client) -> list[str]:
+        """End histories that nobody follows; returns of which boards."""
+        assert self._served is not None  # noqa: S101 - see `serve`
+        self._check_permitted(client, "forget")
+        boards = _names(request, "boards")
+        followed = {board for follower in self._followers() for board in follower.cursors}
+        forgotten = []
+        for name, proxy in self._served.proxies().items():
+            if proxy.history.keeping and name not in followed and (boards is None or name in boards):
+                proxy.history.end()
+                forgotten.append(name)
+        return forgotten
+
+    @staticmethod
+    def _check_permitted(client: _Client, what: str) -> None:
+        if client.user not in (0, os.geteuid()):
+            raise _Refused("not-permitted", f"only root and the user that the proxy runs as may {what}")
 
     def _known_board(self, request: Mapping[str, object]) -> str | None:
         """The board that a request names, if it names one."""
@@ -411,7 +391,7 @@ class Control:
             raise _Refused("unknown-board", f"board {board!r}: there are {', '.join(known) or 'none'}")
         return board
 
-    async def _run_monitor(self, client: _Client, monitor: _Monitor) -> None:
+    async def _run_monitor(self, client: _Client, monitor: Monitor) -> None:
         """Write what it is told, until it is ended."""
         try:
             while lines := await monitor.take():
@@ -431,9 +411,11 @@ class _Client:
     def __init__(self, stream: trio.SocketStream) -> None:
         self.stream = stream
         self.reading = trio.CancelScope()
-        self.monitor: _Monitor | None = None
+        self.monitor: Monitor | None = None
         self._writing = trio.Lock()
-        _, self.user, _ = _UCRED.unpack(stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        self.process, self.user, _ = _UCRED.unpack(
+            stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        )
 
     @property
     def gone(self) -> bool:
@@ -471,7 +453,7 @@ class _LogTap(logging.Handler):
         self._token: trio.lowlevel.TrioToken | None = None
         self._thread = 0
 
-    def attach(self, monitors: Collection[_Monitor]) -> None:
+    def attach(self, monitors: Collection[Monitor]) -> None:
         """Listen if there are monitors."""
         package = logging.getLogger("inco_trio")
         if monitors and self not in package.handlers:
@@ -493,7 +475,7 @@ class _LogTap(logging.Handler):
             self._token.run_sync_soon(self._tell, told)
 
 
-def _monitor_of(client: _Client) -> _Monitor:
+def _monitor_of(client: _Client) -> Monitor:
     if client.monitor is None:
         raise _Refused("invalid", "this connection has no monitor")
     return client.monitor
@@ -522,6 +504,14 @@ def _field(request: Mapping[str, object], key: str, kind: type[_T], default: _T 
     if not isinstance(value, kind) or isinstance(value, bool):
         raise _Refused("invalid", f"{key}: {value!r} is no {kind.__name__}")
     return value
+
+
+def _names(request: Mapping[str, object], key: str) -> frozenset[str] | None:
+    """The strings of a list, if there is one."""
+    names = _field(request, key, list, None)
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise _Refused("invalid", f"{key}: a list of names")
+    return None if names is None else frozenset(names)
 
 
 def _status_fields(status: Status) -> dict[str, object]:

@@ -11,7 +11,7 @@ length has to be noted, and so there is no instant in which one is missing. Blan
 bank a mark that no frame can contain but by guessing 8 bytes: only a frame that is longer than its step overwrites it.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables of numbers by key; a queue of
-inotify events, where a process has many boards, see `registers.share`.
+inotify events, where a process has many boards, see `registers.share`; a history, see `keep.history`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ __all__ = [
     "FRAMES",
     "FRAME_MAX",
     "FRAME_STEP",
+    "KEY",
+    "PAGE",
+    "RING",
     "SHORT",
+    "TABLE",
     "Bank",
     "EventQueue",
     "Inflight",
@@ -55,6 +59,8 @@ RECORD = KEY + 8
 RECORDS = 65536
 """Entries of a table; untouched ones take no memory."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
+RING = 192 * PAGE
+"""Bytes of the ring of a history."""
 QUEUE = 256 * PAGE
 """Bytes of queued inotify events: four times the 16,384 that the kernel queues by default."""
 
@@ -65,7 +71,10 @@ def _bank_of(frames: int) -> int:
 
 
 FRAME_BANK = _bank_of(FRAMES)
-SIZE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
+HISTORY = PAGE + 2 * TABLE + RING
+SIZE_BEFORE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
+"""Bytes of a memory that was made before there was a history."""
+SIZE = SIZE_BEFORE + HISTORY
 _EVENT = struct.Struct("=iIII")
 """struct inotify_event (inotify(7)): wd, mask, cookie, length of the name that follows."""
 OVERFLOW = _EVENT.pack(-1, 0x4000, 0, 0)
@@ -242,6 +251,8 @@ class Inflight:
     """By the key of a trigger: its watch descriptor."""
     queue: EventQueue
     """Events that one descriptor for many boards has brought, and that are not read yet."""
+    history: memoryview
+    """For `keep.history`: a page, two tables and a ring."""
     note: memoryview
     """16 bytes for the link, see `links.unix`."""
     at_once: int
@@ -257,9 +268,11 @@ class Inflight:
         (memfd_create(2), mmap(2)).
         """
         magic = MAGIC % at_once
-        inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(magic), 0) == magic
+        size = 0 if held is None else os.fstat(held).st_size
+        inherited = held is not None and size in (SIZE, SIZE_BEFORE) and os.pread(held, len(magic), 0) == magic
         if held is not None and inherited:
             fd = held
+            os.ftruncate(fd, SIZE)
         else:
             fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
             os.ftruncate(fd, SIZE)
@@ -285,10 +298,11 @@ class Inflight:
                 bank.clear(len(bank.view))
         owed = NumberTable(view[offset : offset + TABLE])
         watches = NumberTable(view[offset + TABLE : offset + 2 * TABLE])
-        queue = EventQueue(view[offset + 2 * TABLE :])
+        queue = EventQueue(view[offset + 2 * TABLE : SIZE_BEFORE])
         note = view[PAGE - 48 : PAGE - 32]
         frames, events = (banks[0], banks[1]), (banks[2], banks[3])
-        return cls(fd, frames, events, owed, watches, queue, note, at_once, inherited, memory)
+        history = view[SIZE_BEFORE:]
+        return cls(fd, frames, events, owed, watches, queue, history, note, at_once, inherited, memory)
 
     def close(self) -> None:
         """Close this process's descriptor; the memory lives on if somebody else holds one."""

@@ -1,0 +1,176 @@
+"""What is kept until it is acknowledged: a random walk over readers and processes that come, go and are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from inco_trio.control.monitors import Event, Follower
+from inco_trio.keep import history as room
+from inco_trio.keep.history import History
+from inco_trio.keep.inflight import SIZE, SIZE_BEFORE, Inflight
+from inco_trio.signals import Direction, Signal
+
+SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
+SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
+BOARD = "board"
+FEW = 6
+
+
+class Walk(RuleBasedStateMachine):
+    """A board that carries, and one follower after the other; few are kept, and fewer told ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(room, "KEPT", FEW)
+        self.patch.setattr("inco_trio.control.monitors.AHEAD", 3)
+        self.inflight = Inflight.open()
+        self.history = History(self.inflight.history)
+        self.history.begin("5f0c", 41)
+        self.carried: list[Signal] = []
+        self.told: dict[int, str] = {}
+        self.counted: Counter[str] = Counter()
+        self.merged: Counter[str] = Counter()
+        self.follower: Follower | None = None
+        self.unacknowledged: list[dict[str, object]] = []
+        self.killed = False
+
+    def teardown(self) -> None:
+        self.follow()
+        while self.history.waiting:
+            self.read()
+            self.acknowledge(len(self.unacknowledged))
+        sent = Counter(signal.name for signal in self.carried)
+        told = Counter(self.told.values())
+        for name, number in sent.items():
+            assert told[name] + self.merged[name] >= number
+        if not self.killed:
+            # Nobody was told anything twice.
+            assert told + self.merged == sent
+        assert self.history.sequence == 41 + len(self.carried)
+        self.patch.undo()
+        os.close(self.inflight.fd)
+
+    @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=FEW + 2))
+    def carry(self, signals: list[Signal]) -> None:
+        self.history.append(signals)
+        self.carried += signals
+        if self.follower is not None:
+            self.follower.carried(Event(BOARD, 0, 0, signals))
+
+    @rule()
+    def follow(self) -> None:
+        """Another follower; what the last one was told and did not acknowledge may be told again."""
+        self.killed |= bool(self.unacknowledged)
+        self.unacknowledged = []
+        self.follower = Follower(None, None, None, False)
+        self.follower.begin(BOARD, self.history)
+
+    @rule()
+    def restart(self) -> None:
+        """Another process takes over the memory."""
+        self.killed |= bool(self.unacknowledged)
+        self.unacknowledged, self.follower = [], None
+        other = Inflight.open(os.dup(self.inflight.fd))
+        os.close(self.inflight.fd)
+        self.inflight, self.history = other, History(other.history)
+        self.history.begin("never", 7)  # Nothing: it was begun.
+
+    @precondition(lambda self: self.follower is not None)
+    @rule()
+    def read(self) -> None:
+        assert self.follower is not None
+        lines = [json.loads(line) for line in self.follower._kept()]
+        numbers = [line["sequence"] for line in lines if line["event"] == "notification"]
+        assert numbers == sorted(set(numbers))
+        for line in lines:
+            assert (line["board"], line["boot"]) == (BOARD, f"{0x5F0C:016x}")
+        self.unacknowledged += lines
+
+    @precondition(lambda self: self.follower is not None)
+    @rule(number=st.integers(1, 5))
+    def acknowledge(self, number: int) -> None:
+        assert self.follower is not None
+        done, self.unacknowledged = self.unacknowledged[:number], self.unacknowledged[number:]
+        while done and self.unacknowledged and self.unacknowledged[0]["event"] == "merged":
+            done.append(self.unacknowledged.pop(0))  # They are acknowledged together.
+        for line in done:
+            name, sequence, count = str(line["signal"]), line["sequence"], line.get("count", 1)
+            assert isinstance(sequence, int)
+            assert isinstance(count, int)
+            if line["event"] == "merged":
+                self.merged[name] += count
+            else:
+                assert self.carried[sequence - 42].name == name
+                self.told[sequence] = name
+        if done:
+            last = done[-1]["sequence"]
+            assert isinstance(last, int)
+            assert self.follower.acknowledge(BOARD, last) == last
+
+    @invariant()
+    def books_agree(self) -> None:
+        history = self.history
+        assert history.sequence - history.floor <= FEW
+        kept = history.after(0, 100)
+        assert [record.sequence for record in kept] == list(range(history.floor + 1, history.sequence + 1))
+        for record in kept:
+            signal = self.carried[record.sequence - 42]
+            assert (record.name, record.direction) == (signal.name, signal.direction)
+
+
+def test_a_walk() -> None:
+    run_state_machine_as_test(Walk, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+
+
+def test_a_memory_without_history_is_made_larger() -> None:
+    first = Inflight.open()
+    first.owed[b"a_irq"] = 3
+    os.ftruncate(first.fd, SIZE_BEFORE)
+    second = Inflight.open(os.dup(first.fd))
+    assert second.inherited
+    assert second.owed[b"a_irq"] == 3
+    assert os.fstat(second.fd).st_size == SIZE
+    assert not History(second.history).keeping
+    first.close()
+    second.close()
+
+
+def test_what_is_ended_is_kept_no_more() -> None:
+    inflight = Inflight.open()
+    history = History(inflight.history)
+    history.begin("1", 0)
+    history.append(SIGNALS * (room.KEPT // len(SIGNALS) + 1))
+    assert history.waiting == len(SIGNALS) * (room.KEPT // len(SIGNALS) + 1)
+    assert history.merged_ever == len(SIGNALS)
+    history.end()
+    assert (history.keeping, list(history.merged())) == (False, [])
+    history.begin("2", 5)
+    assert (history.waiting, history.sequence, history.boot) == (0, 5, "0000000000000002")
+    inflight.close()
+
+
+def test_one_that_is_behind_leaves_others_their_turn() -> None:
+    async def main() -> None:
+        follower = Follower(None, None, None, False)
+        histories = {}
+        for name in ("a", "b"):
+            inflight = Inflight.open()
+            histories[name] = History(inflight.history)
+            histories[name].begin("1", 0)
+            follower.begin(name, histories[name])
+        histories["a"].append(SIGNALS[:1] * 500)
+        histories["b"].append(SIGNALS[:1])
+        boards = [json.loads(line)["board"] for _ in range(2) for line in (await follower.take()).splitlines()]
+        assert "b" in boards
+
+    trio.run(main)
