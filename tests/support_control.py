@@ -54,6 +54,11 @@ class Client:
             if wanted.items() <= event.items():
                 return event
 
+    def end(self) -> None:
+        """Go away."""
+        self._file.close()
+        self.sock.close()
+
     def at_end(self) -> bool:
         """Whether the proxy closes the connection, whatever it still says."""
         with contextlib.suppress(ConnectionResetError):

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from inco_trio.control import place
-from inco_trio.control.monitors import WAITING_MAX
+from inco_trio.control.monitors import AHEAD, WAITING_MAX
 from inco_trio.control.server import CLIENTS_MAX, LINE_MAX
 from inco_trio.frame import decode, encode
+from inco_trio.keep.history import KEPT
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here
 from tests.support_control import FRAME, MAC, Board, Client
@@ -483,3 +484,99 @@ def test_without_a_control_socket(board: Board) -> None:
 
 def _sockets(pid: int) -> list[str]:
     return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:] if "/" in line]
+
+
+# ---------------------------------------------------------------------------------------------------------- followers
+
+
+def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    name = f"{board.home}/core0"
+    board.trigger()  # Of that it is not told.
+    first = board.client()
+    follow = first.ask({"request": "follow"})["follow"]
+    boot = first.greeting["boot"]
+    assert follow == {name: {"boot": boot, "acknowledged": 1, "sequence": 1}}
+    board.inbound(peer)
+    event = first.until(event="notification")
+    assert (event["signal"], event["direction"], event["sequence"], event["boot"]) == (
+        "ihub_hwwd_irq", "inbound", 2, boot,
+    )  # fmt: skip
+    assert first.ask({"request": "acknowledge", "board": name, "boot": boot, "sequence": 2}) == {"acknowledged": 2}
+    board.trigger()
+    assert first.until(event="notification")["sequence"] == 3
+    first.end()
+    board.trigger()
+    second = board.client()
+    assert second.ask({"request": "follow", "boards": [name]})["follow"][name]["acknowledged"] == 2
+    assert [second.until(event="notification")["sequence"] for _ in range(2)] == [3, 4]
+    history = board.status()["history"]
+    assert history == {
+        "boot": boot, "sequence": 4, "acknowledged": 2, "waiting": 2, "merged": 0, "followed": True,
+    }  # fmt: skip
+    assert second.ask({"request": "acknowledge", "board": name, "sequence": 99}) == {"acknowledged": 4}
+    assert second.ask({"request": "forget"}) == {"forgotten": []}
+    second.end()
+    third = board.client()
+    assert third.ask({"request": "forget"}) == {"forgotten": [name]}
+    assert board.status()["history"] is None
+
+
+def test_what_nobody_acknowledges_is_merged_by_signal(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    name = f"{board.home}/core0"
+    client, watching = board.client(), board.client()
+    client.ask({"request": "follow"})
+    client.end()
+    watching.ask({"request": "monitor"})
+    number = KEPT + 100
+    for sequence in range(1, number + 1):
+        board.inbound(peer)
+        if sequence % 100 == 0 or sequence == number:
+            watching.until(event="notification", sequence=sequence)
+    history = board.status()["history"]
+    assert (history["waiting"], history["merged"]) == (number, 100)
+    client = board.client()
+    client.ask({"request": "follow"})
+    merged = client.until(event="merged")
+    assert (merged["signal"], merged["count"], merged["sequence"]) == ("ihub_hwwd_irq", 100, 100)
+    told = [client.until(event="notification")["sequence"] for _ in range(AHEAD)]
+    assert told == list(range(101, 101 + AHEAD))
+    assert client.ask({"request": "acknowledge", "board": name, "sequence": told[-1]}) == {"acknowledged": told[-1]}
+    assert client.until(event="notification")["sequence"] == told[-1] + 1
+    assert board.status()["history"]["waiting"] == number - told[-1]
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        ({"request": "follow", "boards": "x"}, "invalid"),
+        ({"request": "follow", "boards": [1]}, "invalid"),
+        ({"request": "acknowledge", "board": "x", "sequence": 1}, "invalid"),
+        ({"request": "forget", "boards": {}}, "invalid"),
+    ],
+)
+def test_requests_of_followers_that_are_refused(board: Board, request_: dict[str, object], error: str) -> None:
+    board.running()
+    assert board.client().ask(request_)["error"] == error
+
+
+def test_acknowledgements_that_are_refused(board: Board) -> None:
+    board.running()
+    name = f"{board.home}/core0"
+    client = board.client()
+    client.ask({"request": "follow"})
+    for fields, error in (
+        ({"board": "nobody", "sequence": 1}, "unknown-board"),
+        ({"board": name}, "invalid"),
+        ({"board": name, "sequence": "1"}, "invalid"),
+        ({"board": name, "sequence": 1, "boot": "0"}, "invalid"),
+    ):
+        assert client.ask({"request": "acknowledge", **fields})["error"] == error
+    assert client.ask({"request": "follow"})["error"] == "invalid"
+    other = board.client()
+    assert other.ask({"request": "follow"})["error"] == "busy"
+    client.end()
+    assert "follow" in other.ask({"request": "follow"})

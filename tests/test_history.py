@@ -28,6 +28,9 @@ FEW = 6
 class Walk(RuleBasedStateMachine):
     """A board that carries, and one follower after the other; few are kept, and fewer told ahead."""
 
+    steady = False
+    """Whether there is one follower and one process only."""
+
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
@@ -45,7 +48,8 @@ class Walk(RuleBasedStateMachine):
         self.killed = False
 
     def teardown(self) -> None:
-        self.follow()
+        if self.follower is None:
+            self.follow()
         while self.history.waiting:
             self.read()
             self.acknowledge(len(self.unacknowledged))
@@ -67,6 +71,7 @@ class Walk(RuleBasedStateMachine):
         if self.follower is not None:
             self.follower.carried(Event(BOARD, 0, 0, signals))
 
+    @precondition(lambda self: not self.steady or self.follower is None)
     @rule()
     def follow(self) -> None:
         """Another follower; what the last one was told and did not acknowledge may be told again."""
@@ -75,6 +80,7 @@ class Walk(RuleBasedStateMachine):
         self.follower = Follower(None, None, None, False)
         self.follower.begin(BOARD, self.history)
 
+    @precondition(lambda self: not self.steady)
     @rule()
     def restart(self) -> None:
         """Another process takes over the memory."""
@@ -128,8 +134,15 @@ class Walk(RuleBasedStateMachine):
             assert (record.name, record.direction) == (signal.name, signal.direction)
 
 
-def test_a_walk() -> None:
-    run_state_machine_as_test(Walk, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+class SteadyWalk(Walk):
+    """The same with one follower, that is told nothing twice."""
+
+    steady = True
+
+
+@pytest.mark.parametrize("machine", [Walk, SteadyWalk])
+def test_a_walk(machine: type[Walk]) -> None:
+    run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
 
 
 def test_a_memory_without_history_is_made_larger() -> None:
