@@ -37,6 +37,7 @@ COMMANDS = {
     "replay": "play one side of a recording, and say what came back",
     "plot": "draw a recording: timelines, rates, gaps, answers, faults",
     "dissector": "print or install what names signals in Wireshark and tshark",
+    "mqtt": "publish what the proxies of this host carry to an MQTT broker",
     "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }
 """What `--help` says of each command; its module has the same name."""

@@ -1,0 +1,429 @@
+"""A connection to an MQTT 5 broker: paho-mqtt as a client of Trio's loop.
+
+paho knows the protocol; this reads and writes its socket when that is ready, as paho's documentation calls an external
+event loop. What it does not do by itself here is reconnect, or keep messages over a lost connection: who publishes
+knows what was not acknowledged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import trio
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+
+from inco_trio.errors import IncoError, PermissionRefused
+from inco_trio.mqtt.configuration import Broker, Credentials
+
+if TYPE_CHECKING:
+    from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
+
+__all__ = ["BrokerLost", "BrokerRefused", "Connection", "Message", "Received", "open_connection"]
+
+PATIENCE = 10.0
+"""Seconds in which a broker answers."""
+KEEPALIVE = 30
+"""Seconds in which something is sent, so that a silent broker is noticed."""
+RECEIVE_MAX = 1000
+"""Messages that a broker sends beyond those that were acknowledged."""
+PACKET_MAX = 4 << 20
+"""Bytes of the largest packet that a broker may send."""
+INFLIGHT_MAX = 1000
+"""Messages that are published beyond those that are acknowledged, if the broker takes so many."""
+FAREWELL = 1.0
+"""Seconds in which a broker takes our goodbye."""
+_FAILURE = 0x80
+"""Reason codes from here on are failures (MQTT 5, 2.4)."""
+_UNREACHABLE = {136, 137, 149, 151, 156, 157}
+"""Of a CONNACK: what may pass, as a broker that is busy or moved."""
+
+
+class BrokerLost(IncoError):
+    """The broker cannot be reached, went away, or does not answer."""
+
+    exit_code = 69
+
+
+class BrokerRefused(PermissionRefused):
+    """The broker refuses us, or we refuse it, for its certificate."""
+
+
+@attrs.frozen
+class Message:
+    """What is to be published."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+    correlation: bytes | None = None
+    expiry: int | None = None
+    """Seconds for which the broker keeps it."""
+
+    def properties(self, packet: int) -> Properties:
+        """Those of MQTT 5, in a packet of that type."""
+        made = Properties(packet)
+        if self.correlation is not None:
+            made.CorrelationData = self.correlation
+        if self.expiry is not None:
+            made.MessageExpiryInterval = self.expiry
+        return made
+
+
+@attrs.frozen(eq=False)
+class Received:
+    """What the broker sent: it sends it again to the next connection of the session until it is acknowledged."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    response_topic: str | None
+    correlation: bytes | None
+    acknowledge: Callable[[], None]
+
+
+@attrs.define(eq=False)
+class _Awaited:
+    """What the broker has to acknowledge: `left` packets."""
+
+    left: int
+    reasons: list[str | None]
+    done: trio.Event = attrs.Factory(trio.Event)
+
+
+class Connection:
+    """A connection; `open_connection` makes it."""
+
+    def __init__(self, broker: Broker, client: paho.Client, patience: float) -> None:
+        self.session_present = False
+        """Whether the broker remembers an earlier connection."""
+        self._broker = broker
+        self._client = client
+        self._patience = patience
+        self._write = trio.Event()
+        self._answered = trio.Event()
+        self.ended = trio.Event()
+        """Set once it is lost."""
+        self._lost: IncoError | None = None
+        self._awaited: dict[int, tuple[_Awaited, int]] = {}
+        self._entry, self.received = trio.open_memory_channel[Received](RECEIVE_MAX + 1)
+        """Unacknowledged messages: never more than the broker was told that we take."""
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_publish = self._on_acknowledged
+        client.on_subscribe = self._on_subscribed
+        client.on_message = self._on_message
+        client.on_socket_close = self._on_socket_close
+        client.on_socket_register_write = self._on_want_write
+
+    # ------------------------------------------------------------------------------------------------- for callers
+
+    async def publish(self, messages: Sequence[Message]) -> list[str | None]:
+        """Publish them in order at QoS 1; returns once the broker has acknowledged all.
+
+        For each message why it was refused, or None. Raises BrokerLost if the connection ends before that.
+        """
+        self._check()
+        if not messages:
+            return []
+        awaited = _Awaited(len(messages), [None] * len(messages))
+        for number, message in enumerate(messages):
+            properties = message.properties(PacketTypes.PUBLISH)
+            try:
+                info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
+            except ValueError as error:
+                awaited.reasons[number], awaited.left = str(error), awaited.left - 1
+                continue
+            self._awaited[info.mid] = (awaited, number)
+        if awaited.left:
+            await self._wait(awaited.done)
+        return awaited.reasons
+
+    async def subscribe(self, topics: Sequence[str]) -> None:
+        """Have the broker send what is published there, at QoS 1. Raises BrokerRefused, BrokerLost."""
+        self._check()
+        awaited = _Awaited(1, [None])
+        code, mid = self._client.subscribe([(topic, paho.SubscribeOptions(qos=1)) for topic in topics])
+        if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
+            raise BrokerLost(f"{self._broker}: {paho.error_string(code)}")
+        self._awaited[mid] = (awaited, 0)
+        await self._wait(awaited.done)
+        if awaited.reasons[0] is not None:
+            raise BrokerRefused(f"{self._broker}: may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
+
+    async def _wait(self, event: trio.Event) -> None:
+        """Wait for the broker, which is silent for `patience` seconds at most."""
+        while not event.is_set():
+            left = len(self._awaited)
+            with trio.move_on_after(self._patience):
+                await event.wait()
+            self._check()
+            if not event.is_set() and len(self._awaited) >= left:
+                self._lose(BrokerLost(f"{self._broker}: does not answer for {self._patience:g} s"))
+                self._check()
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def _lose(self, error: IncoError) -> None:
+        """It is over: everybody who waits is told why."""
+        if self._lost is None:
+            self._lost = error
+        for event in (self._answered, self._write, self.ended):
+            event.set()
+        for awaited, _ in self._awaited.values():
+            awaited.done.set()
+
+    # ---------------------------------------------------------------------------------------------- called by paho
+
+    def _on_connect(
+        self, _client: object, _data: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            kind = BrokerLost if reason.value in _UNREACHABLE else BrokerRefused
+            self._lose(kind(f"{self._broker}: refuses us: {reason}"))
+            return
+        self.session_present = flags.session_present
+        allowed = getattr(properties, "ReceiveMaximum", INFLIGHT_MAX)
+        self._client.max_inflight_messages_set(min(INFLIGHT_MAX, allowed))
+        self._answered.set()
+
+    def _on_disconnect(
+        self, _client: object, _data: object, _flags: DisconnectFlags, reason: ReasonCode, _properties: object
+    ) -> None:
+        if reason.value >= _FAILURE and reason.getName() != "Unspecified error":
+            why = f"ended the connection: {reason}"
+        elif self._answered.is_set():
+            why = "the connection broke"
+        else:
+            why = "ends the connection without an answer" + (
+                " (does it want a client certificate, or another one?)" if self._broker.tls else " (does it want TLS?)"
+            )
+        self._lose(BrokerLost(f"{self._broker}: {why}"))
+
+    def _on_acknowledged(
+        self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
+    ) -> None:
+        self._acknowledged(mid, str(reason) if reason.value >= _FAILURE else None)
+
+    def _on_subscribed(
+        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
+    ) -> None:
+        self._acknowledged(mid, next((str(reason) for reason in reasons if reason.value >= _FAILURE), None))
+
+    def _acknowledged(self, mid: int, reason: str | None) -> None:
+        awaited, number = self._awaited.pop(mid, (None, 0))
+        if awaited is not None:
+            awaited.reasons[number] = reason
+            awaited.left -= 1
+            if not awaited.left:
+                awaited.done.set()
+
+    def _on_message(self, _client: object, _data: object, message: MQTTMessage) -> None:
+        properties = message.properties
+        received = Received(
+            message.topic,
+            message.payload,
+            message.retain,
+            getattr(properties, "ResponseTopic", None),
+            getattr(properties, "CorrelationData", None),
+            lambda: self._acknowledge(message.mid, message.qos),
+        )
+        try:
+            self._entry.send_nowait(received)
+        except trio.WouldBlock:
+            self._lose(BrokerLost(f"{self._broker}: sends more than the {RECEIVE_MAX} messages that it may"))
+
+    def _acknowledge(self, mid: int, qos: int) -> None:
+        if self._lost is None and qos:
+            self._client.ack(mid, qos)
+
+    def _on_want_write(self, *_: object) -> None:
+        self._write.set()
+
+    @staticmethod
+    def _on_socket_close(_client: object, _data: object, sock: Any) -> None:
+        trio.lowlevel.notify_closing(sock)
+
+    # -------------------------------------------------------------------------------------------------- its tasks
+
+    async def run(self) -> None:
+        """Move what arrives and what is to be written, until the connection is lost or this is cancelled."""
+        with contextlib.suppress(trio.ClosedResourceError):
+            async with trio.open_nursery() as nursery:
+                for task in (self._read, self._write_all, self._keep_alive):
+                    nursery.start_soon(self._until_lost, task, nursery.cancel_scope)
+
+    async def _until_lost(self, task: Callable[[], Any], scope: trio.CancelScope) -> None:
+        try:
+            await task()
+        except (OSError, trio.ClosedResourceError) as error:
+            self._lose(BrokerLost(f"{self._broker}: the connection broke: {error}"))
+        scope.cancel()
+
+    async def _read(self) -> None:
+        while self._lost is None and (sock := self._client.socket()) is not None:
+            await trio.lowlevel.wait_readable(sock)
+            # paho reads some packets; a TLS socket may have decrypted more, of which no poll tells.
+            while self._client.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS and self._pending():
+                pass
+
+    def _pending(self) -> bool:
+        sock = self._client.socket()
+        return isinstance(sock, ssl.SSLSocket) and sock.pending() > 0
+
+    async def _write_all(self) -> None:
+        while self._lost is None:
+            self._write = trio.Event()
+            await self._flush()
+            await self._write.wait()
+
+    async def _flush(self) -> None:
+        while self._client.want_write() and (sock := self._client.socket()) is not None:
+            self._client.loop_write()
+            if self._client.want_write():
+                await trio.lowlevel.wait_writable(sock)
+
+    async def _keep_alive(self) -> None:
+        while self._lost is None:
+            await trio.sleep(KEEPALIVE / 6)
+            self._client.loop_misc()
+
+    async def answered(self) -> None:
+        """Wait for the broker's answer to our request to connect."""
+        with trio.move_on_after(self._patience):
+            await self._answered.wait()
+        self._check()
+        if not self._answered.is_set():
+            self._lose(BrokerLost(f"{self._broker}: accepts the connection and does not answer"))
+            self._check()
+
+    async def end(self, *, will: bool) -> None:
+        """Say goodbye; `will` has the broker publish the last will."""
+        reason = ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message") if will else None
+        with trio.move_on_after(FAREWELL, shield=True):
+            if self._lost is None and self._answered.is_set():
+                self._client.disconnect(reason)
+                with contextlib.suppress(OSError, trio.ClosedResourceError):
+                    await self._flush()
+        _close(self._client)
+
+
+def _close(client: paho.Client) -> None:
+    sock = client.socket()
+    if sock is not None:
+        with contextlib.suppress(RuntimeError):  # Of a thread that nobody waits for any more.
+            trio.lowlevel.notify_closing(sock)
+        sock.close()
+
+
+@asynccontextmanager
+async def open_connection(
+    broker: Broker,
+    credentials: Credentials,
+    client_id: str,
+    *,
+    will: Message | None = None,
+    session: int = 0,
+    clean: bool = False,
+    patience: float = PATIENCE,
+) -> AsyncIterator[Connection]:
+    """A connection to `broker` while the block runs, whose end publishes `will`.
+
+    The broker keeps the session for `session` seconds after the end; `clean` has it forget an earlier one. Raises
+    BrokerLost and BrokerRefused, also while the block runs: then it is cancelled.
+    """
+    client = paho.Client(
+        CallbackAPIVersion.VERSION2,
+        client_id=client_id,
+        protocol=paho.MQTTv5,
+        manual_ack=True,
+        reconnect_on_failure=False,
+    )
+    client.connect_timeout = patience
+    client.max_queued_messages_set(0)
+    _identify(client, broker, credentials)
+    if will is not None:
+        client.will_set(will.topic, will.payload, 1, will.retain, will.properties(PacketTypes.WILLMESSAGE))
+    await _connect(client, broker, session, clean=clean, patience=patience)
+    connection = Connection(broker, client, patience)
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            try:
+                await connection.answered()
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(_end_with, connection, scope)
+                    yield connection
+                connection._check()
+            except BaseException as error:
+                if isinstance(error, trio.Cancelled):
+                    raise
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        await connection.end(will=will is not None)
+    if failure is not None:
+        raise failure
+
+
+async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
+    """Cancel the block once the connection is lost."""
+    await connection.ended.wait()
+    scope.cancel()
+
+
+def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> None:
+    """Have the client show who it is. Raises BrokerRefused for files that make no certificate."""
+    identity = credentials.read()
+    if identity.user is not None:
+        client.username_pw_set(identity.user, identity.password)
+    if broker.tls:
+        try:
+            context = ssl.create_default_context(cafile=credentials.ca_file)
+            if credentials.certificate_file is not None:
+                context.load_cert_chain(credentials.certificate_file, credentials.key_file, password=lambda: b"")
+        except (OSError, ValueError) as error:
+            raise BrokerRefused(f"{broker}: the files of its certificates cannot be used: {error}") from error
+        client.tls_set_context(context)
+
+
+async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: bool, patience: float) -> None:
+    properties = Properties(PacketTypes.CONNECT)
+    properties.SessionExpiryInterval = session
+    properties.ReceiveMaximum = RECEIVE_MAX
+    properties.MaximumPacketSize = PACKET_MAX
+    abandoned = False
+
+    def connect() -> None:
+        client.connect(broker.host, broker.port, KEEPALIVE, clean_start=clean, properties=properties)
+        if abandoned:
+            _close(client)
+
+    try:
+        with trio.fail_after(2 * patience):
+            await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
+    except ssl.SSLCertVerificationError as error:
+        raise BrokerRefused(f"{broker}: its certificate is refused: {error.verify_message}") from error
+    except ssl.SSLError as error:
+        raise BrokerLost(f"{broker}: no TLS connection: {error.reason or error}") from error
+    except socket.gaierror as error:
+        raise BrokerLost(f"{broker}: no such host: {error.strerror}") from error
+    except (TimeoutError, trio.TooSlowError) as error:
+        raise BrokerLost(f"{broker}: does not answer") from error
+    except (OSError, ValueError) as error:
+        raise BrokerLost(f"{broker}: cannot be reached: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        abandoned = True

@@ -1,0 +1,340 @@
+"""The gateway: what the proxies of this host carry, published to an MQTT broker.
+
+It is a follower of each proxy's control socket (docs/control.md), and keeps nothing itself: a proxy keeps what the
+gateway has not acknowledged, and the gateway acknowledges what the broker has. So it may be killed at any instant, and
+writes no file.
+
+One nursery has a task for each proxy, which reads what that tells, and one for each board, which has a connection of
+its own to the broker: with a last will of its own, and nobody waits for another board.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from inco_trio.control.follower import converse
+from inco_trio.control.place import runtime_directories
+from inco_trio.errors import ControlMissing, IncoError
+from inco_trio.mqtt.boards import Board, Source
+from inco_trio.mqtt.configuration import Broker, GatewayConfig
+from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, Received, open_connection
+from inco_trio.mqtt.topics import Topics
+from inco_trio.supervise import Backoff, Problems
+
+__all__ = ["Gateway"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN = 0.5
+"""Seconds between two looks for control sockets."""
+SESSION = 86_400
+"""Seconds for which the broker keeps what is to be sent while no gateway is there."""
+SENDING_MAX = 16
+"""Signals of a board that are being sent at once."""
+SEND_PATIENCE = 10.0
+"""Seconds in which the link is to accept a frame that the broker asked for."""
+REFUSED_AGAIN = 2.0
+"""Seconds until something is published again that the broker has refused."""
+
+
+class BrokerBackoff(Backoff):
+    """Pauses before the broker is tried again."""
+
+    FIRST = 0.1
+    CAP = 5.0
+
+
+class Gateway:
+    """Publishes what proxies carry: those at `controls`, or all that are found; of them the configured boards."""
+
+    def __init__(self, broker: Broker, config: GatewayConfig, controls: Sequence[Path] | None = None) -> None:
+        self._broker = broker
+        self._config = config
+        self._controls = controls
+        self._boards: dict[str, Board] = {}
+        self._proxies: dict[Path, trio.CancelScope] = {}
+        self._problems = Problems()
+        self._connected = 0
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Publish until cancelled; `ready` is called once those proxies are followed that are there at the start."""
+        async with trio.open_nursery() as nursery:
+            first = True
+            while True:
+                found = self._controls if self._controls is not None else await trio.to_thread.run_sync(_sockets)
+                for path in found:
+                    if path not in self._proxies:
+                        self._proxies[path] = trio.CancelScope()
+                        await nursery.start(self._follow, path, nursery)
+                if first:
+                    ready()
+                    first = False
+                await trio.sleep(LOOK_AGAIN)
+
+    # ------------------------------------------------------------------------------------------------- the proxies
+
+    async def _follow(
+        self, path: Path, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Follow the proxy at a path until nobody is there any more."""
+        try:
+            await self._follow_once(path, nursery, task_status)
+        except ControlMissing as error:
+            logger.debug("%s", error)
+        except IncoError as error:
+            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
+            with trio.move_on_after(REFUSED_AGAIN):
+                task_status.started()
+                await trio.sleep_forever()
+        else:
+            return
+        finally:
+            del self._proxies[path]
+            _started(task_status)
+
+    async def _follow_once(self, path: Path, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        async with converse(path) as conversation:
+            source = Source(conversation)
+            request: dict[str, object] = {"request": "follow"}
+            if self._config.boards is not None:
+                request["boards"] = list(self._config.boards)
+            mine: list[Board] = []
+            try:
+                follow = (await conversation.request(request))["follow"]
+                self._problems.well(path)
+                for name in follow:
+                    mine.append(self._have(name, source, nursery))
+                task_status.started()
+                async with trio.open_nursery() as asking:
+                    asking.start_soon(self._count, source)
+                    try:
+                        while True:
+                            for line in await conversation.read():
+                                self._hear(line, source, mine, nursery)
+                    finally:
+                        asking.cancel_scope.cancel()
+            finally:
+                for board in mine:
+                    board.leave(source)
+
+    def _have(self, name: str, source: Source, nursery: trio.Nursery) -> Board:
+        """The board of a proxy, with a task of its own."""
+        board = self._boards.get(name)
+        if board is None:
+            board = self._boards[name] = Board(name)
+            nursery.start_soon(self._serve, board, name=name)
+        if board.source is not None:
+            logger.warning("%s: two proxies have a board of that name: the later one is published", name)
+        board.follow(source)
+        return board
+
+    def _hear(self, line: Mapping[str, Any], source: Source, mine: list[Board], nursery: trio.Nursery) -> None:
+        """Take one line of a proxy."""
+        name = line.get("board")
+        board = self._boards.get(name) if isinstance(name, str) else None
+        match line.get("event"):
+            case "notification" | "merged" if board is not None and board.source is source:
+                board.told(line)
+            case "opened" if isinstance(name, str):
+                opened = self._have(name, source, nursery)
+                if opened not in mine:
+                    mine.append(opened)
+            case "link" if board is not None:
+                board.running = line["running"]
+                board.change()
+            case None if isinstance(line.get("status"), list):
+                for told in line["status"]:
+                    board = self._boards.get(told["board"])
+                    if board is not None and board.source is source:
+                        board.counters, board.running = told, told.get("running", False)
+                        board.change()
+
+    async def _count(self, source: Source) -> None:
+        """Ask a proxy for its counters, every so often."""
+        while True:
+            await source.conversation.write({"request": "status"})
+            await trio.sleep(self._config.status_seconds)
+
+    # --------------------------------------------------------------------------------------------------- the boards
+
+    async def _serve(self, board: Board) -> None:
+        """Publish a board, on one connection after the other."""
+        topics, backoff = Topics(self._broker.prefix, board.name), BrokerBackoff()
+        will = Message(topics.status, _json({"state": "offline"}), retain=True)
+        client_id = f"inco-trio:{topics.status.removesuffix('/status')}"
+        while True:
+            try:
+                async with open_connection(
+                    self._broker, self._config.broker, client_id, will=will, session=SESSION
+                ) as connection:
+                    self._connected += 1
+                    try:
+                        if self._problems.well("broker", self._broker):
+                            logger.info("%s: connected again", self._broker)
+                        backoff.reset()
+                        await self._exchange(board, topics, connection)
+                    finally:
+                        self._connected -= 1
+            except (BrokerLost, BrokerRefused) as error:
+                # The same for all boards, as a rule: said once.
+                self._problems.failed("broker", f"{error}; nothing is lost meanwhile, tried again", self._broker)
+            await trio.sleep(backoff.next())
+
+    async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._publish_status, board, topics, connection)
+                nursery.start_soon(self._publish, board, topics, connection)
+                if self._sendable(board):
+                    await connection.subscribe([topics.sends])
+                    nursery.start_soon(self._send_all, board, topics, connection)
+        except* (BrokerLost, BrokerRefused) as group:
+            raise _first(group) from None
+
+    async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
+        """Publish what the board was told, and tell its proxy what the broker has."""
+        while True:
+            source, events = await board.batch()
+            new = [event for event in events if not board.is_double(event)]
+            refusals = await connection.publish([_notification(topics, event) for event in new])
+            if refused := next((why for why in refusals if why is not None), None):
+                self._problems.failed(
+                    board, f"the broker refuses {topics.status}: {refused}; kept, tried again", board.name
+                )
+                await trio.sleep(REFUSED_AGAIN)
+                continue
+            self._problems.well(board, board.name)
+            board.done(source, events, new)
+            last = events[-1]
+            if source is not None:
+                await _acknowledge(source, board.name, last)
+
+    async def _publish_status(self, board: Board, topics: Topics, connection: Connection) -> None:
+        """Publish whether the board works, and its counters, whenever these are others."""
+        counted: object = None
+        while True:
+            changed, counters = board.changed, board.counters
+            messages = [Message(topics.status, _json(_status(board)), retain=True)]
+            if counters is not None and counters is not counted:
+                counted = counters
+                told = {key: counters.get(key) for key in ("counters", "signals", "history", "since")}
+                messages.append(Message(topics.counters, _json(told), retain=True))
+            await connection.publish(messages)
+            await changed.wait()
+
+    # ------------------------------------------------------------------------------------------------------ sending
+
+    def _sendable(self, board: Board) -> frozenset[str]:
+        """What may be sent to a board from the broker."""
+        send = self._config.send
+        return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
+
+    async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
+        """Send what the broker asks for."""
+        limit = trio.CapacityLimiter(SENDING_MAX)
+        async with trio.open_nursery() as nursery:
+            async for received in connection.received:
+                await limit.acquire_on_behalf_of(received)
+                nursery.start_soon(self._send, board, topics, connection, received, limit)
+
+    async def _send(
+        self, board: Board, topics: Topics, connection: Connection, received: Received, limit: trio.CapacityLimiter
+    ) -> None:
+        try:
+            answer = await self._try_to_send(board, topics.signal_of(received.topic), received)
+            received.acknowledge()
+            if received.response_topic is not None:
+                await self._answer(connection, received, answer)
+        finally:
+            limit.release_on_behalf_of(received)
+
+    async def _try_to_send(self, board: Board, signal: str, received: Received) -> dict[str, object]:
+        allowed = self._sendable(board)
+        if received.retain:
+            return _error("invalid", "a retained message would be sent again at each start")
+        if "*" not in allowed and signal not in allowed:
+            return _error("not-permitted", "the configuration of the gateway does not allow that")
+        if board.source is None:
+            return _error("closed", "no proxy has the board now")
+        request = {"request": "send", "signal": signal, "board": board.name}
+        with trio.move_on_after(SEND_PATIENCE):
+            try:
+                async with converse(board.source.conversation.path) as conversation:
+                    await conversation.write(request)
+                    (answer, *_) = await conversation.read()
+                    return answer
+            except IncoError as error:
+                return _error("closed", str(error))
+        return _error("closed", f"the link did not accept it for {SEND_PATIENCE:g} s, and may do so later")
+
+    async def _answer(self, connection: Connection, received: Received, answer: Mapping[str, object]) -> None:
+        topic = received.response_topic
+        assert topic is not None  # noqa: S101 - see `_send`
+        if topic == self._broker.prefix or topic.startswith(f"{self._broker.prefix}/"):
+            # It would be taken for what a gateway tells, or asked of one.
+            logger.warning("%s: asks for an answer at %s: answers go elsewhere", received.topic, topic)
+            return
+        await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
+
+
+def _sockets() -> Iterable[Path]:
+    found: list[Path] = []
+    for directory in runtime_directories():
+        try:
+            found += sorted(path for path in directory.iterdir() if path.suffix == ".sock")
+        except OSError:
+            continue
+    return found
+
+
+def _started(task_status: trio.TaskStatus[None]) -> None:
+    """Say that a task has started, if that was not said."""
+    try:
+        task_status.started()
+    except RuntimeError:
+        pass
+
+
+async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> None:
+    request = {"request": "acknowledge", "board": board, "boot": last["boot"], "sequence": last["sequence"]}
+    try:
+        await source.conversation.write(request)
+    except ControlMissing:
+        pass  # Its successor tells it again.
+
+
+def _first(group: BaseExceptionGroup[IncoError]) -> IncoError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, IncoError)  # noqa: S101 - see the caller
+    return error
+
+
+def _status(board: Board) -> dict[str, object]:
+    state = "no proxy" if board.source is None else "online"
+    history = (board.counters or {}).get("history") or {}
+    return {
+        "state": state, "running": board.running, "published": board.published, "merged": board.merged,
+        "waiting": history.get("waiting"), "link": (board.counters or {}).get("link"),
+    }  # fmt: skip
+
+
+def _notification(topics: Topics, event: Mapping[str, Any]) -> Message:
+    keys = ("time", "monotonic_ns", "sequence", "boot", "count")
+    body = {key: event[key] for key in keys if key in event}
+    return Message(topics.notification(event["direction"], event["signal"]), _json(body))
+
+
+def _json(fields: Mapping[str, object]) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def _error(error: str, message: str) -> dict[str, object]:
+    return {"error": error, "message": message}
