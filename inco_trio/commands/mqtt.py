@@ -21,9 +21,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         f"SIGHUP reads the configuration again.\n{EXIT_CODES}"
     )
     sub.add_argument("url", metavar="URL", help="the broker: mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS")
-    sub.add_argument(
-        "--config", metavar="FILE", help="what may be sent, and who we are (see inco-trio check --gateway)"
-    )
+    sub.add_argument("--config", metavar="FILE", help="what may be sent, and who we are")
     sub.add_argument(
         "--control", metavar="PATH", action="append", help="the proxy with this control socket (default: all that run)"
     )

@@ -86,7 +86,7 @@ class Board:
     def is_double(self, event: Mapping[str, Any]) -> bool:
         """Whether this one was published before."""
         boot, number = self._last
-        return event["event"] == "notification" and event["boot"] == boot and event["sequence"] <= number
+        return bool(event["event"] == "notification" and event["boot"] == boot and event["sequence"] <= number)
 
     def done(self, source: Source | None, events: list[Mapping[str, Any]], new: list[Mapping[str, Any]]) -> None:
         """The broker has acknowledged the `new` ones of these, which `source` told of."""

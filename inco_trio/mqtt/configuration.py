@@ -191,9 +191,8 @@ def _faults(config: GatewayConfig) -> list[str]:
     if config.boards is not None and not config.boards:
         faults.append("boards: is empty: leave it out for all boards")
     for board, signals in config.send.items():
-        for signal in signals:
-            if signal != "*" and (fault := name_fault(signal)):
-                faults.append(f"send.{board}: {signal!r}: {fault}")
+        named = [signal for signal in signals if signal != "*"]
+        faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]
         if config.boards is not None and board != "*" and board not in config.boards:
             faults.append(f"send.{board}: is not among the boards that are served")
     credentials = config.broker

@@ -21,6 +21,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from inco_trio.errors import IncoError, PermissionRefused
 from inco_trio.mqtt.configuration import Broker, Credentials
@@ -69,9 +70,9 @@ class Message:
     expiry: int | None = None
     """Seconds for which the broker keeps it."""
 
-    def properties(self, packet: int) -> Properties:
+    def properties(self, packet: int) -> Any:
         """Those of MQTT 5, in a packet of that type."""
-        made = Properties(packet)
+        made = _properties(packet)
         if self.correlation is not None:
             made.CorrelationData = self.correlation
         if self.expiry is not None:
@@ -152,7 +153,7 @@ class Connection:
         """Have the broker send what is published there, at QoS 1. Raises BrokerRefused, BrokerLost."""
         self._check()
         awaited = _Awaited(1, [None])
-        code, mid = self._client.subscribe([(topic, paho.SubscribeOptions(qos=1)) for topic in topics])
+        code, mid = self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
             raise BrokerLost(f"{self._broker}: {paho.error_string(code)}")
         self._awaited[mid] = (awaited, 0)
@@ -233,7 +234,7 @@ class Connection:
         properties = message.properties
         received = Received(
             message.topic,
-            message.payload,
+            bytes(message.payload),
             message.retain,
             getattr(properties, "ResponseTopic", None),
             getattr(properties, "CorrelationData", None),
@@ -319,6 +320,11 @@ class Connection:
         _close(self._client)
 
 
+def _properties(packet: int) -> Any:
+    made: Properties = Properties(packet)  # type: ignore[no-untyped-call]
+    return made
+
+
 def _close(client: paho.Client) -> None:
     sock = client.socket()
     if sock is not None:
@@ -344,11 +350,7 @@ async def open_connection(
     BrokerLost and BrokerRefused, also while the block runs: then it is cancelled.
     """
     client = paho.Client(
-        CallbackAPIVersion.VERSION2,
-        client_id=client_id,
-        protocol=paho.MQTTv5,
-        manual_ack=True,
-        reconnect_on_failure=False,
+        CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
     )
     client.connect_timeout = patience
     client.max_queued_messages_set(0)
@@ -401,7 +403,7 @@ def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> 
 
 
 async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: bool, patience: float) -> None:
-    properties = Properties(PacketTypes.CONNECT)
+    properties = _properties(PacketTypes.CONNECT)
     properties.SessionExpiryInterval = session
     properties.ReceiveMaximum = RECEIVE_MAX
     properties.MaximumPacketSize = PACKET_MAX

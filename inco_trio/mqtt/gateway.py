@@ -10,6 +10,7 @@ its own to the broker: with a last will of its own, and nobody waits for another
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,8 +109,7 @@ class Gateway:
             try:
                 follow = (await conversation.request(request))["follow"]
                 self._problems.well(path)
-                for name in follow:
-                    mine.append(self._have(name, source, nursery))
+                mine += [self._have(name, source, nursery) for name in follow]
                 task_status.started()
                 async with trio.open_nursery() as asking:
                     asking.start_soon(self._count, source)
@@ -204,9 +204,8 @@ class Gateway:
             new = [event for event in events if not board.is_double(event)]
             refusals = await connection.publish([_notification(topics, event) for event in new])
             if refused := next((why for why in refusals if why is not None), None):
-                self._problems.failed(
-                    board, f"the broker refuses {topics.status}: {refused}; kept, tried again", board.name
-                )
+                what = f"the broker refuses what is published: {refused}; it is kept, and tried again"
+                self._problems.failed(board, what, board.name)
                 await trio.sleep(REFUSED_AGAIN)
                 continue
             self._problems.well(board, board.name)
@@ -295,18 +294,14 @@ def _sockets() -> Iterable[Path]:
 
 def _started(task_status: trio.TaskStatus[None]) -> None:
     """Say that a task has started, if that was not said."""
-    try:
+    with contextlib.suppress(RuntimeError):
         task_status.started()
-    except RuntimeError:
-        pass
 
 
 async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> None:
     request = {"request": "acknowledge", "board": board, "boot": last["boot"], "sequence": last["sequence"]}
-    try:
+    with contextlib.suppress(ControlMissing):  # Its successor tells it again.
         await source.conversation.write(request)
-    except ControlMissing:
-        pass  # Its successor tells it again.
 
 
 def _first(group: BaseExceptionGroup[IncoError]) -> IncoError:
