@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from inco_trio.commands import process_signals
+from inco_trio.commands.line import EXIT_INTERNAL
 from inco_trio.errors import IncoError
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import set_up_logging
@@ -38,6 +39,11 @@ def serve(args: argparse.Namespace, prepare: Callable[[], Work]) -> int:
     work = prepare()
     try:
         trio.run(_Service(args.notification_fd, prepare).run, work)
+    except IncoError:
+        raise
+    except Exception:  # logged whole; the exit code tells the supervisor
+        logger.exception("internal error: this is a fault of inco-trio, please report it")
+        return EXIT_INTERNAL
     finally:
         process_signals.ignore()
     return 0

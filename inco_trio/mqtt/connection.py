@@ -115,6 +115,9 @@ class Connection:
         self.ended = trio.Event()
         """Set once it is lost."""
         self._lost: IncoError | None = None
+        self._window = 1
+        """How many packets may be unacknowledged: the broker says that."""
+        self._room = trio.Event()
         self._awaited: dict[int, tuple[_Awaited, int]] = {}
         self._entry, self.received = trio.open_memory_channel[Received](RECEIVE_MAX + 1)
         """Unacknowledged messages: never more than the broker was told that we take."""
@@ -138,13 +141,17 @@ class Connection:
             return []
         awaited = _Awaited(len(messages), [None] * len(messages))
         for number, message in enumerate(messages):
+            while len(self._awaited) >= self._window:
+                if self._room.is_set():  # Others may wait for it already.
+                    self._room = trio.Event()
+                await self._wait(self._room)
             properties = message.properties(PacketTypes.PUBLISH)
             try:
                 info = self._client.publish(message.topic, message.payload, 1, message.retain, properties)
             except ValueError as error:
                 awaited.reasons[number], awaited.left = str(error), awaited.left - 1
                 continue
-            self._awaited[info.mid] = (awaited, number)
+            self._awaited[info.mid] = awaited, number
         if awaited.left:
             await self._wait(awaited.done)
         return awaited.reasons
@@ -180,7 +187,7 @@ class Connection:
         """It is over: everybody who waits is told why."""
         if self._lost is None:
             self._lost = error
-        for event in (self._answered, self._write, self.ended):
+        for event in (self._answered, self._write, self._room, self.ended):
             event.set()
         for awaited, _ in self._awaited.values():
             awaited.done.set()
@@ -196,7 +203,7 @@ class Connection:
             return
         self.session_present = flags.session_present
         allowed = getattr(properties, "ReceiveMaximum", INFLIGHT_MAX)
-        self._client.max_inflight_messages_set(min(INFLIGHT_MAX, allowed))
+        self._window = min(INFLIGHT_MAX, allowed)
         self._answered.set()
 
     def _on_disconnect(
@@ -224,6 +231,7 @@ class Connection:
 
     def _acknowledged(self, mid: int, reason: str | None) -> None:
         awaited, number = self._awaited.pop(mid, (None, 0))
+        self._room.set()
         if awaited is not None:
             awaited.reasons[number] = reason
             awaited.left -= 1
@@ -290,9 +298,10 @@ class Connection:
             await self._write.wait()
 
     async def _flush(self) -> None:
-        while self._client.want_write() and (sock := self._client.socket()) is not None:
+        while self._client.want_write() and self._client.socket() is not None:
             self._client.loop_write()
-            if self._client.want_write():
+            # It may be closed now.
+            if self._client.want_write() and (sock := self._client.socket()) is not None:
                 await trio.lowlevel.wait_writable(sock)
 
     async def _keep_alive(self) -> None:
@@ -330,6 +339,7 @@ def _close(client: paho.Client) -> None:
     if sock is not None:
         with contextlib.suppress(RuntimeError):  # Of a thread that nobody waits for any more.
             trio.lowlevel.notify_closing(sock)
+        client.on_socket_close = None
         sock.close()
 
 
@@ -353,6 +363,7 @@ async def open_connection(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
     )
     client.connect_timeout = patience
+    client.max_inflight_messages_set(INFLIGHT_MAX)  # It cannot be set once the broker has said how many.
     client.max_queued_messages_set(0)
     _identify(client, broker, credentials)
     if will is not None:

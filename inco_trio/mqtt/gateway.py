@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,11 @@ class Gateway:
                 self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in follow]
                 task_status.started()
-                async with trio.open_nursery() as asking:
+                async with _nursery() as asking:
                     asking.start_soon(self._count, source)
-                    try:
-                        while True:
-                            for line in await conversation.read():
-                                self._hear(line, source, mine, nursery)
-                    finally:
-                        asking.cancel_scope.cancel()
+                    while True:
+                        for line in await conversation.read():
+                            self._hear(line, source, mine, nursery)
             finally:
                 for board in mine:
                     board.leave(source)
@@ -183,19 +181,17 @@ class Gateway:
                         self._connected -= 1
             except (BrokerLost, BrokerRefused) as error:
                 # The same for all boards, as a rule: said once.
-                self._problems.failed("broker", f"{error}; nothing is lost meanwhile, tried again", self._broker)
+                what = str(error).removeprefix(f"{self._broker}: ")
+                self._problems.failed("broker", f"{what}; nothing is lost meanwhile, tried again", self._broker)
             await trio.sleep(backoff.next())
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._publish_status, board, topics, connection)
-                nursery.start_soon(self._publish, board, topics, connection)
-                if self._sendable(board):
-                    await connection.subscribe([topics.sends])
-                    nursery.start_soon(self._send_all, board, topics, connection)
-        except* (BrokerLost, BrokerRefused) as group:
-            raise _first(group) from None
+        async with _nursery() as nursery:
+            nursery.start_soon(self._publish_status, board, topics, connection)
+            nursery.start_soon(self._publish, board, topics, connection)
+            if self._sendable(board):
+                await connection.subscribe([topics.sends])
+                nursery.start_soon(self._send_all, board, topics, connection)
 
     async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish what the board was told, and tell its proxy what the broker has."""
@@ -304,12 +300,19 @@ async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> N
         await source.conversation.write(request)
 
 
-def _first(group: BaseExceptionGroup[IncoError]) -> IncoError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, IncoError)  # noqa: S101 - see the caller
-    return error
+@asynccontextmanager
+async def _nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery of which one error that can be said in a line comes out by itself."""
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except* IncoError as group:
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+    if failure is not None:
+        raise failure
 
 
 def _status(board: Board) -> dict[str, object]:

@@ -1,0 +1,245 @@
+"""A real mosquitto on loopback, and a client of it that is not ours."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import queue
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+from netns.fixtures import DEADLINE
+
+__all__ = ["Certificates", "Mosquitto", "Reader", "Told", "free_port"]
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody uses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+class Certificates:
+    """An authority, and what it has signed: for the broker, and for a client."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        directory.mkdir(exist_ok=True)
+        self.ca = directory / "ca.pem"
+        self._openssl(
+            *("req", "-x509", "-subj", "/CN=authority", "-days", "2", "-keyout", f"{directory}/ca.key"),
+            *("-out", str(self.ca)), *_KEY,
+        )  # fmt: skip
+
+    def _openssl(self, *words: str) -> None:
+        subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+
+    def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
+        """A certificate for `name`, an address or the name of a client, and its key; it ended if `days` is below 0."""
+        place = self._directory / name
+        certificate, key, request = (place.with_suffix(f".{end}") for end in ("pem", "key", "csr"))
+        self._openssl("req", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request), *_KEY)
+        extensions = place.with_suffix(".ext")
+        extensions.write_text(f"subjectAltName=IP:{name}\n" if name[0].isdigit() else "")
+        self._openssl(
+            *("x509", "-req", "-in", str(request), "-CA", str(self.ca), "-CAkey", f"{self._directory}/ca.key"),
+            *("-CAcreateserial", "-days", str(days), "-out", str(certificate), "-extfile", str(extensions)),
+        )
+        return certificate, key
+
+
+_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+
+
+class Mosquitto:
+    """The broker; `lines` are of mosquitto.conf(5)."""
+
+    def __init__(self, directory: Path, *lines: str, tls: bool = False) -> None:
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        self.port = free_port()
+        self.tls = tls
+        self._log = directory / "mosquitto.log"
+        (directory / "mosquitto.conf").write_text(
+            "\n".join((f"listener {self.port} 127.0.0.1", f"user {_me()}", *lines, ""))
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"{'mqtts' if self.tls else 'mqtt'}://127.0.0.1:{self.port}/lab"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def start(self) -> Mosquitto:
+        """Start it, again if it was ended; it takes connections then."""
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                ["mosquitto", "-v", "-c", str(self.directory / "mosquitto.conf")],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except ConnectionRefusedError:
+                assert self.process.poll() is None, self.log
+                assert time.monotonic() < deadline, self.log
+                time.sleep(0.01)
+            else:
+                return self
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(number)
+            self.process.wait(DEADLINE)
+            self.process = None
+
+
+def _me() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+@attrs.frozen
+class Told:
+    """A message."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    correlation: bytes | None
+
+    @functools.cached_property
+    def body(self) -> dict[str, Any]:
+        read: dict[str, Any] = json.loads(self.payload)
+        return read
+
+
+class Reader:
+    """A client that reads `topic`, connects again by itself, and publishes."""
+
+    def __init__(
+        self,
+        broker: Mosquitto,
+        topic: str = "lab/#",
+        *,
+        name: str = "reader",
+        certificates: tuple[Path, Path, Path] | None = None,
+        user: tuple[str, str] | None = None,
+    ) -> None:
+        self.told: queue.Queue[Told] = queue.Queue()
+        self._subscribed: queue.Queue[None] = queue.Queue()
+        self._topic = topic
+        self._client = client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5)
+        client.on_message = self._on_message
+        client.on_connect = self._on_connect
+        client.on_subscribe = lambda *_: self._subscribed.put(None)
+        client.reconnect_delay_set(1, 1)
+        if certificates is not None:
+            context = ssl.create_default_context(cafile=certificates[0])
+            context.load_cert_chain(*certificates[1:])
+            client.tls_set_context(context)
+        if user is not None:
+            client.username_pw_set(*user)
+        properties: Any = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        properties.SessionExpiryInterval = 3600
+        client.connect("127.0.0.1", broker.port, clean_start=False, properties=properties)
+        client.loop_start()
+        self._subscribed.get(timeout=DEADLINE)
+
+    def _on_connect(self, client: paho.Client, *_: object) -> None:
+        client.subscribe(self._topic, qos=1)
+
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
+        correlation = getattr(message.properties, "CorrelationData", None)
+        self.told.put(Told(message.topic, bytes(message.payload), message.retain, correlation))
+
+    def publish(
+        self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
+        retain: bool = False,
+    ) -> None:  # fmt: skip
+        """Publish at QoS 1."""
+        properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        if response is not None:
+            properties.ResponseTopic = response
+        if correlation is not None:
+            properties.CorrelationData = correlation
+        info = self._client.publish(topic, payload, 1, retain, properties)
+        info.wait_for_publish(DEADLINE)
+
+    def next(self, wanted: Callable[[Told], bool] = lambda _: True) -> Told:
+        """The next message that is wanted."""
+        while True:
+            told = self.told.get(timeout=DEADLINE)
+            if wanted(told):
+                return told
+
+    def until_status(self, board: str, **fields: object) -> Told:
+        """The next status of a board with these values."""
+        return self.next(lambda told: told.topic == f"lab/{board}/status" and fields.items() <= told.body.items())
+
+    def notifications(self) -> Iterator[Told]:
+        """What comes of notifications, one after the other."""
+        while True:
+            yield self.next(lambda told: told.topic.split("/")[2] in ("inbound", "outbound"))
+
+    def close(self) -> None:
+        self._client.loop_stop()
+        self._client.disconnect()
+        self._client.loop_misc()
+
+
+class Gateway:
+    """The real process `inco-trio mqtt`, or another service, ready."""
+
+    def __init__(self, log: Path, *words: str | Path, environment: Mapping[str, str] | None = None) -> None:
+        self._log = log
+        read_ready, write_ready = os.pipe()
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "inco_trio", *map(str, words), "--notification-fd", str(write_ready)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, pass_fds=[write_ready],
+                env={**os.environ, **(environment or {})},
+            )  # fmt: skip
+        os.close(write_ready)
+        self._ready = read_ready
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_ready(self) -> None:
+        """Wait for readiness."""
+        with open(self._ready, "rb", closefd=False) as ready:
+            assert ready.read(1) == b"\n", self.log
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """End it; returns its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(DEADLINE)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ready)

@@ -1,0 +1,167 @@
+"""The gateway, beside a real proxy and a real mosquitto."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.mqtt.topics import level
+from netns.fixtures import DEADLINE, Proxy
+from tests.mosquitto import Gateway, Mosquitto, Reader
+from tests.support_control import Board
+
+pytestmark = pytest.mark.tools
+
+
+class Bench:
+    """A broker, a board with its proxy, and a gateway between them."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self._stack = home, stack
+        self.board = Board(home, stack)
+        self.broker = Mosquitto(home / "broker", "allow_anonymous true", f"persistence_location {home}/broker/",
+                                "persistence true")  # fmt: skip
+        stack.callback(self.broker.end)
+        self.name = level(f"{home}/core0")
+
+    def proxy(self) -> Proxy:
+        return self.board.running()
+
+    def gateway(self, url: str | None = None, **config: object) -> Gateway:
+        file = self.home / "gateway.json"
+        file.write_text(json.dumps(config))
+        words = ("mqtt", url or self.broker.url, "--control", self.board.path, "--config", file)
+        gateway = Gateway(self.home / "gateway.log", *words)
+        self._stack.callback(gateway.close)
+        gateway.wait_ready()
+        return gateway
+
+    def reader(self) -> Reader:
+        reader = Reader(self.broker)
+        self._stack.callback(reader.close)
+        return reader
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+def test_notifications_are_published(bench: Bench) -> None:
+    bench.broker.start()
+    peer = bench.board.core1()
+    bench.proxy()
+    reader = bench.reader()
+    bench.gateway()
+    reader.until_status(bench.name, state="online", running=True)
+    notifications = reader.notifications()
+    bench.board.inbound(peer)
+    first = next(notifications)
+    bench.board.trigger()
+    second = next(notifications)
+    boot = bench.board.client().greeting["boot"]
+    assert first.topic == f"lab/{bench.name}/inbound/ihub_hwwd_irq"
+    assert second.topic == f"lab/{bench.name}/outbound/redun_notify_irq"
+    for number, told in enumerate((first, second), 1):
+        assert set(told.body) == {"time", "monotonic_ns", "sequence", "boot"}
+        assert (told.body["sequence"], told.body["boot"], told.retain) == (number, boot, False)
+
+
+def test_the_end_of_a_gateway_and_of_a_proxy_are_told(bench: Bench) -> None:
+    bench.broker.start()
+    proxy = bench.proxy()
+    reader = bench.reader()
+    gateway = bench.gateway()
+    reader.until_status(bench.name, state="online")
+    proxy.stop()
+    reader.until_status(bench.name, state="no proxy")
+    proxy = bench.proxy()
+    reader.until_status(bench.name, state="online")
+    assert gateway.end() == 0
+    reader.until_status(bench.name, state="offline")
+    gateway = bench.gateway()
+    reader.until_status(bench.name, state="online")
+    gateway.end(signal.SIGKILL)
+    reader.until_status(bench.name, state="offline")
+
+
+def test_signals_are_sent_that_may_be(bench: Bench) -> None:
+    bench.broker.start()
+    peer = bench.board.core1()
+    bench.proxy()
+    reader = Reader(bench.broker, "answers/#")
+    bench.gateway(send={"*": ["redun_notify_irq"]})
+    watching = Reader(bench.broker, name="watching")
+    watching.until_status(bench.name, state="online")
+    send = f"lab/{bench.name}/send/"
+
+    def ask(signal: str, payload: bytes = b"") -> object:
+        reader.publish(send + signal, payload, response="answers/here", correlation=b"17")
+        told = reader.next()
+        assert (told.topic, told.correlation) == ("answers/here", b"17")
+        return told.body.get("error", told.body)
+
+    assert ask("redun_notify_irq") == {"sent": 1}
+    peer.settimeout(DEADLINE)
+    assert b"redun_notify_irq" in peer.recv(2048)
+    assert ask("redun_notify_irq", bytes(1 << 20)) == {"sent": 1}
+    assert b"redun_notify_irq" in peer.recv(2048)
+    assert ask("ihub_hwwd_irq") == "not-permitted"
+    assert ask("nobody") == "not-permitted"
+    assert ask("%2B") == "not-permitted"
+    reader.publish(send + "redun_notify_irq", response=send + "redun_notify_irq")  # No answer there.
+    assert b"redun_notify_irq" in peer.recv(2048)
+    assert ask("ihub_hwwd_irq") == "not-permitted"
+    assert bench.board.status()["counters"]["sent"] == 3
+    for each in (reader, watching):
+        each.close()
+
+
+def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(bench: Bench) -> None:
+    bench.broker.start()
+    peer = bench.board.core1()
+    bench.proxy()
+    reader = bench.reader()
+    gateway = bench.gateway()
+    reader.until_status(bench.name, state="online")
+    sent = 0
+
+    def carry(number: int) -> None:
+        nonlocal sent
+        for _ in range(number):
+            bench.board.inbound(peer)
+        sent += number
+
+    def check() -> None:
+        """All that was sent came, in order; doubles are seen by their numbers."""
+        last = 0
+        for told in reader.notifications():
+            number = told.body["sequence"]
+            assert number <= last + 1, "a gap"
+            last = max(last, number)
+            if last == sent:
+                return
+
+    carry(300)
+    bench.broker.end()
+    carry(300)
+    bench.broker.start()
+    carry(100)
+    gateway.end(signal.SIGKILL)
+    carry(300)
+    gateway = bench.gateway()
+    carry(100)
+    gateway.process.send_signal(signal.SIGSTOP)
+    carry(500)
+    gateway.process.send_signal(signal.SIGCONT)
+    bench.broker.end(signal.SIGKILL)
+    carry(300)
+    bench.broker.start()
+    carry(10)
+    check()
