@@ -150,6 +150,8 @@ class Reader:
     ) -> None:
         self.told: queue.Queue[Told] = queue.Queue()
         self._subscribed: queue.Queue[None] = queue.Queue()
+        self._marked: queue.Queue[None] = queue.Queue()
+        self._number = self._mark = 0
         self._topic = topic
         self._client = client = paho.Client(CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5)
         client.on_message = self._on_message
@@ -173,7 +175,11 @@ class Reader:
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         correlation = getattr(message.properties, "CorrelationData", None)
-        self.told.put(Told(message.topic, bytes(message.payload), message.retain, correlation))
+        self._number += 1
+        if message.topic.endswith("/mark"):
+            self._marked.put(None)
+        else:
+            self.told.put(Told(message.topic, bytes(message.payload), message.retain, correlation))
 
     def publish(
         self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
@@ -194,6 +200,20 @@ class Reader:
             told = self.told.get(timeout=DEADLINE)
             if wanted(told):
                 return told
+
+    def settle(self) -> None:
+        """Wait until the broker has nothing more for it that was published by somebody who is stopped now.
+
+        The broker takes one packet of each client in a turn, so that some turns without news mean that there are none.
+        """
+        quiet = 0
+        while quiet < 30:
+            before = self._number
+            self._mark += 1
+            # Published once it is connected again, if it is not.
+            self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)
+            self._marked.get(timeout=DEADLINE)
+            quiet = quiet + 1 if self._number == before + 1 else 0
 
     def until_status(self, board: str, **fields: object) -> Told:
         """The next status of a board with these values."""
