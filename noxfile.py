@@ -29,6 +29,7 @@ DEBIAN_PACKAGES = {
     "make": ("make",),
     "mandoc": ("mandoc",),
     "mosquitto": ("mosquitto",),
+    "openssl": ("openssl",),
     "qemu-system-riscv64": ("qemu-system-misc",),
     "riscv64-linux-gnu-gcc": ("gcc-riscv64-linux-gnu",),
     "s6-svscan": ("s6",),

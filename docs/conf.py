@@ -22,6 +22,7 @@ from docs.fields import table
 from inco_trio import config
 from inco_trio.boards import BoardFile
 from inco_trio.commands.line import COMMANDS, drop_in_parser, parser
+from inco_trio.mqtt.configuration import Credentials, GatewayConfig
 from inco_trio.signals import BUILTIN
 
 KEYS = {
@@ -29,6 +30,8 @@ KEYS = {
     "misc.ihub_config_dev.regs.<reg>": config._Reg,
     "misc.inco_proxy.signals.<wire name>": config._Entry,
     "NAME.json": BoardFile,
+    "gateway.json": GatewayConfig,
+    "broker": Credentials,
 }
 """What the pages call a table of a file, and the class that reads it."""
 
@@ -80,7 +83,7 @@ class Keys(Directive):
     def run(self) -> list[nodes.Node]:
         """A table."""
         cls = KEYS[self.arguments[0]]
-        prefix = "" if cls is BoardFile else f"{self.arguments[0]}."
+        prefix = "" if cls in (BoardFile, GatewayConfig) else f"{self.arguments[0]}."
         return _parsed(self, table(cls, prefix), cls.__module__)
 
 

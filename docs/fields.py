@@ -28,7 +28,7 @@ def table(cls: type, prefix: str = "") -> list[str]:
     for field in attrs.fields(cls):
         if field.init:
             needed = "required" if field.default is attrs.NOTHING else "optional"
-            if field.default not in (attrs.NOTHING, None):
+            if isinstance(field.default, str | int | float):
                 needed = f"default `{field.default!r}`"
             rows.append(f"| `{prefix}{field.name}` | {needed} | {said[field.name]} |")
     return rows

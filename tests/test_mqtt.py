@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,8 @@ from tests.mosquitto import Gateway, Mosquitto, Reader
 from tests.support_control import Board
 
 pytestmark = pytest.mark.tools
+
+PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
 
 
 class Bench:
@@ -177,3 +180,48 @@ def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(b
     bench.kill_broker(gateway, reader)
     carry(310)
     check()
+
+
+def test_the_line_of_the_page_runs(bench: Bench) -> None:
+    (line,) = re.findall(r"^ {4}(inco-trio mqtt .*)$", PAGE.read_text(), re.MULTILINE)
+    bench.broker.start()
+    bench.proxy()
+    url, _, config = line.split()[2:5]
+    assert url.startswith("mqtts://")
+    assert config == "--config" or line.split()[3] == "--config"
+    reader = bench.reader()
+    gateway = bench.gateway(bench.broker.url)
+    reader.until_status(bench.name, state="online")
+    # A reload that is refused changes nothing; one that is not goes on where it was.
+    (bench.home / "gateway.json").write_text('{"boards": []}')
+    gateway.process.send_signal(signal.SIGHUP)
+    while "reload refused" not in gateway.log:
+        assert gateway.process.poll() is None
+    (bench.home / "gateway.json").write_text("{}")
+    gateway.process.send_signal(signal.SIGHUP)
+    reader.until_status(bench.name, state="offline")
+    reader.until_status(bench.name, state="online")
+    bench.board.trigger()
+    assert next(reader.notifications()).body["sequence"] == 1
+
+
+def test_many_boards_that_come_and_go(bench: Bench) -> None:
+    boards = bench.home / "boards"
+    boards.mkdir()
+
+    def add(name: str) -> None:
+        link = f"unix:{bench.home}/{name}-0,peer={bench.home}/{name}-1"
+        (boards / f"{name}.json").write_text(json.dumps({"link": link, "irq_dir": f"{bench.home}/{name}"}))
+
+    add("b1")
+    add("b2")
+    bench.broker.start()
+    proxy = bench.board.running("--boards", str(boards))
+    reader = bench.reader()
+    bench.gateway(boards=["b1", "b3"])
+    reader.until_status("b1", state="online")
+    add("b3")
+    proxy.process.send_signal(signal.SIGHUP)
+    reader.until_status("b3", state="online")
+    (boards / "b1.json").unlink()
+    bench.board.client().ask({"request": "send", "board": "b2", "signal": "redun_notify_irq"})

@@ -41,6 +41,9 @@ NOT_RUN = {
 }
 """How blocks begin that no test runs, and why."""
 RUN_BY = {
+    ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
+    ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
+    ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
     ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
     ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
@@ -53,7 +56,10 @@ RUN_BY = {
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_program_of_asyncio",
     ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
-    ("control", "{"): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
+    ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
+    ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
+    ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_is_told_all_since_it_acknowledged",
+    ("control", '{"event": "merged"'): "test_control.py::test_what_nobody_acknowledges_is_merged_by_signal",
     ("first-steps", "import inco_trio"): "test_pages.py::test_programs_run",
     ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
     ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
@@ -323,7 +329,7 @@ def test_the_board_files_are_valid(tmp_path: Path) -> None:
 
 @pytest.mark.tools
 def test_the_control_socket_answers_as_its_page_says(tmp_path: Path) -> None:
-    codes = [code for page, code in all_blocks() if page == "control"]
+    codes = [code for page, code in all_blocks() if page == "control"][:2]
     greeting, *lines = [line for code in codes for line in code.splitlines()]
     with ExitStack() as stack:
         board = Board(tmp_path, stack)

@@ -6,9 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
+import attrs
+
 from inco_trio.commands.configuration import (
     BOARDS_HELP,
     LINK_HELP,
+    absolute,
     boards_directory,
     check_link,
     config_path,
@@ -16,7 +19,7 @@ from inco_trio.commands.configuration import (
 )
 from inco_trio.commands.streams import say
 from inco_trio.config import read_board
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, UsageError
 from inco_trio.links.address import parse_address
 
 __all__ = ["arguments", "run"]
@@ -28,11 +31,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     configuration_argument(sub)
     sub.add_argument("--iface", metavar="LINK", help=f"also explain the link: {LINK_HELP}")
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    sub.add_argument("--gateway", metavar="FILE", help="the configuration of `inco-trio mqtt`")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; raises ConfigError or UsageError."""
+    if args.gateway is not None:
+        return _check_gateway(args)
     if args.boards is not None:
         return _check_boards(boards_directory(args, "--config", "--iface"), as_json=args.json)
     board = read_board(config_path(args))
@@ -53,6 +59,26 @@ def run(args: argparse.Namespace) -> int:
         lines += [] if explanation is None else [f"link: {explanation}"]
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
+    return 0
+
+
+def _check_gateway(args: argparse.Namespace) -> int:
+    """Print what a gateway does; raises ConfigError, PermissionRefused or UsageError."""
+    from inco_trio.mqtt.configuration import read_gateway
+
+    if any(option is not None for option in (args.config, args.iface, args.boards)):
+        raise UsageError("--gateway and --config, --iface or --boards exclude each other")
+    config = read_gateway(absolute(args.gateway, "--gateway"))
+    config.broker.read()
+    if args.json:
+        say(json.dumps(attrs.asdict(config), indent=2))
+        return 0
+    say(f"boards: {', '.join(config.boards) if config.boards else 'all'}")
+    for board, signals in config.send.items():
+        what = "all signals" if "*" in signals else ", ".join(signals) or "none"
+        say(f"may be sent to {'all boards' if board == '*' else board}: {what}")
+    if not config.send:
+        say("nothing may be sent")
     return 0
 
 

@@ -55,7 +55,7 @@ class Identity:
 
 @attrs.frozen
 class Credentials:
-    """The files that say who the gateway is, and whom it believes: absolute paths."""
+    """The files that say who the gateway is, and whom it believes."""
 
     ca_file: str | None = None
     """Certificates of those who may vouch for the broker, PEM; without it those that the system trusts."""
@@ -64,8 +64,9 @@ class Credentials:
     key_file: str | None = None
     """The private key of that, PEM, not encrypted."""
     user_file: str | None = None
+    """One line: who the gateway is."""
     password_file: str | None = None
-    """A file with one line."""
+    """One line: its password."""
 
     def read(self) -> Identity:
         """Read user and password. Raises ConfigError, PermissionRefused."""
@@ -83,6 +84,7 @@ class GatewayConfig:
     status_seconds: float = 10.0
     """Seconds between two looks at the counters."""
     broker: Credentials = Credentials()
+    """Who the gateway is to the broker, and whom it believes: all absolute paths of files."""
 
 
 def parse_broker(url: str) -> Broker:

@@ -59,6 +59,17 @@ class BrokerRefused(PermissionRefused):
     """The broker refuses us, or we refuse it, for its certificate."""
 
 
+class _TlsSocket(ssl.SSLSocket):
+    """One that is closed when its handshake fails, which paho leaves to others."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()
+            raise
+
+
 @attrs.frozen
 class Message:
     """What is to be published."""
@@ -210,14 +221,15 @@ class Connection:
         self, _client: object, _data: object, _flags: DisconnectFlags, reason: ReasonCode, _properties: object
     ) -> None:
         if reason.value >= _FAILURE and reason.getName() != "Unspecified error":
-            why = f"ended the connection: {reason}"
+            self._lose(BrokerLost(f"{self._broker}: ended the connection: {reason}"))
         elif self._answered.is_set():
-            why = "the connection broke"
+            self._lose(BrokerLost(f"{self._broker}: the connection broke"))
         else:
-            why = "ends the connection without an answer" + (
-                " (does it want a client certificate, or another one?)" if self._broker.tls else " (does it want TLS?)"
-            )
-        self._lose(BrokerLost(f"{self._broker}: {why}"))
+            self._hung_up()
+
+    def _hung_up(self) -> None:
+        hint = "does it want a client certificate, or another one?" if self._broker.tls else "does it want TLS?"
+        self._lose(BrokerLost(f"{self._broker}: ends the connection without an answer ({hint})"))
 
     def _on_acknowledged(
         self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
@@ -311,6 +323,8 @@ class Connection:
 
     async def answered(self) -> None:
         """Wait for the broker's answer to our request to connect."""
+        if self._client.socket() is None:
+            self._hung_up()
         with trio.move_on_after(self._patience):
             await self._answered.wait()
         self._check()
@@ -406,6 +420,7 @@ def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> 
     if broker.tls:
         try:
             context = ssl.create_default_context(cafile=credentials.ca_file)
+            context.sslsocket_class = _TlsSocket
             if credentials.certificate_file is not None:
                 context.load_cert_chain(credentials.certificate_file, credentials.key_file, password=lambda: b"")
         except (OSError, ValueError) as error:
@@ -434,6 +449,8 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
         raise BrokerLost(f"{broker}: no TLS connection: {error.reason or error}") from error
     except socket.gaierror as error:
         raise BrokerLost(f"{broker}: no such host: {error.strerror}") from error
+    except ConnectionResetError as error:
+        raise BrokerLost(f"{broker}: broke the connection (does it {'not ' if broker.tls else ''}want TLS?)") from error
     except (TimeoutError, trio.TooSlowError) as error:
         raise BrokerLost(f"{broker}: does not answer") from error
     except (OSError, ValueError) as error:

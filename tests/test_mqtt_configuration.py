@@ -1,0 +1,171 @@
+"""What a gateway is told: URL and file."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import ConfigError, IncoError, PermissionRefused, UsageError
+from inco_trio.mqtt.configuration import Credentials, GatewayConfig, Identity, parse_broker, read_gateway
+from inco_trio.mqtt.topics import Topics, level, name_of
+from tests.support_control import COMMAND
+
+PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
+
+
+def run_command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("mqtt://broker", "mqtt://broker:1883/inco-trio"),
+        ("mqtts://broker/", "mqtts://broker:8883/inco-trio"),
+        ("mqtt://[::1]:7/lab/host1/", "mqtt://[::1]:7/lab/host1"),
+        ("mqtt://h/a%20b", "mqtt://h:1883/a b"),
+    ],
+)
+def test_urls_of_brokers(url: str, shown: str) -> None:
+    assert str(parse_broker(url)) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "fault"),
+    [
+        ("", "it is mqtt://"),
+        ("broker", "it is mqtt://"),
+        ("http://broker", "it is mqtt://"),
+        ("mqtt://", "a host"),
+        ("mqtt://:1883/x", "a host"),
+        ("mqtt://h:0", "port 0"),
+        ("mqtt://h:65536", "[Pp]ort"),
+        ("mqtt://h:x", "[Pp]ort"),
+        ("mqtt://[::1", "IPv6"),
+        ("mqtt://h/a?b", "no \\?"),
+        ("mqtt://h/a#", "no #|no \\?"),
+        ("mqtt://h/a/+/b", "prefix"),
+        ("mqtt://h/%23", "prefix"),
+        ("mqtt://h/%00", "prefix"),
+        ("mqtt://h/$SYS", "prefix"),
+        ("mqtt://h/a//b", "empty level"),
+        ("mqtt://h/" + "a" * 1001, "1,000"),
+    ],
+)
+def test_urls_that_are_refused(url: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault) as refused:
+        parse_broker(url)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_no_user_is_taken_from_a_url_nor_shown() -> None:
+    with pytest.raises(UsageError) as refused:
+        parse_broker("mqtt://me:secret@h")
+    assert "secret" not in str(refused.value)
+
+
+def test_the_file_of_the_page_is_valid(tmp_path: Path) -> None:
+    (code,) = re.findall(r'^( {4}\{"send".*?)\n\n', PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    path = tmp_path / "gateway.json"
+    path.write_text(code)
+    config = read_gateway(path)
+    assert config.send == {"b1": ["redun_notify_irq"]}
+    assert config.broker.key_file == "/etc/inco-trio/host1.key"
+
+
+def test_an_empty_file_has_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text("{}")
+    assert read_gateway(path) == GatewayConfig()
+    assert read_gateway(path).broker.read() == Identity(None, None)
+
+
+def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(
+        '{"boards": "b1", "boards": 3, "send": {"b1": "x", "b2": [1]}, "status_seconds": "1", "more": 1,'
+        ' "broker": {"ca_file": 1, "certificate": ""}}'
+    )
+    with pytest.raises(ConfigError) as refused:
+        read_gateway(path)
+    lines = [line.removeprefix(f"{path}: ") for line in refused.value.problems]
+    for start in ("'boards' is there more", "boards: ", "send", "status_seconds: ", "more: ", "broker.ca_file: ",
+                  "broker.certificate: unknown"):  # fmt: skip
+        assert any(line.startswith(start) for line in lines), (start, lines)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"status_seconds": 0}, "status_seconds: 0 is not"),
+        ({"status_seconds": True}, "status_seconds: is not a number"),
+        ({"boards": []}, "boards: is empty"),
+        ({"boards": ["a"], "send": {"b": ["*"]}}, "send.b: is not among"),
+        ({"send": {"*": ["two words"]}}, "send.*: 'two words': a wire name"),
+        ({"broker": {"ca_file": "ca.pem"}}, "broker.ca_file: 'ca.pem' is not an absolute path"),
+        ({"broker": {"key_file": "/key"}}, "broker: certificate_file and key_file need each other"),
+        ({"broker": {"password_file": "/word"}}, "broker: a password_file needs a user_file"),
+        ({"broker": None}, "broker"),
+        ({"send": None}, "send"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, config: object, line: str) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ConfigError) as refused:
+        read_gateway(path)
+    assert str(refused.value).startswith(f"{path}: {line}")
+    assert len(refused.value.problems) == 1
+
+
+def test_user_and_password_are_read_from_files(tmp_path: Path) -> None:
+    user, word = tmp_path / "user", tmp_path / "word"
+    user.write_text("me\n")
+    word.write_text("pä ss")
+    identity = Credentials(user_file=str(user), password_file=str(word)).read()
+    assert (identity.user, identity.password) == ("me", "pä ss")
+    assert "pä ss" not in repr(identity)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"a\nb\n", b"\xff", b"a\0b", b"x" * 70_000])
+def test_files_that_are_no_line_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "user"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broker\.user_file"):
+        Credentials(user_file=str(path)).read()
+
+
+def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(IncoError, match="nowhere") as refused:
+        Credentials(user_file=str(tmp_path / "nowhere")).read()
+    assert isinstance(refused.value, ConfigError | PermissionRefused)
+
+
+@pytest.mark.parametrize("name", ["b1", "/run/b1/core0", "a+b#c%d", "ä", "\udcff", "\n", "$SYS", "", "a b"])
+def test_no_name_leaves_its_level(name: str) -> None:
+    assert not set(level(name)) & set("/+#")
+    assert name_of(level(name)) == name
+    topics = Topics("lab", "x/y")
+    assert topics.signal_of(topics.sends.removesuffix("+") + level(name)) == name
+    assert topics.notification("inbound", name).count("/") == 3
+
+
+def test_check_tells_what_a_gateway_may_do(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text('{"boards": ["a", "b"], "send": {"a": ["x_irq"], "*": ["*"], "b": []}}')
+    done = run_command("check", "--gateway", str(path))
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        ["boards: a, b", "may be sent to a: x_irq", "may be sent to all boards: all signals", "may be sent to b: none"],
+    )
+    assert json.loads(run_command("check", "--gateway", str(path), "--json").stdout)["boards"] == ["a", "b"]
+    path.write_text("{}")
+    assert run_command("check", "--gateway", str(path)).stdout.splitlines() == ["boards: all", "nothing may be sent"]
+    path.write_text('{"broker": {"user_file": "/nowhere"}}')
+    done = run_command("check", "--gateway", str(path))
+    assert (done.returncode, "broker.user_file" in done.stderr or "/nowhere" in done.stderr) == (78, True)
+    assert run_command("check", "--gateway", str(path), "--boards", "/x").returncode == 2

@@ -1,0 +1,282 @@
+"""Brokers that refuse, are silent or are somebody else: each is one line, and nothing is lost meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trio
+
+from inco_trio.errors import IncoError
+from inco_trio.mqtt.configuration import Broker, Credentials
+from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, open_connection
+from netns.fixtures import DEADLINE
+from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
+from tests.support_control import COMMAND, Board
+
+pytestmark = pytest.mark.tools
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left() -> Iterator[None]:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    yield
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def start(stack: ExitStack, broker: Mosquitto) -> Mosquitto:
+    stack.callback(broker.end)
+    return broker.start()
+
+
+def connecting(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> None:
+    async def main() -> None:
+        async with open_connection(broker, credentials, "test", patience=patience) as connection:
+            assert await connection.publish([Message("lab/x", b"1")]) == [None]
+
+    trio.run(main)
+
+
+def refusal(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> IncoError:
+    with pytest.raises(IncoError) as refused:
+        connecting(broker, credentials, patience)
+    assert len(str(refused.value).splitlines()) == 1
+    assert str(refused.value).startswith(f"{broker}: ")
+    return refused.value
+
+
+def at(port: int, *, tls: bool = False) -> Broker:
+    return Broker("127.0.0.1", port, tls, "lab")
+
+
+# ------------------------------------------------------------------------------------------------------ certificates
+
+
+def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
+    ours, others = Certificates(tmp_path / "ours"), Certificates(tmp_path / "others")
+    of_broker, of_client = ours.sign("127.0.0.1"), ours.sign("host1")
+    stranger = others.sign("stranger")
+    broker = start(stack, Mosquitto(
+        tmp_path / "broker", f"cafile {ours.ca}", f"certfile {of_broker[0]}", f"keyfile {of_broker[1]}",
+        "require_certificate true", "use_identity_as_username true", "allow_anonymous false", tls=True,
+    ))  # fmt: skip
+    where = at(broker.port, tls=True)
+
+    def identity(ca: Path, pair: tuple[Path, Path] | None) -> Credentials:
+        certificate, key = (None, None) if pair is None else map(str, pair)
+        return Credentials(str(ca), certificate, key)
+
+    connecting(where, identity(ours.ca, of_client))
+    wrong = refusal(where, identity(others.ca, of_client))
+    assert isinstance(wrong, BrokerRefused)
+    assert "certificate is refused" in str(wrong)
+    assert "client certificate" in str(refusal(where, identity(ours.ca, None)))
+    assert "certificate" in str(refusal(where, identity(ours.ca, stranger)))
+    elsewhere = Broker("localhost", broker.port, tls=True, prefix="lab")
+    assert "localhost" in str(refusal(elsewhere, identity(ours.ca, of_client))).split("refused")[1]
+    assert "does it want TLS" in str(refusal(at(broker.port), Credentials()))
+    assert "files of its certificates" in str(refusal(where, identity(tmp_path / "nowhere", None)))
+    (tmp_path / "empty").touch()
+    assert "files of its certificates" in str(refusal(where, identity(tmp_path / "empty", of_client)))
+
+
+def test_a_certificate_that_has_ended(tmp_path: Path, stack: ExitStack) -> None:
+    ours = Certificates(tmp_path / "ours")
+    certificate, key = ours.sign("127.0.0.1", days=-1)
+    broker = start(stack, Mosquitto(
+        tmp_path / "broker", f"certfile {certificate}", f"keyfile {key}", "allow_anonymous true", tls=True
+    ))  # fmt: skip
+    assert "expired" in str(refusal(at(broker.port, tls=True), Credentials(str(ours.ca))))
+
+
+def test_a_broker_without_tls_is_asked_for_it(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    assert "TLS" in str(refusal(at(broker.port, tls=True), Credentials()))
+
+
+# ---------------------------------------------------------------------------------------------------------- identity
+
+
+def with_password(tmp_path: Path, stack: ExitStack, *acl: str) -> tuple[Mosquitto, Credentials]:
+    words = tmp_path / "words"
+    words.touch()
+    for user in ("gateway", "reader"):
+        subprocess.run(["mosquitto_passwd", "-b", str(words), user, "right"], check=True, capture_output=True)
+    lines = [f"password_file {words}", "allow_anonymous false"]
+    if acl:
+        (tmp_path / "acl").write_text("\n".join(acl) + "\n")
+        lines.append(f"acl_file {tmp_path}/acl")
+    for path in (words, tmp_path / "acl"):
+        if path.exists():
+            path.chmod(0o600)
+    (tmp_path / "user").write_text("gateway\n")
+    (tmp_path / "word").write_text("right\n")
+    broker = start(stack, Mosquitto(tmp_path / "broker", *lines))
+    return broker, Credentials(user_file=str(tmp_path / "user"), password_file=str(tmp_path / "word"))
+
+
+def test_passwords(tmp_path: Path, stack: ExitStack) -> None:
+    broker, credentials = with_password(tmp_path, stack)
+    where = at(broker.port)
+    connecting(where, credentials)
+    assert isinstance(refusal(where, Credentials()), BrokerRefused)
+    (tmp_path / "word").write_text("wrong")
+    assert "Not authorized" in str(refusal(where, credentials))
+
+
+def test_what_an_acl_refuses_is_kept(tmp_path: Path, stack: ExitStack) -> None:
+    broker, credentials = with_password(tmp_path, stack, "user reader", "topic readwrite #", "user gateway")
+    board = Board(tmp_path, stack)
+    board.core1()
+    board.running()
+    reader = Reader(broker, user=("reader", "right"))
+    stack.callback(reader.close)
+    (tmp_path / "gateway.json").write_text(json.dumps({"broker": {
+        "user_file": credentials.user_file, "password_file": credentials.password_file}}))  # fmt: skip
+    log = tmp_path / "gateway.log"
+    gateway = Gateway(log, "mqtt", broker.url, "--control", board.path, "--config", tmp_path / "gateway.json")
+    stack.callback(gateway.close)
+    gateway.wait_ready()
+    board.trigger()
+    board.trigger()
+    while "the broker refuses" not in gateway.log:
+        assert gateway.process.poll() is None
+    assert "Traceback" not in gateway.log
+    assert board.status()["history"]["waiting"] == 2
+    (tmp_path / "acl").write_text("user reader\ntopic readwrite #\nuser gateway\ntopic readwrite lab/#\n")
+    assert broker.process is not None
+    broker.process.send_signal(signal.SIGHUP)
+    assert [told.body["sequence"] for _, told in zip(range(2), reader.notifications(), strict=False)] == [1, 2]
+    assert gateway.log.count("the broker refuses") == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ silence
+
+
+def test_nobody_is_there() -> None:
+    assert "cannot be reached" in str(refusal(at(free_port()), Credentials()))
+    assert "no such host" in str(refusal(Broker("nowhere.invalid", 1, False, "lab"), Credentials()))
+
+
+def test_a_broker_that_accepts_and_never_answers() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        lost = refusal(at(server.getsockname()[1]), Credentials(), patience=0.2)
+    assert isinstance(lost, BrokerLost)
+    assert "does not answer" in str(lost)
+
+
+def test_a_broker_that_ends_the_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            server.accept()[0].close()
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, hang_up)
+                with pytest.raises(BrokerLost, match=r"without an answer|broke"):
+                    async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
+                        pytest.fail("it did not answer")
+
+        trio.run(main)
+
+
+def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+
+    async def main() -> None:
+        async with open_connection(at(broker.port), Credentials(), "test", patience=0.5) as connection:
+            assert broker.process is not None
+            broker.process.send_signal(signal.SIGSTOP)
+            await connection.publish([Message("lab/x", b"")] * 100)
+
+    with pytest.raises(BrokerLost, match="does not answer"):
+        trio.run(main)
+
+
+def test_many_publish_at_once(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true", "max_queued_messages 0"))
+    reader = Reader(broker)
+    stack.callback(reader.close)
+
+    async def publish(name: int) -> None:
+        where = open_connection(at(broker.port), Credentials(), f"test{name}")
+        async with where as connection, trio.open_nursery() as nursery:
+            for task in range(4):
+                nursery.start_soon(series, connection, name, task)
+
+    async def series(connection: Connection, name: int, task: int) -> None:
+        for first in range(0, 500, 100):
+            messages = [Message(f"lab/{name}/{task}", b"%d" % number) for number in range(first, first + 100)]
+            assert await connection.publish(messages) == [None] * 100
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for name in range(3):
+                nursery.start_soon(publish, name)
+
+    trio.run(main)
+    told: dict[str, list[int]] = {}
+    for _ in range(3 * 4 * 500):
+        message = reader.next()
+        told.setdefault(message.topic, []).append(int(message.payload))
+    assert list(told.values()) == [list(range(500))] * 12
+
+
+def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    reader = Reader(broker)
+    stack.callback(reader.close)
+
+    async def receive(acknowledged: int) -> list[bytes]:
+        async with open_connection(at(broker.port), Credentials(), "test", session=60) as connection:
+            if not connection.session_present:
+                await connection.subscribe(["lab/#"])
+                return []
+            received = [await connection.received.receive() for _ in range(3)]
+            for each in received[:acknowledged]:
+                each.acknowledge()
+            # What is written before this is there when it is acknowledged.
+            await connection.publish([Message("other", b"")])
+            return [each.payload for each in received]
+
+    assert trio.run(receive, 0) == []
+    for number in range(4):
+        reader.publish("lab/x", b"%d" % number)
+    assert trio.run(receive, 1) == [b"0", b"1", b"2"]
+    assert trio.run(receive, 0) == [b"1", b"2", b"3"]
+    assert trio.run(receive, 0) == [b"1", b"2", b"3"]
+
+
+# ---------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (["http://x"], 2, "it is mqtt://"),
+        (["mqtt://me:word@x"], 2, "user and password are named in the file"),
+        (["mqtt://x", "--config", "/nowhere"], 78, "/nowhere: cannot be read"),
+        (["mqtt://x", "--notification-fd", "99"], 2, "--notification-fd 99"),
+    ],
+)
+def test_mistakes_of_the_command_line(words: list[str], code: int, text: str) -> None:
+    done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=DEADLINE)
+    assert done.returncode == code
+    assert text in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "word@" not in done.stderr
