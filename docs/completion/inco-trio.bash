@@ -5,10 +5,10 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector s6)
+_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt s6)
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --notification-fd --fd-holder --control --log-format -v --verbose)
-_shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --json)
+_shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
 _shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --json --openmetrics)
 _shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --json)
@@ -19,6 +19,7 @@ _shtab_inco_trio_demo_option_strings=(-h --help --qemu --record --count --rate)
 _shtab_inco_trio_replay_option_strings=(-h --help --as --irq-dir --config --speed --fast --wait --json)
 _shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
+_shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --user --systemd)
 _shtab_inco_trio_option_strings=(-h --help --version)
 
@@ -31,6 +32,7 @@ _shtab_inco_trio_run___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_check___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_check___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_check___boards_COMPGEN=_shtab_compgen_dirs
+_shtab_inco_trio_check___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_doctor_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_doctor___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_doctor___irq_dir_COMPGEN=_shtab_compgen_dirs
@@ -61,6 +63,8 @@ _shtab_inco_trio_replay___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot___out_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot___config_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_mqtt___config_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_mqtt___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_s6___config_COMPGEN=_shtab_compgen_files
@@ -75,7 +79,8 @@ _shtab_inco_trio_record___direction_choices=(inbound outbound)
 _shtab_inco_trio_send_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_wait_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_replay___as_choices=(core0 core1)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector s6)
+_shtab_inco_trio_mqtt___log_format_choices=(text json)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt s6)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -124,6 +129,10 @@ _shtab_inco_trio_plot___json_nargs=0
 _shtab_inco_trio_dissector__h_nargs=0
 _shtab_inco_trio_dissector___help_nargs=0
 _shtab_inco_trio_dissector___install_nargs=0
+_shtab_inco_trio_mqtt__h_nargs=0
+_shtab_inco_trio_mqtt___help_nargs=0
+_shtab_inco_trio_mqtt__v_nargs=0
+_shtab_inco_trio_mqtt___verbose_nargs=0
 _shtab_inco_trio_s6__h_nargs=0
 _shtab_inco_trio_s6___help_nargs=0
 _shtab_inco_trio_s6___systemd_nargs=0

@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --gateway --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -75,6 +75,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using check' -s h -l help -d 'show th
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l iface -xka "(__fish_print_interfaces)" -d 'also explain the link: interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l boards -xka "(__fish_complete_directories)" -d 'boards, one for each file DIR/NAME.json'
+complete -c inco-trio -n '_shtab_inco_trio_using check' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration of `inco-trio mqtt`'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l json -d 'print the table as JSON'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a doctor -d 'Find what keeps notifications from coming.'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -s h -l help -d 'show this help message and exit'
@@ -168,6 +169,13 @@ complete -c inco-trio -n '_shtab_inco_trio_using plot; and test $_shtab_inco_tri
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a dissector -d 'Print or install what names signals in Wireshark and tshark.'
 complete -c inco-trio -n '_shtab_inco_trio_using dissector' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using dissector' -l install -d 'put it where this user'"'"'s Wireshark looks for it'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a mqtt -d 'Publish what the proxies of this host carry to an MQTT broker.'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'what may be sent, and who we are'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'the proxy with this control socket (default: all that run)'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l log-format -xka "text json" -d 'default: text'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a s6 -d 'Write an s6 scan directory for the proxy, or a systemd unit.'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
