@@ -66,6 +66,9 @@ class Listener(Protocol):
     def opened(self, keep: Callable[[str], History]) -> None:
         """The proxy is being opened; `keep` is its `Events.keep`."""
 
+    def ended(self) -> None:
+        """The proxy carries nothing any more."""
+
 
 class Deaf:
     """A listener that does not care."""
@@ -83,6 +86,9 @@ class Deaf:
 
     def opened(self, keep: Callable[[str], History]) -> None:
         """See `Listener.opened`."""
+
+    def ended(self) -> None:
+        """See `Listener.ended`."""
 
 
 class Events:
@@ -153,5 +159,6 @@ class Events:
 
     def close(self) -> None:
         """End all streams."""
+        self.listener.ended()
         for entry in self._entries:
             entry.close()

@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.topics import level
 from netns.fixtures import DEADLINE, Proxy
+from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto, Reader
-from tests.support_control import Board
+from tests.support_control import FRAME, Board
 
 pytestmark = pytest.mark.tools
 
 PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 class Bench:
     """A broker, a board with its proxy, and a gateway between them."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
-        self.home, self._stack = home, stack
+        self.home, self.stack = home, stack
         self.board = Board(home, stack)
         self.broker = Mosquitto(home / "broker", "allow_anonymous true", f"persistence_location {home}/broker/",
                                 "persistence true", "max_queued_messages 0")  # fmt: skip
@@ -35,12 +39,12 @@ class Bench:
     def proxy(self) -> Proxy:
         return self.board.running()
 
-    def gateway(self, url: str | None = None, **config: object) -> Gateway:
+    def gateway(self, **config: object) -> Gateway:
         file = self.home / "gateway.json"
         file.write_text(json.dumps(config))
-        words = ("mqtt", url or self.broker.url, "--control", self.board.path, "--config", file)
+        words = ("mqtt", self.broker.url, "--control", self.board.path, "--config", file)
         gateway = Gateway(self.home / "gateway.log", *words)
-        self._stack.callback(gateway.close)
+        self.stack.callback(gateway.close)
         gateway.wait_ready()
         return gateway
 
@@ -59,7 +63,7 @@ class Bench:
 
     def reader(self) -> Reader:
         reader = Reader(self.broker)
-        self._stack.callback(reader.close)
+        self.stack.callback(reader.close)
         return reader
 
 
@@ -184,13 +188,14 @@ def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(b
 
 def test_the_line_of_the_page_runs(bench: Bench) -> None:
     (line,) = re.findall(r"^ {4}(inco-trio mqtt .*)$", PAGE.read_text(), re.MULTILINE)
+    broker = parse_broker(line.split()[2])
+    assert (broker.tls, line.split()[3]) == (True, "--config")
+    assert line in README.read_text()
     bench.broker.start()
+    bench.board.core1()
     bench.proxy()
-    url, _, config = line.split()[2:5]
-    assert url.startswith("mqtts://")
-    assert config == "--config" or line.split()[3] == "--config"
     reader = bench.reader()
-    gateway = bench.gateway(bench.broker.url)
+    gateway = bench.gateway()
     reader.until_status(bench.name, state="online")
     # A reload that is refused changes nothing; one that is not goes on where it was.
     (bench.home / "gateway.json").write_text('{"boards": []}')
@@ -216,12 +221,33 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     add("b1")
     add("b2")
     bench.broker.start()
-    proxy = bench.board.running("--boards", str(boards))
+    words = ["--boards", str(boards), "--control", str(bench.board.path)]
+    proxy = Proxy(Here(), words, {}, bench.home / "log")  # type: ignore[arg-type]
+    bench.stack.callback(proxy.close)
+    proxy.wait_ready()
     reader = bench.reader()
     bench.gateway(boards=["b1", "b3"])
     reader.until_status("b1", state="online")
     add("b3")
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b3", state="online")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as peer:
+        peer.bind(f"{bench.home}/b3-1")
+        for name in ("b2", "b3"):
+            peer.sendto(FRAME, f"{bench.home}/{name}-0")
+        assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
+        # What a board carries just before it goes comes yet, also while the broker is away.
+        bench.broker.end()
+        for _ in range(200):
+            peer.sendto(FRAME, f"{bench.home}/b3-0")
+        (boards / "b3.json").unlink()
+        proxy.process.send_signal(signal.SIGHUP)
+        client = bench.board.client()
+        while "b3" in [told["board"] for told in client.ask({"request": "status"})["status"]]:
+            pass
+        bench.broker.start()
+        last = next(told for told in reader.notifications() if told.body["sequence"] == 201)
+        assert last.topic == "lab/b3/inbound/ihub_hwwd_irq"
     (boards / "b1.json").unlink()
-    bench.board.client().ask({"request": "send", "board": "b2", "signal": "redun_notify_irq"})
+    proxy.process.send_signal(signal.SIGHUP)
+    reader.until_status("b1", state="no proxy")

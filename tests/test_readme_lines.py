@@ -27,7 +27,10 @@ LINES = [
     re.sub(r" +#.*", "", line)
     for line in re.findall(r"^    ((?:inco-trio|tshark|s6-svscan) .*[^&\\\n])$", README, re.MULTILINE)
 ]
-ELSEWHERE = {"s6-svscan /run/service": "test_scandir.py"}
+ELSEWHERE = {
+    "s6-svscan /run/service": "test_scandir.py",
+    "inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json": "test_mqtt.py",
+}
 FRAME = b"ihub_hwwd_irq"
 
 

@@ -116,7 +116,12 @@ class Control:
         for follower in self._followers():
             if follower.follows(board):
                 follower.begin(board, keep(self._boot))
-                self._tell({"event": "opened"})
+                follower.offer(self._event({"event": "opened"}))
+
+    def ended(self) -> None:
+        """See `Listener.ended`."""
+        for follower in self._followers():
+            follower.offer(self._event({"event": "closed"}))
 
     def _followers(self) -> Iterator[Follower]:
         return (monitor for monitor in self._monitors if isinstance(monitor, Follower))
@@ -126,10 +131,11 @@ class Control:
         """The board that this task works for."""
         return board_name.get() or (self._served.name if self._served is not None else "")
 
-    def _tell(self, fields: Mapping[str, object]) -> None:
-        self._offer(Event(self._board, time.time_ns(), time.monotonic_ns(), fields=fields))
+    def _event(self, fields: Mapping[str, object]) -> Event:
+        return Event(self._board, time.time_ns(), time.monotonic_ns(), fields=fields)
 
-    def _offer(self, event: Event) -> None:
+    def _tell(self, fields: Mapping[str, object]) -> None:
+        event = self._event(fields)
         for monitor in self._monitors:
             monitor.offer(event)
 

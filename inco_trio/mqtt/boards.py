@@ -30,7 +30,9 @@ class Board:
 
     name: str
     source: Source | None = None
-    """The proxy that has it now."""
+    """The proxy that has it now, or had it last and tells what it carried."""
+    is_open: bool = False
+    """Whether that carries it."""
     running: bool | None = None
     """Whether its link is up."""
     counters: Mapping[str, Any] | None = None
@@ -52,7 +54,7 @@ class Board:
 
     def follow(self, source: Source) -> None:
         """Another proxy tells of it from now on, and tells all again that it does not know to be published."""
-        self.source = source
+        self.source, self.is_open = source, True
         self._waiting.clear()
         self.change()
 
@@ -60,6 +62,7 @@ class Board:
         """That proxy tells of it no more."""
         if self.source is source:
             self.source = self.running = None
+            self.is_open = False
             self.change()
 
     def change(self) -> None:

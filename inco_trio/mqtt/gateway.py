@@ -143,6 +143,10 @@ class Gateway:
                 opened = self._have(name, source, nursery)
                 if opened not in mine:
                     mine.append(opened)
+            case "closed" if board is not None and board.source is source:
+                # What it carried at last may come yet.
+                board.is_open = board.running = False
+                board.change()
             case "link" if board is not None:
                 board.running = line["running"]
                 board.change()
@@ -316,7 +320,7 @@ async def _nursery() -> AsyncIterator[trio.Nursery]:
 
 
 def _status(board: Board) -> dict[str, object]:
-    state = "no proxy" if board.source is None else "online"
+    state = "online" if board.is_open else "no proxy"
     history = (board.counters or {}).get("history") or {}
     return {
         "state": state, "running": board.running, "published": board.published, "merged": board.merged,
