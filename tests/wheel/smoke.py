@@ -133,3 +133,12 @@ def test_program_of_a_user_type_checks(tmp_path: Path) -> None:
 
 def test_demo(tmp_path: Path) -> None:
     run(tmp_path, "inco-trio", "demo", "--count", "3")
+
+
+def test_an_extra_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    program = PYTHON.parent / "inco-trio"
+    done = subprocess.run(
+        [program, "mqtt", "mqtt://127.0.0.1"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 69
+    assert done.stderr == "inco-trio: error: mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'\n"
