@@ -30,6 +30,7 @@ DEBIAN_PACKAGES = {
     "mandoc": ("mandoc",),
     "mosquitto": ("mosquitto",),
     "openssl": ("openssl",),
+    "promtool": ("prometheus",),
     "qemu-system-riscv64": ("qemu-system-misc",),
     "riscv64-linux-gnu-gcc": ("gcc-riscv64-linux-gnu",),
     "s6-svscan": ("s6",),

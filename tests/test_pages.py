@@ -41,6 +41,8 @@ NOT_RUN = {
 }
 """How blocks begin that no test runs, and why."""
 RUN_BY = {
+    ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_lines_of_the_page_run",
+    ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
     ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",

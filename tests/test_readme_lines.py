@@ -30,6 +30,7 @@ LINES = [
 ELSEWHERE = {
     "s6-svscan /run/service": "test_scandir.py",
     "inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json": "test_mqtt.py",
+    "inco-trio exporter --listen 127.0.0.1:9478": "test_exporter.py",
 }
 FRAME = b"ihub_hwwd_irq"
 

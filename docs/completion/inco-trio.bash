@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt s6)
+_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6)
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --notification-fd --fd-holder --control --log-format -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
@@ -20,6 +20,7 @@ _shtab_inco_trio_replay_option_strings=(-h --help --as --irq-dir --config --spee
 _shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --user --systemd)
 _shtab_inco_trio_option_strings=(-h --help --version)
 
@@ -65,6 +66,7 @@ _shtab_inco_trio_plot___out_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___control_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_exporter___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_s6___config_COMPGEN=_shtab_compgen_files
@@ -80,7 +82,8 @@ _shtab_inco_trio_send_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_i
 _shtab_inco_trio_wait_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_replay___as_choices=(core0 core1)
 _shtab_inco_trio_mqtt___log_format_choices=(text json)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt s6)
+_shtab_inco_trio_exporter___log_format_choices=(text json)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -133,6 +136,12 @@ _shtab_inco_trio_mqtt__h_nargs=0
 _shtab_inco_trio_mqtt___help_nargs=0
 _shtab_inco_trio_mqtt__v_nargs=0
 _shtab_inco_trio_mqtt___verbose_nargs=0
+_shtab_inco_trio_exporter__h_nargs=0
+_shtab_inco_trio_exporter___help_nargs=0
+_shtab_inco_trio_exporter___dashboard_nargs=0
+_shtab_inco_trio_exporter___alerts_nargs=0
+_shtab_inco_trio_exporter__v_nargs=0
+_shtab_inco_trio_exporter___verbose_nargs=0
 _shtab_inco_trio_s6__h_nargs=0
 _shtab_inco_trio_s6___help_nargs=0
 _shtab_inco_trio_s6___systemd_nargs=0

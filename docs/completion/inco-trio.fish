@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --gateway --iface --irq-dir --keep --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --gateway --iface --irq-dir --keep --listen --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -176,6 +176,15 @@ complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l control -xka "(__fish_
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l log-format -xka "text json" -d 'default: text'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -s v -l verbose -d 'log more'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a exporter -d 'Export the metrics of all boards of this host to Prometheus.'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l listen -x -d 'default: 127.0.0.1:9478'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'the proxy with this control socket (default: all that run)'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l dashboard -d 'print a dashboard for Grafana instead'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l alerts -d 'print alert rules for Prometheus instead'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l log-format -xka "text json" -d 'default: text'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a s6 -d 'Write an s6 scan directory for the proxy, or a systemd unit.'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'

@@ -26,7 +26,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["Client", "add_place", "client_of", "connect"]
+__all__ = ["Client", "add_place", "client_of", "connect", "sockets"]
 
 PROTOCOL = 1
 UNINTERRUPTED = 1.0
@@ -47,13 +47,13 @@ class Client:
     Raises ControlMissing if nobody does, PermissionRefused, and ResourceRefused for a proxy that has no room.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         self.path = path
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._received = bytearray()
         self._events: deque[dict[str, Any]] = deque()
         try:
-            self._sock.settimeout(PATIENCE)
+            self._sock.settimeout(patience)
             self._connect()
             self.greeting = self._read()
             self._check(self.greeting)
@@ -190,7 +190,7 @@ def connect(args: argparse.Namespace) -> Client:
         return Client(Path(args.control))
     found: list[Client] = []
     refused: IncoError | None = None
-    for path in _sockets():
+    for path in sockets():
         try:
             client = Client(path)
         except ControlMissing:
@@ -218,7 +218,7 @@ def connect(args: argparse.Namespace) -> Client:
 
 def client_of(pid: int) -> Client | None:
     """The proxy of a process, if it answers where sockets are looked for."""
-    for path in _sockets():
+    for path in sockets():
         try:
             client = Client(path)
         except IncoError:
@@ -229,7 +229,8 @@ def client_of(pid: int) -> Client | None:
     return None
 
 
-def _sockets() -> list[Path]:
+def sockets() -> list[Path]:
+    """The control sockets of this host, also those that processes that ended have left."""
     found: list[Path] = []
     for directory in runtime_directories():
         try:

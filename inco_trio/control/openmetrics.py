@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["openmetrics"]
+import attrs
+
+__all__ = ["Family", "families", "openmetrics", "shown"]
 
 COUNTERS = {
     "received": ("received_frames", "Frames taken from the link."),
@@ -33,45 +35,74 @@ SIGNALS = {
     "last": ("last_notification_timestamp_seconds", "gauge", "When the signal was carried last."),
 }
 
+HISTORY = {
+    "waiting": ("unacknowledged_notifications", "gauge", "Notifications that a follower has not acknowledged."),
+    "merged": ("merged_notifications", "counter", "Notifications that were merged, as nobody acknowledged them."),
+    "followed": ("followed", "gauge", "Whether somebody follows the board, as the gateway to a broker."),
+}
+"""Of a board that was ever followed."""
+
 Status = Mapping[str, Any]
+
+
+@attrs.frozen
+class Family:
+    """A metric: without the prefix `inco_trio_`, and for a counter without `_total`."""
+
+    name: str
+    kind: str
+    """gauge or counter."""
+    text: str
+    samples: list[tuple[dict[str, str], float]]
+    """Labels and value of each."""
 
 
 def openmetrics(boards: Iterable[Status]) -> str:
     """The metrics of boards as `status` tells them, see docs/control.md."""
-    return "".join(f"{line}\n" for line in _lines(list(boards)))
+    return "".join(f"{line}\n" for family in families(list(boards)) for line in _lines(family)) + "# EOF\n"
 
 
-def _lines(boards: list[Status]) -> Iterator[str]:
+def families(boards: list[Status]) -> Iterator[Family]:
+    """The metrics of boards as `status` tells them."""
     running = [board for board in boards if board["open"]]
-    yield from _family(
-        "open", "gauge", "Whether the board is open.", [({"board": b["board"]}, b["open"]) for b in boards]
-    )
-    states = [({"board": b["board"], "link": b["link"]}, b["running"]) for b in running]
-    yield from _family("link_up", "gauge", "Whether the link is up and has a carrier, or a peer.", states)
-    since = [({"board": b["board"]}, b["since"]) for b in running]
-    yield from _family("start_time_seconds", "gauge", "When the proxy was opened.", since)
+    yield Family("open", "gauge", "Whether the board is open.", [({"board": b["board"]}, b["open"]) for b in boards])
+    states = [(_labels(b), b["running"]) for b in running]
+    yield Family("link_up", "gauge", "Whether the link is up and has a carrier, or a peer.", states)
+    since = [(_labels(b), b["since"]) for b in running]
+    yield Family("start_time_seconds", "gauge", "When the proxy was opened.", since)
     for key, (name, text) in COUNTERS.items():
-        yield from _family(name, "counter", text, [({"board": b["board"]}, b["counters"][key]) for b in running])
+        yield Family(name, "counter", text, [(_labels(b), b["counters"][key]) for b in running])
+    for key, (name, kind, text) in HISTORY.items():
+        yield Family(name, kind, text, [(_labels(b), b["history"][key]) for b in running if b.get("history")])
     for key, (name, kind, text) in SIGNALS.items():
         samples = [
-            ({"board": b["board"], "direction": s["direction"], "signal": s["signal"]}, s[key])
+            (_labels(b) | {"direction": s["direction"], "signal": s["signal"]}, s[key])
             for b in running
             for s in b["signals"]
             if s[key] is not None
         ]
-        yield from _family(name, kind, text, samples)
-    yield "# EOF"
+        yield Family(name, kind, text, samples)
 
 
-def _family(name: str, kind: str, text: str, samples: list[tuple[dict[str, str], float]]) -> Iterator[str]:
+def _labels(board: Status) -> dict[str, str]:
+    return {"board": board["board"], "link": board["link"]}
+
+
+def _lines(family: Family) -> Iterator[str]:
+    name = family.name
     unit = f"\n# UNIT inco_trio_{name} seconds" if name.endswith("_seconds") else ""
-    yield f"# TYPE inco_trio_{name} {kind}{unit}"
-    yield f"# HELP inco_trio_{name} {text}"
-    for labels, value in samples:
+    yield f"# TYPE inco_trio_{name} {family.kind}{unit}"
+    yield f"# HELP inco_trio_{name} {family.text}"
+    for labels, value in family.samples:
         shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        yield f"inco_trio_{name}{'_total' if kind == 'counter' else ''}{{{shown}}} {float(value):.17g}"
+        yield f"inco_trio_{name}{'_total' if family.kind == 'counter' else ''}{{{shown}}} {float(value):.17g}"
 
 
 def _escaped(label: str) -> str:
-    text = label.encode(errors="backslashreplace").decode()
+    text = shown(label)
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def shown(label: str) -> str:
+    """`label` as text that can be written: a name need not be UTF-8."""
+    return label.encode(errors="backslashreplace").decode()

@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
-from inco_trio.control.place import runtime_directories
 from inco_trio.errors import ControlMissing, IncoError
 from inco_trio.mqtt.boards import Board, Source
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
@@ -69,7 +69,7 @@ class Gateway:
         async with trio.open_nursery() as nursery:
             first = True
             while True:
-                found = self._controls if self._controls is not None else await trio.to_thread.run_sync(_sockets)
+                found = self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets)
                 for path in found:
                     if path not in self._proxies:
                         self._proxies[path] = trio.CancelScope()
@@ -280,16 +280,6 @@ class Gateway:
             logger.warning("%s: asks for an answer at %s: answers go elsewhere", received.topic, topic)
             return
         await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
-
-
-def _sockets() -> Iterable[Path]:
-    found: list[Path] = []
-    for directory in runtime_directories():
-        try:
-            found += sorted(path for path in directory.iterdir() if path.suffix == ".sock")
-        except OSError:
-            continue
-    return found
 
 
 def _started(task_status: trio.TaskStatus[None]) -> None:

@@ -135,10 +135,20 @@ def test_demo(tmp_path: Path) -> None:
     run(tmp_path, "inco-trio", "demo", "--count", "3")
 
 
-def test_an_extra_that_is_not_installed_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["mqtt", "mqtt://127.0.0.1"], "mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'"),
+        (["exporter"], "exporter needs prometheus_client: pip install 'inco-trio[metrics]'"),
+    ],
+)
+def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:
     program = PYTHON.parent / "inco-trio"
-    done = subprocess.run(
-        [program, "mqtt", "mqtt://127.0.0.1"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 69
-    assert done.stderr == "inco-trio: error: mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'\n"
+    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (69, f"inco-trio: error: {line}\n")
+
+
+def test_dashboard_and_alerts_are_in_the_wheel(tmp_path: Path) -> None:
+    program = PYTHON.parent / "inco-trio"
+    assert json.loads(run(tmp_path, program, "exporter", "--dashboard"))["title"] == "inco-trio"
+    assert "IncoTrioFramesDropped" in run(tmp_path, program, "exporter", "--alerts")

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus, a dashboard of them and alert rules: see docs/metrics.md."""

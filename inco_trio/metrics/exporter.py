@@ -1,0 +1,123 @@
+"""The metrics of all boards of this host, for Prometheus: each scrape asks every proxy. See docs/metrics.md."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import trio
+from prometheus_client import start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from inco_trio.control.client import Client, sockets
+from inco_trio.control.openmetrics import Status, families, shown
+from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.supervise import Problems
+
+__all__ = ["Boards", "serve"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 2.0
+"""Seconds in which a proxy answers; a scrape is not to wait for one that stands still."""
+AT_ONCE = 8
+"""Proxies that are asked at once."""
+
+
+class Boards(Collector):
+    """Asks the proxies at `controls`, or all that are found."""
+
+    def __init__(self, controls: Sequence[Path] | None = None) -> None:
+        self._controls = controls
+        self._problems = Problems()
+
+    def collect(self) -> Iterator[Metric]:
+        """Ask them; a proxy that does not answer is told, and not waited for."""
+        paths = sockets() if self._controls is None else self._controls
+        with ThreadPoolExecutor(AT_ONCE) as asking:
+            answers = list(asking.map(self._ask, paths))
+        up = GaugeMetricFamily("inco_trio_proxy_up", "Whether the proxy answers.", labels=["proxy"])
+        metrics: dict[str, Metric] = {}
+        for path, (proxy, boards) in zip(paths, answers, strict=True):
+            if proxy is None and self._controls is None and boards is None:
+                continue  # A socket that was left.
+            name = shown(proxy or str(path))
+            up.add_metric([name], boards is not None)
+            for family in families(list(boards or ())):
+                kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
+                known = f"inco_trio_{family.name}"
+                metric = metrics.setdefault(known, kind(known, family.text))
+                for labels, value in family.samples:
+                    told = {"proxy": name} | {key: shown(label) for key, label in labels.items()}
+                    metric.add_sample(known + ("_total" if family.kind == "counter" else ""), told, float(value))
+        yield up
+        yield from metrics.values()
+
+    def _ask(self, path: Path) -> tuple[str | None, list[Status] | None]:
+        """Name and boards of the proxy at `path`: no boards if it does not answer, nor a name if nobody is there."""
+        name: str | None = None
+        try:
+            with Client(path, PATIENCE) as client:
+                name = str(client.greeting["name"])
+                answer: list[Status] = client.request({"request": "status"}, PATIENCE)["status"]
+        except ControlMissing as error:
+            if self._controls is None and "no proxy listens" in str(error):
+                return None, None
+            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
+            return name or str(path), None
+        except IncoError as error:
+            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
+            return name or str(path), None
+        self._problems.well(path)
+        return name, answer
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Address and port of `ADDRESS:PORT`. Raises UsageError."""
+    address, colon, port = text.rpartition(":")
+    bare = address.removeprefix("[").removesuffix("]")
+    if not colon or not bare or not port.isdecimal() or not port.isascii() or not 0 < int(port[:6]) < 1 << 16:
+        raise UsageError(f"--listen {text!r}: it is ADDRESS:PORT, as 127.0.0.1:9478 or [::1]:9478")
+    return bare, int(port)
+
+
+async def serve(listen: str, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
+    """Answer scrapes until cancelled. Raises UsageError, PermissionRefused, ResourceRefused."""
+    address, port = parse_listen(listen)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Later(Boards(controls)))
+    try:
+        server, thread = start_http_server(port, address, registry)
+    except PermissionError as error:
+        raise PermissionRefused(f"--listen {listen}: {error.strerror}: name a port from 1024 on") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceRefused(
+                f"--listen {listen}: somebody listens there already: end that, or name another port"
+            ) from error
+        raise UsageError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
+    logger.info("http://%s/metrics", listen)
+    ready()
+    try:
+        await trio.sleep_forever()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Later(Collector):
+    """A collector that is not asked when it is registered."""
+
+    def __init__(self, boards: Boards) -> None:
+        self._boards = boards
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        return self._boards.collect()

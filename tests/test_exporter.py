@@ -1,0 +1,288 @@
+"""The exporter, beside real proxies: what it exports, and the dashboard and the alerts that are made of that."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from netns.fixtures import DEADLINE, Proxy
+from tests.core1 import Here
+from tests.mosquitto import Gateway, free_port
+from tests.support_control import COMMAND, Board
+
+pytestmark = pytest.mark.tools
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/metrics.md").read_text()
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+class Bench:
+    """A home for sockets, and an exporter of all that are in it."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self.stack = home, stack
+        self.port = free_port()
+
+    def exporter(self, *controls: Path) -> Gateway:
+        words = [word for path in controls for word in ("--control", str(path))]
+        log = self.home / "exporter.log"
+        exporter = Gateway(log, "exporter", "--listen", f"127.0.0.1:{self.port}", *words)
+        self.stack.callback(exporter.close)
+        exporter.wait_ready()
+        return exporter
+
+    def scrape(self, accept: str = "text/plain") -> str:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers={"Accept": accept})
+        with urllib.request.urlopen(request, timeout=DEADLINE) as answer:  # noqa: S310 - our own
+            text: str = answer.read().decode()
+            return text
+
+    def samples(self) -> Samples:
+        found: Samples = {}
+        for family in parse(self.scrape()):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append((dict(sample.labels), sample.value))
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+def board(bench: Bench, name: str) -> Board:
+    home = bench.home / name
+    home.mkdir()
+    return Board(home, bench.stack)
+
+
+def test_what_a_board_counts_is_exported(bench: Bench) -> None:
+    one = board(bench, "one")
+    peer = one.core1()
+    one.running()
+    client = one.client()
+    client.ask({"request": "follow"})
+    watching = one.client()
+    watching.ask({"request": "monitor"})
+    bench.exporter(one.path)
+    for _ in range(3):
+        one.inbound(peer)
+        watching.until(event="notification")
+    samples = bench.samples()
+    name = f"{one.home}/core0"
+    where = {"proxy": name, "board": name, "link": one.link}
+    signal_of = {**where, "direction": "inbound", "signal": "ihub_hwwd_irq"}
+    assert (signal_of, 3.0) in samples["inco_trio_notifications_total"]
+    assert (where, 3.0) in samples["inco_trio_received_frames_total"]
+    assert (where, 1.0) in samples["inco_trio_link_up"]
+    assert (where, 3.0) in samples["inco_trio_unacknowledged_notifications"]
+    assert (where, 1.0) in samples["inco_trio_followed"]
+    assert samples["inco_trio_proxy_up"] == [({"proxy": name}, 1.0)]
+    assert "# EOF" in bench.scrape("application/openmetrics-text; version=1.0.0")
+
+
+def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) -> None:
+    one, two = board(bench, "one"), board(bench, "two")
+    proxies = [one.running(), two.running()]
+    exporter = bench.exporter(one.path, two.path)
+    names = [f"{each.home}/core0" for each in (one, two)]
+
+    def up() -> dict[str, float]:
+        return {labels["proxy"]: value for labels, value in bench.samples()["inco_trio_proxy_up"]}
+
+    assert up() == dict.fromkeys(names, 1.0)
+    proxies[0].process.send_signal(signal.SIGSTOP)
+    for _ in range(2):
+        assert up() == {str(one.path): 0.0, names[1]: 1.0}
+    proxies[0].process.send_signal(signal.SIGCONT)
+    assert up() == dict.fromkeys(names, 1.0)
+    proxies[1].stop()
+    assert up() == {names[0]: 1.0, str(two.path): 0.0}
+    assert exporter.log.count("does not answer") == 1
+    assert "Traceback" not in exporter.log
+    assert exporter.end() == 0
+
+
+def test_hundreds_of_boards(bench: Bench) -> None:
+    boards, control = bench.home / "boards", bench.home / "control.sock"
+    boards.mkdir()
+    for number in range(300):
+        home = bench.home / f"b{number}"
+        link = f"unix:{home}-0,peer={home}-1"
+        (boards / f"b{number}.json").write_text(json.dumps({"link": link, "irq_dir": str(home)}))
+    proxy = Proxy(Here(), ["--boards", str(boards), "--control", str(control)], {}, bench.home / "log")  # type: ignore[arg-type]
+    bench.stack.callback(proxy.close)
+    proxy.wait_ready()
+    bench.exporter(control)
+    samples = bench.samples()
+    assert {labels["board"] for labels, value in samples["inco_trio_open"] if value} == {f"b{n}" for n in range(300)}
+
+
+# ------------------------------------------------------------------------------------------- dashboard and alerts
+
+
+def exported(bench: Bench) -> Samples:
+    one = board(bench, "one")
+    one.core1()
+    one.running()
+    one.client().ask({"request": "follow"})
+    watching = one.client()
+    watching.ask({"request": "monitor"})
+    one.trigger()
+    watching.until(event="notification")
+    bench.exporter(one.path)
+    return bench.samples()
+
+
+def check_expressions(expressions: list[str], samples: Samples) -> None:
+    """Each metric and each label in them is exported."""
+    named: set[str] = set()
+    for expression in expressions:
+        labels_of = set(re.findall(r"(\w+)=~?\"", expression))
+        for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
+            labels_of |= {label.strip() for label in group.split(",")} - {"instance"}
+        metrics = re.findall(r"inco_trio_\w+", expression)
+        assert metrics, expression
+        for metric in metrics:
+            assert metric in samples, expression
+            known = set().union(*(labels for labels, _ in samples[metric]))
+            assert labels_of <= known, expression
+        named |= set(metrics)
+    assert len(named) > 8
+
+
+def test_the_queries_of_the_dashboard_find_what_is_exported(bench: Bench) -> None:
+    text = subprocess.run([*COMMAND, "exporter", "--dashboard"], capture_output=True, text=True, check=True).stdout
+    dashboard = json.loads(text)
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    samples = exported(bench)
+    check_expressions(expressions, samples)
+    for variable in dashboard["templating"]["list"][1:]:
+        metric, label = re.match(r"label_values\((\w+).*, (\w+)\)", variable["query"]["query"]).groups()  # type: ignore[union-attr]
+        assert all(label in labels for labels, _ in samples[metric])
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            for label in re.findall(r"{{(\w+)}}", target["legendFormat"]):
+                assert label in target["expr"] or re.fullmatch(r"\w+\(?inco.*", target["expr"]), target
+
+
+def alerts(home: Path) -> Path:
+    path = home / "alerts.yml"
+    text = subprocess.run([*COMMAND, "exporter", "--alerts"], capture_output=True, text=True, check=True).stdout
+    path.write_text(text)
+    return path
+
+
+def test_the_alerts_are_accepted_and_find_what_is_exported(bench: Bench) -> None:
+    path = alerts(bench.home)
+    done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expressions = re.findall(r"expr: (.*)", path.read_text())
+    check_expressions(expressions, exported(bench))
+
+
+CASES = {
+    "IncoTrioProxySilent": ('inco_trio_proxy_up{proxy="p"}', "0x20"),
+    "IncoTrioProxyGone": ('inco_trio_start_time_seconds{proxy="p",board="b",link="l"}', "1x9 stale _x10"),
+    "IncoTrioBoardNotOpen": ('inco_trio_open{proxy="p",board="b"}', "0x20"),
+    "IncoTrioLinkDown": ('inco_trio_link_up{proxy="p",board="b",link="l"}', "0x20"),
+    "IncoTrioFramesDropped": ('inco_trio_dropped_frames_total{proxy="p",board="b",link="l"}', "0x10 5x10"),
+    "IncoTrioInotifyOverflow": ('inco_trio_inotify_overflows_total{proxy="p",board="b",link="l"}', "0x10 1x10"),
+    "IncoTrioUnsendable": ('inco_trio_unsendable_notifications_total{proxy="p",board="b",link="l"}', "0x10 1x10"),
+    "IncoTrioOwed": ('inco_trio_owed_notifications{proxy="p",board="b",signal="s"}', "3x20"),
+    "IncoTrioFailures": ('inco_trio_notification_failures_total{proxy="p",board="b",signal="s"}', "0+20x20"),
+    "IncoTrioRestarts": ('inco_trio_start_time_seconds{proxy="p",board="b",link="l"}', "0+1x20"),
+    "IncoTrioGatewaySilent": ('inco_trio_followed{proxy="p",board="b",link="l"}', "0x20"),
+    "IncoTrioMerged": ('inco_trio_merged_notifications_total{proxy="p",board="b",link="l"}', "0x10 100x10"),
+}
+
+
+def test_each_alert_comes_for_what_it_names(tmp_path: Path) -> None:
+    path = alerts(tmp_path)
+    assert set(re.findall(r"alert: (\w+)", path.read_text())) == set(CASES)
+    lines = [f"rule_files: [{path}]", "evaluation_interval: 1m", "tests:"]
+    for alert, (series, values) in CASES.items():
+        lines += [
+            "  - interval: 1m",
+            "    input_series:",
+            f"      - {{series: '{series}', values: '{values}'}}",
+            "    promql_expr_test:",
+            f'      - expr: \'count(ALERTS{{alertname="{alert}", alertstate="firing"}})\'',
+            "        eval_time: 13m",
+            # Only that it fires: its texts need no copy here.
+            "        exp_samples: [{value: 1, labels: '{}'}]",
+        ]
+    (tmp_path / "test.yml").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        ["promtool", "test", "rules", str(tmp_path / "test.yml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ its lines
+
+
+def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
+    first, *others = re.findall(r"^ {4}(inco-trio exporter [^#\n]*?) *(?:#.*)?$", PAGE, re.MULTILINE)
+    assert first == "inco-trio exporter --listen 127.0.0.1:9478"
+    assert first in (ROOT / "README.md").read_text()
+    listen = f"127.0.0.1:{free_port()}"
+    exporter = Gateway(tmp_path / "log", *first.split()[1:3], listen)
+    try:
+        exporter.wait_ready()
+        assert f"http://{listen}/metrics" in exporter.log
+        assert exporter.end(signal.SIGINT) == 0
+    finally:
+        exporter.close()
+    for line in others:
+        words, _, file = line.partition(" > ")
+        done = subprocess.run([*COMMAND, *words.split()[1:]], capture_output=True, text=True, check=True)
+        assert done.stdout
+        assert file in ("dashboard.json", "alerts.yml")
+
+
+def test_the_configuration_of_the_page_is_valid(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^( {4}scrape_configs:.*?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    (tmp_path / "prometheus.yml").write_text(code)
+    command = ["promtool", "check", "config", str(tmp_path / "prometheus.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "listen", ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", ":1", "127.0.0.1:x", "[]:1"]
+)
+def test_addresses_that_are_refused(listen: str) -> None:
+    done = subprocess.run([*COMMAND, "exporter", "--listen", listen], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "ADDRESS:PORT" in done.stderr
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        taken_at = f"127.0.0.1:{taken.getsockname()[1]}"
+        for listen, code, text in (
+            (taken_at, 71, "already"),
+            ("192.0.2.1:9478", 2, "cannot listen"),
+            ("no.invalid:1", 2, ""),
+        ):
+            done = subprocess.run(
+                [*COMMAND, "exporter", "--listen", listen],
+                capture_output=True, text=True, check=False, timeout=DEADLINE, env={**os.environ},
+            )  # fmt: skip
+            assert done.returncode == code, done.stderr
+            assert text in done.stderr
+            assert len(done.stderr.splitlines()) == 1
