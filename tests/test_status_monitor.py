@@ -116,7 +116,7 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
     assert (sample.name, sample.value, sample.labels) == (
         "inco_trio_received_frames_total",
         1.0,
-        {"board": f"{board.home}/core0"},
+        {"board": f"{board.home}/core0", "link": board.link},
     )
     counts = {sample.labels["signal"]: sample.value for sample in families["inco_trio_notifications"].samples}
     assert counts == {"ihub_hwwd_irq": 1, "ihub_reset_irq": 0, "redun_notify_irq": 0}
