@@ -1,0 +1,227 @@
+"""The gateway, a proxy under a real s6 and the broker are killed in turn, beside traffic: the broker gets everything.
+
+`INCO_TRIO_GATEWAY_SECONDS` is for how long; `INCO_TRIO_SEED` repeats a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.frame import encode
+from netns.fixtures import DEADLINE
+from tests.core1 import Here
+from tests.faults.applications import write_config
+from tests.faults.supervised import Service, environment_form, is_proxy, main_process, write_scandir
+from tests.mosquitto import Gateway, Mosquitto, Reader
+from tests.support_control import MAC, Client
+
+SIGNALS = [f"in_{number}_irq" for number in range(50)]
+TRIGGERS = [f"out_{number}_irq" for number in range(10)]
+SECONDS = float(os.environ.get("INCO_TRIO_GATEWAY_SECONDS") or (8 if environment_form() == "short" else 60))
+
+
+class World:
+    """A board under s6, whose second core is played; a broker, a gateway, and a reader."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self.stack = home, stack
+        self.sent: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self._calm = threading.Event()
+        config = home / "udrv.json"
+        write_config(config, home / "irq", SIGNALS, TRIGGERS)
+        link = f"unix:{home}/core0,peer={home}/core1"
+        write_scandir(home / "scan", link, config)
+        (name,) = [path.name for path in (home / "scan").iterdir() if path.name != "inco-trio-fdholder"]
+        self.service = stack.enter_context(Service(Here(), home / "scan", name.removeprefix("inco-trio-")))  # type: ignore[arg-type]
+        self.core1 = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        stack.callback(self.core1.close)
+        self.core1.bind(f"{home}/core1")
+        self.service.wait("U")
+        self.control = self._find_control()
+        self.broker = Mosquitto(
+            home / "broker", "allow_anonymous true", "persistence true", f"persistence_location {home}/broker/",
+            "max_queued_messages 0",
+        )  # fmt: skip
+        stack.callback(self.broker.end)
+        self.broker.start()
+        self.reader = Reader(self.broker)
+        stack.callback(self.reader.close)
+        self.gateway = self._gateway()
+
+    def _find_control(self) -> Path:
+        """The socket of the service's process."""
+        pid = main_process(self.service.directory)
+        for path in Path("/run/inco-trio").glob("*.sock"):
+            with contextlib.suppress(OSError), ExitStack() as stack:
+                if Client(path, stack).greeting["pid"] == pid:
+                    return path
+        raise AssertionError(self.service.log)
+
+    def _gateway(self) -> Gateway:
+        gateway = Gateway(self.home / "gateway.log", "mqtt", self.broker.url, "--control", self.control)
+        self.stack.callback(gateway.close)
+        gateway.wait_ready()
+        return gateway
+
+    # ---------------------------------------------------------------------------------------------------- traffic
+
+    def _send(self) -> None:
+        """Core 1 signals, about a thousand times a second."""
+        for number in range(sys.maxsize):
+            name = SIGNALS[number % len(SIGNALS)]
+            frame = encode(name.encode(), MAC)
+            while not self._calm.is_set():
+                try:
+                    self.core1.sendto(frame, f"{self.home}/core0")
+                except OSError:
+                    time.sleep(0.01)
+                else:
+                    self.sent[name] += 1
+                    break
+            if self._calm.wait(0.001):
+                return
+
+    def _trigger(self) -> None:
+        """Core 0 signals, about a hundred times a second; one after the other, as the kernel merges equals."""
+        for number in range(sys.maxsize):
+            name = TRIGGERS[number % len(TRIGGERS)]
+            if self._calm.wait(0.01):
+                return
+            (self.home / f"irq/{name}_trig").write_text("1")
+            self.sent[name] += 1
+
+    def _take(self) -> None:
+        """Core 1 takes what comes."""
+        self.core1.settimeout(0.1)
+        while not self._calm.is_set():
+            with contextlib.suppress(TimeoutError):
+                self.core1.recv(2048)
+
+    @contextlib.contextmanager
+    def traffic(self) -> Iterator[None]:
+        threads = [threading.Thread(target=task) for task in (self._send, self._trigger, self._take)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._calm.set()
+            for thread in threads:
+                thread.join()
+
+    # ----------------------------------------------------------------------------------------------------- faults
+
+    def kill_gateway(self) -> None:
+        self.gateway.end(signal.SIGKILL)
+        self.gateway = self._gateway()
+
+    def stop_gateway(self) -> None:
+        assert self.gateway.end() == 0
+        self.gateway = self._gateway()
+
+    def freeze_gateway(self) -> None:
+        self.gateway.process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        self.gateway.process.send_signal(signal.SIGCONT)
+
+    def kill_proxy(self) -> None:
+        pid = main_process(self.service.directory)
+        if pid and is_proxy(pid):
+            os.kill(pid, signal.SIGKILL)
+
+    def restart_proxy(self) -> None:
+        self.service.control("-r")
+
+    def stop_broker(self) -> None:
+        self.broker.end()
+        time.sleep(0.3)
+        self.broker.start()
+
+    def kill_broker(self) -> None:
+        """With mosquitto would be lost what it has acknowledged and not sent on: see to it that this is nothing."""
+        self.gateway.process.send_signal(signal.SIGSTOP)
+        self.reader.settle()
+        self.broker.end(signal.SIGKILL)
+        self.broker.start()
+        self.reader.settle()
+        self.gateway.process.send_signal(signal.SIGCONT)
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def history(self) -> dict[str, object]:
+        with ExitStack() as stack:
+            (board,) = Client(self.control, stack).ask({"request": "status"})["status"]
+            history: dict[str, object] = board["history"]
+            return history
+
+    def read_all(self) -> tuple[set[int], Counter[str], int, int]:
+        """What the reader got until it has all: numbers, counts by signal, how many were merged, and doubles."""
+        numbers: set[int] = set()
+        counts: Counter[str] = Counter()
+        merged = doubles = 0
+        last = self.history()["sequence"]
+        assert isinstance(last, int)
+        boots = set()
+        while len(numbers) + merged < last:
+            try:
+                told = self.reader.told.get(timeout=2 * DEADLINE)
+            except queue.Empty:
+                break
+            if told.topic.split("/")[2] not in ("inbound", "outbound"):
+                continue
+            body, name = told.body, told.topic.split("/")[3]
+            boots.add(body["boot"])
+            if "count" in body:
+                merged += body["count"]
+                counts[name] += body["count"]
+            elif body["sequence"] in numbers:
+                doubles += 1
+            else:
+                numbers.add(body["sequence"])
+                counts[name] += 1
+        assert len(boots) == 1
+        return numbers, counts, merged, doubles
+
+
+@pytest.mark.timeout(SECONDS + 300)
+def test_nothing_is_lost_whatever_is_killed(tmp_path: Path) -> None:
+    seed = int(os.environ.get("INCO_TRIO_SEED") or int.from_bytes(os.urandom(4), "big"))
+    dice = random.Random(seed)  # noqa: S311 - repeatable
+    with ExitStack() as stack:
+        world = World(tmp_path, stack)
+        kinds = [
+            world.kill_gateway, world.kill_proxy, world.kill_broker, world.stop_broker, world.freeze_gateway,
+            world.restart_proxy, world.stop_gateway,
+        ]  # fmt: skip
+        with world.traffic():
+            end = time.monotonic() + SECONDS
+            while time.monotonic() < end or not world.faults:
+                fault = dice.choice(kinds)
+                fault()
+                world.faults[fault.__name__] += 1
+                time.sleep(0.5)
+        world.service.wait("U")
+        numbers, counts, merged, doubles = world.read_all()
+        lost = {name: sent - counts[name] for name, sent in world.sent.items() if counts[name] < sent}
+        story = (
+            f"seed {seed}, {SECONDS:g} s: {world.sent.total()} sent, {len(numbers)} published, {doubles} doubles, "
+            f"{merged} merged, {sum(lost.values())} lost; {dict(world.faults)}"
+        )
+        sys.stdout.write(f"{story}\n")
+        assert not lost, f"{story}\n{lost}\n{world.gateway.log[-3000:]}"
+        assert "Traceback" not in world.gateway.log
