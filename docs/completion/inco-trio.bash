@@ -21,7 +21,7 @@ _shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
-_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --user --systemd)
+_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --gateway --exporter --user --systemd)
 _shtab_inco_trio_option_strings=(-h --help --version)
 
 _shtab_inco_trio_run_pos_0_COMPGEN=_inco_trio_links
@@ -71,6 +71,7 @@ _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_s6___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6___boards_COMPGEN=_shtab_compgen_dirs
+_shtab_inco_trio_s6___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6___user_COMPGEN=_inco_trio_users
 
 _shtab_inco_trio_run___log_format_choices=(text json)
@@ -144,6 +145,7 @@ _shtab_inco_trio_exporter__v_nargs=0
 _shtab_inco_trio_exporter___verbose_nargs=0
 _shtab_inco_trio_s6__h_nargs=0
 _shtab_inco_trio_s6___help_nargs=0
+_shtab_inco_trio_s6___exporter_nargs='?'
 _shtab_inco_trio_s6___systemd_nargs=0
 _shtab_inco_trio_pos_0_nargs=A...
 _shtab_inco_trio__h_nargs=0

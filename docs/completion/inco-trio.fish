@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --fd-holder --gateway --iface --irq-dir --keep --listen --log-format --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --exporter --fd-holder --gateway --iface --irq-dir --keep --listen --log-format --mqtt --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -190,7 +190,10 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -s h -l help -d 'show this 
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l boards -xka "(__fish_complete_directories)" -d 'boards, one for each file DIR/NAME.json'
-complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER, with CAP_NET_RAW only'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt -x -d 'the gateway to the broker at URL, instead of a proxy'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'its configuration'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l exporter -x -d 'the exporter, instead (default: 127.0.0.1:9478)'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER; a proxy keeps CAP_NET_RAW only'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a systemd unit instead'
 complete -c inco-trio -n '_shtab_inco_trio_using s6; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_directories)" -d 'the scan directory'
 complete -c inco-trio -n 'string match -q core1 -- (commandline -opc)[-1]' -xka "(__fish_print_interfaces)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from hashlib import blake2b
 from pathlib import Path
 
@@ -17,8 +18,10 @@ __all__ = [
     "CONTROL_HELP",
     "LINK",
     "LINK_HELP",
+    "LISTEN",
     "absolute",
     "check_link",
+    "check_listen",
     "config_path",
     "configuration_argument",
     "number_of_seconds",
@@ -29,6 +32,8 @@ __all__ = [
 DIGITS_MAX = 12
 LINK = "rpmsg4000"
 """The interface that is used unless another link is named."""
+LISTEN = "127.0.0.1:9478"
+"""Where the exporter listens."""
 BOARDS_HELP = "boards, one for each file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
 LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
@@ -50,6 +55,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of {DIGITS_MAX} digits at most")
     return int(text)
+
+
+def check_listen(text: str) -> tuple[str, int]:
+    """Address and port of `ADDRESS:PORT`. Raises UsageError."""
+    address, colon, port = text.rpartition(":")
+    bare = address.removeprefix("[").removesuffix("]")
+    if not colon or not bare or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
+        raise UsageError(f"--listen {text!r}: it is ADDRESS:PORT, as {LISTEN} or [::1]:9478")
+    return bare, int(port)
 
 
 def check_link(address: str) -> None:

@@ -8,14 +8,12 @@ from importlib import resources
 from pathlib import Path
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import absolute
+from inco_trio.commands.configuration import LISTEN, absolute, check_listen
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.streams import say
 from inco_trio.errors import ProgramMissing
 
 __all__ = ["arguments", "run"]
-
-LISTEN = "127.0.0.1:9478"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -40,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     process_signals.hold()
     try:
-        from inco_trio.metrics.exporter import parse_listen, serve
+        from inco_trio.metrics.exporter import serve
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("prometheus_client"):
             raise
         raise ProgramMissing("exporter needs prometheus_client: pip install 'inco-trio[metrics]'") from error
     from inco_trio.commands import service
 
-    parse_listen(args.listen)
+    address, port = check_listen(args.listen)
     controls = None if args.control is None else [Path(absolute(place, "--control")) for place in args.control]
-    return service.serve(args, lambda: functools.partial(serve, args.listen, controls))
+    return service.serve(args, lambda: functools.partial(serve, address, port, controls))

@@ -9,10 +9,12 @@ from inco_trio.commands.configuration import (
     BOARDS_HELP,
     LINK,
     LINK_HELP,
+    LISTEN,
     absolute,
     boards_directory,
     boards_label,
     check_link,
+    check_listen,
     config_path,
     configuration_argument,
 )
@@ -30,19 +32,18 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--iface", metavar="LINK", help=LINK_HELP)
     configuration_argument(sub)
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
-    sub.add_argument("--user", help="run as USER, with CAP_NET_RAW only")
+    sub.add_argument("--mqtt", metavar="URL", help="the gateway to the broker at URL, instead of a proxy")
+    sub.add_argument("--gateway", metavar="FILE", help="its configuration")
+    sub.add_argument(
+        "--exporter", metavar="ADDRESS:PORT", nargs="?", const=LISTEN, help=f"the exporter, instead (default: {LISTEN})"
+    )
+    sub.add_argument("--user", help="run as USER; a proxy keeps CAP_NET_RAW only")
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the scan directory, or print the unit."""
-    if args.boards is not None:
-        boards = boards_directory(args, "--iface", "--config")
-        service = scandir.boards_service(boards, boards_label(boards))
-    else:
-        link = LINK if args.iface is None else args.iface
-        check_link(link)
-        service = scandir.link_service(link, absolute(config_path(args), "--config"))
+    service = _service(args)
     program = scandir.find_program()
     if args.systemd:
         unit = scandir.systemd_unit(service=service, user=args.user, program=program)
@@ -55,3 +56,26 @@ def run(args: argparse.Namespace) -> int:
     changes = scandir.write_scandir(directory, service=service, user=args.user, program=program)
     say(*(changes or ["nothing changed"]))
     return 0
+
+
+def _service(args: argparse.Namespace) -> scandir.Service | scandir.Client:
+    """The service that the arguments name. Raises UsageError."""
+    if args.gateway is not None and args.mqtt is None:
+        raise UsageError("--gateway is the configuration of the gateway: name its broker with --mqtt URL")
+    kinds = {name: getattr(args, name) for name in ("iface", "boards", "mqtt", "exporter")}
+    named = [f"--{name}" for name, value in kinds.items() if value is not None]
+    if len(named) > 1 and set(named) != {"--iface", "--boards"}:
+        raise UsageError(f"{' and '.join(named)} exclude each other: each call writes one service")
+    if (args.mqtt or args.exporter) is not None and args.config is not None:
+        raise UsageError(f"--config is that of a proxy, and not of {named[0]}")
+    if args.mqtt is not None:
+        return scandir.gateway_service(args.mqtt, None if args.gateway is None else absolute(args.gateway, "--gateway"))
+    if args.exporter is not None:
+        check_listen(args.exporter)
+        return scandir.exporter_service(args.exporter)
+    if args.boards is not None:
+        boards = boards_directory(args, "--iface", "--config")
+        return scandir.boards_service(boards, boards_label(boards))
+    link = LINK if args.iface is None else args.iface
+    check_link(link)
+    return scandir.link_service(link, absolute(config_path(args), "--config"))

@@ -76,18 +76,9 @@ class Boards(Collector):
         return name, answer
 
 
-def parse_listen(text: str) -> tuple[str, int]:
-    """Address and port of `ADDRESS:PORT`. Raises UsageError."""
-    address, colon, port = text.rpartition(":")
-    bare = address.removeprefix("[").removesuffix("]")
-    if not colon or not bare or not port.isdecimal() or not port.isascii() or not 0 < int(port[:6]) < 1 << 16:
-        raise UsageError(f"--listen {text!r}: it is ADDRESS:PORT, as 127.0.0.1:9478 or [::1]:9478")
-    return bare, int(port)
-
-
-async def serve(listen: str, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
+async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
     """Answer scrapes until cancelled. Raises UsageError, PermissionRefused, ResourceRefused."""
-    address, port = parse_listen(listen)
+    listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Later(Boards(controls)))
     try:

@@ -25,10 +25,23 @@ from inco_trio.config import read_file
 from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.links.address import UnixAddress, parse_address
 
-__all__ = ["Service", "boards_service", "find_program", "link_service", "systemd_unit", "write_scandir"]
+__all__ = [
+    "Client",
+    "Service",
+    "boards_service",
+    "exporter_service",
+    "find_program",
+    "gateway_service",
+    "link_service",
+    "systemd_unit",
+    "write_scandir",
+]
 
 _HOLDER = "inco-trio-fdholder"
 _SERVICE = "inco-trio-"
+_GATEWAY, _EXPORTER = "mqtt", "exporter"
+_OURS = {"fdholder": "the fd holder", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
+"""Labels that no link has."""
 
 _MISPLACED = frozenset({
     errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.EROFS, errno.EINVAL,
@@ -46,6 +59,14 @@ for try in 1 2 3 4 5; do
 done
 # No shell may stand after s6-fdholder-getdump: it would drop the variable S6_FD#.
 exec s6-fdholder-getdump -t 10000 ../{holder}/s \\
+{setpriv}  {program}
+"""
+
+_RUN_WITHOUT_HOLDER = """\
+#!/bin/sh
+# Written by `inco-trio s6`: run that again rather than edit this file.
+exec 2>&1
+exec \\
 {setpriv}  {program}
 """
 
@@ -129,6 +150,58 @@ WantedBy=multi-user.target
 """
 
 
+_CLIENT_UNIT = """\
+# /etc/systemd/system/{name}.service, written by `inco-trio s6 --systemd`
+
+[Unit]
+Description=inco-trio: {of}
+After=network-online.target
+Wants=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={program}
+ExecReload=kill -HUP $MAINPID
+Restart=always
+RestartSec=1
+RestartPreventExitStatus=2 77 78
+TimeoutStopSec=10
+# That of the proxies: their control sockets obey nobody else.
+User={user}
+Environment=XDG_RUNTIME_DIR=%t
+AmbientCapabilities=
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+NoNewPrivileges=yes
+# It writes no file.
+ProtectSystem=strict
+ProtectHome=read-only
+PrivateTmp=yes
+PrivateDevices=yes
+DevicePolicy=closed
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
 _RIGHTS_OF_INTERFACE = """\
 # With CAP_NET_ADMIN in both, more frames than net.core.rmem_max allows wait for a proxy that is being restarted.
 AmbientCapabilities=CAP_NET_RAW
@@ -154,6 +227,34 @@ def find_program() -> list[str]:
         except OSError as error:
             raise UsageError(f"{started}: the working directory is gone: start inco-trio by its full path") from error
     return [sys.executable, "-m", "inco_trio"]
+
+
+@attrs.frozen
+class Client:
+    """A service beside the proxies, which asks them; `gateway_service` and `exporter_service` make it."""
+
+    label: str
+    """What it is named after."""
+    of: str
+    """What it does, in words."""
+    words: tuple[str, ...]
+    """The command and its arguments."""
+    warnings: tuple[str, ...] = ()
+    """What cannot be read now."""
+
+
+def gateway_service(url: str, config: Path | None) -> Client:
+    """The service of the gateway to the broker at `url`, with the file `config`. Raises UsageError."""
+    from inco_trio.mqtt.configuration import parse_broker, read_gateway
+
+    words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
+    warnings = () if config is None else _warnings(lambda: read_gateway(config))
+    return Client(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings)
+
+
+def exporter_service(listen: str) -> Client:
+    """The service of the exporter, which listens at `listen`."""
+    return Client(_EXPORTER, f"metrics at {listen}", ("exporter", "--listen", listen))
 
 
 @attrs.frozen
@@ -192,7 +293,7 @@ def boards_service(directory: Path, label: str) -> Service:
     return Service(label, f"of the boards in {directory}", words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
 
 
-def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
+def write_scandir(directory: Path, *, service: Service | Client, user: str | None, program: Sequence[str]) -> list[str]:
     """Make `directory` an s6 scan directory that runs inco-trio as `service`, beside others.
 
     `user` is who the service runs as, with CAP_NET_RAW at most; None: who runs s6-svscan. `program` is the command
@@ -203,6 +304,8 @@ def write_scandir(directory: Path, *, service: Service, user: str | None, progra
     try:
         _make_directory(directory)
         lines += _write_tree(directory, _service(service, user, program))
+        if isinstance(service, Client):
+            return lines
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
         lines += [
@@ -225,9 +328,17 @@ def _refusal(error: OSError) -> IncoError:
     return ResourceRefused(line)
 
 
-def systemd_unit(*, service: Service, user: str | None, program: Sequence[str]) -> str:
+def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
     """The text of a systemd unit that runs inco-trio; arguments as for `write_scandir`. Raises UsageError."""
-    command = [*program, "run", *service.words, "--log-format", "text"]
+    verb = () if isinstance(service, Client) else ("run",)
+    command = [*program, *verb, *service.words, "--log-format", "text"]
+    if isinstance(service, Client):
+        return _CLIENT_UNIT.format(
+            name=_SERVICE + service.label,
+            of=service.of.replace("%", "%%"),
+            program=" ".join(map(_quote_for_systemd, command)),
+            user="root" if user is None else _account(user).pw_name,
+        )
     return _UNIT.format(
         name=_SERVICE + service.label,
         of=service.of.replace("%", "%%"),
@@ -242,22 +353,24 @@ _Tree = dict[str, tuple[str, int]]
 """Path below the scan directory to content and mode."""
 
 
-def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
+def _service(service: Service | Client, user: str | None, program: Sequence[str]) -> _Tree:
     account = None if user is None else _account(user)
-    setpriv = ""
+    setpriv, holds = "", isinstance(service, Service)
     if account:
-        setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=service.capability)
-    command = [
-        *program,
-        *("run", *service.words, "--notification-fd", "3"),
-        *("--fd-holder", f"../{_HOLDER}/s", "--log-format", "text"),
-    ]
+        capability = service.capability if isinstance(service, Service) else ""
+        setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=capability)
+    holder = ("--fd-holder", f"../{_HOLDER}/s") if holds else ()
+    verb = ("run",) if holds else ()
+    command = [*program, *verb, *service.words, "--notification-fd", "3", *holder, "--log-format", "text"]
     name = _SERVICE + service.label
-    run = _RUN.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command))
+    script = _RUN if holds else _RUN_WITHOUT_HOLDER
+    run = script.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command))
+    # The rights in the holder are those of its user.
+    uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if holds else {}
     # The logger comes first and run last: s6-svscan may look at any time, and asks for a logger only once.
     return {
         f"{name}/log/run": (_LOG_RUN, 0o755),
-        f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644),
+        **uid,
         f"{name}/finish": (_FINISH, 0o755),
         f"{name}/notification-fd": ("3\n", 0o644),
         # More than the 5 s that inco-trio allows itself to finish what it has accepted.
@@ -374,8 +487,8 @@ def _label(interface: str) -> str:
         raise UsageError(f"link {interface!r}: the service would take it for an option")
     if "\n" in label:
         raise UsageError(f"link {interface!r}: a service's name has no line break")
-    if _SERVICE + label == _HOLDER:
-        raise UsageError(f"link {interface!r}: {_HOLDER} is the service of the fd holder")
+    if label in _OURS:
+        raise UsageError(f"link {interface!r}: {_SERVICE}{label} is the service of {_OURS[label]}")
     return label
 
 

@@ -1,0 +1,150 @@
+"""Gateway and exporter as services of their own: under a real s6, and as systemd units."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import UsageError
+from inco_trio.service.scandir import exporter_service, gateway_service, link_service, systemd_unit, write_scandir
+from netns.fixtures import DEADLINE
+from tests.core1 import Here
+from tests.faults.supervised import Service, main_process
+from tests.mosquitto import Mosquitto, Reader, free_port
+from tests.support_control import COMMAND, Board
+
+PROGRAM = [sys.executable, "-m", "inco_trio"]
+
+
+def s6(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, "s6", *map(str, words)], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def running(stack: ExitStack, scandir: Path, label: str) -> Service:
+    service = stack.enter_context(Service(Here(), scandir, label))  # type: ignore[arg-type]
+    service.wait("U")
+    return service
+
+
+@pytest.mark.s6
+def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
+    board = Board(tmp_path, stack)
+    board.core1()
+    board.running()
+    broker = Mosquitto(tmp_path / "broker", "allow_anonymous true")
+    stack.callback(broker.end)
+    broker.start()
+    reader = Reader(broker)
+    stack.callback(reader.close)
+    (tmp_path / "gateway.json").write_text("{}")
+    done = s6(tmp_path / "scan", "--mqtt", broker.url, "--gateway", tmp_path / "gateway.json")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "scan/inco-trio-mqtt/run"
+    # Only this proxy, and none of others that may run here.
+    run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
+    service = running(stack, tmp_path / "scan", "mqtt")
+    board.trigger()
+    assert next(reader.notifications()).body["sequence"] == 1
+    pid = main_process(service.directory)
+    os.kill(pid, signal.SIGKILL)
+    board.trigger()
+    assert next(told for told in reader.notifications() if told.body["sequence"] == 2)
+    service.wait("U")
+    assert main_process(service.directory) != pid
+    service.control("-h")
+    service.wait_log("reloaded")
+    assert not (tmp_path / "scan/inco-trio-fdholder").exists()
+
+
+@pytest.mark.s6
+def test_the_exporter_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    assert s6(tmp_path / "scan", "--exporter", listen).returncode == 0
+    service = running(stack, tmp_path / "scan", "exporter")
+    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=DEADLINE) as answer:
+        assert b"inco_trio_proxy_up" in answer.read()
+    service.control("-wD", "-d")
+    assert "Traceback" not in service.log
+
+
+def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
+    write_scandir(tmp_path, service=gateway_service("mqtt://h", None), user="nobody", program=["inco-trio"])
+    write_scandir(tmp_path, service=exporter_service("127.0.0.1:1"), user=None, program=["inco-trio"])
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    each = {"run", "finish", "log/run", "notification-fd", "timeout-kill"}
+    assert files == {f"inco-trio-{name}/{file}" for name in ("mqtt", "exporter") for file in each}
+    run = (tmp_path / "inco-trio-mqtt/run").read_text()
+    assert "--reuid nobody" in run
+    assert "+net_raw" not in run
+    command = shlex.split(run.replace("\\\n", " ").splitlines()[-1])
+    assert command[-7:] == ["inco-trio", "mqtt", "mqtt://h", "--notification-fd", "3", "--log-format", "text"]
+    # A proxy beside them has its holder, which they have no part in.
+    write_scandir(tmp_path, service=link_service("core0", Path("/dev/null")), user="nobody", program=["inco-trio"])
+    rules = [path.read_text() for path in (tmp_path / "inco-trio-fdholder/data/rules").rglob("S6_FDHOLDER_STORE_REGEX")]
+    assert not any("mqtt" in rule for rule in rules)
+
+
+@pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder"])
+def test_no_link_takes_their_names(label: str) -> None:
+    with pytest.raises(UsageError, match=f"inco-trio-{label} is the service of"):
+        link_service(label, Path("/dev/null"))
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--mqtt", "mqtt://h", "--exporter"], "exclude each other"),
+        (["--mqtt", "mqtt://h", "--iface", "x"], "exclude each other"),
+        (["--exporter", "127.0.0.1:1", "--boards", "/x"], "exclude each other"),
+        (["--gateway", "/x"], "--mqtt URL"),
+        (["--mqtt", "mqtt://me:word@h"], "user and password"),
+        (["--mqtt", "mqtt://h", "--config", "/x"], "--config is that of a proxy"),
+        (["--exporter", "nowhere"], "ADDRESS:PORT"),
+        (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
+    ],
+)
+def test_what_is_refused(words: list[str], text: str) -> None:
+    done = s6("--systemd", *words)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert text in done.stderr
+
+
+def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "gateway.json").write_text('{"board": []}')
+    done = s6(tmp_path / "scan", "--mqtt", "mqtt://h", "--gateway", tmp_path / "gateway.json")
+    assert done.returncode == 0
+    assert "warning: " in done.stdout
+    assert "unknown key" in done.stdout
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("kind", ["mqtt", "exporter"])
+def test_the_units_are_valid(kind: str, tmp_path: Path) -> None:
+    service = (
+        gateway_service("mqtts://h/a%20b", tmp_path / "a b$.json") if kind == "mqtt" else exporter_service("[::1]:1")
+    )
+    unit = tmp_path / f"inco-trio-{kind}.service"
+    unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    mine = [line for line in done.stderr.splitlines() if kind in line]
+    assert mine == []
+    level = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert level.returncode == 0, level.stdout[-2000:]
