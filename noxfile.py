@@ -227,6 +227,14 @@ def soak(session: nox.Session) -> None:
     session.run(*AS_ROOT, "python", "tests/soak.py", *session.posargs, external=True)
 
 
+@nox.session(default=False)
+def fleet(session: nox.Session) -> None:
+    """Boards by the hundred, gateways and a broker on this machine: `nox -s fleet -- --boards 500 --seconds 60`."""
+    need_programs(session)
+    install(session, "test")
+    session.run("python", "-m", "tests.fleet", *session.posargs)
+
+
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
     """The benchmark's quick form, which shows that it works and no figures."""

@@ -69,8 +69,9 @@ _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 class Mosquitto:
     """The broker; `lines` are of mosquitto.conf(5)."""
 
-    def __init__(self, directory: Path, *lines: str, tls: bool = False) -> None:
+    def __init__(self, directory: Path, *lines: str, tls: bool = False, verbose: bool = True) -> None:
         self.directory = directory
+        self._verbose = ["-v"] if verbose else []
         directory.mkdir(exist_ok=True)
         self.port = free_port()
         self.tls = tls
@@ -92,7 +93,7 @@ class Mosquitto:
         """Start it, again if it was ended; it takes connections then."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["mosquitto", "-v", "-c", str(self.directory / "mosquitto.conf")],
+                ["mosquitto", *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + DEADLINE

@@ -1,0 +1,267 @@
+"""A fleet on one machine: boards in a few processes, a gateway for each process, and one mosquitto.
+
+`nox -s fleet -- --boards 500 --seconds 60`. The second cores are played here: each sends to its board in turn. The
+highest rate of all together is looked for at which nothing waits longer than a second and nothing is lost; then the
+figures are taken at that rate. Latency is from the proxy's stamp, when the state file was closed, to a reader of the
+broker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from inco_trio.frame import encode
+from netns.fixtures import Proxy
+from tests.core1 import Here
+from tests.mosquitto import Gateway, Mosquitto
+from tests.support_control import MAC, Client
+
+FRAME = encode(b"ihub_hwwd_irq", MAC)
+HERTZ = os.sysconf("SC_CLK_TCK")
+RATES = (100, 200, 300, 400, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000, 4000)
+TRIAL = 8.0
+"""Seconds at each rate that is tried."""
+BACKLOG = 1.0
+"""Seconds that notifications may wait for the broker."""
+
+
+@attrs.frozen
+class Used:
+    """What processes have used."""
+
+    seconds: float
+    mib: float
+
+    @classmethod
+    def by(cls, *pids: int) -> Used:
+        """CPU seconds until now, and resident memory now, of all together (proc_pid_stat(5))."""
+        seconds = mib = 0.0
+        for pid in pids:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            seconds += (int(fields[11]) + int(fields[12])) / HERTZ
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    mib += int(line.split()[1]) / 1024
+        return cls(seconds, mib)
+
+
+@attrs.frozen
+class Result:
+    """What came of one rate."""
+
+    rate: int
+    seconds: float
+    sent: int
+    received: int
+    doubles: int
+    backlog: int
+    p50: float
+    p99: float
+    cpu: dict[str, float]
+    """Percent of one processor, by what used it."""
+    mib: dict[str, float]
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.received
+
+    @property
+    def holds(self) -> bool:
+        """Whether the rate was kept, by all."""
+        return not self.lost and self.backlog <= self.rate * BACKLOG and self.sent >= 0.95 * self.rate * self.seconds
+
+
+def read(port: int, pipe: Connection) -> None:
+    """A reader of the broker, in a process of its own: tells what came since the last question."""
+    from paho.mqtt import client as paho
+    from paho.mqtt.enums import CallbackAPIVersion
+
+    seen: set[tuple[str, int]] = set()
+    counts = {"doubles": 0}
+    latencies: list[float] = []
+
+    def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
+        now = time.time()
+        body = json.loads(message.payload)
+        key = (message.topic, body["sequence"])
+        if key in seen:
+            counts["doubles"] += 1
+        else:
+            seen.add(key)
+            latencies.append(now - body["time"])
+
+    client = paho.Client(CallbackAPIVersion.VERSION2, "fleet-reader", protocol=paho.MQTTv5)
+    client.on_message = on_message
+    client.on_subscribe = lambda *_: pipe.send("ready")
+    client.on_connect = lambda client, *_: client.subscribe("lab/+/inbound/+", qos=1)
+    client.connect("127.0.0.1", port)
+    client.loop_start()
+    while (question := pipe.recv()) != "end":
+        if question == "count":
+            pipe.send(len(seen))
+        else:
+            pipe.send((len(seen), counts["doubles"], sorted(latencies)))
+            seen.clear()
+            latencies.clear()
+            counts["doubles"] = 0
+    client.loop_stop()
+
+
+class Fleet:
+    """The processes, and the cores that are played."""
+
+    def __init__(self, home: Path, stack: ExitStack, boards: int, processes: int) -> None:
+        self.paths: list[tuple[str, socket.socket]] = []
+        self.controls: list[Path] = []
+        self._sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        stack.callback(self._sender.close)
+        self._stack = stack
+        broker = Mosquitto(
+            home / "broker", "allow_anonymous true", "max_queued_messages 0", "log_type error", verbose=False
+        )
+        stack.callback(broker.end)
+        self.broker = broker.start()
+        self.proxies, self.gateways = [], []
+        shares = [range(first, boards, processes) for first in range(processes)]
+        for number, share in enumerate(shares):
+            directory, control = home / f"boards{number}", home / f"{number}.sock"
+            directory.mkdir()
+            for board in share:
+                core0, core1 = f"{home}/b{board}-0", f"{home}/b{board}-1"
+                text = json.dumps({"link": f"unix:{core0},peer={core1}", "irq_dir": f"{home}/irq{board}"})
+                (directory / f"b{board}.json").write_text(text)
+                peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                stack.callback(peer.close)
+                peer.bind(core1)
+                self.paths.append((core0, peer))
+            words = ["--boards", str(directory), "--control", str(control)]
+            proxy = Proxy(Here(), words, {}, home / f"{number}.log")  # type: ignore[arg-type]
+            stack.callback(proxy.close)
+            proxy.wait_ready()
+            self.proxies.append(proxy.pid)
+            self.controls.append(control)
+        for number, control in enumerate(self.controls):
+            gateway = Gateway(home / f"gateway{number}.log", "mqtt", self.broker.url, "--control", control)
+            stack.callback(gateway.close)
+            gateway.wait_ready()
+            self.gateways.append(gateway.process.pid)
+        self._pipe, other = multiprocessing.Pipe()
+        self._reader = multiprocessing.get_context("spawn").Process(
+            target=read, args=(self.broker.port, other), daemon=True
+        )
+        self._reader.start()
+        stack.callback(self._reader.terminate)
+        assert self._pipe.recv() == "ready"
+
+    def waiting(self) -> int:
+        """Notifications that the broker has not acknowledged."""
+        total = 0
+        for control in self.controls:
+            with ExitStack() as stack:
+                for board in Client(control, stack).ask({"request": "status"})["status"]:
+                    total += board["history"]["waiting"]
+        return total
+
+    def _used(self) -> dict[str, Used]:
+        assert self.broker.process is not None
+        return {
+            "proxy": Used.by(*self.proxies), "gateway": Used.by(*self.gateways),
+            "broker": Used.by(self.broker.process.pid),
+        }  # fmt: skip
+
+    def run(self, rate: int, seconds: float) -> Result:
+        """Send so many a second for so long, over all boards in turn; wait until all has come, or nothing does."""
+        self._pipe.send("report")
+        self._pipe.recv()
+        before, start = self._used(), time.monotonic()
+        number, sent = round(rate * seconds), 0
+        while sent < number and (elapsed := time.monotonic() - start) < 2 * seconds:
+            due = min(number, int(elapsed * rate) + 1)
+            while sent < due:
+                path, peer = self.paths[sent % len(self.paths)]
+                peer.sendto(FRAME, path)
+                sent += 1
+            time.sleep(max(0.0, start + sent / rate - time.monotonic()))
+        took = time.monotonic() - start
+        after, backlog = self._used(), self.waiting()
+        last = -1
+        while (count := self._ask("count")) < sent and count != last:
+            last = count
+            time.sleep(3)
+        received, doubles, latencies = self._ask("report")
+        return Result(
+            rate, took, sent, received, doubles, backlog,
+            statistics.median(latencies or [0]), (latencies or [0])[int(len(latencies) * 0.99)],
+            {name: 100 * (after[name].seconds - before[name].seconds) / took for name in after},
+            {name: used.mib for name, used in after.items()},
+        )  # fmt: skip
+
+    def _ask(self, question: str) -> Any:
+        self._pipe.send(question)
+        return self._pipe.recv()
+
+
+def say(line: str) -> None:
+    """Print a line, at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def table(boards: int, result: Result) -> str:
+    """The figures as Markdown."""
+    cpu, mib = result.cpu, result.mib
+    rows = [
+        ("boards", f"{boards}"),
+        ("notifications a second, all together", f"{result.sent / result.seconds:.0f}"),
+        ("published, received, lost, doubles", f"{result.sent}, {result.received}, {result.lost}, {result.doubles}"),
+        ("latency, median and p99", f"{1000 * result.p50:.1f} ms, {1000 * result.p99:.1f} ms"),
+    ]
+    for name in cpu:
+        each = f"{1000 * mib[name] / boards:.0f} kB, {cpu[name] / boards:.3f} % of a processor"
+        rows.append((f"{name}, for each board", f"{each} ({mib[name]:.0f} MiB, {cpu[name]:.0f} % in all)"))
+    return "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
+
+
+def main() -> int:
+    """Print the table; returns 1 if anything was lost at the rate that was found."""
+    parser = argparse.ArgumentParser(description="A fleet of boards on one machine.")
+    parser.add_argument("--boards", type=int, default=500)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--rate", type=int, help="only this rate, of all boards together")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as home, ExitStack() as stack:
+        fleet = Fleet(Path(home), stack, args.boards, args.processes)
+        say(f"{args.boards} boards in {args.processes} processes")
+        best = args.rate
+        for rate in () if args.rate else RATES:
+            tried = fleet.run(rate, TRIAL)
+            say(f"{rate}/s: {'holds' if tried.holds else 'does not hold'}: {tried}")
+            if not tried.holds:
+                break
+            best = rate
+        result = fleet.run(best, args.seconds)
+        while not result.holds and not args.rate and best > RATES[0]:
+            say(f"{best}/s does not hold for {args.seconds:g} s: {result}")
+            best = max(rate for rate in RATES if rate < best)
+            result = fleet.run(best, args.seconds)
+        say(table(args.boards, result))
+    return 1 if result.lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
