@@ -12,6 +12,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
+import select
 import socket
 import statistics
 import sys
@@ -25,10 +27,11 @@ from typing import Any
 import attrs
 
 from inco_trio.frame import encode
+from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
 from netns.fixtures import Proxy
 from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto
-from tests.support_control import MAC, Client
+from tests.support_control import MAC, Board, Client
 
 FRAME = encode(b"ihub_hwwd_irq", MAC)
 HERTZ = os.sysconf("SC_CLK_TCK")
@@ -215,6 +218,65 @@ class Fleet:
         return self._pipe.recv()
 
 
+class Lone:
+    """A board, to measure the way of one notification after the other."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        home.mkdir()
+        self.board = Board(home, stack)
+        self._core1 = self.board.core1()
+        self.board.running()
+        self._changes = Inotify()
+        stack.callback(self._changes.close)
+        self._changes.watch(str(self.board.irq / "message_5_state"), IN_CLOSE_WRITE)
+        self._room = memoryview(bytearray(4096))
+        self._trigger = self.board.irq / "message_6_trig"
+
+    def inbound(self) -> float:
+        """Seconds from a frame to the close of the state file."""
+        start = time.perf_counter()
+        self.board.inbound(self._core1)
+        select.select([self._changes.fd], [], [])
+        took = time.perf_counter() - start
+        self._changes.read_into(self._room)
+        return took
+
+    def outbound(self) -> float:
+        """Seconds from the close of a trigger to its frame."""
+        with self._trigger.open("w") as trigger:
+            trigger.write("1")
+            start = time.perf_counter()
+        self._core1.recv(2048)
+        return time.perf_counter() - start
+
+
+def local(home: Path, stack: ExitStack, rounds: int) -> str:
+    """The way of a notification with a gateway and without, in turns; each medians of a round, and their ratio."""
+    alone, followed = Lone(home / "alone", stack), Lone(home / "followed", stack)
+    broker = Mosquitto(home / "broker", "allow_anonymous true", verbose=False)
+    stack.callback(broker.end)
+    gateway = Gateway(home / "gateway.log", "mqtt", broker.start().url, "--control", followed.board.path)
+    stack.callback(gateway.close)
+    gateway.wait_ready()
+    lines = ["| local path, p50 | without | with a gateway | ratio of each pair |", "|---|---|---|---|"]
+    for way in ("inbound", "outbound"):
+        medians: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            for which, lone in enumerate((alone, followed)):
+                measure = getattr(lone, way)
+                times = []
+                for _ in range(300):
+                    times.append(measure())
+                    time.sleep(0.002)  # The next one finds nothing under way.
+                medians[which].append(statistics.median(times))
+        ratios = sorted(b / a for a, b in zip(*medians, strict=True))
+        shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
+        without, following = (f"{1e6 * statistics.median(some):.0f} us" for some in medians)
+        lines.append(f"| {way} | {without} | {following} | {shown} |")
+    assert (followed.board.status()["history"] or {}).get("followed"), gateway.log
+    return "\n".join(lines)
+
+
 def say(line: str) -> None:
     """Print a line, at once."""
     sys.stdout.write(f"{line}\n")
@@ -243,8 +305,14 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=int, help="only this rate, of all boards together")
+    parser.add_argument("--local", action="store_true", help="only the local path, with and without a gateway")
     args = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16_384)), hard))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as home, ExitStack() as stack:
+        say(local(Path(home), stack, 10))
+        if args.local:
+            return 0
         fleet = Fleet(Path(home), stack, args.boards, args.processes)
         say(f"{args.boards} boards in {args.processes} processes")
         best = args.rate
