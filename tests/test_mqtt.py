@@ -226,8 +226,9 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     bench.stack.callback(proxy.close)
     proxy.wait_ready()
     reader = bench.reader()
-    bench.gateway(boards=["b1", "b3"])
+    gateway = bench.gateway(boards=["b1", "b3"])
     reader.until_status("b1", state="online")
+    assert "b3: no proxy has a board of that name yet" in gateway.log
     add("b3")
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b3", state="online")
@@ -251,3 +252,41 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     (boards / "b1.json").unlink()
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b1", state="no proxy")
+
+
+def test_a_proxy_that_stands_still_holds_up_no_other(bench: Bench) -> None:
+    bench.broker.start()
+    still = bench.proxy()
+    home = bench.home / "other"
+    home.mkdir()
+    other = Board(home, bench.stack)
+    other.core1()
+    other.running()
+    reader = bench.reader()
+    still.process.send_signal(signal.SIGSTOP)
+    words = ("mqtt", bench.broker.url, "--control", bench.board.path, "--control", other.path)
+    gateway = Gateway(bench.home / "gateway.log", *words)
+    bench.stack.callback(gateway.close)
+    gateway.wait_ready()
+    other.trigger()
+    assert next(reader.notifications()).topic == f"lab/{level(f'{home}/core0')}/outbound/redun_notify_irq"
+    still.process.send_signal(signal.SIGCONT)
+    reader.until_status(bench.name, state="online")
+
+
+def test_one_gateway_follows_and_another_says_so(bench: Bench) -> None:
+    bench.broker.start()
+    bench.proxy()
+    reader = bench.reader()
+    first = bench.gateway()
+    reader.until_status(bench.name, state="online")
+    second = Gateway(bench.home / "second.log", "mqtt", f"{bench.broker.url}2", "--control", bench.board.path)
+    bench.stack.callback(second.close)
+    second.wait_ready()
+    while "follows already" not in second.log:
+        assert second.process.poll() is None
+    assert f"process {first.process.pid} follows already" in second.log
+    later = Reader(bench.broker, "lab2/#", name="later")
+    bench.stack.callback(later.close)
+    first.end()
+    later.next(lambda told: told.topic.endswith("/status") and told.body["state"] == "online")

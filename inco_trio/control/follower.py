@@ -17,7 +17,7 @@ from inco_trio.errors import ControlMissing, IncoError, PermissionRefused
 __all__ = ["Conversation", "converse"]
 
 PATIENCE = 10.0
-"""Seconds in which a proxy greets."""
+"""Seconds in which a proxy greets, and answers what it need not wait for."""
 CHUNK = 1 << 16
 
 
@@ -62,14 +62,16 @@ class Conversation:
 
     async def request(self, request: Mapping[str, object]) -> dict[str, Any]:
         """The answer to a request, where nobody else reads. Raises IncoError for one that is refused."""
-        await self.write(request)
-        while True:
-            lines = await self.read()
-            for number, line in enumerate(lines):
-                if "event" not in line:
-                    self._ahead = [*lines[:number], *lines[number + 1 :]]
-                    self.check(line)
-                    return line
+        with trio.move_on_after(PATIENCE):
+            await self.write(request)
+            while True:
+                lines = await self.read()
+                for number, line in enumerate(lines):
+                    if "event" not in line:
+                        self._ahead = [*lines[:number], *lines[number + 1 :]]
+                        self.check(line)
+                        return line
+        raise ControlMissing(f"{self.path}: the proxy does not answer")
 
     def check(self, answer: Mapping[str, Any]) -> None:
         """Raise the error that an answer is, if it is one."""

@@ -33,6 +33,8 @@ __all__ = ["Gateway"]
 
 logger = logging.getLogger(__name__)
 
+AT_START = 2.0
+"""Seconds in which proxies answer that are there at the start; others are followed later."""
 LOOK_AGAIN = 0.5
 """Seconds between two looks for control sockets."""
 SESSION = 86_400
@@ -60,47 +62,50 @@ class Gateway:
         self._config = config
         self._controls = controls
         self._boards: dict[str, Board] = {}
-        self._proxies: dict[Path, trio.CancelScope] = {}
+        self._proxies: dict[Path, trio.Event] = {}
+        """By the path of its socket: set once it is followed, or was tried."""
         self._problems = Problems()
         self._connected = 0
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Publish until cancelled; `ready` is called once those proxies are followed that are there at the start."""
         async with trio.open_nursery() as nursery:
-            first = True
+            await self._look(nursery)
+            with trio.move_on_after(AT_START):
+                for followed in tuple(self._proxies.values()):
+                    await followed.wait()
+            for name in sorted({*(self._config.boards or ())} - {*self._boards}):
+                logger.warning("%s: no proxy has a board of that name yet", name)
+            ready()
             while True:
-                found = self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets)
-                for path in found:
-                    if path not in self._proxies:
-                        self._proxies[path] = trio.CancelScope()
-                        await nursery.start(self._follow, path, nursery)
-                if first:
-                    ready()
-                    first = False
                 await trio.sleep(LOOK_AGAIN)
+                await self._look(nursery)
+
+    async def _look(self, nursery: trio.Nursery) -> None:
+        """Follow proxies that were not there before."""
+        for path in self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets):
+            if path not in self._proxies:
+                self._proxies[path] = trio.Event()
+                nursery.start_soon(self._follow, path, nursery)
 
     # ------------------------------------------------------------------------------------------------- the proxies
 
-    async def _follow(
-        self, path: Path, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def _follow(self, path: Path, nursery: trio.Nursery) -> None:
         """Follow the proxy at a path until nobody is there any more."""
+        followed = self._proxies[path]
         try:
-            await self._follow_once(path, nursery, task_status)
+            await self._follow_once(path, nursery, followed)
         except ControlMissing as error:
             logger.debug("%s", error)
         except IncoError as error:
             self._problems.failed(path, str(error).removeprefix(f"{path}: "))
-            with trio.move_on_after(REFUSED_AGAIN):
-                task_status.started()
-                await trio.sleep_forever()
-        else:
-            return
+            followed.set()
+            await trio.sleep(REFUSED_AGAIN)
         finally:
+            followed.set()
             del self._proxies[path]
-            _started(task_status)
 
-    async def _follow_once(self, path: Path, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+    async def _follow_once(self, path: Path, nursery: trio.Nursery, followed: trio.Event) -> None:
         async with converse(path) as conversation:
             source = Source(conversation)
             request: dict[str, object] = {"request": "follow"}
@@ -111,7 +116,7 @@ class Gateway:
                 follow = (await conversation.request(request))["follow"]
                 self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in follow]
-                task_status.started()
+                followed.set()
                 async with _nursery() as asking:
                     asking.start_soon(self._count, source)
                     while True:
@@ -216,15 +221,16 @@ class Gateway:
 
     async def _publish_status(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish whether the board works, and its counters, whenever these are others."""
-        counted: object = None
+        published: dict[str, bytes] = {}
         while True:
-            changed, counters = board.changed, board.counters
-            messages = [Message(topics.status, _json(_status(board)), retain=True)]
-            if counters is not None and counters is not counted:
-                counted = counters
-                told = {key: counters.get(key) for key in ("counters", "signals", "history", "since")}
-                messages.append(Message(topics.counters, _json(told), retain=True))
-            await connection.publish(messages)
+            changed = board.changed
+            now = {topics.status: _json(_status(board))}
+            if board.counters is not None:
+                told = {key: board.counters.get(key) for key in ("counters", "signals", "history", "since")}
+                now[topics.counters] = _json(told)
+            new = [Message(topic, body, retain=True) for topic, body in now.items() if published.get(topic) != body]
+            await connection.publish(new)
+            published |= now
             await changed.wait()
 
     # ------------------------------------------------------------------------------------------------------ sending
@@ -280,12 +286,6 @@ class Gateway:
             logger.warning("%s: asks for an answer at %s: answers go elsewhere", received.topic, topic)
             return
         await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
-
-
-def _started(task_status: trio.TaskStatus[None]) -> None:
-    """Say that a task has started, if that was not said."""
-    with contextlib.suppress(RuntimeError):
-        task_status.started()
 
 
 async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class World:
         self.home, self.stack = home, stack
         self.sent: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
-        self._calm = threading.Event()
+        self._calm, self._done = threading.Event(), threading.Event()
         config = home / "udrv.json"
         write_config(config, home / "irq", SIGNALS, TRIGGERS)
         link = f"unix:{home}/core0,peer={home}/core1"
@@ -106,17 +106,24 @@ class World:
             self.sent[name] += 1
 
     def _take(self) -> None:
-        """Core 1 takes what comes."""
+        """Core 1 takes what comes, until all is read."""
         self.core1.settimeout(0.1)
-        while not self._calm.is_set():
+        while not self._done.is_set():
             with contextlib.suppress(TimeoutError):
                 self.core1.recv(2048)
 
     @contextlib.contextmanager
     def traffic(self) -> Iterator[None]:
-        threads = [threading.Thread(target=task) for task in (self._send, self._trigger, self._take)]
-        for thread in threads:
+        threads = [threading.Thread(target=task) for task in (self._send, self._trigger)]
+        taking = threading.Thread(target=self._take)
+        for thread in (*threads, taking):
             thread.start()
+
+        def end() -> None:
+            self._done.set()
+            taking.join()
+
+        self.stack.callback(end)
         try:
             yield
         finally:
@@ -163,19 +170,26 @@ class World:
 
     # ------------------------------------------------------------------------------------------------------ the end
 
-    def history(self) -> dict[str, object]:
-        with ExitStack() as stack:
-            (board,) = Client(self.control, stack).ask({"request": "status"})["status"]
-            history: dict[str, object] = board["history"]
-            return history
+    def carried(self) -> int:
+        """The number of the last notification, once all are carried that the proxy has accepted."""
+        deadline = time.monotonic() + DEADLINE
+        before = -1
+        while True:
+            with ExitStack() as stack:
+                (board,) = Client(self.control, stack).ask({"request": "status"})["status"]
+            counters, last = board["counters"], int(board["history"]["sequence"])
+            if counters["sent"] >= counters["triggered"] and last == before:
+                return last
+            assert time.monotonic() < deadline, board
+            before = last
+            time.sleep(0.2)
 
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
         """What the reader got until it has all: numbers, counts by signal, how many were merged, and doubles."""
         numbers: set[int] = set()
         counts: Counter[str] = Counter()
         merged = doubles = 0
-        last = self.history()["sequence"]
-        assert isinstance(last, int)
+        last = self.carried()
         boots = set()
         while len(numbers) + merged < last:
             try:
