@@ -20,6 +20,7 @@ __all__ = [
     "LINK_HELP",
     "LISTEN",
     "absolute",
+    "add_service_options",
     "check_link",
     "check_listen",
     "config_path",
@@ -103,6 +104,13 @@ def path_of(text: str | Path, option: str) -> Path:
     if not is_path(str(text)):
         raise UsageError(f"{option} {str(text)!r}: it cannot be a path")
     return Path(text)
+
+
+def add_service_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of every service."""
+    sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
+    sub.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
+    sub.add_argument("-v", "--verbose", action="store_true", help="log more")
 
 
 def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:

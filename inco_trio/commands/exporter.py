@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import LISTEN, absolute, check_listen
+from inco_trio.commands.configuration import LISTEN, absolute, add_service_options, check_listen
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.commands.streams import say
 from inco_trio.errors import ProgramMissing
@@ -18,8 +18,6 @@ __all__ = ["arguments", "run"]
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `exporter`."""
-    from inco_trio.commands.service import add_service_options
-
     sub.epilog = f"example: inco-trio exporter --listen 127.0.0.1:9478\n{EXIT_CODES}"
     sub.add_argument("--listen", metavar="ADDRESS:PORT", default=LISTEN, help=f"default: {LISTEN}")
     sub.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from inco_trio.commands import process_signals
-from inco_trio.commands.configuration import absolute
+from inco_trio.commands.configuration import absolute, add_service_options
 from inco_trio.commands.line import EXIT_CODES
 from inco_trio.errors import ProgramMissing
 
@@ -25,8 +25,6 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--control", metavar="PATH", action="append", help="the proxy with this control socket (default: all that run)"
     )
-    from inco_trio.commands.service import add_service_options
-
     add_service_options(sub)
 
 

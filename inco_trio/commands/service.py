@@ -16,19 +16,12 @@ from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import set_up_logging
 from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
 
-__all__ = ["Work", "add_service_options", "serve"]
+__all__ = ["Work", "serve"]
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[Callable[[], None]], Awaitable[None]]
 """What a service does until it is cancelled; it calls its argument once it is ready."""
-
-
-def add_service_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options of every service."""
-    sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
-    sub.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
-    sub.add_argument("-v", "--verbose", action="store_true", help="log more")
 
 
 def serve(args: argparse.Namespace, prepare: Callable[[], Work]) -> int:
