@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -114,6 +116,40 @@ def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) ->
     assert exporter.log.count("does not answer") == 1
     assert "Traceback" not in exporter.log
     assert exporter.end() == 0
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b'{"protocol": 1, "boards": []}\n',
+        b'{"protocol": 1, "boards": [], "name": "x"}\n{}\n',
+        b'{"protocol": 1, "boards": [], "name": "x"}\n{"status": [{"open": true, "board": "b"}]}\n',
+        b'{"protocol": 1, "boards": [], "name": "x"}\n{"status": [3]}\n',
+        b"nonsense\n",
+    ],
+)
+def test_somebody_else_at_a_socket_holds_up_no_other(bench: Bench, lines: bytes) -> None:
+    one = board(bench, "one")
+    one.running()
+    path = bench.home / "other.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client:
+                        client.sendall(lines)
+                        client.recv(4096)
+
+        threading.Thread(target=answer, daemon=True).start()
+        exporter = bench.exporter(one.path, path)
+        values = [value for _, value in bench.samples()["inco_trio_proxy_up"]]
+        assert sorted(values) == [0.0, 1.0]
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "Traceback" not in exporter.log
 
 
 def test_hundreds_of_boards(bench: Bench) -> None:

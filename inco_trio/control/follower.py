@@ -64,13 +64,15 @@ class Conversation:
         """The answer to a request, where nobody else reads. Raises IncoError for one that is refused."""
         with trio.move_on_after(PATIENCE):
             await self.write(request)
+            before: list[dict[str, Any]] = []
             while True:
                 lines = await self.read()
                 for number, line in enumerate(lines):
                     if "event" not in line:
-                        self._ahead = [*lines[:number], *lines[number + 1 :]]
+                        self._ahead = [*before, *lines[:number], *lines[number + 1 :]]
                         self.check(line)
                         return line
+                before += lines
         raise ControlMissing(f"{self.path}: the proxy does not answer")
 
     def check(self, answer: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from inco_trio.control.client import Client, sockets
-from inco_trio.control.openmetrics import Status, families, shown
+from inco_trio.control.openmetrics import Family, families, shown
 from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.supervise import Problems
 
@@ -42,12 +42,12 @@ class Boards(Collector):
             answers = list(asking.map(self._ask, paths))
         up = GaugeMetricFamily("inco_trio_proxy_up", "Whether the proxy answers.", labels=["proxy"])
         metrics: dict[str, Metric] = {}
-        for path, (proxy, boards) in zip(paths, answers, strict=True):
-            if proxy is None and self._controls is None and boards is None:
+        for path, (proxy, found) in zip(paths, answers, strict=True):
+            if proxy is None and self._controls is None and found is None:
                 continue  # A socket that was left.
             name = shown(proxy or str(path))
-            up.add_metric([name], boards is not None)
-            for family in families(list(boards or ())):
+            up.add_metric([name], found is not None)
+            for family in found or ():
                 kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
                 known = f"inco_trio_{family.name}"
                 metric = metrics.setdefault(known, kind(known, family.text))
@@ -57,13 +57,13 @@ class Boards(Collector):
         yield up
         yield from metrics.values()
 
-    def _ask(self, path: Path) -> tuple[str | None, list[Status] | None]:
-        """Name and boards of the proxy at `path`: no boards if it does not answer, nor a name if nobody is there."""
+    def _ask(self, path: Path) -> tuple[str | None, list[Family] | None]:
+        """Name and metrics of the proxy at `path`: no metrics if it does not answer, nor a name if nobody is there."""
         name: str | None = None
         try:
             with Client(path, PATIENCE) as client:
                 name = str(client.greeting["name"])
-                answer: list[Status] = client.request({"request": "status"}, PATIENCE)["status"]
+                found = list(families(client.request({"request": "status"}, PATIENCE)["status"]))
         except ControlMissing as error:
             if self._controls is None and "no proxy listens" in str(error):
                 return None, None
@@ -72,8 +72,11 @@ class Boards(Collector):
         except IncoError as error:
             self._problems.failed(path, str(error).removeprefix(f"{path}: "))
             return name or str(path), None
+        except (LookupError, TypeError, AttributeError):
+            self._problems.failed(path, "who listens there does not tell what inco-trio of this version does")
+            return name or str(path), None
         self._problems.well(path)
-        return name, answer
+        return name, found
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:

@@ -1,0 +1,111 @@
+"""The client of the control socket under Trio, and who else may listen at its path."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from inco_trio.control import follower
+from inco_trio.control.follower import Conversation, converse
+from inco_trio.errors import ControlMissing, IncoError, UsageError
+
+GREETING = b'{"protocol": 1, "boards": []}\n'
+
+
+def conversing(tmp_path: Path, answers: list[bytes], talk: Callable[[Conversation], object]) -> None:
+    """Have a server say the `answers`, one at the start and one for each line that it is sent, and then end."""
+    path = tmp_path / "control.sock"
+
+    async def serve(listener: trio.SocketListener) -> None:
+        async with await listener.accept() as stream:
+            for answer in answers:
+                await stream.send_all(answer)
+                await stream.receive_some(1 << 16)
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(os.fspath(path))
+            sock.listen()
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(serve, listener)
+                async with converse(path) as conversation:
+                    await talk(conversation)  # type: ignore[misc]
+                nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except* IncoError as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        failure: BaseException | None = error
+    else:
+        failure = None
+    if failure is not None:
+        assert str(failure).startswith(f"{path}: ")
+        raise failure
+
+
+async def status(conversation: Conversation) -> None:
+    assert await conversation.request({"request": "status"}) == {"status": []}
+    assert [line["event"] for line in await conversation.read()] == ["link", "link"]
+
+
+async def ask(conversation: Conversation) -> None:
+    await conversation.request({"request": "status"})
+
+
+def test_events_around_an_answer_are_kept(tmp_path: Path) -> None:
+    conversing(tmp_path, [GREETING, b'{"event": "link"}\n{"sta', b'tus": []}\n{"event": "link"}\n'], _twice)
+
+
+async def _twice(conversation: Conversation) -> None:
+    # The second half of the answer comes for another line.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_more, conversation)
+        await status(conversation)
+
+
+async def _more(conversation: Conversation) -> None:
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    await conversation.write({"request": "more"})
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "text"),
+    [
+        ([b"nonsense\n"], ControlMissing, "no inco-trio"),
+        ([b"[]\n"], ControlMissing, "no inco-trio"),
+        ([b'{"hello": 1}\n'], ControlMissing, "does not answer as"),
+        ([GREETING, b'{"error": "unknown-request", "message": "what"}\n'], IncoError, "what"),
+        ([b'{"error": "busy", "message": "256 clients"}\n'], IncoError, "256 clients"),
+        ([GREETING], ControlMissing, "has ended"),
+        ([], ControlMissing, "has ended"),
+    ],
+)
+def test_others_than_a_proxy(tmp_path: Path, answers: list[bytes], kind: type[IncoError], text: str) -> None:
+    with pytest.raises(kind, match=text):
+        conversing(tmp_path, answers, ask)
+
+
+def test_one_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follower, "PATIENCE", 0.05)
+    with pytest.raises(ControlMissing, match="does not answer"):
+        conversing(tmp_path, [GREETING, b""], ask)
+
+
+def test_nobody_is_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with converse(tmp_path / "nowhere"):
+            pytest.fail("nobody is there")
+
+    with pytest.raises(ControlMissing, match="nowhere"):
+        trio.run(main)
+    assert not issubclass(ControlMissing, UsageError)
