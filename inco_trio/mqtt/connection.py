@@ -129,6 +129,8 @@ class Connection:
         self._window = 1
         """How many packets may be unacknowledged: the broker says that."""
         self._room = trio.Event()
+        self._number = 0
+        """Acknowledgements that came."""
         self._awaited: dict[int, tuple[_Awaited, int]] = {}
         self._entry, self.received = trio.open_memory_channel[Received](RECEIVE_MAX + 1)
         """Unacknowledged messages: never more than the broker was told that we take."""
@@ -182,11 +184,11 @@ class Connection:
     async def _wait(self, event: trio.Event) -> None:
         """Wait for the broker, which is silent for `patience` seconds at most."""
         while not event.is_set():
-            left = len(self._awaited)
+            before = self._number
             with trio.move_on_after(self._patience):
                 await event.wait()
             self._check()
-            if not event.is_set() and len(self._awaited) >= left:
+            if not event.is_set() and self._number == before:
                 self._lose(BrokerLost(f"{self._broker}: does not answer for {self._patience:g} s"))
                 self._check()
 
@@ -244,6 +246,7 @@ class Connection:
     def _acknowledged(self, mid: int, reason: str | None) -> None:
         awaited, number = self._awaited.pop(mid, (None, 0))
         self._room.set()
+        self._number += 1
         if awaited is not None:
             awaited.reasons[number] = reason
             awaited.left -= 1
