@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 
 import trio
 
+from inco_trio.errors import IncoError
 from inco_trio.stats import Counters
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Problems",
     "board_name",
     "in_turns",
+    "plain_nursery",
     "starting_and_stopping",
     "supervise",
     "working_for",
@@ -152,6 +154,21 @@ async def supervise(health: Health, leg: Callable[[Health], Awaitable[None]], co
             counters.restarts += 1
             health.restarts += 1
         await trio.sleep(health.backoff.next())
+
+
+@contextlib.asynccontextmanager
+async def plain_nursery() -> AsyncIterator[trio.Nursery]:
+    """A nursery of which one error that can be said in a line comes out by itself."""
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except* IncoError as group:
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+    if failure is not None:
+        raise failure
 
 
 @contextlib.asynccontextmanager

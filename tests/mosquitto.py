@@ -23,6 +23,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from netns.fixtures import DEADLINE
+from tests.faults.supervised import wait_path
 
 __all__ = ["Certificates", "Mosquitto", "Reader", "Told", "free_port"]
 
@@ -254,6 +255,10 @@ class Gateway:
         """Wait for readiness."""
         with open(self._ready, "rb", closefd=False) as ready:
             assert ready.read(1) == b"\n", self.log
+
+    def wait_log(self, text: str) -> None:
+        """Wait until it has said that."""
+        wait_path(self._log, lambda: text in self.log)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """End it; returns its exit code."""

@@ -38,10 +38,11 @@ COMMANDS = {
     "plot": "draw a recording: timelines, rates, gaps, answers, faults",
     "dissector": "print or install what names signals in Wireshark and tshark",
     "mqtt": "publish what the proxies of this host carry to an MQTT broker",
+    "mqtt-link": "join two cores on different hosts, with an MQTT broker as the wire",
     "exporter": "export the metrics of all boards of this host to Prometheus",
     "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }
-"""What `--help` says of each command; its module has the same name."""
+"""What `--help` says of each command; its module has the same name, with `_` for `-`."""
 
 EXIT_CODES = """\
 exit codes: 0 clean, 1 something was lost or did not come back, or `doctor` found a fault, 2 usage,
@@ -160,7 +161,7 @@ def parser(command: str | None = None) -> _Parser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if command == name or command not in COMMANDS:
-            module = importlib.import_module(f"inco_trio.commands.{name}")
+            module = importlib.import_module(f"inco_trio.commands.{name.replace('-', '_')}")
             module.arguments(sub)
             sub.set_defaults(run=module.run)
     return made

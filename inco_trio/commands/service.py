@@ -24,14 +24,23 @@ Work = Callable[[Callable[[], None]], Awaitable[None]]
 """What a service does until it is cancelled; it calls its argument once it is ready."""
 
 
-def serve(args: argparse.Namespace, prepare: Callable[[], Work]) -> int:
-    """Do what `prepare` returns until SIGTERM or SIGINT; at SIGHUP, what it returns then. Raises IncoError."""
+def serve(
+    args: argparse.Namespace,
+    prepare: Callable[[], Work],
+    *,
+    tell: Callable[[], None] = lambda: None,
+    finish: Callable[[], None] = lambda: None,
+) -> int:
+    """Do what `prepare` returns until SIGTERM or SIGINT; at SIGHUP, what it returns then. Raises IncoError.
+
+    SIGUSR1 calls `tell`; `finish` is called at the end, inside Trio.
+    """
     if args.notification_fd is not None:
         check_notification_fd(args.notification_fd)
     set_up_logging(args.log_format, verbose=args.verbose, fd=STANDARD_ERROR)
     work = prepare()
     try:
-        trio.run(_Service(args.notification_fd, prepare).run, work)
+        trio.run(_Service(args.notification_fd, prepare, tell, finish).run, work)
     except IncoError:
         raise
     except Exception:  # logged whole; the exit code tells the supervisor
@@ -43,9 +52,17 @@ def serve(args: argparse.Namespace, prepare: Callable[[], Work]) -> int:
 
 
 class _Service:
-    def __init__(self, notification_fd: int | None, prepare: Callable[[], Work]) -> None:
+    def __init__(
+        self,
+        notification_fd: int | None,
+        prepare: Callable[[], Work],
+        tell: Callable[[], None],
+        finish: Callable[[], None],
+    ) -> None:
         self._notification_fd = notification_fd
         self._prepare = prepare
+        self._tell = tell
+        self._finish = finish
         self._following: Work | None = None
         self._scope = trio.CancelScope()
         self._is_ready = False
@@ -65,6 +82,7 @@ class _Service:
                         failure = error
             nursery.cancel_scope.cancel()
         notify_stopping()
+        self._finish()
         if failure is not None:
             raise failure
 
@@ -92,6 +110,8 @@ class _Service:
         if number in process_signals.STOPS:
             self._following = None
             self._scope.cancel()
+        elif number == signal.SIGUSR1:
+            self._tell()
         elif number == signal.SIGHUP:
             try:
                 self._following = self._prepare()

@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
-from inco_trio.frame import encode
+from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDown
 from inco_trio.links.names import Names, Watched
@@ -38,6 +38,10 @@ AFTERWARDS = (0.005, 0.02, 0.08)
 UNWATCHED = 0.08
 """Seconds between two looks where no event tells: of a directory that we may not watch, of a process that ends."""
 
+SO_PEEK_OFF = 42
+"""socket(7), <asm-generic/socket.h>; Python has no name for it."""
+PEEKED_MAX = 64
+"""Frames that are looked at together; net.unix.max_dgram_qlen is less, as a rule."""
 SENDERS_MAX = 64
 """Senders that are remembered."""
 IN_USE = "is in use by a live process: end that, or name another path"
@@ -60,6 +64,8 @@ class UnixLink:
         self.fd = sock.fileno()
         self.mac = address.mac
         self.foreign = 0
+        self.malformed = 0
+        """What `peek` has dropped of the peer."""
         self._address = address
         self._socket = sock
         self._bound = False
@@ -247,14 +253,60 @@ class UnixLink:
 
     def _receive(self, sock: socket.socket, room: memoryview) -> int:
         length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
-        known = self._senders.get(sender)
-        if known is None:
-            known = self._meet(sender)
-        if not known:
+        if not self._knows(sender):
             self.foreign += 1
             # So that neither we nor a successor take it for a frame.
             room[ETHERTYPE_PLACE] = bytes(2)
         return length
+
+    def _knows(self, sender: object) -> bool:
+        known = self._senders.get(sender)
+        return self._meet(sender) if known is None else known
+
+    def peek(self) -> list[bytes]:
+        """The oldest frames of the peer, which stay queued until `dequeue`.
+
+        What is none, empty or longer than FRAME_MAX, is dropped and counted once it is the oldest: `foreign`, or
+        `malformed`. Raises OSError (unix(7)).
+        """
+        room = memoryview(bytearray(FRAME_MAX))
+        while True:
+            sock = self._oldest
+            # A plain look first: with an offset, the kernel passes over an empty datagram that was seen before.
+            sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
+            frames: list[bytes] = []
+            try:
+                while len(frames) < PEEKED_MAX:
+                    length, sender = sock.recvfrom_into(room, 0, socket.MSG_PEEK | socket.MSG_TRUNC)
+                    foreign = not self._knows(sender)
+                    if foreign or not 0 < length <= FRAME_MAX:
+                        if frames:
+                            break
+                        sock.recv(1)
+                        self.foreign += foreign
+                        self.malformed += not foreign
+                        continue
+                    frames.append(bytes(room[:length]))
+                    sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, sum(map(len, frames)))
+            except BlockingIOError:
+                pass
+            if frames or sock is self._socket:
+                return frames
+            self._former.pop(0).close()
+
+    def dequeue(self) -> None:
+        """Take the oldest one of what `peek` returned off the queue."""
+        while not self._oldest.recv(1):  # An empty one may be before it.
+            self.malformed += 1
+
+    @property
+    def queue(self) -> int:
+        """The inode of the socket that `peek` and `dequeue` are about: no other socket of this system has it."""
+        return os.fstat(self._oldest.fileno()).st_ino
+
+    @property
+    def _oldest(self) -> socket.socket:
+        return self._former[0] if self._former else self._socket
 
     def _meet(self, sender: object) -> bool:
         """Whether a sender that is called otherwise is the peer: by another path, as through a symlink."""

@@ -25,11 +25,22 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from inco_trio.errors import IncoError, PermissionRefused
 from inco_trio.mqtt.configuration import Broker, Credentials
+from inco_trio.supervise import Backoff
 
 if TYPE_CHECKING:
     from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
 
-__all__ = ["BrokerLost", "BrokerRefused", "Connection", "Message", "Received", "open_connection"]
+__all__ = [
+    "RECEIVE_MAX",
+    "BrokerBackoff",
+    "BrokerLost",
+    "BrokerRefused",
+    "Connection",
+    "Message",
+    "Received",
+    "SessionTaken",
+    "open_connection",
+]
 
 PATIENCE = 10.0
 """Seconds in which a broker answers."""
@@ -43,16 +54,31 @@ INFLIGHT_MAX = 1000
 """Messages that are published beyond those that are acknowledged, if the broker takes so many."""
 FAREWELL = 1.0
 """Seconds in which a broker takes our goodbye."""
+_UNHEARD = 0x10
+"""Reason code of what nobody has subscribed to."""
+_TAKEN = 0x8E
+"""Reason code: another connection has our name."""
 _FAILURE = 0x80
 """Reason codes from here on are failures (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157}
 """Of a CONNACK: what may pass, as a broker that is busy or moved."""
 
 
+class BrokerBackoff(Backoff):
+    """Pauses before the broker is tried again."""
+
+    FIRST = 0.1
+    CAP = 5.0
+
+
 class BrokerLost(IncoError):
     """The broker cannot be reached, went away, or does not answer."""
 
     exit_code = 69
+
+
+class SessionTaken(BrokerLost):
+    """Another process is connected by the name that we have."""
 
 
 class BrokerRefused(PermissionRefused):
@@ -109,17 +135,22 @@ class _Awaited:
 
     left: int
     reasons: list[str | None]
+    heard: bool = False
+    """Whether somebody has to have subscribed to it."""
     done: trio.Event = attrs.Factory(trio.Event)
 
 
 class Connection:
     """A connection; `open_connection` makes it."""
 
-    def __init__(self, broker: Broker, client: paho.Client, patience: float) -> None:
+    def __init__(self, broker: Broker, client: paho.Client, name: str, patience: float) -> None:
         self.session_present = False
         """Whether the broker remembers an earlier connection."""
+        self.publishes_will = True
+        """Whether our own end has the broker publish the last will."""
         self._broker = broker
         self._client = client
+        self._name = name
         self._patience = patience
         self._write = trio.Event()
         self._answered = trio.Event()
@@ -144,15 +175,16 @@ class Connection:
 
     # ------------------------------------------------------------------------------------------------- for callers
 
-    async def publish(self, messages: Sequence[Message]) -> list[str | None]:
+    async def publish(self, messages: Sequence[Message], *, heard: bool = False) -> list[str | None]:
         """Publish them in order at QoS 1; returns once the broker has acknowledged all.
 
-        For each message why it was refused, or None. Raises BrokerLost if the connection ends before that.
+        For each message why it was refused, or None. With `heard`, one that nobody has subscribed to is refused, if the
+        broker says so (MQTT 5, 3.4.2.1). Raises BrokerLost if the connection ends before that.
         """
         self._check()
         if not messages:
             return []
-        awaited = _Awaited(len(messages), [None] * len(messages))
+        awaited = _Awaited(len(messages), [None] * len(messages), heard)
         for number, message in enumerate(messages):
             while len(self._awaited) >= self._window:
                 if self._room.is_set():  # Others may wait for it already.
@@ -222,12 +254,22 @@ class Connection:
     def _on_disconnect(
         self, _client: object, _data: object, _flags: DisconnectFlags, reason: ReasonCode, _properties: object
     ) -> None:
-        if reason.value >= _FAILURE and reason.getName() != "Unspecified error":
+        if self._reason(reason) == _TAKEN:
+            self._lose(
+                SessionTaken(f"{self._broker}: another process has taken our name {self._name!r}: end one of them")
+            )
+        elif reason.value >= _FAILURE and reason.getName() != "Unspecified error":
             self._lose(BrokerLost(f"{self._broker}: ended the connection: {reason}"))
         elif self._answered.is_set():
             self._lose(BrokerLost(f"{self._broker}: the connection broke"))
         else:
             self._hung_up()
+
+    def _reason(self, reason: ReasonCode) -> int:
+        """The reason of a DISCONNECT, which paho 2.2 reads only from one that has properties behind it."""
+        packet = self._client._in_packet
+        is_one = packet["command"] & 0xF0 == paho.DISCONNECT and packet["packet"]
+        return int(packet["packet"][0] if is_one else reason.value)
 
     def _hung_up(self) -> None:
         hint = "does it want a client certificate, or another one?" if self._broker.tls else "does it want TLS?"
@@ -236,7 +278,9 @@ class Connection:
     def _on_acknowledged(
         self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
     ) -> None:
-        self._acknowledged(mid, str(reason) if reason.value >= _FAILURE else None)
+        awaited, _ = self._awaited.get(mid, (None, 0))
+        refused = reason.value >= _FAILURE or (reason.value == _UNHEARD and awaited is not None and awaited.heard)
+        self._acknowledged(mid, str(reason) if refused else None)
 
     def _on_subscribed(
         self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
@@ -335,9 +379,10 @@ class Connection:
             self._lose(BrokerLost(f"{self._broker}: accepts the connection and does not answer"))
             self._check()
 
-    async def end(self, *, will: bool) -> None:
-        """Say goodbye; `will` has the broker publish the last will."""
-        reason = ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message") if will else None
+    async def end(self) -> None:
+        """Say goodbye."""
+        will = "Disconnect with will message"
+        reason = ReasonCode(PacketTypes.DISCONNECT, will) if self.publishes_will else None
         with trio.move_on_after(FAREWELL, shield=True):
             if self._lost is None and self._answered.is_set():
                 self._client.disconnect(reason)
@@ -386,7 +431,7 @@ async def open_connection(
     if will is not None:
         client.will_set(will.topic, will.payload, 1, will.retain, will.properties(PacketTypes.WILLMESSAGE))
     await _connect(client, broker, session, clean=clean, patience=patience)
-    connection = Connection(broker, client, patience)
+    connection = Connection(broker, client, client_id, patience)
     failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -404,7 +449,7 @@ async def open_connection(
             finally:
                 nursery.cancel_scope.cancel()
     finally:
-        await connection.end(will=will is not None)
+        await connection.end()
     if failure is not None:
         raise failure
 

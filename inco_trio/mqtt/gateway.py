@@ -13,8 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,17 @@ from inco_trio.control.follower import converse
 from inco_trio.errors import ControlMissing, IncoError
 from inco_trio.mqtt.boards import Board, Source
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
-from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, Received, open_connection
+from inco_trio.mqtt.connection import (
+    BrokerBackoff,
+    BrokerLost,
+    BrokerRefused,
+    Connection,
+    Message,
+    Received,
+    open_connection,
+)
 from inco_trio.mqtt.topics import Topics
-from inco_trio.supervise import Backoff, Problems
+from inco_trio.supervise import Problems, plain_nursery
 
 __all__ = ["Gateway"]
 
@@ -45,13 +52,6 @@ SEND_PATIENCE = 10.0
 """Seconds in which the link is to accept a frame that the broker asked for."""
 REFUSED_AGAIN = 2.0
 """Seconds until something is published again that the broker has refused."""
-
-
-class BrokerBackoff(Backoff):
-    """Pauses before the broker is tried again."""
-
-    FIRST = 0.1
-    CAP = 5.0
 
 
 class Gateway:
@@ -117,7 +117,7 @@ class Gateway:
                 self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in follow]
                 followed.set()
-                async with _nursery() as asking:
+                async with plain_nursery() as asking:
                     asking.start_soon(self._count, source)
                     while True:
                         for line in await conversation.read():
@@ -195,7 +195,7 @@ class Gateway:
             await trio.sleep(backoff.next())
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
-        async with _nursery() as nursery:
+        async with plain_nursery() as nursery:
             nursery.start_soon(self._publish_status, board, topics, connection)
             nursery.start_soon(self._publish, board, topics, connection)
             if self._sendable(board):
@@ -292,21 +292,6 @@ async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> N
     request = {"request": "acknowledge", "board": board, "boot": last["boot"], "sequence": last["sequence"]}
     with contextlib.suppress(ControlMissing):  # Its successor tells it again.
         await source.conversation.write(request)
-
-
-@asynccontextmanager
-async def _nursery() -> AsyncIterator[trio.Nursery]:
-    """A nursery of which one error that can be said in a line comes out by itself."""
-    failure: BaseException | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            yield nursery
-    except* IncoError as group:
-        failure = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
-    if failure is not None:
-        raise failure
 
 
 def _status(board: Board) -> dict[str, object]:

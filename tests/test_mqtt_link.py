@@ -1,0 +1,342 @@
+"""The wire between two cores over a real mosquitto, each end a process of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.frame import FRAME_MAX, encode
+from inco_trio.mqtt.wire import WINDOW, Batch
+from netns.fixtures import DEADLINE, Consumer, Proxy
+from tests.core1 import Here
+from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
+from tests.support_control import COMMAND, MAC
+from tests.support_proxy import write_udrv
+
+pytestmark = pytest.mark.tools
+
+
+def frame(number: int) -> bytes:
+    return encode(b"n%d" % number, MAC)
+
+
+class Core:
+    """A core that the test plays."""
+
+    def __init__(self, path: Path, wire: Path) -> None:
+        self.path, self.wire = path, wire
+        self.socket = self.bound()
+
+    def bound(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        made.settimeout(DEADLINE)
+        made.bind(os.fspath(self.path))
+        return made
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendto(data, os.fspath(self.wire))
+
+    def receive(self) -> bytes:
+        return self.socket.recv(4 * FRAME_MAX)
+
+    def leave(self) -> None:
+        self.socket.close()
+        self.path.unlink()
+
+
+class Bench:
+    """A broker, and two cores whose wires are not there yet."""
+
+    def __init__(self, home: Path, stack: ExitStack) -> None:
+        self.home, self.stack = home, stack
+        self.broker = Mosquitto(
+            home / "broker", "allow_anonymous true", f"persistence_location {home}/broker/", "persistence true"
+        )
+        stack.callback(self.broker.end)
+        self.broker.start()
+        self.cores = [Core(home / f"core{n}", home / f"wire{n}") for n in (0, 1)]
+        for core in self.cores:
+            stack.callback(core.socket.close)
+
+    def words(self, end: int) -> list[str]:
+        link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
+        return ["mqtt-link", f"{self.broker.url}/wire", "--link", link, "--end", f"core{end}"]
+
+    def wire(self, end: int) -> Gateway:
+        wire = Gateway(self.home / f"wire{end}.log", *self.words(end))
+        self.stack.callback(wire.close)
+        wire.wait_ready()
+        return wire
+
+    def joined(self) -> tuple[Gateway, Gateway]:
+        wires = self.wire(0), self.wire(1)
+        wires[0].wait_log("core1, is there")
+        wires[1].wait_log("core0, is there")
+        return wires
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with ExitStack() as stack:
+        yield Bench(tmp_path, stack)
+
+
+def counters(wire: Gateway) -> dict[str, int]:
+    """What a wire says at its end."""
+    assert wire.end() == 0
+    (line,) = [line for line in wire.log.splitlines() if "statistics: " in line][-1:]
+    return {name: int(count) for name, count in (word.split("=") for word in line.split("statistics: ")[1].split())}
+
+
+def test_frames_go_each_way_as_they_are(bench: Bench) -> None:
+    wires = bench.joined()
+    odd = [bytes(1), b"no frame", bytes(range(256)) * 6, frame(1).ljust(60, b"\0"), bytes(FRAME_MAX)]
+    for here, there in (bench.cores, bench.cores[::-1]):
+        for data in odd:
+            here.send(data)
+        assert [there.receive() for _ in odd] == odd
+    for wire in wires:
+        told = counters(wire)
+        assert (told["published"], told["written"], told["missed"], told["malformed"]) == (len(odd), len(odd), 0, 0)
+
+
+def test_what_is_no_frame_of_the_core_is_counted(bench: Bench) -> None:
+    wires = bench.joined()
+    here, there = bench.cores
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
+        os.kill(wires[0].process.pid, signal.SIGSTOP)
+        for data in (b"", b"", frame(1), b"", bytes(FRAME_MAX + 1), frame(2), b""):
+            here.send(data)
+        foreign.sendto(frame(9), os.fspath(here.wire))
+        os.kill(wires[0].process.pid, signal.SIGCONT)
+    here.send(b"")
+    here.send(frame(3))
+    assert [there.receive() for _ in range(3)] == [frame(n) for n in (1, 2, 3)]
+    told = counters(wires[0])
+    assert (told["published"], told["malformed"], told["foreign"]) == (3, 6, 1)
+
+
+def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
+    wire = bench.wire(0)
+    bench.cores[0].send(frame(1))
+    wire.wait_log("core1 has not come to this wire yet")
+    bench.wire(1)
+    assert bench.cores[1].receive() == frame(1)
+
+
+def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
+    _, away = bench.joined()
+    assert away.end() == 0
+    for number in range(WINDOW // 2):
+        bench.cores[0].send(frame(number))
+    bench.wire(1)
+    assert [bench.cores[1].receive() for _ in range(WINDOW // 2)] == [frame(n) for n in range(WINDOW // 2)]
+
+
+def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
+    """Neither the broker's, of 1,000 messages, nor anybody else's: whoever sends has to wait."""
+    bench.joined()
+    here, there = bench.cores
+    total = 3000
+    received: list[bytes] = []
+
+    def send() -> None:
+        for number in range(total):
+            here.send(frame(number))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    sender.join(1.0)
+    assert sender.is_alive()  # It has to wait.
+    while len(received) < total:
+        received.append(there.receive())
+    sender.join()
+    assert received == [frame(number) for number in range(total)]
+
+
+def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:
+    _, wire = bench.joined()
+    here, there = bench.cores
+    there.leave()
+    for number in range(5):
+        here.send(frame(number))
+    wire.wait_log("frames wait for it")
+    there.socket = there.bound()
+    assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
+
+
+def test_a_path_that_is_removed_is_bound_again_and_loses_nothing(bench: Bench) -> None:
+    wires = bench.joined()
+    here, there = bench.cores
+    bench.broker.end()
+    wires[0].wait_log("frames wait meanwhile")
+    for number in range(5):
+        here.send(frame(number))
+    here.wire.unlink()
+    wires[0].wait_log("bound again")
+    for number in range(5, 10):
+        here.send(frame(number))
+    bench.broker.start()
+    assert [there.receive() for _ in range(10)] == [frame(n) for n in range(10)]
+
+
+def test_two_that_are_the_same_end(bench: Bench) -> None:
+    wire = bench.wire(0)
+    words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
+    other = Gateway(bench.home / "other.log", *words)
+    bench.stack.callback(other.close)
+    assert wire.process.wait(DEADLINE) == 69
+    assert "another process is core0 too: end one of them" in wire.log
+    bench.cores[0].wire = bench.home / "other"
+    bench.cores[0].send(frame(1))
+    bench.wire(1)
+    assert bench.cores[1].receive() == frame(1)
+
+
+@pytest.mark.parametrize("topic", ["frames", "written", "status"])
+def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    wire = bench.wire(0)
+    reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
+    batch = Batch(bytes(8), 1, [frame(1)]).encode()
+    garbage = [
+        b"",
+        b"\0",
+        b"[]",
+        b"{}",
+        b'{"state": 1, "boot": "z", "number": "x"}',
+        b"\xff\xfe",
+        batch[:-1],
+        batch + b"\0",
+    ]
+    for payload in (*garbage, bytes(1 << 20), batch.replace(b"inw1", b"inw2"), Batch(bytes(8), 0, [b"x"]).encode()):
+        reader.publish(f"lab/wire/core1/{topic}", payload)
+    reader.publish("lab/wire/core1/frames", batch)
+    assert bench.cores[0].receive() == frame(1)
+    bench.wire(1)
+    bench.cores[1].send(frame(2))
+    assert bench.cores[0].receive() == frame(2)
+    assert counters(wire)["malformed"] >= 8
+    assert "Traceback" not in wire.log
+
+
+class Flow:
+    """Numbered frames from a core to the other one, sent and read by threads of their own."""
+
+    def __init__(self, here: Core, there: Core, total: int) -> None:
+        self._here, self._there, self._total = here, there, total
+        self.received: list[bytes] = []
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        for number in range(self._total):
+            while True:
+                try:
+                    self._here.send(frame(number))
+                except (FileNotFoundError, ConnectionRefusedError):
+                    threading.Event().wait(0.001)
+                else:
+                    break
+
+    def _receive(self) -> None:
+        while not self.received or self.received[-1] != frame(self._total - 1):
+            self.received.append(self._there.receive())
+
+    @property
+    def is_over(self) -> bool:
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def check(self) -> int:
+        """All came, in order but for what was repeated; returns the number of doubles."""
+        for thread in self._threads:
+            thread.join(4 * DEADLINE)
+            assert not thread.is_alive(), len(self.received)
+        assert list(dict.fromkeys(self.received)) == [frame(number) for number in range(self._total)]
+        return len(self.received) - self._total
+
+
+def test_nothing_is_lost_over_the_end_of_anybody(bench: Bench) -> None:
+    """Wires that are stopped in peace, and a broker: without a holder only what waits in a socket would be lost."""
+    wires = list(bench.joined())
+    flow = Flow(bench.cores[0], bench.cores[1], 4000)
+    choice = random.Random(5)  # noqa: S311
+    while not flow.is_over:
+        what = choice.choice(["receiver", "receiver killed", "broker", "hang up"])
+        if what == "broker":
+            bench.broker.end()
+            bench.broker.start()
+        elif what == "hang up":
+            for wire in wires:
+                wire.process.send_signal(signal.SIGHUP)
+        else:
+            wires[1].end(signal.SIGKILL if "killed" in what else signal.SIGTERM)
+            wires[1] = bench.wire(1)
+        threading.Event().wait(choice.random() / 4)
+    flow.check()
+    for wire in wires:
+        assert "never came" not in wire.log
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["mqtt://h", "--link", "eth0", "--end", "core0"], "a wire ends in a Unix socket"),
+        (["mqtt://h", "--link", "unix:/a", "--end", "core0"], "peer=REMOTE is missing"),
+        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core2"], "invalid choice: 'core2'"),
+        (["mqtt://h", "--link", "unix:/a,peer=/b"], "--end"),
+        (["http://h", "--link", "unix:/a,peer=/b", "--end", "core0"], "mqtt://"),
+        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
+    ],
+)
+def test_what_is_refused(words: list[str], text: str) -> None:
+    done = subprocess.run([*COMMAND, "mqtt-link", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert text in done.stderr.splitlines()[-1]
+
+
+def test_a_path_that_cannot_be_bound(tmp_path: Path) -> None:
+    words = ["mqtt-link", f"mqtt://127.0.0.1:{free_port()}", "--end", "core1"]
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    for path, code in ((tmp_path / "missing/wire", 69), (taken, 69)):
+        done = subprocess.run(
+            [*COMMAND, *words, "--link", f"unix:{path},peer={tmp_path}/core"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert done.stderr.splitlines()[-1].startswith(f"inco-trio: error: {path}: ")
+
+
+def test_two_proxies_that_share_no_host(bench: Bench) -> None:
+    bench.joined()
+    for core in bench.cores:
+        core.leave()
+    tables = ({"up": "up_state"}, {"down": "down_trig"}), ({"down": "down_state"}, {"up": "up_trig"})
+    for end, (inbound, outbound) in enumerate(tables):
+        irq = bench.home / f"irq{end}"
+        config = bench.home / f"udrv{end}.json"
+        write_udrv(config, irq, inbound, outbound)
+        link = f"unix:{bench.home}/core{end},peer={bench.home}/wire{end}"
+        proxy = Proxy(Here(), [link, "--config", str(config), "--control", "none"], {}, bench.home / f"proxy{end}")  # type: ignore[arg-type]
+        bench.stack.callback(proxy.close)
+        proxy.wait_ready()
+    for end, name in ((0, "up"), (1, "down")):
+        consumer = Consumer(bench.home / f"irq{end}/{name}_state")
+        bench.stack.callback(consumer.close)
+        for _ in range(10):
+            (bench.home / f"irq{1 - end}/{name}_trig").write_text("1")
+        consumer.wait(10)
