@@ -48,8 +48,11 @@ class Core:
     def receive(self) -> bytes:
         return self.socket.recv(4 * FRAME_MAX)
 
-    def leave(self) -> None:
+    def close(self) -> None:
         self.socket.close()
+
+    def leave(self) -> None:
+        self.close()
         self.path.unlink()
 
 
@@ -65,7 +68,7 @@ class Bench:
         self.broker.start()
         self.cores = [Core(home / f"core{n}", home / f"wire{n}") for n in (0, 1)]
         for core in self.cores:
-            stack.callback(core.socket.close)
+            stack.callback(core.close)
 
     def words(self, end: int) -> list[str]:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"

@@ -5,7 +5,7 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6)
+_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6)
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --notification-fd --fd-holder --control --log-format -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
@@ -20,8 +20,9 @@ _shtab_inco_trio_replay_option_strings=(-h --help --as --irq-dir --config --spee
 _shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_mqtt_link_option_strings=(-h --help --link --end --config --fd-holder --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
-_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --gateway --exporter --user --systemd)
+_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --systemd)
 _shtab_inco_trio_option_strings=(-h --help --version)
 
 _shtab_inco_trio_run_pos_0_COMPGEN=_inco_trio_links
@@ -66,6 +67,9 @@ _shtab_inco_trio_plot___out_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___control_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_mqtt_link___link_COMPGEN=_inco_trio_links
+_shtab_inco_trio_mqtt_link___config_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_mqtt_link___fd_holder_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_exporter___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
@@ -83,8 +87,11 @@ _shtab_inco_trio_send_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_i
 _shtab_inco_trio_wait_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_replay___as_choices=(core0 core1)
 _shtab_inco_trio_mqtt___log_format_choices=(text json)
+_shtab_inco_trio_mqtt_link___end_choices=(core0 core1)
+_shtab_inco_trio_mqtt_link___log_format_choices=(text json)
 _shtab_inco_trio_exporter___log_format_choices=(text json)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6)
+_shtab_inco_trio_s6___end_choices=(core0 core1)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -137,6 +144,10 @@ _shtab_inco_trio_mqtt__h_nargs=0
 _shtab_inco_trio_mqtt___help_nargs=0
 _shtab_inco_trio_mqtt__v_nargs=0
 _shtab_inco_trio_mqtt___verbose_nargs=0
+_shtab_inco_trio_mqtt_link__h_nargs=0
+_shtab_inco_trio_mqtt_link___help_nargs=0
+_shtab_inco_trio_mqtt_link__v_nargs=0
+_shtab_inco_trio_mqtt_link___verbose_nargs=0
 _shtab_inco_trio_exporter__h_nargs=0
 _shtab_inco_trio_exporter___help_nargs=0
 _shtab_inco_trio_exporter___dashboard_nargs=0

@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt exporter s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --exporter --fd-holder --gateway --iface --irq-dir --keep --listen --log-format --mqtt --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --keep --link --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -176,6 +176,15 @@ complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l control -xka "(__fish_
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l log-format -xka "text json" -d 'default: text'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -s v -l verbose -d 'log more'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a mqtt-link -d 'Join two cores on different hosts, with an MQTT broker as the wire.'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l link -xka "(__fish_print_interfaces)" -d 'unix:LOCAL,peer=REMOTE; the core is at REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l end -xka "core0 core1" -d 'the core that is at this end'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'who we are, as for `mqtt`'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 's6-fdholder-daemon that keeps what waits'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l log-format -xka "text json" -d 'default: text'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a exporter -d 'Export the metrics of all boards of this host to Prometheus.'
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l listen -x -d 'default: 127.0.0.1:9478'
@@ -191,7 +200,9 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_prin
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l boards -xka "(__fish_complete_directories)" -d 'boards, one for each file DIR/NAME.json'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt -x -d 'the gateway to the broker at URL, instead of a proxy'
-complete -c inco-trio -n '_shtab_inco_trio_using s6' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'its configuration'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt-link -x -d 'the wire at URL, whose end is --iface LINK, instead'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l end -xka "core0 core1" -d 'the core at that end of the wire'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration of gateway or wire'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l exporter -x -d 'the exporter, instead (default: 127.0.0.1:9478)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER; a proxy keeps CAP_NET_RAW only'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a systemd unit instead'

@@ -12,7 +12,10 @@ from inco_trio.commands.line import EXIT_CODES
 from inco_trio.errors import ProgramMissing, UsageError
 from inco_trio.links.address import UnixAddress, parse_address
 
-__all__ = ["arguments", "run"]
+__all__ = ["ENDS", "arguments", "check_end", "run"]
+
+ENDS = ("core0", "core1")
+"""The two ends of a wire, named after the cores that are there."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -23,7 +26,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("url", metavar="URL", help="the broker, and the wire: mqtt://HOST[:PORT]/PREFIX, or mqtts://")
     sub.add_argument("--link", metavar="LINK", required=True, help="unix:LOCAL,peer=REMOTE; the core is at REMOTE")
-    sub.add_argument("--end", choices=("core0", "core1"), required=True, help="the core that is at this end")
+    sub.add_argument("--end", choices=ENDS, required=True, help="the core that is at this end")
     sub.add_argument("--config", metavar="FILE", help="who we are, as for `mqtt`")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="s6-fdholder-daemon that keeps what waits")
     add_service_options(sub)
@@ -47,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     path = None if args.config is None else absolute(args.config, "--config")
     if args.fd_holder is not None:
         path_of(args.fd_holder, "--fd-holder")
-    wire = Wire(broker, args.end, address, fd_store_from_environment(args.fd_holder, wire_label(address)))
+    ends = (args.end, ENDS[1 - ENDS.index(args.end)])
+    wire = Wire(broker, ends, address, fd_store_from_environment(args.fd_holder, wire_label(address)))
 
     def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
         config = GatewayConfig() if path is None else read_gateway(path)

@@ -18,6 +18,7 @@ from inco_trio.commands.configuration import (
     config_path,
     configuration_argument,
 )
+from inco_trio.commands.mqtt_link import ENDS, check_end
 from inco_trio.commands.streams import say, say_bytes
 from inco_trio.errors import UsageError
 from inco_trio.service import scandir
@@ -33,7 +34,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     configuration_argument(sub)
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--mqtt", metavar="URL", help="the gateway to the broker at URL, instead of a proxy")
-    sub.add_argument("--gateway", metavar="FILE", help="its configuration")
+    sub.add_argument("--mqtt-link", metavar="URL", help="the wire at URL, whose end is --iface LINK, instead")
+    sub.add_argument("--end", choices=ENDS, help="the core at that end of the wire")
+    sub.add_argument("--gateway", metavar="FILE", help="the configuration of gateway or wire")
     sub.add_argument(
         "--exporter", metavar="ADDRESS:PORT", nargs="?", const=LISTEN, help=f"the exporter, instead (default: {LISTEN})"
     )
@@ -60,8 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _service(args: argparse.Namespace) -> scandir.Service | scandir.Client:
     """The service that the arguments name. Raises UsageError."""
-    if args.gateway is not None and args.mqtt is None:
+    if args.gateway is not None and args.mqtt is None and args.mqtt_link is None:
         raise UsageError("--gateway is the configuration of the gateway: name its broker with --mqtt URL")
+    if args.mqtt_link is not None:
+        return _wire(args)
+    if args.end is not None:
+        raise UsageError("--end is that of a wire: name it with --mqtt-link URL")
     kinds = {name: getattr(args, name) for name in ("iface", "boards", "mqtt", "exporter")}
     named = [f"--{name}" for name, value in kinds.items() if value is not None]
     if len(named) > 1 and set(named) != {"--iface", "--boards"}:
@@ -79,3 +86,15 @@ def _service(args: argparse.Namespace) -> scandir.Service | scandir.Client:
     link = LINK if args.iface is None else args.iface
     check_link(link)
     return scandir.link_service(link, absolute(config_path(args), "--config"))
+
+
+def _wire(args: argparse.Namespace) -> scandir.Service:
+    """The service of an end of a wire. Raises UsageError."""
+    if args.iface is None or args.end is None:
+        raise UsageError("--mqtt-link needs --iface unix:LOCAL,peer=REMOTE and --end core0 or core1")
+    for name in ("boards", "mqtt", "exporter", "config"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--mqtt-link and --{name} exclude each other: each call writes one service")
+    check_end(args.iface)
+    config = None if args.gateway is None else absolute(args.gateway, "--gateway")
+    return scandir.wire_service(args.mqtt_link, args.iface, args.end, config)

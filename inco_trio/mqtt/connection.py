@@ -341,6 +341,8 @@ class Connection:
 
     async def _read(self) -> None:
         while self._lost is None and (sock := self._client.socket()) is not None:
+            # A broker that waits for our acknowledgement before it sends more has it at once.
+            _set_option(sock, socket.TCP_QUICKACK)
             await trio.lowlevel.wait_readable(sock)
             # paho reads some packets; a TLS socket may have decrypted more, of which no poll tells.
             while self._client.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS and self._pending():
@@ -394,6 +396,11 @@ class Connection:
 def _properties(packet: int) -> Any:
     made: Properties = Properties(packet)  # type: ignore[no-untyped-call]
     return made
+
+
+def _set_option(sock: Any, option: int) -> None:
+    """Set an option of tcp(7)."""
+    sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def _close(client: paho.Client) -> None:
@@ -485,6 +492,9 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
 
     def connect() -> None:
         client.connect(broker.host, broker.port, KEEPALIVE, clean_start=clean, properties=properties)
+        if (sock := client.socket()) is not None:
+            # What follows a packet does not wait until that is acknowledged.
+            _set_option(sock, socket.TCP_NODELAY)
         if abandoned:
             _close(client)
 

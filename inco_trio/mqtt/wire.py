@@ -52,12 +52,10 @@ from inco_trio.mqtt.connection import (
 from inco_trio.service.log import log_statistics
 from inco_trio.supervise import Backoff, Problems, plain_nursery
 
-__all__ = ["ENDS", "Batch", "Counts", "Progress", "Wire"]
+__all__ = ["Batch", "Counts", "Progress", "Wire"]
 
 logger = logging.getLogger(__name__)
 
-ENDS = ("core0", "core1")
-"""The two ends, named after the cores that are there."""
 WINDOW = 256
 """Frames that are published and not known to be written: mosquitto queues 1,000 messages of a client, by default."""
 SESSION = 86_400
@@ -180,12 +178,12 @@ class Progress:
 
 
 class Wire:
-    """An end of the wire: that of the core at `address.peer`."""
+    """An end of the wire: that of the core at `address.peer`. `ends` has its name, and that of the other one."""
 
-    def __init__(self, broker: Broker, end: str, address: UnixAddress, fd_store: FdStore) -> None:
+    def __init__(self, broker: Broker, ends: tuple[str, str], address: UnixAddress, fd_store: FdStore) -> None:
         self.counts = Counts()
         self._broker = broker
-        self._end, self._other = end, ENDS[1 - ENDS.index(end)]
+        self._end, self._other = ends
         self._address = address
         self._fd_store = fd_store
         self._resources = contextlib.ExitStack()

@@ -34,12 +34,13 @@ __all__ = [
     "gateway_service",
     "link_service",
     "systemd_unit",
+    "wire_service",
     "write_scandir",
 ]
 
 _HOLDER = "inco-trio-fdholder"
 _SERVICE = "inco-trio-"
-_GATEWAY, _EXPORTER = "mqtt", "exporter"
+_GATEWAY, _EXPORTER, _WIRE = "mqtt", "exporter", "wire-"
 _OURS = {"fdholder": "the fd holder", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
 """Labels that no link has."""
 
@@ -105,7 +106,7 @@ _UNIT = """\
 # /etc/systemd/system/{name}.service, written by `inco-trio s6 --systemd`
 
 [Unit]
-Description=inco-trio: inter-core interrupts {of}
+Description=inco-trio: {of}
 # Restarts lose nothing, so there is no number of them at which to give up.
 StartLimitIntervalSec=0
 
@@ -211,6 +212,10 @@ _RIGHTS_OF_SOCKET = """\
 AmbientCapabilities=
 CapabilityBoundingSet=
 RestrictAddressFamilies=AF_UNIX"""
+_RIGHTS_OF_WIRE = """\
+AmbientCapabilities=
+CapabilityBoundingSet=
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"""
 _RIGHTS_OF_BOARDS = """\
 # CAP_NET_RAW is for boards on interfaces. One with a netns needs CAP_SYS_ADMIN too, in both.
 AmbientCapabilities=CAP_NET_RAW
@@ -259,14 +264,14 @@ def exporter_service(listen: str) -> Client:
 
 @attrs.frozen
 class Service:
-    """A service that runs inco-trio; `link_service` and `boards_service` make it."""
+    """A service for which descriptors are held; `link_service`, `boards_service` and `wire_service` make it."""
 
     label: str
     """What it, and what is held for it, is named after."""
     of: str
-    """What it carries the interrupts of, in words."""
+    """What it does, in words."""
     words: tuple[str, ...]
-    """The arguments of `run` that say so."""
+    """The command and its arguments."""
     rights: str
     """The directives of a systemd unit that say what it may do."""
     capability: str
@@ -279,18 +284,30 @@ class Service:
 
 def link_service(link: str, config: Path) -> Service:
     """The service of the link of that address, with the registers of the udrv.json `config`. Raises UsageError."""
-    words = (link, "--config", str(config.absolute()))
+    words = ("run", link, "--config", str(config.absolute()))
+    of = f"inter-core interrupts on {link}"
     label, warnings = _label(link), _warnings(lambda: read_file(config))
     if isinstance(parse_address(link), UnixAddress):
-        return Service(label, f"on {link}", words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
-    return Service(label, f"on {link}", words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
+        return Service(label, of, words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
+    return Service(label, of, words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
 
 
 def boards_service(directory: Path, label: str) -> Service:
     """The service of all boards of a directory."""
-    words = ("--boards", str(directory.absolute()))
+    words = ("run", "--boards", str(directory.absolute()))
+    of = f"inter-core interrupts of the boards in {directory}"
     warnings = _warnings(lambda: os.scandir(directory).close())
-    return Service(label, f"of the boards in {directory}", words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
+    return Service(label, of, words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
+
+
+def wire_service(url: str, link: str, end: str, config: Path | None) -> Service:
+    """The service of an end of the wire at `url`, with the file `config`. Raises UsageError."""
+    from inco_trio.mqtt.configuration import parse_broker, read_gateway
+
+    of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
+    warnings = () if config is None else _warnings(lambda: read_gateway(config))
+    options = () if config is None else ("--config", str(config.absolute()))
+    return Service(_WIRE + _label(link), of, (*words, *options), _RIGHTS_OF_WIRE, "", "yes", warnings)
 
 
 def write_scandir(directory: Path, *, service: Service | Client, user: str | None, program: Sequence[str]) -> list[str]:
@@ -330,8 +347,7 @@ def _refusal(error: OSError) -> IncoError:
 
 def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
     """The text of a systemd unit that runs inco-trio; arguments as for `write_scandir`. Raises UsageError."""
-    verb = () if isinstance(service, Client) else ("run",)
-    command = [*program, *verb, *service.words, "--log-format", "text"]
+    command = [*program, *service.words, "--log-format", "text"]
     if isinstance(service, Client):
         return _CLIENT_UNIT.format(
             name=_SERVICE + service.label,
@@ -360,8 +376,7 @@ def _service(service: Service | Client, user: str | None, program: Sequence[str]
         capability = service.capability if isinstance(service, Service) else ""
         setpriv = _SETPRIV.format(user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=capability)
     holder = ("--fd-holder", f"../{_HOLDER}/s") if holds else ()
-    verb = ("run",) if holds else ()
-    command = [*program, *verb, *service.words, "--notification-fd", "3", *holder, "--log-format", "text"]
+    command = [*program, *service.words, "--notification-fd", "3", *holder, "--log-format", "text"]
     name = _SERVICE + service.label
     script = _RUN if holds else _RUN_WITHOUT_HOLDER
     run = script.format(holder=_HOLDER, setpriv=setpriv, program=shlex.join(command))
@@ -487,6 +502,8 @@ def _label(interface: str) -> str:
         raise UsageError(f"link {interface!r}: the service would take it for an option")
     if "\n" in label:
         raise UsageError(f"link {interface!r}: a service's name has no line break")
+    if label.startswith(_WIRE):
+        raise UsageError(f"link {interface!r}: {_SERVICE}{_WIRE}... are the services of wires")
     if label in _OURS:
         raise UsageError(f"link {interface!r}: {_SERVICE}{label} is the service of {_OURS[label]}")
     return label

@@ -1,0 +1,37 @@
+"""A guest of QEMU and a proxy that never share a host: all that a link of one host is tried with, over a broker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.simulation.guest import unix_netdev
+from tests.core1 import SCENARIOS, Board, Scenario
+from tests.mosquitto import Gateway, Mosquitto
+
+pytestmark = [pytest.mark.qemu, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        broker = Mosquitto(tmp_path / "broker", "allow_anonymous true", verbose=False)
+        stack.callback(broker.end)
+        broker.start()
+        near, far = tmp_path / "near", tmp_path / "far"
+        ends = {"core0": (near, tmp_path / "core0"), "core1": (far, tmp_path / "guest")}
+        for end, (local, peer) in ends.items():
+            words = ["mqtt-link", f"{broker.url}/wire", "--link", f"unix:{local},peer={peer}", "--end", end]
+            wire = Gateway(tmp_path / f"{end}.log", *words)
+            stack.callback(wire.close)
+            wire.wait_ready()
+        link = f"unix:{tmp_path}/core0,peer={near}"
+        yield stack.enter_context(Board(tmp_path, link, unix_netdev(tmp_path / "guest", far)))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_a_guest_on_another_host(board: Board, scenario: Scenario) -> None:
+    scenario(board)
