@@ -38,6 +38,7 @@ NOT_RUN = {
     "python3 -m pip install nox && nox": "it runs the tests",
     "core 0 (Linux)": "a picture",
     "serve(config)": "a picture",
+    "host A ": "a picture",
 }
 """How blocks begin that no test runs, and why."""
 RUN_BY = {
@@ -46,6 +47,7 @@ RUN_BY = {
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
     ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
+    ("mqtt-link", "core1="): "test_pages.py::test_shell_lines_run",
     ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
     ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
     ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
@@ -112,7 +114,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize(("page", "text"), blocks("sh", "first-steps", "supervision"))
+@pytest.mark.parametrize(("page", "text"), blocks("sh", "first-steps", "mqtt-link", "supervision"))
 def test_shell_lines_run(cores: Cores, tmp_path: Path, page: str, text: str) -> None:
     done = run(cores, tmp_path, text)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -109,7 +109,8 @@ def path_of(text: str | Path, option: str) -> Path:
 def add_service_options(sub: argparse.ArgumentParser) -> None:
     """Add the options of every service."""
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
-    sub.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
+    formats = ("text", "json")
+    sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
     sub.add_argument("-v", "--verbose", action="store_true", help="log more")
 
 

@@ -38,7 +38,7 @@ COMMANDS = {
     "plot": "draw a recording: timelines, rates, gaps, answers, faults",
     "dissector": "print or install what names signals in Wireshark and tshark",
     "mqtt": "publish what the proxies of this host carry to an MQTT broker",
-    "mqtt-link": "join two cores on different hosts, with an MQTT broker as the wire",
+    "mqtt-link": "carry a `unix:` link to another host, over an MQTT broker",
     "exporter": "export the metrics of all boards of this host to Prometheus",
     "s6": "write an s6 scan directory for the proxy, or a systemd unit",
 }

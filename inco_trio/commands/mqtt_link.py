@@ -22,11 +22,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `mqtt-link`."""
     sub.epilog = (
         "example: inco-trio mqtt-link mqtt://broker/lab/wire1 --link unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
-        f"SIGHUP reads the configuration again, SIGUSR1 logs the counters.\n{EXIT_CODES}"
+        f"{EXIT_CODES}"
     )
-    sub.add_argument("url", metavar="URL", help="the broker, and the wire: mqtt://HOST[:PORT]/PREFIX, or mqtts://")
-    sub.add_argument("--link", metavar="LINK", required=True, help="unix:LOCAL,peer=REMOTE; the core is at REMOTE")
-    sub.add_argument("--end", choices=ENDS, required=True, help="the core that is at this end")
+    sub.add_argument("url", metavar="URL", help="the wire: mqtt[s]://HOST[:PORT]/PREFIX")
+    sub.add_argument("--link", metavar="LINK", required=True, help="unix:LOCAL,peer=REMOTE, this end of it")
+    sub.add_argument("--end", metavar="CORE", choices=ENDS, required=True, help="core0 or core1: who is at REMOTE")
     sub.add_argument("--config", metavar="FILE", help="who we are, as for `mqtt`")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="s6-fdholder-daemon that keeps what waits")
     add_service_options(sub)

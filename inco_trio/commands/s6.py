@@ -34,11 +34,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     configuration_argument(sub)
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--mqtt", metavar="URL", help="the gateway to the broker at URL, instead of a proxy")
-    sub.add_argument("--mqtt-link", metavar="URL", help="the wire at URL, whose end is --iface LINK, instead")
-    sub.add_argument("--end", choices=ENDS, help="the core at that end of the wire")
+    sub.add_argument("--mqtt-link", metavar="URL", help="an end of the wire at URL, with --iface and --end")
+    sub.add_argument("--end", metavar="CORE", choices=ENDS, help="core0 or core1: who is at that end of the wire")
     sub.add_argument("--gateway", metavar="FILE", help="the configuration of gateway or wire")
     sub.add_argument(
-        "--exporter", metavar="ADDRESS:PORT", nargs="?", const=LISTEN, help=f"the exporter, instead (default: {LISTEN})"
+        "--exporter", metavar="ADDR", nargs="?", const=LISTEN, help=f"the exporter, instead (default: {LISTEN})"
     )
     sub.add_argument("--user", help="run as USER; a proxy keeps CAP_NET_RAW only")
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")
