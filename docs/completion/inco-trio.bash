@@ -23,7 +23,7 @@ _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notificatio
 _shtab_inco_trio_mqtt_link_option_strings=(-h --help --link --end --config --fd-holder --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --systemd)
-_shtab_inco_trio_option_strings=(-h --help --version)
+_shtab_inco_trio_option_strings=(-h --help -V --version)
 
 _shtab_inco_trio_run_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_run___config_COMPGEN=_shtab_compgen_files
@@ -161,6 +161,7 @@ _shtab_inco_trio_s6___systemd_nargs=0
 _shtab_inco_trio_pos_0_nargs=A...
 _shtab_inco_trio__h_nargs=0
 _shtab_inco_trio___help_nargs=0
+_shtab_inco_trio__V_nargs=0
 _shtab_inco_trio___version_nargs=0
 
 

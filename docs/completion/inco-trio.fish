@@ -57,7 +57,7 @@ complete -c inco-trio -e
 complete -c inco-trio -f
 
 complete -c inco-trio -n _shtab_inco_trio_using -s h -l help -d 'show this help message and exit'
-complete -c inco-trio -n _shtab_inco_trio_using -l version -d 'print the version and exit'
+complete -c inco-trio -n _shtab_inco_trio_using -s V -l version -d 'print the version and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a run -d 'Carry signals until SIGTERM or SIGINT.'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
