@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.commands.mqtt_link import wire_label
 from inco_trio.frame import FRAME_MAX, encode
+from inco_trio.links.address import parse_address
 from inco_trio.mqtt.wire import WINDOW, Batch
 from netns.fixtures import DEADLINE, Consumer, Proxy
 from tests.core1 import Here
+from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, MAC
 from tests.support_proxy import write_udrv
@@ -234,49 +238,56 @@ def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
 
 
 class Flow:
-    """Numbered frames from a core to the other one, sent and read by threads of their own."""
+    """Numbered frames from a core to the other one, sent and read by threads of their own until it is checked."""
 
-    def __init__(self, here: Core, there: Core, total: int) -> None:
-        self._here, self._there, self._total = here, there, total
-        self.received: list[bytes] = []
+    def __init__(self, here: Core, there: Core) -> None:
+        self._here, self._there = here, there
+        self._sent = 0
+        self._received: list[bytes] = []
+        self._stopped = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
         for thread in self._threads:
             thread.start()
 
     def _send(self) -> None:
-        for number in range(self._total):
-            while True:
-                try:
-                    self._here.send(frame(number))
-                except (FileNotFoundError, ConnectionRefusedError):
-                    threading.Event().wait(0.001)
-                else:
-                    break
+        while not self._stopped.is_set():
+            try:
+                self._here.send(frame(self._sent))
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._stopped.wait(0.001)
+            else:
+                self._sent += 1
+                self._stopped.wait(0.0002)
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                self._here.send(LAST)
+                return
 
     def _receive(self) -> None:
-        while not self.received or self.received[-1] != frame(self._total - 1):
-            self.received.append(self._there.receive())
-
-    @property
-    def is_over(self) -> bool:
-        return not any(thread.is_alive() for thread in self._threads)
+        while not self._received or self._received[-1] != LAST:
+            self._received.append(self._there.receive())
 
     def check(self) -> int:
         """All came, in order but for what was repeated; returns the number of doubles."""
+        self._stopped.set()
         for thread in self._threads:
-            thread.join(4 * DEADLINE)
-            assert not thread.is_alive(), len(self.received)
-        assert list(dict.fromkeys(self.received)) == [frame(number) for number in range(self._total)]
-        return len(self.received) - self._total
+            thread.join(2 * DEADLINE)
+            assert not thread.is_alive(), (self._sent, self._received[-3:])
+        assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
+        return len(self._received) - self._sent - 1
 
 
-def test_nothing_is_lost_over_the_end_of_anybody(bench: Bench) -> None:
-    """Wires that are stopped in peace, and a broker: without a holder only what waits in a socket would be lost."""
+LAST = encode(b"last", MAC)
+ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
+"""Faults of a walk; thousands are minutes."""
+
+
+def test_nothing_is_lost_over_the_end_of_broker_and_reader(bench: Bench) -> None:
     wires = list(bench.joined())
-    flow = Flow(bench.cores[0], bench.cores[1], 4000)
+    flow = Flow(*bench.cores)
     choice = random.Random(5)  # noqa: S311
-    while not flow.is_over:
-        what = choice.choice(["receiver", "receiver killed", "broker", "hang up"])
+    for _ in range(ROUNDS):
+        what = choice.choice(["reader", "reader killed", "broker", "hang up"])
         if what == "broker":
             bench.broker.end()
             bench.broker.start()
@@ -290,6 +301,49 @@ def test_nothing_is_lost_over_the_end_of_anybody(bench: Bench) -> None:
     flow.check()
     for wire in wires:
         assert "never came" not in wire.log
+        assert "Traceback" not in wire.log
+
+
+@pytest.mark.s6
+def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
+    """Both ends are killed, stopped and paused, and the broker is, while both cores send."""
+    scan, services = bench.home / "scan", []
+    for end in (0, 1):
+        link = f"unix:{bench.home}/wire{end},peer={bench.home}/core{end}"
+        words = ["s6", str(scan), "--mqtt-link", f"{bench.broker.url}/wire", "--iface", link, "--end", f"core{end}"]
+        subprocess.run([*COMMAND, *words], check=True, capture_output=True)
+        services.append(scan / f"inco-trio-{wire_label(parse_address(link))}")  # type: ignore[arg-type]
+    running = Service(Here(), scan, services[0].name.removeprefix("inco-trio-"))  # type: ignore[arg-type]
+    bench.stack.enter_context(running)
+    running.wait("U")
+    running.wait_log("core1, is there")
+    flows = [Flow(*bench.cores), Flow(*bench.cores[::-1])]
+    choice, kills = random.Random(7), 0  # noqa: S311
+    for _ in range(ROUNDS):
+        service = choice.choice(services)
+        what = choice.choice(["kill", "kill", "restart", "pause", "hang up", "broker"])
+        if what == "kill" and (pid := main_process(service)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                kills += 1
+        elif what == "restart":
+            subprocess.run(["s6-svc", "-r", str(service)], check=True)
+        elif what == "hang up":
+            subprocess.run(["s6-svc", "-h", str(service)], check=True)
+        elif what == "broker":
+            bench.broker.end()
+            bench.broker.start()
+        elif what == "pause":
+            subprocess.run(["s6-svc", "-p", str(service)], check=True)
+            threading.Event().wait(choice.random() / 10)
+            subprocess.run(["s6-svc", "-c", str(service)], check=True)
+        threading.Event().wait(choice.random() / 2)
+    assert kills
+    for flow in flows:
+        # Per kill what was being written, or was counted and not taken yet.
+        assert flow.check() <= 2 * kills
+    assert "Traceback" not in running.log
+    assert "never came" not in running.log
 
 
 @pytest.mark.parametrize(

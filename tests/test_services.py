@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import UsageError
-from inco_trio.service.scandir import exporter_service, gateway_service, link_service, systemd_unit, write_scandir
+from inco_trio.service.scandir import (
+    Client,
+    exporter_service,
+    gateway_service,
+    link_service,
+    systemd_unit,
+    wire_service,
+    write_scandir,
+)
+from inco_trio.service.scandir import Service as Held
 from netns.fixtures import DEADLINE
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
@@ -99,9 +108,9 @@ def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
     assert not any("mqtt" in rule for rule in rules)
 
 
-@pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder"])
+@pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder", "wire-x"])
 def test_no_link_takes_their_names(label: str) -> None:
-    with pytest.raises(UsageError, match=f"inco-trio-{label} is the service of"):
+    with pytest.raises(UsageError, match=f"inco-trio-{label} is the service of|the services of wires"):
         link_service(label, Path("/dev/null"))
 
 
@@ -112,6 +121,12 @@ def test_no_link_takes_their_names(label: str) -> None:
         (["--mqtt", "mqtt://h", "--iface", "x"], "exclude each other"),
         (["--exporter", "127.0.0.1:1", "--boards", "/x"], "exclude each other"),
         (["--gateway", "/x"], "--mqtt URL"),
+        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link needs --iface unix:"),
+        (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b"], "and --end core0 or core1"),
+        (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a wire ends in a Unix socket"),
+        (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
+        (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b", "--end", "core0", "--boards", "/x"], "exclude"),
+        (["--end", "core0"], "--mqtt-link URL"),
         (["--mqtt", "mqtt://me:word@h"], "user and password"),
         (["--mqtt", "mqtt://h", "--config", "/x"], "--config is that of a proxy"),
         (["--exporter", "nowhere"], "ADDRESS:PORT"),
@@ -133,18 +148,26 @@ def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-@pytest.mark.parametrize("kind", ["mqtt", "exporter"])
-def test_the_units_are_valid(kind: str, tmp_path: Path) -> None:
-    service = (
-        gateway_service("mqtts://h/a%20b", tmp_path / "a b$.json") if kind == "mqtt" else exporter_service("[::1]:1")
-    )
+@pytest.mark.parametrize(
+    "service",
+    [
+        gateway_service("mqtts://h/a%20b", Path("/x/a b$.json")),
+        exporter_service("[::1]:1"),
+        wire_service("mqtts://h/a%20b", "unix:/x/a b,peer=/x/c", "core0", Path("/x/a b$.json")),
+    ],
+    ids=lambda service: service.label,
+)
+def test_the_units_are_valid(service: Client | Held, tmp_path: Path) -> None:
+    # As a proxy, a wire binds a socket wherever it is told to.
+    exposure = 20 if isinstance(service, Client) else 25
+    kind = service.label.replace(" ", "-")
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     mine = [line for line in done.stderr.splitlines() if kind in line]
     assert mine == []
     level = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=20", str(unit)],
+        ["systemd-analyze", "security", "--offline=true", f"--threshold={exposure}", str(unit)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert level.returncode == 0, level.stdout[-2000:]

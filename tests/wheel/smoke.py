@@ -139,6 +139,10 @@ def test_demo(tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["mqtt", "mqtt://127.0.0.1"], "mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'"),
+        (
+            ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
+            "mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'",
+        ),
         (["exporter"], "exporter needs prometheus_client: pip install 'inco-trio[metrics]'"),
     ],
 )
