@@ -70,6 +70,9 @@ def families(boards: list[Status]) -> Iterator[Family]:
     yield Family("link_up", "gauge", "Whether the link is up and has a carrier, or a peer.", states)
     since = [(_labels(b), b["since"]) for b in running]
     yield Family("start_time_seconds", "gauge", "When the proxy was opened.", since)
+    yield Family("problems", "gauge", "Legs and signals that something is wrong with now.", [
+        (_labels(b), sum(each["problem"] is not None for each in (*b["legs"], *b["signals"]))) for b in running
+    ])  # fmt: skip
     for key, (name, text) in COUNTERS.items():
         yield Family(name, "counter", text, [(_labels(b), b["counters"][key]) for b in running])
     for key, (name, kind, text) in HISTORY.items():

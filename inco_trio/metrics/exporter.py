@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
 """Seconds in which a proxy answers; a scrape is not to wait for one that stands still."""
-AT_ONCE = 8
+ALL = 5.0
+"""Seconds in which all do; Prometheus waits for 10, by default."""
+AT_ONCE = 64
 """Proxies that are asked at once."""
 
 
@@ -34,18 +37,24 @@ class Boards(Collector):
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
         self._problems = Problems()
+        self._names: dict[Path, str] = {}
+        """What was found at a path: one that stands still keeps its name."""
 
     def collect(self) -> Iterator[Metric]:
         """Ask them; a proxy that does not answer is told, and not waited for."""
         paths = sockets() if self._controls is None else self._controls
+        end = time.monotonic() + ALL
         with ThreadPoolExecutor(AT_ONCE) as asking:
-            answers = list(asking.map(self._ask, paths))
+            answers = list(asking.map(lambda path: self._ask(path, end), paths))
         up = GaugeMetricFamily("inco_trio_proxy_up", "Whether the proxy answers.", labels=["proxy"])
         metrics: dict[str, Metric] = {}
+        names: set[str] = set()
         for path, (proxy, found) in zip(paths, answers, strict=True):
-            if proxy is None and self._controls is None and found is None:
+            if proxy is None:
                 continue  # A socket that was left.
-            name = shown(proxy or str(path))
+            # As on interfaces of one name in two network namespaces: series of the same labels are refused.
+            name = shown(str(path) if proxy in names else proxy)
+            names.add(proxy)
             up.add_metric([name], found is not None)
             for family in found or ():
                 kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
@@ -54,29 +63,31 @@ class Boards(Collector):
                 for labels, value in family.samples:
                     told = {"proxy": name} | {key: shown(label) for key, label in labels.items()}
                     metric.add_sample(known + ("_total" if family.kind == "counter" else ""), told, float(value))
+        yield GaugeMetricFamily("inco_trio_proxies", "Proxies that were found.", value=len(names))
         yield up
         yield from metrics.values()
 
-    def _ask(self, path: Path) -> tuple[str | None, list[Family] | None]:
+    def _ask(self, path: Path, end: float) -> tuple[str | None, list[Family] | None]:
         """Name and metrics of the proxy at `path`: no metrics if it does not answer, nor a name if nobody is there."""
-        name: str | None = None
+        patience = max(PATIENCE / 40, min(PATIENCE, end - time.monotonic()))
         try:
-            with Client(path, PATIENCE) as client:
-                name = str(client.greeting["name"])
-                found = list(families(client.request({"request": "status"}, PATIENCE)["status"]))
+            with Client(path, patience) as client:
+                self._names[path] = str(client.greeting["name"])
+                found = list(families(client.request({"request": "status"}, patience)["status"]))
         except ControlMissing as error:
             if self._controls is None and "no proxy listens" in str(error):
+                self._names.pop(path, None)
                 return None, None
             self._problems.failed(path, str(error).removeprefix(f"{path}: "))
-            return name or str(path), None
+            return self._names.get(path, str(path)), None
         except IncoError as error:
             self._problems.failed(path, str(error).removeprefix(f"{path}: "))
-            return name or str(path), None
+            return self._names.get(path, str(path)), None
         except (LookupError, TypeError, AttributeError):
             self._problems.failed(path, "who listens there does not tell what inco-trio of this version does")
-            return name or str(path), None
+            return self._names.get(path, str(path)), None
         self._problems.well(path)
-        return name, found
+        return self._names[path], found
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
