@@ -155,7 +155,11 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
         try:
             while shown.count(b"\x1b[H") < 3:
                 shown += os.read(master, 4096)
-            process.send_signal(signal.SIGINT)
+            # Python loses a KeyboardInterrupt that comes in a finalizer; a user presses Ctrl-C again.
+            while process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(2)
             with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
                 while more := os.read(master, 4096):
                     shown += more
