@@ -19,6 +19,9 @@ WAITING_MAX = 8192
 """Events that wait for a client."""
 PIECE = 128
 """Events that are encoded at once."""
+PAUSE = 0.1
+"""Seconds between two writes to a follower that has heard all: each wakes others, who would be in the way of what is
+carried next."""
 AHEAD = 1024
 """Notifications of a board that a follower is told beyond what it has acknowledged."""
 
@@ -55,6 +58,7 @@ class Monitor:
     _lost: int = 0
     _ended: bool = False
     _arrived: trio.Event = attrs.Factory(trio.Event)
+    _ending: trio.Event = attrs.Factory(trio.Event)
 
     def carried(self, event: Event) -> None:
         """Notifications were carried."""
@@ -81,6 +85,7 @@ class Monitor:
         """Have `take` end once nothing waits."""
         self._ended = True
         self._arrived.set()
+        self._ending.set()
 
     async def take(self) -> bytes:
         """The lines of some events, once there are any; none at the end."""
@@ -100,6 +105,9 @@ class Monitor:
             if not self._waiting:
                 self._arrived = trio.Event()
                 await self._arrived.wait()
+
+    async def pause(self) -> None:
+        """Wait before the next `take`."""
 
     def _kept(self) -> Iterator[str]:
         """Lines of what a history keeps."""
@@ -228,6 +236,12 @@ class Follower(Monitor):
         """See `Monitor.offer`."""
         if self.follows(event.board):
             Monitor.offer(self, event)
+
+    async def pause(self) -> None:
+        """See `Monitor.pause`."""
+        if not self._behind and not self._waiting:
+            with trio.move_on_after(PAUSE):
+                await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
         """It is done with what it was told of a board up to this number; returns up to which one that is."""

@@ -402,6 +402,7 @@ class Control:
         try:
             while lines := await monitor.take():
                 await client.write_lines(lines)
+                await monitor.pause()
         finally:
             self._monitors.discard(monitor)
             self._monitors_changed()
