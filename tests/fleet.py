@@ -85,7 +85,8 @@ class Result:
     @property
     def holds(self) -> bool:
         """Whether the rate was kept, by all."""
-        return not self.lost and self.backlog <= self.rate * BACKLOG and self.sent >= 0.95 * self.rate * self.seconds
+        kept = self.sent >= 0.95 * self.rate * self.seconds
+        return kept and not self.lost and self.backlog <= self.rate * BACKLOG and self.p99 <= BACKLOG
 
 
 def read(port: int, pipe: Connection) -> None:

@@ -274,6 +274,23 @@ def test_a_proxy_that_stands_still_holds_up_no_other(bench: Bench) -> None:
     reader.until_status(bench.name, state="online")
 
 
+def test_two_gateways_that_take_the_session_from_each_other_say_so(bench: Bench) -> None:
+    bench.broker.start()
+    gateways = []
+    for name in ("one", "two"):
+        home = bench.home / name
+        (home / "boards").mkdir(parents=True)
+        (home / "boards/b1.json").write_text(
+            json.dumps({"link": f"unix:{home}/0,peer={home}/1", "irq_dir": f"{home}/irq"})
+        )
+        board = Board(home, bench.stack)
+        board.running("--boards", str(home / "boards"))
+        gateways.append(Gateway(home / "gateway.log", "mqtt", bench.broker.url, "--control", board.path))
+        bench.stack.callback(gateways[-1].close)
+        gateways[-1].wait_ready()
+    gateways[0].wait_log("does another gateway publish this board below this prefix?")
+
+
 def test_one_gateway_follows_and_another_says_so(bench: Bench) -> None:
     bench.broker.start()
     bench.proxy()

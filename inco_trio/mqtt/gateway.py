@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ LOOK_AGAIN = 0.5
 """Seconds between two looks for control sockets."""
 SESSION = 86_400
 """Seconds for which the broker keeps what is to be sent while no gateway is there."""
+SHORT = 3.0
+"""Seconds of a connection that is short: another gateway takes the session back within them."""
+SHORT_ONES = 3
+"""Short connections, one after the other, that are no coincidence."""
 SENDING_MAX = 16
 """Signals of a board that are being sent at once."""
 SEND_PATIENCE = 10.0
@@ -175,12 +180,14 @@ class Gateway:
         topics, backoff = Topics(self._broker.prefix, board.name), BrokerBackoff()
         will = Message(topics.status, _json({"state": "offline"}), retain=True)
         client_id = f"inco-trio:{topics.status.removesuffix('/status')}"
+        begun, short = -math.inf, 0
         while True:
             try:
                 async with open_connection(
                     self._broker, self._config.broker, client_id, will=will, session=SESSION
                 ) as connection:
                     self._connected += 1
+                    begun = trio.current_time()
                     try:
                         if self._problems.well("broker", self._broker):
                             logger.info("%s: connected again", self._broker)
@@ -191,6 +198,10 @@ class Gateway:
             except (BrokerLost, BrokerRefused) as error:
                 # The same for all boards, as a rule: said once.
                 what = str(error).removeprefix(f"{self._broker}: ")
+                short = short + 1 if trio.current_time() - begun < SHORT else 0
+                begun = -math.inf
+                if short >= SHORT_ONES:
+                    what += " (again and again: does another gateway publish this board below this prefix?)"
                 self._problems.failed("broker", f"{what}; nothing is lost meanwhile, tried again", self._broker)
             await trio.sleep(backoff.next())
 
