@@ -283,9 +283,11 @@ def test_two_gateways_that_take_the_session_from_each_other_say_so(bench: Bench)
         (home / "boards/b1.json").write_text(
             json.dumps({"link": f"unix:{home}/0,peer={home}/1", "irq_dir": f"{home}/irq"})
         )
-        board = Board(home, bench.stack)
-        board.running("--boards", str(home / "boards"))
-        gateways.append(Gateway(home / "gateway.log", "mqtt", bench.broker.url, "--control", board.path))
+        words = ["--boards", str(home / "boards"), "--control", str(home / "control")]
+        proxy = Proxy(Here(), words, {}, home / "log")  # type: ignore[arg-type]
+        bench.stack.callback(proxy.close)
+        proxy.wait_ready()
+        gateways.append(Gateway(home / "gateway.log", "mqtt", bench.broker.url, "--control", home / "control"))
         bench.stack.callback(gateways[-1].close)
         gateways[-1].wait_ready()
     gateways[0].wait_log("does another gateway publish this board below this prefix?")
