@@ -256,9 +256,9 @@ class Gateway:
         with open(self._ready, "rb", closefd=False) as ready:
             assert ready.read(1) == b"\n", self.log
 
-    def wait_log(self, text: str) -> None:
-        """Wait until it has said that."""
-        wait_path(self._log, lambda: text in self.log)
+    def wait_log(self, text: str, times: int = 1) -> None:
+        """Wait until it has said that so often."""
+        wait_path(self._log, lambda: self.log.count(text) >= times)
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """End it; returns its exit code."""

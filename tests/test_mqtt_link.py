@@ -209,6 +209,54 @@ def test_two_that_are_the_same_end(bench: Bench) -> None:
     assert bench.cores[1].receive() == frame(1)
 
 
+def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
+    """What it says of a predecessor is no sign of a process that is the same end."""
+    bench.joined()[0].end()
+    bench.broker.end()  # It saves what it knows.
+    older = (bench.broker.directory / "mosquitto.db").read_bytes()
+    bench.broker.start()
+    wire = bench.wire(0)
+    wire.wait_log("core1, is there")
+    bench.broker.end(signal.SIGKILL)
+    (bench.broker.directory / "mosquitto.db").write_bytes(older)
+    before = wire.log.count("connected, as core0")
+    bench.broker.start()
+    wire.wait_log("connected, as core0", before + 1)
+    bench.cores[0].send(frame(1))
+    assert bench.cores[1].receive() == frame(1)
+    assert wire.process.poll() is None
+
+
+def test_a_configuration_that_cannot_be_used(bench: Bench) -> None:
+    config = bench.home / "gateway.json"
+    for text, code, said in (
+        ('{"broker": {"user_file": "/nowhere"}}', 78, "/nowhere"),
+        ('{"broker": {"user": "me"}}', 78, "unknown key"),
+        ("", 78, str(config)),
+    ):
+        config.write_text(text)
+        words = [*COMMAND, *bench.words(0), "--config", str(config)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+        assert said in done.stderr
+
+
+def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
+    config = bench.home / "gateway.json"
+    config.write_text("{}")
+    wire = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
+    bench.stack.callback(wire.close)
+    wire.wait_ready()
+    bench.wire(1)
+    config.write_text("{")
+    wire.process.send_signal(signal.SIGHUP)
+    wire.wait_log("reload refused, the old configuration goes on")
+    bench.cores[0].send(frame(1))
+    assert bench.cores[1].receive() == frame(1)
+    wire.process.send_signal(signal.SIGUSR1)
+    wire.wait_log("published=1")
+
+
 @pytest.mark.parametrize("topic", ["frames", "written", "status"])
 def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
     reader = Reader(bench.broker)

@@ -21,6 +21,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -62,6 +63,8 @@ SESSION = 86_400
 """Seconds for which the broker keeps what is for an end that is away."""
 AGAIN = 2.0
 """Seconds until something is published again that the broker has refused, or that nobody would have got."""
+SUSPICION = 60.0
+"""Seconds within which another process that is this end is seen twice."""
 BOOTS_MAX = 16
 """Lives of the other end whose numbers are known: the broker may send again what one of the latest published."""
 _HEADER = struct.Struct("!4s8sQ?")
@@ -193,6 +196,8 @@ class Wire:
         self._reported = trio.Event()
         self._instance = os.urandom(8).hex()
         """Tells this process from another one that is the same end."""
+        self._suspected = -math.inf
+        """When another process seemed to be this end, the last time."""
         self._connected = self._was_connected = False
         """Whether there was a connection, and one before that."""
         self._other_is_there: bool | None = None
@@ -212,9 +217,9 @@ class Wire:
         self._progress = Progress(inflight.owed)
         self._link = _open_link(self._address, inherited.get("link"), inflight.note, around.names(self._address.name))
         self._resources.callback(lambda: self._link.close(remove=self._fd_store.holder is None))
-        self._resources.callback(self.tell)
         if not self._link.refresh():
             raise self._link.missing()
+        self._resources.callback(self.tell)
         for name, fd in (("memory", inflight.fd), ("link", self._link.fd)):
             if inherited.get(name) != fd:
                 self._fd_store.store(name, fd)
@@ -272,8 +277,8 @@ class Wire:
                     will=will,
                     session=SESSION,
                 ) as connection:
-                    if self._problems.well("broker", self._broker):
-                        logger.info("%s: connected again", self._broker)
+                    self._problems.well("broker", self._broker)
+                    logger.info("%s: connected, as %s", self._broker, self._end)
                     self._was_connected, self._connected = self._connected, True
                     if self._was_connected and not connection.session_present:
                         logger.warning(
@@ -341,7 +346,11 @@ class Wire:
 
     def _is_taken(self, instance: str, state: str) -> bool:
         """Whether another process was this end since our first connection: not each broker tells who took a session."""
-        return self._was_connected and instance != self._instance and state != "left"
+        if not self._was_connected or instance == self._instance or state == "left":
+            return False
+        # Once it may be a broker that was restored from an older state.
+        before, self._suspected = self._suspected, trio.current_time()
+        return self._suspected - before < SUSPICION
 
     def _take_report(self, boot: bytes, number: int) -> None:
         if boot == self._progress.boot and self._progress.known < number < self._progress.following:
