@@ -478,12 +478,18 @@ def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
 def test_without_a_control_socket(board: Board) -> None:
     proxy = board.start(control="none")
     proxy.wait_ready()
-    assert not [fd for fd in _sockets(proxy.pid) if "inco-trio" in fd]
+    assert _sockets(proxy.pid) == [f"{board.home}/core0"]
     assert proxy.stop() == 0
 
 
 def _sockets(pid: int) -> list[str]:
-    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()[1:] if "/" in line]
+    """The paths of a process's sockets."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+    lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return [words[7] for words in lines if len(words) > 7 and words[6] in inodes]
 
 
 # ---------------------------------------------------------------------------------------------------------- followers

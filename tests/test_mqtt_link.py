@@ -142,6 +142,8 @@ def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
 
 def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
     _, away = bench.joined()
+    bench.cores[0].send(LAST)
+    assert bench.cores[1].receive() == LAST
     assert away.end() == 0
     for number in range(WINDOW // 2):
         bench.cores[0].send(frame(number))
@@ -168,6 +170,29 @@ def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
         received.append(there.receive())
     sender.join()
     assert received == [frame(number) for number in range(total)]
+
+
+def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench) -> None:
+    """Each time it begins to count anew, as nobody holds its memory, while the other end is away."""
+    wire, away = bench.joined()
+    bench.cores[0].send(frame(0))
+    assert bench.cores[1].receive() == frame(0)
+    away.end(signal.SIGKILL)
+    bench.cores[0].socket.setblocking(False)
+    for _ in range(6):
+        for number in range(1, 400):
+            with contextlib.suppress(BlockingIOError, FileNotFoundError, ConnectionRefusedError):
+                bench.cores[0].send(frame(number))
+                threading.Event().wait(0.0005)
+        wire.end(signal.SIGKILL)
+        wire = bench.wire(0)
+    assert "being dropped" not in bench.broker.log
+    bench.cores[0].socket.settimeout(DEADLINE)
+    back = bench.wire(1)
+    bench.cores[0].send(LAST)
+    while bench.cores[1].receive() != LAST:
+        pass
+    assert counters(back)["missed"] == 0
 
 
 def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:

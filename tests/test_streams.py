@@ -64,7 +64,7 @@ def test_a_closed_standard_output(command: list[str]) -> None:
     code, out, err = finished(command, closed=[1])
     assert out == b""
     if command == ["--help"]:
-        assert (code, err.splitlines()[0]) == (0, b"usage: inco-trio [-h] [--version] COMMAND ...")
+        assert (code, err.splitlines()[0]) == (0, b"usage: inco-trio [-h] [-V] COMMAND ...")
     else:
         assert (code, err) == (71, b"inco-trio: error: standard output is closed\n")
 

@@ -129,25 +129,34 @@ class Counts:
 class Progress:
     """The numbers of both directions, in memory that outlives the process."""
 
-    _SENT, _WRITTEN = b"sent:", b"written:"
+    _SENT, _WRITTEN, _LIMIT = b"sent:", b"written:", b"limit"
 
     def __init__(self, numbers: NumberTable) -> None:
         self._numbers = numbers
         self._boots = [key for key in numbers if key.startswith(self._WRITTEN)]
         self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
-        self.known = self.following - 1
-        """The last frame that the other end is known to have written, or that was taken in an earlier process."""
 
-    def number(self, queue: int) -> None:
-        """Number the frames of the socket with that inode: another socket is another life.
+    def number(self, queue: int) -> bool:
+        """Number the frames of the socket with that inode: another socket is another life. Returns whether it is one.
 
         Else a frame could have the number of one that was published, and lost with its socket before it was taken.
         """
-        if self._sent.rpartition(b":")[2] != b"%d" % queue:
-            self._numbers[self._sent] = 0
-            self._sent = self._SENT + b"%s:%d" % (os.urandom(8).hex().encode(), queue)
-            self._numbers[self._sent] = 1
-            self.known = 0
+        if self._sent.rpartition(b":")[2] == b"%d" % queue:
+            return False
+        self._numbers[self._sent] = self._numbers[self._LIMIT] = 0
+        self._sent = self._SENT + b"%s:%d" % (os.urandom(8).hex().encode(), queue)
+        self._numbers[self._sent] = 1
+        return True
+
+    @property
+    def has_room(self) -> bool:
+        """Whether frames may be published. In a new life, only once the other end has told where it is."""
+        return self.following <= self._numbers[self._LIMIT]
+
+    def reported(self, number: int) -> None:
+        """The other end has written all up to that number."""
+        if number < self.following:
+            self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], number + WINDOW)
 
     @property
     def boot(self) -> bytes:
@@ -198,8 +207,8 @@ class Wire:
         """Tells this process from another one that is the same end."""
         self._suspected = -math.inf
         """When another process seemed to be this end, the last time."""
-        self._connected = self._was_connected = False
-        """Whether there was a connection, and one before that."""
+        self._told = False
+        """Whether the broker was told that this process is there."""
         self._other_is_there: bool | None = None
         self._is_open = False
         self._link: UnixLink
@@ -279,8 +288,7 @@ class Wire:
                 ) as connection:
                     self._problems.well("broker", self._broker)
                     logger.info("%s: connected, as %s", self._broker, self._end)
-                    self._was_connected, self._connected = self._connected, True
-                    if self._was_connected and not connection.session_present:
+                    if self._told and not connection.session_present:
                         logger.warning(
                             "%s: has forgotten what it kept for %s, if it kept something", self._broker, self._end
                         )
@@ -311,6 +319,7 @@ class Wire:
             topics = [self._topic(self._other, what) for what in ("frames", "written", "status")]
             await connection.subscribe([*topics, self._topic(self._end, "status")])
             await connection.publish([self._status("online")])
+            self._told = True
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
@@ -345,16 +354,16 @@ class Wire:
         self._change()
 
     def _is_taken(self, instance: str, state: str) -> bool:
-        """Whether another process was this end since our first connection: not each broker tells who took a session."""
-        if not self._was_connected or instance == self._instance or state == "left":
+        """Whether another process was this end since we told of us: not each broker tells who took a session."""
+        if not self._told or instance == self._instance or state == "left":
             return False
         # Once it may be a broker that was restored from an older state.
         before, self._suspected = self._suspected, trio.current_time()
         return self._suspected - before < SUSPICION
 
     def _take_report(self, boot: bytes, number: int) -> None:
-        if boot == self._progress.boot and self._progress.known < number < self._progress.following:
-            self._progress.known = number
+        if number >= 0 and boot == self._progress.boot:
+            self._progress.reported(number)
         self._reported.set()
 
     # ------------------------------------------------------------------------------------------- from this end's core
@@ -362,15 +371,17 @@ class Wire:
     async def _publish_all(self, connection: Connection) -> None:
         link, progress = self._link, self._progress
         while True:
+            progress.number(link.queue)
+            while not progress.has_room:
+                self._reported = trio.Event()
+                await self._publish(connection, Batch(progress.boot, progress.following, [], report=True))
+                await self._reported.wait()
             frames = link.peek()
             if not frames:
                 await link.wait_readable()
                 continue
-            progress.number(link.queue)
-            while progress.following - 1 - progress.known >= WINDOW:
-                self._reported = trio.Event()
-                await self._publish(connection, Batch(progress.boot, progress.following, [], report=True))
-                await self._reported.wait()
+            if progress.number(link.queue):
+                continue  # A former socket had nothing more.
             await self._publish(connection, Batch(progress.boot, progress.following, frames))
             for _ in frames:
                 progress.taken()
