@@ -487,7 +487,7 @@ def _sockets(pid: int) -> list[str]:
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            inodes.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
+            inodes.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     return [words[7] for words in lines if len(words) > 7 and words[6] in inodes]
 

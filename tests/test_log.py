@@ -61,7 +61,7 @@ def test_the_same_cause_is_said_once_a_second(capfd: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_what_was_left_out_is_said_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
-    monkeypatch.setattr("inco_trio.service.log.PERIOD", 0.01)
+    monkeypatch.setattr("inco_trio.service.log.PERIOD", 0.5)
     ours, theirs = os.pipe()
     set_up_logging(log_format, verbose=False, fd=theirs)
     # The last line is the state that it is in.
