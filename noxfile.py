@@ -154,7 +154,8 @@ def unit(session: nox.Session) -> None:
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
         unit = "not netns and not s6 and not qemu and not faults and not tools"
-        run_pytest(session, "tests", "-m", unit, data=session.name)
+        # Two at a time; the other sessions' tests have the machine to themselves.
+        run_pytest(session, "tests", *("-p", "xdist", "-n", "2", "--dist", "loadfile"), "-m", unit, data=session.name)
 
 
 @nox.session
