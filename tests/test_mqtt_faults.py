@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -206,6 +209,67 @@ def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
 
     with pytest.raises(BrokerLost, match="does not answer"):
         trio.run(main)
+
+
+class SlowRelay:
+    """Hands on what the broker says a byte at a time."""
+
+    def __init__(self, stack: ExitStack, port: int, pause: float) -> None:
+        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.port = self._listener.getsockname()[1]
+        self._port, self._pause = port, pause
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        stack.callback(self._thread.join)
+
+    def _serve(self) -> None:
+        client, _ = self._listener.accept()
+        with client, socket.create_connection(("127.0.0.1", self._port)) as broker, contextlib.suppress(OSError):
+            forth = threading.Thread(target=self._forth, args=(client, broker))
+            forth.start()
+            while byte := broker.recv(1):
+                client.sendall(byte)
+                time.sleep(self._pause)  # What is tried.
+            forth.join()
+
+    @staticmethod
+    def _forth(client: socket.socket, broker: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := client.recv(1 << 16):
+                broker.sendall(data)
+            broker.shutdown(socket.SHUT_WR)
+
+
+def test_a_broker_that_is_slow_is_not_taken_for_a_silent_one(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    relay = SlowRelay(stack, broker.port, 0.02)
+
+    async def main() -> None:
+        slow = Broker("127.0.0.1", relay.port, tls=False, prefix="lab")
+        async with open_connection(slow, Credentials(), "test", patience=1.0) as connection:
+            began = trio.current_time()
+            messages = [Message("lab/x", b"%d" % number) for number in range(40)]
+            assert await connection.publish(messages) == [None] * 40
+            assert trio.current_time() - began > 1.0
+
+    trio.run(main)
+
+
+def test_a_full_disk_at_the_log_of_the_gateway(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    reader = Reader(broker)
+    stack.callback(reader.close)
+    board = Board(tmp_path, stack)
+    peer = board.core1()
+    board.running()
+    gateway = Gateway(Path("/dev/full"), "mqtt", broker.url, "--control", board.path, "--verbose")
+    stack.callback(gateway.close)
+    gateway.wait_ready()
+    notifications = reader.notifications()
+    for number in range(1, 4):
+        board.inbound(peer)
+        assert next(notifications).body["sequence"] == number
+    assert gateway.end() == 0
 
 
 def test_many_publish_at_once(tmp_path: Path, stack: ExitStack) -> None:
