@@ -390,16 +390,20 @@ class Wire:
 
     async def _publish(self, connection: Connection, batch: Batch) -> None:
         """Publish a batch, for as long as the broker refuses it or nobody is there for it."""
-        message = Message(self._topic(self._end, "frames"), batch.encode())
+        message, said = Message(self._topic(self._end, "frames"), batch.encode()), False
         while True:
             changed = self._changed
             (refused,) = await connection.publish([message], heard=True)
             if refused is None:
                 self._problems.well("frames", message.topic)
                 return
-            hint = f"{self._other} has not come to this wire yet" if "subscribers" in refused else "an ACL?"
-            what = f"the broker does not take what {self._end} sends: {refused} ({hint}); it waits, and is tried again"
-            self._problems.failed("frames", what, message.topic)
+            if "subscribers" in refused:
+                if not said:
+                    logger.info("%s: %s has not come to this wire yet: frames wait for it", self._broker, self._other)
+                said = True
+            else:
+                what = f"the broker does not take what {self._end} sends: {refused}; it waits, and is tried again"
+                self._problems.failed("frames", what, message.topic)
             with trio.move_on_after(AGAIN):
                 await changed.wait()
 
