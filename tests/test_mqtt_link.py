@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -353,7 +354,9 @@ class Flow:
             thread.join(2 * DEADLINE)
             assert not thread.is_alive(), (self._sent, self._received[-3:])
         assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
-        return len(self._received) - self._sent - 1
+        doubles = len(self._received) - self._sent - 1
+        sys.stdout.write(f"{self._sent} frames, {doubles} doubles\n")
+        return doubles
 
 
 LAST = encode(b"last", MAC)
