@@ -153,9 +153,12 @@ def unit(session: nox.Session) -> None:
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
-        unit = "not netns and not s6 and not qemu and not faults and not tools"
-        # Two at a time; the other sessions' tests have the machine to themselves.
-        run_pytest(session, "tests", *("-p", "xdist", "-n", "2", "--dist", "loadfile"), "-m", unit, data=session.name)
+        words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools")
+        # No line is for one Python only, so that one is measured.
+        if session.python == next(iter(PYTHONS.values())):
+            run_pytest(session, *words, data=session.name)
+        else:
+            session.run("pytest", *words, *session.posargs)
 
 
 @nox.session

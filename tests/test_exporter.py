@@ -167,8 +167,10 @@ def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
         paths.append(bench.home / f"{number}.sock")
         bench.stack.enter_context(answering(paths[-1], answers.encode()))
     bench.exporter(*paths)
-    up = {labels["proxy"]: value for labels, value in bench.samples()["inco_trio_proxy_up"]}
+    samples = bench.samples()
+    up = {labels["proxy"]: value for labels, value in samples["inco_trio_proxy_up"]}
     assert up == dict.fromkeys(["eth0", str(paths[1]), *odd[2:]], 1.0)
+    assert samples["inco_trio_proxies"] == [({}, 5.0)]
     openmetrics = bench.scrape("application/openmetrics-text; version=1.0.0")
     assert {family.name for family in parse_openmetrics(openmetrics)} >= {"inco_trio_proxies", "inco_trio_proxy_up"}
 

@@ -19,8 +19,10 @@ import pytest
 
 from inco_trio.commands.mqtt_link import wire_label
 from inco_trio.frame import FRAME_MAX, encode
-from inco_trio.links.address import parse_address
-from inco_trio.mqtt.wire import WINDOW, Batch
+from inco_trio.keep.fdstore import NoFdStore
+from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.mqtt.configuration import parse_broker
+from inco_trio.mqtt.wire import WINDOW, Batch, Wire
 from netns.fixtures import DEADLINE, Consumer, Proxy
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
@@ -29,6 +31,8 @@ from tests.support_control import COMMAND, MAC
 from tests.support_proxy import write_udrv
 
 pytestmark = pytest.mark.tools
+
+TOPICS = ("frames", "written", "status")
 
 
 def frame(number: int) -> bytes:
@@ -289,7 +293,38 @@ def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
     assert counters(wire, 1)["published"] == 1
 
 
-@pytest.mark.parametrize("topic", ["frames", "written", "status"])
+@pytest.mark.parametrize("topic", TOPICS)
+def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
+    """Each of the topics that an end publishes to may be forgotten in an ACL."""
+    acl = bench.home / "acl"
+    allowed = [f"topic readwrite lab/wire/{end}/{name}" for end in ("core0", "core1") for name in TOPICS]
+    acl.write_text("\n".join(line for line in allowed if line != f"topic readwrite lab/wire/core1/{topic}") + "\n")
+    acl.chmod(0o600)
+    bench.broker.end()
+    with (bench.broker.directory / "mosquitto.conf").open("a") as conf:
+        conf.write(f"acl_file {acl}\n")
+    bench.broker.start()
+    wires = bench.wire(0), bench.wire(1)
+    wires[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses what is published there: Not authorized")
+    for core in bench.cores:
+        core.send(frame(1))
+    acl.write_text("\n".join(allowed) + "\n")
+    assert bench.broker.process is not None
+    bench.broker.process.send_signal(signal.SIGHUP)
+    assert [core.receive() for core in bench.cores] == [frame(1)] * 2
+    assert "Traceback" not in wires[0].log + wires[1].log
+
+
+def test_it_has_nothing_to_tell_before_it_is_open() -> None:
+    """SIGUSR1 may come at any time."""
+    address = parse_address("unix:/x/wire,peer=/x/core")
+    assert isinstance(address, UnixAddress)
+    wire = Wire(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
+    wire.tell()
+    wire.finish()
+
+
+@pytest.mark.parametrize("topic", TOPICS)
 def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
@@ -306,6 +341,8 @@ def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
         batch[:-1],
         batch + b"\0",
     ]
+    garbage += [b'{"instance": "x", "boot": "00", "number": Infinity}', b"[" * 100_000, b'{"number": NaN, "boot": ""}']
+    garbage.append(Batch(bytes(8), (1 << 64) - 1, [b"x", b"y"]).encode())
     for payload in (*garbage, bytes(1 << 20), batch.replace(b"inw1", b"inw2"), Batch(bytes(8), 0, [b"x"]).encode()):
         reader.publish(f"lab/wire/core1/{topic}", payload)
     reader.publish("lab/wire/core1/frames", batch)

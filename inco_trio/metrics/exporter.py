@@ -63,7 +63,7 @@ class Boards(Collector):
                 for labels, value in family.samples:
                     told = {"proxy": name} | {key: shown(label) for key, label in labels.items()}
                     metric.add_sample(known + ("_total" if family.kind == "counter" else ""), told, float(value))
-        yield GaugeMetricFamily("inco_trio_proxies", "Proxies that were found.", value=len(names))
+        yield GaugeMetricFamily("inco_trio_proxies", "Proxies that were found.", value=len(up.samples))
         yield up
         yield from metrics.values()
 

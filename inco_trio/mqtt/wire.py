@@ -105,7 +105,7 @@ class Batch:
                 place += _LENGTH.size + length
         except struct.error as error:
             raise ValueError(str(error)) from error
-        if magic != _MAGIC or not first:
+        if magic != _MAGIC or not 0 < first < 1 << 63:
             raise ValueError("it begins otherwise")
         return cls(boot, first, frames, report)
 
@@ -228,6 +228,7 @@ class Wire:
         self._resources.callback(lambda: self._link.close(remove=self._fd_store.holder is None))
         if not self._link.refresh():
             raise self._link.missing()
+        self._is_open = True
         self._resources.callback(self.tell)
         for name, fd in (("memory", inflight.fd), ("link", self._link.fd)):
             if inherited.get(name) != fd:
@@ -238,7 +239,9 @@ class Wire:
         self._resources.close()
 
     def tell(self) -> None:
-        """Log the counters."""
+        """Log the counters; nothing if it was not open yet."""
+        if not self._is_open:
+            return
         counts = attrs.asdict(self.counts) | {"foreign": self._link.foreign}
         counts["malformed"] += self._link.malformed
         log_statistics(counts)
@@ -247,7 +250,6 @@ class Wire:
         """Carry frames until cancelled. Raises SessionTaken if another process is the same end, and as `_open`."""
         if not self._is_open:
             self._open()
-            self._is_open = True
         async with plain_nursery() as nursery:
             nursery.start_soon(self._follow_link)
             ready()
@@ -318,7 +320,7 @@ class Wire:
             nursery.start_soon(self._write_all, connection, batches)
             topics = [self._topic(self._other, what) for what in ("frames", "written", "status")]
             await connection.subscribe([*topics, self._topic(self._end, "status")])
-            await connection.publish([self._status("online")])
+            await self._publish(connection, self._status("online"))
             self._told = True
             await self._publish_all(connection)
 
@@ -338,7 +340,7 @@ class Wire:
                     await connection.publish([self._status("left")])
                     connection.publishes_will = False
                     raise SessionTaken(f"{self._broker}: another process is {self._end} too: end one of them")
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
                 self._refuse(received)
             received.acknowledge()
 
@@ -374,7 +376,7 @@ class Wire:
             progress.number(link.queue)
             while not progress.has_room:
                 self._reported = trio.Event()
-                await self._publish(connection, Batch(progress.boot, progress.following, [], report=True))
+                await self._publish_batch(connection, Batch(progress.boot, progress.following, [], report=True))
                 await self._reported.wait()
             frames = link.peek()
             if not frames:
@@ -382,28 +384,31 @@ class Wire:
                 continue
             if progress.number(link.queue):
                 continue  # A former socket had nothing more.
-            await self._publish(connection, Batch(progress.boot, progress.following, frames))
+            await self._publish_batch(connection, Batch(progress.boot, progress.following, frames))
             for _ in frames:
                 progress.taken()
                 link.dequeue()
             self.counts.published += len(frames)
 
-    async def _publish(self, connection: Connection, batch: Batch) -> None:
-        """Publish a batch, for as long as the broker refuses it or nobody is there for it."""
-        message, said = Message(self._topic(self._end, "frames"), batch.encode()), False
+    async def _publish_batch(self, connection: Connection, batch: Batch) -> None:
+        await self._publish(connection, Message(self._topic(self._end, "frames"), batch.encode()), heard=True)
+
+    async def _publish(self, connection: Connection, message: Message, *, heard: bool = False) -> None:
+        """Publish a message, for as long as the broker refuses it, or `heard` and nobody is there for it."""
+        said = False
         while True:
             changed = self._changed
-            (refused,) = await connection.publish([message], heard=True)
+            (refused,) = await connection.publish([message], heard=heard)
             if refused is None:
-                self._problems.well("frames", message.topic)
+                self._problems.well(message.topic)
                 return
             if "subscribers" in refused:
                 if not said:
                     logger.info("%s: %s has not come to this wire yet: frames wait for it", self._broker, self._other)
                 said = True
             else:
-                what = f"the broker does not take what {self._end} sends: {refused}; it waits, and is tried again"
-                self._problems.failed("frames", what, message.topic)
+                what = f"the broker refuses what is published there: {refused}; frames wait, and it is tried again"
+                self._problems.failed(message.topic, what)
             with trio.move_on_after(AGAIN):
                 await changed.wait()
 
@@ -419,7 +424,7 @@ class Wire:
                 await self._write_batch(batch)
                 if batch.report:
                     report = _json({"boot": batch.boot.hex(), "number": self._progress.written(batch.boot)})
-                    await connection.publish([Message(self._topic(self._end, "written"), report)])
+                    await self._publish(connection, Message(self._topic(self._end, "written"), report))
             received.acknowledge()
 
     async def _write_batch(self, batch: Batch) -> None:
