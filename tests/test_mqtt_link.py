@@ -152,6 +152,17 @@ def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
     assert bench.cores[1].receive() == frame(1)
 
 
+def test_a_question_that_nobody_got_is_asked_again(bench: Bench) -> None:
+    """Not every broker says that nobody has subscribed: here somebody else has."""
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    bench.wire(0)
+    assert reader.next(lambda told: told.topic == "lab/wire/core0/frames").payload.startswith(b"inw1")
+    bench.cores[0].send(frame(1))
+    bench.wire(1)
+    assert bench.cores[1].receive() == frame(1)
+
+
 def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
     _, away = bench.joined()
     bench.cores[0].send(LAST)

@@ -353,6 +353,7 @@ class Wire:
         if is_there is not self._other_is_there:
             self._other_is_there = is_there
             logger.info("%s: the other end, %s, is %s", self._broker, self._other, "there" if is_there else "away")
+            self._reported.set()  # Not every broker says that nobody was there for a question: it is asked again.
         self._change()
 
     def _is_taken(self, instance: str, state: str) -> bool:
