@@ -114,7 +114,7 @@ def test_man_pages_and_completions_are_where_tools_look(tmp_path: Path) -> None:
     ):
         assert "inco-trio" in (share / path).read_text()
     usage = run(tmp_path, "inco-trio", "--help")
-    commands = re.findall(r"^    ([a-z]\w*)(?:  |$)", usage, re.MULTILINE)
+    commands = re.findall(r"^    ([a-z][\w-]*)(?:  |$)", usage, re.MULTILINE)
     assert "run" in commands
     pages = {"inco-trio.1", "inco_proxy.1", *(f"inco-trio-{command}.1" for command in commands)}
     assert {page.name for page in (share / "man/man1").glob("inco*")} == pages
