@@ -16,13 +16,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import trio
 
 from inco_trio.commands.mqtt_link import wire_label
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.keep.fdstore import NoFdStore
 from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.links.names import Names
 from inco_trio.mqtt.configuration import parse_broker
-from inco_trio.mqtt.wire import WINDOW, Batch, Wire
+from inco_trio.mqtt.wire import WINDOW, Batch, Wire, _open_link
 from netns.fixtures import DEADLINE, Consumer, Proxy
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
@@ -302,6 +304,35 @@ def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
     assert counters(wire, 1)["published"] == 1
+
+
+def test_a_gap_is_counted_and_said(bench: Bench) -> None:
+    reader = Reader(bench.broker)
+    bench.stack.callback(reader.close)
+    wire = bench.wire(0)
+    reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
+    for first in (1, 5):
+        reader.publish("lab/wire/core1/frames", Batch(bytes(8), first, [frame(first)]).encode())
+        assert bench.cores[0].receive() == frame(first)
+    wire.wait_log("3 frames of core1 that it had acknowledged never came")
+    assert counters(wire)["missed"] == 3
+
+
+def test_a_held_socket_of_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
+    assert isinstance(address, UnixAddress)
+
+    async def main() -> None:
+        names = Names()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(f"{tmp_path}/other")
+            link = _open_link(address, os.dup(other.fileno()), memoryview(bytearray(16)), names)
+        assert link.refresh()
+        link.close(remove=True)
+        names.close()
+
+    trio.run(main)
+    assert "the socket that was held is another one's" in caplog.text
 
 
 @pytest.mark.parametrize("topic", TOPICS)
