@@ -20,8 +20,8 @@ os.environ["COLUMNS"] = "100"  # of the help texts
 
 from docs.fields import table
 from inco_trio import config
-from inco_trio.boards import BoardFile
-from inco_trio.commands.line import COMMANDS, drop_in_parser, parser
+from inco_trio.board_files import BoardFile
+from inco_trio.cli.parser import COMMANDS, drop_in_parser, parser
 from inco_trio.mqtt.configuration import Credentials, GatewayConfig
 from inco_trio.signals import BUILTIN
 

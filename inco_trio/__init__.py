@@ -8,7 +8,7 @@ As a library::
             async for event in events:
                 print(event.signal.name)
 
-The command line is `inco_trio.commands`; asyncio callbacks are in `inco_trio.aio`.
+The command line is `inco_trio.cli`; asyncio callbacks are in `inco_trio.aio`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
-    from inco_trio.core1 import Arrival, Core1
+    from inco_trio.cores.core1 import Arrival, Core1
     from inco_trio.errors import (
         ClosedError,
         ConfigError,
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
         UnknownSignal,
         UsageError,
     )
-    from inco_trio.events import Notification
-    from inco_trio.proxies import Proxies, open_proxies
-    from inco_trio.proxy import Proxy, open_proxy, serve
+    from inco_trio.notifications import Notification
+    from inco_trio.proxy.fleet import Proxies, open_proxies
+    from inco_trio.proxy.proxy import Proxy, open_proxy, serve
     from inco_trio.signals import Direction, Signal, builtin_signals
     from inco_trio.stats import Stats
     from inco_trio.status import Status
@@ -65,7 +65,7 @@ __all__ = [
 # Imported when they are first used (PEP 562): `inco-trio check` needs no Trio.
 _PLACES = {
     "config": ("Board", "Config", "read_board"),
-    "core1": ("Arrival", "Core1"),
+    "cores.core1": ("Arrival", "Core1"),
     "errors": (
         "ClosedError",
         "ConfigError",
@@ -76,9 +76,9 @@ _PLACES = {
         "UnknownSignal",
         "UsageError",
     ),
-    "proxies": ("Proxies", "open_proxies"),
-    "events": ("Notification",),
-    "proxy": ("Proxy", "open_proxy", "serve"),
+    "proxy.fleet": ("Proxies", "open_proxies"),
+    "notifications": ("Notification",),
+    "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
     "stats": ("Stats",),
     "status": ("Status",),

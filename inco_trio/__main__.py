@@ -2,7 +2,7 @@
 
 import sys
 
-from inco_trio.commands import main
+from inco_trio.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

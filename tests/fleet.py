@@ -27,7 +27,7 @@ from typing import Any
 import attrs
 
 from inco_trio.frame import encode
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from netns.fixtures import Proxy
 from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from inco_trio.keep.inflight import Inflight
-from inco_trio.registers import inotify as ino
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event, Inotify, parse_events
+from inco_trio.persist.inflight import Inflight
 from inco_trio.registers.directories import EMPTIED
-from inco_trio.registers.inotify import Event, Inotify, parse_events
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.registers.triggers import RETIREMENT, Triggered

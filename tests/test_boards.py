@@ -17,12 +17,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from inco_trio.boards import read_boards, refuse_shared
+from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError
 from inco_trio.frame import decode, encode
-from inco_trio.keep.inflight import Inflight
-from inco_trio.proxies import Proxies, open_proxies
+from inco_trio.persist.inflight import Inflight
+from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.fixtures import DEADLINE
@@ -281,7 +281,7 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     peers = {name: place.peer(name) for name in ("a", "b")}
-    monkeypatch.setattr("inco_trio.proxies.PAUSE", 0.01)
+    monkeypatch.setattr("inco_trio.proxy.fleet.PAUSE", 0.01)
     async with open_proxies(place.configs("a", "b")) as proxies:
         broken, fine = proxies["a"], proxies["b"]
 
@@ -493,7 +493,7 @@ async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(pla
 
 @in_trio
 async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    from inco_trio.supervise import board_name
+    from inco_trio.proxy.supervise import board_name
 
     seen: list[str] = []
 

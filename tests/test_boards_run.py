@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands.configuration import boards_label
+from inco_trio.cli.options import boards_label
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE, Proxy

@@ -15,7 +15,7 @@ import trio
 
 from inco_trio import Config, Core1, Proxy, builtin_signals, open_proxy
 from inco_trio.frame import decode, encode
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, Inotify, parse_events
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, Inotify, parse_events
 
 RESET, NOTIFY = "ihub_reset_irq", "redun_notify_irq"
 

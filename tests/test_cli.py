@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import check, inco_proxy, main, process_signals
-from inco_trio.commands.line import COMMANDS
+from inco_trio.cli import check, inco_proxy, main, process_signals
+from inco_trio.cli.parser import COMMANDS
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -261,23 +261,23 @@ print(sorted(inco_trio.__all__) == inco_trio.__all__)
 
 IMPORTED = """
 import sys
-from inco_trio.commands import main
+from inco_trio.cli import main
 try:
     main(sys.argv[1:])
 finally:
     print(*sorted(sys.modules), file=sys.stderr)
 """
 
-NEVER = {"asyncio", "pyroute2", "trio_asyncio", "inco_trio.aio", "inco_trio.commands.demo", "inco_trio.simulation"}
-NOT_FOR_RUN = {"cattrs", "email", "importlib.metadata", "inco_trio.commands.check", "inco_trio.commands.s6"}
-NOT_FOR_OTHERS = {"inco_trio.commands.daemon", "inco_trio.proxy", "inco_trio.registers", "pyinotify", "trio"}
+NEVER = {"asyncio", "pyroute2", "trio_asyncio", "inco_trio.aio", "inco_trio.cli.demo", "inco_trio.simulation"}
+NOT_FOR_RUN = {"cattrs", "email", "importlib.metadata", "inco_trio.cli.check", "inco_trio.cli.s6"}
+NOT_FOR_OTHERS = {"inco_trio.cli.daemon", "inco_trio.proxy.proxy", "inco_trio.registers", "pyinotify", "trio"}
 
 
 @pytest.mark.parametrize(
     ("command", "unwanted"),
     [
-        (["--version"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
-        (["--help"], NOT_FOR_OTHERS | NEVER - {"inco_trio.commands.demo"}),
+        (["--version"], NOT_FOR_OTHERS | NEVER - {"inco_trio.cli.demo"}),
+        (["--help"], NOT_FOR_OTHERS | NEVER - {"inco_trio.cli.demo"}),
         (["check", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"inco_trio.service.scandir"}),
         (["s6", "--systemd", "--config", str(SAMPLE)], NOT_FOR_OTHERS | NEVER | {"cattrs"}),
         (
@@ -295,7 +295,7 @@ NOT_FOR_OTHERS = {"inco_trio.commands.daemon", "inco_trio.proxy", "inco_trio.reg
 def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[str]) -> None:
     done = finished(sys.executable, "-c", IMPORTED, *command)
     imported = set(done.stderr.splitlines()[-1].split())
-    assert "inco_trio.commands.line" in imported
+    assert "inco_trio.cli.parser" in imported
     assert imported & unwanted == set()
 
 

@@ -21,7 +21,7 @@ from inco_trio.control import place
 from inco_trio.control.monitors import AHEAD, WAITING_MAX
 from inco_trio.control.server import CLIENTS_MAX, LINE_MAX
 from inco_trio.frame import decode, encode
-from inco_trio.keep.history import KEPT
+from inco_trio.persist.history import KEPT
 from netns.fixtures import DEADLINE, Proxy
 from tests.core1 import Here
 from tests.support_control import FRAME, MAC, Board, Client

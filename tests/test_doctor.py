@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import main
-from inco_trio.commands.doctor import EXITS
+from inco_trio.cli import main
+from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, registers
 from inco_trio.doctor.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.doctor.proxies import Users
 from inco_trio.doctor.result import Level, Result, permit
 from inco_trio.links.address import UnixAddress, parse_address
-from inco_trio.links.rtnetlink import Interface
+from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.signals import builtin_signals
 from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
@@ -130,7 +130,7 @@ def test_no_proc(tmp_path: Path) -> None:
         ("inco_proxy l0", True),
         ("python3 /usr/bin/inco_proxy l0", True),
         ("python3 /usr/bin/inco-trio doctor l0", False),
-        ("vim inco_trio/commands/run.py", False),
+        ("vim inco_trio/cli/run.py", False),
         ("grep -r inco_trio inco_proxy", False),
         ("", False),
     ],

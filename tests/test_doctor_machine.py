@@ -18,7 +18,7 @@ import pytest
 
 from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
-from inco_trio.links.rtnetlink import RTMGRP_LINK, Rtnetlink
+from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import DEADLINE, Proxy, StartProxy
 from tests.faults.supervised import Service, main_process, write_scandir

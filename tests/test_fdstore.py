@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from inco_trio.errors import ResourceRefused, UsageError
-from inco_trio.keep.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
+from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
 from inco_trio.service.scandir import link_service, write_scandir
 
 DEADLINE = 20.0
@@ -24,7 +24,7 @@ PREFIX = "inco-trio/a/"
 
 PROBE = """
 import json, os, sys
-from inco_trio.keep.fdstore import fd_store_from_environment
+from inco_trio.persist.fdstore import fd_store_from_environment
 
 holder = fd_store_from_environment(sys.argv[1] or None, "a")
 links = []
@@ -202,7 +202,7 @@ class TestS6:
         code = f"""
 import os
 from inco_trio.errors import ResourceRefused
-from inco_trio.keep.fdstore import S6FdStore
+from inco_trio.persist.fdstore import S6FdStore
 
 if {account is not None}:
     os.setgroups([])

@@ -12,10 +12,10 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import ClosedError
-from inco_trio.handoff import Batch, Handoff
-from inco_trio.keep.inflight import Bank, Inflight
+from inco_trio.persist.inflight import Bank, Inflight
+from inco_trio.proxy.handoff import Batch, Handoff
+from inco_trio.proxy.supervise import Health
 from inco_trio.signals import Signal, builtin_signals
-from inco_trio.supervise import Health
 
 RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 

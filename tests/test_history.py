@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from inco_trio.control.monitors import Event, Follower
-from inco_trio.keep import history as room
-from inco_trio.keep.history import History
-from inco_trio.keep.inflight import SIZE, SIZE_BEFORE, Inflight
+from inco_trio.persist import history as room
+from inco_trio.persist.history import History
+from inco_trio.persist.inflight import SIZE, SIZE_BEFORE, Inflight
 from inco_trio.signals import Direction, Signal
 
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]

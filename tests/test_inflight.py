@@ -13,15 +13,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inco_trio.keep.inflight import EVENT_BANK, FRAME_MAX, FRAME_STEP, FRAMES, MAGIC, SHORT, SIZE, Inflight, frames_in
-from inco_trio.registers.inotify import Event, parse_events
+from inco_trio.linux.inotify import Event, parse_events
+from inco_trio.persist.inflight import (
+    EVENT_BANK,
+    FRAME_MAX,
+    FRAME_STEP,
+    FRAMES,
+    MAGIC,
+    SHORT,
+    SIZE,
+    Inflight,
+    frames_in,
+)
 
 NAMES = [b"first", b"second", b"third"]
 EVENT = (5).to_bytes(4, "little") + (8).to_bytes(4, "little") + bytes(8)
 
 KILLED = """
 import os, sys
-from inco_trio.keep.inflight import FRAME_STEP, Inflight
+from inco_trio.persist.inflight import FRAME_STEP, Inflight
 
 memory = Inflight.open(int(sys.argv[1]))
 assert memory.inherited

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inco_trio.registers.inotify import (
+from inco_trio.linux.inotify import (
     IN_CLOSE_WRITE,
     IN_CREATE,
     IN_IGNORED,
@@ -218,7 +218,7 @@ def test_no_room_for_a_descriptor() -> None:
 def test_limits_are_named(limit: str, reason: str) -> None:
     script = f"""
 from pathlib import Path
-from inco_trio.registers.inotify import IN_CREATE, Inotify
+from inco_trio.linux.inotify import IN_CREATE, Inotify
 from inco_trio.simulation.world import new_user_namespace
 
 new_user_namespace()

@@ -19,7 +19,7 @@ from trio.testing import wait_all_tasks_blocked
 from inco_trio.errors import PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
-from inco_trio.links.rtnetlink import Rtnetlink
+from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability

@@ -16,7 +16,7 @@ import pytest
 
 from docs.manual.generated import COMPLETION, MAN, ROOT, generate, stale
 from docs.manual.page import drop_in_page
-from inco_trio.commands.line import COMMANDS
+from inco_trio.cli.parser import COMMANDS
 from inco_trio.signals import builtin_signals
 
 REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m docs.manual`), and commit"

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from inco_trio.commands.mqtt_link import wire_label
+from inco_trio.cli.mqtt_link import wire_label
 from inco_trio.frame import FRAME_MAX, encode
-from inco_trio.keep.fdstore import NoFdStore
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.names import Names
+from inco_trio.mqtt.bridge import WINDOW, Batch, Wire, _open_link
 from inco_trio.mqtt.configuration import parse_broker
-from inco_trio.mqtt.wire import WINDOW, Batch, Wire, _open_link
+from inco_trio.persist.fdstore import NoFdStore
 from netns.fixtures import DEADLINE, Consumer, Proxy
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process

@@ -14,16 +14,16 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from inco_trio.handoff import Handoff
-from inco_trio.keep.inflight import Inflight
 from inco_trio.links.link import Link, LinkDown
-from inco_trio.outbound import Outbound
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import _EVENT, Inotify, parse_events
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import _EVENT, Inotify, parse_events
+from inco_trio.persist.inflight import Inflight
+from inco_trio.proxy.handoff import Handoff
+from inco_trio.proxy.outbound import Outbound
+from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters
-from inco_trio.supervise import Health
 
 
 class FakeLink:

@@ -26,7 +26,7 @@ SECOND = 10**9
 
 
 def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"{code}\nfrom inco_trio.commands import main; import sys; sys.exit(main())"]
+    command = [sys.executable, "-c", f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"]
     whole = [*command, "plot", *map(str, words)]
     environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
     return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
@@ -341,8 +341,8 @@ def test_an_empty_recording(tmp_path: Path) -> None:
 
 
 def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import inco_trio.commands.plot as plot; plot.SHOWN = -1.0; plot.OFTEN = 1"
-    start = f"{code}\nfrom inco_trio.commands import main; import sys; sys.exit(main())"
+    code = "import inco_trio.cli.plot as plot; plot.SHOWN = -1.0; plot.OFTEN = 1"
+    start = f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"
     master, slave = pty.openpty()
     command = [sys.executable, "-c", start, "plot", str(night), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave) as process:

@@ -19,7 +19,7 @@ STOPS = [signal.SIGTERM, signal.SIGINT]
 
 AT_IMPORT = """
 import os, signal, sys
-from inco_trio.commands import main
+from inco_trio.cli import main
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
@@ -34,7 +34,7 @@ sys.exit(main(sys.argv[3:]))
 
 AT_CALL = """
 import importlib, os, signal, sys
-from inco_trio.commands import main
+from inco_trio.cli import main
 
 module, _, name = sys.argv[1].partition(":")
 owner = importlib.import_module(module)
@@ -53,7 +53,7 @@ sys.exit(main(sys.argv[3:]))
 
 AT_THE_END = """
 import os, signal, sys
-from inco_trio.commands import main
+from inco_trio.cli import main
 
 class Last:
     def __del__(self, kill=os.kill, me=os.getpid()):
@@ -81,7 +81,7 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
 @pytest.mark.parametrize(
-    "module", ["argparse", "inco_trio.errors", "inco_trio.commands.run", "trio", "inco_trio.proxy", "inco_trio.stats"]
+    "module", ["argparse", "inco_trio.errors", "inco_trio.cli.run", "trio", "inco_trio.proxy.proxy", "inco_trio.stats"]
 )
 def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     assert run(AT_IMPORT, module, numbers, "none0", "--irq-dir", tmp_path / "irq") == (
@@ -92,7 +92,7 @@ def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Sig
 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
-@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "inco_trio.commands.daemon:_serve"])
+@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "inco_trio.cli.daemon:_serve"])
 def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
     code, said = run(AT_CALL, place, numbers, "none0", "--config", udrv)
@@ -132,7 +132,7 @@ def test_other_commands_are_interrupted_as_any_program() -> None:
     # Whoever runs the tests in the background may have had SIGINT ignored.
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = heeded + AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
-    assert run(script, "inco_trio.commands.check", [signal.SIGINT]) == (-signal.SIGINT, "")
+    assert run(script, "inco_trio.cli.check", [signal.SIGINT]) == (-signal.SIGINT, "")
 
 
 # ------------------------------------------------------------------------------------------------------- while it runs
@@ -140,7 +140,7 @@ def test_other_commands_are_interrupted_as_any_program() -> None:
 
 IN_CORE = """
 import os, signal, sys
-from inco_trio.commands import daemon, main
+from inco_trio.cli import daemon, main
 
 def signal_at(name, number):
     called = getattr(daemon, name)
@@ -225,15 +225,15 @@ def test_a_reload_of_what_is_no_file_is_refused(proxy: StartProxy, irq_dir: Path
 HANGING = """
 import sys
 import trio
-import inco_trio.proxy
-from inco_trio.commands import main
+import inco_trio.proxy.proxy
+from inco_trio.cli import main
 
 async def reload(self, config):
     sys.stderr.write("hanging\\n")
     sys.stderr.flush()
     await trio.sleep_forever()
 
-inco_trio.proxy.Proxy.reload = reload
+inco_trio.proxy.proxy.Proxy.reload = reload
 sys.exit(main(sys.argv[1:]))
 """
 """As a reload does that hands over to a link that is down."""

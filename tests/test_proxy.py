@@ -40,8 +40,8 @@ from inco_trio import (
     serve,
 )
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
-from inco_trio.keep.inflight import FRAME_STEP, Inflight
 from inco_trio.links.packet import PacketLink
+from inco_trio.persist.inflight import FRAME_STEP, Inflight
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
@@ -675,7 +675,7 @@ def test_the_limit_of_inotify_is_named(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from inco_trio.commands import main
+from inco_trio.cli import main
 from inco_trio.simulation.world import new_user_namespace
 
 new_user_namespace()
@@ -693,7 +693,7 @@ def test_an_internal_error_is_logged_whole(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
 import inco_trio.links.packet
-from inco_trio.commands import main
+from inco_trio.cli import main
 
 def broken(self):
     raise RuntimeError("put in by the test")
@@ -1247,7 +1247,7 @@ def test_nothing_holds_the_loop(
             state.unlink()
             state.mkdir()
             proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 50_000)
-            monkeypatch.setattr("inco_trio.supervise.TURN", 0.0)
+            monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
             nursery.start_soon(others)
             state.rmdir()
             while proxy.stats.delivered < 50_000:

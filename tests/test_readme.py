@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands.line import COMMANDS
+from inco_trio.cli.parser import COMMANDS
 from inco_trio.errors import ConfigError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
 from inco_trio.frame import decode
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
 from tests.faults.supervised import wait_path

@@ -20,11 +20,11 @@ from trio.testing import wait_all_tasks_blocked
 from inco_trio.config import Config
 from inco_trio.errors import ConfigError
 from inco_trio.frame import decode, encode
-from inco_trio.keep.inflight import FRAME_STEP, Bank, Inflight, frames_in
-from inco_trio.outbound import Outbound
-from inco_trio.proxy import Proxy, open_proxy
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Inotify, parse_events
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Inotify, parse_events
+from inco_trio.persist.inflight import FRAME_STEP, Bank, Inflight, frames_in
+from inco_trio.proxy.outbound import Outbound
+from inco_trio.proxy.proxy import Proxy, open_proxy
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered

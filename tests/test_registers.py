@@ -17,9 +17,9 @@ import attrs
 import pytest
 
 from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
-from inco_trio.registers import inotify as ino
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
-from inco_trio.registers.inotify import Event, Inotify, parse_events
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Counters

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Event, Inotify, parse_events
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.registers.triggers import RETIREMENT
 from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World

@@ -29,7 +29,7 @@ DEADLINE = 20.0
 
 STANDIN = """
 import os, signal, socket, sys
-from inco_trio.keep.fdstore import fd_store_from_environment
+from inco_trio.persist.fdstore import fd_store_from_environment
 from inco_trio.service.notify import check_notification_fd, notify_ready
 
 run, interface, _, config, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]

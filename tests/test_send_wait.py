@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.commands import send as send_command
-from inco_trio.commands.send import _Schedule
-from inco_trio.commands.signalling import alone
+from inco_trio.cli import send as send_command
+from inco_trio.cli.send import _Schedule
+from inco_trio.cli.signalling import alone
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import DEADLINE, Proxy, StartProxy
@@ -585,7 +585,7 @@ def test_what_the_command_started_is_ended_with_it(tmp_path: Path) -> None:
 def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:
     (tmp_path / "message_5_state").touch()
     # /bin/sh is there and can be run: only the limit of processes, or this, keeps it from that.
-    code = "import sys; sys.argv[-1] = chr(0); from inco_trio.commands import main; sys.exit(main())"
+    code = "import sys; sys.argv[-1] = chr(0); from inco_trio.cli import main; sys.exit(main())"
     words = ["wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "--after", "x"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=DEADLINE, check=False
@@ -680,5 +680,5 @@ def test_a_tool_of_a_shell_starts_without_trio(tmp_path: Path) -> None:
             capture_output=True, text=True, timeout=DEADLINE, check=False,
         )  # fmt: skip
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        assert "inco_trio.commands.signalling" in imported
+        assert "inco_trio.cli.signalling" in imported
         assert "trio" not in imported

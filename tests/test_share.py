@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import ResourceRefused
-from inco_trio.keep.bundle import Bundle
-from inco_trio.keep.inflight import OVERFLOW, PAGE, EventQueue, Inflight
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Event, parse_events
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event, parse_events
+from inco_trio.persist.bundle import Bundle
+from inco_trio.persist.inflight import OVERFLOW, PAGE, EventQueue, Inflight
 from inco_trio.registers.share import GENERATION, Share, SharedInotify
 from tests.support_proxy import Cupboard
 

@@ -22,13 +22,13 @@ from pathlib import Path
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from inco_trio.commands.monitor import _Lines
-from inco_trio.commands.status import _board_lines, _duration
+from inco_trio.cli.monitor import _Lines
+from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect
-from inco_trio.control.openmetrics import openmetrics
 from inco_trio.errors import ControlMissing, ResourceRefused
 from inco_trio.frame import encode
+from inco_trio.metrics.openmetrics import openmetrics
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE, StartProxy
 from tests.support_control import COMMAND, MAC, Board, Client, Running
@@ -205,7 +205,7 @@ def test_colours_on_a_terminal(board: Board) -> None:
     assert COLOUR in on_a_terminal(*COMMAND, *status)
     assert COLOUR not in on_a_terminal(*COMMAND, *status, NO_COLOR="1")
     assert b"\x1b" not in run(*status).stdout.encode()
-    hidden = "import sys; sys.modules['rich'] = None; from inco_trio.commands import main; sys.exit(main())"
+    hidden = "import sys; sys.modules['rich'] = None; from inco_trio.cli import main; sys.exit(main())"
     plain = on_a_terminal(sys.executable, "-c", hidden, *status)
     assert b"\x1b" not in plain
     assert b": up, open since" in plain

@@ -17,8 +17,8 @@ RUN = [sys.executable, "-m", "inco_trio"]
 DROP_IN = Path(sys.executable).with_name("inco_proxy")
 
 INTERNAL = """
-import inco_trio.commands.check as check
-from inco_trio.commands import main
+import inco_trio.cli.check as check
+from inco_trio.cli import main
 
 def run(args):
     raise ZeroDivisionError

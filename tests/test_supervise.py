@@ -12,8 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from inco_trio.proxy.supervise import TRANSIENT, Backoff, Health, supervise
 from inco_trio.stats import Counters
-from inco_trio.supervise import TRANSIENT, Backoff, Health, supervise
 
 Leg = Callable[[Health], Awaitable[None]]
 

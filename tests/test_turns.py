@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from inco_trio.events import Events
 from inco_trio.frame import encode
-from inco_trio.handoff import Handoff
-from inco_trio.inbound import Inbound
-from inco_trio.keep.history import History
-from inco_trio.keep.inflight import FRAMES, Inflight
-from inco_trio.registers.inotify import Inotify
+from inco_trio.linux.inotify import Inotify
+from inco_trio.notifications import Events
+from inco_trio.persist.history import History
+from inco_trio.persist.inflight import FRAMES, Inflight
+from inco_trio.proxy.handoff import Handoff
+from inco_trio.proxy.inbound import Inbound
+from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import SignalTable, builtin_signals
 from inco_trio.stats import Counters
-from inco_trio.supervise import Health
 
 FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from docs.manual.completion import complete
 from docs.manual.page import command_pages, drop_in_page
-from inco_trio.commands.line import drop_in_parser, parser
+from inco_trio.cli.parser import drop_in_parser, parser
 
 __all__ = ["COMPLETION", "MAN", "ROOT", "generate", "stale"]
 

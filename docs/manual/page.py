@@ -11,7 +11,7 @@ import re
 import textwrap
 from collections.abc import Sequence
 
-from inco_trio.commands.line import COMMANDS, EXIT_CODES
+from inco_trio.cli.parser import COMMANDS, EXIT_CODES
 
 __all__ = ["command_pages", "drop_in_page"]
 

@@ -18,9 +18,9 @@ import attrs
 import trio
 
 from inco_trio.capture.recording import Mark, Recording
-from inco_trio.core1 import Core1
+from inco_trio.cores.core1 import Core1
 from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.signals import Direction, SignalTable
 
 __all__ = ["Applications", "Played", "Side", "applications", "core1", "play"]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import attrs
 import trio
 
-from inco_trio.keep.history import History, Merged, Record
+from inco_trio.persist.history import History, Merged, Record
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["Event", "Follower", "Monitor"]

@@ -21,10 +21,10 @@ import trio
 
 from inco_trio.control.monitors import Event, Follower, Monitor
 from inco_trio.errors import ClosedError, UnknownSignal
-from inco_trio.keep.history import History
-from inco_trio.proxy import Proxy
+from inco_trio.persist.history import History
+from inco_trio.proxy.proxy import Proxy
+from inco_trio.proxy.supervise import TRANSIENT, Problems, board_name
 from inco_trio.signals import Direction, Signal
-from inco_trio.supervise import TRANSIENT, Problems, board_name
 
 if TYPE_CHECKING:
     from inco_trio.status import Status

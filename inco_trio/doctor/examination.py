@@ -12,7 +12,7 @@ from inco_trio.doctor.proxies import Users
 from inco_trio.doctor.result import Result, fail
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
-from inco_trio.links.netns import inside
+from inco_trio.linux.netns import inside
 from inco_trio.signals import Signal
 
 __all__ = ["examine"]

@@ -14,7 +14,7 @@ from inco_trio.doctor.processes import read
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
-from inco_trio.links.rtnetlink import Interface, Rtnetlink
+from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 
 __all__ = ["bound", "interface", "order", "peer", "socket_path", "state"]
 

@@ -105,7 +105,7 @@ def _opening_is_reported(path: Path) -> bool:
     """Whether an inotify descriptor is told that a directory is opened. Raises OSError."""
     import pyinotify
 
-    from inco_trio.registers.inotify import Inotify, parse_events
+    from inco_trio.linux.inotify import Inotify, parse_events
 
     inotify = Inotify()
     try:

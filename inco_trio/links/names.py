@@ -12,8 +12,8 @@ from pathlib import Path
 import attrs
 import trio
 
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Inotify, parse_events
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Inotify, parse_events
 
 __all__ = ["Names", "Watched"]
 

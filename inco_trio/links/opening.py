@@ -64,8 +64,8 @@ def open_link(
         link = UnixLink.take(address, held, note, names)
         return (link, None) if link.fits else (UnixLink.open(address, note, names), link)
 
-    from inco_trio.links.netns import belongs_to, inside
     from inco_trio.links.packet import PacketLink
+    from inco_trio.linux.netns import belongs_to, inside
 
     with inside(netns, address.name):
         if held is None:

@@ -21,7 +21,7 @@ import trio
 from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.link import LinkDown
-from inco_trio.links.rtnetlink import Rtnetlink
+from inco_trio.linux.rtnetlink import Rtnetlink
 
 __all__ = ["PacketLink", "attach_filter", "program"]
 

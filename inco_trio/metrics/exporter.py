@@ -15,9 +15,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from inco_trio.control.client import Client, sockets
-from inco_trio.control.openmetrics import Family, families, shown
 from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
-from inco_trio.supervise import Problems
+from inco_trio.metrics.openmetrics import Family, families, shown
+from inco_trio.proxy.supervise import Problems
 
 __all__ = ["Boards", "serve"]
 

@@ -25,7 +25,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from inco_trio.errors import IncoError, PermissionRefused
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.supervise import Backoff
+from inco_trio.proxy.supervise import Backoff
 
 if TYPE_CHECKING:
     from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage

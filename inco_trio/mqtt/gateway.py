@@ -23,7 +23,7 @@ import trio
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
 from inco_trio.errors import ControlMissing, IncoError
-from inco_trio.mqtt.boards import Board, Source
+from inco_trio.mqtt.backlog import Board, Source
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import (
     BrokerBackoff,
@@ -35,7 +35,7 @@ from inco_trio.mqtt.connection import (
     open_connection,
 )
 from inco_trio.mqtt.topics import Topics
-from inco_trio.supervise import Problems, plain_nursery
+from inco_trio.proxy.supervise import Problems, plain_nursery
 
 __all__ = ["Gateway"]
 

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.keep.inflight import NumberTable
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Watcher
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Watcher
+from inco_trio.persist.inflight import NumberTable
+from inco_trio.proxy.supervise import Backoff, Problems
 from inco_trio.registers.refusals import Unfit
-from inco_trio.supervise import Backoff, Problems
 
 __all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "temporary_name", "watch_key"]
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import trio
 
 from inco_trio.errors import ConfigError
-from inco_trio.keep.inflight import Inflight
+from inco_trio.linux.inotify import Watcher
+from inco_trio.persist.inflight import Inflight
+from inco_trio.proxy.supervise import Problems, in_turns
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
-from inco_trio.registers.inotify import Watcher
 from inco_trio.registers.refusals import Unfit, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters
-from inco_trio.supervise import Problems, in_turns
 
 __all__ = ["Registers"]
 

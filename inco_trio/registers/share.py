@@ -17,10 +17,10 @@ from collections.abc import Callable
 import attrs
 import trio
 
-from inco_trio.keep.inflight import Bank, EventQueue, Inflight
-from inco_trio.registers import inotify as ino
-from inco_trio.registers.inotify import Inotify, parse_events
-from inco_trio.supervise import Health
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Inotify, parse_events
+from inco_trio.persist.inflight import Bank, EventQueue, Inflight
+from inco_trio.proxy.supervise import Health
 
 __all__ = ["GENERATION", "Share", "SharedInotify"]
 

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
-from inco_trio.keep.inflight import NumberTable
+from inco_trio.persist.inflight import NumberTable
+from inco_trio.proxy.supervise import Problems
 from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
-from inco_trio.supervise import Problems
 
 __all__ = ["StateFile", "StateFiles"]
 

@@ -23,14 +23,14 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.keep.inflight import NumberTable
-from inco_trio.registers import inotify as ino
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.inotify import Event, Watcher
+from inco_trio.persist.inflight import NumberTable
+from inco_trio.proxy.supervise import Problems
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, temporary_name, watch_key
-from inco_trio.registers.inotify import Event, Watcher
 from inco_trio.registers.refusals import Unfit
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
-from inco_trio.supervise import Problems
 
 __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
 

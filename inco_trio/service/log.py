@@ -18,8 +18,8 @@ import time
 
 import attrs
 
+from inco_trio.proxy.supervise import board_name
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
-from inco_trio.supervise import board_name
 
 __all__ = ["log_statistics", "set_up_logging"]
 

@@ -31,7 +31,7 @@ import attrs
 
 from inco_trio.errors import IncoError, ResourceRefused, UsageError
 from inco_trio.frame import decode
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify, parse_events
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 from inco_trio.simulation.guest import Guest, Wait
 from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from inco_trio.errors import IncoError
-from inco_trio.registers.inotify import IN_MODIFY, Inotify
+from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.simulation.world import Namespace
 
 __all__ = [

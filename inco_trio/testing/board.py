@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import attrs
 import trio
 
+from inco_trio.cores.port import Port, open_port
 from inco_trio.errors import IncoError, LinkMissing, UsageError
 from inco_trio.frame import decode
-from inco_trio.links.port import Port, open_port
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import Cores, two_cores
@@ -25,8 +25,8 @@ from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults
 from inco_trio.testing.history import Happening, History
 from inco_trio.testing.layout import Layout, make_layout
+from inco_trio.testing.lossy_wire import Lane
 from inco_trio.testing.report import record, side_by_side
-from inco_trio.testing.wire import Lane
 
 __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "open_board", "open_boards"]
 

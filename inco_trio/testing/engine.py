@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.errors import IncoError, ResourceRefused
 from inco_trio.links.opening import Surroundings
-from inco_trio.registers.inotify import (
+from inco_trio.linux.inotify import (
     IN_CLOSE_WRITE,
     IN_CREATE,
     IN_DELETE_SELF,

@@ -44,7 +44,7 @@ def main() -> int:
         "LISTEN_FDS": str(len(fds)),
         "LISTEN_FDNAMES": ":".join(settings["names"]),
     }
-    from inco_trio.commands import main as inco_trio
+    from inco_trio.cli import main as inco_trio
 
     return inco_trio()
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from inco_trio.frame import encode
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, Inotify
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, wake_ups
@@ -30,7 +30,7 @@ GAP = 0.0005
 """Seconds between two notifications of a closed loop."""
 FLOOD_RATE = 50_000
 WITHIN = 60.0
-IMPORTS = "import inco_trio.commands.daemon, inco_trio.commands.boards"
+IMPORTS = "import inco_trio.cli.daemon, inco_trio.cli.boards"
 PROCESSES = 10
 """Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
 

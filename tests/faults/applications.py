@@ -23,7 +23,7 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.registers.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.simulation.world import Peer
 from tests.faults.supervised import DEADLINE, wait_path
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from inco_trio.registers.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
+from inco_trio.linux.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
 from inco_trio.simulation.world import Namespace
 
 __all__ = [

@@ -70,7 +70,7 @@ print(json.dumps({**found, **points}))
         "License-Expression": ["MIT"],
         "License-File": ["LICENSE"],
         "Requires-Python": [">=3.11"],
-        "console_scripts": {"inco-trio": "inco_trio.commands:main", "inco_proxy": "inco_trio.commands:inco_proxy"},
+        "console_scripts": {"inco-trio": "inco_trio.cli:main", "inco_proxy": "inco_trio.cli:inco_proxy"},
         "pytest11": {"inco_trio": "inco_trio.testing.plugin"},
     }
 

@@ -1,0 +1,104 @@
+"""`inco-trio check`: validates a configuration and prints its signal table, or the boards of a directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import attrs
+
+from inco_trio.cli.options import (
+    BOARDS_HELP,
+    LINK_HELP,
+    absolute,
+    boards_directory,
+    check_link,
+    config_path,
+    configuration_argument,
+)
+from inco_trio.cli.streams import say
+from inco_trio.config import read_board
+from inco_trio.errors import ConfigError, UsageError
+from inco_trio.links.address import parse_address
+
+__all__ = ["arguments", "run"]
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `check`."""
+    sub.epilog = "example: inco-trio check --config udrv.json"
+    configuration_argument(sub)
+    sub.add_argument("--iface", metavar="LINK", help=f"also explain the link: {LINK_HELP}")
+    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    sub.add_argument("--gateway", metavar="FILE", help="the configuration of `inco-trio mqtt`")
+    sub.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; raises ConfigError or UsageError."""
+    if args.gateway is not None:
+        return _check_gateway(args)
+    if args.boards is not None:
+        return _check_boards(boards_directory(args, "--config", "--iface"), as_json=args.json)
+    board = read_board(config_path(args))
+    rows = [
+        {"name": s.name, "direction": s.direction.value, "register": str(s.path)}
+        for s in sorted(board.signals, key=lambda s: s.direction.value)
+    ]
+    explanation = None
+    if args.iface is not None:
+        check_link(args.iface)
+        explanation = parse_address(args.iface).explanation
+    if args.json:
+        link = {} if explanation is None else {"link": explanation}
+        lines = [json.dumps({**link, "signals": rows, "notes": list(board.notes)}, indent=2)]
+    else:
+        widths = [max(len(row[key]) for row in rows) for key in ("name", "direction")]
+        lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
+        lines += [] if explanation is None else [f"link: {explanation}"]
+        lines += [f"note: {note}" for note in board.notes]
+    say(*lines)
+    return 0
+
+
+def _check_gateway(args: argparse.Namespace) -> int:
+    """Print what a gateway does; raises ConfigError, PermissionRefused or UsageError."""
+    from inco_trio.mqtt.configuration import read_gateway
+
+    if any(option is not None for option in (args.config, args.iface, args.boards)):
+        raise UsageError("--gateway and --config, --iface or --boards exclude each other")
+    config = read_gateway(absolute(args.gateway, "--gateway"))
+    config.broker.read()
+    if args.json:
+        say(json.dumps(attrs.asdict(config), indent=2))
+        return 0
+    say(f"boards: {', '.join(config.boards) if config.boards else 'all'}")
+    for board, signals in config.send.items():
+        what = "all signals" if "*" in signals else ", ".join(signals) or "none"
+        say(f"may be sent to {'all boards' if board == '*' else board}: {what}")
+    if not config.send:
+        say("nothing may be sent")
+    return 0
+
+
+def _check_boards(directory: Path, *, as_json: bool) -> int:
+    """Print the boards; raises ConfigError for those that are refused, after the others."""
+    from inco_trio.board_files import read_boards
+
+    boards = read_boards(directory)
+    rows = [
+        {"name": name, "link": config.link, "netns": str(config.netns or ""), "signals": len(config.signals)}
+        for name, config in boards.configs.items()
+    ]
+    refused = {name: str(error).splitlines() for name, error in boards.refused.items()}
+    if as_json:
+        say(json.dumps({"boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
+    else:
+        width = max((len(str(row["name"])) for row in rows), default=0)
+        for row in rows:
+            place = f" in {row['netns']}" if row["netns"] else ""
+            say(f"{row['name']:{width}}  {row['link']}{place}, {row['signals']} signals")
+    if refused:
+        raise ConfigError(line for lines in refused.values() for line in lines)
+    return 0

@@ -1,0 +1,145 @@
+"""`inco-trio doctor`: looks for what keeps notifications from coming, and says which command mends it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from inco_trio.cli.options import (
+    BOARDS_HELP,
+    absolute,
+    boards_directory,
+    check_link,
+    config_path,
+    configuration_argument,
+)
+from inco_trio.cli.streams import say
+from inco_trio.doctor.machine import proc
+from inco_trio.doctor.processes import look
+from inco_trio.doctor.result import Level, Result, fail, ok
+from inco_trio.errors import IncoError, UsageError
+from inco_trio.service.lines import printable
+from inco_trio.signals import Signal, builtin_signals
+
+__all__ = ["EXITS", "arguments", "run"]
+
+EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
+"""The exit code for the worst that was found."""
+
+_COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
+"""Green, yellow and red of ECMA-48, as console_codes(4) has them."""
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `doctor`."""
+    sub.epilog = (
+        "Each check is one line, with the command that mends what is wrong; nothing is changed.\n"
+        "Without --config, --irq-dir and $UDRV_JSON_PATH no registers are looked at, without LINK no link.\n"
+        "exit codes: 0 all is ok, 1 something failed, 3 there are warnings only\n\n"
+        "example: inco-trio doctor rpmsg4000 --config /etc/udrv.json"
+    )
+    sub.add_argument("iface", nargs="?", metavar="LINK", help="interface, or unix:LOCAL,peer=REMOTE")
+    configuration_argument(sub)
+    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals in DIR, without a file")
+    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    sub.add_argument("--json", action="store_true", help="print a list of objects")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is found; returns the exit code of the worst. Raises UsageError."""
+    results = _boards(args) if args.boards is not None else _one(args)
+    worst = Level.OK
+    found: list[dict[str, str | None]] = []
+    said: set[Result] = set()
+    coloured = _coloured()
+    for result in results:
+        if result in said:
+            continue  # Boards share the machine.
+        said.add(result)
+        worst = max(worst, result.level)
+        if args.json:
+            found.append(result.as_dict())
+        else:
+            word = f"{result.level.name.lower():4}"
+            head = f"\033[{_COLOURS[result.level]}m{word}\033[m" if coloured else word
+            say(f"{head} {printable(str(result))}")
+    if args.json:
+        say(json.dumps(found, indent=2))
+    return EXITS[worst]
+
+
+def _coloured() -> bool:
+    """Whether standard output is a terminal whose user wants colours, see https://no-color.org."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and sys.stdout is not None and sys.stdout.isatty()
+
+
+def _one(args: argparse.Namespace) -> Iterator[Result]:
+    """The checks of one link. Raises UsageError at once."""
+    if args.irq_dir is not None and args.config is not None:
+        raise UsageError("--irq-dir and --config exclude each other")
+    if args.iface is not None:
+        check_link(args.iface)
+    directory = None if args.irq_dir is None else absolute(args.irq_dir, "--irq-dir")
+    config = None
+    if directory is None and (args.config is not None or os.environ.get("UDRV_JSON_PATH")):
+        config = config_path(args)
+    return _examined(args.iface, directory, config)
+
+
+def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
+    from inco_trio.doctor.examination import examine
+
+    processes = look()
+    yield from proc(processes)
+    signals: tuple[Signal, ...] = ()
+    start = f"inco-trio run {shlex.quote(link or '')}"
+    if directory is not None:
+        signals = builtin_signals(directory)
+        start += f" --irq-dir {shlex.quote(str(directory))}"
+    elif config is not None:
+        from inco_trio.config import read_board
+
+        start += f" --config {shlex.quote(str(config))}"
+        try:
+            signals = read_board(config).signals
+        except IncoError as error:
+            yield from _refused(config, error)
+        else:
+            yield ok("configuration", config, f"names {len(signals)} signals")
+    yield from examine(link, signals, processes, configuration=config, start=start)
+
+
+def _boards(args: argparse.Namespace) -> Iterator[Result]:
+    """The checks of all boards of a directory. Raises UsageError at once."""
+    return _examined_boards(boards_directory(args, "IFACE", "--config", "--irq-dir"))
+
+
+def _examined_boards(directory: Path) -> Iterator[Result]:
+    from inco_trio.board_files import read_boards
+    from inco_trio.doctor.examination import examine
+
+    processes = look()
+    yield from proc(processes)
+    try:
+        boards = read_boards(directory)
+    except IncoError as error:
+        yield from _refused(directory, error)
+        return
+    for refused in boards.refused.values():
+        yield from _refused(directory, refused)
+    start = f"inco-trio run --boards {shlex.quote(str(directory))}"
+    for name, board in boards.configs.items():
+        file = directory / f"{name}.json"
+        yield ok("configuration", file, f"names {len(board.signals)} signals")
+        yield from examine(board.link, board.signals, processes, netns=board.netns, configuration=file, start=start)
+
+
+def _refused(path: Path, error: IncoError) -> Iterator[Result]:
+    for problem in str(error).splitlines():
+        yield fail("configuration", path, problem.removeprefix(f"{path}: "))

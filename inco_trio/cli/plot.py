@@ -1,0 +1,143 @@
+"""`inco-trio plot`: a picture of a recording."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inco_trio.cli.options import absolute, config_path, configuration_argument, path_of
+from inco_trio.cli.streams import remark, say
+from inco_trio.config import read_board
+from inco_trio.errors import PermissionRefused, ProgramMissing, RecordingRefused, ResourceRefused, UsageError
+from inco_trio.service.lines import printable
+from inco_trio.signals import SignalTable, builtin_signals
+
+if TYPE_CHECKING:
+    from inco_trio.capture.recording import Recording
+    from inco_trio.capture.summary import Summary
+
+__all__ = ["arguments", "run"]
+
+FORMATS = (".svg", ".png")
+SHOWN = 0.5
+"""Seconds between two looks at the progress, on a terminal."""
+OFTEN = 1024
+"""Notifications between two looks at the clock."""
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `plot`."""
+    sub.epilog = (
+        "A timeline and the rate of each signal, its longest gap, and marks where the link went down or frames\n"
+        "were dropped. --json needs no matplotlib.\n"
+        "example: inco-trio plot night.pcapng --pair redun_notify_irq ihub_hwwd_irq\n"
+        "exit codes: 0 clean, 65 no recording, 69 matplotlib is not there, 71 no room, 77 no permission;\n"
+        "see inco-trio --help"
+    )
+    sub.add_argument("file", metavar="FILE", help="a recording, or any pcapng or pcap of Ethernet frames")
+    sub.add_argument("--out", metavar="FILE", help="an .svg or .png (default: that of FILE, with .svg)")
+    sub.add_argument(
+        "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
+        help="how long the answer to a signal takes; may be given several times",
+    )  # fmt: skip
+    configuration_argument(sub)
+    sub.add_argument("--json", action="store_true", help="print the numbers, in seconds, and draw only with --out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw it; raises IncoError."""
+    path = path_of(args.file, "FILE")
+    out = _out(args, path)
+    draws = args.out is not None or not args.json
+    if draws:
+        if _is_one_file(path, out):
+            raise UsageError(f"--out {out}: is the recording itself: name another file")
+        # First of all: reading may take long.
+        try:
+            from inco_trio.capture.picture import draw
+        except ImportError as error:
+            hint = "pip install 'inco-trio[plot]', or use --json"
+            raise ProgramMissing(f"matplotlib is not there ({error}): {hint}") from error
+    summary = _read(path, _table(args), args.pair)
+    if args.json:
+        say(json.dumps({"file": str(path), **summary.numbers()}, indent=2))
+    if draws:
+        total = sum(len(flow.times) for flow in summary.flows.values())
+        try:
+            draw(summary, f"{printable(path.name)}: {total} notifications", out)
+        except OSError as error:
+            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            kind = PermissionRefused if denied else ResourceRefused
+            raise kind(f"{out}: cannot be written: {error.strerror}") from error
+        if not args.json:
+            say(f"{total} notifications and {len(summary.marks)} marks drawn to {printable(str(out))}")
+    return 0
+
+
+def _out(args: argparse.Namespace, path: Path) -> Path:
+    """Where the picture of the recording at `path` goes. Raises UsageError."""
+    if args.out is None:
+        return path.parent / f"{path.stem}{FORMATS[0]}"
+    out = path_of(args.out, "--out")
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out}: the name ends in one of {', '.join(FORMATS)}")
+    return out
+
+
+def _is_one_file(path: Path, out: Path) -> bool:
+    try:
+        return out.samefile(path)
+    except OSError:  # One of them is not there; who opens it says so.
+        return False
+
+
+def _table(args: argparse.Namespace) -> SignalTable:
+    """The signals whose directions are known. Raises UsageError, ConfigError."""
+    if args.config is None:
+        return SignalTable(builtin_signals(absolute(".", "FILE")))
+    return SignalTable(read_board(config_path(args)).signals)
+
+
+def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summary:
+    """The summary of a recording. Raises RecordingRefused, PermissionRefused, UsageError."""
+    from inco_trio.capture.recording import open_recording
+    from inco_trio.capture.summary import Pair, Summary
+
+    summary = Summary([Pair(signal, answer) for signal, answer in pairs])
+    with open_recording(path, table) as recording:
+        _follow(recording, summary, path)
+        if recording.reader.cut is not None:
+            remark(f"{path}: {recording.reader.cut}: what was whole before is drawn")
+    if summary.ignored:
+        remark(f"{path}: {summary.ignored} frames that the proxy ignored are left out")
+    for pair in summary.pairs:
+        pair.end()
+    if not summary.flows and not summary.marks:
+        raise RecordingRefused(f"{path}: has no notifications")
+    names = sorted({signal for signal, _ in summary.flows})
+    for name in (name for pair in pairs for name in pair):
+        if name not in names:
+            raise UsageError(f"--pair: {name!r} is not in {path} (there are: {', '.join(names) or 'none'})")
+    return summary
+
+
+def _follow(recording: Recording, summary: Summary, path: Path) -> None:
+    from inco_trio.capture.summary import TIME_MAX
+
+    shows, shown = sys.stderr.isatty(), time.monotonic()
+    for number, each in enumerate(recording):
+        if not 0 <= each.time_ns <= TIME_MAX:
+            when = "is of the year 2262 or later, or before 1970"
+            raise RecordingRefused(f"{path}: is damaged: packet {recording.packets} {when}")
+        summary.take(each)
+        if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
+            shown = time.monotonic()
+            sys.stderr.write(f"\r\x1b[K{100 * recording.reader.position // max(recording.size, 1)} %")
+            sys.stderr.flush()
+    if shows:
+        sys.stderr.write("\r\x1b[K")

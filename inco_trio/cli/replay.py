@@ -1,0 +1,184 @@
+"""`inco-trio replay`: plays one side of a recording, and says what came back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
+
+from inco_trio.cli.options import absolute, check_link, config_path, configuration_argument, path_of
+from inco_trio.cli.streams import say
+from inco_trio.config import read_board
+from inco_trio.errors import UsageError
+from inco_trio.service.lines import printable
+from inco_trio.signals import SignalTable, builtin_signals
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from inco_trio.capture.player import Played, Side
+    from inco_trio.capture.recording import Recording
+
+__all__ = ["arguments", "run"]
+
+SLOW = 1.0
+"""Seconds after which progress is shown."""
+BETWEEN = 0.2
+"""Seconds between two looks at it."""
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `replay`."""
+    sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
+    sub.epilog = (
+        "A frame's direction: flags of our recordings, else the signal table, else its sender's other frames.\n"
+        "example: inco-trio replay night.pcapng rpmsg4000 --speed 10\n"
+        "exit codes: 0 everything came back, 1 not everything did, 65 no recording, 69 no link or\n"
+        "registers, 77 no permission; see inco-trio --help"
+    )
+    sub.add_argument("file", metavar="FILE", help="a recording, or any pcapng or pcap of Ethernet frames")
+    sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 here: interface, or unix:LOCAL,peer=REMOTE")
+    sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with LINK, else core0")
+    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals; core0: their registers in DIR")
+    configuration_argument(sub)
+    sub.add_argument("--speed", type=float, metavar="X", help="play X times as fast as it was (default: 1)")
+    sub.add_argument("--fast", action="store_true", help="play as fast as possible")
+    sub.add_argument("--wait", type=float, default=1.0, metavar="SECONDS", help="listen after the end (default: 1)")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay; returns 0 if everything came back, else 1. Raises IncoError."""
+    path = path_of(args.file, "FILE")
+    _check(args)
+    table = _table(args)
+
+    from inco_trio.capture.player import Played, applications, core1
+    from inco_trio.capture.recording import open_recording
+
+    played = Played()
+    with open_recording(path, table) as recording:
+        side: AbstractAsyncContextManager[Side] = core1(args.link) if args.side == "core1" else applications(table)
+        _play(args, side, recording, played)
+        cut = recording.reader.cut
+    notes = [] if cut is None else [f"{path}: {cut}: what was whole before was played"]
+    if not played.sent:
+        notes.append(f"nothing was played: {path} has nothing that {args.side} sends")
+    if played.overflowed:
+        notes.append("more came than inotify could queue: the counts are too low")
+    _report(args, path, played, notes)
+    return 1 if played.missing or played.overflowed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Complete the arguments. Raises UsageError."""
+    if args.side is None:
+        args.side = "core0" if args.link is None else "core1"
+    if args.side == "core1" and args.link is None:
+        raise UsageError("--as core1 needs the LINK to send frames on")
+    if args.side == "core0" and args.link is not None:
+        raise UsageError("--as core0 writes triggers and takes no LINK: give --irq-dir or --config")
+    if args.link is not None:
+        check_link(args.link)
+    if args.irq_dir is not None and args.config is not None:
+        raise UsageError("--irq-dir and --config exclude each other")
+    if args.fast and args.speed is not None:
+        raise UsageError("--fast and --speed exclude each other")
+    if args.speed is not None and not (args.speed > 0 and math.isfinite(args.speed)):
+        raise UsageError(f"--speed {args.speed:g}: is not a number above 0")
+    if not (args.wait >= 0 and math.isfinite(args.wait)):
+        raise UsageError(f"--wait {args.wait:g}: is not a number of seconds, 0 or more")
+
+
+def _table(args: argparse.Namespace) -> SignalTable:
+    """The signals that the arguments name. Raises UsageError, ConfigError."""
+    if args.irq_dir is not None:
+        return SignalTable(builtin_signals(absolute(args.irq_dir, "--irq-dir")))
+    if args.side == "core1" and args.config is None and not os.environ.get("UDRV_JSON_PATH"):
+        # Only directions are asked of it.
+        return SignalTable(builtin_signals(absolute(".", "--irq-dir")))
+    return SignalTable(read_board(config_path(args)).signals)
+
+
+def _play(
+    args: argparse.Namespace, made: AbstractAsyncContextManager[Side], recording: Recording, played: Played
+) -> None:
+    import trio
+
+    from inco_trio.capture.player import play
+
+    async def main() -> None:
+        async with made as side, trio.open_nursery() as nursery:
+            if sys.stderr.isatty():
+                nursery.start_soon(_show_progress, played, recording.size)
+            speed = None if args.fast else args.speed or 1.0
+            await play(side, recording, played, speed=speed, wait=args.wait)
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        raise _leaf(group) from None
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """What a nursery has wrapped: Ctrl-C before all else."""
+    while isinstance(error, BaseExceptionGroup):
+        interrupts = error.subgroup(KeyboardInterrupt)
+        error = (interrupts or error).exceptions[0]
+    return error
+
+
+async def _show_progress(played: Played, size: int) -> None:
+    import trio
+
+    shown = False
+    try:
+        await trio.sleep(SLOW)
+        while True:
+            text = f"{100 * played.position // max(size, 1)} %, {played.sent.total()} sent, {played.came.total()} came"
+            width = _width()
+            sys.stderr.write(f"\r{text[:width]:{width}}")
+            sys.stderr.flush()
+            shown = True
+            await trio.sleep(BETWEEN)
+    finally:
+        if shown:
+            sys.stderr.write(f"\r{'':{_width()}}\r")
+            sys.stderr.flush()
+
+
+def _width() -> int:
+    # Of standard error, where progress is shown. One that tells no width has 0 columns.
+    return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
+
+
+def _report(args: argparse.Namespace, path: Path, played: Played, notes: list[str]) -> None:
+    if args.json:
+        result = {
+            "file": str(path),
+            "as": args.side,
+            "sent": played.sent,
+            "expected": played.expected,
+            "came": played.came,
+            "missing": played.missing,
+            "surplus": played.surplus,
+            "unknown": played.unknown,
+            "notes": notes,
+        }
+        say(json.dumps(result, indent=2))
+        return
+    lines = [f"{name}: {count} sent" for name, count in sorted(played.sent.items())]
+    for name in sorted(played.expected | played.came):
+        came, expected = played.came[name], played.expected[name]
+        lines.append(f"{name}: {came} of {expected} came back" if expected else f"{name}: {came} came, none expected")
+        if came < expected:
+            lines[-1] += f", {expected - came} missing"
+        elif 0 < expected < came:
+            lines[-1] += f", {came - expected} more than recorded"
+    lines += [f"{name}: {count} left out: not in the signal table" for name, count in sorted(played.unknown.items())]
+    say(*lines, *(f"note: {printable(note)}" for note in notes))

@@ -1,0 +1,180 @@
+"""`inco-trio send`: makes notifications, through the running proxy, as an application, or as core 1."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from inco_trio.cli.options import positive
+from inco_trio.cli.parser import EXIT_CODES
+from inco_trio.cli.signalling import (
+    add_ways,
+    alone,
+    board_of,
+    check_known,
+    check_ways,
+    file_refusal,
+    is_application,
+    link_of,
+    rate,
+    register_of,
+    signals_of,
+)
+from inco_trio.cli.streams import remark, say
+
+__all__ = ["arguments", "run"]
+
+AT_ONCE = 1000
+"""Notifications of one request: few enough to tell how many were sent when it ends early."""
+SLEEP_MAX = 3600.0
+WHAT = "sent by core 0"
+HINT = "core 1 sends it (--as core1 LINK)"
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `send`."""
+    sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
+    sub.epilog = f"example: inco-trio send redun_notify_irq --count 100 --rate 50\n{EXIT_CODES}"
+    add_ways(sub)
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
+    sub.add_argument("--rate", type=rate, metavar="R", help="so many a second (default: as fast as they are accepted)")
+    sub.add_argument("--json", action="store_true", help="print what was done as JSON")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Send; raises IncoError."""
+    check_ways(args)
+    schedule = _Schedule(args.count, args.rate)
+    try:
+        if args.core1 is not None:
+            where = _send_as_core1(args, schedule)
+        elif is_application(args):
+            where = _send_as_application(args, schedule)
+        else:
+            where = _send_through_proxy(args, schedule)
+    finally:
+        if 0 < schedule.sent < args.count:
+            remark(f"{args.signal}: {schedule.sent} of {args.count} were sent")
+    if args.json:
+        say(json.dumps({"signal": args.signal, "sent": schedule.sent, "where": where, "seconds": schedule.seconds}))
+    elif not args.quiet:
+        say(f"{args.signal}: {schedule.sent} sent, {where}, in {schedule.seconds:.3f} s")
+    return 0
+
+
+class _Schedule:
+    """When each notification is due: the first at once, the others at fixed times after it, however long one takes."""
+
+    def __init__(self, count: int, rate: float | None) -> None:
+        self.sent = 0
+        self._count = count
+        self._rate = rate
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def left(self) -> bool:
+        """Whether there is more to send."""
+        return self.sent < self._count
+
+    def due(self) -> int:
+        """How many are to be sent now."""
+        left = self._count - self.sent
+        if self._rate is not None:
+            left = int(min(left, self.seconds * self._rate + 1 - self.sent))
+        return min(left, AT_ONCE)
+
+    def pause(self) -> float:
+        """Seconds until the next one is due."""
+        if self._rate is None:
+            return 0
+        return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX)
+
+    def follow(self, send: Callable[[int], None]) -> None:
+        """Have all sent."""
+        while self.left:
+            if due := self.due():
+                send(due)
+                self.sent += due
+            else:
+                time.sleep(self.pause())
+
+
+def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
+    from inco_trio.control.client import connect
+
+    with connect(args) as client:
+        board = board_of(client, args)
+        directions, running = signals_of(client, board)
+        outbound = [name for name, direction in directions.items() if direction == "outbound"]
+        check_known(args.signal, outbound, directions, WHAT, HINT)
+        one = board is not None or len(client.greeting["boards"]) == 1
+        if one and not running:
+            remark("the link is down, or core 1 is not there: it is sent once that has changed")
+
+        def send(count: int) -> None:
+            request = {"request": "send", "signal": args.signal, "count": count}
+            client.request(request | ({} if board is None else {"board": board}), patience=None)
+
+        schedule.follow(send)
+        return f"through {board or client.greeting['name']}"
+
+
+def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
+    path = register_of(args, "outbound", WHAT, HINT).path
+
+    def send(count: int) -> None:
+        try:
+            for _ in range(count):
+                _trigger(path)
+        except OSError as error:
+            raise file_refusal(error, path, why_missing="no proxy seems to run, which would have made it") from error
+
+    schedule.follow(send)
+    return f"by {path}"
+
+
+def _trigger(path: Path) -> None:
+    """Write a trigger: never made, as nobody would see it, and never a FIFO or a device. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        os.write(fd, b"1")
+    finally:
+        os.close(fd)
+
+
+def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
+    link = link_of(args)
+    # Only here, as it takes longer to import than all else.
+    import trio
+
+    with alone():
+        trio.run(_send_frames, link, args.signal, schedule)
+    return f"as core 1 on {link}"
+
+
+async def _send_frames(link: str, name: str, schedule: _Schedule) -> None:
+    import trio
+
+    from inco_trio.cores.core1 import Core1
+
+    async with Core1(link) as core1:
+        while schedule.left:
+            if schedule.due():
+                await core1.send(name)
+                schedule.sent += 1
+            else:
+                await trio.sleep(schedule.pause())

@@ -1,0 +1,192 @@
+"""What `send` and `wait` share: who they are, which signals there are, and numbers."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from inco_trio.cli.options import check_link, config_path, path_of
+from inco_trio.cli.streams import remark
+from inco_trio.control.client import add_place
+from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
+
+if TYPE_CHECKING:
+    from inco_trio.control.client import Client
+    from inco_trio.signals import Signal
+
+__all__ = [
+    "add_ways",
+    "alone",
+    "board_of",
+    "check_known",
+    "file_refusal",
+    "link_of",
+    "rate",
+    "register_of",
+    "seconds",
+    "signals_of",
+]
+
+OF_THE_PROXY = ("link", "control", "board")
+OF_CORE_0 = ("irq_dir", "config")
+
+
+def add_ways(sub: argparse.ArgumentParser) -> None:
+    """Add SIGNAL, and the options that say who the command is: a client of the proxy, an application, or core 1."""
+    sub.add_argument("signal", metavar="SIGNAL", help="the wire name")
+    add_place(sub)
+    sub.add_argument("--board", metavar="NAME", help="the board, where the proxy has several")
+    sub.add_argument("--irq-dir", metavar="DIR", help="as an application: the built-in signals' registers in DIR")
+    sub.add_argument("--config", metavar="FILE", help="as an application: the registers of this udrv.json")
+    sub.add_argument(
+        "--as",
+        dest="core1",
+        nargs=2,
+        metavar=("core1", "LINK"),
+        help="as core 1, on an interface or unix:CORE1,peer=CORE0",
+    )
+
+
+def rate(text: str) -> float:
+    """A number a second, above 0. Raises ArgumentTypeError."""
+    return _number(text, "a number above 0", lowest=math.ulp(0))
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, 0 or more. Raises ArgumentTypeError."""
+    return _number(text, "a number of seconds, 0 or more", lowest=0)
+
+
+def _number(text: str, what: str, *, lowest: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not lowest <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
+
+
+def check_ways(args: argparse.Namespace) -> None:
+    """Raise UsageError for options of several ways."""
+    given = {
+        "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in OF_THE_PROXY),
+        "--irq-dir": args.irq_dir is not None,
+        "--config": args.config is not None,
+        "--as": args.core1 is not None,
+    }
+    both = [what for what, is_given in given.items() if is_given]
+    if len(both) > 1:
+        raise UsageError(f"{' and '.join(both)} exclude each other")
+
+
+def is_application(args: argparse.Namespace) -> bool:
+    """Whether the files of a directory are used."""
+    return any(getattr(args, name) is not None for name in OF_CORE_0)
+
+
+def check_known(name: str, known: Collection[str], other: Collection[str], what: str, hint: str) -> None:
+    """Raise UsageError if `name` is not one of `known`, which are `what`; `hint` is for one of `other`."""
+    if name in known:
+        return
+    if name in other:
+        raise UsageError(f"{name}: is not {what}: {hint}")
+    import difflib
+
+    # A cut-off of 0 leaves none out: the closest one comes first.
+    there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
+    raise UsageError(f"{name}: no such signal (there are: {', '.join(there) or 'none'})")
+
+
+def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
+    """The signal of `direction` that the options name. Raises IncoError, see `check_known` also."""
+    from inco_trio.signals import builtin_signals
+
+    signals: tuple[Signal, ...]
+    if args.irq_dir is not None:
+        signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
+    else:
+        from inco_trio.config import read_board
+
+        signals = read_board(config_path(args)).signals
+    right = {signal.name: signal for signal in signals if signal.direction.value == direction}
+    check_known(args.signal, right, [signal.name for signal in signals], what, hint)
+    return right[args.signal]
+
+
+def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError:
+    """The error for a register, or its directory, that cannot be used."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return ControlMissing(f"{path}: is missing: {why_missing}")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionRefused(f"{path}: {error.strerror}")
+    if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL):
+        return UsageError(f"{path}: is no register, which is a regular file")
+    return ResourceRefused(f"{path}: {error.strerror}")
+
+
+# ------------------------------------------------------------------------------------------------- through the proxy
+
+
+def board_of(client: Client, args: argparse.Namespace) -> str | None:
+    """The board that was named, by --board or as LINK."""
+    if args.board is None and args.link in client.greeting["boards"] and args.link != client.greeting["name"]:
+        return str(args.link)
+    board: str | None = args.board
+    return board
+
+
+def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
+    """The directions of the signals, by name, and whether all links are up."""
+    request = {"request": "status"} | ({} if board is None else {"board": board})
+    boards: list[dict[str, Any]] = [each for each in client.request(request)["status"] if each["open"]]
+    directions = {signal["signal"]: signal["direction"] for each in boards for signal in each["signals"]}
+    return directions, all(each["running"] for each in boards)
+
+
+def remark_unknown(client: Client, args: argparse.Namespace) -> None:
+    """Say which of the signals that are asked for the proxy does not know: frames of that name are ignored."""
+    if args.signal is None:
+        return
+    known, _ = signals_of(client, args.board)
+    for name in args.signal:
+        if name not in known:
+            remark(f"{name}: not in the signal table (there are: {', '.join(known) or 'none'})")
+
+
+def may_listen(link: str | None) -> bool:
+    """Whether a link can be listened to without a proxy: an interface."""
+    return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
+
+
+# --------------------------------------------------------------------------------------------------------- as core 1
+
+
+def link_of(args: argparse.Namespace) -> str:
+    """The link of `--as core1 LINK`, on which `args.signal` can be. Raises UsageError."""
+    from inco_trio.signals import name_fault
+
+    who, link = args.core1
+    if who != "core1":
+        raise UsageError(f"--as {who}: core1 is what can be played")
+    check_link(link)
+    if fault := name_fault(args.signal):
+        raise UsageError(f"{args.signal!r}: {fault}")
+    return str(link)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Raise the error inside of groups that hold nothing else, as of a nursery."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from None

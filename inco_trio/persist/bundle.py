@@ -1,0 +1,115 @@
+"""Any number of descriptors, kept as one: s6-fdholder-getdump fails on some hundreds, and the environment is small.
+
+They wait in the queue of a Unix stream socket, as SCM_RIGHTS messages that nobody receives (unix(7)); what is kept is
+the socket. A successor looks at them with MSG_PEEK, which opens copies and leaves all as it is. What is stored or
+removed later is appended, as a line of text and a descriptor; once the queue is full, another socket takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+from inco_trio.errors import ResourceRefused
+from inco_trio.persist.fdstore import FdStore
+
+__all__ = ["Bundle"]
+
+NAME = "bundle"
+SO_PEEK_OFF = 42
+MESSAGE_FDS = 250
+"""Descriptors of one message; SCM_MAX_FD is 253."""
+MESSAGE_SIZE = 1 << 16
+STORED, REMOVED = b"+", b"-"
+
+
+class Bundle:
+    """An `FdStore` that keeps all in one descriptor of `outer`. What it is given it keeps open itself, in `kept`."""
+
+    def __init__(self, outer: FdStore) -> None:
+        self.holder = outer.holder
+        self._outer = outer
+        self.kept: dict[str, int] = {}
+        held = outer.inherited.get(NAME)
+        if held is not None:
+            with socket.socket(fileno=os.dup(held)) as former:
+                self._look(former)
+        self._entry: socket.socket | None = None
+        self._renew()
+
+    def _look(self, former: socket.socket) -> None:
+        """Open copies of what waits in a socket."""
+        former.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+        while True:
+            try:
+                text, fds, _, _ = socket.recv_fds(former, MESSAGE_SIZE, MESSAGE_FDS, flags)
+            except BlockingIOError:
+                return
+            if not text:
+                return
+            following = iter(fds)
+            for line in text.splitlines():
+                name = os.fsdecode(line[1:])
+                self._forget(name)
+                if line.startswith(STORED):
+                    self.kept[name] = next(following)
+
+    def store(self, name: str, fd: int) -> None:
+        """See `FdStore.store`."""
+        try:
+            kept = os.dup(fd)
+        except OSError as error:
+            raise _refusal(error) from error
+        self._forget(name)
+        self.kept[name] = kept
+        self._append(STORED + os.fsencode(name) + b"\n", [kept])
+
+    def remove(self, name: str) -> None:
+        """See `FdStore.remove`."""
+        if name in self.kept:
+            self._forget(name)
+            self._append(REMOVED + os.fsencode(name) + b"\n", [])
+
+    def _forget(self, name: str) -> None:
+        if (fd := self.kept.pop(name, None)) is not None:
+            os.close(fd)
+
+    def _append(self, text: bytes, fds: Sequence[int]) -> None:
+        assert self._entry is not None  # noqa: S101 - see `__init__`
+        try:
+            socket.send_fds(self._entry, [text], fds)
+        except BlockingIOError:
+            self._renew()
+        except OSError as error:
+            raise _refusal(error) from error
+
+    def _renew(self) -> None:
+        """Put all that is kept into a new socket, and keep that."""
+        try:
+            entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            names = list(self.kept)
+            for start in range(0, len(names), MESSAGE_FDS):
+                some = names[start : start + MESSAGE_FDS]
+                text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
+                socket.send_fds(entry, [text], [self.kept[name] for name in some])
+        except OSError as error:
+            raise _refusal(error) from error
+        entry.setblocking(False)
+        with queue:
+            self._outer.store(NAME, queue.fileno())
+        if self._entry is not None:
+            self._entry.close()
+        self._entry = entry
+
+    def close(self) -> None:
+        """Close what is open here; what is kept stays."""
+        for name in tuple(self.kept):
+            self._forget(name)
+        if self._entry is not None:
+            self._entry.close()
+
+
+def _refusal(error: OSError) -> ResourceRefused:
+    return ResourceRefused(f"cannot keep descriptors: {error.strerror}: raise ulimit -n")

@@ -1,0 +1,170 @@
+"""What was carried and is not acknowledged yet by a client that wants all of it, such as the gateway to a broker.
+
+It stands in the in-flight memory (`keep.inflight`), so that neither the end of the client nor that of the process loses
+any of it. While nobody has asked for it, nothing is kept. The ring has room for `KEPT` notifications; beyond that the
+oldest are merged: of each signal only their number is known then.
+
+Layout: a page with the numbers below, a table of merged ones for each direction, and the ring. A number is written
+last, when what it stands for is there: who is killed in between has noted something twice, or not yet.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from inco_trio.persist.inflight import PAGE, RING, TABLE, NumberTable
+from inco_trio.signals import Direction, Signal
+
+__all__ = ["KEPT", "History", "Merged", "Record"]
+
+_RECORD = struct.Struct("=QQB7x64s8x")
+"""Of a notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
+KEPT = RING // _RECORD.size
+"""Notifications that are kept whole."""
+_DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
+_KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
+"""Places of the numbers in the first page."""
+
+
+@attrs.frozen
+class Record:
+    """A notification that was carried."""
+
+    sequence: int
+    """Its number among those of the history, from 1."""
+    direction: Direction
+    name: str
+    time_ns: int
+    """As of time.time_ns()."""
+    monotonic_ns: int
+    """As of time.monotonic_ns()."""
+
+
+@attrs.frozen
+class Merged:
+    """So many notifications of one signal, of which nothing else is known any more."""
+
+    direction: Direction
+    name: str
+    count: int
+
+
+class History:
+    """The history in `view`, see `Inflight.history`."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._numbers = view[:PAGE].cast("Q")
+        self._merged = tuple(NumberTable(view[PAGE + n * TABLE : PAGE + (n + 1) * TABLE]) for n in range(2))
+        self._ring = view[PAGE + 2 * TABLE :]
+        self.keeping = bool(self._numbers[_KEEPING])
+        """Whether anything is kept."""
+
+    @property
+    def boot(self) -> str:
+        """What names the numbering: the boot id of the process that began it, in hexadecimal."""
+        return f"{self._numbers[_BOOT]:016x}"
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last notification."""
+        return self._numbers[_SEQUENCE]
+
+    @property
+    def acknowledged(self) -> int:
+        """The number of the last one that is acknowledged."""
+        return self._numbers[_ACKNOWLEDGED]
+
+    @property
+    def floor(self) -> int:
+        """Those up to this number are acknowledged or merged."""
+        return max(self._numbers[_ACKNOWLEDGED], self._numbers[_MERGED_TO])
+
+    @property
+    def merged_to(self) -> int:
+        """The number of the last one that was merged."""
+        return self._numbers[_MERGED_TO]
+
+    @property
+    def waiting(self) -> int:
+        """How many are not acknowledged, merged ones included."""
+        return self.sequence - self.floor + sum(merged.count for merged in self.merged())
+
+    @property
+    def merged_ever(self) -> int:
+        """How many were merged since the history was begun."""
+        return self._numbers[_MERGED]
+
+    def begin(self, boot: str, sequence: int) -> None:
+        """Keep what is carried after notification number `sequence`, if nothing is kept yet."""
+        if self.keeping:
+            return
+        self._numbers[_BOOT] = int(boot, 16)
+        for place in (_BASE, _SEQUENCE, _ACKNOWLEDGED):
+            self._numbers[place] = sequence
+        self._numbers[_MERGED_TO] = self._numbers[_MERGED] = 0
+        self._numbers[_KEEPING] = self.keeping = True
+
+    def end(self) -> None:
+        """Keep nothing any more."""
+        self._numbers[_KEEPING] = self.keeping = False
+        for table in self._merged:
+            for name in table:
+                table[name] = 0
+
+    def append(self, signals: Sequence[Signal]) -> None:
+        """These were carried just now."""
+        numbers, ring = self._numbers, self._ring
+        wall, monotonic = time.time_ns(), time.monotonic_ns()
+        sequence, floor = numbers[_SEQUENCE], self.floor
+        if sequence == floor:
+            numbers[_BASE] = sequence  # So that few pages are ever used.
+        base = numbers[_BASE]
+        for signal in signals:
+            if sequence - floor == KEPT:
+                floor = self._merge(floor + 1)
+            _RECORD.pack_into(
+                ring,
+                (sequence - base) % KEPT * _RECORD.size,
+                wall,
+                monotonic,
+                signal.direction is Direction.OUTBOUND,
+                signal.name.encode("ascii"),
+            )
+            sequence += 1
+            numbers[_SEQUENCE] = sequence
+
+    def _merge(self, sequence: int) -> int:
+        """Merge the oldest one; returns its number."""
+        record = self._at(sequence)
+        table, name = self._merged[record.direction is Direction.OUTBOUND], record.name.encode("ascii")
+        table[name] += 1
+        self._numbers[_MERGED_TO] = sequence
+        self._numbers[_MERGED] += 1
+        return sequence
+
+    def _at(self, sequence: int) -> Record:
+        place = (sequence - self._numbers[_BASE] - 1) % KEPT
+        wall, monotonic, outbound, name = _RECORD.unpack_from(self._ring, place * _RECORD.size)
+        return Record(sequence, _DIRECTIONS[outbound], name.rstrip(b"\0").decode("ascii"), wall, monotonic)
+
+    def after(self, sequence: int, most: int) -> list[Record]:
+        """Those behind number `sequence` that are kept whole, `most` at most."""
+        first = max(sequence, self.floor) + 1
+        return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
+
+    def merged(self) -> Iterator[Merged]:
+        """Those that are merged and not acknowledged; all of them are older than any that is kept whole."""
+        for direction, table in zip(_DIRECTIONS, self._merged, strict=True):
+            for name in table:
+                yield Merged(direction, name.decode("ascii"), table[name])
+
+    def acknowledge(self, sequence: int, merged: Sequence[Merged] = ()) -> None:
+        """All up to number `sequence`, and so many merged ones, need not be kept any more."""
+        for each in merged:
+            table, name = self._merged[each.direction is Direction.OUTBOUND], each.name.encode("ascii")
+            table[name] = max(0, table[name] - each.count)
+        self._numbers[_ACKNOWLEDGED] = max(self.acknowledged, min(sequence, self.sequence))

@@ -1,0 +1,1 @@
+"""The proxy of one board, the fleet of several, and their tasks."""

@@ -1,0 +1,194 @@
+"""The inbound direction: frames of the link to writes of state files."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import struct
+from collections.abc import Sequence
+
+import trio
+
+from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
+from inco_trio.links.link import Link
+from inco_trio.notifications import Deaf, Listener
+from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
+from inco_trio.proxy.handoff import Batch, Handoff
+from inco_trio.proxy.supervise import Health
+from inco_trio.registers.states import StateFile, StateFiles
+from inco_trio.stats import Counters
+
+__all__ = ["Inbound"]
+
+FORMS = 4
+"""Frames of one signal that are remembered; they differ in their tag."""
+_SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
+"""Where a frame of a bank stands. What is behind its addresses tells it from others: padded or not, zeros and the mark
+follow, and a longer one has no mark."""
+
+logger = logging.getLogger(__name__)
+
+
+class Inbound:
+    """Reads frames into the in-flight memory, and writes the state files of their signals.
+
+    With batches of less than FRAMES frames, it lets other tasks run after each, at the cost of some of the highest
+    rate.
+    """
+
+    def __init__(
+        self,
+        handoff: Handoff[StateFile],
+        link: Link,
+        states: StateFiles,
+        inflight: Inflight,
+        counters: Counters,
+        listener: Listener | None = None,
+    ) -> None:
+        self._handoff = handoff
+        self._link = link
+        self._states = states
+        self._inflight = inflight
+        self._counters = counters
+        self._listener = listener or Deaf()
+        self._at_once = inflight.at_once
+        self._lone_room = inflight.frames[0].view[:FRAME_MAX]
+        self._fills = max(bank.sequence for bank in inflight.frames)
+
+    @functools.cached_property
+    def _rooms(self) -> list[list[memoryview]]:
+        """Where the frames of a batch go, for each bank; a board of many that never has one does without."""
+        starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
+        return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
+
+    def recover(self) -> None:
+        """Deliver the frames that a predecessor had read and not finished."""
+        known = self._states.known
+        for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
+            files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
+            self._counters.recovered += len(files)
+            self._states.write(files)
+            if files:
+                self._handoff.carried(files, ())
+            bank.clear(len(bank.view))
+
+    def drain(self, stale: Link) -> None:
+        """Deliver all that another link has queued."""
+        while batch := self._read(stale):
+            self._deliver(batch)
+
+    def count_dropped(self) -> None:
+        """Bring the counters of dropped and of foreign frames up to date."""
+        self._counters.foreign = self._link.foreign
+        if dropped := self._link.dropped():
+            self._counters.dropped += dropped
+            logger.warning(
+                "%s: %d frames dropped: the receive queue was full", self._link.name, dropped,
+                extra={"event": "dropped", "fields": {"count": dropped}},
+            )  # fmt: skip
+
+    def _read(self, link: Link) -> Batch[StateFile] | None:
+        """Read what is queued into the next bank, as far as it fits; None if nothing is."""
+        turn = self._fills & 1
+        bank, rooms = self._inflight.frames[turn], self._rooms[turn]
+        bank.begin(self._fills + 1)
+        lengths = link.receive_into(rooms, SHORT)
+        if not lengths:
+            return None
+        self._fills += 1
+        self._counters.received += len(lengths)
+        used = FRAME_STEP * len(lengths) + min(lengths[-1], FRAME_MAX)
+        slots = _SLOT.iter_unpack(bank.view[: FRAME_STEP * len(lengths)])
+        try:
+            files = list(map(self._states.by_frame.__getitem__, itertools.chain.from_iterable(slots)))
+        except KeyError:
+            found = (self._file_of(bank.view[FRAME_STEP * number :], length) for number, length in enumerate(lengths))
+            files = [file for file in found if file is not None]
+        batch = Batch(files, ((bank, used),), drained=len(lengths) < self._at_once and lengths[-1] <= SHORT)
+        if self._listener.wants_frames:
+            batch.frames = self._frames_of(files, bank.view, lengths)
+        return self._handoff.begin(batch)
+
+    def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
+        """The frame of each file, of those that were read into a bank."""
+        names = [file.signal.name.encode() for file in files]
+        frames: list[bytes] = []
+        for number, length in enumerate(lengths):
+            frame = bytes(view[FRAME_STEP * number :][:length])
+            if len(frames) < len(names) and decode(frame) == names[len(frames)]:
+                frames.append(frame)
+        return frames
+
+    def _file_of(self, room: memoryview, length: int) -> StateFile | None:
+        """The file of a frame; one that has none is counted."""
+        file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
+        return self._decode(room, length) if file is None else file
+
+    def _decode(self, room: memoryview, length: int) -> StateFile | None:
+        name = decode(room, length)
+        if name is None:
+            self._counters.malformed += 1
+            self._ignore("malformed", None, room, length)
+            return None
+        known, by_frame = self._states.known, self._states.by_frame
+        file = known.get(name)
+        if file is None:
+            self._counters.unknown += 1
+            logger.debug("%s: unknown signal", name.decode())
+            self._ignore("unknown", name.decode(), room, length)
+        elif length <= SHORT and len(by_frame) < FORMS * len(known):
+            by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
+        return file
+
+    def _ignore(self, reason: str, name: str | None, room: memoryview, length: int) -> None:
+        frame = bytes(room[:length]) if self._listener.wants_frames else None
+        self._listener.ignored(reason, name, frame)
+
+    async def receive(self, health: Health) -> None:
+        """The leg that reads the link."""
+        await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
+
+    async def _receive_queued(self) -> None:
+        if not self._handoff.unfinished and not self._receive_lone():
+            return
+        burst = False
+        while batch := self._read(self._link):
+            if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
+                # Nor is there a backlog behind these, which could be read while they are written.
+                self._deliver(batch)
+                if batch.drained:
+                    break
+                await trio.lowlevel.checkpoint()  # It is the turn of the other boards.
+                continue
+            burst = True
+            await self._handoff.hand_over(batch)
+        if burst:
+            self.count_dropped()
+
+    def _receive_lone(self) -> bool:
+        """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay.
+
+        Returns whether there was one.
+        """
+        room = self._lone_room
+        length = self._link.receive_one(room)
+        if length < 0:
+            return False
+        file = self._file_of(room, length)
+        if file is not None:
+            self._states.write_lone(file)
+            self._handoff.carried((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
+        self._counters.received += 1
+        self._inflight.frames[0].clear(min(length, FRAME_MAX))
+        return True
+
+    async def write(self, health: Health) -> None:
+        """The leg that writes the state files."""
+        async for batch in self._handoff.exit:
+            self._deliver(batch)
+            health.well()
+
+    def _deliver(self, batch: Batch[StateFile]) -> None:
+        self._states.write(batch.items)
+        self._handoff.finish(batch)

@@ -1,0 +1,217 @@
+"""The outbound direction: triggers, as inotify reports them, to frames on the link."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import trio
+
+from inco_trio.errors import ClosedError
+from inco_trio.links.link import Link, LinkDown
+from inco_trio.linux.inotify import Watcher, parse_events
+from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
+from inco_trio.proxy.handoff import Batch, Handoff
+from inco_trio.proxy.supervise import TRANSIENT, Health
+from inco_trio.registers.triggers import Triggered, Triggers
+from inco_trio.signals import Signal
+from inco_trio.stats import Counters
+
+__all__ = ["Outbound"]
+
+EVENT_ROOM = 16 + 256
+"""Bytes of the largest inotify event: with less room than this left in the buffer, more may be queued."""
+
+
+class Outbound:
+    """Reads inotify events into the in-flight memory, and sends the frames of what was triggered."""
+
+    def __init__(
+        self,
+        handoff: Handoff[Signal],
+        link: Link,
+        triggers: Triggers,
+        inotify: Watcher,
+        inflight: Inflight,
+        counters: Counters,
+        ignored: Callable[[str, str | None, bytes | None], None] = lambda *_: None,
+    ) -> None:
+        self._handoff = handoff
+        self._link = link
+        self._triggers = triggers
+        self._inotify = inotify
+        self._inflight = inflight
+        self._counters = counters
+        self._ignored = ignored
+        self.failures: Counter[str] = Counter()
+        """Attempts to send a frame that failed, by its signal."""
+        self._changed = trio.Event()
+        self._fills = max(bank.sequence for bank in inflight.events)
+        self._bank = inflight.events[self._fills & 1]
+        self._recovered: Batch[Signal] | None = None
+        self._waiting: set[trio.Event] = set()
+
+    def recover(self) -> None:
+        """Take up what a predecessor had read and not finished; the leg `triggers` hands it over first."""
+        triggered = Triggered()
+        banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
+        for bank in banks:
+            triggered.extend(self._triggers.follow(parse_events(bank.view)))
+        self._counters.recovered += len(triggered.signals)
+        self._recovered = self._batch(triggered, banks=[(bank, len(bank.view)) for bank in banks])
+        self._recovered.finished = trio.Event()
+
+    def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
+        """A batch of what was triggered, without the first `sent`."""
+        self._counters.triggered += len(triggered.signals)
+        return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
+
+    async def send_found(self, found: Triggered) -> None:
+        """Send what was found to be triggered without an event of its own.
+
+        What is not handed over before the proxy closes is not noted, so that a successor finds it again.
+        """
+        with contextlib.suppress(ClosedError):
+            await self._handoff.hand_over(self._batch(found))
+
+    async def send_signal(self, signal: Signal) -> None:
+        """Send one notification; returns once the link has accepted it. Raises ClosedError."""
+        finished = trio.Event()
+        batch = Batch([signal], finished=finished)
+        await self._handoff.offer(batch)
+        self._counters.triggered += 1
+        self._waiting.add(finished)
+        try:
+            await finished.wait()
+        finally:
+            self._waiting.discard(finished)
+        if batch in self._handoff.unfinished:
+            raise ClosedError("the proxy was closed before the link accepted the frame")
+
+    def closed(self) -> None:
+        """Wake those who wait for what will not be sent any more."""
+        for finished in self._waiting:
+            finished.set()
+
+    async def triggers(self, health: Health) -> None:
+        """The leg that reads inotify."""
+        if self._recovered is not None:
+            batch, self._recovered = self._recovered, None
+            await self._handoff.hand_over(batch)
+            assert batch.finished is not None  # noqa: S101 - see `recover`
+            await batch.finished.wait()  # Its events stand in both banks.
+        self._begin_bank()
+        await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
+
+    def _begin_bank(self) -> None:
+        """Take the bank that the next events are read into; it is free."""
+        self._bank = self._inflight.events[self._fills & 1]
+        self._bank.begin(self._fills + 1)
+
+    async def _read_queued(self) -> None:
+        """Read inotify until nothing is left, and send, or hand over, what was triggered."""
+        while True:
+            bank = self._bank
+            length = self._inotify.read_into(bank.view)
+            if self.finish_alone(bank.view, length):
+                bank.clear(length)
+                return
+            last = length <= EVENT_BANK - EVENT_ROOM
+            triggered = self._triggers.follow(parse_events(bank.view[:length]))
+            # While nothing is under way, nor queued behind, a hand-over would only cost these time.
+            sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
+            batch = self._batch(triggered, sent=sent, banks=((bank, length),))
+            if batch.items:
+                self._fills += 1
+                await self._handoff.hand_over(batch)
+                self._begin_bank()
+            else:
+                self._handoff.finish(batch)
+            if last:
+                return
+
+    def finish_alone(self, events: memoryview, length: int) -> bool:
+        """Send at once what a lone close of a trigger notifies, if nothing is under way; False if there is more to it.
+
+        A batch and a hand-over would only cost it time.
+        """
+        if self._handoff.unfinished:
+            return False
+        signal = self._triggers.closed_alone(events, length)
+        if signal is None:
+            return False
+        try:
+            self._link.send(signal.name)
+        except OSError:
+            return False  # For the leg that sends, which knows what to do.
+        self._counters.triggered += 1
+        self._counters.sent += 1
+        self._handoff.carried((signal,), ())
+        return True
+
+    def _send_now(self, signals: Sequence[Signal]) -> int:
+        """Send as many of `signals` as the link takes here and now; returns their number."""
+        sent = 0
+        try:
+            for signal in signals:
+                self._link.send(signal.name)
+                sent += 1
+        except OSError:
+            pass  # For the leg that sends, which knows what to do.
+        self._counters.sent += sent
+        if sent:
+            self._handoff.carried(signals[:sent], ())
+        return sent
+
+    async def send(self, health: Health) -> None:
+        """The leg that sends frames."""
+        async for batch in self._handoff.exit:
+            batch.items = [signal for signal in batch.items if await self._send(signal, health)]
+            self._handoff.finish(batch)
+            health.well()
+
+    async def _send(self, signal: Signal, health: Health) -> bool:
+        """Send one frame, waiting for a link that cannot take it now; False if it never will be taken.
+
+        Raises OSError for what is nobody's to wait for.
+        """
+        changed = None
+        while True:
+            before, changed = changed, self._changed
+            try:
+                self._link.send(signal.name)
+            except BlockingIOError:
+                await self._link.wait_for_room()
+            except LinkDown as error:
+                self._counters.send_failures += 1
+                self.failures[signal.name] += 1
+                if (
+                    before is changed
+                ):  # Else the socket may have kept the error of a link that is up again: ask once more.
+                    health.failed(f"cannot send: {error.strerror}; notifications are kept")
+                    await changed.wait()
+            except OSError as error:
+                self._counters.send_failures += 1
+                self.failures[signal.name] += 1
+                if error.errno in TRANSIENT:
+                    # As ENOBUFS, for a full queue of the device: nobody tells when it ends.
+                    health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
+                    with trio.move_on_after(health.backoff.next()):
+                        await changed.wait()
+                elif error.errno == errno.EMSGSIZE:
+                    health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
+                    self._counters.unsendable += 1
+                    self._ignored("unsendable", signal.name, None)
+                    return False
+                else:
+                    raise
+            else:
+                self._counters.sent += 1
+                return True
+
+    def link_changed(self) -> None:
+        """The link was changed: try again to send."""
+        self._changed.set()
+        self._changed = trio.Event()
