@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import attrs
 
-from inco_trio.errors import ConfigError, ResourceRefused
+from inco_trio.errors import ConfigError, ResourceError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.signals import BUILTIN, FILE_NAME_MAX, Direction, Signal, clashes, is_path, name_fault, register_fault
 
@@ -98,7 +98,7 @@ def read_board(path: Path | str) -> Board:
 def read_file(path: Path | str) -> bytes:
     """The bytes of the udrv.json at `path`, without ever waiting for somebody to write them.
 
-    Raises `ConfigError` for what is no regular file, too large or cannot be read, `ResourceRefused` where the system
+    Raises `ConfigError` for what is no regular file, too large or cannot be read, `ResourceError` where the system
     has no room now.
     """
     try:
@@ -110,7 +110,7 @@ def read_file(path: Path | str) -> bytes:
             content = file.read(SIZE_MAX + 1) or b""
     except OSError as e:
         line = f"{path}: cannot be read: {e.strerror}"
-        raise (ResourceRefused(line) if e.errno in EXHAUSTED else ConfigError([line])) from e
+        raise (ResourceError(line) if e.errno in EXHAUSTED else ConfigError([line])) from e
     except ValueError as e:
         raise ConfigError([f"{path}: cannot be read: no file name has a NUL byte or half a character"]) from e
     if len(content) > SIZE_MAX:

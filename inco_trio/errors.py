@@ -1,8 +1,9 @@
 """The errors of inco-trio.
 
 Three kinds are kept apart: a mistake of the user (`ConfigError`, `UsageError`), a refusal of the kernel
-(`PermissionRefused`, `LinkMissing`, `ResourceRefused`), and a closed proxy (`ClosedError`). What the peer sends is
-never an error: garbage is counted. Each error ends the command with the exit code of its class (see sysexits.h).
+(`PermissionDeniedError`, `LinkNotFoundError`, `ResourceError`), and a closed proxy (`ClosedError`). What the peer
+sends is never an error: garbage is counted. Each error ends the command with the exit code of its class (see
+sysexits.h).
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Iterable
 __all__ = [
     "ClosedError",
     "ConfigError",
-    "ControlMissing",
     "IncoError",
-    "LinkMissing",
-    "PermissionRefused",
-    "ProgramMissing",
-    "RecordingRefused",
-    "ResourceRefused",
-    "UnknownSignal",
+    "LinkNotFoundError",
+    "PermissionDeniedError",
+    "ProgramNotFoundError",
+    "ProxyNotFoundError",
+    "RecordingError",
+    "ResourceError",
+    "UnknownSignalError",
     "UsageError",
 ]
 
@@ -49,43 +50,43 @@ class ConfigError(IncoError):
         super().__init__("\n".join(self.problems))
 
 
-class PermissionRefused(IncoError):
+class PermissionDeniedError(IncoError):
     """The kernel refuses for want of a capability or of a file permission; the text names it."""
 
     exit_code = 77
 
 
-class LinkMissing(IncoError):
+class LinkNotFoundError(IncoError):
     """There is no interface of that name."""
 
     exit_code = 69
 
 
-class ControlMissing(IncoError):
+class ProxyNotFoundError(IncoError):
     """No running proxy answers on a control socket."""
 
     exit_code = 69
 
 
-class ProgramMissing(IncoError):
+class ProgramNotFoundError(IncoError):
     """A program or library that a command needs is not installed."""
 
     exit_code = 69
 
 
-class RecordingRefused(IncoError):
+class RecordingError(IncoError):
     """A file that should be a recording is not there, or is none."""
 
     exit_code = 65
 
 
-class ResourceRefused(IncoError):
+class ResourceError(IncoError):
     """The system has no room now: descriptors, inotify instances or watches, memory, disk."""
 
     exit_code = 71
 
 
-class UnknownSignal(IncoError):
+class UnknownSignalError(IncoError):
     """`Proxy.send` was given a name that is not an outbound signal of the table."""
 
 

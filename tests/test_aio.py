@@ -27,7 +27,7 @@ import trio
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
-from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignal, builtin_signals, open_proxy
+from inco_trio import ClosedError, Config, Notification, Proxy, UnknownSignalError, builtin_signals, open_proxy
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import DEADLINE
 
@@ -205,7 +205,7 @@ async def test_main_sends_and_returns(world: World) -> None:
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:
-        with pytest.raises(UnknownSignal, match="nothing: not an outbound signal"):
+        with pytest.raises(UnknownSignalError, match="nothing: not an outbound signal"):
             await proxy.send("nothing")
         await proxy.send(NOTIFY)
         return proxy.stats.sent

@@ -31,11 +31,11 @@ from inco_trio import (
     Config,
     ConfigError,
     Direction,
-    LinkMissing,
+    LinkNotFoundError,
     Notification,
-    ResourceRefused,
+    ResourceError,
     Signal,
-    UnknownSignal,
+    UnknownSignalError,
     aio,
     builtin_signals,
 )
@@ -207,7 +207,7 @@ def test_wait_for(world: World) -> None:
         async with aio.open_proxy(world.config) as proxy:
             with pytest.raises(TimeoutError, match="ihub_reset_irq: did not come"):
                 await proxy.wait_for(RESET, timeout=0.001)
-            with pytest.raises(UnknownSignal, match="nothing: not a signal"):
+            with pytest.raises(UnknownSignalError, match="nothing: not a signal"):
                 await proxy.wait_for("nothing")
             closed = asyncio.create_task(proxy.wait_for(RESET))
             await proxy.send(NOTIFY)
@@ -223,7 +223,7 @@ def test_wait_for(world: World) -> None:
 def test_send(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(attrs.evolve(world.config, stop_deadline=0.0)) as proxy:
-            with pytest.raises(UnknownSignal, match="ihub_reset_irq: not an outbound signal"):
+            with pytest.raises(UnknownSignalError, match="ihub_reset_irq: not an outbound signal"):
                 await proxy.send(RESET)
             world.core1.close()
             (world.home / "core1").unlink()
@@ -278,7 +278,7 @@ def test_events_of_signals_and_of_a_direction(world: World) -> None:
                 await proxy.send(NOTIFY)
                 assert names([await anext(some), await anext(some)]) == [RESET, NOTIFY]
                 assert names([await anext(out)]) == [NOTIFY]
-            with pytest.raises(UnknownSignal, match="nothing: not a signal"), proxy.events(signals=["nothing"]):
+            with pytest.raises(UnknownSignalError, match="nothing: not a signal"), proxy.events(signals=["nothing"]):
                 pass
         with pytest.raises(ClosedError), proxy.events():
             pass
@@ -382,7 +382,7 @@ def test_readers_of_one_stream_share_it(world: World) -> None:
 def test_an_error_at_the_opening_is_raised_as_it_is(world: World) -> None:
     async def main() -> None:
         missing = attrs.evolve(world.config, link=f"unix:{world.home}/no/core0,peer={world.home}/core1")
-        with pytest.raises(LinkMissing):
+        with pytest.raises(LinkNotFoundError):
             async with aio.open_proxy(missing):
                 pass
         (world.home / "irq/message_4_state").unlink()
@@ -410,7 +410,7 @@ def test_no_room_for_descriptors(world: World) -> None:
             try:
                 async with aio.open_proxy(world.config):
                     break
-            except ResourceRefused as error:
+            except ResourceError as error:
                 refused.append(str(error))
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -429,7 +429,7 @@ def test_no_room_for_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def main() -> None:
         monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ResourceRefused, match=r"a thread for unix:.*: can't start new thread"):
+        with pytest.raises(ResourceError, match=r"a thread for unix:.*: can't start new thread"):
             async with aio.open_proxy(world.config):
                 pass
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from inco_trio.capture.pcapng import Reader, interface_block, packet_block, section_block
 from inco_trio.capture.recording import Entry, Mark, Recorder, open_recording
-from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefused
+from inco_trio.errors import PermissionDeniedError, RecordingError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable, builtin_signals
 
@@ -81,7 +81,7 @@ def test_damage_never_raises(junk: bytes, at: int) -> None:
     list(Reader(io.BytesIO(data + junk), "x"))
     try:
         list(Reader(io.BytesIO(data[:at] + junk + data[at:]), "x"))
-    except RecordingRefused:
+    except RecordingError:
         assert at < len(section_block("x"))
 
 
@@ -126,25 +126,25 @@ def test_big_endian_and_other_resolutions() -> None:
 @pytest.mark.parametrize("content", [b"", b"abc", b"nonsense", section_block("x")[:20], b"\xd4\xc3\xb2\xa1\0"])
 def test_what_is_no_recording(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(RecordingRefused, match="is no recording"):
+    with pytest.raises(RecordingError, match="is no recording"):
         entries(tmp_path / "f")
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
-        with pytest.raises(RecordingRefused, match="not a regular file"):
+        with pytest.raises(RecordingError, match="not a regular file"):
             entries(path)
-    with pytest.raises(RecordingRefused, match="No such file"):
+    with pytest.raises(RecordingError, match="No such file"):
         entries(tmp_path / "none")
-    with pytest.raises(ResourceRefused, match="cannot be written"):
+    with pytest.raises(ResourceError, match="cannot be written"):
         Recorder(tmp_path)
 
 
 def test_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     # It would wait for somebody to read, and no signal would end that.
-    with pytest.raises(ResourceRefused, match="fifo: cannot be written: nobody reads from it"):
+    with pytest.raises(ResourceError, match="fifo: cannot be written: nobody reads from it"):
         Recorder(tmp_path / "fifo")
     fd = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     recorder = Recorder(tmp_path / "fifo")
@@ -172,7 +172,7 @@ def test_a_recording_of_ours(tmp_path: Path) -> None:
     recorder.ignored(NOW + 3, "malformed", b"no frame of ours", "rpmsg4001")
     recorder.close()
     recorder.close()
-    with pytest.raises(ResourceRefused, match="is closed"):
+    with pytest.raises(ResourceError, match="is closed"):
         recorder.append(NOW, Direction.INBOUND, "b", "", None, "rpmsg4000")
     assert recorder.count == 2
     assert everything(tmp_path / "f") == [
@@ -200,7 +200,7 @@ def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
 def test_two_do_not_record_to_one_file(tmp_path: Path) -> None:
     first = Recorder(tmp_path / "f")
     append_many(first)
-    with pytest.raises(ResourceRefused, match="f: another process records to it: name another file"):
+    with pytest.raises(ResourceError, match="f: another process records to it: name another file"):
         Recorder(tmp_path / "f")
     append_many(first)
     first.close()
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(ResourceRefused, match="File too large: the recording ends after"):
+        with pytest.raises(ResourceError, match="File too large: the recording ends after"):
             append_many(recorder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -264,5 +264,5 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(PermissionRefused, match="cannot be read"):
+    with pytest.raises(PermissionDeniedError, match="cannot be read"):
         entries(tmp_path / "f")

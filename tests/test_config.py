@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inco_trio.config import Board, Config, parse_board, read_board
-from inco_trio.errors import ConfigError, ResourceRefused
+from inco_trio.errors import ConfigError, ResourceError
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
@@ -470,7 +470,7 @@ def test_no_descriptor_is_no_fault_of_the_configuration(monkeypatch: pytest.Monk
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(os, "open", full)
-    with pytest.raises(ResourceRefused, match=r"udrv\.json: cannot be read: Too many open files$"):
+    with pytest.raises(ResourceError, match=r"udrv\.json: cannot be read: Too many open files$"):
         read_board(SAMPLE)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from inco_trio.errors import ResourceRefused, UsageError
+from inco_trio.errors import ResourceError, UsageError
 from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
 from inco_trio.service.scandir import link_service, write_scandir
 
@@ -175,7 +175,7 @@ class TestS6:
         self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         daemon.put("inco-trio/a/link.1", fds["foreign"])
-        with pytest.raises(ResourceRefused, match=r"cannot keep inco-trio/a/link\.1 in .*busy; .*no other process"):
+        with pytest.raises(ResourceError, match=r"cannot keep inco-trio/a/link\.1 in .*busy; .*no other process"):
             holder.store("link", fds["one"])
         assert daemon.successor()["held"] == {"link": "foreign"}
 
@@ -183,7 +183,7 @@ class TestS6:
         self, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fds: dict[str, int]
     ) -> None:
         monkeypatch.setenv("S6_FD#", "0")
-        with pytest.raises(ResourceRefused, match=r"^cannot keep other/link\.1 .*not permitted; its rules[^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot keep other/link\.1 .*not permitted; its rules[^\n]*$"):
             S6FdStore(daemon.socket, "other/").store("link", fds["one"])
 
     def test_a_daemon_that_is_not_there_is_one_line(
@@ -191,9 +191,9 @@ class TestS6:
     ) -> None:
         holder.store("link", fds["one"])
         daemon.stop()
-        with pytest.raises(ResourceRefused, match=r"^cannot keep .*refused; is s6-fdholder-daemon running there\?$"):
+        with pytest.raises(ResourceError, match=r"^cannot keep .*refused; is s6-fdholder-daemon running there\?$"):
             holder.store("link", fds["two"])
-        with pytest.raises(ResourceRefused, match=r"^cannot drop [^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot drop [^\n]*$"):
             holder.remove("link")
         daemon.start()
 
@@ -201,7 +201,7 @@ class TestS6:
         account = pwd.getpwnam(daemon.user) if daemon.user else None
         code = f"""
 import os
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceError
 from inco_trio.persist.fdstore import S6FdStore
 
 if {account is not None}:
@@ -215,7 +215,7 @@ for prefix in ("inco-trio/a/", "inco-trio/aa/"):
         holder.store("link", 0)
         holder.store("link", 0)
         print(prefix, "kept")
-    except ResourceRefused:
+    except ResourceError:
         print(prefix, "refused")
 """
         done = subprocess.run(
@@ -235,7 +235,7 @@ def test_without_s6_installed_it_is_one_line(
 ) -> None:
     monkeypatch.setenv("S6_FD#", "0")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ResourceRefused, match=r"^cannot run s6-fdholder-store: [^\n]*is s6 installed"):
+    with pytest.raises(ResourceError, match=r"^cannot run s6-fdholder-store: [^\n]*is s6 installed"):
         S6FdStore("s", PREFIX).store("link", fds["one"])
 
 
@@ -310,7 +310,7 @@ class TestSystemd:
     def test_a_store_that_cannot_be_reached_is_one_line(self, systemd: socket.socket, fds: dict[str, int]) -> None:
         holder = SystemdFdStore()
         systemd.close()
-        with pytest.raises(ResourceRefused, match=r"^cannot reach systemd's FD store at [^\n]*refused$"):
+        with pytest.raises(ResourceError, match=r"^cannot reach systemd's FD store at [^\n]*refused$"):
             holder.store("link", fds["one"])
 
 

@@ -13,7 +13,7 @@ import trio.testing
 
 from inco_trio.control import follower
 from inco_trio.control.follower import Conversation, converse
-from inco_trio.errors import ControlMissing, IncoError, UsageError
+from inco_trio.errors import IncoError, ProxyNotFoundError, UsageError
 
 GREETING = b'{"protocol": 1, "boards": []}\n'
 
@@ -81,13 +81,13 @@ async def _more(conversation: Conversation) -> None:
 @pytest.mark.parametrize(
     ("answers", "kind", "text"),
     [
-        ([b"nonsense\n"], ControlMissing, "no inco-trio"),
-        ([b"[]\n"], ControlMissing, "no inco-trio"),
-        ([b'{"hello": 1}\n'], ControlMissing, "does not answer as"),
+        ([b"nonsense\n"], ProxyNotFoundError, "no inco-trio"),
+        ([b"[]\n"], ProxyNotFoundError, "no inco-trio"),
+        ([b'{"hello": 1}\n'], ProxyNotFoundError, "does not answer as"),
         ([GREETING, b'{"error": "unknown-request", "message": "what"}\n'], IncoError, "what"),
         ([b'{"error": "busy", "message": "256 clients"}\n'], IncoError, "256 clients"),
-        ([GREETING], ControlMissing, "has ended"),
-        ([], ControlMissing, "has ended"),
+        ([GREETING], ProxyNotFoundError, "has ended"),
+        ([], ProxyNotFoundError, "has ended"),
     ],
 )
 def test_others_than_a_proxy(tmp_path: Path, answers: list[bytes], kind: type[IncoError], text: str) -> None:
@@ -97,7 +97,7 @@ def test_others_than_a_proxy(tmp_path: Path, answers: list[bytes], kind: type[In
 
 def test_one_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follower, "PATIENCE", 0.05)
-    with pytest.raises(ControlMissing, match="does not answer"):
+    with pytest.raises(ProxyNotFoundError, match="does not answer"):
         conversing(tmp_path, [GREETING, b""], ask)
 
 
@@ -106,6 +106,6 @@ def test_nobody_is_there(tmp_path: Path) -> None:
         async with converse(tmp_path / "nowhere"):
             pytest.fail("nobody is there")
 
-    with pytest.raises(ControlMissing, match="nowhere"):
+    with pytest.raises(ProxyNotFoundError, match="nowhere"):
         trio.run(main)
-    assert not issubclass(ControlMissing, UsageError)
+    assert not issubclass(ProxyNotFoundError, UsageError)

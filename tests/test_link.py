@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from inco_trio.errors import PermissionRefused, ResourceRefused
+from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux.rtnetlink import Rtnetlink
@@ -178,7 +178,7 @@ def test_without_cap_net_raw_it_is_refused(cores: Cores) -> None:
         with without_capability(CAP_NET_RAW):
             PacketLink.open(cores.link)
 
-    with pytest.raises(PermissionRefused, match=f"{cores.link}: opening a packet socket needs CAP_NET_RAW"):
+    with pytest.raises(PermissionDeniedError, match=f"{cores.link}: opening a packet socket needs CAP_NET_RAW"):
         cores.core0.run(start)
 
 
@@ -191,7 +191,7 @@ def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    with pytest.raises(ResourceRefused, match="eth0: cannot open a packet socket: Too many open files"):
+    with pytest.raises(ResourceError, match="eth0: cannot open a packet socket: Too many open files"):
         cores.core0.run(start)
 
 
@@ -203,9 +203,7 @@ def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyP
 
     def start() -> None:
         before = len(list(Path("/proc/self/fd").iterdir()))
-        with pytest.raises(
-            ResourceRefused, match=r"eth0: cannot watch interfaces .rtnetlink.: Operation not permitted"
-        ):
+        with pytest.raises(ResourceError, match=r"eth0: cannot watch interfaces .rtnetlink.: Operation not permitted"):
             PacketLink.open("eth0")
         assert len(list(Path("/proc/self/fd").iterdir())) == before
 

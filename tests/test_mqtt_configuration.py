@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import ConfigError, IncoError, PermissionRefused, UsageError
+from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, UsageError
 from inco_trio.mqtt.configuration import Credentials, GatewayConfig, Identity, parse_broker, read_gateway
 from inco_trio.mqtt.topics import Topics, level, name_of
 from tests.support_control import COMMAND
@@ -142,7 +142,7 @@ def test_files_that_are_no_line_are_refused(tmp_path: Path, content: bytes) -> N
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(IncoError, match="nowhere") as refused:
         Credentials(user_file=str(tmp_path / "nowhere")).read()
-    assert isinstance(refused.value, ConfigError | PermissionRefused)
+    assert isinstance(refused.value, ConfigError | PermissionDeniedError)
 
 
 @pytest.mark.parametrize("name", ["b1", "/run/b1/core0", "a+b#c%d", "ä", "\udcff", "\n", "$SYS", "", "a b"])

@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, open_connection
+from inco_trio.mqtt.connection import BrokerLostError, BrokerRefused, Connection, Message, open_connection
 from netns.fixtures import DEADLINE
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
@@ -178,7 +178,7 @@ def test_nobody_is_there() -> None:
 def test_a_broker_that_accepts_and_never_answers() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         lost = refusal(at(server.getsockname()[1]), Credentials(), patience=0.2)
-    assert isinstance(lost, BrokerLost)
+    assert isinstance(lost, BrokerLostError)
     assert "does not answer" in str(lost)
 
 
@@ -191,7 +191,7 @@ def test_a_broker_that_ends_the_connection() -> None:
         async def main() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, hang_up)
-                with pytest.raises(BrokerLost, match=r"without an answer|broke"):
+                with pytest.raises(BrokerLostError, match=r"without an answer|broke"):
                     async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
                         pytest.fail("it did not answer")
 
@@ -207,7 +207,7 @@ def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
             broker.process.send_signal(signal.SIGSTOP)
             await connection.publish([Message("lab/x", b"")] * 100)
 
-    with pytest.raises(BrokerLost, match="does not answer"):
+    with pytest.raises(BrokerLostError, match="does not answer"):
         trio.run(main)
 
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from inco_trio.links.link import Link, LinkDown
+from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import _EVENT, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
@@ -38,7 +38,7 @@ class FakeLink:
 
     def send(self, name: str) -> None:
         if self.down:
-            raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+            raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         self.sent.append((name, sum(len(parse_events(bank.view)) for bank in self.inflight.events)))
 
 

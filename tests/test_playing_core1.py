@@ -15,10 +15,10 @@ from inco_trio import (
     Config,
     Core1,
     Direction,
-    LinkMissing,
+    LinkNotFoundError,
     Notification,
     Proxy,
-    UnknownSignal,
+    UnknownSignalError,
     UsageError,
     builtin_signals,
     open_proxy,
@@ -139,7 +139,7 @@ def test_frames_as_they_are(tmp_path: Path) -> None:
 def test_nobody_at_the_other_end(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, trio.open_nursery() as nursery:
-            with pytest.raises(LinkMissing, match=r"/core1: takes no frames now: nobody is at .*/core0"):
+            with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: nobody is at .*/core0"):
                 await core1.send(RESET)
             running = trio.Event()
 
@@ -189,7 +189,7 @@ def test_wrong_words(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="unix:/x: peer=REMOTE is missing"):
             async with Core1("unix:/x"):
                 pass
-        with pytest.raises(LinkMissing, match="its directory does not exist: make it"):
+        with pytest.raises(LinkNotFoundError, match="its directory does not exist: make it"):
             async with Core1(f"unix:{tmp_path}/none/a,peer={tmp_path}/b"):
                 pass
         async with Core1(link) as core1, open_proxy(config) as proxy:
@@ -197,9 +197,11 @@ def test_wrong_words(tmp_path: Path) -> None:
                 await core1.send("two words")
             with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), proxy.events(signals="x"):
                 pass
-            with pytest.raises(UnknownSignal, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"):
+            with pytest.raises(
+                UnknownSignalError, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"
+            ):
                 await proxy.wait_for("x")
-            with pytest.raises(UnknownSignal, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
+            with pytest.raises(UnknownSignalError, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
                 await proxy.send(HWWD)
 
     played(tmp_path, story)

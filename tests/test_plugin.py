@@ -82,7 +82,7 @@ def test_a_missing_signal(pytester: pytest.Pytester) -> None:
     result.stdout.re_match_lines_random(
         [
             r">       board.core1.wait_for\(\"redun_notify_irq\", timeout=0.01\)",
-            r"E .*NotificationMissing: redun_notify_irq: did not come to core 1 within 0.01 s; there: sends ihub",
+            r"E .*NotificationMissingError: redun_notify_irq: did not come to core 1 within 0.01 s; there: sends ihub",
             r"-+ inco-trio board -+",
             r"  0.000000  +sends ihub_hwwd_irq",
             r"  0.\d+  gets ihub_hwwd_irq",

@@ -30,11 +30,11 @@ from inco_trio import (
     Config,
     ConfigError,
     Direction,
-    LinkMissing,
+    LinkNotFoundError,
     Proxy,
-    ResourceRefused,
+    ResourceError,
     Signal,
-    UnknownSignal,
+    UnknownSignalError,
     builtin_signals,
     open_proxy,
     serve,
@@ -856,7 +856,7 @@ def test_sending(in_core0: InCore0, config: Config, core1: Peer) -> None:
                 assert core1.receive(0)[14:] == b"redun_notify_irq"
             assert (proxy.stats.triggered, proxy.stats.sent) == (3, 3)
             for unknown in ("ihub_reset_irq", "stranger", "", "\u00fc"):
-                with pytest.raises(UnknownSignal, match=f"{unknown}: not an outbound signal of {config.link}"):
+                with pytest.raises(UnknownSignalError, match=f"{unknown}: not an outbound signal of {config.link}"):
                     await proxy.send(unknown)
         with pytest.raises(ClosedError):
             await proxy.send("redun_notify_irq")
@@ -989,7 +989,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
 
 def test_a_missing_interface(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
-        with pytest.raises(LinkMissing, match="nothing0: no such interface"):
+        with pytest.raises(LinkNotFoundError, match="nothing0: no such interface"):
             async with open_proxy(attrs.evolve(config, link="nothing0")):
                 pass
 
@@ -1007,7 +1007,7 @@ def test_nothing_stays_open(in_core0: InCore0, config: Config) -> None:
         for _ in range(3):
             async with open_proxy(config):
                 assert descriptors() > before
-            with pytest.raises(LinkMissing):
+            with pytest.raises(LinkNotFoundError):
                 async with open_proxy(attrs.evolve(config, link="nothing0")):
                     pass
         # The map of the memory has a descriptor of its own until it is collected.
@@ -1025,7 +1025,7 @@ def test_each_lack_of_a_descriptor_is_one_clear_error(in_core0: InCore0, config:
         try:
             async with open_proxy(config):
                 return True
-        except ResourceRefused as error:
+        except ResourceError as error:
             refused.add(str(error).partition(":")[0])
             return False
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.cli.parser import COMMANDS
-from inco_trio.errors import ConfigError, LinkMissing, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.errors import ConfigError, LinkNotFoundError, PermissionDeniedError, ResourceError, UsageError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
@@ -29,7 +29,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
 
-@pytest.mark.parametrize("error", [UsageError, LinkMissing, ResourceRefused, PermissionRefused, ConfigError])
+@pytest.mark.parametrize("error", [UsageError, LinkNotFoundError, ResourceError, PermissionDeniedError, ConfigError])
 def test_exit_codes_are_documented(error: type[UsageError]) -> None:
     assert f"| {error.exit_code} |" in README
 

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 import pytest
 
-from inco_trio.errors import ConfigError, IncoError, PermissionRefused, ResourceRefused
+from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
@@ -221,7 +221,7 @@ def test_missing_permission_is_named(start: StartWorld, irq: Path, notify: Signa
     irq.chmod(0o555)
     with without_capability(CAP_DAC_OVERRIDE):
         for signal in (notify, reset):
-            with pytest.raises(PermissionRefused) as caught:
+            with pytest.raises(PermissionDeniedError) as caught:
                 start(signal, opened=False).open()
             assert str(caught.value).startswith(f"{signal.path}: Permission denied: uid {os.geteuid()} needs ")
 
@@ -233,7 +233,7 @@ def test_a_directory_that_may_not_be_read_is_refused(start: StartWorld, irq: Pat
     with (
         without_capability(CAP_DAC_OVERRIDE),
         without_capability(CAP_DAC_READ_SEARCH),
-        pytest.raises(PermissionRefused, match=f"{irq}: Permission denied"),
+        pytest.raises(PermissionDeniedError, match=f"{irq}: Permission denied"),
     ):
         world.open()
     assert irq not in [path.resolve() for path in Path("/proc/self/fd").iterdir()]
@@ -274,10 +274,10 @@ def test_somebody_else_makes_the_trigger_first(
 @pytest.mark.parametrize(
     ("number", "kind", "text"),
     [
-        (errno.EPERM, PermissionRefused, "CAP_DAC_OVERRIDE"),
+        (errno.EPERM, PermissionDeniedError, "CAP_DAC_OVERRIDE"),
         (errno.EROFS, ConfigError, "can be made and written"),
-        (errno.EMFILE, ResourceRefused, "/irq: Too many open files"),
-        (errno.ENOSPC, ResourceRefused, "/irq: No space left on device"),
+        (errno.EMFILE, ResourceError, "/irq: Too many open files"),
+        (errno.ENOSPC, ResourceError, "/irq: No space left on device"),
     ],
 )
 def test_refusals_at_start(number: int, kind: type[IncoError], text: str) -> None:

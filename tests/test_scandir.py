@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import PermissionRefused, UsageError
+from inco_trio.errors import PermissionDeniedError, UsageError
 from inco_trio.service.scandir import boards_service, find_program, link_service, systemd_unit, write_scandir
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
@@ -417,7 +417,7 @@ class TestFiles:
 
     def test_no_permission_is_one_line(self) -> None:
         # sysfs lets not even root make a directory.
-        with pytest.raises(PermissionRefused, match=r"^cannot write /sys/scan: [^\n]*$"):
+        with pytest.raises(PermissionDeniedError, match=r"^cannot write /sys/scan: [^\n]*$"):
             changes(Path("/sys/scan"))
 
 

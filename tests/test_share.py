@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, parse_events
 from inco_trio.persist.bundle import Bundle
@@ -226,9 +226,9 @@ def test_without_room_for_descriptors_it_is_refused() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        with pytest.raises(ResourceRefused, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+        with pytest.raises(ResourceError, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
             bundle.store("a", 0)
-        with pytest.raises(ResourceRefused, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+        with pytest.raises(ResourceError, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
             bundle._renew()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -26,7 +26,7 @@ from inco_trio.cli.monitor import _Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect
-from inco_trio.errors import ControlMissing, ResourceRefused
+from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import openmetrics
 from inco_trio.simulation.world import Cores, Peer
@@ -430,7 +430,7 @@ GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boards": ["x"]}\n'
 
 
 def test_a_proxy_that_says_no_more(server: Callable[[bytes], Path]) -> None:
-    with AskingClient(server(GREETING)) as client, pytest.raises(ControlMissing, match="the proxy does not answer"):
+    with AskingClient(server(GREETING)) as client, pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
         client.request({"request": "status"}, patience=0.05)
 
 
@@ -446,15 +446,15 @@ def test_the_proxies_of_others_are_passed_over(
 ) -> None:
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
     place = argparse.Namespace(control=None, link="y")
-    with pytest.raises(ControlMissing, match=f"no proxy of y answers in {tmp_path} or "):
+    with pytest.raises(ProxyNotFoundError, match=f"no proxy of y answers in {tmp_path} or "):
         connect(place)
     server(GREETING)
-    with pytest.raises(ControlMissing, match="no proxy of y answers"):
+    with pytest.raises(ProxyNotFoundError, match="no proxy of y answers"):
         connect(place)
     for path in tmp_path.iterdir():
         path.unlink()
     server(b'{"error": "busy", "message": "later"}\n')
-    with pytest.raises(ResourceRefused, match="later"):
+    with pytest.raises(ResourceError, match="later"):
         connect(place)
     for path in tmp_path.iterdir():
         path.unlink()

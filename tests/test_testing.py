@@ -23,7 +23,7 @@ from inco_trio.capture.recording import Entry, Mark, open_recording
 from inco_trio.errors import ConfigError, IncoError, UsageError
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
-from inco_trio.testing import Board, GuestError, Happening, NotificationMissing, ProxyDied, open_board
+from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
 from inco_trio.testing.faults import LATE, FrameFaults
 from inco_trio.testing.history import History
 from inco_trio.testing.layout import make_layout
@@ -95,12 +95,14 @@ def test_each_is_taken_once() -> None:
     assert [each.name for each in history.all(0)] == [RESET, HWWD, RESET]
     assert history.all(0)[::2] == [first, second]
     with pytest.raises(
-        NotificationMissing, match=f"{RESET}: did not come to core 0 within 0 s; there: gets {RESET}, g"
+        NotificationMissingError, match=f"{RESET}: did not come to core 0 within 0 s; there: gets {RESET}, g"
     ):
         history.wait(0, RESET, 0)
-    with pytest.raises(NotificationMissing, match=f"{HWWD}: did not come to core 1 within 0 s; there: gets {RESET}$"):
+    with pytest.raises(
+        NotificationMissingError, match=f"{HWWD}: did not come to core 1 within 0 s; there: gets {RESET}$"
+    ):
         history.wait(1, HWWD, 0)
-    with pytest.raises(NotificationMissing, match="there: nothing happened"):
+    with pytest.raises(NotificationMissingError, match="there: nothing happened"):
         History().wait(1, HWWD, 0)
 
 
@@ -140,7 +142,7 @@ def test_waiting(loop: str, fails: bool) -> None:
         return run(loop, history.wait_async, 1, HWWD, DEADLINE)
 
     if fails:
-        with pytest.raises(NotificationMissing, match=r"\(it broke\)"):
+        with pytest.raises(NotificationMissingError, match=r"\(it broke\)"):
             wait()
     else:
         assert wait() == history.all(1)[0]
@@ -151,7 +153,7 @@ def test_waiting(loop: str, fails: bool) -> None:
 @pytest.mark.parametrize("library", ["trio", "asyncio"])
 def test_waiting_in_a_loop_ends(library: str) -> None:
     history = History()
-    with pytest.raises(NotificationMissing, match=r"within 0.01 s"):
+    with pytest.raises(NotificationMissingError, match=r"within 0.01 s"):
         run(library, history.wait_async, 0, RESET, 0.01)
     assert not history._listeners
 
@@ -467,7 +469,7 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
         assert failure is not None
         assert failure.startswith("the proxy has ended by itself, with exit code -9; it said: inco-trio: info:")
         assert board.failure() is None, "it is told once"
-        with pytest.raises(NotificationMissing, match=r"did not come to core 0 \(the proxy has ended by itself"):
+        with pytest.raises(NotificationMissingError, match=r"did not come to core 0 \(the proxy has ended by itself"):
             board.core0.wait_for(RESET)
         board.proxy.start()
         board.core1.send(RESET)
@@ -478,7 +480,10 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
 def test_a_proxy_that_cannot_start(tmp_path: Path) -> None:
     (tmp_path / "board/registers/ihub-irq-dev/message_6_trig").mkdir(parents=True)
     for in_process in (False, True):
-        with pytest.raises(ProxyDied, match="message_6_trig"), open_board(tmp_path / "board", in_process=in_process):
+        with (
+            pytest.raises(ProxyDiedError, match="message_6_trig"),
+            open_board(tmp_path / "board", in_process=in_process),
+        ):
             pass
     assert sorted(path.name for path in tmp_path.glob("board/*")) == ["proxy.log", "registers", "udrv.json"]
 

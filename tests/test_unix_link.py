@@ -16,10 +16,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import decode, encode
 from inco_trio.links.address import UnixAddress
-from inco_trio.links.link import LinkDown
+from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.unix import UnixLink
@@ -194,10 +194,10 @@ def test_the_peer_may_be_called_otherwise(world: World, tmp_path: Path) -> None:
 
 def test_nobody_is_there(world: World) -> None:
     link = world.bound()
-    with pytest.raises(LinkDown, match=r"nobody is at .*core1 .No such file or directory"):
+    with pytest.raises(LinkDownError, match=r"nobody is at .*core1 .No such file or directory"):
         link.send("redun_notify_irq")
     world.other().close()
-    with pytest.raises(LinkDown, match="Connection refused"):
+    with pytest.raises(LinkDownError, match="Connection refused"):
         link.send("redun_notify_irq")
 
 
@@ -205,7 +205,7 @@ def test_nobody_is_there(world: World) -> None:
 def test_a_type_of_socket_that_does_not_fit(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
-    with pytest.raises(LinkDown, match=r"core1 takes no frames .Protocol wrong type for socket"):
+    with pytest.raises(LinkDownError, match=r"core1 takes no frames .Protocol wrong type for socket"):
         link.send("redun_notify_irq")
 
 
@@ -367,9 +367,9 @@ def test_what_a_live_process_uses_is_refused(world: World, kind: int) -> None:
     taken = world.other(world.local, kind)
     if kind == socket.SOCK_STREAM:
         taken.listen()
-        refuse(world, LinkMissing, "is in use by a live process, as another type of socket")
+        refuse(world, LinkNotFoundError, "is in use by a live process, as another type of socket")
     else:
-        refuse(world, LinkMissing, "is in use by a live process: end that, or name another path")
+        refuse(world, LinkNotFoundError, "is in use by a live process: end that, or name another path")
     assert stat.S_ISSOCK(world.local.lstat().st_mode)
 
 
@@ -379,13 +379,13 @@ def test_what_is_no_socket_is_left_alone(world: World, make: str, kind: str) -> 
         world.local.symlink_to("nowhere")
     else:
         getattr(world.local, make)()
-    refuse(world, LinkMissing, f"is no socket but {kind}: remove it, or name another path")
+    refuse(world, LinkNotFoundError, f"is no socket but {kind}: remove it, or name another path")
     assert world.local.is_symlink() or world.local.exists()
 
 
 def test_its_directory_does_not_exist(world: World, tmp_path: Path) -> None:
     world.local = tmp_path / "none" / "core0"
-    refuse(world, LinkMissing, "its directory does not exist: make it")
+    refuse(world, LinkNotFoundError, "its directory does not exist: make it")
 
 
 @pytest.mark.parametrize("at", ["/proc/core0", "/proc/self/comm/core0"])
@@ -408,7 +408,7 @@ def test_as_another_user_without_permission(world: World, tmp_path: Path) -> Non
                 os.setgid(65534)
                 os.setuid(65534)
             link = world.link()
-            good = not link.refresh() and isinstance(link.missing(), PermissionRefused)
+            good = not link.refresh() and isinstance(link.missing(), PermissionDeniedError)
             os._exit(0 if good else 1)
         finally:
             os._exit(2)
@@ -583,9 +583,9 @@ def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        with pytest.raises(ResourceRefused, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
+        with pytest.raises(ResourceError, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
             open_link(world.address, None, None, world.note, Surroundings())
-        with pytest.raises(ResourceRefused, match="core0: cannot open a socket: Too many open files"):
+        with pytest.raises(ResourceError, match="core0: cannot open a socket: Too many open files"):
             UnixLink.open(world.address, world.note, world.names)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceError
 from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Canary, Consumer, Tcpdump
@@ -90,7 +90,7 @@ def test_run_raises_what_the_function_raises(cores: Cores) -> None:
 
 
 def test_refused_change_of_a_link_is_one_line(cores: Cores) -> None:
-    with pytest.raises(ResourceRefused, match=r"^the kernel refuses a change of a link: File exists$"):
+    with pytest.raises(ResourceError, match=r"^the kernel refuses a change of a link: File exists$"):
         cores.make_link()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from inco_trio import Config, UnknownSignal, aio, builtin_signals
+from inco_trio import Config, UnknownSignalError, aio, builtin_signals
 
 PAGE = Path(__file__).with_name("page.html")
 PATIENCE = 2.0
@@ -65,7 +65,7 @@ class SignalsPage:
         try:
             async with asyncio.timeout(PATIENCE):
                 await self._proxy.send(request.match_info["name"])
-        except UnknownSignal as error:
+        except UnknownSignalError as error:
             return web.Response(status=404, text=f"{error}\n")
         except TimeoutError:
             return web.Response(status=504, text="core 1 is not there: it may be sent once that has changed\n")

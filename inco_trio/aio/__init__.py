@@ -78,8 +78,8 @@ class Proxy:
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
 
-        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises UnknownSignal, or
-        ClosedError once the proxy is closing.
+        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises
+        UnknownSignalError, or ClosedError once the proxy is closing.
         """
         await self._beside.call(functools.partial(self._proxy.send, name))
 
@@ -92,7 +92,7 @@ class Proxy:
         Notifications come to the loop in batches of at most 64. A reader that is more than `buffer` of them and a batch
         behind misses some, which `Stats.events_lost` counts; the proxy never waits for it. A cancelled `anext`, as by
         `asyncio.timeout`, loses none. The stream ends when the proxy closes. Raises ClosedError if it is closed
-        already, and UnknownSignal.
+        already, and UnknownSignalError.
         """
         stream = _Events(self._beside, int(min(buffer, BATCH)))
         self._beside.ask(lambda: stream.open(self._proxy.events(buffer, signals=signals, direction=direction)))
@@ -104,7 +104,8 @@ class Proxy:
     async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as Trio's
         """The next notification of a signal, from now on, in whichever direction it goes.
 
-        Raises TimeoutError after `timeout` seconds, UnknownSignal, and ClosedError, also if the proxy closes meanwhile.
+        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError, also if the proxy closes
+        meanwhile.
         """
         return await self._beside.call(functools.partial(self._proxy.wait_for, name, timeout=timeout))
 

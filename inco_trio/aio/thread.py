@@ -17,7 +17,7 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ResourceRefused
+from inco_trio.errors import ClosedError, ResourceError
 from inco_trio.proxy.proxy import Proxy, open_proxy
 from inco_trio.registers.refusals import refusal
 
@@ -82,7 +82,7 @@ class Beside:
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise ResourceRefused(f"a thread for {self._config.link}: {error}") from error
+            raise ResourceError(f"a thread for {self._config.link}: {error}") from error
         # A thread that Python waited for at its exit would keep it from ending if the loop is left without a word.
         atexit.register(self._abandon)
         try:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import attrs
 
-from inco_trio.errors import RecordingRefused
+from inco_trio.errors import RecordingError
 from inco_trio.signals import Direction
 
 __all__ = ["Interface", "Packet", "Reader", "interface_block", "packet_block", "section_block"]
@@ -115,7 +115,7 @@ class Reader:
     """The packets of a recording, whole ones only, read as they are asked for.
 
     `cut` says, after the last packet, why the file was not read to its end; None if it was. `application` is who wrote
-    it, as far as it tells. Raises RecordingRefused if `file` is neither pcapng nor pcap.
+    it, as far as it tells. Raises RecordingError if `file` is neither pcapng nor pcap.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -129,7 +129,7 @@ class Reader:
         try:
             magic = self._read(4)
         except _CutError:
-            raise RecordingRefused(f"{name}: is no recording: it is {'cut' if self.position else 'empty'}") from None
+            raise RecordingError(f"{name}: is no recording: it is {'cut' if self.position else 'empty'}") from None
         self._units = 0
         if magic != SECTION.to_bytes(4, "little"):
             for order in "<>":
@@ -141,9 +141,9 @@ class Reader:
             elif magic == SECTION.to_bytes(4, "little"):
                 self._section()
             else:
-                raise RecordingRefused(f"{name}: is no recording: neither pcapng nor pcap")
+                raise RecordingError(f"{name}: is no recording: neither pcapng nor pcap")
         except _CutError as cut:
-            raise RecordingRefused(f"{name}: is no recording: {cut}") from None
+            raise RecordingError(f"{name}: is no recording: {cut}") from None
 
     def __iter__(self) -> Iterator[Packet]:
         try:

@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.capture.recording import Mark, Recording
 from inco_trio.cores.core1 import Core1
-from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.signals import Direction, SignalTable
 
@@ -131,9 +131,9 @@ class _Core1:
         while True:
             try:
                 await self._core1.send(signal)
-            except LinkMissing as missing:
+            except LinkNotFoundError as missing:
                 if not self._sent:
-                    raise LinkMissing(f"{missing}: is the proxy running?") from missing
+                    raise LinkNotFoundError(f"{missing}: is the proxy running?") from missing
                 with trio.move_on_after(PATIENCE) as patience:
                     await self._core1.wait_running()
                 if patience.cancelled_caught:
@@ -150,7 +150,7 @@ class _Core1:
 
 @asynccontextmanager
 async def core1(address: str) -> AsyncIterator[Side]:
-    """Core 1 on the link `address`. Raises LinkMissing, PermissionRefused, ResourceRefused."""
+    """Core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
     async with Core1(address) as opened:
         yield _Core1(opened)
 
@@ -217,19 +217,21 @@ class Applications:
 
 def _register_error(path: Path, error: OSError) -> IncoError:
     if error.errno in _DENIED:
-        return PermissionRefused(f"{path}: {error.strerror}")
+        return PermissionDeniedError(f"{path}: {error.strerror}")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return LinkMissing(f"{path}: is not there: the proxy makes it, is it running?")
-    return ResourceRefused(f"{path}: {error.strerror}")
+        return LinkNotFoundError(f"{path}: is not there: the proxy makes it, is it running?")
+    return ResourceError(f"{path}: {error.strerror}")
 
 
 @asynccontextmanager
 async def applications(table: SignalTable) -> AsyncIterator[Side]:
-    """The applications. Raises LinkMissing for directories that are not there, PermissionRefused, ResourceRefused."""
+    """The applications. Raises LinkNotFoundError for directories that are not there, PermissionDeniedError,
+    ResourceError.
+    """
     try:
         inotify = Inotify()
     except OSError as error:
-        raise ResourceRefused(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n") from error
+        raise ResourceError(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n") from error
     try:
         yield Applications(table, inotify)
     finally:

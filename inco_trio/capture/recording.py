@@ -23,7 +23,7 @@ from typing import BinaryIO
 import attrs
 
 from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
-from inco_trio.errors import PermissionRefused, RecordingRefused, ResourceRefused
+from inco_trio.errors import PermissionDeniedError, RecordingError, ResourceError
 from inco_trio.frame import ADDRESSES, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
 
@@ -46,7 +46,7 @@ class Recorder:
     in front of the suffix; a new one begins with the entry that would exceed a limit, and of more than `keep` the
     oldest is removed. Each entry is one write(2), so that the file of a process that was killed can be read.
 
-    Raises PermissionRefused and ResourceRefused, which close the file: what was written before is whole.
+    Raises PermissionDeniedError and ResourceError, which close the file: what was written before is whole.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Recorder:
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
         if self._fd < 0:
-            raise ResourceRefused(f"{self.path}: is closed")
+            raise ResourceError(f"{self.path}: is closed")
         blocks = self._blocks(time_ns, interface, data, direction, comment)
         if self._is_full(time_ns, len(blocks)):
             self.close()
@@ -132,7 +132,7 @@ class Recorder:
         try:
             self._fd = os.open(path, _NEW, 0o666)
         except OSError as error:
-            kind = PermissionRefused if error.errno in _DENIED else ResourceRefused
+            kind = PermissionDeniedError if error.errno in _DENIED else ResourceError
             why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
             raise kind(f"{path}: cannot be written: {why}") from error
         os.set_blocking(self._fd, True)
@@ -153,7 +153,7 @@ class Recorder:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise ResourceRefused(f"{path}: another process records to it: name another file") from None
+            raise ResourceError(f"{path}: another process records to it: name another file") from None
         except OSError:
             pass  # A file system without locks.
         os.ftruncate(self._fd, 0)
@@ -170,7 +170,7 @@ class Recorder:
             if not self._size and len(self.written) > 1:  # Without its head it is no recording.
                 with contextlib.suppress(OSError):
                     self.written.pop().unlink()
-            raise ResourceRefused(
+            raise ResourceError(
                 f"{self.path}: {error.strerror}: the recording ends after {self.count} notifications, which are kept"
             ) from error
         self._size += len(data)
@@ -274,15 +274,15 @@ def _told(packet: Packet) -> Entry | Mark | None:
 
 @contextlib.contextmanager
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
-    """The recording at `path`. Raises RecordingRefused, PermissionRefused."""
+    """The recording at `path`. Raises RecordingError, PermissionDeniedError."""
     try:
         # A FIFO would wait for somebody to write to it.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        kind = PermissionRefused if error.errno in _DENIED else RecordingRefused
+        kind = PermissionDeniedError if error.errno in _DENIED else RecordingError
         raise kind(f"{path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RecordingRefused(f"{path}: is no recording: not a regular file")
+        raise RecordingError(f"{path}: is no recording: not a regular file")
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         yield Recording(file, str(path), table)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_gateway(args: argparse.Namespace) -> int:
-    """Print what a gateway does; raises ConfigError, PermissionRefused or UsageError."""
+    """Print what a gateway does; raises ConfigError, PermissionDeniedError or UsageError."""
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):

@@ -25,7 +25,7 @@ from inco_trio.cli.parser import EXIT_INTERNAL
 from inco_trio.config import Board, Config, read_board
 from inco_trio.control import place
 from inco_trio.control.server import Control
-from inco_trio.errors import IncoError, ResourceRefused, UsageError
+from inco_trio.errors import IncoError, ResourceError, UsageError
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore, fd_store_from_environment
 from inco_trio.proxy.proxy import Proxy, open_proxy
@@ -66,7 +66,7 @@ def run_daemon(args: argparse.Namespace) -> int:
         raise
     except Exception as error:  # logged whole; the exit code tells the supervisor
         if refused := _exhausted(error):
-            raise ResourceRefused(f"{service.name}: {refused.strerror}: raise the limit, or free some") from error
+            raise ResourceError(f"{service.name}: {refused.strerror}: raise the limit, or free some") from error
         logger.exception("internal error: this is a fault of inco-trio, please report it")
         return EXIT_INTERNAL
     return 0

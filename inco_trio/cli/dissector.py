@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from inco_trio.cli.streams import say
-from inco_trio.errors import PermissionRefused, ResourceRefused
+from inco_trio.errors import PermissionDeniedError, ResourceError
 
 __all__ = ["arguments", "run"]
 
@@ -32,7 +32,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or install it; raises PermissionRefused, ResourceRefused."""
+    """Print or install it; raises PermissionDeniedError, ResourceError."""
     text = files("inco_trio.capture").joinpath(NAME).read_text("utf-8")
     if not args.install:
         say(text.rstrip("\n"))
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         _replace(path, text)
     except OSError as error:
         denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        kind = PermissionRefused if denied else ResourceRefused
+        kind = PermissionDeniedError if denied else ResourceError
         raise kind(f"{path}: cannot be written: {error.strerror}") from error
     say(f"{path}: installed" if before is None else f"{path}: replaced")
     return 0

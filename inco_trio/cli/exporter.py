@@ -11,7 +11,7 @@ from inco_trio.cli import process_signals
 from inco_trio.cli.options import LISTEN, absolute, add_service_options, check_listen
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
-from inco_trio.errors import ProgramMissing
+from inco_trio.errors import ProgramNotFoundError
 
 __all__ = ["arguments", "run"]
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("prometheus_client"):
             raise
-        raise ProgramMissing("exporter needs prometheus_client: pip install 'inco-trio[metrics]'") from error
+        raise ProgramNotFoundError("exporter needs prometheus_client: pip install 'inco-trio[metrics]'") from error
     from inco_trio.cli import service
 
     address, port = check_listen(args.listen)

@@ -14,7 +14,7 @@ from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import add_place, connect
-from inco_trio.errors import ControlMissing
+from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
 
 __all__ = ["arguments", "run"]
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Print events until there are no more; raises IncoError."""
     try:
         client = connect(args)
-    except ControlMissing:
+    except ProxyNotFoundError:
         if not may_listen(args.link):
             raise
         from inco_trio.control.listen import Listening

@@ -9,7 +9,7 @@ from pathlib import Path
 from inco_trio.cli import process_signals
 from inco_trio.cli.options import absolute, add_service_options
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import ProgramMissing
+from inco_trio.errors import ProgramNotFoundError
 
 __all__ = ["arguments", "run"]
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("paho"):
             raise
-        raise ProgramMissing("mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'") from error
+        raise ProgramNotFoundError("mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'") from error
     from inco_trio.cli.service import serve
     from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
 

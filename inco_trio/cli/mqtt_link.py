@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from inco_trio.cli import process_signals
 from inco_trio.cli.options import absolute, add_service_options, path_of
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import ProgramMissing, UsageError
+from inco_trio.errors import ProgramNotFoundError, UsageError
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = ["ENDS", "arguments", "check_end", "run"]
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("paho"):
             raise
-        raise ProgramMissing("mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'") from error
+        raise ProgramNotFoundError("mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'") from error
     from inco_trio.cli.service import serve
     from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
     from inco_trio.persist.fdstore import fd_store_from_environment

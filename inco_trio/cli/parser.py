@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inco_trio.cli import streams
-from inco_trio.errors import IncoError, ResourceRefused
+from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -82,8 +82,8 @@ def _ending(run: Callable[[], int]) -> int:
         streams.complain(error)
         return error.exit_code
     except MemoryError:
-        streams.complain(ResourceRefused("out of memory"))
-        return ResourceRefused.exit_code
+        streams.complain(ResourceError("out of memory"))
+        return ResourceError.exit_code
     except Exception:  # noqa: BLE001 - shown whole; the exit code tells what it is
         with contextlib.suppress(OSError):
             traceback.print_exc()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from inco_trio.cli.options import absolute, config_path, configuration_argument, path_of
 from inco_trio.cli.streams import remark, say
 from inco_trio.config import read_board
-from inco_trio.errors import PermissionRefused, ProgramMissing, RecordingRefused, ResourceRefused, UsageError
+from inco_trio.errors import PermissionDeniedError, ProgramNotFoundError, RecordingError, ResourceError, UsageError
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             from inco_trio.capture.picture import draw
         except ImportError as error:
             hint = "pip install 'inco-trio[plot]', or use --json"
-            raise ProgramMissing(f"matplotlib is not there ({error}): {hint}") from error
+            raise ProgramNotFoundError(f"matplotlib is not there ({error}): {hint}") from error
     summary = _read(path, _table(args), args.pair)
     if args.json:
         say(json.dumps({"file": str(path), **summary.numbers()}, indent=2))
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             draw(summary, f"{printable(path.name)}: {total} notifications", out)
         except OSError as error:
             denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            kind = PermissionRefused if denied else ResourceRefused
+            kind = PermissionDeniedError if denied else ResourceError
             raise kind(f"{out}: cannot be written: {error.strerror}") from error
         if not args.json:
             say(f"{total} notifications and {len(summary.marks)} marks drawn to {printable(str(out))}")
@@ -104,7 +104,7 @@ def _table(args: argparse.Namespace) -> SignalTable:
 
 
 def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summary:
-    """The summary of a recording. Raises RecordingRefused, PermissionRefused, UsageError."""
+    """The summary of a recording. Raises RecordingError, PermissionDeniedError, UsageError."""
     from inco_trio.capture.recording import open_recording
     from inco_trio.capture.summary import Pair, Summary
 
@@ -118,7 +118,7 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
     for pair in summary.pairs:
         pair.end()
     if not summary.flows and not summary.marks:
-        raise RecordingRefused(f"{path}: has no notifications")
+        raise RecordingError(f"{path}: has no notifications")
     names = sorted({signal for signal, _ in summary.flows})
     for name in (name for pair in pairs for name in pair):
         if name not in names:
@@ -133,7 +133,7 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
     for number, each in enumerate(recording):
         if not 0 <= each.time_ns <= TIME_MAX:
             when = "is of the year 2262 or later, or before 1970"
-            raise RecordingRefused(f"{path}: is damaged: packet {recording.packets} {when}")
+            raise RecordingError(f"{path}: is damaged: packet {recording.packets} {when}")
         summary.take(each)
         if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()

@@ -17,7 +17,7 @@ from inco_trio.cli.options import number_of_seconds, path_of, positive
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, add_place, connect
-from inco_trio.errors import ControlMissing, IncoError, UsageError
+from inco_trio.errors import IncoError, ProxyNotFoundError, UsageError
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -138,12 +138,12 @@ class _Proxy:
         """The events that are there, without waiting, but for the next process if this one has ended."""
         try:
             return self._client.arrived()
-        except ControlMissing as error:
+        except ProxyNotFoundError as error:
             self._client.close()
             remark(f"{error}: waiting for the next")
             ended = _mark("the proxy has ended")
             while not self._stop.wait(AGAIN):
-                with contextlib.suppress(ControlMissing):
+                with contextlib.suppress(ProxyNotFoundError):
                     self._client = Client(self._client.path)
                     self._ask()
                     return [ended, _mark("the proxy was started again")]
@@ -171,7 +171,7 @@ def _mark(text: str) -> dict[str, Any]:
 def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listening]:
     try:
         client = connect(args)
-    except ControlMissing:
+    except ProxyNotFoundError:
         if not may_listen(args.link):
             raise
         from inco_trio.control.listen import Listening

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from inco_trio.cli.options import check_link, config_path, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import add_place
-from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError, ResourceError, UsageError
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
@@ -122,12 +122,12 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
 def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError:
     """The error for a register, or its directory, that cannot be used."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return ControlMissing(f"{path}: is missing: {why_missing}")
+        return ProxyNotFoundError(f"{path}: is missing: {why_missing}")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionRefused(f"{path}: {error.strerror}")
+        return PermissionDeniedError(f"{path}: {error.strerror}")
     if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL):
         return UsageError(f"{path}: is no register, which is a regular file")
-    return ResourceRefused(f"{path}: {error.strerror}")
+    return ResourceError(f"{path}: {error.strerror}")
 
 
 # ------------------------------------------------------------------------------------------------- through the proxy

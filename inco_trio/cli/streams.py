@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from inco_trio.errors import IncoError, ResourceRefused
+from inco_trio.errors import IncoError, ResourceError
 from inco_trio.service.lines import printable
 
 __all__ = ["complain", "flush", "open_missing", "output", "remark", "say", "say_bytes", "settle", "writing"]
@@ -28,9 +28,9 @@ def open_missing() -> None:
 
 
 def output() -> TextIO:
-    """Standard output. Raises ResourceRefused if the process was started without."""
+    """Standard output. Raises ResourceError if the process was started without."""
     if sys.stdout is None:
-        raise ResourceRefused("standard output is closed")
+        raise ResourceError("standard output is closed")
     return sys.stdout
 
 
@@ -51,13 +51,13 @@ def say_bytes(text: bytes) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Make ResourceRefused of the refusals of standard output, but for BrokenPipeError."""
+    """Make ResourceError of the refusals of standard output, but for BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ResourceRefused(f"standard output: {error.strerror}") from error
+        raise ResourceError(f"standard output: {error.strerror}") from error
 
 
 def flush() -> None:

@@ -29,7 +29,7 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
-from inco_trio.errors import ResourceRefused, UsageError
+from inco_trio.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -118,7 +118,7 @@ class _Waiting:
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
-            raise ResourceRefused(f"--after: cannot be run: {error}") from error
+            raise ResourceError(f"--after: cannot be run: {error}") from error
         end = os.pidfd_open(self._process.pid)
         try:
             yield end
@@ -221,7 +221,7 @@ class _Told:
         self.fileno = client.fileno
 
     def arrived(self) -> list[dict[str, Any]]:
-        """See `_Source`. Raises ControlMissing once the proxy has ended."""
+        """See `_Source`. Raises ProxyNotFoundError once the proxy has ended."""
         found = []
         for event in self._client.arrived():
             if event["event"] == "notification":
@@ -250,7 +250,7 @@ class _Register:
         try:
             self._inotify = inotify.Inotify()
         except OSError as error:
-            raise ResourceRefused("inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n") from error
+            raise ResourceError("inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n") from error
         self._buffer = memoryview(bytearray(1 << 16))
         self._watch = -1
         try:
@@ -305,7 +305,7 @@ class _Register:
                 try:
                     self._follow()
                 except OSError as error:
-                    raise ResourceRefused(f"{self._signal.directory}: cannot be watched: {error.strerror}") from error
+                    raise ResourceError(f"{self._signal.directory}: cannot be watched: {error.strerror}") from error
         return found
 
 

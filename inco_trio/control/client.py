@@ -18,10 +18,10 @@ from typing import Any
 
 from inco_trio.control.place import runtime_directories
 from inco_trio.errors import (
-    ControlMissing,
     IncoError,
-    PermissionRefused,
-    ResourceRefused,
+    PermissionDeniedError,
+    ProxyNotFoundError,
+    ResourceError,
     UsageError,
 )
 from inco_trio.links.address import parse_address
@@ -34,9 +34,9 @@ UNINTERRUPTED = 1.0
 PATIENCE = 10.0
 """Seconds in which a proxy greets, and answers what it need not wait for."""
 ERRORS: dict[str, type[IncoError]] = {
-    "not-permitted": PermissionRefused,
-    "closed": ControlMissing,
-    "busy": ResourceRefused,
+    "not-permitted": PermissionDeniedError,
+    "closed": ProxyNotFoundError,
+    "busy": ResourceError,
 }
 """What an error of the proxy is here; UsageError for the others."""
 
@@ -44,7 +44,7 @@ ERRORS: dict[str, type[IncoError]] = {
 class Client:
     """A connection to the proxy that listens at `path`.
 
-    Raises ControlMissing if nobody does, PermissionRefused, and ResourceRefused for a proxy that has no room.
+    Raises ProxyNotFoundError if nobody does, PermissionDeniedError, and ResourceError for a proxy that has no room.
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
@@ -65,19 +65,19 @@ class Client:
     def _check_greeting(self) -> None:
         greeting = self.greeting
         if not isinstance(greeting.get("protocol"), int) or not isinstance(greeting.get("boards"), list):
-            raise ControlMissing(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
 
     def _connect(self) -> None:
         try:
             self._sock.connect(os.fspath(self.path))
         except PermissionError as error:
-            raise PermissionRefused(
+            raise PermissionDeniedError(
                 f"{self.path}: only root, the user of the proxy and its group may ask it (run as one of them)"
             ) from error
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ControlMissing(f"{self.path}: no proxy listens there") from error
+            raise ProxyNotFoundError(f"{self.path}: no proxy listens there") from error
         except OSError as error:
-            raise ControlMissing(f"{self.path}: cannot ask there: {error.strerror or error}") from error
+            raise ProxyNotFoundError(f"{self.path}: cannot ask there: {error.strerror or error}") from error
 
     def __enter__(self) -> Client:
         return self
@@ -109,7 +109,7 @@ class Client:
             self._sock.settimeout(patience)
             try:
                 self._events.append(self._read())
-            except ControlMissing:
+            except ProxyNotFoundError:
                 return
 
     def fileno(self) -> int:
@@ -117,7 +117,9 @@ class Client:
         return self._sock.fileno()
 
     def arrived(self) -> list[dict[str, Any]]:
-        """The events of a monitor that are there, without waiting. Raises ControlMissing once the proxy has ended."""
+        """The events of a monitor that are there, without waiting. Raises ProxyNotFoundError once the proxy has
+        ended.
+        """
         if not self._events and b"\n" not in self._received and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while (line := self._line()) is not None:
@@ -127,7 +129,7 @@ class Client:
         return events
 
     def wait(self, seconds: float) -> None:
-        """Wait, while the proxy says nothing. Raises ControlMissing if it ends meanwhile."""
+        """Wait, while the proxy says nothing. Raises ProxyNotFoundError if it ends meanwhile."""
         if select.select([self._sock], [], [], seconds)[0]:
             self._sock.settimeout(0)
             self._events.append(self._read())
@@ -143,7 +145,7 @@ class Client:
                 pass
             data = self._sock.recv(1 << 16)
         except TimeoutError as error:
-            raise ControlMissing(f"{self.path}: the proxy does not answer") from error
+            raise ProxyNotFoundError(f"{self.path}: the proxy does not answer") from error
         except OSError as error:
             raise self._gone() from error
         if not data:
@@ -162,11 +164,11 @@ class Client:
         except ValueError:
             read = None
         if not isinstance(read, dict):
-            raise ControlMissing(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
         return read
 
-    def _gone(self) -> ControlMissing:
-        return ControlMissing(f"{self.path}: the proxy has ended")
+    def _gone(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
 
     def _check(self, answer: Mapping[str, Any]) -> None:
         if "error" in answer:
@@ -182,7 +184,7 @@ def add_place(sub: argparse.ArgumentParser) -> None:
 def connect(args: argparse.Namespace) -> Client:
     """The proxy that `add_place`'s options name, or the only one.
 
-    Raises ControlMissing, PermissionRefused, and UsageError where several run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError where several run.
     """
     if args.control is not None:
         if args.link is not None:
@@ -193,7 +195,7 @@ def connect(args: argparse.Namespace) -> Client:
     for path in sockets():
         try:
             client = Client(path)
-        except ControlMissing:
+        except ProxyNotFoundError:
             continue  # Left over.
         except IncoError as error:
             refused = error
@@ -213,7 +215,7 @@ def connect(args: argparse.Namespace) -> Client:
         raise refused
     whose = "no running proxy" if args.link is None else f"no proxy of {args.link}"
     places = " or ".join(map(str, runtime_directories()))
-    raise ControlMissing(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
+    raise ProxyNotFoundError(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
 
 
 def client_of(pid: int) -> Client | None:

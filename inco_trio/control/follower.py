@@ -12,7 +12,7 @@ from typing import Any
 import trio
 
 from inco_trio.control.client import ERRORS
-from inco_trio.errors import ControlMissing, IncoError, PermissionRefused
+from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError
 
 __all__ = ["Conversation", "converse"]
 
@@ -33,7 +33,7 @@ class Conversation:
         self._ahead: list[dict[str, Any]] = []
 
     async def write(self, request: Mapping[str, object]) -> None:
-        """Ask something. Raises ControlMissing once the proxy has ended."""
+        """Ask something. Raises ProxyNotFoundError once the proxy has ended."""
         line = json.dumps(request).encode() + b"\n"
         async with self._writing:
             try:
@@ -42,7 +42,7 @@ class Conversation:
                 raise self._gone() from error
 
     async def read(self) -> list[dict[str, Any]]:
-        """Some answers and events, once there are any. Raises ControlMissing once the proxy has ended."""
+        """Some answers and events, once there are any. Raises ProxyNotFoundError once the proxy has ended."""
         if self._ahead:
             lines, self._ahead = self._ahead, []
             return lines
@@ -73,7 +73,7 @@ class Conversation:
                         self.check(line)
                         return line
                 before += lines
-        raise ControlMissing(f"{self.path}: the proxy does not answer")
+        raise ProxyNotFoundError(f"{self.path}: the proxy does not answer")
 
     def check(self, answer: Mapping[str, Any]) -> None:
         """Raise the error that an answer is, if it is one."""
@@ -86,27 +86,29 @@ class Conversation:
         except ValueError:
             read = None
         if not isinstance(read, dict):
-            raise ControlMissing(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
         return read
 
-    def _gone(self) -> ControlMissing:
-        return ControlMissing(f"{self.path}: the proxy has ended")
+    def _gone(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
 
 
 @asynccontextmanager
 async def converse(path: Path) -> AsyncIterator[Conversation]:
-    """A connection to the proxy that listens at `path`. Raises ControlMissing, PermissionRefused, ResourceRefused."""
+    """A connection to the proxy that listens at `path`. Raises ProxyNotFoundError, PermissionDeniedError,
+    ResourceError.
+    """
     try:
         stream = await trio.open_unix_socket(os.fspath(path))
     except PermissionError as error:
-        raise PermissionRefused(f"{path}: only root, the user of the proxy and its group may ask it") from error
+        raise PermissionDeniedError(f"{path}: only root, the user of the proxy and its group may ask it") from error
     except OSError as error:
-        raise ControlMissing(f"{path}: no proxy answers there: {error.strerror or error}") from error
+        raise ProxyNotFoundError(f"{path}: no proxy answers there: {error.strerror or error}") from error
     async with stream:
         conversation = Conversation(path, stream)
         with trio.move_on_after(PATIENCE):
             (conversation.greeting, *conversation._ahead) = await conversation.read()
         conversation.check(conversation.greeting)
         if not isinstance(conversation.greeting.get("boards"), list):
-            raise ControlMissing(f"{path}: who listens there does not answer as inco-trio does")
+            raise ProxyNotFoundError(f"{path}: who listens there does not answer as inco-trio does")
         yield conversation

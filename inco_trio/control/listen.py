@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import Any
 
-from inco_trio.errors import ControlMissing, LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ProxyNotFoundError, ResourceError
 from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode
 from inco_trio.links.packet import GONE, attach_filter, program
 
@@ -29,7 +29,7 @@ _FILTER = (
 class Listening:
     """The frames on an interface: those that this host sends are outbound. The filters are those of a monitor.
 
-    Raises PermissionRefused, LinkMissing, ResourceRefused.
+    Raises PermissionDeniedError, LinkNotFoundError, ResourceError.
     """
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: str | None) -> None:
@@ -40,7 +40,7 @@ class Listening:
         try:
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         except PermissionError as error:
-            raise PermissionRefused(f"{interface}: no proxy answers, and listening needs CAP_NET_RAW") from error
+            raise PermissionDeniedError(f"{interface}: no proxy answers, and listening needs CAP_NET_RAW") from error
         try:
             attach_filter(self._sock, program(_FILTER))
             # Of what this host sends, only sockets of every EtherType get a copy.
@@ -48,8 +48,8 @@ class Listening:
         except OSError as error:
             self._sock.close()
             if error.errno in GONE:
-                raise LinkMissing(f"{interface}: no proxy answers, and there is no such interface") from error
-            raise ResourceRefused(f"{interface}: cannot listen: {error.strerror}") from error
+                raise LinkNotFoundError(f"{interface}: no proxy answers, and there is no such interface") from error
+            raise ResourceError(f"{interface}: cannot listen: {error.strerror}") from error
 
     def __enter__(self) -> Listening:
         return self
@@ -69,9 +69,9 @@ class Listening:
             yield from self._receive(0)
 
     def arrived(self) -> list[dict[str, Any]]:
-        """Those that are there, without waiting. Raises ControlMissing once the interface is gone."""
+        """Those that are there, without waiting. Raises ProxyNotFoundError once the interface is gone."""
         if self._gone:
-            raise ControlMissing(f"{self.name}: the interface is gone")
+            raise ProxyNotFoundError(f"{self.name}: the interface is gone")
         events: list[dict[str, Any]] = []
         with contextlib.suppress(BlockingIOError):
             while not self._gone:

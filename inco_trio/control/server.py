@@ -20,7 +20,7 @@ import attrs
 import trio
 
 from inco_trio.control.monitors import Event, Follower, Monitor
-from inco_trio.errors import ClosedError, UnknownSignal
+from inco_trio.errors import ClosedError, UnknownSignalError
 from inco_trio.persist.history import History
 from inco_trio.proxy.proxy import Proxy
 from inco_trio.proxy.supervise import TRANSIENT, Problems, board_name
@@ -312,7 +312,7 @@ class Control:
         try:
             for _ in range(count):
                 await proxy.send(name)
-        except UnknownSignal as error:
+        except UnknownSignalError as error:
             outbound = ", ".join(s.name for s in proxy.config.signals if s.direction is Direction.OUTBOUND)
             raise _Refused("unknown-signal", f"{error} (there are: {outbound or 'none'})") from None
         except ClosedError as error:

@@ -42,8 +42,8 @@ class Core1:
     at the path `netns`, or in our own. Frames are read as they come, also while nobody waits for them. Each is given to
     one reader; of more than `buffer` that nobody has taken the oldest are dropped, which `lost` counts.
 
-    Entering raises UsageError for what is no address, LinkMissing, PermissionRefused and ResourceRefused. What fails
-    later cancels the block and is raised in an ExceptionGroup.
+    Entering raises UsageError for what is no address, LinkNotFoundError, PermissionDeniedError and ResourceError. What
+    fails later cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None, buffer: int = 1024) -> None:
@@ -91,7 +91,7 @@ class Core1:
     async def send(self, name: str) -> None:
         """Send an inbound signal; returns once the link has accepted its frame, and waits for room.
 
-        Raises UsageError for what is no wire name, LinkMissing if nobody takes it, and ResourceRefused.
+        Raises UsageError for what is no wire name, LinkNotFoundError if nobody takes it, and ResourceError.
         """
         if fault := name_fault(name):
             raise UsageError(f"{name!r}: {fault}")

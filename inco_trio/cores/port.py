@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import LinkMissing, ResourceRefused, UsageError
+from inco_trio.errors import LinkNotFoundError, ResourceError, UsageError
 from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress, parse_address
-from inco_trio.links.link import Link, LinkDown
+from inco_trio.links.link import Link, LinkDownError
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.proxy.supervise import starting_and_stopping
 
@@ -47,17 +47,17 @@ class Port:
             await self._changed.park()
 
     async def send(self, frame: bytes) -> None:
-        """Send a frame; waits for room. Raises LinkMissing if nobody takes it, and ResourceRefused."""
+        """Send a frame; waits for room. Raises LinkNotFoundError if nobody takes it, and ResourceError."""
         while True:
             try:
                 self._link.send_frame(frame)
             except BlockingIOError:
                 await self._link.wait_for_room()
-            except LinkDown as error:
-                raise LinkMissing(f"{self._link.name}: takes no frames now: {error.strerror}") from error
+            except LinkDownError as error:
+                raise LinkNotFoundError(f"{self._link.name}: takes no frames now: {error.strerror}") from error
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise ResourceRefused(f"{self._link.name}: cannot send: {error.strerror}") from error
+                    raise ResourceError(f"{self._link.name}: cannot send: {error.strerror}") from error
                 await trio.sleep(FULL)
             else:
                 await trio.lowlevel.checkpoint()
@@ -66,7 +66,7 @@ class Port:
     def receive(self) -> bool:
         """Tell of frames that are queued, without waiting; returns whether there may be more.
 
-        Raises ResourceRefused.
+        Raises ResourceError.
         """
         room = memoryview(bytearray(FRAME_MAX + 1))
         try:
@@ -77,7 +77,7 @@ class Port:
                 # One that is longer is malformed, which the rest of it does not change.
                 self._arrived(bytes(room[:length]))
         except OSError as error:
-            raise ResourceRefused(f"{self._link.name}: cannot receive: {error.strerror}") from error
+            raise ResourceError(f"{self._link.name}: cannot receive: {error.strerror}") from error
         return True
 
     async def _receive(self) -> None:
@@ -96,7 +96,7 @@ def _refresh(link: Link) -> bool:
     try:
         return link.refresh()
     except OSError as error:
-        raise LinkMissing(f"{link.name}: {error.strerror}") from error
+        raise LinkNotFoundError(f"{link.name}: {error.strerror}") from error
 
 
 @asynccontextmanager
@@ -108,8 +108,8 @@ async def open_port(
     Of `unix:LOCAL,peer=REMOTE`, LOCAL is this end's path. An interface is looked for in the network namespace `netns`,
     or in our own. `around` is what the links of a program share; without it, each has an inotify instance of its own.
 
-    Raises UsageError for what is no address, LinkMissing, PermissionRefused and ResourceRefused; what fails later
-    cancels the block and is raised in an ExceptionGroup.
+    Raises UsageError for what is no address, LinkNotFoundError, PermissionDeniedError and ResourceError; what fails
+    later cancels the block and is raised in an ExceptionGroup.
     """
     try:
         parsed = parse_address(address)

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from inco_trio.errors import IncoError
 
-__all__ = ["Link", "LinkDown"]
+__all__ = ["Link", "LinkDownError"]
 
 
-class LinkDown(OSError):
+class LinkDownError(OSError):
     """The link takes no frames now; its next change may mend that."""
 
 
@@ -69,7 +69,7 @@ class Link(Protocol):
     def send(self, name: str) -> None:
         """Send the frame of one notification.
 
-        Raises BlockingIOError if there is no room, LinkDown, or OSError.
+        Raises BlockingIOError if there is no room, LinkDownError, or OSError.
         """
 
     def send_frame(self, frame: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceError
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.link import Link
 
@@ -22,14 +22,14 @@ class Surroundings:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """What watches the names of sockets. Raises ResourceRefused, for the link `asking`."""
+        """What watches the names of sockets. Raises ResourceError, for the link `asking`."""
         from inco_trio.links.names import Names
 
         if self._names is None:
             try:
                 self._names = Names()
             except OSError as error:
-                raise ResourceRefused(
+                raise ResourceError(
                     f"{asking}: inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
                 ) from error
         return self._names
@@ -50,8 +50,8 @@ def open_link(
     """The link, and the one of the inherited descriptor `held` if that does not fit any more.
 
     An interface is looked for in the network namespace `netns`; None is our own. `note` is 16 bytes of memory that
-    outlive the process with the descriptor. Raises LinkMissing for a namespace that is none, PermissionRefused,
-    ResourceRefused.
+    outlive the process with the descriptor. Raises LinkNotFoundError for a namespace that is none,
+    PermissionDeniedError, ResourceError.
     """
     # Each kind is imported only where it is used: start-up time is an outage.
     link: Link

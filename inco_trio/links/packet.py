@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 
 import trio
 
-from inco_trio.errors import LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
-from inco_trio.links.link import LinkDown
+from inco_trio.links.link import LinkDownError
 from inco_trio.linux.rtnetlink import Rtnetlink
 
 __all__ = ["PacketLink", "attach_filter", "program"]
@@ -98,7 +98,7 @@ class PacketLink:
     """The socket on the interface `name`: receives frames of our EtherType, sends notifications.
 
     It stays the same when the interface is deleted and made again: `refresh` binds it anew, and its queue and filter
-    are kept. `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceRefused.
+    are kept. `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceError.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -119,24 +119,24 @@ class PacketLink:
         try:
             self._rtnetlink = Rtnetlink()
         except OSError as error:
-            raise ResourceRefused(f"{name}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
+            raise ResourceError(f"{name}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
 
     @classmethod
     def open(cls, name: str) -> PacketLink:
         """Open a socket that is not bound yet: `refresh` binds it.
 
-        Raises PermissionRefused without CAP_NET_RAW, ResourceRefused for want of descriptors or memory.
+        Raises PermissionDeniedError without CAP_NET_RAW, ResourceError for want of descriptors or memory.
         """
         try:
             # Protocol 0: nothing is queued until bind, when options and filter are in place.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
-            raise PermissionRefused(
+            raise PermissionDeniedError(
                 f"{name}: opening a packet socket needs CAP_NET_RAW "
                 "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)"
             ) from error
         except OSError as error:
-            raise ResourceRefused(f"{name}: cannot open a packet socket: {error.strerror}") from error
+            raise ResourceError(f"{name}: cannot open a packet socket: {error.strerror}") from error
         try:
             attach_filter(sock, FILTER)
             with contextlib.suppress(OSError):
@@ -179,10 +179,10 @@ class PacketLink:
         """See `Link.absence`."""
         return "the interface is gone" if self.mac else "no such interface yet"
 
-    def missing(self) -> LinkMissing:
+    def missing(self) -> LinkNotFoundError:
         """The error for an interface that does not exist, with the names of those that do."""
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
-        return LinkMissing(f"{self.name}: no such interface (there are: {names}); --wait-link waits for it")
+        return LinkNotFoundError(f"{self.name}: no such interface (there are: {names}); --wait-link waits for it")
 
     def refresh(self) -> bool:
         """Bind to the interface if the socket is not bound to it now; learn its address and its state.
@@ -262,24 +262,24 @@ class PacketLink:
         frame = self._frames.get(name)
         if frame is None:
             if not self.mac:  # An interface that has never been there.
-                raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+                raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (packet(7))."""
+        """Send the frame of one notification. Raises BlockingIOError, LinkDownError, or OSError (packet(7))."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
         """See `Link.send_frame`."""
         if not self.running:
             # Without a carrier the kernel would accept the frame, drop it, and say nothing.
-            raise LinkDown(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
+            raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         try:
             self._send(frame)
         except OSError as error:
             if error.errno in DOWN:
-                raise LinkDown(error.errno, error.strerror) from None
+                raise LinkDownError(error.errno, error.strerror) from None
             raise
 
     async def wait_for_room(self) -> None:

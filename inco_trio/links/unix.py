@@ -17,10 +17,10 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress
-from inco_trio.links.link import LinkDown
+from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
 
 __all__ = ["UnixLink"]
@@ -78,17 +78,17 @@ class UnixLink:
         self._ours = False
         self._looks: Iterator[float] = iter(())
         self._room: socket.socket | None = None
-        self._refusal: IncoError = LinkMissing(f"{self.name}: not bound yet")
+        self._refusal: IncoError = LinkNotFoundError(f"{self.name}: not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
         self._closed = False
 
     @classmethod
     def open(cls, address: UnixAddress, note: memoryview, names: Names) -> UnixLink:
-        """Make a socket that is not bound yet: `refresh` binds it. Raises ResourceRefused."""
+        """Make a socket that is not bound yet: `refresh` binds it. Raises ResourceError."""
         try:
             return cls(_new_socket(), address, note, names)
         except OSError as error:
-            raise ResourceRefused(f"{address.local}: cannot open a socket: {error.strerror}") from error
+            raise ResourceError(f"{address.local}: cannot open a socket: {error.strerror}") from error
 
     @classmethod
     def take(cls, address: UnixAddress, held: int, note: memoryview, names: Names) -> UnixLink:
@@ -177,13 +177,13 @@ class UnixLink:
                     sock.close()
                 raise
         except FileNotFoundError as error:
-            raise LinkMissing(f"{self.name}: its directory does not exist: make it") from error
+            raise LinkNotFoundError(f"{self.name}: its directory does not exist: make it") from error
         except PermissionError as error:
-            raise PermissionRefused(f"{self.name}: cannot bind there: {error.strerror}") from error
+            raise PermissionDeniedError(f"{self.name}: cannot bind there: {error.strerror}") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise LinkMissing(f"{self.name}: {IN_USE}") from error
-            raise ResourceRefused(f"{self.name}: cannot bind there: {error.strerror}") from error
+                raise LinkNotFoundError(f"{self.name}: {IN_USE}") from error
+            raise ResourceError(f"{self.name}: cannot bind there: {error.strerror}") from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
             logger.warning("%s: was removed, or taken by somebody else: bound again", self.name)
@@ -200,7 +200,7 @@ class UnixLink:
             return
         if not stat.S_ISSOCK(found.st_mode):
             kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
-            raise LinkMissing(f"{self.name}: is no socket but {kind}: remove it, or name another path")
+            raise LinkNotFoundError(f"{self.name}: is no socket but {kind}: remove it, or name another path")
         with _new_socket() as probe:
             try:
                 probe.connect(self.name)
@@ -208,10 +208,12 @@ class UnixLink:
                 pass
             except OSError as error:
                 if error.errno == errno.EPROTOTYPE:
-                    raise LinkMissing(f"{self.name}: is in use by a live process, as another type of socket") from error
+                    raise LinkNotFoundError(
+                        f"{self.name}: is in use by a live process, as another type of socket"
+                    ) from error
                 raise
             else:
-                raise LinkMissing(f"{self.name}: {IN_USE}")
+                raise LinkNotFoundError(f"{self.name}: {IN_USE}")
         again = os.lstat(self.name)
         if (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino):
             Path(self.name).unlink()
@@ -337,7 +339,7 @@ class UnixLink:
         return frame
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, LinkDown, or OSError (unix(7))."""
+        """Send the frame of one notification. Raises BlockingIOError, LinkDownError, or OSError (unix(7))."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
@@ -348,7 +350,7 @@ class UnixLink:
             if error.errno in NO_PEER:
                 nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
                 who = f"nobody is at {self._address.peer}" if nobody else f"{self._address.peer} takes no frames"
-                raise LinkDown(error.errno, f"{who} ({error.strerror})") from None
+                raise LinkDownError(error.errno, f"{who} ({error.strerror})") from None
             raise
 
     async def wait_for_room(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from inco_trio.errors import IncoError, LinkMissing, PermissionRefused, ResourceRefused
+from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
 
 __all__ = ["belongs_to", "identity", "inside"]
 
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def inside(netns: Path | None, asking: str) -> Iterator[None]:
     """Have the calling thread inside `netns` while the block runs; None is where it is. `asking` is for errors.
 
-    Raises LinkMissing, PermissionRefused, ResourceRefused.
+    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
     """
     if netns is None:
         yield
@@ -53,10 +53,10 @@ def _enter(fd: int) -> None:
 
 def _refusal(error: OSError, netns: Path, asking: str) -> IncoError:
     if isinstance(error, FileNotFoundError):
-        return LinkMissing(f"{asking}: there is no network namespace {netns}: make it (`ip netns add NAME`)")
+        return LinkNotFoundError(f"{asking}: there is no network namespace {netns}: make it (`ip netns add NAME`)")
     if isinstance(error, PermissionError):
-        return PermissionRefused(f"{asking}: entering the network namespace {netns} needs CAP_SYS_ADMIN")
-    return ResourceRefused(f"{asking}: the network namespace {netns} cannot be entered: {error.strerror}")
+        return PermissionDeniedError(f"{asking}: entering the network namespace {netns} needs CAP_SYS_ADMIN")
+    return ResourceError(f"{asking}: the network namespace {netns} cannot be entered: {error.strerror}")
 
 
 def identity(netns: Path | None) -> tuple[int, int]:

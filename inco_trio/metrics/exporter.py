@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from inco_trio.control.client import Client, sockets
-from inco_trio.errors import ControlMissing, IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError, ResourceError, UsageError
 from inco_trio.metrics.openmetrics import Family, families, shown
 from inco_trio.proxy.supervise import Problems
 
@@ -74,7 +74,7 @@ class Boards(Collector):
             with Client(path, patience) as client:
                 self._names[path] = str(client.greeting["name"])
                 found = list(families(client.request({"request": "status"}, patience)["status"]))
-        except ControlMissing as error:
+        except ProxyNotFoundError as error:
             if self._controls is None and "no proxy listens" in str(error):
                 self._names.pop(path, None)
                 return None, None
@@ -91,17 +91,17 @@ class Boards(Collector):
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
-    """Answer scrapes until cancelled. Raises UsageError, PermissionRefused, ResourceRefused."""
+    """Answer scrapes until cancelled. Raises UsageError, PermissionDeniedError, ResourceError."""
     listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Later(Boards(controls)))
     try:
         server, thread = start_http_server(port, address, registry)
     except PermissionError as error:
-        raise PermissionRefused(f"--listen {listen}: {error.strerror}: name a port from 1024 on") from error
+        raise PermissionDeniedError(f"--listen {listen}: {error.strerror}: name a port from 1024 on") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ResourceRefused(
+            raise ResourceError(
                 f"--listen {listen}: somebody listens there already: end that, or name another port"
             ) from error
         raise UsageError(f"--listen {listen}: cannot listen there: {error.strerror}") from error

@@ -29,10 +29,10 @@ from collections.abc import Callable, Sequence
 import attrs
 import trio
 
-from inco_trio.errors import IncoError, ResourceRefused
+from inco_trio.errors import IncoError, ResourceError
 from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress
-from inco_trio.links.link import LinkDown
+from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings
 from inco_trio.links.unix import UnixLink
@@ -40,7 +40,7 @@ from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import (
     RECEIVE_MAX,
     BrokerBackoff,
-    BrokerLost,
+    BrokerLostError,
     BrokerRefused,
     Connection,
     Message,
@@ -215,13 +215,13 @@ class Wire:
         self._progress: Progress
 
     def _open(self) -> None:
-        """Bind the link's socket. Raises LinkMissing, PermissionRefused, ResourceRefused."""
+        """Bind the link's socket. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
         inherited, around = self._fd_store.inherited, Surroundings()
         self._resources.callback(around.close)
         try:
             inflight = Inflight.open(inherited.get("memory"))
         except OSError as error:
-            raise ResourceRefused(f"cannot make memory that outlives the process: {error.strerror}") from error
+            raise ResourceError(f"cannot make memory that outlives the process: {error.strerror}") from error
         self._resources.callback(inflight.close)
         self._progress = Progress(inflight.owed)
         self._link = _open_link(self._address, inherited.get("link"), inflight.note, around.names(self._address.name))
@@ -298,7 +298,7 @@ class Wire:
                     await self._exchange(connection)
             except SessionTaken:
                 raise
-            except (BrokerLost, BrokerRefused) as error:
+            except (BrokerLostError, BrokerRefused) as error:
                 what = str(error).removeprefix(f"{self._broker}: ")
                 self._problems.failed("broker", f"{what}; frames wait meanwhile, tried again", self._broker)
             await trio.sleep(backoff.next())
@@ -452,7 +452,7 @@ class Wire:
                 link.send_frame(frame)
             except BlockingIOError:
                 await link.wait_for_room()
-            except LinkDown as error:
+            except LinkDownError as error:
                 self._problems.failed("core", f"{error.strerror}: frames wait for it", link.name)
                 await changed.wait()
             except OSError as error:

@@ -21,7 +21,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, Iterabl
 from cattrs.v import format_exception
 
 from inco_trio.config import load_document, read_file, repeated_keys
-from inco_trio.errors import ConfigError, PermissionRefused, UsageError
+from inco_trio.errors import ConfigError, PermissionDeniedError, UsageError
 from inco_trio.signals import name_fault
 
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
@@ -69,7 +69,7 @@ class Credentials:
     """One line: its password."""
 
     def read(self) -> Identity:
-        """Read user and password. Raises ConfigError, PermissionRefused."""
+        """Read user and password. Raises ConfigError, PermissionDeniedError."""
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
@@ -209,7 +209,7 @@ def _faults(config: GatewayConfig) -> list[str]:
 
 
 def _read_line(file: str | None, key: str) -> str | None:
-    """The line in a file. Raises ConfigError, PermissionRefused."""
+    """The line in a file. Raises ConfigError, PermissionDeniedError."""
     if file is None:
         return None
     try:
@@ -218,7 +218,7 @@ def _read_line(file: str | None, key: str) -> str | None:
     except UnicodeDecodeError:
         raise ConfigError([f"{file}: broker.{key}: is not UTF-8"]) from None
     except PermissionError as error:
-        raise PermissionRefused(f"{file}: broker.{key}: cannot be read: {error.strerror}") from error
+        raise PermissionDeniedError(f"{file}: broker.{key}: cannot be read: {error.strerror}") from error
     if not text or len(data) > SECRET_MAX or re.search(r"[\0\r\n]", text):
         raise ConfigError([f"{file}: broker.{key}: is one line of up to {SECRET_MAX} bytes"])
     return text

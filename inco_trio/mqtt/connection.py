@@ -23,7 +23,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from inco_trio.errors import IncoError, PermissionRefused
+from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.proxy.supervise import Backoff
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECEIVE_MAX",
     "BrokerBackoff",
-    "BrokerLost",
+    "BrokerLostError",
     "BrokerRefused",
     "Connection",
     "Message",
@@ -71,17 +71,17 @@ class BrokerBackoff(Backoff):
     CAP = 5.0
 
 
-class BrokerLost(IncoError):
+class BrokerLostError(IncoError):
     """The broker cannot be reached, went away, or does not answer."""
 
     exit_code = 69
 
 
-class SessionTaken(BrokerLost):
+class SessionTaken(BrokerLostError):
     """Another process is connected by the name that we have."""
 
 
-class BrokerRefused(PermissionRefused):
+class BrokerRefused(PermissionDeniedError):
     """The broker refuses us, or we refuse it, for its certificate."""
 
 
@@ -179,7 +179,7 @@ class Connection:
         """Publish them in order at QoS 1; returns once the broker has acknowledged all.
 
         For each message why it was refused, or None. With `heard`, one that nobody has subscribed to is refused, if the
-        broker says so (MQTT 5, 3.4.2.1). Raises BrokerLost if the connection ends before that.
+        broker says so (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends before that.
         """
         self._check()
         if not messages:
@@ -202,12 +202,12 @@ class Connection:
         return awaited.reasons
 
     async def subscribe(self, topics: Sequence[str]) -> None:
-        """Have the broker send what is published there, at QoS 1. Raises BrokerRefused, BrokerLost."""
+        """Have the broker send what is published there, at QoS 1. Raises BrokerRefused, BrokerLostError."""
         self._check()
         awaited = _Awaited(1, [None])
         code, mid = self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
-            raise BrokerLost(f"{self._broker}: {paho.error_string(code)}")
+            raise BrokerLostError(f"{self._broker}: {paho.error_string(code)}")
         self._awaited[mid] = (awaited, 0)
         await self._wait(awaited.done)
         if awaited.reasons[0] is not None:
@@ -221,7 +221,7 @@ class Connection:
                 await event.wait()
             self._check()
             if not event.is_set() and self._number == before:
-                self._lose(BrokerLost(f"{self._broker}: does not answer for {self._patience:g} s"))
+                self._lose(BrokerLostError(f"{self._broker}: does not answer for {self._patience:g} s"))
                 self._check()
 
     def _check(self) -> None:
@@ -243,7 +243,7 @@ class Connection:
         self, _client: object, _data: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         if reason.is_failure:
-            kind = BrokerLost if reason.value in _UNREACHABLE else BrokerRefused
+            kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefused
             self._lose(kind(f"{self._broker}: refuses us: {reason}"))
             return
         self.session_present = flags.session_present
@@ -259,9 +259,9 @@ class Connection:
                 SessionTaken(f"{self._broker}: another process has taken our name {self._name!r}: end one of them")
             )
         elif reason.value >= _FAILURE and reason.getName() != "Unspecified error":
-            self._lose(BrokerLost(f"{self._broker}: ended the connection: {reason}"))
+            self._lose(BrokerLostError(f"{self._broker}: ended the connection: {reason}"))
         elif self._answered.is_set():
-            self._lose(BrokerLost(f"{self._broker}: the connection broke"))
+            self._lose(BrokerLostError(f"{self._broker}: the connection broke"))
         else:
             self._hung_up()
 
@@ -273,7 +273,7 @@ class Connection:
 
     def _hung_up(self) -> None:
         hint = "does it want a client certificate, or another one?" if self._broker.tls else "does it want TLS?"
-        self._lose(BrokerLost(f"{self._broker}: ends the connection without an answer ({hint})"))
+        self._lose(BrokerLostError(f"{self._broker}: ends the connection without an answer ({hint})"))
 
     def _on_acknowledged(
         self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
@@ -310,7 +310,7 @@ class Connection:
         try:
             self._entry.send_nowait(received)
         except trio.WouldBlock:
-            self._lose(BrokerLost(f"{self._broker}: sends more than the {RECEIVE_MAX} messages that it may"))
+            self._lose(BrokerLostError(f"{self._broker}: sends more than the {RECEIVE_MAX} messages that it may"))
 
     def _acknowledge(self, mid: int, qos: int) -> None:
         if self._lost is None and qos:
@@ -336,7 +336,7 @@ class Connection:
         try:
             await task()
         except (OSError, trio.ClosedResourceError) as error:
-            self._lose(BrokerLost(f"{self._broker}: the connection broke: {error}"))
+            self._lose(BrokerLostError(f"{self._broker}: the connection broke: {error}"))
         scope.cancel()
 
     async def _read(self) -> None:
@@ -378,7 +378,7 @@ class Connection:
             await self._answered.wait()
         self._check()
         if not self._answered.is_set():
-            self._lose(BrokerLost(f"{self._broker}: accepts the connection and does not answer"))
+            self._lose(BrokerLostError(f"{self._broker}: accepts the connection and does not answer"))
             self._check()
 
     async def end(self) -> None:
@@ -426,7 +426,7 @@ async def open_connection(
     """A connection to `broker` while the block runs, whose end publishes `will`.
 
     The broker keeps the session for `session` seconds after the end; `clean` has it forget an earlier one. Raises
-    BrokerLost and BrokerRefused, also while the block runs: then it is cancelled.
+    BrokerLostError and BrokerRefused, also while the block runs: then it is cancelled.
     """
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
@@ -504,14 +504,16 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
     except ssl.SSLCertVerificationError as error:
         raise BrokerRefused(f"{broker}: its certificate is refused: {error.verify_message}") from error
     except ssl.SSLError as error:
-        raise BrokerLost(f"{broker}: no TLS connection: {error.reason or error}") from error
+        raise BrokerLostError(f"{broker}: no TLS connection: {error.reason or error}") from error
     except socket.gaierror as error:
-        raise BrokerLost(f"{broker}: no such host: {error.strerror}") from error
+        raise BrokerLostError(f"{broker}: no such host: {error.strerror}") from error
     except ConnectionResetError as error:
-        raise BrokerLost(f"{broker}: broke the connection (does it {'not ' if broker.tls else ''}want TLS?)") from error
+        raise BrokerLostError(
+            f"{broker}: broke the connection (does it {'not ' if broker.tls else ''}want TLS?)"
+        ) from error
     except (TimeoutError, trio.TooSlowError) as error:
-        raise BrokerLost(f"{broker}: does not answer") from error
+        raise BrokerLostError(f"{broker}: does not answer") from error
     except (OSError, ValueError) as error:
-        raise BrokerLost(f"{broker}: cannot be reached: {getattr(error, 'strerror', None) or error}") from error
+        raise BrokerLostError(f"{broker}: cannot be reached: {getattr(error, 'strerror', None) or error}") from error
     finally:
         abandoned = True

@@ -22,12 +22,12 @@ import trio
 
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
-from inco_trio.errors import ControlMissing, IncoError
+from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.mqtt.backlog import Board, Source
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import (
     BrokerBackoff,
-    BrokerLost,
+    BrokerLostError,
     BrokerRefused,
     Connection,
     Message,
@@ -100,7 +100,7 @@ class Gateway:
         followed = self._proxies[path]
         try:
             await self._follow_once(path, nursery, followed)
-        except ControlMissing as error:
+        except ProxyNotFoundError as error:
             logger.debug("%s", error)
         except IncoError as error:
             self._problems.failed(path, str(error).removeprefix(f"{path}: "))
@@ -195,7 +195,7 @@ class Gateway:
                         await self._exchange(board, topics, connection)
                     finally:
                         self._connected -= 1
-            except (BrokerLost, BrokerRefused) as error:
+            except (BrokerLostError, BrokerRefused) as error:
                 # The same for all boards, as a rule: said once.
                 what = str(error).removeprefix(f"{self._broker}: ")
                 short = short + 1 if trio.current_time() - begun < SHORT else 0
@@ -301,7 +301,7 @@ class Gateway:
 
 async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> None:
     request = {"request": "acknowledge", "board": board, "boot": last["boot"], "sequence": last["sequence"]}
-    with contextlib.suppress(ControlMissing):  # Its successor tells it again.
+    with contextlib.suppress(ProxyNotFoundError):  # Its successor tells it again.
         await source.conversation.write(request)
 
 

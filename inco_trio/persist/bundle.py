@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from inco_trio.errors import ResourceRefused
+from inco_trio.errors import ResourceError
 from inco_trio.persist.fdstore import FdStore
 
 __all__ = ["Bundle"]
@@ -111,5 +111,5 @@ class Bundle:
             self._entry.close()
 
 
-def _refusal(error: OSError) -> ResourceRefused:
-    return ResourceRefused(f"cannot keep descriptors: {error.strerror}: raise ulimit -n")
+def _refusal(error: OSError) -> ResourceError:
+    return ResourceError(f"cannot keep descriptors: {error.strerror}: raise ulimit -n")

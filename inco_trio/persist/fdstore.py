@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from inco_trio.errors import ResourceRefused, UsageError
+from inco_trio.errors import ResourceError, UsageError
 from inco_trio.service.notify import sd_notify
 
 __all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
@@ -42,7 +42,7 @@ class FdStore(Protocol):
         """Keep a copy of `fd` as `name`, instead of what was kept under that name.
 
         What waits in the one that is replaced is lost with it unless this process has read it before.
-        Blocks for some milliseconds. Raises ResourceRefused.
+        Blocks for some milliseconds. Raises ResourceError.
         """
 
     def remove(self, name: str) -> None:
@@ -119,20 +119,20 @@ class S6FdStore(_NumberedFdStore):
                 if code == 1
                 else "is s6-fdholder-daemon running there?"
             )
-            raise ResourceRefused(f"cannot keep {self._prefix}{identifier} in {self._socket}: {reason}; {hint}")
+            raise ResourceError(f"cannot keep {self._prefix}{identifier} in {self._socket}: {reason}; {hint}")
 
     def _drop(self, identifier: str) -> None:
         code, reason = self._run("s6-fdholder-delete", identifier, subprocess.DEVNULL)
         # 1 is a denial. Who may store may delete, so the holder has been restarted and does not know the identifier.
         if code not in (0, 1):
-            raise ResourceRefused(f"cannot drop {self._prefix}{identifier} from {self._socket}: {reason}")
+            raise ResourceError(f"cannot drop {self._prefix}{identifier} from {self._socket}: {reason}")
 
     def _run(self, tool: str, identifier: str, stdin: int) -> tuple[int, str]:
         command = [tool, "-t", str(_TIMEOUT_MS), self._socket, self._prefix + identifier]
         try:
             done = subprocess.run(command, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
         except OSError as error:
-            raise ResourceRefused(f"cannot run {tool}: {error.strerror}; is s6 installed, and on PATH?") from error
+            raise ResourceError(f"cannot run {tool}: {error.strerror}; is s6 installed, and on PATH?") from error
         return done.returncode, done.stderr.decode(errors="replace").strip()
 
 
@@ -160,7 +160,7 @@ class SystemdFdStore(_NumberedFdStore):
             sd_notify(state, fds)
         except OSError as error:
             address = os.environ["NOTIFY_SOCKET"]
-            raise ResourceRefused(f"cannot reach systemd's FD store at $NOTIFY_SOCKET ({address}): {error}") from error
+            raise ResourceError(f"cannot reach systemd's FD store at $NOTIFY_SOCKET ({address}): {error}") from error
 
 
 def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:

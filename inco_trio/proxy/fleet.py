@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceRefused
+from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
@@ -55,7 +55,7 @@ class _BoardStore:
     def lend(self, inflight: int) -> None:
         """Have a proxy inherit what is kept: the in-flight memory itself, and a link that it may close.
 
-        Raises ResourceRefused.
+        Raises ResourceError.
         """
         self.inherited = {"inflight": inflight} if f"{self._name}/inflight" in self._bundle.kept else {}
         link = self._bundle.kept.get(f"{self._name}/link")
@@ -132,7 +132,7 @@ class Proxies:
                 fd_store.store(name, fd)
 
     def _keep(self, name: str) -> _Kept:
-        """What a board needs over its proxies, new or inherited. Raises ResourceRefused."""
+        """What a board needs over its proxies, new or inherited. Raises ResourceError."""
         held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
         try:
             inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
@@ -285,7 +285,7 @@ class Proxies:
         kept = self._kept.pop(name)
         self._shared.end(kept.share)
         if kept.store is not None:
-            with contextlib.suppress(ResourceRefused):
+            with contextlib.suppress(ResourceError):
                 kept.store.remove("link")
                 kept.store.remove("inflight")
         kept.ground.inflight.close()
@@ -352,7 +352,7 @@ async def open_proxies(
     """Open a proxy for each board while the block runs; they are stopped cleanly when it ends or is cancelled.
 
     Once entered, each board is open, or `Proxies.not_open` says why not; that is tried again. Raises ConfigError for
-    boards that share a link or a directory, and ResourceRefused. Otherwise as `open_proxy`.
+    boards that share a link or a directory, and ResourceError. Otherwise as `open_proxy`.
     """
     if shared := refuse_shared(configs):
         raise ConfigError(f"{name}: {why}" for name, why in shared.items())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import trio
 
 from inco_trio.errors import ClosedError
-from inco_trio.links.link import Link, LinkDown
+from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
 from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
@@ -184,7 +184,7 @@ class Outbound:
                 self._link.send(signal.name)
             except BlockingIOError:
                 await self._link.wait_for_room()
-            except LinkDown as error:
+            except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if (

@@ -17,7 +17,7 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignal
+from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
@@ -140,8 +140,8 @@ class Proxy:
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
 
-        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises UnknownSignal, or
-        ClosedError once the proxy is closing.
+        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises
+        UnknownSignalError, or ClosedError once the proxy is closing.
         """
         signal = self._registers.table.outbound.get(str(name).encode("ascii", "replace"))
         if signal is None:
@@ -160,7 +160,7 @@ class Proxy:
 
         A reader that is more than `buffer` notifications behind misses some, which `Stats.events_lost` counts; the
         proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already,
-        and UnknownSignal.
+        and UnknownSignalError.
         """
         self._check_open()
         if isinstance(signals, str):  # A collection too, of characters.
@@ -180,7 +180,8 @@ class Proxy:
 
         What an action of yours brings about may be carried before you come to wait: open `events` before you act.
 
-        Raises TimeoutError after `timeout` seconds, UnknownSignal, and ClosedError, also if the proxy closes meanwhile.
+        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError, also if the proxy closes
+        meanwhile.
         """
         with self.events(math.inf, signals=[name]) as events:
             with trio.move_on_after(math.inf if timeout is None else timeout):
@@ -225,9 +226,9 @@ class Proxy:
         """See `Outbound.finish_alone`."""
         return self._outbound.finish_alone(events, length)
 
-    def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignal:
+    def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
-        return UnknownSignal(f"{name}: not {kind} of {self._link.name}; there are: {known}")
+        return UnknownSignalError(f"{name}: not {kind} of {self._link.name}; there are: {known}")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -351,8 +352,8 @@ async def open_proxy(
     """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
 
     `fd_store` keeps descriptors for a successor, see `keep.fdstore`; `listener` is told of everything. Once entered,
-    link and watches are live. Raises IncoError: LinkMissing, PermissionRefused, ResourceRefused, ConfigError. What the
-    block raises is raised as it is. A leg that fails for a reason that is not tried again ends the block; its
+    link and watches are live. Raises IncoError: LinkNotFoundError, PermissionDeniedError, ResourceError, ConfigError.
+    What the block raises is raised as it is. A leg that fails for a reason that is not tried again ends the block; its
     exception, and the block's if there is one too, are raised in an ExceptionGroup.
     """
     with ExitStack() as resources:
@@ -371,7 +372,7 @@ async def running(proxy: Proxy) -> AsyncIterator[None]:
 
 
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
-    """The ground of one proxy, inherited or new. Raises ResourceRefused."""
+    """The ground of one proxy, inherited or new. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
         inflight = Inflight.open(inherited.get("inflight"))

@@ -21,7 +21,7 @@ from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.inflight import NumberTable
 from inco_trio.proxy.supervise import Backoff, Problems
-from inco_trio.registers.refusals import Unfit
+from inco_trio.registers.refusals import UnfitFileError
 
 __all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "temporary_name", "watch_key"]
 
@@ -61,7 +61,8 @@ def temporary_name() -> str:
 class Directory:
     """The directory at `path`; `fd` is -1 while it is not open.
 
-    Every method raises OSError for what the kernel refuses, and Unfit for what is no regular file; nothing waits.
+    Every method raises OSError for what the kernel refuses, and UnfitFileError for what is no regular file; nothing
+    waits.
     """
 
     path: Path
@@ -133,11 +134,13 @@ class Directory:
             raise
 
     def check(self, register: str) -> None:
-        """Raise Unfit for what is there and no regular file."""
+        """Raise UnfitFileError for what is there and no regular file."""
         mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
         if not stat.S_ISREG(mode):
             kind = _KINDS.get(stat.S_IFMT(mode), "a device")
-            raise Unfit(self.path / register, f"is no regular file but {kind}", "remove it, or name another register")
+            raise UnfitFileError(
+                self.path / register, f"is no regular file but {kind}", "remove it, or name another register"
+            )
 
     # -------------------------------------------------------------------------------------------------- triggers
 
@@ -218,7 +221,7 @@ class Directories:
     def open(self, directory: Directory, *, make: bool) -> None:
         """Open the directory that the path leads to now, and watch its names and those above; `make` a missing one.
 
-        Raises OSError, and Unfit for a directory that is open already under another path.
+        Raises OSError, and UnfitFileError for a directory that is open already under another path.
         """
         while True:
             if make:
@@ -252,11 +255,13 @@ class Directories:
         self._noted[key] = wd
 
     def _check_only_one(self, directory: Directory, wd: int) -> None:
-        """Raise Unfit if the watch `wd` is that of another one; one that is not at its path any more is lost."""
+        """Raise UnfitFileError if the watch `wd` is that of another one; one that is not at its path any more is
+        lost.
+        """
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
-                raise Unfit(
+                raise UnfitFileError(
                     directory.path,
                     f"is the same directory as {other.path}",
                     "name it by one path only; another than before takes a restart",

@@ -18,7 +18,7 @@ from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.supervise import Problems, in_turns
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
-from inco_trio.registers.refusals import Unfit, refusal
+from inco_trio.registers.refusals import UnfitFileError, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
@@ -116,13 +116,15 @@ class Registers:
                 yield
 
     def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
-        """Raise Unfit for a file that is a state register and a trigger: each frame would send one."""
+        """Raise UnfitFileError for a file that is a state register and a trigger: each frame would send one."""
         try:
             if signal.path.lstat().st_nlink < 2:
                 return
             for other in table:
                 if other.direction is not signal.direction and other.path.samefile(signal.path):
-                    raise Unfit(signal.path, f"is the same file as {other.path}", "remove one of the two names")
+                    raise UnfitFileError(
+                        signal.path, f"is the same file as {other.path}", "remove one of the two names"
+                    )
         except FileNotFoundError:
             pass  # In a directory that is missing now.
 

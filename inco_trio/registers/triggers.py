@@ -28,7 +28,7 @@ from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.inflight import NumberTable
 from inco_trio.proxy.supervise import Problems
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, temporary_name, watch_key
-from inco_trio.registers.refusals import Unfit
+from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 
@@ -258,7 +258,7 @@ class Triggers:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
-                raise Unfit(trigger.path, f"is the same file as {owner.path}", "remove one of the two names")
+                raise UnfitFileError(trigger.path, f"is the same file as {owner.path}", "remove one of the two names")
             # It was renamed from there to here.
             owner.wd = 0
             self._miss(owner)

@@ -22,7 +22,7 @@ from pathlib import Path
 import attrs
 
 from inco_trio.config import read_file
-from inco_trio.errors import IncoError, PermissionRefused, ResourceRefused, UsageError
+from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = [
@@ -315,7 +315,7 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
 
     `user` is who the service runs as, with CAP_NET_RAW at most; None: who runs s6-svscan. `program` is the command
     before its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what
-    cannot be read now. Raises UsageError, PermissionRefused, ResourceRefused.
+    cannot be read now. Raises UsageError, PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
     try:
@@ -339,10 +339,10 @@ def _refusal(error: OSError) -> IncoError:
     # The place to which a file was to be moved is what the user knows, not the new file's name.
     line = f"cannot write {error.filename2 or error.filename}: {error.strerror}"
     if isinstance(error, PermissionError):
-        return PermissionRefused(line)
+        return PermissionDeniedError(line)
     if error.errno in _MISPLACED:
         return UsageError(line)
-    return ResourceRefused(line)
+    return ResourceError(line)
 
 
 def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
@@ -413,7 +413,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
-            raise PermissionRefused(f"cannot read {path}: {error.strerror}") from error
+            raise PermissionDeniedError(f"cannot read {path}: {error.strerror}") from error
         label = service.name.removeprefix(_SERVICE)
         if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
             labels.setdefault(int(text), []).append(label)

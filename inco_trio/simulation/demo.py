@@ -29,7 +29,7 @@ from typing import Protocol
 
 import attrs
 
-from inco_trio.errors import IncoError, ResourceRefused, UsageError
+from inco_trio.errors import IncoError, ResourceError, UsageError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify, parse_events
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
@@ -284,7 +284,7 @@ class _Proxy:
 
 
 class _Recording:
-    """The process `inco-trio record`, which asks the proxy at `control`. Raises ResourceRefused."""
+    """The process `inco-trio record`, which asks the proxy at `control`. Raises ResourceError."""
 
     said = ""
     """The last thing that it has said."""
@@ -302,7 +302,7 @@ class _Recording:
         said = self._process.stderr.readline()
         if "recording" not in said:
             self.close()
-            raise ResourceRefused(f"--record: {said.rstrip().removeprefix('inco-trio: error: ')}")
+            raise ResourceError(f"--record: {said.rstrip().removeprefix('inco-trio: error: ')}")
 
     def close(self) -> None:
         """End it."""
@@ -502,7 +502,7 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
 
 def _choose(out: Output) -> _SetUp:
     if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - no path of the user's
-        raise ResourceRefused("the demonstration makes network namespaces by way of /proc, which is not mounted here")
+        raise ResourceError("the demonstration makes network namespaces by way of /proc, which is not mounted here")
     refusal = namespaces_refusal()
     if refusal is not None:
         out.write(f"Over a Unix socket, as this system forbids namespaces: {refusal}\n")
@@ -521,7 +521,7 @@ def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, r
     namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains; where
     that is forbidden too, the link is a Unix socket. With `with_qemu`, it is one too, and core 1 a guest of QEMU.
 
-    Raises `UsageError`, `GuestError`, `ProxyError`, `ResourceRefused`; BrokenPipeError if nobody reads `out`.
+    Raises `UsageError`, `GuestError`, `ProxyError`, `ResourceError`; BrokenPipeError if nobody reads `out`.
     """
     if count < 1 or not 0 < rate < math.inf:
         raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
@@ -533,4 +533,4 @@ def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, r
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise ResourceRefused(f"the demonstration cannot go on: {error}") from error
+        raise ResourceError(f"the demonstration cannot go on: {error}") from error

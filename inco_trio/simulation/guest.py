@@ -31,7 +31,7 @@ __all__ = [
     "QEMU",
     "Guest",
     "GuestError",
-    "QemuMissing",
+    "QemuNotFoundError",
     "Wait",
     "parse_counters",
     "tap_netdev",
@@ -67,7 +67,7 @@ class GuestError(IncoError):
     exit_code = 69
 
 
-class QemuMissing(GuestError):
+class QemuNotFoundError(GuestError):
     """QEMU is not installed."""
 
 
@@ -174,7 +174,7 @@ class Guest:
             raise GuestError(f"the guest is running already, as process {self._process.pid}")
         program = shutil.which(self._program)
         if program is None:
-            raise QemuMissing(
+            raise QemuNotFoundError(
                 f"{self._program} is not installed: install the package that has it (Debian: qemu-system-misc)"
             )
         try:

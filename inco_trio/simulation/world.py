@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
-from inco_trio.errors import PermissionRefused, ResourceRefused
+from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ _PEER_BUFFER = 16 * 2**20
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-class NamespaceRefused(PermissionRefused):
+class NamespaceRefused(PermissionDeniedError):
     """The system forbids namespaces to this user."""
 
 
@@ -196,7 +196,7 @@ def _with_links(namespace: Namespace, change: Callable[[IPRoute], T]) -> T:
             with IPRoute() as links:
                 return change(links)
         except NetlinkError as error:
-            raise ResourceRefused(f"the kernel refuses a change of a link: {os.strerror(error.code)}") from error
+            raise ResourceError(f"the kernel refuses a change of a link: {os.strerror(error.code)}") from error
 
     return namespace.run(inside)
 
@@ -234,7 +234,7 @@ def _wait_running(namespace: Namespace, name: str) -> None:
             index = socket.if_nametoindex(name)
             while links.get_links(index)[0].get("operstate") != "UP":
                 if not select.select([changes], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    raise ResourceRefused(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
+                    raise ResourceError(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
                 changes.recv(65536)
 
     _with_links(namespace, wait)
@@ -296,7 +296,7 @@ def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores
 
     With `chain`, as on the board's simulation: link, veth, bridge, veth (there a tap), core 1.
 
-    Raises `NamespaceRefused`, and `ResourceRefused` where the kernel has no veth or bridge.
+    Raises `NamespaceRefused`, and `ResourceError` where the kernel has no veth or bridge.
     """
     with contextlib.ExitStack() as stack:
         core0, core1 = stack.enter_context(Namespace()), stack.enter_context(Namespace())

@@ -9,8 +9,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.simulation.guest import Guest, GuestError
     from inco_trio.testing.board import Board, BoardCore0, BoardCore1, BoardFaults, BoardProxy, open_board
-    from inco_trio.testing.carriers import ProxyDied
-    from inco_trio.testing.history import Happening, NotificationMissing
+    from inco_trio.testing.carriers import ProxyDiedError
+    from inco_trio.testing.history import Happening, NotificationMissingError
 
 __all__ = [
     "Board",
@@ -21,8 +21,8 @@ __all__ = [
     "Guest",
     "GuestError",
     "Happening",
-    "NotificationMissing",
-    "ProxyDied",
+    "NotificationMissingError",
+    "ProxyDiedError",
     "open_board",
 ]
 
@@ -34,9 +34,9 @@ _PLACE_OF = {
     "Guest": "simulation.guest",
     "GuestError": "simulation.guest",
     "Happening": "testing.history",
-    "NotificationMissing": "testing.history",
+    "NotificationMissingError": "testing.history",
     "BoardProxy": "testing.board",
-    "ProxyDied": "testing.carriers",
+    "ProxyDiedError": "testing.carriers",
     "open_board": "testing.board",
 }
 

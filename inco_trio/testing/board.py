@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from inco_trio.cores.port import Port, open_port
-from inco_trio.errors import IncoError, LinkMissing, UsageError
+from inco_trio.errors import IncoError, LinkNotFoundError, UsageError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.guest import Guest, unix_netdev
@@ -143,7 +143,7 @@ class _Rig:
 
     async def _to_core0(self, frame: bytes) -> None:
         if self._port is None:
-            raise LinkMissing("the link is down")
+            raise LinkNotFoundError("the link is down")
         await self._port.send(frame)
 
     async def _to_core1(self, frame: bytes) -> None:
@@ -221,8 +221,8 @@ class _Core:
     def wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:
         """The next notification of a signal here that no `wait_for` returned before; it may have come already.
 
-        Raises NotificationMissing, an AssertionError, after `timeout` seconds, or when the proxy has ended by itself;
-        UsageError for a wrong name or timeout.
+        Raises NotificationMissingError, an AssertionError, after `timeout` seconds, or when the proxy has ended by
+        itself; UsageError for a wrong name or timeout.
         """
         __tracebackhide__ = True
         self._check(name, timeout)
@@ -325,7 +325,7 @@ class BoardProxy:
         return self._board._rig.carrier.stats()
 
     def start(self) -> None:
-        """Start it again; the test has kept its descriptors, as s6 or systemd would. Raises ProxyDied."""
+        """Start it again; the test has kept its descriptors, as s6 or systemd would. Raises ProxyDiedError."""
         self._board._call("the proxy is started", self._board._rig.carrier.start)
 
     def stop(self) -> None:
@@ -477,7 +477,7 @@ class Board:
         return "\n".join(parts)
 
     def record(self, path: Path) -> None:
-        """Write what was on the wire, as `inco-trio record` would. Raises PermissionRefused, ResourceRefused."""
+        """Write what was on the wire, as `inco-trio record` would. Raises PermissionDeniedError, ResourceError."""
         self._settle()
         registers = {signal.name: str(signal.path) for signal in self.signals}
         record(path, self._rig.history.all(), registers, self.link)
@@ -526,7 +526,7 @@ def open_board(
     wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two network
     namespaces and a veth pair. The proxy is a process, or runs `in_process`.
 
-    Raises ConfigError, UsageError, NamespaceRefused, ProxyDied, ResourceRefused.
+    Raises ConfigError, UsageError, NamespaceRefused, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
         raise UsageError(f"link={link!r}: is neither 'unix' nor 'interface'")

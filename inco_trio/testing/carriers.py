@@ -24,7 +24,7 @@ from inco_trio.testing.engine import Engine
 from inco_trio.testing.history import History
 from inco_trio.testing.layout import Layout
 
-__all__ = ["Carrier", "InProcess", "Process", "ProxyDied"]
+__all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
 _READY = 20.0
 _STOP = 10.0
@@ -32,7 +32,7 @@ _STOP = 10.0
 _FDS_MAX = 16
 
 
-class ProxyDied(IncoError):
+class ProxyDiedError(IncoError):
     """The proxy under test could not be started, or ended by itself; the text has the end of its log."""
 
 
@@ -76,7 +76,7 @@ class Process:
         engine.nursery.start_soon(self._take_notes)
 
     async def start(self) -> None:
-        """Start it, and return once it is ready. Raises ProxyDied."""
+        """Start it, and return once it is ready. Raises ProxyDiedError."""
         if self._process is not None:
             raise UsageError(f"the proxy runs already, as process {self.pid}")
         self._ready, self._ended, self._expected = trio.Event(), trio.Event(), False
@@ -108,7 +108,7 @@ class Process:
                     nursery.start_soon(self._end_with, event, nursery.cancel_scope)
         if not self._ready.is_set():
             await self.kill()
-            raise ProxyDied(f"the proxy did not become ready; it said:\n{self.log()}")
+            raise ProxyDiedError(f"the proxy did not become ready; it said:\n{self.log()}")
         self._history.fail(None)
 
     @staticmethod
@@ -216,7 +216,7 @@ class InProcess:
         self._last: Stats | None = None
 
     async def start(self) -> None:
-        """Open it. Raises ProxyDied."""
+        """Open it. Raises ProxyDiedError."""
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
             raise UsageError("the proxy runs already")
@@ -224,7 +224,7 @@ class InProcess:
         await boards.change({self._name: self._config})
         if (why := boards.proxies.not_open.get(self._name)) is not None:
             await self.stop()
-            raise ProxyDied(f"the proxy cannot be opened: {why}")
+            raise ProxyDiedError(f"the proxy cannot be opened: {why}")
 
     async def stop(self) -> None:
         """Close it: it finishes its work."""

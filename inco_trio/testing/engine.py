@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from inco_trio.errors import IncoError, ResourceRefused
+from inco_trio.errors import IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.inotify import (
     IN_CLOSE_WRITE,
@@ -64,7 +64,7 @@ class Watcher:
         try:
             self._inotify = Inotify()
         except OSError as error:
-            raise ResourceRefused(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances") from error
+            raise ResourceError(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances") from error
         self._followed: dict[int, _Followed] = {}
         self._parents: dict[int, dict[bytes, _Followed]] = {}
         self._buffer = memoryview(bytearray(1 << 16))
@@ -225,7 +225,7 @@ _making = threading.Lock()
 
 
 def engine() -> Engine:
-    """The engine of this process, started when it is first asked for. Raises ResourceRefused."""
+    """The engine of this process, started when it is first asked for. Raises ResourceError."""
     global _engine
     with _making:
         if _engine is None or not _engine.running:

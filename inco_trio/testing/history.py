@@ -11,10 +11,10 @@ import attrs
 
 from inco_trio.signals import Direction
 
-__all__ = ["Happening", "History", "NotificationMissing"]
+__all__ = ["Happening", "History", "NotificationMissingError"]
 
 
-class NotificationMissing(AssertionError):
+class NotificationMissingError(AssertionError):
     """What a test waited for did not come; its text says what did."""
 
 
@@ -100,13 +100,13 @@ class History:
             with self._lock:
                 self._listeners.discard(listener)
 
-    def _missing(self, core: int, name: str, timeout: float) -> NotificationMissing:
+    def _missing(self, core: int, name: str, timeout: float) -> NotificationMissingError:
         why = f"within {timeout:g} s" if self._failure is None else f"({self._failure})"
         came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing happened"
-        return NotificationMissing(f"{name}: did not come to core {core} {why}; there: {came}")
+        return NotificationMissingError(f"{name}: did not come to core {core} {why}; there: {came}")
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
-        """Take the next one, once it is there, within `timeout` seconds. Raises NotificationMissing."""
+        """Take the next one, once it is there, within `timeout` seconds. Raises NotificationMissingError."""
         __tracebackhide__ = True  # pytest shows the line of the test.
         news = threading.Event()
         end = time.monotonic() + timeout

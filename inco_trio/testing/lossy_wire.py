@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from inco_trio.errors import LinkMissing, ResourceRefused
+from inco_trio.errors import LinkNotFoundError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction
 from inco_trio.testing.faults import FrameFaults
@@ -24,7 +24,7 @@ PATIENCE = 1.0
 class Lane:
     """One direction of the wire: frames come to `deliver` in the order in which they are due, one after the other.
 
-    A frame that `deliver` refuses by LinkMissing or ResourceRefused is lost, as on a wire that ends nowhere.
+    A frame that `deliver` refuses by LinkNotFoundError or ResourceError is lost, as on a wire that ends nowhere.
     """
 
     def __init__(self, direction: Direction, history: History, deliver: Callable[[bytes], Awaitable[None]]) -> None:
@@ -63,7 +63,7 @@ class Lane:
             self._delivering = True
             try:
                 await self._deliver(frame)
-            except (LinkMissing, ResourceRefused) as error:
+            except (LinkNotFoundError, ResourceError) as error:
                 self._note(f"lost ({error})", frame)
             finally:
                 self._delivering = False

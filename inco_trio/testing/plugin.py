@@ -105,10 +105,10 @@ def _is_missing(error: BaseException) -> bool:
     """Whether the machine has not what a board needs."""
     if "inco_trio.testing.board" not in sys.modules:
         return False
-    from inco_trio.simulation.guest import QemuMissing
+    from inco_trio.simulation.guest import QemuNotFoundError
     from inco_trio.simulation.world import NamespaceRefused
 
-    return isinstance(error, QemuMissing | NamespaceRefused)
+    return isinstance(error, QemuNotFoundError | NamespaceRefused)
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:

@@ -31,7 +31,7 @@ def side_by_side(happenings: Sequence[Happening]) -> str:
 
 
 def record(path: Path, happenings: Sequence[Happening], registers: Mapping[str, str], link: str) -> None:
-    """Write the frames of core 1, and what is neither core's as marks. Raises PermissionRefused, ResourceRefused."""
+    """Write the frames of core 1, and what is neither core's as marks. Raises PermissionDeniedError, ResourceError."""
     recorder = Recorder(path)
     for each in happenings:
         if each.core is None:
