@@ -831,7 +831,7 @@ def test_events_cancelled_at_each_step(world: World, cut: Cut) -> None:
 
 def test_reload_cancelled_at_each_step(world: World, cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     # Trio's part waits after each signal of the table.
-    monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
+    monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))
     other = attrs.evolve(world.config, signals=world.config.signals[1:] + more)
 

@@ -493,7 +493,7 @@ async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(pla
 
 @in_trio
 async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    from inco_trio.proxy.supervise import board_name
+    from inco_trio.problems import board_name
 
     seen: list[str] = []
 

@@ -1247,7 +1247,7 @@ def test_nothing_holds_the_loop(
             state.unlink()
             state.mkdir()
             proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 50_000)
-            monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
+            monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
             nursery.start_soon(others)
             state.rmdir()
             while proxy.stats.delivered < 50_000:

@@ -16,9 +16,9 @@ from inco_trio.config import Config
 from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
+from inco_trio.problems import working_for
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.proxy.supervise import working_for
 from inco_trio.service.log import log_statistics
 from inco_trio.signals import Signal
 

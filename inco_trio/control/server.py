@@ -22,8 +22,9 @@ import trio
 from inco_trio.control.monitors import Event, Follower, Monitor
 from inco_trio.errors import ClosedError, UnknownSignalError
 from inco_trio.persist.history import History
+from inco_trio.problems import Problems, board_name
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.proxy.supervise import TRANSIENT, Problems, board_name
+from inco_trio.proxy.supervise import TRANSIENT
 from inco_trio.signals import Direction, Signal
 
 if TYPE_CHECKING:

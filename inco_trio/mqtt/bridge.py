@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 import attrs
 import trio
 
+from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, ResourceError
 from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress
@@ -48,9 +49,10 @@ from inco_trio.mqtt.connection import (
     SessionTaken,
     open_connection,
 )
+from inco_trio.nurseries import plain_nursery
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.persist.inflight import Inflight, NumberTable
-from inco_trio.proxy.supervise import Backoff, Problems, plain_nursery
+from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
 __all__ = ["Batch", "Counts", "Progress", "Wire"]

@@ -23,11 +23,13 @@ from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
+from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.inflight import Inflight
+from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
-from inco_trio.proxy.supervise import Health, board_name, starting_and_stopping, supervise, working_for
+from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.stats import Counters, Stats

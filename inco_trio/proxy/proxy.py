@@ -22,13 +22,14 @@ from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
+from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
-from inco_trio.proxy.supervise import Health, in_turns, starting_and_stopping, supervise
+from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile

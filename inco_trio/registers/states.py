@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio.persist.inflight import NumberTable
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters

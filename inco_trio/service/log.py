@@ -18,7 +18,7 @@ import time
 
 import attrs
 
-from inco_trio.proxy.supervise import board_name
+from inco_trio.problems import board_name
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
 
 __all__ = ["log_statistics", "set_up_logging"]
