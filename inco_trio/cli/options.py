@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import ProgramNotFoundError, UsageError
 from inco_trio.links.address import address_fault
 from inco_trio.signals import is_path
 
@@ -20,11 +22,15 @@ __all__ = [
     "LINK_HELP",
     "LISTEN",
     "absolute",
+    "add_clients_option",
+    "add_place",
     "add_service_options",
     "check_link",
     "check_listen",
     "config_path",
     "configuration_argument",
+    "control_paths",
+    "needing",
     "number_of_seconds",
     "path_of",
     "positive",
@@ -106,12 +112,41 @@ def path_of(text: str | Path, option: str) -> Path:
     return Path(text)
 
 
-def add_service_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options of every service."""
+def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more") -> None:
+    """Add the options of every service; `verbose` is the help text of `-v`."""
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     formats = ("text", "json")
     sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
-    sub.add_argument("-v", "--verbose", action="store_true", help="log more")
+    sub.add_argument("-v", "--verbose", action="store_true", help=verbose)
+
+
+def add_place(sub: argparse.ArgumentParser) -> None:
+    """Add the options that name a running proxy."""
+    sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
+    sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the only one)")
+
+
+def add_clients_option(sub: argparse.ArgumentParser) -> None:
+    """Add `--control` of a service that connects to several proxies."""
+    sub.add_argument(
+        "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
+    )
+
+
+def control_paths(args: argparse.Namespace) -> list[Path] | None:
+    """Return the paths that `add_clients_option` collected, or None for all proxies. Raises UsageError."""
+    return None if args.control is None else [absolute(path, "--control") for path in args.control]
+
+
+@contextlib.contextmanager
+def needing(package: str, module: str, extra: str) -> Iterator[None]:
+    """Raise ProgramNotFoundError if the block cannot import the optional dependency `package`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module:
+            raise
+        raise ProgramNotFoundError(f"{package} is not installed: pip install 'inco-trio[{extra}]'") from error
 
 
 def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
