@@ -288,7 +288,7 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(broken._inbound._states, "write_lone", fail)
+        monkeypatch.setattr(broken._inbound._states, "write", fail)
         place.interrupt("a", peers["a"])
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
         # What was in flight is delivered by the next one, as after a crash.
