@@ -118,14 +118,14 @@ def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("run",), "no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)"),
-        (("check",), "no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)"),
+        (("run",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
+        (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
         (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected a directory to write, or --systemd)"),
         (("demo", "--count", "0"), "the demonstration needs a count of at least 1 and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
-            "--notification-fd 1: 0, 1 and 2 are the standard streams; 3 is customary",
+            "--notification-fd 1: 0, 1 and 2 are the standard streams (3 is customary)",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -307,13 +307,13 @@ def test_a_working_directory_that_is_gone(say: Say, tmp_path: Path, monkeypatch:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    said = "inco-trio: error: --config u.json: the working directory is gone: give an absolute path\n"
+    said = "inco-trio: error: --config u.json: the working directory was removed (use an absolute path)\n"
     assert say("s6", "--systemd", "--config", "u.json") == (2, "", said)
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
 def test_what_cannot_be_a_path(say: Say, path: str) -> None:
-    assert say("check", "--config", path) == (2, "", f"inco-trio: error: --config {path!r}: it cannot be a path\n")
+    assert say("check", "--config", path) == (2, "", f"inco-trio: error: --config {path!r}: not a valid path\n")
 
 
 def test_too_little_memory(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:

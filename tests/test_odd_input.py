@@ -115,11 +115,15 @@ def test_an_empty_path(words: list[str], option: str, tmp_path: Path) -> None:
         (
             ["run", "none0", "--irq-dir", "irq"],
             2,
-            "--irq-dir irq: the working directory is gone: give an absolute path",
+            "--irq-dir irq: the working directory was removed (use an absolute path)",
         ),
-        (["s6", "scan", "--config", SAMPLE], 2, "SCANDIR scan: the working directory is gone: give an absolute path"),
-        (["s6", "/x", "--config", "u"], 2, "--config u: the working directory is gone: give an absolute path"),
-        (["s6", "--systemd"], 2, "--config v.json: the working directory is gone: give an absolute path"),
+        (
+            ["s6", "scan", "--config", SAMPLE],
+            2,
+            "SCANDIR scan: the working directory was removed (use an absolute path)",
+        ),
+        (["s6", "/x", "--config", "u"], 2, "--config u: the working directory was removed (use an absolute path)"),
+        (["s6", "--systemd"], 2, "--config v.json: the working directory was removed (use an absolute path)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -531,9 +531,9 @@ def test_events_in_words() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("status", "--watch", "0"), "'0' is not a number of seconds above 0"),
-        (("status", "--watch", "nan"), "'nan' is not a number of seconds above 0"),
-        (("status", "--watch", "x"), "'x' is not a number of seconds above 0"),
+        (("status", "--watch", "0"), "'0': expected a number of seconds above 0"),
+        (("status", "--watch", "nan"), "'nan': expected a number of seconds above 0"),
+        (("status", "--watch", "x"), "'x': expected a number of seconds above 0"),
         (("monitor", "--count", "0"), "'0' is not a whole number above 0"),
         (("monitor", "--count", "9" * 5000), "is not a whole number above 0"),
         (("monitor", "--direction", "up"), "invalid choice: 'up'"),
