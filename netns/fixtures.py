@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ import pytest
 
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.simulation.world import RTMGRP_LINK, Cores, Namespace, Peer, two_cores, veth
+from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
@@ -33,6 +35,15 @@ DEADLINE = 20.0
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
+    # Two workers, or two runs of the tests, must not find each other's control sockets.
+    if os.geteuid() != 0:
+        directory = tempfile.TemporaryDirectory(prefix="inco-trio-")
+        config.add_cleanup(directory.cleanup)
+        os.environ["XDG_RUNTIME_DIR"] = directory.name
+    else:
+        # A container without CAP_SYS_ADMIN runs only the unit tests, which share no socket names.
+        with contextlib.suppress(PermissionError):
+            cover_run()
 
 
 @pytest.fixture

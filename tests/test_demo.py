@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -219,11 +220,10 @@ class Running:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    """Where the demonstration makes its temporary directory."""
-    path = tmp_path / "scratch"
-    path.mkdir()
-    return path
+def scratch() -> Iterator[Path]:
+    """Where the demonstration makes its temporary directory; short, as sockets are below it (unix(7))."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
 
 
 def start(scratch: Path, command: list[str]) -> Running:
