@@ -41,16 +41,18 @@ FAULTS = {
 COMMANDS = {"shell": ("./test.sh",)}
 
 
-@pytest.fixture(scope="session", params=sorted(FAULTS))
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(FAULTS)]
+)
 def example(request: pytest.FixtureRequest) -> str:
     """Its environment is made with it."""
     name: str = request.param
     environment = ENVIRONMENTS / name
     if not environment.exists():
-        subprocess.run([sys.executable, "-m", "virtualenv", "--quiet", environment], check=True)
-    pip = [str(environment / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--force-reinstall", "--no-deps", str(WHEEL)], check=True)
-    # pip builds where the source is.
+        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, environment], check=True)
+    install = ["uv", "pip", "install", "--quiet", "--python", str(environment / "bin/python")]
+    subprocess.run([*install, "--reinstall", "--no-deps", str(WHEEL)], check=True)
+    # uv builds where the source is.
     shutil.copytree(EXAMPLES / name, environment / "source", dirs_exist_ok=True)
     project = environment / "source/pyproject.toml"
     needs = [f"{WHEEL}[testing]"]
@@ -58,7 +60,7 @@ def example(request: pytest.FixtureRequest) -> str:
         needs += ["--group", f"{project}:test"]
         if "[project]" in project.read_text():
             needs.append(str(project.parent))
-    subprocess.run([*pip, *needs], check=True)
+    subprocess.run([*install, *needs], check=True)
     return name
 
 
@@ -70,7 +72,9 @@ def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.Com
         text = (home / fault.file).read_text()
         assert text.count(fault.right) == 1
         (home / fault.file).write_text(text.replace(fault.right, fault.wrong))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COVERAGE"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST", "COVERAGE"))
+    }
     return subprocess.run(
         COMMANDS.get(name, PYTEST),
         cwd=home,
