@@ -161,6 +161,20 @@ def unit(session: nox.Session) -> None:
             session.run("pytest", *words, *session.posargs)
 
 
+@nox.session(default=False, python=next(iter(PYTHONS.values())))
+def oldest(session: nox.Session) -> None:
+    """Tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
+    need_programs(session)
+    session.install(*nox.project.dependency_groups(PROJECT, "oldest"))
+    # Without --upgrade, uv keeps a newer version that an earlier run installed.
+    session.run(
+        *("uv", "pip", "install", "--upgrade", "--resolution", "lowest-direct"),
+        *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
+    )
+    words = ("tests", "-m", "not qemu and not faults")
+    session.run(*AS_ROOT, "python", "-m", "pytest", *words, *session.posargs, external=True)
+
+
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Build sdist and wheel, install the wheel into an environment with nothing else, and try it there."""
