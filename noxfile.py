@@ -122,10 +122,17 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format."""
+    """Ruff's rules and format; the published schemas and zizmor's rules for the workflows."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    roots = [Path(), *sorted(Path("examples").iterdir())]
+    github = [str(path) for root in roots for path in sorted(root.glob(".github/workflows/*.yml"))]
+    gitlab = [str(path) for root in roots for path in root.glob(".gitlab-ci.yml")]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *github)
+    gitlab_schema = ("vendor.gitlab-ci", "--data-transform", "gitlab-ci")
+    session.run("check-jsonschema", "--builtin-schema", *gitlab_schema, *gitlab)
+    session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", *github)
 
 
 @nox.session
