@@ -126,10 +126,17 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format."""
+    """Ruff's rules and format; the published schemas and zizmor's rules for the workflows."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    roots = [Path(), *sorted(Path("examples").iterdir())]
+    github = [str(path) for root in roots for path in sorted(root.glob(".github/workflows/*.yml"))]
+    gitlab = [str(path) for root in roots for path in root.glob(".gitlab-ci.yml")]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *github)
+    gitlab_schema = ("vendor.gitlab-ci", "--data-transform", "gitlab-ci")
+    session.run("check-jsonschema", "--builtin-schema", *gitlab_schema, *gitlab)
+    session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", *github)
 
 
 @nox.session
@@ -163,6 +170,20 @@ def unit(session: nox.Session) -> None:
             run_pytest(session, *words, data=session.name)
         else:
             session.run("pytest", *words, *TWO_AT_A_TIME, *session.posargs)
+
+
+@nox.session(default=False, python=next(iter(PYTHONS.values())))
+def oldest(session: nox.Session) -> None:
+    """Tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
+    need_programs(session)
+    session.install(*nox.project.dependency_groups(PROJECT, "oldest"))
+    # Without --upgrade, uv keeps a newer version that an earlier run installed.
+    session.run(
+        *("uv", "pip", "install", "--upgrade", "--resolution", "lowest-direct"),
+        *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
+    )
+    words = ("tests", "-m", "not qemu and not faults")
+    session.run(*AS_ROOT, "python", "-m", "pytest", *words, *TWO_AT_A_TIME, *session.posargs, external=True)
 
 
 @nox.session

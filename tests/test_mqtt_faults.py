@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -196,6 +196,39 @@ def test_a_broker_that_ends_the_connection() -> None:
                         pytest.fail("it did not answer")
 
         trio.run(main)
+
+
+def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], None]) -> None:
+    """Be a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings, until the client closes."""
+    sock, _ = server.accept()
+    with sock:
+        sock.settimeout(DEADLINE)
+        sock.recv(1000)
+        sock.sendall(b"\x20\x06\0\0\x03\x13" + seconds.to_bytes(2))
+        while packet := sock.recv(1000):
+            if packet == b"\xc0\0":
+                sock.sendall(b"\xd0\0")
+                trio.from_thread.run_sync(pinged)
+            elif packet[0] == 0x32:  # PUBLISH at QoS 1; its identifier follows the topic
+                sock.sendall(b"\x40\x02" + packet[9:11])
+
+
+@pytest.mark.parametrize("seconds", [1, 0])
+def test_a_server_keep_alive_is_obeyed(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own interval, the client would send no ping before the deadline (paho.mqtt.python#905)."""
+    monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
+
+    async def main() -> None:
+        pinged = trio.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, with_keep_alive, server, seconds, pinged.set)
+                async with open_connection(at(server.getsockname()[1]), Credentials(), "test") as connection:
+                    if seconds:
+                        await pinged.wait()
+                    assert await connection.publish([Message("lab/x", b"1")]) == [None]
+
+    trio.run(main)
 
 
 def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:

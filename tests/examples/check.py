@@ -99,18 +99,3 @@ def test_a_fault_in_it_is_named(example: str, tmp_path: Path) -> None:
     assert done.returncode == 1, done.stdout + done.stderr
     said = (done.stdout + done.stderr).splitlines()
     assert [line for line in said if fault.missing in line and ("did not come" in line or "0 of 1 came" in line)], said
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("vendor.github-workflows", ".github/workflows/test.yml"),
-        ("vendor.gitlab-ci", "--data-transform", "gitlab-ci", ".gitlab-ci.yml"),
-    ],
-    ids=["github", "gitlab"],
-)
-def test_the_jobs_are_well_formed(words: tuple[str, ...]) -> None:
-    schema, *rest = words
-    command = ["check-jsonschema", "--builtin-schema", schema, *rest]
-    done = subprocess.run(command, cwd=EXAMPLES / "firmware", capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stdout
