@@ -140,6 +140,26 @@ def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
     assert (world.done, len(world.handoff.unfinished)) == ([], 1)
 
 
+def test_a_hand_over_after_an_abort_ends_with_its_leg(world: World) -> None:
+    """The abort comes when the first batch is taken already, so the leg hands over another one on a closed channel."""
+
+    async def hand_over_two() -> None:
+        await world.handoff.hand_over(world.batch("first", NOTIFY))
+        await world.handoff.hand_over(world.batch("second", NOTIFY))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand_over_two)
+            await wait_all_tasks_blocked()
+            world.handoff.exit.receive_nowait()
+            world.handoff.abort()
+            world.handoff.close()
+            nursery.cancel_scope.cancel()
+
+    run(main)
+    assert (world.done, len(world.handoff.unfinished)) == ([], 2)
+
+
 def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
     async def hand_over() -> None:
         with pytest.raises(ClosedError):
