@@ -21,7 +21,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from inco_trio.metrics.exporter import PATIENCE
-from netns.fixtures import DEADLINE, Proxy
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.mosquitto import Gateway, free_port
 from tests.support_control import COMMAND, Board
@@ -50,7 +51,7 @@ class Bench:
 
     def scrape(self, accept: str = "text/plain") -> str:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=DEADLINE) as answer:  # noqa: S310 - our own
+        with urllib.request.urlopen(request, timeout=HANG) as answer:  # noqa: S310 - our own
             text: str = answer.read().decode()
             return text
 
@@ -376,7 +377,7 @@ def test_addresses_that_cannot_be_had() -> None:
         ):
             done = subprocess.run(
                 [*COMMAND, "exporter", "--listen", listen],
-                capture_output=True, text=True, check=False, timeout=DEADLINE, env={**os.environ},
+                capture_output=True, text=True, check=False, timeout=HANG, env={**os.environ},
             )  # fmt: skip
             assert done.returncode == code, done.stderr
             assert text in done.stderr

@@ -16,6 +16,7 @@ from inco_trio.handoff import Batch, Handoff
 from inco_trio.keep.inflight import Bank, Inflight
 from inco_trio.signals import Signal, builtin_signals
 from inco_trio.supervise import Health
+from netns.hang import HANG
 
 RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
@@ -68,7 +69,7 @@ def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
     """Run it; what would wait for ever fails."""
 
     async def guarded() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(HANG):
             await main()
 
     trio.run(guarded, clock=MockClock(autojump_threshold=0))

@@ -20,7 +20,7 @@ import trio
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, open_connection
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
 
@@ -46,7 +46,7 @@ def start(stack: ExitStack, broker: Mosquitto) -> Mosquitto:
     return broker.start()
 
 
-def connecting(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> None:
+def connecting(broker: Broker, credentials: Credentials, patience: float = HANG) -> None:
     async def main() -> None:
         async with open_connection(broker, credentials, "test", patience=patience) as connection:
             assert await connection.publish([Message("lab/x", b"1")]) == [None]
@@ -54,7 +54,7 @@ def connecting(broker: Broker, credentials: Credentials, patience: float = DEADL
     trio.run(main)
 
 
-def refusal(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> IncoError:
+def refusal(broker: Broker, credentials: Credentials, patience: float = HANG) -> IncoError:
     with pytest.raises(IncoError) as refused:
         connecting(broker, credentials, patience)
     assert len(str(refused.value).splitlines()) == 1
@@ -339,7 +339,7 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
     ],
 )
 def test_mistakes_of_the_command_line(words: list[str], code: int, text: str) -> None:
-    done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=DEADLINE)
+    done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == code
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -43,8 +43,9 @@ from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.keep.inflight import FRAME_STEP, Inflight
 from inco_trio.links.packet import PacketLink
 from inco_trio.simulation.world import Cores, Namespace, Peer
-from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
+from netns.fixtures import Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
+from netns.hang import HANG
 from tests.support_proxy import INBOUND, OUTBOUND, Cupboard, frame, mac_of, sockets_of, trigger, write_udrv
 
 pytestmark = pytest.mark.netns
@@ -561,7 +562,7 @@ def test_two_proxies_face_each_other(
 
 def test_systemd_is_told(proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path: Path, watch: Watch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.settimeout(DEADLINE)
+        systemd.settimeout(HANG)
         systemd.bind(str(tmp_path / "notify"))
         running = proxy("--irq-dir", irq_dir, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}, ready=False)
         assert systemd.recv(100) == b"READY=1"
@@ -625,7 +626,7 @@ def finished(namespace: Namespace, *command: str | Path, **environment: str) -> 
             capture_output=True,
             text=True,
             check=False,
-            timeout=DEADLINE,
+            timeout=HANG,
             env={**os.environ, **environment},
         )
     )
@@ -759,7 +760,7 @@ def test_the_old_command_is_a_drop_in(cores: Cores, udrv: Path, irq_dir: Path, c
             # A line for each notification, as its users know it.
             assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
             running.terminate()
-            assert running.wait(DEADLINE) == 0
+            assert running.wait(HANG) == 0
         finally:
             running.kill()
 
@@ -801,7 +802,7 @@ def in_core0(cores: Cores) -> InCore0:
     """Run an async function in core 0."""
 
     async def guarded(function: Callable[[], Awaitable[None]]) -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await function()
 
     return lambda function: cores.core0.run(functools.partial(trio.run, guarded, function))

@@ -30,9 +30,9 @@ from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.stats import Counters
+from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
 
-DEADLINE = 10
 MAC = bytes.fromhex("02005e100001")
 INBOUND = ["reset", "hwwd", "type_b", "spare"]
 OUTBOUND = ["redun", "crash", "uart", "other"]
@@ -101,7 +101,7 @@ class Peer:
     async def receive(self, count: int) -> list[str]:
         """The next `count` names; fewer if nothing more comes for a while."""
         names: list[str] = []
-        with trio.move_on_after(DEADLINE / 5):
+        with trio.move_on_after(HANG / 5):
             while len(names) < count:
                 name = decode(await self._socket.recv(200))
                 assert name is not None
@@ -129,7 +129,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 def run(function: Callable[[], Awaitable[None]]) -> None:
     async def guarded() -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await function()
 
     trio.run(guarded)
@@ -248,7 +248,7 @@ async def leave_in_flight(board: Board, older: list[str], newer: list[str], firs
 
 async def until(true: Callable[[], bool]) -> None:
     """Wait until it is true, for a while."""
-    with trio.move_on_after(DEADLINE / 2):
+    with trio.move_on_after(HANG / 2):
         while not true():  # noqa: ASYNC110 - of files, nobody tells
             await trio.sleep(0.01)
 

@@ -23,7 +23,7 @@ from inco_trio.links.link import LinkDown
 from inco_trio.links.names import Names
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.links.unix import UnixLink
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 
 ROOM = 200
 MAC = bytes.fromhex("02005e100001")
@@ -81,7 +81,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 def run(function: Callable[[], Awaitable[None]]) -> None:
     async def guarded() -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await function()
 
     trio.run(guarded)
@@ -477,7 +477,7 @@ def test_a_path_whose_thief_ended_without_a_word_is_taken_back(world: World) -> 
             while not link.refresh():
                 await link.changed()
         thief.close()  # As a crash does, of which no event tells.
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await link.changed()
             while not link.refresh():
                 await link.changed()

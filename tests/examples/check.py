@@ -14,11 +14,12 @@ from pathlib import Path
 import attrs
 import pytest
 
+from netns.hang import HANG
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WHEEL = Path(os.environ["INCO_TRIO_WHEEL"])
 ENVIRONMENTS = Path(os.environ["INCO_TRIO_ENVIRONMENTS"])
 PYTEST = ("pytest", "-x", "-p", "no:cacheprovider")
-DEADLINE = 150
 
 
 @attrs.frozen
@@ -78,7 +79,7 @@ def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=DEADLINE,
+        timeout=HANG,
         check=False,
     )
 
@@ -108,5 +109,5 @@ def test_a_fault_in_it_is_named(example: str, tmp_path: Path) -> None:
 def test_the_jobs_are_well_formed(words: tuple[str, ...]) -> None:
     schema, *rest = words
     command = ["check-jsonschema", "--builtin-schema", schema, *rest]
-    done = subprocess.run(command, cwd=EXAMPLES / "firmware", capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=EXAMPLES / "firmware", capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stdout

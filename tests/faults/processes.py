@@ -12,7 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from tests.faults.supervised import DEADLINE
+from netns.hang import HANG
 
 __all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
 
@@ -39,7 +39,7 @@ def work(pid: int) -> Work:
 
 def wait_idle(pid: int) -> None:
     """Wait until the process has nothing to do; one that spins, or polls, never gets there and fails the test."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     before = work(pid)
     while True:
         time.sleep(0.2)
@@ -47,13 +47,13 @@ def wait_idle(pid: int) -> None:
         if now == before:
             return
         before = now
-        assert time.monotonic() < deadline, f"still busy after {DEADLINE:g} s"
+        assert time.monotonic() < deadline, f"still busy after {HANG:g} s"
 
 
 def wait_stopped(pid: int) -> None:
     """Stop a process, and wait until it is (SIGSTOP is not immediate)."""
     os.kill(pid, 19)
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     while any(
         (task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in Path(f"/proc/{pid}/task").iterdir()
     ):
@@ -74,7 +74,7 @@ def injected(pid: int, fault: str) -> Iterator[None]:
 
 
 def _wait_traced(pid: int, strace: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{pid}/status").read_text():
         assert strace.poll() is None, f"strace ended: {strace.stderr.read() if strace.stderr else b''!r}"
         assert time.monotonic() < deadline, "strace has not attached"
