@@ -133,10 +133,14 @@ def test_the_capability(cores: Cores, nobody: list[str]) -> None:
 
 
 def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
-    limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
+    path = Path("/proc/sys/net/core/rmem_max")
+    limit = cores.core0.run(lambda: int(path.read_text()) if path.exists() else None)
     result = of(doctor(cores.core0, cores.link, around=nobody), "receive-buffer")
-    # It is a limit of the whole machine, which a test must not change.
-    if limit < RECEIVE_BUFFER:
+    # It is a limit of the whole machine, which a test must not change. Linux 6.1 hides it in other namespaces.
+    if limit is None:
+        assert (result["level"], result["mend"]) == ("warn", None)
+        assert result["found"].startswith("cannot be read here")
+    elif limit < RECEIVE_BUFFER:
         assert (result["level"], result["mend"]) == ("warn", f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}")
     else:
         assert result["level"] == "ok"
