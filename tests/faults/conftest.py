@@ -24,9 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            item.add_marker(
-                pytest.mark.timeout(7200)
-            )  # It stops a hang only: the full form takes minutes, and a slow machine hours.
+            # It stops a hang only: the full form takes minutes.
+            item.add_marker(pytest.mark.timeout(7200))
 
 
 @attrs.frozen

@@ -41,7 +41,7 @@ def wait_bound(cores: Cores, sockets: int = 1) -> None:
     deadline = time.monotonic() + HANG
     while cores.core0.run(bound) < sockets:
         assert time.monotonic() < deadline, "the proxy has not bound its socket to the new link"
-        time.sleep(0.002)
+        time.sleep(0.002)  # Polled: the kernel does not report a bind.
 
 
 def mac(cores: Cores) -> bytes:
