@@ -104,7 +104,7 @@ class Mosquitto:
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
-                time.sleep(0.01)
+                time.sleep(0.01)  # Polled: mosquitto does not report that it listens.
             else:
                 return self
 

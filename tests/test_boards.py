@@ -360,7 +360,7 @@ async def test_another_link_loses_nothing_of_what_is_triggered(place: Place, awa
             while True:
                 place.trigger("a")
                 triggered += 1
-                await trio.sleep(0.001)
+                await trio.sleep(0.001)  # The pace of the load.
 
         def read() -> bool:
             nonlocal came

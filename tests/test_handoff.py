@@ -103,7 +103,7 @@ def test_handed_over_in_order_one_at_a_time(world: World) -> None:
     async def act() -> None:
         async for batch in world.handoff.exit:
             taken.append(batch)
-            await trio.sleep(1)
+            await trio.sleep(1)  # Simulated time.
             world.handoff.finish(batch)
 
     async def main() -> None:
@@ -203,7 +203,7 @@ def test_nothing_enters_once_closed(world: World) -> None:
 
 def test_an_offer_can_be_withdrawn(world: World) -> None:
     async def main() -> None:
-        with trio.move_on_after(1) as scope:
+        with trio.move_on_after(1) as scope:  # Simulated time.
             await world.handoff.offer(world.batch("first", NOTIFY))
         assert scope.cancelled_caught
         assert world.handoff.unfinished == set()

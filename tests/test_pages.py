@@ -149,7 +149,7 @@ def signalling(core1: Peer) -> Iterator[None]:
     def send() -> None:
         for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
             core1.send(name)
-            if stop.wait(0.05):
+            if stop.wait(0.05):  # The pace of the load.
                 return
 
     thread = threading.Thread(target=send)

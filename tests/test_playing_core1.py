@@ -117,7 +117,7 @@ def test_one_arrival_is_one_readers(tmp_path: Path) -> None:
                     await proxy.send(NOTIFY)
             assert sorted(got) == [1, 2, 3, 4, 5]
             with pytest.raises(TimeoutError, match=f"{NOTIFY}: did not come within 0.001 s"):
-                await core1.wait_for(NOTIFY, timeout=0.001)
+                await core1.wait_for(NOTIFY, timeout=0.001)  # In vain: nothing is sent.
 
     played(tmp_path, story)
 

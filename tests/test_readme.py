@@ -58,7 +58,7 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # What comes before the program listens is not answered.
+            # What comes before the program listens is not answered, so it is sent every 0.05 s.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
@@ -102,7 +102,7 @@ def trigger_until_answered(irq: Path) -> None:
         while state.read_text() != "1":
             assert time.monotonic() < deadline, "core 1 has not answered"
             trigger(irq / "message_6_trig")
-            select.select([changes.fd], [], [], 0.2)
+            select.select([changes.fd], [], [], 0.2)  # Then it notifies again.
     finally:
         changes.close()
 

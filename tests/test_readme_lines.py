@@ -106,7 +106,7 @@ def signalling(core1: Peer) -> Iterator[None]:
     stop = threading.Event()
 
     def send() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(0.05):  # The pace of the load.
             core1.send(FRAME)
 
     thread = threading.Thread(target=send)

@@ -160,7 +160,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(2)
+                    process.wait(2)  # The pace of the interrupts.
             with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
                 while more := os.read(master, 4096):
                     shown += more
@@ -288,7 +288,7 @@ def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) 
     ended = threading.Event()
 
     def keep_sending() -> None:
-        while not ended.wait(0.01):
+        while not ended.wait(0.01):  # The pace of the load.
             board.inbound(peer)
 
     sender = threading.Thread(target=keep_sending)

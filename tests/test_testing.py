@@ -519,7 +519,7 @@ def test_a_recording(board: Board, tmp_path: Path) -> None:
 def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: str) -> None:
     async def application(sleep: Callable[[float], Awaitable[object]]) -> None:
         while not board.core0.register(HWWD).read_text():
-            await sleep(0.001)
+            await sleep(0.001)  # Polled, as an application may do that is not woken.
         board.core0.trigger(NOTIFY)
 
     async def with_trio() -> None:

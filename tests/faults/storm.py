@@ -355,7 +355,7 @@ class Storm:
         deadline = time.monotonic() + HANG
         while not self.applications.is_watched(watched_inodes(main_process(holder))):
             assert time.monotonic() < deadline, "the proxy has not taken up the new directory"
-            time.sleep(0.01)
+            time.sleep(0.01)  # Polled: the kernel does not report that a watch was added.
 
     def _replace_directory(self) -> bool:
         self._wait_taken_up()
@@ -390,7 +390,7 @@ class Storm:
         self.service.wait("U")
         kinds = ("directory", "FIFO", "symlink")
         blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
-        time.sleep(self.random.uniform(0.0, 0.2))
+        time.sleep(self.random.uniform(0.0, 0.2))  # Some notifications come while they are blocked.
         for path in blocked:
             self.applications.unblock_state(path)
         return True
