@@ -19,6 +19,7 @@ from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import BrokerLost, BrokerRefused, Connection, Message, open_connection
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
 
@@ -198,15 +199,17 @@ def test_a_broker_that_ends_the_connection() -> None:
 
 def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    clock = MockClock()
 
     async def main() -> None:
-        async with open_connection(at(broker.port), Credentials(), "test", patience=0.5) as connection:
+        async with open_connection(at(broker.port), Credentials(), "test") as connection:
             assert broker.process is not None
-            broker.process.send_signal(signal.SIGSTOP)
+            wait_stopped(broker.process.pid)
+            clock.autojump_threshold = 0  # From now on time passes, as soon as nothing else happens.
             await connection.publish([Message("lab/x", b"")] * 100)
 
-    with pytest.raises(BrokerLost, match="does not answer"):
-        trio.run(main)
+    with pytest.raises(BrokerLost, match="does not answer for 10 s"):
+        trio.run(main, clock=clock)
 
 
 async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Callable[[], None]) -> None:
