@@ -25,7 +25,7 @@ from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.signals import Direction, Signal, builtin_signals
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_proxy import Cupboard
 
 P = ParamSpec("P")
@@ -80,13 +80,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 async def received(peer: socket.socket) -> bytes | None:
-    with trio.fail_after(DEADLINE):
+    with trio.fail_after(HANG):
         await trio.lowlevel.wait_readable(peer)
     return decode(peer.recv(200))
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    with trio.fail_after(DEADLINE):
+    with trio.fail_after(HANG):
         while not condition():
             await wait_all_tasks_blocked()
 
@@ -360,7 +360,7 @@ async def test_another_link_loses_nothing_of_what_is_triggered(place: Place, awa
             while True:
                 place.trigger("a")
                 triggered += 1
-                await trio.sleep(0.001)
+                await trio.sleep(0.001)  # The pace of the load.
 
         def read() -> bool:
             nonlocal came
@@ -483,7 +483,7 @@ async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(pla
         assert await received(other) == b"redun_notify_irq"
         peer = place.peer("down")
         count = 0
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             while count < 2000:
                 assert await received(peer) == b"redun_notify_irq"
                 count += 1

@@ -14,11 +14,12 @@ from pathlib import Path
 import attrs
 import pytest
 
+from netns.hang import HANG
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WHEEL = Path(os.environ["INCO_TRIO_WHEEL"])
 ENVIRONMENTS = Path(os.environ["INCO_TRIO_ENVIRONMENTS"])
 PYTEST = ("pytest", "-x", "-p", "no:cacheprovider")
-DEADLINE = 150
 
 
 @attrs.frozen
@@ -82,7 +83,7 @@ def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.Com
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=DEADLINE,
+        timeout=HANG,
         check=False,
     )
 
