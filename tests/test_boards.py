@@ -22,7 +22,7 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.inflight import Inflight
-from inco_trio.proxy.fleet import Proxies, open_proxies
+from inco_trio.proxy.fleet import Proxies, open_fleet, open_proxies
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
@@ -288,7 +288,7 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
         def fail(*_: object) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(broken._inbound._states, "write_lone", fail)
+        monkeypatch.setattr(broken._inbound._states, "write", fail)
         place.interrupt("a", peers["a"])
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
         # What was in flight is delivered by the next one, as after a crash.
@@ -297,7 +297,7 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: this is a fault of inco-trio" in caplog.text
+    assert "internal error: please report this fault of inco-trio" in caplog.text
 
 
 @in_trio
@@ -400,7 +400,7 @@ async def test_a_reload_makes_a_directory_again(place: Place) -> None:
     place.peer("a")
     async with open_proxies(place.configs("a")) as proxies:
         shutil.rmtree(place.home / "a")
-        await until(lambda: proxies["a"].troubled)
+        await until(lambda: proxies["a"]._is_incomplete())
         assert await proxies.reload(place.configs("a")) == {}
         assert (place.home / "a").is_dir()
 
@@ -454,12 +454,12 @@ async def test_a_successor_takes_over_what_is_held(place: Place) -> None:
     names = ("a", "b", "gone")
     peers = {name: place.peer(name) for name in names}
     holder = Cupboard()
-    async with open_proxies(place.configs(*names), fd_store=holder):
+    async with open_fleet(place.configs(*names), holder):
         pass
     for name in names:
         place.trigger(name)
         place.interrupt(name, peers[name])
-    async with open_proxies(place.configs("a", "b"), fd_store=(heir := holder.heir())) as proxies:
+    async with open_fleet(place.configs("a", "b"), heir := holder.heir()) as proxies:
         for name in ("a", "b"):
             assert await received(peers[name]) == b"redun_notify_irq"
             await carried(proxies, name, 2)
@@ -493,7 +493,7 @@ async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(pla
 
 @in_trio
 async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    from inco_trio.proxy.supervise import board_name
+    from inco_trio.problems import board_name
 
     seen: list[str] = []
 

@@ -121,7 +121,7 @@ def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartD
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
     proxy.wait_log("2 boards open, 0 not", after=end)
-    assert "refused, what was there before goes on: " in proxy.wait_log("a.json: line 1 column 2: not JSON", after=end)
+    assert "refused, keeping the old configuration: " in proxy.wait_log("a.json: line 1 column 2: not JSON", after=end)
     for name in ("a", "c"):
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"

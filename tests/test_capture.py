@@ -92,7 +92,7 @@ def test_a_cut_file_is_read_as_far_as_it_is_whole() -> None:
     for end in range(len(data) + 1, len(whole)):
         reader = Reader(io.BytesIO(whole[:end]), "x")
         assert [p.data for p in reader] == [b"a"]
-        assert reader.cut == f"it is cut after {end} bytes"
+        assert reader.cut == f"truncated after {end} bytes"
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -127,7 +127,7 @@ def test_big_endian_and_other_resolutions() -> None:
 @pytest.mark.parametrize("content", [b"", b"abc", b"nonsense", section_block("x")[:20], b"\xd4\xc3\xb2\xa1\0"])
 def test_what_is_no_recording(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
-    with pytest.raises(RecordingError, match="is no recording"):
+    with pytest.raises(RecordingError, match="not a recording"):
         entries(tmp_path / "f")
 
 
@@ -201,7 +201,7 @@ def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
 def test_two_do_not_record_to_one_file(tmp_path: Path) -> None:
     first = Recorder(tmp_path / "f")
     append_many(first)
-    with pytest.raises(ResourceError, match="f: another process records to it: name another file"):
+    with pytest.raises(ResourceError, match="f: another process is recording to it \\(use another file\\)"):
         Recorder(tmp_path / "f")
     append_many(first)
     first.close()

@@ -109,7 +109,7 @@ def test_the_picture(night: Path) -> None:
     done = plot(night, "--pair", OUT, IN)
     picture = night.with_suffix(".svg")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"6 notifications and 1 marks drawn to {picture}\n"
+    assert done.stdout == f"6 notifications and 1 marks plotted to {picture}\n"
     assert {
         "night.pcapng: 6 notifications",
         f"{OUT} (outbound): 3",
@@ -199,14 +199,14 @@ def test_a_recording_is_not_replaced_by_its_picture(tmp_path: Path) -> None:
     for words, out in (((path,), path), ((path, "--out", tmp_path / "link.svg"), tmp_path / "link.svg")):
         done = plot(*words)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"inco-trio: error: --out {out}: is the recording itself: name another file\n"
+        assert done.stderr == f"inco-trio: error: --out {out}: is the recording itself (use another file)\n"
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("directory", [".", "/", ".."])
 def test_a_directory_is_no_recording(directory: str) -> None:
     done = plot(directory)
-    said = f"inco-trio: error: {directory}: is no recording: not a regular file\n"
+    said = f"inco-trio: error: {directory}: not a recording: not a regular file\n"
     assert (done.returncode, done.stderr) == (65, said)
 
 
@@ -219,7 +219,7 @@ def test_a_time_that_cannot_be(tmp_path: Path, marks: bool) -> None:
         recorder.append(2**63, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "rpmsg4000")
     recorder.close()
     done = plot(path, "--json")
-    said = f"inco-trio: error: {path}: is damaged: packet 1 is of the year 2262 or later, or before 1970\n"
+    said = f"inco-trio: error: {path}: damaged: packet 1 is from 2262 or later, or from before 1970\n"
     assert (done.returncode, done.stdout, done.stderr) == (65, "", said)
 
 
@@ -285,8 +285,8 @@ def test_what_was_ignored_is_left_out(tmp_path: Path) -> None:
         recorder.ignored(SECOND, "ignored: unknown signal x", encode(b"x", MAC), "rpmsg4000")
     recorder.close()
     done = plot(path)
-    assert done.stdout == f"1 notifications and 0 marks drawn to {tmp_path}/f.svg\n"
-    assert done.stderr == f"inco-trio: {path}: 3 frames that the proxy ignored are left out\n"
+    assert done.stdout == f"1 notifications and 0 marks plotted to {tmp_path}/f.svg\n"
+    assert done.stderr == f"inco-trio: {path}: 3 frames that the proxy ignored are not plotted\n"
 
 
 @pytest.mark.tools
@@ -305,7 +305,7 @@ def test_without_matplotlib(night: Path) -> None:
     hidden = "import sys; sys.modules['matplotlib'] = None"
     done = plot(night, code=hidden)
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr.startswith("inco-trio: error: matplotlib is not there (")
+    assert done.stderr.startswith("inco-trio: error: matplotlib is not installed (")
     assert done.stderr.endswith("): pip install 'inco-trio[plot]', or use --json\n")
     assert plot(night, "--json", code=hidden).returncode == 0
 
@@ -315,15 +315,19 @@ def test_a_cut_recording(night: Path) -> None:
     done = plot(night, "--json")
     assert done.returncode == 0
     assert done.stderr.startswith(f"inco-trio: {night}: ")
-    assert done.stderr.endswith(": what was whole before is drawn\n")
+    assert done.stderr.endswith(": only the part before that is plotted\n")
     assert json.loads(done.stdout)["marks"] == []
 
 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("FILE", "--pair", OUT, "nobody", "--json"), 2, f"--pair: 'nobody' is not in FILE (there are: {IN}, {OUT})"),
-        (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: the name ends in one of .svg, .png"),
+        (
+            ("FILE", "--pair", OUT, "nobody", "--json"),
+            2,
+            f"--pair: 'nobody' is not in FILE (expected one of: {IN}, {OUT})",
+        ),
+        (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: unknown format (expected one of .svg, .png)"),
         (("FILE", "--out", ""), 2, "--out: the path is empty"),
         (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
     ],
@@ -337,7 +341,7 @@ def test_what_it_refuses(night: Path, words: tuple[str, ...], code: int, text: s
 def test_an_empty_recording(tmp_path: Path) -> None:
     Recorder(tmp_path / "f").close()
     done = plot(tmp_path / "f", "--json")
-    assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: has no notifications\n")
+    assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: contains no notifications\n")
 
 
 def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ from inco_trio import (
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.links.packet import PacketLink
 from inco_trio.persist.inflight import FRAME_STEP, Inflight
+from inco_trio.proxy.proxy import open_supervised
 from inco_trio.registers.states import SLICE
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer, StartProxy, Tcpdump
@@ -420,7 +421,7 @@ def test_a_stop_does_not_wait_for_ever_for_a_link(proxy: StartProxy, cores: Core
     assert running.stop() == 0
     unfinished = final_counters(running.log)["unfinished"]
     assert unfinished > 0
-    assert f"stopped with {unfinished} notifications unfinished: they are lost" in running.log
+    assert f"stopped with {unfinished} notifications pending: they are lost" in running.log
 
 
 # ----------------------------------------------------------------------------------------------------- Unix signals
@@ -518,7 +519,7 @@ def test_a_bad_reload_is_refused(
     running.process.send_signal(signal.SIGHUP)
     entry = json.loads(running.wait_log("reload refused"))
     assert entry["level"] == "error"
-    assert entry["message"].startswith(f"reload refused, the old configuration goes on: {udrv}: ")
+    assert entry["message"].startswith(f"reload refused, keeping the old configuration: {udrv}: ")
     assert reason in entry["message"]
     trigger(irq_dir / "message_1_trig")
     assert names(core1, 1) == [b"ihub_uart_irq"]
@@ -720,7 +721,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 70
-    assert "inco-trio: error: internal error: this is a fault of inco-trio, please report it" in done.stderr
+    assert "inco-trio: error: internal error: please report this fault of inco-trio" in done.stderr
     assert "RuntimeError: put in by the test" in done.stderr
 
 
@@ -1231,14 +1232,19 @@ def test_while_the_link_is_waited_for_all_is_held(
 ) -> None:
     async def main() -> None:
         waiting, store = attrs.evolve(config, link="later0", wait_link=True), Cupboard()
+
+        async def wait() -> None:
+            async with open_supervised(waiting, store):
+                raise AssertionError("the link does not exist")
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(serve, waiting, fd_store=store))
+            nursery.start_soon(wait)
             await wait_all_tasks_blocked()
             assert store.stored == ["inflight", "inotify", "link"]
             trigger(irq_dir / "message_6_trig")
             nursery.cancel_scope.cancel()
         heir = store.heir()
-        async with open_proxy(config, fd_store=heir):
+        async with open_supervised(config, heir):
             assert await next_name(core1) == b"redun_notify_irq"
         heir.close()
 
@@ -1265,7 +1271,7 @@ def test_nothing_holds_the_loop(
             state.unlink()
             state.mkdir()
             proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 5000)
-            monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
+            monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
             nursery.start_soon(others, proxy)
             state.rmdir()
             while proxy.stats.delivered < 5000:
@@ -1285,7 +1291,7 @@ def test_what_came_while_none_ran_is_delivered(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, fd_store=first):
+        async with open_supervised(config, first):
             pass
         assert first.stored == ["inflight", "inotify", "link"]
         resets = watch(irq_dir / "message_4_state")
@@ -1295,7 +1301,7 @@ def test_what_came_while_none_ran_is_delivered(
         trigger(irq_dir / "new")
         (irq_dir / "new").rename(irq_dir / "message_6_trig")
         second = first.heir()
-        async with open_proxy(config, fd_store=second) as proxy:
+        async with open_supervised(config, second) as proxy:
             for _ in range(11):
                 assert await next_name(core1) == b"redun_notify_irq"
         resets.wait(10)
@@ -1312,7 +1318,7 @@ def test_what_a_killed_predecessor_had_read_is_finished(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, fd_store=first):
+        async with open_supervised(config, first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
         # As a process leaves it that is killed between reading and acting.
@@ -1324,14 +1330,14 @@ def test_what_a_killed_predecessor_had_read_is_finished(
         assert os.readv(first.kept["inotify"], [memory.events[0].view]) > 0
         memory.close()
         second = first.heir()
-        async with open_proxy(config, fd_store=second) as proxy:
+        async with open_supervised(config, second) as proxy:
             assert await next_name(core1) == b"redun_notify_irq"
             assert proxy.stats.recovered == 4
         assert (proxy.stats.delivered, proxy.stats.sent) == (3, 1)
         resets.wait(2)
         hwwds.wait(1)
         third = second.heir()
-        async with open_proxy(config, fd_store=third) as proxy:
+        async with open_supervised(config, third) as proxy:
             pass
         assert proxy.stats.recovered == proxy.stats.sent == 0
         third.close()
@@ -1349,19 +1355,19 @@ def test_what_the_holder_gives_is_not_trusted(
         foreign.bind((config.link, ETHERTYPE))
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
-        async with open_proxy(config, fd_store=holder) as proxy:
+        async with open_supervised(config, holder) as proxy:
             # What the other socket had queued is not lost.
             assert proxy.stats.delivered == 1
-            assert "the inherited socket does not fit any more and is replaced" in caplog.text
+            assert "the inherited socket no longer matches the link and is replaced" in caplog.text
             with proxy.events() as events:
                 core1.send(b"ihub_hwwd_irq")
                 await events.receive()
         assert holder.stored == ["inflight", "inotify", "link"]
         heir = holder.heir()
-        async with open_proxy(config, fd_store=heir) as proxy:
+        async with open_supervised(config, heir) as proxy:
             await proxy.send("redun_notify_irq")
         assert proxy.stats.recovered == 0
         heir.close()
 
     in_core0(main)
-    assert caplog.text.count("does not fit any more") == 1
+    assert caplog.text.count("no longer matches") == 1

@@ -318,7 +318,7 @@ def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: 
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
         (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: else there is one file"),
-        (("FILE", "--duration", "0"), 2, "'0' is not a number of seconds above 0"),
+        (("FILE", "--duration", "0"), 2, "'0': expected a number of seconds above 0"),
         (("",), 2, "FILE"),
     ],
 )

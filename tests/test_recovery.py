@@ -24,7 +24,7 @@ from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
 from inco_trio.persist.inflight import FRAME_STEP, Bank, Inflight, frames_in
 from inco_trio.proxy.outbound import Outbound
-from inco_trio.proxy.proxy import Proxy, open_proxy
+from inco_trio.proxy.proxy import Proxy, open_supervised
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered
@@ -61,7 +61,7 @@ class Board:
     async def proxy(self) -> AsyncIterator[Proxy]:
         """A proxy with what its predecessor left; when the block ends it leaves what it has not finished."""
         self.store = self.store.heir()
-        async with open_proxy(self.config, fd_store=self.store) as proxy:
+        async with open_supervised(self.config, self.store) as proxy:
             yield proxy
 
     async def leave(self) -> None:

@@ -133,7 +133,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
     ("arguments", "code", "said"),
     [
         (("none", "none0"), 65, "none: cannot be read: No such file or directory"),
-        (("empty", "none0"), 65, "empty: is no recording: it is empty"),
+        (("empty", "none0"), 65, "empty: not a recording: empty"),
         pytest.param(("f", "none0"), 69, "none0: no such interface (there are: ", marks=pytest.mark.netns),
         (
             ("f", "unix:HOME/1,peer=HOME/0"),
@@ -170,7 +170,7 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
     assert (code, err) == (1, "")
     assert out == (
         f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
-        f"note: {path}: it is cut after {path.stat().st_size} bytes: what was whole before was played\n"
+        f"note: {path}: truncated after {path.stat().st_size} bytes: what was whole before was played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
 

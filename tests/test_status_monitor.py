@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -25,7 +24,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from inco_trio.cli.monitor import _Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
-from inco_trio.control.client import client_of, connect
+from inco_trio.control.client import client_of, connect, sockets
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import openmetrics
@@ -442,21 +441,29 @@ def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], P
         client.wait(0.01)
 
 
+def test_the_sockets_of_units_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
+    (tmp_path / "rpmsg4000").mkdir()
+    paths = [tmp_path / "b.sock", tmp_path / "rpmsg4000/control.sock"]
+    for path in paths:
+        path.touch()
+    assert sockets() == paths
+
+
 def test_the_proxies_of_others_are_passed_over(
     server: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
-    place = argparse.Namespace(control=None, link="y")
     with pytest.raises(ProxyNotFoundError, match=f"no proxy of y answers in {tmp_path} or "):
-        connect(place)
+        connect("y", None)
     server(GREETING)
     with pytest.raises(ProxyNotFoundError, match="no proxy of y answers"):
-        connect(place)
+        connect("y", None)
     for path in tmp_path.iterdir():
         path.unlink()
     server(b'{"error": "busy", "message": "later"}\n')
     with pytest.raises(ResourceError, match="later"):
-        connect(place)
+        connect("y", None)
     for path in tmp_path.iterdir():
         path.unlink()
     server(GREETING)
@@ -525,9 +532,9 @@ def test_events_in_words() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("status", "--watch", "0"), "'0' is not a number of seconds above 0"),
-        (("status", "--watch", "nan"), "'nan' is not a number of seconds above 0"),
-        (("status", "--watch", "x"), "'x' is not a number of seconds above 0"),
+        (("status", "--watch", "0"), "'0': expected a number of seconds above 0"),
+        (("status", "--watch", "nan"), "'nan': expected a number of seconds above 0"),
+        (("status", "--watch", "x"), "'x': expected a number of seconds above 0"),
         (("monitor", "--count", "0"), "'0' is not a whole number above 0"),
         (("monitor", "--count", "9" * 5000), "is not a whole number above 0"),
         (("monitor", "--direction", "up"), "invalid choice: 'up'"),

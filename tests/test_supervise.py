@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from inco_trio.proxy.supervise import TRANSIENT, Backoff, Health, supervise
+from inco_trio.backoff import Backoff
+from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
 from inco_trio.stats import Counters
 
 Leg = Callable[[Health], Awaitable[None]]

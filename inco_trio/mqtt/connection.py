@@ -24,9 +24,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.proxy.supervise import Backoff
 
 if TYPE_CHECKING:
     from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage

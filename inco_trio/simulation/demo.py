@@ -17,7 +17,6 @@ import os
 import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import attrs
 from inco_trio.errors import IncoError, ResourceError, UsageError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from inco_trio.service.process_signals import wakeups
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 from inco_trio.simulation.guest import Guest, Wait
 from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets
@@ -177,23 +177,13 @@ class _Waiter:
 @contextlib.contextmanager
 def _stoppable(waiter: _Waiter) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise `_Stopped` from `waiter.wait`, where nothing is half done, and only there."""
-    receive, send = socket.socketpair()
-    with receive, send:
-        send.setblocking(False)
+    with wakeups((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as arrived:
 
         def stop() -> None:
-            raise _Stopped(receive.recv(1)[0])
+            raise _Stopped(arrived.recv(1)[0])
 
-        waiter.on(receive.fileno(), stop)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in numbers}
-        wakeup = signal.set_wakeup_fd(send.fileno())
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        waiter.on(arrived.fileno(), stop)
+        yield
 
 
 def _signals(directory: Path) -> list[Signal]:

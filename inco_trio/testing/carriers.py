@@ -17,8 +17,8 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.errors import IncoError, UsageError
+from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
-from inco_trio.proxy.supervise import board_name
 from inco_trio.stats import Stats
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.history import History

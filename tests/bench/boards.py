@@ -30,7 +30,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 GAP = 0.0005
 """Seconds between two notifications of a closed loop."""
 FLOOD_RATE = 50_000
-IMPORTS = "import inco_trio.cli.daemon, inco_trio.cli.boards"
+IMPORTS = "import inco_trio.service.daemon, inco_trio.service.many_boards"
 PROCESSES = 10
 """Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
 

@@ -140,12 +140,12 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["mqtt", "mqtt://127.0.0.1"], "mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'"),
+        (["mqtt", "mqtt://127.0.0.1"], "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'"),
         (
             ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
-            "mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'",
+            "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'",
         ),
-        (["exporter"], "exporter needs prometheus_client: pip install 'inco-trio[metrics]'"),
+        (["exporter"], "prometheus_client is not installed: pip install 'inco-trio[metrics]'"),
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:
