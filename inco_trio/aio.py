@@ -12,7 +12,8 @@ import functools
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, suppress
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -39,15 +40,29 @@ BATCH = 64
 # ------------------------------------------------------------------------------------------------ an asyncio program
 
 
-@asynccontextmanager
-async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
+def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
     """Open a proxy that carries signals while the block runs, and is stopped cleanly however that ends.
 
     As `inco_trio.open_proxy`, with the same errors. It runs in a thread of its own, which has ended when this has: what
     the loop is busy with never holds a notification up.
     """
-    async with Beside(config) as beside:
-        yield Proxy(beside)
+    return _Opening(config)
+
+
+class _Opening(AbstractAsyncContextManager["Proxy"]):
+    """No generator: before Python 3.13, closing a coroutine does not close what an asynchronous generator awaits."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def __aenter__(self) -> Proxy:
+        self._beside = Beside(self._config)
+        return Proxy(await self._beside.__aenter__())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._beside.__aexit__(kind, error, traceback)
 
 
 class Proxy:
