@@ -18,7 +18,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio import beside
 
-__all__ = ["CancelAt", "Steps", "Turns"]
+__all__ = ["CancelAt", "Steps", "Turns", "at_each_step"]
 
 T = TypeVar("T")
 Steps = Literal["turns of the loop", "steps of Trio"]
@@ -36,6 +36,25 @@ class CancelAt(trio.abc.Instrument):
         self.steps += 1
         if self.steps == self._step:
             self.scope.cancel()
+
+
+class _AtEachStep(trio.abc.Instrument):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as trio.abc.Instrument has it
+        self._act()
+
+
+@contextmanager
+def at_each_step(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` before each step of a task while the block runs."""
+    instrument = _AtEachStep(act)
+    trio.lowlevel.add_instrument(instrument)
+    try:
+        yield
+    finally:
+        trio.lowlevel.remove_instrument(instrument)
 
 
 class _Selector(selectors.PollSelector):
