@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -195,6 +195,17 @@ class _Events(AsyncIterator[Notification]):
 # ---------------------------------------------------------------------------- asyncio code in a Trio program
 
 
+def _trio_asyncio() -> Any:
+    """Return the module. Raises ImportError if it does not support this Python."""
+    try:
+        import trio_asyncio
+    except AttributeError as error:  # trio-asyncio 0.16 uses names that Python 3.14 has removed (its issue 160).
+        raise ImportError(
+            f"trio-asyncio does not support Python {sys.version_info.major}.{sys.version_info.minor}: {error}"
+        ) from error
+    return trio_asyncio
+
+
 class AsyncioProxy:
     """A running proxy as asyncio code uses it, in a trio-asyncio loop; it closes with the Trio proxy."""
 
@@ -208,7 +219,7 @@ class AsyncioProxy:
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
-        import trio_asyncio
+        trio_asyncio = _trio_asyncio()
 
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
@@ -229,7 +240,7 @@ class _AsyncioEvents(AsyncIterator[Notification]):
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
-        import trio_asyncio
+        trio_asyncio = _trio_asyncio()
 
         while not self._fetched:
             try:
@@ -254,7 +265,7 @@ async def on_notification(
     `task_status.started` is called once no notification is missed any more. While the callback is `buffer`
     notifications behind, further ones pass it by, see `Proxy.events`. What it raises is raised here, as it is.
     """
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     async def call() -> None:
         with proxy.events(buffer) as events:
@@ -271,7 +282,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
     If no trio-asyncio loop is open, `main` has one of its own: the asyncio tasks that it leaves are cancelled at its
     end, as by `asyncio.run`.
     """
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     async def call() -> T:
         result: T = await trio_asyncio.aio_as_trio(main)(AsyncioProxy(proxy))
@@ -281,7 +292,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
 
 async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     if trio_asyncio.current_loop.get() is not None:
         return await function()

@@ -21,6 +21,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 import attrs
 import pytest
@@ -474,11 +475,30 @@ assert asyncio.get_event_loop_policy is before
 async def main(proxy):
     pass
 
-trio.run(inco_trio.aio.run, None, main)
-assert "trio_asyncio" in sys.modules
-assert asyncio.get_event_loop_policy is not before
+try:
+    trio.run(inco_trio.aio.run, None, main)
+except ImportError:
+    # trio-asyncio 0.16 supports Python up to 3.13.
+    assert sys.version_info >= (3, 14)
+else:
+    assert "trio_asyncio" in sys.modules
+    assert asyncio.get_event_loop_policy is not before
 """
     subprocess.run([*python(pytestconfig.getini("filterwarnings")), "-c", code], check=True)
+
+
+def test_a_trio_asyncio_that_does_not_support_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from inco_trio import aio
+
+    async def main(proxy: aio.AsyncioProxy) -> None:
+        raise AssertionError
+
+    (tmp_path / "trio_asyncio.py").write_text("import asyncio\nasyncio.removed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trio_asyncio", raising=False)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    with pytest.raises(ImportError, match=f"trio-asyncio does not support Python {version}: .*removed"):
+        trio.run(aio.run, cast("Proxy", None), main)
 
 
 if __name__ == "__main__":
