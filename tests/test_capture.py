@@ -19,6 +19,7 @@ from inco_trio.capture.recording import Entry, Mark, Recorder, open_recording
 from inco_trio.errors import PermissionDeniedError, RecordingError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable, builtin_signals
+from netns.hang import HANG
 
 MAC = bytes.fromhex("02005e100001")
 TABLE = SignalTable(builtin_signals(Path("/irq")))
@@ -247,14 +248,14 @@ def test_tools_read_it(tmp_path: Path) -> None:
     fields = ("frame.interface_name", "frame.packet_flags_direction", "frame.comment", "eth.type")
     said = subprocess.run(
         [tshark, "-r", tmp_path / "f", "-T", "fields", *(part for field in fields for part in ("-e", field))],
-        capture_output=True, text=True, check=True, timeout=60,
+        capture_output=True, text=True, check=True, timeout=HANG,
     ).stdout  # fmt: skip
     assert [line.split("\t") for line in said.splitlines()] == [
         ["rpmsg4000", "0x00000002", "outbound a /irq/a", "0x8800"],
         ["registers", "0x00000001", "inbound b /irq/b", "0x88b5"],
     ]
     said = subprocess.run(
-        [tcpdump, "-n", "-e", "-r", tmp_path / "f"], capture_output=True, text=True, check=True, timeout=60
+        [tcpdump, "-n", "-e", "-r", tmp_path / "f"], capture_output=True, text=True, check=True, timeout=HANG
     ).stdout
     assert len([line for line in said.splitlines() if "ethertype" in line]) == 2
 

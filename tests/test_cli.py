@@ -17,6 +17,7 @@ import pytest
 from inco_trio.cli import check, inco_proxy, main
 from inco_trio.cli.parser import COMMANDS
 from inco_trio.service import process_signals
+from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -61,7 +62,7 @@ def finished(*command: str | Path, **environment: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=HANG,
         env={**os.environ, **environment},
     )
 

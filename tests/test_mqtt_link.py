@@ -27,7 +27,8 @@ from inco_trio.mqtt.bridge_codec import Batch
 from inco_trio.mqtt.bridge_progress import WINDOW
 from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.persist.fdstore import NoFdStore
-from netns.fixtures import DEADLINE, Consumer, Proxy
+from netns.fixtures import Consumer, Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
@@ -52,7 +53,7 @@ class Core:
 
     def bound(self) -> socket.socket:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        made.settimeout(DEADLINE)
+        made.settimeout(HANG)
         made.bind(os.fspath(self.path))
         return made
 
@@ -214,7 +215,7 @@ def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench
         wire.end(signal.SIGKILL)
         wire = bench.wire(0)
     assert "being dropped" not in bench.broker.log
-    bench.cores[0].socket.settimeout(DEADLINE)
+    bench.cores[0].socket.settimeout(HANG)
     back = bench.wire(1)
     bench.cores[0].send(LAST)
     while bench.cores[1].receive() != LAST:
@@ -253,7 +254,7 @@ def test_two_that_are_the_same_end(bench: Bench) -> None:
     words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
-    assert wire.process.wait(DEADLINE) == 69
+    assert wire.process.wait(HANG) == 69
     assert "another process is core0 too: stop one of them" in wire.log
     bench.cores[0].wire = bench.home / "other"
     bench.cores[0].send(frame(1))
@@ -432,7 +433,7 @@ class Flow:
         """All came, in order but for what was repeated; returns the number of doubles."""
         self._stopped.set()
         for thread in self._threads:
-            thread.join(2 * DEADLINE)
+            thread.join(HANG)
             assert not thread.is_alive(), (self._sent, self._received[-3:])
         assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
         doubles = len(self._received) - self._sent - 1

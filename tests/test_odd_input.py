@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE, StartProxy
+from netns.fixtures import StartProxy
+from netns.hang import HANG
 from tests.support_proxy import trigger, write_udrv
 
 SAMPLE = str(Path(__file__).parent / "data" / "udrv.json")
@@ -28,7 +29,7 @@ def finished(command: Iterable[object], cwd: Path | None = None, **environment: 
         stdin=subprocess.DEVNULL,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=HANG,
         cwd=cwd,
         env={**os.environ, "UDRV_JSON_PATH": "", **environment},
     )
@@ -417,7 +418,7 @@ def test_the_daemon_without_proc(cores: Cores, core1: Peer, irq_dir: Path) -> No
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         running.terminate()
-        said = running.communicate(timeout=DEADLINE)[1]
+        said = running.communicate(timeout=HANG)[1]
     assert running.returncode == 0
     assert all(line.startswith(LOGGED) for line in said.splitlines())
     assert b"triggered=1 sent=1 " in said
@@ -441,7 +442,7 @@ def test_the_daemon_whose_streams_are_closed_or_full(closed: str, cores: Cores, 
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()
-        assert running.wait(DEADLINE) == 0
+        assert running.wait(HANG) == 0
     assert (irq_dir / "message_4_state").read_bytes() == b"1"
     assert (irq_dir / "message_6_trig").read_bytes() == b"1"
 

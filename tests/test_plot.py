@@ -18,7 +18,7 @@ from inco_trio.capture.summary import Flow, Pair, Summary
 from inco_trio.capture.summary import _spread as spread
 from inco_trio.frame import encode
 from inco_trio.signals import Direction
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_control import MAC
 
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
@@ -29,7 +29,7 @@ def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]
     command = [sys.executable, "-c", f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"]
     whole = [*command, "plot", *map(str, words)]
     environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
-    return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
+    return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
 
 
 @pytest.fixture
@@ -260,7 +260,7 @@ def peak(count):
 before = peak({10**4})
 print(peak({10**6}) - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.stderr == ""
     assert float(done.stdout) < 48
 
@@ -294,7 +294,7 @@ def test_no_part_of_a_picture_is_left(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
     # What measures the coverage writes files, too.
     env = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=env)
     picture = night.with_suffix(".svg")
     assert done.stderr == f"inco-trio: error: {picture}: cannot be written: File too large\n"
     assert done.returncode == 71
@@ -351,7 +351,7 @@ def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) ->
     command = [sys.executable, "-c", start, "plot", str(night), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
-        out, _ = process.communicate(timeout=DEADLINE)
+        out, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     assert json.loads(out)["to"] == 4
     shown = os.read(master, 4096).decode()

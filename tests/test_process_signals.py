@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.simulation.world import Cores
-from netns.fixtures import DEADLINE, StartProxy
+from netns.fixtures import StartProxy
+from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 STOPS = [signal.SIGTERM, signal.SIGINT]
@@ -73,7 +74,7 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
         capture_output=True,
         text=True,
         check=False,
-        timeout=DEADLINE,
+        timeout=HANG,
     )
     assert done.stdout == ""
     return done.returncode, done.stderr
@@ -124,7 +125,7 @@ def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Si
         preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOPS),
     ) as process:
         process.send_signal(number)
-        said = process.communicate(timeout=DEADLINE)[1]
+        said = process.communicate(timeout=HANG)[1]
     assert (process.returncode, said) == (0, b"inco-trio: info: none0: stopped before it was ready\n")
 
 
@@ -166,7 +167,7 @@ def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) ->
         capture_output=True,
         text=True,
         check=False,
-        timeout=DEADLINE,
+        timeout=HANG,
     )
     done = cores.core0.run(start)
     assert done.returncode == 0, done.stderr
@@ -259,7 +260,7 @@ def test_a_stop_does_not_wait_for_a_reload(cores: Cores, irq_dir: Path) -> None:
                 line = running.stderr.readline()
                 assert line
             running.terminate()
-            assert running.wait(DEADLINE) == 0
+            assert running.wait(HANG) == 0
             assert "unfinished=0" in running.stderr.read()
         finally:
             running.kill()

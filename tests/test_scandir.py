@@ -25,9 +25,7 @@ from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
-
-DEADLINE = 20.0
-"""Seconds after which a wait fails its test: only a safety net."""
+from netns.hang import HANG
 
 STANDIN = """
 import os, signal, socket, sys
@@ -94,7 +92,7 @@ class Tree:
         self.config.write_text("{}")
         self._log = home / "svscan.log"
         self._report = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._report.settimeout(DEADLINE)
+        self._report.settimeout(HANG)
         self._report.bind(str(home / "report"))
 
     def write(self, interface: str, *, user: str | None = None, program: Sequence[str] = ()) -> list[str]:
@@ -126,27 +124,27 @@ class Tree:
             assert listener.stdout is not None
             assert listener.stdout.read(1) == b"\n"
             yield
-            if listener.wait(DEADLINE) != 0:
+            if listener.wait(HANG) != 0:
                 pytest.fail(f"{interface} does not become ready; {self.said()}")
 
     def stop(self) -> None:
         """Bring everything down, and wait until the loggers have written all."""
         subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=True)
-        assert self._process.wait(DEADLINE) == 0
+        assert self._process.wait(HANG) == 0
 
     def close(self) -> None:
         self._report.close()
         if self._process.poll() is None:
             # As s6-svscanctl -t, but sure to arrive.
             self._process.terminate()
-            self._process.wait(DEADLINE)
+            self._process.wait(HANG)
 
     def heard(self) -> str:
         """The next report of a service."""
         try:
             return self._report.recv(100).decode()
         except TimeoutError:
-            pytest.fail(f"no report within {DEADLINE:g} s; {self.said()}")
+            pytest.fail(f"no report within {HANG:g} s; {self.said()}")
 
     def tell(self, interface: str, message: str) -> None:
         """Send a datagram to the link of a service, whether it runs or not."""
@@ -281,7 +279,7 @@ class TestUnderS6:
         tree.start()
 
         def heard() -> str:
-            if not select.select([said], [], [], DEADLINE)[0]:
+            if not select.select([said], [], [], HANG)[0]:
                 pytest.fail(f"the service says nothing; {tree.said()}")
             return os.read(said, 100).decode()
 

@@ -19,7 +19,7 @@ from inco_trio.service.descriptions import Client, bridge_service, exporter_serv
 from inco_trio.service.descriptions import Service as Held
 from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Mosquitto, Reader, free_port
@@ -79,7 +79,7 @@ def test_the_exporter_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     listen = f"127.0.0.1:{free_port()}"
     assert s6(tmp_path / "scan", "--exporter", listen).returncode == 0
     service = running(stack, tmp_path / "scan", "exporter")
-    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=DEADLINE) as answer:
+    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=HANG) as answer:
         assert b"inco_trio_proxy_up" in answer.read()
     service.control("-wD", "-d")
     assert "Traceback" not in service.log

@@ -29,7 +29,8 @@ from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import openmetrics
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE, StartProxy
+from netns.fixtures import StartProxy
+from netns.hang import HANG
 from tests.support_control import COMMAND, MAC, Board, Client, Running
 from tests.support_proxy import frame
 
@@ -43,7 +44,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     whole = [*COMMAND, *map(str, words)]
     return subprocess.run(
-        whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env={**os.environ, **(env or {})}
+        whole, capture_output=True, text=True, timeout=HANG, check=False, env={**os.environ, **(env or {})}
     )
 
 
@@ -158,7 +159,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(2)
+                    process.wait(2)  # The pace of the interrupts.
             with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
                 while more := os.read(master, 4096):
                     shown += more
@@ -286,13 +287,13 @@ def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) 
     ended = threading.Event()
 
     def keep_sending() -> None:
-        while not ended.wait(0.01):
+        while not ended.wait(0.01):  # The pace of the load.
             board.inbound(peer)
 
     sender = threading.Thread(target=keep_sending)
     sender.start()
     try:
-        assert monitor.process.wait(DEADLINE) == 0
+        assert monitor.process.wait(HANG) == 0
     finally:
         ended.set()
         sender.join()
@@ -323,7 +324,7 @@ def test_without_a_proxy_it_listens_on_the_interface_itself(
             core1.send_raw(frame(MAC, b"ihub_hwwd_irq"))
             (tmp_path / "irq/message_6_trig").write_text("1")
             events = [json.loads(line) for line in monitor.stdout]
-            assert monitor.wait(DEADLINE) == 0
+            assert monitor.wait(HANG) == 0
         finally:
             monitor.kill()
     assert [(each["event"], each.get("direction"), each["signal"]) for each in events] == [
@@ -389,7 +390,7 @@ def test_who_is_no_proxy(tmp_path: Path) -> None:
                 with client:
                     client.sendall(said)
                     client.shutdown(socket.SHUT_WR)
-                    select.select([client], [], [], DEADLINE)
+                    select.select([client], [], [], HANG)
 
             thread = threading.Thread(target=answer)
             thread.start()
@@ -480,7 +481,7 @@ def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -
     for directory in board.path.parents[:-1]:
         directory.chmod(directory.stat().st_mode | 0o111)
     command = [*nobody, *COMMAND, "status", "--control", str(board.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 77
     assert done.stderr == (
         f"inco-trio: error: {board.path}: only root, the user of the proxy and its group may ask it"

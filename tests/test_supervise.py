@@ -119,7 +119,7 @@ def test_cancellation_is_no_failure() -> None:
         await trio.sleep_forever()
 
     async def main() -> bool:
-        with trio.move_on_after(1) as scope:
+        with trio.move_on_after(1) as scope:  # Simulated time.
             await supervise(Health("leg"), leg, stats)
         return scope.cancelled_caught
 

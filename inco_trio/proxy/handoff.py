@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import attrs
 import trio
@@ -82,11 +82,15 @@ class Handoff(Generic[Item]):
                 await self._send(batch)
             self._handing.discard(scope)
             if scope.cancelled_caught:
-                # This task is cancelled, too. Reading on would overwrite the batch in flight.
-                await trio.lowlevel.checkpoint()
-                raise ClosedError("the proxy is closed") from None
+                await self._refuse()
         except trio.ClosedResourceError:
-            raise ClosedError("the proxy is closed") from None
+            # An abort can come when the next leg has taken the batch before this one.
+            await self._refuse()
+
+    async def _refuse(self) -> NoReturn:
+        """End a leg that is being ended too, as reading on would overwrite what is in flight, or raise ClosedError."""
+        await trio.lowlevel.checkpoint()
+        raise ClosedError("the proxy is closed") from None
 
     async def offer(self, batch: Batch[Item]) -> None:
         """Hand over a batch, which is dropped if this is cancelled. Raises ClosedError."""

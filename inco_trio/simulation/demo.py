@@ -55,10 +55,12 @@ _ANSWERS = {
 }
 """What a guest of QEMU answers each outbound signal by: every signal has its part."""
 
-_READY_DEADLINE = 10.0
+_READY_DEADLINE = 60.0
+"""Seconds; a start takes up to 2 s, so this only stops a hang."""
 _LOST_AFTER = 3.0
 """Seconds; the proxy needs well below a millisecond, but the machine may be busy."""
-_STOP_DEADLINE = 5.0
+_STOP_DEADLINE = 60.0
+"""Seconds until a proxy that does not end is killed; its own deadline for a stop is 5 s."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

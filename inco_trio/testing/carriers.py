@@ -26,9 +26,9 @@ from inco_trio.testing.layout import Layout
 
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
-_READY = 20.0
-_STOP = 10.0
-"""Seconds after which it is an error, or the process is killed: only a safety net."""
+_READY = 120.0
+_STOP = 60.0
+"""Seconds after which it is an error, or the process is killed: they only stop a hang."""
 _FDS_MAX = 16
 
 
