@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Awaitable, Callable
 
 from inco_trio.cli.options import absolute, add_clients_option, add_service_options, control_paths, needing
@@ -41,9 +42,5 @@ def run(args: argparse.Namespace) -> int:
             config.broker.read()  # Report mistakes in the credentials at once.
             return Gateway(broker, config, controls).run
 
-        return run_service(
-            lambda: Restarting(str(broker), prepare),
-            notification_fd=args.notification_fd,
-            log_format=args.log_format,
-            verbose=args.verbose,
-        )
+        make = functools.partial(Restarting, str(broker), prepare)
+        return run_service(make, args.notification_fd, args.log_format, args.verbose)

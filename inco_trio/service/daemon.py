@@ -70,31 +70,25 @@ class OneBoard:
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        """See `Boards.open`."""
         async with open_supervised(self._config, fd_store, listener) as self._proxy:
             yield
 
     async def reload(self) -> None:
-        """See `Boards.reload`."""
         assert self._proxy is not None  # noqa: S101 - the runner reloads only after `open`
         await self._proxy.reload(await read_aside(self._load))
         logger.info("reloaded: %d signals", len(self._proxy.config.signals), extra={"event": "reloaded"})
 
     def log_statistics(self) -> None:
-        """See `Boards.log_statistics`."""
         if self._proxy is not None:
             log_statistics(self._proxy.stats.as_dict())
 
     def signals(self) -> Collection[Signal]:
-        """See `Boards.signals`."""
         return self._config.signals
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """See `Served.proxies`."""
         return {} if self._proxy is None else {self.name: self._proxy}
 
     def not_open(self) -> Mapping[str, str]:
-        """See `Served.not_open`."""
         return {self.name: "the link does not exist yet"} if self._proxy is None else {}
 
 
@@ -118,7 +112,6 @@ class Daemon:
         self._fd_store = fd_store
 
     async def run(self, runner: Runner) -> None:
-        """See `Service.run`."""
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
             runner.ready()
             self._start_diagnosis()
