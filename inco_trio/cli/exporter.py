@@ -6,14 +6,7 @@ import argparse
 import functools
 from importlib import resources
 
-from inco_trio.cli.options import (
-    LISTEN,
-    add_clients_option,
-    add_service_options,
-    check_listen,
-    control_paths,
-    needing,
-)
+from inco_trio.cli.options import LISTEN, add_clients_option, add_service_options, check_listen, control_paths, needing
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals

@@ -18,7 +18,7 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.control import place
-from inco_trio.control.server import Control
+from inco_trio.control.server import Control, Served
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
@@ -34,11 +34,8 @@ logger = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
 
-class Boards(Protocol):
+class Boards(Served, Protocol):
     """What the daemon serves: the proxy of one board, or those of several."""
-
-    name: str
-    """The name in the log."""
 
     def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
         """Open the proxies while the block runs. Raises IncoError."""
@@ -51,12 +48,6 @@ class Boards(Protocol):
 
     def signals(self) -> Collection[Signal]:
         """Return the signals of all boards."""
-
-    def proxies(self) -> Mapping[str, Proxy]:
-        """See `Served.proxies`."""
-
-    def not_open(self) -> Mapping[str, str]:
-        """See `Served.not_open`."""
 
 
 class OneBoard:
