@@ -37,6 +37,5 @@ def run(args: argparse.Namespace) -> int:
 
         address, port = check_listen(args.listen)
         controls = control_paths(args)
-        work = functools.partial(serve, address, port, controls)
-        make = functools.partial(Restarting, args.listen, lambda: work)
+        make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
         return run_service(make, args.notification_fd, args.log_format, args.verbose)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Awaitable, Callable
 
 from inco_trio.cli.options import absolute, add_clients_option, add_service_options, control_paths, needing
@@ -42,5 +41,6 @@ def run(args: argparse.Namespace) -> int:
             config.broker.read()  # Report mistakes in the credentials at once.
             return Gateway(broker, config, controls).run
 
-        make = functools.partial(Restarting, str(broker), prepare)
-        return run_service(make, args.notification_fd, args.log_format, args.verbose)
+        return run_service(
+            lambda: Restarting(str(broker), prepare), args.notification_fd, args.log_format, args.verbose
+        )
