@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -193,7 +193,7 @@ class AsyncioProxy:
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
-        import trio_asyncio
+        trio_asyncio = _import_trio_asyncio()
 
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
@@ -214,7 +214,7 @@ class _AsyncioEvents(AsyncIterator[Notification]):
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
-        import trio_asyncio
+        trio_asyncio = _import_trio_asyncio()
 
         while not self._fetched:
             try:
@@ -225,6 +225,22 @@ class _AsyncioEvents(AsyncIterator[Notification]):
 
     async def _fetch(self) -> None:
         self._fetched.append(await self._stream.receive())
+
+
+def _import_trio_asyncio() -> Any:
+    """Return trio-asyncio. Raise ImportError if it does not work with this Python."""
+    try:
+        import trio_asyncio
+    except AttributeError as error:
+        # trio-asyncio 0.16 needs names of asyncio that Python 3.14 removed (its issue 160).
+        from importlib.metadata import version
+
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise ImportError(
+            f"trio-asyncio {version('trio-asyncio')} does not work with Python {python} ({error}): "
+            "install a newer trio-asyncio or an older Python"
+        ) from error
+    return trio_asyncio
 
 
 async def on_notification(
@@ -238,8 +254,10 @@ async def on_notification(
 
     `task_status.started` is called once no notification is missed any more. While the callback is `buffer`
     notifications behind, further ones pass it by, see `Proxy.events`. What it raises is raised here, as it is.
+
+    Raises ImportError where trio-asyncio does not work with this Python.
     """
-    import trio_asyncio
+    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> None:
         with proxy.events(buffer) as events:
@@ -255,8 +273,10 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
     If no trio-asyncio loop is open, `main` has one of its own: the asyncio tasks that it leaves are cancelled at its
     end, as by `asyncio.run`.
+
+    Raises ImportError where trio-asyncio does not work with this Python.
     """
-    import trio_asyncio
+    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> T:
         result: T = await trio_asyncio.aio_as_trio(main)(AsyncioProxy(proxy))
@@ -266,7 +286,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
 
 async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
-    import trio_asyncio
+    trio_asyncio = _import_trio_asyncio()
 
     if trio_asyncio.current_loop.get() is not None:
         return await function()

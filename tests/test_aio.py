@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 
 import attrs
@@ -477,11 +478,47 @@ assert asyncio.get_event_loop_policy is before
 async def main(proxy):
     pass
 
-trio.run(inco_trio.aio.run, None, main)
-assert "trio_asyncio" in sys.modules
-assert asyncio.get_event_loop_policy is not before
+try:
+    trio.run(inco_trio.aio.run, None, main)
+except ImportError as error:
+    # trio-asyncio 0.16 does not work with Python 3.14.
+    assert sys.version_info >= (3, 14), error
+    assert asyncio.get_event_loop_policy is before
+else:
+    assert "trio_asyncio" in sys.modules
+    assert asyncio.get_event_loop_policy is not before
 """
     subprocess.run([*python(pytestconfig.getini("filterwarnings")), "-c", code], check=True, timeout=DEADLINE)
+
+
+@pytest.mark.parametrize("call", ["run(None, None)", "on_notification(None, None)"])
+def test_a_trio_asyncio_that_does_not_work_with_this_python_is_an_import_error(tmp_path: Path, call: str) -> None:
+    (tmp_path / "trio_asyncio.py").write_text("import asyncio\nasyncio.events.NoSuchPolicy\n")
+    code = f"""
+import sys, trio
+from inco_trio import aio
+
+async def main():
+    try:
+        await aio.{call}
+    except ImportError as error:
+        print(error)
+
+trio.run(main)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{PROJECT}"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.stderr == ""
+    version = ".".join(map(str, sys.version_info[:2]))
+    assert done.stdout.startswith(
+        f"trio-asyncio {metadata.version('trio-asyncio')} does not work with Python {version} ("
+    )
+    assert done.stdout.endswith("NoSuchPolicy'): install a newer trio-asyncio or an older Python\n")
 
 
 if __name__ == "__main__":
