@@ -452,7 +452,7 @@ def test_documented_bridge_to_mqtt(
         assert message.topic == f"board/inbound/{name}"
         assert before < int(message.payload) < time.monotonic_ns()
     mqtt.publish("board/outbound/nothing", qos=1)
-    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000; there are: redun_notify_irq\n")
+    bridge.wait_said(b"nothing: not an outbound signal of rpmsg4000 (expected one of: redun_notify_irq)\n")
     mqtt.publish(f"board/outbound/{NOTIFY}", qos=1)
     assert received(core1) == NOTIFY.encode()
     assert messages.empty(), "an outbound signal came back as a message"
