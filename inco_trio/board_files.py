@@ -15,14 +15,17 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.config import Config, kind_of, load_document, read_board, read_file, repeated_keys
+from inco_trio.config import Config, read_board
 from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
-from inco_trio.signals import builtin_signals, is_path
+from inco_trio.linux.files import is_path
+from inco_trio.signals import builtin_signals
+from inco_trio.validation import parse_table, path_fault, read_file
 
 __all__ = ["NETNS", "BoardFile", "Boards", "claims", "read_boards", "refuse_shared"]
 
 NETNS = Path("/run/netns")
+NETNS_EXPECTED = f"a name under {NETNS} or an absolute path"
 SUFFIX = ".json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -63,7 +66,7 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
-        raise ConfigError([f"{directory}: the directory of boards cannot be read: {error.strerror}"]) from error
+        raise ConfigError(directory, f"the directory of boards cannot be read: {error.strerror}") from error
     configs: dict[str, Config] = {}
     refused: dict[str, IncoError] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -75,45 +78,35 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
             refused[name] = error
     there = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
     for name, why in refuse_shared(configs, there).items():
-        refused[name] = ConfigError([f"{directory / name}{SUFFIX}: {why}"])
+        refused[name] = ConfigError(f"{directory / name}{SUFFIX}", why)
         del configs[name]
     return Boards(configs, refused, notes)
 
 
 def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
-    """The board that a file describes, and its notes. Raises IncoError."""
+    """Return the board that a file describes, and its notes. Raises IncoError."""
     if not NAME.fullmatch(name):
-        raise ConfigError([f"{path}: a board's name has 1 to 64 letters, digits, '.', '_' and '-', the first no sign"])
-    document = load_document(read_file(path), str(path))
-    problems = [f"{key}: unknown key: {', '.join(KEYS)} are those there are" for key in document if key not in KEYS]
-    problems += repeated_keys(document, "")
-    values: dict[str, str] = {}
-    for key, value in document.items():
-        if isinstance(value, str):
-            values[key] = value
-        elif key in KEYS:
-            problems.append(f"{key}: {kind_of(value)} is not a string")
-    if "link" not in document:
-        problems.append("link: is missing")
-    if ("config" in document) == ("irq_dir" in document):
-        problems.append("one of config, the path of a udrv.json, and irq_dir, a directory, is needed")
-    for key in ("config", "irq_dir"):
-        if key not in values:
-            continue
-        if not is_path(values[key]):
-            problems.append(f"{key}: {values[key]!r} cannot be a path")
-        elif not values[key].startswith("/"):
-            problems.append(f"{key}: {values[key]!r} is not an absolute path")
-    if "link" in values and (fault := address_fault(values["link"])):
-        problems.append(f"link: {values['link']!r}: {fault}")
-    netns = values.get("netns")
+        rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
+        raise ConfigError(path, f"a board's name has {rule}")
+    table = parse_table(read_file(path), str(path))
+    table.only(KEYS)
+    link = table.text("link", "an interface name or unix:LOCAL,peer=REMOTE", required=True)
+    config, irq_dir = (table.text(key, "an absolute path") for key in ("config", "irq_dir"))
+    netns = table.text("netns", NETNS_EXPECTED)
+    if ("config" in table.values) == ("irq_dir" in table.values):
+        table.problems.append("needs either config, the path of a udrv.json, or irq_dir, a directory")
+    for key, value in (("config", config), ("irq_dir", irq_dir)):
+        if value is not None and (fault := path_fault(value)):
+            table.fault(key, fault)
+    if link is not None and (fault := address_fault(link)):
+        table.fault("link", f"{link!r}: {fault}")
     if netns is not None and (netns in {"", ".", ".."} or not is_path(netns) or ("/" in netns and netns[0] != "/")):
-        problems.append(f"netns: {netns!r} is neither a name under {NETNS} nor an absolute path")
-    if netns is not None and values.get("link", "").startswith("unix:"):
-        problems.append("netns: a unix: link has none: leave it out")
-    if problems:
-        raise ConfigError(f"{path}: {problem}" for problem in problems)
-    return _configured(BoardFile(**values))
+        table.expect("netns", NETNS_EXPECTED)
+    if netns is not None and (link or "").startswith("unix:"):
+        table.fault("netns", "a unix: link has none: leave it out")
+    table.finish(str(path))
+    assert link is not None  # noqa: S101 - it is required
+    return _configured(BoardFile(link, config, irq_dir, netns))
 
 
 def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:

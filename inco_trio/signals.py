@@ -11,23 +11,19 @@ import attrs
 
 from inco_trio.errors import ConfigError
 from inco_trio.frame import NAME_MAX, is_wire_name
+from inco_trio.linux.files import FILE_NAME_MAX, is_path
 
 __all__ = [
     "BUILTIN",
-    "FILE_NAME_MAX",
     "BuiltinSignal",
     "Direction",
     "Signal",
     "SignalTable",
     "builtin_signals",
     "clashes",
-    "is_path",
     "name_fault",
     "register_fault",
 ]
-
-FILE_NAME_MAX = 255
-"""The longest file name, in bytes (NAME_MAX of limits.h)."""
 
 
 class Direction(enum.Enum):
@@ -44,14 +40,6 @@ def name_fault(name: str) -> str | None:
     if name.isascii() and is_wire_name(name.encode("ascii")):
         return None
     return f"a wire name is 1 to {NAME_MAX} printable ASCII characters without spaces"
-
-
-def is_path(text: str) -> bool:
-    """Whether the kernel can be given `text`: no NUL would cut it short, and the file system's encoding knows it."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def register_fault(register: str) -> str | None:
@@ -77,7 +65,7 @@ class Signal:
 
     def __attrs_post_init__(self) -> None:
         if fault := name_fault(self.name) or register_fault(self.register):
-            raise ConfigError([f"signal {self.name!r}: {fault}"])
+            raise ConfigError(f"signal {self.name!r}", fault)
 
     @property
     def path(self) -> Path:

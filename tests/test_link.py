@@ -16,13 +16,15 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from inco_trio.cli.exit_codes import exit_code
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
+from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import DEADLINE
-from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
+from tests.support_capabilities import without_capability
 
 pytestmark = pytest.mark.netns
 
@@ -316,7 +318,7 @@ def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
     error = link.missing()
     close(link)
     assert str(error) == f"rpmsg16: no such interface (there are: lo, {cores.link}); --wait-link waits for it"
-    assert error.exit_code == 69
+    assert exit_code(error) == 69
 
 
 # --------------------------------------------------------------------------------------------------- what is inherited

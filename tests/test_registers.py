@@ -19,11 +19,12 @@ import pytest
 from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
+from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
 from inco_trio.stats import Counters
-from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
+from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND

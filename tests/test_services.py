@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.service.scandir import (
     Client,
     exporter_service,
@@ -110,7 +110,7 @@ def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder", "wire-x"])
 def test_no_link_takes_their_names(label: str) -> None:
-    with pytest.raises(UsageError, match=f"inco-trio-{label} is the service of|the services of wires"):
+    with pytest.raises(InvalidArgumentError, match=f"inco-trio-{label} is the service of|the services of wires"):
         link_service(label, Path("/dev/null"))
 
 

@@ -583,7 +583,7 @@ def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        with pytest.raises(ResourceError, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
+        with pytest.raises(ResourceError, match=r"core0: inotify: limit reached: raise fs\.inotify"):
             open_link(world.address, None, None, world.note, Surroundings())
         with pytest.raises(ResourceError, match="core0: cannot open a socket: Too many open files"):
             UnixLink.open(world.address, world.note, world.names)

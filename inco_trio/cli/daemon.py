@@ -20,12 +20,13 @@ import attrs
 import trio
 
 from inco_trio.cli import process_signals
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import LINK, absolute, check_link, config_path, path_of
 from inco_trio.cli.parser import EXIT_INTERNAL
 from inco_trio.config import Board, Config, read_board
 from inco_trio.control import place
 from inco_trio.control.server import Control
-from inco_trio.errors import IncoError, ResourceError, UsageError
+from inco_trio.errors import IncoError, ResourceError, unwrapped
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore, fd_store_from_environment
 from inco_trio.proxy.proxy import Proxy, open_proxy
@@ -158,9 +159,8 @@ async def aside(read: Callable[[_A], _R], argument: _A) -> _R:
 
 def _exhausted(error: Exception) -> OSError | None:
     """The cause, if `error` is, or only wraps, a limit of the system, which Trio meets too."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, OSError) and error.errno in EXHAUSTED else None
+    cause = unwrapped(error, only=True)
+    return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
 @attrs.define(eq=False)

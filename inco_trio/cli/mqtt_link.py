@@ -7,9 +7,10 @@ import functools
 from collections.abc import Awaitable, Callable
 
 from inco_trio.cli import process_signals
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, add_service_options, path_of
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import ProgramNotFoundError, UsageError
+from inco_trio.errors import InvalidArgumentError, ProgramNotFoundError
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = ["ENDS", "arguments", "check_end", "run"]
@@ -65,8 +66,8 @@ def check_end(link: str) -> UnixAddress:
     """The address of an end. Raises UsageError."""
     try:
         address = parse_address(link)
-    except ValueError as error:
-        raise UsageError(f"--link {link!r}: {error}") from None
+    except InvalidArgumentError as error:
+        raise UsageError(f"--link {link!r}", error.reason) from None
     if not isinstance(address, UnixAddress):
         raise UsageError(f"--link {link!r}: a wire ends in a Unix socket: unix:LOCAL,peer=REMOTE")
     return address

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inco_trio.cli import streams
+from inco_trio.cli.exit_codes import EXIT_INTERNAL, exit_code
 from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ EXIT_CODES = """\
 exit codes: 0 clean, 1 something was lost or did not come back, or `doctor` found a fault, 2 usage,
 3 `doctor` warns, 65 not a recording, 69 a program or device is not there (as the link), 70 internal error,
 71 no room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
-EXIT_INTERNAL = 70
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -78,12 +78,10 @@ def _ending(run: Callable[[], int]) -> int:
         return run()
     except BrokenPipeError:
         return 0  # Who read the output has seen enough of it.
-    except IncoError as error:
+    except (IncoError, MemoryError) as raised:
+        error = raised if isinstance(raised, IncoError) else ResourceError("out of memory")
         streams.complain(error)
-        return error.exit_code
-    except MemoryError:
-        streams.complain(ResourceError("out of memory"))
-        return ResourceError.exit_code
+        return exit_code(error)
     except Exception:  # noqa: BLE001 - shown whole; the exit code tells what it is
         with contextlib.suppress(OSError):
             traceback.print_exc()

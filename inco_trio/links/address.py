@@ -13,12 +13,13 @@ from hashlib import blake2b
 
 import attrs
 
+from inco_trio.errors import InvalidArgumentError
+from inco_trio.linux.sockets import SOCKET_PATH_MAX
+
 __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 
 INTERFACE_MAX = 15
 """The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
-PATH_MAX = 107
-"""The longest path of a socket, in bytes (sun_path of unix(7), less a NUL)."""
 LABEL_MAX = 36
 """The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of more than 64."""
 UNIX = "unix:"
@@ -80,9 +81,12 @@ class UnixAddress:
 
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
-    """The address that `text` names. Raises ValueError, whose text says what is wrong."""
+    """Return the address that `text` names. Raises InvalidArgumentError."""
     if text.startswith(UNIX):
-        return _parse_unix(text.removeprefix(UNIX))
+        try:
+            return _parse_unix(text.removeprefix(UNIX))
+        except ValueError as error:
+            raise InvalidArgumentError(text, str(error)) from None
     # The kernel would take any bytes; Python binds a packet socket to a name in UTF-8 only.
     try:
         raw = text.encode()
@@ -90,9 +94,10 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
         raw = b""
     if 1 <= len(raw) <= INTERFACE_MAX and raw not in {b".", b".."} and _REFUSED.isdisjoint(raw):
         return InterfaceAddress(text)
-    raise ValueError(
+    raise InvalidArgumentError(
+        text,
         f"is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
-        "':' and whitespace"
+        "':' and whitespace",
     )
 
 
@@ -100,8 +105,8 @@ def address_fault(text: str) -> str | None:
     """What keeps `text` from being an address, or None."""
     try:
         parse_address(text)
-    except ValueError as error:
-        return str(error)
+    except InvalidArgumentError as error:
+        return error.reason
     return None
 
 
@@ -144,8 +149,8 @@ def _path_fault(path: str) -> str | None:
         length = len(os.fsencode(path))
     except UnicodeEncodeError:
         return f"{path!r} cannot be a path"
-    if length > PATH_MAX:
-        return f"the path has {length} bytes; a socket's has {PATH_MAX} at most (unix(7))"
+    if length > SOCKET_PATH_MAX:
+        return f"the path has {length} bytes; a socket's has {SOCKET_PATH_MAX} at most (unix(7))"
     return None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inco_trio.errors import ResourceError
+from inco_trio.errors import DENIED, STRERROR, LinkNotFoundError, PermissionDeniedError, from_os_error
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.link import Link
+from inco_trio.linux.netns import belongs_to, entered
 
 if TYPE_CHECKING:
     from inco_trio.links.names import Names
@@ -29,15 +32,31 @@ class Surroundings:
             try:
                 self._names = Names()
             except OSError as error:
-                raise ResourceError(
-                    f"{asking}: inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
-                ) from error
+                raise from_os_error(error, asking, f"inotify: {STRERROR}") from error
         return self._names
 
     def close(self) -> None:
         """Close what was made."""
         if self._names is not None:
             self._names.close()
+
+
+def inside(netns: Path | None, asking: str) -> ExitStack:
+    """Move the calling thread into `netns`, for the link `asking`; closing the result moves it back. None: stay.
+
+    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
+    """
+    try:
+        return entered(netns)
+    except OSError as error:
+        missing = f"there is no network namespace {netns}: make it (`ip netns add NAME`)"
+        raise from_os_error(
+            error,
+            asking,
+            f"the network namespace {netns} cannot be entered: {STRERROR}",
+            ((errno.ENOENT,), LinkNotFoundError, missing),
+            (DENIED, PermissionDeniedError, f"entering the network namespace {netns} needs CAP_SYS_ADMIN"),
+        ) from error
 
 
 def open_link(
@@ -65,7 +84,6 @@ def open_link(
         return (link, None) if link.fits else (UnixLink.open(address, note, names), link)
 
     from inco_trio.links.packet import PacketLink
-    from inco_trio.linux.netns import belongs_to, inside
 
     with inside(netns, address.name):
         if held is None:

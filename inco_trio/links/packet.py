@@ -6,7 +6,6 @@ See packet(7) and, for the filter, the kernel's Documentation/networking/filter.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import itertools
@@ -14,28 +13,28 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import trio
 
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.link import LinkDownError
+from inco_trio.linux.packet import (
+    GONE,
+    PACKET_IGNORE_OUTGOING,
+    PACKET_STATISTICS,
+    SOL_PACKET,
+    attach_filter,
+    filter_of,
+    program,
+)
 from inco_trio.linux.rtnetlink import Rtnetlink
+from inco_trio.linux.sockets import set_receive_buffer
 
-__all__ = ["PacketLink", "attach_filter", "program"]
+__all__ = ["PacketLink"]
 
 logger = logging.getLogger(__name__)
-
-SOL_PACKET = 263
-PACKET_STATISTICS = 6
-PACKET_IGNORE_OUTGOING = 23
-SO_ATTACH_FILTER = 26
-SO_GET_FILTER = 26
-SO_LOCK_FILTER = 44
-SO_RCVBUFFORCE = 33
-INSTRUCTION = 8
-"""Bytes of struct sock_filter."""
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
 """Bytes asked for, which the kernel doubles: 20,000 frames even where a driver spends 2.4 kB on each."""
@@ -52,46 +51,10 @@ _FILTER = (
 )
 
 
-def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
-    """A filter of struct sock_filter: of each the code, two jumps and a number."""
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
-
-
 FILTER = program(_FILTER)
 
-GONE = frozenset({errno.ENODEV, errno.ENXIO})
 DOWN = GONE | {errno.ENETDOWN}
 """The interface is down or gone: the next change of an interface may mend it."""
-
-
-def attach_filter(sock: socket.socket, code: bytes) -> None:
-    """Have the kernel queue only what the filter accepts, for good. Raises OSError."""
-    kept = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: the number of instructions, and where they are.
-    fprog = struct.pack("HP", len(code) // INSTRUCTION, ctypes.addressof(kept))
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    # From here on nobody who is handed the descriptor can widen it.
-    sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-
-
-def _filter_of(sock: socket.socket) -> bytes:
-    """The filter that is attached, as the kernel gives it back."""
-    # SO_GET_FILTER counts instructions where other options count bytes, so that socket.getsockopt would cut the answer.
-    program = ctypes.create_string_buffer(len(FILTER))
-    length = ctypes.c_uint(len(_FILTER))
-    libc = ctypes.CDLL(None)
-    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, program, ctypes.byref(length)) < 0:
-        return b""
-    return program.raw[: length.value * len(FILTER) // len(_FILTER)]
-
-
-def _set_receive_buffer(sock: socket.socket) -> int:
-    """Ask for RECEIVE_BUFFER and return what was granted, in the same unit."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # capped by net.core.rmem_max
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
 
 class PacketLink:
@@ -108,7 +71,8 @@ class PacketLink:
         self.running = False
         self.foreign = 0
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
-        self.granted = _set_receive_buffer(sock)
+        set_receive_buffer(sock, RECEIVE_BUFFER)
+        self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         """The size of the receive buffer, in bytes."""
         self._socket = sock
         self._frames: dict[str, bytes] = {}
@@ -119,7 +83,7 @@ class PacketLink:
         try:
             self._rtnetlink = Rtnetlink()
         except OSError as error:
-            raise ResourceError(f"{name}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
+            raise ResourceError(name, f"cannot watch interfaces (rtnetlink): {error.strerror}") from error
 
     @classmethod
     def open(cls, name: str) -> PacketLink:
@@ -132,11 +96,12 @@ class PacketLink:
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
             raise PermissionDeniedError(
-                f"{name}: opening a packet socket needs CAP_NET_RAW "
-                "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)"
+                name,
+                "opening a packet socket needs CAP_NET_RAW "
+                "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)",
             ) from error
         except OSError as error:
-            raise ResourceError(f"{name}: cannot open a packet socket: {error.strerror}") from error
+            raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
         try:
             attach_filter(sock, FILTER)
             with contextlib.suppress(OSError):
@@ -163,7 +128,7 @@ class PacketLink:
                 self._socket.family == socket.AF_PACKET
                 and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
-                and _filter_of(self._socket) == FILTER
+                and filter_of(self._socket, len(FILTER)) == FILTER
             )
         except (OSError, ValueError):
             return False
@@ -182,7 +147,7 @@ class PacketLink:
     def missing(self) -> LinkNotFoundError:
         """The error for an interface that does not exist, with the names of those that do."""
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
-        return LinkNotFoundError(f"{self.name}: no such interface (there are: {names}); --wait-link waits for it")
+        return LinkNotFoundError(self.name, f"no such interface (there are: {names})", "--wait-link waits for it")
 
     def refresh(self) -> bool:
         """Bind to the interface if the socket is not bound to it now; learn its address and its state.

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
+from inco_trio.errors import STRERROR, IncoError, LinkNotFoundError, ResourceError, from_os_error
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
+from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.sockets import SO_PEEK_OFF
 
 __all__ = ["UnixLink"]
 
@@ -38,15 +40,11 @@ AFTERWARDS = (0.005, 0.02, 0.08)
 UNWATCHED = 0.08
 """Seconds between two looks where no event tells: of a directory that we may not watch, of a process that ends."""
 
-SO_PEEK_OFF = 42
-"""socket(7), <asm-generic/socket.h>; Python has no name for it."""
 PEEKED_MAX = 64
 """Frames that are looked at together; net.unix.max_dgram_qlen is less, as a rule."""
 SENDERS_MAX = 64
 """Senders that are remembered."""
 IN_USE = "is in use by a live process: end that, or name another path"
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFREG: "a file", stat.S_IFLNK: "a symlink", stat.S_IFIFO: "a FIFO"}
 
 
 def _new_socket() -> socket.socket:
@@ -78,7 +76,7 @@ class UnixLink:
         self._ours = False
         self._looks: Iterator[float] = iter(())
         self._room: socket.socket | None = None
-        self._refusal: IncoError = LinkNotFoundError(f"{self.name}: not bound yet")
+        self._refusal: IncoError = LinkNotFoundError(self.name, "not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
         self._closed = False
 
@@ -88,7 +86,7 @@ class UnixLink:
         try:
             return cls(_new_socket(), address, note, names)
         except OSError as error:
-            raise ResourceError(f"{address.local}: cannot open a socket: {error.strerror}") from error
+            raise ResourceError(address.local, f"cannot open a socket: {error.strerror}") from error
 
     @classmethod
     def take(cls, address: UnixAddress, held: int, note: memoryview, names: Names) -> UnixLink:
@@ -131,7 +129,7 @@ class UnixLink:
     @property
     def absence(self) -> str:
         """See `Link.absence`."""
-        return str(self._refusal).removeprefix(f"{self.name}: ")
+        return self._refusal.reason
 
     def missing(self) -> IncoError:
         """What keeps the socket from being bound."""
@@ -176,14 +174,17 @@ class UnixLink:
                 if self._bound:
                     sock.close()
                 raise
-        except FileNotFoundError as error:
-            raise LinkNotFoundError(f"{self.name}: its directory does not exist: make it") from error
-        except PermissionError as error:
-            raise PermissionDeniedError(f"{self.name}: cannot bind there: {error.strerror}") from error
+        except IncoError:
+            raise
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise LinkNotFoundError(f"{self.name}: {IN_USE}") from error
-            raise ResourceError(f"{self.name}: cannot bind there: {error.strerror}") from error
+            raise from_os_error(
+                error,
+                self.name,
+                f"cannot bind there: {STRERROR}",
+                ((errno.ENOENT,), LinkNotFoundError, "its directory does not exist: make it"),
+                ((errno.EADDRINUSE,), LinkNotFoundError, IN_USE),
+                ((errno.EROFS,), ResourceError, f"cannot bind there: {STRERROR}"),
+            ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
             logger.warning("%s: was removed, or taken by somebody else: bound again", self.name)
@@ -199,8 +200,8 @@ class UnixLink:
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
-            raise LinkNotFoundError(f"{self.name}: is no socket but {kind}: remove it, or name another path")
+            kind = kind_of_file(found.st_mode)
+            raise LinkNotFoundError(self.name, f"is no socket but {kind}: remove it, or name another path")
         with _new_socket() as probe:
             try:
                 probe.connect(self.name)
@@ -209,11 +210,11 @@ class UnixLink:
             except OSError as error:
                 if error.errno == errno.EPROTOTYPE:
                     raise LinkNotFoundError(
-                        f"{self.name}: is in use by a live process, as another type of socket"
+                        self.name, "is in use by a live process, as another type of socket"
                     ) from error
                 raise
             else:
-                raise LinkNotFoundError(f"{self.name}: {IN_USE}")
+                raise LinkNotFoundError(self.name, IN_USE)
         again = os.lstat(self.name)
         if (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino):
             Path(self.name).unlink()

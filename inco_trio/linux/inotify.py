@@ -20,8 +20,11 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     import pyinotify
 
-__all__ = ["Event", "Inotify", "Watcher", "parse_events"]
+from inco_trio.linux.libc import libc
 
+__all__ = ["EVENT", "Event", "Inotify", "Watcher", "pack_event", "parse_events"]
+
+IN_OPEN: int = pyinotify.IN_OPEN
 IN_MODIFY: int = pyinotify.IN_MODIFY
 IN_CLOSE_WRITE: int = pyinotify.IN_CLOSE_WRITE
 IN_ATTRIB: int = pyinotify.IN_ATTRIB
@@ -38,8 +41,9 @@ IN_DONT_FOLLOW: int = pyinotify.IN_DONT_FOLLOW
 IN_ONLYDIR: int = pyinotify.IN_ONLYDIR
 IN_MASK_ADD: int = pyinotify.IN_MASK_ADD
 IN_ISDIR: int = pyinotify.IN_ISDIR
+IN_ALL_EVENTS: int = pyinotify.ALL_EVENTS
 
-_EVENT = struct.Struct("=iIII")
+EVENT = struct.Struct("=iIII")
 """struct inotify_event: wd, mask, cookie, length of the NUL-padded name that follows."""
 
 
@@ -51,6 +55,11 @@ class Event(NamedTuple):
     name: bytes
 
 
+def pack_event(wd: int, mask: int) -> bytes:
+    """Return an event without a name, as read(2) returns it."""
+    return EVENT.pack(wd, mask, 0, 0)
+
+
 def parse_events(data: bytes | memoryview) -> list[Event]:
     """The events of a read(2), in order.
 
@@ -58,7 +67,7 @@ def parse_events(data: bytes | memoryview) -> list[Event]:
     event at the end, which the kernel never writes either, is left out.
     """
     events = []
-    unpack, head = _EVENT.unpack_from, _EVENT.size
+    unpack, head = EVENT.unpack_from, EVENT.size
     offset, end = 0, len(data)
     while offset + head <= end:
         wd, mask, _cookie, length = unpack(data, offset)
@@ -85,24 +94,26 @@ class Watcher(Protocol):
     async def wait_readable(self) -> None: ...
 
 
+libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+
 class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no types
     """The three system calls for WatchManager; pyinotify's own wrapper runs ldconfig to find the C library."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+        """Do not load a library of its own."""
 
     def _get_errno(self) -> int:
         return ctypes.get_errno()
 
     def _inotify_init(self) -> int:
-        return int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        return int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def _inotify_add_watch(self, fd: int, path: str, mask: int) -> int:
-        return int(self._libc.inotify_add_watch(fd, os.fsencode(path), mask))
+        return int(libc.inotify_add_watch(fd, os.fsencode(path), mask))
 
     def _inotify_rm_watch(self, fd: int, wd: int) -> int:
-        return int(self._libc.inotify_rm_watch(fd, wd))
+        return int(libc.inotify_rm_watch(fd, wd))
 
 
 class _Watches(pyinotify.WatchManager):  # type: ignore[misc]  # pyinotify has no types

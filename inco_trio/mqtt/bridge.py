@@ -299,8 +299,7 @@ class Wire:
             except SessionTaken:
                 raise
             except (BrokerLostError, BrokerRefused) as error:
-                what = str(error).removeprefix(f"{self._broker}: ")
-                self._problems.failed("broker", f"{what}; frames wait meanwhile, tried again", self._broker)
+                self._problems.failed("broker", f"{error.reason}; frames wait meanwhile, tried again", self._broker)
             await trio.sleep(backoff.next())
 
     def _status(self, state: str) -> Message:
@@ -339,7 +338,7 @@ class Wire:
                 elif received.retain and self._is_taken(body["instance"], body["state"]):
                     await connection.publish([self._status("left")])
                     connection.publishes_will = False
-                    raise SessionTaken(f"{self._broker}: another process is {self._end} too: end one of them")
+                    raise SessionTaken(self._broker, f"another process is {self._end} too: end one of them")
             except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
                 self._refuse(received)
             received.acknowledge()

@@ -11,16 +11,17 @@ import os
 import socket
 from collections.abc import Sequence
 
-from inco_trio.errors import ResourceError
+from inco_trio.errors import STRERROR, from_os_error
+from inco_trio.linux.sockets import SO_PEEK_OFF
 from inco_trio.persist.fdstore import FdStore
 
 __all__ = ["Bundle"]
 
 NAME = "bundle"
-SO_PEEK_OFF = 42
 MESSAGE_FDS = 250
 """Descriptors of one message; SCM_MAX_FD is 253."""
 MESSAGE_SIZE = 1 << 16
+FULL = f"{STRERROR}: raise ulimit -n"
 STORED, REMOVED = b"+", b"-"
 
 
@@ -61,7 +62,7 @@ class Bundle:
         try:
             kept = os.dup(fd)
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
         self._forget(name)
         self.kept[name] = kept
         self._append(STORED + os.fsencode(name) + b"\n", [kept])
@@ -83,7 +84,7 @@ class Bundle:
         except BlockingIOError:
             self._renew()
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
 
     def _renew(self) -> None:
         """Put all that is kept into a new socket, and keep that."""
@@ -95,7 +96,7 @@ class Bundle:
                 text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
                 socket.send_fds(entry, [text], [self.kept[name] for name in some])
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
         entry.setblocking(False)
         with queue:
             self._outer.store(NAME, queue.fileno())
@@ -109,7 +110,3 @@ class Bundle:
             self._forget(name)
         if self._entry is not None:
             self._entry.close()
-
-
-def _refusal(error: OSError) -> ResourceError:
-    return ResourceError(f"cannot keep descriptors: {error.strerror}: raise ulimit -n")

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from inco_trio.errors import ResourceError, UsageError
+from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.service.notify import sd_notify
 
 __all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
@@ -101,7 +101,7 @@ class S6FdStore(_NumberedFdStore):
     """Keeps descriptors in the s6-fdholder-daemon that listens on `socket`, under identifiers that start with `prefix`.
 
     The process must have been started through `s6-fdholder-getdump`, whose variables are taken out of the environment;
-    descriptors of other prefixes are closed. Raises UsageError if it was not.
+    descriptors of other prefixes are closed. Raises InvalidArgumentError if it was not.
     """
 
     holder: str | None = "s6-fdholder"
@@ -166,7 +166,7 @@ class SystemdFdStore(_NumberedFdStore):
 def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
     """The holder that this process was started with: s6's at the socket `fd_holder` if given, systemd's, or none.
 
-    Call it once, before other descriptors are opened. Raises UsageError.
+    Call it once, before other descriptors are opened. Raises InvalidArgumentError.
     """
     if fd_holder is not None:
         return S6FdStore(fd_holder, f"inco-trio/{interface}/")
@@ -178,7 +178,7 @@ def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
 def _take_dump(socket: str, prefix: str) -> list[_Found]:
     count = os.environ.pop("S6_FD#", None)
     if count is None:
-        raise UsageError(
+        raise InvalidArgumentError(
             f"--fd-holder {socket}: there is no S6_FD# in the environment; start inco-trio directly through "
             f"`s6-fdholder-getdump {socket} inco-trio run ...` (a shell in between drops that variable)"
         )
@@ -216,7 +216,7 @@ def _ours(entries: Iterable[tuple[str, int]]) -> list[_Found]:
             else:
                 os.close(fd)
         except OSError:
-            raise UsageError(
+            raise InvalidArgumentError(
                 f"the environment names descriptor {fd} as held, but it is not open; start inco-trio without a program "
                 "in between that closes descriptors"
             ) from None

@@ -19,12 +19,12 @@ from __future__ import annotations
 import functools
 import mmap
 import os
-import struct
 from collections.abc import Callable, Iterator
 
 import attrs
 
 from inco_trio.frame import FRAME_MAX
+from inco_trio.linux.inotify import EVENT, IN_Q_OVERFLOW, pack_event
 
 __all__ = [
     "FRAMES",
@@ -75,11 +75,8 @@ HISTORY = PAGE + 2 * TABLE + RING
 SIZE_BEFORE = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
 """Bytes of a memory that was made before there was a history."""
 SIZE = SIZE_BEFORE + HISTORY
-_EVENT = struct.Struct("=iIII")
-"""struct inotify_event (inotify(7)): wd, mask, cookie, length of the name that follows."""
-OVERFLOW = _EVENT.pack(-1, 0x4000, 0, 0)
-"""IN_Q_OVERFLOW."""
-_BLANK_EVENTS = bytes(EVENT_BANK)
+OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
+_BLANKEVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
 """That of the memories that this process makes."""
 
@@ -225,8 +222,8 @@ class EventQueue:
         length = available
         if available < len(self):
             length = 0
-            while length + _EVENT.size <= available:
-                following = length + _EVENT.size + _EVENT.unpack_from(buffer, length)[3]
+            while length + EVENT.size <= available:
+                following = length + EVENT.size + EVENT.unpack_from(buffer, length)[3]
                 if following > available:
                     break
                 length = following
@@ -289,7 +286,7 @@ class Inflight:
         blank = _blank_frames(bytes(view[len(magic) : len(magic) + MARK]), at_once)
         banks = []
         offset = PAGE
-        for number, (empty, size) in enumerate(2 * [(blank, FRAME_BANK)] + 2 * [(_BLANK_EVENTS, EVENT_BANK)]):
+        for number, (empty, size) in enumerate(2 * [(blank, FRAME_BANK)] + 2 * [(_BLANKEVENTS, EVENT_BANK)]):
             sequence = view[PAGE - 32 + 8 * number : PAGE - 24 + 8 * number]
             banks.append(Bank(view[offset : offset + len(empty)], sequence, empty))
             offset += size

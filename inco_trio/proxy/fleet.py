@@ -187,7 +187,7 @@ class Proxies:
             staying = {*configs, *keep}
             running = {name: config for name, config in self.configs.items() if name in staying}
             refused: dict[str, IncoError] = {
-                name: ConfigError([why]) for name, why in refuse_shared(configs, running).items()
+                name: ConfigError(why) for name, why in refuse_shared(configs, running).items()
             }
             wanted = {name: config for name, config in configs.items() if name not in refused}
             removed = [board for name, board in self._boards.items() if name not in staying]
@@ -355,7 +355,7 @@ async def open_proxies(
     boards that share a link or a directory, and ResourceError. Otherwise as `open_proxy`.
     """
     if shared := refuse_shared(configs):
-        raise ConfigError(f"{name}: {why}" for name, why in shared.items())
+        raise ConfigError("", (f"{name}: {why}" for name, why in shared.items()))
     with ExitStack() as resources:
         proxies = Proxies(fd_store or NoFdStore(), resources, listener)
         async with starting_and_stopping(proxies._start, proxies._stop):

@@ -197,7 +197,7 @@ class Proxy:
         Raises ClosedError, and IncoError for another interface or for what cannot be opened: then nothing is changed.
         """
         if not config.same_link(self.config):
-            raise ConfigError([f"{config.link}: a reload cannot change the link: restart"])
+            raise ConfigError(config.link, "a reload cannot change the link: restart")
         async with self._reloading:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
@@ -228,7 +228,7 @@ class Proxy:
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
-        return UnknownSignalError(f"{name}: not {kind} of {self._link.name}; there are: {known}")
+        return UnknownSignalError(name, f"not {kind} of {self._link.name}; there are: {known}")
 
     def _check_open(self) -> None:
         if self._closed:

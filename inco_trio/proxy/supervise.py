@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 
 import trio
 
-from inco_trio.errors import IncoError
+from inco_trio.errors import IncoError, unwrapped
 from inco_trio.stats import Counters
 
 __all__ = [
@@ -164,9 +164,7 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
         async with trio.open_nursery() as nursery:
             yield nursery
     except* IncoError as group:
-        failure = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
+        failure = unwrapped(group)
     if failure is not None:
         raise failure
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import attrs
 
 from inco_trio.linux import inotify as ino
+from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.inflight import NumberTable
 from inco_trio.proxy.supervise import Backoff, Problems
@@ -42,8 +43,6 @@ APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a symlink", stat.S_IFSOCK: "a socket"}
 
 
 def watch_key(path: Path) -> bytes:
@@ -137,9 +136,10 @@ class Directory:
         """Raise UnfitFileError for what is there and no regular file."""
         mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
         if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
             raise UnfitFileError(
-                self.path / register, f"is no regular file but {kind}", "remove it, or name another register"
+                self.path / register,
+                f"is no regular file but {kind_of_file(mode)}",
+                "remove it, or name another register",
             )
 
     # -------------------------------------------------------------------------------------------------- triggers

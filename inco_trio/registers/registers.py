@@ -95,7 +95,7 @@ class Registers:
             if not isinstance(error, OSError):
                 raise
             if problem := unreported(path):
-                raise ConfigError([problem]) from error
+                raise ConfigError(problem) from error
             raise refusal(error, path) from error
 
         for trigger in self.triggers.by_path.values():

@@ -11,7 +11,6 @@ it has read that: a number is the watch descriptor and some times `GENERATION`.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import attrs
@@ -27,12 +26,9 @@ __all__ = ["GENERATION", "Share", "SharedInotify"]
 GENERATION = 1 << 27
 GENERATIONS = 16
 """Numbers of one watch descriptor."""
-ANY = 0xFFF
-"""All that happens (IN_ALL_EVENTS)."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
 """What comes without being asked for."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
-_EVENT = struct.Struct("=iIII")
 
 
 @attrs.define
@@ -45,7 +41,7 @@ class _Watch:
 
     @property
     def wanted(self) -> int:
-        return ANY if self.mask is None else self.mask & ANY
+        return ino.IN_ALL_EVENTS if self.mask is None else self.mask & ino.IN_ALL_EVENTS
 
 
 class SharedInotify:
@@ -101,11 +97,11 @@ class SharedInotify:
         """Move the events in the first `length` bytes of the bank to their boards, and wake these."""
         view, moved = self._bank.view, dict[Share, list[bytes]]()
         offset = 0
-        while offset + _EVENT.size <= length:
-            wd, mask, cookie, name_length = _EVENT.unpack_from(view, offset)
+        while offset + ino.EVENT.size <= length:
+            wd, mask, cookie, name_length = ino.EVENT.unpack_from(view, offset)
             if not mask:
                 break
-            end = offset + _EVENT.size + name_length
+            end = offset + ino.EVENT.size + name_length
             event = bytes(view[offset:end])
             offset = end
             if mask & ino.IN_Q_OVERFLOW:
@@ -119,8 +115,8 @@ class SharedInotify:
                 continue
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
-                    head = _EVENT.pack(watch.number, mask, cookie, name_length)
-                    moved.setdefault(share, []).append(head + event[_EVENT.size :])
+                    head = ino.EVENT.pack(watch.number, mask, cookie, name_length)
+                    moved.setdefault(share, []).append(head + event[ino.EVENT.size :])
             if mask & ino.IN_IGNORED:
                 self._forget(wd)
         for share, events in moved.items():
@@ -146,7 +142,7 @@ class SharedInotify:
             watch = watches[share] = _Watch(next((n for n in numbers if n not in share.given_up), wd), 0)
         before = watch.wanted
         added = watch.mask if mask & ino.IN_MASK_ADD and watch.mask is not None else 0
-        watch.mask = added | mask & ANY
+        watch.mask = added | mask & ino.IN_ALL_EVENTS
         if before & ~watch.mask:
             self._narrow(wd, path, mask & FLAGS)
         return watch.number
@@ -180,7 +176,7 @@ class SharedInotify:
         if self._watches.get(wd, {}).pop(share, None) is None:
             return  # That was its IN_IGNORED.
         share.given_up.add(number)
-        share.queue.append(_EVENT.pack(number, ino.IN_IGNORED, 0, 0))
+        share.queue.append(ino.pack_event(number, ino.IN_IGNORED))
         share.wake()
 
     def end(self, share: Share) -> None:

@@ -36,9 +36,8 @@ __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "
 
 logger = logging.getLogger(__name__)
 
-_CLOSED = struct.Struct("=iIII")
-_WRITTEN_AND_CLOSED = struct.Struct("=iIIIiIII")
-"""One and two struct inotify_event without a name, as a watch on a file gives them."""
+_WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
+"""Two events without a name, as a watch on a file reports them."""
 
 RETIREMENT = 1.0
 """Seconds for which the watch of a replaced trigger is kept: somebody who had it open may still close it."""
@@ -324,8 +323,8 @@ class Triggers:
         """
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
-        elif length == _CLOSED.size:
-            wd, mask, _, _ = _CLOSED.unpack_from(view)
+        elif length == ino.EVENT.size:
+            wd, mask, _, _ = ino.EVENT.unpack_from(view)
             written = ino.IN_MODIFY
         else:
             return None

@@ -21,8 +21,14 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.config import read_file
-from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
+from inco_trio.config import read_udrv
+from inco_trio.errors import (
+    STRERROR,
+    IncoError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    from_os_error,
+)
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = [
@@ -230,7 +236,9 @@ def find_program() -> list[str]:
         try:
             return [str(started.absolute())]
         except OSError as error:
-            raise UsageError(f"{started}: the working directory is gone: start inco-trio by its full path") from error
+            raise InvalidArgumentError(
+                f"{started}: the working directory is gone: start inco-trio by its full path"
+            ) from error
     return [sys.executable, "-m", "inco_trio"]
 
 
@@ -249,7 +257,7 @@ class Client:
 
 
 def gateway_service(url: str, config: Path | None) -> Client:
-    """The service of the gateway to the broker at `url`, with the file `config`. Raises UsageError."""
+    """The service of the gateway to the broker at `url`, with the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
@@ -283,10 +291,10 @@ class Service:
 
 
 def link_service(link: str, config: Path) -> Service:
-    """The service of the link of that address, with the registers of the udrv.json `config`. Raises UsageError."""
+    """The service of a link, with the registers of the udrv.json `config`. Raises InvalidArgumentError."""
     words = ("run", link, "--config", str(config.absolute()))
     of = f"inter-core interrupts on {link}"
-    label, warnings = _label(link), _warnings(lambda: read_file(config))
+    label, warnings = _label(link), _warnings(lambda: read_udrv(config))
     if isinstance(parse_address(link), UnixAddress):
         return Service(label, of, words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
     return Service(label, of, words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
@@ -301,7 +309,7 @@ def boards_service(directory: Path, label: str) -> Service:
 
 
 def wire_service(url: str, link: str, end: str, config: Path | None) -> Service:
-    """The service of an end of the wire at `url`, with the file `config`. Raises UsageError."""
+    """The service of an end of the wire at `url`, with the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
@@ -315,7 +323,7 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
 
     `user` is who the service runs as, with CAP_NET_RAW at most; None: who runs s6-svscan. `program` is the command
     before its arguments. Only files that differ are written. Returns one line for each of them, and a warning for what
-    cannot be read now. Raises UsageError, PermissionDeniedError, ResourceError.
+    cannot be read now. Raises InvalidArgumentError, PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
     try:
@@ -330,23 +338,17 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
         ]
         lines += _write_tree(directory, _holder(rules))
         lines += _remove_stale_rules(directory, rules)
+    except IncoError:
+        raise
     except OSError as error:
-        raise _refusal(error) from error
+        # The destination of a rename is what the user knows, not the temporary name.
+        subject = f"cannot write {error.filename2 or error.filename}"
+        raise from_os_error(error, subject, STRERROR, (_MISPLACED, InvalidArgumentError, STRERROR)) from error
     return lines
 
 
-def _refusal(error: OSError) -> IncoError:
-    # The place to which a file was to be moved is what the user knows, not the new file's name.
-    line = f"cannot write {error.filename2 or error.filename}: {error.strerror}"
-    if isinstance(error, PermissionError):
-        return PermissionDeniedError(line)
-    if error.errno in _MISPLACED:
-        return UsageError(line)
-    return ResourceError(line)
-
-
 def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
-    """The text of a systemd unit that runs inco-trio; arguments as for `write_scandir`. Raises UsageError."""
+    """The text of a systemd unit that runs inco-trio; arguments as for `write_scandir`. Raises InvalidArgumentError."""
     command = [*program, *service.words, "--log-format", "text"]
     if isinstance(service, Client):
         return _CLIENT_UNIT.format(
@@ -413,7 +415,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
-            raise PermissionDeniedError(f"cannot read {path}: {error.strerror}") from error
+            raise PermissionDeniedError(f"cannot read {path}", error.strerror) from error
         label = service.name.removeprefix(_SERVICE)
         if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
             labels.setdefault(int(text), []).append(label)
@@ -493,19 +495,19 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
 
 
 def _label(interface: str) -> str:
-    """What the service of the link is named after. Raises UsageError for what cannot be one, or not here."""
+    """What the service of the link is named after. Raises InvalidArgumentError for what cannot be one, or not here."""
     try:
         label = parse_address(interface).label
-    except ValueError as error:
-        raise UsageError(f"link {interface!r}: {error}") from None
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"link {interface!r}", error.reason) from None
     if interface.startswith("-"):
-        raise UsageError(f"link {interface!r}: the service would take it for an option")
+        raise InvalidArgumentError(f"link {interface!r}: the service would take it for an option")
     if "\n" in label:
-        raise UsageError(f"link {interface!r}: a service's name has no line break")
+        raise InvalidArgumentError(f"link {interface!r}: a service's name has no line break")
     if label.startswith(_WIRE):
-        raise UsageError(f"link {interface!r}: {_SERVICE}{_WIRE}... are the services of wires")
+        raise InvalidArgumentError(f"link {interface!r}: {_SERVICE}{_WIRE}... are the services of wires")
     if label in _OURS:
-        raise UsageError(f"link {interface!r}: {_SERVICE}{label} is the service of {_OURS[label]}")
+        raise InvalidArgumentError(f"link {interface!r}: {_SERVICE}{label} is the service of {_OURS[label]}")
     return label
 
 
@@ -513,7 +515,7 @@ def _account(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(user)
     except (KeyError, ValueError):  # ValueError: a NUL, or characters that no name can hold
-        raise UsageError(f"--user {user}: there is no such user") from None
+        raise InvalidArgumentError(f"--user {user}: there is no such user") from None
 
 
 def _warnings(read: Callable[[], object]) -> tuple[str, ...]:
