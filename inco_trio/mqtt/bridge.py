@@ -49,7 +49,8 @@ from inco_trio.mqtt.connection import (
     open_connection,
 )
 from inco_trio.persist.fdstore import FdStore
-from inco_trio.persist.inflight import Inflight, NumberTable
+from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.tables import NumberTable
 from inco_trio.proxy.supervise import Backoff, Problems, plain_nursery
 from inco_trio.service.log import log_statistics
 

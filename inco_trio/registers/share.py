@@ -18,7 +18,8 @@ import trio
 
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
-from inco_trio.persist.inflight import Bank, EventQueue, Inflight
+from inco_trio.persist.inflight import Bank, Inflight
+from inco_trio.persist.queue import EventQueue
 from inco_trio.proxy.supervise import Health
 
 __all__ = ["GENERATION", "Share", "SharedInotify"]

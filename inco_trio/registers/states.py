@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
-from inco_trio.persist.inflight import NumberTable
+from inco_trio.persist.tables import NumberTable
 from inco_trio.proxy.supervise import Problems
-from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
+from inco_trio.registers.directories import Directories
+from inco_trio.registers.directory import WRITE_FLAGS, Directory
 from inco_trio.signals import Signal
 from inco_trio.stats import Counters
 
