@@ -1,4 +1,4 @@
-"""The boards of a directory: each `NAME.json` in it names the link and the registers of one.
+"""Board files: each `NAME.json` in a directory configures one board.
 
     {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
     {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
@@ -32,16 +32,16 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @attrs.frozen
 class BoardFile:
-    """What a board's file says: all strings, and one of `config` and `irq_dir`. Other keys are refused."""
+    """The content of a board file: strings, and one of `config` and `irq_dir`. Other keys are refused."""
 
     link: str
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
     config: str | None = None
     """The absolute path of a udrv.json."""
     irq_dir: str | None = None
-    """The absolute path of a directory for the built-in signals."""
+    """The absolute path of the directory of the built-in signals."""
     netns: str | None = None
-    """The network namespace in which an interface is looked for: a name under /run/netns, or an absolute path."""
+    """The network namespace of the interface: a name under /run/netns, or an absolute path."""
 
 
 KEYS = tuple(field.name for field in attrs.fields(BoardFile))
@@ -49,19 +49,19 @@ KEYS = tuple(field.name for field in attrs.fields(BoardFile))
 
 @attrs.frozen
 class Boards:
-    """What a directory of boards says."""
+    """The content of a directory of board files."""
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The boards whose file is refused; its text has the path of the file."""
+    """The errors of invalid files, by board; their subject is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
     """See `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """The boards of a directory, by name; of two that share something, the one that is `running` stays.
+    """Return the boards of a directory. If two share a resource, the one that is `running` stays.
 
-    Raises ConfigError for a directory that cannot be read.
+    Raises ConfigError if the directory cannot be read.
     """
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
@@ -117,13 +117,13 @@ def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
     else:
         assert file.irq_dir is not None  # noqa: S101 - one of the two is there
         signals = builtin_signals(Path(file.irq_dir))
-    # A board that waits for its link is in nobody's way.
+    # A board that waits for its link does not disturb others.
     netns = None if file.netns is None else NETNS / file.netns
     return Config(file.link, signals, wait_link=True, netns=netns), notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """What no other board may have: its link and its directories, each with what it is called."""
+    """Return what only one board may have, its link and its directories, and their descriptions."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -135,9 +135,9 @@ def claims(config: Config) -> dict[object, str]:
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
-    """Why boards are refused that share a link or a directory with another one.
+    """Return why boards are refused: they share a link or a directory with another board.
 
-    `running` is what there is already: it comes first, and what is refused goes on with that.
+    `running` has the current configurations: they come first, and a refused board keeps its own.
     """
     running = running or {}
     refused: dict[str, str] = {}
@@ -147,7 +147,7 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
             if name not in configs or name in refused:
                 taken |= dict.fromkeys(claims(config), name)
         more: dict[str, str] = {}
-        # First those that stay as they are, then those that change.
+        # Unchanged boards first, then those that change.
         order = {name: (name not in running, running.get(name) != configs[name], name) for name in configs}
         for name in sorted(configs.keys() - refused.keys(), key=order.__getitem__):
             claimed = claims(configs[name])

@@ -139,7 +139,7 @@ def test_frames_as_they_are(tmp_path: Path) -> None:
 def test_nobody_at_the_other_end(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, trio.open_nursery() as nursery:
-            with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: nobody is at .*/core0"):
+            with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: no process is at .*/core0"):
                 await core1.send(RESET)
             running = trio.Event()
 

@@ -1,8 +1,8 @@
-"""The address that names a link, wherever one is named: on the command line, in `Config`, in a board's file.
+"""The address of a link: on the command line, in `Config`, in a board file.
 
 rpmsg4000                       the network interface of that name
-unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, as QEMU, is bound at REMOTE
-unix:LOCAL,peer=REMOTE,mac=MAC  the same, with the address MAC in the frames that are sent
+unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, such as QEMU, is bound at REMOTE
+unix:LOCAL,peer=REMOTE,mac=MAC  the same, sending frames from the address MAC
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 INTERFACE_MAX = 15
 """The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
 LABEL_MAX = 36
-"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of more than 64."""
+"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
 UNIX = "unix:"
 
-# What dev_valid_name() of the kernel's net/core/dev.c refuses; its isspace() is that of Latin-1.
+# dev_valid_name() in the kernel's net/core/dev.c refuses these; its isspace() is that of Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -39,18 +39,18 @@ class InterfaceAddress:
 
     @property
     def label(self) -> str:
-        """What services and kept descriptors of the link are named after: without a slash."""
+        """The name of the link in the names of services and stored descriptors; it has no slash."""
         return self.name
 
     @property
     def explanation(self) -> str:
-        """What kind of link it is, and what it takes."""
+        """The kind of the link, and its requirements."""
         return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
 @attrs.frozen
 class UnixAddress:
-    """A Unix datagram socket and its peer, as QEMU's `-netdev dgram` has them."""
+    """A Unix datagram socket and its peer, as with QEMU's `-netdev dgram`."""
 
     local: str
     peer: str
@@ -58,12 +58,12 @@ class UnixAddress:
 
     @property
     def name(self) -> str:
-        """What the log calls the link."""
+        """The name of the link in the log."""
         return self.local
 
     @property
     def label(self) -> str:
-        """See `InterfaceAddress.label`. A long path is shortened, to its end and what tells it from others."""
+        """See `InterfaceAddress.label`. A long path is shortened to its end and a hash."""
         whole = self.local.strip("/").replace("/", "-")
         if len(os.fsencode(whole)) <= LABEL_MAX:
             return whole
@@ -75,8 +75,8 @@ class UnixAddress:
     def explanation(self) -> str:
         """See `InterfaceAddress.explanation`."""
         return (
-            f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, as QEMU, is bound at "
-            f"{self.peer}; frames are sent from {self.mac.hex(':')}"
+            f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, such as QEMU, is "
+            f"bound at {self.peer}; frames are sent from {self.mac.hex(':')}"
         )
 
 
@@ -87,7 +87,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
             return _parse_unix(text.removeprefix(UNIX))
         except ValueError as error:
             raise InvalidArgumentError(text, str(error)) from None
-    # The kernel would take any bytes; Python binds a packet socket to a name in UTF-8 only.
+    # The kernel accepts any bytes; Python only binds a packet socket to a name in UTF-8.
     try:
         raw = text.encode()
     except UnicodeEncodeError:
@@ -102,7 +102,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
 
 
 def address_fault(text: str) -> str | None:
-    """What keeps `text` from being an address, or None."""
+    """Return why `text` is not an address, or None."""
     try:
         parse_address(text)
     except InvalidArgumentError as error:
@@ -111,15 +111,15 @@ def address_fault(text: str) -> str | None:
 
 
 def _parse_unix(text: str) -> UnixAddress:
-    # As in QEMU's options, two commas stand for one that is part of a path.
+    # As in QEMU's options, two commas stand for a comma in a path.
     local, *options = [part.replace("\0", ",") for part in _no_nul(text).replace(",,", "\0").split(",")]
     values: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if key not in {"peer", "mac"} or not equals:
-            raise ValueError(f"unknown option {option!r}: peer=REMOTE and mac=MAC are those there are")
+            raise ValueError(f"unknown option {option!r} (expected one of peer=REMOTE, mac=MAC)")
         if key in values:
-            raise ValueError(f"{key}= is there more than once")
+            raise ValueError(f"{key}= given more than once")
         values[key] = value
     if "peer" not in values:
         raise ValueError("peer=REMOTE is missing: the path of the socket of the other side")
@@ -161,7 +161,7 @@ def _parse_mac(text: str) -> bytes:
 
 
 def _mac_of(path: str) -> bytes:
-    """A locally administered address that is always the same for a path."""
+    """Return a locally administered address, always the same for a path."""
     digest = bytearray(blake2b(os.fsencode(path), digest_size=6).digest())
     digest[0] = digest[0] & ~_GROUP | _LOCALLY_ADMINISTERED
     return bytes(digest)

@@ -19,13 +19,13 @@ __all__ = ["Surroundings", "open_link"]
 
 
 class Surroundings:
-    """What the links of one process share, made once it is needed."""
+    """What the links of one process share, opened when first needed."""
 
     def __init__(self) -> None:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """What watches the names of sockets. Raises ResourceError, for the link `asking`."""
+        """Return the watcher of socket paths. Raises ResourceError, with the link `asking` as its subject."""
         from inco_trio.links.names import Names
 
         if self._names is None:
@@ -36,7 +36,7 @@ class Surroundings:
         return self._names
 
     def close(self) -> None:
-        """Close what was made."""
+        """Close everything that was opened."""
         if self._names is not None:
             self._names.close()
 
@@ -66,13 +66,12 @@ def open_link(
     note: memoryview,
     around: Surroundings,
 ) -> tuple[Link, Link | None]:
-    """The link, and the one of the inherited descriptor `held` if that does not fit any more.
+    """Return the link, and the link of the inherited descriptor `held` if that does not fit any more.
 
-    An interface is looked for in the network namespace `netns`; None is our own. `note` is 16 bytes of memory that
-    outlive the process with the descriptor. Raises LinkNotFoundError for a namespace that is none,
-    PermissionDeniedError, ResourceError.
+    `netns` is the network namespace of an interface; None is that of this process. `note` is 16 bytes of memory that
+    outlive the process, as the descriptor does. Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
     """
-    # Each kind is imported only where it is used: start-up time is an outage.
+    # Import only the kind that is needed: start-up time is an outage.
     link: Link
     if isinstance(address, UnixAddress):
         from inco_trio.links.unix import UnixLink

@@ -58,23 +58,17 @@ class State(enum.Enum):
 class Happening(enum.Enum):
     """What happened to a trigger, as an event reports it."""
 
-    CLOSED = enum.auto()
-    """IN_CLOSE_WRITE of its watch, or of a former one."""
     MADE = enum.auto()
     """IN_CREATE of its name."""
     MOVED_HERE = enum.auto()
     """IN_MOVED_TO of its name."""
     VANISHED = enum.auto()
-    """IN_DELETE or IN_MOVED_FROM of its name."""
-    IGNORED = enum.auto()
-    """IN_IGNORED of its watch: the file does not exist any more."""
+    """IN_DELETE or IN_MOVED_FROM of its name, or IN_IGNORED of its watch: the file does not exist any more."""
 
 
 class Action(enum.Enum):
     """The response to an event."""
 
-    NOTIFY = enum.auto()
-    """Send a notification."""
     LOOK = enum.auto()
     """Watch the file at the path; a replaced file, or one that is gone already, is a notification."""
     FOLLOW = enum.auto()
@@ -88,25 +82,19 @@ class Action(enum.Enum):
 
 MEANING = {
     State.KNOWN: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.LOOK,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.MISS,
-        Happening.IGNORED: Action.MISS,
     },
     State.MADE: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.OWN,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.MISS,
-        Happening.IGNORED: Action.MISS,
     },
     State.MISSING: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.LOOK,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.NOTHING,
-        Happening.IGNORED: Action.NOTHING,
     },
 }
 """The response to each event in each state."""
@@ -357,7 +345,7 @@ class Triggers:
         self._inotify.forget(wd)
         if trigger.wd == wd:
             trigger.wd = 0
-            action = MEANING[trigger.state(0)][Happening.IGNORED]
+            action = MEANING[trigger.state(0)][Happening.VANISHED]
             if action is Action.MISS and self.by_path.get(trigger.path) is trigger:
                 self._miss(trigger)
 
