@@ -133,9 +133,9 @@ def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer
     assert [len(frame) for frame in receive(link, step=100)] == [18]
 
 
-WITHOUT_OPTION = ("PACKET_IGNORE_OUTGOING", 9999)
+WITHOUT_OPTION = ("linux.packet.PACKET_IGNORE_OUTGOING", 9999)
 """As on a kernel before 4.20, which does not know it."""
-WITHOUT_FILTER = ("FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
+WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
 """Takes everything."""
 
 
@@ -144,7 +144,7 @@ def test_own_frames_are_not_received(
     cores: Cores, core1: Peer, monkeypatch: pytest.MonkeyPatch, without: tuple[str, object]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(f"inco_trio.links.packet.{without[0]}", without[1])
+        patch.setattr(f"inco_trio.{without[0]}", without[1])
         link = cores.core0.run(functools.partial(PacketLink.open, cores.link))
     assert link.refresh()
     link.send("redun_notify_irq")
