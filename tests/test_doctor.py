@@ -879,7 +879,7 @@ def test_all_boards_of_a_directory(tmp_path: Path) -> None:
     assert {(entry["subject"], entry["level"]) for entry in found if entry["check"] == "configuration"} == {
         (f"{boards}/one.json", "ok"),
         (f"{boards}/two.json", "ok"),
-        (f"{boards}", "fail"),
+        (f"{boards}/three.json", "fail"),
     }
     # What is the same for all is said once.
     assert [entry["subject"] for entry in found].count("net.unix.max_dgram_qlen") == 1

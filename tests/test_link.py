@@ -351,7 +351,6 @@ def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
 
 def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
         patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
         longer = cores.core0.run(functools.partial(PacketLink.open, cores.link))
     assert not longer.fits
@@ -382,7 +381,6 @@ def test_one_of_another_link_does_not_fit(link: PacketLink) -> None:
 
 def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet._FILTER", ((0x06, 0, 0, 0xFFFF),))
         patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
         wide = cores.core0.run(functools.partial(PacketLink.open, cores.link))
         assert wide.fits
