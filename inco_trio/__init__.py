@@ -22,11 +22,11 @@ if TYPE_CHECKING:
         ClosedError,
         ConfigError,
         IncoError,
+        InvalidArgumentError,
         LinkNotFoundError,
         PermissionDeniedError,
         ResourceError,
         UnknownSignalError,
-        UsageError,
     )
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
@@ -44,6 +44,7 @@ __all__ = [
     "Core1",
     "Direction",
     "IncoError",
+    "InvalidArgumentError",
     "LinkNotFoundError",
     "Notification",
     "PermissionDeniedError",
@@ -54,7 +55,6 @@ __all__ = [
     "Stats",
     "Status",
     "UnknownSignalError",
-    "UsageError",
     "builtin_signals",
     "open_proxies",
     "open_proxy",
@@ -74,7 +74,7 @@ _PLACES = {
         "PermissionDeniedError",
         "ResourceError",
         "UnknownSignalError",
-        "UsageError",
+        "InvalidArgumentError",
     ),
     "proxy.fleet": ("Proxies", "open_proxies"),
     "notifications": ("Notification",),

@@ -12,7 +12,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.control.follower import Conversation, converse
-from inco_trio.errors import IncoError, ProxyNotFoundError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, ProxyNotFoundError
 
 GREETING = b'{"protocol": 1, "boards": []}\n'
 
@@ -108,4 +108,4 @@ def test_nobody_is_there(tmp_path: Path) -> None:
 
     with pytest.raises(ProxyNotFoundError, match="nowhere"):
         trio.run(main)
-    assert not issubclass(ProxyNotFoundError, UsageError)
+    assert not issubclass(ProxyNotFoundError, InvalidArgumentError)

@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, number_of_seconds
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, connect
-from inco_trio.errors import UsageError
 from inco_trio.service.lines import printable
 
 __all__ = ["arguments", "run"]

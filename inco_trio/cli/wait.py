@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Protocol
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import positive
 from inco_trio.cli.signalling import (
     add_ways,
@@ -29,7 +30,7 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
-from inco_trio.errors import ResourceError, UsageError
+from inco_trio.errors import ResourceError
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -305,7 +306,7 @@ class _Register:
                 try:
                     self._follow()
                 except OSError as error:
-                    raise ResourceError(f"{self._signal.directory}: cannot be watched: {error.strerror}") from error
+                    raise ResourceError(self._signal.directory, f"cannot be watched: {error.strerror}") from error
         return found
 
 

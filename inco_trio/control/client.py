@@ -18,10 +18,10 @@ from typing import Any
 from inco_trio.control.place import runtime_directories
 from inco_trio.errors import (
     IncoError,
+    InvalidArgumentError,
     PermissionDeniedError,
     ProxyNotFoundError,
     ResourceError,
-    UsageError,
 )
 from inco_trio.links.address import parse_address
 
@@ -37,7 +37,7 @@ ERRORS: dict[str, type[IncoError]] = {
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""What an error of the proxy is here; UsageError for the others."""
+"""What an error of the proxy is here; InvalidArgumentError for the others."""
 
 
 class Client:
@@ -64,19 +64,19 @@ class Client:
     def _check_greeting(self) -> None:
         greeting = self.greeting
         if not isinstance(greeting.get("protocol"), int) or not isinstance(greeting.get("boards"), list):
-            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(self.path, "who listens there is no inco-trio")
 
     def _connect(self) -> None:
         try:
             self._sock.connect(os.fspath(self.path))
         except PermissionError as error:
             raise PermissionDeniedError(
-                f"{self.path}: only root, the user of the proxy and its group may ask it (run as one of them)"
+                self.path, "only root, the user of the proxy and its group may ask it (run as one of them)"
             ) from error
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ProxyNotFoundError(f"{self.path}: no proxy listens there") from error
+            raise ProxyNotFoundError(self.path, "no proxy listens there") from error
         except OSError as error:
-            raise ProxyNotFoundError(f"{self.path}: cannot ask there: {error.strerror or error}") from error
+            raise ProxyNotFoundError(self.path, f"cannot ask there: {error.strerror or error}") from error
 
     def __enter__(self) -> Client:
         return self
@@ -144,7 +144,7 @@ class Client:
                 pass
             data = self._sock.recv(1 << 16)
         except TimeoutError as error:
-            raise ProxyNotFoundError(f"{self.path}: the proxy does not answer") from error
+            raise ProxyNotFoundError(self.path, "the proxy does not answer") from error
         except OSError as error:
             raise self._gone() from error
         if not data:
@@ -163,25 +163,25 @@ class Client:
         except ValueError:
             read = None
         if not isinstance(read, dict):
-            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(self.path, "who listens there is no inco-trio")
         return read
 
     def _gone(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
+        return ProxyNotFoundError(self.path, "the proxy has ended")
 
     def _check(self, answer: Mapping[str, Any]) -> None:
         if "error" in answer:
-            raise ERRORS.get(answer["error"], UsageError)(str(answer.get("message", answer["error"])))
+            raise ERRORS.get(answer["error"], InvalidArgumentError)(str(answer.get("message", answer["error"])))
 
 
 def connect(link: str | None, control: str | None) -> Client:
     """Connect to the proxy of `link`, to the one with the socket `control`, or to the only one.
 
-    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError if several run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError if several run.
     """
     if control is not None:
         if link is not None:
-            raise UsageError("--control and LINK exclude each other: both name a proxy")
+            raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
         return Client(Path(control))
     found: list[Client] = []
     refused: IncoError | None = None
@@ -203,7 +203,7 @@ def connect(link: str | None, control: str | None) -> Client:
         client.close()
     if found:
         named = ", ".join(f"{client.greeting['name']} (--control {client.path})" for client in found)
-        raise UsageError(f"{len(found)} proxies answer: name one of {named}")
+        raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
     whose = "no running proxy" if link is None else f"no proxy of {link}"

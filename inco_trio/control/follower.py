@@ -73,12 +73,12 @@ class Conversation:
                         self.check(line)
                         return line
                 before += lines
-        raise ProxyNotFoundError(f"{self.path}: the proxy does not answer")
+        raise ProxyNotFoundError(self.path, "the proxy does not answer")
 
     def check(self, answer: Mapping[str, Any]) -> None:
         """Raise the error that an answer is, if it is one."""
         if "error" in answer:
-            raise ERRORS.get(answer["error"], IncoError)(f"{self.path}: {answer.get('message', answer['error'])}")
+            raise ERRORS.get(answer["error"], IncoError)(self.path, str(answer.get("message", answer["error"])))
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
@@ -86,11 +86,11 @@ class Conversation:
         except ValueError:
             read = None
         if not isinstance(read, dict):
-            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
+            raise ProxyNotFoundError(self.path, "who listens there is no inco-trio")
         return read
 
     def _gone(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
+        return ProxyNotFoundError(self.path, "the proxy has ended")
 
 
 @asynccontextmanager
@@ -101,14 +101,14 @@ async def converse(path: Path) -> AsyncIterator[Conversation]:
     try:
         stream = await trio.open_unix_socket(os.fspath(path))
     except PermissionError as error:
-        raise PermissionDeniedError(f"{path}: only root, the user of the proxy and its group may ask it") from error
+        raise PermissionDeniedError(path, "only root, the user of the proxy and its group may ask it") from error
     except OSError as error:
-        raise ProxyNotFoundError(f"{path}: no proxy answers there: {error.strerror or error}") from error
+        raise ProxyNotFoundError(path, f"no proxy answers there: {error.strerror or error}") from error
     async with stream:
         conversation = Conversation(path, stream)
         with trio.move_on_after(PATIENCE):
             (conversation.greeting, *conversation._ahead) = await conversation.read()
         conversation.check(conversation.greeting)
         if not isinstance(conversation.greeting.get("boards"), list):
-            raise ProxyNotFoundError(f"{path}: who listens there does not answer as inco-trio does")
+            raise ProxyNotFoundError(path, "who listens there does not answer as inco-trio does")
         yield conversation

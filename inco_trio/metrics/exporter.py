@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from inco_trio.control.client import Client, sockets
-from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError, ResourceError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
 from inco_trio.metrics.openmetrics import Family, families, shown
 from inco_trio.problems import Problems
 
@@ -74,14 +74,11 @@ class Boards(Collector):
             with Client(path, patience) as client:
                 self._names[path] = str(client.greeting["name"])
                 found = list(families(client.request({"request": "status"}, patience)["status"]))
-        except ProxyNotFoundError as error:
-            if self._controls is None and "no proxy listens" in str(error):
+        except IncoError as error:
+            if self._controls is None and isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
                 self._names.pop(path, None)
                 return None, None
-            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
-            return self._names.get(path, str(path)), None
-        except IncoError as error:
-            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
+            self._problems.failed(path, error.reason)
             return self._names.get(path, str(path)), None
         except (LookupError, TypeError, AttributeError):
             self._problems.failed(path, "who listens there does not tell what inco-trio of this version does")
@@ -91,7 +88,7 @@ class Boards(Collector):
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
-    """Answer scrapes until cancelled. Raises UsageError, PermissionDeniedError, ResourceError."""
+    """Answer scrapes until cancelled. Raises InvalidArgumentError, PermissionDeniedError, ResourceError."""
     listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Later(Boards(controls)))
@@ -104,7 +101,7 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
             raise ResourceError(
                 f"--listen {listen}: somebody listens there already: end that, or name another port"
             ) from error
-        raise UsageError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
+        raise InvalidArgumentError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
     logger.info("http://%s/metrics", listen)
     ready()
     try:

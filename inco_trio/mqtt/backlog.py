@@ -41,9 +41,6 @@ class Board:
     """Notifications that the broker has acknowledged."""
     merged: int = 0
     """Of these, how many were only counted."""
-    doubles: int = 0
-    """Those that were told again and had been published."""
-    scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     arrived: trio.Event = attrs.Factory(trio.Event)
     """Set when there is something to publish."""
     changed: trio.Event = attrs.Factory(trio.Event)
@@ -102,4 +99,3 @@ class Board:
             if event["event"] == "merged":
                 self.merged += count
             self._last = event["boot"], event["sequence"]
-        self.doubles += len(events) - len(new)
