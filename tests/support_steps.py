@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inco_trio import beside
+from inco_trio.aio import thread as beside
 
 __all__ = ["CancelAt", "Steps", "Turns", "at_each_step"]
 
