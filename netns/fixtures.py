@@ -31,7 +31,6 @@ from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
-DEADLINE = HANG
 """The former name, which test_aio.py and test_aio_proxy.py import."""
 
 
