@@ -58,7 +58,7 @@ def replay(*arguments: str | Path) -> tuple[int, str, str]:
 def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...]) -> None:
     path = record(tmp_path / "f", *[IN] * COUNT, apart_ns=10**6)
     link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
-    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")
     try:
         proxy.wait_ready()
         state = watch(tmp_path / "irq/message_4_state")
@@ -71,7 +71,7 @@ def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...
 def test_a_burst_over_a_socket_loses_nothing(tmp_path: Path, watch: Watch) -> None:
     path = record(tmp_path / "f", *[IN] * 5000, OUT)
     link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
-    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")
     try:
         proxy.wait_ready()
         state = watch(tmp_path / "irq/message_4_state")
@@ -139,7 +139,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
             69,
             "HOME/1: takes no frames now: no process is at HOME/0 (No such",
         ),
-        (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: is not there: the proxy makes it, is it running?"),
+        (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
         (("f", "x", "--as", "core0"), 2, "--as core0 writes triggers and takes no LINK: give --irq-dir or --config"),
         (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed exclude each other"),

@@ -22,7 +22,6 @@ from inco_trio.cli.signalling import alone
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import DEADLINE, Proxy, StartProxy
-from tests.core1 import Here
 from tests.support_control import MAC, Board
 from tests.support_proxy import write_udrv
 
@@ -235,7 +234,7 @@ def test_the_boards_of_a_proxy(board: Board) -> None:
         runtime = board.home / "xdg/inco-trio"
         runtime.mkdir(parents=True)
         arguments = ["--boards", str(boards), "--control", str(runtime / "boards.sock")]
-        proxy = Proxy(Here(), arguments, {}, board.home / "log")  # type: ignore[arg-type]
+        proxy = Proxy(None, arguments, {}, board.home / "log")
         stack.callback(proxy.close)
         proxy.wait_ready()
         code, complaint = error(run("send", "redun_notify_irq", "--control", runtime / "boards.sock", "--board", "c"))
@@ -359,7 +358,7 @@ def test_registers_that_are_not_there(tmp_path: Path, command: str) -> None:
     name, register = (
         ("redun_notify_irq", "message_6_trig") if command == "send" else ("ihub_hwwd_irq", "message_5_state")
     )
-    missing = f"{tmp_path}/irq/{register}: is missing: no proxy seems to run, which would have made it"
+    missing = f"{tmp_path}/irq/{register}: missing: the proxy creates it (is a proxy running?)"
     assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
     (tmp_path / "irq").mkdir()
     assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
@@ -378,7 +377,7 @@ def test_a_trigger_that_is_no_file(tmp_path: Path, kind: str) -> None:
     make[kind]()
     assert error(run("send", "redun_notify_irq", "--irq-dir", tmp_path)) == (
         2,
-        f"{path}: is no register, which is a regular file",
+        f"{path}: not a regular file",
     )
 
 

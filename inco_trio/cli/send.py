@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
-import stat
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from inco_trio.cli.options import positive
 from inco_trio.cli.parser import EXIT_CODES
@@ -19,7 +15,6 @@ from inco_trio.cli.signalling import (
     board_of,
     check_known,
     check_ways,
-    file_refusal,
     is_application,
     link_of,
     rate,
@@ -132,28 +127,16 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
 
 
 def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
+    from inco_trio.cores.watch import trigger
+
     path = register_of(args, "outbound", WHAT, HINT).path
 
     def send(count: int) -> None:
-        try:
-            for _ in range(count):
-                _trigger(path)
-        except OSError as error:
-            raise file_refusal(error, path, why_missing="no proxy seems to run, which would have made it") from error
+        for _ in range(count):
+            trigger(path)
 
     schedule.follow(send)
     return f"by {path}"
-
-
-def _trigger(path: Path) -> None:
-    """Write a trigger: never made, as nobody would see it, and never a FIFO or a device. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        os.write(fd, b"1")
-    finally:
-        os.close(fd)
 
 
 def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import check_link, config_path, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import add_place
-from inco_trio.errors import STRERROR, IncoError, ProxyNotFoundError, from_os_error, unwrapped
+from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ __all__ = [
     "alone",
     "board_of",
     "check_known",
-    "file_refusal",
     "link_of",
     "rate",
     "register_of",
@@ -118,17 +116,6 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
     right = {signal.name: signal for signal in signals if signal.direction.value == direction}
     check_known(args.signal, right, [signal.name for signal in signals], what, hint)
     return right[args.signal]
-
-
-def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError:
-    """The error for a register, or its directory, that cannot be used."""
-    return from_os_error(
-        error,
-        path,
-        STRERROR,
-        ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, f"is missing: {why_missing}"),
-        ((errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL), UsageError, "is not a register (a regular file)"),
-    )
 
 
 # ------------------------------------------------------------------------------------------------- through the proxy

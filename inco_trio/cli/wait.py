@@ -22,7 +22,6 @@ from inco_trio.cli.signalling import (
     board_of,
     check_known,
     check_ways,
-    file_refusal,
     is_application,
     link_of,
     register_of,
@@ -30,7 +29,8 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
-from inco_trio.errors import ResourceError
+from inco_trio.cores.watch import OverflowedError, Watch, register_error
+from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -236,78 +236,38 @@ class _Told:
 
 
 class _Register:
-    """The state file of a signal, heard by a watch on its directory, which is followed when it is replaced.
-
-    Raises IncoError.
-    """
+    """The state file of a signal. Raises IncoError."""
 
     def __init__(self, signal: Signal) -> None:
-        from inco_trio.linux import inotify
-
-        self._ino = inotify
-        self._signal = signal
-        path = signal.path
-        self._name = os.fsencode(path.name)
+        self._arrived: list[dict[str, Any]] = []
+        self._watch = Watch()
+        self.fileno = self._watch.fileno
         try:
-            self._inotify = inotify.Inotify()
+            self._watch.follow([signal], self._report, missing_ok=True)
+            signal.path.lstat()
         except OSError as error:
-            raise ResourceError("inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n") from error
-        self._buffer = memoryview(bytearray(1 << 16))
-        self._watch = -1
-        try:
-            self._follow()
-            path.lstat()
-        except OSError as error:
-            self._inotify.close()
-            missing = "no proxy seems to run, which would have made it"
-            raise file_refusal(error, path, why_missing=missing) from error
+            self._watch.close()
+            raise register_error(error, signal.path) from error
 
     def __enter__(self) -> _Register:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._inotify.close()
+        self._watch.close()
 
-    def fileno(self) -> int:
-        return self._inotify.fd
-
-    def _follow(self) -> None:
-        """Watch the directory that the path leads to now, and the lowest one above that is there. Raises OSError."""
-        ino, directory = self._ino, self._signal.directory
-        for above in directory.parents:
-            try:
-                # First, so that it tells of a directory that comes after the look below.
-                self._inotify.watch(str(above), ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF)
-                break
-            except (FileNotFoundError, PermissionError):
-                continue
-        before = self._watch
-        try:
-            # IN_MODIFY stands between two closes, which would merge.
-            mask = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
-            self._watch = self._inotify.watch(str(directory), mask)
-        except FileNotFoundError:
-            self._watch = -1
-        if before not in (-1, self._watch):
-            self._inotify.unwatch(before)
+    def _report(self, what: Signal | IncoError) -> None:
+        if isinstance(what, OverflowedError):
+            self._arrived.append({"missed": str(what)})
+        elif isinstance(what, IncoError):
+            raise what
+        else:
+            self._arrived.append(_notification(what.name, "inbound", str(what.path)))
 
     def arrived(self) -> list[dict[str, Any]]:
         """See `_Source`. Raises IncoError."""
-        ino = self._ino
-        found: list[dict[str, Any]] = []
-        events = ino.parse_events(self._buffer[: self._inotify.read_into(self._buffer)])
-        for wd, mask, name in events:
-            if mask & ino.IN_Q_OVERFLOW:
-                found.append({"missed": "the inotify queue overflowed: notifications may have been missed"})
-            elif mask & ino.IN_CLOSE_WRITE:
-                if wd == self._watch and name == self._name:
-                    found.append(_notification(self._signal.name, "inbound", str(self._signal.path)))
-            elif not mask & (ino.IN_MODIFY | ino.IN_IGNORED):
-                try:
-                    self._follow()
-                except OSError as error:
-                    raise ResourceError(f"{self._signal.directory}: cannot be watched: {error.strerror}") from error
-        return found
+        self._arrived.clear()
+        self._watch.drain()
+        return self._arrived
 
 
 def _notification(signal: str, direction: str, register: str | None) -> dict[str, Any]:
@@ -329,21 +289,24 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
 
     from inco_trio.cores.core1 import Core1
 
+    async def follow_command(end: int, nursery: trio.Nursery) -> None:
+        await trio.lowlevel.wait_readable(end)
+        if waiting.command_failed():
+            nursery.cancel_scope.cancel()
+
     async with Core1(link) as core1:
-
-        async def follow_command(end: int, nursery: trio.Nursery) -> None:
-            await trio.lowlevel.wait_readable(end)
-            if waiting.command_failed():
-                nursery.cancel_scope.cancel()
-
-        # The task ends before the descriptor is closed that it waits for.
-        with waiting.listening() as end, trio.move_on_after(waiting.left):
+        with (
+            core1.events(math.inf, signals=[waiting.signal]) as arrivals,
+            waiting.listening() as end,
+            trio.move_on_after(waiting.left),
+        ):
+            # The nursery ends before the descriptor is closed that one of its tasks waits for.
             async with trio.open_nursery() as nursery:
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)
                 if send is not None:
                     nursery.start_soon(core1.send, send)
-                async for arrival in core1:
-                    if arrival.name == waiting.signal and waiting.came(_notification(arrival.name, "outbound", None)):
+                async for arrival in arrivals:
+                    if waiting.came(_notification(arrival.name, "outbound", None)):
                         break
                 nursery.cancel_scope.cancel()

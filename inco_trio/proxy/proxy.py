@@ -32,7 +32,7 @@ from inco_trio.proxy.supervise import Health, in_turns, starting_and_stopping, s
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
-from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 from inco_trio.stats import Counters, Stats
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Proxy:
 
     @contextmanager
     def events(
-        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
         """A stream of what is carried from now on: of these signals, or all, in one direction or both.
 
@@ -169,26 +169,24 @@ class Proxy:
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
             raise self._unknown(name, "a signal", self._registers.table)
 
+        chosen = None if direction is None else direction_of(direction)
+
         def wanted(signal: Signal) -> bool:
-            return (names is None or signal.name in names) and direction in (None, signal.direction)
+            return (names is None or signal.name in names) and chosen in (None, signal.direction)
 
         with self._parts.events.open(buffer, wanted) as stream:
             yield stream
 
-    async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as `events`
-        """The next notification of a signal, in whichever direction it goes, of those that are carried from now on.
+    async def wait_for(self, name: str) -> Notification:
+        """Wait for the next notification of a signal that is carried from now on, in whichever direction it goes.
 
-        What an action of yours brings about may be carried before you come to wait: open `events` before you act.
-
-        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError, also if the proxy closes
-        meanwhile.
+        The answer to something that you do may be carried before you call this: open `events` before you do it. Raises
+        UnknownSignalError, and ClosedError, also if the proxy closes meanwhile.
         """
         with self.events(math.inf, signals=[name]) as events:
-            with trio.move_on_after(math.inf if timeout is None else timeout):
-                async for notification in events:
-                    return notification
-                raise ClosedError("the proxy is closed")
-        raise TimeoutError(f"{name}: did not come within {timeout:g} s")
+            async for notification in events:
+                return notification
+        raise ClosedError("the proxy is closed")
 
     async def reload(self, config: Config) -> None:
         """Take another signal table; the link and all that is in both tables are left untouched.
