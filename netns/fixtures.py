@@ -108,9 +108,10 @@ class Proxy(Launched):
         arguments: Sequence[str | Path],
         environment: Mapping[str, str],
         log: Path,
+        prefix: Sequence[str] = (),
     ) -> None:
         netns = None if namespace is None else namespace.fd
-        super().__init__("run", *arguments, log=log, netns=netns, environment=environment)
+        super().__init__("run", *arguments, log=log, netns=netns, environment=environment, prefix=prefix)
 
     def _fail(self, what: str) -> NoReturn:
         pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
@@ -157,11 +158,12 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
             *arguments: str | Path,
             env: Mapping[str, str] | None = None,
             core: Namespace | None = None,
+            prefix: Sequence[str] = (),
             ready: bool = True,
         ) -> Proxy:
             log = tmp_path / f"proxy-{len(started)}.log"
             command = [cores.link, "--log-format", "json", *map(str, arguments)]
-            made = Proxy(core or cores.core0, command, env or {}, log)
+            made = Proxy(None if prefix else core or cores.core0, command, env or {}, log, prefix)
             started.append(made)
             stack.callback(made.close)
             if ready:

@@ -94,7 +94,7 @@ def test_a_missing_signal(pytester: pytest.Pytester) -> None:
     result.stdout.re_match_lines_random(
         [
             r">       inco_board.core1.expect\(\"redun_notify_irq\", timeout=0.01\)",
-            r"E .*NotificationMissingError: redun_notify_irq: did not come to core 1 within 0.01 s; there: sends ihub",
+            r"E .*MissingError: redun_notify_irq: did not arrive at core 1 within 0.01 s; events there: sends ihub",
             r"-+ inco-trio board -+",
             r"  0.000000  +sends ihub_hwwd_irq",
             r"  0.\d+  gets ihub_hwwd_irq",
@@ -137,7 +137,7 @@ def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:
     result.assert_outcomes(failed=2, passed=1)
     result.stdout.re_match_lines(
         [
-            r"E .*did not come to core 1 \(the proxy has ended by itself, with exit code -9",
+            r"E .*did not arrive at core 1 \(the proxy has ended by itself, with exit code -9",
             r"the proxy has ended by itself, with exit code -9; it logged: inco-trio: info: .*",
         ]
     )

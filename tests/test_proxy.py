@@ -643,22 +643,11 @@ def test_without_cap_net_raw(cores: Cores, irq_dir: Path) -> None:
     assert line.startswith(f"inco-trio: error: {cores.link}: opening a packet socket needs CAP_NET_RAW")
 
 
-@attrs.frozen
-class Dropping:
-    """A core in which everything runs through a command that takes rights away."""
-
-    core: Namespace
-    prefix: tuple[str, ...]
-
-    def run(self, start: functools.partial[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        command, *rest = start.args
-        return self.core.run(functools.partial(start.func, [*self.prefix, *command], *rest, **start.keywords))
-
-
 def test_cap_net_raw_is_enough(proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     only = "-all,+net_raw"
-    prefix = ("setpriv", f"--inh-caps={only}", f"--bounding-set={only}", "--")
-    running = proxy("--irq-dir", irq_dir, core=Dropping(cores.core0, prefix))
+    enter = ("nsenter", f"--net=/proc/{os.getpid()}/fd/{cores.core0.fd}", "--")
+    drop = ("setpriv", f"--inh-caps={only}", f"--bounding-set={only}", "--")
+    running = proxy("--irq-dir", irq_dir, prefix=[*enter, *drop])
     effective = Path(f"/proc/{running.pid}/status").read_text().partition("CapEff:")[2].split()[0]
     assert int(effective, 16) == 1 << 13
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())

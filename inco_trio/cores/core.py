@@ -6,8 +6,7 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from types import TracebackType
-from typing import TypeVar
+from typing import Any, Self
 
 import attrs
 import trio
@@ -15,8 +14,6 @@ import trio
 from inco_trio.errors import ClosedError
 
 __all__ = ["Arrival", "Core"]
-
-Self = TypeVar("Self", bound="Core")
 
 
 @attrs.frozen
@@ -46,20 +43,18 @@ class Core:
         self._streams: dict[trio.MemorySendChannel[Arrival], Collection[str] | None] = {}
         self._resources: AsyncExitStack | None = None
 
-    async def __aenter__(self: Self) -> Self:
+    async def __aenter__(self) -> Self:
         async with AsyncExitStack() as resources:
             await self._start(resources)
             self._resources = resources.pop_all()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> bool | None:
+    async def __aexit__(self, *raised: Any) -> bool | None:
         resources, self._resources = self._resources, None
         for stream in self._streams:
             stream.close()
         assert resources is not None  # noqa: S101 - set by __aenter__
-        return await resources.__aexit__(kind, error, at)
+        return await resources.__aexit__(*raised)
 
     async def _start(self, resources: AsyncExitStack) -> None:
         raise NotImplementedError

@@ -16,7 +16,7 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
@@ -47,8 +47,9 @@ class Launched:
 
     It ends with the thread that started it, however that ends (PR_SET_PDEATHSIG of prctl(2)), and gets no Ctrl-C. It
     runs in the network namespace `netns`, a descriptor. `listen_fds` are handed over as by sd_listen_fds(3). The
-    variables of the caller's supervisor are not passed on, those of `environment` are. With `ready`, it takes
-    `--notification-fd` and reports when it is ready. Raises OSError.
+    variables of the caller's supervisor are not passed on, those of `environment` are. `prefix` starts a command that
+    runs the rest, such as setpriv(1). With `ready`, it takes `--notification-fd` and reports when it is ready. Raises
+    OSError.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Launched:
         netns: int | None = None,
         environment: Mapping[str, str] | None = None,
         listen_fds: Mapping[str, int] | None = None,
+        prefix: Sequence[str] = (),
         ready: bool = True,
     ) -> None:
         self._log = log
@@ -73,7 +75,7 @@ class Launched:
             "netns": netns,
         }
         passed = [*inherited.values(), *(fd for fd in (settings["ready"], netns) if isinstance(fd, int))]
-        command = [sys.executable, _isolation(), "-c", _CHILD, "inco_trio", *map(str, arguments)]
+        command = [*prefix, sys.executable, _isolation(), "-c", _CHILD, "inco_trio", *map(str, arguments)]
         base = {name: value for name, value in os.environ.items() if name not in _OF_OUR_SUPERVISOR}
         try:
             with log.open("ab") as output:
