@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
 
 import attrs
 import trio
@@ -30,24 +29,75 @@ TURN = 64
 """Notifications that one task handles before other tasks run."""
 
 
-class Side(Protocol):
-    """The side that is played."""
+@attrs.define
+class Side:
+    """The side that is played: a core, what it sends, and the names under which arrivals at it are counted."""
 
+    core: Core0 | Core1
     direction: Direction
     """The direction that it plays. It listens for the other one."""
+    playable: Collection[str] | None = None
+    """The signals that it can send, or None for all."""
+    labels: Mapping[str, str] | None = None
+    """The label of each signal that can arrive, or None if that is its name."""
+    _sent: bool = attrs.field(default=False, init=False)
 
     @property
     def overflowed(self) -> bool:
         """Whether the kernel dropped notifications before they were counted."""
+        return isinstance(self.core, Core0) and self.core.overflows > 0
 
     def label(self, signal: str) -> str | None:
         """Return the name that counts a notification of the other direction, or None if it cannot be seen."""
+        return signal if self.labels is None else self.labels.get(signal)
 
     async def send(self, signal: str) -> bool:
-        """Play one notification. Returns whether it can be played. Raises IncoError."""
+        """Play one notification. Return whether it can be played. Raises IncoError.
+
+        After the first notification, wait for a link that goes down.
+        """
+        if self.playable is not None and signal not in self.playable:
+            return False
+        while True:
+            try:
+                await self.core.send(signal)
+            except LinkNotFoundError as missing:
+                if not self._sent or isinstance(self.core, Core0):
+                    raise LinkNotFoundError(f"{missing}: is the proxy running?") from missing
+                with trio.move_on_after(PATIENCE) as patience:
+                    await self.core.wait_running()
+                if patience.cancelled_caught:
+                    raise
+            else:
+                self._sent = True
+                return True
 
     async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
         """Count what arrives, until cancelled. Raises IncoError."""
+        # One signal of each state file stands for all that share it.
+        signals = None if self.labels is None else list({label: name for name, label in self.labels.items()}.values())
+        with self.core.events(math.inf, signals=signals) as arrivals:
+            task_status.started()
+            async for arrival in arrivals:
+                came[self.label(arrival.name) or arrival.name] += 1
+
+
+@asynccontextmanager
+async def core1(address: str) -> AsyncIterator[Side]:
+    """Play core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
+    async with Core1(address) as core:
+        yield Side(core, Direction.INBOUND)
+
+
+@asynccontextmanager
+async def applications(table: SignalTable) -> AsyncIterator[Side]:
+    """Play the applications. Raises ProxyNotFoundError for missing registers, PermissionDeniedError, ResourceError."""
+    states: dict[Path, list[str]] = {}
+    for signal in table.inbound.values():
+        states.setdefault(signal.path, []).append(signal.name)
+    labels = {name: " or ".join(names) for names in states.values() for name in names}
+    async with Core0(table) as core:
+        yield Side(core, Direction.OUTBOUND, {signal.name for signal in table.outbound.values()}, labels)
 
 
 @attrs.define
@@ -106,100 +156,3 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
         await trio.sleep(wait)
         played.overflowed = side.overflowed
         nursery.cancel_scope.cancel()
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
-
-
-class _Core1:
-    """Plays core 1 on an existing link."""
-
-    direction = Direction.INBOUND
-    overflowed = False
-
-    def __init__(self, core1: Core1) -> None:
-        self._core1 = core1
-        self._sent = False
-
-    def label(self, signal: str) -> str | None:
-        """See `Side.label`."""
-        return signal
-
-    async def send(self, signal: str) -> bool:
-        """See `Side.send`. After the first notification, wait for a link that goes down."""
-        while True:
-            try:
-                await self._core1.send(signal)
-            except LinkNotFoundError as missing:
-                if not self._sent:
-                    raise LinkNotFoundError(missing, "is the proxy running?") from missing
-                with trio.move_on_after(PATIENCE) as patience:
-                    await self._core1.wait_running()
-                if patience.cancelled_caught:
-                    raise
-                continue
-            self._sent = True
-            return True
-
-    async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
-        """See `Side.listen`."""
-        with self._core1.events(math.inf) as arrivals:
-            task_status.started()
-            async for arrival in arrivals:
-                came[arrival.name] += 1
-
-
-@asynccontextmanager
-async def core1(address: str) -> AsyncIterator[Side]:
-    """Play core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
-    async with Core1(address) as opened:
-        yield _Core1(opened)
-
-
-# ------------------------------------------------------------------------------------------------- as the applications
-
-
-class _Applications:
-    """Plays the applications of core 0, on the registers of `table`."""
-
-    direction = Direction.OUTBOUND
-
-    def __init__(self, table: SignalTable, core0: Core0) -> None:
-        self._core0 = core0
-        self._outbound = {signal.name for signal in table.outbound.values()}
-        states: dict[Path, list[str]] = {}
-        for signal in table.inbound.values():
-            states.setdefault(signal.path, []).append(signal.name)
-        self._labels = {name: " or ".join(names) for names in states.values() for name in names}
-        self._first = {names[0] for names in states.values()}
-        """One signal of each state file."""
-
-    @property
-    def overflowed(self) -> bool:
-        """See `Side.overflowed`."""
-        return self._core0.overflows > 0
-
-    def label(self, signal: str) -> str | None:
-        """See `Side.label`."""
-        return self._labels.get(signal)
-
-    async def send(self, signal: str) -> bool:
-        """See `Side.send`."""
-        if signal not in self._outbound:
-            return False
-        await self._core0.send(signal)
-        return True
-
-    async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
-        """See `Side.listen`."""
-        with self._core0.events(math.inf, signals=self._first) as arrivals:
-            task_status.started()
-            async for arrival in arrivals:
-                came[self._labels[arrival.name]] += 1
-
-
-@asynccontextmanager
-async def applications(table: SignalTable) -> AsyncIterator[Side]:
-    """Play the applications. Raises ProxyNotFoundError for missing registers, PermissionDeniedError, ResourceError."""
-    async with Core0(table) as opened:
-        yield _Applications(table, opened)
