@@ -169,7 +169,7 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
     assert (code, err) == (1, "")
     assert out == (
         f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
-        f"note: {path}: it is cut after {path.stat().st_size} bytes: what was whole before was played\n"
+        f"note: {path}: it is cut after {path.stat().st_size} bytes: everything before that was played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
 

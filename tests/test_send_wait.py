@@ -172,7 +172,7 @@ def test_wait_in_vain(board: Board) -> None:
     board.running()
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0.01")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.01 s\n"
+    assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.01 s\n"
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
@@ -192,7 +192,7 @@ def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) 
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("inco-trio: the link is down, or core 1 is not there")
+        assert process.stderr.readline().startswith("inco-trio: the link is down, or core 1 is not running")
         assert received(board.core1(), 1) == [b"redun_notify_irq"]
         assert process.wait(DEADLINE) == 0
 
@@ -466,7 +466,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
 def test_core1_waits_in_vain(tmp_path: Path) -> None:
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
     done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")
-    assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 came in 0.01 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 arrived within 0.01 s\n")
     done = run("wait", "a_irq", "--as", "core1", link, "--after", "exit 5")
     assert (done.returncode, done.stderr) == (5, "inco-trio: the command of --after failed: exit code 5\n")
     assert not (tmp_path / "core1").exists()
@@ -521,7 +521,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("send", "x", "--rate", "many"), "argument --rate: 'many' is not a number above 0"),
         (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan' is not a number of seconds, 0 or more"),
         (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1' is not a number of seconds, 0 or more"),
-        (("send", "x", "--as", "core0", "l"), "--as core0: core1 is what can be played"),
+        (("send", "x", "--as", "core0", "l"), "--as core0: only core1 can be played"),
         (("send", "x", "--as", "core1", "a/b"), "link 'a/b': is neither"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),
@@ -565,11 +565,11 @@ def test_the_command_is_waited_for(tmp_path: Path) -> None:
     done = run(
         "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
     )
-    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.5 s\n")
     done = run(*words, f"echo 1 > {state}; exec cat {tmp_path}/fifo", "--timeout", "1")
     assert (done.returncode, done.stderr) == (
         1,
-        "inco-trio: the command was ended: it went on when the time was over\n",
+        "inco-trio: the command was stopped: it was still running at the timeout\n",
     )
 
 
@@ -578,7 +578,7 @@ def test_what_the_command_started_is_ended_with_it(tmp_path: Path) -> None:
     # Whoever inherits standard output keeps its end from being read.
     command = "cat > /dev/null & sleep 1000 & sleep 1000"
     done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", command)
-    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.5 s\n")
 
 
 def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`inco-trio wait`: waits for notifications, at the running proxy, as an application, or as core 1; for shell tests."""
+"""`inco-trio wait`: wait for notifications at the running proxy, as an application or as core 1; for shell tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
-from inco_trio.cores.watch import OverflowedError, Watch, register_error
 from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
@@ -38,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
-EXIT_NOT_CAME = 1
+EXIT_NOT_ARRIVED = 1
 UNINTERRUPTED = 1.0
-"""Seconds of one poll(2): a signal that comes just before it does not end it."""
+"""Seconds of one poll(2), which a process signal just before it does not end."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -48,28 +47,28 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it came, 1 it did not come in time; that of a COMMAND that failed; see inco-trio --help"
+        "exit codes: 0 it arrived, 1 it did not arrive in time, that of COMMAND if it failed; see inco-trio --help"
     )
     add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
-    sub.add_argument("--timeout", type=seconds, metavar="S", help="end with 1 after so many seconds (default: never)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--timeout", type=seconds, metavar="S", help="exit with 1 after S seconds (default: never)")
     sub.add_argument(
-        "--after", metavar="COMMAND", help="run this in a shell once listening; if it fails, so does `wait`"
+        "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
-    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this once listening, on the same link")
-    sub.add_argument("--json", action="store_true", help="a line of JSON for each notification")
-    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this signal on the link once listening")
+    sub.add_argument("--json", action="store_true", help="print a line of JSON for each notification")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; returns 0 when it came, 1 when not, or the exit code of the command that failed. Raises IncoError."""
+    """Wait; return 0 if it arrived, 1 if not, or the exit code of the command that failed. Raises IncoError."""
     check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = link_of(args)
-        # Only here, as it takes longer to import than all else.
+        # Imported here, as it takes longer to import than everything else.
         import trio
 
         with alone():
@@ -87,11 +86,11 @@ def run(args: argparse.Namespace) -> int:
 class _Source(Protocol):
     def fileno(self) -> int: ...
     def arrived(self) -> list[dict[str, Any]]:
-        """What came, without waiting: notifications (see docs/control.md), or {"missed": text}."""
+        """Return what arrived, without waiting: notifications (see docs/control.md), or {"missed": text}."""
 
 
 class _Waiting:
-    """How long to wait, for how many, and the command that is run meanwhile."""
+    """How long to wait, for how many notifications, and the command that runs meanwhile."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -103,19 +102,19 @@ class _Waiting:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the timeout."""
         return max(0.0, self._deadline - time.monotonic())
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the command, now that nothing is missed; yields a descriptor that tells of its end (pidfd_open(2))."""
+        """Run the command while the block waits; yield its pidfd_open(2), which is readable once it has ended."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:
             yield None
             return
         try:
-            # A process group of its own, all of which is ended if the time is over; no terminal stops it for reading.
+            # In its own process group, to end all of it after the timeout. Without a terminal, which would stop it.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
@@ -137,13 +136,13 @@ class _Waiting:
         try:
             self._process.wait(None if math.isinf(self._deadline) else self.left)
         except subprocess.TimeoutExpired:
-            remark("the command was ended: it went on when the time was over")
-            self._code = EXIT_NOT_CAME
+            remark("the command was stopped: it was still running at the timeout")
+            self._code = EXIT_NOT_ARRIVED
         else:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Whether the command, which has ended, failed; that is said."""
+        """Return whether the command, which has ended, failed, and report that."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
@@ -153,11 +152,11 @@ class _Waiting:
 
     @property
     def complete(self) -> bool:
-        """Whether as many came as were waited for."""
+        """Whether all notifications arrived."""
         return not self._left
 
     def came(self, event: Mapping[str, Any]) -> bool:
-        """Print a notification; returns whether it was the last one."""
+        """Print a notification; return whether it was the last one."""
         if "missed" in event:
             remark(event["missed"])
             return False
@@ -171,7 +170,7 @@ class _Waiting:
         return self.complete
 
     def hear(self, source: _Source) -> None:
-        """Wait at a source that listens."""
+        """Wait for the notifications of a source that listens."""
         poll = select.poll()
         poll.register(source.fileno(), select.POLLIN)
         with self.listening() as end:
@@ -185,17 +184,17 @@ class _Waiting:
                     return
                 if end is not None and any(fd == end for fd, _ in ready):
                     poll.unregister(end)
-                    # What came before its end counts, if it failed as well.
+                    # What arrived before it ended counts, even if it failed.
                     if self.command_failed():
                         return
 
     def exit_code(self) -> int:
-        """That of the command, which is said."""
+        """Return the exit code, and report what did not arrive."""
         if not self._code and not self.complete:
             if not self._args.quiet:
                 count = self._args.count
-                remark(f"{self._args.signal}: {count - self._left} of {count} came in {self._args.timeout:g} s")
-            return EXIT_NOT_CAME
+                remark(f"{self._args.signal}: {count - self._left} of {count} arrived within {self._args.timeout:g} s")
+            return EXIT_NOT_ARRIVED
         return self._code
 
 
@@ -204,7 +203,7 @@ class _Waiting:
 
 @contextmanager
 def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
-    """The proxy's monitor of the signal. Raises IncoError."""
+    """Follow the signal at the proxy. Raises IncoError."""
     from inco_trio.control.client import connect
 
     with connect(args) as client:
@@ -228,7 +227,7 @@ class _Told:
             if event["event"] == "notification":
                 found.append(event)
             elif event["event"] == "lost":
-                found.append({"missed": f"{event['count']} events were lost here: they may have been notifications"})
+                found.append({"missed": f"{event['count']} events were lost, which may have been notifications"})
         return found
 
 
@@ -239,15 +238,18 @@ class _Register:
     """The state file of a signal. Raises IncoError."""
 
     def __init__(self, signal: Signal) -> None:
+        from inco_trio.cores import watch
+
         self._arrived: list[dict[str, Any]] = []
-        self._watch = Watch()
+        self._overflowed = watch.OverflowedError
+        self._watch = watch.Watch()
         self.fileno = self._watch.fileno
         try:
             self._watch.follow([signal], self._report, missing_ok=True)
             signal.path.lstat()
         except OSError as error:
             self._watch.close()
-            raise register_error(error, signal.path) from error
+            raise watch.register_error(error, signal.path) from error
 
     def __enter__(self) -> _Register:
         return self
@@ -256,7 +258,7 @@ class _Register:
         self._watch.close()
 
     def _report(self, what: Signal | IncoError) -> None:
-        if isinstance(what, OverflowedError):
+        if isinstance(what, self._overflowed):
             self._arrived.append({"missed": str(what)})
         elif isinstance(what, IncoError):
             raise what
@@ -271,7 +273,7 @@ class _Register:
 
 
 def _notification(signal: str, direction: str, register: str | None) -> dict[str, Any]:
-    """As the proxy tells of it."""
+    """Return a notification in the form that the proxy reports."""
     return {
         "event": "notification",
         "direction": direction,
