@@ -46,7 +46,7 @@ class Notification:
 
 
 class Listener(Protocol):
-    """Who is told of everything, at once; `supervise.board_name` says of which board. Nothing here waits or raises."""
+    """Who is told of everything, at once; `problems.board_name` says of which board. Nothing here waits or raises."""
 
     wants_frames: bool
     """Whether it is told the frames of the link, too."""

@@ -12,6 +12,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 
@@ -25,6 +26,7 @@ SIZE_MAX = 1 << 20
 """The largest file that is read by default, in bytes."""
 REPORTED_MAX = 20
 """Mistakes of one file that are reported; the others are counted."""
+_T = TypeVar("_T")
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _KINDS = {dict: "a table", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
 
@@ -119,43 +121,37 @@ class Table:
         if isinstance(self.values, _Repeating) and key in self.values.repeated:
             self.fault(key, "given more than once")
 
-    def text(self, key: str, expected: str, *, required: bool = False) -> str | None:
-        """Return a string; None if it is missing or has another type."""
+    def _get(self, key: str, kind: type[_T], expected: str, *, required: bool = False) -> _T | None:
         self.check_once(key)
         value = self.values.get(key)
-        if isinstance(value, str):
+        if isinstance(value, kind):
             return value
         if required or key in self.values:
             self.expect(key, expected)
         return None
 
+    def text(self, key: str, expected: str, *, required: bool = False) -> str | None:
+        """Return a string; None if it is missing or has another type."""
+        return self._get(key, str, expected, required=required)
+
     def number(self, key: str, expected: str, default: float) -> float:
         """Return a number."""
-        self.check_once(key)
-        value = self.values.get(key, default)
-        if isinstance(value, float):
-            return value
-        self.expect(key, expected)
-        return default
+        value = self._get(key, float, expected)
+        return default if value is None else value
 
     def texts(self, key: str) -> list[str] | None:
         """Return a list of strings; None if it is missing or has another type."""
-        self.check_once(key)
-        value = self.values.get(key)
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
-            return value
-        if key in self.values:
-            self.expect(key, "a list of strings")
-        return None
+        expected = "a list of strings"
+        value = self._get(key, list, expected)
+        if value is not None and not all(isinstance(each, str) for each in value):
+            self.expect(key, expected)
+            return None
+        return value
 
-    def table(self, key: str, expected: str = "a table") -> Table | None:
+    def table(self, key: str) -> Table | None:
         """Return a table, empty if it is missing; None if it has another type."""
-        self.check_once(key)
-        value = self.values.get(key, {})
-        if isinstance(value, dict):
-            return Table(value, self.path(key), self.problems)
-        self.expect(key, expected)
-        return None
+        value = self._get(key, dict, "a table")
+        return None if value is None and key in self.values else Table(value or {}, self.path(key), self.problems)
 
     def walk(self, path: str) -> Table:
         """Return the table at the end of a dotted key path; empty if it is missing or not a table."""

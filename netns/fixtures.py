@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,15 +28,25 @@ from inco_trio.linux.rtnetlink import RTMGRP_LINK
 from inco_trio.service.launch import Launched
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores, veth
+from netns.hang import HANG
+from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
-DEADLINE = 20.0
-"""Seconds after which a wait fails its test: only a safety net."""
+"""The former name, which test_aio.py and test_aio_proxy.py import."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
+    # Two workers, or two runs of the tests, must not find each other's control sockets.
+    if os.geteuid() != 0:
+        directory = tempfile.TemporaryDirectory(prefix="inco-trio-")
+        config.add_cleanup(directory.cleanup)
+        os.environ["XDG_RUNTIME_DIR"] = directory.name
+    else:
+        # A container without CAP_SYS_ADMIN runs only the unit tests, which share no socket names.
+        with contextlib.suppress(PermissionError):
+            cover_run()
 
 
 @pytest.fixture
@@ -63,7 +75,7 @@ class Canary:
     def wait_gone(self) -> None:
         """Wait for the end of the namespace."""
         while "canary" in (name for _, name in self._own.run(socket.if_nameindex)):
-            if not select.select([self._changes], [], [], DEADLINE)[0]:
+            if not select.select([self._changes], [], [], HANG)[0]:
                 pytest.fail("the namespace is still there")
             self._changes.recv(65536)
 
@@ -116,11 +128,11 @@ class Proxy(Launched):
     def _fail(self, what: str) -> NoReturn:
         pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
 
-    def wait_ready(self, timeout: float = DEADLINE) -> bool:
+    def wait_ready(self, timeout: float = HANG) -> bool:
         """Wait until it is ready."""
         return super().wait_ready(timeout) or self._fail(f"it is not ready after {timeout:g} s, or has ended")
 
-    def wait_log(self, text: str, timeout: float = DEADLINE, *, after: int = 0) -> str:
+    def wait_log(self, text: str, timeout: float = HANG, *, after: int = 0) -> str:
         """Return the first line with `text` in the log, once it is complete. Skip `after` characters of the log."""
         return super().wait_log(text, timeout, after=after) or self._fail(f"it has not logged {text!r}")
 
@@ -134,13 +146,18 @@ class Proxy(Launched):
     def wait(self) -> int:
         """Return the exit code, once it has ended; negative for a signal."""
         try:
-            return self.process.wait(DEADLINE)
+            return self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            self._fail(f"it has not ended within {DEADLINE:g} s")
+            self._fail(f"it has not ended within {HANG:g} s")
 
-    def stop(self, number: int = signal.SIGTERM, *, timeout: float = DEADLINE) -> int:
+    def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
         """Send a signal and return the exit code."""
         return super().stop(number, timeout=timeout)
+
+    def close(self) -> None:
+        """Stop it, even if a failed test has left it suspended."""
+        self.process.send_signal(signal.SIGCONT)
+        super().close()
 
 
 StartProxy = Callable[..., Proxy]
@@ -212,12 +229,12 @@ class Consumer:
             assert self._failure is None, f"{self.path}: {self._failure}"
             return self._count
 
-    def wait(self, count: int, timeout: float = DEADLINE) -> None:
+    def wait(self, count: int, timeout: float = HANG) -> None:
         """Wait until there have been `count` notifications. More of them fail the test, as far as they were read."""
         self.wait_at_least(count, timeout)
         assert self.count == count, f"{self.path}: {self.count} notifications instead of {count}"
 
-    def wait_at_least(self, count: int, timeout: float = DEADLINE) -> None:
+    def wait_at_least(self, count: int, timeout: float = HANG) -> None:
         """Wait until there have been `count` notifications."""
         with self._changed:
             self._changed.wait_for(lambda: self._count >= count or self._failure is not None, timeout)
@@ -261,7 +278,7 @@ class Tcpdump:
         assert self.process.stderr is not None
         said = b""
         while b"listening on" not in said:
-            if not select.select([self.process.stderr], [], [], DEADLINE)[0]:
+            if not select.select([self.process.stderr], [], [], HANG)[0]:
                 pytest.fail(f"tcpdump does not listen; it printed: {said!r}")
             part = os.read(self.process.stderr.fileno(), 4096)
             assert part, f"tcpdump ended; it printed: {said!r}"
@@ -272,8 +289,8 @@ class Tcpdump:
         assert self.process.stdout is not None
         data = b""
         while len(data) < size:
-            if not select.select([self.process.stdout], [], [], DEADLINE)[0]:
-                pytest.fail(f"tcpdump has seen no further packet within {DEADLINE:g} s")
+            if not select.select([self.process.stdout], [], [], HANG)[0]:
+                pytest.fail(f"tcpdump has seen no further packet within {HANG:g} s")
             part = os.read(self.process.stdout.fileno(), size - len(data))
             assert part, "tcpdump ended"
             data += part

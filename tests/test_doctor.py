@@ -28,6 +28,7 @@ from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.signals import builtin_signals
+from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
 
@@ -383,7 +384,7 @@ def datagram(path: Path) -> socket.socket:
 def mended(found: tuple[str, str, str | None]) -> None:
     """Run the command that mends it."""
     assert found[2] is not None
-    subprocess.run(["sh", "-c", found[2]], check=True, timeout=60)
+    subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
 
 def test_the_path_of_a_socket(tmp_path: Path) -> None:
@@ -780,7 +781,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "inco_trio", "doctor", *map(str, words)]
     options: dict[str, object] = {"stdin": subprocess.DEVNULL, "capture_output": True, **more}
-    return subprocess.run(command, check=False, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, check=False, timeout=HANG, **options)  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.fixture
@@ -879,7 +880,7 @@ def test_all_boards_of_a_directory(tmp_path: Path) -> None:
     assert {(entry["subject"], entry["level"]) for entry in found if entry["check"] == "configuration"} == {
         (f"{boards}/one.json", "ok"),
         (f"{boards}/two.json", "ok"),
-        (f"{boards}", "fail"),
+        (f"{boards}/three.json", "fail"),
     }
     # What is the same for all is said once.
     assert [entry["subject"] for entry in found].count("net.unix.max_dgram_qlen") == 1

@@ -26,7 +26,7 @@ from inco_trio import (
     open_proxy,
 )
 from inco_trio.simulation.world import Cores
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 
 RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
 
@@ -37,7 +37,7 @@ def played(tmp_path: Path, story: Story) -> None:
     """Run a story with the configuration of a proxy on sockets, and the address of its core 1."""
 
     async def main() -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             address = f"unix:{tmp_path}/core0,peer={tmp_path}/core1"
             await story(
                 Config(address, builtin_signals(tmp_path / "irq")), f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
@@ -77,7 +77,7 @@ def test_each_way(tmp_path: Path) -> None:
 def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> None:
     async def main() -> None:
         config = Config(cores.link, builtin_signals(irq_dir), netns=cores.core0.path)
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             async with (
                 open_proxy(config) as proxy,
                 Core1(cores.link, netns=cores.core1.path) as core1,
@@ -170,7 +170,7 @@ def test_core0_that_reads_too_late_counts_the_overflow(tmp_path: Path) -> None:
             with core0.events(math.inf) as arrivals:
                 for _ in range(limit // 2 + 1):
                     signal.path.write_text("1")
-                with trio.fail_after(DEADLINE):
+                with trio.fail_after(HANG):
                     while not core0.overflows:
                         await arrivals.receive()
         assert core0.overflows == 1

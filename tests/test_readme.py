@@ -22,7 +22,8 @@ from inco_trio.errors import ConfigError, IncoError, LinkNotFoundError, Permissi
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
+from tests import fresh
 from tests.faults.supervised import wait_path
 from tests.support_proxy import trigger
 
@@ -48,6 +49,22 @@ def test_options_exist() -> None:
     assert [option for option in options if option not in said] == []
 
 
+@pytest.mark.parametrize(("section", "program"), [("Try it", "inco-trio demo"), ("Tests", "nox")])
+def test_the_commands_create_their_environment(section: str, program: str) -> None:
+    create, install, run = fresh.readme_command(section).split(" && ")
+    assert create == "python3 -m venv .venv"
+    assert install.startswith(".venv/bin/pip install ")
+    assert run == f".venv/bin/{program}"
+
+
+# Marked because the session `unit` runs in a copy without .ci.
+@pytest.mark.tools
+def test_ci_runs_the_second_command_and_nothing_else() -> None:
+    script = (Path(__file__).parents[1] / ".ci/run").read_text()
+    lines = [line for line in script.splitlines() if not line.startswith(("#", "set ", "cd "))]
+    assert lines == [fresh.readme_command("Tests")]
+
+
 @pytest.mark.netns
 def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     (program,) = re.findall(r"^    import inco_trio.*?trio.run\(answer\)\n", README, re.MULTILINE | re.DOTALL)
@@ -59,11 +76,11 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # What comes before the program listens is not answered.
+            # What comes before the program listens is not answered, so it is sent every 0.05 s.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
-            assert decode(core1.receive(DEADLINE)) == b"redun_notify_irq"
+            assert decode(core1.receive(HANG)) == b"redun_notify_irq"
         finally:
             process.kill()
 
@@ -90,9 +107,7 @@ async def main():
 
 trio.run(main)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -101,11 +116,11 @@ def trigger_until_answered(irq: Path) -> None:
     state, changes = irq / "message_5_state", Inotify()
     try:
         changes.watch(str(state), IN_CLOSE_WRITE)
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG
         while state.read_text() != "1":
             assert time.monotonic() < deadline, "core 1 has not answered"
             trigger(irq / "message_6_trig")
-            select.select([changes.fd], [], [], 0.2)
+            select.select([changes.fd], [], [], 0.2)  # Then it notifies again.
     finally:
         changes.close()
 
@@ -142,7 +157,7 @@ def test_the_way_to_qemu_without_root_runs(nobody: list[str]) -> None:
                 wait_path(irq.parent, irq.exists)
                 wait_path(irq, lambda: (irq / "message_6_trig").exists() and (irq / "message_5_state").exists())
                 trigger_until_answered(irq)
-                shell.communicate(timeout=DEADLINE)
+                shell.communicate(timeout=HANG)
                 with pytest.raises(ProcessLookupError):
                     os.killpg(shell.pid, 0)
             finally:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from inco_trio.cli.options import positive
+from inco_trio.cli.options import add_place, positive
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
-from inco_trio.control.client import add_place, connect
+from inco_trio.control.client import connect
 from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
 
@@ -39,7 +39,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print events until there are no more; raises IncoError."""
     try:
-        client = connect(args)
+        client = connect(args.link, args.control)
     except ProxyNotFoundError:
         if not may_listen(args.link):
             raise

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import check_link, config_path, path_of
+from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
-from inco_trio.control.client import add_place
 from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import number_of_seconds
+from inco_trio.cli.options import add_place, number_of_seconds
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
-from inco_trio.control.client import Client, add_place, connect
+from inco_trio.control.client import Client, connect
 from inco_trio.service.lines import printable
 
 __all__ = ["arguments", "run"]
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the status; raises IncoError."""
     if args.watch is not None and args.openmetrics:
         raise UsageError("--watch and --openmetrics exclude each other")
-    with connect(args) as client:
+    with connect(args.link, args.control) as client:
         if args.watch is None:
             boards = _ask(client, args)
             lines = [*_shown(boards, args, None)]

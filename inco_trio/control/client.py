@@ -5,7 +5,6 @@ docs/control.md says what is asked and answered.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import select
@@ -26,7 +25,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["Client", "add_place", "client_of", "connect", "sockets"]
+__all__ = ["Client", "client_of", "connect", "sockets"]
 
 PROTOCOL = 1
 UNINTERRUPTED = 1.0
@@ -175,21 +174,15 @@ class Client:
             raise ERRORS.get(answer["error"], InvalidArgumentError)(str(answer.get("message", answer["error"])))
 
 
-def add_place(sub: argparse.ArgumentParser) -> None:
-    """Add the options that say which proxy is asked."""
-    sub.add_argument("link", nargs="?", metavar="LINK", help="the proxy of this link, or of this directory of boards")
-    sub.add_argument("--control", metavar="PATH", help="the proxy with this control socket (default: the only one)")
+def connect(link: str | None, control: str | None) -> Client:
+    """Connect to the proxy of `link`, to the one with the socket `control`, or to the only one.
 
-
-def connect(args: argparse.Namespace) -> Client:
-    """The proxy that `add_place`'s options name, or the only one.
-
-    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError where several run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError if several run.
     """
-    if args.control is not None:
-        if args.link is not None:
+    if control is not None:
+        if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
-        return Client(Path(args.control))
+        return Client(Path(control))
     found: list[Client] = []
     refused: IncoError | None = None
     for path in sockets():
@@ -200,7 +193,7 @@ def connect(args: argparse.Namespace) -> Client:
         except IncoError as error:
             refused = error
             continue
-        if args.link is None or _is_called(client, args.link):
+        if link is None or _is_called(client, link):
             found.append(client)
         else:
             client.close()
@@ -213,7 +206,7 @@ def connect(args: argparse.Namespace) -> Client:
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
-    whose = "no running proxy" if args.link is None else f"no proxy of {args.link}"
+    whose = "no running proxy" if link is None else f"no proxy of {link}"
     places = " or ".join(map(str, runtime_directories()))
     raise ProxyNotFoundError(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
 
@@ -235,10 +228,8 @@ def sockets() -> list[Path]:
     """The control sockets of this host, also those that processes that ended have left."""
     found: list[Path] = []
     for directory in runtime_directories():
-        try:
-            found += sorted(path for path in directory.iterdir() if path.suffix == ".sock")
-        except OSError:
-            continue
+        # A systemd unit has its socket in a directory of its own.
+        found += sorted(path for pattern in ("*.sock", "*/*.sock") for path in directory.glob(pattern))
     return found
 
 

@@ -22,8 +22,9 @@ import trio
 from inco_trio.control.monitors import Event, Follower, Monitor
 from inco_trio.errors import ClosedError, UnknownSignalError
 from inco_trio.persist.history import History
+from inco_trio.problems import Problems, board_name
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.proxy.supervise import TRANSIENT, Problems, board_name
+from inco_trio.proxy.supervise import TRANSIENT
 from inco_trio.signals import Direction, Signal
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Control:
         # None is known of what was read before somebody wanted frames, or before the proxy is open.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
-        return [proxy.frame(signal.name) for signal in signals]
+        return [proxy._frame(signal.name) for signal in signals]
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """See `Listener.ignored`."""
@@ -279,7 +280,7 @@ class Control:
             proxy = self._served.proxies().get(name)
             if wanted in (None, name) and proxy is not None:
                 told = {"board": name, "open": True} | _status_fields(proxy.status)
-                boards.append(json.dumps(told | {"history": self._history_fields(name, proxy.history)}))
+                boards.append(json.dumps(told | {"history": self._history_fields(name, proxy._history())}))
                 await trio.lowlevel.checkpoint()  # There may be a thousand.
         return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}'
 
@@ -351,7 +352,7 @@ class Control:
         assert self._served is not None  # noqa: S101 - see `serve`
         for name, proxy in self._served.proxies().items():
             if follower.follows(name):
-                follower.begin(name, proxy.keep_history(self._boot))
+                follower.begin(name, proxy._keep_history(self._boot))
         return {
             name: {"boot": c.history.boot, "acknowledged": c.history.acknowledged, "sequence": c.history.sequence}
             for name, c in follower.cursors.items()
@@ -378,8 +379,9 @@ class Control:
         followed = {board for follower in self._followers() for board in follower.cursors}
         forgotten = []
         for name, proxy in self._served.proxies().items():
-            if proxy.history.keeping and name not in followed and (boards is None or name in boards):
-                proxy.history.end()
+            history = proxy._history()
+            if history.keeping and name not in followed and (boards is None or name in boards):
+                history.end()
                 forgotten.append(name)
         return forgotten
 

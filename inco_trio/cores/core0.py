@@ -10,7 +10,7 @@ import trio
 from inco_trio.cores.core import Core
 from inco_trio.cores.watch import OverflowedError, Watch, trigger
 from inco_trio.errors import IncoError, UnknownSignalError
-from inco_trio.proxy.supervise import starting_and_stopping
+from inco_trio.nurseries import starting_and_stopping
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["Core0"]

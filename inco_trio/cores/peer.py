@@ -82,7 +82,7 @@ class Peer:
         else:
             self._socket.send(data)
 
-    def receive(self, timeout: float = 10.0) -> bytes:
+    def receive(self, timeout: float = 600.0) -> bytes:
         """Return the next whole frame. Raises TimeoutError after `timeout` seconds (0: only look into the queue)."""
         self._forget_error()
         if not select.select([self._socket], [], [], timeout)[0]:

@@ -12,16 +12,7 @@ from pathlib import Path
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = [
-    "CLONE_NEWNET",
-    "CLONE_NEWNS",
-    "CLONE_NEWUSER",
-    "belongs_to",
-    "entered",
-    "identity",
-    "set_network",
-    "unshare",
-]
+__all__ = ["belongs_to", "entered", "identity", "set_network", "unshare"]
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000

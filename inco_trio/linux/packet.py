@@ -10,17 +10,7 @@ from collections.abc import Iterable
 
 from inco_trio.linux.libc import libc
 
-__all__ = [
-    "ETH_P_ALL",
-    "GONE",
-    "PACKET_IGNORE_OUTGOING",
-    "PACKET_OUTGOING",
-    "PACKET_STATISTICS",
-    "SOL_PACKET",
-    "attach_filter",
-    "filter_of",
-    "program",
-]
+__all__ = ["attach_filter", "filter_of", "program"]
 
 ETH_P_ALL = 3
 SOL_PACKET = 263

@@ -7,15 +7,7 @@ import signal
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = [
-    "CAP_DAC_OVERRIDE",
-    "CAP_DAC_READ_SEARCH",
-    "CAP_NET_ADMIN",
-    "CAP_NET_RAW",
-    "CAP_SYS_ADMIN",
-    "clear_capabilities",
-    "end_with_parent",
-]
+__all__ = ["clear_capabilities", "end_with_parent"]
 
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2

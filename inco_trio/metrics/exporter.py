@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from inco_trio.control.client import Client, sockets
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
 from inco_trio.metrics.openmetrics import Family, families, shown
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 
 __all__ = ["Boards", "serve"]
 

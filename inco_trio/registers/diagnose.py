@@ -87,16 +87,10 @@ def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str
                 name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
                 who = f"process {number} ({name}) holds it open"
                 if signal.direction is Direction.INBOUND:
-                    yield (
-                        signal,
-                        int(number),
-                        f"{who}: it sees a notification only when it reads again, or watches the file",
-                    )
+                    effect = f"{who}: it sees a notification only when it reads again, or watches the file"
+                    yield signal, int(number), effect
                 elif writes:
-                    yield (
-                        signal,
-                        int(number),
-                        f"{who} for writing: what it writes is a notification only when it closes it",
-                    )
+                    effect = f"{who} for writing: what it writes is a notification only when it closes it"
+                    yield signal, int(number), effect
         except OSError:
             continue  # It has ended, or belongs to another user.

@@ -18,7 +18,7 @@ import attrs
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.tables import NumberTable
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 from inco_trio.registers.directory import Directory, proc_is_mounted, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.retries import FALLBACK, Retries

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.inotify import Watcher
-from inco_trio.proxy.supervise import Backoff
 from inco_trio.registers.refusals import UnfitFileError
 
 __all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]

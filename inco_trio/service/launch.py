@@ -25,8 +25,8 @@ from inco_trio.linux.process import end_with_parent
 
 __all__ = ["Launched", "run_child"]
 
-STOP = 10.0
-"""Seconds after which a process that does not end is killed."""
+STOP = 60.0
+"""Seconds until a process that does not end is killed. The proxy's own deadline for a stop is 5 s."""
 
 _LISTEN_FDS_START = 3
 _ABOVE = 64

@@ -44,8 +44,8 @@ _ANSWERS = {
 }
 """How a guest of QEMU answers each outbound signal. Every signal occurs."""
 
-_READY_DEADLINE = 10.0
-"""Seconds."""
+_READY_DEADLINE = 60.0
+"""Seconds. A start takes up to 2 s, so this only stops a hang."""
 
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
 """Sets up a stage in a directory. It waits with the given function, so that the demonstration can be stopped."""

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import selectors
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+
+from inco_trio.service.process_signals import wakeups
 
 __all__ = ["Stopped", "Waiter", "stoppable"]
 
@@ -59,20 +60,10 @@ class Waiter:
 @contextlib.contextmanager
 def stoppable(waiter: Waiter) -> Iterator[None]:
     """Let SIGINT, SIGTERM and SIGHUP raise `Stopped` in `waiter.wait`, and only there: nothing is half done there."""
-    receive, send = socket.socketpair()
-    with receive, send:
-        send.setblocking(False)
+    with wakeups((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as arrived:
 
         def stop() -> None:
-            raise Stopped(receive.recv(1)[0])
+            raise Stopped(arrived.recv(1)[0])
 
-        waiter.on(receive.fileno(), stop)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in numbers}
-        wakeup = signal.set_wakeup_fd(send.fileno())
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        waiter.on(arrived.fileno(), stop)
+        yield

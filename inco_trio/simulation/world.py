@@ -45,8 +45,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-_LINK_DEADLINE = 10.0
-"""Seconds until a link that does not come up is an error; a veth pair needs milliseconds."""
+_LINK_DEADLINE = 120.0
+"""Seconds until a link that does not come up is an error. A veth pair needs milliseconds: this only stops a hang."""
 
 
 class NamespaceRefused(PermissionDeniedError):

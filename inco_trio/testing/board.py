@@ -28,8 +28,8 @@ __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "op
 
 T = TypeVar("T")
 
-TIMEOUT = 5.0
-"""Default timeout of `expect`, in seconds."""
+TIMEOUT = 60.0
+"""Default timeout of `expect`, in seconds: it stops a hang and is long enough for a slow machine."""
 
 
 class _Core:

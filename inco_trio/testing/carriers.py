@@ -14,8 +14,8 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.errors import IncoError, InvalidArgumentError
+from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
-from inco_trio.proxy.supervise import board_name
 from inco_trio.service.launch import STOP, Launched
 from inco_trio.stats import Stats
 from inco_trio.testing.engine import Engine
@@ -24,8 +24,8 @@ from inco_trio.testing.layout import Layout
 
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
-_READY = 20.0
-"""Seconds after which a process that is not ready is killed."""
+_READY = 120.0
+"""Seconds after which a process that is not ready is killed. This only stops a hang."""
 _FDS_MAX = 16
 
 

@@ -53,7 +53,7 @@ class Layout:
                 return signal
         kind = "a signal" if direction is None else f"an {direction.value} signal"
         names = ", ".join(signal.name for signal in known) or "none"
-        raise InvalidArgumentError(f"{name}: not {kind} of this board; there are: {names}")
+        raise InvalidArgumentError(name, f"not {kind} of this board; there are: {names}")
 
     def remove(self) -> None:
         """Remove the directory of the sockets, if it is one of its own."""

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from netns.hang import HANG
+
 PYTHON = Path(os.environ["INCO_TRIO_WHEEL_PYTHON"])
 DIST = Path(os.environ["INCO_TRIO_WHEEL_DIST"])
 HERE = Path(__file__).parent
@@ -31,7 +33,7 @@ def run(cwd: Path, *command: str | Path) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -53,7 +55,7 @@ def test_sdist_holds_what_the_checks_need() -> None:
     (sdist,) = DIST.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "noxfile.py", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
+    assert {".ci/run", "LICENSE", "README.md", "noxfile.py", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
 
 
 def test_metadata(tmp_path: Path) -> None:
@@ -138,17 +140,17 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["mqtt", "mqtt://127.0.0.1"], "mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'"),
+        (["mqtt", "mqtt://127.0.0.1"], "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'"),
         (
             ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
-            "mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'",
+            "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'",
         ),
-        (["exporter"], "exporter needs prometheus_client: pip install 'inco-trio[metrics]'"),
+        (["exporter"], "prometheus_client is not installed: pip install 'inco-trio[metrics]'"),
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:
     program = PYTHON.parent / "inco-trio"
-    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stderr) == (69, f"inco-trio: error: {line}\n")
 
 
