@@ -33,8 +33,6 @@ from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
-"""The former name, which test_aio.py and test_aio_proxy.py import."""
-
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
