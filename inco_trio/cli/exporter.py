@@ -6,14 +6,7 @@ import argparse
 import functools
 from importlib import resources
 
-from inco_trio.cli.options import (
-    LISTEN,
-    add_clients_option,
-    add_service_options,
-    check_listen,
-    control_paths,
-    needing,
-)
+from inco_trio.cli.options import LISTEN, add_clients_option, add_service_options, check_listen, control_paths, needing
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals
@@ -44,9 +37,5 @@ def run(args: argparse.Namespace) -> int:
 
         address, port = check_listen(args.listen)
         controls = control_paths(args)
-        return run_service(
-            lambda: Restarting(args.listen, lambda: functools.partial(serve, address, port, controls)),
-            notification_fd=args.notification_fd,
-            log_format=args.log_format,
-            verbose=args.verbose,
-        )
+        make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
+        return run_service(make, args.notification_fd, args.log_format, args.verbose)

@@ -229,10 +229,6 @@ class Proxy:
         """Return the notifications that are not acknowledged."""
         return self._parts.events.history
 
-    def _finish_alone(self, events: memoryview, length: int) -> bool:
-        """See `Outbound.finish_alone`."""
-        return self._outbound.finish_alone(events, length)
-
     # --------------------------------------------------------------------------------------------- starting, stopping
 
     def _start(self, nursery: trio.Nursery) -> None:
