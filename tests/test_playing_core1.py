@@ -195,13 +195,16 @@ def test_wrong_words(tmp_path: Path) -> None:
         async with Core1(link) as core1, open_proxy(config) as proxy:
             with pytest.raises(InvalidArgumentError, match="'two words': a wire name is"):
                 await core1.send("two words")
-            with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), proxy.events(signals="x"):
+            with (
+                pytest.raises(TypeError, match=r"expected a collection of names, such as \['x'\]"),
+                proxy.events(signals="x"),
+            ):
                 pass
             with pytest.raises(
-                UnknownSignalError, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"
+                UnknownSignalError, match=rf"x: not a signal of .* \(expected one of: {RESET}, {HWWD}, {NOTIFY}\)"
             ):
                 await proxy.wait_for("x")
-            with pytest.raises(UnknownSignalError, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
+            with pytest.raises(UnknownSignalError, match=rf"{HWWD}: not an outbound signal .*: {NOTIFY}\)$"):
                 await proxy.send(HWWD)
 
     played(tmp_path, story)
@@ -269,7 +272,7 @@ def test_wait_for_of_a_proxy(tmp_path: Path) -> None:
                     for name in (RESET, HWWD, HWWD, HWWD):
                         await core1.send(name)
                 assert (got[0].signal.name, got[0].sequence) == (HWWD, 2)
-                with pytest.raises(TimeoutError, match=f"{RESET}: did not come within 0 s"):
+                with pytest.raises(TimeoutError, match=f"{RESET}: no notification within 0 s"):
                     await proxy.wait_for(RESET, timeout=0)
                 assert proxy.stats.events_lost == 0
                 late.start_soon(wait_for_the_end)
