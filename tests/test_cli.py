@@ -290,7 +290,7 @@ NOT_FOR_OTHERS = {"inco_trio.service.daemon", "inco_trio.proxy.proxy", "inco_tri
             ["run", "unix:/proc/a,peer=/b", "--irq-dir", "/proc/nowhere"],
             NOT_FOR_RUN | NEVER | {"inco_trio.links.packet", "inco_trio.service.descriptions"},
         ),
-        (["run", "none0", "--config", str(SAMPLE)], (NOT_FOR_RUN | NEVER) - {"cattrs"}),
+        (["run", "none0", "--config", str(SAMPLE)], NOT_FOR_RUN | NEVER),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )

@@ -25,7 +25,6 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.history import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.core1 import Here
 from tests.support_control import FRAME, MAC, Board, Client
 
 
@@ -222,7 +221,7 @@ def test_many_boards(board: Board) -> None:
         entry = {"link": f"unix:{board.home}/{name}.0,peer={board.home}/{name}.1", "irq_dir": f"{board.home}/{name}"}
         (directory / f"{name}.json").write_text(json.dumps(entry))
     (board.home / "b").write_text("")
-    proxy = Proxy(Here(), ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
     board._stack.callback(proxy.close)
     proxy.wait_ready()
     client = board.client()
@@ -472,7 +471,7 @@ def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
     proxy = board.start("--wait-link")
     proxy.wait_log("waiting for it")
     status = board.status()
-    assert (status["open"], status["problem"]) == (False, "the link is not there yet")
+    assert (status["open"], status["problem"]) == (False, "the link does not exist yet")
     proxy.process.terminate()
     assert proxy.wait() == 0
 

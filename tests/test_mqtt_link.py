@@ -552,7 +552,7 @@ def test_two_proxies_that_share_no_host(bench: Bench) -> None:
         config = bench.home / f"udrv{end}.json"
         write_udrv(config, irq, inbound, outbound)
         link = f"unix:{bench.home}/core{end},peer={bench.home}/wire{end}"
-        proxy = Proxy(Here(), [link, "--config", str(config), "--control", "none"], {}, bench.home / f"proxy{end}")  # type: ignore[arg-type]
+        proxy = Proxy(None, [link, "--config", str(config), "--control", "none"], {}, bench.home / f"proxy{end}")
         bench.stack.callback(proxy.close)
         proxy.wait_ready()
     for end, name in ((0, "up"), (1, "down")):
