@@ -502,7 +502,7 @@ def test_a_reload_takes_signals_out(proxy: StartProxy, udrv: Path, irq_dir: Path
     ("text", "reason"),
     [
         ("{", "line 1 column 2: not JSON"),
-        ("{}", "file.ihub-irq-dev: is missing"),
+        ("{}", "file.ihub-irq-dev: missing (expected a table"),
         (None, "cannot be read: No such file or directory"),
     ],
     ids=["not-JSON", "invalid", "missing"],
@@ -718,7 +718,7 @@ def test_an_invalid_configuration(cores: Cores, tmp_path: Path) -> None:
     (tmp_path / "u.json").write_text("[]")
     done = finished(cores.core0, *RUN, cores.link, "--config", tmp_path / "u.json")
     assert done.returncode == 78
-    assert done.stderr == f"inco-trio: error: {tmp_path}/u.json: a list is not a table\n"
+    assert done.stderr == f"inco-trio: error: {tmp_path}/u.json: a list (expected a table)\n"
 
 
 def test_defaults_that_were_taken_are_logged(proxy: StartProxy, irq_dir: Path, tmp_path: Path, core1: Peer) -> None:

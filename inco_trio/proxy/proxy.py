@@ -201,7 +201,7 @@ class Proxy:
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
-        return UnknownSignalError(name, f"not {kind} of {self._link.name} (expected one of: {known})")
+        return UnknownSignalError(name or repr(name), f"not {kind} of {self._link.name} (expected one of: {known})")
 
     def _check_open(self) -> None:
         if self._closed:
