@@ -89,7 +89,7 @@ class Core:
         """
         self._check_open()
         if isinstance(signals, str):  # A collection too, of characters.
-            raise TypeError(f"signals={signals!r}: one name is given as [{signals!r}]")
+            raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         for name in signals or ():
             self._check_name(name)
         sending, stream = trio.open_memory_channel[Arrival](buffer)
