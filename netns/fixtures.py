@@ -151,7 +151,7 @@ class Proxy(Launched):
 
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
         """Send a signal and return the exit code."""
-        return super().stop(number, timeout=timeout)
+        return super().stop(number, timeout=timeout)  # The caller's, by default HANG.
 
     def close(self) -> None:
         """Stop it, even if a failed test has left it suspended."""
