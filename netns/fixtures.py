@@ -120,8 +120,9 @@ class Proxy(Launched):
         log: Path,
         prefix: Sequence[str] = (),
     ) -> None:
-        netns = None if namespace is None else namespace.fd
-        super().__init__("run", *arguments, log=log, netns=netns, environment=environment, prefix=prefix)
+        # Before `prefix`, which may drop the capability that this needs.
+        enter = () if namespace is None else ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace.fd}", "--")
+        super().__init__("run", *arguments, log=log, environment=environment, prefix=[*enter, *prefix])
 
     def _fail(self, what: str) -> NoReturn:
         pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
@@ -178,7 +179,7 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
         ) -> Proxy:
             log = tmp_path / f"proxy-{len(started)}.log"
             command = [cores.link, "--log-format", "json", *map(str, arguments)]
-            made = Proxy(None if prefix else core or cores.core0, command, env or {}, log, prefix)
+            made = Proxy(core or cores.core0, command, env or {}, log, prefix)
             started.append(made)
             stack.callback(made.close)
             if ready:

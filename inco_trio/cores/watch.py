@@ -25,6 +25,8 @@ _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 _PARENT = _PATH | ino.IN_CREATE
 # ino.IN_MODIFY separates two closes, which the kernel would merge into one event while they are unread (inotify(7)).
 _DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
+_CLOSE_WRITE = ino.IN_CLOSE_WRITE
+_WRITES = ino.IN_CLOSE_WRITE | ino.IN_MODIFY
 _ABSENT = (FileNotFoundError, NotADirectoryError)
 _FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -154,6 +156,12 @@ class Watch:
         """Report what is queued, without waiting. What `report` raises is raised here."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
+                if mask & _WRITES:  # First, as a flood of them must not overflow the queue.
+                    if mask & _CLOSE_WRITE:
+                        for directory in self._directories.get(wd, ()):
+                            for signal in directory.signals.get(name, ()) if wd == directory.wd else ():
+                                directory.report(signal)
+                    continue
                 for directory in self._affected(wd, mask):
                     self._event(directory, wd, mask, name)
                 if mask & ino.IN_IGNORED:
@@ -176,9 +184,9 @@ class Watch:
                 self._look(directory)
             except IncoError as error:
                 directory.report(error)
-        elif wd == directory.wd and mask & (ino.IN_CLOSE_WRITE | ino.IN_MOVED_TO):
+        elif wd == directory.wd and mask & ino.IN_MOVED_TO:
             for signal in directory.signals.get(name, ()):
-                if mask & ino.IN_CLOSE_WRITE or signal.direction is Direction.OUTBOUND:
+                if signal.direction is Direction.OUTBOUND:
                     directory.report(signal)
 
     def close(self) -> None:

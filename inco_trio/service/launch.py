@@ -170,22 +170,24 @@ def run_child() -> int:
         return 1
     if settings["netns"] is not None:
         set_network(settings["netns"])
-    # The numbers that sd_listen_fds(3) prescribes may be in use: move all descriptors away first.
-    inherited, ready = settings["fds"], settings["ready"]
-    moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in inherited]
-    arguments = sys.argv[2:]
-    if ready is not None:
-        arguments += ["--notification-fd", str(fcntl.fcntl(ready, fcntl.F_DUPFD_CLOEXEC, _ABOVE))]
-    for number, fd in enumerate(moved, _LISTEN_FDS_START):
-        os.dup2(fd, number)
-        os.close(fd)
-    for fd in {*inherited, ready, settings["netns"]} - {None}:
-        if fd >= _LISTEN_FDS_START + len(moved):
+        os.close(settings["netns"])
+    inherited, ready, arguments = settings["fds"], settings["ready"], sys.argv[2:]
+    if inherited:
+        # The numbers that sd_listen_fds(3) prescribes may be in use: move all descriptors away first.
+        passed = [*inherited, *([] if ready is None else [ready])]
+        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in passed]
+        for fd in passed:
             os.close(fd)
+        for number, fd in enumerate(moved[: len(inherited)], _LISTEN_FDS_START):
+            os.dup2(fd, number)
+            os.close(fd)
+        ready = ready and moved[-1]
+    if ready is not None:
+        arguments += ["--notification-fd", str(ready)]
     if settings["names"] is not None:
         os.environ |= {
             "LISTEN_PID": str(os.getpid()),
-            "LISTEN_FDS": str(len(moved)),
+            "LISTEN_FDS": str(len(inherited)),
             "LISTEN_FDNAMES": ":".join(settings["names"]),
         }
     from inco_trio.cli import main
