@@ -32,8 +32,7 @@ if TYPE_CHECKING:
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
     from inco_trio.signals import Direction, Signal, builtin_signals
-    from inco_trio.stats import Stats
-    from inco_trio.status import Status
+    from inco_trio.status import Stats, Status
 
 __all__ = [
     "Arrival",
@@ -80,8 +79,7 @@ _PLACES = {
     "notifications": ("Notification",),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "stats": ("Stats",),
-    "status": ("Status",),
+    "status": ("Stats", "Status"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -17,6 +17,7 @@ __all__ = [
     "LinkNotFoundError",
     "PermissionDeniedError",
     "ProgramNotFoundError",
+    "ProtocolError",
     "ProxyNotFoundError",
     "RecordingError",
     "ResourceError",
@@ -66,6 +67,10 @@ class ProxyNotFoundError(IncoError):
     """No running proxy answers on a control socket."""
 
     exit_code = 69
+
+
+class ProtocolError(ProxyNotFoundError):
+    """The process at a control socket is not inco-trio, or uses another version of the protocol."""
 
 
 class ProgramNotFoundError(IncoError):

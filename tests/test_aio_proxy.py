@@ -840,7 +840,7 @@ def test_reload_cancelled_at_each_step(world: World, cut: Cut, monkeypatch: pyte
             await proxy.reload(world.config if proxy.config is other else other)
 
         def check() -> None:
-            assert {each.signal for each in proxy.status.signals} == {*proxy.config.signals}
+            assert {each.signal for each in proxy.status.signals} == {each.name for each in proxy.config.signals}
 
         async with aio.open_proxy(world.config) as proxy:
             for _ in range(2):

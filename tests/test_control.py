@@ -19,7 +19,8 @@ import pytest
 
 from inco_trio.control import place
 from inco_trio.control.monitors import AHEAD, WAITING_MAX
-from inco_trio.control.server import CLIENTS_MAX, LINE_MAX
+from inco_trio.control.protocol import LINE_MAX
+from inco_trio.control.server import CLIENTS_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.persist.history import KEPT
 from netns.fixtures import DEADLINE, Proxy
@@ -59,9 +60,9 @@ def test_it_greets_and_tells_the_status(board: Board) -> None:
     assert signals["ihub_reset_irq"]["last"] is None
     assert status["since"] <= signals["ihub_hwwd_irq"]["last"] <= signals["redun_notify_irq"]["last"]
     assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
-    assert (status["open"], status["running"], status["holder"], status["link"]) == (True, True, None, board.link)
+    assert (status["open"], status["running"], status["descriptors"], status["link"]) == (True, True, None, board.link)
     assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
-    assert [leg["problem"] for leg in status["legs"]] == [None] * 6
+    assert [task["problem"] for task in status["tasks"]] == [None] * 6
 
 
 def test_what_is_wrong_is_in_the_status(board: Board) -> None:
@@ -75,7 +76,7 @@ def test_what_is_wrong_is_in_the_status(board: Board) -> None:
     board.inbound(peer)
     watching.until(event="problem")
     signals = {each["signal"]: each for each in board.status()["signals"]}
-    assert signals["ihub_hwwd_irq"]["owed"] == 1
+    assert signals["ihub_hwwd_irq"]["pending"] == 1
     assert signals["ihub_hwwd_irq"]["failures"] >= 1
     assert "Is a directory" in signals["ihub_hwwd_irq"]["problem"]
     (board.irq / "message_5_state").rmdir()
@@ -502,7 +503,7 @@ def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
     board.trigger()  # Of that it is not told.
     first = board.client()
     follow = first.ask({"request": "follow"})["follow"]
-    boot = first.greeting["boot"]
+    boot = follow[name]["boot"]
     assert follow == {name: {"boot": boot, "acknowledged": 1, "sequence": 1}}
     board.inbound(peer)
     event = first.until(event="notification")

@@ -22,7 +22,7 @@ from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
 from tests.support_registers import Clock, World
 

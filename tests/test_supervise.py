@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from inco_trio.proxy.supervise import TRANSIENT, Backoff, Health, supervise
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 Leg = Callable[[Health], Awaitable[None]]
 

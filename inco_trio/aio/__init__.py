@@ -23,7 +23,7 @@ from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.signals import Direction
-from inco_trio.stats import Stats
+from inco_trio.status import Stats
 
 if TYPE_CHECKING:
     from inco_trio.status import Status

@@ -216,10 +216,10 @@ async def _answering(
         if listener is None:
             yield None
             return
-        control = Control()
-        nursery.start_soon(control.serve, service, listener)
+        control = Control(service, listener)
+        nursery.start_soon(control.serve)
         try:
-            yield control
+            yield control.feed
         finally:
             control.close()
             with trio.CancelScope(shield=True):

@@ -11,7 +11,6 @@ from inco_trio.cli import process_signals
 from inco_trio.cli.options import LISTEN, absolute, add_service_options, check_listen
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
-from inco_trio.errors import ProgramNotFoundError
 
 __all__ = ["arguments", "run"]
 
@@ -35,13 +34,8 @@ def run(args: argparse.Namespace) -> int:
         say(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
         return 0
     process_signals.hold()
-    try:
-        from inco_trio.metrics.exporter import serve
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("prometheus_client"):
-            raise
-        raise ProgramNotFoundError("exporter needs prometheus_client: pip install 'inco-trio[metrics]'") from error
     from inco_trio.cli import service
+    from inco_trio.metrics.exporter import serve
 
     address, port = check_listen(args.listen)
     controls = None if args.control is None else [Path(absolute(place, "--control")) for place in args.control]

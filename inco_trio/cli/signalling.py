@@ -7,7 +7,7 @@ import errno
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inco_trio.cli.options import check_link, config_path, path_of
 from inco_trio.cli.streams import remark
@@ -135,18 +135,17 @@ def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError
 
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
     """The board that was named, by --board or as LINK."""
-    if args.board is None and args.link in client.greeting["boards"] and args.link != client.greeting["name"]:
+    if args.board is None and args.link in client.greeting.boards and args.link != client.greeting.name:
         return str(args.link)
     board: str | None = args.board
     return board
 
 
 def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
-    """The directions of the signals, by name, and whether all links are up."""
-    request = {"request": "status"} | ({} if board is None else {"board": board})
-    boards: list[dict[str, Any]] = [each for each in client.request(request)["status"] if each["open"]]
-    directions = {signal["signal"]: signal["direction"] for each in boards for signal in each["signals"]}
-    return directions, all(each["running"] for each in boards)
+    """Return the directions of the signals by name, and whether all links are up."""
+    boards = [each.status for each in client.status(board) if each.status is not None]
+    directions = {signal.signal: signal.direction.value for each in boards for signal in each.signals}
+    return directions, all(each.running for each in boards)
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from signal import SIGTERM
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from inco_trio.cli.options import positive
 from inco_trio.cli.signalling import (
@@ -29,7 +28,9 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
+from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import ResourceError, UsageError
+from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 class _Source(Protocol):
     def fileno(self) -> int: ...
-    def arrived(self) -> list[dict[str, Any]]:
-        """What came, without waiting: notifications (see docs/control.md), or {"missed": text}."""
+    def arrived(self) -> list[Event]:
+        """Return the events that have arrived. Those that are not notifications have a message for the user."""
 
 
 class _Waiting:
@@ -155,16 +156,17 @@ class _Waiting:
         """Whether as many came as were waited for."""
         return not self._left
 
-    def came(self, event: Mapping[str, Any]) -> bool:
+    def came(self, event: Event) -> bool:
         """Print a notification; returns whether it was the last one."""
-        if "missed" in event:
-            remark(event["missed"])
+        if event.event != "notification":
+            remark(event.message)
             return False
         if self._args.json:
-            say(json.dumps(event))
+            say(event.json())
         elif not self._args.quiet:
-            stamp = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-            say(f"{stamp}.{int(event['time'] % 1 * 1e6):06d} {event['direction']} {event['signal']}")
+            stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
+            direction = "" if event.direction is None else event.direction.value
+            say(f"{stamp}.{int(event.time % 1 * 1e6):06d} {direction} {event.signal}")
         flush()
         self._left -= 1
         return self.complete
@@ -210,8 +212,7 @@ def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
         board = board_of(client, args)
         directions, _ = signals_of(client, board)
         check_known(args.signal, directions, (), "", "")
-        request = {"request": "monitor", "signals": [args.signal]} | ({} if board is None else {"board": board})
-        client.request(request)
+        client.request(MonitorRequest(board, signals=[args.signal]))
         yield _Told(client)
 
 
@@ -220,14 +221,15 @@ class _Told:
         self._client = client
         self.fileno = client.fileno
 
-    def arrived(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[Event]:
         """See `_Source`. Raises ProxyNotFoundError once the proxy has ended."""
         found = []
         for event in self._client.arrived():
-            if event["event"] == "notification":
+            if event.event == "notification":
                 found.append(event)
-            elif event["event"] == "lost":
-                found.append({"missed": f"{event['count']} events were lost here: they may have been notifications"})
+            elif event.event == "lost":
+                text = f"{event.count} events were lost here: they may have been notifications"
+                found.append(Event("lost", message=text))
         return found
 
 
@@ -290,17 +292,18 @@ class _Register:
         if before not in (-1, self._watch):
             self._inotify.unwatch(before)
 
-    def arrived(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[Event]:
         """See `_Source`. Raises IncoError."""
         ino = self._ino
-        found: list[dict[str, Any]] = []
+        found: list[Event] = []
         events = ino.parse_events(self._buffer[: self._inotify.read_into(self._buffer)])
         for wd, mask, name in events:
             if mask & ino.IN_Q_OVERFLOW:
-                found.append({"missed": "the inotify queue overflowed: notifications may have been missed"})
+                text = "the inotify queue overflowed: notifications may have been missed"
+                found.append(Event("overflow", message=text))
             elif mask & ino.IN_CLOSE_WRITE:
                 if wd == self._watch and name == self._name:
-                    found.append(_notification(self._signal.name, "inbound", str(self._signal.path)))
+                    found.append(_notification(self._signal.name, Direction.INBOUND, str(self._signal.path)))
             elif not mask & (ino.IN_MODIFY | ino.IN_IGNORED):
                 try:
                     self._follow()
@@ -309,15 +312,8 @@ class _Register:
         return found
 
 
-def _notification(signal: str, direction: str, register: str | None) -> dict[str, Any]:
-    """As the proxy tells of it."""
-    return {
-        "event": "notification",
-        "direction": direction,
-        "signal": signal,
-        "register": register,
-        "time": time.time(),
-    }
+def _notification(signal: str, direction: Direction, register: str | None) -> Event:
+    return Event("notification", time=time.time(), direction=direction, signal=signal, register=register)
 
 
 # --------------------------------------------------------------------------------------------------------- as core 1
@@ -343,6 +339,8 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
                 if send is not None:
                     nursery.start_soon(core1.send, send)
                 async for arrival in core1:
-                    if arrival.name == waiting.signal and waiting.came(_notification(arrival.name, "outbound", None)):
+                    if arrival.name == waiting.signal and waiting.came(
+                        _notification(arrival.name, Direction.OUTBOUND, None)
+                    ):
                         break
                 nursery.cancel_scope.cancel()

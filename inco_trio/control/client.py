@@ -1,83 +1,124 @@
-"""A client of the control socket, with blocking sockets and nothing else: tools of a shell have to start quickly.
-
-docs/control.md says what is asked and answered.
-"""
+"""A blocking client of the control socket. It imports little because command line tools must start quickly."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import os
 import select
 import socket
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from inco_trio.control.place import runtime_directories
+from inco_trio.control.protocol import (
+    REPLY_MAX,
+    BoardStatus,
+    Event,
+    Greeting,
+    LineBuffer,
+    MessageError,
+    Request,
+    Response,
+    StatusRequest,
+    decode_greeting,
+    decode_reply,
+    encode_request,
+)
 from inco_trio.errors import (
     IncoError,
     PermissionDeniedError,
+    ProtocolError,
     ProxyNotFoundError,
     ResourceError,
     UsageError,
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["Client", "add_place", "client_of", "connect", "sockets"]
+__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Client", "add_place", "client_of", "connect", "dial", "error_of", "sockets"]
 
-PROTOCOL = 1
+CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Seconds of one select(2): a signal that comes just before it does not end it."""
+"""Seconds of one select(2). A signal that arrives just before it does not interrupt it."""
 PATIENCE = 10.0
-"""Seconds in which a proxy greets, and answers what it need not wait for."""
+"""Deadline in seconds for the greeting and for each response that needs no waiting."""
+SEARCH = 3.0
+"""Deadline in seconds for the greetings of all proxies, where the user named none."""
+AGAIN = 0.02
+"""Seconds until the next attempt to connect to a socket whose backlog is full."""
 ERRORS: dict[str, type[IncoError]] = {
     "not-permitted": PermissionDeniedError,
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""What an error of the proxy is here; UsageError for the others."""
+"""The exception for an error code of the proxy; UsageError for the others."""
+
+
+def dial(sock: socket.socket, path: Path) -> bool:
+    """Connect a non-blocking socket; return False while the backlog of the proxy is full.
+
+    Raises PermissionDeniedError, and ProxyNotFoundError. Its cause is a FileNotFoundError or a ConnectionRefusedError
+    if no process listens there.
+    """
+    try:
+        sock.connect(os.fspath(path))
+    except BlockingIOError:
+        return False
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            f"{path}: only root, the user of the proxy and its group may connect (run as one of them)"
+        ) from error
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise ProxyNotFoundError(f"{path}: no proxy listens there") from error
+    except OSError as error:
+        raise ProxyNotFoundError(f"{path}: cannot connect: {error.strerror or error}") from error
+    return True
+
+
+def error_of(response: Response) -> type[IncoError]:
+    """Return the exception type for an error response."""
+    return ERRORS.get(response.error, UsageError)
 
 
 class Client:
     """A connection to the proxy that listens at `path`.
 
-    Raises ProxyNotFoundError if nobody does, PermissionDeniedError, and ResourceError for a proxy that has no room.
+    Raises PermissionDeniedError, ResourceError if the proxy has too many clients, and ProxyNotFoundError if no proxy
+    answers. All methods raise ProtocolError if the other process does not obey the protocol.
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         self.path = path
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._received = bytearray()
-        self._events: deque[dict[str, Any]] = deque()
+        self._received = LineBuffer(REPLY_MAX)
+        self._lines: deque[bytes] = deque()
+        self._events: deque[Event] = deque()
+        deadline = time.monotonic() + patience
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self._sock.settimeout(patience)
-            self._connect()
-            self.greeting = self._read()
-            self._check(self.greeting)
-            self._check_greeting()
+            self._dial(deadline)
+            self.greeting = self._greeted(deadline)
         except BaseException:
             self._sock.close()
             raise
 
-    def _check_greeting(self) -> None:
-        greeting = self.greeting
-        if not isinstance(greeting.get("protocol"), int) or not isinstance(greeting.get("boards"), list):
-            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
+    def _dial(self, deadline: float) -> None:
+        while not dial(self._sock, self.path):
+            if time.monotonic() >= deadline:
+                raise self._silent()
+            time.sleep(AGAIN)
 
-    def _connect(self) -> None:
+    def _greeted(self, deadline: float) -> Greeting:
+        line = self._line(deadline)
         try:
-            self._sock.connect(os.fspath(self.path))
-        except PermissionError as error:
-            raise PermissionDeniedError(
-                f"{self.path}: only root, the user of the proxy and its group may ask it (run as one of them)"
-            ) from error
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ProxyNotFoundError(f"{self.path}: no proxy listens there") from error
-        except OSError as error:
-            raise ProxyNotFoundError(f"{self.path}: cannot ask there: {error.strerror or error}") from error
+            greeting = decode_greeting(line)
+        except MessageError as error:
+            raise self._broken(error) from error
+        if isinstance(greeting, Response):
+            raise error_of(greeting)(greeting.message)
+        return greeting
 
     def __enter__(self) -> Client:
         return self
@@ -86,105 +127,118 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._sock.close()
 
-    def request(self, request: Mapping[str, object], patience: float | None = PATIENCE) -> dict[str, Any]:
-        """The answer to a request, within `patience` seconds. Raises IncoError for one that is refused."""
-        self._sock.settimeout(patience)
+    def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
+        """Return the response to a request, within `patience` seconds. Raises IncoError if the proxy refuses it."""
+        deadline = math.inf if patience is None else time.monotonic() + patience
         try:
-            self._sock.sendall(json.dumps(request).encode() + b"\n")
+            self._sock.settimeout(patience)
+            self._sock.sendall(encode_request(request))
+        except TimeoutError as error:
+            raise self._silent() from error
         except OSError as error:
-            raise self._gone() from error
-        while "event" in (line := self._read()):
-            self._events.append(line)
-        self._check(line)
-        return line
+            raise self._ended() from error
+        while isinstance(reply := self._reply(deadline), Event):
+            self._events.append(reply)
+        if reply.error:
+            raise error_of(reply)(reply.message or reply.error)
+        try:
+            reply.check(request)
+        except MessageError as error:
+            raise self._broken(error) from error
+        return reply
 
-    def events(self, patience: float | None = None) -> Iterator[dict[str, Any]]:
-        """The events of a monitor, until the proxy ends; TimeoutError if none comes for `patience` seconds."""
+    def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
+        """Return the status of all boards or of one."""
+        return self.request(StatusRequest(board), patience).status
+
+    def events(self, patience: float | None = None) -> Iterator[Event]:
+        """Yield the events of a monitor until the proxy ends, or until none arrives within `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
-            self._sock.settimeout(patience)
             try:
-                self._events.append(self._read())
+                self._read_event(math.inf if patience is None else time.monotonic() + patience)
+            except ProtocolError:
+                raise
             except ProxyNotFoundError:
                 return
 
     def fileno(self) -> int:
-        """The descriptor that is readable when `arrived` has something new."""
+        """Return the descriptor that is readable when `arrived` has new events."""
         return self._sock.fileno()
 
-    def arrived(self) -> list[dict[str, Any]]:
-        """The events of a monitor that are there, without waiting. Raises ProxyNotFoundError once the proxy has
-        ended.
-        """
-        if not self._events and b"\n" not in self._received and select.select([self._sock], [], [], 0)[0]:
+    def arrived(self) -> list[Event]:
+        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has ended."""
+        if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
-        while (line := self._line()) is not None:
-            self._events.append(line)
+        while self._lines:
+            self._read_event(math.inf)
         events = list(self._events)
         self._events.clear()
         return events
 
     def wait(self, seconds: float) -> None:
-        """Wait, while the proxy says nothing. Raises ProxyNotFoundError if it ends meanwhile."""
+        """Sleep. Raises ProxyNotFoundError if the proxy ends meanwhile."""
         if select.select([self._sock], [], [], seconds)[0]:
-            self._sock.settimeout(0)
-            self._events.append(self._read())
+            self._read_event(time.monotonic() + seconds)
 
-    def _read(self) -> dict[str, Any]:
-        while (line := self._line()) is None:
-            self._receive()
-        return line
+    def _read_event(self, deadline: float) -> None:
+        if isinstance(reply := self._reply(deadline), Event):
+            self._events.append(reply)
+
+    def _reply(self, deadline: float) -> Event | Response:
+        try:
+            return decode_reply(self._line(deadline))
+        except MessageError as error:
+            raise self._broken(error) from error
+
+    def _line(self, deadline: float) -> bytes:
+        while not self._lines:
+            left = deadline - time.monotonic()
+            if select.select([self._sock], [], [], max(0.0, min(UNINTERRUPTED, left)))[0]:
+                self._receive()
+            elif left <= 0:
+                raise self._silent()
+            if time.monotonic() >= deadline and not self._lines:
+                raise self._silent()
+        return self._lines.popleft()
 
     def _receive(self) -> None:
         try:
-            while self._sock.gettimeout() is None and not select.select([self._sock], [], [], UNINTERRUPTED)[0]:
-                pass
-            data = self._sock.recv(1 << 16)
-        except TimeoutError as error:
-            raise ProxyNotFoundError(f"{self.path}: the proxy does not answer") from error
+            data = self._sock.recv(CHUNK)
         except OSError as error:
-            raise self._gone() from error
+            raise self._ended() from error
         if not data:
-            raise self._gone()
-        self._received += data
-
-    def _line(self) -> dict[str, Any] | None:
-        """The next line, or None if it is not there yet."""
-        end = self._received.find(b"\n")
-        if end < 0:
-            return None
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
+            raise self._ended()
+        self._received.feed(data)
         try:
-            read: object = json.loads(line)
-        except ValueError:
-            read = None
-        if not isinstance(read, dict):
-            raise ProxyNotFoundError(f"{self.path}: who listens there is no inco-trio")
-        return read
+            self._lines += self._received.lines()
+        except MessageError as error:
+            raise self._broken(error) from error
 
-    def _gone(self) -> ProxyNotFoundError:
+    def _ended(self) -> ProxyNotFoundError:
         return ProxyNotFoundError(f"{self.path}: the proxy has ended")
 
-    def _check(self, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
-            raise ERRORS.get(answer["error"], UsageError)(str(answer.get("message", answer["error"])))
+    def _silent(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(f"{self.path}: the proxy does not answer")
+
+    def _broken(self, error: MessageError) -> ProtocolError:
+        return ProtocolError(f"{self.path}: the process listening there is not inco-trio, or another version: {error}")
 
 
 def add_place(sub: argparse.ArgumentParser) -> None:
-    """Add the options that say which proxy is asked."""
-    sub.add_argument("link", nargs="?", metavar="LINK", help="the proxy of this link, or of this directory of boards")
+    """Add the options that name a proxy."""
+    sub.add_argument("link", nargs="?", metavar="LINK", help="the proxy of this link or of this directory of boards")
     sub.add_argument("--control", metavar="PATH", help="the proxy with this control socket (default: the only one)")
 
 
 def connect(args: argparse.Namespace) -> Client:
-    """The proxy that `add_place`'s options name, or the only one.
+    """Connect to the proxy that the options of `add_place` name, or to the only one.
 
-    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError where several run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError if several proxies run.
     """
     if args.control is not None:
         if args.link is not None:
@@ -192,15 +246,11 @@ def connect(args: argparse.Namespace) -> Client:
         return Client(Path(args.control))
     found: list[Client] = []
     refused: IncoError | None = None
-    for path in sockets():
-        try:
-            client = Client(path)
-        except ProxyNotFoundError:
-            continue  # Left over.
-        except IncoError as error:
-            refused = error
-            continue
-        if args.link is None or _is_called(client, args.link):
+    for client in _answering():
+        if isinstance(client, IncoError):
+            if not isinstance(client, ProxyNotFoundError):
+                refused = client
+        elif args.link is None or _is_called(client, args.link):
             found.append(client)
         else:
             client.close()
@@ -209,7 +259,7 @@ def connect(args: argparse.Namespace) -> Client:
     for client in found:
         client.close()
     if found:
-        named = ", ".join(f"{client.greeting['name']} (--control {client.path})" for client in found)
+        named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise UsageError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
@@ -219,20 +269,39 @@ def connect(args: argparse.Namespace) -> Client:
 
 
 def client_of(pid: int) -> Client | None:
-    """The proxy of a process, if it answers where sockets are looked for."""
-    for path in sockets():
-        try:
-            client = Client(path)
-        except IncoError:
+    """Return a client of the proxy with this process id, or None if its socket is not found."""
+    mine: Client | None = None
+    for client in _answering():
+        if isinstance(client, IncoError):
             continue
-        if client.greeting.get("pid") == pid:
-            return client
-        client.close()
-    return None
+        if mine is None and client.greeting.pid == pid:
+            mine = client
+        else:
+            client.close()
+    return mine
+
+
+def _answering() -> list[Client | IncoError]:
+    """Connect to all control sockets of this host at once, with one deadline."""
+    paths = sockets()
+    if len(paths) < 2:
+        return [_attempt(path) for path in paths]
+    # Imported only here because most hosts have one proxy.
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(paths)) as threads:
+        return list(threads.map(_attempt, paths))
+
+
+def _attempt(path: Path) -> Client | IncoError:
+    try:
+        return Client(path, SEARCH)
+    except IncoError as error:
+        return error
 
 
 def sockets() -> list[Path]:
-    """The control sockets of this host, also those that processes that ended have left."""
+    """Return the control sockets of this host, including those that ended processes left behind."""
     found: list[Path] = []
     for directory in runtime_directories():
         try:
@@ -243,9 +312,9 @@ def sockets() -> list[Path]:
 
 
 def _is_called(client: Client, link: str) -> bool:
-    name = client.greeting["name"]
     try:
         called = parse_address(link).name
     except ValueError:
         called = link
-    return name in (called, link, os.path.abspath(link)) or link in client.greeting["boards"]  # noqa: PTH100 - no symlinks
+    names: Sequence[str] = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
+    return client.greeting.name in names or link in client.greeting.boards

@@ -54,16 +54,16 @@ def examine(
 
 
 def _table_since(pid: int) -> float | None:
-    """When the proxy of this process has taken its signal table, if it tells."""
+    """Return when the proxy of this process loaded its signal table, or None if it does not answer."""
     client = client_of(pid)
     if client is None:
         return None
     with client:
         try:
-            told = client.request({"request": "status"})["status"]
+            boards = client.status()
         except IncoError:
             return None
-    return min((board["table_since"] for board in told if board["open"]), default=None)
+    return min((board.status.table_since for board in boards if board.status is not None), default=None)
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
@@ -73,7 +73,7 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
         *links.peer(address),
         *machine.unix_queue(),
         *proxies.users_of_link(link, users, start),
-        *proxies.holder(link, users, processes),
+        *proxies.descriptors(link, users, processes),
     ]
     return results, users
 
@@ -90,7 +90,7 @@ def _interface(address: InterfaceAddress, processes: Processes, start: str | Non
         results += [
             *links.order(found),
             *proxies.users_of_link(address.name, users, start),
-            *proxies.holder(address.name, users, processes),
+            *proxies.descriptors(address.name, users, processes),
         ]
     return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER)], users
 

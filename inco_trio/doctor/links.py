@@ -61,9 +61,9 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
         yield ok("mtu", name, f"MTU {found.mtu} holds every signal's name")
     if found.port_of == "bridge":
         bridge = "of another network namespace" if master is None else master.name
-        mend = None if master is None else f"inco-trio run {shlex.quote(master.name)}"
+        fix = None if master is None else f"inco-trio run {shlex.quote(master.name)}"
         text = f"is a port of the bridge {bridge}, which takes its frames: use that as the interface"
-        yield fail("bridge", name, text, mend)
+        yield fail("bridge", name, text, fix)
     else:
         yield ok("bridge", name, "is no port of a bridge")
 
@@ -98,7 +98,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
     masks = [mask for queue in queues if (mask := read(queue / "rps_cpus")) is not None]
     cpus = [int(mask.replace(",", "") or "0", 16) for mask in masks]
     where = shlex.quote(f"{Path('/sys/class/net', name)}")
-    mend = f"echo 1 | tee {where}/queues/rx-*/rps_cpus"
+    fix = f"echo 1 | tee {where}/queues/rx-*/rps_cpus"
     what = "its frames" if name == link else f"the frames of {link}"
     if len(set(cpus)) == 1 and cpus[0].bit_count() == 1:
         return ok("order", name, f"one CPU handles {what}, which stay in order")
@@ -113,7 +113,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
     if not masks:
         # A kernel without RPS.
         return warn("order", name, text, f"ethtool -L {shlex.quote(name)} combined 1" if len(queues) > 1 else None)
-    return warn("order", name, text, mend)
+    return warn("order", name, text, fix)
 
 
 def _count(ranges: str) -> int:
@@ -147,8 +147,8 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         return
     if not stat.S_ISSOCK(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "a device")
-        mend = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
-        yield fail("socket", path, f"is no socket but {kind}: the proxy cannot be bound there", mend)
+        fix = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
+        yield fail("socket", path, f"is no socket but {kind}: the proxy cannot be bound there", fix)
         return
     code = bound(address.local)
     if code == 0:

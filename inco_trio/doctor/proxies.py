@@ -19,7 +19,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = [
     "Users",
     "configuration",
-    "holder",
+    "descriptors",
     "users_of_directory",
     "users_of_interface",
     "users_of_link",
@@ -130,7 +130,7 @@ def _crowd(subject: str, proxies: list[Process], others: list[Process], does: st
         yield ok("proxy", subject, f"process {named(everyone)} {does}, and no other one")
 
 
-def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
+def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Result]:
     """Whether somebody keeps the descriptors of the proxy that runs, so that its restart loses nothing.
 
     Seen from outside: s6-fdholder-daemon, or systemd, has the same socket open.
@@ -139,18 +139,19 @@ def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
     if proxy is None:
         return
     if users.holders:
-        yield ok("holder", link, f"process {named(list(users.holders))} keeps its socket over a restart of the proxy")
+        text = f"process {named(list(users.holders))} keeps its socket over a restart of the proxy"
+        yield ok("descriptors", link, text)
     elif processes.unseen:
-        text = "who keeps its socket over a restart cannot be seen by this user"
-        yield warn("holder", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
+        text = "this user cannot see whether an fd store keeps its socket over a restart"
+        yield warn("descriptors", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
     elif _value_of("--fd-holder", proxy.command) is not None:
-        text = f"process {proxy.pid} was started with --fd-holder, but no holder has its socket: see its log"
-        yield fail("holder", link, text)
+        text = f"process {proxy.pid} was started with --fd-holder, but no fd store has its socket: see its log"
+        yield fail("descriptors", link, text)
     else:
-        text = "nobody keeps its socket: what comes while the proxy is restarted is lost"
+        text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
         config = _value_of("--config", proxy.command)
         option = "" if config is None else f" --config {shlex.quote(config)}"
-        yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
+        yield warn("descriptors", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
 
 
 def _value_of(option: str, command: Sequence[str]) -> str | None:

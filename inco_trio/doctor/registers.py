@@ -61,8 +61,8 @@ def _register(signal: Signal) -> Iterator[Result]:
         return  # It is made by the proxy; what is wrong with the directory is said there.
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
-        mend = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
-        yield fail("registers", path, f"is no regular file but {kind}: the proxy refuses it", mend)
+        fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
+        yield fail("registers", path, f"is no regular file but {kind}: the proxy refuses it", fix)
         return
     use, mode = (os.R_OK, "u+r") if signal.direction is Direction.OUTBOUND else (os.W_OK, "u+w")
     if not os.access(path, use, effective_ids=True):

@@ -32,8 +32,8 @@ class Result:
     subject: str
     """The interface, path or setting."""
     found: str
-    mend: str | None = None
-    """The command that mends it, by root where that is needed; None where there is none: `found` says what to do."""
+    fix: str | None = None
+    """The command that fixes it, by root where that is needed; None where there is none: `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
         """For JSON."""
@@ -42,12 +42,12 @@ class Result:
             "check": self.check,
             "subject": self.subject,
             "found": self.found,
-            "mend": self.mend,
+            "fix": self.fix,
         }
 
     def __str__(self) -> str:
         """All but the level, in one line."""
-        return f"{self.subject}: {self.found}" + ("" if self.mend is None else f": run: {self.mend}")
+        return f"{self.subject}: {self.found}" + ("" if self.fix is None else f": run: {self.fix}")
 
 
 def ok(check: str, subject: object, found: str) -> Result:
@@ -55,14 +55,14 @@ def ok(check: str, subject: object, found: str) -> Result:
     return Result(Level.OK, check, str(subject), found)
 
 
-def warn(check: str, subject: object, found: str, mend: str | None = None) -> Result:
+def warn(check: str, subject: object, found: str, fix: str | None = None) -> Result:
     """See `Level.WARN`."""
-    return Result(Level.WARN, check, str(subject), found, mend)
+    return Result(Level.WARN, check, str(subject), found, fix)
 
 
-def fail(check: str, subject: object, found: str, mend: str | None = None) -> Result:
+def fail(check: str, subject: object, found: str, fix: str | None = None) -> Result:
     """See `Level.FAIL`."""
-    return Result(Level.FAIL, check, str(subject), found, mend)
+    return Result(Level.FAIL, check, str(subject), found, fix)
 
 
 def permit(path: Path, mode: str) -> str:

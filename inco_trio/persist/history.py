@@ -10,6 +10,7 @@ last, when what it stands for is there: who is killed in between has noted somet
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -65,7 +66,7 @@ class History:
 
     @property
     def boot(self) -> str:
-        """What names the numbering: the boot id of the process that began it, in hexadecimal."""
+        """A random name of the numbering, in hexadecimal: a history that starts over has another one."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
@@ -98,11 +99,11 @@ class History:
         """How many were merged since the history was begun."""
         return self._numbers[_MERGED]
 
-    def begin(self, boot: str, sequence: int) -> None:
+    def begin(self, sequence: int) -> None:
         """Keep what is carried after notification number `sequence`, if nothing is kept yet."""
         if self.keeping:
             return
-        self._numbers[_BOOT] = int(boot, 16)
+        self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
         for place in (_BASE, _SEQUENCE, _ACKNOWLEDGED):
             self._numbers[place] = sequence
         self._numbers[_MERGED_TO] = self._numbers[_MERGED] = 0

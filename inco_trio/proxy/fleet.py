@@ -30,7 +30,7 @@ from inco_trio.proxy.proxy import Ground, Proxy, build, running
 from inco_trio.proxy.supervise import Health, board_name, starting_and_stopping, supervise, working_for
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
-from inco_trio.stats import Counters, Stats
+from inco_trio.status import Counters, Stats
 
 __all__ = ["Proxies", "open_proxies"]
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 import trio
 
 from inco_trio.errors import IncoError
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = [
     "TRANSIENT",

@@ -19,7 +19,7 @@ from inco_trio.persist.inflight import NumberTable
 from inco_trio.proxy.supervise import Problems
 from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
 from inco_trio.signals import Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["StateFile", "StateFiles"]
 

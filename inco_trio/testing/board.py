@@ -19,7 +19,7 @@ from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import Cores, two_cores
-from inco_trio.stats import Stats
+from inco_trio.status import Stats
 from inco_trio.testing.carriers import Carrier, InProcess, Process
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults
