@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
     from inco_trio.cores.core1 import Arrival, Core1
     from inco_trio.errors import (
+        BoardNotOpenError,
         ClosedError,
         ConfigError,
         IncoError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Arrival",
     "Board",
+    "BoardNotOpenError",
     "ClosedError",
     "Config",
     "ConfigError",
@@ -66,6 +68,7 @@ _PLACES = {
     "config": ("Board", "Config", "read_board"),
     "cores.core1": ("Arrival", "Core1"),
     "errors": (
+        "BoardNotOpenError",
         "ClosedError",
         "ConfigError",
         "IncoError",

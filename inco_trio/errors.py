@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "BoardNotOpenError",
     "ClosedError",
     "ConfigError",
     "IncoError",
@@ -67,6 +68,12 @@ class ProxyNotFoundError(IncoError):
     """No running proxy answers on a control socket."""
 
     exit_code = 69
+
+
+class BoardNotOpenError(IncoError, KeyError):
+    """A configured board has no open proxy now; the text says why."""
+
+    __str__ = Exception.__str__
 
 
 class ProtocolError(ProxyNotFoundError):

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -172,6 +173,27 @@ def test_what_is_ended_is_kept_no_more() -> None:
     assert (history.waiting, history.sequence) == (0, 5)
     assert history.boot != before
     inflight.close()
+
+
+def test_a_history_that_replaces_another_one_comes_behind_its_rest() -> None:
+    """As of a board that is removed and put back: the numbers start over, and nothing is lost."""
+
+    async def main() -> list[tuple[str, int]]:
+        follower = Follower()
+        boots = []
+        for _ in range(2):
+            history = History(Inflight.open().history)
+            history.begin(0)
+            boots.append(history.boot)
+            follower.begin(BOARD, history)
+            history.append(SIGNALS[:1] * 3)
+        lines: list[dict[str, Any]] = []
+        while len(lines) < 6:
+            lines += map(json.loads, (await follower.take()).splitlines())
+        return [(str(boots.index(line["boot"])), line["sequence"]) for line in lines]
+
+    # Both are appended before the follower reads.
+    assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
 
 
 def test_one_that_is_behind_leaves_others_their_turn() -> None:

@@ -65,15 +65,13 @@ class Proxy:
         """What it was told: at the opening, or by the last reload."""
         return self._proxy.config
 
-    @property
-    def stats(self) -> Stats:
-        """The counters of this moment. The proxy's thread is waited for: some ten microseconds."""
-        return self._beside.ask(lambda: self._proxy.stats)
+    async def stats(self) -> Stats:
+        """Return the current counters."""
+        return await self._beside.read(lambda: self._proxy.stats)
 
-    @property
-    def status(self) -> Status:
-        """The state of this moment; the thread is waited for, too."""
-        return self._beside.ask(lambda: self._proxy.status)
+    async def status(self) -> Status:
+        """Return the current state."""
+        return await self._beside.read(lambda: self._proxy.status)
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
@@ -187,10 +185,13 @@ class AsyncioProxy:
     def __init__(self, proxy: trio_proxy.Proxy) -> None:
         self._proxy = proxy
 
-    @property
-    def stats(self) -> Stats:
-        """The counters, up to date."""
+    async def stats(self) -> Stats:
+        """Return the current counters."""
         return self._proxy.stats
+
+    async def status(self) -> Status:
+        """Return the current state."""
+        return self._proxy.status
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
@@ -199,12 +200,14 @@ class AsyncioProxy:
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
     @contextmanager
-    def events(self, buffer: int = 1024) -> Iterator[AsyncIterator[Notification]]:
-        """A stream of what is carried from now on, in both directions: `Proxy.events`, for asyncio's `async for`.
+    def events(
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+    ) -> Iterator[AsyncIterator[Notification]]:
+        """Open a stream of notifications for asyncio's `async for`, with the filters of `Proxy.events`.
 
-        A cancelled `anext`, for instance by `asyncio.timeout`, loses no notification.
+        A cancelled `anext`, for example by `asyncio.timeout`, loses no notification.
         """
-        with self._proxy.events(buffer) as stream:
+        with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 
 

@@ -1,8 +1,8 @@
 """Many boards in one process: a proxy for each, and one inotify descriptor for all.
 
-Each board runs in a task of its own, with its own scope, counters and log prefix (`service.log`). One that cannot be
-opened, or fails, is tried again after a pause, and at each reload; the others never notice. What outlives a proxy, its
-in-flight memory and its share of the inotify queue, stays with the board for its next proxy.
+Each board runs in a task of its own, with its own scope, counters and log prefix (`service.log`). If a board cannot be
+opened or fails, the process retries after a pause and at each reload, without disturbing the others. The in-flight
+memory of a board and its share of the inotify queue stay for its next proxy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceError
+from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
@@ -97,8 +97,12 @@ class _Board:
     ended: trio.Event = attrs.Factory(trio.Event)
 
 
-class Proxies:
-    """The running proxies of a process, by the names of their boards; `open_proxies` makes it."""
+class Proxies(Mapping[str, Proxy]):
+    """The open proxies of a process by the names of their boards; `open_proxies` creates it.
+
+    It changes while boards open and close. A configured board that is not open is not in it: `proxies[name]` raises
+    BoardNotOpenError, a KeyError that says why, and `not_open` lists all of them.
+    """
 
     def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
         whole = fd_store.inherited
@@ -146,14 +150,14 @@ class Proxies:
     # ------------------------------------------------------------------------------------------------ for callers
 
     def __getitem__(self, name: str) -> Proxy:
-        """The proxy of a board. Raises KeyError for a board that is not open."""
-        proxy = self._boards[name].proxy
-        if proxy is None:
-            raise KeyError(name)
-        return proxy
+        """Return the proxy of a board. Raises BoardNotOpenError, and KeyError for a board that is not configured."""
+        board = self._boards[name]
+        if board.proxy is None:
+            raise BoardNotOpenError(f"{name}: not open: {board.problem or 'it is being opened'}")
+        return board.proxy
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the boards that are open."""
+        """Return the names of the open boards."""
         return iter([name for name, board in self._boards.items() if board.proxy is not None])
 
     def __len__(self) -> int:
@@ -161,17 +165,17 @@ class Proxies:
 
     @property
     def configs(self) -> Mapping[str, Config]:
-        """What each board is now, also one that is not open."""
+        """The configuration of each board, open or not."""
         return {name: board.config for name, board in self._boards.items()}
 
     @property
     def not_open(self) -> Mapping[str, str]:
-        """Why boards are not open, by name."""
+        """Why the other configured boards are not open, by name."""
         return {name: board.problem for name, board in self._boards.items() if board.proxy is None}
 
     @property
     def stats(self) -> Mapping[str, Stats]:
-        """The counters of each board that is open, or was until these were closed."""
+        """The counters of each open board; after the end, those of the boards that were open."""
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
