@@ -11,7 +11,8 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "virtualenv"
+# uv makes an environment from its cache in a second; without uv, virtualenv and pip take half a minute for each.
+nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
 
@@ -42,6 +43,9 @@ DEBIAN_PACKAGES = {
     "tshark": ("tshark",),
     "zsh": ("zsh",),
 }
+
+# Two tests run at a time, each with its own namespaces, directories and sockets. Each session prints its slowest tests.
+TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "loadgroup", "--durations", "10")
 
 # Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
@@ -114,7 +118,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
         old.unlink()
     session.run(
         *(AS_ROOT if root else ()),
-        *("coverage", "run", "-m", "pytest", *args, *session.posargs),
+        *("coverage", "run", "-m", "pytest", *args, *TWO_AT_A_TIME, *session.posargs),
         env={"COVERAGE_FILE": str(COVERAGE_DATA / f"data.{data}"), **env},
         external=root,
     )
@@ -122,10 +126,17 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format."""
+    """Ruff's rules and format; the published schemas and zizmor's rules for the workflows."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    roots = [Path(), *sorted(Path("examples").iterdir())]
+    github = [str(path) for root in roots for path in sorted(root.glob(".github/workflows/*.yml"))]
+    gitlab = [str(path) for root in roots for path in root.glob(".gitlab-ci.yml")]
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *github)
+    gitlab_schema = ("vendor.gitlab-ci", "--data-transform", "gitlab-ci")
+    session.run("check-jsonschema", "--builtin-schema", *gitlab_schema, *gitlab)
+    session.run("zizmor", "--offline", "--pedantic", "--strict-collection", "--no-progress", *github)
 
 
 @nox.session
@@ -158,7 +169,21 @@ def unit(session: nox.Session) -> None:
         if session.python == next(iter(PYTHONS.values())):
             run_pytest(session, *words, data=session.name)
         else:
-            session.run("pytest", *words, *session.posargs)
+            session.run("pytest", *words, *TWO_AT_A_TIME, *session.posargs)
+
+
+@nox.session(default=False, python=next(iter(PYTHONS.values())))
+def oldest(session: nox.Session) -> None:
+    """Tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
+    need_programs(session)
+    session.install(*nox.project.dependency_groups(PROJECT, "oldest"))
+    # Without --upgrade, uv keeps a newer version that an earlier run installed.
+    session.run(
+        *("uv", "pip", "install", "--upgrade", "--resolution", "lowest-direct"),
+        *("--editable", ".", "--requirements", "pyproject.toml", "--all-extras", "--group", "test"),
+    )
+    words = ("tests", "-m", "not qemu and not faults")
+    session.run(*AS_ROOT, "python", "-m", "pytest", *words, *TWO_AT_A_TIME, *session.posargs, external=True)
 
 
 @nox.session
@@ -167,14 +192,14 @@ def wheel(session: nox.Session) -> None:
     session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(work / "dist"))
+    session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(work / "dist"))
     files = sorted(map(str, (work / "dist").iterdir()))
     session.run("twine", "check", "--strict", *files)
-    session.run("virtualenv", "--quiet", str(work / "clean"))
     python = str(work / "clean/bin/python")
-    session.run(python, "-m", "pip", "install", "--quiet", str(*(work / "dist").glob("*.whl")), external=True)
+    session.run("uv", "venv", "--quiet", str(work / "clean"))
+    session.run("uv", "pip", "install", "--quiet", "--python", python, str(*(work / "dist").glob("*.whl")))
     session.run(
-        *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *session.posargs),
+        *("pytest", "--confcutdir=tests/wheel", "tests/wheel/smoke.py", *TWO_AT_A_TIME, *session.posargs),
         env={"INCO_TRIO_WHEEL_PYTHON": python, "INCO_TRIO_WHEEL_DIST": str(work / "dist")},
     )
 
@@ -187,12 +212,12 @@ def examples(session: nox.Session) -> None:
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work / "dist", ignore_errors=True)
-    session.run("python", "-m", "build", "--wheel", "--outdir", str(work / "dist"))
+    session.run("python", "-m", "build", "--installer", "uv", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
     # A fault is found on one Python as on the others.
     which = () if session.python == next(iter(PYTHONS.values())) else ("-k", "passes")
     session.run(
-        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *session.posargs),
+        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *TWO_AT_A_TIME, *session.posargs),
         env={"INCO_TRIO_WHEEL": str(wheel), "INCO_TRIO_ENVIRONMENTS": str(work / "environments")},
     )
 
@@ -221,6 +246,26 @@ def run_faults(session: nox.Session, form: str) -> None:
     need_programs(session)
     install(session, "test")
     run_pytest(session, "tests", "-m", "faults", data="faults", root=True, INCO_TRIO_FAULTS=form)
+
+
+@nox.session(default=False)
+def loaded(session: nox.Session) -> None:
+    """All tests in random order next to busy processes; `-- --randomly-seed=N` repeats an order."""
+    need_programs(session)
+    install(session, "test", "loaded")
+    count = 2 * (os.cpu_count() or 1)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    session.log(f"{count} busy processes, with a higher priority than the tests")
+    try:
+        session.run(
+            *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", *TWO_AT_A_TIME, *session.posargs),
+            env={"INCO_TRIO_FAULTS": "short"},
+            external=True,
+        )
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @nox.session(default=False)

@@ -48,7 +48,7 @@ class Notification:
 class Listener(Protocol):
     """Receives everything that a proxy does, at once. Its methods must not wait or raise.
 
-    `supervise.board_name` has the name of the board.
+    `problems.board_name` has the name of the board.
     """
 
     wants_frames: bool

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,15 +25,26 @@ import pytest
 
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.simulation.world import RTMGRP_LINK, Cores, Namespace, Peer, two_cores, veth
+from netns.hang import HANG
+from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
-DEADLINE = 20.0
-"""Seconds after which a wait fails its test: only a safety net."""
+DEADLINE = HANG
+"""The former name, which test_aio.py and test_aio_proxy.py import."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
+    # Two workers, or two runs of the tests, must not find each other's control sockets.
+    if os.geteuid() != 0:
+        directory = tempfile.TemporaryDirectory(prefix="inco-trio-")
+        config.add_cleanup(directory.cleanup)
+        os.environ["XDG_RUNTIME_DIR"] = directory.name
+    else:
+        # A container without CAP_SYS_ADMIN runs only the unit tests, which share no socket names.
+        with contextlib.suppress(PermissionError):
+            cover_run()
 
 
 @pytest.fixture
@@ -61,7 +73,7 @@ class Canary:
     def wait_gone(self) -> None:
         """Wait for the end of the namespace."""
         while "canary" in (name for _, name in self._own.run(socket.if_nameindex)):
-            if not select.select([self._changes], [], [], DEADLINE)[0]:
+            if not select.select([self._changes], [], [], HANG)[0]:
                 pytest.fail("the namespace is still there")
             self._changes.recv(65536)
 
@@ -133,15 +145,15 @@ class Proxy:
 
     def wait_ready(self) -> None:
         """Wait for readiness (the newline of s6)."""
-        if not select.select([self._ready], [], [], DEADLINE)[0]:
-            self._fail(f"not ready within {DEADLINE:g} s")
+        if not select.select([self._ready], [], [], HANG)[0]:
+            self._fail(f"not ready within {HANG:g} s")
         if os.read(self._ready, 1) != b"\n":
             self.wait()
             self._fail("ended without being ready")
 
     def wait_log(self, text: str, *, after: int = 0) -> str:
         """The first line that contains `text`, once it is there; `after` skips so many characters of the log."""
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG
         while True:
             ended = self.process.poll() is not None
             for line in self.log[after:].splitlines(keepends=True):
@@ -151,7 +163,7 @@ class Proxy:
                 self._fail(f"ended without saying {text!r}")
             ready = select.select([self._changes.fd, self._end], [], [], max(0.0, deadline - time.monotonic()))[0]
             if not ready:
-                self._fail(f"has not said {text!r} within {DEADLINE:g} s")
+                self._fail(f"has not said {text!r} within {HANG:g} s")
             self._changes.read_into(memoryview(bytearray(65536)))
 
     def counters(self) -> dict[str, int]:
@@ -164,9 +176,9 @@ class Proxy:
     def wait(self) -> int:
         """The exit code, once it has ended; negative for a signal."""
         try:
-            return self.process.wait(DEADLINE)
+            return self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            self._fail(f"has not ended within {DEADLINE:g} s")
+            self._fail(f"has not ended within {HANG:g} s")
             raise
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -177,8 +189,9 @@ class Proxy:
     def close(self) -> None:
         """End it: by itself, so that its coverage is kept, or whatever it does."""
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)  # A test that failed may have left it stopped.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(DEADLINE)
+            self.process.wait(HANG)
         self.process.kill()
         self.process.wait()
         os.close(self._ready)
@@ -253,13 +266,13 @@ class Consumer:
             assert not self._overflowed, f"the test's own watch on {self.path} overflowed"
             return self._count
 
-    def wait(self, count: int, timeout: float = DEADLINE) -> None:
+    def wait(self, count: int, timeout: float = HANG) -> None:
         """Wait until there have been `count` closes; more fail the test, as far as they have been seen."""
         with self._changed:
             self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
         assert self.count == count, f"{self.path}: {self.count} closes instead of {count}"
 
-    def wait_at_least(self, count: int, timeout: float = DEADLINE) -> None:
+    def wait_at_least(self, count: int, timeout: float = HANG) -> None:
         """Wait until there have been `count` closes."""
         with self._changed:
             self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
@@ -303,7 +316,7 @@ class Tcpdump:
         assert self.process.stderr is not None
         said = b""
         while b"listening on" not in said:
-            if not select.select([self.process.stderr], [], [], DEADLINE)[0]:
+            if not select.select([self.process.stderr], [], [], HANG)[0]:
                 pytest.fail(f"tcpdump does not listen; it said: {said!r}")
             part = os.read(self.process.stderr.fileno(), 4096)
             assert part, f"tcpdump ended; it said: {said!r}"
@@ -314,8 +327,8 @@ class Tcpdump:
         assert self.process.stdout is not None
         data = b""
         while len(data) < size:
-            if not select.select([self.process.stdout], [], [], DEADLINE)[0]:
-                pytest.fail(f"tcpdump has seen no further packet within {DEADLINE:g} s")
+            if not select.select([self.process.stdout], [], [], HANG)[0]:
+                pytest.fail(f"tcpdump has seen no further packet within {HANG:g} s")
             part = os.read(self.process.stdout.fileno(), size - len(data))
             assert part, "tcpdump ended"
             data += part

@@ -199,13 +199,13 @@ class Fleet:
                 path, peer = self.paths[sent % len(self.paths)]
                 peer.sendto(FRAME, path)
                 sent += 1
-            time.sleep(max(0.0, start + sent / rate - time.monotonic()))
+            time.sleep(max(0.0, start + sent / rate - time.monotonic()))  # The pace of the load.
         took = time.monotonic() - start
         after, backlog = self._used(), self.waiting()
         last = -1
         while (count := self._ask("count")) < sent and count != last:
             last = count
-            time.sleep(3)
+            time.sleep(3)  # Measured: what brings nothing for 3 s counts as the end.
         received, doubles, latencies = self._ask("report")
         return Result(
             rate, took, sent, received, doubles, backlog,

@@ -22,7 +22,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
 __all__ = ["Certificates", "Mosquitto", "Reader", "Told", "free_port"]
@@ -97,14 +97,14 @@ class Mosquitto:
                 ["mosquitto", *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port)).close()
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
-                time.sleep(0.01)
+                time.sleep(0.01)  # Polled: mosquitto does not report that it listens.
             else:
                 return self
 
@@ -113,7 +113,7 @@ class Mosquitto:
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
-            self.process.wait(DEADLINE)
+            self.process.wait(HANG)
             self.process = None
 
 
@@ -170,7 +170,7 @@ class Reader:
         properties.SessionExpiryInterval = 3600
         client.connect("127.0.0.1", broker.port, clean_start=False, properties=properties)
         client.loop_start()
-        self._subscribed.get(timeout=DEADLINE)
+        self._subscribed.get(timeout=HANG)
 
     def _on_connect(self, client: paho.Client, *_: object) -> None:
         client.subscribe(self._topic, qos=1)
@@ -194,12 +194,12 @@ class Reader:
         if correlation is not None:
             properties.CorrelationData = correlation
         info = self._client.publish(topic, payload, 1, retain, properties)
-        info.wait_for_publish(DEADLINE)
+        info.wait_for_publish(HANG)
 
     def next(self, wanted: Callable[[Told], bool] = lambda _: True) -> Told:
         """The next message that is wanted."""
         while True:
-            told = self.told.get(timeout=DEADLINE)
+            told = self.told.get(timeout=HANG)
             if wanted(told):
                 return told
 
@@ -214,7 +214,7 @@ class Reader:
             self._mark += 1
             # Published once it is connected again, if it is not.
             self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)
-            self._marked.get(timeout=DEADLINE)
+            self._marked.get(timeout=HANG)
             quiet = quiet + 1 if self._number == before + 1 else 0
 
     def until_status(self, board: str, **fields: object) -> Told:
@@ -263,14 +263,14 @@ class Gateway:
     def end(self, number: int = signal.SIGTERM) -> int:
         """End it; returns its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(DEADLINE)
+        return self.process.wait(HANG)
 
     def close(self) -> None:
         """End it in peace, so that what it did is measured."""
         for number in (signal.SIGCONT, signal.SIGTERM):
             self.process.send_signal(number)
         try:
-            self.process.wait(DEADLINE)
+            self.process.wait(HANG)
         finally:
             self.process.kill()
             self.process.wait()

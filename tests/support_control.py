@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from inco_trio.frame import encode
-from netns.fixtures import DEADLINE, Proxy
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 
 __all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running"]
@@ -31,7 +32,7 @@ class Client:
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         stack.callback(self.sock.close)
-        self.sock.settimeout(DEADLINE)
+        self.sock.settimeout(HANG)
         self.sock.connect(os.fspath(path))
         self._file = self.sock.makefile("rb")
         stack.callback(self._file.close)
@@ -94,7 +95,7 @@ class Board:
     def core1(self) -> socket.socket:
         peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._stack.callback(peer.close)
-        peer.settimeout(DEADLINE)
+        peer.settimeout(HANG)
         peer.bind(f"{self.home}/core1")
         return peer
 
@@ -141,6 +142,6 @@ class Running:
         self.process.wait()
 
     def end(self) -> int:
-        out, err = self.process.communicate(timeout=DEADLINE)
+        out, err = self.process.communicate(timeout=HANG)
         assert "Traceback" not in out + err
         return self.process.returncode

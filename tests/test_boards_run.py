@@ -19,7 +19,8 @@ import pytest
 from inco_trio.cli.options import boards_label
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE, Proxy
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process, wait_path
 
@@ -50,7 +51,7 @@ class Boards:
     def peer(self, name: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._stack.callback(sock.close)
-        sock.settimeout(DEADLINE)
+        sock.settimeout(HANG)
         sock.bind(f"{self.home}/{name}.1")
         return sock
 
@@ -92,7 +93,7 @@ def daemon(boards: Boards, tmp_path: Path) -> Iterator[StartDaemon]:
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     whole = [sys.executable, "-m", "inco_trio", *map(str, words)]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartDaemon) -> None:
@@ -120,7 +121,7 @@ def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartD
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
     proxy.wait_log("2 boards open, 0 not", after=end)
-    assert "refused, what was there before goes on: " in proxy.wait_log("a.json: line 1 column 2: not JSON", after=end)
+    assert "refused, keeping the old configuration: " in proxy.wait_log("a.json: line 1 column 2: not JSON", after=end)
     for name in ("a", "c"):
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"
@@ -228,7 +229,7 @@ def test_an_interface_of_another_network_namespace(
         peer = boards.peer("other")
         proxy = daemon()
         boards.trigger("board")
-        assert select.select([core1.fileno()], [], [], DEADLINE)[0]
+        assert select.select([core1.fileno()], [], [], HANG)[0]
         assert decode(core1.receive()) == b"redun_notify_irq"
         core1.send(b"ihub_hwwd_irq")
         boards.delivered("board")

@@ -23,7 +23,8 @@ from inco_trio.control.protocol import LINE_MAX
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.persist.history import KEPT
-from netns.fixtures import DEADLINE, Proxy
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.support_control import FRAME, MAC, Board, Client
 
@@ -390,7 +391,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
 
     def ask() -> subprocess.CompletedProcess[str]:
         command = [*nobody, sys.executable, "-c", code, os.fspath(board.path)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
 
     assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
     assert "PermissionError" in ask().stderr

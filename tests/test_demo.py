@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import pytest
 
 from inco_trio.errors import UsageError
 from inco_trio.simulation.demo import duration, quantile, run_demo
-from netns.fixtures import DEADLINE, Canary
+from netns.fixtures import Canary
+from netns.hang import HANG
 
 DEMO = [sys.executable, "-m", "inco_trio", "demo"]
 SHORT = ["--count", "5", "--rate", "1000"]
@@ -56,13 +58,13 @@ def test_quantile_is_the_nearest_rank(last: int, part: float, expected: int) -> 
 def test_a_full_standard_output() -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123 - as a shell does
         done = subprocess.run(
-            [*DEMO, *SHORT], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=DEADLINE
+            [*DEMO, *SHORT], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=HANG
         )
     assert (done.returncode, done.stderr) == (71, "inco-trio: error: standard output: No space left on device\n")
 
 
 def finish(command: list[str]) -> tuple[int, str, str]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=3 * DEADLINE)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -196,7 +198,7 @@ class Running:
         self.proxy = self.children[-1]
         self._ends = [os.pidfd_open(child) for child in self.children]
 
-    def wait_children_ended(self, timeout: float = DEADLINE) -> None:
+    def wait_children_ended(self, timeout: float = HANG) -> None:
         for end in self._ends:
             assert select.select([end], [], [], timeout)[0]
 
@@ -208,7 +210,7 @@ class Running:
         return pytest.fail(f"the demonstration ended with {self.process.wait()}: {self.process.communicate()[1]}")
 
     def finish(self) -> tuple[int, str, str]:
-        said, complaints = self.process.communicate(timeout=DEADLINE)
+        said, complaints = self.process.communicate(timeout=HANG)
         return self.process.returncode, said, complaints
 
     def close(self) -> None:
@@ -219,11 +221,10 @@ class Running:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Path:
-    """Where the demonstration makes its temporary directory."""
-    path = tmp_path / "scratch"
-    path.mkdir()
-    return path
+def scratch() -> Iterator[Path]:
+    """Where the demonstration makes its temporary directory; short, as sockets are below it (unix(7))."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
 
 
 def start(scratch: Path, command: list[str]) -> Running:
@@ -380,7 +381,7 @@ def test_demonstration_stops_at_once_while_qemu_starts(tmp_path: Path, scratch: 
         child = int(started.read_text())
         end = os.pidfd_open(child)
         process.send_signal(number)
-        said, complaints = process.communicate(timeout=DEADLINE)
+        said, complaints = process.communicate(timeout=HANG)
     assert (process.returncode, said, complaints) == (128 + number, "", "")
     assert select.select([end], [], [], 0)[0]
     os.close(end)
@@ -432,7 +433,7 @@ def test_terminal_shows_a_line_a_signal_that_changes_in_place() -> None:
         said = b""
         # A terminal that nobody writes to any more answers EIO instead of an end (pty(7)).
         try:
-            while select.select([ours], [], [], DEADLINE)[0]:
+            while select.select([ours], [], [], HANG)[0]:
                 said += os.read(ours, 65536)
         except OSError:
             os.close(ours)

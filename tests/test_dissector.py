@@ -16,7 +16,7 @@ from inco_trio.capture.pcapng import ETHERNET
 from inco_trio.capture.recording import Recorder
 from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.signals import Direction
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_control import COMMAND, MAC
 
 LUA = files("inco_trio.capture") / "inco_trio.lua"
@@ -27,7 +27,7 @@ HEAD = b"\xff" * 6 + MAC
 def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home / "config")}
     command = [*COMMAND, "dissector", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
 
 
 def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
@@ -38,7 +38,7 @@ def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
     command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(
         [*command, *(word for field in fields for word in ("-e", field))],
-        capture_output=True, timeout=DEADLINE, check=True, env={**os.environ, "HOME": str(home)},
+        capture_output=True, timeout=HANG, check=True, env={**os.environ, "HOME": str(home)},
     )  # fmt: skip
     said = done.stderr.decode()
     assert "lua" not in said.lower(), said

@@ -27,6 +27,7 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.signals import builtin_signals
+from netns.hang import HANG
 from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
 
@@ -382,7 +383,7 @@ def datagram(path: Path) -> socket.socket:
 def mended(found: tuple[str, str, str | None]) -> None:
     """Run the command that fixes it."""
     assert found[2] is not None
-    subprocess.run(["sh", "-c", found[2]], check=True, timeout=60)
+    subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
 
 def test_the_path_of_a_socket(tmp_path: Path) -> None:
@@ -779,7 +780,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "inco_trio", "doctor", *map(str, words)]
     options: dict[str, object] = {"stdin": subprocess.DEVNULL, "capture_output": True, **more}
-    return subprocess.run(command, check=False, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(command, check=False, timeout=HANG, **options)  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.fixture

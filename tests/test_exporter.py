@@ -10,9 +10,9 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,8 +22,9 @@ import trio.testing
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
 from inco_trio.metrics import exporter
-from inco_trio.metrics.exporter import PATIENCE, Boards
-from netns.fixtures import DEADLINE, Proxy
+from inco_trio.metrics.exporter import Boards
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.mosquitto import Gateway, free_port
 from tests.support_control import COMMAND, Board
@@ -52,7 +53,7 @@ class Bench:
         return exporter
 
     def scrape(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=DEADLINE) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=HANG) as answer:
             assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
             text: str = answer.read().decode()
             return text
@@ -145,19 +146,25 @@ def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) ->
     assert exporter.end() == 0
 
 
-def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(bench: Bench) -> None:
-    left = []
-    for number in range(40):
-        listening = bench.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        left.append(bench.home / f"{number}.sock")
-        listening.bind(os.fspath(left[-1]))
-        listening.listen(1)
-    bench.exporter(*left)
-    before = time.monotonic()
-    samples = bench.samples()
-    assert [value for _, value in samples["inco_trio_proxy_up"]] == [0.0] * 40
-    # They are asked side by side: a fifth of what it takes one by one is far from both.
-    assert time.monotonic() - before < 40 * PATIENCE / 5
+def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [bench.home / f"{number}.sock" for number in range(40)]
+    listening = [bench.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for _ in paths]
+    for one, path in zip(listening, paths, strict=True):
+        one.settimeout(HANG)
+        one.bind(os.fspath(path))
+        one.listen(1)
+    for limit in ("PATIENCE", "ALL"):
+        monkeypatch.setattr(f"inco_trio.metrics.exporter.{limit}", HANG)
+    with ThreadPoolExecutor(1) as pool, ExitStack() as asked:
+        scraped = pool.submit(trio.run, Boards(paths).metrics)
+        # All of them are asked before the first has answered.
+        clients = [asked.enter_context(one.accept()[0]) for one in listening]
+        for client in clients:
+            client.close()
+        (up,) = [family for family in parse(scraped.result()) if family.name == "inco_trio_proxy_up"]
+    assert [sample.value for sample in up.samples] == [0.0] * 40
 
 
 def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
@@ -238,6 +245,7 @@ def test_concurrent_scrapes_share_a_query(tmp_path: Path) -> None:
 
 def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "CONNECTIONS_MAX", 20)
+    clock = trio.testing.MockClock()
 
     async def main() -> None:
         port = free_port()
@@ -255,14 +263,14 @@ def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch:
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
             assert answer.endswith(b"# EOF\n")
             # The limit ended the oldest connection, and the deadline ends the others.
-            for stream in (*idle, *half):
+            assert await idle[0].receive_some() == b""
+            clock.jump(exporter.REQUEST_PATIENCE)
+            for stream in (*idle[1:], *half):
                 assert await stream.receive_some() == b""
                 await stream.aclose()
             nursery.cancel_scope.cancel()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(exporter, "REQUEST_PATIENCE", 0.5)
-        trio.run(main)
+    trio.run(main, clock=clock)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +474,7 @@ def test_addresses_that_cannot_be_had() -> None:
         ):
             done = subprocess.run(
                 [*COMMAND, "exporter", "--listen", listen],
-                capture_output=True, text=True, check=False, timeout=DEADLINE, env={**os.environ},
+                capture_output=True, text=True, check=False, timeout=HANG, env={**os.environ},
             )  # fmt: skip
             assert done.returncode == code, done.stderr
             assert text in done.stderr

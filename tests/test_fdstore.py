@@ -17,9 +17,10 @@ import pytest
 
 from inco_trio.errors import ResourceError, UsageError
 from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
-from inco_trio.service.scandir import link_service, write_scandir
+from inco_trio.service.descriptions import link_service
+from inco_trio.service.s6 import write_scandir
+from netns.hang import HANG
 
-DEADLINE = 20.0
 PREFIX = "inco-trio/a/"
 
 PROBE = """
@@ -85,7 +86,7 @@ class Daemon:
 
     def stop(self) -> None:
         self._process.terminate()
-        self._process.wait(DEADLINE)
+        self._process.wait(HANG)
 
     def identifiers(self) -> list[str]:
         done = subprocess.run(["s6-fdholder-list", self.socket], check=True, capture_output=True, text=True)
@@ -256,7 +257,7 @@ def test_a_descriptor_that_was_closed_on_the_way_is_refused(identifier: str, mon
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """The socket on which systemd listens to its services."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(DEADLINE)
+        manager.settimeout(HANG)
         manager.bind(f"{tmp_path}/notify")
         monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
         yield manager

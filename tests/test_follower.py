@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import trio
-import trio.testing
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inco_trio.control import follower
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Event, StatusRequest
 from inco_trio.errors import IncoError, ProtocolError, ProxyNotFoundError, UsageError
@@ -20,7 +19,9 @@ GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": []
 LINK = b'{"event": "link", "running": true, "time": 1.5}\n'
 
 
-def conversing(tmp_path: Path, answers: list[bytes], talk: Callable[[Conversation], object]) -> None:
+def conversing(
+    tmp_path: Path, answers: list[bytes], talk: Callable[[Conversation], object], clock: MockClock | None = None
+) -> None:
     """Have a server say the `answers`, one at the start and one for each line that it is sent, and then end."""
     path = tmp_path / "control.sock"
 
@@ -42,7 +43,7 @@ def conversing(tmp_path: Path, answers: list[bytes], talk: Callable[[Conversatio
                 nursery.cancel_scope.cancel()
 
     try:
-        trio.run(main)
+        trio.run(main, clock=clock)
     except* IncoError as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
@@ -76,7 +77,7 @@ async def _twice(conversation: Conversation) -> None:
 
 
 async def _more(conversation: Conversation) -> None:
-    await trio.testing.wait_all_tasks_blocked(0.05)
+    await wait_all_tasks_blocked()
     await conversation.write(StatusRequest())
 
 
@@ -97,10 +98,9 @@ def test_others_than_a_proxy(tmp_path: Path, answers: list[bytes], kind: type[In
         conversing(tmp_path, answers, ask)
 
 
-def test_one_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "PATIENCE", 0.05)
+def test_one_that_does_not_answer(tmp_path: Path) -> None:
     with pytest.raises(ProxyNotFoundError, match="does not answer"):
-        conversing(tmp_path, [GREETING, b""], ask)
+        conversing(tmp_path, [GREETING, b""], ask, MockClock(autojump_threshold=0))
 
 
 def test_nobody_is_there(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import inco_trio.simulation.guest
 from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.guest import FIRMWARE, MAC, Guest, GuestError, parse_counters, tap_netdev, unix_netdev
 from inco_trio.simulation.world import Namespace
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.faults.processes import wait_idle
 
 pytestmark = pytest.mark.qemu
@@ -41,7 +41,7 @@ class Host:
         self.local.unlink(missing_ok=True)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(str(self.local))
-        self.socket.settimeout(DEADLINE)
+        self.socket.settimeout(HANG)
 
     def send_raw(self, frame: bytes) -> None:
         self.socket.sendto(frame, str(self.remote))
@@ -211,7 +211,7 @@ def test_echoes_that_nobody_reads_hold_the_sender_and_are_not_lost(boot: Boot, h
                 host.send(b"a")
                 sent += 1
         echoes += len(host.waiting())
-    host.socket.settimeout(DEADLINE)
+    host.socket.settimeout(HANG)
     while echoes < 20_000:
         assert host.receive() == b"b"
         echoes += 1
@@ -353,7 +353,7 @@ with Guest({host.netdev!r}, log=Path({str(tmp_path / "guest.log")!r})) as guest:
         assert started.stdout is not None
         qemu = os.pidfd_open(int(started.stdout.readline()))
         started.kill()
-        assert select.select([qemu], [], [], DEADLINE)[0]
+        assert select.select([qemu], [], [], HANG)[0]
         os.close(qemu)
 
 
@@ -372,7 +372,7 @@ with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, s
         print(int(capabilities, 16), decode(link.recv(100)))
 """
     done = subprocess.run(
-        [*nobody, sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
+        [*nobody, sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "0 b'b'\n", "")
 
@@ -384,7 +384,7 @@ def test_behind_a_tap(tmp_path: Path) -> None:
         make = "ip tuntap add tap_rpmsg mode tap && ip link set tap_rpmsg up"
         switch.run(lambda: subprocess.run(["sh", "-c", make], check=True))
         with switch.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as link:
-            link.settimeout(DEADLINE)
+            link.settimeout(HANG)
             switch.run(lambda: link.bind(("tap_rpmsg", 0x8800)))
             command_line = "echo=a:b boot=up"
             with Guest(tap_netdev("tap_rpmsg"), command_line, log=tmp_path / "guest.log", namespace=switch):
@@ -500,7 +500,7 @@ def built(directory: Path) -> bytes:
     for source in FIRMWARE.parent.iterdir():
         if source != FIRMWARE:
             (directory / source.name).write_bytes(source.read_bytes())
-    subprocess.run(["sh", str(directory / "build.sh")], check=True, timeout=DEADLINE)
+    subprocess.run(["sh", str(directory / "build.sh")], check=True, timeout=HANG)
     return (directory / FIRMWARE.name).read_bytes()
 
 

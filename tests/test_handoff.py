@@ -16,6 +16,7 @@ from inco_trio.persist.inflight import Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
 from inco_trio.signals import Signal, builtin_signals
+from netns.hang import HANG
 
 RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
@@ -68,7 +69,7 @@ def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
     """Run it; what would wait for ever fails."""
 
     async def guarded() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(HANG):
             await main()
 
     trio.run(guarded, clock=MockClock(autojump_threshold=0))
@@ -102,7 +103,7 @@ def test_handed_over_in_order_one_at_a_time(world: World) -> None:
     async def act() -> None:
         async for batch in world.handoff.exit:
             taken.append(batch)
-            await trio.sleep(1)
+            await trio.sleep(1)  # Simulated time.
             world.handoff.finish(batch)
 
     async def main() -> None:
@@ -138,6 +139,26 @@ def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
 
     run(main)
     assert (world.done, len(world.handoff.unfinished)) == ([], 1)
+
+
+def test_a_hand_over_after_an_abort_ends_with_its_leg(world: World) -> None:
+    """The abort comes when the first batch is taken already, so the leg hands over another one on a closed channel."""
+
+    async def hand_over_two() -> None:
+        await world.handoff.hand_over(world.batch("first", NOTIFY))
+        await world.handoff.hand_over(world.batch("second", NOTIFY))
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hand_over_two)
+            await wait_all_tasks_blocked()
+            world.handoff.exit.receive_nowait()
+            world.handoff.abort()
+            world.handoff.close()
+            nursery.cancel_scope.cancel()
+
+    run(main)
+    assert (world.done, len(world.handoff.unfinished)) == ([], 2)
 
 
 def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
@@ -182,7 +203,7 @@ def test_nothing_enters_once_closed(world: World) -> None:
 
 def test_an_offer_can_be_withdrawn(world: World) -> None:
     async def main() -> None:
-        with trio.move_on_after(1) as scope:
+        with trio.move_on_after(1) as scope:  # Simulated time.
             await world.handoff.offer(world.batch("first", NOTIFY))
         assert scope.cancelled_caught
         assert world.handoff.unfinished == set()

@@ -42,7 +42,7 @@ def test_nothing() -> None:
 def test_as_much_as_there_is_room_for(pipe: tuple[int, int], patience_ms: int) -> None:
     reader, writer = pipe
     data = os.urandom(5 * PIECE)
-    assert write_at_once(writer, data, patience_ms) == (4 * PIECE, "nobody reads it")
+    assert write_at_once(writer, data, patience_ms) == (4 * PIECE, "the reader is too slow")
     assert os.read(reader, 5 * PIECE) == data[: 4 * PIECE]
     assert write_at_once(writer, b"next") == (4, None)
 

@@ -21,7 +21,7 @@ from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
 
 pytestmark = pytest.mark.netns
@@ -79,7 +79,7 @@ def watcher(cores: Cores) -> Iterator[Rtnetlink]:
 
 def run(function: Callable[[], Awaitable[None]]) -> None:
     async def guarded() -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await function()
 
     trio.run(guarded)

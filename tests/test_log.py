@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from inco_trio.service.log import log_statistics, set_up_logging
+from inco_trio.service.throttle import PERIOD, Throttle
 
 logger = logging.getLogger("inco_trio.somewhere")
 
@@ -54,14 +55,14 @@ def test_the_same_cause_is_said_once_a_second(capfd: pytest.CaptureFixture[str])
         *["inco-trio: info: reloaded"] * 5,
     ]
     assert capfd.readouterr().err.splitlines() == [
-        "inco-trio: warning: rpmsg4000: 4 frames dropped (3 lines like this were left out)",
-        "inco-trio: warning: rpmsg4001: 4 frames dropped (3 lines like this were left out)",
+        "inco-trio: warning: rpmsg4000: 4 frames dropped (3 similar lines omitted)",
+        "inco-trio: warning: rpmsg4001: 4 frames dropped (3 similar lines omitted)",
     ]
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_what_was_left_out_is_said_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
-    monkeypatch.setattr("inco_trio.service.log.PERIOD", 0.5)
+    monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.5)
     ours, theirs = os.pipe()
     set_up_logging(log_format, verbose=False, fd=theirs)
     # The last line is the state that it is in.
@@ -164,12 +165,12 @@ def test_lines_that_nobody_reads_are_counted_in_the_next_that_is_read(
     set_up_logging("text", verbose=False, fd=writer)
     for number in range(3):
         logger.info("lost %d", number)
-    assert capfd.readouterr().err == "inco-trio: warning: the log loses lines: nobody reads it\n"
+    assert capfd.readouterr().err == "inco-trio: warning: log lines are lost: the reader is too slow\n"
     assert drain(reader) == b""
     logger.info("heard")
     logger.info("and this")
     assert drain(reader).decode().splitlines() == [
-        "inco-trio: warning: 3 lines of the log were lost here",
+        "inco-trio: warning: log lines lost here: 3",
         "inco-trio: info: heard",
         "inco-trio: info: and this",
     ]
@@ -185,7 +186,7 @@ def test_a_torn_line_is_ended_before_the_next(pipe: tuple[int, int]) -> None:
     assert torn.startswith(b"inco-trio: info: xxx")
     assert not torn.endswith(b"\n")
     logger.info("heard")
-    assert drain(reader) == b"\ninco-trio: warning: 1 lines of the log were lost here\ninco-trio: info: heard\n"
+    assert drain(reader) == b"\ninco-trio: warning: log lines lost here: 1\ninco-trio: info: heard\n"
 
 
 @pytest.mark.parametrize(("place", "reason"), [("full", "No space left on device"), ("closed", "Bad file descriptor")])
@@ -196,7 +197,7 @@ def test_a_log_that_cannot_be_written_is_said_once(place: str, reason: str, capf
     set_up_logging("json", verbose=False, fd=fd)
     logger.info("one")
     logger.info("two")
-    assert capfd.readouterr().err == f"inco-trio: warning: the log loses lines: {reason}\n"
+    assert capfd.readouterr().err == f"inco-trio: warning: log lines are lost: {reason}\n"
     if place == "full":
         os.close(fd)
 
@@ -213,7 +214,7 @@ def test_standard_error_that_is_full_is_not_complained_of_there(capfd: pytest.Ca
         os.close(full)
     logger.info("heard")
     assert capfd.readouterr().err.splitlines() == [
-        "inco-trio: warning: 1 lines of the log were lost here",
+        "inco-trio: warning: log lines lost here: 1",
         "inco-trio: info: heard",
     ]
 
@@ -228,3 +229,21 @@ def test_half_a_character_is_shown_as_an_escape(capfd: pytest.CaptureFixture[str
     set_up_logging("text", verbose=False)
     logger.info("/dev/\udcff")
     assert capfd.readouterr().err == "inco-trio: info: /dev/\\udcff\n"
+
+
+def test_a_cause_is_forgotten_after_its_period() -> None:
+    now = 0.0
+    throttle = Throttle(lambda: now)
+    record = logging.LogRecord("x", logging.WARNING, __file__, 0, "down", None, None)
+    assert [throttle.admit("a", record), throttle.admit("a", record), throttle.admit("b", record)] == [
+        True, False, True,
+    ]  # fmt: skip
+    now = PERIOD
+    written: list[logging.LogRecord] = []
+    throttle.release(written.append)
+    assert written == [record]
+    assert [throttle.admit("a", record), throttle.admit("b", record)] == [False, True]
+    throttle.release(written.append)
+    now = 3 * PERIOD
+    throttle.admit("c", record)
+    assert list(throttle._causes) == ["c"]

@@ -18,6 +18,7 @@ from docs.manual.generated import COMPLETION, MAN, ROOT, generate, stale
 from docs.manual.page import drop_in_page
 from inco_trio.cli.parser import COMMANDS
 from inco_trio.signals import builtin_signals
+from netns.hang import HANG
 
 REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m docs.manual`), and commit"
 BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
@@ -88,7 +89,7 @@ def test_each_command_has_a_page() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_readers_have_no_complaint(page: Path) -> None:
     lint = subprocess.run(
-        ["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True, text=True, timeout=60, check=False
+        ["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True, text=True, timeout=HANG, check=False
     )
     # A page that is made from the parser has no date.
     assert [line for line in lint.stdout.splitlines() if "missing date" not in line] == []
@@ -97,7 +98,7 @@ def test_readers_have_no_complaint(page: Path) -> None:
         env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=True,
     )
     assert shown.stderr == ""
@@ -134,7 +135,7 @@ def run(cwd: Path, *command: str) -> set[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
         check=True,
     )
     assert done.stderr == ""

@@ -14,7 +14,8 @@ import pytest
 
 from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.topics import level
-from netns.fixtures import DEADLINE, Proxy
+from netns.fixtures import Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto, Reader
 from tests.support_control import FRAME, Board
@@ -128,7 +129,7 @@ def test_signals_are_sent_that_may_be(bench: Bench) -> None:
         return told.body.get("error", told.body)
 
     assert ask("redun_notify_irq") == {"sent": 1}
-    peer.settimeout(DEADLINE)
+    peer.settimeout(HANG)
     assert b"redun_notify_irq" in peer.recv(2048)
     assert ask("redun_notify_irq", bytes(1 << 20)) == {"sent": 1}
     assert b"redun_notify_irq" in peer.recv(2048)

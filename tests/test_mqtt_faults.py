@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import signal
 import socket
 import subprocess
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
 from inco_trio.mqtt.connection import BrokerLostError, BrokerRefused, Connection, Message, open_connection
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
 from tests.support_control import COMMAND, Board
 
@@ -46,7 +45,7 @@ def start(stack: ExitStack, broker: Mosquitto) -> Mosquitto:
     return broker.start()
 
 
-def connecting(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> None:
+def connecting(broker: Broker, credentials: Credentials, patience: float = HANG) -> None:
     async def main() -> None:
         async with open_connection(broker, credentials, "test", patience=patience) as connection:
             assert await connection.publish([Message("lab/x", b"1")]) == [None]
@@ -54,7 +53,7 @@ def connecting(broker: Broker, credentials: Credentials, patience: float = DEADL
     trio.run(main)
 
 
-def refusal(broker: Broker, credentials: Credentials, patience: float = DEADLINE) -> IncoError:
+def refusal(broker: Broker, credentials: Credentials, patience: float = HANG) -> IncoError:
     with pytest.raises(IncoError) as refused:
         connecting(broker, credentials, patience)
     assert len(str(refused.value).splitlines()) == 1
@@ -198,61 +197,91 @@ def test_a_broker_that_ends_the_connection() -> None:
         trio.run(main)
 
 
-def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
-    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], None]) -> None:
+    """Be a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings, until the client closes."""
+    sock, _ = server.accept()
+    with sock:
+        sock.settimeout(HANG)
+        sock.recv(1000)
+        sock.sendall(b"\x20\x06\0\0\x03\x13" + seconds.to_bytes(2))
+        while packet := sock.recv(1000):
+            if packet == b"\xc0\0":
+                sock.sendall(b"\xd0\0")
+                trio.from_thread.run_sync(pinged)
+            elif packet[0] == 0x32:  # PUBLISH at QoS 1; its identifier follows the topic
+                sock.sendall(b"\x40\x02" + packet[9:11])
+
+
+@pytest.mark.parametrize("seconds", [1, 0])
+def test_a_server_keep_alive_is_obeyed(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own interval, the client would send no ping before the deadline (paho.mqtt.python#905)."""
+    monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:
-        async with open_connection(at(broker.port), Credentials(), "test", patience=0.5) as connection:
+        pinged = trio.Event()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.to_thread.run_sync, with_keep_alive, server, seconds, pinged.set)
+                async with open_connection(at(server.getsockname()[1]), Credentials(), "test") as connection:
+                    if seconds:
+                        await pinged.wait()
+                    assert await connection.publish([Message("lab/x", b"1")]) == [None]
+
+    trio.run(main)
+
+
+def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
+    broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
+    clock = MockClock()
+
+    async def main() -> None:
+        async with open_connection(at(broker.port), Credentials(), "test") as connection:
             assert broker.process is not None
-            broker.process.send_signal(signal.SIGSTOP)
+            wait_stopped(broker.process.pid)
+            clock.autojump_threshold = 0  # From now on time passes, as soon as nothing else happens.
             await connection.publish([Message("lab/x", b"")] * 100)
 
-    with pytest.raises(BrokerLostError, match="does not answer"):
-        trio.run(main)
+    with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
+        trio.run(main, clock=clock)
 
 
-class SlowRelay:
-    """Hands on what the broker says a byte at a time."""
+async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Callable[[], None]) -> None:
+    """Hand on what the broker says a byte at a time, and let time pass before each."""
 
-    def __init__(self, stack: ExitStack, port: int, pause: float) -> None:
-        self._listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        self.port = self._listener.getsockname()[1]
-        self._port, self._pause = port, pause
-        self._thread = threading.Thread(target=self._serve)
-        self._thread.start()
-        stack.callback(self._thread.join)
+    async def forth(client: trio.SocketStream, broker: trio.SocketStream) -> None:
+        async for data in client:
+            await broker.send_all(data)
+        await broker.send_eof()
 
-    def _serve(self) -> None:
-        client, _ = self._listener.accept()
-        with client, socket.create_connection(("127.0.0.1", self._port)) as broker, contextlib.suppress(OSError):
-            forth = threading.Thread(target=self._forth, args=(client, broker))
-            forth.start()
-            while byte := broker.recv(1):
-                client.sendall(byte)
-                time.sleep(self._pause)  # What is tried.
-            forth.join()
-
-    @staticmethod
-    def _forth(client: socket.socket, broker: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := client.recv(1 << 16):
-                broker.sendall(data)
-            broker.shutdown(socket.SHUT_WR)
+    async with (
+        await listener.accept() as client,
+        await trio.open_tcp_stream("127.0.0.1", port) as broker,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(forth, client, broker)
+        while byte := await broker.receive_some(1):
+            pass_time()
+            await client.send_all(byte)
+            await wait_all_tasks_blocked()
 
 
 def test_a_broker_that_is_slow_is_not_taken_for_a_silent_one(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
-    relay = SlowRelay(stack, broker.port, 0.02)
+    clock = MockClock()
 
     async def main() -> None:
-        slow = Broker("127.0.0.1", relay.port, tls=False, prefix="lab")
-        async with open_connection(slow, Credentials(), "test", patience=1.0) as connection:
-            began = trio.current_time()
-            messages = [Message("lab/x", b"%d" % number) for number in range(40)]
-            assert await connection.publish(messages) == [None] * 40
-            assert trio.current_time() - began > 1.0
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        slow = Broker("127.0.0.1", listener.socket.getsockname()[1], tls=False, prefix="lab")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay_slowly, listener, broker.port, lambda: clock.jump(0.1))
+            async with open_connection(slow, Credentials(), "test", patience=10.0) as connection:
+                began = trio.current_time()
+                messages = [Message("lab/x", b"%d" % number) for number in range(40)]
+                assert await connection.publish(messages) == [None] * 40
+                assert trio.current_time() - began > 10.0
+        await listener.aclose()
 
-    trio.run(main)
+    trio.run(main, clock=clock)
 
 
 def test_a_full_disk_at_the_log_of_the_gateway(tmp_path: Path, stack: ExitStack) -> None:
@@ -339,7 +368,7 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
     ],
 )
 def test_mistakes_of_the_command_line(words: list[str], code: int, text: str) -> None:
-    done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=DEADLINE)
+    done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == code
     assert text in done.stderr
     assert len(done.stderr.splitlines()) == 1

@@ -18,14 +18,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from inco_trio.cli.mqtt_link import wire_label
+from inco_trio.cli.mqtt_link import bridge_label
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.names import Names
-from inco_trio.mqtt.bridge import WINDOW, Batch, Wire, _open_link
+from inco_trio.mqtt.bridge import Bridge, _open_link
+from inco_trio.mqtt.bridge_codec import Batch
+from inco_trio.mqtt.bridge_progress import WINDOW
 from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.persist.fdstore import NoFdStore
-from netns.fixtures import DEADLINE, Consumer, Proxy
+from netns.fixtures import Consumer, Proxy
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Gateway, Mosquitto, Reader, free_port
@@ -50,7 +53,7 @@ class Core:
 
     def bound(self) -> socket.socket:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        made.settimeout(DEADLINE)
+        made.settimeout(HANG)
         made.bind(os.fspath(self.path))
         return made
 
@@ -94,8 +97,8 @@ class Bench:
 
     def joined(self) -> tuple[Gateway, Gateway]:
         wires = self.wire(0), self.wire(1)
-        wires[0].wait_log("core1, is there")
-        wires[1].wait_log("core0, is there")
+        wires[0].wait_log("core1 is online")
+        wires[1].wait_log("core0 is online")
         return wires
 
 
@@ -149,7 +152,7 @@ def test_what_is_no_frame_of_the_core_is_counted(bench: Bench) -> None:
 def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
     wire = bench.wire(0)
     bench.cores[0].send(frame(1))
-    wire.wait_log("core1 has not come to this wire yet")
+    wire.wait_log("core1 has never been online")
     bench.wire(1)
     assert bench.cores[1].receive() == frame(1)
 
@@ -212,7 +215,7 @@ def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench
         wire.end(signal.SIGKILL)
         wire = bench.wire(0)
     assert "being dropped" not in bench.broker.log
-    bench.cores[0].socket.settimeout(DEADLINE)
+    bench.cores[0].socket.settimeout(HANG)
     back = bench.wire(1)
     bench.cores[0].send(LAST)
     while bench.cores[1].receive() != LAST:
@@ -235,7 +238,7 @@ def test_a_path_that_is_removed_is_bound_again_and_loses_nothing(bench: Bench) -
     wires = bench.joined()
     here, there = bench.cores
     bench.broker.end()
-    wires[0].wait_log("frames wait meanwhile")
+    wires[0].wait_log("frames wait, retrying")
     for number in range(5):
         here.send(frame(number))
     here.wire.unlink()
@@ -251,8 +254,8 @@ def test_two_that_are_the_same_end(bench: Bench) -> None:
     words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
-    assert wire.process.wait(DEADLINE) == 69
-    assert "another process is core0 too: end one of them" in wire.log
+    assert wire.process.wait(HANG) == 69
+    assert "another process is core0 too: stop one of them" in wire.log
     bench.cores[0].wire = bench.home / "other"
     bench.cores[0].send(frame(1))
     bench.wire(1)
@@ -266,7 +269,7 @@ def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
     older = (bench.broker.directory / "mosquitto.db").read_bytes()
     bench.broker.start()
     wire = bench.wire(0)
-    wire.wait_log("core1, is there")
+    wire.wait_log("core1 is online")
     bench.broker.end(signal.SIGKILL)
     (bench.broker.directory / "mosquitto.db").write_bytes(older)
     before = wire.log.count("connected, as core0")
@@ -300,7 +303,7 @@ def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
     bench.wire(1)
     config.write_text("{")
     wire.process.send_signal(signal.SIGHUP)
-    wire.wait_log("reload refused, the old configuration goes on")
+    wire.wait_log("reload refused, keeping the old configuration")
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
     assert counters(wire, 1)["published"] == 1
@@ -314,7 +317,7 @@ def test_a_gap_is_counted_and_said(bench: Bench) -> None:
     for first in (1, 5):
         reader.publish("lab/wire/core1/frames", Batch(bytes(8), first, [frame(first)]).encode())
         assert bench.cores[0].receive() == frame(first)
-    wire.wait_log("3 frames of core1 that it had acknowledged never came")
+    wire.wait_log("lost 3 frames of core1 that the broker had acknowledged")
     assert counters(wire)["missed"] == 3
 
 
@@ -347,7 +350,7 @@ def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
         conf.write(f"acl_file {acl}\n")
     bench.broker.start()
     wires = bench.wire(0), bench.wire(1)
-    wires[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses what is published there: Not authorized")
+    wires[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
     for core in bench.cores:
         core.send(frame(1))
     acl.write_text("\n".join(allowed) + "\n")
@@ -361,9 +364,9 @@ def test_it_has_nothing_to_tell_before_it_is_open() -> None:
     """SIGUSR1 may come at any time."""
     address = parse_address("unix:/x/wire,peer=/x/core")
     assert isinstance(address, UnixAddress)
-    wire = Wire(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
-    wire.tell()
-    wire.finish()
+    bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
+    bridge.log_statistics()
+    bridge.close()
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -430,7 +433,7 @@ class Flow:
         """All came, in order but for what was repeated; returns the number of doubles."""
         self._stopped.set()
         for thread in self._threads:
-            thread.join(2 * DEADLINE)
+            thread.join(HANG)
             assert not thread.is_alive(), (self._sent, self._received[-3:])
         assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
         doubles = len(self._received) - self._sent - 1
@@ -473,11 +476,11 @@ def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
         link = f"unix:{bench.home}/wire{end},peer={bench.home}/core{end}"
         words = ["s6", str(scan), "--mqtt-link", f"{bench.broker.url}/wire", "--iface", link, "--end", f"core{end}"]
         subprocess.run([*COMMAND, *words], check=True, capture_output=True)
-        services.append(scan / f"inco-trio-{wire_label(parse_address(link))}")  # type: ignore[arg-type]
+        services.append(scan / f"inco-trio-{bridge_label(parse_address(link))}")  # type: ignore[arg-type]
     running = Service(Here(), scan, services[0].name.removeprefix("inco-trio-"))  # type: ignore[arg-type]
     bench.stack.enter_context(running)
     running.wait("U")
-    running.wait_log("core1, is there")
+    running.wait_log("core1 is online")
     flows = [Flow(*bench.cores), Flow(*bench.cores[::-1])]
     choice, kills = random.Random(7), 0  # noqa: S311
     for _ in range(ROUNDS):

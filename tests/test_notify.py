@@ -8,8 +8,7 @@ import pytest
 
 from inco_trio.errors import UsageError
 from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
-
-DEADLINE = 20.0
+from netns.hang import HANG
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def test_systemd_gets_ready_and_stopping(abstract: bool, tmp_path: Path, monkeyp
     name = f"{tmp_path}/notify"
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(DEADLINE)
+        manager.settimeout(HANG)
         manager.bind(f"\0{name}" if abstract else name)
         notify_ready(None)
         notify_stopping()

@@ -24,6 +24,7 @@ from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.status import Counters
+from netns.hang import HANG
 
 
 class FakeLink:
@@ -87,7 +88,7 @@ class World:
         """Run the legs; do one of `acts` whenever they wait, and end once they wait again."""
 
         async def main() -> None:
-            with trio.fail_after(60):
+            with trio.fail_after(HANG):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.outbound.send, Health("send"))
                     nursery.start_soon(self.outbound.triggers, Health("triggers"))

@@ -26,7 +26,7 @@ from inco_trio.cli.parser import COMMANDS, parser
 from inco_trio.simulation.world import Cores, Peer
 from inco_trio.testing.history import History
 from inco_trio.testing.report import side_by_side
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_control import Board
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         preexec_fn=cores.core0.enter, env=environment, process_group=0,
     ) as shell:  # fmt: skip
         try:
-            out, err = shell.communicate(timeout=2 * DEADLINE)
+            out, err = shell.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
             # With what it left in the background.
             os.killpg(shell.pid, signal.SIGKILL)
@@ -116,7 +116,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
 @pytest.mark.netns
 @pytest.mark.parametrize(("page", "text"), blocks("sh", "first-steps", "mqtt-link", "supervision"))
 def test_shell_lines_run(cores: Cores, tmp_path: Path, page: str, text: str) -> None:
-    done = run(cores, tmp_path, text)
+    done = run(cores, tmp_path, re.sub(r"--timeout \d+", f"--timeout {HANG}", text))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
@@ -125,7 +125,7 @@ SCENES = {
     "Nothing arrives": """
         inco-trio run rpmsg4000 --irq-dir /run/irq 2> log &
         until inco-trio status > status 2>&1; do sleep 0.1; done
-        inco-trio wait ihub_hwwd_irq --count 2 --timeout 20
+        inco-trio wait ihub_hwwd_irq --count 2
     """,
     "It arrives twice": """
         inco-trio run rpmsg4000 --irq-dir /run/irq --control /run/second 2> second &
@@ -149,7 +149,7 @@ def signalling(core1: Peer) -> Iterator[None]:
     def send() -> None:
         for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
             core1.send(name)
-            if stop.wait(0.05):
+            if stop.wait(0.05):  # The pace of the load.
                 return
 
     thread = threading.Thread(target=send)
@@ -221,14 +221,12 @@ def test_the_tests_of_the_test_bench_pass(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=4 * DEADLINE,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stdout
     assert "6 passed" in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (0, "ihub_hwwd_irq\n")
     (shown,) = [text for _, text in blocks("text", "testing")]
     history = History()

@@ -24,7 +24,7 @@ from inco_trio import (
     open_proxy,
 )
 from inco_trio.simulation.world import Cores
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 
 RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
 
@@ -35,7 +35,7 @@ def played(tmp_path: Path, story: Story) -> None:
     """Run a story with the configuration of a proxy on sockets, and the address of its core 1."""
 
     async def main() -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             address = f"unix:{tmp_path}/core0,peer={tmp_path}/core1"
             await story(
                 Config(address, builtin_signals(tmp_path / "irq")), f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
@@ -74,7 +74,7 @@ def test_each_way(tmp_path: Path) -> None:
 def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> None:
     async def main() -> None:
         config = Config(cores.link, builtin_signals(irq_dir), netns=Path(f"/proc/self/fd/{cores.core0.fd}"))
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             async with (
                 open_proxy(config) as proxy,
                 Core1(cores.link, netns=Path(f"/proc/self/fd/{cores.core1.fd}")) as core1,
@@ -117,7 +117,7 @@ def test_one_arrival_is_one_readers(tmp_path: Path) -> None:
                     await proxy.send(NOTIFY)
             assert sorted(got) == [1, 2, 3, 4, 5]
             with pytest.raises(TimeoutError, match=f"{NOTIFY}: did not come within 0.001 s"):
-                await core1.wait_for(NOTIFY, timeout=0.001)
+                await core1.wait_for(NOTIFY, timeout=0.001)  # In vain: nothing is sent.
 
     played(tmp_path, story)
 

@@ -18,7 +18,7 @@ from inco_trio.capture.summary import Flow, Pair, Summary
 from inco_trio.capture.summary import _spread as spread
 from inco_trio.frame import encode
 from inco_trio.signals import Direction
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.support_control import MAC
 
 IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
@@ -29,7 +29,7 @@ def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]
     command = [sys.executable, "-c", f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"]
     whole = [*command, "plot", *map(str, words)]
     environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
-    return subprocess.run(whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env=environment)
+    return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_the_picture(night: Path) -> None:
     done = plot(night, "--pair", OUT, IN)
     picture = night.with_suffix(".svg")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"6 notifications and 1 marks drawn to {picture}\n"
+    assert done.stdout == f"6 notifications and 1 marks plotted to {picture}\n"
     assert {
         "night.pcapng: 6 notifications",
         f"{OUT} (outbound): 3",
@@ -199,14 +199,14 @@ def test_a_recording_is_not_replaced_by_its_picture(tmp_path: Path) -> None:
     for words, out in (((path,), path), ((path, "--out", tmp_path / "link.svg"), tmp_path / "link.svg")):
         done = plot(*words)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"inco-trio: error: --out {out}: is the recording itself: name another file\n"
+        assert done.stderr == f"inco-trio: error: --out {out}: is the recording itself (use another file)\n"
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("directory", [".", "/", ".."])
 def test_a_directory_is_no_recording(directory: str) -> None:
     done = plot(directory)
-    said = f"inco-trio: error: {directory}: is no recording: not a regular file\n"
+    said = f"inco-trio: error: {directory}: not a recording: not a regular file\n"
     assert (done.returncode, done.stderr) == (65, said)
 
 
@@ -219,7 +219,7 @@ def test_a_time_that_cannot_be(tmp_path: Path, marks: bool) -> None:
         recorder.append(2**63, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "rpmsg4000")
     recorder.close()
     done = plot(path, "--json")
-    said = f"inco-trio: error: {path}: is damaged: packet 1 is of the year 2262 or later, or before 1970\n"
+    said = f"inco-trio: error: {path}: damaged: packet 1 is from 2262 or later, or from before 1970\n"
     assert (done.returncode, done.stdout, done.stderr) == (65, "", said)
 
 
@@ -260,7 +260,7 @@ def peak(count):
 before = peak({10**4})
 print(peak({10**6}) - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
     assert done.stderr == ""
     assert float(done.stdout) < 48
 
@@ -285,8 +285,8 @@ def test_what_was_ignored_is_left_out(tmp_path: Path) -> None:
         recorder.ignored(SECOND, "ignored: unknown signal x", encode(b"x", MAC), "rpmsg4000")
     recorder.close()
     done = plot(path)
-    assert done.stdout == f"1 notifications and 0 marks drawn to {tmp_path}/f.svg\n"
-    assert done.stderr == f"inco-trio: {path}: 3 frames that the proxy ignored are left out\n"
+    assert done.stdout == f"1 notifications and 0 marks plotted to {tmp_path}/f.svg\n"
+    assert done.stderr == f"inco-trio: {path}: 3 frames that the proxy ignored are not plotted\n"
 
 
 @pytest.mark.tools
@@ -294,7 +294,7 @@ def test_no_part_of_a_picture_is_left(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
     # What measures the coverage writes files, too.
     env = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=env)
     picture = night.with_suffix(".svg")
     assert done.stderr == f"inco-trio: error: {picture}: cannot be written: File too large\n"
     assert done.returncode == 71
@@ -305,7 +305,7 @@ def test_without_matplotlib(night: Path) -> None:
     hidden = "import sys; sys.modules['matplotlib'] = None"
     done = plot(night, code=hidden)
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr.startswith("inco-trio: error: matplotlib is not there (")
+    assert done.stderr.startswith("inco-trio: error: matplotlib is not installed (")
     assert done.stderr.endswith("): pip install 'inco-trio[plot]', or use --json\n")
     assert plot(night, "--json", code=hidden).returncode == 0
 
@@ -315,15 +315,19 @@ def test_a_cut_recording(night: Path) -> None:
     done = plot(night, "--json")
     assert done.returncode == 0
     assert done.stderr.startswith(f"inco-trio: {night}: ")
-    assert done.stderr.endswith(": what was whole before is drawn\n")
+    assert done.stderr.endswith(": only the part before that is plotted\n")
     assert json.loads(done.stdout)["marks"] == []
 
 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("FILE", "--pair", OUT, "nobody", "--json"), 2, f"--pair: 'nobody' is not in FILE (there are: {IN}, {OUT})"),
-        (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: the name ends in one of .svg, .png"),
+        (
+            ("FILE", "--pair", OUT, "nobody", "--json"),
+            2,
+            f"--pair: 'nobody' is not in FILE (expected one of: {IN}, {OUT})",
+        ),
+        (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: unknown format (expected one of .svg, .png)"),
         (("FILE", "--out", ""), 2, "--out: the path is empty"),
         (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
     ],
@@ -337,7 +341,7 @@ def test_what_it_refuses(night: Path, words: tuple[str, ...], code: int, text: s
 def test_an_empty_recording(tmp_path: Path) -> None:
     Recorder(tmp_path / "f").close()
     done = plot(tmp_path / "f", "--json")
-    assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: has no notifications\n")
+    assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: contains no notifications\n")
 
 
 def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +351,7 @@ def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) ->
     command = [sys.executable, "-c", start, "plot", str(night), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave) as process:
         os.close(slave)
-        out, _ = process.communicate(timeout=DEADLINE)
+        out, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     assert json.loads(out)["to"] == 4
     shown = os.read(master, 4096).decode()

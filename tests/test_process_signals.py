@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.simulation.world import Cores
-from netns.fixtures import DEADLINE, StartProxy
+from netns.fixtures import StartProxy
+from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 STOPS = [signal.SIGTERM, signal.SIGINT]
@@ -73,7 +74,7 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
         capture_output=True,
         text=True,
         check=False,
-        timeout=DEADLINE,
+        timeout=HANG,
     )
     assert done.stdout == ""
     return done.returncode, done.stderr
@@ -86,24 +87,24 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
 def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     assert run(AT_IMPORT, module, numbers, "none0", "--irq-dir", tmp_path / "irq") == (
         0,
-        "inco-trio: info: none0: told to stop before it was open\n",
+        "inco-trio: info: none0: stopped before it was ready\n",
     )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
-@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "inco_trio.cli.daemon:_serve"])
+@pytest.mark.parametrize("place", ["inco_trio.config:parse_board", "trio:run", "inco_trio.service.daemon:Daemon"])
 def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
     code, said = run(AT_CALL, place, numbers, "none0", "--config", udrv)
-    assert (code, said.splitlines()[-1]) == (0, "inco-trio: info: none0: told to stop before it was open")
+    assert (code, said.splitlines()[-1]) == (0, "inco-trio: info: none0: stopped before it was ready")
     assert "Traceback" not in said
 
 
 def test_a_third_stop_ends_it_at_once(tmp_path: Path) -> None:
     assert run(AT_IMPORT, "trio", [signal.SIGTERM, signal.SIGINT, signal.SIGTERM], "--irq-dir", tmp_path) == (
         0,
-        "inco-trio: warning: told to stop a third time: ended at once\n",
+        "inco-trio: warning: third stop signal: exiting at once\n",
     )
 
 
@@ -124,8 +125,8 @@ def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Si
         preexec_fn=functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK, STOPS),
     ) as process:
         process.send_signal(number)
-        said = process.communicate(timeout=DEADLINE)[1]
-    assert (process.returncode, said) == (0, b"inco-trio: info: none0: told to stop before it was open\n")
+        said = process.communicate(timeout=HANG)[1]
+    assert (process.returncode, said) == (0, b"inco-trio: info: none0: stopped before it was ready\n")
 
 
 def test_other_commands_are_interrupted_as_any_program() -> None:
@@ -140,14 +141,16 @@ def test_other_commands_are_interrupted_as_any_program() -> None:
 
 IN_CORE = """
 import os, signal, sys
-from inco_trio.cli import daemon, main
+from inco_trio.cli import main
+from inco_trio.service import daemon, runner
 
 def signal_at(name, number):
-    called = getattr(daemon, name)
+    module = runner if hasattr(runner, name) else daemon
+    called = getattr(module, name)
     def calling(*arguments):
         os.kill(os.getpid(), number)
         called(*arguments)
-    setattr(daemon, name, calling)
+    setattr(module, name, calling)
 
 for place in sys.argv[1].split(","):
     signal_at(place, int(sys.argv[2]))
@@ -164,7 +167,7 @@ def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) ->
         capture_output=True,
         text=True,
         check=False,
-        timeout=DEADLINE,
+        timeout=HANG,
     )
     done = cores.core0.run(start)
     assert done.returncode == 0, done.stderr
@@ -195,10 +198,10 @@ def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
     running = proxy("--config", udrv, "--wait-link", ready=False)
     running.wait_log("no such interface yet")
     running.process.send_signal(signal.SIGUSR1)
-    running.wait_log("there are no counters before the link is there")
+    running.wait_log("not ready yet: there are no counters")
     write_udrv(udrv, irq_dir, {}, {})
     running.process.send_signal(signal.SIGHUP)
-    running.wait_log("the configuration is read again once the link is there")
+    running.wait_log("not ready yet: the configuration will be reloaded afterwards")
     cores.make_link()
     running.wait_ready()
     assert '"reloaded: 3 signals"' in running.wait_log('"reloaded"')
@@ -218,7 +221,7 @@ def test_a_reload_of_what_is_no_file_is_refused(proxy: StartProxy, irq_dir: Path
         with udrv.open("wb") as file:
             file.truncate(1 << 40)
     running.process.send_signal(signal.SIGHUP)
-    running.wait_log("reload refused, the old configuration goes on: ")
+    running.wait_log("reload refused, keeping the old configuration: ")
     assert running.stop() == 0
 
 
@@ -257,7 +260,7 @@ def test_a_stop_does_not_wait_for_a_reload(cores: Cores, irq_dir: Path) -> None:
                 line = running.stderr.readline()
                 assert line
             running.terminate()
-            assert running.wait(DEADLINE) == 0
+            assert running.wait(HANG) == 0
             assert "unfinished=0" in running.stderr.read()
         finally:
             running.kill()

@@ -42,9 +42,12 @@ from inco_trio import (
 from inco_trio.frame import BROADCAST, ETHERTYPE, encode
 from inco_trio.links.packet import PacketLink
 from inco_trio.persist.inflight import FRAME_STEP, Inflight
+from inco_trio.proxy.proxy import open_supervised
+from inco_trio.registers.states import SLICE
 from inco_trio.simulation.world import Cores, Namespace, Peer
-from netns.fixtures import DEADLINE, Consumer, StartProxy, Tcpdump
+from netns.fixtures import Consumer, StartProxy, Tcpdump
 from netns.fixtures import Proxy as Running
+from netns.hang import HANG
 from tests.support_proxy import INBOUND, OUTBOUND, Cupboard, frame, mac_of, sockets_of, trigger, write_udrv
 
 pytestmark = pytest.mark.netns
@@ -272,13 +275,18 @@ def test_a_burst_of_20000_frames_loses_none(proxy: StartProxy, irq_dir: Path, co
     assert (counters["received"], counters["delivered"], counters["dropped"]) == (20_000, 20_000, 0)
 
 
-def test_a_burst_of_20000_frames_waits_for_a_slow_proxy(proxy: StartProxy, irq_dir: Path, core1: Peer) -> None:
+def test_a_burst_of_20000_frames_waits_for_a_slow_proxy(
+    proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
+) -> None:
     running = proxy("--irq-dir", irq_dir)
+    resets = watch(irq_dir / "message_4_state")
     os.kill(running.pid, signal.SIGSTOP)
     count = min(20_000, room(running))
     for _ in range(count):
         core1.send(b"ihub_reset_irq")
     os.kill(running.pid, signal.SIGCONT)
+    # Not by the stop, which gives up after its deadline.
+    resets.wait(count)
     assert running.stop() == 0
     counters = final_counters(running.log)
     assert (counters["delivered"], counters["dropped"]) == (count, 0)
@@ -290,18 +298,28 @@ def test_what_the_kernel_drops_is_counted(
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
     os.kill(running.pid, signal.SIGSTOP)
-    sent = 0
+    before = arrived(cores)
     # More than any buffer that is granted: large frames fill it soon.
     large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
     for _ in range(40_000):
         core1.send_raw(large)
-        sent += 1
+    # A busy kernel drops some before they reach the interface, which is not the proxy's to count.
+    sent = arrived(cores) - before
     os.kill(running.pid, signal.SIGCONT)
     running.wait_log("frames dropped: the receive queue was full")
     counters = running.counters()
+    while counters["received"] + counters["dropped"] < sent or counters["delivered"] < counters["received"]:
+        counters = running.counters()
     assert counters["dropped"] > 0
     assert counters["received"] + counters["dropped"] == sent
     resets.wait(counters["delivered"])
+
+
+def arrived(cores: Cores) -> int:
+    """How many frames the interface of core 0 has received (proc_net_dev(5))."""
+    rows = cores.core0.run(Path("/proc/thread-self/net/dev").read_text).splitlines()
+    (row,) = [row for row in rows if row.split(":")[0].strip() == cores.link]
+    return int(row.split(":")[1].split()[1])
 
 
 def final_counters(log: str) -> dict[str, int]:
@@ -403,7 +421,7 @@ def test_a_stop_does_not_wait_for_ever_for_a_link(proxy: StartProxy, cores: Core
     assert running.stop() == 0
     unfinished = final_counters(running.log)["unfinished"]
     assert unfinished > 0
-    assert f"stopped with {unfinished} notifications unfinished: they are lost" in running.log
+    assert f"stopped with {unfinished} notifications pending: they are lost" in running.log
 
 
 # ----------------------------------------------------------------------------------------------------- Unix signals
@@ -501,7 +519,7 @@ def test_a_bad_reload_is_refused(
     running.process.send_signal(signal.SIGHUP)
     entry = json.loads(running.wait_log("reload refused"))
     assert entry["level"] == "error"
-    assert entry["message"].startswith(f"reload refused, the old configuration goes on: {udrv}: ")
+    assert entry["message"].startswith(f"reload refused, keeping the old configuration: {udrv}: ")
     assert reason in entry["message"]
     trigger(irq_dir / "message_1_trig")
     assert names(core1, 1) == [b"ihub_uart_irq"]
@@ -561,7 +579,7 @@ def test_two_proxies_face_each_other(
 
 def test_systemd_is_told(proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path: Path, watch: Watch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.settimeout(DEADLINE)
+        systemd.settimeout(HANG)
         systemd.bind(str(tmp_path / "notify"))
         running = proxy("--irq-dir", irq_dir, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}, ready=False)
         assert systemd.recv(100) == b"READY=1"
@@ -625,7 +643,7 @@ def finished(namespace: Namespace, *command: str | Path, **environment: str) -> 
             capture_output=True,
             text=True,
             check=False,
-            timeout=DEADLINE,
+            timeout=HANG,
             env={**os.environ, **environment},
         )
     )
@@ -703,7 +721,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 70
-    assert "inco-trio: error: internal error: this is a fault of inco-trio, please report it" in done.stderr
+    assert "inco-trio: error: internal error: please report this fault of inco-trio" in done.stderr
     assert "RuntimeError: put in by the test" in done.stderr
 
 
@@ -759,7 +777,7 @@ def test_the_old_command_is_a_drop_in(cores: Cores, udrv: Path, irq_dir: Path, c
             # A line for each notification, as its users know it.
             assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
             running.terminate()
-            assert running.wait(DEADLINE) == 0
+            assert running.wait(HANG) == 0
         finally:
             running.kill()
 
@@ -801,7 +819,7 @@ def in_core0(cores: Cores) -> InCore0:
     """Run an async function in core 0."""
 
     async def guarded(function: Callable[[], Awaitable[None]]) -> None:
-        with trio.fail_after(DEADLINE):
+        with trio.fail_after(HANG):
             await function()
 
     return lambda function: cores.core0.run(functools.partial(trio.run, guarded, function))
@@ -1214,14 +1232,19 @@ def test_while_the_link_is_waited_for_all_is_held(
 ) -> None:
     async def main() -> None:
         waiting, store = attrs.evolve(config, link="later0", wait_link=True), Cupboard()
+
+        async def wait() -> None:
+            async with open_supervised(waiting, store):
+                raise AssertionError("the link does not exist")
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(serve, waiting, fd_store=store))
+            nursery.start_soon(wait)
             await wait_all_tasks_blocked()
             assert store.stored == ["inflight", "inotify", "link"]
             trigger(irq_dir / "message_6_trig")
             nursery.cancel_scope.cancel()
         heir = store.heir()
-        async with open_proxy(config, fd_store=heir):
+        async with open_supervised(config, heir):
             assert await next_name(core1) == b"redun_notify_irq"
         heir.close()
 
@@ -1231,31 +1254,33 @@ def test_while_the_link_is_waited_for_all_is_held(
 def test_nothing_holds_the_loop(
     in_core0: InCore0, config: Config, irq_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not measured in time, which a busy machine would decide, but in how often others had a turn.
-    turns = 0
+    # Measured by what is written between two turns of others: a busy machine would decide how long that takes.
+    largest = 0
 
-    async def others() -> None:
-        nonlocal turns
+    async def others(proxy: Proxy) -> None:
+        nonlocal largest
+        before = proxy.stats.delivered
         while True:
             await trio.lowlevel.checkpoint()
-            turns += 1
+            now = proxy.stats.delivered
+            largest, before = max(largest, now - before), now
 
     async def main() -> None:
-        nonlocal turns
         async with open_proxy(config) as proxy, trio.open_nursery() as nursery:
             state = irq_dir / "message_4_state"
             state.unlink()
             state.mkdir()
-            proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 50_000)
-            monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
-            nursery.start_soon(others)
+            proxy._registers.states.write([proxy._registers.states.file_of(config.signals[0].name)] * 5000)
+            monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
+            nursery.start_soon(others, proxy)
             state.rmdir()
-            while proxy.stats.delivered < 50_000:
+            while proxy.stats.delivered < 5000:
                 await trio.lowlevel.checkpoint()
-            assert turns >= 50_000 / 64
             nursery.cancel_scope.cancel()
 
     in_core0(main)
+    # In one round of its tasks, Trio may run the proxy last, and in the next one first.
+    assert 0 < largest <= 2 * SLICE
 
 
 # ----------------------------------------------------------------------------------------------------------- successors
@@ -1266,7 +1291,7 @@ def test_what_came_while_none_ran_is_delivered(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, fd_store=first):
+        async with open_supervised(config, first):
             pass
         assert first.stored == ["inflight", "inotify", "link"]
         resets = watch(irq_dir / "message_4_state")
@@ -1276,7 +1301,7 @@ def test_what_came_while_none_ran_is_delivered(
         trigger(irq_dir / "new")
         (irq_dir / "new").rename(irq_dir / "message_6_trig")
         second = first.heir()
-        async with open_proxy(config, fd_store=second) as proxy:
+        async with open_supervised(config, second) as proxy:
             for _ in range(11):
                 assert await next_name(core1) == b"redun_notify_irq"
         resets.wait(10)
@@ -1293,7 +1318,7 @@ def test_what_a_killed_predecessor_had_read_is_finished(
 ) -> None:
     async def main() -> None:
         first = Cupboard()
-        async with open_proxy(config, fd_store=first):
+        async with open_supervised(config, first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
         # As a process leaves it that is killed between reading and acting.
@@ -1305,14 +1330,14 @@ def test_what_a_killed_predecessor_had_read_is_finished(
         assert os.readv(first.kept["inotify"], [memory.events[0].view]) > 0
         memory.close()
         second = first.heir()
-        async with open_proxy(config, fd_store=second) as proxy:
+        async with open_supervised(config, second) as proxy:
             assert await next_name(core1) == b"redun_notify_irq"
             assert proxy.stats.recovered == 4
         assert (proxy.stats.delivered, proxy.stats.sent) == (3, 1)
         resets.wait(2)
         hwwds.wait(1)
         third = second.heir()
-        async with open_proxy(config, fd_store=third) as proxy:
+        async with open_supervised(config, third) as proxy:
             pass
         assert proxy.stats.recovered == proxy.stats.sent == 0
         third.close()
@@ -1330,19 +1355,19 @@ def test_what_the_holder_gives_is_not_trusted(
         foreign.bind((config.link, ETHERTYPE))
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
-        async with open_proxy(config, fd_store=holder) as proxy:
+        async with open_supervised(config, holder) as proxy:
             # What the other socket had queued is not lost.
             assert proxy.stats.delivered == 1
-            assert "the inherited socket does not fit any more and is replaced" in caplog.text
+            assert "the inherited socket no longer matches the link and is replaced" in caplog.text
             with proxy.events() as events:
                 core1.send(b"ihub_hwwd_irq")
                 await events.receive()
         assert holder.stored == ["inflight", "inotify", "link"]
         heir = holder.heir()
-        async with open_proxy(config, fd_store=heir) as proxy:
+        async with open_supervised(config, heir) as proxy:
             await proxy.send("redun_notify_irq")
         assert proxy.stats.recovered == 0
         heir.close()
 
     in_core0(main)
-    assert caplog.text.count("does not fit any more") == 1
+    assert caplog.text.count("no longer matches") == 1

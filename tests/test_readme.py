@@ -21,7 +21,7 @@ from inco_trio.errors import ConfigError, LinkNotFoundError, PermissionDeniedErr
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.faults.supervised import wait_path
 from tests.support_proxy import trigger
 
@@ -58,11 +58,11 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # What comes before the program listens is not answered.
+            # What comes before the program listens is not answered, so it is sent every 0.05 s.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
-            assert decode(core1.receive(DEADLINE)) == b"redun_notify_irq"
+            assert decode(core1.receive(HANG)) == b"redun_notify_irq"
         finally:
             process.kill()
 
@@ -89,9 +89,7 @@ async def main():
 
 trio.run(main)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -100,11 +98,11 @@ def trigger_until_answered(irq: Path) -> None:
     state, changes = irq / "message_5_state", Inotify()
     try:
         changes.watch(str(state), IN_CLOSE_WRITE)
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG
         while state.read_text() != "1":
             assert time.monotonic() < deadline, "core 1 has not answered"
             trigger(irq / "message_6_trig")
-            select.select([changes.fd], [], [], 0.2)
+            select.select([changes.fd], [], [], 0.2)  # Then it notifies again.
     finally:
         changes.close()
 
@@ -141,7 +139,7 @@ def test_the_way_to_qemu_without_root_runs(nobody: list[str]) -> None:
                 wait_path(irq.parent, irq.exists)
                 wait_path(irq, lambda: (irq / "message_6_trig").exists() and (irq / "message_5_state").exists())
                 trigger_until_answered(irq)
-                shell.communicate(timeout=DEADLINE)
+                shell.communicate(timeout=HANG)
                 with pytest.raises(ProcessLookupError):
                     os.killpg(shell.pid, 0)
             finally:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
 pytestmark = pytest.mark.netns
@@ -75,7 +75,7 @@ class Shell:
         """Run it; returns what it says. Its exit code is one of `codes`, or 0."""
         with self._start(beginning) as process:
             try:
-                out, _ = process.communicate(timeout=2 * DEADLINE)
+                out, _ = process.communicate(timeout=HANG)
             except BaseException:
                 process.kill()
                 raise
@@ -106,7 +106,7 @@ def signalling(core1: Peer) -> Iterator[None]:
     stop = threading.Event()
 
     def send() -> None:
-        while not stop.wait(0.05):
+        while not stop.wait(0.05):  # The pace of the load.
             core1.send(FRAME)
 
     thread = threading.Thread(target=send)

@@ -325,7 +325,6 @@ def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
     run_state_machine_as_test(machine, settings=once)
 
 
-@pytest.mark.timeout(900)  # What it finds has to be made short, too.
 @pytest.mark.parametrize("machine", [Walk, SharedWalk])
 def test_a_walk(machine: type[Walk]) -> None:
     walk(steps=1600, walks=40, machine=machine)

@@ -19,7 +19,8 @@ from inco_trio.capture.recording import Recorder
 from inco_trio.frame import encode
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import DEADLINE, Consumer, Proxy, StartProxy
+from netns.fixtures import Consumer, Proxy, StartProxy
+from netns.hang import HANG
 from tests.support_proxy import trigger
 
 pytestmark = pytest.mark.tools
@@ -50,7 +51,7 @@ def record(path: Path, *names: str, apart_ns: int = 0) -> Path:
 def replay(*arguments: str | Path) -> tuple[int, str, str]:
     command = [sys.executable, "-m", "inco_trio", "replay", *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "UDRV_JSON_PATH"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -111,9 +112,9 @@ def test_what_tcpdump_recorded_is_the_same_again(
             for _ in range(COUNT):
                 core1.send(IN.encode())
                 trigger(irq_dir / "message_6_trig")
-                core1.receive(DEADLINE)
+                core1.receive(HANG)
             state.wait(COUNT)
-            tcpdump.communicate(timeout=DEADLINE)
+            tcpdump.communicate(timeout=HANG)
         finally:
             tcpdump.kill()
 
@@ -125,14 +126,14 @@ def test_what_tcpdump_recorded_is_the_same_again(
     code, out, err = replay(path, "--irq-dir", irq_dir, "--wait", "0.1")
     assert out == f"{OUT}: {COUNT} sent\n{IN}: 0 of {COUNT} came back, {COUNT} missing\n"
     for _ in range(COUNT):
-        core1.receive(DEADLINE)
+        core1.receive(HANG)
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (("none", "none0"), 65, "none: cannot be read: No such file or directory"),
-        (("empty", "none0"), 65, "empty: is no recording: it is empty"),
+        (("empty", "none0"), 65, "empty: not a recording: empty"),
         pytest.param(("f", "none0"), 69, "none0: no such interface (there are: ", marks=pytest.mark.netns),
         (
             ("f", "unix:HOME/1,peer=HOME/0"),
@@ -169,7 +170,7 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
     assert (code, err) == (1, "")
     assert out == (
         f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
-        f"note: {path}: it is cut after {path.stat().st_size} bytes: what was whole before was played\n"
+        f"note: {path}: truncated after {path.stat().st_size} bytes: what was whole before was played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
 
@@ -182,7 +183,7 @@ def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> N
         path.chmod(0o644)
         command = [*nobody, sys.executable, "-m", "inco_trio", "replay", f"/proc/self/fd/{file.fileno()}", "lo"]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, pass_fds=[file.fileno()]
+            command, capture_output=True, text=True, check=False, timeout=HANG, pass_fds=[file.fileno()]
         )
     assert (done.returncode, done.stdout) == (77, "")
     assert "lo: opening a packet socket needs CAP_NET_RAW" in done.stderr
@@ -197,7 +198,7 @@ def test_progress_fits_a_terminal_of_20_columns(tmp_path: Path) -> None:
     try:
         termios.tcsetwinsize(theirs, (5, 20))
         command = [sys.executable, "-m", "inco_trio", "replay", str(path), "--irq-dir", str(irq), "--wait", "0"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=60)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, check=False, timeout=HANG)
         shown = os.read(ours, 65536).decode()
     finally:
         os.close(ours)

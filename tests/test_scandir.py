@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import PermissionDeniedError, UsageError
-from inco_trio.service.scandir import boards_service, find_program, link_service, systemd_unit, write_scandir
+from inco_trio.service.descriptions import Service, boards_service, bridge_service, find_program, link_service
+from inco_trio.service.s6 import write_scandir
+from inco_trio.service.systemd import systemd_unit
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
-
-DEADLINE = 20.0
-"""Seconds after which a wait fails its test: only a safety net."""
+from netns.hang import HANG
 
 STANDIN = """
 import os, signal, socket, sys
@@ -92,7 +92,7 @@ class Tree:
         self.config.write_text("{}")
         self._log = home / "svscan.log"
         self._report = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._report.settimeout(DEADLINE)
+        self._report.settimeout(HANG)
         self._report.bind(str(home / "report"))
 
     def write(self, interface: str, *, user: str | None = None, program: Sequence[str] = ()) -> list[str]:
@@ -124,27 +124,27 @@ class Tree:
             assert listener.stdout is not None
             assert listener.stdout.read(1) == b"\n"
             yield
-            if listener.wait(DEADLINE) != 0:
+            if listener.wait(HANG) != 0:
                 pytest.fail(f"{interface} does not become ready; {self.said()}")
 
     def stop(self) -> None:
         """Bring everything down, and wait until the loggers have written all."""
         subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=True)
-        assert self._process.wait(DEADLINE) == 0
+        assert self._process.wait(HANG) == 0
 
     def close(self) -> None:
         self._report.close()
         if self._process.poll() is None:
             # As s6-svscanctl -t, but sure to arrive.
             self._process.terminate()
-            self._process.wait(DEADLINE)
+            self._process.wait(HANG)
 
     def heard(self) -> str:
         """The next report of a service."""
         try:
             return self._report.recv(100).decode()
         except TimeoutError:
-            pytest.fail(f"no report within {DEADLINE:g} s; {self.said()}")
+            pytest.fail(f"no report within {HANG:g} s; {self.said()}")
 
     def tell(self, interface: str, message: str) -> None:
         """Send a datagram to the link of a service, whether it runs or not."""
@@ -279,7 +279,7 @@ class TestUnderS6:
         tree.start()
 
         def heard() -> str:
-            if not select.select([said], [], [], DEADLINE)[0]:
+            if not select.select([said], [], [], HANG)[0]:
                 pytest.fail(f"the service says nothing; {tree.said()}")
             return os.read(said, 100).decode()
 
@@ -407,7 +407,7 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_user_that_does_not_exist_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"^--user nobodyelse: there is no such user$"):
+        with pytest.raises(UsageError, match=r"^--user nobodyelse: no such user$"):
             changes(tmp_path, user="nobodyelse")
 
     def test_a_directory_that_cannot_be_made_is_one_line(self, tmp_path: Path) -> None:
@@ -421,12 +421,60 @@ class TestFiles:
             changes(Path("/sys/scan"))
 
 
-def test_the_program_is_the_one_that_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bin/inco-trio", "s6"])
-    assert find_program() == [f"{tmp_path}/bin/inco-trio"]
-    monkeypatch.setattr(sys, "argv", ["/x/inco_trio/__main__.py", "s6"])
-    assert find_program() == [sys.executable, "-m", "inco_trio"]
+def test_the_program_ignores_the_paths_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise SystemExit('imported from a path of the user')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [*find_program(), "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_that_is_only_installed_for_the_user_still_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" != -I ]\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert find_program() == [str(python), "-P", "-m", "inco_trio"]
+
+
+def directives(service: Service) -> list[str]:
+    """The names of the directives of a unit, as systemd reads it: read_line() of systemd ends lines at \\r, too."""
+    unit = systemd_unit(service=service, user=None, program=["inco-trio"]).replace("\\\n", " ")
+    lines = [line.strip() for line in re.split("[\n\r\0]", unit)]
+    return [line.partition("=")[0] for line in lines if line and not line.startswith(("#", ";"))]
+
+
+@pytest.mark.parametrize("text", ["\nExecStartPre=/x", "\rExecStartPre=/x", "\\"])
+def test_no_path_adds_or_hides_directives(text: str, tmp_path: Path) -> None:
+    config = tmp_path / "udrv.json"
+    services = [
+        [
+            boards_service(Path(f"/etc/boards{end}"), "boards-1"),
+            link_service(f"unix:/a,peer=/b{end}", config),
+            link_service("unix:/a,peer=/b", Path(f"{config}{end}")),
+            bridge_service("mqtt://h/wire", f"unix:/a,peer=/b{end}", "core0", None),
+        ]
+        for end in ("", text)
+    ]
+    for plain, odd in zip(*services, strict=True):
+        assert directives(odd) == directives(plain)
+
+
+def test_each_unit_has_a_runtime_directory_of_its_own() -> None:
+    found = set()
+    for service in (
+        link_service("rpmsg4000", Path("/dev/null")),
+        link_service("unix:/run/a b/core0,peer=/c", Path("/dev/null")),
+        boards_service(Path("/etc/boards"), "boards-1"),
+    ):
+        unit = systemd_unit(service=service, user="daemon", program=["inco-trio"])
+        (directory,) = re.findall(r"^RuntimeDirectory=(inco-trio/[A-Za-z0-9_.@-]+)$", unit, re.MULTILINE)
+        assert f" --control %t/{directory}/control.sock\n" in unit
+        found.add(directory)
+    assert len(found) == 3
 
 
 class TestSystemdUnit:
@@ -436,9 +484,8 @@ class TestSystemdUnit:
             user=None,
             program=["/usr/bin/inco-trio"],
         )
-        assert (
-            'ExecStart=/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --log-format text\n'
-        ) in unit
+        command = '/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --log-format text'
+        assert re.search(rf"^ExecStart={re.escape(command)} --control %t/[^ ]+$", unit, re.MULTILINE)
         assert "interrupts on rpmsg%%1\n" in unit
 
     def test_it_runs_as_the_user_with_one_capability(self) -> None:

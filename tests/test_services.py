@@ -15,17 +15,11 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import UsageError
-from inco_trio.service.scandir import (
-    Client,
-    exporter_service,
-    gateway_service,
-    link_service,
-    systemd_unit,
-    wire_service,
-    write_scandir,
-)
-from inco_trio.service.scandir import Service as Held
-from netns.fixtures import DEADLINE
+from inco_trio.service.descriptions import Client, bridge_service, exporter_service, gateway_service, link_service
+from inco_trio.service.descriptions import Service as Held
+from inco_trio.service.s6 import write_scandir
+from inco_trio.service.systemd import systemd_unit
+from netns.hang import HANG
 from tests.core1 import Here
 from tests.faults.supervised import Service, main_process
 from tests.mosquitto import Mosquitto, Reader, free_port
@@ -85,7 +79,7 @@ def test_the_exporter_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     listen = f"127.0.0.1:{free_port()}"
     assert s6(tmp_path / "scan", "--exporter", listen).returncode == 0
     service = running(stack, tmp_path / "scan", "exporter")
-    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=DEADLINE) as answer:
+    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=HANG) as answer:
         assert b"inco_trio_proxy_up" in answer.read()
     service.control("-wD", "-d")
     assert "Traceback" not in service.log
@@ -110,7 +104,7 @@ def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder", "wire-x"])
 def test_no_link_takes_their_names(label: str) -> None:
-    with pytest.raises(UsageError, match=f"inco-trio-{label} is the service of|the services of wires"):
+    with pytest.raises(UsageError, match=f"inco-trio-{label} is reserved for|reserved for bridges"):
         link_service(label, Path("/dev/null"))
 
 
@@ -123,12 +117,12 @@ def test_no_link_takes_their_names(label: str) -> None:
         (["--gateway", "/x"], "--mqtt URL"),
         (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link needs --iface unix:"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b"], "and --end core0 or core1"),
-        (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a wire ends in a Unix socket"),
+        (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a bridge joins Unix sockets"),
         (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b", "--end", "core0", "--boards", "/x"], "exclude"),
         (["--end", "core0"], "--mqtt-link URL"),
         (["--mqtt", "mqtt://me:word@h"], "user and password"),
-        (["--mqtt", "mqtt://h", "--config", "/x"], "--config is that of a proxy"),
+        (["--mqtt", "mqtt://h", "--config", "/x"], "--config is for proxies"),
         (["--exporter", "nowhere"], "ADDRESS:PORT"),
         (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
     ],
@@ -153,7 +147,7 @@ def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
     [
         gateway_service("mqtts://h/a%20b", Path("/x/a b$.json")),
         exporter_service("[::1]:1"),
-        wire_service("mqtts://h/a%20b", "unix:/x/a b,peer=/x/c", "core0", Path("/x/a b$.json")),
+        bridge_service("mqtts://h/a%20b", "unix:/x/a b,peer=/x/c", "core0", Path("/x/a b$.json")),
     ],
     ids=lambda service: service.label,
 )

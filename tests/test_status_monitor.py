@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -27,7 +26,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from inco_trio.cli.monitor import _Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
-from inco_trio.control.client import client_of, connect
+from inco_trio.control.client import client_of, connect, sockets
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
@@ -35,7 +34,8 @@ from inco_trio.metrics.openmetrics import openmetrics
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
 from inco_trio.status import SignalStatus, Stats, Status, TaskStatus
-from netns.fixtures import DEADLINE, StartProxy
+from netns.fixtures import StartProxy
+from netns.hang import HANG
 from tests.support_control import COMMAND, MAC, Board, Client, Running
 from tests.support_proxy import frame
 
@@ -51,7 +51,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     whole = [*COMMAND, *map(str, words)]
     return subprocess.run(
-        whole, capture_output=True, text=True, timeout=DEADLINE, check=False, env={**os.environ, **(env or {})}
+        whole, capture_output=True, text=True, timeout=HANG, check=False, env={**os.environ, **(env or {})}
     )
 
 
@@ -166,7 +166,7 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(2)
+                    process.wait(2)  # The pace of the interrupts.
             with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
                 while more := os.read(master, 4096):
                     shown += more
@@ -294,13 +294,13 @@ def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) 
     ended = threading.Event()
 
     def keep_sending() -> None:
-        while not ended.wait(0.01):
+        while not ended.wait(0.01):  # The pace of the load.
             board.inbound(peer)
 
     sender = threading.Thread(target=keep_sending)
     sender.start()
     try:
-        assert monitor.process.wait(DEADLINE) == 0
+        assert monitor.process.wait(HANG) == 0
     finally:
         ended.set()
         sender.join()
@@ -331,7 +331,7 @@ def test_without_a_proxy_it_listens_on_the_interface_itself(
             core1.send_raw(frame(MAC, b"ihub_hwwd_irq"))
             (tmp_path / "irq/message_6_trig").write_text("1")
             events = [json.loads(line) for line in monitor.stdout]
-            assert monitor.wait(DEADLINE) == 0
+            assert monitor.wait(HANG) == 0
         finally:
             monitor.kill()
     assert [(each["event"], each.get("direction"), each["signal"]) for each in events] == [
@@ -403,7 +403,7 @@ def test_who_is_no_proxy(tmp_path: Path) -> None:
                     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                         client.sendall(said)
                         client.shutdown(socket.SHUT_WR)
-                    select.select([client], [], [], DEADLINE)
+                    select.select([client], [], [], HANG)
 
             thread = threading.Thread(target=answer)
             thread.start()
@@ -452,21 +452,29 @@ def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], P
         client.wait(0.01)
 
 
+def test_the_sockets_of_units_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
+    (tmp_path / "rpmsg4000").mkdir()
+    paths = [tmp_path / "b.sock", tmp_path / "rpmsg4000/control.sock"]
+    for path in paths:
+        path.touch()
+    assert sockets() == paths
+
+
 def test_the_proxies_of_others_are_passed_over(
     server: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
-    place = argparse.Namespace(control=None, link="y")
     with pytest.raises(ProxyNotFoundError, match=f"no proxy of y answers in {tmp_path} or "):
-        connect(place)
+        connect("y", None)
     server(GREETING)
     with pytest.raises(ProxyNotFoundError, match="no proxy of y answers"):
-        connect(place)
+        connect("y", None)
     for path in tmp_path.iterdir():
         path.unlink()
     server(b'{"error": "busy", "message": "later"}\n')
     with pytest.raises(ResourceError, match="later"):
-        connect(place)
+        connect("y", None)
     for path in tmp_path.iterdir():
         path.unlink()
     server(GREETING)
@@ -481,13 +489,13 @@ def test_silent_sockets_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     """All connections are open at the same time, and none of them holds up the search for the others."""
     number = 5
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
-    monkeypatch.setattr("inco_trio.control.client.SEARCH", 1.0)
+    monkeypatch.setattr("inco_trio.control.client.SEARCH", HANG)
     together = threading.Barrier(number)
     with ExitStack() as stack:
 
         def accept(listening: socket.socket) -> None:
-            stack.enter_context(listening.accept()[0])
-            together.wait(DEADLINE)
+            with listening.accept()[0]:
+                together.wait(HANG / 2)
 
         threads = []
         for each in range(number):
@@ -497,9 +505,9 @@ def test_silent_sockets_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             threads.append(threading.Thread(target=accept, args=(listening,)))
             threads[-1].start()
         with pytest.raises(ProxyNotFoundError, match="no running proxy answers"):
-            connect(argparse.Namespace(control=None, link=None))
+            connect(None, None)
         for thread in threads:
-            thread.join(DEADLINE)
+            thread.join(HANG)
         assert not together.broken
 
 
@@ -556,7 +564,7 @@ def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -
     for directory in board.path.parents[:-1]:
         directory.chmod(directory.stat().st_mode | 0o111)
     command = [*nobody, *COMMAND, "status", "--control", str(board.path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 77
     assert done.stderr == (
         f"inco-trio: error: {board.path}: only root, the user of the proxy and its group may connect"
@@ -600,9 +608,9 @@ def test_events_in_words() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("status", "--watch", "0"), "'0' is not a number of seconds above 0"),
-        (("status", "--watch", "nan"), "'nan' is not a number of seconds above 0"),
-        (("status", "--watch", "x"), "'x' is not a number of seconds above 0"),
+        (("status", "--watch", "0"), "'0': expected a number of seconds above 0"),
+        (("status", "--watch", "nan"), "'nan': expected a number of seconds above 0"),
+        (("status", "--watch", "x"), "'x': expected a number of seconds above 0"),
         (("monitor", "--count", "0"), "'0' is not a whole number above 0"),
         (("monitor", "--count", "9" * 5000), "is not a whole number above 0"),
         (("monitor", "--direction", "up"), "invalid choice: 'up'"),

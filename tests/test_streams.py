@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from netns.hang import HANG
 from tests.support_proxy import write_udrv
 
 SAMPLE = Path(__file__).parent / "data" / "udrv.json"
@@ -38,7 +39,7 @@ def finished(
         ["sh", "-c", f'exec "$@"{redirections}', "sh", *RUN, *command],
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=HANG,
         env={**os.environ, **environment},
     )
     return done.returncode, done.stdout, done.stderr
@@ -76,7 +77,7 @@ def test_a_reader_that_has_gone(command: list[str], unbuffered: str) -> None:
     os.close(reader)
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     done = subprocess.run(
-        [*RUN, *command], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60, env=environment
+        [*RUN, *command], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=HANG, env=environment
     )
     os.close(writer)
     assert done.stderr == b""
@@ -111,7 +112,7 @@ def test_the_exit_code_is_right_where_nothing_can_be_said(
         stdout=subprocess.PIPE,
         stderr=nowhere,
         check=False,
-        timeout=60,
+        timeout=HANG,
         cwd=tmp_path,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "UDRV_JSON_PATH": str(SAMPLE)},
     )
@@ -130,7 +131,7 @@ def test_the_help_of_the_drop_in_that_cannot_be_written(help_option: str, unbuff
             stdout=full,
             stderr=subprocess.PIPE,
             check=False,
-            timeout=60,
+            timeout=HANG,
             env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert done.returncode == 71

@@ -12,7 +12,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from inco_trio.proxy.supervise import TRANSIENT, Backoff, Health, supervise
+from inco_trio.backoff import Backoff
+from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
 from inco_trio.status import Counters
 
 Leg = Callable[[Health], Awaitable[None]]
@@ -118,7 +119,7 @@ def test_cancellation_is_no_failure() -> None:
         await trio.sleep_forever()
 
     async def main() -> bool:
-        with trio.move_on_after(1) as scope:
+        with trio.move_on_after(1) as scope:  # Simulated time.
             await supervise(Health("leg"), leg, stats)
         return scope.cancelled_caught
 

@@ -28,7 +28,7 @@ from inco_trio.testing.faults import LATE, FrameFaults
 from inco_trio.testing.history import History
 from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import side_by_side
-from netns.fixtures import DEADLINE
+from netns.hang import HANG
 
 RESET, HWWD, NOTIFY = "ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_irq"
 FRAME = encode(RESET.encode(), bytes(6))
@@ -138,8 +138,8 @@ def test_waiting(loop: str, fails: bool) -> None:
 
     def wait() -> Happening:
         if loop == "none":
-            return history.wait(1, HWWD, DEADLINE)
-        return run(loop, history.wait_async, 1, HWWD, DEADLINE)
+            return history.wait(1, HWWD, HANG)
+        return run(loop, history.wait_async, 1, HWWD, HANG)
 
     if fails:
         with pytest.raises(NotificationMissingError, match=r"\(it broke\)"):
@@ -463,7 +463,7 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
         assert board.proxy.pid is not None
         end = os.pidfd_open(board.proxy.pid)
         os.kill(board.proxy.pid, signal.SIGKILL)
-        assert select.select([end], [], [], DEADLINE)[0]
+        assert select.select([end], [], [], HANG)[0]
         os.close(end)
         failure = board.failure()
         assert failure is not None
@@ -524,7 +524,7 @@ def test_a_recording(board: Board, tmp_path: Path) -> None:
 def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: str) -> None:
     async def application(sleep: Callable[[float], Awaitable[object]]) -> None:
         while not board.core0.register(HWWD).read_text():
-            await sleep(0.001)
+            await sleep(0.001)  # Polled, as an application may do that is not woken.
         board.core0.trigger(NOTIFY)
 
     async def with_trio() -> None:

@@ -18,6 +18,7 @@ from inco_trio.errors import ResourceError
 from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
 from netns.fixtures import Canary, Consumer, Tcpdump
+from netns.hang import HANG
 
 pytestmark = pytest.mark.netns
 
@@ -178,4 +179,4 @@ def test_consumer_counts_every_close(tmp_path: Path, watch: Callable[[Path], Con
 def test_peer_wakes_select(cores: Cores, core1: Peer) -> None:
     with core0_peer(cores) as core0:
         core0.send(b"x")
-        assert select.select([core1], [], [], 10)[0] == [core1]
+        assert select.select([core1], [], [], HANG)[0] == [core1]

@@ -20,7 +20,7 @@ from inco_trio import read_board
 
 async def stop(service: trio.Process) -> None:
     """End the service, at last by force."""
-    with trio.move_on_after(5):
+    with trio.move_on_after(5):  # A service that ignores SIGTERM is killed.
         service.terminate()
         await service.wait()
     service.kill()

@@ -63,7 +63,7 @@ class SignalsPage:
     async def send(self, request: web.Request) -> web.Response:
         """POST /send/NAME"""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE):  # The browser gets an answer although core 1 is away.
                 await self._proxy.send(request.match_info["name"])
         except UnknownSignalError as error:
             return web.Response(status=404, text=f"{error}\n")

@@ -12,8 +12,9 @@ import functools
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -39,15 +40,29 @@ BATCH = 64
 # ------------------------------------------------------------------------------------------------ an asyncio program
 
 
-@asynccontextmanager
-async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
+def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
     """Open a proxy that carries signals while the block runs, and is stopped cleanly however that ends.
 
     As `inco_trio.open_proxy`, with the same errors. It runs in a thread of its own, which has ended when this has: what
     the loop is busy with never holds a notification up.
     """
-    async with Beside(config) as beside:
-        yield Proxy(beside)
+    return _Opening(config)
+
+
+class _Opening(AbstractAsyncContextManager["Proxy"]):
+    """No generator: before Python 3.13, closing a coroutine does not close what an asynchronous generator awaits."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def __aenter__(self) -> Proxy:
+        self._beside = Beside(self._config)
+        return Proxy(await self._beside.__aenter__())
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._beside.__aexit__(kind, error, traceback)
 
 
 class Proxy:
@@ -179,6 +194,17 @@ class _Events(AsyncIterator[Notification]):
 # ---------------------------------------------------------------------------- asyncio code in a Trio program
 
 
+def _trio_asyncio() -> Any:
+    """Return the module. Raises ImportError if it does not support this Python."""
+    try:
+        import trio_asyncio
+    except AttributeError as error:  # trio-asyncio 0.16 uses names that Python 3.14 has removed (its issue 160).
+        raise ImportError(
+            f"trio-asyncio does not support Python {sys.version_info.major}.{sys.version_info.minor}: {error}"
+        ) from error
+    return trio_asyncio
+
+
 class AsyncioProxy:
     """A running proxy as asyncio code uses it, in a trio-asyncio loop; it closes with the Trio proxy."""
 
@@ -195,7 +221,7 @@ class AsyncioProxy:
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
-        import trio_asyncio
+        trio_asyncio = _trio_asyncio()
 
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
@@ -218,7 +244,7 @@ class _AsyncioEvents(AsyncIterator[Notification]):
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
-        import trio_asyncio
+        trio_asyncio = _trio_asyncio()
 
         while not self._fetched:
             try:
@@ -243,7 +269,7 @@ async def on_notification(
     `task_status.started` is called once no notification is missed any more. While the callback is `buffer`
     notifications behind, further ones pass it by, see `Proxy.events`. What it raises is raised here, as it is.
     """
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     async def call() -> None:
         with proxy.events(buffer) as events:
@@ -260,7 +286,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
     If no trio-asyncio loop is open, `main` has one of its own: the asyncio tasks that it leaves are cancelled at its
     end, as by `asyncio.run`.
     """
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     async def call() -> T:
         result: T = await trio_asyncio.aio_as_trio(main)(AsyncioProxy(proxy))
@@ -270,7 +296,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
 
 async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
-    import trio_asyncio
+    trio_asyncio = _trio_asyncio()
 
     if trio_asyncio.current_loop.get() is not None:
         return await function()

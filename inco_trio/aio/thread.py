@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 import attrs
@@ -144,7 +144,7 @@ class Beside:
 
     def ask(self, function: Callable[[], T]) -> T:
         """What a plain function returns or raises there; this thread waits for it. Once Trio has ended it runs here."""
-        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        answer: Future[T] = Future()
 
         def run() -> None:
             try:

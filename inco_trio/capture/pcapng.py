@@ -1,7 +1,7 @@
-"""pcapng and classic pcap: a writer of the first, and a reader of both that streams.
+"""A writer for pcapng, and a streaming reader for pcapng and classic pcap.
 
-See draft-ietf-opsawg-pcapng and pcap-savefile(5). The libraries there are do not fit: python-pcapng and dpkt have had
-no release since 2022, scapy takes longer to import than a replay lasts, and none of them says where a file is cut.
+See draft-ietf-opsawg-pcapng and pcap-savefile(5). The existing libraries do not fit: python-pcapng and dpkt have had no
+release since 2022, importing scapy takes longer than a replay, and none of them reports where a file is truncated.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ DIRECTIONS = {1: Direction.INBOUND, 2: Direction.OUTBOUND}
 _FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
 
 BLOCK_MAX = 16 * 2**20
-"""The largest block that is read, in bytes; a larger one is damage, as libpcap has it."""
+"""Limit of the block size in bytes. Like libpcap, the reader treats a larger block as damage."""
 OPTION_MAX = 0xFFFF
-"""The most bytes of an option."""
+"""Limit of the size of an option in bytes."""
 
-# Magic numbers of classic pcap, and how many units of its fraction make a second.
+# Magic numbers of classic pcap, with the units of the time fraction per second.
 _CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
 
 
@@ -49,7 +49,7 @@ def _option(code: int, value: bytes) -> bytes:
 
 
 def _text(code: int, text: str) -> bytes:
-    # Cut at a character: what is not UTF-8 is no option of text.
+    # Truncate between characters: a text option must be UTF-8.
     return _option(code, text.encode("utf-8", "backslashreplace")[:OPTION_MAX].decode("utf-8", "ignore").encode())
 
 
@@ -61,18 +61,18 @@ def _block(kind: int, body: bytes, options: bytes) -> bytes:
 
 
 def section_block(application: str) -> bytes:
-    """The beginning of a file that `application` writes, little-endian, of a length that is not told."""
+    """Return the section header of a file written by `application`: little-endian, of unspecified length."""
     return _block(SECTION, struct.pack("<IHHq", BYTE_ORDER, 1, 0, -1), _text(SHB_USERAPPL, application))
 
 
 def interface_block(name: str) -> bytes:
-    """An Ethernet interface, whose packets have their time in nanoseconds."""
+    """Return the block of an Ethernet interface with timestamps in nanoseconds."""
     options = _text(IF_NAME, name) + _option(IF_TSRESOL, bytes([NANOSECONDS]))
     return _block(INTERFACE, struct.pack("<HHI", ETHERNET, 0, 0), options)
 
 
 def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction | None, comment: str = "") -> bytes:
-    """A packet of the interface of that number, at `time_ns` nanoseconds since 1970 (0 to 2**64 - 1)."""
+    """Return the block of a packet of interface `interface`, at `time_ns` nanoseconds since 1970 (0 to 2**64 - 1)."""
     options = _text(COMMENT, comment) if comment else b""
     if direction is not None:
         options += _option(EPB_FLAGS, struct.pack("<I", _FLAGS[direction]))
@@ -85,19 +85,19 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
 
 @attrs.frozen
 class Interface:
-    """Where packets were seen. `name` is empty where none is told."""
+    """The interface of packets. `name` is empty if the file has none."""
 
     name: str
     linktype: int
     units: int = 10**6
-    """Units of time in a second."""
+    """Time units per second."""
     offset: int = 0
-    """Seconds that are added to the times."""
+    """Seconds to add to the times."""
 
 
 @attrs.frozen
 class Packet:
-    """A packet: `time_ns` since 1970, what was kept of it, its true length, and what else the file tells of it."""
+    """A packet: `time_ns` since 1970, the captured bytes, the original length, and the metadata of the file."""
 
     time_ns: int
     interface: Interface
@@ -108,28 +108,28 @@ class Packet:
 
 
 class _CutError(Exception):
-    """The file ends, or makes no sense, here."""
+    """The file is truncated or damaged here."""
 
 
 class Reader:
-    """The packets of a recording, whole ones only, read as they are asked for.
+    """Iterates over the complete packets of a recording.
 
-    `cut` says, after the last packet, why the file was not read to its end; None if it was. `application` is who wrote
-    it, as far as it tells. Raises RecordingError if `file` is neither pcapng nor pcap.
+    After the last packet, `cut` is the reason why the rest of the file could not be read, or None. `application` is
+    the program that wrote the file, if it says so. Raises RecordingError if `file` is neither pcapng nor pcap.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.application = ""
         self.cut: str | None = None
         self.position = 0
-        """Bytes that were read."""
+        """Bytes read so far."""
         self._file = file
         self._order = "<"
         self._interfaces: list[Interface] = []
         try:
             magic = self._read(4)
         except _CutError:
-            raise RecordingError(f"{name}: is no recording: it is {'cut' if self.position else 'empty'}") from None
+            raise RecordingError(f"{name}: not a recording: {'truncated' if self.position else 'empty'}") from None
         self._units = 0
         if magic != SECTION.to_bytes(4, "little"):
             for order in "<>":
@@ -141,9 +141,9 @@ class Reader:
             elif magic == SECTION.to_bytes(4, "little"):
                 self._section()
             else:
-                raise RecordingError(f"{name}: is no recording: neither pcapng nor pcap")
+                raise RecordingError(f"{name}: not a recording: neither pcapng nor pcap")
         except _CutError as cut:
-            raise RecordingError(f"{name}: is no recording: {cut}") from None
+            raise RecordingError(f"{name}: not a recording: {cut}") from None
 
     def __iter__(self) -> Iterator[Packet]:
         try:
@@ -155,10 +155,10 @@ class Reader:
         try:
             data = self._file.read(size)
         except OSError as error:
-            raise _CutError(f"it cannot be read after {self.position} bytes: {error.strerror}") from error
+            raise _CutError(f"cannot be read after {self.position} bytes: {error.strerror}") from error
         self.position += len(data)
         if len(data) < size and (data or not may_end):
-            raise _CutError(f"it is cut after {self.position} bytes")
+            raise _CutError(f"truncated after {self.position} bytes")
         return data
 
     def _unpack(self, layout: str, data: bytes, offset: int = 0) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class Reader:
             raise self._damage("a block is too short") from None
 
     def _damage(self, what: str) -> _CutError:
-        return _CutError(f"it is damaged before byte {self.position}: {what}")
+        return _CutError(f"damaged before byte {self.position}: {what}")
 
     # ------------------------------------------------------------------------------------------------ classic pcap
 
@@ -191,18 +191,18 @@ class Reader:
         length, magic = self._read(4), self._read(4)
         orders = [order for order in "<>" if struct.unpack(f"{order}I", magic)[0] == BYTE_ORDER]
         if not orders:
-            raise self._damage("the byte order is none")
+            raise self._damage("invalid byte order")
         self._order = orders[0]
         (size,) = self._unpack("I", length)
         body = self._body(size, 12)
         major, _minor, _length = self._unpack("HHq", body)
         if major != 1:
-            raise self._damage(f"version {major} is not known")
+            raise self._damage(f"unknown version {major}")
         self._interfaces = []
         self.application = _string(self._options(body, 12).get(SHB_USERAPPL, b""))
 
     def _body(self, size: int, already: int) -> bytes:
-        """The rest of a block of `size` bytes, without its last length, which is checked."""
+        """Return the rest of a block of `size` bytes. Check the length at its end, and leave it out."""
         if size % 4 or not already + 4 <= size <= BLOCK_MAX:
             raise self._damage(f"a block of {size} bytes")
         rest = self._read(size - already)
@@ -235,7 +235,9 @@ class Reader:
         number, high, low, captured, length = self._unpack("IIIII", body)
         end = 20 + captured
         if number >= len(self._interfaces) or end > len(body):
-            raise self._damage("a packet of no interface" if end <= len(body) else "a packet is longer than its block")
+            raise self._damage(
+                "a packet without an interface" if end <= len(body) else "a packet is longer than its block"
+            )
         interface = self._interfaces[number]
         options = self._options(body, end + -captured % 4)
         flags = self._unpack("I", options[EPB_FLAGS])[0] if EPB_FLAGS in options else 0
@@ -249,7 +251,7 @@ class Reader:
         )
 
     def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
-        """The options from `offset` on, by their codes; of several with one code, the first."""
+        """Return the options from `offset` on by code; the first one if a code is repeated."""
         found: dict[int, bytes] = {}
         while offset < len(body):
             code, length = self._unpack("HH", body, offset)

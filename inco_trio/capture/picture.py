@@ -1,4 +1,4 @@
-"""The picture of a recording, by matplotlib (the extra `plot`)."""
+"""Plots of recordings, with matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ __all__ = ["draw"]
 
 BILLION = 10**9
 COLUMNS = 4000
-"""Places of a timeline that differ: more cannot be seen."""
+"""Distinct positions on a timeline. More would not be visible."""
 ROWS = 40
-"""Signals that are drawn, at most."""
+"""Limit of signals in the plot."""
 LINE_COLORS = "Dark2"
-"""None of them is that of a direction."""
+"""None of these colours stands for a direction."""
 LINES = 8
-"""Signals whose rates are drawn, at most: as many as there are colours."""
+"""Limit of signals with a rate, which is the number of colours."""
 BINS = 200
-"""Steps of the rates, at most."""
+"""Limit of steps in a rate."""
 IN_BIN = 4
-"""Notifications of the most frequent signal in a step, at least: fewer would show each of them, and no rate."""
+"""Minimum of notifications per step for the most frequent signal. Fewer would show single notifications."""
 ANSWER_BINS = 100
 WIDE = 100
-"""How many times the fastest answer the slowest one takes where the axis becomes a logarithmic one."""
+"""Ratio of slowest to fastest answer above which the axis is logarithmic."""
 MARKS_MAX = 20
-"""Marks whose text is shown; of more, only where they are."""
+"""Limit of marks with text. If there are more, only their positions are shown."""
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
 
 
 def draw(summary: Summary, title: str, path: Path) -> None:
     """Write the picture to `path`, in the format of its suffix. Raises OSError."""
-    # A dollar sign in a name, of a file or a signal, begins no formula.
+    # A dollar sign in the name of a file or signal must not start a formula.
     with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
         _draw(summary, title, path)
 
@@ -80,23 +80,23 @@ def _draw(summary: Summary, title: str, path: Path) -> None:
         with file:
             file.write(drawn.getbuffer())
     except OSError:
-        path.unlink(missing_ok=True)  # A part of a picture is none.
+        path.unlink(missing_ok=True)  # An incomplete plot is useless.
         raise
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
-    """At most so many of `flows`, in their order."""
+    """Return at most `number` of `flows`, in order."""
     chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
     return [flows[number] for number in sorted(chosen)]
 
 
 def _seconds(times: array[int], begin: int) -> NDArray[np.float64]:
-    # The difference first: a float does not know the nanoseconds since 1970.
+    # Subtract first: a float cannot represent nanoseconds since 1970.
     return (np.frombuffer(times, np.int64) - begin) / BILLION
 
 
 def _places(seconds: NDArray[np.float64], span: float) -> NDArray[np.float64]:
-    """Those of them that can be told apart."""
+    """Return those that are distinguishable in the plot."""
     if len(seconds) <= COLUMNS:
         return seconds
     return np.unique(np.rint(seconds / span * COLUMNS)) * (span / COLUMNS)
@@ -121,7 +121,7 @@ def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     axis.set_prop_cycle(color=mpl.color_sequences[LINE_COLORS])
     for flow in flows:
         counts, edges = np.histogram(_seconds(flow.times, begin), bins, (0, span))
-        # The space: a label that begins with an underscore is none to matplotlib.
+        # The space: matplotlib ignores labels that start with an underscore.
         axis.stairs(counts / width, edges, label=f" {flow.label}")
     axis.set_ylabel("a second")
     axis.set_title(f"rates, in steps of {width:.3g} s", fontsize=9, loc="left")

@@ -1,11 +1,11 @@
-"""Recordings of notifications: the pcapng file that is written, and the notifications that are in any capture.
+"""Recordings of notifications: a writer of pcapng files, and a reader of the notifications in any capture.
 
-A recording has an Ethernet interface for each link, with the frames as they were, and one called `registers`, for what
-came without a frame: notifications, and marks, as of a link that went down. Such a one is a frame of the EtherType that
-IEEE 802 keeps for local experiments, 0x88B5, whose payload is a JSON object: `signal`, `direction` and `register`, or
-`mark`. A Custom Block would need a number of IANA's, and tshark would not show it; an interface of
-another link type, as LINKTYPE_USER0, would make tcpdump refuse the whole file, since libpcap knows one type a file.
-The flags of each packet tell its direction as core 0 sees it, and a comment names signal and register.
+A recording has an Ethernet interface per link with the original frames, and an interface `registers` for others:
+notifications without a frame, and marks, such as a link that went down. These are frames with the EtherType 0x88B5,
+which IEEE 802 reserves for local experiments. Their payload is a JSON object: `signal`, `direction` and `register`, or
+`mark`. A Custom Block would need a number from IANA, and tshark would not show it. An interface of another link type,
+such as LINKTYPE_USER0, would make tcpdump reject the whole file, because libpcap supports one link type per file.
+The flags of each packet are its direction as core 0 sees it; a comment names signal and register.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 
 APPLICATION = "inco-trio"
 REGISTERS = "registers"
-"""The interface of notifications without a frame."""
+"""The interface for notifications without a frame."""
 LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# A FIFO that nobody reads would be waited for, and no signal would end that.
+# Opening a FIFO without a reader would block, and no signal would interrupt that.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Recorder:
-    """Appends notifications and marks to a file at `path`; what is at that path is replaced, as tcpdump does.
+    """Writes notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
 
-    Without a limit there is one file. With `size_max` (bytes) or `seconds_max` there are several, PATH_00001 and so on
-    in front of the suffix; a new one begins with the entry that would exceed a limit, and of more than `keep` the
-    oldest is removed. Each entry is one write(2), so that the file of a process that was killed can be read.
+    Without limits there is one file. With `size_max` (bytes) or `seconds_max` there are several, with _00001 and so on
+    before the suffix. An entry that would exceed a limit starts a new file, and the oldest of more than `keep` files is
+    removed. Each entry is one write(2), so the file stays readable if the process is killed.
 
-    Raises PermissionDeniedError and ResourceError, which close the file: what was written before is whole.
+    Raises PermissionDeniedError and ResourceError. Both close the file; earlier entries are complete.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Recorder:
         keep: int | None = None,
     ) -> None:
         self.written: list[Path] = []
-        """The files there are, the oldest first."""
+        """The existing files, oldest first."""
         self.count = 0
-        """Notifications in all files."""
+        """The number of notifications in all files."""
         self._path = path
         self._interfaces: dict[str, int] = {}
         self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
@@ -71,13 +71,13 @@ class Recorder:
 
     @property
     def path(self) -> Path:
-        """The file that is written to."""
+        """The current file."""
         return self.written[-1]
 
     def append(
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str
     ) -> None:
-        """Append one notification of a link; `frame` is None for one that came without."""
+        """Append a notification of a link; `frame` is None if it has none."""
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if frame is None:
             told = {"signal": signal, "direction": direction.value, "register": register}
@@ -87,11 +87,11 @@ class Recorder:
         self.count += 1
 
     def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
-        """Append a frame that came and is no notification."""
+        """Append a received frame that is not a notification."""
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
     def mark(self, time_ns: int, text: str) -> None:
-        """Append what happened at this time."""
+        """Append a mark."""
         self._append(time_ns, REGISTERS, _unframed({"mark": text}), None, text)
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
@@ -109,7 +109,7 @@ class Recorder:
         self._entries += 1
 
     def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
-        """A packet, behind its interface where that is new in the file."""
+        """Return the block of a packet, after that of its interface if the interface is new in the file."""
         number = self._interfaces.get(interface)
         if number is not None:
             return packet_block(number, time_ns, data, direction, comment)
@@ -117,7 +117,7 @@ class Recorder:
         return interface_block(interface) + packet
 
     def _is_full(self, time_ns: int, more: int) -> bool:
-        # A file has one entry at least, whatever the limits are.
+        # A file has at least one entry, whatever the limits are.
         if not self._entries:
             return False
         if self._size_max is not None and self._size + more > self._size_max:
@@ -142,32 +142,32 @@ class Recorder:
         self._interfaces = {REGISTERS: 0}
         self._write(section_block(APPLICATION) + interface_block(REGISTERS))
         while self._keep is not None and len(self.written) > max(self._keep, 1):
-            with contextlib.suppress(OSError):  # Somebody else has taken it away.
+            with contextlib.suppress(OSError):  # Another process has removed it.
                 self.written.pop(0).unlink()
 
     def _begin(self, path: Path) -> None:
-        """Empty the file, unless somebody else records to it: both would be damaged."""
+        """Truncate the file, unless another process records to it."""
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             return
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise ResourceError(f"{path}: another process records to it: name another file") from None
+            raise ResourceError(f"{path}: another process is recording to it (use another file)") from None
         except OSError:
-            pass  # A file system without locks.
+            pass  # The file system has no locks.
         os.ftruncate(self._fd, 0)
 
     def _write(self, data: bytes) -> None:
         try:
             done = os.write(self._fd, data)
-            while done < len(data):  # As much as there was room for: the next one tells why.
+            while done < len(data):  # A short write: the next write reports the error.
                 done += os.write(self._fd, data[done:])
         except OSError as error:
-            with contextlib.suppress(OSError):  # A pipe cannot be shortened.
+            with contextlib.suppress(OSError):  # A pipe cannot be truncated.
                 os.ftruncate(self._fd, self._size)
             self.close()
-            if not self._size and len(self.written) > 1:  # Without its head it is no recording.
+            if not self._size and len(self.written) > 1:  # Without its header it is not a recording.
                 with contextlib.suppress(OSError):
                     self.written.pop().unlink()
             raise ResourceError(
@@ -176,7 +176,7 @@ class Recorder:
         self._size += len(data)
 
     def close(self) -> None:
-        """Close the file. Does nothing if it is closed."""
+        """Close the file. Do nothing if it is closed already."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
@@ -184,38 +184,38 @@ class Recorder:
 
 @attrs.frozen
 class Entry:
-    """A notification of a recording. `direction` is None, and `register` empty, where nothing tells."""
+    """A notification of a recording. If unknown, `direction` is None and `register` is empty."""
 
     time_ns: int
     signal: str
     direction: Direction | None
     register: str = ""
     ignored: bool = False
-    """Whether the proxy that is recorded took it for none of its own."""
+    """Whether the recorded proxy ignored it."""
 
 
 @attrs.frozen
 class Mark:
-    """What happened at a time, beside notifications: a link that went down, frames that were dropped, a restart."""
+    """An event that is not a notification: a link that went down, dropped frames, a restart."""
 
     time_ns: int
     text: str
 
 
 class Recording:
-    """The notifications and marks of a capture, read as they are asked for; what else is in it is left out.
+    """Iterates over the notifications and marks of a capture, and skips everything else.
 
-    The direction of a frame is, the first that there is: the flags of a recording of ours; that of the signal in
-    `table`; that of frames before from the same MAC address. Flags of other programs tell how the machine saw it that
-    they ran on, which may have been core 1, and are not used.
+    The direction of a frame comes from the first available source: the flags of a recording of inco-trio, the signal in
+    `table`, or earlier frames from the same MAC address. Flags of other programs are ignored, because they describe the
+    view of the capturing machine, which may be core 1.
     """
 
     def __init__(self, file: BinaryIO, name: str, table: SignalTable) -> None:
         self.reader = Reader(file, name)
         self.size = os.fstat(file.fileno()).st_size
-        """The size of the file, in bytes."""
+        """The size of the file in bytes."""
         self.packets = 0
-        """Packets that were read."""
+        """The number of packets read."""
         self._table = table
         self._senders: dict[bytes, Direction] = {}
 
@@ -243,14 +243,14 @@ class Recording:
         else:
             self._senders[source] = direction
         text = name.decode("ascii")
-        # Its comment says why, not what.
+        # Its comment is a reason, not a signal.
         meant = packet.direction if ours else None
         ignored = meant is not None and not packet.comment.startswith(_comment(meant, text))
         return Entry(packet.time_ns, text, direction, ignored=ignored)
 
 
 def _comment(direction: Direction, signal: str) -> str:
-    """How the comment of a notification begins."""
+    """Return the start of the comment of a notification."""
     return f"{direction.value} {signal}"
 
 
@@ -259,7 +259,7 @@ def _unframed(told: Mapping[str, str]) -> bytes:
 
 
 def _told(packet: Packet) -> Entry | Mark | None:
-    """What `_unframed` has told."""
+    """Return what `_unframed` has encoded."""
     try:
         told = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(told.get("mark"), str):
@@ -274,15 +274,15 @@ def _told(packet: Packet) -> Entry | Mark | None:
 
 @contextlib.contextmanager
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
-    """The recording at `path`. Raises RecordingError, PermissionDeniedError."""
+    """Open the recording at `path`. Raises RecordingError, PermissionDeniedError."""
     try:
-        # A FIFO would wait for somebody to write to it.
+        # Opening a FIFO would block until it has a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         kind = PermissionDeniedError if error.errno in _DENIED else RecordingError
         raise kind(f"{path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RecordingError(f"{path}: is no recording: not a regular file")
+        raise RecordingError(f"{path}: not a recording: not a regular file")
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         yield Recording(file, str(path), table)

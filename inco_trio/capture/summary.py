@@ -1,4 +1,4 @@
-"""The numbers of a recording: counts, rates and gaps of each signal, the time to an answer, and what went wrong."""
+"""Statistics of a recording: counts, rates and gaps per signal, answer times, and marks."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ __all__ = ["TIME_MAX", "Flow", "Pair", "Summary"]
 
 BILLION = 10**9
 TIME_MAX = 2**63 - 1
-"""The latest time there can be, in nanoseconds since 1970: in the year 2262."""
+"""The latest valid time in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
-"""Numbers that are sorted at once: as objects they take five times the memory."""
+"""Numbers to sort at once: as Python objects they take five times the memory."""
 
 
 @attrs.define
 class Flow:
-    """The notifications of one signal in one direction; 8 bytes are kept of each."""
+    """The notifications of one signal in one direction, 8 bytes each."""
 
     signal: str
     direction: Direction | None
     times: array[int] = attrs.Factory(lambda: array("q"))
-    """When they were, in nanoseconds since 1970, in the order of the recording."""
+    """Their times in nanoseconds since 1970, in the order of the recording."""
 
     @property
     def label(self) -> str:
-        """The signal, and its direction if that is known."""
+        """The signal, with its direction if known."""
         return self.signal if self.direction is None else f"{self.signal} ({self.direction.value})"
 
     def intervals(self) -> Iterator[int]:
-        """Nanoseconds from each to the next."""
+        """The nanoseconds from each notification to the next."""
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def longest_gap(self) -> tuple[int, int] | None:
-        """When the longest time without one began, and how long it was, in nanoseconds."""
+        """Start and length of the longest gap, in nanoseconds."""
         gaps = zip(self.intervals(), self.times, strict=False)
         gap, begin = max(gaps, default=(0, 0), key=lambda each: each[0])
         return (begin, gap) if gap > 0 else None
@@ -49,7 +49,7 @@ class Flow:
 
 @attrs.define
 class Pair:
-    """How long the answer to a signal took: from each to the next answer, if no other one of the signal is between."""
+    """The answer times of a signal: from each notification to the answer, unless the signal is repeated before."""
 
     signal: str
     answer: str
@@ -59,7 +59,7 @@ class Pair:
     _asked: int | None = None
 
     def take(self, entry: Entry) -> None:
-        """Follow one notification."""
+        """Add a notification."""
         if entry.signal == self.signal:
             self.unanswered += self._asked is not None
             self._asked = entry.time_ns
@@ -68,27 +68,27 @@ class Pair:
             self._asked = None
 
     def end(self) -> None:
-        """There are no more."""
+        """Note the end of the recording."""
         self.unanswered += self._asked is not None
         self._asked = None
 
     def spread(self) -> dict[str, float] | None:
-        """How long it took, in seconds: `min`, `p50`, `p90`, `p99` and `max`; None if nothing was answered."""
+        """The answer times in seconds: `min`, `p50`, `p90`, `p99` and `max`. None if there are no answers."""
         return _spread(self.taken)
 
 
 @attrs.define
 class Summary:
-    """What a recording has."""
+    """The statistics of a recording."""
 
     pairs: Sequence[Pair] = ()
     flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
     marks: list[Mark] = attrs.Factory(list)
     ignored: int = 0
-    """Frames that the proxy ignored; they are left out."""
+    """Frames that the proxy ignored; they are not counted elsewhere."""
 
     def take(self, each: Entry | Mark) -> None:
-        """Follow one of the recording's, whose time is 0 to TIME_MAX."""
+        """Add an entry or mark with a time from 0 to TIME_MAX."""
         if isinstance(each, Mark):
             self.marks.append(each)
             return
@@ -104,13 +104,13 @@ class Summary:
 
     @property
     def span(self) -> tuple[int, int]:
-        """From when to when, in nanoseconds since 1970."""
+        """Start and end, in nanoseconds since 1970."""
         times = [time for flow in self.flows.values() for time in (min(flow.times), max(flow.times))]
         times += [mark.time_ns for mark in self.marks]
         return min(times), max(times)
 
     def numbers(self) -> dict[str, object]:
-        """All of it in seconds, times since 1970."""
+        """Return everything in seconds; times are since 1970."""
         begin, end = self.span
         return {
             "from": begin / BILLION,
@@ -144,7 +144,7 @@ def _pair_numbers(pair: Pair) -> dict[str, object]:
 
 
 def _spread(values: Iterable[int]) -> dict[str, float] | None:
-    """How nanoseconds are spread, in seconds."""
+    """Return the distribution of nanoseconds in seconds."""
     rest, parts = iter(values), []
     while some := sorted(islice(rest, AT_ONCE)):
         parts.append(array("q", some))
@@ -155,7 +155,7 @@ def _spread(values: Iterable[int]) -> dict[str, float] | None:
 
 
 def _quantile(parts: Sequence[array[int]], share: float) -> int:
-    """The least number that `share` of all are not above; each part is ordered."""
+    """Return the smallest number that is at least as large as `share` of all numbers; each part is sorted."""
     rank = max(1, math.ceil(share * sum(map(len, parts))))
     low, high = min(part[0] for part in parts), max(part[-1] for part in parts)
     while low < high:

@@ -1,6 +1,6 @@
-"""The command line: one module for each command; `line` has the options, the exit codes, and what an error looks like.
+"""The command line: one module per command. `parser` has the commands and the exit codes, `options` shared options.
 
-Here is only where a process begins. The signals of a daemon are held before anything else is imported.
+This module only has the entry points. It holds the process signals of the daemon before it imports anything else.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from inco_trio.cli import process_signals
+from inco_trio.service import process_signals
 
 __all__ = ["inco_proxy", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `inco-trio`; returns its exit code."""
+    """Run the command `inco-trio`; return its exit code."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["run"]:
         process_signals.hold()
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def inco_proxy(arguments: Sequence[str] | None = None) -> int:
-    """The command `inco_proxy`, as the start scripts of the program that came before call it; returns its exit code."""
+    """Run the command `inco_proxy`, which start scripts of the former program call; return its exit code."""
     process_signals.hold()
     from inco_trio.cli.parser import run_drop_in
 

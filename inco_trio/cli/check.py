@@ -1,4 +1,4 @@
-"""`inco-trio check`: validates a configuration and prints its signal table, or the boards of a directory."""
+"""`inco-trio check`: validate a configuration and print its signals, or the boards of a directory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `check`."""
     sub.epilog = "example: inco-trio check --config udrv.json"
     configuration_argument(sub)
-    sub.add_argument("--iface", metavar="LINK", help=f"also explain the link: {LINK_HELP}")
+    sub.add_argument("--iface", metavar="LINK", help=f"also explain this link: {LINK_HELP}")
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
-    sub.add_argument("--gateway", metavar="FILE", help="the configuration of `inco-trio mqtt`")
+    sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; raises ConfigError or UsageError."""
+    """Print the signals; return the exit code. Raises ConfigError, UsageError."""
     if args.gateway is not None:
         return _check_gateway(args)
     if args.boards is not None:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_gateway(args: argparse.Namespace) -> int:
-    """Print what a gateway does; raises ConfigError, PermissionDeniedError or UsageError."""
+    """Print the rights of a gateway. Raises ConfigError, PermissionDeniedError, UsageError."""
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):
@@ -83,7 +83,7 @@ def _check_gateway(args: argparse.Namespace) -> int:
 
 
 def _check_boards(directory: Path, *, as_json: bool) -> int:
-    """Print the boards; raises ConfigError for those that are refused, after the others."""
+    """Print the valid boards, then raise ConfigError if others are not valid."""
     from inco_trio.board_files import read_boards
 
     boards = read_boards(directory)

@@ -6,12 +6,12 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator
 
-from inco_trio.cli.options import positive
+from inco_trio.cli.options import add_place, positive
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
-from inco_trio.control.client import add_place, connect
+from inco_trio.control.client import connect
 from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Print events until there are no more; raises IncoError."""
     direction = None if args.direction is None else Direction(args.direction)
     try:
-        client = connect(args)
+        client = connect(args.link, args.control)
     except ProxyNotFoundError:
         if not may_listen(args.link):
             raise

@@ -1,15 +1,13 @@
-"""`inco-trio mqtt`: the gateway to an MQTT broker. What it does is in `inco_trio.mqtt.gateway`."""
+"""`inco-trio mqtt`: the gateway to an MQTT broker. `mqtt.gateway` does the work."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
-from inco_trio.cli import process_signals
-from inco_trio.cli.options import absolute, add_service_options
+from inco_trio.cli.options import absolute, add_clients_option, add_service_options, control_paths, needing
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import ProgramNotFoundError
+from inco_trio.service import process_signals
 
 __all__ = ["arguments", "run"]
 
@@ -18,35 +16,34 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `mqtt`."""
     sub.epilog = (
         "example: inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json\n"
-        f"SIGHUP reads the configuration again.\n{EXIT_CODES}"
+        f"SIGHUP reloads the configuration.\n{EXIT_CODES}"
     )
-    sub.add_argument("url", metavar="URL", help="the broker: mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS")
-    sub.add_argument("--config", metavar="FILE", help="what may be sent, and who we are")
-    sub.add_argument(
-        "--control", metavar="PATH", action="append", help="the proxy with this control socket (default: all that run)"
-    )
+    sub.add_argument("url", metavar="URL", help="broker: mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS")
+    sub.add_argument("--config", metavar="FILE", help="permitted signals and MQTT credentials")
+    add_clients_option(sub)
     add_service_options(sub)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Publish until told to stop; returns the exit code. Raises IncoError."""
-    process_signals.hold()
-    try:
-        from inco_trio.mqtt.gateway import Gateway
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("paho"):
-            raise
-        raise ProgramNotFoundError("mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'") from error
-    from inco_trio.cli.service import serve
-    from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
+    """Run the gateway until a stop signal arrives; return the exit code. Raises IncoError."""
+    with process_signals.held():
+        with needing("paho-mqtt", "paho", "mqtt"):
+            from inco_trio.mqtt.gateway import Gateway
+        from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
+        from inco_trio.service.runner import Restarting, run_service
 
-    broker = parse_broker(args.url)
-    path = None if args.config is None else absolute(args.config, "--config")
-    controls = None if args.control is None else [Path(absolute(place, "--control")) for place in args.control]
+        broker = parse_broker(args.url)
+        path = None if args.config is None else absolute(args.config, "--config")
+        controls = control_paths(args)
 
-    def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
-        config = GatewayConfig() if path is None else read_gateway(path)
-        config.broker.read()  # What is wrong with it is said at once.
-        return Gateway(broker, config, controls).run
+        def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
+            config = GatewayConfig() if path is None else read_gateway(path)
+            config.broker.read()  # Report mistakes in the credentials at once.
+            return Gateway(broker, config, controls).run
 
-    return serve(args, prepare)
+        return run_service(
+            lambda: Restarting(str(broker), prepare),
+            notification_fd=args.notification_fd,
+            log_format=args.log_format,
+            verbose=args.verbose,
+        )

@@ -1,15 +1,17 @@
-"""What several commands take: the interface, and the configuration by `--config FILE` or $UDRV_JSON_PATH."""
+"""Options that several commands share, and the checks of their values."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
+from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import ProgramNotFoundError, UsageError
 from inco_trio.links.address import address_fault
 from inco_trio.signals import is_path
 
@@ -20,11 +22,15 @@ __all__ = [
     "LINK_HELP",
     "LISTEN",
     "absolute",
+    "add_clients_option",
+    "add_place",
     "add_service_options",
     "check_link",
     "check_listen",
     "config_path",
     "configuration_argument",
+    "control_paths",
+    "needing",
     "number_of_seconds",
     "path_of",
     "positive",
@@ -32,43 +38,43 @@ __all__ = [
 
 DIGITS_MAX = 12
 LINK = "rpmsg4000"
-"""The interface that is used unless another link is named."""
+"""The default link."""
 LISTEN = "127.0.0.1:9478"
-"""Where the exporter listens."""
-BOARDS_HELP = "boards, one for each file DIR/NAME.json"
+"""The default address of the exporter."""
+BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
 LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
-    """More than 0 seconds, as an option gives them. Raises ArgumentTypeError."""
+    """Return the seconds of an option, more than 0. Raises ArgumentTypeError."""
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
     return seconds
 
 
 def positive(text: str) -> int:
-    """A whole number above 0, as an option gives it. Raises ArgumentTypeError."""
+    """Return the integer of an option, more than 0. Raises ArgumentTypeError."""
     if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0, of {DIGITS_MAX} digits at most")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer above 0 with at most {DIGITS_MAX} digits")
     return int(text)
 
 
 def check_listen(text: str) -> tuple[str, int]:
-    """Address and port of `ADDRESS:PORT`. Raises UsageError."""
+    """Return address and port of `ADDRESS:PORT`. Raises UsageError."""
     address, colon, port = text.rpartition(":")
     bare = address.removeprefix("[").removesuffix("]")
     if not colon or not bare or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
-        raise UsageError(f"--listen {text!r}: it is ADDRESS:PORT, as {LISTEN} or [::1]:9478")
+        raise UsageError(f"--listen {text!r}: expected ADDRESS:PORT, such as {LISTEN} or [::1]:9478")
     return bare, int(port)
 
 
 def check_link(address: str) -> None:
-    """Raise UsageError if `address` cannot be a link's."""
+    """Raise UsageError if `address` is not the address of a link."""
     if fault := address_fault(address):
         raise UsageError(f"link {address!r}: {fault}")
 
@@ -79,50 +85,79 @@ def configuration_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def config_path(args: argparse.Namespace) -> Path:
-    """The configuration that was named. Raises UsageError if none was."""
+    """Return the path of the configuration. Raises UsageError if there is none."""
     if args.config is not None:
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
         return Path(named)
-    raise UsageError("no configuration: give --config FILE, or set UDRV_JSON_PATH (`run` also takes --irq-dir DIR)")
+    raise UsageError("no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)")
 
 
 def absolute(path: str | Path, option: str) -> Path:
-    """The path that `option` names, in full. Raises UsageError if it has no meaning."""
+    """Return the absolute path in `option`. Raises UsageError if it is not valid."""
     path = path_of(path, option)
     try:
         return path.absolute()
     except OSError as error:
-        raise UsageError(f"{option} {path}: the working directory is gone: give an absolute path") from error
+        raise UsageError(f"{option} {path}: the working directory was removed (use an absolute path)") from error
 
 
 def path_of(text: str | Path, option: str) -> Path:
-    """The path that `option` names. Raises UsageError if it is none."""
+    """Return the path in `option`. Raises UsageError if it is not valid."""
     # Path("") is the working directory.
     if not str(text):
         raise UsageError(f"{option}: the path is empty")
     if not is_path(str(text)):
-        raise UsageError(f"{option} {str(text)!r}: it cannot be a path")
+        raise UsageError(f"{option} {str(text)!r}: not a valid path")
     return Path(text)
 
 
-def add_service_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options of every service."""
+def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more") -> None:
+    """Add the options of every service; `verbose` is the help text of `-v`."""
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     formats = ("text", "json")
     sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
-    sub.add_argument("-v", "--verbose", action="store_true", help="log more")
+    sub.add_argument("-v", "--verbose", action="store_true", help=verbose)
+
+
+def add_place(sub: argparse.ArgumentParser) -> None:
+    """Add the options that name a running proxy."""
+    sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
+    sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the only one)")
+
+
+def add_clients_option(sub: argparse.ArgumentParser) -> None:
+    """Add `--control` of a service that connects to several proxies."""
+    sub.add_argument(
+        "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
+    )
+
+
+def control_paths(args: argparse.Namespace) -> list[Path] | None:
+    """Return the paths that `add_clients_option` collected, or None for all proxies. Raises UsageError."""
+    return None if args.control is None else [absolute(path, "--control") for path in args.control]
+
+
+@contextlib.contextmanager
+def needing(package: str, module: str, extra: str) -> Iterator[None]:
+    """Raise ProgramNotFoundError if the block cannot import the optional dependency `package`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module:
+            raise
+        raise ProgramNotFoundError(f"{package} is not installed: pip install 'inco-trio[{extra}]'") from error
 
 
 def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
-    """The directory of `--boards`. Raises UsageError, also for an option of `excluded` that is given beside it."""
+    """Return the directory in `--boards`. Raises UsageError, also if an option in `excluded` is given."""
     for option in excluded:
-        # None and False are what is not given.
+        # None and False mean that an option is not given.
         if getattr(args, option.strip("-").replace("-", "_").lower()) not in (None, False):
             raise UsageError(f"--boards and {option} exclude each other: a board's file names its link and registers")
     return absolute(args.boards, "--boards")
 
 
 def boards_label(directory: Path) -> str:
-    """What services and kept descriptors of a directory of boards are named after."""
+    """Return the name of the service, and of the stored descriptors, of a directory of boards."""
     return f"boards-{blake2b(os.fsencode(directory), digest_size=4).hexdigest()}"

@@ -1,9 +1,9 @@
-"""The arguments of the commands, their exit codes, and what an error looks like.
+"""The commands, their exit codes, and the output of errors.
 
-A command's module has `arguments`, which adds its options to its parser, and `run`, which returns the exit code. Only
-the module of the command that was given is imported: the start of the daemon is an outage. The man pages and the
-completions are made of the same: docs/manual/page.py says what an epilog looks like, docs/manual/completion.py which
-metavar is completed, and `nox -s generated` writes them again.
+The module of a command has `arguments`, which adds its options, and `run`, which returns the exit code. Only the module
+of the given command is imported, because the start of the daemon is an outage. `nox -s generated` makes man pages and
+completions from the same parsers. See docs/manual/page.py for the format of an epilog, and docs/manual/completion.py
+for the completion of a metavar.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "drop_in_parser", "parser", "run_command", "run_drop_in"]
 
 COMMANDS = {
-    "run": "carry signals until SIGTERM or SIGINT",
+    "run": "run the proxy until SIGTERM or SIGINT",
     "check": "validate the configuration and print the signal table",
-    "doctor": "find what keeps notifications from coming",
-    "status": "tell how a running proxy is, and what it has carried",
+    "doctor": "diagnose missing notifications",
+    "status": "show the state and the counters of a running proxy",
     "monitor": "show each notification as it happens",
     "record": "write each notification with its frame to a file",
-    "send": "send a signal, by the proxy or as one of the cores",
+    "send": "send a signal through the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
-    "demo": "show two simulated cores signalling each other; needs no root",
-    "replay": "play one side of a recording, and say what came back",
-    "plot": "draw a recording: timelines, rates, gaps, answers, faults",
-    "dissector": "print or install what names signals in Wireshark and tshark",
-    "mqtt": "publish what the proxies of this host carry to an MQTT broker",
-    "mqtt-link": "carry a `unix:` link to another host, over an MQTT broker",
+    "demo": "demonstrate two simulated cores that signal each other; needs no root",
+    "replay": "play one side of a recording, and report what came back",
+    "plot": "plot a recording: timelines, rates, gaps, answer times, faults",
+    "dissector": "print or install the dissector for Wireshark and tshark",
+    "mqtt": "publish the notifications of this host's proxies to an MQTT broker",
+    "mqtt-link": "bridge a `unix:` link to another host over an MQTT broker",
     "exporter": "export the metrics of all boards of this host to Prometheus",
-    "s6": "write an s6 scan directory for the proxy, or a systemd unit",
+    "s6": "write an s6 scan directory, or print a systemd unit",
 }
-"""What `--help` says of each command; its module has the same name, with `_` for `-`."""
+"""The help text of each command. Its module has the same name, with `_` instead of `-`."""
 
 EXIT_CODES = """\
-exit codes: 0 clean, 1 something was lost or did not come back, or `doctor` found a fault, 2 usage,
-3 `doctor` warns, 65 not a recording, 69 a program or device is not there (as the link), 70 internal error,
-71 no room now (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
+exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage, 3 `doctor` warns,
+65 not a recording, 69 missing program or device (such as the link), 70 internal error,
+71 out of resources (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
 EXIT_INTERNAL = 70
 
 
 def run_command(words: Sequence[str]) -> int:
-    """Run `inco-trio` with the arguments `words`; returns the exit code. Raises SystemExit as argparse does."""
+    """Run `inco-trio` with the arguments `words`; return the exit code. Raises SystemExit like argparse."""
 
     def run() -> int:
         return _run(_parsed(parser(words[0] if words else None), words))
@@ -61,30 +61,30 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def run_drop_in(words: Sequence[str]) -> int:
-    """Run `inco_proxy` with the arguments `words`, and with the log that its users know; else as `run_command`."""
+    """Run `inco_proxy` with the arguments `words`, with the log format of the former program."""
 
     def run() -> int:
         iface = _parsed(drop_in_parser(), words).iface
-        # `--`: an interface's name may begin with a dash.
+        # `--`: the name of an interface may start with a dash.
         return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
 
     return _ending(run)
 
 
 def _ending(run: Callable[[], int]) -> int:
-    """What `run` returns, or the exit code of the error that it raises, which is shown."""
+    """Return the result of `run`, or print its error and return the exit code of that."""
     streams.open_missing()
     try:
         return run()
     except BrokenPipeError:
-        return 0  # Who read the output has seen enough of it.
+        return 0  # The reader of the output has closed it.
     except IncoError as error:
         streams.complain(error)
         return error.exit_code
     except MemoryError:
         streams.complain(ResourceError("out of memory"))
         return ResourceError.exit_code
-    except Exception:  # noqa: BLE001 - shown whole; the exit code tells what it is
+    except Exception:  # noqa: BLE001 - printed with its traceback
         with contextlib.suppress(OSError):
             traceback.print_exc()
         return EXIT_INTERNAL
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace, *, drop_in: bool = False) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that does not keep it to itself if its help cannot be written."""
+    """A parser that reports if its help text cannot be written."""
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if message and file is not None and file is sys.stdout:
@@ -119,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version, which takes a while to find out."""
+    """Prints the version. Finding it takes a while, so only this option does."""
 
     def __call__(self, asking: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -129,12 +129,12 @@ class _Version(argparse.Action):
 
 
 def drop_in_parser() -> _Parser:
-    """The parser of `inco_proxy`."""
+    """Return the parser of `inco_proxy`."""
     made = _Parser(
         prog="inco_proxy",
-        description="Carry inter-core interrupts between the link IFACE and the registers that $UDRV_JSON_PATH names.",
+        description="Transfer inter-core interrupts between the link IFACE and the registers in $UDRV_JSON_PATH.",
         epilog=(
-            "The same as `inco-trio run IFACE`, but for its log, on standard output.\n"
+            "Like `inco-trio run IFACE`, but logs to standard output.\n"
             "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -144,10 +144,10 @@ def drop_in_parser() -> _Parser:
 
 
 def parser(command: str | None = None) -> _Parser:
-    """The parser, with the options of `command` only; with those of all commands if it is not the name of one."""
+    """Return the parser with the options of `command`, or of all commands if there is no such command."""
     made = _Parser(
         prog="inco-trio",
-        description="Carries inter-core interrupts between the cores of an AMP board, and of its simulation.",
+        description="Transfer inter-core interrupts between the cores of an AMP board or its simulation.",
         epilog=f"Try it: inco-trio demo\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

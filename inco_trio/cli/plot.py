@@ -1,4 +1,4 @@
-"""`inco-trio plot`: a picture of a recording."""
+"""`inco-trio plot`: plot a recording."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ __all__ = ["arguments", "run"]
 
 FORMATS = (".svg", ".png")
 SHOWN = 0.5
-"""Seconds between two looks at the progress, on a terminal."""
+"""Seconds between two progress messages on a terminal."""
 OFTEN = 1024
-"""Notifications between two looks at the clock."""
+"""Notifications between two readings of the clock."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `plot`."""
     sub.epilog = (
-        "A timeline and the rate of each signal, its longest gap, and marks where the link went down or frames\n"
-        "were dropped. --json needs no matplotlib.\n"
+        "The plot shows a timeline, the rate and the longest gap of each signal, and marks where the link went down\n"
+        "or frames were dropped. --json works without matplotlib.\n"
         "example: inco-trio plot night.pcapng --pair redun_notify_irq ihub_hwwd_irq\n"
-        "exit codes: 0 clean, 65 no recording, 69 matplotlib is not there, 71 no room, 77 no permission;\n"
+        "exit codes: 0 success, 65 not a recording, 69 matplotlib not installed, 71 disk full, 77 no permission;\n"
         "see inco-trio --help"
     )
-    sub.add_argument("file", metavar="FILE", help="a recording, or any pcapng or pcap of Ethernet frames")
-    sub.add_argument("--out", metavar="FILE", help="an .svg or .png (default: that of FILE, with .svg)")
+    sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
+    sub.add_argument("--out", metavar="FILE", help="output, .svg or .png (default: FILE with the suffix .svg)")
     sub.add_argument(
         "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
-        help="how long the answer to a signal takes; may be given several times",
+        help="measure the time from SIGNAL to ANSWER; may be repeated",
     )  # fmt: skip
     configuration_argument(sub)
-    sub.add_argument("--json", action="store_true", help="print the numbers, in seconds, and draw only with --out")
+    sub.add_argument("--json", action="store_true", help="print statistics in seconds; plot only with --out")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw it; raises IncoError."""
+    """Plot the recording; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
     out = _out(args, path)
     draws = args.out is not None or not args.json
     if draws:
         if _is_one_file(path, out):
-            raise UsageError(f"--out {out}: is the recording itself: name another file")
-        # First of all: reading may take long.
+            raise UsageError(f"--out {out}: is the recording itself (use another file)")
+        # Import first: reading the recording may take long.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:
             hint = "pip install 'inco-trio[plot]', or use --json"
-            raise ProgramNotFoundError(f"matplotlib is not there ({error}): {hint}") from error
+            raise ProgramNotFoundError(f"matplotlib is not installed ({error}): {hint}") from error
     summary = _read(path, _table(args), args.pair)
     if args.json:
         say(json.dumps({"file": str(path), **summary.numbers()}, indent=2))
@@ -75,36 +75,36 @@ def run(args: argparse.Namespace) -> int:
             kind = PermissionDeniedError if denied else ResourceError
             raise kind(f"{out}: cannot be written: {error.strerror}") from error
         if not args.json:
-            say(f"{total} notifications and {len(summary.marks)} marks drawn to {printable(str(out))}")
+            say(f"{total} notifications and {len(summary.marks)} marks plotted to {printable(str(out))}")
     return 0
 
 
 def _out(args: argparse.Namespace, path: Path) -> Path:
-    """Where the picture of the recording at `path` goes. Raises UsageError."""
+    """Return the path of the output. Raises UsageError."""
     if args.out is None:
         return path.parent / f"{path.stem}{FORMATS[0]}"
     out = path_of(args.out, "--out")
     if out.suffix not in FORMATS:
-        raise UsageError(f"--out {out}: the name ends in one of {', '.join(FORMATS)}")
+        raise UsageError(f"--out {out}: unknown format (expected one of {', '.join(FORMATS)})")
     return out
 
 
 def _is_one_file(path: Path, out: Path) -> bool:
     try:
         return out.samefile(path)
-    except OSError:  # One of them is not there; who opens it says so.
+    except OSError:  # One of them does not exist. Opening it will report that.
         return False
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
-    """The signals whose directions are known. Raises UsageError, ConfigError."""
+    """Return the signals with known directions. Raises UsageError, ConfigError."""
     if args.config is None:
         return SignalTable(builtin_signals(absolute(".", "FILE")))
     return SignalTable(read_board(config_path(args)).signals)
 
 
 def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summary:
-    """The summary of a recording. Raises RecordingError, PermissionDeniedError, UsageError."""
+    """Return the statistics of a recording. Raises RecordingError, PermissionDeniedError, UsageError."""
     from inco_trio.capture.recording import open_recording
     from inco_trio.capture.summary import Pair, Summary
 
@@ -112,17 +112,17 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
     with open_recording(path, table) as recording:
         _follow(recording, summary, path)
         if recording.reader.cut is not None:
-            remark(f"{path}: {recording.reader.cut}: what was whole before is drawn")
+            remark(f"{path}: {recording.reader.cut}: only the part before that is plotted")
     if summary.ignored:
-        remark(f"{path}: {summary.ignored} frames that the proxy ignored are left out")
+        remark(f"{path}: {summary.ignored} frames that the proxy ignored are not plotted")
     for pair in summary.pairs:
         pair.end()
     if not summary.flows and not summary.marks:
-        raise RecordingError(f"{path}: has no notifications")
+        raise RecordingError(f"{path}: contains no notifications")
     names = sorted({signal for signal, _ in summary.flows})
     for name in (name for pair in pairs for name in pair):
         if name not in names:
-            raise UsageError(f"--pair: {name!r} is not in {path} (there are: {', '.join(names) or 'none'})")
+            raise UsageError(f"--pair: {name!r} is not in {path} (expected one of: {', '.join(names) or 'none'})")
     return summary
 
 
@@ -132,8 +132,8 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
     shows, shown = sys.stderr.isatty(), time.monotonic()
     for number, each in enumerate(recording):
         if not 0 <= each.time_ns <= TIME_MAX:
-            when = "is of the year 2262 or later, or before 1970"
-            raise RecordingError(f"{path}: is damaged: packet {recording.packets} {when}")
+            when = "is from 2262 or later, or from before 1970"
+            raise RecordingError(f"{path}: damaged: packet {recording.packets} {when}")
         summary.take(each)
         if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()

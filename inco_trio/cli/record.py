@@ -6,19 +6,19 @@ import argparse
 import contextlib
 import math
 import select
-import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from inco_trio.cli.options import number_of_seconds, path_of, positive
+from inco_trio.cli.options import add_place, number_of_seconds, path_of, positive
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import remark
-from inco_trio.control.client import Client, add_place, connect
+from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
 from inco_trio.errors import IncoError, ProxyNotFoundError, UsageError
+from inco_trio.service import process_signals
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -97,17 +97,8 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop(duration: float | None) -> Iterator[_Stop]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.setblocking(False)
-        fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield _Stop(ours, duration)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(fd)
+    with process_signals.wakeups(process_signals.STOPS) as arrived:
+        yield _Stop(arrived, duration)
 
 
 class _Proxy:
@@ -171,7 +162,7 @@ def _direction(args: argparse.Namespace) -> Direction | None:
 @contextlib.contextmanager
 def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listening]:
     try:
-        client = connect(args)
+        client = connect(args.link, args.control)
     except ProxyNotFoundError:
         if not may_listen(args.link):
             raise

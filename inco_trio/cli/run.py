@@ -1,15 +1,39 @@
-"""`inco-trio run`: its options. What it does is in `daemon`."""
+"""`inco-trio run`: its options. `service.daemon` does the work."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
+from typing import TYPE_CHECKING
 
-from inco_trio.cli import process_signals
-from inco_trio.cli.options import BOARDS_HELP, CONTROL_HELP, LINK_HELP, configuration_argument
+from inco_trio.cli.options import (
+    BOARDS_HELP,
+    CONTROL_HELP,
+    LINK,
+    LINK_HELP,
+    absolute,
+    add_service_options,
+    boards_directory,
+    boards_label,
+    check_link,
+    config_path,
+    configuration_argument,
+    path_of,
+)
 from inco_trio.cli.parser import EXIT_CODES
+from inco_trio.errors import UsageError
+from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
+from inco_trio.signals import builtin_signals
+
+if TYPE_CHECKING:
+    from inco_trio.config import Config
+    from inco_trio.service.daemon import Boards, Daemon
 
 __all__ = ["arguments", "run"]
+
+logger = logging.getLogger(__name__)
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -21,27 +45,65 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=LINK_HELP)
     configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals in DIR, without a file")
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without a configuration file")
     sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
-    sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=CONTROL_HELP)
-    sub.add_argument("--log-format", choices=("text", "json"), default="text", help="default: text")
-    sub.add_argument("-v", "--verbose", action="store_true", help="log each notification")
+    add_service_options(sub, verbose="log each notification")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the daemon until it is told to stop; returns its exit code. Raises IncoError."""
-    process_signals.hold()
-    try:
-        # Imported only now: it takes most of the time of a start, in which the process may be told to stop.
-        from inco_trio.cli.daemon import run_daemon
-        from inco_trio.service.log import set_up_logging
+    """Run the daemon until a stop signal arrives; return the exit code. Raises IncoError."""
+    with process_signals.held():
+        # A stop signal may arrive during this import, which takes most of the start.
+        from inco_trio.service.runner import run_service
 
-        # The program that came before logged each notification, on standard output.
-        where = STANDARD_OUTPUT if args.drop_in else STANDARD_ERROR
-        set_up_logging(args.log_format, verbose=args.verbose or args.drop_in, fd=where)
-        return run_daemon(args)
-    finally:
-        process_signals.ignore()
+        return run_service(
+            functools.partial(_daemon, args),
+            notification_fd=args.notification_fd,
+            log_format=args.log_format,
+            # `inco_proxy` replaces a program that logged each notification on standard output.
+            verbose=args.verbose or args.drop_in,
+            log_fd=STANDARD_OUTPUT if args.drop_in else STANDARD_ERROR,
+        )
+
+
+def _daemon(args: argparse.Namespace) -> Daemon:
+    """Return the service. Raises IncoError."""
+    from inco_trio.persist.fdstore import fd_store_from_environment
+    from inco_trio.service.daemon import Daemon, OneBoard
+
+    if args.fd_holder is not None:
+        path_of(args.fd_holder, "--fd-holder")
+    if args.control not in (None, "none"):
+        args.control = str(absolute(args.control, "--control"))
+    boards: Boards
+    if args.boards is not None:
+        from inco_trio.service.many_boards import ManyBoards
+
+        directory = boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
+        boards, label = ManyBoards(directory), boards_label(directory)
+    else:
+        args.iface = LINK if args.iface is None else args.iface
+        check_link(args.iface)
+        if args.irq_dir is not None:
+            args.irq_dir = absolute(args.irq_dir, "--irq-dir")
+        boards = OneBoard(functools.partial(_load, args))
+        label = boards.label
+    return Daemon(boards, label, args.control, fd_store_from_environment(args.fd_holder, label))
+
+
+def _load(args: argparse.Namespace) -> Config:
+    """Read the configuration of one board, and log the defaults that it uses. Raises IncoError."""
+    from inco_trio.config import Board, Config, read_board
+
+    if args.irq_dir is not None:
+        if args.config is not None:
+            raise UsageError("--irq-dir and --config exclude each other")
+        board = Board(builtin_signals(args.irq_dir), ())
+    else:
+        board = read_board(config_path(args))
+    for note in board.notes:
+        logger.info("%s", note)
+    return Config(args.iface, board.signals, wait_link=args.wait_link)

@@ -115,7 +115,7 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
     from inco_trio.control.client import connect
     from inco_trio.control.protocol import SendRequest
 
-    with connect(args) as client:
+    with connect(args.link, args.control) as client:
         board = board_of(client, args)
         directions, running = signals_of(client, board)
         outbound = [name for name, direction in directions.items() if direction == "outbound"]

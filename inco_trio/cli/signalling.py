@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from inco_trio.cli.options import check_link, config_path, path_of
+from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
-from inco_trio.control.client import add_place
 from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError, ResourceError, UsageError
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 

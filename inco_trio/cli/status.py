@@ -7,11 +7,11 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 
-from inco_trio.cli.options import number_of_seconds
+from inco_trio.cli.options import add_place, number_of_seconds
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
-from inco_trio.control.client import add_place, connect
+from inco_trio.control.client import connect
 from inco_trio.control.protocol import BoardStatus, to_json
 from inco_trio.errors import UsageError
 from inco_trio.service.lines import printable
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the status; raises IncoError."""
     if args.watch is not None and args.openmetrics:
         raise UsageError("--watch and --openmetrics exclude each other")
-    with connect(args) as client:
+    with connect(args.link, args.control) as client:
         if args.watch is None:
             boards = client.status(args.board)
             lines = [*_shown(boards, args, None)]

@@ -1,4 +1,4 @@
-"""The standard streams of a command: closed, full, or of an encoding that does not know every character."""
+"""The standard streams of a command, which may be closed, full, or of an encoding that lacks characters."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ __all__ = ["complain", "flush", "open_missing", "output", "remark", "say", "say_
 
 
 def open_missing() -> None:
-    """Open /dev/null where a standard stream is closed: its number would go to whatever is opened next."""
+    """Open /dev/null for closed standard streams. Otherwise the next file opened would get their number."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+                os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
     if sys.stderr is None:
-        # Else argparse and print() would take standard output in its place.
+        # Otherwise argparse and print() would use standard output instead.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process
 
 
 def output() -> TextIO:
-    """Standard output. Raises ResourceError if the process was started without."""
+    """Return standard output. Raises ResourceError if it was closed at the start."""
     if sys.stdout is None:
         raise ResourceError("standard output is closed")
     return sys.stdout
 
 
 def say(*lines: str) -> None:
-    """Print `lines`; characters that standard output does not know are shown as escapes. Raises as `writing` does."""
+    """Print `lines`, with escapes for characters that the encoding lacks. Raises as `writing` does."""
     out = output()
     encoding = out.encoding or "utf-8"
     with writing():
@@ -43,7 +43,7 @@ def say(*lines: str) -> None:
 
 
 def say_bytes(text: bytes) -> None:
-    """Print `text` as it is. Raises as `writing` does."""
+    """Print `text` unchanged. Raises as `writing` does."""
     with writing():
         output().flush()
         output().buffer.write(text)
@@ -51,7 +51,7 @@ def say_bytes(text: bytes) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Make ResourceError of the refusals of standard output, but for BrokenPipeError."""
+    """Raise ResourceError for errors of standard output, except BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -61,14 +61,14 @@ def writing() -> Iterator[None]:
 
 
 def flush() -> None:
-    """Bring out what was printed. Raises as `writing` does."""
+    """Flush standard output. Raises as `writing` does."""
     if sys.stdout is not None:
         with writing():
             sys.stdout.flush()
 
 
 def settle() -> None:
-    """Give up what could not be written: the interpreter would try again when it ends, and make its exit code 120."""
+    """Discard unwritten output. Otherwise the interpreter retries at its end, and exits with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -80,13 +80,13 @@ def settle() -> None:
 
 
 def remark(text: str) -> None:
-    """Print on standard error what a person wants to know and a script does not have to."""
+    """Print a note for people on standard error."""
     with contextlib.suppress(OSError):
         print(f"inco-trio: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - beside the output
 
 
 def complain(error: IncoError) -> None:
-    """Print an error on standard error, one line for each of its problems; where that is full, the exit code tells."""
+    """Print an error on standard error, one line per problem. If that fails, the exit code remains."""
     with contextlib.suppress(OSError):
         for problem in getattr(error, "problems", (str(error),)):
             print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - before and beside the log

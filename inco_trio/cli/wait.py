@@ -208,7 +208,7 @@ def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
     """The proxy's monitor of the signal. Raises IncoError."""
     from inco_trio.control.client import connect
 
-    with connect(args) as client:
+    with connect(args.link, args.control) as client:
         board = board_of(client, args)
         directions, _ = signals_of(client, board)
         check_known(args.signal, directions, (), "", "")

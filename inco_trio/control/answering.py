@@ -145,7 +145,7 @@ class Connection:
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if request.board in (None, name) and proxy is not None:
-                boards.append(encode_board(BoardStatus(name, "", proxy.status, self._history(name, proxy.history))))
+                boards.append(encode_board(BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))))
                 await trio.lowlevel.checkpoint()  # There may be a thousand.
         return boards
 
@@ -199,7 +199,7 @@ class Connection:
         self._feed.add(follower)
         for name, proxy in self._served.proxies().items():
             if follower.follows(name):
-                follower.begin(name, proxy.keep_history())
+                follower.begin(name, proxy._keep_history())
         return {
             name: Followed(c.history.boot, c.history.acknowledged, c.history.sequence)
             for name, c in follower.cursors.items()
@@ -220,8 +220,9 @@ class Connection:
         followed = {board for follower in self._feed.followers() for board in follower.cursors}
         forgotten = []
         for name, proxy in self._served.proxies().items():
-            if proxy.history.keeping and name not in followed and (request.boards is None or name in request.boards):
-                proxy.history.end()
+            history = proxy._history()
+            if history.keeping and name not in followed and (request.boards is None or name in request.boards):
+                history.end()
                 forgotten.append(name)
         return forgotten
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import select
@@ -38,7 +37,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Client", "add_place", "client_of", "connect", "dial", "error_of", "sockets"]
+__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Client", "client_of", "connect", "dial", "error_of", "sockets"]
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
@@ -229,28 +228,22 @@ class Client:
         return ProtocolError(f"{self.path}: the process listening there is not inco-trio, or another version: {error}")
 
 
-def add_place(sub: argparse.ArgumentParser) -> None:
-    """Add the options that name a proxy."""
-    sub.add_argument("link", nargs="?", metavar="LINK", help="the proxy of this link or of this directory of boards")
-    sub.add_argument("--control", metavar="PATH", help="the proxy with this control socket (default: the only one)")
+def connect(link: str | None, control: str | None) -> Client:
+    """Connect to the proxy of `link`, to the one with the socket `control`, or to the only one.
 
-
-def connect(args: argparse.Namespace) -> Client:
-    """Connect to the proxy that the options of `add_place` name, or to the only one.
-
-    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError if several proxies run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError if several run.
     """
-    if args.control is not None:
-        if args.link is not None:
+    if control is not None:
+        if link is not None:
             raise UsageError("--control and LINK exclude each other: both name a proxy")
-        return Client(Path(args.control))
+        return Client(Path(control))
     found: list[Client] = []
     refused: IncoError | None = None
     for client in _answering():
         if isinstance(client, IncoError):
             if not isinstance(client, ProxyNotFoundError):
                 refused = client
-        elif args.link is None or _is_called(client, args.link):
+        elif link is None or _is_called(client, link):
             found.append(client)
         else:
             client.close()
@@ -263,7 +256,7 @@ def connect(args: argparse.Namespace) -> Client:
         raise UsageError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
-    whose = "no running proxy" if args.link is None else f"no proxy of {args.link}"
+    whose = "no running proxy" if link is None else f"no proxy of {link}"
     places = " or ".join(map(str, runtime_directories()))
     raise ProxyNotFoundError(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
 
@@ -304,10 +297,8 @@ def sockets() -> list[Path]:
     """Return the control sockets of this host, including those that ended processes left behind."""
     found: list[Path] = []
     for directory in runtime_directories():
-        try:
-            found += sorted(path for path in directory.iterdir() if path.suffix == ".sock")
-        except OSError:
-            continue
+        # A systemd unit has its socket in a directory of its own.
+        found += sorted(path for pattern in ("*.sock", "*/*.sock") for path in directory.glob(pattern))
     return found
 
 

@@ -15,8 +15,8 @@ import attrs
 import trio
 
 from inco_trio.persist.history import History
+from inco_trio.problems import board_name
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.proxy.supervise import board_name
 from inco_trio.signals import Direction, Signal
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Feed:
         # Unknown if they were read before a monitor asked for frames, or before the proxy is open.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
-        return [proxy.frame(signal.name) for signal in signals]
+        return [proxy._frame(signal.name) for signal in signals]
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """See `Listener.ignored`."""

@@ -12,7 +12,8 @@ import attrs
 import trio
 
 from inco_trio.control.feed import Feed, Served
-from inco_trio.proxy.supervise import TRANSIENT, Problems
+from inco_trio.problems import Problems
+from inco_trio.proxy.supervise import TRANSIENT
 
 if TYPE_CHECKING:
     from inco_trio.control.answering import Connection

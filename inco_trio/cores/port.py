@@ -14,7 +14,7 @@ from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.links.opening import Surroundings, open_link
-from inco_trio.proxy.supervise import starting_and_stopping
+from inco_trio.nurseries import starting_and_stopping
 
 __all__ = ["Port", "open_port"]
 

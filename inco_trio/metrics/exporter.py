@@ -14,7 +14,7 @@ from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
 from inco_trio.metrics.openmetrics import Reported, openmetrics
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 
 __all__ = ["Boards", "serve"]
 

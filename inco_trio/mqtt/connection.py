@@ -8,6 +8,7 @@ knows what was not acknowledged.
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,9 +24,9 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, PermissionDeniedError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.proxy.supervise import Backoff
 
 if TYPE_CHECKING:
     from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
@@ -366,8 +367,10 @@ class Connection:
                 await trio.lowlevel.wait_writable(sock)
 
     async def _keep_alive(self) -> None:
+        await self._answered.wait()
         while self._lost is None:
-            await trio.sleep(KEEPALIVE / 6)
+            # paho replaces our interval by the broker's Server Keep Alive. 0 means that neither side sends pings.
+            await trio.sleep(self._client.keepalive / 6 or math.inf)
             self._client.loop_misc()
 
     async def answered(self) -> None:

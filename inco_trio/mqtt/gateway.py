@@ -43,7 +43,8 @@ from inco_trio.mqtt.connection import (
     open_connection,
 )
 from inco_trio.mqtt.topics import Topics
-from inco_trio.proxy.supervise import Problems, plain_nursery
+from inco_trio.nurseries import plain_nursery
+from inco_trio.problems import Problems
 
 __all__ = ["Gateway"]
 

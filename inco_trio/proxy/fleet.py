@@ -1,8 +1,8 @@
-"""Many boards in one process: a proxy for each, and one inotify descriptor for all.
+"""Several boards in one process: one proxy per board, and one inotify descriptor for all.
 
-Each board runs in a task of its own, with its own scope, counters and log prefix (`service.log`). If a board cannot be
-opened or fails, the process retries after a pause and at each reload, without disturbing the others. The in-flight
-memory of a board and its share of the inotify queue stay for its next proxy.
+Each board has its own task, scope, counters and log prefix. A board that cannot be opened, or fails, is retried after a
+pause and at each reload; the other boards are not affected. The in-flight buffer of a board and its share of the
+inotify queue outlive its proxy, and the next proxy of the board inherits them.
 """
 
 from __future__ import annotations
@@ -23,28 +23,30 @@ from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoEr
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
+from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.inflight import Inflight
+from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
-from inco_trio.proxy.supervise import Health, board_name, starting_and_stopping, supervise, working_for
+from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.status import Counters, Stats
 
-__all__ = ["Proxies", "open_proxies"]
+__all__ = ["Proxies", "open_fleet", "open_proxies"]
 
 logger = logging.getLogger(__name__)
 
 FRAMES_AT_ONCE = 16
-"""The most frames that a board takes before it is the turn of the others."""
+"""Maximum number of frames that a board reads before other boards run."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""Seconds until a board that could not be opened is tried again: the first time, and at most."""
+"""Seconds before opening a board is retried: the first pause and the longest."""
 
 
 class _BoardStore:
-    """The part of a bundle that is one board's; each of the board's proxies inherits from it as a process would."""
+    """The part of a bundle that belongs to one board. Each proxy of the board inherits from it."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.inherited: dict[str, int] = {}
@@ -53,7 +55,7 @@ class _BoardStore:
         self._name = name
 
     def lend(self, inflight: int) -> None:
-        """Have a proxy inherit what is kept: the in-flight memory itself, and a link that it may close.
+        """Fill `inherited` for the next proxy: the in-flight buffer, and a copy of the link that the proxy may close.
 
         Raises ResourceError.
         """
@@ -63,7 +65,7 @@ class _BoardStore:
             try:
                 self.inherited["link"] = os.dup(link)
             except OSError as error:
-                raise refusal(error, "the link that is kept") from error
+                raise refusal(error, "the stored link") from error
 
     def store(self, name: str, fd: int) -> None:
         self._bundle.store(f"{self._name}/{name}", fd)
@@ -74,31 +76,45 @@ class _BoardStore:
 
 @attrs.define(eq=False)
 class _Kept:
-    """What stays with a board from one proxy to the next."""
+    """The resources that the next proxy of a board inherits."""
 
     ground: Ground
     share: Share
     store: _BoardStore | None
-    """None where nothing outlives the process."""
+    """None if nothing outlives the process."""
+
+
+@attrs.frozen
+class _Plan:
+    """What a reload changes."""
+
+    removed: list[_Board]
+    moved: list[_Board]
+    """Boards that get another link or network namespace: their proxies are replaced."""
+    now: dict[str, Config]
+    """Boards to open or change that need nothing of `removed` and `moved`."""
+    later: dict[str, Config]
+    """Boards to open or change after `removed` and `moved` have ended."""
+    staying: Collection[str]
 
 
 @attrs.define(eq=False)
 class _Board:
-    """A board of the process; `proxy` is None while it is not open."""
+    """A board; `proxy` is None while it is not open."""
 
     name: str
     config: Config
     netns: tuple[int, int]
     proxy: Proxy | None = None
     problem: str = ""
-    """What was last said of why it is not open."""
+    """The last reason for which it was not open."""
     again: trio.Event = attrs.Factory(trio.Event)
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     ended: trio.Event = attrs.Factory(trio.Event)
 
 
 class Proxies(Mapping[str, Proxy]):
-    """The open proxies of a process by the names of their boards; `open_proxies` creates it.
+    """The open proxies of a process by board name; `open_proxies` returns it.
 
     It changes while boards open and close. A configured board that is not open is not in it: `proxies[name]` raises
     BoardNotOpenError, a KeyError that says why, and `not_open` lists all of them.
@@ -127,7 +143,7 @@ class Proxies(Mapping[str, Proxy]):
         if not isinstance(fd_store, NoFdStore):
             self._bundle = Bundle(fd_store)
             resources.callback(self._bundle.close)
-            # Before anything is read, so that what is queued for a board comes to it.
+            # Before anything is read, so that events queued for a board reach it.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)
         self._shared.recover()
@@ -136,7 +152,7 @@ class Proxies(Mapping[str, Proxy]):
                 fd_store.store(name, fd)
 
     def _keep(self, name: str) -> _Kept:
-        """What a board needs over its proxies, new or inherited. Raises ResourceError."""
+        """Return the resources of a board, new or inherited. Raises ResourceError."""
         held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
         try:
             inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
@@ -157,7 +173,7 @@ class Proxies(Mapping[str, Proxy]):
         return board.proxy
 
     def __iter__(self) -> Iterator[str]:
-        """Return the names of the open boards."""
+        """Iterate over the names of the open boards."""
         return iter([name for name, board in self._boards.items() if board.proxy is not None])
 
     def __len__(self) -> int:
@@ -165,54 +181,63 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def configs(self) -> Mapping[str, Config]:
-        """The configuration of each board, open or not."""
+        """The current configuration of each board, including those that are not open."""
         return {name: board.config for name, board in self._boards.items()}
 
     @property
     def not_open(self) -> Mapping[str, str]:
-        """Why the other configured boards are not open, by name."""
+        """The reasons for which boards are not open, by name."""
         return {name: board.problem for name, board in self._boards.items() if board.proxy is None}
 
     @property
     def stats(self) -> Mapping[str, Stats]:
-        """The counters of each open board; after the end, those of the boards that were open."""
+        """The counters of each board that is open, or was open when the proxies were closed."""
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
-        """Have these boards from now on; those named in `keep` stay as they are, if they are there.
+        """Replace the set of boards. Boards named in `keep` stay as they are, if they exist.
 
-        New ones are opened, others stopped cleanly, changed ones reloaded, or stopped and opened for another link: what
-        was triggered is sent there. Returns the refused ones: of these, what was there before goes on. Raises
-        ClosedError.
+        New boards are opened, missing ones are stopped cleanly, and changed ones are reloaded. A board whose link
+        changed gets a new proxy, which sends what was triggered for the former link. Return the refused boards, which
+        keep their old configuration. Raises ClosedError.
         """
         async with self._changing:
             if self._closed or self._nursery is None:
                 raise ClosedError("the proxies are closed")
-            staying = {*configs, *keep}
-            running = {name: config for name, config in self.configs.items() if name in staying}
-            refused: dict[str, IncoError] = {
-                name: ConfigError([why]) for name, why in refuse_shared(configs, running).items()
-            }
-            wanted = {name: config for name, config in configs.items() if name not in refused}
-            removed = [board for name, board in self._boards.items() if name not in staying]
-            both = [board for name, board in self._boards.items() if name in wanted]
-            moved = [board for board in both if not self._same_place(board, wanted[board.name])]
-            # One that has much to finish keeps nobody waiting who needs nothing of it.
-            freed = {what for board in (*removed, *moved) for what in claims(board.config)}
-            late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
-            late |= {board.name for board in moved}
+            refused: dict[str, IncoError] = {}
+            plan = self._plan(configs, keep, refused)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._end, removed)
-                for board in moved:
-                    nursery.start_soon(self._hand_on, board, wanted[board.name])
-                await self._have({name: config for name, config in wanted.items() if name not in late}, refused)
-            for name in [name for name in self._kept if name not in staying]:
+                nursery.start_soon(self._end, plan.removed)
+                for board in plan.moved:
+                    nursery.start_soon(self._replace, board, plan.later[board.name])
+                await self._open_or_change(plan.now, refused)
+            for name in [name for name in self._kept if name not in plan.staying]:
                 self._drop(name)
-            await self._have({name: config for name, config in wanted.items() if name in late}, refused)
+            await self._open_or_change(plan.later, refused)
             return refused
 
-    async def _have(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
-        """Open boards, or change those that are open."""
+    def _plan(self, configs: Mapping[str, Config], keep: Collection[str], refused: dict[str, IncoError]) -> _Plan:
+        """Plan a reload. Boards that conflict with others are added to `refused`."""
+        staying = {*configs, *keep}
+        running = {name: config for name, config in self.configs.items() if name in staying}
+        refused |= {name: ConfigError([why]) for name, why in refuse_shared(configs, running).items()}
+        wanted = {name: config for name, config in configs.items() if name not in refused}
+        removed = [board for name, board in self._boards.items() if name not in staying]
+        moved = [b for name, b in self._boards.items() if name in wanted and not self._same_place(b, wanted[name])]
+        # A board whose proxy takes long to stop only delays boards that need its link or directories.
+        freed = {claim for board in (*removed, *moved) for claim in claims(board.config)}
+        late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
+        late |= {board.name for board in moved}
+        return _Plan(
+            removed,
+            moved,
+            now={name: config for name, config in wanted.items() if name not in late},
+            later={name: config for name, config in wanted.items() if name in late},
+            staying=staying,
+        )
+
+    async def _open_or_change(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
+        """Open new boards, and change the others."""
         assert self._nursery is not None  # noqa: S101 - see `_start`
         started = []
         for name, config in configs.items():
@@ -238,7 +263,7 @@ class Proxies(Mapping[str, Proxy]):
             board.config = config
             board.again.set()
             return
-        if config != board.config or board.proxy.troubled:
+        if config != board.config or board.proxy._is_incomplete():
             with working_for(board.name):
                 await board.proxy.reload(config)
             board.config = config
@@ -262,9 +287,9 @@ class Proxies(Mapping[str, Proxy]):
             kept.ground.inflight.close()
 
     async def _end(self, boards: Collection[_Board], *, leave_nothing: bool = True) -> None:
-        """Stop boards, cleanly and all at once."""
+        """Stop boards cleanly, all at the same time."""
         if boards:
-            self._shared.drain()  # What was triggered before it is sent.
+            self._shared.drain()  # So that earlier triggers are sent.
         for board in boards:
             if leave_nothing and (kept := self._kept.get(board.name)):
                 kept.ground.leave_nothing = True
@@ -273,19 +298,19 @@ class Proxies(Mapping[str, Proxy]):
             await board.ended.wait()
             del self._boards[board.name]
 
-    async def _hand_on(self, board: _Board, config: Config) -> None:
-        """Stop a board whose next proxy has another link, and finishes what this one cannot."""
+    async def _replace(self, board: _Board, config: Config) -> None:
+        """Stop a board whose next proxy has another link and finishes the pending notifications."""
         if board.proxy is not None:
-            board.proxy.hand_on()
+            board.proxy._expect_successor()
         if kept := self._kept.get(board.name):
-            # Of the former link nothing stays, but what the next one has too.
+            # Remove the old link's socket file unless the new link uses the same path.
             kept.ground.leave_nothing = config.address.name != board.config.address.name
         board.scope.cancel()
         await board.ended.wait()
         del self._boards[board.name]
 
     def _drop(self, name: str) -> None:
-        """Let go of what is kept of a board that is no more."""
+        """Release the resources of a board that was removed."""
         kept = self._kept.pop(name)
         self._shared.end(kept.share)
         if kept.store is not None:
@@ -295,7 +320,7 @@ class Proxies(Mapping[str, Proxy]):
         kept.ground.inflight.close()
 
     async def _run_board(self, board: _Board, opened: trio.Event) -> None:
-        """Run a board until it is ended. `opened` is set once it is open, or could not be."""
+        """Task of a board. It sets `opened` after the first attempt to open the board."""
         board_name.set(board.name)
         pause = PAUSE
         try:
@@ -305,9 +330,9 @@ class Proxies(Mapping[str, Proxy]):
                     try:
                         await self._open_board(board, opened)
                     except IncoError as error:
-                        self._say(board, str(error))
+                        self._log_problem(board, str(error))
                     except Exception as error:
-                        logger.exception("internal error: this is a fault of inco-trio, please report it")
+                        logger.exception("internal error: please report this fault of inco-trio")
                         board.problem = f"internal error: {error!r}"
                     finally:
                         board.proxy = None
@@ -327,41 +352,44 @@ class Proxies(Mapping[str, Proxy]):
             kept.store.lend(kept.ground.inflight.fd)
         with ExitStack() as resources:
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
-            # What it has made and watched is an event, and thousands of boards would make more than the kernel queues.
+            # Opening a board causes events. Without this, thousands of boards would overflow the kernel's queue.
             self._shared.drain()
-            # Called by the task that reads for all boards, in the name of this one.
+            # The task that reads for all boards calls this in the context of this board.
             run_here = contextvars.copy_context().run
-            kept.share.finish_alone = lambda events, length: run_here(proxy.finish_alone, events, length)
+            kept.share.finish_alone = lambda events, length: run_here(proxy._finish_alone, events, length)
             resources.callback(kept.share.leave)
             async with running(proxy):
                 board.proxy, board.problem = proxy, ""
                 opened.set()
                 await trio.sleep_forever()
 
-    def _say(self, board: _Board, problem: str) -> None:
+    def _log_problem(self, board: _Board, problem: str) -> None:
         if problem != board.problem:
             board.problem = problem
             for line in problem.splitlines():
-                logger.error("not open: %s; tried again", line)
+                logger.error("not open: %s; retrying", line)
 
 
 @asynccontextmanager
-async def open_proxies(
-    configs: Mapping[str, Config],
-    *,
-    fd_store: FdStore | None = None,
-    keep: Collection[str] = (),
-    listener: Listener | None = None,
-) -> AsyncIterator[Proxies]:
-    """Open a proxy for each board while the block runs; they are stopped cleanly when it ends or is cancelled.
+async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
+    """Run a proxy for each board while the block runs. When the block ends or is cancelled, they stop cleanly.
 
-    Once entered, each board is open, or `Proxies.not_open` says why not; that is tried again. Raises ConfigError for
-    boards that share a link or a directory, and ResourceError. Otherwise as `open_proxy`.
+    When the block starts, each board is open, or `Proxies.not_open` has the reason, and opening it is retried. Raises
+    ConfigError if boards share a link or directory, and ResourceError. Otherwise as `open_proxy`.
     """
+    async with open_fleet(configs, NoFdStore()) as proxies:
+        yield proxies
+
+
+@asynccontextmanager
+async def open_fleet(
+    configs: Mapping[str, Config], fd_store: FdStore, keep: Collection[str] = (), listener: Listener | None = None
+) -> AsyncIterator[Proxies]:
+    """As `open_proxies`. `fd_store` keeps descriptors, `keep` names boards to keep, `listener` receives all events."""
     if shared := refuse_shared(configs):
         raise ConfigError(f"{name}: {why}" for name, why in shared.items())
     with ExitStack() as resources:
-        proxies = Proxies(fd_store or NoFdStore(), resources, listener)
+        proxies = Proxies(fd_store, resources, listener)
         async with starting_and_stopping(proxies._start, proxies._stop):
             await proxies.reload(configs, keep)
             yield proxies

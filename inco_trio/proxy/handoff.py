@@ -1,9 +1,9 @@
-"""One direction of the proxy: the memory channel that joins the leg that reads to the leg that acts."""
+"""One direction of the proxy: the memory channel between the task that reads and the task that acts."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import attrs
 import trio
@@ -15,31 +15,31 @@ from inco_trio.proxy.supervise import Health
 __all__ = ["Batch", "Handoff"]
 
 Item = TypeVar("Item")
-"""What stands for a notification: the file to write, or the signal to send."""
+"""A notification: the file to write, or the signal to send."""
 
 
 @attrs.define(eq=False)
 class Batch(Generic[Item]):
-    """Notifications on their way from one leg to the next, in order."""
+    """Notifications in flight from one task to the next, in order."""
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """What they were read into, and how many bytes of it: forgotten once all of them are finished, not before."""
+    """The banks that they were read into, with the lengths. Cleared after all of them are finished."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
-    """The watches to note once all of them are finished, see `Triggered`."""
+    """The watches to note after all of them are finished, see `Triggered`."""
     drained: bool = True
-    """Whether nothing was left to read behind it."""
+    """Whether the queue was empty afterwards."""
     frames: Sequence[bytes] = ()
     """The frame of each item, if `Listener.wants_frames`."""
     finished: trio.Event | None = None
-    """Set once all of them are finished."""
+    """Set after all of them are finished."""
 
 
 class Handoff(Generic[Item]):
-    """A channel without buffer, and the batches that were made for it and are not finished.
+    """An unbuffered channel, and the batches that are not finished.
 
-    A leg that cannot hand over does not read, so the backlog stays in the kernel, where it is counted and outlives the
-    process. `carried` is called with items and frames of every batch that is finished; `noted` is `Inflight.watches`.
+    A task that cannot hand over does not read. The backlog thus stays in the kernel, where it is counted and outlives
+    the process. `carried` is called with items and frames of every finished batch; `noted` is `Inflight.watches`.
     """
 
     def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
@@ -52,14 +52,14 @@ class Handoff(Generic[Item]):
         self.unfinished: set[Batch[Item]] = set()
 
     def begin(self, batch: Batch[Item]) -> Batch[Item]:
-        """The batch is on its way from now on."""
+        """Register a batch as in flight."""
         self.unfinished.add(batch)
         return batch
 
     def finish(self, batch: Batch[Item]) -> None:
-        """All of the batch is done."""
+        """Finish a batch: report its items, and clear its memory."""
         if batch.items:
-            # Before it is forgotten: who is killed in between has told of it twice, not never.
+            # Before the memory is cleared: a kill in between leads to a duplicate report instead of a lost one.
             self.carried(batch.items, batch.frames)
         for key, wd in batch.watches.items():
             self._noted[key] = wd
@@ -70,9 +70,9 @@ class Handoff(Generic[Item]):
         self.unfinished.discard(batch)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
-        """Hand a batch to the next leg; not to be interrupted, as it is read already.
+        """Hand a batch to the next task. Shielded from cancellation, because the batch has been read already.
 
-        Once this returns, every earlier batch is finished: the next leg takes one when it is done with the last.
+        When this returns, every earlier batch is finished, because the next task takes one batch at a time.
         """
         try:
             self._entry.send_nowait(batch)
@@ -82,14 +82,18 @@ class Handoff(Generic[Item]):
                 await self._send(batch)
             self._handing.discard(scope)
             if scope.cancelled_caught:
-                # The leg is being ended too: reading on would overwrite what is in flight.
-                await trio.lowlevel.checkpoint()
-                raise ClosedError("the proxy is closed") from None
+                await self._refuse()
         except trio.ClosedResourceError:
-            raise ClosedError("the proxy is closed") from None
+            # An abort can come when the next leg has taken the batch before this one.
+            await self._refuse()
+
+    async def _refuse(self) -> NoReturn:
+        """End a leg that is being ended too, as reading on would overwrite what is in flight, or raise ClosedError."""
+        await trio.lowlevel.checkpoint()
+        raise ClosedError("the proxy is closed") from None
 
     async def offer(self, batch: Batch[Item]) -> None:
-        """Hand over a batch that is forgotten when this is cancelled. Raises ClosedError."""
+        """Hand over a batch, which is dropped if this is cancelled. Raises ClosedError."""
         self.begin(batch)
         try:
             await self._send(batch)
@@ -106,7 +110,7 @@ class Handoff(Generic[Item]):
     async def run_reader(
         self, wait_readable: Callable[[], Awaitable[None]], read_queued: Callable[[], Awaitable[None]], health: Health
     ) -> None:
-        """Call `read_queued` at once, and after each `wait_readable`; after `stop_reading` once more, then return."""
+        """Call `read_queued` now and after each `wait_readable`. After `stop_reading`, call it once more and return."""
         with trio.CancelScope() as self._reading:
             while not self._stopping:
                 await read_queued()
@@ -115,16 +119,16 @@ class Handoff(Generic[Item]):
         await read_queued()
 
     def stop_reading(self) -> None:
-        """Let `run_reader` return once nothing is left to read."""
+        """Let `run_reader` return after it has read the rest."""
         self._stopping = True
         if self._reading is not None:
             self._reading.cancel()
 
     def close(self) -> None:
-        """Let the leg that acts return once it has finished what was handed over."""
+        """Let the task that acts return after it has finished the batches handed over."""
         self._entry.close()
 
     def abort(self) -> None:
-        """Give up what is being handed over; to be followed by the cancellation of the legs."""
+        """Abandon hand-overs in progress. The caller then cancels the tasks."""
         for scope in self._handing:
             scope.cancel()

@@ -1,4 +1,4 @@
-"""The inbound direction: frames of the link to writes of state files."""
+"""The inbound direction: from frames of the link to writes of state files."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from inco_trio.status import Counters
 __all__ = ["Inbound"]
 
 FORMS = 4
-"""Frames of one signal that are remembered; they differ in their tag."""
+"""Frames remembered per signal; they differ in their tags."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
-"""Where a frame of a bank stands. What is behind its addresses tells it from others: padded or not, zeros and the mark
-follow, and a longer one has no mark."""
+"""A frame in a bank. The bytes after its addresses identify it: zeros and the mark follow a frame, padded or not, and a
+longer frame has no mark."""
 
 logger = logging.getLogger(__name__)
 
 
 class Inbound:
-    """Reads frames into the in-flight memory, and writes the state files of their signals.
+    """Reads frames into the in-flight buffer, and writes the state files of their signals.
 
-    With batches of less than FRAMES frames, it lets other tasks run after each, at the cost of some of the highest
-    rate.
+    With batches of less than FRAMES frames, other tasks run after each batch. This lowers the maximum rate a little.
     """
 
     def __init__(
@@ -58,12 +57,12 @@ class Inbound:
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """Where the frames of a batch go, for each bank; a board of many that never has one does without."""
+        """The slots for the frames of a batch in each bank. Created on first use: many boards never have a batch."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
     def recover(self) -> None:
-        """Deliver the frames that a predecessor had read and not finished."""
+        """Deliver the frames that a predecessor had read but not finished."""
         known = self._states.known
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
@@ -74,12 +73,12 @@ class Inbound:
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:
-        """Deliver all that another link has queued."""
+        """Deliver the frames that are queued in another link."""
         while batch := self._read(stale):
             self._deliver(batch)
 
     def count_dropped(self) -> None:
-        """Bring the counters of dropped and of foreign frames up to date."""
+        """Update the counters of dropped and foreign frames."""
         self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
@@ -89,7 +88,7 @@ class Inbound:
             )  # fmt: skip
 
     def _read(self, link: Link) -> Batch[StateFile] | None:
-        """Read what is queued into the next bank, as far as it fits; None if nothing is."""
+        """Read queued frames into the next bank, as many as fit. Return None if the queue is empty."""
         turn = self._fills & 1
         bank, rooms = self._inflight.frames[turn], self._rooms[turn]
         bank.begin(self._fills + 1)
@@ -111,7 +110,7 @@ class Inbound:
         return self._handoff.begin(batch)
 
     def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
-        """The frame of each file, of those that were read into a bank."""
+        """Return the frame of each file from those that were read into a bank."""
         names = [file.signal.name.encode() for file in files]
         frames: list[bytes] = []
         for number, length in enumerate(lengths):
@@ -121,7 +120,7 @@ class Inbound:
         return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
-        """The file of a frame; one that has none is counted."""
+        """Return the file of a frame. Count a frame without a file."""
         file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
         return self._decode(room, length) if file is None else file
 
@@ -146,7 +145,7 @@ class Inbound:
         self._listener.ignored(reason, name, frame)
 
     async def receive(self, health: Health) -> None:
-        """The leg that reads the link."""
+        """Task that reads the link."""
         await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
@@ -155,11 +154,11 @@ class Inbound:
         burst = False
         while batch := self._read(self._link):
             if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
-                # Nor is there a backlog behind these, which could be read while they are written.
+                # There is also no backlog that could be read while these are written.
                 self._deliver(batch)
                 if batch.drained:
                     break
-                await trio.lowlevel.checkpoint()  # It is the turn of the other boards.
+                await trio.lowlevel.checkpoint()  # Let other boards run.
                 continue
             burst = True
             await self._handoff.hand_over(batch)
@@ -167,9 +166,9 @@ class Inbound:
             self.count_dropped()
 
     def _receive_lone(self) -> bool:
-        """Read and deliver one frame at once, as nothing is under way: for a lone one a hand-over is only delay.
+        """Read one frame and deliver it here, because nothing is in flight. A hand-over would only delay it.
 
-        Returns whether there was one.
+        Return whether there was a frame.
         """
         room = self._lone_room
         length = self._link.receive_one(room)
@@ -177,14 +176,14 @@ class Inbound:
             return False
         file = self._file_of(room, length)
         if file is not None:
-            self._states.write_lone(file)
+            self._states.write((file,))
             self._handoff.carried((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True
 
     async def write(self, health: Health) -> None:
-        """The leg that writes the state files."""
+        """Task that writes the state files."""
         async for batch in self._handoff.exit:
             self._deliver(batch)
             health.well()

@@ -1,4 +1,4 @@
-"""The outbound direction: triggers, as inotify reports them, to frames on the link."""
+"""The outbound direction: from triggers, as inotify reports them, to frames on the link."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from inco_trio.status import Counters
 __all__ = ["Outbound"]
 
 EVENT_ROOM = 16 + 256
-"""Bytes of the largest inotify event: with less room than this left in the buffer, more may be queued."""
+"""Bytes of the largest inotify event. If less room is left in the buffer, more events may be queued."""
 
 
 class Outbound:
-    """Reads inotify events into the in-flight memory, and sends the frames of what was triggered."""
+    """Reads inotify events into the in-flight buffer, and sends the frames of the triggered signals."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Outbound:
         self._counters = counters
         self._ignored = ignored
         self.failures: Counter[str] = Counter()
-        """Attempts to send a frame that failed, by its signal."""
+        """Failed attempts to send a frame, by signal."""
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
@@ -54,7 +54,7 @@ class Outbound:
         self._waiting: set[trio.Event] = set()
 
     def recover(self) -> None:
-        """Take up what a predecessor had read and not finished; the leg `triggers` hands it over first."""
+        """Recover events that a predecessor had read but not finished. The task `triggers` hands them over first."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -64,20 +64,20 @@ class Outbound:
         self._recovered.finished = trio.Event()
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
-        """A batch of what was triggered, without the first `sent`."""
+        """Return a batch of the triggered signals, without the first `sent`."""
         self._counters.triggered += len(triggered.signals)
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
     async def send_found(self, found: Triggered) -> None:
-        """Send what was found to be triggered without an event of its own.
+        """Send signals whose triggers were found changed without an event.
 
-        What is not handed over before the proxy closes is not noted, so that a successor finds it again.
+        If the proxy closes before the hand-over, their watches are not noted, so a successor finds them again.
         """
         with contextlib.suppress(ClosedError):
             await self._handoff.hand_over(self._batch(found))
 
     async def send_signal(self, signal: Signal) -> None:
-        """Send one notification; returns once the link has accepted it. Raises ClosedError."""
+        """Send one notification, and return after the link has accepted it. Raises ClosedError."""
         finished = trio.Event()
         batch = Batch([signal], finished=finished)
         await self._handoff.offer(batch)
@@ -91,27 +91,27 @@ class Outbound:
             raise ClosedError("the proxy was closed before the link accepted the frame")
 
     def closed(self) -> None:
-        """Wake those who wait for what will not be sent any more."""
+        """Wake callers of `send_signal` whose frames will not be sent."""
         for finished in self._waiting:
             finished.set()
 
     async def triggers(self, health: Health) -> None:
-        """The leg that reads inotify."""
+        """Task that reads inotify."""
         if self._recovered is not None:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - see `recover`
-            await batch.finished.wait()  # Its events stand in both banks.
+            await batch.finished.wait()  # Its events are in both banks.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
     def _begin_bank(self) -> None:
-        """Take the bank that the next events are read into; it is free."""
+        """Switch to the bank for the next events. It is free."""
         self._bank = self._inflight.events[self._fills & 1]
         self._bank.begin(self._fills + 1)
 
     async def _read_queued(self) -> None:
-        """Read inotify until nothing is left, and send, or hand over, what was triggered."""
+        """Read inotify until the queue is empty, and send or hand over the triggered signals."""
         while True:
             bank = self._bank
             length = self._inotify.read_into(bank.view)
@@ -120,7 +120,7 @@ class Outbound:
                 return
             last = length <= EVENT_BANK - EVENT_ROOM
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
-            # While nothing is under way, nor queued behind, a hand-over would only cost these time.
+            # If nothing is in flight or queued behind, a hand-over would only delay these.
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.items:
@@ -133,9 +133,9 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """Send at once what a lone close of a trigger notifies, if nothing is under way; False if there is more to it.
+        """Send the frame for a single close of a trigger at once if nothing is in flight. Return whether it was sent.
 
-        A batch and a hand-over would only cost it time.
+        A batch and a hand-over would only delay it.
         """
         if self._handoff.unfinished:
             return False
@@ -145,37 +145,37 @@ class Outbound:
         try:
             self._link.send(signal.name)
         except OSError:
-            return False  # For the leg that sends, which knows what to do.
+            return False  # The task `send` handles errors.
         self._counters.triggered += 1
         self._counters.sent += 1
         self._handoff.carried((signal,), ())
         return True
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
-        """Send as many of `signals` as the link takes here and now; returns their number."""
+        """Send as many of `signals` as the link accepts at once. Return their number."""
         sent = 0
         try:
             for signal in signals:
                 self._link.send(signal.name)
                 sent += 1
         except OSError:
-            pass  # For the leg that sends, which knows what to do.
+            pass  # The task `send` handles errors.
         self._counters.sent += sent
         if sent:
             self._handoff.carried(signals[:sent], ())
         return sent
 
     async def send(self, health: Health) -> None:
-        """The leg that sends frames."""
+        """Task that sends frames."""
         async for batch in self._handoff.exit:
             batch.items = [signal for signal in batch.items if await self._send(signal, health)]
             self._handoff.finish(batch)
             health.well()
 
     async def _send(self, signal: Signal, health: Health) -> bool:
-        """Send one frame, waiting for a link that cannot take it now; False if it never will be taken.
+        """Send one frame; wait until the link accepts it. Return False if the link will never accept it.
 
-        Raises OSError for what is nobody's to wait for.
+        Raises OSError for errors that waiting cannot fix.
         """
         changed = None
         while True:
@@ -187,16 +187,14 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if (
-                    before is changed
-                ):  # Else the socket may have kept the error of a link that is up again: ask once more.
+                if before is changed:  # Otherwise try once more: the error may date from before the link came up.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()
             except OSError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
-                    # As ENOBUFS, for a full queue of the device: nobody tells when it ends.
+                    # For example ENOBUFS: the queue of the device is full. No event reports when it has room.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     with trio.move_on_after(health.backoff.next()):
                         await changed.wait()
@@ -212,6 +210,6 @@ class Outbound:
                 return True
 
     def link_changed(self) -> None:
-        """The link was changed: try again to send."""
+        """Retry to send, because the link has changed."""
         self._changed.set()
         self._changed = trio.Event()

@@ -1,7 +1,7 @@
-"""The proxy: one nursery, and the legs in it.
+"""The proxy: one nursery and its tasks.
 
-Each leg runs shielded, in a cancel scope of its own, so that a stop ends them in the order in which notifications flow:
-the readers stop waiting and read what is left, the others finish it.
+Each task runs shielded in its own cancel scope, so that a stop ends them in the order in which notifications flow: the
+reading tasks read what is still queued and end, then the others finish it.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
+from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
-from inco_trio.proxy.supervise import Health, in_turns, starting_and_stopping, supervise
+from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable
 from inco_trio.status import Counters, SignalStatus, Stats, Status, TaskStatus
 
-__all__ = ["Ground", "Proxy", "build", "open_proxy", "running", "serve"]
+__all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
 logger = logging.getLogger(__name__)
 
 SHORTLY = 0.2
-"""Seconds to finish what a successor would finish otherwise."""
+"""Seconds to finish work that a successor can finish too."""
 
 
 @attrs.define
 class _Parts:
-    """What a proxy is made of."""
+    """The components of a proxy."""
 
     counters: Counters
     fd_store: FdStore
@@ -57,7 +58,7 @@ class _Parts:
 
 
 class Proxy:
-    """A running proxy; `open_proxy` makes one."""
+    """A running proxy; `open_proxy` returns one."""
 
     def __init__(self, config: Config, parts: _Parts) -> None:
         self.config = config
@@ -69,7 +70,7 @@ class Proxy:
         self._closed = self._successor = False
         self._present = trio.Event()
         self._reloading = trio.Lock()
-        self._legs: dict[str, Callable[[Health], Awaitable[None]]] = {
+        self._tasks: dict[str, Callable[[Health], Awaitable[None]]] = {
             "send": parts.outbound.send,
             "write": parts.inbound.write,
             "watch": self._watch,
@@ -77,23 +78,23 @@ class Proxy:
             "receive": parts.inbound.receive,
             "triggers": parts.outbound.triggers,
         }
-        self._health = {name: Health(f"{self._link.name}: {name}") for name in self._legs}
+        self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
         self._since = self._table_since = time.time()
-        self._scopes = {name: trio.CancelScope(shield=True) for name in self._legs}
-        self._ended = {name: trio.Event() for name in self._legs}
+        self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
+        self._ended = {name: trio.Event() for name in self._tasks}
 
     # ------------------------------------------------------------------------------------------------ for callers
 
     @property
     def stats(self) -> Stats:
-        """The counters of this moment."""
+        """The current counters."""
         if not self._closed:
             self._inbound.count_dropped()
         return self._counters.snapshot()
 
     @property
     def status(self) -> Status:
-        """The state of this moment."""
+        """The current state."""
         parts = self._parts
         return Status(
             link=self.config.link,
@@ -131,33 +132,29 @@ class Proxy:
         )
 
     async def send(self, name: str) -> None:
-        """Send the frame of an outbound signal; returns once the link has accepted it.
+        """Send the frame of an outbound signal, and return after the link has accepted it.
 
-        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises
-        UnknownSignalError, or ClosedError once the proxy is closing.
+        Waits while the link is down. If this call is cancelled, the frame may still be sent later. Raises
+        UnknownSignalError, or ClosedError if the proxy is closing.
         """
         signal = self._registers.table.outbound.get(str(name).encode("ascii", "replace"))
         if signal is None:
             raise self._unknown(name, "an outbound signal", self._registers.table.outbound.values())
         await self._outbound.send_signal(signal)
 
-    def frame(self, name: str) -> bytes:
-        """The frame that `send` sends for a signal."""
-        return self._link.frame(name)
-
     @contextmanager
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
     ) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """A stream of what is carried from now on: of these signals, or all, in one direction or both.
+        """Open a stream of notifications from now on, of all signals or `signals`, in one `direction` or both.
 
-        A reader that is more than `buffer` notifications behind misses some, which `Stats.events_lost` counts; the
-        proxy never waits for it. The stream ends when the proxy closes. Raises ClosedError if it is closed already,
-        and UnknownSignalError.
+        The proxy never waits for the reader. A reader that falls more than `buffer` notifications behind misses some;
+        `Stats.events_lost` counts them. The stream ends when the proxy closes. Raises ClosedError if it is closed
+        already, and UnknownSignalError.
         """
         self._check_open()
-        if isinstance(signals, str):  # A collection too, of characters.
-            raise TypeError(f"signals={signals!r}: one name is given as [{signals!r}]")
+        if isinstance(signals, str):  # A str is a collection, too, but of characters.
+            raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
             raise self._unknown(name, "a signal", self._registers.table)
@@ -169,84 +166,83 @@ class Proxy:
             yield stream
 
     async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as `events`
-        """The next notification of a signal, in whichever direction it goes, of those that are carried from now on.
+        """Wait for the next notification of a signal, in either direction, from now on, and return it.
 
-        What an action of yours brings about may be carried before you come to wait: open `events` before you act.
+        A notification that your own action causes may pass before you wait for it. In this case, open `events` first.
 
-        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError, also if the proxy closes
-        meanwhile.
+        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError if the proxy is or gets closed.
         """
         with self.events(math.inf, signals=[name]) as events:
             with trio.move_on_after(math.inf if timeout is None else timeout):
                 async for notification in events:
                     return notification
                 raise ClosedError("the proxy is closed")
-        raise TimeoutError(f"{name}: did not come within {timeout:g} s")
+        raise TimeoutError(f"{name}: no notification within {timeout:g} s")
 
     async def reload(self, config: Config) -> None:
-        """Take another signal table; the link and all that is in both tables are left untouched.
+        """Replace the signal table. The link, and signals that are in both tables, are not touched.
 
-        Nothing that was accepted is lost, and nothing is notified by it; an IRQ directory that is missing is made.
-        Raises ClosedError, and IncoError for another interface or for what cannot be opened: then nothing is changed.
+        Accepted notifications are not lost, and the reload causes none. A missing IRQ directory is created. Raises
+        ClosedError, and IncoError if the link differs or something cannot be opened; then nothing changes.
         """
         if not config.same_link(self.config):
-            raise ConfigError([f"{config.link}: a reload cannot change the link: restart"])
+            raise ConfigError([f"{config.link}: a reload cannot change the link (restart the proxy)"])
         async with self._reloading:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
             self.config = config
             self._table_since = time.time()
 
-    @property
-    def troubled(self) -> bool:
-        """Whether a directory or a register is missing, which a reload makes."""
-        return self._registers.next_restore() < math.inf
-
-    def hand_on(self) -> None:
-        """Before a stop: another proxy on the same ground finishes what a link that is down would keep waiting."""
-        self._successor = True
-
-    def keep_history(self) -> History:
-        """Store notifications from now on until they are acknowledged."""
-        return self._parts.events.keep()
-
-    @property
-    def history(self) -> History:
-        """What was carried and is not acknowledged, if somebody wants that."""
-        return self._parts.events.history
-
-    def finish_alone(self, events: memoryview, length: int) -> bool:
-        """See `Outbound.finish_alone`."""
-        return self._outbound.finish_alone(events, length)
-
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
-        return UnknownSignalError(f"{name}: not {kind} of {self._link.name}; there are: {known}")
+        return UnknownSignalError(f"{name}: not {kind} of {self._link.name} (expected one of: {known})")
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the proxy is closed")
 
+    # ---------------------------------------------------------------------- for the fleet and the control server
+
+    def _frame(self, name: str) -> bytes:
+        """Return the frame that `send` sends for a signal."""
+        return self._link.frame(name)
+
+    def _is_incomplete(self) -> bool:
+        """Return whether a directory or register is missing that a reload would create."""
+        return self._registers.next_restore() < math.inf
+
+    def _expect_successor(self) -> None:
+        """Shorten the stop: another proxy with the same `Ground` finishes what the link does not accept now."""
+        self._successor = True
+
+    def _keep_history(self) -> History:
+        """Keep notifications from now on until they are acknowledged."""
+        return self._parts.events.keep()
+
+    def _history(self) -> History:
+        """Return the notifications that are not acknowledged."""
+        return self._parts.events.history
+
+    def _finish_alone(self, events: memoryview, length: int) -> bool:
+        """See `Outbound.finish_alone`."""
+        return self._outbound.finish_alone(events, length)
+
     # --------------------------------------------------------------------------------------------- starting, stopping
 
-    async def present(self) -> None:
-        """Wait until the link exists."""
-        await self._present.wait()
-
     def _start(self, nursery: trio.Nursery) -> None:
-        """Start the legs."""
-        for name, leg in self._legs.items():
-            nursery.start_soon(self._run_leg, name, leg, name=f"{self._link.name}: {name}")
+        """Start the tasks."""
+        for name, task in self._tasks.items():
+            nursery.start_soon(self._run_task, name, task, name=f"{self._link.name}: {name}")
 
-    async def _run_leg(self, name: str, leg: Callable[[Health], Awaitable[None]]) -> None:
+    async def _run_task(self, name: str, task: Callable[[Health], Awaitable[None]]) -> None:
         try:
             with self._scopes[name]:
-                await supervise(self._health[name], leg, self._counters)
+                await supervise(self._health[name], task, self._counters)
         finally:
             self._ended[name].set()
 
     async def _stop(self) -> None:
-        """End the legs: what was accepted is finished first, within the configured deadline."""
+        """End the tasks. They finish accepted notifications first, within the configured deadline."""
         deadline = self.config.stop_deadline
         with trio.move_on_after(min(deadline, SHORTLY) if self._successor else deadline):
             for handoff in self._parts.handoffs:
@@ -272,18 +268,16 @@ class Proxy:
         )
         if unfinished := self._counters.unfinished:
             if isinstance(self._parts.fd_store, NoFdStore) and not self._successor:
-                logger.warning(
-                    "%s: stopped with %d notifications unfinished: they are lost", self._link.name, unfinished
-                )
+                logger.warning("%s: stopped with %d notifications pending: they are lost", self._link.name, unfinished)
             else:
-                logger.info("%s: stopped with %d notifications unfinished: kept", self._link.name, unfinished)
+                logger.info("%s: stopped with %d notifications pending: kept", self._link.name, unfinished)
         self._inbound.count_dropped()
         self._parts.events.close()
 
-    # -------------------------------------------------------------------------------------------------------- legs
+    # ------------------------------------------------------------------------------------------------------- tasks
 
     async def _watch(self, health: Health) -> None:
-        """The leg that follows the link: it may go, come back as another one, or change its address."""
+        """Task that follows the link, which may vanish, reappear, or change its address."""
         link = self._link
         running = False
         while True:
@@ -302,14 +296,14 @@ class Proxy:
             await link.changed()
 
     def _store_link(self) -> None:
-        """Keep the socket that replaces the former one."""
+        """Store the socket that replaces the former one."""
         try:
             self._parts.fd_store.store("link", self._link.fd)
         except IncoError as error:
-            logger.warning("%s: frames that come while no proxy runs are lost: %s", self._link.name, error)
+            logger.warning("%s: frames that arrive during a restart will be lost: %s", self._link.name, error)
 
     async def _restore(self, health: Health) -> None:
-        """The leg that tries again what the registers could not do."""
+        """Task that retries failed operations on the registers."""
         registers = self._registers
         async with trio.open_nursery() as nursery:
             while True:
@@ -326,12 +320,12 @@ class Proxy:
 
 @attrs.define
 class Ground:
-    """What a proxy stands on, and a successor after it."""
+    """The resources that a proxy uses and its successor inherits."""
 
     inflight: Inflight
     inotify: Watcher
     fds: Mapping[str, int]
-    """The descriptors of both that are to be kept, by name."""
+    """The descriptors of both that are to be stored, by name."""
     around: Surroundings
     leave_nothing: bool
     """Whether no successor is expected."""
@@ -339,33 +333,36 @@ class Ground:
 
 
 @asynccontextmanager
-async def open_proxy(
-    config: Config, *, fd_store: FdStore | None = None, listener: Listener | None = None
-) -> AsyncIterator[Proxy]:
-    """Open a proxy that carries signals while the block runs, and is stopped cleanly when it ends or is cancelled.
+async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
+    """Run a proxy while the block runs. When the block ends or is cancelled, the proxy stops cleanly.
 
-    `fd_store` keeps descriptors for a successor, see `keep.fdstore`; `listener` is told of everything. Once entered,
-    link and watches are live. Raises IncoError: LinkNotFoundError, PermissionDeniedError, ResourceError, ConfigError.
-    What the block raises is raised as it is. A leg that fails for a reason that is not tried again ends the block; its
-    exception, and the block's if there is one too, are raised in an ExceptionGroup.
+    When the block starts, link and watches are active. Raises IncoError: LinkNotFoundError, PermissionDeniedError,
+    ResourceError, ConfigError. An exception of the block is raised as it is. If a task of the proxy fails in a way that
+    cannot be retried, the block is cancelled; an ExceptionGroup then contains the exceptions of both.
     """
+    async with open_supervised(config, NoFdStore()) as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
+    """As `open_proxy`, with descriptors in `fd_store` for a successor; `listener` receives all events."""
     with ExitStack() as resources:
-        store = fd_store or NoFdStore()
-        proxy = build(config, store, _ground(store, resources, listener), resources)
+        proxy = build(config, fd_store, _ground(fd_store, resources, listener), resources)
         async with running(proxy):
-            await proxy.present()
+            await proxy._present.wait()
             yield proxy
 
 
 @asynccontextmanager
 async def running(proxy: Proxy) -> AsyncIterator[None]:
-    """Run the legs of a proxy while the block runs; raises as `open_proxy` does."""
+    """Run the tasks of a proxy while the block runs; raises as `open_proxy` does."""
     async with starting_and_stopping(proxy._start, proxy._stop):
         yield
 
 
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
-    """The ground of one proxy, inherited or new. Raises ResourceError."""
+    """Return the resources of a proxy, inherited or new. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
         inflight = Inflight.open(inherited.get("inflight"))
@@ -381,11 +378,11 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Acquire everything, what an earlier process left included, and make a proxy of it. `resources` closes it.
+    """Open all resources, inherited or new, and return the proxy. `resources` closes them.
 
-    The order: the memory comes first, as it says which watches of the inherited inotify descriptor are whose; then the
-    registers, so that triggers are watched from here on; then the link. What a predecessor left in flight is delivered
-    before anything newer is read, and only then the descriptors are stored: storing one ends what was kept before.
+    The in-flight buffer comes first, because it lists the watches of the inherited inotify descriptor. Then come the
+    registers, so that triggers are watched from here on, and the link. Notifications in flight are finished before
+    newer ones are read. Descriptors are stored last, because each one replaces the descriptor that was stored before.
     """
     inherited = fd_store.inherited
     counters, inflight = Counters(), ground.inflight
@@ -410,7 +407,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     inbound.recover()
     outbound.recover()
     if stale is not None:
-        logger.info("%s: the inherited socket does not fit any more and is replaced", link.name)
+        logger.info("%s: the inherited socket no longer matches the link and is replaced", link.name)
         inbound.drain(stale)
         stale.close(remove=False)
     for name, fd in (*ground.fds.items(), ("link", link.fd)):
@@ -420,16 +417,11 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     return Proxy(config, _Parts(counters, fd_store, events, registers, link, handoffs, inbound, outbound))
 
 
-async def serve(
-    config: Config,
-    *,
-    fd_store: FdStore | None = None,
-    task_status: trio.TaskStatus[Proxy] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Carry signals until cancelled; `task_status.started` gets the Proxy once link and watches are live.
+async def serve(config: Config, *, task_status: trio.TaskStatus[Proxy] = trio.TASK_STATUS_IGNORED) -> None:
+    """Run a proxy until cancelled. `task_status.started` gets the Proxy once link and watches are active.
 
     Raises IncoError, see `open_proxy`.
     """
-    async with open_proxy(config, fd_store=fd_store) as proxy:
+    async with open_proxy(config) as proxy:
         task_status.started(proxy)
         await trio.sleep_forever()

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
 from inco_trio.persist.inflight import NumberTable
-from inco_trio.proxy.supervise import Backoff, Problems
+from inco_trio.problems import Problems
 from inco_trio.registers.refusals import UnfitFileError
 
 __all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "temporary_name", "watch_key"]

@@ -14,8 +14,9 @@ import trio
 
 from inco_trio.errors import ConfigError
 from inco_trio.linux.inotify import Watcher
+from inco_trio.nurseries import in_turns
 from inco_trio.persist.inflight import Inflight
-from inco_trio.proxy.supervise import Problems, in_turns
+from inco_trio.problems import Problems
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories, Directory
 from inco_trio.registers.refusals import UnfitFileError, refusal

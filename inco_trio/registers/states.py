@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio.persist.inflight import NumberTable
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
 from inco_trio.signals import Signal
 from inco_trio.status import Counters
@@ -146,24 +146,6 @@ class StateFiles:
     def file_of(self, name: str) -> StateFile:
         """The state file of a signal."""
         return self._files[name]
-
-    def write_lone(self, file: StateFile) -> None:
-        """As `write`, for the one file of a frame that was read just now: it costs less."""
-        if self._owed.places:
-            self.write((file,))
-            return
-        try:
-            file.write()
-        except OSError as error:
-            self._failed(file, error)
-            self._owed[file.signal.name.encode()] = 1
-            return
-        self._counters.delivered += 1
-        file.count += 1
-        file.last = time.time_ns()
-        if not file.directory.current:
-            self._owed[file.signal.name.encode()] = 1
-            self._directories.look(file.directory)
 
     def write(self, files: Sequence[StateFile]) -> None:
         """Write each file, in order. What cannot be written now is owed."""

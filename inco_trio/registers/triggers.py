@@ -26,7 +26,7 @@ import attrs
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.inflight import NumberTable
-from inco_trio.proxy.supervise import Problems
+from inco_trio.problems import Problems
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal

@@ -1,4 +1,4 @@
-"""Writing lines to a standard stream without ever waiting for who reads it, and what may stand in a line."""
+"""Writing to a standard stream without waiting for its reader, and the escapes that a line needs."""
 
 from __future__ import annotations
 
@@ -10,28 +10,25 @@ __all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "printable", "write_at_once"]
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
 PIECE = 4096
-"""PIPE_BUF of pipe(7): as much as a pipe takes without waiting once it takes anything."""
+"""PIPE_BUF of pipe(7): a pipe that is writable takes this many bytes without blocking."""
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what would end its line, or command a terminal.
-
-    Paths, and the names of processes, are any bytes.
-    """
+    """Return `text` with escapes for line breaks and terminal controls, which paths and process names may contain."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:
-    """Write `data` to `fd`, waiting at most `patience_ms` for room.
+    """Write `data` to `fd`. Wait at most `patience_ms` for room, and raise nothing.
 
-    Returns how many bytes were written and, if that is not all, why. Raises nothing.
+    Return the number of bytes written and, if that is not all, the reason.
     """
     written = 0
     try:
         while written < len(data):
-            # Not poll(2), which refuses to work once the limit of descriptors is 0.
+            # Not poll(2): it fails once the limit of open descriptors is 0.
             if not select.select((), (fd,), (), patience_ms / 1000)[1]:
-                return written, "nobody reads it"
+                return written, "the reader is too slow"
             written += os.write(fd, data[written : written + PIECE])
     except OSError as error:
         return written, error.strerror

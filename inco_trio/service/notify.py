@@ -19,26 +19,26 @@ logger = logging.getLogger(__name__)
 
 
 def check_notification_fd(fd: int) -> None:
-    """Make sure that readiness can be written to `fd` later, and keep it from child processes.
+    """Check that `fd` can be written to, and make it close-on-exec.
 
-    Call it before anything else is opened: a wrong number could otherwise hit a descriptor of our own.
+    Call this before anything else is opened. Otherwise a wrong number could match one of our own descriptors.
     Raises UsageError.
     """
     if fd <= 2:
-        raise UsageError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams; 3 is customary")
+        raise UsageError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams (3 is customary)")
     try:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         os.set_inheritable(fd, False)
     except (OSError, OverflowError):
         raise UsageError(
-            f"--notification-fd {fd}: it is not open; s6 opens the one that the service's file notification-fd names"
+            f"--notification-fd {fd}: not open (s6 opens the descriptor in the file notification-fd of the service)"
         ) from None
     if mode == os.O_RDONLY:
-        raise UsageError(f"--notification-fd {fd}: the descriptor is open for reading only")
+        raise UsageError(f"--notification-fd {fd}: open for reading only")
 
 
 def notify_ready(notification_fd: int | None) -> None:
-    """Tell the supervisor, whichever there is, that the service is ready. `notification_fd` is closed."""
+    """Report readiness to s6, on `notification_fd`, and to systemd. Close `notification_fd`."""
     if notification_fd is not None:
         try:
             os.write(notification_fd, b"\n")
@@ -50,12 +50,12 @@ def notify_ready(notification_fd: int | None) -> None:
 
 
 def notify_stopping() -> None:
-    """Tell systemd that the service has begun to stop; s6 needs no such word."""
+    """Report to systemd that the service is stopping. s6 has no such report."""
     _tell_systemd("STOPPING=1")
 
 
 def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
-    """Send `state` (lines of NAME=value) with descriptors to `$NOTIFY_SOCKET`. Nothing happens where it is not set.
+    """Send `state` (lines of NAME=value) with descriptors to `$NOTIFY_SOCKET`. Do nothing if it is not set.
 
     Raises OSError.
     """
@@ -70,7 +70,7 @@ def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
 
 
 def _tell_systemd(state: str) -> None:
-    # A service that works is worth more than its report: what a stale $NOTIFY_SOCKET refuses is only said.
+    # Only log errors: the service must not fail because of a stale $NOTIFY_SOCKET.
     try:
         sd_notify(state)
     except OSError as error:

@@ -17,7 +17,6 @@ import os
 import selectors
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import attrs
 from inco_trio.errors import IncoError, ResourceError, UsageError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from inco_trio.service.process_signals import wakeups
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 from inco_trio.simulation.guest import Guest, Wait
 from inco_trio.simulation.stage import Core1, Stage, namespaces, qemu, sockets
@@ -55,10 +55,12 @@ _ANSWERS = {
 }
 """What a guest of QEMU answers each outbound signal by: every signal has its part."""
 
-_READY_DEADLINE = 10.0
+_READY_DEADLINE = 60.0
+"""Seconds; a start takes up to 2 s, so this only stops a hang."""
 _LOST_AFTER = 3.0
 """Seconds; the proxy needs well below a millisecond, but the machine may be busy."""
-_STOP_DEADLINE = 5.0
+_STOP_DEADLINE = 60.0
+"""Seconds until a proxy that does not end is killed; its own deadline for a stop is 5 s."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -175,23 +177,13 @@ class _Waiter:
 @contextlib.contextmanager
 def _stoppable(waiter: _Waiter) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise `_Stopped` from `waiter.wait`, where nothing is half done, and only there."""
-    receive, send = socket.socketpair()
-    with receive, send:
-        send.setblocking(False)
+    with wakeups((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as arrived:
 
         def stop() -> None:
-            raise _Stopped(receive.recv(1)[0])
+            raise _Stopped(arrived.recv(1)[0])
 
-        waiter.on(receive.fileno(), stop)
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, lambda _number, _frame: None) for number in numbers}
-        wakeup = signal.set_wakeup_fd(send.fileno())
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        waiter.on(arrived.fileno(), stop)
+        yield
 
 
 def _signals(directory: Path) -> list[Signal]:

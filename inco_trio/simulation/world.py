@@ -52,8 +52,8 @@ CAP_SYS_ADMIN = 21
 RTMGRP_LINK = 1
 SO_RCVBUFFORCE = 33
 
-_LINK_DEADLINE = 10.0
-"""Seconds until a link that does not come up is an error; a veth pair needs milliseconds."""
+_LINK_DEADLINE = 120.0
+"""Seconds until a link that does not come up is an error; a veth pair needs milliseconds, so this only stops a hang."""
 
 _PEER_BUFFER = 16 * 2**20
 """Bytes; a burst of 20,000 small frames fits."""
@@ -365,7 +365,7 @@ class Peer:
         self._forget_error()
         self._socket.send(data)
 
-    def receive(self, timeout: float = 10.0) -> bytes:
+    def receive(self, timeout: float = 600.0) -> bytes:
         """The next whole frame; `TimeoutError` if none comes within `timeout` seconds (0: only what waits already)."""
         self._forget_error()
         if not select.select([self._socket], [], [], timeout)[0]:

@@ -32,8 +32,8 @@ __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "op
 
 T = TypeVar("T")
 
-TIMEOUT = 5.0
-"""Seconds for which a wait waits, unless it is told otherwise."""
+TIMEOUT = 60.0
+"""Seconds for which a wait waits by default: it stops a hang and is long enough for a slow machine."""
 
 
 @attrs.define(eq=False)

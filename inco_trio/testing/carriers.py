@@ -17,8 +17,8 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.errors import IncoError, UsageError
+from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
-from inco_trio.proxy.supervise import board_name
 from inco_trio.status import Stats
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.history import History
@@ -26,9 +26,9 @@ from inco_trio.testing.layout import Layout
 
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
-_READY = 20.0
-_STOP = 10.0
-"""Seconds after which it is an error, or the process is killed: only a safety net."""
+_READY = 120.0
+_STOP = 60.0
+"""Seconds after which it is an error, or the process is killed: they only stop a hang."""
 _FDS_MAX = 16
 
 

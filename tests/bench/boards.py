@@ -18,6 +18,7 @@ from pathlib import Path
 
 from inco_trio.frame import encode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
+from netns.hang import HANG
 
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, wake_ups
@@ -29,8 +30,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 GAP = 0.0005
 """Seconds between two notifications of a closed loop."""
 FLOOD_RATE = 50_000
-WITHIN = 60.0
-IMPORTS = "import inco_trio.cli.daemon, inco_trio.cli.boards"
+IMPORTS = "import inco_trio.service.daemon, inco_trio.service.many_boards"
 PROCESSES = 10
 """Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
 
@@ -47,7 +47,7 @@ class Place:
             (home / f"boards/b{index}.json").write_text(json.dumps(board))
         self.peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         stack.callback(self.peer.close)
-        self.peer.settimeout(WITHIN)
+        self.peer.settimeout(HANG)
         self.peer.bind(f"{home}/s/0.1")
         self._consumer = Inotify()
         stack.callback(self._consumer.close)
@@ -75,7 +75,7 @@ class Place:
         ):
             try:
                 os.close(writer)
-                told = select.select([reader], [], [], WITHIN)[0] and os.read(reader, 1)
+                told = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
                 ready = time.monotonic() - begin
                 os.close(reader)
                 if not told:
@@ -83,7 +83,7 @@ class Place:
                 self._consumer.watch(f"{self.home}/irq/0/message_5_state", IN_CLOSE_WRITE)
                 yield process.pid, ready
                 process.terminate()
-                if process.wait(WITHIN):
+                if process.wait(HANG):
                     raise BenchError(f"exit code {process.returncode}\n{log.read_text()[-4000:]}")
             finally:
                 if process.poll() is None:
@@ -93,7 +93,7 @@ class Place:
         """Microseconds from a frame to the close of board 0's state file."""
         begin = time.monotonic_ns()
         self.peer.sendto(FRAME, f"{self.home}/s/0.0")
-        if not select.select([self._consumer.fd], [], [], WITHIN)[0]:
+        if not select.select([self._consumer.fd], [], [], HANG)[0]:
             raise BenchError("a frame was lost")
         end = time.monotonic_ns()
         self._consumer.read_into(self._buffer)
@@ -114,7 +114,7 @@ class Place:
         with _never_kept_waiting():
             for _ in range(count):
                 for way, measure in (("inbound", self.inbound), ("outbound", self.outbound)):
-                    time.sleep(GAP)
+                    time.sleep(GAP)  # The pace of the load.
                     taken[way].append(measure())
         return taken
 
@@ -165,9 +165,9 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                     samples["ready"][name].append(ready - imports)
                     place.closed_loop(50)
                     samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
-                    time.sleep(0.5)
+                    time.sleep(0.5)  # The last wake-ups of the load are not measured.
                     before = switches(pid)
-                    time.sleep(idle)
+                    time.sleep(idle)  # The time that is measured.
                     samples["idle"][name].append(wake_ups(before, switches(pid)))
                     for way, taken in place.closed_loop(lone).items():
                         samples[way][name].append(quantile(taken, 0.5))

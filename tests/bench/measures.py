@@ -491,7 +491,7 @@ def idle(bench: Bench) -> Measured:
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             before = switches(run.pid)
-            time.sleep(bench.size.idle)
+            time.sleep(bench.size.idle)  # The time that is measured.
             wakes[program.name].append(wake_ups(before, switches(run.pid)))
             counted = system_calls(run.pid, bench.size.idle, run.table.with_suffix(".strace"))
             if counted is not None:

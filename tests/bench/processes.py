@@ -44,9 +44,9 @@ def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
         assert tracer.stderr is not None
         if "attached" not in tracer.stderr.readline():
             return None
-        time.sleep(_SETTLE)
+        time.sleep(_SETTLE)  # What the tracer itself causes is not measured.
         start = time.time()
-        time.sleep(seconds)
+        time.sleep(seconds)  # The time that is measured.
         end = time.time()
         tracer.send_signal(signal.SIGINT)
     times = (float(match[1]) for match in re.finditer(r"^\d+ +(\d+\.\d+) ", trace.read_text(), re.MULTILINE))

@@ -20,6 +20,7 @@ import attrs
 
 from inco_trio.links.packet import RECEIVE_BUFFER
 from inco_trio.simulation.world import Cores
+from netns.hang import HANG
 
 from .tables import signals, write_table, write_udrv
 
@@ -43,10 +44,6 @@ __all__ = [
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parents[1]
 
-_READY_WITHIN = 30.0
-_STOP_WITHIN = 30.0
-_LOAD_WITHIN = 300.0
-"""Seconds; only a broken program needs them."""
 
 _NAP_US = 500
 """Between two reads of the load generator where it counts: the inotify queue (16,384) lasts 27 ms at 600,000/s."""
@@ -320,14 +317,14 @@ class Lab:
         process, start = self.spawn(argv, environment, writer, log)
         try:
             os.close(writer)
-            told = select.select([reader], [], [], _READY_WITHIN)[0] and os.read(reader, 1)
+            told = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
             ready = time.monotonic() - start
             os.close(reader)
             if not told:
                 raise BenchError(f"not ready: {' '.join(argv)}\n{log.read_text()}")
             yield process.pid, ready
             process.terminate()
-            if process.wait(_STOP_WITHIN) != 0:
+            if process.wait(HANG) != 0:
                 raise BenchError(f"exit code {process.returncode} of {' '.join(argv)}\n{log.read_text()}")
         finally:
             if process.poll() is None:
@@ -338,7 +335,7 @@ class Lab:
         """Run the load generator in core 1; what it says at its end."""
         command = self._pinned("load", [str(self.build / "load"), *map(str, arguments)])
         done = cores.core1.run(
-            lambda: subprocess.run(command, capture_output=True, text=True, check=False, timeout=_LOAD_WITHIN)
+            lambda: subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)
         )
         if done.returncode:
             raise BenchError(f"the load generator failed: {done.stderr}")

@@ -25,7 +25,8 @@ import attrs
 
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.simulation.world import Peer
-from tests.faults.supervised import DEADLINE, wait_path
+from netns.hang import HANG
+from tests.faults.supervised import wait_path
 
 __all__ = ["HEADER", "Applications", "Recorder", "Wire", "write_config"]
 
@@ -78,7 +79,7 @@ class Recorder(threading.Thread):
     def waited(self, happened: Callable[[], bool]) -> bool:
         """Wait until `happened`, which is asked after each read; False if that takes too long."""
         with self.changed:
-            in_time = self.changed.wait_for(lambda: self.failure is not None or happened(), DEADLINE)
+            in_time = self.changed.wait_for(lambda: self.failure is not None or happened(), HANG)
         if self.failure is not None:
             raise self.failure
         return in_time

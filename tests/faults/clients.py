@@ -94,5 +94,5 @@ class Clients:
             if not deaf:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 1 << 16)
-            if self._stop.wait(0.02):
+            if self._stop.wait(0.02):  # The pace of its reads.
                 return

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inco_trio.frame import ETHERTYPE
 from inco_trio.simulation.world import Cores, Peer, veth
-from tests.faults.supervised import DEADLINE
+from netns.hang import HANG
 
 __all__ = ["command", "mac", "make_again", "wait_bound"]
 
@@ -38,10 +38,10 @@ def wait_bound(cores: Cores, sockets: int = 1) -> None:
         rows = [row.split() for row in Path("/proc/thread-self/net/packet").read_text().splitlines()[1:]]
         return sum(int(row[4]) == index and row[3] == f"{ETHERTYPE:04x}" for row in rows)
 
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     while cores.core0.run(bound) < sockets:
         assert time.monotonic() < deadline, "the proxy has not bound its socket to the new link"
-        time.sleep(0.002)
+        time.sleep(0.002)  # Polled: the kernel does not report a bind.
 
 
 def mac(cores: Cores) -> bytes:

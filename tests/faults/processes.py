@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import attrs
 
-from tests.faults.supervised import DEADLINE
+from netns.hang import HANG
 
 __all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
 
@@ -37,26 +36,33 @@ def work(pid: int) -> Work:
     return Work(cpu_ns, switches)
 
 
+def states(pid: int) -> set[str]:
+    """The states of all threads (proc_pid_stat(5)): S sleeps, R runs or wants to, T is stopped."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
+
+
 def wait_idle(pid: int) -> None:
-    """Wait until the process has nothing to do; one that spins, or polls, never gets there and fails the test."""
-    deadline = time.monotonic() + DEADLINE
+    """Wait until the process has nothing to do; one that spins, or polls, never gets there and fails the test.
+
+    One that has something to do is not asleep, however long a busy machine keeps it from a processor.
+    """
+    deadline = time.monotonic() + HANG
     before = work(pid)
     while True:
-        time.sleep(0.2)
+        time.sleep(0.2)  # One that polls more often than that is not idle.
         now = work(pid)
-        if now == before:
+        if now == before and states(pid) == {"S"}:
             return
         before = now
-        assert time.monotonic() < deadline, f"still busy after {DEADLINE:g} s"
+        assert time.monotonic() < deadline, f"still busy after {HANG:g} s"
 
 
 def wait_stopped(pid: int) -> None:
     """Stop a process, and wait until it is (SIGSTOP is not immediate)."""
     os.kill(pid, 19)
-    deadline = time.monotonic() + DEADLINE
-    while any(
-        (task / "stat").read_text().rpartition(")")[2].split()[0] != "T" for task in Path(f"/proc/{pid}/task").iterdir()
-    ):
+    deadline = time.monotonic() + HANG
+    while states(pid) != {"T"}:
         assert time.monotonic() < deadline, "the process has not stopped"
 
 
@@ -74,8 +80,8 @@ def injected(pid: int, fault: str) -> Iterator[None]:
 
 
 def _wait_traced(pid: int, strace: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{pid}/status").read_text():
         assert strace.poll() is None, f"strace ended: {strace.stderr.read() if strace.stderr else b''!r}"
         assert time.monotonic() < deadline, "strace has not attached"
-        select.select([], [], [], 0.01)
+        time.sleep(0.01)  # Polled: the kernel does not report that a tracer has attached.

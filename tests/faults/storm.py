@@ -27,10 +27,10 @@ import attrs
 from inco_trio.frame import ETHERTYPE
 from inco_trio.links.packet import PACKET_IGNORE_OUTGOING, SOL_PACKET
 from inco_trio.simulation.world import Cores, Peer
+from netns.hang import HANG
 from tests.faults.applications import HEADER, Applications, Recorder, Wire, write_config
 from tests.faults.links import make_again, wait_bound
 from tests.faults.supervised import (
-    DEADLINE,
     Service,
     is_proxy,
     main_process,
@@ -352,10 +352,10 @@ class Storm:
         descriptor that counts is the one that the fd holder has; nobody is told when a watch is added.
         """
         holder = self.service.scandir / "inco-trio-fdholder"
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANG
         while not self.applications.is_watched(watched_inodes(main_process(holder))):
             assert time.monotonic() < deadline, "the proxy has not taken up the new directory"
-            time.sleep(0.01)
+            time.sleep(0.01)  # Polled: the kernel does not report that a watch was added.
 
     def _replace_directory(self) -> bool:
         self._wait_taken_up()
@@ -390,7 +390,7 @@ class Storm:
         self.service.wait("U")
         kinds = ("directory", "FIFO", "symlink")
         blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
-        time.sleep(self.random.uniform(0.0, 0.2))
+        time.sleep(self.random.uniform(0.0, 0.2))  # Some notifications come while they are blocked.
         for path in blocked:
             self.applications.unblock_state(path)
         return True

@@ -16,9 +16,9 @@ from types import TracebackType
 
 from inco_trio.linux.inotify import IN_CREATE, IN_MODIFY, IN_MOVED_TO, Inotify
 from inco_trio.simulation.world import Namespace
+from netns.hang import HANG
 
 __all__ = [
-    "DEADLINE",
     "Service",
     "environment_form",
     "is_proxy",
@@ -28,9 +28,6 @@ __all__ = [
     "watched_inodes",
     "write_scandir",
 ]
-
-DEADLINE = 30.0
-"""Seconds after which a wait fails its test: only a safety net."""
 
 
 def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
@@ -43,7 +40,7 @@ def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
     """Wait until `path` is there, or until `ready`, which is asked after every change around it."""
     ready = ready or path.exists
     changes = Inotify()
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + HANG
     while not ready():
         for place in (path, *path.parents):
             with contextlib.suppress(OSError):
@@ -53,7 +50,7 @@ def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
             left = max(0.0, deadline - time.monotonic())
             ready_to_read = select.poll()  # select(2) knows only the first 1024 descriptors.
             ready_to_read.register(changes.fd, select.POLLIN)
-            assert ready_to_read.poll(left * 1000), f"{path} is not as expected after {DEADLINE:g} s"
+            assert ready_to_read.poll(left * 1000), f"{path} is not as expected after {HANG:g} s"
             changes.read_into(memoryview(bytearray(1 << 16)))
     changes.close()
 
@@ -84,9 +81,9 @@ class Service:
         """Wait with s6-svwait for U (ready), u (started), d (ended), D (ended and finished)."""
         # Before s6-svscan has started it there is nothing to subscribe to.
         wait_path(self.directory / "supervise/status")
-        command = ["s6-svwait", f"-{state}", "-t", str(int(DEADLINE * 1000)), str(self.directory)]
+        command = ["s6-svwait", f"-{state}", "-t", str(int(HANG * 1000)), str(self.directory)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, f"{done.stderr}not {state} within {DEADLINE:g} s; it said:\n{self.log[-4000:]}"
+        assert done.returncode == 0, f"{done.stderr}not {state} within {HANG:g} s; it said:\n{self.log[-4000:]}"
 
     def wait_log(self, text: str, *, after: int = 0) -> str:
         """The first line of the log that contains `text`; `after` skips so many characters."""
@@ -102,7 +99,7 @@ class Service:
         if self._svscan.poll() is None:
             subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=False)
         try:
-            self._svscan.wait(DEADLINE)
+            self._svscan.wait(HANG)
         finally:
             self._svscan.kill()
             self._svscan.wait()

@@ -107,7 +107,7 @@ def test_nobody_is_in_the_way_of_who_removes_the_directory(board: Board, above: 
     try:
         for _ in range(5):
             shutil.rmtree(gone)
-            # Longer than a moment that the proxy gives to who replaces a file.
+            # Longer than the 0.03 s that the proxy gives to an application that replaces a file.
             stop.wait(0.3)
             board.directory.mkdir(parents=above)
             wait_content(board.directory / "in_a_state")

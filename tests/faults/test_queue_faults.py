@@ -13,7 +13,8 @@ import pytest
 
 from inco_trio.control.client import client_of
 from inco_trio.simulation.world import Peer
-from netns.fixtures import DEADLINE, Consumer, StartProxy
+from netns.fixtures import Consumer, StartProxy
+from netns.hang import HANG
 from tests.faults.conftest import Board
 from tests.faults.processes import injected, wait_stopped
 
@@ -79,7 +80,7 @@ def test_a_client_comes_while_there_are_no_descriptors(board: Board) -> None:
     hard = resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE)[1]
     resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (0, hard))
     with socket.socket(socket.AF_UNIX) as late:
-        late.settimeout(DEADLINE)
+        late.settimeout(HANG)
         late.connect(str(client.path))
         board.proxy.wait_log("control: cannot take a client: Too many open files")
         resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))

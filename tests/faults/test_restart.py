@@ -217,14 +217,14 @@ def test_a_held_socket_that_does_not_fit_any_more(supervise: Supervise, cores: C
     since = world.send_all(["in_a"], ["out_a"])
     world.begin()
     world.arrived(["in_a"], ["out_a"], since)
-    world.service.wait_log("does not fit any more")
+    world.service.wait_log("no longer matches")
     since = world.send_all(["in_b"], ["out_b"])
     world.arrived(["in_b"], ["out_b"], since)
     world.end("d")
     since = world.send_all(["in_a"], ["out_a"])
     world.begin()
     world.arrived(["in_a"], ["out_a"], since)
-    assert world.service.log.count("does not fit any more") == 1
+    assert world.service.log.count("no longer matches") == 1
 
 
 @pytest.mark.parametrize("mistake", ["{", '{"file": {}}'])

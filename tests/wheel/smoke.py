@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from netns.hang import HANG
+
 PYTHON = Path(os.environ["INCO_TRIO_WHEEL_PYTHON"])
 DIST = Path(os.environ["INCO_TRIO_WHEEL_DIST"])
 HERE = Path(__file__).parent
@@ -31,7 +33,7 @@ def run(cwd: Path, *command: str | Path) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -138,16 +140,16 @@ def test_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["mqtt", "mqtt://127.0.0.1"], "mqtt needs paho-mqtt: pip install 'inco-trio[mqtt]'"),
+        (["mqtt", "mqtt://127.0.0.1"], "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'"),
         (
             ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
-            "mqtt-link needs paho-mqtt: pip install 'inco-trio[mqtt]'",
+            "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'",
         ),
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:
     program = PYTHON.parent / "inco-trio"
-    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stderr) == (69, f"inco-trio: error: {line}\n")
 
 

@@ -1,24 +1,23 @@
-"""What the daemon runs with `--boards DIR`: the proxies of many boards."""
+"""The boards of a directory, for `inco-trio run --boards DIR`."""
 
 from __future__ import annotations
 
-import argparse
+import functools
 import gc
 import logging
 import resource
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from inco_trio.board_files import Boards, read_boards
-from inco_trio.cli.daemon import aside
-from inco_trio.cli.options import boards_directory, boards_label
-from inco_trio.config import Config
 from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
-from inco_trio.proxy.fleet import Proxies, open_proxies
+from inco_trio.problems import working_for
+from inco_trio.proxy.fleet import Proxies, open_fleet
 from inco_trio.proxy.proxy import Proxy
-from inco_trio.proxy.supervise import working_for
+from inco_trio.service.daemon import read_aside
 from inco_trio.service.log import log_statistics
 from inco_trio.signals import Signal
 
@@ -28,40 +27,35 @@ logger = logging.getLogger(__name__)
 
 
 class ManyBoards:
-    """The boards of a directory."""
+    """The boards of a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._directory = boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
-        self._boards = read_boards(self._directory)
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._boards = read_boards(directory)
         self._proxies: Proxies | None = None
-        self.name, self.label = str(self._directory), boards_label(self._directory)
+        self.name = str(directory)
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        """Open the proxies of all boards while the block runs."""
+        """See `Boards.open`."""
         _raise_descriptor_limit()
         gc.disable()
         self._say(self._boards, self._boards.refused, "refused")
-        async with open_proxies(
-            self._boards.configs, fd_store=fd_store, keep=self._boards.refused, listener=listener
-        ) as proxies:
+        async with open_fleet(self._boards.configs, fd_store, self._boards.refused, listener) as proxies:
             self._proxies = proxies
             self._say_open()
-            # What is there now stays: the collector of garbage would hold all boards up to look through it.
+            # The objects made so far stay. Without this, each garbage collection would delay all boards.
             gc.freeze()
             gc.enable()
             yield
 
     async def reload(self) -> None:
-        """Read the directory again."""
-        assert self._proxies is not None  # noqa: S101 - see `daemon._Service.open`
-        boards = await aside(self._read, self._proxies.configs)
+        """See `Boards.reload`."""
+        assert self._proxies is not None  # noqa: S101 - the runner reloads only after `open`
+        boards = await read_aside(functools.partial(read_boards, self._directory, self._proxies.configs))
         refused = await self._proxies.reload(boards.configs, keep=boards.refused)
-        self._say(boards, {**boards.refused, **refused}, "refused, what was there before goes on")
+        self._say(boards, {**boards.refused, **refused}, "refused, keeping the old configuration")
         self._say_open()
-
-    def _read(self, running: Mapping[str, Config]) -> Boards:
-        return read_boards(self._directory, running)
 
     def _say(self, boards: Boards, refused: Mapping[str, IncoError], what: str) -> None:
         for name, notes in boards.notes.items():
@@ -74,20 +68,20 @@ class ManyBoards:
                     logger.error("%s: %s", what, problem)
 
     def _say_open(self) -> None:
-        assert self._proxies is not None  # noqa: S101 - see `daemon._Service.open`
+        assert self._proxies is not None  # noqa: S101 - called after `open`
         logger.info(
             "%s: %d boards open, %d not", self.name, len(self._proxies), len(self._proxies.not_open),
             extra={"event": "reloaded"},
         )  # fmt: skip
 
     def log_statistics(self) -> None:
-        """Log the counters of each board."""
+        """See `Boards.log_statistics`."""
         for name, stats in ({} if self._proxies is None else self._proxies.stats).items():
             with working_for(name):
                 log_statistics(stats.as_dict())
 
     def signals(self) -> Collection[Signal]:
-        """All signals of all boards."""
+        """See `Boards.signals`."""
         return [signal for config in self._boards.configs.values() for signal in config.signals]
 
     def proxies(self) -> Mapping[str, Proxy]:
@@ -100,6 +94,6 @@ class ManyBoards:
 
 
 def _raise_descriptor_limit() -> None:
-    """Allow as many descriptors as may be had: a board needs four or five."""
+    """Raise the limit of open descriptors to the maximum: a board needs four or five."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

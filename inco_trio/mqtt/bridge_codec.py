@@ -1,0 +1,99 @@
+"""The messages of a bridge: batches of numbered frames, reports and status as MQTT payloads. No I/O."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+
+import attrs
+
+from inco_trio.frame import FRAME_MAX
+
+__all__ = ["Batch", "decode_report", "decode_status", "encode_report", "encode_status"]
+
+_HEADER = struct.Struct("!4s8sQ?")
+_MAGIC = b"inw1"
+_LENGTH = struct.Struct("!H")
+
+
+@attrs.frozen
+class Batch:
+    """Frames of one side, in order; the first one has the number `first`."""
+
+    boot: bytes
+    """8 bytes that identify the numbering: a new socket starts a new one."""
+    first: int
+    frames: Sequence[bytes]
+    report: bool = False
+    """Whether the other side is asked to report the last number that it has written."""
+
+    def encode(self) -> bytes:
+        """Return the payload."""
+        parts = [_HEADER.pack(_MAGIC, self.boot, self.first, self.report)]
+        for frame in self.frames:
+            parts += _LENGTH.pack(len(frame)), frame
+        return b"".join(parts)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Batch:
+        """Return the batch in a payload. Raises ValueError if it is not valid."""
+        try:
+            magic, boot, first, report = _HEADER.unpack_from(payload)
+            place, frames = _HEADER.size, []
+            while place < len(payload):
+                (length,) = _LENGTH.unpack_from(payload, place)
+                frame = payload[place + _LENGTH.size : place + _LENGTH.size + length]
+                if not 0 < length <= FRAME_MAX or len(frame) != length:
+                    raise ValueError("wrong frame length")
+                frames.append(frame)
+                place += _LENGTH.size + length
+        except struct.error as error:
+            raise ValueError(str(error)) from error
+        if magic != _MAGIC or not 0 < first < 1 << 63:
+            raise ValueError("wrong header")
+        return cls(boot, first, frames, report)
+
+
+def encode_report(boot: bytes, number: int) -> bytes:
+    """Return the payload that reports the last number written of a numbering."""
+    return json.dumps({"boot": boot.hex(), "number": number}).encode()
+
+
+def decode_report(payload: bytes) -> tuple[bytes, int]:
+    """Return numbering and number of a report. Raises ValueError."""
+    body = _decode(payload)
+    return bytes.fromhex(_text(body, "boot")), _number(body)
+
+
+def encode_status(state: str, instance: str) -> bytes:
+    """Return the payload of a status: `online`, `offline`, or `left` after another process has taken this side."""
+    return json.dumps({"state": state, "instance": instance}).encode()
+
+
+def decode_status(payload: bytes) -> tuple[str, str]:
+    """Return state and instance of a status. Raises ValueError."""
+    body = _decode(payload)
+    return _text(body, "state"), _text(body, "instance")
+
+
+def _decode(payload: bytes) -> dict[str, object]:
+    try:
+        body: object = json.loads(payload)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if isinstance(body, dict):
+        return body
+    raise ValueError("not an object")
+
+
+def _text(body: dict[str, object], key: str) -> str:
+    if isinstance(value := body.get(key), str):
+        return value
+    raise ValueError(f"{key}: not a string")
+
+
+def _number(body: dict[str, object]) -> int:
+    if isinstance(value := body.get("number"), int) and value >= 0:
+        return value
+    raise ValueError("number: not a number")

@@ -1,0 +1,111 @@
+"""The numbers of both directions of a bridge, in a memfd that outlives the process if an fd store keeps it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+import attrs
+
+from inco_trio.persist.inflight import PAGE, TABLE, NumberTable
+
+__all__ = ["WINDOW", "Memory", "Progress"]
+
+WINDOW = 256
+"""Limit of frames that are published but not reported as written. By default, mosquitto queues 1,000 messages."""
+BOOTS_MAX = 16
+"""Latest numberings of the other side that are remembered: the broker may repeat messages of the latest ones."""
+_MAGIC = b"inco-trio bridge 1\n"
+
+
+@attrs.define
+class Memory:
+    """A memfd: a page with the note for the link (see `links.unix`), and a table of numbers."""
+
+    fd: int
+    note: memoryview
+    numbers: NumberTable
+
+    @classmethod
+    def open(cls, held: int | None) -> Memory:
+        """Map the inherited descriptor `held` if it has this format, otherwise a new memfd. Raises OSError."""
+        if held is not None and os.pread(held, len(_MAGIC), 0) == _MAGIC and os.fstat(held).st_size == PAGE + TABLE:
+            fd = held
+        else:
+            fd = os.memfd_create("inco-trio bridge", os.MFD_CLOEXEC)
+            os.ftruncate(fd, PAGE + TABLE)
+            os.pwrite(fd, _MAGIC, 0)
+            if held is not None:
+                os.close(held)  # Only now, so that the new descriptor has another number and is stored.
+        view = memoryview(mmap.mmap(fd, PAGE + TABLE))
+        return cls(fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:]))
+
+    def close(self) -> None:
+        """Close the descriptor. The mapping ends with its last view."""
+        os.close(self.fd)
+
+
+class Progress:
+    """How far both directions have come."""
+
+    _SENT, _WRITTEN, _LIMIT = b"sent:", b"written:", b"limit"
+
+    def __init__(self, numbers: NumberTable) -> None:
+        self._numbers = numbers
+        self._boots = [key for key in numbers if key.startswith(self._WRITTEN)]
+        self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
+
+    def number(self, queue: int) -> bool:
+        """Start a new numbering if the socket with the inode `queue` is another one. Return whether that is so.
+
+        Otherwise a new frame could get the number of a frame that was published and then lost with its socket.
+        """
+        if self._sent.rpartition(b":")[2] == b"%d" % queue:
+            return False
+        self._numbers[self._sent] = self._numbers[self._LIMIT] = 0
+        self._sent = self._SENT + b"%s:%d" % (os.urandom(8).hex().encode(), queue)
+        self._numbers[self._sent] = 1
+        return True
+
+    @property
+    def has_room(self) -> bool:
+        """Whether frames may be published. A new numbering has to wait for the first report of the other side."""
+        return self.following <= self._numbers[self._LIMIT]
+
+    def reported(self, number: int) -> None:
+        """Note that the other side has written all frames up to `number`."""
+        if number < self.following:
+            self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], number + WINDOW)
+
+    @property
+    def boot(self) -> bytes:
+        """The numbering of the frames sent; see `Batch.boot`."""
+        return bytes.fromhex(self._sent.split(b":")[1].decode())
+
+    @property
+    def following(self) -> int:
+        """The number of the oldest frame that is still queued."""
+        return self._numbers[self._sent]
+
+    def taken(self) -> None:
+        """Count the oldest frame as published, before it is dequeued.
+
+        A process that dies in between publishes this frame again with the next number.
+        """
+        self._numbers[self._sent] += 1
+
+    def written(self, boot: bytes) -> int:
+        """Return the last number of a numbering that was written here; 0 if unknown."""
+        return self._numbers[self._key(boot)]
+
+    def wrote(self, boot: bytes, number: int) -> None:
+        """Note that the frame `number` was written."""
+        key = self._key(boot)
+        self._numbers[key] = number
+        if key not in self._boots:
+            self._boots.append(key)
+            if len(self._boots) > BOOTS_MAX:
+                self._numbers[self._boots.pop(0)] = 0
+
+    def _key(self, boot: bytes) -> bytes:
+        return self._WRITTEN + boot.hex().encode()

@@ -1,0 +1,78 @@
+"""Nurseries whose errors reach the caller in the expected form, and long work that lets other tasks run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+
+import trio
+
+from inco_trio.errors import IncoError
+
+__all__ = ["in_turns", "plain_nursery", "starting_and_stopping"]
+
+TURN = 0.004
+"""Seconds after which long work lets other tasks run."""
+
+
+async def in_turns(steps: Generator[object, None, None]) -> None:
+    """Run all of `steps`. Let other tasks run between two steps every few milliseconds."""
+    with contextlib.closing(steps):
+        end = time.monotonic() + TURN
+        for _ in steps:
+            if time.monotonic() >= end:
+                await trio.lowlevel.checkpoint()
+                end = time.monotonic() + TURN
+
+
+@contextlib.asynccontextmanager
+async def plain_nursery() -> AsyncIterator[trio.Nursery]:
+    """Open a nursery that raises an IncoError as it is, and not in an ExceptionGroup."""
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            yield nursery
+    except* IncoError as group:
+        failure = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+    if failure is not None:
+        raise failure
+
+
+@contextlib.asynccontextmanager
+async def starting_and_stopping(
+    start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Run the tasks that `start` starts while the block runs. At its end, await `stop`, shielded.
+
+    An exception of the block is raised as it is, an exception of a task in an ExceptionGroup.
+    """
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                start(nursery)
+                yield
+            except BaseException as error:  # noqa: BLE001
+                # Raised again below, because the nursery would wrap it in a group.
+                cancelled, failure = _split_cancelled(error)
+                if cancelled is not None:
+                    raise cancelled from None
+            finally:
+                with trio.CancelScope(shield=True):
+                    await stop()
+    except BaseExceptionGroup as group:
+        if failure is not None:
+            raise BaseExceptionGroup("the proxy and the block that used it failed", [failure, group]) from None
+        raise
+    if failure is not None:
+        raise failure
+
+
+def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
+    """Return the cancellation in `error`, which the nursery must receive, and the rest."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)
+    return (error, None) if isinstance(error, trio.Cancelled) else (None, error)

@@ -1,0 +1,53 @@
+"""What is wrong at the moment: changes of state for the log, and the board that a log line is about."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
+
+__all__ = ["Problems", "board_name", "working_for"]
+
+logger = logging.getLogger(__name__)
+
+board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
+"""The board that the current task works for, if the process serves several. The log prints it."""
+
+
+@contextlib.contextmanager
+def working_for(board: str) -> Iterator[None]:
+    """Name `board` in log lines while the block runs."""
+    token = board_name.set(board)
+    try:
+        yield
+    finally:
+        board_name.reset(token)
+
+
+class Problems:
+    """The current problems by key. A problem is logged when it appears or changes, and when it ends."""
+
+    def __init__(self) -> None:
+        self._current: dict[object, str] = {}
+
+    def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
+        """Set the problem of `key`; log it, with `what` (default: the key) in front, unless it is the current one."""
+        if self._current.get(key) != problem:
+            self._current[key] = problem
+            logger.warning("%s: %s", key if what is None else what, problem, extra={"event": event})
+
+    def well(self, key: object, what: object = None) -> bool:
+        """Remove the problem of `key` and log that it works again. Return whether there was one."""
+        if self._current.pop(key, None) is None:
+            return False
+        logger.info("%s: works again", key if what is None else what, extra={"event": "works"})
+        return True
+
+    def said(self, key: object) -> str | None:
+        """Return the current problem of `key`."""
+        return self._current.get(key)
+
+    def forget(self, key: object) -> None:
+        """Remove the problem of `key` without logging."""
+        self._current.pop(key, None)

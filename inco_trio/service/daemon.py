@@ -1,0 +1,182 @@
+"""The daemon `inco-trio run`: the boards that it serves, its control socket, and a diagnosis after the start."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import logging
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import trio
+
+from inco_trio.config import Config
+from inco_trio.control import place
+from inco_trio.control.server import Control
+from inco_trio.notifications import Listener
+from inco_trio.persist.fdstore import FdStore
+from inco_trio.proxy.proxy import Proxy, open_supervised
+from inco_trio.registers.diagnose import diagnose
+from inco_trio.service.log import log_statistics
+from inco_trio.service.runner import Runner
+from inco_trio.signals import Signal
+
+__all__ = ["Boards", "Daemon", "OneBoard", "read_aside"]
+
+logger = logging.getLogger(__name__)
+
+_R = TypeVar("_R")
+
+
+class Boards(Protocol):
+    """What the daemon serves: the proxy of one board, or those of several."""
+
+    name: str
+    """The name in the log."""
+
+    def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
+        """Open the proxies while the block runs. Raises IncoError."""
+
+    async def reload(self) -> None:
+        """Read the configuration again. Raises IncoError if it is refused."""
+
+    def log_statistics(self) -> None:
+        """Log the counters; do nothing before `open`."""
+
+    def signals(self) -> Collection[Signal]:
+        """Return the signals of all boards."""
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        """See `Served.proxies`."""
+
+    def not_open(self) -> Mapping[str, str]:
+        """See `Served.not_open`."""
+
+
+class OneBoard:
+    """A single board, with the configuration that `load` returns. `load` may raise IncoError."""
+
+    def __init__(self, load: Callable[[], Config]) -> None:
+        self._load = load
+        self._config = load()
+        self._proxy: Proxy | None = None
+        self.name, self.label = self._config.address.name, self._config.address.label
+
+    @asynccontextmanager
+    async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
+        """See `Boards.open`."""
+        async with open_supervised(self._config, fd_store, listener) as self._proxy:
+            yield
+
+    async def reload(self) -> None:
+        """See `Boards.reload`."""
+        assert self._proxy is not None  # noqa: S101 - the runner reloads only after `open`
+        await self._proxy.reload(await read_aside(self._load))
+        logger.info("reloaded: %d signals", len(self._proxy.config.signals), extra={"event": "reloaded"})
+
+    def log_statistics(self) -> None:
+        """See `Boards.log_statistics`."""
+        if self._proxy is not None:
+            log_statistics(self._proxy.stats.as_dict())
+
+    def signals(self) -> Collection[Signal]:
+        """See `Boards.signals`."""
+        return self._config.signals
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        """See `Served.proxies`."""
+        return {} if self._proxy is None else {self.name: self._proxy}
+
+    def not_open(self) -> Mapping[str, str]:
+        """See `Served.not_open`."""
+        return {self.name: "the link does not exist yet"} if self._proxy is None else {}
+
+
+async def read_aside(read: Callable[[], _R]) -> _R:
+    """Return `read()`, which reads files, from a thread, so that notifications are not delayed."""
+    try:
+        return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
+    except RuntimeError:  # No thread can be started. Reading here delays notifications, but works.
+        return read()
+
+
+class Daemon:
+    """The service of `boards`. `control` is the path of the control socket, "none", or None for the default path."""
+
+    def __init__(self, boards: Boards, label: str, control: str | None, fd_store: FdStore) -> None:
+        self.name = boards.name
+        self.reload, self.log_statistics = boards.reload, boards.log_statistics
+        self._boards = boards
+        self._label = label
+        self._control = control
+        self._fd_store = fd_store
+
+    async def run(self, runner: Runner) -> None:
+        """See `Service.run`."""
+        async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
+            runner.ready()
+            self._start_diagnosis()
+            await runner.follow_reloads()
+
+    @asynccontextmanager
+    async def _answering(self, background: trio.Nursery) -> AsyncIterator[Listener | None]:
+        """Serve the control socket while the block runs. The proxies run without it if it cannot be opened."""
+        with ExitStack() as resources:
+            try:
+                listener = self._control_socket(resources)
+            except OSError as error:
+                logger.warning("no control socket: %s: %s", error.filename or self._control, error.strerror)
+                listener = None
+            if listener is None:
+                yield None
+                return
+            control = Control(self._boards, listener)
+            background.start_soon(control.serve)
+            try:
+                yield control.feed
+            finally:
+                control.close()
+                with trio.CancelScope(shield=True):
+                    await control.closed.wait()
+
+    def _control_socket(self, resources: ExitStack) -> socket.socket | None:
+        """Return the listening socket, or None if there is to be none. Raises OSError."""
+        if self._control == "none":
+            return None
+        if self._control is not None:
+            return resources.enter_context(place.listening(Path(self._control)))
+        path = place.default_path(self._label)
+        if path is None:
+            logger.info("no control socket: $XDG_RUNTIME_DIR is not set (use --control PATH)")
+            return None
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        try:
+            return resources.enter_context(place.listening(path))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            # Two interfaces in two network namespaces may have the same name. Killed processes leave their sockets.
+            for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
+                with contextlib.suppress(OSError):
+                    if not place.is_live(left):
+                        left.unlink()
+            other = path.with_name(f"{path.stem}-{os.getpid()}.sock")
+            return resources.enter_context(place.listening(other))
+
+    def _start_diagnosis(self) -> None:
+        # Not a thread of Trio: its end would wake the event loop once more.
+        with contextlib.suppress(RuntimeError):  # No thread can be started, and the proxies do not need it.
+            threading.Thread(target=self._diagnose, daemon=True).start()
+
+    def _diagnose(self) -> None:
+        """Log what may prevent notifications. This runs after readiness because it reads all of /proc."""
+        # Files that vanish, or a lack of descriptors, are not worth a message.
+        with contextlib.suppress(OSError):
+            for line in diagnose(self._boards.signals()):
+                logger.warning("%s", line)

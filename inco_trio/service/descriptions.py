@@ -1,0 +1,179 @@
+"""Descriptions of the services that `inco-trio s6` writes, for s6 and for systemd."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import attrs
+
+from inco_trio.config import read_file
+from inco_trio.errors import IncoError, UsageError
+from inco_trio.links.address import UnixAddress, parse_address
+
+__all__ = [
+    "PREFIX",
+    "Client",
+    "Service",
+    "account_of",
+    "boards_service",
+    "bridge_service",
+    "exporter_service",
+    "find_program",
+    "gateway_service",
+    "link_service",
+    "template",
+]
+
+PREFIX = "inco-trio-"
+_GATEWAY, _EXPORTER, _BRIDGE = "mqtt", "exporter", "wire-"
+_RESERVED = {"fdholder": "the fd store", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
+"""Labels that a link cannot have."""
+_NET_RAW = "AmbientCapabilities=CAP_NET_RAW\nCapabilityBoundingSet=CAP_NET_RAW\n"
+_NO_CAPABILITY = "AmbientCapabilities=\nCapabilityBoundingSet=\n"
+_RIGHTS_OF_INTERFACE = f"""\
+# With CAP_NET_ADMIN in both lines, the receive buffer may exceed net.core.rmem_max during a restart.
+{_NET_RAW}RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
+_RIGHTS_OF_SOCKET = f"{_NO_CAPABILITY}RestrictAddressFamilies=AF_UNIX"
+_RIGHTS_OF_BRIDGE = f"{_NO_CAPABILITY}RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"
+_RIGHTS_OF_BOARDS = f"""\
+# CAP_NET_RAW is for boards with interfaces. Boards with a network namespace also need CAP_SYS_ADMIN in both lines.
+{_NET_RAW}RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
+
+
+def find_program() -> list[str]:
+    """Return the command that starts this inco-trio again.
+
+    Python is isolated from the user's site directory, from PYTHON* variables and from the current directory (-I),
+    because services may have privileges. If inco_trio is not importable that way, only the current directory is left
+    out (-P).
+    """
+    isolated = [sys.executable, "-I"]
+    found = subprocess.run([*isolated, "-c", "import inco_trio"], cwd="/", stderr=subprocess.DEVNULL, check=False)
+    return [*(isolated if found.returncode == 0 else [sys.executable, "-P"]), "-m", "inco_trio"]
+
+
+@cache
+def template(name: str) -> str:
+    """Return the text of a file in `templates`."""
+    return resources.files(__package__).joinpath("templates", name).read_text()
+
+
+@attrs.frozen
+class Client:
+    """A service that connects to proxies; `gateway_service` and `exporter_service` return one."""
+
+    label: str
+    """The name of the service, without the prefix."""
+    of: str
+    """The purpose, for people."""
+    words: tuple[str, ...]
+    """The command and its arguments."""
+    warnings: tuple[str, ...] = ()
+    """Files that cannot be read at the moment."""
+
+
+def gateway_service(url: str, config: Path | None) -> Client:
+    """Describe the gateway to the broker at `url`, with the file `config`. Raises UsageError."""
+    from inco_trio.mqtt.configuration import parse_broker, read_gateway
+
+    words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
+    warnings = () if config is None else _warnings(lambda: read_gateway(config))
+    return Client(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings)
+
+
+def exporter_service(listen: str) -> Client:
+    """Describe the exporter that listens at `listen`."""
+    return Client(_EXPORTER, f"metrics at {listen}", ("exporter", "--listen", listen))
+
+
+@attrs.frozen
+class Service:
+    """A service with an fd store; `link_service`, `boards_service` and `bridge_service` return one."""
+
+    label: str
+    """The name of the service, without the prefix, and of its stored descriptors."""
+    of: str
+    """The purpose, for people."""
+    words: tuple[str, ...]
+    """The command and its arguments."""
+    rights: str
+    """The directives of a systemd unit that grant rights."""
+    capability: str
+    """The capability to keep, as an argument of setpriv(1)."""
+    namespaces: str
+    """RestrictNamespaces= of a systemd unit."""
+    warnings: tuple[str, ...]
+    """Files that cannot be read at the moment."""
+
+    @property
+    def has_control_socket(self) -> bool:
+        """Whether it is a proxy."""
+        return self.words[0] == "run"
+
+
+def link_service(link: str, config: Path) -> Service:
+    """Describe the proxy of a link, with the registers of the udrv.json `config`. Raises UsageError."""
+    words = ("run", link, "--config", str(config.absolute()))
+    of = f"inter-core interrupts on {link}"
+    label, warnings = _label(link), _warnings(lambda: read_file(config))
+    if isinstance(parse_address(link), UnixAddress):
+        return Service(label, of, words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
+    return Service(label, of, words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
+
+
+def boards_service(directory: Path, label: str) -> Service:
+    """Describe the proxies of all boards in a directory."""
+    words = ("run", "--boards", str(directory.absolute()))
+    of = f"inter-core interrupts of the boards in {directory}"
+    warnings = _warnings(lambda: os.scandir(directory).close())
+    return Service(label, of, words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
+
+
+def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:
+    """Describe one side of the bridge at `url`, with the file `config`. Raises UsageError."""
+    from inco_trio.mqtt.configuration import parse_broker, read_gateway
+
+    of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
+    warnings = () if config is None else _warnings(lambda: read_gateway(config))
+    options = () if config is None else ("--config", str(config.absolute()))
+    return Service(_BRIDGE + _label(link), of, (*words, *options), _RIGHTS_OF_BRIDGE, "", "yes", warnings)
+
+
+def account_of(user: str) -> pwd.struct_passwd:
+    """Return the account of a user. Raises UsageError."""
+    try:
+        return pwd.getpwnam(user)
+    except (KeyError, ValueError):  # ValueError: a NUL, or characters that a name cannot contain
+        raise UsageError(f"--user {user}: no such user") from None
+
+
+def _label(link: str) -> str:
+    """Return the name of the service of a link. Raises UsageError for addresses that are invalid, or invalid here."""
+    try:
+        label = parse_address(link).label
+    except ValueError as error:
+        raise UsageError(f"link {link!r}: {error}") from None
+    if link.startswith("-"):
+        raise UsageError(f"link {link!r}: starts with '-', so the service would take it for an option")
+    if "\n" in label:
+        raise UsageError(f"link {link!r}: contains a line break, which the name of a service cannot")
+    if label.startswith(_BRIDGE):
+        raise UsageError(f"link {link!r}: names that start with {PREFIX}{_BRIDGE} are reserved for bridges")
+    if label in _RESERVED:
+        raise UsageError(f"link {link!r}: the name {PREFIX}{label} is reserved for {_RESERVED[label]}")
+    return label
+
+
+def _warnings(read: Callable[[], object]) -> tuple[str, ...]:
+    try:
+        read()
+    except (IncoError, OSError) as error:
+        return (f"warning: {error}",)
+    return ()

@@ -1,0 +1,103 @@
+"""The process signals of a service, from the start of the process to its end.
+
+The handlers record each signal until the runner takes it. A stop signal that arrives while modules are imported, or
+while the service is stopping, is therefore handled like any other. The command line imports this module first, so it
+imports almost nothing itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from inco_trio.service.lines import STANDARD_ERROR, write_at_once
+
+__all__ = ["STOPS", "end_by_interrupt", "held", "hold", "listening", "take", "wakeups"]
+
+STOPS = (signal.SIGTERM, signal.SIGINT)
+HELD = (*STOPS, signal.SIGHUP, signal.SIGUSR1)
+PATIENCE = 2
+"""Stop signals that end the process cleanly. One more ends it at once."""
+
+
+class _Held:
+    def __init__(self) -> None:
+        # In order of arrival. A signal that arrives twice before it is taken counts once.
+        self.arrived: dict[int, None] = {}
+        self.stops = 0
+        self.tell: Callable[[], object] | None = None
+
+    def arrive(self, number: int, _frame: object) -> None:
+        """Record a signal. This is the handler; it must not raise, because it may interrupt any code."""
+        if number in STOPS:
+            self.stops += 1
+            if self.stops > PATIENCE:
+                write_at_once(STANDARD_ERROR, b"inco-trio: warning: third stop signal: exiting at once\n")
+                os._exit(0)
+        self.arrived[number] = None
+        if self.tell is not None:
+            self.tell()
+
+
+_held = _Held()
+
+
+def hold() -> None:
+    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on, instead of their default actions."""
+    for number in HELD:
+        signal.signal(number, _held.arrive)
+    # A parent may have blocked them so that none arrives too early; they arrive now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Record the signals while the block runs, and ignore them afterwards, while the interpreter ends."""
+    hold()
+    try:
+        yield
+    finally:
+        for number in HELD:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def take() -> list[int]:
+    """Return the signals that have arrived since the last call."""
+    arrived, _held.arrived = _held.arrived, {}
+    return list(arrived)
+
+
+@contextmanager
+def listening(tell: Callable[[], object]) -> Iterator[None]:
+    """Call `tell` when a signal arrives, in the handler, and once at the start for earlier signals."""
+    _held.tell = tell
+    try:
+        tell()
+        yield
+    finally:
+        _held.tell = None
+
+
+@contextmanager
+def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
+    """Yield a socket that receives the number of each of these signals as a byte, for use with select(2)."""
+    receive, send = socket.socketpair()
+    with receive, send:
+        send.setblocking(False)
+        before_fd = signal.set_wakeup_fd(send.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        try:
+            yield receive
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(before_fd)
+
+
+def end_by_interrupt() -> None:
+    """End the process by SIGINT, like a program that does not handle it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,202 @@
+"""The runner of all services: the daemon, the gateway, the bridge and the exporter.
+
+It handles the process signals, reports readiness to s6 or systemd, sets up the log, and returns the exit code. SIGTERM
+and SIGINT stop the service, SIGHUP reloads its configuration, SIGUSR1 logs its counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import trio
+
+from inco_trio.errors import IncoError, ResourceError
+from inco_trio.service import process_signals
+from inco_trio.service.lines import STANDARD_ERROR
+from inco_trio.service.log import set_up_logging
+from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
+
+__all__ = ["Restarting", "Runner", "Service", "Work", "run_service"]
+
+logger = logging.getLogger(__name__)
+
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+class Service(Protocol):
+    """What `run_service` runs."""
+
+    name: str
+    """The name in the log."""
+
+    async def run(self, runner: Runner) -> None:
+        """Work until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
+
+    async def reload(self) -> None:
+        """Reload the configuration. Raises IncoError if the new configuration is refused."""
+
+    def log_statistics(self) -> None:
+        """Log the counters, if there are any. Also called at the end."""
+
+
+def run_service(
+    make: Callable[[], Service],
+    *,
+    notification_fd: int | None,
+    log_format: str,
+    verbose: bool,
+    log_fd: int = STANDARD_ERROR,
+) -> int:
+    """Run the service that `make` returns until a stop signal arrives, and return the exit code. Raises IncoError.
+
+    The signals must be held, see `process_signals`.
+    """
+    if notification_fd is not None:
+        check_notification_fd(notification_fd)
+    set_up_logging(log_format, verbose=verbose, fd=log_fd)
+    service = make()
+    try:
+        trio.run(Runner(service, notification_fd).run)
+    except IncoError:
+        raise
+    except Exception as error:  # The log gets the traceback, the supervisor the exit code.
+        if refused := _exhausted(error):
+            raise ResourceError(f"{service.name}: {refused.strerror}: raise or free the limited resource") from error
+        logger.exception("internal error: please report this fault of inco-trio")
+        return os.EX_SOFTWARE
+    return 0
+
+
+def _exhausted(error: Exception) -> OSError | None:
+    """Return the cause if it is a system limit, which may also have hit Trio itself."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, OSError) and error.errno in EXHAUSTED else None
+
+
+class Runner:
+    """Runs one service; the service gets it as the argument of `run`."""
+
+    background: trio.Nursery
+    """For tasks that run until the service has ended. A stop signal does not cancel them."""
+
+    def __init__(self, service: Service, notification_fd: int | None) -> None:
+        self._service = service
+        self._notification_fd = notification_fd
+        self._is_ready = trio.Event()
+        self._stop = trio.CancelScope()
+        # One pending reload is enough: it reads the newest configuration.
+        self._hang_up, self._hang_ups = trio.open_memory_channel[None](1)
+
+    async def run(self) -> None:
+        """Run the service until a stop signal, or its failure, ends it."""
+        failure: IncoError | None = None
+        async with trio.open_nursery() as self.background:
+            await self.background.start(self._follow_signals)
+            try:
+                with self._stop:
+                    await trio.lowlevel.checkpoint_if_cancelled()  # A stop signal has arrived already: open nothing.
+                    await self._service.run(self)
+            except IncoError as error:
+                failure = error
+            finally:
+                self._service.log_statistics()
+            self.background.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if not self._is_ready.is_set():
+            logger.info("%s: stopped before it was ready", self._service.name)
+
+    def ready(self) -> None:
+        """Report readiness to the supervisor and the log. Further calls do nothing."""
+        if not self._is_ready.is_set():
+            self._is_ready.set()
+            notify_ready(self._notification_fd)
+            logger.info("%s: ready", self._service.name, extra={"event": "ready"})
+
+    async def _follow_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Handle process signals. `task_status.started` is called after earlier signals have been handled."""
+        entry, arrivals = trio.open_memory_channel[None](1)
+        token = trio.lowlevel.current_trio_token()
+        with process_signals.listening(lambda: token.run_sync_soon(_send_once, entry, idempotent=True)):
+            self._obey()
+            task_status.started()
+            async for _ in arrivals:
+                self._obey()
+
+    def _obey(self) -> None:
+        # Nothing here waits, so that a stop signal never waits for a reload.
+        for number in process_signals.take():
+            if number in process_signals.STOPS:
+                if self._is_ready.is_set() and not self._stop.cancel_called:
+                    notify_stopping()
+                self._stop.cancel()
+            elif number == signal.SIGHUP:
+                if not self._is_ready.is_set():
+                    logger.info("not ready yet: the configuration will be reloaded afterwards")
+                _send_once(self._hang_up)
+            elif not self._is_ready.is_set():
+                logger.info("not ready yet: there are no counters")
+            else:
+                self._service.log_statistics()
+
+    async def follow_reloads(self) -> None:
+        """Reload the configuration at each SIGHUP, one reload after the other, once the service is ready."""
+        await self._is_ready.wait()
+        async for _ in self._hang_ups:
+            try:
+                await self._service.reload()
+            except IncoError as error:
+                for problem in str(error).splitlines():
+                    logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - the user's mistake
+
+
+Work = Callable[[Callable[[], None]], Awaitable[None]]
+"""The work of a service until it is cancelled. It calls its argument once it is ready."""
+
+
+class Restarting:
+    """A service that starts its work again with each new configuration. `prepare` reads it, and may raise IncoError."""
+
+    def __init__(
+        self,
+        name: str,
+        prepare: Callable[[], Work],
+        log_statistics: Callable[[], None] = lambda: None,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.log_statistics = log_statistics
+        self._prepare = prepare
+        self._close = close
+        self._next: Work | None = prepare()
+        self._scope = trio.CancelScope()
+
+    async def run(self, runner: Runner) -> None:
+        """See `Service.run`."""
+        runner.background.start_soon(runner.follow_reloads)
+        try:
+            while self._next is not None:
+                work, self._next = self._next, None
+                with trio.CancelScope() as self._scope:
+                    await work(runner.ready)
+        finally:
+            self._close()
+
+    async def reload(self) -> None:
+        """See `Service.reload`."""
+        self._next = self._prepare()
+        logger.info("reloaded", extra={"event": "reloaded"})
+        self._scope.cancel()
+
+
+def _send_once(channel: trio.MemorySendChannel[None]) -> None:
+    """Send, unless the channel is full: the pending message is enough."""
+    with contextlib.suppress(trio.WouldBlock):
+        channel.send_nowait(None)

@@ -1,0 +1,201 @@
+"""The s6 scan directory that `inco-trio s6` writes.
+
+The services refer to each other by relative paths, so a scan directory can be copied or moved. Its path also does not
+count against the limit of 107 bytes for a socket address. See https://skarnet.org/software/s6/servicedir.html and
+https://skarnet.org/software/s6/s6-fdholderd.html (rules).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shlex
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
+from inco_trio.service.descriptions import PREFIX, Client, Service, account_of, template
+
+__all__ = ["write_scandir"]
+
+_FD_STORE = "inco-trio-fdholder"
+
+_MISPLACED = frozenset({
+    errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.EROFS, errno.EINVAL,
+})  # fmt: skip
+"""Errors that are caused by the path that the user gave."""
+
+
+def write_scandir(directory: Path, *, service: Service | Client, user: str | None, program: Sequence[str]) -> list[str]:
+    """Write `service` to the s6 scan directory `directory`, which may contain other services.
+
+    The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Only files that
+    differ are written. Return a line for each of them, and warnings. Raises UsageError, PermissionDeniedError,
+    ResourceError.
+    """
+    lines = list(service.warnings)
+    try:
+        _make_directory(directory)
+        lines += _write_tree(directory, _service(service, user, program))
+        if isinstance(service, Client):
+            return lines
+        uids, foreign = _service_uids(directory)
+        rules = _rules(directory, uids)
+        lines += [
+            f"warning: {path}: not written by `inco-trio s6`, so its service may not use the fd store"
+            for path in foreign
+        ]
+        lines += _write_tree(directory, _fd_store(rules))
+        lines += _remove_stale_rules(directory, rules)
+    except OSError as error:
+        raise _refusal(error) from error
+    return lines
+
+
+def _refusal(error: OSError) -> IncoError:
+    # filename2 is the target of a rename. The user does not know the name of the temporary file.
+    line = f"cannot write {error.filename2 or error.filename}: {error.strerror}"
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(line)
+    if error.errno in _MISPLACED:
+        return UsageError(line)
+    return ResourceError(line)
+
+
+_Tree = dict[str, tuple[str, int]]
+"""Path below the scan directory to content and mode."""
+
+
+def _service(service: Service | Client, user: str | None, program: Sequence[str]) -> _Tree:
+    account = None if user is None else account_of(user)
+    held = isinstance(service, Service)
+    setpriv = ""
+    if account:
+        capability = service.capability if isinstance(service, Service) else ""
+        setpriv = template("setpriv").format(
+            user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=capability
+        )
+    store = ("--fd-holder", f"../{_FD_STORE}/s") if held else ()
+    command = [*program, *service.words, "--notification-fd", "3", *store, "--log-format", "text"]
+    name = PREFIX + service.label
+    script = template("run-with-fd-store" if held else "run")
+    run = script.format(holder=_FD_STORE, setpriv=setpriv, program=shlex.join(command))
+    # The rules of the fd store grant rights to this user.
+    uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if held else {}
+    # log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.
+    return {
+        f"{name}/log/run": (template("log-run"), 0o755),
+        **uid,
+        f"{name}/finish": (template("finish"), 0o755),
+        f"{name}/notification-fd": ("3\n", 0o644),
+        # More than the 5 s in which inco-trio finishes accepted notifications.
+        f"{name}/timeout-kill": ("10000\n", 0o644),
+        f"{name}/run": (run, 0o755),
+    }
+
+
+def _fd_store(rules: dict[str, str]) -> _Tree:
+    tree = {f"{_FD_STORE}/{path}": (f"{content}\n", 0o644) for path, content in rules.items()}
+    tree[f"{_FD_STORE}/notification-fd"] = ("1\n", 0o644)
+    tree[f"{_FD_STORE}/run"] = (template("fd-store-run"), 0o755)
+    return tree
+
+
+def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
+    """Return the labels of the services of each user, and files data/uid that inco-trio did not write."""
+    labels: dict[int, list[str]] = {}
+    foreign = []
+    for service in sorted(path for path in directory.iterdir() if path.name.startswith(PREFIX)):
+        path = service / "data/uid"
+        try:
+            path.lstat()
+            text = path.read_bytes().strip() if path.is_file() else b"none"  # reading a FIFO would block
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            raise PermissionDeniedError(f"cannot read {path}: {error.strerror}") from error
+        label = service.name.removeprefix(PREFIX)
+        if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
+            labels.setdefault(int(text), []).append(label)
+        elif text:  # Empty for a service without --user, which runs as the user of s6-svscan.
+            foreign.append(path)
+    return labels, foreign
+
+
+def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
+    """Return the access rules: root and the owner may do everything, a service user may only store its own."""
+    rules = {
+        f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
+        for uid, names in labels.items()
+    }
+    for owner in {0, directory.stat().st_uid}:
+        env = f"data/rules/uid/{owner}/env"
+        rules |= {
+            f"{env}/S6_FDHOLDER_STORE_REGEX": "^inco-trio/",
+            f"{env}/S6_FDHOLDER_RETRIEVE_REGEX": "^inco-trio/",
+            f"{env}/S6_FDHOLDER_LIST": "yes",
+            f"{env}/S6_FDHOLDER_GETDUMP": "yes",
+        }
+    return rules | {f"{Path(path).parent.parent}/allow": "" for path in rules}
+
+
+def _write_tree(directory: Path, tree: _Tree) -> list[str]:
+    return [line for path, (content, mode) in tree.items() if (line := _write(directory, path, content, mode))]
+
+
+def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
+    path = directory / name
+    _make_directory(path.parent)
+    exists, data = path.is_file(), os.fsencode(content)
+    if exists and stat.S_IMODE(path.stat().st_mode) == mode and path.read_bytes() == data:
+        return None
+    new = path.with_name(f".{path.name}.new")
+    if os.path.lexists(new):
+        new.unlink()
+    try:
+        with new.open("xb") as file:
+            file.write(data)
+        new.chmod(mode)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # fails for the same reason
+            new.unlink(missing_ok=True)
+        # An error of write(2) has no file name.
+        error.filename = error.filename2 = str(path)
+        raise
+    return f"{'changed' if exists else 'created'} {path}"
+
+
+def _make_directory(path: Path) -> None:
+    """Create `path` and its parents with mode 755, whatever the umask is, for the users of the services."""
+    if path.is_dir():
+        return
+    if path != path.parent:
+        _make_directory(path.parent)
+    path.mkdir()
+    path.chmod(0o755)
+
+
+def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
+    """Remove the rules of users that have no service any more."""
+    wanted = {path.split("/")[3] for path in rules}
+    lines = []
+    for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
+        # A symlink may lead to a directory and thus grant rights. A file grants none, and is not ours.
+        if path.name in wanted or not (path.is_symlink() or path.is_dir()):
+            continue
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+        lines.append(f"removed {path}")
+    return lines
+
+
+def _quote_for_regex(text: str) -> str:
+    """Return `text` as a POSIX extended regular expression. re.escape would escape too much."""
+    return re.sub(r"[][.\\()*+?{}|^$]", r"\\\g<0>", text)

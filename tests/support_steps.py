@@ -1,0 +1,255 @@
+"""Cancellation at each step: of a Trio program, and of an asyncio program beside whose loop Trio runs."""
+
+from __future__ import annotations
+
+import asyncio
+import selectors
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any, Literal, TypeVar
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from inco_trio import beside
+
+__all__ = ["CancelAt", "Steps", "Turns", "at_each_step"]
+
+T = TypeVar("T")
+Steps = Literal["turns of the loop", "steps of Trio"]
+
+
+class CancelAt(trio.abc.Instrument):
+    """Cancels `scope` before the step of a task that is number `step`; 0 for never."""
+
+    def __init__(self, step: int) -> None:
+        self.scope = trio.CancelScope()
+        self.steps = 0
+        self._step = step
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as trio.abc.Instrument has it
+        self.steps += 1
+        if self.steps == self._step:
+            self.scope.cancel()
+
+
+class _AtEachStep(trio.abc.Instrument):
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as trio.abc.Instrument has it
+        self._act()
+
+
+@contextmanager
+def at_each_step(act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` before each step of a task while the block runs."""
+    instrument = _AtEachStep(act)
+    trio.lowlevel.add_instrument(instrument)
+    try:
+        yield
+    finally:
+        trio.lowlevel.remove_instrument(instrument)
+
+
+class _Selector(selectors.PollSelector):
+    """The selector of a loop, which takes its turns from `turns`."""
+
+    def __init__(self, turns: Turns) -> None:
+        super().__init__()
+        self._turns = turns
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return self._turns.next(timeout, super().select)
+
+
+class Turns(trio.abc.Instrument):
+    """Runs an asyncio loop and the Trio of a `Beside` in turn, so that only one of the two threads runs at a time.
+
+    Before each turn of the loop, Trio runs until all of its tasks wait. A blocking call of the loop's thread lets Trio
+    run, too. Trio's clock stands still. The order of the steps does therefore not depend on how fast either thread is.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._go = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        self._free = False
+        """Set once a wait has failed: the threads then end without taking turns."""
+        self._trio_ended = False
+        self._keeper: trio.lowlevel.Task | None = None
+        self._act: Callable[[], bool] | None = None
+        """What to do, after `_left` more steps of this kind."""
+        self._kind: Steps = "turns of the loop"
+        self._left = 0
+        self._held = False
+        """Whether Trio is held at the step at which the loop is to act."""
+        self._acted = False
+        self._feed: Callable[[], None] | None = None
+
+        turns, self._trio_run = self, trio.run
+        monkeypatch.setattr(trio, "run", self._run_trio)
+
+        class Answer(Future[T]):
+            """What the loop's thread waits for when it asks Trio."""
+
+            def result(self, timeout: float | None = None) -> T:
+                with turns._asking():
+                    self.exception(timeout)
+                return super().result()
+
+        monkeypatch.setattr(beside, "Future", Answer)
+
+    # -------------------------------------------------------------------------------------------- the loop's thread
+
+    def run(self, main: Coroutine[Any, Any, None]) -> None:
+        """As `asyncio.run`."""
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Selector(self))) as runner:
+            runner.run(main)
+
+    async def at_each(
+        self,
+        kind: Steps,
+        once: Callable[[], Coroutine[Any, Any, object]],
+        act: Callable[[asyncio.Task[object]], bool] = asyncio.Task.cancel,
+        check: Callable[[], object] = lambda: None,
+    ) -> int:
+        """Run `once()` and call `act` at its first step, then again at the second, and so on; return how often.
+
+        It ends when `act` returns False, or when `once()` has ended before that step. By default, `act` cancels the
+        task that runs `once()`. At a step of Trio, the loop runs until it waits before Trio takes the step. `check` is
+        called after each `once()`.
+        """
+        for number in count():
+            task = asyncio.create_task(once())
+            self._act, self._kind, self._left, self._acted = partial(act, task), kind, number, False
+            await asyncio.wait({task})
+            self._act = None
+            check()
+            # A task that had ended its work before the cancellation reached it may return.
+            if not (self._acted and task.cancelled()):
+                await task
+            if not self._acted:
+                break
+        return number
+
+    @contextmanager
+    def feeding(self, feed: Callable[[], None]) -> Iterator[None]:
+        """Call `feed` before each of Trio's turns; it causes an event there."""
+        self._feed = feed
+        try:
+            yield
+        finally:
+            self._feed = None
+
+    def next(self, timeout: float | None, select: Callable[[float | None], T]) -> T:
+        """Let Trio run, and return what `select` finds then."""
+        if self._free:
+            return select(timeout)
+        if self._held:
+            found = select(0)
+            if found or timeout == 0:
+                return found
+            self._held = False
+        # The act comes before what Trio reports now, or after that.
+        due = self._reached("turns of the loop")
+        if not due:
+            if self._feed is not None:
+                self._feed()
+            with self._trio_running():
+                pass
+            due = self._held or self._reached("turns of the loop")
+        if due:
+            assert self._act is not None
+            act, self._act = self._act, None
+            self._acted = act()
+        found = select(0)
+        if not (found or due or timeout == 0 or self._feed):
+            self.free()
+            raise AssertionError("both threads wait: nothing will happen any more")
+        return found
+
+    @contextmanager
+    def _trio_running(self) -> Iterator[None]:
+        """Let Trio run beside the block, and until all of its tasks wait, or until it is held at a step."""
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("inco-trio ")]
+        if self._free or not threads:
+            yield
+            return
+        (thread,) = threads
+        try:
+            self._go.release()
+            yield
+            self._back.acquire()
+        except BaseException:
+            self.free()
+            raise
+        if self._trio_ended:
+            thread.join()
+            self._trio_ended = False
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Let Trio run in the middle of a turn, in which the loop cannot act."""
+        act, self._act = self._act, None
+        with self._trio_running():
+            yield
+        self._act = act
+
+    def free(self) -> None:
+        """Let both threads run from now on."""
+        self._free = True
+        self._go.release()
+
+    # --------------------------------------------------------------------------------------------------- Trio's thread
+
+    def _run_trio(self, main: Callable[[], Awaitable[None]]) -> None:
+        """As `trio.run`."""
+
+        # Trio also takes turns while it shuts down because a system task has failed.
+        keeping = trio.CancelScope(shield=True)
+
+        async def kept() -> None:
+            self._keeper = trio.lowlevel.spawn_system_task(self._keep, keeping)
+            try:
+                await main()
+            finally:
+                keeping.cancel()
+
+        if not self._free:
+            self._go.acquire()
+        try:
+            self._trio_run(kept, clock=MockClock(), instruments=[self])
+        finally:
+            self._keeper = None
+            self._trio_ended = True
+            self._back.release()
+
+    async def _keep(self, scope: trio.CancelScope) -> None:
+        """Give the loop a turn whenever all other tasks wait."""
+        with scope:
+            while not self._free:
+                await wait_all_tasks_blocked()
+                self._give_turn()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        """See `trio.abc.Instrument`."""
+        if task is not self._keeper and self._reached("steps of Trio"):
+            self._held = True
+            self._give_turn()
+
+    def _give_turn(self) -> None:
+        if not self._free:
+            self._back.release()
+            self._go.acquire()
+
+    def _reached(self, kind: Steps) -> bool:
+        """Count a step; return whether the loop is to act at it."""
+        if self._act is None or self._kind != kind:
+            return False
+        self._left -= 1
+        return self._left < 0

@@ -1,0 +1,75 @@
+"""No test is decided by a clock: each sleep and each deadline is HANG, simulated, or has its reason beside it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LATER = "test_aio.py", "test_aio_proxy.py", "test_cancellation.py"
+"""Modules that still have waits without a reason."""
+CLOCKS = {"sleep", "move_on_after", "fail_after", "move_on_at", "fail_at", "settimeout", "timeout"}
+"""Functions whose first argument is a time to wait."""
+
+
+def waits(call: ast.Call) -> Iterator[ast.expr]:
+    """The times that a call waits for."""
+    function = call.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name in CLOCKS:
+        yield from call.args[:1]
+    yield from (word.value for word in call.keywords if word.arg == "timeout")
+
+
+def is_harmless(time: ast.expr) -> bool:
+    """Whether it is the hang guard, or no wait at all."""
+    return (isinstance(time, ast.Constant) and time.value in (0, None)) or ast.unparse(time) == "HANG"
+
+
+def unexplained(source: str) -> list[int]:
+    """The lines with a wait that has neither HANG nor a comment: in its line, or alone in the line above."""
+    comments = {
+        token.start[0] + (not token.line.partition("#")[0].strip())
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# fmt", "# type"))
+    }
+    found = [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and not all(map(is_harmless, waits(node)))
+        if not comments & {*range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    ]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("directory", ["tests", "netns", "examples"])
+def test_each_wait_has_its_reason(directory: str) -> None:
+    left = {
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in (ROOT / directory).rglob("*.py")
+        if path.name not in LATER
+        for line in unexplained(path.read_text())
+    }
+    assert left == set(), "use HANG, or state the reason in a comment beside it"
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("time.sleep(0.1)", [1]),
+        ("await trio.sleep(1)  # noqa: ASYNC", [1]),
+        ("with trio.move_on_after(2 * HANG): pass", [1]),
+        ("run(\n    'x',\n    timeout=60,\n)", [1]),
+        ("time.sleep(0.1)  # The pace of the load.", []),
+        ("# The pace of the load.\ntime.sleep(0.1)", []),
+        ("with trio.fail_after(HANG): run('x', timeout=HANG)", []),
+        ("peer.settimeout(0)", []),
+    ],
+)
+def test_what_is_unexplained(source: str, lines: list[int]) -> None:
+    assert unexplained(source) == lines

@@ -1,0 +1,29 @@
+"""The workflow for GitHub Actions agrees with the project's metadata and its README."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+# The session `unit` runs a copy of the tree without hidden directories.
+pytestmark = pytest.mark.tools
+
+ROOT = Path(__file__).parents[1]
+WORKFLOW = (ROOT / ".github/workflows/ci.yml").read_text()
+
+
+def test_the_workflow_runs_each_supported_python() -> None:
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    supported = re.findall(r"Python :: (3\.\d+)", "\n".join(metadata["classifiers"]))
+    matrix = re.findall(r'"(3\.\d+)"', WORKFLOW)
+    installed = re.findall(r"^ +(3\.\d+)$", WORKFLOW, re.MULTILINE)
+    assert matrix == installed == supported
+
+
+def test_the_workflow_runs_the_test_command_of_the_readme() -> None:
+    assert "command: .ci/run\n" in WORKFLOW
+    command = (ROOT / ".ci/run").read_text().splitlines()[-1]
+    assert f"\n## Tests\n\n    {command}\n" in (ROOT / "README.md").read_text()
