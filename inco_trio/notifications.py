@@ -124,9 +124,9 @@ class Events:
             return
         now, wall = time.monotonic_ns(), time.time_ns()
         first = self._sequence - len(signals) + 1
-        told = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
+        reported = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
         for entry, wanted in self._entries.items():
-            some = [each for each in told if wanted(each.signal)]
+            some = [each for each in reported if wanted(each.signal)]
             for number, notification in enumerate(some):
                 try:
                     entry.send_nowait(notification)

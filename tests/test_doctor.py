@@ -421,14 +421,14 @@ def test_the_path_of_a_socket(tmp_path: Path) -> None:
 
 def test_the_path_of_the_peer(tmp_path: Path) -> None:
     address, path = unix(tmp_path), tmp_path / "b"
-    nobody = "fail", f"{path}: nobody is bound there (No such file or directory): start core 1, as QEMU", None
+    nobody = "fail", f"{path}: no process is bound there (No such file or directory): start core 1, as QEMU", None
     assert only(links.peer(address)) == nobody
     with datagram(path) as sock:
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
         # One that takes nobody but us.
         sock.connect(str(path))
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
-    assert "nobody is bound there (Connection refused)" in only(links.peer(address))[1]
+    assert "no process is bound there (Connection refused)" in only(links.peer(address))[1]
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
@@ -641,13 +641,13 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other one", None),
-        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other one", None),
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other process", None),
+        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other process", None),
         (Users((), (), (), 0), "warn", "no proxy runs on it", "inco-trio run l0"),
         (
             Users((), (), (HOLDER,), 0),
             "warn",
-            "no proxy runs on it; 2 (s6-fdholderd) keeps what comes for the next one",
+            "no proxy runs on it; 2 (s6-fdholderd) keeps notifications for the next one",
             "inco-trio run l0",
         ),
         (
@@ -659,13 +659,13 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
         (
             Users((PROXY,), (LISTENER,), (), 0),
             "warn",
-            "several processes have it: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
+            "several processes have it open: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
             None,
         ),
         (
             Users((), (), (), 1),
             "warn",
-            "a process that this user may not look at has a socket of it; as root it can be told which",
+            "a process that this user may not inspect has a socket of it; root can find out which",
             "sudo inco-trio doctor l0",
         ),
     ],
@@ -764,7 +764,7 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     # Once it tells itself.
     assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
     level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
-    assert (level, text) == ("warn", f"{path}: was changed after process 3 has read it")
+    assert (level, text) == ("warn", f"{path}: was changed after process 3 read it")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -905,7 +905,7 @@ def shown(tmp_path: Path, **environment: str) -> bytes:
 
 
 def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
-    line = b"%b/b: nobody is bound there" % bytes(tmp_path)
+    line = b"%b/b: no process is bound there" % bytes(tmp_path)
     coloured = shown(tmp_path)
     assert b"\033[31mfail\033[m " + line in coloured
     assert b"\033[32mok  \033[m " in coloured

@@ -332,7 +332,7 @@ def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path
     result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
         assert (result["level"], result["fix"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
-        assert result["found"].startswith("a process that this user may not look at has a socket of it")
+        assert result["found"].startswith("a process that this user may not inspect has a socket of it")
     assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"process {running.pid} ")
 
 

@@ -77,7 +77,7 @@ class Proxy:
 
     @property
     def config(self) -> Config:
-        """What it was told: at the opening, or by the last reload."""
+        """The configuration from the start or from the last reload."""
         return self._proxy.config
 
     async def stats(self) -> Stats:
@@ -128,20 +128,20 @@ class Proxy:
 
 
 class _Events(AsyncIterator[Notification]):
-    """A stream of events here, and Trio's there."""
+    """An asyncio view of the proxy's Trio event stream."""
 
     def __init__(self, beside: Beside, batch: int) -> None:
         self._beside = beside
         self._batch = batch
         self._stack = ExitStack()
         self._closed = False
-        # Put in there and taken here. What is fetched for a reader that was cancelled meanwhile is the next one's.
+        # Trio's thread appends and asyncio's takes. The next reader gets what was fetched for a cancelled one.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
     async def __anext__(self) -> Notification:
         while not (self._fetched or self._closed):
-            # Another reader may have fetched some for this one, too.
+            # Another reader may have fetched some for this one too.
             async with self._fetching:
                 if not self._fetched and not await self._fetch():
                     raise StopAsyncIteration
@@ -150,19 +150,19 @@ class _Events(AsyncIterator[Notification]):
         return self._fetched.popleft()
 
     async def _fetch(self) -> bool:
-        """Wait until some are there; returns whether any is."""
+        """Wait for notifications; return whether there are any."""
         try:
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
-                # What was left has come when Trio has ended.
+                # The rest has arrived once Trio has ended.
                 await self._beside.ended()
         return bool(self._fetched) or self._closed
 
     # ----------------------------------------------------------------------------------------------------- there
 
     def open(self, events: AbstractContextManager[trio.MemoryReceiveChannel[Notification]]) -> None:
-        """Have Trio's stream, until `close` or until the proxy is closed."""
+        """Use Trio's stream until `close` or until the proxy closes."""
         self._stream = self._stack.enter_context(events)
         self._beside.at_the_end.add(self._end)
 
@@ -172,12 +172,12 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     def _end(self) -> None:
-        """The proxy is closed: all that is left comes."""
+        """The proxy has closed; hand over what is still buffered."""
         self._take(sys.maxsize)
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for one, and take it and those behind it."""
+        """Wait for one notification, and take it and those that are queued behind it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -185,7 +185,7 @@ class _Events(AsyncIterator[Notification]):
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
-        """Take what is there."""
+        """Take at most `most` queued notifications."""
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             for _ in range(most):
                 self._fetched.append(self._stream.receive_nowait())

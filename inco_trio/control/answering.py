@@ -8,31 +8,10 @@ from collections.abc import Mapping
 
 import trio
 
+from inco_trio.control import protocol
 from inco_trio.control.feed import Feed
 from inco_trio.control.monitors import Follower, Monitor
-from inco_trio.control.protocol import (
-    LINE_MAX,
-    AcknowledgeRequest,
-    BoardStatus,
-    FlushRequest,
-    Followed,
-    FollowRequest,
-    ForgetRequest,
-    Greeting,
-    HistoryStatus,
-    LineBuffer,
-    MessageError,
-    MonitorRequest,
-    RequestError,
-    SendRequest,
-    StatusRequest,
-    decode_request,
-    encode_board,
-    encode_error,
-    encode_greeting,
-    encode_response,
-    encode_status,
-)
+from inco_trio.control.protocol import RequestError
 from inco_trio.control.server import Peer
 from inco_trio.errors import ClosedError, UnknownSignalError
 from inco_trio.persist.history import History
@@ -76,7 +55,7 @@ class Connection:
 
     async def refuse(self, message: str) -> None:
         """Write the error `busy` instead of a greeting."""
-        await self._write(encode_error(RequestError("busy", message)))
+        await self._write(protocol.encode_error(RequestError("busy", message)))
 
     async def run(self) -> None:
         """Answer the client until it ends."""
@@ -84,7 +63,9 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 with self._reading:
-                    await self._write(encode_greeting(Greeting(self._served.name, os.getpid(), self._boot, boards)))
+                    await self._write(
+                        protocol.encode_greeting(protocol.Greeting(self._served.name, os.getpid(), self._boot, boards))
+                    )
                     await self._converse(nursery)
                 if self.gone:
                     self._end_monitor()
@@ -93,71 +74,75 @@ class Connection:
                 self._feed.remove(self._monitor)
 
     async def _converse(self, nursery: trio.Nursery) -> None:
-        received = LineBuffer(LINE_MAX)
-        while data := await self._stream.receive_some(LINE_MAX):
+        received = protocol.LineBuffer(protocol.LINE_MAX)
+        while data := await self._stream.receive_some(protocol.LINE_MAX):
             received.feed(data)
             try:
                 for line in received.lines():
                     if line.strip():
                         await self._answer(line, nursery)
-            except MessageError as error:
-                await self._write(encode_error(RequestError("too-long", str(error))))
+            except protocol.MessageError as error:
+                await self._write(protocol.encode_error(RequestError("too-long", str(error))))
                 self._end_monitor()
                 return
 
     async def _answer(self, line: bytes, nursery: trio.Nursery) -> None:
         tag: Mapping[str, object] = {}
         try:
-            request, tag = decode_request(line)
+            request, tag = protocol.decode_request(line)
             value: object = True
             match request:
-                case StatusRequest():
-                    await self._write(encode_status(await self._status(request), tag))
+                case protocol.StatusRequest():
+                    await self._write(protocol.encode_status(await self._status(request), tag))
                     return
-                case SendRequest():
+                case protocol.SendRequest():
                     value = await self._send(request)
-                case MonitorRequest():
+                case protocol.MonitorRequest():
                     self._begin_monitor(request)
-                case FlushRequest():
+                case protocol.FlushRequest():
                     self._check_monitor()
-                case FollowRequest():
+                case protocol.FollowRequest():
                     value = self._follow(request)
-                case AcknowledgeRequest():
+                case protocol.AcknowledgeRequest():
                     value = self._acknowledge(request)
-                case ForgetRequest():
+                case protocol.ForgetRequest():
                     value = self._forget(request)
-            await self._write(encode_response(request, value, tag))
+            await self._write(protocol.encode_response(request, value, tag))
             # Only now: the response comes before the events.
-            if isinstance(request, (MonitorRequest, FollowRequest)) and self._monitor is not None:
+            if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
                 nursery.start_soon(self._run_monitor, self._monitor)
-            elif isinstance(request, FlushRequest) and self._monitor is not None:
+            elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
                 self._monitor.flush()
         except RequestError as error:
-            await self._write(encode_error(RequestError(error.error, error.message, error.tag or tag)))
+            await self._write(protocol.encode_error(RequestError(error.error, error.message, error.tag or tag)))
 
-    async def _status(self, request: StatusRequest) -> list[str]:
+    async def _status(self, request: protocol.StatusRequest) -> list[str]:
         self._check_board(request.board)
         boards = [
-            encode_board(BoardStatus(name, problem))
+            protocol.encode_board(protocol.BoardStatus(name, problem))
             for name, problem in self._served.not_open().items()
             if request.board in (None, name)
         ]
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if request.board in (None, name) and proxy is not None:
-                boards.append(encode_board(BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))))
+                boards.append(
+                    protocol.encode_board(
+                        protocol.BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))
+                    )
+                )
                 await trio.lowlevel.checkpoint()  # There may be a thousand.
         return boards
 
-    def _history(self, board: str, history: History) -> HistoryStatus | None:
+    def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
         if not history.keeping:
             return None
         followed = any(board in follower.cursors for follower in self._feed.followers())
-        return HistoryStatus(
+        return protocol.HistoryStatus(
             history.boot, history.sequence, history.acknowledged, history.waiting, history.merged_ever, followed
         )
 
-    async def _send(self, request: SendRequest) -> int:
+    async def _send(self, request: protocol.SendRequest) -> int:
         self._check_permitted("send")
         self._check_board(request.board)
         if not 1 <= request.count <= SEND_MAX:
@@ -180,13 +165,13 @@ class Connection:
             raise RequestError("closed", str(error)) from None
         return request.count
 
-    def _begin_monitor(self, request: MonitorRequest) -> None:
+    def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
         self._check_no_monitor()
         self._check_board(request.board)
         self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
         self._feed.add(self._monitor)
 
-    def _follow(self, request: FollowRequest) -> dict[str, Followed]:
+    def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
         """Follow the boards; return the position of each open one in its history."""
         self._check_permitted("follow")
         self._check_no_monitor()
@@ -201,11 +186,11 @@ class Connection:
             if follower.follows(name):
                 follower.begin(name, proxy._keep_history())
         return {
-            name: Followed(c.history.boot, c.history.acknowledged, c.history.sequence)
+            name: protocol.Followed(c.history.boot, c.history.acknowledged, c.history.sequence)
             for name, c in follower.cursors.items()
         }
 
-    def _acknowledge(self, request: AcknowledgeRequest) -> int:
+    def _acknowledge(self, request: protocol.AcknowledgeRequest) -> int:
         if not isinstance(follower := self._monitor, Follower):
             raise RequestError("invalid", "this connection does not follow")
         if request.board not in follower.cursors:
@@ -214,7 +199,7 @@ class Connection:
             raise RequestError("invalid", f"boot: {request.boot!r} is not the current history")
         return follower.acknowledge(request.board, request.sequence)
 
-    def _forget(self, request: ForgetRequest) -> list[str]:
+    def _forget(self, request: protocol.ForgetRequest) -> list[str]:
         """End histories without a follower; return their boards."""
         self._check_permitted("forget")
         followed = {board for follower in self._feed.followers() for board in follower.cursors}

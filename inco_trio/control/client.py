@@ -9,24 +9,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
-from inco_trio.control.protocol import (
-    REPLY_MAX,
-    BoardStatus,
-    Event,
-    Greeting,
-    LineBuffer,
-    MessageError,
-    Request,
-    Response,
-    StatusRequest,
-    decode_greeting,
-    decode_reply,
-    encode_request,
-)
+from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Request, Response
 from inco_trio.errors import (
     IncoError,
     PermissionDeniedError,
@@ -37,7 +26,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Client", "client_of", "connect", "dial", "error_of", "sockets"]
+__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "client_of", "connect", "dial", "sockets"]
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
@@ -77,28 +66,82 @@ def dial(sock: socket.socket, path: Path) -> bool:
     return True
 
 
-def error_of(response: Response) -> type[IncoError]:
-    """Return the exception type for an error response."""
-    return ERRORS.get(response.error, UsageError)
+class Channel:
+    """What both kinds of clients know of a connection: the received lines, and the errors of the proxy at `path`.
+
+    All methods raise ProtocolError if the other process does not obey the protocol.
+    """
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self.path = path
+        self._prefix = prefix
+        """What the error messages of the proxy begin with."""
+        self._received = protocol.LineBuffer(protocol.REPLY_MAX)
+        self._lines: deque[bytes] = deque()
+
+    def _feed(self, data: bytes) -> None:
+        """Take received bytes. Raises ProxyNotFoundError at the end of the connection."""
+        if not data:
+            raise self._ended()
+        self._received.feed(data)
+        with self._obeying():
+            self._lines += self._received.lines()
+
+    def _next_greeting(self) -> Greeting:
+        """Take the greeting. Raises IncoError if the proxy refuses the client."""
+        with self._obeying():
+            greeting = protocol.decode_greeting(self._lines.popleft())
+        if isinstance(greeting, Response):
+            raise self._refusal(greeting)
+        return greeting
+
+    def _next(self) -> Event | Response:
+        """Take an event or a response."""
+        with self._obeying():
+            return protocol.decode_reply(self._lines.popleft())
+
+    def _checked(self, response: Response, request: Request) -> Response:
+        """Return the response to a request. Raises IncoError if the proxy refuses it."""
+        if response.error:
+            raise self._refusal(response)
+        with self._obeying():
+            response.check(request)
+        return response
+
+    def _refusal(self, response: Response) -> IncoError:
+        return ERRORS.get(response.error, UsageError)(self._prefix + (response.message or response.error))
+
+    @contextmanager
+    def _obeying(self) -> Iterator[None]:
+        try:
+            yield
+        except MessageError as error:
+            text = "the process listening there is not inco-trio, or another version"
+            raise ProtocolError(f"{self.path}: {text}: {error}") from error
+
+    def _ended(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
+
+    def _silent(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(f"{self.path}: the proxy does not answer")
 
 
-class Client:
+class Client(Channel):
     """A connection to the proxy that listens at `path`.
 
     Raises PermissionDeniedError, ResourceError if the proxy has too many clients, and ProxyNotFoundError if no proxy
-    answers. All methods raise ProtocolError if the other process does not obey the protocol.
+    answers.
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
-        self.path = path
-        self._received = LineBuffer(REPLY_MAX)
-        self._lines: deque[bytes] = deque()
+        super().__init__(path)
         self._events: deque[Event] = deque()
         deadline = time.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._dial(deadline)
-            self.greeting = self._greeted(deadline)
+            self._await_line(deadline)
+            self.greeting = self._next_greeting()
         except BaseException:
             self._sock.close()
             raise
@@ -108,16 +151,6 @@ class Client:
             if time.monotonic() >= deadline:
                 raise self._silent()
             time.sleep(AGAIN)
-
-    def _greeted(self, deadline: float) -> Greeting:
-        line = self._line(deadline)
-        try:
-            greeting = decode_greeting(line)
-        except MessageError as error:
-            raise self._broken(error) from error
-        if isinstance(greeting, Response):
-            raise error_of(greeting)(greeting.message)
-        return greeting
 
     def __enter__(self) -> Client:
         return self
@@ -134,24 +167,18 @@ class Client:
         deadline = math.inf if patience is None else time.monotonic() + patience
         try:
             self._sock.settimeout(patience)
-            self._sock.sendall(encode_request(request))
+            self._sock.sendall(protocol.encode_request(request))
         except TimeoutError as error:
             raise self._silent() from error
         except OSError as error:
             raise self._ended() from error
         while isinstance(reply := self._reply(deadline), Event):
             self._events.append(reply)
-        if reply.error:
-            raise error_of(reply)(reply.message or reply.error)
-        try:
-            reply.check(request)
-        except MessageError as error:
-            raise self._broken(error) from error
-        return reply
+        return self._checked(reply, request)
 
     def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
         """Return the status of all boards or of one."""
-        return self.request(StatusRequest(board), patience).status
+        return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
         """Yield the events of a monitor until the proxy ends, or until none arrives within `patience` seconds."""
@@ -189,43 +216,23 @@ class Client:
             self._events.append(reply)
 
     def _reply(self, deadline: float) -> Event | Response:
-        try:
-            return decode_reply(self._line(deadline))
-        except MessageError as error:
-            raise self._broken(error) from error
+        self._await_line(deadline)
+        return self._next()
 
-    def _line(self, deadline: float) -> bytes:
+    def _await_line(self, deadline: float) -> None:
+        """Wait for a whole line. Data that arrives does not extend the deadline."""
         while not self._lines:
             left = deadline - time.monotonic()
-            if select.select([self._sock], [], [], max(0.0, min(UNINTERRUPTED, left)))[0]:
+            if left <= 0:
+                raise self._silent()
+            if select.select([self._sock], [], [], min(UNINTERRUPTED, left))[0]:
                 self._receive()
-            elif left <= 0:
-                raise self._silent()
-            if time.monotonic() >= deadline and not self._lines:
-                raise self._silent()
-        return self._lines.popleft()
 
     def _receive(self) -> None:
         try:
-            data = self._sock.recv(CHUNK)
+            self._feed(self._sock.recv(CHUNK))
         except OSError as error:
             raise self._ended() from error
-        if not data:
-            raise self._ended()
-        self._received.feed(data)
-        try:
-            self._lines += self._received.lines()
-        except MessageError as error:
-            raise self._broken(error) from error
-
-    def _ended(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
-
-    def _silent(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy does not answer")
-
-    def _broken(self, error: MessageError) -> ProtocolError:
-        return ProtocolError(f"{self.path}: the process listening there is not inco-trio, or another version: {error}")
 
 
 def connect(link: str | None, control: str | None) -> Client:

@@ -1,4 +1,4 @@
-"""What monitors and followers are told: a listener of the proxies that passes everything on to them.
+"""The source of events for monitors and followers: a listener of the proxies that passes everything on.
 
 Nothing here waits. Events are put aside for each client, and the client's own task encodes and writes them.
 """

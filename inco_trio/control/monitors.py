@@ -128,7 +128,7 @@ class _Cursor:
     """The position of a follower in the history of a board."""
 
     history: History
-    told: int
+    sent: int
     """The number of the last notification that it received."""
     records: deque[Record] = attrs.Factory(deque)
     """Notifications that it received and has not acknowledged."""
@@ -140,7 +140,7 @@ class _Cursor:
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Return the next events of the history, at most `room` notifications."""
         history, boot = self.history, self.history.boot
-        self.told = max(self.told, history.floor)
+        self.sent = max(self.sent, history.floor)
         if not self.merged and (merged := self._merged()):
             self.merged, self.merged_to = merged, history.floor
             for each in merged:
@@ -148,8 +148,8 @@ class _Cursor:
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
                     sequence=self.merged_to, boot=boot,
                 )  # fmt: skip
-        for record in history.after(self.told, min(room, AHEAD - len(self.records))):
-            self.told = record.sequence
+        for record in history.after(self.sent, min(room, AHEAD - len(self.records))):
+            self.sent = record.sequence
             self.records.append(record)
             yield Event(
                 "notification", board, record.time_ns / 1e9, record.monotonic_ns, record.direction, record.name,
@@ -158,7 +158,7 @@ class _Cursor:
 
     def rest(self, board: str) -> Iterator[Event]:
         """Return all remaining events: another history replaces this one."""
-        while self.told < self.history.sequence:
+        while self.sent < self.history.sequence:
             self.records.clear()
             yield from self.take(AHEAD, board)
 
@@ -167,21 +167,21 @@ class _Cursor:
         merged = list(self.history.merged())
         if not merged:
             return []
-        told = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
+        sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         return [
             attrs.evolve(each, count=count)
             for each in merged
-            if (count := each.count - told[each.direction, each.name]) > 0
+            if (count := each.count - sent[each.direction, each.name]) > 0
         ]
 
     @property
     def more(self) -> bool:
         """Whether there are events to send now."""
-        return self.told < self.history.sequence and len(self.records) < AHEAD
+        return self.sent < self.history.sequence and len(self.records) < AHEAD
 
     def acknowledge(self, sequence: int) -> int:
         """See `Follower.acknowledge`."""
-        sequence = min(sequence, self.told)
+        sequence = min(sequence, self.sent)
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()

@@ -22,39 +22,12 @@ from inco_trio.signals import Direction
 from inco_trio.status import Status
 
 __all__ = [
-    "LINE_MAX",
-    "PROTOCOL",
-    "REPLY_MAX",
-    "AcknowledgeRequest",
-    "BoardStatus",
-    "Event",
-    "FlushRequest",
-    "FollowRequest",
-    "Followed",
-    "ForgetRequest",
-    "Greeting",
-    "HistoryStatus",
-    "LineBuffer",
-    "MessageError",
-    "MonitorRequest",
-    "Request",
-    "RequestError",
-    "Response",
-    "SendRequest",
-    "StatusRequest",
-    "decode_greeting",
-    "decode_reply",
-    "decode_request",
-    "encode_board",
-    "encode_error",
-    "encode_event",
-    "encode_greeting",
-    "encode_request",
-    "encode_response",
-    "encode_status",
-    "event_now",
-    "to_json",
-]
+    "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeRequest", "BoardStatus", "Event", "FlushRequest",
+    "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryStatus", "LineBuffer", "MessageError",
+    "MonitorRequest", "Request", "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting",
+    "decode_reply", "decode_request", "encode_board", "encode_error", "encode_event", "encode_greeting",
+    "encode_request", "encode_response", "encode_status", "event_now", "to_json",
+]  # fmt: skip
 
 PROTOCOL = 1
 """The version of the protocol. It grows with each change that a client must know."""

@@ -1,4 +1,4 @@
-"""All checks, in their order."""
+"""All checks, in order."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def examine(
     configuration: Path | None = None,
     start: str | None = None,
 ) -> Iterator[Result]:
-    """Everything about a link and the registers of its signals; both may be missing.
+    """Check a link and the registers of its signals; both may be missing.
 
-    An interface is looked for in the network namespace `netns`. `configuration` is the file that names the signals;
-    `start` is the command that starts the proxy; None: without options.
+    The interface is in the network namespace `netns`. `configuration` is the file that names the signals, and `start`
+    the command that starts the proxy (default: without options).
     """
     users = _NOBODY
     if link is not None:
@@ -41,7 +41,7 @@ def examine(
             results, users = _unix(link, address, processes, start)
         else:
             try:
-                # All of it is done by the time that somebody reads the results, who is in our own namespace.
+                # Collect all results before leaving the namespace: the caller is not inside it.
                 with inside(netns, link):
                     results, users = _interface(address, processes, start)
             except IncoError as error:
@@ -79,7 +79,7 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
 
 
 def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
-    # Imported only here, as a `unix:` link needs none of it.
+    # Imported here because a `unix:` link does not need it.
     from inco_trio.links.packet import RECEIVE_BUFFER
 
     users = _NOBODY

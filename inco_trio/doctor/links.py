@@ -126,15 +126,15 @@ def _count(ranges: str) -> int:
 
 
 def bound(path: str) -> int:
-    """0 if somebody receives datagrams at `path`, else the errno of connecting to it, which sends nothing (unix(7))."""
+    """Return 0 if a process receives datagrams at `path`, else the errno of connect(2), which sends nothing."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
-    # A socket that is connected itself takes nobody else.
+    # A connected socket accepts no other peer.
     return 0 if code == errno.EPERM else code
 
 
 def socket_path(address: UnixAddress) -> Iterator[Result]:
-    """Whether the proxy can bind its socket, or has. Who has is said by `proxies`."""
+    """Check that the proxy can bind its socket or has bound it; `proxies` reports which process has."""
     path = Path(address.local)
     quoted = shlex.quote(address.local)
     try:
@@ -178,7 +178,7 @@ def peer(address: UnixAddress) -> Iterator[Result]:
     if code == 0:
         yield ok("peer", address.peer, "core 1 is bound there")
     elif code in (errno.ENOENT, errno.ECONNREFUSED):
-        yield fail("peer", address.peer, f"nobody is bound there ({os.strerror(code)}): start core 1, as QEMU")
+        yield fail("peer", address.peer, f"no process is bound there ({os.strerror(code)}): start core 1, as QEMU")
     elif code == errno.EACCES:
         text = f"uid {os.geteuid()} may not send to it"
         yield fail("peer", address.peer, text, permit(Path(address.peer), "u+w"))

@@ -21,7 +21,7 @@ INSTANCES = 2
 WATCHES = 64
 """More watches than the usual table needs: one for each trigger, and for each directory and those above it."""
 PLENTY = 0.9
-"""The part of a limit from which on it is said."""
+"""The used part of a limit from which on it is reported."""
 DATAGRAMS = 10
 """The kernel's own default of net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
@@ -31,7 +31,7 @@ _NO_PROC = "is not mounted: processes, limits and filesystems cannot be looked a
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Whether there is a /proc to look at; nothing is said if there is."""
+    """Check that /proc is readable; no result if it is."""
     if not processes.mounted:
         yield warn("proc", "/proc", _NO_PROC, "mount -t proc proc /proc")
 
