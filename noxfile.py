@@ -303,6 +303,12 @@ def run_bench(session: nox.Session, *args: str) -> None:
 
 
 @nox.session(default=False)
+def fresh(session: nox.Session) -> None:
+    """The README's commands on bare Debian systems, as root and as a user: `nox -s fresh -- bookworm` runs one."""
+    session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
+
+
+@nox.session(default=False)
 def generated(session: nox.Session) -> None:
     """Write the man pages and the completions of shells again, from the parser of `--help`."""
     install(session, "manual")

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
         ClosedError,
         ConfigError,
         IncoError,
+        InvalidArgumentError,
         LinkNotFoundError,
         PermissionDeniedError,
         ResourceError,
         UnknownSignalError,
-        UsageError,
     )
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
@@ -45,6 +45,7 @@ __all__ = [
     "Core1",
     "Direction",
     "IncoError",
+    "InvalidArgumentError",
     "LinkNotFoundError",
     "Notification",
     "PermissionDeniedError",
@@ -55,7 +56,6 @@ __all__ = [
     "Stats",
     "Status",
     "UnknownSignalError",
-    "UsageError",
     "builtin_signals",
     "open_proxies",
     "open_proxy",
@@ -76,7 +76,7 @@ _PLACES = {
         "PermissionDeniedError",
         "ResourceError",
         "UnknownSignalError",
-        "UsageError",
+        "InvalidArgumentError",
     ),
     "proxy.fleet": ("Proxies", "open_proxies"),
     "notifications": ("Notification",),

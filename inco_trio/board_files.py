@@ -1,4 +1,4 @@
-"""The boards of a directory: each `NAME.json` in it names the link and the registers of one.
+"""Board files: each `NAME.json` in a directory configures one board.
 
     {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
     {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
@@ -15,30 +15,33 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.config import Config, kind_of, load_document, read_board, read_file, repeated_keys
+from inco_trio.config import Config, read_board
 from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
-from inco_trio.signals import builtin_signals, is_path
+from inco_trio.linux.files import is_path
+from inco_trio.signals import builtin_signals
+from inco_trio.validation import parse_table, path_fault, read_file
 
 __all__ = ["NETNS", "BoardFile", "Boards", "claims", "read_boards", "refuse_shared"]
 
 NETNS = Path("/run/netns")
+NETNS_EXPECTED = f"a name under {NETNS} or an absolute path"
 SUFFIX = ".json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @attrs.frozen
 class BoardFile:
-    """What a board's file says: all strings, and one of `config` and `irq_dir`. Other keys are refused."""
+    """The content of a board file: strings, and one of `config` and `irq_dir`. Other keys are refused."""
 
     link: str
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
     config: str | None = None
     """The absolute path of a udrv.json."""
     irq_dir: str | None = None
-    """The absolute path of a directory for the built-in signals."""
+    """The absolute path of the directory of the built-in signals."""
     netns: str | None = None
-    """The network namespace in which an interface is looked for: a name under /run/netns, or an absolute path."""
+    """The network namespace of the interface: a name under /run/netns, or an absolute path."""
 
 
 KEYS = tuple(field.name for field in attrs.fields(BoardFile))
@@ -46,24 +49,24 @@ KEYS = tuple(field.name for field in attrs.fields(BoardFile))
 
 @attrs.frozen
 class Boards:
-    """What a directory of boards says."""
+    """The content of a directory of board files."""
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The boards whose file is refused; its text has the path of the file."""
+    """The errors of invalid files, by board; their subject is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
     """See `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """The boards of a directory, by name; of two that share something, the one that is `running` stays.
+    """Return the boards of a directory. If two share a resource, the one that is `running` stays.
 
-    Raises ConfigError for a directory that cannot be read.
+    Raises ConfigError if the directory cannot be read.
     """
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
-        raise ConfigError([f"{directory}: the directory of boards cannot be read: {error.strerror}"]) from error
+        raise ConfigError(directory, f"the directory of boards cannot be read: {error.strerror}") from error
     configs: dict[str, Config] = {}
     refused: dict[str, IncoError] = {}
     notes: dict[str, tuple[str, ...]] = {}
@@ -75,45 +78,35 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
             refused[name] = error
     there = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
     for name, why in refuse_shared(configs, there).items():
-        refused[name] = ConfigError([f"{directory / name}{SUFFIX}: {why}"])
+        refused[name] = ConfigError(f"{directory / name}{SUFFIX}", why)
         del configs[name]
     return Boards(configs, refused, notes)
 
 
 def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
-    """The board that a file describes, and its notes. Raises IncoError."""
+    """Return the board that a file describes, and its notes. Raises IncoError."""
     if not NAME.fullmatch(name):
-        raise ConfigError([f"{path}: a board's name has 1 to 64 letters, digits, '.', '_' and '-', the first no sign"])
-    document = load_document(read_file(path), str(path))
-    problems = [f"{key}: unknown key: {', '.join(KEYS)} are those there are" for key in document if key not in KEYS]
-    problems += repeated_keys(document, "")
-    values: dict[str, str] = {}
-    for key, value in document.items():
-        if isinstance(value, str):
-            values[key] = value
-        elif key in KEYS:
-            problems.append(f"{key}: {kind_of(value)} is not a string")
-    if "link" not in document:
-        problems.append("link: is missing")
-    if ("config" in document) == ("irq_dir" in document):
-        problems.append("one of config, the path of a udrv.json, and irq_dir, a directory, is needed")
-    for key in ("config", "irq_dir"):
-        if key not in values:
-            continue
-        if not is_path(values[key]):
-            problems.append(f"{key}: {values[key]!r} cannot be a path")
-        elif not values[key].startswith("/"):
-            problems.append(f"{key}: {values[key]!r} is not an absolute path")
-    if "link" in values and (fault := address_fault(values["link"])):
-        problems.append(f"link: {values['link']!r}: {fault}")
-    netns = values.get("netns")
+        rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
+        raise ConfigError(path, f"a board's name has {rule}")
+    table = parse_table(read_file(path), str(path))
+    table.only(KEYS)
+    link = table.text("link", "an interface name or unix:LOCAL,peer=REMOTE", required=True)
+    config, irq_dir = (table.text(key, "an absolute path") for key in ("config", "irq_dir"))
+    netns = table.text("netns", NETNS_EXPECTED)
+    if ("config" in table.values) == ("irq_dir" in table.values):
+        table.problems.append("needs either config, the path of a udrv.json, or irq_dir, a directory")
+    for key, value in (("config", config), ("irq_dir", irq_dir)):
+        if value is not None and (fault := path_fault(value)):
+            table.fault(key, fault)
+    if link is not None and (fault := address_fault(link)):
+        table.fault("link", f"{link!r}: {fault}")
     if netns is not None and (netns in {"", ".", ".."} or not is_path(netns) or ("/" in netns and netns[0] != "/")):
-        problems.append(f"netns: {netns!r} is neither a name under {NETNS} nor an absolute path")
-    if netns is not None and values.get("link", "").startswith("unix:"):
-        problems.append("netns: a unix: link has none: leave it out")
-    if problems:
-        raise ConfigError(f"{path}: {problem}" for problem in problems)
-    return _configured(BoardFile(**values))
+        table.expect("netns", NETNS_EXPECTED)
+    if netns is not None and (link or "").startswith("unix:"):
+        table.fault("netns", "a unix: link has none: leave it out")
+    table.finish(str(path))
+    assert link is not None  # noqa: S101 - it is required
+    return _configured(BoardFile(link, config, irq_dir, netns))
 
 
 def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
@@ -124,13 +117,13 @@ def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
     else:
         assert file.irq_dir is not None  # noqa: S101 - one of the two is there
         signals = builtin_signals(Path(file.irq_dir))
-    # A board that waits for its link is in nobody's way.
+    # A board that waits for its link does not disturb others.
     netns = None if file.netns is None else NETNS / file.netns
     return Config(file.link, signals, wait_link=True, netns=netns), notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """What no other board may have: its link and its directories, each with what it is called."""
+    """Return what only one board may have, its link and its directories, and their descriptions."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -142,9 +135,9 @@ def claims(config: Config) -> dict[object, str]:
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
-    """Why boards are refused that share a link or a directory with another one.
+    """Return why boards are refused: they share a link or a directory with another board.
 
-    `running` is what there is already: it comes first, and what is refused goes on with that.
+    `running` has the current configurations: they come first, and a refused board keeps its own.
     """
     running = running or {}
     refused: dict[str, str] = {}
@@ -154,7 +147,7 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
             if name not in configs or name in refused:
                 taken |= dict.fromkeys(claims(config), name)
         more: dict[str, str] = {}
-        # First those that stay as they are, then those that change.
+        # Unchanged boards first, then those that change.
         order = {name: (name not in running, running.get(name) != configs[name], name) for name in configs}
         for name in sorted(configs.keys() - refused.keys(), key=order.__getitem__):
             claimed = claims(configs[name])

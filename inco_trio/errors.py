@@ -1,20 +1,21 @@
 """The errors of inco-trio.
 
-Three kinds are kept apart: a mistake of the user (`ConfigError`, `UsageError`), a refusal of the kernel
-(`PermissionDeniedError`, `LinkNotFoundError`, `ResourceError`), and a closed proxy (`ClosedError`). What the peer
-sends is never an error: garbage is counted. Each error ends the command with the exit code of its class (see
-sysexits.h).
+Each one has a `subject`, the object that it concerns, and a `reason`; its text is one line, "SUBJECT: REASON". Errors
+also derive from the built-in class that fits. What core 1 sends never raises an error: the proxy counts garbage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Collection, Iterable
 
 __all__ = [
     "BoardNotOpenError",
     "ClosedError",
     "ConfigError",
     "IncoError",
+    "InvalidArgumentError",
     "LinkNotFoundError",
     "PermissionDeniedError",
     "ProgramNotFoundError",
@@ -22,85 +23,123 @@ __all__ = [
     "ProxyNotFoundError",
     "RecordingError",
     "ResourceError",
+    "UnavailableError",
     "UnknownSignalError",
-    "UsageError",
+    "from_os_error",
+    "unwrapped",
 ]
+
+STRERROR = "{strerror}"
+"""Stands for the kernel's text in the reasons of `from_os_error`."""
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base of every error that a caller can cause or meet; its text is one clear line."""
+    """Base of all errors: `IncoError(subject, reason)`, or `IncoError(reason)`.
 
-    exit_code = 70
-
-
-class UsageError(IncoError):
-    """The command line does not make sense."""
-
-    exit_code = 2
-
-
-class ConfigError(IncoError):
-    """The configuration is invalid.
-
-    `problems` holds every mistake that was found, one line each, each naming its key path.
+    `remedy` says what to do; it follows the reason, after a semicolon.
     """
 
-    exit_code = 78
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
-
-
-class PermissionDeniedError(IncoError):
-    """The kernel refuses for want of a capability or of a file permission; the text names it."""
-
-    exit_code = 77
+    def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
+        self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)
+        self.remedy = remedy
+        text = self.reason if remedy is None else f"{self.reason}; {remedy}"
+        super().__init__(f"{self.subject}: {text}" if self.subject else text)
 
 
-class LinkNotFoundError(IncoError):
-    """There is no interface of that name."""
-
-    exit_code = 69
+class InvalidArgumentError(IncoError, ValueError):
+    """An argument of a function is invalid, or does not fit the state of its object."""
 
 
-class ProxyNotFoundError(IncoError):
+class ConfigError(IncoError, ValueError):
+    """The configuration is invalid: `ConfigError(subject, reasons)`, or `ConfigError(reason)`.
+
+    `problems` has one line for each mistake: the subject, usually a path, and the key path.
+    """
+
+    def __init__(self, subject: str | os.PathLike[str], reasons: str | Iterable[str] | None = None) -> None:
+        if reasons is None:
+            subject, reasons = "", str(subject)
+        lines = [reasons] if isinstance(reasons, str) else list(reasons)
+        super().__init__(subject, "\n".join(lines))
+        self.problems = tuple(f"{subject}: {line}" if subject else line for line in lines)
+        self.args = ("\n".join(self.problems),)
+
+
+class PermissionDeniedError(IncoError, PermissionError):
+    """A capability or a file permission is missing; the text names it."""
+
+
+class UnavailableError(IncoError):
+    """What is needed does not exist or does not answer."""
+
+
+class LinkNotFoundError(UnavailableError, FileNotFoundError):
+    """The link does not exist, or cannot be used now."""
+
+
+class ProxyNotFoundError(UnavailableError, FileNotFoundError):
     """No running proxy answers on a control socket."""
-
-    exit_code = 69
-
-
-class BoardNotOpenError(IncoError, KeyError):
-    """A configured board has no open proxy now; the text says why."""
-
-    __str__ = Exception.__str__
 
 
 class ProtocolError(ProxyNotFoundError):
     """The process at a control socket is not inco-trio, or uses another version of the protocol."""
 
 
-class ProgramNotFoundError(IncoError):
-    """A program or library that a command needs is not installed."""
+class BoardNotOpenError(IncoError, KeyError):
+    """A configured board has no open proxy now."""
 
-    exit_code = 69
+    __str__ = Exception.__str__
+
+
+class ProgramNotFoundError(UnavailableError, FileNotFoundError):
+    """A program or library is not installed."""
 
 
 class RecordingError(IncoError):
-    """A file that should be a recording is not there, or is none."""
-
-    exit_code = 65
+    """A recording is missing, or the file is not a recording."""
 
 
 class ResourceError(IncoError):
-    """The system has no room now: descriptors, inotify instances or watches, memory, disk."""
-
-    exit_code = 71
+    """The system has no resources now: descriptors, inotify instances or watches, memory, disk space."""
 
 
-class UnknownSignalError(IncoError):
-    """`Proxy.send` was given a name that is not an outbound signal of the table."""
+class UnknownSignalError(IncoError, LookupError):
+    """The signal table has no outbound signal of that name."""
 
 
 class ClosedError(IncoError):
     """The proxy has been closed."""
+
+
+def from_os_error(
+    error: OSError,
+    subject: object,
+    reason: str = STRERROR,
+    *cases: tuple[Collection[int], type[IncoError], str],
+    otherwise: type[IncoError] = ResourceError,
+) -> IncoError:
+    """Return our error for one of the kernel's.
+
+    Each case has error numbers, and the class and the reason for them. Other numbers become PermissionDeniedError if
+    that fits, else `otherwise`, both with `reason`. "{strerror}" in a reason stands for the kernel's text.
+    """
+    if error.errno == errno.EMFILE and error.filename == "inotify":
+        # inotify_init(2) has one number for two limits, and its text names the wrong one.
+        what = "" if subject == "inotify" else "inotify: "
+        return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
+    kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
+    for numbers, its_kind, its_reason in reversed(cases):
+        if error.errno in numbers:
+            kind, text = its_kind, its_reason
+    return kind(subject, text.replace(STRERROR, error.strerror or str(error)))
+
+
+def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
+    """Return the error inside nested exception groups: Ctrl-C if there was one, else the first.
+
+    With `only`, a group of several errors stays a group.
+    """
+    while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
+        error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
+    return error

@@ -1,4 +1,4 @@
-"""The frame codec: one Ethernet II broadcast frame a notification, the signal's wire name as its payload."""
+"""The frame codec. A notification is an Ethernet II broadcast frame with the signal's wire name as its payload."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ HEADER_LENGTH = 14
 NAME_MAX = 64
 """The longest wire name, in bytes."""
 ADDRESSES = 12
-"""Bytes of the two addresses at the beginning of a frame, which say nothing about the signal."""
+"""Bytes of the two addresses at the beginning of a frame."""
 FRAME_MAX = 1600
-"""The longest frame that is looked at, in bytes: more than a tag, a header and 1,500, the usual MTU."""
+"""The longest valid frame, in bytes: more than a tag, a header and the usual MTU of 1,500."""
 
 _TYPE = ETHERTYPE.to_bytes(2, "big")
 _VLAN = b"\x81\x00"
@@ -36,14 +36,14 @@ _WIRE_NAME = re.compile(rb"[!-~]{1,%d}" % NAME_MAX)
 
 
 def is_wire_name(name: bytes) -> bool:
-    """Whether `name` is 1 to 64 bytes of printable ASCII without spaces."""
+    """Return whether `name` is 1 to 64 bytes of printable ASCII without spaces."""
     return _WIRE_NAME.fullmatch(name) is not None
 
 
 def encode(name: bytes, source: bytes) -> bytes:
-    """The frame that carries the wire name `name`, from the 6-byte MAC address `source`; nothing is padded.
+    """Return the frame of the wire name `name`, from the 6-byte MAC address `source`, without padding.
 
-    Raises `ValueError` for anything that is not a wire name or not a MAC address.
+    Raises `ValueError` if one of them is invalid.
     """
     if len(source) != len(BROADCAST):
         raise ValueError(f"{source!r} is not a MAC address")
@@ -53,12 +53,11 @@ def encode(name: bytes, source: bytes) -> bytes:
 
 
 def decode(frame: bytes | memoryview, length: int | None = None) -> bytes | None:
-    """The wire name that `frame` carries, known or not, or None if the frame is malformed; never raises.
+    """Return the wire name in a frame, or None if the frame is malformed. Never raises.
 
-    `length` is that of the frame, where `frame` is longer, or too short for all of it.
-
-    NUL bytes at the end are padding: network cards and QEMU fill a frame up to 60 bytes. One 802.1Q tag that was left
-    in front of the EtherType is skipped. A frame of more than FRAME_MAX bytes is malformed, whatever it begins with.
+    `length` is the length of the frame, if `frame` is a larger buffer or has only a part of it. NUL bytes at the end
+    are padding: network cards and QEMU fill a frame up to 60 bytes. An 802.1Q tag in front of the EtherType is skipped.
+    A frame of more than FRAME_MAX bytes is malformed.
     """
     if (len(frame) if length is None else length) > FRAME_MAX:
         return None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 
 import trio
 
-from inco_trio.errors import IncoError
+from inco_trio.errors import IncoError, unwrapped
 
 __all__ = ["in_turns", "plain_nursery", "starting_and_stopping"]
 
@@ -34,9 +34,7 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
         async with trio.open_nursery() as nursery:
             yield nursery
     except* IncoError as group:
-        failure = group
-        while isinstance(failure, BaseExceptionGroup):
-            failure = failure.exceptions[0]
+        failure = unwrapped(group)
     if failure is not None:
         raise failure
 

@@ -1,4 +1,4 @@
-"""Signals: the named inter-core interrupts that the proxy carries, and the table of them."""
+"""Signals, the named inter-core interrupts, and the signal table."""
 
 from __future__ import annotations
 
@@ -11,51 +11,39 @@ import attrs
 
 from inco_trio.errors import ConfigError
 from inco_trio.frame import NAME_MAX, is_wire_name
+from inco_trio.linux.files import FILE_NAME_MAX, is_path
 
 __all__ = [
     "BUILTIN",
-    "FILE_NAME_MAX",
     "BuiltinSignal",
     "Direction",
     "Signal",
     "SignalTable",
     "builtin_signals",
     "clashes",
-    "is_path",
     "name_fault",
     "register_fault",
 ]
 
-FILE_NAME_MAX = 255
-"""The longest file name, in bytes (NAME_MAX of limits.h)."""
-
 
 class Direction(enum.Enum):
-    """Which core a signal goes to."""
+    """The direction of a signal, as core 0 sees it."""
 
     INBOUND = "inbound"
-    """Core 1 to core 0: a frame makes the proxy write the state register."""
+    """Core 1 to core 0: for a frame, the proxy writes the state file."""
     OUTBOUND = "outbound"
-    """Core 0 to core 1: a close of the trigger register makes the proxy send a frame."""
+    """Core 0 to core 1: for a close of the trigger file, the proxy sends a frame."""
 
 
 def name_fault(name: str) -> str | None:
-    """What keeps `name` from being a wire name, or None."""
+    """Return why `name` is not a wire name, or None."""
     if name.isascii() and is_wire_name(name.encode("ascii")):
         return None
     return f"a wire name is 1 to {NAME_MAX} printable ASCII characters without spaces"
 
 
-def is_path(text: str) -> bool:
-    """Whether the kernel can be given `text`: no NUL would cut it short, and the file system's encoding knows it."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
 def register_fault(register: str) -> str | None:
-    """What keeps `register` from being the name of a file inside a directory, or None."""
+    """Return why `register` is not a file name, or None."""
     if register in {"", ".", ".."} or "/" in register or not is_path(register):
         return f"{register!r} is not a file name"
     length = len(os.fsencode(register))
@@ -67,7 +55,7 @@ class Signal:
     """One named inter-core interrupt.
 
     `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
-    `directory`. Raises `ConfigError` if one of them is not.
+    `directory`. Raises `ConfigError` if one of them is invalid.
     """
 
     name: str
@@ -77,22 +65,22 @@ class Signal:
 
     def __attrs_post_init__(self) -> None:
         if fault := name_fault(self.name) or register_fault(self.register):
-            raise ConfigError([f"signal {self.name!r}: {fault}"])
+            raise ConfigError(f"signal {self.name!r}", fault)
 
     @property
     def path(self) -> Path:
-        """The register's file."""
+        """The path of the register."""
         return self.directory / self.register
 
 
 @attrs.frozen
 class BuiltinSignal:
-    """A signal that every board has: its wire name, and where udrv.json may move its register."""
+    """A signal that every board has. udrv.json may move its register."""
 
     name: str
     direction: Direction
     reg: str
-    """Key below `misc.ihub_config_dev.regs`."""
+    """The key in `misc.ihub_config_dev.regs`."""
     register: str
     """The default file name."""
 
@@ -105,15 +93,15 @@ BUILTIN = (
 
 
 def builtin_signals(directory: Path) -> tuple[Signal, ...]:
-    """The three built-in signals with their default registers in `directory`."""
+    """Return the three built-in signals with their default registers in `directory`."""
     return tuple(Signal(b.name, b.direction, directory, b.register) for b in BUILTIN)
 
 
 def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
-    """Each signal that an earlier one excludes, and why.
+    """Yield each signal that conflicts with an earlier one, and why.
 
     A wire name belongs to one signal, a trigger to one outbound signal; inbound signals may share a state register.
-    Directories are compared by their text, without following links.
+    Directories are compared by their text, without following symlinks.
     """
     names: set[str] = set()
     owners: dict[tuple[str, str], Signal] = {}
@@ -121,7 +109,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is there twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, which POSIX lets mean something else; Linux does not.
+        # normpath keeps two leading slashes, which differ from one in POSIX, but not on Linux.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):
@@ -130,7 +118,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
 
 
 class SignalTable:
-    """The signals of one proxy, looked up by the bytes on the wire and by register.
+    """The signals of one proxy.
 
     `inbound` and `outbound` map a wire name (bytes) to its signal.
     """

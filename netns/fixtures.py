@@ -24,13 +24,13 @@ from typing import Any
 import pytest
 
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
-from inco_trio.simulation.world import RTMGRP_LINK, Cores, Namespace, Peer, two_cores, veth
+from inco_trio.linux.rtnetlink import RTMGRP_LINK
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores, veth
 from netns.hang import HANG
 from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
-DEADLINE = HANG
 """The former name, which test_aio.py and test_aio_proxy.py import."""
 
 

@@ -15,29 +15,21 @@ import os
 import sys
 from pathlib import Path
 
+from inco_trio.linux.libc import check, libc
+from inco_trio.linux.netns import CLONE_NEWNS, unshare
+from inco_trio.linux.process import clear_capabilities
+
 NOBODY = 65534
 
-# <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>, <linux/securebits.h>
-CLONE_NEWNS = 0x00020000
+# <linux/mount.h>
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
-PR_SET_SECUREBITS = 28
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
-SECBIT_NOROOT_LOCKED = 0b11
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _checked(result: int) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _mount(source: str, target: Path, kind: str, flags: int, options: str) -> None:
     texts = (source.encode(), os.fsencode(target), kind.encode())
-    _checked(_libc.mount(*texts, ctypes.c_ulong(flags), options.encode()))
+    check(libc.mount(*texts, ctypes.c_ulong(flags), options.encode()))
 
 
 def _closed_to_others(path: Path) -> Path | None:
@@ -46,7 +38,7 @@ def _closed_to_others(path: Path) -> Path | None:
 
 def uncover(paths: list[Path]) -> None:
     """Make every one of `paths` reachable for everyone, in this process and its children only."""
-    _checked(_libc.unshare(CLONE_NEWNS))
+    unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
     opened = {path: os.open(path, os.O_PATH) for path in paths}
     while closed := {path: above for path in paths if (above := _closed_to_others(path))}:
@@ -63,7 +55,7 @@ def cover_run() -> None:
     All proxies of root put their control sockets there, named after the link, and all tests name their link rpmsg4000.
     Raises PermissionError without CAP_SYS_ADMIN.
     """
-    _checked(_libc.unshare(CLONE_NEWNS))
+    unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
     directory = Path("/run/inco-trio")
     directory.mkdir(mode=0o755, exist_ok=True)
@@ -78,8 +70,7 @@ def drop() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
     except OSError:
         # Not mapped: keep the user, and lose what execve(2) would leave or give (capabilities(7)).
-        _checked(_libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-        _checked(_libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))
+        clear_capabilities()
 
 
 if __name__ == "__main__":

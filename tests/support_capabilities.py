@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import struct
 from collections.abc import Iterator
 
-__all__ = ["CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_NET_ADMIN", "CAP_NET_RAW", "without_capability"]
+from inco_trio.linux.libc import check, libc
 
-CAP_DAC_OVERRIDE = 1
-CAP_DAC_READ_SEARCH = 2
-CAP_NET_ADMIN = 12
-CAP_NET_RAW = 13
+__all__ = ["without_capability"]
 
 _VERSION_3 = 0x20080522
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _call(function: str, data: ctypes.Array[ctypes.c_char]) -> None:
     # struct __user_cap_header_struct: version, and 0 for the calling thread.
     header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0))
-    if getattr(_libc, function)(header, data) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), function)
+    check(getattr(libc, function)(header, data), function)
 
 
 @contextlib.contextmanager

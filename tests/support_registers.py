@@ -14,7 +14,7 @@ import trio
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
-from inco_trio.registers.directories import EMPTIED
+from inco_trio.registers.directory import EMPTIED
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.registers.triggers import RETIREMENT, Triggered
@@ -38,8 +38,8 @@ class Clock:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Give the registers this time."""
-        for room in ("directories", "registers", "states", "triggers"):
-            monkeypatch.setattr(f"inco_trio.registers.{room}.time", self, raising=False)
+        for module in ("directories", "directory", "registers", "retries", "states", "triggers"):
+            monkeypatch.setattr(f"inco_trio.registers.{module}.time", self, raising=False)
 
 
 class BoardShare(Share):

@@ -16,7 +16,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from inco_trio import beside
+from inco_trio.aio import thread as aio_thread
 
 __all__ = ["CancelAt", "Steps", "Turns", "at_each_step"]
 
@@ -102,7 +102,7 @@ class Turns(trio.abc.Instrument):
                     self.exception(timeout)
                 return super().result()
 
-        monkeypatch.setattr(beside, "Future", Answer)
+        monkeypatch.setattr(aio_thread, "Future", Answer)
 
     # -------------------------------------------------------------------------------------------- the loop's thread
 

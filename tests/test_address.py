@@ -77,7 +77,7 @@ def test_the_mac_can_be_given() -> None:
         ("unix:/a/,peer=/b", "the path before ',peer=': '/a/' is a directory"),
         (f"unix:{LONGEST}p,peer=/b", "the path has 108 bytes; a socket's has 107 at most (unix(7))"),
         (f"unix:/a,peer={TOO_LONG}", "peer=: the path has 109 bytes"),
-        ("unix:/a,peer=/b,peer=/c", "peer= is there more than once"),
+        ("unix:/a,peer=/b,peer=/c", "peer= given more than once"),
         ("unix:/a,peer=/b,mtu=9000", "unknown option 'mtu=9000'"),
         ("unix:/a,peer=/b,mac", "unknown option 'mac'"),
         ("unix:/a,peer=/b,", "unknown option ''"),

@@ -234,8 +234,8 @@ def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
 def test_wait_for(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
-            with pytest.raises(TimeoutError, match="ihub_reset_irq: did not come"):
-                await proxy.wait_for(RESET, timeout=0.001)
+            with pytest.raises(TimeoutError, match="ihub_reset_irq: no notification within"):
+                await proxy.wait_for(RESET, timeout=0.001)  # Meant to expire: nothing comes.
             with pytest.raises(UnknownSignalError, match="nothing: not a signal"):
                 await proxy.wait_for("nothing")
             closed = asyncio.create_task(proxy.wait_for(RESET))
@@ -796,7 +796,7 @@ def test_events_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> 
 
 def test_reload_cancelled_at_each_step(world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
     # Trio's part waits after each signal of the table.
-    monkeypatch.setattr("inco_trio.proxy.supervise.TURN", 0.0)
+    monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))
     other = attrs.evolve(world.config, signals=world.config.signals[1:] + more)
 

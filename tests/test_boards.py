@@ -133,6 +133,8 @@ def test_a_directory_of_boards(tmp_path: Path) -> None:
 
 
 LINK = "unix:/x/a.0,peer=/x/a.1"
+EXPECTED = "expected an interface name or unix:LOCAL,peer=REMOTE"
+EITHER = "needs either config, the path of a udrv.json, or irq_dir, a directory"
 LONG = f"unix:/{'x' * 200},peer=/x/a.1"
 
 
@@ -140,19 +142,19 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
     ("content", "problems"),
     [
         ("{", ["line 1 column 2: not JSON: Expecting property name enclosed in double quotes"]),
-        ("[]", ["a list is not a table"]),
-        ({}, ["link: is missing", "one of config, the path of a udrv.json, and irq_dir, a directory, is needed"]),
+        ("[]", ["a list (expected a table)"]),
+        ({}, [f"link: missing ({EXPECTED})", EITHER]),
         (
             {"link": LINK, "irq_dir": "/x", "config": "/y"},
-            ["one of config, the path of a udrv.json, and irq_dir, a directory, is needed"],
+            [EITHER],
         ),
-        ({"link": 7, "irq_dir": "/x"}, ["link: a number is not a string"]),
-        ({"link": LINK, "irq_dir": "x"}, ["irq_dir: 'x' is not an absolute path"]),
+        ({"link": 7, "irq_dir": "/x"}, [f"link: a number ({EXPECTED})"]),
+        ({"link": LINK, "irq_dir": "x"}, ["irq_dir: 'x' (expected an absolute path)"]),
         (
             {"link": LINK, "irq_dir": "/x", "iface": "y"},
-            ["iface: unknown key: link, config, irq_dir, netns are those there are"],
+            ["iface: unknown key (expected one of link, config, irq_dir, netns)"],
         ),
-        ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["'link' is there more than once"]),
+        ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
         ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing: the path of the "]),
         ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': is neither unix:LOCAL,peer=REMOTE nor an interface"]),
         (
@@ -160,7 +162,10 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes; a socket's has 107 "],
         ),
         ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: a unix: link has none: leave it out"]),
-        ({"link": "a", "irq_dir": "/x", "netns": "a/b"}, ["netns: 'a/b' is neither a name under /run/netns nor an "]),
+        (
+            {"link": "a", "irq_dir": "/x", "netns": "a/b"},
+            ["netns: 'a/b' (expected a name under /run/netns or an absolute path)"],
+        ),
     ],
 )
 def test_a_board_that_is_refused(tmp_path: Path, content: object, problems: list[str]) -> None:
@@ -178,7 +183,8 @@ def test_a_name_that_is_refused(tmp_path: Path) -> None:
     boards = read_boards(directory)
     assert boards.configs == {}
     assert {str(error) for error in boards.refused.values()} == {
-        f"{directory}/{name}.json: a board's name has 1 to 64 letters, digits, '.', '_' and '-', the first no sign"
+        f"{directory}/{name}.json: a board's name has 1 to 64 letters, digits, '.', '_' and '-'; "
+        "the first must be a letter or digit"
         for name in ("a b", "-x", "x" * 65, "ä")
     }
 

@@ -106,7 +106,7 @@ def test_a_proxy_is_cancelled_at_each_step(peer: Peer, tmp_path: Path, monkeypat
                         must[RESET] += peer.send()
                         await proxy.reload(config)
                         with contextlib.suppress(TimeoutError):
-                            await proxy.wait_for(RESET, timeout=0.001)
+                            await proxy.wait_for(RESET, timeout=0.001)  # MockClock: it is meant to expire.
 
         # The clock goes on when all tasks wait: no deadline is reached while a task can run.
         trio.run(main, clock=MockClock(autojump_threshold=0), instruments=[cancel])

@@ -145,7 +145,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
 def test_a_fifo(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     # It would wait for somebody to read, and no signal would end that.
-    with pytest.raises(ResourceError, match="fifo: cannot be written: nobody reads from it"):
+    with pytest.raises(ResourceError, match="fifo: cannot be written: no process reads from it"):
         Recorder(tmp_path / "fifo")
     fd = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
     recorder = Recorder(tmp_path / "fifo")

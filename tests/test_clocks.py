@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LATER = "test_aio.py", "test_aio_proxy.py", "test_cancellation.py"
-"""Modules that still have waits without a reason."""
 CLOCKS = {"sleep", "move_on_after", "fail_after", "move_on_at", "fail_at", "settimeout", "timeout"}
 """Functions whose first argument is a time to wait."""
 
@@ -52,7 +50,6 @@ def test_each_wait_has_its_reason(directory: str) -> None:
     left = {
         f"{path.relative_to(ROOT)}:{line}"
         for path in (ROOT / directory).rglob("*.py")
-        if path.name not in LATER
         for line in unexplained(path.read_text())
     }
     assert left == set(), "use HANG, or state the reason in a comment beside it"

@@ -175,52 +175,52 @@ def test_a_byte_order_mark_is_skipped() -> None:
 DEVICE = ("file", "ihub-irq-dev")
 HWWD = (*REGS, "ihub_hwwd_irq")
 X = (*SIGNALS, "x")
-MISSING_DEVICE = "file.ihub-irq-dev: is missing: its path is the directory of the IRQ files"
+MISSING_DEVICE = "file.ihub-irq-dev: missing (expected a table whose path is the directory of the IRQ files)"
 
 
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [
-        (("file",), None, ": null is not a table"),
-        (("misc",), [], ": a list is not a table"),
-        (REGS[:2], 1, ": a number is not a table"),
-        (REGS, True, ": a boolean is not a table"),
-        (SIGNALS[:2], "x", ": a string is not a table"),
-        (SIGNALS, None, ": null is not a table"),
-        (SIGNALS[:2], {"signal": {}}, ": unknown key 'signal': 'signals' is the one it has"),
-        (SIGNALS[:2], {"a b": 1, "signals": {}}, ": unknown key 'a b': 'signals' is the one it has"),
-        (DEVICE, ..., ": is missing: its path is the directory of the IRQ files"),
-        (DEVICE, 1.5, ": a number is not a table"),
-        (DEVICE, {}, ".path: is missing"),
-        (DEVICE, {"path": {}}, ".path: a table is not a string"),
-        (DEVICE, {"path": ""}, ".path: '' is not an absolute path"),
-        (DEVICE, {"path": "irq/x"}, ".path: 'irq/x' is not an absolute path"),
-        (DEVICE, {"path": "/\0"}, ".path: '/\\x00' cannot be a path: no file name has a NUL byte or half a character"),
+        (("file",), None, ": null (expected a table)"),
+        (("misc",), [], ": a list (expected a table)"),
+        (REGS[:2], 1, ": a number (expected a table)"),
+        (REGS, True, ": a boolean (expected a table)"),
+        (SIGNALS[:2], "x", ": 'x' (expected a table)"),
+        (SIGNALS, None, ": null (expected a table)"),
+        (SIGNALS[:2], {"signal": {}}, ".signal: unknown key (expected signals)"),
+        (SIGNALS[:2], {"a b": 1, "signals": {}}, ".'a b': unknown key (expected signals)"),
+        (DEVICE, ..., ": missing (expected a table whose path is the directory of the IRQ files)"),
+        (DEVICE, 1.5, ": a number (expected a table)"),
+        (DEVICE, {}, ".path: missing (expected an absolute path)"),
+        (DEVICE, {"path": {}}, ".path: a table (expected an absolute path)"),
+        (DEVICE, {"path": ""}, ".path: '' (expected an absolute path)"),
+        (DEVICE, {"path": "irq/x"}, ".path: 'irq/x' (expected an absolute path)"),
+        (DEVICE, {"path": "/\0"}, ".path: '/\\x00' cannot be a path: it has a NUL byte or an unpaired surrogate"),
         (
             DEVICE,
             {"path": "/\ud800"},
-            ".path: '/\\ud800' cannot be a path: no file name has a NUL byte or half a character",
+            ".path: '/\\ud800' cannot be a path: it has a NUL byte or an unpaired surrogate",
         ),
         (DEVICE, {"path": f"/{'x' * 256}"}, f".path: a name in '/{'x' * 39}'... has more than 255 bytes"),
-        (HWWD, None, ": null is not a table"),
-        (HWWD, {}, ".reg: is missing"),
-        (HWWD, {"reg": None}, ".reg: null is not a string"),
+        (HWWD, None, ": null (expected a table)"),
+        (HWWD, {}, ".reg: missing (expected <device>.<register>)"),
+        (HWWD, {"reg": None}, ".reg: null (expected <device>.<register>)"),
         (HWWD, {"reg": "nix.x"}, ".reg: 'nix' is not a device of file"),
-        (HWWD, {"reg": "message"}, ".reg: 'message' is not <device>.<register>"),
-        (X, [], ": a list is not a table"),
-        (X, {"reg": "other.x"}, ".direction: is missing"),
-        (X, {"direction": "inbound"}, ".reg: is missing"),
-        (X, entry("sideways", "other.x"), ".direction: 'sideways' is not inbound or outbound"),
-        (X, entry("INBOUND", "other.x"), ".direction: 'INBOUND' is not inbound or outbound"),
+        (HWWD, {"reg": "message"}, ".reg: 'message' (expected <device>.<register>)"),
+        (X, [], ": a list (expected a table)"),
+        (X, {"reg": "other.x"}, ".direction: missing (expected inbound or outbound)"),
+        (X, {"direction": "inbound"}, ".reg: missing (expected <device>.<register>)"),
+        (X, entry("sideways", "other.x"), ".direction: 'sideways' (expected inbound or outbound)"),
+        (X, entry("INBOUND", "other.x"), ".direction: 'INBOUND' (expected inbound or outbound)"),
         (
             X,
             entry(" @ ".join([".".join(X)] * 2), "other.x"),
-            f".direction: '{'.'.join(X)} @ {'.'.join(X)}' is not inbound or outbound",
+            f".direction: '{'.'.join(X)} @ {'.'.join(X)}' (expected inbound or outbound)",
         ),
-        (X, {"direction": ["inbound"], "reg": "other.x"}, ".direction: a list is not a string"),
-        (X, {"direction": "inbound", "reg": 7}, ".reg: a number is not a string"),
-        (X, {**entry("inbound", "other.x"), "rag": 1, "privatedata": 2}, ": unknown key 'privatedata', 'rag'"),
-        (X, entry("inbound", "message"), ".reg: 'message' is not <device>.<register>"),
+        (X, {"direction": ["inbound"], "reg": "other.x"}, ".direction: a list (expected inbound or outbound)"),
+        (X, {"direction": "inbound", "reg": 7}, ".reg: a number (expected <device>.<register>)"),
+        (X, {**entry("inbound", "other.x"), "rag": 1}, ".rag: unknown key (expected one of direction, reg)"),
+        (X, entry("inbound", "message"), ".reg: 'message' (expected <device>.<register>)"),
         (X, entry("inbound", ".x"), ".reg: '' is not a device of file"),
         (X, entry("inbound", "other."), ".reg: in 'other.', '' is not a file name"),
         (X, entry("inbound", "other.."), ".reg: in 'other..', '.' is not a file name"),
@@ -261,7 +261,7 @@ def test_a_wire_name_that_cannot_be(name: str) -> None:
 
 def test_a_device_without_a_name_that_can_be_shown_is_quoted() -> None:
     document = changed((("file", "a\nb"), 7), (X, entry("inbound", "a\nb.x")))
-    assert problems(json.dumps(document).encode()) == ["file.'a\\nb': a number is not a table"]
+    assert problems(json.dumps(document).encode()) == ["file.'a\\nb': a number (expected a table)"]
 
 
 def test_the_device_is_needed_even_if_no_signal_names_it() -> None:
@@ -301,14 +301,14 @@ def test_every_mistake_is_reported_at_once() -> None:
         ((*SIGNALS, "a b"), 5),
     )
     assert sorted(problems(json.dumps(document).encode())) == [
-        "file.ihub-irq-dev.path: a number is not a string",
-        "file.other: null is not a table",
-        "misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: a number is not a string",
-        "misc.inco_proxy.signals.'a b': a number is not a table",
+        "file.ihub-irq-dev.path: a number (expected an absolute path)",
+        "file.other: null (expected a table)",
+        "misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: a number (expected <device>.<register>)",
+        "misc.inco_proxy.signals.'a b': a number (expected a table)",
         "misc.inco_proxy.signals.'a b': a wire name is 1 to 64 printable ASCII characters without spaces",
-        "misc.inco_proxy.signals.x.direction: 'sideways' is not inbound or outbound",
-        "misc.inco_proxy.signals.x.reg: 'nowhere' is not <device>.<register>",
-        "misc.inco_proxy.signals.x: unknown key 'rag'",
+        "misc.inco_proxy.signals.x.direction: 'sideways' (expected inbound or outbound)",
+        "misc.inco_proxy.signals.x.rag: unknown key (expected one of direction, reg)",
+        "misc.inco_proxy.signals.x.reg: 'nowhere' (expected <device>.<register>)",
         "misc.inco_proxy.signals.y.reg: 'nix' is not a device of file",
     ]
 
@@ -316,14 +316,14 @@ def test_every_mistake_is_reported_at_once() -> None:
 @pytest.mark.parametrize(
     ("ours", "problem"),
     [
-        ('{"signals": {}, "signals": {}}', "misc.inco_proxy: 'signals' is there more than once"),
+        ('{"signals": {}, "signals": {}}', "misc.inco_proxy.signals: given more than once"),
         (
             '{"signals": {"x": %(x)s, "y": %(y)s, "x": %(x)s}}',
-            "misc.inco_proxy.signals: 'x' is there more than once",
+            "misc.inco_proxy.signals.x: given more than once",
         ),
         (
             '{"signals": {"x": {"direction": "outbound", "direction": "inbound", "reg": "other.x"}}}',
-            "misc.inco_proxy.signals.x: 'direction' is there more than once",
+            "misc.inco_proxy.signals.x.direction: given more than once",
         ),
     ],
 )
@@ -338,37 +338,37 @@ def test_a_key_given_twice_in_our_own_table(ours: str, problem: str) -> None:
     [
         ("file", ""),
         ("misc", ""),
-        ("ihub-irq-dev", "file: "),
-        ("other", "file: "),
-        ("ihub_config_dev", "misc: "),
-        ("inco_proxy", "misc: "),
-        ("regs", "misc.ihub_config_dev: "),
-        ("redun_notify_trig", "misc.ihub_config_dev.regs: "),
-        ("ihub_hwwd_irq", "misc.ihub_config_dev.regs: "),
-        ("signals", "misc.inco_proxy: "),
-        ("x", "misc.inco_proxy.signals: "),
+        ("ihub-irq-dev", "file."),
+        ("other", "file."),
+        ("ihub_config_dev", "misc."),
+        ("inco_proxy", "misc."),
+        ("regs", "misc.ihub_config_dev."),
+        ("redun_notify_trig", "misc.ihub_config_dev.regs."),
+        ("ihub_hwwd_irq", "misc.ihub_config_dev.regs."),
+        ("signals", "misc.inco_proxy."),
+        ("x", "misc.inco_proxy.signals."),
     ],
 )
 def test_a_key_that_matters_is_given_twice(key: str, where: str) -> None:
     text = json.dumps(changed((X, entry("inbound", "other.x"))))
     assert text.count(f'"{key}": {{') == 1
     twice = text.replace(f'"{key}": {{', f'"{key}": {{"path": "/x", "reg": "other.y"}}, "{key}": {{')
-    assert problems(twice.encode()) == [f"{where}{key!r} is there more than once"]
+    assert problems(twice.encode()) == [f"{where}{key}: given more than once"]
 
 
 @pytest.mark.parametrize(
     ("pair", "where"),
     [
-        ('"path": "/irq"', "file.ihub-irq-dev: 'path'"),
-        ('"path": "/other"', "file.other: 'path'"),
-        ('"reg": "ihub-irq-dev.message_6_trig"', "misc.ihub_config_dev.regs.redun_notify_trig: 'reg'"),
-        ('"reg": "other.x"', "misc.inco_proxy.signals.x: 'reg'"),
+        ('"path": "/irq"', "file.ihub-irq-dev.path"),
+        ('"path": "/other"', "file.other.path"),
+        ('"reg": "ihub-irq-dev.message_6_trig"', "misc.ihub_config_dev.regs.redun_notify_trig.reg"),
+        ('"reg": "other.x"', "misc.inco_proxy.signals.x.reg"),
     ],
 )
 def test_a_value_that_matters_is_given_twice(pair: str, where: str) -> None:
     text = json.dumps(changed((X, entry("inbound", "other.x"))))
     assert text.count(pair) == 1
-    assert problems(text.replace(pair, f"{pair}, {pair}").encode()) == [f"{where} is there more than once"]
+    assert problems(text.replace(pair, f"{pair}, {pair}").encode()) == [f"{where}: given more than once"]
 
 
 @pytest.mark.parametrize(
@@ -396,11 +396,11 @@ def test_a_key_given_twice_elsewhere_is_not_ours_to_judge(once: str, twice: str)
         (b'{\n"a": "\xe9"}', "line 2: not UTF-8: byte 0xe9"),
         (b'\xef\xbb\xbf{\n"a": "\xe9"}', "line 2: not UTF-8: byte 0xe9"),
         ("{}".encode("utf-16"), "line 1: not UTF-8: byte 0xff"),
-        (b"[" * 100_000, "not a table: nested too deeply"),
-        (b'{"a":' * 100_000, "not a table: nested too deeply"),
-        (b"[]", "a list is not a table"),
-        (b"null", "null is not a table"),
-        (b"7", "a number is not a table"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b"[]", "a list (expected a table)"),
+        (b"null", "null (expected a table)"),
+        (b"7", "a number (expected a table)"),
     ],
     ids=str,
 )
@@ -435,7 +435,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
-    assert refusal("nul\0.json").startswith("nul\0.json: cannot be read: no file name has a NUL byte")
+    assert refusal("nul\0.json").startswith("nul\0.json: cannot be read: the path has a NUL byte")
     secret = tmp_path / "secret.json"
     secret.touch(mode=0)
     with without_privileges():
@@ -480,8 +480,8 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError) as caught:
         read_board(".//u.json")
     assert str(caught.value).splitlines() == [
-        ".//u.json: misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: is missing",
-        ".//u.json: file.ihub-irq-dev.path: is missing",
+        ".//u.json: misc.ihub_config_dev.regs.ihub_hwwd_irq.reg: missing (expected <device>.<register>)",
+        ".//u.json: file.ihub-irq-dev.path: missing (expected an absolute path)",
     ]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.simulation.demo import duration, quantile, run_demo
 from netns.fixtures import Canary
 from netns.hang import HANG
@@ -28,7 +28,7 @@ ALL_ARRIVED = re.compile(r"all 30 notifications arrived, median \d+(\.\d)? (us|m
 
 @pytest.mark.parametrize(("count", "rate"), [(0, 100.0), (1, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])
 def test_nonsense_is_refused(count: int, rate: float) -> None:
-    with pytest.raises(UsageError, match="count of at least 1 and a rate above 0"):
+    with pytest.raises(InvalidArgumentError, match="count of at least 1 and a rate above 0"):
         run_demo(count, rate, io.StringIO())
 
 

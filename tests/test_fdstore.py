@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from inco_trio.errors import ResourceError, UsageError
+from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
 from inco_trio.service.descriptions import link_service
 from inco_trio.service.s6 import write_scandir
@@ -241,7 +241,9 @@ def test_without_s6_installed_it_is_one_line(
 
 
 def test_s6_without_its_dump_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^--fd-holder /run/s: [^\n]*s6-fdholder-getdump /run/s inco-trio run"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^--fd-holder /run/s: [^\n]*s6-fdholder-getdump /run/s inco-trio run"
+    ):
         fd_store_from_environment("/run/s", "a")
 
 
@@ -249,7 +251,7 @@ def test_s6_without_its_dump_is_refused() -> None:
 def test_a_descriptor_that_was_closed_on_the_way_is_refused(identifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": identifier}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=r"^the environment names descriptor 1000000 [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^the environment names descriptor 1000000 [^\n]*$"):
         fd_store_from_environment("/run/s", "a")
 
 

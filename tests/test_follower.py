@@ -13,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Event, StatusRequest
-from inco_trio.errors import IncoError, ProtocolError, ProxyNotFoundError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, ProtocolError, ProxyNotFoundError
 
 GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": []}\n'
 LINK = b'{"event": "link", "running": true, "time": 1.5}\n'
@@ -110,4 +110,4 @@ def test_nobody_is_there(tmp_path: Path) -> None:
 
     with pytest.raises(ProxyNotFoundError, match="nowhere"):
         trio.run(main)
-    assert not issubclass(ProxyNotFoundError, UsageError)
+    assert not issubclass(ProxyNotFoundError, InvalidArgumentError)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import inco_trio.simulation.guest
+from inco_trio.cli.exit_codes import exit_code
 from inco_trio.frame import BROADCAST, decode, encode
 from inco_trio.simulation.guest import FIRMWARE, MAC, Guest, GuestError, parse_counters, tap_netdev, unix_netdev
 from inco_trio.simulation.world import Namespace
@@ -343,6 +344,7 @@ def test_nothing_is_left_of_it(host: Host, tmp_path: Path) -> None:
 def test_it_ends_with_the_program_that_started_it(host: Host, tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
+from inco_trio.cli.exit_codes import exit_code
 from inco_trio.simulation.guest import Guest
 with Guest({host.netdev!r}, log=Path({str(tmp_path / "guest.log")!r})) as guest:
     print(guest.pid, flush=True)
@@ -362,6 +364,7 @@ def test_an_ordinary_user_needs_nothing(nobody: list[str]) -> None:
 import os, socket, tempfile
 from pathlib import Path
 from inco_trio.frame import decode, encode
+from inco_trio.cli.exit_codes import exit_code
 from inco_trio.simulation.guest import Guest, unix_netdev
 capabilities = Path("/proc/self/status").read_text().partition("CapEff:")[2].split()[0]
 with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as link:
@@ -421,7 +424,7 @@ def test_a_command_line_that_makes_no_sense_ends_it(
     ):
         pass
     expected = f"QEMU has ended with exit code 1; the last that it said: core1: error: {complaint}"
-    assert (str(caught.value), caught.value.exit_code) == (expected, 69)
+    assert (str(caught.value), exit_code(caught.value)) == (expected, 69)
     assert host.waiting() == []
 
 

@@ -19,7 +19,7 @@ from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event
 from inco_trio.persist import history as room
 from inco_trio.persist.history import History
-from inco_trio.persist.inflight import SIZE, SIZE_BEFORE, Inflight
+from inco_trio.persist.inflight import Inflight
 from inco_trio.signals import Direction, Signal
 
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
@@ -144,19 +144,6 @@ class SteadyWalk(Walk):
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
 def test_a_walk(machine: type[Walk]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
-
-
-def test_a_memory_without_history_is_made_larger() -> None:
-    first = Inflight.open()
-    first.owed[b"a_irq"] = 3
-    os.ftruncate(first.fd, SIZE_BEFORE)
-    second = Inflight.open(os.dup(first.fd))
-    assert second.inherited
-    assert second.owed[b"a_irq"] == 3
-    assert os.fstat(second.fd).st_size == SIZE
-    assert not History(second.history).keeping
-    first.close()
-    second.close()
 
 
 def test_what_is_ended_is_kept_no_more() -> None:

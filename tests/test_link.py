@@ -16,13 +16,15 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from inco_trio.cli.exit_codes import exit_code
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
+from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
-from tests.support_capabilities import CAP_NET_ADMIN, CAP_NET_RAW, without_capability
+from tests.support_capabilities import without_capability
 
 pytestmark = pytest.mark.netns
 
@@ -131,9 +133,9 @@ def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer
     assert [len(frame) for frame in receive(link, step=100)] == [18]
 
 
-WITHOUT_OPTION = ("PACKET_IGNORE_OUTGOING", 9999)
+WITHOUT_OPTION = ("linux.packet.PACKET_IGNORE_OUTGOING", 9999)
 """As on a kernel before 4.20, which does not know it."""
-WITHOUT_FILTER = ("FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
+WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
 """Takes everything."""
 
 
@@ -142,7 +144,7 @@ def test_own_frames_are_not_received(
     cores: Cores, core1: Peer, monkeypatch: pytest.MonkeyPatch, without: tuple[str, object]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(f"inco_trio.links.packet.{without[0]}", without[1])
+        patch.setattr(f"inco_trio.{without[0]}", without[1])
         link = cores.core0.run(functools.partial(PacketLink.open, cores.link))
     assert link.refresh()
     link.send("redun_notify_irq")
@@ -316,7 +318,7 @@ def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
     error = link.missing()
     close(link)
     assert str(error) == f"rpmsg16: no such interface (there are: lo, {cores.link}); --wait-link waits for it"
-    assert error.exit_code == 69
+    assert exit_code(error) == 69
 
 
 # --------------------------------------------------------------------------------------------------- what is inherited
@@ -349,7 +351,6 @@ def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
 
 def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet._FILTER", (*[(0, 0, 0, 0)] * 10, (0x06, 0, 0, 0xFFFF)))
         patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
         longer = cores.core0.run(functools.partial(PacketLink.open, cores.link))
     assert not longer.fits
@@ -380,7 +381,6 @@ def test_one_of_another_link_does_not_fit(link: PacketLink) -> None:
 
 def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet._FILTER", ((0x06, 0, 0, 0xFFFF),))
         patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
         wide = cores.core0.run(functools.partial(PacketLink.open, cores.link))
         assert wide.fits

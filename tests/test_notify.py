@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
 from netns.hang import HANG
 
@@ -66,10 +66,10 @@ def test_a_good_descriptor_is_kept_from_children() -> None:
 
 @pytest.mark.parametrize("fd", [-1, 0, 2, 1_000_000, 2**40])
 def test_a_bad_descriptor_is_refused(fd: int) -> None:
-    with pytest.raises(UsageError, match=f"^--notification-fd {fd}: [^\n]+$"):
+    with pytest.raises(InvalidArgumentError, match=f"^--notification-fd {fd}: [^\n]+$"):
         check_notification_fd(fd)
 
 
 def test_a_descriptor_for_reading_is_refused() -> None:
-    with Path("/dev/null").open("rb") as readable, pytest.raises(UsageError, match="for reading only"):
+    with Path("/dev/null").open("rb") as readable, pytest.raises(InvalidArgumentError, match="for reading only"):
         check_notification_fd(readable.fileno())

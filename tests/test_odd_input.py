@@ -160,19 +160,19 @@ def test_a_configuration_whose_name_is_no_text(place: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"signal": {}}', "misc.inco_proxy: unknown key 'signal': 'signals' is the one it has"),
-        ('{"signals": {}, "signals": {}}', "misc.inco_proxy: 'signals' is there more than once"),
+        ('{"signal": {}}', "misc.inco_proxy.signal: unknown key (expected signals)"),
+        ('{"signals": {}, "signals": {}}', "misc.inco_proxy.signals: given more than once"),
         (
             '{"signals": {"a": {}, "a": {"direction": "inbound", "reg": "ihub-irq-dev.a"}}}',
-            "misc.inco_proxy.signals: 'a' is there more than once",
+            "misc.inco_proxy.signals.a: given more than once",
         ),
         (
             '{"signals": {"a": {"direction": "inbound", "reg": "ihub-irq-dev.a", "reg": "ihub-irq-dev.b"}}}',
-            "misc.inco_proxy.signals.a: 'reg' is there more than once",
+            "misc.inco_proxy.signals.a.reg: given more than once",
         ),
         (
             '{"signals": {"a": {"direction": "inbound", "reg": "ihub-irq-dev.a", "register": "b"}}}',
-            "misc.inco_proxy.signals.a: unknown key 'register'",
+            "misc.inco_proxy.signals.a.register: unknown key (expected one of direction, reg)",
         ),
     ],
     ids=["signal", "signals twice", "a name twice", "a reg twice", "an unknown key"],

@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux import inotify as ino
-from inco_trio.linux.inotify import _EVENT, Inotify, parse_events
+from inco_trio.linux.inotify import EVENT, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.outbound import Outbound
@@ -197,7 +197,7 @@ def test_what_is_told_alone_is_what_following_leads_to(world: World) -> None:
     single = list(itertools.product(wds, masks))
     told = 0
     for events in [[], *([one] for one in single), *map(list, itertools.product(single, repeat=2)), single]:
-        data = b"".join(_EVENT.pack(wd, mask, 0, 0) for wd, mask in events)
+        data = b"".join(EVENT.pack(wd, mask, 0, 0) for wd, mask in events)
         if signal := world.closed_alone(data):
             assert world.triggers.follow(parse_events(data)).signals == [signal]
             told += 1

@@ -34,8 +34,8 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "systemctl enable --now ./inco-trio.service": "it would change the machine",
-    "python3 -m pip install . && inco-trio demo": "it would change the machine; the session `wheel` does it elsewhere",
-    "python3 -m pip install nox && nox": "it runs the tests",
+    "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/inco-trio demo": "the session `fresh` runs it",
+    "python3 -m venv .venv && .venv/bin/pip install nox && .venv/bin/nox": "the session `fresh` runs it",
     "core 0 (Linux)": "a picture",
     "serve(config)": "a picture",
     "host A ": "a picture",

@@ -15,11 +15,11 @@ from inco_trio import (
     Config,
     Core1,
     Direction,
+    InvalidArgumentError,
     LinkNotFoundError,
     Notification,
     Proxy,
     UnknownSignalError,
-    UsageError,
     builtin_signals,
     open_proxy,
 )
@@ -139,7 +139,7 @@ def test_frames_as_they_are(tmp_path: Path) -> None:
 def test_nobody_at_the_other_end(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, trio.open_nursery() as nursery:
-            with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: nobody is at .*/core0"):
+            with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: no process is at .*/core0"):
                 await core1.send(RESET)
             running = trio.Event()
 
@@ -186,14 +186,14 @@ def test_closed(tmp_path: Path) -> None:
 
 def test_wrong_words(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
-        with pytest.raises(UsageError, match="unix:/x: peer=REMOTE is missing"):
+        with pytest.raises(InvalidArgumentError, match="unix:/x: peer=REMOTE is missing"):
             async with Core1("unix:/x"):
                 pass
         with pytest.raises(LinkNotFoundError, match="its directory does not exist: make it"):
             async with Core1(f"unix:{tmp_path}/none/a,peer={tmp_path}/b"):
                 pass
         async with Core1(link) as core1, open_proxy(config) as proxy:
-            with pytest.raises(UsageError, match="'two words': a wire name is"):
+            with pytest.raises(InvalidArgumentError, match="'two words': a wire name is"):
                 await core1.send("two words")
             with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), proxy.events(signals="x"):
                 pass

@@ -1313,6 +1313,24 @@ def test_what_came_while_none_ran_is_delivered(
     in_core0(main)
 
 
+def test_what_a_stop_gives_up_is_finished_by_the_next(in_core0: InCore0, config: Config, core1: Peer) -> None:
+    async def main() -> None:
+        store, delivered = Cupboard(), 0
+        for _ in range(5):
+            async with open_supervised(attrs.evolve(config, stop_deadline=0.002), fd_store=store) as proxy:
+                for _ in range(1000):
+                    core1.send(b"ihub_reset_irq")
+            delivered += proxy.stats.delivered
+            store = store.heir()
+        async with open_supervised(config, fd_store=store) as proxy:
+            while delivered + proxy.stats.delivered < 5000:
+                await trio.lowlevel.checkpoint()
+        assert delivered + proxy.stats.delivered == 5000
+        store.close()
+
+    in_core0(main)
+
+
 def test_what_a_killed_predecessor_had_read_is_finished(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:

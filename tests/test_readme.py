@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.cli.exit_codes import UsageError, exit_code
 from inco_trio.cli.parser import COMMANDS
-from inco_trio.errors import ConfigError, LinkNotFoundError, PermissionDeniedError, ResourceError, UsageError
+from inco_trio.errors import ConfigError, IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
+from tests import fresh
 from tests.faults.supervised import wait_path
 from tests.support_proxy import trigger
 
@@ -30,8 +32,8 @@ UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
 
 @pytest.mark.parametrize("error", [UsageError, LinkNotFoundError, ResourceError, PermissionDeniedError, ConfigError])
-def test_exit_codes_are_documented(error: type[UsageError]) -> None:
-    assert f"| {error.exit_code} |" in README
+def test_exit_codes_are_documented(error: type[IncoError]) -> None:
+    assert f"| {exit_code(error('x'))} |" in README
 
 
 def test_options_exist() -> None:
@@ -45,6 +47,22 @@ def test_options_exist() -> None:
     options = set(re.findall(r"(?<![\w<-])--[a-z]+(?:-[a-z]+)*(?![\w>-])", own))
     assert options
     assert [option for option in options if option not in said] == []
+
+
+@pytest.mark.parametrize(("section", "program"), [("Try it", "inco-trio demo"), ("Tests", "nox")])
+def test_the_commands_create_their_environment(section: str, program: str) -> None:
+    create, install, run = fresh.readme_command(section).split(" && ")
+    assert create == "python3 -m venv .venv"
+    assert install.startswith(".venv/bin/pip install ")
+    assert run == f".venv/bin/{program}"
+
+
+# Marked because the session `unit` runs in a copy without .ci.
+@pytest.mark.tools
+def test_ci_runs_the_second_command_and_nothing_else() -> None:
+    script = (Path(__file__).parents[1] / ".ci/run").read_text()
+    lines = [line for line in script.splitlines() if not line.startswith(("#", "set ", "cd "))]
+    assert lines == [fresh.readme_command("Tests")]
 
 
 @pytest.mark.netns

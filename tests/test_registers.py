@@ -19,11 +19,13 @@ import pytest
 from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
-from inco_trio.registers.directories import ABANDONED, EMPTIED, PATIENCE, Directories, Directory
+from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+from inco_trio.registers.directories import ABANDONED, Directories
+from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
 from inco_trio.status import Counters
-from tests.support_capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, without_capability
+from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
@@ -1520,7 +1522,8 @@ def test_what_is_owed_is_paid_in_turns(start: StartWorld, reset: Signal) -> None
 
 
 def test_without_proc(start: StartWorld, notify: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inco_trio.registers.directories._proc_is_there", lambda: False)
+    for module in ("directories", "directory"):
+        monkeypatch.setattr(f"inco_trio.registers.{module}.proc_is_mounted", lambda: False)
     world = start(notify, reset)
     write(notify.path)
     world.write(reset)

@@ -179,7 +179,7 @@ class Walk(RuleBasedStateMachine):
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
             # A directory that has come is open at once, and its files are looked at in the step that is due next.
-            seen = directory.current and not (directory in watched._troubled and directory.retry_at <= now)
+            seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
 
@@ -250,7 +250,7 @@ class Walk(RuleBasedStateMachine):
             signal.path: signal for signal in table.outbound.values()
         }
         assert set(watched.by_path) == {signal.directory for signal in table}
-        troubled = watched._troubled
+        troubled = watched.retries._troubled
         for path, trigger in triggers.by_path.items():
             assert trigger.path == path
             assert triggers._in[trigger.directory][trigger.register.encode()] is trigger

@@ -138,7 +138,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
         (
             ("f", "unix:HOME/1,peer=HOME/0"),
             69,
-            "HOME/1: takes no frames now: nobody is at HOME/0 (No such",
+            "HOME/1: takes no frames now: no process is at HOME/0 (No such",
         ),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: is not there: the proxy makes it, is it running?"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import PermissionDeniedError, UsageError
+from inco_trio.errors import InvalidArgumentError, PermissionDeniedError
 from inco_trio.service.descriptions import Service, boards_service, bridge_service, find_program, link_service
 from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit
@@ -402,17 +402,17 @@ class TestFiles:
         "interface", ["", ".", "..", "a/b", "a b", "a:1", "a\n", "\udcff", "sixteen-letters-", "fdholder", "-a"]
     )
     def test_a_bad_interface_is_refused(self, interface: str, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=f"^link {re.escape(repr(interface))}: [^\n]+$"):
+        with pytest.raises(InvalidArgumentError, match=f"^link {re.escape(repr(interface))}: [^\n]+$"):
             changes(tmp_path, interface=interface)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_user_that_does_not_exist_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"^--user nobodyelse: no such user$"):
+        with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user$"):
             changes(tmp_path, user="nobodyelse")
 
     def test_a_directory_that_cannot_be_made_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
-        with pytest.raises(UsageError, match=rf"^cannot write {tmp_path}/file: File exists$"):
+        with pytest.raises(InvalidArgumentError, match=rf"^cannot write {tmp_path}/file: File exists$"):
             changes(tmp_path / "file")
 
     def test_no_permission_is_one_line(self) -> None:
@@ -505,5 +505,5 @@ class TestSystemdUnit:
 
     def test_bad_input_is_refused(self) -> None:
         for interface, user in (("a b", None), ("a", "nobodyelse")):
-            with pytest.raises(UsageError):
+            with pytest.raises(InvalidArgumentError):
                 systemd_unit(service=link_service(interface, Path("/dev/null")), user=user, program=["inco-trio"])

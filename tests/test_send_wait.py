@@ -461,7 +461,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
     assert error(run("wait", "a_irq", "--as", "core1", link, "--send", "b_irq")) == (
         69,
-        f"{tmp_path}/core1: takes no frames now: nobody is at {tmp_path}/core0 (Connection refused)",
+        f"{tmp_path}/core1: takes no frames now: no process is at {tmp_path}/core0 (Connection refused)",
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
@@ -481,7 +481,7 @@ def test_core1_waits_in_vain(tmp_path: Path) -> None:
 def test_core1_where_nobody_or_somebody_else_is(board: Board) -> None:
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
     assert code == 69
-    assert complaint.startswith(f"{board.home}/core1: takes no frames now: nobody is at {board.home}/core0")
+    assert complaint.startswith(f"{board.home}/core1: takes no frames now: no process is at {board.home}/core0")
     board.running()
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", board.link))
     assert code == 69

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.service.descriptions import Client, bridge_service, exporter_service, gateway_service, link_service
 from inco_trio.service.descriptions import Service as Held
 from inco_trio.service.s6 import write_scandir
@@ -104,7 +104,7 @@ def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder", "wire-x"])
 def test_no_link_takes_their_names(label: str) -> None:
-    with pytest.raises(UsageError, match=f"inco-trio-{label} is reserved for|reserved for bridges"):
+    with pytest.raises(InvalidArgumentError, match=f"inco-trio-{label} is reserved for|reserved for bridges"):
         link_service(label, Path("/dev/null"))
 
 

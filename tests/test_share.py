@@ -14,7 +14,9 @@ from inco_trio.errors import ResourceError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, parse_events
 from inco_trio.persist.bundle import Bundle
-from inco_trio.persist.inflight import OVERFLOW, PAGE, EventQueue, Inflight
+from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.queue import OVERFLOW, EventQueue
+from inco_trio.persist.tables import PAGE
 from inco_trio.registers.share import GENERATION, Share, SharedInotify
 from tests.support_proxy import Cupboard
 

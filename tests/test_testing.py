@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.errors import ConfigError, IncoError, UsageError
+from inco_trio.errors import ConfigError, IncoError, InvalidArgumentError
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
@@ -80,7 +80,7 @@ def test_rates_and_seeds() -> None:
     ],
 )
 def test_faults_that_cannot_be(options: dict[str, float], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(InvalidArgumentError, match=said):
         FrameFaults(**options)  # type: ignore[arg-type]
 
 
@@ -211,7 +211,7 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
 def test_boards_that_cannot_be(
     tmp_path: Path, config: dict[str, object] | str | None, signals: dict[str, str] | None, said: str
 ) -> None:
-    with pytest.raises((UsageError, ConfigError), match=said):
+    with pytest.raises((InvalidArgumentError, ConfigError), match=said):
         make_layout(tmp_path, config, signals)
 
 
@@ -226,9 +226,13 @@ def test_a_long_path_has_its_sockets_elsewhere(tmp_path: Path) -> None:
 
 def test_wrong_names(tmp_path: Path) -> None:
     layout = make_layout(tmp_path, None, None)
-    with pytest.raises(UsageError, match=f"^x: not a signal of this board; there are: {RESET}, {HWWD}, {NOTIFY}$"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"^x: not a signal of this board; there are: {RESET}, {HWWD}, {NOTIFY}$"
+    ):
         layout.signal("x")
-    with pytest.raises(UsageError, match=f"{RESET}: not an outbound signal of this board; there are: {NOTIFY}$"):
+    with pytest.raises(
+        InvalidArgumentError, match=f"{RESET}: not an outbound signal of this board; there are: {NOTIFY}$"
+    ):
         layout.signal(RESET, Direction.OUTBOUND)
 
 
@@ -240,7 +244,7 @@ def test_wrong_names(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_types(tmp_path: Path, config: Any, signals: Any, complaint: str) -> None:
-    with pytest.raises(UsageError, match=complaint):
+    with pytest.raises(InvalidArgumentError, match=complaint):
         make_layout(tmp_path, config, signals)
 
 
@@ -331,7 +335,7 @@ def test_a_killed_proxy_loses_nothing(tmp_path: Path) -> None:
                 board.core0.wait_for(RESET)
                 board.core1.wait_for(NOTIFY)
         assert board.failure() is None
-        with pytest.raises(UsageError, match=r"the proxy runs already, as process \d+"):
+        with pytest.raises(InvalidArgumentError, match=r"the proxy runs already, as process \d+"):
             board.faults.start_proxy()
 
 
@@ -344,9 +348,9 @@ def test_a_restart(board: Board) -> None:
     board.core1.send(RESET)
     board.core0.wait_for(RESET)
     if board._plan.in_process:
-        with pytest.raises(UsageError, match="cannot be killed: leave out --inco-trio-in-process"):
+        with pytest.raises(InvalidArgumentError, match="cannot be killed: leave out --inco-trio-in-process"):
             board.faults.kill_proxy()
-        with pytest.raises(UsageError, match="the proxy runs already"):
+        with pytest.raises(InvalidArgumentError, match="the proxy runs already"):
             board.faults.start_proxy()
 
 
@@ -396,7 +400,7 @@ def test_faults_of_frames(board: Board) -> None:
     board.faults.frames()
     dropped = [each for each in board.history if each.what == "dropped on the wire"]
     assert board.core1.count(NOTIFY) + len(dropped) == 3
-    with pytest.raises(UsageError, match="double=2: is no rate"):
+    with pytest.raises(InvalidArgumentError, match="double=2: is no rate"):
         board.faults.frames(double=2)
 
 
@@ -418,22 +422,22 @@ def test_frames_that_no_core_sends(board: Board) -> None:
 
 @pytest.mark.tools
 def test_wrong_words(board: Board) -> None:
-    with pytest.raises(UsageError, match=r"there are: ihub_reset_irq, ihub_hwwd_irq$"):
+    with pytest.raises(InvalidArgumentError, match=r"there are: ihub_reset_irq, ihub_hwwd_irq$"):
         board.core1.send(NOTIFY)
-    with pytest.raises(UsageError, match=f"there are: {NOTIFY}$"):
+    with pytest.raises(InvalidArgumentError, match=f"there are: {NOTIFY}$"):
         board.core0.trigger(RESET)
     for use in (board.core0.count, board.core0.wait_for, board.core1.wait_for, board.core0.register):
-        with pytest.raises(UsageError, match=r"^x: not a signal of this board"):
+        with pytest.raises(InvalidArgumentError, match=r"^x: not a signal of this board"):
             use("x")
     timeouts: list[Any] = [-1, math.nan, math.inf, "1"]
     for timeout in timeouts:
-        with pytest.raises(UsageError, match=f"timeout={timeout!r}: is not a number of seconds"):
+        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: is not a number of seconds"):
             board.core0.wait_for(RESET, timeout)
     frame: Any = "text"
-    with pytest.raises(UsageError, match="a frame is bytes, not str"):
+    with pytest.raises(InvalidArgumentError, match="a frame is bytes, not str"):
         board.core1.send_frame(frame)
     with (
-        pytest.raises(UsageError, match="link='carrier pigeon': is neither 'unix' nor 'interface'"),
+        pytest.raises(InvalidArgumentError, match="link='carrier pigeon': is neither 'unix' nor 'interface'"),
         open_board(board.directory, link="carrier pigeon"),
     ):
         pass
@@ -566,7 +570,7 @@ def test_on_an_interface(tmp_path: Path, in_process: bool) -> None:
         board.core0.trigger(NOTIFY)
         board.faults.link_up()
         board.core1.wait_for(NOTIFY)
-        with pytest.raises(UsageError, match="a guest needs the link of sockets"), board.guest():
+        with pytest.raises(InvalidArgumentError, match="a guest needs the link of sockets"), board.guest():
             pass
 
 
@@ -587,7 +591,7 @@ def test_a_guest(tmp_path: Path) -> None:
             guest.wait_ready()
             board.core0.trigger(NOTIFY)
             board.core0.wait_for(HWWD)
-            with pytest.raises(UsageError, match="core 1 is a guest: what it sends is up to its firmware"):
+            with pytest.raises(InvalidArgumentError, match="core 1 is a guest: what it sends is up to its firmware"):
                 board.core1.send(HWWD)
         assert "serial output of the guest:\ncore1: ready" in board.report
         assert [f"{each.what} {each.name}" for each in board.core1.history] == [f"gets {NOTIFY}", f"sends {HWWD}"] * 3

@@ -199,7 +199,7 @@ def test_the_peer_may_be_called_otherwise(world: World, tmp_path: Path) -> None:
 
 def test_nobody_is_there(world: World) -> None:
     link = world.bound()
-    with pytest.raises(LinkDownError, match=r"nobody is at .*core1 .No such file or directory"):
+    with pytest.raises(LinkDownError, match=r"no process is at .*core1 .No such file or directory"):
         link.send("redun_notify_irq")
     world.other().close()
     with pytest.raises(LinkDownError, match="Connection refused"):
@@ -452,7 +452,7 @@ def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.Lo
         link.close()
 
     run(main)
-    assert caplog.messages == [f"{world.local}: was removed, or taken by somebody else: bound again"]
+    assert caplog.messages == [f"{world.local}: was removed, or replaced by another process: bound again"]
 
 
 def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
@@ -588,7 +588,7 @@ def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-        with pytest.raises(ResourceError, match=r"core0: inotify: Too many open files: raise fs\.inotify"):
+        with pytest.raises(ResourceError, match=r"core0: inotify: limit reached: raise fs\.inotify"):
             open_link(world.address, None, None, world.note, Surroundings())
         with pytest.raises(ResourceError, match="core0: cannot open a socket: Too many open files"):
             UnixLink.open(world.address, world.note, world.names)

@@ -194,13 +194,18 @@ class _Events(AsyncIterator[Notification]):
 # ---------------------------------------------------------------------------- asyncio code in a Trio program
 
 
-def _trio_asyncio() -> Any:
-    """Return the module. Raises ImportError if it does not support this Python."""
+def _import_trio_asyncio() -> Any:
+    """Return trio-asyncio. Raise ImportError if it does not work with this Python."""
     try:
         import trio_asyncio
-    except AttributeError as error:  # trio-asyncio 0.16 uses names that Python 3.14 has removed (its issue 160).
+    except AttributeError as error:
+        # trio-asyncio 0.16 needs names of asyncio that Python 3.14 removed (its issue 160).
+        from importlib.metadata import version
+
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
         raise ImportError(
-            f"trio-asyncio does not support Python {sys.version_info.major}.{sys.version_info.minor}: {error}"
+            f"trio-asyncio {version('trio-asyncio')} does not work with Python {python} ({error}): "
+            "install a newer trio-asyncio or an older Python"
         ) from error
     return trio_asyncio
 
@@ -221,7 +226,7 @@ class AsyncioProxy:
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
-        trio_asyncio = _trio_asyncio()
+        trio_asyncio = _import_trio_asyncio()
 
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
@@ -244,7 +249,7 @@ class _AsyncioEvents(AsyncIterator[Notification]):
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
-        trio_asyncio = _trio_asyncio()
+        trio_asyncio = _import_trio_asyncio()
 
         while not self._fetched:
             try:
@@ -268,8 +273,10 @@ async def on_notification(
 
     `task_status.started` is called once no notification is missed any more. While the callback is `buffer`
     notifications behind, further ones pass it by, see `Proxy.events`. What it raises is raised here, as it is.
+
+    Raises ImportError where trio-asyncio does not work with this Python.
     """
-    trio_asyncio = _trio_asyncio()
+    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> None:
         with proxy.events(buffer) as events:
@@ -285,8 +292,10 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
     If no trio-asyncio loop is open, `main` has one of its own: the asyncio tasks that it leaves are cancelled at its
     end, as by `asyncio.run`.
+
+    Raises ImportError where trio-asyncio does not work with this Python.
     """
-    trio_asyncio = _trio_asyncio()
+    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> T:
         result: T = await trio_asyncio.aio_as_trio(main)(AsyncioProxy(proxy))
@@ -296,7 +305,7 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
 
 async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
-    trio_asyncio = _trio_asyncio()
+    trio_asyncio = _import_trio_asyncio()
 
     if trio_asyncio.current_loop.get() is not None:
         return await function()

@@ -17,7 +17,7 @@ import attrs
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ResourceError
+from inco_trio.errors import ClosedError, IncoError, ResourceError
 from inco_trio.proxy.proxy import Proxy, open_proxy
 from inco_trio.registers.refusals import refusal
 
@@ -237,6 +237,8 @@ class Beside:
         """The thread."""
         try:
             trio.run(self._main)
+        except IncoError as error:
+            self._failure = error
         except OSError as error:
             self._failure = refusal(error, f"Trio for {self._config.link}")
             self._failure.__cause__ = error

@@ -129,7 +129,7 @@ class Reader:
         try:
             magic = self._read(4)
         except _CutError:
-            raise RecordingError(f"{name}: not a recording: {'truncated' if self.position else 'empty'}") from None
+            raise RecordingError(name, f"not a recording: {'truncated' if self.position else 'empty'}") from None
         self._units = 0
         if magic != SECTION.to_bytes(4, "little"):
             for order in "<>":
@@ -141,9 +141,9 @@ class Reader:
             elif magic == SECTION.to_bytes(4, "little"):
                 self._section()
             else:
-                raise RecordingError(f"{name}: not a recording: neither pcapng nor pcap")
+                raise RecordingError(name, "not a recording: neither pcapng nor pcap")
         except _CutError as cut:
-            raise RecordingError(f"{name}: not a recording: {cut}") from None
+            raise RecordingError(name, f"not a recording: {cut}") from None
 
     def __iter__(self) -> Iterator[Packet]:
         try:

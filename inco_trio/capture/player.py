@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.capture.recording import Mark, Recording
 from inco_trio.cores.core1 import Core1
-from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
+from inco_trio.errors import STRERROR, LinkNotFoundError, from_os_error
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
 from inco_trio.signals import Direction, SignalTable
 
@@ -29,7 +29,7 @@ PATIENCE = 10.0
 """Seconds for which a link that went down is waited for."""
 TURN = 64
 """Notifications or frames of one task before others have their turn."""
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MISSING = ((errno.ENOENT, errno.ENOTDIR), LinkNotFoundError, "is not there: the proxy makes it, is it running?")
 
 
 class Side(Protocol):
@@ -133,7 +133,7 @@ class _Core1:
                 await self._core1.send(signal)
             except LinkNotFoundError as missing:
                 if not self._sent:
-                    raise LinkNotFoundError(f"{missing}: is the proxy running?") from missing
+                    raise LinkNotFoundError(missing, "is the proxy running?") from missing
                 with trio.move_on_after(PATIENCE) as patience:
                     await self._core1.wait_running()
                 if patience.cancelled_caught:
@@ -182,7 +182,7 @@ class Applications:
             # IN_MODIFY stands between two closes, which would merge into one event otherwise (inotify(7)).
             return self._inotify.watch(str(directory), IN_CLOSE_WRITE | IN_MODIFY | IN_ONLYDIR)
         except OSError as error:
-            raise _register_error(directory, error) from error
+            raise from_os_error(error, directory, STRERROR, _MISSING) from error
 
     def label(self, signal: str) -> str | None:
         """See `Side.label`."""
@@ -201,7 +201,7 @@ class Applications:
             finally:
                 os.close(fd)
         except OSError as error:
-            raise _register_error(path, error) from error
+            raise from_os_error(error, path, STRERROR, _MISSING) from error
         return True
 
     async def listen(self, came: Counter[str]) -> None:
@@ -215,14 +215,6 @@ class Applications:
                     came[label] += 1
 
 
-def _register_error(path: Path, error: OSError) -> IncoError:
-    if error.errno in _DENIED:
-        return PermissionDeniedError(f"{path}: {error.strerror}")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return LinkNotFoundError(f"{path}: is not there: the proxy makes it, is it running?")
-    return ResourceError(f"{path}: {error.strerror}")
-
-
 @asynccontextmanager
 async def applications(table: SignalTable) -> AsyncIterator[Side]:
     """The applications. Raises LinkNotFoundError for directories that are not there, PermissionDeniedError,
@@ -231,7 +223,7 @@ async def applications(table: SignalTable) -> AsyncIterator[Side]:
     try:
         inotify = Inotify()
     except OSError as error:
-        raise ResourceError(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n") from error
+        raise from_os_error(error, "inotify") from error
     try:
         yield Applications(table, inotify)
     finally:

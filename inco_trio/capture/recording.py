@@ -23,7 +23,7 @@ from typing import BinaryIO
 import attrs
 
 from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
-from inco_trio.errors import PermissionDeniedError, RecordingError, ResourceError
+from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
 
@@ -96,7 +96,7 @@ class Recorder:
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
         if self._fd < 0:
-            raise ResourceError(f"{self.path}: is closed")
+            raise ResourceError(self.path, "is closed")
         blocks = self._blocks(time_ns, interface, data, direction, comment)
         if self._is_full(time_ns, len(blocks)):
             self.close()
@@ -132,9 +132,8 @@ class Recorder:
         try:
             self._fd = os.open(path, _NEW, 0o666)
         except OSError as error:
-            kind = PermissionDeniedError if error.errno in _DENIED else ResourceError
-            why = "nobody reads from it" if error.errno == errno.ENXIO else error.strerror
-            raise kind(f"{path}: cannot be written: {why}") from error
+            fifo = ((errno.ENXIO,), ResourceError, "cannot be written: no process reads from it")
+            raise from_os_error(error, path, f"cannot be written: {STRERROR}", fifo) from error
         os.set_blocking(self._fd, True)
         self._begin(path)
         self.written.append(path)
@@ -153,7 +152,7 @@ class Recorder:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise ResourceError(f"{path}: another process is recording to it (use another file)") from None
+            raise ResourceError(path, "another process is recording to it (use another file)") from None
         except OSError:
             pass  # The file system has no locks.
         os.ftruncate(self._fd, 0)
@@ -171,7 +170,7 @@ class Recorder:
                 with contextlib.suppress(OSError):
                     self.written.pop().unlink()
             raise ResourceError(
-                f"{self.path}: {error.strerror}: the recording ends after {self.count} notifications, which are kept"
+                self.path, f"{error.strerror}: the recording ends after {self.count} notifications, which are kept"
             ) from error
         self._size += len(data)
 
@@ -279,10 +278,9 @@ def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
         # Opening a FIFO would block until it has a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
-        kind = PermissionDeniedError if error.errno in _DENIED else RecordingError
-        raise kind(f"{path}: cannot be read: {error.strerror}") from error
+        raise from_os_error(error, path, f"cannot be read: {STRERROR}", otherwise=RecordingError) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RecordingError(f"{path}: not a recording: not a regular file")
+        raise RecordingError(path, "not a recording: not a regular file")
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         yield Recording(file, str(path), table)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import (
     BOARDS_HELP,
     LINK_HELP,
@@ -19,7 +20,7 @@ from inco_trio.cli.options import (
 )
 from inco_trio.cli.streams import say
 from inco_trio.config import read_board
-from inco_trio.errors import ConfigError, UsageError
+from inco_trio.errors import ConfigError
 from inco_trio.links.address import parse_address
 
 __all__ = ["arguments", "run"]
@@ -100,5 +101,5 @@ def _check_boards(directory: Path, *, as_json: bool) -> int:
             place = f" in {row['netns']}" if row["netns"] else ""
             say(f"{row['name']:{width}}  {row['link']}{place}, {row['signals']} signals")
     if refused:
-        raise ConfigError(line for lines in refused.values() for line in lines)
+        raise ConfigError("", (line for lines in refused.values() for line in lines))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from inco_trio.cli.streams import say
-from inco_trio.errors import PermissionDeniedError, ResourceError
+from inco_trio.errors import STRERROR, from_os_error
 
 __all__ = ["arguments", "run"]
 
@@ -46,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, text)
     except OSError as error:
-        denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-        kind = PermissionDeniedError if denied else ResourceError
-        raise kind(f"{path}: cannot be written: {error.strerror}") from error
+        raise from_os_error(error, path, f"cannot be written: {STRERROR}") from error
     say(f"{path}: installed" if before is None else f"{path}: replaced")
     return 0
 

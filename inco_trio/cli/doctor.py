@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import (
     BOARDS_HELP,
     absolute,
@@ -22,7 +23,7 @@ from inco_trio.cli.streams import say
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.processes import look
 from inco_trio.doctor.result import Level, Result, fail, ok
-from inco_trio.errors import IncoError, UsageError
+from inco_trio.errors import IncoError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
@@ -141,5 +142,5 @@ def _examined_boards(directory: Path) -> Iterator[Result]:
 
 
 def _refused(path: Path, error: IncoError) -> Iterator[Result]:
-    for problem in str(error).splitlines():
-        yield fail("configuration", path, problem.removeprefix(f"{path}: "))
+    for problem in error.reason.splitlines():
+        yield fail("configuration", error.subject or path, problem)

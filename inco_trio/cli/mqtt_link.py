@@ -6,9 +6,10 @@ import argparse
 import functools
 from collections.abc import Awaitable, Callable
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, add_service_options, needing, path_of
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.service import process_signals
 
@@ -65,8 +66,8 @@ def check_end(link: str) -> UnixAddress:
     """Return the address of one side of a bridge. Raises UsageError."""
     try:
         address = parse_address(link)
-    except ValueError as error:
-        raise UsageError(f"--link {link!r}: {error}") from None
+    except InvalidArgumentError as error:
+        raise UsageError(f"--link {link!r}", error.reason) from None
     if not isinstance(address, UnixAddress):
         raise UsageError(f"--link {link!r}: a bridge joins Unix sockets (expected unix:LOCAL,peer=REMOTE)")
     return address

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from inco_trio.errors import ProgramNotFoundError, UsageError
+from inco_trio.cli.exit_codes import UsageError
+from inco_trio.errors import ProgramNotFoundError
 from inco_trio.links.address import address_fault
-from inco_trio.signals import is_path
+from inco_trio.linux.files import is_path
 
 __all__ = [
     "BOARDS_HELP",
@@ -106,7 +107,7 @@ def path_of(text: str | Path, option: str) -> Path:
     """Return the path in `option`. Raises UsageError if it is not valid."""
     # Path("") is the working directory.
     if not str(text):
-        raise UsageError(f"{option}: the path is empty")
+        raise UsageError(option, "the path is empty")
     if not is_path(str(text)):
         raise UsageError(f"{option} {str(text)!r}: not a valid path")
     return Path(text)

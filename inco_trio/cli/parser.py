@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from inco_trio.cli import streams
+from inco_trio.cli.exit_codes import EXIT_INTERNAL, exit_code
 from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ EXIT_CODES = """\
 exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage, 3 `doctor` warns,
 65 not a recording, 69 missing program or device (such as the link), 70 internal error,
 71 out of resources (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
-EXIT_INTERNAL = 70
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -78,12 +78,10 @@ def _ending(run: Callable[[], int]) -> int:
         return run()
     except BrokenPipeError:
         return 0  # The reader of the output has closed it.
-    except IncoError as error:
+    except (IncoError, MemoryError) as raised:
+        error = raised if isinstance(raised, IncoError) else ResourceError("out of memory")
         streams.complain(error)
-        return error.exit_code
-    except MemoryError:
-        streams.complain(ResourceError("out of memory"))
-        return ResourceError.exit_code
+        return exit_code(error)
     except Exception:  # noqa: BLE001 - printed with its traceback
         with contextlib.suppress(OSError):
             traceback.print_exc()

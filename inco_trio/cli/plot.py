@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, config_path, configuration_argument, path_of
 from inco_trio.cli.streams import remark, say
 from inco_trio.config import read_board
-from inco_trio.errors import PermissionDeniedError, ProgramNotFoundError, RecordingError, ResourceError, UsageError
+from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -71,9 +71,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             draw(summary, f"{printable(path.name)}: {total} notifications", out)
         except OSError as error:
-            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-            kind = PermissionDeniedError if denied else ResourceError
-            raise kind(f"{out}: cannot be written: {error.strerror}") from error
+            raise from_os_error(error, out, f"cannot be written: {STRERROR}") from error
         if not args.json:
             say(f"{total} notifications and {len(summary.marks)} marks plotted to {printable(str(out))}")
     return 0
@@ -118,7 +116,7 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
     for pair in summary.pairs:
         pair.end()
     if not summary.flows and not summary.marks:
-        raise RecordingError(f"{path}: contains no notifications")
+        raise RecordingError(path, "contains no notifications")
     names = sorted({signal for signal, _ in summary.flows})
     for name in (name for pair in pairs for name in pair):
         if name not in names:
@@ -133,7 +131,7 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
     for number, each in enumerate(recording):
         if not 0 <= each.time_ns <= TIME_MAX:
             when = "is from 2262 or later, or from before 1970"
-            raise RecordingError(f"{path}: damaged: packet {recording.packets} {when}")
+            raise RecordingError(path, f"damaged: packet {recording.packets} {when}")
         summary.take(each)
         if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, number_of_seconds, path_of, positive
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
-from inco_trio.errors import IncoError, ProxyNotFoundError, UsageError
+from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.service import process_signals
 from inco_trio.signals import Direction
 

@@ -10,10 +10,11 @@ import sys
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, check_link, config_path, configuration_argument, path_of
 from inco_trio.cli.streams import say
 from inco_trio.config import read_board
-from inco_trio.errors import UsageError
+from inco_trio.errors import unwrapped
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -122,15 +123,7 @@ def _play(
     try:
         trio.run(main)
     except BaseExceptionGroup as group:
-        raise _leaf(group) from None
-
-
-def _leaf(error: BaseException) -> BaseException:
-    """What a nursery has wrapped: Ctrl-C before all else."""
-    while isinstance(error, BaseExceptionGroup):
-        interrupts = error.subgroup(KeyboardInterrupt)
-        error = (interrupts or error).exceptions[0]
-    return error
+        raise unwrapped(group) from None
 
 
 async def _show_progress(played: Played, size: int) -> None:

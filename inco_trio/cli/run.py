@@ -7,6 +7,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import (
     BOARDS_HELP,
     CONTROL_HELP,
@@ -22,7 +23,6 @@ from inco_trio.cli.options import (
     path_of,
 )
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.errors import UsageError
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals

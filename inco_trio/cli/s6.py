@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.mqtt_link import ENDS, check_end
 from inco_trio.cli.options import (
     BOARDS_HELP,
@@ -20,7 +21,6 @@ from inco_trio.cli.options import (
     configuration_argument,
 )
 from inco_trio.cli.streams import remark, say, say_bytes
-from inco_trio.errors import UsageError
 from inco_trio.service import descriptions
 from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit

@@ -9,9 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
-from inco_trio.errors import IncoError, PermissionDeniedError, ProxyNotFoundError, ResourceError, UsageError
+from inco_trio.errors import STRERROR, IncoError, ProxyNotFoundError, from_os_error, unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
@@ -94,12 +95,12 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
     if name in known:
         return
     if name in other:
-        raise UsageError(f"{name}: is not {what}: {hint}")
+        raise UsageError(name, f"is not {what}: {hint}")
     import difflib
 
     # A cut-off of 0 leaves none out: the closest one comes first.
     there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
-    raise UsageError(f"{name}: no such signal (there are: {', '.join(there) or 'none'})")
+    raise UsageError(name, f"no such signal (there are: {', '.join(there) or 'none'})")
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
@@ -120,13 +121,13 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
 
 def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError:
     """The error for a register, or its directory, that cannot be used."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return ProxyNotFoundError(f"{path}: is missing: {why_missing}")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionDeniedError(f"{path}: {error.strerror}")
-    if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL):
-        return UsageError(f"{path}: is no register, which is a regular file")
-    return ResourceError(f"{path}: {error.strerror}")
+    return from_os_error(
+        error,
+        path,
+        STRERROR,
+        ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, f"is missing: {why_missing}"),
+        ((errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL), UsageError, "is not a register (a regular file)"),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- through the proxy
@@ -184,7 +185,4 @@ def alone() -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
-        raise error from None
+        raise unwrapped(group, only=True) from None

@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, number_of_seconds
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import connect
 from inco_trio.control.protocol import BoardStatus, to_json
-from inco_trio.errors import UsageError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 from inco_trio.status import Status

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Protocol
 
+from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import positive
 from inco_trio.cli.signalling import (
     add_ways,
@@ -29,7 +30,7 @@ from inco_trio.cli.signalling import (
 )
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.control.protocol import Event, MonitorRequest
-from inco_trio.errors import ResourceError, UsageError
+from inco_trio.errors import ResourceError
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ class _Register:
                 try:
                     self._follow()
                 except OSError as error:
-                    raise ResourceError(f"{self._signal.directory}: cannot be watched: {error.strerror}") from error
+                    raise ResourceError(self._signal.directory, f"cannot be watched: {error.strerror}") from error
         return found
 
 

@@ -18,11 +18,11 @@ from inco_trio.control.place import runtime_directories
 from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Request, Response
 from inco_trio.errors import (
     IncoError,
+    InvalidArgumentError,
     PermissionDeniedError,
     ProtocolError,
     ProxyNotFoundError,
     ResourceError,
-    UsageError,
 )
 from inco_trio.links.address import parse_address
 
@@ -42,7 +42,7 @@ ERRORS: dict[str, type[IncoError]] = {
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""The exception for an error code of the proxy; UsageError for the others."""
+"""The exception for an error code of the proxy; InvalidArgumentError for the others."""
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
@@ -57,12 +57,12 @@ def dial(sock: socket.socket, path: Path) -> bool:
         return False
     except PermissionError as error:
         raise PermissionDeniedError(
-            f"{path}: only root, the user of the proxy and its group may connect (run as one of them)"
+            path, "only root, the user of the proxy and its group may connect (run as one of them)"
         ) from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise ProxyNotFoundError(f"{path}: no proxy listens there") from error
+        raise ProxyNotFoundError(path, "no proxy listens there") from error
     except OSError as error:
-        raise ProxyNotFoundError(f"{path}: cannot connect: {error.strerror or error}") from error
+        raise ProxyNotFoundError(path, f"cannot connect: {error.strerror or error}") from error
     return True
 
 
@@ -72,10 +72,10 @@ class Channel:
     All methods raise ProtocolError if the other process does not obey the protocol.
     """
 
-    def __init__(self, path: Path, prefix: str = "") -> None:
+    def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
-        self._prefix = prefix
-        """What the error messages of the proxy begin with."""
+        self._is_subject = is_subject
+        """Whether the path is the subject of the errors that the proxy reports."""
         self._received = protocol.LineBuffer(protocol.REPLY_MAX)
         self._lines: deque[bytes] = deque()
 
@@ -109,7 +109,8 @@ class Channel:
         return response
 
     def _refusal(self, response: Response) -> IncoError:
-        return ERRORS.get(response.error, UsageError)(self._prefix + (response.message or response.error))
+        kind, reason = ERRORS.get(response.error, InvalidArgumentError), response.message or response.error
+        return kind(self.path, reason) if self._is_subject else kind(reason)
 
     @contextmanager
     def _obeying(self) -> Iterator[None]:
@@ -117,13 +118,13 @@ class Channel:
             yield
         except MessageError as error:
             text = "the process listening there is not inco-trio, or another version"
-            raise ProtocolError(f"{self.path}: {text}: {error}") from error
+            raise ProtocolError(self.path, f"{text}: {error}") from error
 
     def _ended(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy has ended")
+        return ProxyNotFoundError(self.path, "the proxy has ended")
 
     def _silent(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(f"{self.path}: the proxy does not answer")
+        return ProxyNotFoundError(self.path, "the proxy does not answer")
 
 
 class Client(Channel):
@@ -134,7 +135,7 @@ class Client(Channel):
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
-        super().__init__(path)
+        super().__init__(path, is_subject=False)
         self._events: deque[Event] = deque()
         deadline = time.monotonic() + patience
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -230,19 +231,20 @@ class Client(Channel):
 
     def _receive(self) -> None:
         try:
-            self._feed(self._sock.recv(CHUNK))
+            data = self._sock.recv(CHUNK)
         except OSError as error:
             raise self._ended() from error
+        self._feed(data)
 
 
 def connect(link: str | None, control: str | None) -> Client:
     """Connect to the proxy of `link`, to the one with the socket `control`, or to the only one.
 
-    Raises ProxyNotFoundError, PermissionDeniedError, and UsageError if several run.
+    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError if several run.
     """
     if control is not None:
         if link is not None:
-            raise UsageError("--control and LINK exclude each other: both name a proxy")
+            raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
         return Client(Path(control))
     found: list[Client] = []
     refused: IncoError | None = None
@@ -260,7 +262,7 @@ def connect(link: str | None, control: str | None) -> Client:
         client.close()
     if found:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
-        raise UsageError(f"{len(found)} proxies answer: name one of {named}")
+        raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
     whose = "no running proxy" if link is None else f"no proxy of {link}"

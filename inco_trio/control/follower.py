@@ -22,7 +22,7 @@ class Conversation(Channel):
     """
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
-        super().__init__(path, f"{path}: ")
+        super().__init__(path, is_subject=True)
         self._stream = stream
         self._writing = trio.Lock()
         self._ahead: list[Event | Response] = []

@@ -10,14 +10,11 @@ from types import TracebackType
 from inco_trio.control.protocol import Event, event_now
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ProxyNotFoundError, ResourceError
 from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode
-from inco_trio.links.packet import GONE, attach_filter, program
+from inco_trio.linux.packet import ETH_P_ALL, GONE, PACKET_OUTGOING, attach_filter, program
 from inco_trio.signals import Direction
 
 __all__ = ["Listening"]
 
-ETH_P_ALL = 3
-PACKET_OUTGOING = 4
-"""The packet type of frames that this host sends (packet(7))."""
 _FILTER = (
     (0x28, 0, 0, 0xFFFFF000),  # ldh [protocol]
     (0x15, 0, 1, ETHERTYPE),  # jeq #0x8800
@@ -40,7 +37,7 @@ class Listening:
         try:
             self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         except PermissionError as error:
-            raise PermissionDeniedError(f"{interface}: no proxy answers, and listening needs CAP_NET_RAW") from error
+            raise PermissionDeniedError(interface, "no proxy answers, and listening needs CAP_NET_RAW") from error
         try:
             attach_filter(self._sock, program(_FILTER))
             # Only sockets for every EtherType receive copies of the frames that this host sends.
@@ -48,8 +45,8 @@ class Listening:
         except OSError as error:
             self._sock.close()
             if error.errno in GONE:
-                raise LinkNotFoundError(f"{interface}: no proxy answers, and there is no such interface") from error
-            raise ResourceError(f"{interface}: cannot listen: {error.strerror}") from error
+                raise LinkNotFoundError(interface, "no proxy answers, and there is no such interface") from error
+            raise ResourceError(interface, f"cannot listen: {error.strerror}") from error
 
     def __enter__(self) -> Listening:
         return self
@@ -71,7 +68,7 @@ class Listening:
     def arrived(self) -> list[Event]:
         """Return the events that have arrived. Raises ProxyNotFoundError once the interface is gone."""
         if self._gone:
-            raise ProxyNotFoundError(f"{self.name}: the interface is gone")
+            raise ProxyNotFoundError(self.name, "the interface is gone")
         events: list[Event] = []
         with contextlib.suppress(BlockingIOError):
             while not self._gone:

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
-__all__ = ["PATH_MAX", "bind", "default_path", "is_live", "listening", "runtime_directories"]
+from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
-PATH_MAX = 107
-"""Bytes of the longest path of a Unix socket (unix(7))."""
+__all__ = ["bind", "default_path", "is_live", "listening", "runtime_directories"]
+
 BACKLOG = 128
 MODE = 0o660
 
@@ -33,7 +33,7 @@ def default_path(label: str) -> Path | None:
     if not base:
         return None
     path = Path(base, "inco-trio", f"{label}.sock")
-    if len(os.fsencode(path)) > PATH_MAX:
+    if len(os.fsencode(path)) > SOCKET_PATH_MAX:
         path = path.with_name(f"{blake2b(os.fsencode(label), digest_size=4).hexdigest()}.sock")
     return path
 

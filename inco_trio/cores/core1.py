@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from inco_trio.cores.port import Port, open_port
-from inco_trio.errors import ClosedError, UsageError
+from inco_trio.errors import ClosedError, InvalidArgumentError
 from inco_trio.frame import decode
 from inco_trio.signals import name_fault
 
@@ -42,8 +42,8 @@ class Core1:
     at the path `netns`, or in our own. Frames are read as they come, also while nobody waits for them. Each is given to
     one reader; of more than `buffer` that nobody has taken the oldest are dropped, which `lost` counts.
 
-    Entering raises UsageError for what is no address, LinkNotFoundError, PermissionDeniedError and ResourceError. What
-    fails later cancels the block and is raised in an ExceptionGroup.
+    Entering raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and
+    ResourceError. What fails later cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None, buffer: int = 1024) -> None:
@@ -91,10 +91,10 @@ class Core1:
     async def send(self, name: str) -> None:
         """Send an inbound signal; returns once the link has accepted its frame, and waits for room.
 
-        Raises UsageError for what is no wire name, LinkNotFoundError if nobody takes it, and ResourceError.
+        Raises InvalidArgumentError for what is no wire name, LinkNotFoundError if nobody takes it, and ResourceError.
         """
         if fault := name_fault(name):
-            raise UsageError(f"{name!r}: {fault}")
+            raise InvalidArgumentError(f"{name!r}: {fault}")
         port = self._open()
         await port.send(port.frame(name))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import LinkNotFoundError, ResourceError, UsageError
+from inco_trio.errors import LinkNotFoundError, ResourceError
 from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.link import Link, LinkDownError
@@ -54,10 +54,10 @@ class Port:
             except BlockingIOError:
                 await self._link.wait_for_room()
             except LinkDownError as error:
-                raise LinkNotFoundError(f"{self._link.name}: takes no frames now: {error.strerror}") from error
+                raise LinkNotFoundError(self._link.name, f"takes no frames now: {error.strerror}") from error
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise ResourceError(f"{self._link.name}: cannot send: {error.strerror}") from error
+                    raise ResourceError(self._link.name, f"cannot send: {error.strerror}") from error
                 await trio.sleep(FULL)
             else:
                 await trio.lowlevel.checkpoint()
@@ -77,7 +77,7 @@ class Port:
                 # One that is longer is malformed, which the rest of it does not change.
                 self._arrived(bytes(room[:length]))
         except OSError as error:
-            raise ResourceError(f"{self._link.name}: cannot receive: {error.strerror}") from error
+            raise ResourceError(self._link.name, f"cannot receive: {error.strerror}") from error
         return True
 
     async def _receive(self) -> None:
@@ -96,7 +96,7 @@ def _refresh(link: Link) -> bool:
     try:
         return link.refresh()
     except OSError as error:
-        raise LinkNotFoundError(f"{link.name}: {error.strerror}") from error
+        raise LinkNotFoundError(link.name, error.strerror) from error
 
 
 @asynccontextmanager
@@ -108,13 +108,10 @@ async def open_port(
     Of `unix:LOCAL,peer=REMOTE`, LOCAL is this end's path. An interface is looked for in the network namespace `netns`,
     or in our own. `around` is what the links of a program share; without it, each has an inotify instance of its own.
 
-    Raises UsageError for what is no address, LinkNotFoundError, PermissionDeniedError and ResourceError; what fails
-    later cancels the block and is raised in an ExceptionGroup.
+    Raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and ResourceError; what
+    fails later cancels the block and is raised in an ExceptionGroup.
     """
-    try:
-        parsed = parse_address(address)
-    except ValueError as error:
-        raise UsageError(f"{address}: {error}") from None
+    parsed = parse_address(address)
     surroundings = around or Surroundings()
     try:
         link, _ = open_link(parsed, netns, None, memoryview(bytearray(16)), surroundings)
@@ -122,7 +119,7 @@ async def open_port(
             if not _refresh(link):
                 refused = link.missing()
                 hint = " (core 1's path comes first here, then peer=CORE0)" if isinstance(parsed, UnixAddress) else ""
-                raise type(refused)(str(refused).removesuffix("; --wait-link waits for it") + hint)
+                raise type(refused)(refused.subject, refused.reason + hint)
             port = Port(link, arrived)
 
             def start(nursery: trio.Nursery) -> None:

@@ -12,7 +12,7 @@ from inco_trio.doctor.proxies import Users
 from inco_trio.doctor.result import Result, fail
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
-from inco_trio.linux.netns import inside
+from inco_trio.links.opening import inside
 from inco_trio.signals import Signal
 
 __all__ = ["examine"]
@@ -45,7 +45,7 @@ def examine(
                 with inside(netns, link):
                     results, users = _interface(address, processes, start)
             except IncoError as error:
-                results = [fail("netns", link, str(error).removeprefix(f"{link}: "))]
+                results = [fail("netns", link, error.reason)]
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
     yield from _registers(signals, processes, users)

@@ -14,14 +14,13 @@ from inco_trio.doctor.processes import read
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
+from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 
 __all__ = ["bound", "interface", "order", "peer", "socket_path", "state"]
 
 MTU = 1500
 """Ethernet's usual one."""
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFREG: "a file", stat.S_IFLNK: "a symlink", stat.S_IFIFO: "a FIFO"}
 
 
 # ---------------------------------------------------------------------------------------------------------- interfaces
@@ -146,9 +145,8 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         yield fail("socket", path, f"cannot be looked at: {error.strerror}")
         return
     if not stat.S_ISSOCK(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
         fix = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
-        yield fail("socket", path, f"is no socket but {kind}: the proxy cannot be bound there", fix)
+        yield fail("socket", path, f"is no socket but {kind_of_file(mode)}: the proxy cannot be bound there", fix)
         return
     code = bound(address.local)
     if code == 0:

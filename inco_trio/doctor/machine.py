@@ -8,11 +8,10 @@ from pathlib import Path
 
 from inco_trio.doctor.processes import Process, Processes, lines_of, read
 from inco_trio.doctor.result import Result, fail, ok, warn
+from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
 
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]
 
-CAP_NET_ADMIN = 12
-CAP_NET_RAW = 13
 
 QUEUED_EVENTS = 16384
 """The kernel's own default of fs.inotify.max_queued_events."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from inco_trio.doctor.processes import Process
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
+from inco_trio.linux.files import kind_of_file
 from inco_trio.registers.diagnose import UNREPORTED, filesystem, open_registers
 from inco_trio.signals import Direction, Signal
 
@@ -19,8 +20,6 @@ __all__ = ["directory", "held_open", "kinds", "reported", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems whose files have other device numbers in stat(2) than in the watches that /proc tells of."""
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a symlink", stat.S_IFSOCK: "a socket"}
 
 
 def directory(path: Path) -> Iterator[Result]:
@@ -60,9 +59,10 @@ def _register(signal: Signal) -> Iterator[Result]:
     except OSError:
         return  # It is made by the proxy; what is wrong with the directory is said there.
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
         fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
-        yield fail("registers", path, f"is no regular file but {kind}: the proxy refuses it", fix)
+        yield fail(
+            "registers", path, f"is no regular file but {kind_of_file(status.st_mode)}: the proxy refuses it", fix
+        )
         return
     use, mode = (os.R_OK, "u+r") if signal.direction is Direction.OUTBOUND else (os.W_OK, "u+w")
     if not os.access(path, use, effective_ids=True):
@@ -103,16 +103,15 @@ def _reason(error: OSError) -> str:
 
 def _opening_is_reported(path: Path) -> bool:
     """Whether an inotify descriptor is told that a directory is opened. Raises OSError."""
-    import pyinotify
 
-    from inco_trio.linux.inotify import Inotify, parse_events
+    from inco_trio.linux.inotify import IN_OPEN, Inotify, parse_events
 
     inotify = Inotify()
     try:
-        inotify.watch(str(path), pyinotify.IN_OPEN)
+        inotify.watch(str(path), IN_OPEN)
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         buffer = memoryview(bytearray(4096))
-        return any(event.mask & pyinotify.IN_OPEN for event in parse_events(buffer[: inotify.read_into(buffer)]))
+        return any(event.mask & IN_OPEN for event in parse_events(buffer[: inotify.read_into(buffer)]))
     finally:
         inotify.close()
 

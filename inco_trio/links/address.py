@@ -1,8 +1,8 @@
-"""The address that names a link, wherever one is named: on the command line, in `Config`, in a board's file.
+"""The address of a link: on the command line, in `Config`, in a board file.
 
 rpmsg4000                       the network interface of that name
-unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, as QEMU, is bound at REMOTE
-unix:LOCAL,peer=REMOTE,mac=MAC  the same, with the address MAC in the frames that are sent
+unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, such as QEMU, is bound at REMOTE
+unix:LOCAL,peer=REMOTE,mac=MAC  the same, sending frames from the address MAC
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from hashlib import blake2b
 
 import attrs
 
+from inco_trio.errors import InvalidArgumentError
+from inco_trio.linux.sockets import SOCKET_PATH_MAX
+
 __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 
 INTERFACE_MAX = 15
 """The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
-PATH_MAX = 107
-"""The longest path of a socket, in bytes (sun_path of unix(7), less a NUL)."""
 LABEL_MAX = 36
-"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of more than 64."""
+"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
 UNIX = "unix:"
 
-# What dev_valid_name() of the kernel's net/core/dev.c refuses; its isspace() is that of Latin-1.
+# dev_valid_name() in the kernel's net/core/dev.c refuses these; its isspace() is that of Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -38,18 +39,18 @@ class InterfaceAddress:
 
     @property
     def label(self) -> str:
-        """What services and kept descriptors of the link are named after: without a slash."""
+        """The name of the link in the names of services and stored descriptors; it has no slash."""
         return self.name
 
     @property
     def explanation(self) -> str:
-        """What kind of link it is, and what it takes."""
+        """The kind of the link, and its requirements."""
         return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
 @attrs.frozen
 class UnixAddress:
-    """A Unix datagram socket and its peer, as QEMU's `-netdev dgram` has them."""
+    """A Unix datagram socket and its peer, as with QEMU's `-netdev dgram`."""
 
     local: str
     peer: str
@@ -57,12 +58,12 @@ class UnixAddress:
 
     @property
     def name(self) -> str:
-        """What the log calls the link."""
+        """The name of the link in the log."""
         return self.local
 
     @property
     def label(self) -> str:
-        """See `InterfaceAddress.label`. A long path is shortened, to its end and what tells it from others."""
+        """See `InterfaceAddress.label`. A long path is shortened to its end and a hash."""
         whole = self.local.strip("/").replace("/", "-")
         if len(os.fsencode(whole)) <= LABEL_MAX:
             return whole
@@ -74,47 +75,51 @@ class UnixAddress:
     def explanation(self) -> str:
         """See `InterfaceAddress.explanation`."""
         return (
-            f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, as QEMU, is bound at "
-            f"{self.peer}; frames are sent from {self.mac.hex(':')}"
+            f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, such as QEMU, is "
+            f"bound at {self.peer}; frames are sent from {self.mac.hex(':')}"
         )
 
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
-    """The address that `text` names. Raises ValueError, whose text says what is wrong."""
+    """Return the address that `text` names. Raises InvalidArgumentError."""
     if text.startswith(UNIX):
-        return _parse_unix(text.removeprefix(UNIX))
-    # The kernel would take any bytes; Python binds a packet socket to a name in UTF-8 only.
+        try:
+            return _parse_unix(text.removeprefix(UNIX))
+        except ValueError as error:
+            raise InvalidArgumentError(text, str(error)) from None
+    # The kernel accepts any bytes; Python only binds a packet socket to a name in UTF-8.
     try:
         raw = text.encode()
     except UnicodeEncodeError:
         raw = b""
     if 1 <= len(raw) <= INTERFACE_MAX and raw not in {b".", b".."} and _REFUSED.isdisjoint(raw):
         return InterfaceAddress(text)
-    raise ValueError(
+    raise InvalidArgumentError(
+        text,
         f"is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
-        "':' and whitespace"
+        "':' and whitespace",
     )
 
 
 def address_fault(text: str) -> str | None:
-    """What keeps `text` from being an address, or None."""
+    """Return why `text` is not an address, or None."""
     try:
         parse_address(text)
-    except ValueError as error:
-        return str(error)
+    except InvalidArgumentError as error:
+        return error.reason
     return None
 
 
 def _parse_unix(text: str) -> UnixAddress:
-    # As in QEMU's options, two commas stand for one that is part of a path.
+    # As in QEMU's options, two commas stand for a comma in a path.
     local, *options = [part.replace("\0", ",") for part in _no_nul(text).replace(",,", "\0").split(",")]
     values: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if key not in {"peer", "mac"} or not equals:
-            raise ValueError(f"unknown option {option!r}: peer=REMOTE and mac=MAC are those there are")
+            raise ValueError(f"unknown option {option!r} (expected one of peer=REMOTE, mac=MAC)")
         if key in values:
-            raise ValueError(f"{key}= is there more than once")
+            raise ValueError(f"{key}= given more than once")
         values[key] = value
     if "peer" not in values:
         raise ValueError("peer=REMOTE is missing: the path of the socket of the other side")
@@ -144,8 +149,8 @@ def _path_fault(path: str) -> str | None:
         length = len(os.fsencode(path))
     except UnicodeEncodeError:
         return f"{path!r} cannot be a path"
-    if length > PATH_MAX:
-        return f"the path has {length} bytes; a socket's has {PATH_MAX} at most (unix(7))"
+    if length > SOCKET_PATH_MAX:
+        return f"the path has {length} bytes; a socket's has {SOCKET_PATH_MAX} at most (unix(7))"
     return None
 
 
@@ -156,7 +161,7 @@ def _parse_mac(text: str) -> bytes:
 
 
 def _mac_of(path: str) -> bytes:
-    """A locally administered address that is always the same for a path."""
+    """Return a locally administered address, always the same for a path."""
     digest = bytearray(blake2b(os.fsencode(path), digest_size=6).digest())
     digest[0] = digest[0] & ~_GROUP | _LOCALLY_ADMINISTERED
     return bytes(digest)

@@ -1,4 +1,4 @@
-"""What a link is for the rest of the program, whichever kind its address names."""
+"""The interface of all kinds of links."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ __all__ = ["Link", "LinkDownError"]
 
 
 class LinkDownError(OSError):
-    """The link takes no frames now; its next change may mend that."""
+    """The link takes no frames now; its next change may fix that."""
 
 
 class Link(Protocol):
-    """Receives Ethernet frames, sends notifications. Nothing here waits but what is `async`.
+    """Receives Ethernet frames, sends notifications. Only `async` methods wait.
 
-    The queue of received frames is the kernel's, and belongs to `fd`: whoever holds that has them.
+    The kernel queues received frames for `fd`: a process that inherits the descriptor has the queue.
     """
 
     name: str
-    """What the log calls it."""
+    """Its name in the log."""
     fd: int
-    """The socket that frames are received from; `refresh` may replace it."""
+    """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Frames of somebody who is not the peer; each is made malformed."""
+    """Frames that the peer did not send; each is made malformed."""
 
     @property
     def running(self) -> bool:
-        """Whether it is up and has a carrier, or somebody at its other end."""
+        """Whether it is up and has a carrier, or a peer."""
 
     @property
     def fits(self) -> bool:
-        """Whether an inherited socket is what a new one would be."""
+        """Whether an inherited socket is like a new one."""
 
     @property
     def description(self) -> str:
-        """What is said of it at the start."""
+        """Its description in the log at the start."""
 
     def refresh(self) -> bool:
-        """Look how the link is now, and do what can be done for it; returns whether it exists."""
+        """Check the state of the link, and bind it if needed; return whether it exists."""
 
     @property
     def absence(self) -> str:
-        """Why it does not exist, in words for the log."""
+        """Why it does not exist, for the log."""
 
     def missing(self) -> IncoError:
-        """The error for a link that does not exist."""
+        """Return the error for a link that does not exist."""
 
     async def wait_readable(self) -> None:
         """Wait until frames may be queued."""
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
-        """Read queued frames, one into each of `rooms`, until none is left; returns their lengths.
+        """Read queued frames, one into each of `rooms`; return their lengths.
 
-        A frame longer than `step` is the last one read, as the rooms overlap beyond that. One longer than its room is
-        cut; its length is the true one. An error ends the batch; OSError is raised if nothing was read, but not for a
-        link that went down.
+        A frame longer than `step` ends the batch, as the rooms overlap beyond that. The lengths are those of the whole
+        frames, also where a room is too short. An error ends the batch, too; OSError is raised if nothing was read,
+        unless the link went down.
         """
 
     def receive_one(self, room: memoryview) -> int:
-        """Read one frame into `room`; returns its length, -1 if none is queued. Otherwise as `receive_into`."""
+        """Read one frame into `room`; return its length, or -1 if none is queued. Raises as `receive_into` does."""
 
     def frame(self, name: str) -> bytes:
-        """The frame of one notification, as `send` sends it."""
+        """Return the frame that `send` sends for a notification."""
 
     def send(self, name: str) -> None:
         """Send the frame of one notification.
@@ -73,19 +73,19 @@ class Link(Protocol):
         """
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame as it is, whatever it holds. Raises as `send` does."""
+        """Send any frame, unchanged. Raises as `send` does."""
 
     async def wait_for_room(self) -> None:
-        """Wait until it may be worth to send again what raised BlockingIOError."""
+        """Wait until there may be room to send, after BlockingIOError."""
 
     async def changed(self) -> None:
-        """Wait until something happened that `refresh` may see."""
+        """Wait for a change that `refresh` may see."""
 
     def dropped(self) -> int:
-        """Frames that the kernel dropped since the last call, as the queue was full."""
+        """Return how many frames the kernel dropped since the last call, because the queue was full."""
 
     def close(self, *, remove: bool) -> None:
-        """Close this process's descriptors; the queue lives on if somebody else holds it.
+        """Close this process's descriptors; the queue lives on while another process has one.
 
-        If nobody does, `remove` what there is of it in the file system.
+        `remove` also deletes the path of a socket.
         """

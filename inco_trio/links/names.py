@@ -1,6 +1,6 @@
-"""Names in directories, as inotify(7) tells of them: the sockets of `unix:` links appear and vanish by name.
+"""Watches the paths of sockets (inotify(7)), for `unix:` links.
 
-One descriptor serves any number of links, as a user may have few (fs.inotify.max_user_instances).
+One descriptor serves all links of a process: a user may have few of them (fs.inotify.max_user_instances).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ MASK = (
 )
 BUFFER = 4096
 TRIES = 3
-"""Looks at a way that changes while it is looked at. Who changes it more often is told of it by events."""
+"""Attempts to watch a path that changes meanwhile. Events report more changes."""
 
 
 @attrs.define(eq=False)
 class Watched:
-    """The paths that one link has watched."""
+    """The watched paths of one link."""
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """Watch descriptors, and names in the directories that they watch."""
+    """Watch descriptors, and names in their directories."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """Those of them that are the last names of the paths: the way leads there, whatever becomes of these."""
+    """Those with the last name of a path: an event of these does not change which directories are watched."""
     moved: bool = True
-    """Whether the way to a path may be another one."""
+    """Whether a path may lead through other directories now."""
     all_found: bool = False
     """Whether all paths can be watched."""
     changed: bool = False
@@ -50,7 +50,7 @@ class Watched:
 
 
 class Names:
-    """Tells when what is at a path may be something else than before. Raises OSError (inotify_init(2))."""
+    """Reports when a path may lead to another file. Raises OSError (inotify_init(2))."""
 
     def __init__(self) -> None:
         self._inotify = Inotify()
@@ -60,9 +60,9 @@ class Names:
         self._waiting: set[Watched] = set()
 
     def watch(self, watched: Watched) -> bool:
-        """Watch the paths as they lead from now on; returns whether that can be done for all of them.
+        """Watch the paths; return whether all of them can be watched.
 
-        What is missing on the way to a path is awaited in the directory above.
+        If a directory of a path is missing, watch the lowest one that exists.
         """
         if watched.moved:
             watched.moved = False
@@ -75,7 +75,7 @@ class Names:
         return watched.all_found
 
     def forget(self, watched: Watched) -> None:
-        """Watch the paths no more."""
+        """Do not watch the paths any more."""
         self._move(watched, frozenset())
 
     def _move(self, watched: Watched, places: frozenset[tuple[int, bytes]]) -> None:
@@ -91,7 +91,7 @@ class Names:
                 self._inotify.unwatch(wd)
 
     def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
-        """The lowest directory on the way that can be watched, the next name in it, and whether it is the last one.
+        """Watch the lowest possible directory of a path; return it, the next name, and whether that is the last one.
 
         None if no directory can be watched.
         """
@@ -101,7 +101,7 @@ class Names:
                 try:
                     wd = self._inotify.watch(str(parent), MASK)
                 except OSError:
-                    continue  # It is missing, or not ours to read.
+                    continue  # It is missing or not readable.
                 following = path if parent == path.parent else parent / path.relative_to(parent).parts[0]
                 found = wd, os.fsencode(following.name), following == path
                 break
@@ -113,7 +113,7 @@ class Names:
 
     async def wait(self, watched: Watched) -> None:
         """Wait until something may have changed at one of the paths."""
-        # Whoever waits first reads for all, and is relieved by another one.
+        # The first task that waits reads for all of them; then another one takes over.
         while not watched.changed:
             watched.woken = trio.Event()
             try:
@@ -154,7 +154,7 @@ class Names:
 
 
 def _wake(groups: Iterable[set[Watched]], place: tuple[int, bytes] | None) -> None:
-    """Tell of a change at `place`; None is any."""
+    """Wake the waiters for a change at `place`; None is any."""
     for group in groups:
         for watched in group:
             watched.changed = True

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from inco_trio.errors import ResourceError
+from inco_trio.errors import DENIED, STRERROR, LinkNotFoundError, PermissionDeniedError, from_os_error
 from inco_trio.links.address import InterfaceAddress, UnixAddress
 from inco_trio.links.link import Link
+from inco_trio.linux.netns import belongs_to, entered
 
 if TYPE_CHECKING:
     from inco_trio.links.names import Names
@@ -16,28 +19,44 @@ __all__ = ["Surroundings", "open_link"]
 
 
 class Surroundings:
-    """What the links of one process share, made once it is needed."""
+    """What the links of one process share, opened when first needed."""
 
     def __init__(self) -> None:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """What watches the names of sockets. Raises ResourceError, for the link `asking`."""
+        """Return the watcher of socket paths. Raises ResourceError, with the link `asking` as its subject."""
         from inco_trio.links.names import Names
 
         if self._names is None:
             try:
                 self._names = Names()
             except OSError as error:
-                raise ResourceError(
-                    f"{asking}: inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
-                ) from error
+                raise from_os_error(error, asking, f"inotify: {STRERROR}") from error
         return self._names
 
     def close(self) -> None:
-        """Close what was made."""
+        """Close everything that was opened."""
         if self._names is not None:
             self._names.close()
+
+
+def inside(netns: Path | None, asking: str) -> ExitStack:
+    """Move the calling thread into `netns`, for the link `asking`; closing the result moves it back. None: stay.
+
+    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
+    """
+    try:
+        return entered(netns)
+    except OSError as error:
+        missing = f"there is no network namespace {netns}: make it (`ip netns add NAME`)"
+        raise from_os_error(
+            error,
+            asking,
+            f"the network namespace {netns} cannot be entered: {STRERROR}",
+            ((errno.ENOENT,), LinkNotFoundError, missing),
+            (DENIED, PermissionDeniedError, f"entering the network namespace {netns} needs CAP_SYS_ADMIN"),
+        ) from error
 
 
 def open_link(
@@ -47,13 +66,12 @@ def open_link(
     note: memoryview,
     around: Surroundings,
 ) -> tuple[Link, Link | None]:
-    """The link, and the one of the inherited descriptor `held` if that does not fit any more.
+    """Return the link, and the link of the inherited descriptor `held` if that does not fit any more.
 
-    An interface is looked for in the network namespace `netns`; None is our own. `note` is 16 bytes of memory that
-    outlive the process with the descriptor. Raises LinkNotFoundError for a namespace that is none,
-    PermissionDeniedError, ResourceError.
+    `netns` is the network namespace of an interface; None is that of this process. `note` is 16 bytes of memory that
+    outlive the process, as the descriptor does. Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
     """
-    # Each kind is imported only where it is used: start-up time is an outage.
+    # Import only the kind that is needed: start-up time is an outage.
     link: Link
     if isinstance(address, UnixAddress):
         from inco_trio.links.unix import UnixLink
@@ -65,7 +83,6 @@ def open_link(
         return (link, None) if link.fits else (UnixLink.open(address, note, names), link)
 
     from inco_trio.links.packet import PacketLink
-    from inco_trio.linux.netns import belongs_to, inside
 
     with inside(netns, address.name):
         if held is None:

@@ -1,4 +1,4 @@
-"""A link that is a network interface: an AF_PACKET socket on it.
+"""A link over a network interface: an AF_PACKET socket.
 
 See packet(7) and, for the filter, the kernel's Documentation/networking/filter.rst.
 """
@@ -6,7 +6,6 @@ See packet(7) and, for the filter, the kernel's Documentation/networking/filter.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import itertools
@@ -14,34 +13,27 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import trio
 
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.link import LinkDownError
+from inco_trio.linux import packet
+from inco_trio.linux.packet import GONE, SOL_PACKET
 from inco_trio.linux.rtnetlink import Rtnetlink
+from inco_trio.linux.sockets import set_receive_buffer
 
-__all__ = ["PacketLink", "attach_filter", "program"]
+__all__ = ["PacketLink"]
 
 logger = logging.getLogger(__name__)
 
-SOL_PACKET = 263
-PACKET_STATISTICS = 6
-PACKET_IGNORE_OUTGOING = 23
-SO_ATTACH_FILTER = 26
-SO_GET_FILTER = 26
-SO_LOCK_FILTER = 44
-SO_RCVBUFFORCE = 33
-INSTRUCTION = 8
-"""Bytes of struct sock_filter."""
-
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Bytes asked for, which the kernel doubles: 20,000 frames even where a driver spends 2.4 kB on each."""
+"""Bytes that we ask for, and the kernel doubles: room for 20,000 frames even if a driver uses 2.4 kB for each."""
 
-# Accept a frame of our EtherType whose packet type (SKF_AD_PKTTYPE) is host, broadcast or multicast (0 to 2), not one
-# for another host (a foreign VLAN or a promiscuous interface) and not one of our own (3, 4).
+# Accept frames of our EtherType with the packet type (SKF_AD_PKTTYPE) host, broadcast or multicast (0 to 2). Refuse
+# frames for other hosts (a foreign VLAN, a promiscuous interface) and our own (3, 4).
 _FILTER = (
     (0x28, 0, 0, 0xFFFFF000),  # ldh [protocol]
     (0x15, 0, 3, ETHERTYPE),  # jeq #0x8800
@@ -52,53 +44,17 @@ _FILTER = (
 )
 
 
-def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
-    """A filter of struct sock_filter: of each the code, two jumps and a number."""
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+FILTER = packet.program(_FILTER)
 
-
-FILTER = program(_FILTER)
-
-GONE = frozenset({errno.ENODEV, errno.ENXIO})
 DOWN = GONE | {errno.ENETDOWN}
-"""The interface is down or gone: the next change of an interface may mend it."""
-
-
-def attach_filter(sock: socket.socket, code: bytes) -> None:
-    """Have the kernel queue only what the filter accepts, for good. Raises OSError."""
-    kept = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: the number of instructions, and where they are.
-    fprog = struct.pack("HP", len(code) // INSTRUCTION, ctypes.addressof(kept))
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    # From here on nobody who is handed the descriptor can widen it.
-    sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
-
-
-def _filter_of(sock: socket.socket) -> bytes:
-    """The filter that is attached, as the kernel gives it back."""
-    # SO_GET_FILTER counts instructions where other options count bytes, so that socket.getsockopt would cut the answer.
-    program = ctypes.create_string_buffer(len(FILTER))
-    length = ctypes.c_uint(len(_FILTER))
-    libc = ctypes.CDLL(None)
-    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, program, ctypes.byref(length)) < 0:
-        return b""
-    return program.raw[: length.value * len(FILTER) // len(_FILTER)]
-
-
-def _set_receive_buffer(sock: socket.socket) -> int:
-    """Ask for RECEIVE_BUFFER and return what was granted, in the same unit."""
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # capped by net.core.rmem_max
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+"""The interface is down or gone; the next change of an interface may fix that."""
 
 
 class PacketLink:
     """The socket on the interface `name`: receives frames of our EtherType, sends notifications.
 
-    It stays the same when the interface is deleted and made again: `refresh` binds it anew, and its queue and filter
-    are kept. `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceError.
+    The socket stays when the interface is deleted and recreated: `refresh` binds it again, with its queue and filter.
+    `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceError.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -108,7 +64,8 @@ class PacketLink:
         self.running = False
         self.foreign = 0
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
-        self.granted = _set_receive_buffer(sock)
+        set_receive_buffer(sock, RECEIVE_BUFFER)
+        self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         """The size of the receive buffer, in bytes."""
         self._socket = sock
         self._frames: dict[str, bytes] = {}
@@ -119,29 +76,27 @@ class PacketLink:
         try:
             self._rtnetlink = Rtnetlink()
         except OSError as error:
-            raise ResourceError(f"{name}: cannot watch interfaces (rtnetlink): {error.strerror}") from error
+            raise ResourceError(name, f"cannot watch interfaces (rtnetlink): {error.strerror}") from error
 
     @classmethod
     def open(cls, name: str) -> PacketLink:
-        """Open a socket that is not bound yet: `refresh` binds it.
-
-        Raises PermissionDeniedError without CAP_NET_RAW, ResourceError for want of descriptors or memory.
-        """
+        """Open a socket; `refresh` binds it. Raises PermissionDeniedError without CAP_NET_RAW, and ResourceError."""
         try:
-            # Protocol 0: nothing is queued until bind, when options and filter are in place.
+            # Protocol 0: the kernel queues nothing before bind(2), when options and filter are set.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
             raise PermissionDeniedError(
-                f"{name}: opening a packet socket needs CAP_NET_RAW "
-                "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)"
+                name,
+                "opening a packet socket needs CAP_NET_RAW "
+                "(run as root, or `setcap cap_net_raw+ep` / ambient capability for the service)",
             ) from error
         except OSError as error:
-            raise ResourceError(f"{name}: cannot open a packet socket: {error.strerror}") from error
+            raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
         try:
-            attach_filter(sock, FILTER)
+            packet.attach_filter(sock, FILTER)
             with contextlib.suppress(OSError):
-                # Spares us our own frames. Before Linux 4.20 it is unknown, and the filter alone drops them.
-                sock.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+                # Do not receive our own frames. Before Linux 4.20, only the filter drops them.
+                sock.setsockopt(SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
             return cls(sock, name)
         except BaseException:
             sock.close()
@@ -156,21 +111,21 @@ class PacketLink:
 
     @property
     def fits(self) -> bool:
-        """Whether this socket is what `open` would make: our filter, and no other interface's."""
+        """See `Link.fits`: the socket has our filter, and not another interface."""
         try:
             bound, protocol = self._socket.getsockname()[:2]
             return (
                 self._socket.family == socket.AF_PACKET
                 and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
-                and _filter_of(self._socket) == FILTER
+                and packet.filter_of(self._socket, len(FILTER)) == FILTER
             )
         except (OSError, ValueError):
             return False
 
     @property
     def description(self) -> str:
-        """The address, and the receive buffer that was granted."""
+        """The MAC address, and the receive buffer that the kernel granted."""
         address = self.mac.hex(":") or "unknown yet"
         return f"address {address}, receive buffer of {self.granted // 1024} kB granted"
 
@@ -180,14 +135,14 @@ class PacketLink:
         return "the interface is gone" if self.mac else "no such interface yet"
 
     def missing(self) -> LinkNotFoundError:
-        """The error for an interface that does not exist, with the names of those that do."""
+        """See `Link.missing`. The error has the names of the interfaces that exist."""
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
-        return LinkNotFoundError(f"{self.name}: no such interface (there are: {names}); --wait-link waits for it")
+        return LinkNotFoundError(self.name, f"no such interface (there are: {names})", "--wait-link waits for it")
 
     def refresh(self) -> bool:
-        """Bind to the interface if the socket is not bound to it now; learn its address and its state.
+        """Bind to the interface unless the socket is bound to it; read its address and state.
 
-        Returns whether the interface exists. Raises OSError other than ENODEV (bind(2)).
+        Return whether the interface exists. Raises OSError except ENODEV (bind(2)).
         """
         self.running = False
         if self._bound_address() is None:
@@ -199,7 +154,7 @@ class PacketLink:
                 return False
         mac, interface = self._bound_address(), self._rtnetlink.interface(self.name)
         if mac is None or interface is None:
-            return False  # It went this very moment.
+            return False  # Removed just now.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
@@ -209,12 +164,12 @@ class PacketLink:
         return True
 
     def _bound_address(self) -> bytes | None:
-        """The address of the interface, or None if the socket is not bound to it."""
+        """Return the address of the interface, or None if the socket is not bound to it."""
         name, protocol, _, _, address = self._socket.getsockname()
         return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
 
     def _say_bridge(self, bridge: str) -> None:
-        """Say that the interface is the port of a bridge, which takes frames before our socket sees them."""
+        """Log that the interface is the port of a bridge, which takes frames before our socket sees them."""
         before, self._bridge = self._bridge, bridge
         if bridge and bridge != before:
             logger.warning(
@@ -237,7 +192,7 @@ class PacketLink:
         except BlockingIOError:
             pass
         except OSError as error:
-            # After some frames, which come first: it has passed, or comes again.
+            # Frames that were read come first; a lasting error occurs again.
             if not lengths:
                 self._not_down(error)
         return lengths
@@ -253,7 +208,7 @@ class PacketLink:
             return -1
 
     def _not_down(self, error: OSError) -> None:
-        # The kernel says once that the link went down; the queue is kept, and reading it goes on.
+        # The kernel reports once that the link went down; the queue stays readable.
         if error.errno != errno.ENETDOWN:
             raise error
 
@@ -261,19 +216,19 @@ class PacketLink:
         """See `Link.frame`."""
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # An interface that has never been there.
+            if not self.mac:  # The interface has never existed.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, LinkDownError, or OSError (packet(7))."""
+        """See `Link.send`. Errors: packet(7)."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
         """See `Link.send_frame`."""
         if not self.running:
-            # Without a carrier the kernel would accept the frame, drop it, and say nothing.
+            # Without a carrier, the kernel would accept the frame and drop it silently.
             raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
         try:
             self._send(frame)
@@ -292,12 +247,12 @@ class PacketLink:
 
     def dropped(self) -> int:
         """See `Link.dropped` (PACKET_STATISTICS, which is reset when it is read)."""
-        statistics = self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8)
+        statistics = self._socket.getsockopt(SOL_PACKET, packet.PACKET_STATISTICS, 8)
         return int(struct.unpack("=II", statistics)[1])
 
     def close(self, *, remove: bool = False) -> None:  # noqa: ARG002 - there is nothing to remove
         """See `Link.close`."""
-        # A held descriptor never becomes invalid by our close, so that a waiter would not be woken.
+        # If another process has the descriptor, closing it here would not wake a waiting task.
         trio.lowlevel.notify_closing(self.fd)
         self._socket.close()
         self._rtnetlink.close()

@@ -1,7 +1,7 @@
-"""A link that is a Unix datagram socket: each datagram is one Ethernet frame, as QEMU's `-netdev dgram` has it.
+"""A link over a Unix datagram socket: each datagram is one Ethernet frame, as with QEMU's `-netdev dgram`.
 
-The socket is bound and not connected, as a connected one would refuse a peer that was started anew; what it receives
-tells its sender. Sending goes by the peer's path each time, and so to whoever is bound there. See unix(7).
+The socket is bound but not connected: a connected one would refuse a peer that restarted. Each datagram has its sender.
+Sending uses the peer's path each time, so frames reach the process that is bound there now. See unix(7).
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
+from inco_trio.errors import STRERROR, IncoError, LinkNotFoundError, ResourceError, from_os_error
 from inco_trio.frame import FRAME_MAX, encode
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
+from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.sockets import SO_PEEK_OFF
 
 __all__ = ["UnixLink"]
 
@@ -32,21 +34,17 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""Nobody whom we can send to is at the peer's path."""
+"""No process at the peer's path can receive."""
 AFTERWARDS = (0.005, 0.02, 0.08)
-"""Seconds after a change at which to look again: a socket's name appears an instant before it can be sent to."""
+"""Seconds after a change when to check again: a socket's name appears an instant before the socket can receive."""
 UNWATCHED = 0.08
-"""Seconds between two looks where no event tells: of a directory that we may not watch, of a process that ends."""
+"""Seconds between two checks if there is no event: of an unreadable directory, or of a process that ends."""
 
-SO_PEEK_OFF = 42
-"""socket(7), <asm-generic/socket.h>; Python has no name for it."""
 PEEKED_MAX = 64
-"""Frames that are looked at together; net.unix.max_dgram_qlen is less, as a rule."""
+"""The most frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 64
-"""Senders that are remembered."""
+"""The most senders that are remembered."""
 IN_USE = "is in use by a live process: end that, or name another path"
-
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFREG: "a file", stat.S_IFLNK: "a symlink", stat.S_IFIFO: "a FIFO"}
 
 
 def _new_socket() -> socket.socket:
@@ -54,9 +52,9 @@ def _new_socket() -> socket.socket:
 
 
 class UnixLink:
-    """The socket bound at `address.local`. `names` is shared, and not closed with the link.
+    """The socket bound at `address.local`. `names` is shared, so the link does not close it.
 
-    `note` is 16 bytes that outlive the process with a socket that is held: the device and the inode of its path.
+    `note` is 16 bytes that outlive the process together with the socket: device and inode of its path.
     """
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
@@ -65,7 +63,7 @@ class UnixLink:
         self.mac = address.mac
         self.foreign = 0
         self.malformed = 0
-        """What `peek` has dropped of the peer."""
+        """Frames of the peer that `peek` dropped."""
         self._address = address
         self._socket = sock
         self._bound = False
@@ -78,17 +76,17 @@ class UnixLink:
         self._ours = False
         self._looks: Iterator[float] = iter(())
         self._room: socket.socket | None = None
-        self._refusal: IncoError = LinkNotFoundError(f"{self.name}: not bound yet")
+        self._refusal: IncoError = LinkNotFoundError(self.name, "not bound yet")
         self._senders: dict[object, bool] = {address.peer: True}
         self._closed = False
 
     @classmethod
     def open(cls, address: UnixAddress, note: memoryview, names: Names) -> UnixLink:
-        """Make a socket that is not bound yet: `refresh` binds it. Raises ResourceError."""
+        """Open a socket; `refresh` binds it. Raises ResourceError."""
         try:
             return cls(_new_socket(), address, note, names)
         except OSError as error:
-            raise ResourceError(f"{address.local}: cannot open a socket: {error.strerror}") from error
+            raise ResourceError(address.local, f"cannot open a socket: {error.strerror}") from error
 
     @classmethod
     def take(cls, address: UnixAddress, held: int, note: memoryview, names: Names) -> UnixLink:
@@ -101,7 +99,7 @@ class UnixLink:
 
     @property
     def fits(self) -> bool:
-        """Whether this socket is one that `open` and `refresh` would make."""
+        """See `Link.fits`."""
         try:
             return (
                 self._socket.family == socket.AF_UNIX
@@ -113,12 +111,12 @@ class UnixLink:
 
     @property
     def description(self) -> str:
-        """The address, and the path of the peer."""
+        """The MAC address, and the path of the peer."""
         return f"address {self.mac.hex(':')}, peer {self._address.peer}"
 
     @property
     def running(self) -> bool:
-        """Whether it is bound, and somebody is at the peer's path."""
+        """Whether the socket is bound, and a process at the peer's path."""
         if self._closed or not self._ours:
             return False
         try:
@@ -131,23 +129,23 @@ class UnixLink:
     @property
     def absence(self) -> str:
         """See `Link.absence`."""
-        return str(self._refusal).removeprefix(f"{self.name}: ")
+        return self._refusal.reason
 
     def missing(self) -> IncoError:
-        """What keeps the socket from being bound."""
+        """Return why the socket is not bound."""
         return self._refusal
 
     # ---------------------------------------------------------------------------------------------------- binding
 
     def refresh(self) -> bool:
-        """Bind the socket if nothing of ours is at its path, a new one if it was bound before.
+        """Bind the socket if its path is missing or of another one; open a new socket if it was bound before.
 
-        Returns whether it is bound. What was queued in a former one is received first.
+        Return whether it is bound. The frames of a former socket are received first.
         """
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
         if self._room is not None:
-            trio.lowlevel.notify_closing(self._room)  # Its peer may be another one now.
+            trio.lowlevel.notify_closing(self._room)  # The peer may have changed.
         self._ours = self._bound and self._is_ours()
         if not self._ours:
             try:
@@ -165,7 +163,7 @@ class UnixLink:
         return (found.st_dev, found.st_ino) == tuple(self._note)
 
     def _bind(self) -> None:
-        """Bind the socket, or a new one instead of it. Raises IncoError."""
+        """Bind the socket, or a new one. Raises IncoError."""
         try:
             self._clear_path()
             sock = _new_socket() if self._bound else self._socket
@@ -176,31 +174,34 @@ class UnixLink:
                 if self._bound:
                     sock.close()
                 raise
-        except FileNotFoundError as error:
-            raise LinkNotFoundError(f"{self.name}: its directory does not exist: make it") from error
-        except PermissionError as error:
-            raise PermissionDeniedError(f"{self.name}: cannot bind there: {error.strerror}") from error
+        except IncoError:
+            raise
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise LinkNotFoundError(f"{self.name}: {IN_USE}") from error
-            raise ResourceError(f"{self.name}: cannot bind there: {error.strerror}") from error
+            raise from_os_error(
+                error,
+                self.name,
+                f"cannot bind there: {STRERROR}",
+                ((errno.ENOENT,), LinkNotFoundError, "its directory does not exist: make it"),
+                ((errno.EADDRINUSE,), LinkNotFoundError, IN_USE),
+                ((errno.EROFS,), ResourceError, f"cannot bind there: {STRERROR}"),
+            ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
-            logger.warning("%s: was removed, or taken by somebody else: bound again", self.name)
+            logger.warning("%s: was removed, or replaced by another process: bound again", self.name)
             trio.lowlevel.notify_closing(self._socket)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()
         self._bound = True
 
     def _clear_path(self) -> None:
-        """Remove the socket of a process that has ended. Raises OSError, and IncoError for what is in use."""
+        """Remove the socket of a process that has ended. Raises OSError, and IncoError if it is in use."""
         try:
             found = os.lstat(self.name)
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "a device")
-            raise LinkNotFoundError(f"{self.name}: is no socket but {kind}: remove it, or name another path")
+            kind = kind_of_file(found.st_mode)
+            raise LinkNotFoundError(self.name, f"is no socket but {kind}: remove it, or name another path")
         with _new_socket() as probe:
             try:
                 probe.connect(self.name)
@@ -209,11 +210,11 @@ class UnixLink:
             except OSError as error:
                 if error.errno == errno.EPROTOTYPE:
                     raise LinkNotFoundError(
-                        f"{self.name}: is in use by a live process, as another type of socket"
+                        self.name, "is in use by a live process, as another type of socket"
                     ) from error
                 raise
             else:
-                raise LinkNotFoundError(f"{self.name}: {IN_USE}")
+                raise LinkNotFoundError(self.name, IN_USE)
         again = os.lstat(self.name)
         if (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino):
             Path(self.name).unlink()
@@ -221,13 +222,13 @@ class UnixLink:
     # -------------------------------------------------------------------------------------------------- receiving
 
     async def wait_readable(self) -> None:
-        """Wait until something may be queued."""
+        """Wait until frames may be queued."""
         try:
             await trio.lowlevel.wait_readable(self.fd)
         except trio.ClosedResourceError:
             if self._closed:
                 raise
-            # Replaced by another socket: both are read.
+            # Replaced by a new socket: both are read.
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         """See `Link.receive_into`."""
@@ -242,11 +243,11 @@ class UnixLink:
         return lengths
 
     def receive_one(self, room: memoryview) -> int:
-        """See `Link.receive_one`. What does not come from the peer is made malformed."""
+        """See `Link.receive_one`. Frames of other senders are made malformed."""
         while self._former:
             try:
                 return self._receive(self._former[0], room)
-            except OSError:  # BlockingIOError, as a rule: it is read to its end.
+            except OSError:  # Usually BlockingIOError: the queue is empty.
                 self._former.pop(0).close()
         try:
             return self._receive(self._socket, room)
@@ -257,7 +258,7 @@ class UnixLink:
         length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
         if not self._knows(sender):
             self.foreign += 1
-            # So that neither we nor a successor take it for a frame.
+            # Neither this process nor a successor takes it for a valid frame.
             room[ETHERTYPE_PLACE] = bytes(2)
         return length
 
@@ -266,15 +267,15 @@ class UnixLink:
         return self._meet(sender) if known is None else known
 
     def peek(self) -> list[bytes]:
-        """The oldest frames of the peer, which stay queued until `dequeue`.
+        """Return the oldest frames of the peer, which stay queued until `dequeue`.
 
-        What is none, empty or longer than FRAME_MAX, is dropped and counted once it is the oldest: `foreign`, or
-        `malformed`. Raises OSError (unix(7)).
+        A datagram of another sender, an empty one or one longer than FRAME_MAX is dropped and counted (`foreign`,
+        `malformed`) once it is the oldest. Raises OSError (unix(7)).
         """
         room = memoryview(bytearray(FRAME_MAX))
         while True:
             sock = self._oldest
-            # A plain look first: with an offset, the kernel passes over an empty datagram that was seen before.
+            # Without an offset first: with one, the kernel skips an empty datagram that was seen before.
             sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
             frames: list[bytes] = []
             try:
@@ -297,13 +298,13 @@ class UnixLink:
             self._former.pop(0).close()
 
     def dequeue(self) -> None:
-        """Take the oldest one of what `peek` returned off the queue."""
-        while not self._oldest.recv(1):  # An empty one may be before it.
+        """Remove the oldest frame that `peek` returned from the queue."""
+        while not self._oldest.recv(1):  # An empty datagram may precede it.
             self.malformed += 1
 
     @property
     def queue(self) -> int:
-        """The inode of the socket that `peek` and `dequeue` are about: no other socket of this system has it."""
+        """The inode of the socket of `peek` and `dequeue`, which identifies it."""
         return os.fstat(self._oldest.fileno()).st_ino
 
     @property
@@ -311,7 +312,7 @@ class UnixLink:
         return self._former[0] if self._former else self._socket
 
     def _meet(self, sender: object) -> bool:
-        """Whether a sender that is called otherwise is the peer: by another path, as through a symlink."""
+        """Return whether an unknown sender is the peer by another path, such as a symlink."""
         known = False
         if isinstance(sender, str) and sender.startswith("/"):
             try:
@@ -339,7 +340,7 @@ class UnixLink:
         return frame
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification. Raises BlockingIOError, LinkDownError, or OSError (unix(7))."""
+        """See `Link.send`. Errors: unix(7)."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
@@ -349,16 +350,16 @@ class UnixLink:
         except OSError as error:
             if error.errno in NO_PEER:
                 nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                who = f"nobody is at {self._address.peer}" if nobody else f"{self._address.peer} takes no frames"
+                who = f"no process is at {self._address.peer}" if nobody else f"{self._address.peer} takes no frames"
                 raise LinkDownError(error.errno, f"{who} ({error.strerror})") from None
             raise
 
     async def wait_for_room(self) -> None:
-        """Wait until the peer's queue has room, or the peer is another one."""
+        """Wait until the peer's queue has room, or the peer changes."""
         try:
-            # What we sent counts against our own buffer too, until it is received.
+            # Our own send buffer has the frames until the peer receives them.
             await trio.lowlevel.wait_writable(self.fd)
-            # poll(2) knows the queue of the peer of a connected socket only.
+            # poll(2) only checks the peer's queue of a connected socket.
             with _new_socket() as self._room:
                 self._room.connect(self._address.peer)
                 await trio.lowlevel.wait_writable(self._room)
@@ -366,7 +367,7 @@ class UnixLink:
             if self._closed:
                 raise
         except OSError:
-            pass  # Sending again tells.
+            pass  # Sending again reports it.
         finally:
             self._room = None
 
@@ -374,7 +375,7 @@ class UnixLink:
 
     async def changed(self) -> None:
         """Wait until something may have changed at one of the two paths."""
-        # The end of the process that uses our path makes no event.
+        # No event reports the end of the process that uses our path.
         delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
         if delay is None:
             await self._names.wait(self._watched)
@@ -385,7 +386,7 @@ class UnixLink:
                 self._looks = iter(AFTERWARDS)
 
     def dropped(self) -> int:
-        """None: a sender waits for room."""
+        """Return 0: the kernel blocks the sender instead of dropping frames."""
         return 0
 
     def close(self, *, remove: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""inotify(7): the decoder of its events, and its descriptor with the watches on it.
+"""inotify(7): the decoder of its events, and the descriptor with its watches.
 
-pyinotify's WatchManager keeps the watches. Its Notifier is not used: it is an order of magnitude slower than the
-decoder here, and hides an overflow of the queue.
+pyinotify's WatchManager has the watches. Its Notifier is not used: it is ten times slower than this decoder, and hides
+an overflow of the queue.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import warnings
 from typing import NamedTuple, Protocol
 
 with warnings.catch_warnings():
-    # It imports asyncore, which is deprecated; on Python 3.12 and newer pyasyncore takes its place, silently.
+    # pyinotify imports asyncore, which is deprecated. From Python 3.12 on, pyasyncore replaces it without a warning.
     warnings.simplefilter("ignore", DeprecationWarning)
     import pyinotify
 
-__all__ = ["Event", "Inotify", "Watcher", "parse_events"]
+from inco_trio.linux.libc import libc
 
+__all__ = ["EVENT", "Event", "Inotify", "Watcher", "pack_event", "parse_events"]
+
+IN_OPEN: int = pyinotify.IN_OPEN
 IN_MODIFY: int = pyinotify.IN_MODIFY
 IN_CLOSE_WRITE: int = pyinotify.IN_CLOSE_WRITE
 IN_ATTRIB: int = pyinotify.IN_ATTRIB
@@ -38,8 +41,9 @@ IN_DONT_FOLLOW: int = pyinotify.IN_DONT_FOLLOW
 IN_ONLYDIR: int = pyinotify.IN_ONLYDIR
 IN_MASK_ADD: int = pyinotify.IN_MASK_ADD
 IN_ISDIR: int = pyinotify.IN_ISDIR
+IN_ALL_EVENTS: int = pyinotify.ALL_EVENTS
 
-_EVENT = struct.Struct("=iIII")
+EVENT = struct.Struct("=iIII")
 """struct inotify_event: wd, mask, cookie, length of the NUL-padded name that follows."""
 
 
@@ -51,14 +55,18 @@ class Event(NamedTuple):
     name: bytes
 
 
-def parse_events(data: bytes | memoryview) -> list[Event]:
-    """The events of a read(2), in order.
+def pack_event(wd: int, mask: int) -> bytes:
+    """Return an event without a name, as read(2) returns it."""
+    return EVENT.pack(wd, mask, 0, 0)
 
-    Ends at the first event with an empty mask, which the kernel never writes: the rest of the memory is unused. A cut
-    event at the end, which the kernel never writes either, is left out.
+
+def parse_events(data: bytes | memoryview) -> list[Event]:
+    """Return the events of a read(2), in order.
+
+    Stop at an empty mask or an incomplete event, which the kernel never writes: the rest of the memory is unused.
     """
     events = []
-    unpack, head = _EVENT.unpack_from, _EVENT.size
+    unpack, head = EVENT.unpack_from, EVENT.size
     offset, end = 0, len(data)
     while offset + head <= end:
         wd, mask, _cookie, length = unpack(data, offset)
@@ -72,7 +80,7 @@ def parse_events(data: bytes | memoryview) -> list[Event]:
 
 
 class Watcher(Protocol):
-    """What watches the files of one proxy: an `Inotify`, or its share of one (`registers.share`)."""
+    """The watches of one proxy: an `Inotify`, or a share of one (`registers.share`)."""
 
     read: int
 
@@ -85,28 +93,30 @@ class Watcher(Protocol):
     async def wait_readable(self) -> None: ...
 
 
+libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+
 class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no types
-    """The three system calls for WatchManager; pyinotify's own wrapper runs ldconfig to find the C library."""
+    """The system calls for WatchManager. pyinotify's own wrapper runs ldconfig to find the C library."""
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+        """Do not load a library of its own."""
 
     def _get_errno(self) -> int:
         return ctypes.get_errno()
 
     def _inotify_init(self) -> int:
-        return int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        return int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
 
     def _inotify_add_watch(self, fd: int, path: str, mask: int) -> int:
-        return int(self._libc.inotify_add_watch(fd, os.fsencode(path), mask))
+        return int(libc.inotify_add_watch(fd, os.fsencode(path), mask))
 
     def _inotify_rm_watch(self, fd: int, wd: int) -> int:
-        return int(self._libc.inotify_rm_watch(fd, wd))
+        return int(libc.inotify_rm_watch(fd, wd))
 
 
 class _Watches(pyinotify.WatchManager):  # type: ignore[misc]  # pyinotify has no types
-    """A WatchManager over an inherited descriptor, or a new one."""
+    """A WatchManager of an inherited or a new descriptor."""
 
     def __init__(self, held: int | None) -> None:
         self._exclude_filter = lambda _path: False
@@ -127,31 +137,31 @@ class Inotify:
         self._watches = _Watches(held)
         self.fd: int = self._watches.get_fd()
         self.read = 0
-        """Bytes that were read from it."""
+        """Bytes that were read."""
 
     async def wait_readable(self) -> None:
         """Wait until events may be queued."""
-        import trio  # here, as a tool that only reads has no need of it: the import takes 0.1 s
+        import trio  # Only here: the import takes 0.1 s, and blocking programs do not need it.
 
         await trio.lowlevel.wait_readable(self.fd)
 
     def watch(self, path: str, mask: int) -> int:
-        """Watch `path`; one inode has one watch descriptor. Raises OSError (inotify_add_watch(2))."""
+        """Watch `path`; return the watch descriptor of its inode. Raises OSError (inotify_add_watch(2))."""
         try:
             (wd,) = self._watches.add_watch(path, mask, quiet=False).values()
         except pyinotify.WatchManagerError:
             number = ctypes.get_errno()
             reason = os.strerror(number)
             if number == errno.ENOSPC:
-                # The kernel's text would be "No space left on device".
+                # The kernel's text is "No space left on device".
                 reason = "the limit of inotify watches is reached: raise fs.inotify.max_user_watches"
             raise OSError(number, reason, path) from None
         return int(wd)
 
     def unwatch(self, wd: int) -> None:
-        """End a watch; one that the kernel has ended already is only forgotten."""
+        """End a watch, or forget one that the kernel has ended."""
         if self._watches.get_watch(wd) is None:
-            # An inherited watch: known to the kernel, not yet to the manager.
+            # An inherited watch, which only the kernel knows.
             self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
         else:
             try:
@@ -160,17 +170,17 @@ class Inotify:
                 self._watches.del_watch(wd)
 
     def forget(self, wd: int) -> None:
-        """The kernel has ended the watch (IN_IGNORED)."""
+        """Forget a watch that the kernel has ended (IN_IGNORED)."""
         if self._watches.get_watch(wd) is not None:
             self._watches.del_watch(wd)
 
     @property
     def queued(self) -> int:
-        """Bytes of the events that wait to be read."""
+        """Bytes of the unread events."""
         return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:
-        """Read what is queued, as far as it fits; returns the bytes, 0 when nothing is queued."""
+        """Read as many events as fit; return the bytes, 0 if nothing is queued."""
         try:
             length = os.readv(self.fd, (buffer,))
         except BlockingIOError:
@@ -179,5 +189,5 @@ class Inotify:
         return length
 
     def close(self) -> None:
-        """Close this process's descriptor; queue and watches live on if somebody else holds it."""
+        """Close this process's descriptor; queue and watches live on while another process has one."""
         os.close(self.fd)

@@ -1,43 +1,45 @@
-"""Network namespaces: the calling thread is in another one while a socket is made, which then belongs to that."""
+"""Network namespaces: setns(2), unshare(2) and network_namespaces(7). The constants are those of <linux/sched.h>.
+
+A socket belongs to the network namespace in which its thread made it.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
-from inco_trio.errors import IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
+from inco_trio.linux.libc import check, libc
 
-__all__ = ["belongs_to", "identity", "inside"]
+__all__ = ["belongs_to", "entered", "identity", "set_network", "unshare"]
 
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 SIOCGSKNS = 0x894C
-"""The network namespace of a socket, see the kernel's include/uapi/linux/sockios.h."""
+"""Return the network namespace of a socket (the kernel's include/uapi/linux/sockios.h)."""
 OURS = Path("/proc/thread-self/ns/net")
 
-_libc = ctypes.CDLL(None, use_errno=True)
+
+def set_network(fd: int) -> None:
+    """Move the calling thread into the network namespace of a descriptor (setns(2)). Raises OSError."""
+    check(libc.setns(fd, CLONE_NEWNET))
 
 
-@contextmanager
-def inside(netns: Path | None, asking: str) -> Iterator[None]:
-    """Have the calling thread inside `netns` while the block runs; None is where it is. `asking` is for errors.
+def unshare(flags: int) -> None:
+    """Move the calling thread into new namespaces (unshare(2)). Raises OSError."""
+    check(libc.unshare(flags))
 
-    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
-    """
-    if netns is None:
-        yield
-        return
+
+def entered(netns: Path | None) -> ExitStack:
+    """Move the calling thread into `netns`; closing the result moves it back. None: stay. Raises OSError."""
     with ExitStack() as stack:
-        try:
+        if netns is not None:
             here, there = (_opened(path, stack) for path in (OURS, netns))
-            _enter(there)
-        except OSError as error:
-            raise _refusal(error, netns, asking) from error
-        stack.callback(_enter, here)
-        yield
+            set_network(there)
+            stack.callback(set_network, here)
+        return stack.pop_all()
 
 
 def _opened(path: Path, stack: ExitStack) -> int:
@@ -46,21 +48,8 @@ def _opened(path: Path, stack: ExitStack) -> int:
     return fd
 
 
-def _enter(fd: int) -> None:
-    if _libc.setns(fd, CLONE_NEWNET) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _refusal(error: OSError, netns: Path, asking: str) -> IncoError:
-    if isinstance(error, FileNotFoundError):
-        return LinkNotFoundError(f"{asking}: there is no network namespace {netns}: make it (`ip netns add NAME`)")
-    if isinstance(error, PermissionError):
-        return PermissionDeniedError(f"{asking}: entering the network namespace {netns} needs CAP_SYS_ADMIN")
-    return ResourceError(f"{asking}: the network namespace {netns} cannot be entered: {error.strerror}")
-
-
 def identity(netns: Path | None) -> tuple[int, int]:
-    """What tells a network namespace from every other; (0, 0) if there is none."""
+    """Return device and inode of a network namespace, which identify it; (0, 0) if there is none."""
     try:
         found = (OURS if netns is None else netns).stat()
     except OSError:
@@ -69,7 +58,7 @@ def identity(netns: Path | None) -> tuple[int, int]:
 
 
 def belongs_to(sock: int, netns: Path | None) -> bool:
-    """Whether a socket is of the namespace `netns`, as far as one may know (CAP_NET_ADMIN)."""
+    """Return whether a socket belongs to `netns`; True without CAP_NET_ADMIN, which this question needs."""
     try:
         fd = fcntl.ioctl(sock, SIOCGSKNS)
     except OSError:

@@ -1,4 +1,4 @@
-"""What the kernel tells of the interfaces of a network namespace: see rtnetlink(7) and netlink(7)."""
+"""The interfaces of a network namespace: rtnetlink(7), netlink(7)."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ class Interface:
     running: bool
     """Whether it is up and has a carrier."""
     master: int
-    """The index of the interface that it is a port of; 0 if it is none."""
+    """The index of the interface whose port it is; 0 if it is not a port."""
     port_of: str
-    """The kind of that: "bridge", "bond"."""
+    """The kind of that interface: "bridge", "bond"."""
     mtu: int
     """The longest payload of a frame, in bytes."""
     address: bytes
 
 
 class Rtnetlink:
-    """A socket that is told when interfaces change, and asked how they are.
+    """A socket that reports changes of interfaces, and answers questions about them.
 
-    It belongs to the network namespace in which it is made. Raises OSError (netlink(7)).
+    It belongs to the network namespace in which it was opened. Raises OSError (netlink(7)).
     """
 
     def __init__(self) -> None:
@@ -72,23 +72,23 @@ class Rtnetlink:
             raise
 
     def interfaces(self) -> list[Interface]:
-        """All interfaces."""
+        """Return all interfaces."""
         return list(self._ask(NLM_F_DUMP, 0, b""))
 
     def interface(self, name: str = "", index: int = 0) -> Interface | None:
-        """The interface of that name or index, None if there is none."""
+        """Return the interface of that name or index, or None."""
         value = name.encode() + b"\0"
         attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value if name else b""
         return next(self._ask(0, index, attribute), None)
 
     def _ask(self, flags: int, index: int, attribute: bytes) -> Iterator[Interface]:
-        # What is queued is older than the answer, and would leave no room for it.
+        # Queued messages are older than the answer, and would leave no room for it.
         self._drain()
         number = next(self._numbers)
         body = _INTERFACE.pack(0, 0, index, 0, 0) + attribute
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, number, 0) + body)
         while True:
-            # The kernel answers before send(2) returns, and then as each part is read.
+            # The kernel sends the first part before send(2) returns, and the next one whenever a part is read.
             for kind, answered, message in _messages(self._socket.recv(65536)):
                 if answered != number:
                     continue
@@ -104,12 +104,12 @@ class Rtnetlink:
             except BlockingIOError:
                 return
             except OSError as error:
-                # The queue overran: something changed, which is all that it tells.
+                # The queue overflowed: there was a change, and nothing else matters.
                 if error.errno != errno.ENOBUFS:
                     raise
 
     async def wait(self) -> None:
-        """Wait for a change. What changed is not told: look."""
+        """Wait for a change of any interface."""
         await trio.lowlevel.wait_readable(self._socket.fileno())
         self._drain()
 
@@ -119,7 +119,7 @@ class Rtnetlink:
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """Type, sequence number and body of each message."""
+    """Yield type, sequence number and body of each message."""
     while len(data) >= _HEADER.size:
         length, kind, _flags, number, _port = _HEADER.unpack_from(data)
         yield kind, number, data[_HEADER.size : length]
@@ -127,7 +127,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    """The attributes by type."""
+    """Return the attributes by type."""
     found = {}
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)

@@ -12,7 +12,7 @@ import trio
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
-from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
 from inco_trio.metrics.openmetrics import Reported, openmetrics
 from inco_trio.problems import Problems
 
@@ -89,11 +89,11 @@ class Boards:
                 answers[path] = (await conversation.request(StatusRequest())).status
         except IncoError as error:
             left = isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)) and self._controls is None
-            answers[path] = None if left else str(error).removeprefix(f"{path}: ")
+            answers[path] = None if left else error.reason
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
-    """Answer scrapes until cancelled. Raises UsageError, PermissionDeniedError, ResourceError."""
+    """Answer scrapes until cancelled. Raises InvalidArgumentError, PermissionDeniedError, ResourceError."""
     listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
@@ -104,7 +104,7 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
             raise ResourceError(
                 f"--listen {listen}: another process listens there already: stop it or use another port"
             ) from error
-        raise UsageError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
+        raise InvalidArgumentError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
     logger.info("http://%s/metrics", listen)
     ready()
     await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)

@@ -189,8 +189,7 @@ class Bridge:
             except SessionTaken:
                 raise
             except (BrokerLostError, BrokerRefused) as error:
-                what = str(error).removeprefix(f"{self._broker}: ")
-                self._problems.failed("broker", f"{what}; frames wait, retrying", self._broker)
+                self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
             await trio.sleep(backoff.next())
 
     def _status(self, state: str) -> Message:
@@ -229,7 +228,7 @@ class Bridge:
                     elif received.retain and self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
-                        raise SessionTaken(f"{self._broker}: another process is {self._end} too: stop one of them")
+                        raise SessionTaken(self._broker, f"another process is {self._end} too: stop one of them")
             except ValueError:
                 self._refuse(received)
             received.acknowledge()

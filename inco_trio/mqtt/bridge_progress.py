@@ -7,7 +7,7 @@ import os
 
 import attrs
 
-from inco_trio.persist.inflight import PAGE, TABLE, NumberTable
+from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
 __all__ = ["WINDOW", "Memory", "Progress"]
 

@@ -16,17 +16,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import attrs
-import cattrs
-from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError, IterableValidationError
-from cattrs.v import format_exception
 
-from inco_trio.config import load_document, read_file, repeated_keys
-from inco_trio.errors import ConfigError, PermissionDeniedError, UsageError
+from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.signals import name_fault
+from inco_trio.validation import parse_table, read_file
 
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
+STATUS_SECONDS_MAX = 86_400.0
 SECRET_MAX = 65_535
 """Bytes of the longest user name and password (MQTT 5, 1.5.6)."""
 
@@ -69,7 +67,7 @@ class Credentials:
     """One line: its password."""
 
     def read(self) -> Identity:
-        """Read user and password. Raises ConfigError, PermissionDeniedError."""
+        """Read user and password. Raises ConfigError, ResourceError."""
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
@@ -88,12 +86,12 @@ class GatewayConfig:
 
 
 def parse_broker(url: str) -> Broker:
-    """The broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises UsageError."""
+    """The broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise UsageError(f"broker {url!r}: {error}") from None
+        raise InvalidArgumentError(f"broker {url!r}: {error}") from None
     fault = None
     prefix = unquote(parts.path).strip("/") or PREFIX
     if parts.username is not None or parts.password is not None:
@@ -114,82 +112,37 @@ def parse_broker(url: str) -> Broker:
     elif len(prefix.encode(errors="replace")) > 1000:
         fault = "the prefix is longer than 1,000 bytes"
     if fault is not None:
-        raise UsageError(f"broker {url}: {fault}")
+        raise InvalidArgumentError(f"broker {url}: {fault}")
     tls = parts.scheme == "mqtts"
     assert parts.hostname is not None  # noqa: S101 - see above
     return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
 
 
 def read_gateway(path: Path) -> GatewayConfig:
-    """What the file at `path` says. Raises ConfigError with all that is wrong in it."""
-    document = load_document(read_file(path), str(path))
-    problems = repeated_keys(document, "")
-    try:
-        config = _converter().structure(document, GatewayConfig)
-    except Exception as error:  # noqa: BLE001 - cattrs raises whatever a conversion raises
-        problems += _problems(error, "")
-    else:
-        problems += _faults(config)
-        if not problems:
-            return config
-    raise ConfigError(f"{path}: {problem}" for problem in problems)
-
-
-def _converter() -> cattrs.Converter:
-    """One that takes nothing for anything else."""
-    converter = cattrs.Converter(forbid_extra_keys=True)
-
-    def text(value: object, _: object) -> str:
-        if not isinstance(value, str):
-            raise TypeError("is not a string")
-        return value
-
-    def number(value: object, _: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError("is not a number")
-        return float(value)
-
-    def texts(value: object, _: object) -> list[str]:
-        if not isinstance(value, list):
-            raise TypeError("is not a list of strings")
-        return [text(each, str) for each in value]
-
-    def table(value: object, _: object) -> dict[str, list[str]]:
-        if not isinstance(value, dict):
-            raise TypeError("is not an object")
-        return {key: texts(each, list) for key, each in value.items()}
-
-    converter.register_structure_hook(str, text)
-    converter.register_structure_hook(float, number)
-    converter.register_structure_hook_func(lambda kind: kind == list[str], texts)
-    converter.register_structure_hook_func(lambda kind: kind == Mapping[str, list[str]], table)
-    return converter
-
-
-def _problems(error: BaseException, place: str) -> list[str]:
-    """What cattrs found, with the key paths."""
-    if isinstance(error, ClassValidationError | IterableValidationError):
-        found = []
-        with_notes, without = error.group_exceptions()
-        for each, note in with_notes:
-            name = getattr(note, "name", getattr(note, "index", ""))
-            found += _problems(each, f"{place}.{name}" if place else str(name))
-        for each in without:
-            found += _problems(each, place)
-        return found
-    if isinstance(error, ForbiddenExtraKeysError):
-        known = ", ".join(field.name for field in attrs.fields(error.cl))
-        where = f"{place}." if place else ""
-        return [f"{where}{key}: unknown key: {known} are those there are" for key in sorted(error.extra_fields)]
-    text = str(error) if isinstance(error, TypeError) else format_exception(error, None)
-    return [f"{place}: {text}" if place else text]
+    """Return what the file at `path` configures. Raises ConfigError with every mistake."""
+    table = parse_table(read_file(path), str(path))
+    table.only(field.name for field in attrs.fields(GatewayConfig))
+    send, broker = table.table("send"), table.table("broker")
+    status_seconds = table.number("status_seconds", f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", 10.0)
+    boards = table.texts("boards")
+    signals = {board: send.texts(board) or [] for board in send.values} if send else {}
+    files = [field.name for field in attrs.fields(Credentials)]
+    if broker:
+        broker.only(files)
+    credentials = Credentials(*(broker.text(name, "an absolute path") if broker else None for name in files))
+    config = GatewayConfig(boards, signals, status_seconds, credentials)
+    if not table.problems:
+        table.problems.extend(_faults(config))
+    table.finish(str(path))
+    return config
 
 
 def _faults(config: GatewayConfig) -> list[str]:
     """What is wrong with values of the right kind."""
     faults = []
-    if not 0 < config.status_seconds <= 86_400:
-        faults.append(f"status_seconds: {config.status_seconds:g} is not more than 0, up to a day")
+    if not 0 < config.status_seconds <= STATUS_SECONDS_MAX:
+        expected = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
+        faults.append(f"status_seconds: {config.status_seconds:g} (expected {expected})")
     if config.boards is not None and not config.boards:
         faults.append("boards: is empty: leave it out for all boards")
     for board, signals in config.send.items():
@@ -200,7 +153,7 @@ def _faults(config: GatewayConfig) -> list[str]:
     credentials = config.broker
     for name, value in attrs.asdict(credentials).items():
         if value is not None and (not value.startswith("/") or "\0" in value):
-            faults.append(f"broker.{name}: {value!r} is not an absolute path")
+            faults.append(f"broker.{name}: {value!r} (expected an absolute path)")
     if (credentials.certificate_file is None) != (credentials.key_file is None):
         faults.append("broker: certificate_file and key_file need each other")
     if credentials.password_file is not None and credentials.user_file is None:
@@ -209,16 +162,14 @@ def _faults(config: GatewayConfig) -> list[str]:
 
 
 def _read_line(file: str | None, key: str) -> str | None:
-    """The line in a file. Raises ConfigError, PermissionDeniedError."""
+    """Return the line in a file. Raises ConfigError, ResourceError."""
     if file is None:
         return None
+    data = read_file(Path(file)).rstrip(b"\r\n")
     try:
-        data = read_file(Path(file)).rstrip(b"\r\n")
         text = data.decode()
     except UnicodeDecodeError:
-        raise ConfigError([f"{file}: broker.{key}: is not UTF-8"]) from None
-    except PermissionError as error:
-        raise PermissionDeniedError(f"{file}: broker.{key}: cannot be read: {error.strerror}") from error
+        raise ConfigError(file, f"broker.{key}: is not UTF-8") from None
     if not text or len(data) > SECRET_MAX or re.search(r"[\0\r\n]", text):
-        raise ConfigError([f"{file}: broker.{key}: is one line of up to {SECRET_MAX} bytes"])
+        raise ConfigError(file, f"broker.{key}: is not one line of up to {SECRET_MAX} bytes")
     return text

@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from inco_trio.backoff import Backoff
-from inco_trio.errors import IncoError, PermissionDeniedError
+from inco_trio.errors import IncoError, PermissionDeniedError, UnavailableError
 from inco_trio.mqtt.configuration import Broker, Credentials
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ class BrokerBackoff(Backoff):
     CAP = 5.0
 
 
-class BrokerLostError(IncoError):
-    """The broker cannot be reached, went away, or does not answer."""
-
-    exit_code = 69
+class BrokerLostError(UnavailableError):
+    """The broker cannot be reached, ended the connection, or does not answer."""
 
 
 class SessionTaken(BrokerLostError):
@@ -208,11 +206,11 @@ class Connection:
         awaited = _Awaited(1, [None])
         code, mid = self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
         if code != MQTTErrorCode.MQTT_ERR_SUCCESS or mid is None:
-            raise BrokerLostError(f"{self._broker}: {paho.error_string(code)}")
+            raise BrokerLostError(self._broker, f"{paho.error_string(code)}")
         self._awaited[mid] = (awaited, 0)
         await self._wait(awaited.done)
         if awaited.reasons[0] is not None:
-            raise BrokerRefused(f"{self._broker}: may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
+            raise BrokerRefused(self._broker, f"may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
 
     async def _wait(self, event: trio.Event) -> None:
         """Wait for the broker, which is silent for `patience` seconds at most."""
@@ -222,7 +220,7 @@ class Connection:
                 await event.wait()
             self._check()
             if not event.is_set() and self._number == before:
-                self._lose(BrokerLostError(f"{self._broker}: does not answer for {self._patience:g} s"))
+                self._lose(BrokerLostError(self._broker, f"does not answer for {self._patience:g} s"))
                 self._check()
 
     def _check(self) -> None:
@@ -257,12 +255,12 @@ class Connection:
     ) -> None:
         if self._reason(reason) == _TAKEN:
             self._lose(
-                SessionTaken(f"{self._broker}: another process has taken our name {self._name!r}: end one of them")
+                SessionTaken(self._broker, f"another process has taken our name {self._name!r}: end one of them")
             )
         elif reason.value >= _FAILURE and reason.getName() != "Unspecified error":
-            self._lose(BrokerLostError(f"{self._broker}: ended the connection: {reason}"))
+            self._lose(BrokerLostError(self._broker, f"ended the connection: {reason}"))
         elif self._answered.is_set():
-            self._lose(BrokerLostError(f"{self._broker}: the connection broke"))
+            self._lose(BrokerLostError(self._broker, "the connection broke"))
         else:
             self._hung_up()
 
@@ -274,7 +272,7 @@ class Connection:
 
     def _hung_up(self) -> None:
         hint = "does it want a client certificate, or another one?" if self._broker.tls else "does it want TLS?"
-        self._lose(BrokerLostError(f"{self._broker}: ends the connection without an answer ({hint})"))
+        self._lose(BrokerLostError(self._broker, f"ends the connection without an answer ({hint})"))
 
     def _on_acknowledged(
         self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
@@ -311,7 +309,7 @@ class Connection:
         try:
             self._entry.send_nowait(received)
         except trio.WouldBlock:
-            self._lose(BrokerLostError(f"{self._broker}: sends more than the {RECEIVE_MAX} messages that it may"))
+            self._lose(BrokerLostError(self._broker, f"sends more than the {RECEIVE_MAX} messages that it may"))
 
     def _acknowledge(self, mid: int, qos: int) -> None:
         if self._lost is None and qos:
@@ -336,8 +334,10 @@ class Connection:
     async def _until_lost(self, task: Callable[[], Any], scope: trio.CancelScope) -> None:
         try:
             await task()
+        except IncoError:
+            raise
         except (OSError, trio.ClosedResourceError) as error:
-            self._lose(BrokerLostError(f"{self._broker}: the connection broke: {error}"))
+            self._lose(BrokerLostError(self._broker, f"the connection broke: {error}"))
         scope.cancel()
 
     async def _read(self) -> None:
@@ -381,7 +381,7 @@ class Connection:
             await self._answered.wait()
         self._check()
         if not self._answered.is_set():
-            self._lose(BrokerLostError(f"{self._broker}: accepts the connection and does not answer"))
+            self._lose(BrokerLostError(self._broker, "accepts the connection and does not answer"))
             self._check()
 
     async def end(self) -> None:
@@ -482,7 +482,7 @@ def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> 
             if credentials.certificate_file is not None:
                 context.load_cert_chain(credentials.certificate_file, credentials.key_file, password=lambda: b"")
         except (OSError, ValueError) as error:
-            raise BrokerRefused(f"{broker}: the files of its certificates cannot be used: {error}") from error
+            raise BrokerRefused(broker, f"the files of its certificates cannot be used: {error}") from error
         client.tls_set_context(context)
 
 
@@ -505,18 +505,18 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
         with trio.fail_after(2 * patience):
             await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
     except ssl.SSLCertVerificationError as error:
-        raise BrokerRefused(f"{broker}: its certificate is refused: {error.verify_message}") from error
+        raise BrokerRefused(broker, f"its certificate is refused: {error.verify_message}") from error
     except ssl.SSLError as error:
-        raise BrokerLostError(f"{broker}: no TLS connection: {error.reason or error}") from error
+        raise BrokerLostError(broker, f"no TLS connection: {error.reason or error}") from error
     except socket.gaierror as error:
-        raise BrokerLostError(f"{broker}: no such host: {error.strerror}") from error
+        raise BrokerLostError(broker, f"no such host: {error.strerror}") from error
     except ConnectionResetError as error:
         raise BrokerLostError(
-            f"{broker}: broke the connection (does it {'not ' if broker.tls else ''}want TLS?)"
+            broker, f"broke the connection (does it {'not ' if broker.tls else ''}want TLS?)"
         ) from error
     except (TimeoutError, trio.TooSlowError) as error:
-        raise BrokerLostError(f"{broker}: does not answer") from error
+        raise BrokerLostError(broker, "does not answer") from error
     except (OSError, ValueError) as error:
-        raise BrokerLostError(f"{broker}: cannot be reached: {getattr(error, 'strerror', None) or error}") from error
+        raise BrokerLostError(broker, f"cannot be reached: {getattr(error, 'strerror', None) or error}") from error
     finally:
         abandoned = True

@@ -112,7 +112,7 @@ class Gateway:
         except ProxyNotFoundError as error:
             logger.debug("%s", error)
         except IncoError as error:
-            self._problems.failed(path, str(error).removeprefix(f"{path}: "))
+            self._problems.failed(path, error.reason)
             followed.set()
             await trio.sleep(REFUSED_AGAIN)
         finally:
@@ -209,7 +209,7 @@ class Gateway:
                         self._connected -= 1
             except (BrokerLostError, BrokerRefused) as error:
                 # The same for all boards, as a rule: said once.
-                what = str(error).removeprefix(f"{self._broker}: ")
+                what = error.reason
                 short = short + 1 if trio.current_time() - begun < SHORT else 0
                 begun = -math.inf
                 if short >= SHORT_ONES:

@@ -1,8 +1,8 @@
-"""Any number of descriptors, kept as one: s6-fdholder-getdump fails on some hundreds, and the environment is small.
+"""Many descriptors in one: s6-fdholder-getdump fails with some hundreds, and the environment is small.
 
-They wait in the queue of a Unix stream socket, as SCM_RIGHTS messages that nobody receives (unix(7)); what is kept is
-the socket. A successor looks at them with MSG_PEEK, which opens copies and leaves all as it is. What is stored or
-removed later is appended, as a line of text and a descriptor; once the queue is full, another socket takes its place.
+They are queued in a Unix stream socket, as SCM_RIGHTS messages that no process receives (unix(7)); the fd store has the
+socket. A successor reads them with MSG_PEEK, which opens copies and changes nothing. Later changes are appended, as a
+line of text and a descriptor. When the queue is full, a new socket replaces it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ import os
 import socket
 from collections.abc import Sequence
 
-from inco_trio.errors import ResourceError
+from inco_trio.errors import STRERROR, from_os_error
+from inco_trio.linux.sockets import SO_PEEK_OFF
 from inco_trio.persist.fdstore import FdStore
 
 __all__ = ["Bundle"]
 
 NAME = "bundle"
-SO_PEEK_OFF = 42
 MESSAGE_FDS = 250
-"""Descriptors of one message; SCM_MAX_FD is 253."""
+"""The most descriptors of one message; SCM_MAX_FD is 253."""
 MESSAGE_SIZE = 1 << 16
+FULL = f"{STRERROR}: raise ulimit -n"
 STORED, REMOVED = b"+", b"-"
 
 
 class Bundle:
-    """An `FdStore` that keeps all in one descriptor of `outer`. What it is given it keeps open itself, in `kept`."""
+    """An `FdStore` that needs one descriptor of `outer`. It also has all descriptors open itself, in `kept`."""
 
     def __init__(self, outer: FdStore) -> None:
         self.holder = outer.holder
@@ -39,7 +40,7 @@ class Bundle:
         self._renew()
 
     def _look(self, former: socket.socket) -> None:
-        """Open copies of what waits in a socket."""
+        """Open copies of the queued descriptors."""
         former.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
         flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
         while True:
@@ -61,7 +62,7 @@ class Bundle:
         try:
             kept = os.dup(fd)
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
         self._forget(name)
         self.kept[name] = kept
         self._append(STORED + os.fsencode(name) + b"\n", [kept])
@@ -83,10 +84,10 @@ class Bundle:
         except BlockingIOError:
             self._renew()
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
 
     def _renew(self) -> None:
-        """Put all that is kept into a new socket, and keep that."""
+        """Put all descriptors into a new socket, and store it."""
         try:
             entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             names = list(self.kept)
@@ -95,7 +96,7 @@ class Bundle:
                 text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
                 socket.send_fds(entry, [text], [self.kept[name] for name in some])
         except OSError as error:
-            raise _refusal(error) from error
+            raise from_os_error(error, "cannot keep descriptors", FULL) from error
         entry.setblocking(False)
         with queue:
             self._outer.store(NAME, queue.fileno())
@@ -104,12 +105,8 @@ class Bundle:
         self._entry = entry
 
     def close(self) -> None:
-        """Close what is open here; what is kept stays."""
+        """Close all descriptors here; the fd store still has them."""
         for name in tuple(self.kept):
             self._forget(name)
         if self._entry is not None:
             self._entry.close()
-
-
-def _refusal(error: OSError) -> ResourceError:
-    return ResourceError(f"cannot keep descriptors: {error.strerror}: raise ulimit -n")

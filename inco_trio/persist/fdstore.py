@@ -1,8 +1,8 @@
-"""Descriptors that outlive the process, kept by s6-fdholder-daemon or by systemd's FD store.
+"""Descriptors that outlive the process, in an fd store: s6-fdholder-daemon, or that of systemd.
 
-Each is stored under its name and a number (`link.2`). To replace one, the new descriptor is stored under the next
-number before the old is deleted, so at no instant is none stored; where a crash left both, the higher number is the
-newer. A number that is taken already shows that a second process uses the same names.
+A descriptor is stored under its name and a number (`link.2`). A replacement is stored under the next number before the
+old descriptor is deleted, so one of them is always stored. If a crash leaves both, the higher number is the newer one.
+A number that is already taken shows that a second process uses the same names.
 
 See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds(3).
 """
@@ -15,42 +15,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from inco_trio.errors import ResourceError, UsageError
+from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.service.notify import sd_notify
 
 __all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
 
 _TIMEOUT_MS = 5000
-"""The holder answers in a millisecond or not at all; s6's tools would wait for ever."""
+"""The daemon answers within a millisecond or never; without a limit, s6's tools would wait for ever."""
 
 _LISTEN_FDS_START = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 
 _Found = tuple[str, int, int]
-"""The name, number and descriptor of something that was kept for us."""
+"""Name, number and descriptor of an entry."""
 
 
 class FdStore(Protocol):
-    """Keeps descriptors while no process of ours runs."""
+    """Keeps descriptors while the proxy is not running."""
 
     holder: str | None
-    """Who keeps them: `s6-fdholder`, `systemd` or nobody."""
+    """The supervisor: `s6-fdholder`, `systemd`, or None without an fd store."""
     inherited: dict[str, int]
-    """The descriptors that an earlier process stored: name to descriptor, close-on-exec. They belong to the caller."""
+    """The descriptors of an earlier process, by name; close-on-exec. The caller owns them."""
 
     def store(self, name: str, fd: int) -> None:
-        """Keep a copy of `fd` as `name`, instead of what was kept under that name.
+        """Store a copy of `fd` as `name`, and delete the former one with all that is queued in it.
 
-        What waits in the one that is replaced is lost with it unless this process has read it before.
         Blocks for some milliseconds. Raises ResourceError.
         """
 
     def remove(self, name: str) -> None:
-        """Stop keeping `name`; nothing happens if it is not kept. Raises as `store` does."""
+        """Delete `name` if it is stored. Raises as `store` does."""
 
 
 class NoFdStore:
-    """Keeps nothing: without a supervisor that holds descriptors there is nothing to inherit."""
+    """Stores nothing, and inherits nothing."""
 
     holder: str | None = None
 
@@ -65,7 +64,7 @@ class NoFdStore:
 
 
 class _NumberedFdStore(ABC):
-    """The numbering that both supervisors need, as neither replaces a descriptor in one step."""
+    """The numbering: no supervisor replaces a descriptor in one step."""
 
     holder: str | None = None
 
@@ -98,10 +97,10 @@ class _NumberedFdStore(ABC):
 
 
 class S6FdStore(_NumberedFdStore):
-    """Keeps descriptors in the s6-fdholder-daemon that listens on `socket`, under identifiers that start with `prefix`.
+    """Stores descriptors in the s6-fdholder-daemon at `socket`, under identifiers that start with `prefix`.
 
-    The process must have been started through `s6-fdholder-getdump`, whose variables are taken out of the environment;
-    descriptors of other prefixes are closed. Raises UsageError if it was not.
+    Removes the variables of `s6-fdholder-getdump` from the environment, and closes descriptors of other prefixes.
+    Raises InvalidArgumentError if that program did not start this process.
     """
 
     holder: str | None = "s6-fdholder"
@@ -123,7 +122,7 @@ class S6FdStore(_NumberedFdStore):
 
     def _drop(self, identifier: str) -> None:
         code, reason = self._run("s6-fdholder-delete", identifier, subprocess.DEVNULL)
-        # 1 is a denial. Who may store may delete, so the holder has been restarted and does not know the identifier.
+        # 1 is a denial. We may delete what we stored, so the daemon has restarted and does not know the identifier.
         if code not in (0, 1):
             raise ResourceError(f"cannot drop {self._prefix}{identifier} from {self._socket}: {reason}")
 
@@ -137,10 +136,10 @@ class S6FdStore(_NumberedFdStore):
 
 
 class SystemdFdStore(_NumberedFdStore):
-    """Keeps descriptors in the FD store of the systemd unit that this process is the main process of.
+    """Stores descriptors in the FD store of the systemd unit whose main process this is.
 
-    The variables of sd_listen_fds(3) are taken out of the environment; descriptors that are not ours are closed.
-    systemd takes what it is sent without an answer: what it refuses (see `FileDescriptorStoreMax=`) is in its journal.
+    Removes the variables of sd_listen_fds(3) from the environment, and closes unknown descriptors. systemd does not
+    answer: its journal has what it refuses (see `FileDescriptorStoreMax=`).
     """
 
     holder: str | None = "systemd"
@@ -149,7 +148,7 @@ class SystemdFdStore(_NumberedFdStore):
         super().__init__(_take_listen_fds())
 
     def _put(self, identifier: str, fd: int) -> None:
-        # systemd would drop a descriptor that polls as an error, which a socket does while its link is down.
+        # FDPOLL=0: else systemd drops a socket with a pending error, as while its link is down.
         self._tell(f"FDSTORE=1\nFDNAME={identifier}\nFDPOLL=0", [fd])
 
     def _drop(self, identifier: str) -> None:
@@ -164,9 +163,9 @@ class SystemdFdStore(_NumberedFdStore):
 
 
 def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
-    """The holder that this process was started with: s6's at the socket `fd_holder` if given, systemd's, or none.
+    """Return the fd store of the supervisor: s6's at the socket `fd_holder` if given, systemd's, or none.
 
-    Call it once, before other descriptors are opened. Raises UsageError.
+    Call this once, before other descriptors are opened. Raises InvalidArgumentError.
     """
     if fd_holder is not None:
         return S6FdStore(fd_holder, f"inco-trio/{interface}/")
@@ -178,7 +177,7 @@ def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
 def _take_dump(socket: str, prefix: str) -> list[_Found]:
     count = os.environ.pop("S6_FD#", None)
     if count is None:
-        raise UsageError(
+        raise InvalidArgumentError(
             f"--fd-holder {socket}: there is no S6_FD# in the environment; start inco-trio directly through "
             f"`s6-fdholder-getdump {socket} inco-trio run ...` (a shell in between drops that variable)"
         )
@@ -186,7 +185,7 @@ def _take_dump(socket: str, prefix: str) -> list[_Found]:
     for i in range(int(count)):
         os.environ.pop(f"S6_FDLIMIT_{i}", None)
         identifier, fd = os.environ.pop(f"S6_FDID_{i}"), int(os.environ.pop(f"S6_FD_{i}"))
-        # Without the prefix a name has no number, and so is foreign.
+        # An identifier without the prefix becomes "", which is unknown.
         entries.append((identifier.removeprefix(prefix) if identifier.startswith(prefix) else "", fd))
     return _ours(entries)
 
@@ -205,7 +204,7 @@ def _take_listen_fds() -> list[_Found]:
 
 
 def _ours(entries: Iterable[tuple[str, int]]) -> list[_Found]:
-    """Those of `entries` (identifier, descriptor) that are numbered names; all others are closed."""
+    """Return the entries (identifier, descriptor) with a numbered name; close all others."""
     found = []
     for identifier, fd in entries:
         name, _, number = identifier.rpartition(".")
@@ -216,7 +215,7 @@ def _ours(entries: Iterable[tuple[str, int]]) -> list[_Found]:
             else:
                 os.close(fd)
         except OSError:
-            raise UsageError(
+            raise InvalidArgumentError(
                 f"the environment names descriptor {fd} as held, but it is not open; start inco-trio without a program "
                 "in between that closes descriptors"
             ) from None

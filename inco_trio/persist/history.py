@@ -1,11 +1,11 @@
-"""What was carried and is not acknowledged yet by a client that wants all of it, such as the gateway to a broker.
+"""The history: delivered and sent notifications that a client, such as the gateway, has not acknowledged yet.
 
-It stands in the in-flight memory (`keep.inflight`), so that neither the end of the client nor that of the process loses
-any of it. While nobody has asked for it, nothing is kept. The ring has room for `KEPT` notifications; beyond that the
-oldest are merged: of each signal only their number is known then.
+It is in the in-flight buffer (`inflight`), so it survives the end of the client and of the process. It stores nothing
+until a client asks for it. The ring has room for `KEPT` notifications. Older ones are merged: for each signal, only
+their number remains.
 
-Layout: a page with the numbers below, a table of merged ones for each direction, and the ring. A number is written
-last, when what it stands for is there: who is killed in between has noted something twice, or not yet.
+Layout: a page of numbers, a table of merged notifications for each direction, and the ring. A number is written after
+what it stands for: a process that dies in between stored a notification twice, or not yet.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
-from inco_trio.persist.inflight import PAGE, RING, TABLE, NumberTable
+from inco_trio.persist.inflight import RING
+from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["KEPT", "History", "Merged", "Record"]
 
 _RECORD = struct.Struct("=QQB7x64s8x")
-"""Of a notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
+"""A notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
 KEPT = RING // _RECORD.size
-"""Notifications that are kept whole."""
+"""Notifications that the ring has room for."""
 _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
-"""Places of the numbers in the first page."""
+"""Indexes of the numbers in the first page."""
 
 
 @attrs.frozen
 class Record:
-    """A notification that was carried."""
+    """A notification in the ring."""
 
     sequence: int
-    """Its number among those of the history, from 1."""
+    """Its number in the history, from 1."""
     direction: Direction
     name: str
     time_ns: int
-    """As of time.time_ns()."""
+    """time.time_ns() at that time."""
     monotonic_ns: int
-    """As of time.monotonic_ns()."""
+    """time.monotonic_ns() at that time."""
 
 
 @attrs.frozen
 class Merged:
-    """So many notifications of one signal, of which nothing else is known any more."""
+    """Merged notifications of one signal: only their number is known."""
 
     direction: Direction
     name: str
@@ -62,7 +63,7 @@ class History:
         self._merged = tuple(NumberTable(view[PAGE + n * TABLE : PAGE + (n + 1) * TABLE]) for n in range(2))
         self._ring = view[PAGE + 2 * TABLE :]
         self.keeping = bool(self._numbers[_KEEPING])
-        """Whether anything is kept."""
+        """Whether a client has asked for the history."""
 
     @property
     def boot(self) -> str:
@@ -76,27 +77,27 @@ class History:
 
     @property
     def acknowledged(self) -> int:
-        """The number of the last one that is acknowledged."""
+        """The number of the last acknowledged notification."""
         return self._numbers[_ACKNOWLEDGED]
 
     @property
     def floor(self) -> int:
-        """Those up to this number are acknowledged or merged."""
+        """All notifications up to this number are acknowledged or merged."""
         return max(self._numbers[_ACKNOWLEDGED], self._numbers[_MERGED_TO])
 
     @property
     def merged_to(self) -> int:
-        """The number of the last one that was merged."""
+        """The number of the last merged notification."""
         return self._numbers[_MERGED_TO]
 
     @property
     def waiting(self) -> int:
-        """How many are not acknowledged, merged ones included."""
+        """Notifications that are not acknowledged, merged ones included."""
         return self.sequence - self.floor + sum(merged.count for merged in self.merged())
 
     @property
     def merged_ever(self) -> int:
-        """How many were merged since the history was begun."""
+        """Notifications that were merged since the history began."""
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:
@@ -110,19 +111,19 @@ class History:
         self._numbers[_KEEPING] = self.keeping = True
 
     def end(self) -> None:
-        """Keep nothing any more."""
+        """Forget everything, and store nothing from now on."""
         self._numbers[_KEEPING] = self.keeping = False
         for table in self._merged:
             for name in table:
                 table[name] = 0
 
     def append(self, signals: Sequence[Signal]) -> None:
-        """These were carried just now."""
+        """Store notifications that were delivered or sent just now."""
         numbers, ring = self._numbers, self._ring
         wall, monotonic = time.time_ns(), time.monotonic_ns()
         sequence, floor = numbers[_SEQUENCE], self.floor
         if sequence == floor:
-            numbers[_BASE] = sequence  # So that few pages are ever used.
+            numbers[_BASE] = sequence  # Starting again uses few pages.
         base = numbers[_BASE]
         for signal in signals:
             if sequence - floor == KEPT:
@@ -139,7 +140,7 @@ class History:
             numbers[_SEQUENCE] = sequence
 
     def _merge(self, sequence: int) -> int:
-        """Merge the oldest one; returns its number."""
+        """Merge the oldest notification; return its number."""
         record = self._at(sequence)
         table, name = self._merged[record.direction is Direction.OUTBOUND], record.name.encode("ascii")
         table[name] += 1
@@ -153,18 +154,18 @@ class History:
         return Record(sequence, _DIRECTIONS[outbound], name.rstrip(b"\0").decode("ascii"), wall, monotonic)
 
     def after(self, sequence: int, most: int) -> list[Record]:
-        """Those behind number `sequence` that are kept whole, `most` at most."""
+        """Return up to `most` notifications of the ring after number `sequence`."""
         first = max(sequence, self.floor) + 1
         return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
 
     def merged(self) -> Iterator[Merged]:
-        """Those that are merged and not acknowledged; all of them are older than any that is kept whole."""
+        """Yield what is merged and not acknowledged; all of it is older than the ring."""
         for direction, table in zip(_DIRECTIONS, self._merged, strict=True):
             for name in table:
                 yield Merged(direction, name.decode("ascii"), table[name])
 
     def acknowledge(self, sequence: int, merged: Sequence[Merged] = ()) -> None:
-        """All up to number `sequence`, and so many merged ones, need not be kept any more."""
+        """Forget all notifications up to number `sequence`, and the given merged ones."""
         for each in merged:
             table, name = self._merged[each.direction is Direction.OUTBOUND], each.name.encode("ascii")
             table[name] = max(0, table[name] - each.count)

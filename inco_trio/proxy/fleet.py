@@ -169,7 +169,7 @@ class Proxies(Mapping[str, Proxy]):
         """Return the proxy of a board. Raises BoardNotOpenError, and KeyError for a board that is not configured."""
         board = self._boards[name]
         if board.proxy is None:
-            raise BoardNotOpenError(f"{name}: not open: {board.problem or 'it is being opened'}")
+            raise BoardNotOpenError(name, f"not open: {board.problem or 'it is being opened'}")
         return board.proxy
 
     def __iter__(self) -> Iterator[str]:
@@ -220,7 +220,7 @@ class Proxies(Mapping[str, Proxy]):
         """Plan a reload. Boards that conflict with others are added to `refused`."""
         staying = {*configs, *keep}
         running = {name: config for name, config in self.configs.items() if name in staying}
-        refused |= {name: ConfigError([why]) for name, why in refuse_shared(configs, running).items()}
+        refused |= {name: ConfigError(why) for name, why in refuse_shared(configs, running).items()}
         wanted = {name: config for name, config in configs.items() if name not in refused}
         removed = [board for name, board in self._boards.items() if name not in staying]
         moved = [b for name, b in self._boards.items() if name in wanted and not self._same_place(b, wanted[name])]
@@ -387,7 +387,7 @@ async def open_fleet(
 ) -> AsyncIterator[Proxies]:
     """As `open_proxies`. `fd_store` keeps descriptors, `keep` names boards to keep, `listener` receives all events."""
     if shared := refuse_shared(configs):
-        raise ConfigError(f"{name}: {why}" for name, why in shared.items())
+        raise ConfigError("", (f"{name}: {why}" for name, why in shared.items()))
     with ExitStack() as resources:
         proxies = Proxies(fd_store, resources, listener)
         async with starting_and_stopping(proxies._start, proxies._stop):

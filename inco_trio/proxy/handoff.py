@@ -9,7 +9,8 @@ import attrs
 import trio
 
 from inco_trio.errors import ClosedError
-from inco_trio.persist.inflight import Bank, NumberTable
+from inco_trio.persist.inflight import Bank
+from inco_trio.persist.tables import NumberTable
 from inco_trio.proxy.supervise import Health
 
 __all__ = ["Batch", "Handoff"]

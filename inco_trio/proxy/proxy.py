@@ -186,7 +186,7 @@ class Proxy:
         ClosedError, and IncoError if the link differs or something cannot be opened; then nothing changes.
         """
         if not config.same_link(self.config):
-            raise ConfigError([f"{config.link}: a reload cannot change the link (restart the proxy)"])
+            raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
             await self._registers.reload(SignalTable(config.signals))
@@ -195,7 +195,7 @@ class Proxy:
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
-        return UnknownSignalError(f"{name}: not {kind} of {self._link.name} (expected one of: {known})")
+        return UnknownSignalError(name, f"not {kind} of {self._link.name} (expected one of: {known})")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""What would keep notifications from coming although everything works: looked for once, when the daemon starts."""
+"""Reasons for missing notifications that no error reports. The daemon looks for them once, when it starts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ UNREPORTED = {
 
 
 def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
-    """One line for each thing to know: filesystems without inotify, processes that hold registers open.
+    """Yield a line for each filesystem without inotify and each process that holds a register open.
 
-    Reads /proc; what may not be read there is passed over.
+    Reads /proc, and skips what it may not read.
     """
     signals = tuple(signals)
     for directory in dict.fromkeys(signal.directory for signal in signals):
@@ -36,7 +36,7 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
 
 
 def unreported(path: Path) -> str | None:
-    """Why inotify does not report all that happens in `path`, or in the directory that it would be made in."""
+    """Return why inotify does not report all events in `path`, or in the lowest directory above that exists."""
     existing, kind = filesystem(path)
     if kind in UNREPORTED:
         return f"{existing}: is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
@@ -44,9 +44,9 @@ def unreported(path: Path) -> str | None:
 
 
 def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
-    """What there is of `path`, and the type of the filesystem that it is on; None if that cannot be known.
+    """Return the part of `path` that exists, and the type of its filesystem; None if it is unknown.
 
-    `root` is where /proc is.
+    `root` is the directory of /proc.
     """
     try:
         while not path.exists() and path != path.parent:
@@ -54,11 +54,11 @@ def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
         mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         return path, filesystem_type(mounts, path.stat().st_dev)
     except OSError:
-        return path, None  # Gone meanwhile, or no descriptor is left to look with.
+        return path, None  # Removed meanwhile, or no descriptor is left.
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:
-    """The type of the filesystem with device number `device`, by the text of /proc/self/mountinfo (proc(5))."""
+    """Return the type of the filesystem with device number `device`, by /proc/self/mountinfo (proc(5))."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in mountinfo.splitlines():
         mount, _, source = line.partition(" - ")
@@ -68,12 +68,12 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 
 def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
-    """The signal, the process and what that means, for each register that is held open in the way of notifications."""
+    """Yield signal, process and consequence, for each open register that hides notifications."""
     registers = {str(signal.path): signal for signal in signals}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208
     except OSError:
-        return  # Not mounted: what cannot be looked at is passed over.
+        return  # /proc is not mounted.
     for number in processes:
         process = Path("/proc", number)
         try:
@@ -83,20 +83,14 @@ def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str
                     continue
                 flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_bytes(), re.MULTILINE)
                 writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
-                # A process may give itself any bytes for a name.
+                # The name of a process can have any bytes.
                 name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
                 who = f"process {number} ({name}) holds it open"
                 if signal.direction is Direction.INBOUND:
-                    yield (
-                        signal,
-                        int(number),
-                        f"{who}: it sees a notification only when it reads again, or watches the file",
-                    )
+                    effect = f"{who}: it sees a notification only when it reads again, or watches the file"
+                    yield signal, int(number), effect
                 elif writes:
-                    yield (
-                        signal,
-                        int(number),
-                        f"{who} for writing: what it writes is a notification only when it closes it",
-                    )
+                    effect = f"{who} for writing: what it writes is a notification only when it closes it"
+                    yield signal, int(number), effect
         except OSError:
-            continue  # Ended meanwhile, or another user's.
+            continue  # It has ended, or belongs to another user.

@@ -1,7 +1,7 @@
-"""IRQ directories: each is held open, watched for what happens to its names, and found again when it is replaced.
+"""The IRQ directories of a signal table, and the watches on them.
 
-All that is done to its files is done relative to a descriptor of the directory. A directory that was removed belongs to
-whoever removed it: it is made again only after `ABANDONED`, or by a reload.
+Each directory is held open, watched for events of its names, and opened again when it is replaced. A directory that
+another process removed is recreated only after `ABANDONED`, or by a reload.
 """
 
 from __future__ import annotations
@@ -9,195 +9,48 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
-from hashlib import blake2b
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import attrs
 
-from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Watcher
-from inco_trio.persist.inflight import NumberTable
+from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems
+from inco_trio.registers.directory import Directory, proc_is_mounted, watch_key
 from inco_trio.registers.refusals import UnfitFileError
+from inco_trio.registers.retries import FALLBACK, Retries
 
-__all__ = ["ABANDONED", "EMPTIED", "PATIENCE", "Directories", "Directory", "temporary_name", "watch_key"]
+__all__ = ["ABANDONED", "Directories"]
 
-PATIENCE = 0.03
-"""Seconds for which a file that vanished is left to whoever replaces it: ours would be in their way."""
-EMPTIED = 1.0
-"""The same for an empty directory, which is probably being removed."""
 ABANDONED = 60.0
-"""Seconds for which a directory that was removed is left to whoever removed it."""
-FALLBACK = 1.0
-"""Seconds between two looks for a missing directory, in case that none above it may be watched."""
+"""Seconds until a directory that another process removed is recreated."""
 
-WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-FILE_MODE = 0o666 | stat.S_IFREG
-TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED
 GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNORED
 
-_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFLNK: "a symlink", stat.S_IFSOCK: "a socket"}
-
-
-def watch_key(path: Path) -> bytes:
-    """The key of a path in `Inflight.watches`."""
-    # Hexadecimal, as a key has no trailing NUL.
-    return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
-
-
-def temporary_name() -> str:
-    """What a trigger of our making is called before it is watched."""
-    return f".inco-trio.{os.getpid()}"
-
-
-@attrs.define(eq=False)
-class Directory:
-    """The directory at `path`; `fd` is -1 while it is not open.
-
-    Every method raises OSError for what the kernel refuses, and UnfitFileError for what is no regular file; nothing
-    waits.
-    """
-
-    path: Path
-    states: set[str] = attrs.Factory(set)
-    """The names of its state files."""
-    fd: int = -1
-    wd: int = 0
-    """The watch on its names; 0 is none."""
-    identity: tuple[int, int] = (0, 0)
-    above: set[int] = attrs.Factory(set)
-    """The watches on the directories above it."""
-    opened: bool = False
-    """Whether this process has opened it before."""
-    awaited_in: int = 0
-    """While it is missing: the watch on the directory above in which the next name on the way to it may appear."""
-    missing_since: float | None = None
-    """When its path was seen to lead nowhere, or to what could not be opened (time.monotonic())."""
-    states_missing_since: float | None = None
-    vanished_at: float = -math.inf
-    """When a name in it was last seen to vanish."""
-    making_in: int = 0
-    """The watch whose events are being read that tell of our making a trigger: those between its temporary name's."""
-    retry_at: float = math.inf
-    """When to try again what could not be done in it."""
-    troubled_again: bool = False
-    """Whether something more could not be done while it was being tried again."""
-    backoff: Backoff = attrs.Factory(Backoff)
-
-    @property
-    def current(self) -> bool:
-        """Whether the path leads to the directory that is open."""
-        try:
-            found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == self.identity
-
-    @property
-    def patience(self) -> float:
-        """Seconds for which a file that vanished is left to whoever may replace it."""
-        try:
-            with os.scandir(self.path) as entries:
-                return PATIENCE if next(entries, None) is not None else EMPTIED
-        except OSError:
-            return PATIENCE
-
-    def name(self, register: str) -> str:
-        """A path of a file in the open directory, wherever that is now."""
-        # Without /proc the path has to do; whoever uses it looks afterwards whether the directory was replaced.
-        return f"/proc/self/fd/{self.fd}/{register}" if _proc_is_there() else str(self.path / register)
-
-    def release(self) -> None:
-        """Close the directory; a watch stays, for a successor."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    # ----------------------------------------------------------------------------------------------- state files
-
-    def make_state(self, register: str) -> None:
-        """Make a missing state file; an existing one is left as it is. The OSError has the path."""
-        try:
-            # mknod, not open: nothing is closed that somebody may be watching.
-            os.mknod(register, FILE_MODE, dir_fd=self.fd)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            error.filename = str(self.path / register)
-            raise
-
-    def check(self, register: str) -> None:
-        """Raise UnfitFileError for what is there and no regular file."""
-        mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
-        if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
-            raise UnfitFileError(
-                self.path / register, f"is no regular file but {kind}", "remove it, or name another register"
-            )
-
-    # -------------------------------------------------------------------------------------------------- triggers
-
-    def watch_trigger(self, register: str, inotify: Watcher) -> int:
-        """Watch a trigger's file; 0 if there is none."""
-        try:
-            self.check(register)
-            return inotify.watch(self.name(register), TRIGGER_MASK)
-        except FileNotFoundError:
-            return 0
-
-    def make_trigger(self, register: str, inotify: Watcher, note: Callable[[int], None]) -> int:
-        """Make a missing trigger; 0 if somebody else made it first.
-
-        It is watched, and `note` is called with its watch descriptor, before it is visible.
-        """
-        temporary = temporary_name()
-        self._unlink(temporary)  # A namesake may have been killed here; in a container, numbers recur.
-        try:
-            os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
-            wd = inotify.watch(self.name(temporary), TRIGGER_MASK)
-            note(wd)
-            try:
-                os.link(temporary, register, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
-            except FileExistsError:
-                return 0
-            except OSError:
-                # A filesystem without hard links: make it in place, visible an instant before it is watched.
-                os.mknod(register, FILE_MODE, dir_fd=self.fd)
-                note(wd := self.watch_trigger(register, inotify))
-            return wd
-        finally:
-            self._unlink(temporary)
-
-    def _unlink(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=self.fd)
-
 
 @attrs.define
 class _Awaited:
-    """A directory above missing ones that is watched for new names: the missing ones by the next name to them."""
+    """A directory that is watched for new names: `names` has the missing ones below by the next name of their path."""
 
     path: Path
     names: dict[bytes, set[Directory]] = attrs.Factory(dict)
 
     def next_name(self, directory: Directory) -> bytes:
-        """The next name on the way from here to `directory`."""
+        """Return the next name on the path to `directory`."""
         return os.fsencode(directory.path.relative_to(self.path).parts[0])
 
 
 class Directories:
     """The IRQ directories of a signal table, and the watches on them and on the directories above them.
 
-    `announce` is called when something could not be done: `troubled` then yields the directory it concerns, once its
-    time has come.
+    `retries` has the directories in which something failed; it calls `announce` for a new one.
     """
 
     def __init__(self, inotify: Watcher, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
@@ -205,9 +58,8 @@ class Directories:
         self._inotify = inotify
         self._noted = noted
         self._problems = problems
-        self.announce = announce
-        self._troubled: set[Directory] = set()
-        # Until IN_IGNORED is read, which is the last event of a watch: also those that were replaced or dropped.
+        self.retries = Retries(announce)
+        # Until IN_IGNORED, the last event of a watch, is read: also directories that were replaced or dropped.
         self._by_wd: dict[int, Directory] = {}
         self._above: dict[int, set[Directory]] = {}
         self._awaited: dict[int, _Awaited] = {}
@@ -215,14 +67,14 @@ class Directories:
     # ------------------------------------------------------------------------------------------------ opening
 
     def add(self, path: Path) -> Directory:
-        """A directory that is not open yet."""
+        """Add a directory that is not open yet."""
         directory = self.by_path[path] = Directory(path)
         return directory
 
     def open(self, directory: Directory, *, make: bool) -> None:
-        """Open the directory that the path leads to now, and watch its names and those above; `make` a missing one.
+        """Open the directory at the path, and watch it and those above; `make` a missing one.
 
-        Raises OSError, and UnfitFileError for a directory that is open already under another path.
+        Raises OSError, and UnfitFileError for a directory that is already open under another path.
         """
         while True:
             if make:
@@ -232,13 +84,13 @@ class Directories:
             self._watch_above(directory, waiting=False)
             if directory.current:
                 return
-            # Replaced before all the watches stood, of which no event tells.
+            # Replaced before all watches existed, so no event reports it.
 
     def _open(self, directory: Directory) -> None:
         fd = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             found = os.fstat(fd)
-            place = f"/proc/self/fd/{fd}/." if _proc_is_there() else str(directory.path)
+            place = f"/proc/self/fd/{fd}/." if proc_is_mounted() else str(directory.path)
             wd = self._inotify.watch(place, NAMES_MASK)
             self._check_only_one(directory, wd)
         except BaseException:
@@ -256,9 +108,7 @@ class Directories:
         self._noted[key] = wd
 
     def _check_only_one(self, directory: Directory, wd: int) -> None:
-        """Raise UnfitFileError if the watch `wd` is that of another one; one that is not at its path any more is
-        lost.
-        """
+        """Raise UnfitFileError if another directory has the watch `wd`; lose that one if it has left its path."""
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
@@ -270,14 +120,14 @@ class Directories:
             self.lose(other)
 
     def _watch_above(self, directory: Directory, *, waiting: bool) -> None:
-        """Watch the directories above for being moved or removed; if `waiting`, the lowest also for new names."""
+        """Watch the directories above for moves and removals; if `waiting`, the lowest one also for new names."""
         before, directory.above = directory.above, set()
         for parent in directory.path.parents:
             mask = SELF_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
             try:
                 wd = self._inotify.watch(str(parent), mask)
             except OSError:
-                continue  # Missing too, or not readable for us; then a write notices.
+                continue  # Missing too, or not readable; then a failed write notices.
             if waiting:
                 self._await(directory, wd, parent)
                 waiting = False
@@ -292,7 +142,7 @@ class Directories:
             self._await_no_more(directory)
 
     def _await(self, directory: Directory, wd: int, above: Path) -> None:
-        """`directory`, which is missing, comes back through a name that appears in `above`."""
+        """Wait for a missing directory to reappear through a new name in `above`."""
         if directory.awaited_in == wd:
             return
         self._await_no_more(directory)
@@ -315,28 +165,28 @@ class Directories:
                 self._watch_only_self(awaited.path, wd)
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
-        """Narrow the watch `wd`, which `path` led to, to what happens to the directory itself."""
+        """Restrict the watch `wd`, of `path`, to events of the directory itself."""
         with contextlib.suppress(OSError):
             found = self._inotify.watch(str(path), SELF_MASK)
             if found != wd:
-                self._unwatch(found)  # The path leads elsewhere by now.
+                self._unwatch(found)  # The path leads to another directory now.
 
     def _watches_names(self, wd: int) -> bool:
         directory = self._by_wd.get(wd)
         return directory is not None and directory.wd == wd
 
     def watches(self, wd: int) -> bool:
-        """Whether `wd` is a watch on a directory, or on one above."""
+        """Return whether `wd` is a watch on a directory or on one above."""
         return self._watches_names(wd) or bool(self._above.get(wd))
 
     def _unwatch(self, wd: int) -> None:
-        """End a watch that nothing needs any more. Its queued events still come."""
+        """End a watch that is not used any more. Its queued events are still read."""
         if not self.watches(wd):
             self._above.setdefault(wd, set())
             self._inotify.unwatch(wd)
 
     def lose(self, directory: Directory) -> None:
-        """The path does not lead to the directory any more."""
+        """Close a directory that is not at its path any more, and retry."""
         if directory.missing_since is None:
             directory.missing_since = time.monotonic()
         directory.release()
@@ -346,9 +196,9 @@ class Directories:
         self.trouble(directory)
 
     def drop(self, directory: Directory) -> None:
-        """The directory is not in the table any more."""
+        """Remove a directory from the table."""
         del self.by_path[directory.path]
-        self._troubled.discard(directory)
+        self.retries.discard(directory)
         self._problems.forget(directory.path)
         directory.missing_since = None
         self._await_no_more(directory)
@@ -363,9 +213,9 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Forget the noted watches of what is neither in the table nor of the keys `others`.
+        """Forget the stored watches of paths that are neither in the table nor have a key in `others`.
 
-        Returns those that live on.
+        Return those that the kernel still has.
         """
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
@@ -379,9 +229,9 @@ class Directories:
     # ----------------------------------------------------------------------------------------------- following
 
     def follow(self, wd: int, mask: int, name: bytes) -> Directory | None:
-        """Follow one event; returns the directory, as it is or was, in which `name` appeared or vanished.
+        """Follow one event; return the directory in which `name` appeared or vanished.
 
-        Raises KeyError for a watch that is none of ours.
+        Raises KeyError for an unknown watch.
         """
         directory, below = self._by_wd.get(wd), self._above.get(wd)
         if directory is None and below is None:
@@ -395,7 +245,7 @@ class Directories:
                     for waiting in set[Directory]().union(*awaited.names.values()):
                         waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            # There may be thousands below, so that these wait for their turn.
+            # There may be thousands below, so they are only scheduled.
             for other in below or ():
                 self.trouble(other)
             if directory is not None:
@@ -411,7 +261,7 @@ class Directories:
         return directory
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
-        """Open the directory again if its path leads elsewhere now. What fails is said once, and tried again."""
+        """Open the directory again if its path leads elsewhere. Log a failure once, and retry."""
         if not self.has(directory) or directory.current:
             return
         if newly := directory.missing_since is None:
@@ -421,7 +271,7 @@ class Directories:
                 self.open(directory, make=make)
             except FileNotFoundError:
                 self._watch_above(directory, waiting=True)
-                # It may have come back before the watch above stood.
+                # It may have reappeared before the watch above existed.
                 self.open(directory, make=make)
         except FileNotFoundError:
             if newly:
@@ -439,7 +289,7 @@ class Directories:
         self.miss_states(directory)
 
     def look_at_all(self) -> None:
-        """Have a look at each directory and its files soon: no event may tell any more."""
+        """Check all directories and files soon: events may be lost."""
         for directory in self.by_path.values():
             directory.making_in = 0
             self.miss_states(directory)
@@ -447,54 +297,24 @@ class Directories:
     # ------------------------------------------------------------------------------------------------ retrying
 
     def has(self, directory: Directory) -> bool:
-        """Whether it is in the table, and not one that was there before, perhaps under the same path."""
+        """Return whether it is in the table; a former directory of the same path is not."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:
-        """Note that something has to be tried again in a directory, soon."""
-        if not self.has(directory):
-            return
-        directory.retry_at = time.monotonic()
-        directory.troubled_again = True
-        directory.backoff.reset()
-        self._troubled.add(directory)
-        self.announce()
+        """Retry in a directory soon."""
+        if self.has(directory):
+            self.retries.add(directory)
 
     def miss_states(self, directory: Directory) -> None:
-        """Note that state files may be missing."""
+        """Check soon whether state files are missing."""
         if directory.states and directory.states_missing_since is None:
             directory.states_missing_since = time.monotonic()
         self.trouble(directory)
 
-    def due(self) -> Iterator[Directory]:
-        """The directories in which something is to be tried again now; to be followed by `retried`."""
-        now = time.monotonic()
-        for directory in tuple(self._troubled):
-            if directory.retry_at <= now and self.has(directory):
-                directory.troubled_again = False
-                yield directory
-
-    def next_retry(self) -> float:
-        """When something is to be tried again (time.monotonic()); infinity for never."""
-        return min((directory.retry_at for directory in self._troubled), default=math.inf)
-
-    def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
-        """Note that all was tried, in `spent` seconds, and when to do so again; None if nothing is left."""
-        if directory.troubled_again:
-            # It may concern what had had its turn.
-            directory.retry_at = time.monotonic() + directory.backoff.next()
-        elif earliest is None:
-            self._troubled.discard(directory)
-            directory.retry_at = math.inf
-        else:
-            # Whatever is tried for ever takes a tenth of the time at most.
-            pause = max(directory.backoff.next(), min(9 * spent, FALLBACK))
-            directory.retry_at = max(earliest, time.monotonic() + pause)
-
     def restore(self, directory: Directory) -> float | None:
-        """Try to open a directory, and to make its missing state files.
+        """Try to open a directory and to create its missing state files.
 
-        Returns None if nothing is left, else when to try again at the earliest (time.monotonic()).
+        Return None if nothing is left to do, else the earliest time of the next retry (time.monotonic()).
         """
         now = time.monotonic()
         abandoned = math.inf if directory.missing_since is None else directory.missing_since + ABANDONED
@@ -518,10 +338,6 @@ class Directories:
         return None
 
     def close(self) -> None:
-        """Close the directories. Watches stay, for a successor that inherits them."""
+        """Close the directories. Watches stay for a successor that inherits them."""
         for directory in self.by_path.values():
             directory.release()
-
-
-def _proc_is_there() -> bool:
-    return os.path.exists("/proc/self/fd")  # noqa: PTH110 - for every file that is watched

@@ -1,4 +1,4 @@
-"""What the kernel, or the state of a file, refuses while registers are opened: each as the error that a user meets."""
+"""The errors of registers that cannot be opened."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ import errno
 import os
 from pathlib import Path
 
-from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, ResourceError
+from inco_trio.errors import STRERROR, ConfigError, IncoError, PermissionDeniedError, from_os_error
 
 __all__ = ["UnfitFileError", "refusal"]
 
+_MISPLACED = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL)
+
 
 class UnfitFileError(OSError):
-    """A file or directory is there and cannot be what the configuration says: `mend` says what to do."""
+    """A file or directory exists, but is not what the configuration needs."""
 
-    def __init__(self, path: Path, what: str, mend: str) -> None:
+    def __init__(self, path: Path, what: str, remedy: str) -> None:
         super().__init__(errno.EINVAL, what, str(path))
-        self.mend = mend
+        self.remedy = remedy
 
 
 def refusal(error: OSError, what: object) -> IncoError:
-    """The error, with its exit code, for a refusal of the kernel; `what` names the place if the error does not."""
+    """Return our error for one of the kernel's; `what` names the object if the error does not."""
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
-    text = f"{error.filename if named else what}: {error.strerror}"
+    subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
-        return ConfigError([f"{text}: {error.mend}"])
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return PermissionDeniedError(
-            f"{text}: uid {os.geteuid()} needs to read triggers, write state files and write their directory "
-            "(or CAP_DAC_OVERRIDE)"
-        )
-    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EROFS, errno.EINVAL):
-        return ConfigError([f"{text}: the configuration has to name a directory that can be made and written"])
-    if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) gives the same number for both.
-        text = "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
-    return ResourceError(text)
+        return ConfigError(subject, f"{error.strerror}: {error.remedy}")
+    needed = f"uid {os.geteuid()} needs to read triggers, write state files and write their directory"
+    return from_os_error(
+        error,
+        subject,
+        STRERROR,
+        ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed} (or CAP_DAC_OVERRIDE)"),
+        (
+            _MISPLACED,
+            ConfigError,
+            f"{STRERROR}: the configuration has to name a directory that can be made and written",
+        ),
+    )

@@ -1,7 +1,4 @@
-"""The registers of a signal table: state files, triggers and directories, opened and restored together.
-
-`Inbound` is given the state files only, `Outbound` the triggers only; here is what concerns both.
-"""
+"""The registers of a signal table: state files, triggers and their directories, opened and restored together."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import time
 from collections.abc import Generator
 from pathlib import Path
 
+import attrs
 import trio
 
 from inco_trio.errors import ConfigError
@@ -18,7 +16,8 @@ from inco_trio.nurseries import in_turns
 from inco_trio.persist.inflight import Inflight
 from inco_trio.problems import Problems
 from inco_trio.registers.diagnose import unreported
-from inco_trio.registers.directories import Directories, Directory
+from inco_trio.registers.directories import Directories
+from inco_trio.registers.directory import Directory
 from inco_trio.registers.refusals import UnfitFileError, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
@@ -28,10 +27,22 @@ from inco_trio.status import Counters
 __all__ = ["Registers"]
 
 
-class Registers:
-    """The registers of a signal table; `open` takes the first, `reload` another.
+@attrs.define
+class _New:
+    """The registers of another table, before the exchange."""
 
-    `troubled` is set when something could not be done, and `restore` is to be run.
+    directories: list[Directory] = attrs.Factory(list)
+    triggers: list[Trigger] = attrs.Factory(list)
+    files: list[StateFile] = attrs.Factory(list)
+    signals: dict[Trigger, Signal] = attrs.Factory(dict)
+    path: Path = Path("/")
+    """The path that is being opened."""
+
+
+class Registers:
+    """The registers of a signal table; `open` sets the first table, `reload` another.
+
+    `troubled` is set when something failed and `restore` must run.
     """
 
     def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
@@ -46,64 +57,62 @@ class Registers:
     # ------------------------------------------------------------------------------------------------------ table
 
     def open(self, table: SignalTable) -> None:
-        """Open the directories, make what is missing, watch the triggers.
+        """Open the directories, create missing files, watch the triggers.
 
-        Raises IncoError: what cannot be opened is the user's to mend. Inherited watches then go on for a successor.
+        Raises IncoError; then inherited watches stay for a successor.
         """
         for _ in self.exchange(table):
             pass
         self._opened = True
         for wd in self.directories.forget_noted(self.triggers.keys()):
-            # Of a predecessor's configuration.
             self.triggers.ignore(wd)
 
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
-        """Take another table, in steps: what is in both is left untouched, and nothing new makes a notification.
+        """Replace the table, in steps. Nothing that both tables have is touched, and no new file makes a notification.
 
-        All that is new is opened first; if that is refused, IncoError is raised and nothing is changed. Then all is
-        exchanged at one instant, the last step; what is not needed any more is left to `_drop_unneeded`.
+        The new registers are opened first; if one cannot be opened, IncoError is raised and nothing changes. The last
+        step is the exchange. `_drop_unneeded` closes the rest.
         """
-        directories: list[Directory] = []
-        triggers: list[Trigger] = []
-        files: list[StateFile] = []
-        signals: dict[Trigger, Signal] = {}
-        path = Path("/")
+        new = _New()
         try:
             for signal in table:
-                path = signal.directory
-                directory = self.directories.by_path.get(path)
-                if directory is None:
-                    directories.append(directory := self.directories.add(path))
-                    self.directories.open(directory, make=True)
-                path = signal.path
-                if signal.direction is Direction.INBOUND:
-                    files.append(self.states.prepare(signal, directory))
-                else:
-                    trigger = self.triggers.by_path.get(path)
-                    if trigger is None:
-                        triggers.append(trigger := self.triggers.add(directory, signal.register))
-                        if directory.fd >= 0:
-                            self.triggers.look(trigger, make=True)
-                    signals[trigger] = signal
+                self._prepare(signal, new)
                 self._refuse_both_ways(signal, table)
                 yield
         except BaseException as error:
             if self._opened:
-                for trigger in triggers:
+                for trigger in new.triggers:
                     self.triggers.drop(trigger)
-                for directory in directories:
+                for directory in new.directories:
                     self.directories.drop(directory)
             if not isinstance(error, OSError):
                 raise
-            if problem := unreported(path):
-                raise ConfigError([problem]) from error
-            raise refusal(error, path) from error
-
+            if problem := unreported(new.path):
+                raise ConfigError(problem) from error
+            raise refusal(error, new.path) from error
         for trigger in self.triggers.by_path.values():
-            # The same file may carry another name now.
-            trigger.signal = signals.get(trigger)
-        self.states.take(files)
+            # The same file may belong to another signal now.
+            trigger.signal = new.signals.get(trigger)
+        self.states.take(new.files)
         self.table = table
+
+    def _prepare(self, signal: Signal, new: _New) -> None:
+        """Open the register of a signal, and add what is new to `new`. Raises OSError."""
+        new.path = signal.directory
+        directory = self.directories.by_path.get(new.path)
+        if directory is None:
+            new.directories.append(directory := self.directories.add(new.path))
+            self.directories.open(directory, make=True)
+        new.path = signal.path
+        if signal.direction is Direction.INBOUND:
+            new.files.append(self.states.prepare(signal, directory))
+            return
+        trigger = self.triggers.by_path.get(new.path)
+        if trigger is None:
+            new.triggers.append(trigger := self.triggers.add(directory, signal.register))
+            if directory.fd >= 0:
+                self.triggers.look(trigger, make=True)
+        new.signals[trigger] = signal
 
     def _drop_unneeded(self) -> Generator[None, None, None]:
         for trigger in tuple(self.triggers.by_path.values()):
@@ -117,7 +126,7 @@ class Registers:
                 yield
 
     def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
-        """Raise UnfitFileError for a file that is a state register and a trigger: each frame would send one."""
+        """Raise UnfitFileError for a file that is a state file and a trigger: each frame would send another."""
         try:
             if signal.path.lstat().st_nlink < 2:
                 return
@@ -127,12 +136,12 @@ class Registers:
                         signal.path, f"is the same file as {other.path}", "remove one of the two names"
                     )
         except FileNotFoundError:
-            pass  # In a directory that is missing now.
+            pass  # Its directory is missing now.
 
     async def reload(self, table: SignalTable) -> None:
-        """Take another table, see `exchange`; a directory that is missing is made. Raises IncoError."""
+        """Replace the table, see `exchange`, and create missing directories. Raises IncoError."""
         await in_turns(self.exchange(table))
-        # Whoever cancels that now finds the new table whole.
+        # A cancellation from here on leaves the new table complete.
         with trio.CancelScope(shield=True):
             await in_turns(self._drop_unneeded())
         self.directories.forget_noted(self.triggers.keys())
@@ -140,7 +149,7 @@ class Registers:
             self.directories.look(directory, make=True)
 
     def problem(self, signal: Signal) -> str | None:
-        """What keeps the register of a signal from being written or watched now."""
+        """Return why the register of a signal cannot be written or watched now, or None."""
         directory = self.directories.by_path[signal.directory]
         if directory.fd < 0:
             return "its directory is missing"
@@ -152,9 +161,9 @@ class Registers:
     # -------------------------------------------------------------------------------------------------- restoring
 
     def restore(self) -> Generator[None, None, None]:
-        """Try again, in steps, what could not be done and is due."""
+        """Retry everything that is due, in steps."""
         self.triggers.expire()
-        for directory in self.directories.due():
+        for directory in self.directories.retries.due():
             started = time.monotonic()
             earliest = [self.directories.restore(directory)]
             for again in self.triggers.restore(directory):
@@ -164,13 +173,13 @@ class Registers:
                 earliest.append(None if well else time.monotonic())
                 yield
             left = [again for again in earliest if again is not None]
-            self.directories.retried(directory, min(left, default=None), time.monotonic() - started)
+            self.directories.retries.retried(directory, min(left, default=None), time.monotonic() - started)
 
     def next_restore(self) -> float:
-        """When `restore` has something to do (time.monotonic()); infinity for never."""
-        return min(self.directories.next_retry(), self.triggers.next_expiry(), math.inf)
+        """Return the time for the next `restore` (time.monotonic()); infinity for never."""
+        return min(self.directories.retries.next(), self.triggers.next_expiry(), math.inf)
 
     def close(self) -> None:
-        """Close files and directories. Watches stay, for a successor that inherits them."""
+        """Close files and directories. Watches stay for a successor that inherits them."""
         self.states.close()
         self.directories.close()

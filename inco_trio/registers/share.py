@@ -1,17 +1,16 @@
-"""One inotify descriptor for many boards: a user may have 128 of them only (fs.inotify.max_user_instances).
+"""One inotify descriptor for many boards: by default a user may have 128 (fs.inotify.max_user_instances).
 
-Each board has a `Share`, which does for it what an `Inotify` of its own would: it has its watches, and a queue of its
-own in the memory that outlives the process, which overflows for itself. Whoever reads the descriptor moves each event
-to the queues of the boards that watch what it tells of, so that no board waits for another to be read.
+Each board has a `Share`, which works like an `Inotify`: it has watches, and a queue in the in-flight buffer, which
+overflows by itself. The reader of the descriptor moves each event to the queues of the boards that watch its subject.
+So no board waits until another one has read its events.
 
-Two boards may watch one directory, as that of the directories of both, and so have one watch descriptor. A board that
-gives it up while another keeps it is told IN_IGNORED at once, and gets it under another number if it comes back before
-it has read that: a number is the watch descriptor and some times `GENERATION`.
+Two boards may watch the same directory, such as the parent of both, and then share a watch descriptor. A board that
+ends such a watch gets an IN_IGNORED at once. If it watches the directory again before it has read that, its watch gets
+another number: the watch descriptor plus a multiple of `GENERATION`.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 
 import attrs
@@ -19,37 +18,35 @@ import trio
 
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Inotify, parse_events
-from inco_trio.persist.inflight import Bank, EventQueue, Inflight
+from inco_trio.persist.inflight import Bank, Inflight
+from inco_trio.persist.queue import EventQueue
 from inco_trio.proxy.supervise import Health
 
 __all__ = ["GENERATION", "Share", "SharedInotify"]
 
 GENERATION = 1 << 27
 GENERATIONS = 16
-"""Numbers of one watch descriptor."""
-ANY = 0xFFF
-"""All that happens (IN_ALL_EVENTS)."""
+"""The most numbers of one watch descriptor."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
-"""What comes without being asked for."""
+"""Events that the kernel reports whatever the mask."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
-_EVENT = struct.Struct("=iIII")
 
 
 @attrs.define
 class _Watch:
-    """What a board watches: by which number, and for which events."""
+    """A watch of a board: its number, and its events."""
 
     number: int
     mask: int | None
-    """None for what a predecessor watched, of which only the kernel knows the mask."""
+    """None for a predecessor's watch, whose mask only the kernel knows."""
 
     @property
     def wanted(self) -> int:
-        return ANY if self.mask is None else self.mask & ANY
+        return ino.IN_ALL_EVENTS if self.mask is None else self.mask & ino.IN_ALL_EVENTS
 
 
 class SharedInotify:
-    """The descriptor. `bank` is memory that outlives the process, for what is read and not yet moved to its boards."""
+    """The descriptor. `bank`, in the in-flight buffer, has the events that are not moved to their boards yet."""
 
     def __init__(self, held: int | None, bank: Bank) -> None:
         """Open a descriptor, or take over `held`. Raises OSError (inotify_init(2))."""
@@ -59,7 +56,7 @@ class SharedInotify:
         self._shares: set[Share] = set()
 
     def share(self, inflight: Inflight) -> Share:
-        """The share of one board, which goes on with what its predecessor watched."""
+        """Return the share of one board, with the watches of its predecessor."""
         share = Share(self, inflight.queue)
         self.adopt(share, inflight)
         return share
@@ -68,17 +65,17 @@ class SharedInotify:
         """See `share`."""
         self._shares.add(share)
         unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
-        # Also what is still noted.
+        # Such a watch may still be stored.
         share.given_up = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
         for number in {inflight.watches[key] for key in inflight.watches} - share.given_up:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
-        """Move what a predecessor had read; to be called once all its boards have their shares."""
+        """Move the events that a predecessor read. Call this once all its boards have their shares."""
         self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
-        """The leg that reads the descriptor."""
+        """Read the descriptor, for ever."""
         while True:
             while self._pump():
                 await trio.lowlevel.checkpoint()
@@ -86,26 +83,26 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move all that is queued at this instant, and perhaps more."""
+        """Move all events that are queued now, and perhaps more."""
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
 
     def _pump(self) -> bool:
-        """Read once, and move what was read; returns whether there was anything."""
+        """Read once, and move the events; return whether there were any."""
         if length := self.inotify.read_into(self._bank.view):
             self._move(length)
         return length > 0
 
     def _move(self, length: int) -> None:
-        """Move the events in the first `length` bytes of the bank to their boards, and wake these."""
+        """Move the events in the first `length` bytes of the bank to their boards, and wake the boards."""
         view, moved = self._bank.view, dict[Share, list[bytes]]()
         offset = 0
-        while offset + _EVENT.size <= length:
-            wd, mask, cookie, name_length = _EVENT.unpack_from(view, offset)
+        while offset + ino.EVENT.size <= length:
+            wd, mask, cookie, name_length = ino.EVENT.unpack_from(view, offset)
             if not mask:
                 break
-            end = offset + _EVENT.size + name_length
+            end = offset + ino.EVENT.size + name_length
             event = bytes(view[offset:end])
             offset = end
             if mask & ino.IN_Q_OVERFLOW:
@@ -115,12 +112,12 @@ class SharedInotify:
             watches = self._watches.get(wd)
             if watches is None:
                 if not mask & ino.IN_IGNORED:
-                    self.inotify.unwatch(wd)  # That of a board that there is no more.
+                    self.inotify.unwatch(wd)  # Of a board that was removed.
                 continue
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
-                    head = _EVENT.pack(watch.number, mask, cookie, name_length)
-                    moved.setdefault(share, []).append(head + event[_EVENT.size :])
+                    head = ino.EVENT.pack(watch.number, mask, cookie, name_length)
+                    moved.setdefault(share, []).append(head + event[ino.EVENT.size :])
             if mask & ino.IN_IGNORED:
                 self._forget(wd)
         for share, events in moved.items():
@@ -136,8 +133,8 @@ class SharedInotify:
     # ---------------------------------------------------------------------------------------------- for the shares
 
     def watch(self, share: Share, path: str, mask: int) -> int:
-        """Watch `path` for a board; returns its number. Raises OSError."""
-        # What other boards watch it for stays.
+        """Watch `path` for a board; return the number. Raises OSError."""
+        # IN_MASK_ADD keeps the events of other boards.
         wd = self.inotify.watch(path, mask | ino.IN_MASK_ADD)
         watches = self._watches.setdefault(wd, {})
         watch = watches.get(share)
@@ -146,20 +143,20 @@ class SharedInotify:
             watch = watches[share] = _Watch(next((n for n in numbers if n not in share.given_up), wd), 0)
         before = watch.wanted
         added = watch.mask if mask & ino.IN_MASK_ADD and watch.mask is not None else 0
-        watch.mask = added | mask & ANY
+        watch.mask = added | mask & ino.IN_ALL_EVENTS
         if before & ~watch.mask:
             self._narrow(wd, path, mask & FLAGS)
         return watch.number
 
     def _narrow(self, wd: int, path: str, flags: int) -> None:
-        """Have the kernel tell only what is wanted, now that a board wants less of the watch `wd`."""
+        """Reduce the watch `wd` to the events that its boards need."""
         wanted = 0
         for watch in self._watches[wd].values():
             wanted |= watch.wanted
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:
             return
-        # The path leads elsewhere by now, of which an event tells.
+        # The path leads to another directory now, which an event reports.
         if found not in self._watches:
             self.inotify.unwatch(found)
         else:
@@ -172,19 +169,19 @@ class SharedInotify:
         watches = self._watches.get(wd, {})
         watch = watches.get(share)
         if watch is None or watch.number != number:
-            return  # It has ended.
+            return  # It has ended already.
         if len(watches) == 1:
-            self.inotify.unwatch(wd)  # What is queued comes first, and IN_IGNORED last.
+            self.inotify.unwatch(wd)  # The queued events come first, and IN_IGNORED last.
             return
-        self.drain()  # What is queued comes first, as it does from the kernel.
+        self.drain()  # The queued events come first, as from the kernel.
         if self._watches.get(wd, {}).pop(share, None) is None:
-            return  # That was its IN_IGNORED.
+            return  # Its IN_IGNORED was among them.
         share.given_up.add(number)
-        share.queue.append(_EVENT.pack(number, ino.IN_IGNORED, 0, 0))
+        share.queue.append(ino.pack_event(number, ino.IN_IGNORED))
         share.wake()
 
     def end(self, share: Share) -> None:
-        """End a board's share with all its watches: the board is no more."""
+        """End all watches of a board that is removed."""
         self._shares.discard(share)
         for wd, watches in tuple(self._watches.items()):
             if watches.pop(share, None) is not None and not watches:
@@ -193,29 +190,29 @@ class SharedInotify:
 
 
 class Share:
-    """The part of a board; to it, it is an `Inotify`."""
+    """The part of one board, which works like an `Inotify`."""
 
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared
         self.queue = queue
         self.given_up: set[int] = set()
-        """The numbers of which IN_IGNORED is not read yet."""
+        """Ended watches whose IN_IGNORED is not read yet."""
         self._arrived = trio.Event()
         self._waiting = False
         self.read = 0
         self.finish_alone: Callable[[memoryview, int], bool] | None = None
-        """Does at once what some events ask for, if that is simple and nothing is under way; returns whether it did.
+        """Process some events at once, if that is simple and nothing is in flight; return whether it did.
 
-        Called instead of waking a task of the board: for a lone notification that would be half of its time.
+        Waking a task of the board instead would take half the time of a single notification.
         """
 
     @property
     def fd(self) -> int:
-        """The descriptor, which is that of all boards."""
+        """The descriptor of all boards."""
         return self._shared.inotify.fd
 
     def wake(self) -> None:
-        """Let the board read its queue."""
+        """Have the board read its queue."""
         if self._waiting and self.finish_alone is not None and (done := self.queue.finish_alone(self.finish_alone)):
             self.read += done
         else:
@@ -258,8 +255,8 @@ class Share:
         return length
 
     def leave(self) -> None:
-        """The proxy that reads this has ended; another one may come."""
+        """The proxy of this share has ended; another one may follow."""
         self.finish_alone = None
 
     def close(self) -> None:
-        """Watches stay, for a successor; see `SharedInotify.end`."""
+        """Do nothing: watches stay for a successor; see `SharedInotify.end`."""

@@ -1,7 +1,7 @@
 """State files: the files of inbound signals. Each notification is an open, write of `1` and close of its own.
 
-What cannot be written is owed: it is noted by the wire name in memory that outlives the process, and written later, in
-order, before any newer notification of the same signal.
+A notification that cannot be written is pending: the in-flight buffer counts it by its wire name. It is written later,
+before any newer notification of the same signal.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
-from inco_trio.persist.inflight import NumberTable
+from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems
-from inco_trio.registers.directories import WRITE_FLAGS, Directories, Directory
+from inco_trio.registers.directories import Directories
+from inco_trio.registers.directory import WRITE_FLAGS, Directory
 from inco_trio.signals import Signal
 from inco_trio.status import Counters
 
@@ -26,7 +27,7 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 SLICE = 32
-"""Writes of what is owed between two looks at the time."""
+"""Writes of pending notifications between two checks of the time."""
 
 
 @attrs.define(eq=False)
@@ -36,22 +37,22 @@ class StateFile:
     signal: Signal
     directory: Directory
     fd: int = -1
-    """Open while the disk has no room for the `1`: closing it now would be a notification for who watches the file."""
+    """Open while the disk has no room for the `1`: closing it would be a notification for a watcher of the file."""
     count: int = 0
-    """How often it was written."""
+    """Number of writes."""
     last: int = 0
-    """When it was written last, as of time.time_ns()."""
+    """The time of the last write (time.time_ns())."""
     failures: int = 0
-    """Attempts to write it that failed."""
+    """Failed attempts to write it."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
-    """The file's name as the kernel takes it."""
+    """The file's name in bytes."""
 
     def write(self) -> None:
         """Write one notification. Raises OSError.
 
-        A missing file is not made: somebody may be removing the directory.
+        A missing file is not created: another process may be removing the directory.
         """
         fd = self.fd
         if fd >= 0:
@@ -78,17 +79,17 @@ class StateFile:
             self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 class StateFiles:
-    """The state files of a signal table. Everything here is immediate; nothing waits.
+    """The state files of a signal table. No method waits.
 
-    `known` maps wire names to files, and `by_frame` short frames as they stand in a bank, without their addresses: the
-    same few come again and again, and `Inbound` notes them here, as both change with the table.
+    `known` maps wire names to files. `by_frame` maps short frames without their addresses: `Inbound` caches them here,
+    as the same few arrive again and again, and both maps change with the table.
     """
 
     def __init__(self, directories: Directories, owed: NumberTable, problems: Problems, counters: Counters) -> None:
@@ -102,7 +103,7 @@ class StateFiles:
         self._counters = counters
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
-        """The file of a signal, made if it is missing; one that is there already is taken as it is. Raises OSError."""
+        """Return the file of a signal, created unless it exists. Raises OSError."""
         file = self._files.get(signal.name)
         if file is None or file.signal != signal or file.directory is not directory:
             file = StateFile(signal, directory)
@@ -112,7 +113,7 @@ class StateFiles:
         return file
 
     def take(self, files: Iterable[StateFile]) -> None:
-        """Write these files from now on."""
+        """Replace the files."""
         before = self._files
         self._files = {file.signal.name: file for file in files}
         self._current = set(self._files.values())
@@ -136,25 +137,25 @@ class StateFiles:
 
     @property
     def owed(self) -> int:
-        """Notifications that are not written yet."""
+        """The number of pending notifications."""
         return sum(self._owed[name] for name in self._owed)
 
     def owed_of(self, name: str) -> int:
-        """Notifications of one signal that are not written yet."""
+        """Return the number of pending notifications of a signal."""
         return self._owed[name.encode()]
 
     def file_of(self, name: str) -> StateFile:
-        """The state file of a signal."""
+        """Return the state file of a signal."""
         return self._files[name]
 
     def write(self, files: Sequence[StateFile]) -> None:
-        """Write each file, in order. What cannot be written now is owed."""
+        """Write each file, in order. What cannot be written is pending."""
         if not self._current.issuperset(files):
             files = self._renewed(files)
         owed, unwritten = self._owed, []
         owing = bool(owed.places)
         for file in files:
-            # What is owed of the same signal comes first.
+            # Pending notifications of the same signal come first.
             if not (owing and owed[file.signal.name.encode()]):
                 try:
                     file.write()
@@ -177,14 +178,14 @@ class StateFiles:
                 file.last = now
         for directory in {file.directory for file in written}:
             if not directory.current:
-                # Replaced meanwhile: these may have gone to the old one.
+                # Replaced meanwhile: the writes may have gone to the old directory.
                 for file, number in written.items():
                     if file.directory is directory and number:
                         owed[file.signal.name.encode()] += number
                 self._directories.look(directory)
 
     def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
-        """The files of now for those of frames that were read before a reload."""
+        """Return the current files for those of frames that were read before a reload."""
         renewed = [self._files[name] for file in files if (name := file.signal.name) in self._files]
         self._counters.unknown += len(files) - len(renewed)
         return renewed
@@ -202,7 +203,7 @@ class StateFiles:
             self._directories.trouble(file.directory)
 
     def pay(self, directory: Directory) -> Iterator[bool]:
-        """Write what is owed in a directory, as far as it can be written; yields often: whether all is going well."""
+        """Write the pending notifications of a directory; yields often: whether the writes succeed."""
         for file in tuple(self._files.values()):
             key = file.signal.name.encode()
             if file.directory is not directory or not self._owed[key]:
@@ -212,7 +213,7 @@ class StateFiles:
                     yield False
                     return
                 written, refused = self._write_some(file, min(rest, SLICE))
-                # Else what was written may have gone to a directory that was replaced meanwhile.
+                # If it was replaced, the writes may have gone to the old directory.
                 if written and directory.current:
                     self._counters.delivered += written
                     file.count += written
@@ -241,6 +242,6 @@ class StateFiles:
         return number, False
 
     def close(self) -> None:
-        """Let go of files that wait for room on the disk."""
+        """Close files that wait for room on the disk."""
         for file in self._files.values():
             file.close()

@@ -25,9 +25,10 @@ import attrs
 
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
-from inco_trio.persist.inflight import NumberTable
+from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems
-from inco_trio.registers.directories import APPEARED, VANISHED, Directories, Directory, temporary_name, watch_key
+from inco_trio.registers.directories import APPEARED, VANISHED, Directories
+from inco_trio.registers.directory import Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
 from inco_trio.status import Counters
@@ -36,80 +37,67 @@ __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "
 
 logger = logging.getLogger(__name__)
 
-_CLOSED = struct.Struct("=iIII")
-_WRITTEN_AND_CLOSED = struct.Struct("=iIIIiIII")
-"""One and two struct inotify_event without a name, as a watch on a file gives them."""
+_WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
+"""Two events without a name, as a watch on a file reports them."""
 
 RETIREMENT = 1.0
-"""Seconds for which the watch of a replaced trigger is kept: somebody who had it open may still close it."""
+"""Seconds for which the watch of a replaced trigger stays: a process that has it open may still close it."""
 
 
 class State(enum.Enum):
-    """What is known of a trigger's file."""
+    """The state of a trigger's file."""
 
     KNOWN = enum.auto()
-    """It is at its path, and watched."""
+    """It is at its path and watched."""
     MADE = enum.auto()
-    """The same, and the event that tells of our making it is still to be read."""
+    """The same, but the event of our creating it is still unread."""
     MISSING = enum.auto()
-    """Nothing that can be watched is at its path, or nobody has looked yet."""
+    """Its path has no file that can be watched, or we have not looked yet."""
 
 
 class Happening(enum.Enum):
-    """What an event tells of a trigger."""
+    """What happened to a trigger, as an event reports it."""
 
-    CLOSED = enum.auto()
-    """IN_CLOSE_WRITE of its watch, or of one that it had."""
     MADE = enum.auto()
     """IN_CREATE of its name."""
     MOVED_HERE = enum.auto()
     """IN_MOVED_TO of its name."""
     VANISHED = enum.auto()
-    """IN_DELETE or IN_MOVED_FROM of its name."""
-    IGNORED = enum.auto()
-    """IN_IGNORED of its watch: the file is gone."""
+    """IN_DELETE or IN_MOVED_FROM of its name, or IN_IGNORED of its watch: the file does not exist any more."""
 
 
 class Action(enum.Enum):
-    """What is to be done about it."""
+    """The response to an event."""
 
-    NOTIFY = enum.auto()
-    """It is a notification."""
     LOOK = enum.auto()
-    """Watch what is there now; another file than before is a notification, and one that is gone again."""
+    """Watch the file at the path; a replaced file, or one that is gone already, is a notification."""
     FOLLOW = enum.auto()
-    """Watch what is there now; a notification, whether it is another file or not."""
+    """Watch the file at the path, and send a notification."""
     OWN = enum.auto()
-    """It tells of what we did."""
+    """Nothing: this process caused the event."""
     MISS = enum.auto()
-    """Look a little later: what is there now has an event of its own behind this one, which counts it."""
+    """Look a little later: a file that is there now has its own event, still unread, which counts it."""
     NOTHING = enum.auto()
 
 
 MEANING = {
     State.KNOWN: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.LOOK,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.MISS,
-        Happening.IGNORED: Action.MISS,
     },
     State.MADE: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.OWN,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.MISS,
-        Happening.IGNORED: Action.MISS,
     },
     State.MISSING: {
-        Happening.CLOSED: Action.NOTIFY,
         Happening.MADE: Action.LOOK,
         Happening.MOVED_HERE: Action.FOLLOW,
         Happening.VANISHED: Action.NOTHING,
-        Happening.IGNORED: Action.NOTHING,
     },
 }
-"""What each event means in each state."""
+"""The response to each event in each state."""
 
 
 @attrs.define(eq=False)
@@ -119,16 +107,16 @@ class Trigger:
     directory: Directory
     register: str
     signal: Signal | None = None
-    """None before it is in the table, and after."""
+    """None while it is not in the table."""
     wd: int = 0
-    """The watch on its file; 0 is none. Only `Triggers._set_watch` gives it another one."""
+    """The watch on its file; 0 is none. Only `Triggers._set_watch` changes it."""
     looked_in: int = 0
-    """The watch of the directory in which it was found."""
+    """The watch of the directory in which we found it."""
     missing_since: float | None = None
     made_in: int = 0
-    """The watch of the directory in which we made it, until IN_CREATE tells of that."""
+    """The watch of the directory in which we created it, until its IN_CREATE is read."""
     replaced: deque[int] = attrs.Factory(deque)
-    """For each time that it was found to be another file: how much is to be read until no event tells of it."""
+    """For each replacement that we found: the position in the inotify stream behind which no event reports it."""
     path: Path = attrs.field(init=False)
     key: bytes = attrs.field(init=False)
 
@@ -137,7 +125,7 @@ class Trigger:
         self.key = watch_key(self.path)
 
     def state(self, directory_wd: int) -> State:
-        """The state, as an event of the watch `directory_wd` has to take it."""
+        """Return the state for an event of the watch `directory_wd`."""
         if self.made_in == directory_wd:
             return State.MADE
         return State.KNOWN if self.missing_since is None and self.looked_in == self.directory.wd else State.MISSING
@@ -145,19 +133,19 @@ class Trigger:
 
 @attrs.define
 class Triggered:
-    """What events lead to: notifications to send, and watches to note once they are sent."""
+    """The result of events: notifications to send, and watches to store once they are sent."""
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """For `Inflight.watches`: noted earlier, a crash would lose the notification of a file that appeared."""
+    """For `Inflight.watches`. Stored earlier, a crash would lose the notification of a file that appeared."""
 
     def extend(self, other: Triggered) -> None:
-        """Add what `other` leads to."""
+        """Add another result."""
         self.signals += other.signals
         self.watches |= other.watches
 
     def add(self, trigger: Trigger, *, note: bool = False) -> None:
-        """Add one notification of `trigger`; `note` its watch, if it is another than before."""
+        """Add one notification of `trigger`; `note` its watch if it has changed."""
         if trigger.signal is not None:
             self.signals.append(trigger.signal)
             if note:
@@ -165,7 +153,7 @@ class Triggered:
 
 
 class Triggers:
-    """The triggers of a signal table. Everything here is immediate; nothing waits."""
+    """The triggers of a signal table. No method waits."""
 
     def __init__(
         self, directories: Directories, inotify: Watcher, noted: NumberTable, problems: Problems, counters: Counters
@@ -177,29 +165,29 @@ class Triggers:
         self._noted = noted
         self._problems = problems
         self._counters = counters
-        # Until IN_IGNORED is read: also watches of files that were replaced, and of what is not in the table any more.
+        # Until IN_IGNORED is read: also watches of files that were replaced, or are not in the table any more.
         self._by_wd: dict[int, Trigger] = {}
         self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
-        # What was said of each directory: a path by the reason.
+        # The problems that were logged for each directory: a path by the reason.
         self._reasons: dict[Directory, dict[str, Path]] = {}
 
     # ------------------------------------------------------------------------------------------------------ table
 
     def add(self, directory: Directory, register: str) -> Trigger:
-        """A trigger that has no signal yet: its events are followed and notify nobody."""
+        """Add a trigger without a signal; its events are followed, but make no notification."""
         trigger = Trigger(directory, register)
         self.by_path[trigger.path] = trigger
         self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
         return trigger
 
     def keys(self) -> set[bytes]:
-        """The keys of the triggers in `Inflight.watches`."""
+        """Return the keys of the triggers in `Inflight.watches`."""
         return {trigger.key for trigger in self.by_path.values()}
 
     def drop(self, trigger: Trigger) -> None:
-        """A trigger that is not in the table any more: what is queued for it is nobody's."""
+        """Remove a trigger from the table; its queued events have no effect."""
         trigger.signal = None
         trigger.replaced.clear()
         self._replaced.discard(trigger)
@@ -214,7 +202,7 @@ class Triggers:
             self._retire(trigger.wd)
 
     def ignore(self, wd: int) -> None:
-        """End the watch of a predecessor's configuration: what is queued for it is nobody's."""
+        """End a watch of a predecessor's configuration; its queued events have no effect."""
         if wd not in self._by_wd:
             self._by_wd[wd] = Trigger(Directory(Path("/")), "of a predecessor")
             self._retire(wd)
@@ -222,9 +210,9 @@ class Triggers:
     # --------------------------------------------------------------------------------------------------- watching
 
     def look(self, trigger: Trigger, *, make: bool) -> None:
-        """Watch the file that is there now; one that is missing is made if `make`.
+        """Watch the file at the path; `make` a missing one.
 
-        If it is another file than the one that was watched, and not of our making, `replaced` says so. Raises OSError.
+        A file that we neither watched nor created is added to `replaced`. Raises OSError.
         """
         directory, register = trigger.directory, trigger.register
         before = trigger.wd or self._noted[trigger.key]
@@ -248,18 +236,18 @@ class Triggers:
             self._by_wd[before] = trigger  # A predecessor's.
             self._retire(before)
         if made or (trigger.signal is None and not before):
-            note(wd)  # Ours, or there before it was a trigger of ours.
+            note(wd)  # We created it, or it was there before it became a trigger.
         else:
             trigger.replaced.append(self._inotify.read + self._inotify.queued)
             self._replaced.add(trigger)
 
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
-        """`wd` is the watch on the trigger's file."""
+        """Set the watch on the trigger's file."""
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
                 raise UnfitFileError(trigger.path, f"is the same file as {owner.path}", "remove one of the two names")
-            # It was renamed from there to here.
+            # It was renamed.
             owner.wd = 0
             self._miss(owner)
         if trigger.wd not in (0, wd):
@@ -270,16 +258,16 @@ class Triggers:
 
     def _retire(self, wd: int) -> None:
         self._retired[wd] = time.monotonic() + RETIREMENT
-        self._directories.announce()
+        self._directories.retries.announce()
 
     def _miss(self, trigger: Trigger) -> None:
-        """Look at a trigger a little later."""
+        """Retry a trigger a little later."""
         if trigger.missing_since is None:
             trigger.missing_since = time.monotonic()
             self._directories.trouble(trigger.directory)
 
     def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
-        """`look`; a refusal is returned, and tried again later."""
+        """Call `look`; return its error, and retry later."""
         try:
             self.look(trigger, make=make)
         except OSError as error:
@@ -290,7 +278,7 @@ class Triggers:
     # -------------------------------------------------------------------------------------------------- following
 
     def follow(self, events: Iterable[Event]) -> Triggered:
-        """What events lead to, in order; what nobody told of by now is added. Raises nothing."""
+        """Turn events into notifications, in order. Add replaced files that no event will report. Raises nothing."""
         triggered = Triggered()
         by_wd, signals = self._by_wd, triggered.signals
         unknown = False
@@ -298,7 +286,7 @@ class Triggers:
             if mask & ino.IN_CLOSE_WRITE:
                 trigger = by_wd.get(wd)
                 if trigger is None:
-                    # Inherited from a predecessor that was killed before it noted whose watch this is.
+                    # A predecessor was killed before it stored whose watch this is.
                     unknown = True
                 elif trigger.signal is not None:
                     signals.append(trigger.signal)
@@ -311,21 +299,21 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Once for all of them: after a crash there can be hundreds.
+            # Once for all events: after a crash there can be hundreds.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """The signal to send, if the `length` bytes in `view` only tell that one trigger was written and closed.
+        """Return the signal to send if the `length` bytes in `view` only report the write and close of one trigger.
 
-        None for everything else, which is for `follow`.
+        None for everything else, which `follow` handles.
         """
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
-        elif length == _CLOSED.size:
-            wd, mask, _, _ = _CLOSED.unpack_from(view)
+        elif length == ino.EVENT.size:
+            wd, mask, _, _ = ino.EVENT.unpack_from(view)
             written = ino.IN_MODIFY
         else:
             return None
@@ -346,8 +334,8 @@ class Triggers:
         )
         self._notify_all(triggered)
         for trigger in self.by_path.values():
-            trigger.made_in = 0  # The event that tells of it may be among the lost ones.
-            # At once: a file that was renamed to here may have a watch that is still nobody's.
+            trigger.made_in = 0  # The event of our creating it may be lost.
+            # At once: a file that was renamed to this path may have a watch of no trigger yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
 
@@ -357,32 +345,38 @@ class Triggers:
         self._inotify.forget(wd)
         if trigger.wd == wd:
             trigger.wd = 0
-            action = MEANING[trigger.state(0)][Happening.IGNORED]
+            action = MEANING[trigger.state(0)][Happening.VANISHED]
             if action is Action.MISS and self.by_path.get(trigger.path) is trigger:
                 self._miss(trigger)
 
     def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Follow an event of a directory, or of one above."""
+        """Follow an event of a directory, or of one above it."""
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:
-            if mask & APPEARED and wd not in self._by_wd:
-                # In a directory that only a predecessor had seen, and that was not left out by our configuration.
-                # Somebody may have written what they made there.
-                for trigger in self.by_path.values():
-                    if os.fsencode(trigger.register) == name:
-                        triggered.add(trigger)
+            self._follow_unknown(wd, mask, name, triggered)
             return
         if directory is None:
             return
-        trigger_or_none = self._in.get(directory, {}).get(name)
-        if trigger_or_none is None:
-            if name == self._temporary:
-                directory.making_in = wd if mask & ino.IN_CREATE else 0
-            return
-        trigger, happening = trigger_or_none, _happening(mask)
-        if wd != trigger.directory.wd:
-            # In the directory that was at the path before; what is there now is looked at anyway.
+        trigger = self._in.get(directory, {}).get(name)
+        if trigger is not None:
+            self._follow_trigger(trigger, wd, mask, triggered)
+        elif name == self._temporary:
+            directory.making_in = wd if mask & ino.IN_CREATE else 0
+
+    def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
+        """Follow an event of a directory that only a predecessor watched, and that our configuration still has."""
+        if mask & APPEARED and wd not in self._by_wd:
+            # A process may have written the file that appeared.
+            for trigger in self.by_path.values():
+                if os.fsencode(trigger.register) == name:
+                    triggered.add(trigger)
+
+    def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
+        """Follow an event of a trigger's name."""
+        directory, happening = trigger.directory, _happening(mask)
+        if wd != directory.wd:
+            # In the directory that the path led to before. A retry looks at the current one anyway.
             if trigger.made_in == wd and happening is Happening.MADE:
                 trigger.made_in = 0
             elif happening in (Happening.MADE, Happening.MOVED_HERE):
@@ -390,7 +384,7 @@ class Triggers:
             return
         action = MEANING[trigger.state(wd)][happening]
         if action is Action.OWN and directory.making_in != wd:
-            # Somebody's file, which was gone again before ours was made: the event of that is still to come.
+            # Another process created and deleted this file before we created ours; our IN_CREATE is still queued.
             if not mask & ino.IN_ISDIR:
                 triggered.add(trigger)
             return
@@ -399,20 +393,24 @@ class Triggers:
         if action is Action.MISS:
             self._miss(trigger)
         elif action in (Action.LOOK, Action.FOLLOW):
-            error = self._try_look(trigger, make=False)
-            if another := bool(trigger.replaced):
-                trigger.replaced.popleft()
-            # A file of which the event tells, not the directory that may be there instead.
-            gone_again = (
-                error is not None
-                and not mask & ino.IN_ISDIR
-                and (error.errno == errno.ENOENT or _is_directory(trigger.path))
-            )
-            if another or gone_again or action is Action.FOLLOW:
-                triggered.add(trigger, note=another)
+            self._look_again(trigger, mask, triggered, always=action is Action.FOLLOW)
+
+    def _look_again(self, trigger: Trigger, mask: int, triggered: Triggered, *, always: bool) -> None:
+        """Watch the file that appeared. Another one, or one that is gone already, is a notification, or `always`."""
+        error = self._try_look(trigger, make=False)
+        if another := bool(trigger.replaced):
+            trigger.replaced.popleft()
+        # The event is of a file, not of a directory that may be there instead by now.
+        gone_again = (
+            error is not None
+            and not mask & ino.IN_ISDIR
+            and (error.errno == errno.ENOENT or _is_directory(trigger.path))
+        )
+        if another or gone_again or always:
+            triggered.add(trigger, note=another)
 
     def _count_replaced(self, triggered: Triggered) -> None:
-        """Count the triggers that turned out to be another file, and of which no event is left that may tell."""
+        """Add the replaced files that no unread event can report any more."""
         for trigger in tuple(self._replaced):
             while trigger.replaced and trigger.replaced[0] <= self._inotify.read:
                 trigger.replaced.popleft()
@@ -423,9 +421,9 @@ class Triggers:
     # --------------------------------------------------------------------------------------------------- retrying
 
     def restore(self, directory: Directory) -> Iterator[float | None]:
-        """Watch the missing triggers of a directory, and make them.
+        """Watch or create the missing triggers of a directory.
 
-        Yields after each: None if it is watched now, else when to try again at the earliest (time.monotonic()).
+        Yields after each: None if it is watched now, else the earliest time of the next retry (time.monotonic()).
         """
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
@@ -449,7 +447,7 @@ class Triggers:
         self._say(directory, refused)
 
     def _say(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
-        """Log what keeps triggers from being watched: once for each reason, as there may be thousands of them."""
+        """Log why triggers cannot be watched: once for each reason, as there may be thousands of triggers."""
         for reason, paths in refused.items():
             others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
             self._problems.failed((directory, reason), f"cannot watch: {reason}; retried", f"{paths[0]}{others}")
@@ -460,21 +458,21 @@ class Triggers:
                 del self._reasons[directory][reason]
 
     def expire(self) -> None:
-        """End the watches of files that were replaced a while ago."""
+        """End the watches of files that were replaced `RETIREMENT` seconds ago."""
         now = time.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
-                del self._by_wd[wd]  # A directory of a predecessor's configuration that a reload took again.
+                del self._by_wd[wd]  # A directory of a predecessor's configuration, which a reload uses again.
             else:
                 self._inotify.unwatch(wd)
 
     def next_expiry(self) -> float:
-        """When `expire` has something to do (time.monotonic()); infinity for never."""
+        """Return the time for the next `expire` (time.monotonic()); infinity for never."""
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:
-        """What nobody told of by now, as `follow` adds it."""
+        """Return the replaced files that no event will report, as `follow` adds them."""
         triggered = Triggered()
         self._count_replaced(triggered)
         return triggered

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.config import read_file
-from inco_trio.errors import IncoError, UsageError
+from inco_trio.config import read_udrv
+from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = [
@@ -80,7 +80,7 @@ class Client:
 
 
 def gateway_service(url: str, config: Path | None) -> Client:
-    """Describe the gateway to the broker at `url`, with the file `config`. Raises UsageError."""
+    """Describe the gateway to the broker at `url`, with the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
@@ -119,10 +119,10 @@ class Service:
 
 
 def link_service(link: str, config: Path) -> Service:
-    """Describe the proxy of a link, with the registers of the udrv.json `config`. Raises UsageError."""
+    """Describe the proxy of a link, with the registers of the udrv.json `config`. Raises InvalidArgumentError."""
     words = ("run", link, "--config", str(config.absolute()))
     of = f"inter-core interrupts on {link}"
-    label, warnings = _label(link), _warnings(lambda: read_file(config))
+    label, warnings = _label(link), _warnings(lambda: read_udrv(config))
     if isinstance(parse_address(link), UnixAddress):
         return Service(label, of, words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
     return Service(label, of, words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
@@ -137,7 +137,7 @@ def boards_service(directory: Path, label: str) -> Service:
 
 
 def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:
-    """Describe one side of the bridge at `url`, with the file `config`. Raises UsageError."""
+    """Describe one side of the bridge at `url`, with the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
     of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
@@ -147,27 +147,27 @@ def bridge_service(url: str, link: str, end: str, config: Path | None) -> Servic
 
 
 def account_of(user: str) -> pwd.struct_passwd:
-    """Return the account of a user. Raises UsageError."""
+    """Return the account of a user. Raises InvalidArgumentError."""
     try:
         return pwd.getpwnam(user)
     except (KeyError, ValueError):  # ValueError: a NUL, or characters that a name cannot contain
-        raise UsageError(f"--user {user}: no such user") from None
+        raise InvalidArgumentError(f"--user {user}: no such user") from None
 
 
 def _label(link: str) -> str:
-    """Return the name of the service of a link. Raises UsageError for addresses that are invalid, or invalid here."""
+    """Return the name of the service of a link. Raises InvalidArgumentError if the link cannot have one."""
     try:
         label = parse_address(link).label
-    except ValueError as error:
-        raise UsageError(f"link {link!r}: {error}") from None
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"link {link!r}", error.reason) from None
     if link.startswith("-"):
-        raise UsageError(f"link {link!r}: starts with '-', so the service would take it for an option")
+        raise InvalidArgumentError(f"link {link!r}: starts with '-', so the service would take it for an option")
     if "\n" in label:
-        raise UsageError(f"link {link!r}: contains a line break, which the name of a service cannot")
+        raise InvalidArgumentError(f"link {link!r}: contains a line break, which the name of a service cannot")
     if label.startswith(_BRIDGE):
-        raise UsageError(f"link {link!r}: names that start with {PREFIX}{_BRIDGE} are reserved for bridges")
+        raise InvalidArgumentError(f"link {link!r}: names that start with {PREFIX}{_BRIDGE} are reserved for bridges")
     if label in _RESERVED:
-        raise UsageError(f"link {link!r}: the name {PREFIX}{label} is reserved for {_RESERVED[label]}")
+        raise InvalidArgumentError(f"link {link!r}: the name {PREFIX}{label} is reserved for {_RESERVED[label]}")
     return label
 
 

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 
 __all__ = ["check_notification_fd", "notify_ready", "notify_stopping", "sd_notify"]
 
@@ -22,19 +22,19 @@ def check_notification_fd(fd: int) -> None:
     """Check that `fd` can be written to, and make it close-on-exec.
 
     Call this before anything else is opened. Otherwise a wrong number could match one of our own descriptors.
-    Raises UsageError.
+    Raises InvalidArgumentError.
     """
     if fd <= 2:
-        raise UsageError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams (3 is customary)")
+        raise InvalidArgumentError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams (3 is customary)")
     try:
         mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
         os.set_inheritable(fd, False)
     except (OSError, OverflowError):
-        raise UsageError(
+        raise InvalidArgumentError(
             f"--notification-fd {fd}: not open (s6 opens the descriptor in the file notification-fd of the service)"
         ) from None
     if mode == os.O_RDONLY:
-        raise UsageError(f"--notification-fd {fd}: open for reading only")
+        raise InvalidArgumentError(f"--notification-fd {fd}: open for reading only")
 
 
 def notify_ready(notification_fd: int | None) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import trio
 
-from inco_trio.errors import IncoError, ResourceError
+from inco_trio.errors import IncoError, ResourceError, unwrapped
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import set_up_logging
@@ -67,7 +67,7 @@ def run_service(
         raise
     except Exception as error:  # The log gets the traceback, the supervisor the exit code.
         if refused := _exhausted(error):
-            raise ResourceError(f"{service.name}: {refused.strerror}: raise or free the limited resource") from error
+            raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
         logger.exception("internal error: please report this fault of inco-trio")
         return os.EX_SOFTWARE
     return 0
@@ -75,9 +75,8 @@ def run_service(
 
 def _exhausted(error: Exception) -> OSError | None:
     """Return the cause if it is a system limit, which may also have hit Trio itself."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, OSError) and error.errno in EXHAUSTED else None
+    cause = unwrapped(error, only=True)
+    return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
 class Runner:

@@ -17,7 +17,13 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from inco_trio.errors import IncoError, PermissionDeniedError, ResourceError, UsageError
+from inco_trio.errors import (
+    STRERROR,
+    IncoError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    from_os_error,
+)
 from inco_trio.service.descriptions import PREFIX, Client, Service, account_of, template
 
 __all__ = ["write_scandir"]
@@ -34,8 +40,8 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
     The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Only files that
-    differ are written. Return a line for each of them, and warnings. Raises UsageError, PermissionDeniedError,
-    ResourceError.
+    differ are written. Return a line for each of them, and warnings. Raises InvalidArgumentError,
+    PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
     try:
@@ -51,19 +57,13 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
         ]
         lines += _write_tree(directory, _fd_store(rules))
         lines += _remove_stale_rules(directory, rules)
+    except IncoError:
+        raise
     except OSError as error:
-        raise _refusal(error) from error
+        # filename2 is the target of a rename. The user does not know the name of the temporary file.
+        subject = f"cannot write {error.filename2 or error.filename}"
+        raise from_os_error(error, subject, STRERROR, (_MISPLACED, InvalidArgumentError, STRERROR)) from error
     return lines
-
-
-def _refusal(error: OSError) -> IncoError:
-    # filename2 is the target of a rename. The user does not know the name of the temporary file.
-    line = f"cannot write {error.filename2 or error.filename}: {error.strerror}"
-    if isinstance(error, PermissionError):
-        return PermissionDeniedError(line)
-    if error.errno in _MISPLACED:
-        return UsageError(line)
-    return ResourceError(line)
 
 
 _Tree = dict[str, tuple[str, int]]

@@ -14,7 +14,7 @@ __all__ = ["systemd_unit"]
 
 
 def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
-    """Return the text of a unit that runs `service` as `user` (default: root) with `program`. Raises UsageError."""
+    """Return a unit that runs `service` as `user` (default: root) with `program`. Raises InvalidArgumentError."""
     command = " ".join(map(_quote_word, (*program, *service.words, "--log-format", "text")))
     directives = template("client.directives")
     if isinstance(service, Service):

@@ -9,7 +9,6 @@ arrival has one departure, and a latency.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -28,9 +27,10 @@ from typing import Protocol
 
 import attrs
 
-from inco_trio.errors import IncoError, ResourceError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify, parse_events
+from inco_trio.linux.process import end_with_parent
 from inco_trio.service.process_signals import wakeups
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
 from inco_trio.simulation.guest import Guest, Wait
@@ -62,7 +62,6 @@ _LOST_AFTER = 3.0
 _STOP_DEADLINE = 60.0
 """Seconds until a proxy that does not end is killed; its own deadline for a stop is 5 s."""
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
 """Makes a stage in a directory; the wait of the demonstration is the one in which it may be stopped."""
@@ -204,12 +203,11 @@ class _Proxy:
     def __init__(self, stage: Stage, config: Path, log: Path, control: str) -> None:
         self._log = log
         read_ready, write_ready = os.pipe()
-        prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+        parent = os.getpid()
 
         def prepare() -> None:
             # Whatever happens to the demonstration, the proxy ends with it.
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
+            if not end_with_parent(parent):
                 os._exit(1)
             stage.enter()
 
@@ -513,16 +511,16 @@ def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, r
     namespaces gets a user namespace, in which the calling process, which must have a single thread, then remains; where
     that is forbidden too, the link is a Unix socket. With `with_qemu`, it is one too, and core 1 a guest of QEMU.
 
-    Raises `UsageError`, `GuestError`, `ProxyError`, `ResourceError`; BrokenPipeError if nobody reads `out`.
+    Raises `InvalidArgumentError`, `GuestError`, `ProxyError`, `ResourceError`; BrokenPipeError if nobody reads `out`.
     """
     if count < 1 or not 0 < rate < math.inf:
-        raise UsageError("the demonstration needs a count of at least 1 and a rate above 0")
+        raise InvalidArgumentError("the demonstration needs a count of at least 1 and a rate above 0")
     set_up = functools.partial(qemu, answers=_ANSWERS) if with_qemu else _choose(out)
     try:
         return _demonstrate(set_up, count, rate, out, record)
     except _Stopped as stopped:
         return 128 + stopped.number
-    except BrokenPipeError:
+    except (BrokenPipeError, IncoError):
         raise
     except OSError as error:
         raise ResourceError(f"the demonstration cannot go on: {error}") from error

@@ -7,12 +7,10 @@ QEMU's monitor or its end, and none is a thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import time
@@ -21,8 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from inco_trio.errors import IncoError
+from inco_trio.errors import UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
+from inco_trio.linux.process import end_with_parent
 from inco_trio.simulation.world import Namespace
 
 __all__ = [
@@ -47,7 +46,6 @@ READY = "core1: ready"
 _DEADLINE = 300.0
 """Seconds after which a wait is an error: it only stops a hang."""
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 _MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")
 _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
@@ -61,13 +59,11 @@ def _wait(fds: Sequence[int], timeout: float) -> Sequence[int]:
     return select.select(fds, [], [], timeout)[0]
 
 
-class GuestError(IncoError):
-    """QEMU is not installed, refuses or has ended, or the guest does not do what is waited for."""
-
-    exit_code = 69
+class GuestError(UnavailableError):
+    """QEMU is not installed, refuses a command or has ended, or the guest does not do what the caller waits for."""
 
 
-class QemuNotFoundError(GuestError):
+class QemuNotFoundError(GuestError, FileNotFoundError):
     """QEMU is not installed."""
 
 
@@ -199,11 +195,10 @@ class Guest:
         closing.callback(os.close, self._end)
 
     def _spawn(self, program: str, monitor: int, output: int) -> subprocess.Popen[bytes]:
-        prctl, parent, namespace = ctypes.CDLL(None).prctl, os.getpid(), self._namespace
+        parent, namespace = os.getpid(), self._namespace
 
         def prepare() -> None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
+            if not end_with_parent(parent):
                 os._exit(1)
             if namespace is not None:
                 namespace.enter()

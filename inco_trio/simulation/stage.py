@@ -10,7 +10,7 @@ from typing import Protocol
 
 import attrs
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.frame import encode
 from inco_trio.links.address import address_fault
 from inco_trio.simulation.guest import Guest, Wait, unix_netdev
@@ -65,7 +65,7 @@ def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
 def _address(local: Path, remote: Path) -> str:
     link = "unix:" + ",peer=".join(str(path).replace(",", ",,") for path in (local, remote))
     if fault := address_fault(link):
-        raise UsageError(f"there can be no link in the directory for temporary files (TMPDIR): {fault}")
+        raise InvalidArgumentError(f"there can be no link in the directory for temporary files (TMPDIR): {fault}")
     return link
 
 
@@ -97,7 +97,7 @@ class _SocketPeer:
 
 @contextlib.contextmanager
 def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
-    """Two Unix datagram sockets in `directory`, which need no privilege. Raises UsageError if its path is too long."""
+    """Two Unix datagram sockets in `directory`, without privilege. Raises InvalidArgumentError for a long path."""
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     with contextlib.closing(_SocketPeer(core1, core0)) as peer:
@@ -108,7 +108,7 @@ def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
 def qemu(directory: Path, wait: Wait, answers: Mapping[str, str]) -> Iterator[Stage]:
     """Core 1 as a guest of QEMU, which has started; the link is a pair of Unix datagram sockets in `directory`.
 
-    Raises GuestError, UsageError if the path is too long, and what `wait` raises.
+    Raises GuestError, InvalidArgumentError if the path is too long, and what `wait` raises.
     """
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)

@@ -9,7 +9,6 @@ user namespace of their own (user_namespaces(7)); see `may_make_namespaces` and 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import os
 import select
@@ -25,6 +24,10 @@ import attrs
 
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
+from inco_trio.linux.netns import CLONE_NEWNET, CLONE_NEWUSER, set_network, unshare
+from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
+from inco_trio.linux.rtnetlink import RTMGRP_LINK
+from inco_trio.linux.sockets import set_receive_buffer
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -43,22 +46,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-# <linux/sched.h>, <linux/capability.h>, <linux/rtnetlink.h>, <asm-generic/socket.h>: Python 3.11 names none of them.
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWNET = 0x40000000
-CAP_NET_ADMIN = 12
-CAP_NET_RAW = 13
-CAP_SYS_ADMIN = 21
-RTMGRP_LINK = 1
-SO_RCVBUFFORCE = 33
 
 _LINK_DEADLINE = 120.0
 """Seconds until a link that does not come up is an error; a veth pair needs milliseconds, so this only stops a hang."""
 
 _PEER_BUFFER = 16 * 2**20
 """Bytes; a burst of 20,000 small frames fits."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NamespaceRefused(PermissionDeniedError):
@@ -67,16 +60,11 @@ class NamespaceRefused(PermissionDeniedError):
 
 def _refused(what: str, cause: OSError) -> NamespaceRefused:
     return NamespaceRefused(
-        f"cannot make a {what} namespace ({cause.strerror}): run as root, or allow it with the sysctls"
+        f"cannot make a {what} namespace ({cause.strerror})",
+        "run as root, or allow it with the sysctls"
         " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
-        " kernel.apparmor_restrict_unprivileged_userns=0, as far as this system has them"
+        " kernel.apparmor_restrict_unprivileged_userns=0, as far as this system has them",
     )
-
-
-def _checked(result: int) -> None:
-    if result != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 def may_make_namespaces() -> bool:
@@ -96,7 +84,7 @@ def new_user_namespace() -> None:
     """
     user, group = os.geteuid(), os.getegid()
     try:
-        _checked(_libc.unshare(CLONE_NEWUSER))
+        unshare(CLONE_NEWUSER)
         # Without privilege, gid_map is refused unless setgroups(2) is given up before (user_namespaces(7)).
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
@@ -135,7 +123,7 @@ def _in_thread(function: Callable[[], T]) -> T:
 
 def _make_network() -> int:
     def make() -> int:
-        _checked(_libc.unshare(CLONE_NEWNET))
+        unshare(CLONE_NEWNET)
         # Router solicitations and multicast reports would be foreign frames on every link. /proc/sys can be
         # read-only in a container, and IPv6 can be missing: then there is nothing to do, or it only costs noise.
         with contextlib.suppress(OSError):
@@ -161,7 +149,7 @@ class Namespace:
 
     def enter(self) -> None:
         """Move the calling thread into the namespace, for good; also as `preexec_fn` of a subprocess."""
-        _checked(_libc.setns(self.fd, CLONE_NEWNET))
+        set_network(self.fd)
 
     def run(self, function: Callable[[], T]) -> T:
         """The result of `function()`, called in a thread inside; what it raises is raised here.
@@ -324,11 +312,7 @@ class Peer:
         def inside() -> socket.socket:
             opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
             try:
-                # Only the owner of the first user namespace may exceed net.core.rmem_max.
-                try:
-                    opened.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _PEER_BUFFER)
-                except PermissionError:
-                    opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _PEER_BUFFER)
+                set_receive_buffer(opened, _PEER_BUFFER)
                 opened.bind((self._cores.link, ETHERTYPE))
             except BaseException:
                 opened.close()

@@ -14,7 +14,7 @@ import attrs
 import trio
 
 from inco_trio.cores.port import Port, open_port
-from inco_trio.errors import IncoError, LinkNotFoundError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError, LinkNotFoundError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.guest import Guest, unix_netdev
@@ -213,7 +213,7 @@ class _Core:
         return self._board._rig.history.all(self.number)
 
     def count(self, name: str) -> int:
-        """How often this core got or made notifications of a signal until now. Raises UsageError for a wrong name."""
+        """Return how many notifications of a signal this core got or made. Raises InvalidArgumentError."""
         __tracebackhide__ = True
         self._board._layout.signal(name)
         return sum(each.name == name for each in self.history)
@@ -222,7 +222,7 @@ class _Core:
         """The next notification of a signal here that no `wait_for` returned before; it may have come already.
 
         Raises NotificationMissingError, an AssertionError, after `timeout` seconds, or when the proxy has ended by
-        itself; UsageError for a wrong name or timeout.
+        itself; InvalidArgumentError for a wrong name or timeout.
         """
         __tracebackhide__ = True
         self._check(name, timeout)
@@ -232,7 +232,7 @@ class _Core:
         __tracebackhide__ = True
         self._board._layout.signal(name)
         if not isinstance(timeout, int | float) or not 0 <= timeout <= threading.TIMEOUT_MAX:
-            raise UsageError(f"timeout={timeout!r}: is not a number of seconds, 0 or more")
+            raise InvalidArgumentError(f"timeout={timeout!r}: is not a number of seconds, 0 or more")
 
     async def async_wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `wait_for`
         """`wait_for`, in an event loop of Trio's or asyncio's."""
@@ -262,12 +262,12 @@ class BoardCore0(_Core):
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
-        """The path of a signal's register. Raises UsageError for a wrong name."""
+        """The path of a signal's register. Raises InvalidArgumentError for a wrong name."""
         __tracebackhide__ = True
         return self._board._layout.signal(name).path
 
     def trigger(self, name: str) -> None:
-        """Write the trigger of an outbound signal, as an application does. Raises UsageError, OSError."""
+        """Write the trigger of an outbound signal, as an application does. Raises InvalidArgumentError, OSError."""
         __tracebackhide__ = True
         path = self._board._layout.signal(name, Direction.OUTBOUND).path
         with path.open("w") as trigger:
@@ -280,7 +280,7 @@ class BoardCore1(_Core):
     number = 1
 
     def send(self, name: str) -> None:
-        """Send an inbound signal. Raises UsageError for a wrong name, and where core 1 is a guest."""
+        """Send an inbound signal. Raises InvalidArgumentError for a wrong name, and where core 1 is a guest."""
         __tracebackhide__ = True
         self._board._layout.signal(name, Direction.INBOUND)
         self._played()
@@ -289,18 +289,18 @@ class BoardCore1(_Core):
     def send_frame(self, frame: bytes) -> None:
         """Send a frame as it is, also one that no core would send.
 
-        Raises UsageError for what is not in bytes, and where core 1 is a guest.
+        Raises InvalidArgumentError for what is not in bytes, and where core 1 is a guest.
         """
         __tracebackhide__ = True
         self._played()
         if not isinstance(frame, bytes | bytearray | memoryview):
-            raise UsageError(f"a frame is bytes, not {type(frame).__name__}")
+            raise InvalidArgumentError(f"a frame is bytes, not {type(frame).__name__}")
         self._board._engine.soon(self._board._rig.send, bytes(frame))
 
     def _played(self) -> None:
         __tracebackhide__ = True
         if self._board._guests:
-            raise UsageError("core 1 is a guest: what it sends is up to its firmware")
+            raise InvalidArgumentError("core 1 is a guest: what it sends is up to its firmware")
 
 
 class BoardProxy:
@@ -333,7 +333,7 @@ class BoardProxy:
         self._board._call("the proxy is stopped", self._board._rig.carrier.stop)
 
     def kill(self) -> None:
-        """End it by SIGKILL. Raises UsageError for one in the test's process."""
+        """End it by SIGKILL. Raises InvalidArgumentError for one in the test's process."""
         self._board._call("the proxy is killed", self._board._rig.carrier.kill)
 
     def restart(self) -> None:
@@ -362,7 +362,7 @@ class BoardFaults:
         """From now on, do this to frames on the wire, in one direction or both: rates from 0 to 1, `delay` in seconds.
 
         Without arguments, none of it. A reordered frame comes 50 ms late. The same `seed` does the same to the same
-        frames. Raises UsageError.
+        frames. Raises InvalidArgumentError.
         """
         for each, lane in self._board._rig.lanes.items():
             if direction in (None, each):
@@ -452,7 +452,7 @@ class Board:
         says on its serial output when it is. Raises GuestError.
         """
         if self._plan.cores is not None:
-            raise UsageError("a guest needs the link of sockets: leave out link='interface'")
+            raise InvalidArgumentError("a guest needs the link of sockets: leave out link='interface'")
         self._engine.run(self._rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
@@ -526,10 +526,10 @@ def open_board(
     wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two network
     namespaces and a veth pair. The proxy is a process, or runs `in_process`.
 
-    Raises ConfigError, UsageError, NamespaceRefused, ProxyDiedError, ResourceError.
+    Raises ConfigError, InvalidArgumentError, NamespaceRefused, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
-        raise UsageError(f"link={link!r}: is neither 'unix' nor 'interface'")
+        raise InvalidArgumentError(f"link={link!r}: is neither 'unix' nor 'interface'")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
         layout = make_layout(directory, config, signals)

@@ -16,7 +16,7 @@ from typing import Protocol
 import trio
 
 from inco_trio.config import Config
-from inco_trio.errors import IncoError, UsageError
+from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.status import Stats
@@ -78,7 +78,7 @@ class Process:
     async def start(self) -> None:
         """Start it, and return once it is ready. Raises ProxyDiedError."""
         if self._process is not None:
-            raise UsageError(f"the proxy runs already, as process {self.pid}")
+            raise InvalidArgumentError(f"the proxy runs already, as process {self.pid}")
         self._ready, self._ended, self._expected = trio.Event(), trio.Event(), False
         settings = {
             "parent": os.getpid(),
@@ -220,7 +220,7 @@ class InProcess:
         """Open it. Raises ProxyDiedError."""
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
-            raise UsageError("the proxy runs already")
+            raise InvalidArgumentError("the proxy runs already")
         _Logs.of(self._name, self._lines)
         await boards.change({self._name: self._config})
         if (why := boards.proxies.not_open.get(self._name)) is not None:
@@ -236,8 +236,8 @@ class InProcess:
             _Logs.boards.pop(self._name, None)
 
     async def kill(self) -> None:
-        """Raises UsageError."""
-        raise UsageError("a proxy in the test's process cannot be killed: leave out --inco-trio-in-process")
+        """Raises InvalidArgumentError."""
+        raise InvalidArgumentError("a proxy in the test's process cannot be killed: leave out --inco-trio-in-process")
 
     async def look(self) -> None:
         """It does not end by itself."""

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from inco_trio.errors import IncoError, ResourceError
+from inco_trio.errors import IncoError, from_os_error, unwrapped
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.inotify import (
     IN_CLOSE_WRITE,
@@ -64,7 +64,7 @@ class Watcher:
         try:
             self._inotify = Inotify()
         except OSError as error:
-            raise ResourceError(f"inotify: {error.strerror}: raise fs.inotify.max_user_instances") from error
+            raise from_os_error(error, "inotify") from error
         self._followed: dict[int, _Followed] = {}
         self._parents: dict[int, dict[bytes, _Followed]] = {}
         self._buffer = memoryview(bytearray(1 << 16))
@@ -162,9 +162,7 @@ class Engine:
         except BaseException as error:
             if self._started.done():
                 raise
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            self._started.set_exception(error)
+            self._started.set_exception(unwrapped(error))
 
     async def _serve(self) -> None:
         self._token = trio.lowlevel.current_trio_token()

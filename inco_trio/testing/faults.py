@@ -6,7 +6,7 @@ import random
 
 import attrs
 
-from inco_trio.errors import UsageError
+from inco_trio.errors import InvalidArgumentError
 
 __all__ = ["Fate", "FrameFaults"]
 
@@ -23,7 +23,9 @@ RATES = ("drop", "double", "reorder", "corrupt")
 class FrameFaults:
     """Each of `drop`, `double`, `reorder` and `corrupt` is a rate, 0 to 1; `delay` is in seconds, for each frame.
 
-    A reordered frame comes 50 ms later than it would; of a corrupted one, one bit is turned. Raises UsageError.
+    A reordered frame comes 50 ms later than it would; of a corrupted one, one bit is turned.
+
+    Raises InvalidArgumentError.
     """
 
     drop: float = 0.0
@@ -37,9 +39,9 @@ class FrameFaults:
     def __attrs_post_init__(self) -> None:
         for name in RATES:
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"{name}={getattr(self, name)!r}: is no rate, which is a number from 0 to 1")
+                raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: is no rate, which is a number from 0 to 1")
         if not 0 <= self.delay < float("inf"):
-            raise UsageError(f"delay={self.delay!r}: is not a number of seconds, 0 or more")
+            raise InvalidArgumentError(f"delay={self.delay!r}: is not a number of seconds, 0 or more")
         self._random = random.Random(self.seed)  # noqa: S311 - the same each time on purpose
 
     def fates(self, frame: bytes) -> list[Fate]:

@@ -6,16 +6,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
+
+from inco_trio.linux.netns import set_network
+from inco_trio.linux.process import end_with_parent
 
 __all__ = ["main"]
 
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_CLONE_NEWNET = 0x40000000  # <linux/sched.h>
 _LISTEN_FDS_START = 3
 _ABOVE = 64
 
@@ -23,12 +22,10 @@ _ABOVE = 64
 def main() -> int:
     """Become the proxy; returns its exit code."""
     settings = json.loads(sys.argv.pop(1))
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != settings["parent"]:
+    if not end_with_parent(settings["parent"]):
         return 1
-    if settings["netns"] is not None and libc.setns(settings["netns"], _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
+    if settings["netns"] is not None:
+        set_network(settings["netns"])
     # Out of each other's way first.
     import fcntl
 

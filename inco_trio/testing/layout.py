@@ -12,9 +12,9 @@ from typing import Any
 
 import attrs
 
-from inco_trio.config import parse_board, read_file
-from inco_trio.errors import ConfigError, UsageError
-from inco_trio.links.address import PATH_MAX
+from inco_trio.config import parse_board, read_udrv
+from inco_trio.errors import ConfigError, InvalidArgumentError
+from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.signals import BUILTIN, Direction, Signal
 
 __all__ = ["DEVICE", "Layout", "make_layout"]
@@ -45,7 +45,7 @@ class Layout:
         return "unix:" + ",peer=".join(str(self.socket(name)).replace(",", ",,") for name in (local, peer))
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
-        """The signal of that name. Raises UsageError, which names those that there are."""
+        """The signal of that name. Raises InvalidArgumentError, which names those that there are."""
         __tracebackhide__ = True  # pytest shows the line of the test.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
@@ -53,7 +53,7 @@ class Layout:
                 return signal
         kind = "a signal" if direction is None else f"an {direction.value} signal"
         names = ", ".join(signal.name for signal in known) or "none"
-        raise UsageError(f"{name}: not {kind} of this board; there are: {names}")
+        raise InvalidArgumentError(name, f"not {kind} of this board; there are: {names}")
 
     def remove(self) -> None:
         """Remove the directory of the sockets, if it is one of its own."""
@@ -64,15 +64,15 @@ class Layout:
 def make_layout(
     directory: Path, config: Path | str | Mapping[str, Any] | None, signals: Mapping[str, str] | None
 ) -> Layout:
-    """Make it in `directory`, which is made if it is missing. Raises ConfigError, UsageError.
+    """Make it in `directory`, which is made if it is missing. Raises ConfigError, InvalidArgumentError.
 
     `config` is a udrv.json, or what it would say; its devices get directories in here. `signals` maps further wire
     names to `inbound` or `outbound`; their registers are called NAME_state and NAME_trig.
     """
     if not isinstance(config, Path | str | Mapping | None):
-        raise UsageError(f"config={config!r}: is neither the path of a udrv.json nor a dict")
+        raise InvalidArgumentError(f"config={config!r}: is neither the path of a udrv.json nor a dict")
     if not isinstance(signals, Mapping | None):
-        raise UsageError(f"signals={signals!r}: is no dict of wire names to 'inbound' and 'outbound'")
+        raise InvalidArgumentError(f"signals={signals!r}: is no dict of wire names to 'inbound' and 'outbound'")
     document = _document(config)
     devices = _tables(document, "file")
     for name, device in devices.items():
@@ -83,7 +83,7 @@ def make_layout(
     added = _tables(_tables(_tables(document, "misc"), "inco_proxy"), "signals")
     for name, direction in (signals or {}).items():
         if direction not in {"inbound", "outbound"}:
-            raise UsageError(f"signals: {name}: {direction!r} is no direction: inbound or outbound")
+            raise InvalidArgumentError(f"signals: {name}: {direction!r} is no direction: inbound or outbound")
         kind = "state" if direction == "inbound" else "trig"
         added[name] = {"direction": direction, "reg": f"{DEVICE}.{name.replace('/', '_')}_{kind}"}
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def make_layout(
     board = parse_board(text.encode(), str(config) if isinstance(config, Path | str) else "signals")
     path.write_text(text + "\n")
     sockets = directory
-    if len(f"{directory}{LONGEST}".encode()) > PATH_MAX:
+    if len(f"{directory}{LONGEST}".encode()) > SOCKET_PATH_MAX:
         sockets = Path(tempfile.mkdtemp(prefix="inco-trio-"))
     return Layout(directory, sockets, path, board.signals)
 
@@ -104,7 +104,7 @@ def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
         return {"misc": {"ihub_config_dev": {"regs": regs}}}
     if isinstance(config, Mapping):
         return copy.deepcopy(dict(config))
-    text = read_file(config)
+    text = read_udrv(config)
     parse_board(text, str(config))
     document: dict[str, Any] = json.loads(text)
     return document
@@ -113,5 +113,5 @@ def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
 def _tables(document: dict[str, Any], key: str) -> dict[str, Any]:
     found = document.setdefault(key, {})
     if not isinstance(found, dict):
-        raise ConfigError([f"{key}: is no table"])
+        raise ConfigError(key, "is no table")
     return found

@@ -19,7 +19,7 @@ from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.links.packet import PacketLink
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from inco_trio.persist.inflight import EVENT_BANK
-from inco_trio.registers.directories import TRIGGER_MASK, WRITE_FLAGS
+from inco_trio.registers.directory import TRIGGER_MASK, WRITE_FLAGS
 
 EVENT = struct.Struct("=iIII")
 """struct inotify_event of a watch on a file: wd, mask, cookie, length of the name (0)."""

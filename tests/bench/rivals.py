@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,9 @@ def another(checkout: Path) -> Program:
     if not found or not Path(found).is_relative_to(checkout):
         raise BenchError(f"{checkout}: no checkout of inco-trio whose package can be imported")
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return attrs.evolve(program, name=f"inco-trio {commit or checkout.name}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,14 @@ def test_another_checkout_is_the_package_that_stands_there(tmp_path: Path, monke
     assert before.name == "inco-trio before"
 
 
+def test_a_checkout_is_named_by_its_directory_where_git_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = _make_checkout(tmp_path / "before", "")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert another(checkout).name == "inco-trio before"
+
+
 @pytest.mark.parametrize("text", [None, "import nothing_of_that_name"])
 def test_a_checkout_whose_package_cannot_be_imported_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
@@ -108,31 +118,39 @@ def test_wake_ups(before: dict[int, int], after: dict[int, int], expected: int) 
 
 
 @pytest.fixture
-def python() -> Callable[[str], subprocess.Popen[bytes]]:
-    def run(code: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-uc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        return process
+def python() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
+    """Start Python on a program that prints a line when it is ready. The process is killed at the end of the test."""
+    with ExitStack() as stack:
 
-    return run
+        def run(code: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                [sys.executable, "-uc", code], bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout is not None
+            process.stdout.readline()
+            return process
+
+        yield run
 
 
 def test_a_process_that_waits_makes_no_calls_and_one_that_ticks_does(
     python: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    with (
-        python("print('up'); import sys; sys.stdin.read()") as waits,
-        python("print('up'); import time\nwhile True: time.sleep(0.01)") as ticks,
-    ):
-        before = [switches(process.pid) for process in (waits, ticks)]
-        calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
-        assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-        # strace interrupts the call that is under way when it comes and when it goes.
-        idle, busy = (wake_ups(old, switches(process.pid)) for old, process in zip(before, (waits, ticks), strict=True))
-        assert busy > idle
-        assert calls == [None, None] or (calls[0] == 0 and (calls[1] or 0) > 0)
-        ticks.kill()
+    waits = python("print('up'); import sys; sys.stdin.read()")
+    ticks = python("print('up'); import time\nwhile True: time.sleep(0.01); print('tick')")
+    before = [switches(process.pid) for process in (waits, ticks)]
+    calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
+    assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
+    # Without strace, no time has passed. The first read may return ticks from before.
+    assert ticks.stdout is not None
+    for _ in range(10):
+        os.read(ticks.stdout.fileno(), 65536)
+    # strace interrupts the call that is under way when it comes and when it goes.
+    idle, busy = (wake_ups(old, switches(process.pid)) for old, process in zip(before, (waits, ticks), strict=True))
+    assert busy > idle
+    assert calls == [None, None] or (calls[0] == 0 and (calls[1] or 0) > 0)
 
 
 def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:

@@ -8,7 +8,6 @@ instant at which it was sent.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 import attrs
 
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.linux.libc import check, libc
 from inco_trio.simulation.world import Peer
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
@@ -34,8 +34,6 @@ HEADER = 14
 """Bytes of an Ethernet header."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
@@ -236,8 +234,7 @@ class Applications(Recorder):
         self._follow(new)
         with self._paths:
             paths = os.fsencode(new), os.fsencode(self.directory)
-            if _libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), paths[1])
+            check(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE), str(self.directory))
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
@@ -276,8 +273,8 @@ class Applications(Recorder):
                 os.mkfifo(blocker)
             else:
                 blocker.symlink_to("/dev/null")
-            if _libc.renameat2(AT_FDCWD, os.fsencode(blocker), AT_FDCWD, os.fsencode(path), RENAME_EXCHANGE):
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+            paths = os.fsencode(blocker), os.fsencode(path)
+            check(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE), str(path))
             blocker.unlink()
 
         with self._paths:

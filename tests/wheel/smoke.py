@@ -55,7 +55,7 @@ def test_sdist_holds_what_the_checks_need() -> None:
     (sdist,) = DIST.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"LICENSE", "README.md", "noxfile.py", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
+    assert {".ci/run", "LICENSE", "README.md", "noxfile.py", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
 
 
 def test_metadata(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""The exit codes of errors (sysexits.h), and the error of a command line that makes no sense."""
+
+from __future__ import annotations
+
+from inco_trio.errors import (
+    ConfigError,
+    IncoError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    RecordingError,
+    ResourceError,
+    UnavailableError,
+)
+
+__all__ = ["CODES", "EXIT_INTERNAL", "UsageError", "exit_code"]
+
+EXIT_INTERNAL = 70
+
+
+class UsageError(IncoError):
+    """The command line does not make sense."""
+
+
+CODES: dict[type[IncoError], int] = {
+    UsageError: 2,
+    InvalidArgumentError: 2,
+    RecordingError: 65,
+    UnavailableError: 69,
+    ResourceError: 71,
+    PermissionDeniedError: 77,
+    ConfigError: 78,
+}
+
+
+def exit_code(error: IncoError) -> int:
+    """Return the exit code for an error."""
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_INTERNAL)

@@ -1,0 +1,52 @@
+"""Packet sockets: packet(7), <linux/if_packet.h>, and the kernel's Documentation/networking/filter.rst."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import struct
+from collections.abc import Iterable
+
+from inco_trio.linux.libc import libc
+
+__all__ = ["attach_filter", "filter_of", "program"]
+
+ETH_P_ALL = 3
+SOL_PACKET = 263
+PACKET_OUTGOING = 4
+"""The packet type of what this host sends."""
+PACKET_STATISTICS = 6
+PACKET_IGNORE_OUTGOING = 23
+SO_ATTACH_FILTER = SO_GET_FILTER = 26
+SO_LOCK_FILTER = 44
+GONE = frozenset({errno.ENODEV, errno.ENXIO})
+"""The interface does not exist any more."""
+
+_INSTRUCTION = struct.Struct("=HBBI")
+"""struct sock_filter: the code, two jumps and a number."""
+
+
+def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
+    """Return a filter as the kernel takes it."""
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
+
+
+def attach_filter(sock: socket.socket, code: bytes) -> None:
+    """Have the kernel queue only what the filter accepts. Nothing can remove the filter later. Raises OSError."""
+    kept = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog: the number of instructions, and where they are.
+    fprog = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(kept))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+    # A process that receives the descriptor cannot widen the filter.
+    sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+
+
+def filter_of(sock: socket.socket, size: int) -> bytes:
+    """Return the attached filter; b"" if there is none, or one of more than `size` bytes."""
+    # SO_GET_FILTER counts instructions where other options count bytes, so that socket.getsockopt would cut the answer.
+    code = ctypes.create_string_buffer(size)
+    length = ctypes.c_uint(size // _INSTRUCTION.size)
+    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, code, ctypes.byref(length)) < 0:
+        return b""
+    return code.raw[: length.value * _INSTRUCTION.size]

@@ -1,0 +1,37 @@
+"""Processes: capabilities(7) and prctl(2). The constants are those of <linux/capability.h> and <linux/prctl.h>."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from inco_trio.linux.libc import check, libc
+
+__all__ = ["clear_capabilities", "end_with_parent"]
+
+CAP_DAC_OVERRIDE = 1
+CAP_DAC_READ_SEARCH = 2
+CAP_NET_ADMIN = 12
+CAP_NET_RAW = 13
+CAP_SYS_ADMIN = 21
+
+PR_SET_PDEATHSIG = 1
+PR_SET_SECUREBITS = 28
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+SECBIT_NOROOT_LOCKED = 0b11
+
+
+def end_with_parent(parent: int) -> bool:
+    """Have the kernel kill this process when the thread that started it ends; False if `parent` has ended already.
+
+    Also for the `preexec_fn` of a subprocess: it imports nothing and takes no lock.
+    """
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return os.getppid() == parent
+
+
+def clear_capabilities() -> None:
+    """Give up the capabilities that execve(2) would keep or give to root (capabilities(7)). Raises OSError."""
+    check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
+    check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))

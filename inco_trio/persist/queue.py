@@ -1,0 +1,88 @@
+"""A queue of inotify events in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from inco_trio.linux.inotify import EVENT, IN_Q_OVERFLOW, pack_event
+from inco_trio.persist.tables import PAGE
+
+__all__ = ["OVERFLOW", "EventQueue"]
+
+OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
+
+
+class EventQueue:
+    """A ring of whole inotify events. The first page has the positions of its start and its end."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._ends = view[:16].cast("Q")
+        self._room = view[PAGE:]
+        self._overflowed = False
+        if not len(self):
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        # Reset the end first: if the process dies between the two stores, the negative length reads as empty.
+        self._ends[1] = 0
+        self._ends[0] = 0
+
+    def __len__(self) -> int:
+        """Return the queued bytes."""
+        return max(0, self._ends[1] - self._ends[0])
+
+    def copy(self) -> bytes:
+        """Return everything that is queued. Touch no other page: each would take memory."""
+        place, length = self._ends[0] % len(self._room), len(self)
+        behind = bytes(self._room[place : place + length])
+        return behind + bytes(self._room[: length - len(behind)])
+
+    def append(self, events: bytes) -> None:
+        """Queue events. If there is no room, queue an overflow instead, as the kernel does."""
+        room = len(self._room) - len(self)
+        if len(events) + len(OVERFLOW) <= room:
+            self._overflowed = False
+            self._put(events)
+        elif not self._overflowed and len(OVERFLOW) <= room:
+            self._overflowed = True
+            self._put(OVERFLOW)
+
+    def _put(self, events: bytes) -> None:
+        end, size = self._ends[1], len(self._room)
+        place = end % size
+        first = min(len(events), size - place)
+        self._room[place : place + first] = events[:first]
+        self._room[: len(events) - first] = events[first:]
+        # Last: a process that is killed before this line has queued nothing.
+        self._ends[1] = end + len(events)
+
+    def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
+        """Call `act` with the queued events; if it returns True, empty the queue and return their bytes, else 0."""
+        length = len(self)
+        if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
+            return 0
+        self._begin_again()
+        return length
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Move as many whole events as fit into `buffer`; return their bytes."""
+        start, size = self._ends[0], len(self._room)
+        available = min(len(self), len(buffer))
+        place = start % size
+        first = min(available, size - place)
+        buffer[:first] = self._room[place : place + first]
+        buffer[first:available] = self._room[: available - first]
+        length = available
+        if available < len(self):
+            length = 0
+            while length + EVENT.size <= available:
+                following = length + EVENT.size + EVENT.unpack_from(buffer, length)[3]
+                if following > available:
+                    break
+                length = following
+            buffer[length:available] = bytes(available - length)
+        if length == len(self):
+            self._begin_again()  # Starting again uses few pages.
+        else:
+            self._ends[0] = start + length
+        return length

@@ -1,0 +1,64 @@
+"""A table of numbers in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+__all__ = ["KEY", "PAGE", "TABLE", "NumberTable"]
+
+PAGE = 4096
+KEY = 64
+RECORD = KEY + 8
+RECORDS = 65536
+"""Entries of a table; unused ones take no memory."""
+TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
+"""Bytes of a table."""
+
+
+class NumberTable:
+    """Numbers (1 or more) by key (1 to 64 bytes, no trailing NUL), in shared memory; a missing key is 0."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._keys = view
+        self._numbers = view[RECORDS * KEY : RECORDS * RECORD].cast("Q")
+        self.places: dict[bytes, int] = {}
+        """The index of each key whose number is not 0."""
+        self._free: list[int] = []
+        self._end = 0
+        # Entries have no gaps, so the first empty key ends the table.
+        while self._end < RECORDS and (key := self._key(self._end)):
+            if self._numbers[self._end]:
+                self.places[key] = self._end
+            else:
+                self._free.append(self._end)
+            self._end += 1
+
+    def _key(self, index: int) -> bytes:
+        return bytes(self._keys[index * KEY : (index + 1) * KEY]).rstrip(b"\0")
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(tuple(self.places))
+
+    def __getitem__(self, key: bytes) -> int:
+        index = self.places.get(key)
+        return 0 if index is None else self._numbers[index]
+
+    def __setitem__(self, key: bytes, number: int) -> None:
+        index = self.places.get(key)
+        if index is None:
+            if not number:
+                return
+            if self._free:
+                index = self._free.pop()
+            else:
+                index, self._end = self._end, self._end + 1
+            # Write the key first: an entry with the number 0 is unused.
+            self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
+            self.places[key] = index
+        self._numbers[index] = number
+        if not number:
+            del self.places[key]
+            self._free.append(index)

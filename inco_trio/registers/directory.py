@@ -1,0 +1,167 @@
+"""One IRQ directory: its descriptor, and the files that are made and watched in it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import stat
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+
+import attrs
+
+from inco_trio.backoff import Backoff
+from inco_trio.linux import inotify as ino
+from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.inotify import Watcher
+from inco_trio.registers.refusals import UnfitFileError
+
+__all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
+
+PATIENCE = 0.03
+"""Seconds until a deleted file is recreated: another process may be replacing it."""
+EMPTIED = 1.0
+"""The same in an empty directory, which is probably being removed."""
+WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+FILE_MODE = 0o666 | stat.S_IFREG
+TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
+
+
+def watch_key(path: Path) -> bytes:
+    """Return the key of a path in `Inflight.watches`."""
+    # Hexadecimal, as a key must not end in NUL.
+    return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
+
+
+def temporary_name() -> str:
+    """Return the name of a trigger that we create, before it is watched."""
+    return f".inco-trio.{os.getpid()}"
+
+
+@attrs.define(eq=False)
+class Directory:
+    """The directory at `path`; `fd` is -1 while it is not open.
+
+    Methods raise OSError, and UnfitFileError for a file that is not regular. None of them waits.
+    """
+
+    path: Path
+    states: set[str] = attrs.Factory(set)
+    """The names of its state files."""
+    fd: int = -1
+    wd: int = 0
+    """The watch on its names; 0 is none."""
+    identity: tuple[int, int] = (0, 0)
+    above: set[int] = attrs.Factory(set)
+    """The watches on the directories above."""
+    opened: bool = False
+    """Whether this process has opened it before."""
+    awaited_in: int = 0
+    """While it is missing: the watch on the lowest directory above that exists."""
+    missing_since: float | None = None
+    """When its path turned out to be missing, or could not be opened (time.monotonic())."""
+    states_missing_since: float | None = None
+    vanished_at: float = -math.inf
+    """When a name in it was last deleted or moved away."""
+    making_in: int = 0
+    """Its watch, between the events of our temporary name: those in between are of a trigger that we create."""
+    retry_at: float = math.inf
+    """When to retry in it."""
+    troubled_again: bool = False
+    """Whether something else failed during the retry."""
+    backoff: Backoff = attrs.Factory(Backoff)
+
+    @property
+    def current(self) -> bool:
+        """Whether the path leads to the open directory."""
+        try:
+            found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == self.identity
+
+    @property
+    def patience(self) -> float:
+        """Seconds until a deleted file is recreated."""
+        try:
+            with os.scandir(self.path) as entries:
+                return PATIENCE if next(entries, None) is not None else EMPTIED
+        except OSError:
+            return PATIENCE
+
+    def name(self, register: str) -> str:
+        """Return a path of a file in the open directory, even if that was moved."""
+        # Without /proc, use the path; the caller checks afterwards whether the directory was replaced.
+        return f"/proc/self/fd/{self.fd}/{register}" if proc_is_mounted() else str(self.path / register)
+
+    def release(self) -> None:
+        """Close the directory. Its watch stays for a successor."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # ----------------------------------------------------------------------------------------------- state files
+
+    def make_state(self, register: str) -> None:
+        """Create a state file unless it exists. The OSError has the path."""
+        try:
+            # mknod, not open: a close would be a notification.
+            os.mknod(register, FILE_MODE, dir_fd=self.fd)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            error.filename = str(self.path / register)
+            raise
+
+    def check(self, register: str) -> None:
+        """Raise UnfitFileError if the file is not regular."""
+        mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
+        if not stat.S_ISREG(mode):
+            raise UnfitFileError(
+                self.path / register,
+                f"is no regular file but {kind_of_file(mode)}",
+                "remove it, or name another register",
+            )
+
+    # -------------------------------------------------------------------------------------------------- triggers
+
+    def watch_trigger(self, register: str, inotify: Watcher) -> int:
+        """Watch a trigger's file; return 0 if there is none."""
+        try:
+            self.check(register)
+            return inotify.watch(self.name(register), TRIGGER_MASK)
+        except FileNotFoundError:
+            return 0
+
+    def make_trigger(self, register: str, inotify: Watcher, note: Callable[[int], None]) -> int:
+        """Create a missing trigger; return 0 if another process has created it.
+
+        The trigger is watched, and `note` called with its watch descriptor, before it is visible.
+        """
+        temporary = temporary_name()
+        self._unlink(temporary)  # An earlier process with our PID may have died here; PIDs repeat in containers.
+        try:
+            os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
+            wd = inotify.watch(self.name(temporary), TRIGGER_MASK)
+            note(wd)
+            try:
+                os.link(temporary, register, src_dir_fd=self.fd, dst_dir_fd=self.fd, follow_symlinks=False)
+            except FileExistsError:
+                return 0
+            except OSError:
+                # A filesystem without hard links: create it in place, visible an instant before it is watched.
+                os.mknod(register, FILE_MODE, dir_fd=self.fd)
+                note(wd := self.watch_trigger(register, inotify))
+            return wd
+        finally:
+            self._unlink(temporary)
+
+    def _unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.fd)
+
+
+def proc_is_mounted() -> bool:
+    return os.path.exists("/proc/self/fd")  # noqa: PTH110 - for every file that is watched

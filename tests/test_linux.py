@@ -1,0 +1,85 @@
+"""The package `linux`: the only place of Linux constants and C calls."""
+
+from __future__ import annotations
+
+import ast
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from inco_trio.linux.files import is_path, kind_of_file
+from inco_trio.linux.libc import check, libc
+from inco_trio.linux.netns import CLONE_NEWNET, entered, identity
+
+PROJECT = Path(__file__).parents[1]
+LINUX = PROJECT / "inco_trio/linux"
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_it_imports_nothing_else_of_the_package() -> None:
+    found = {name for path in LINUX.glob("*.py") for name in imports(path) if name.startswith("inco_trio")}
+    assert found == {"inco_trio.linux.libc"}
+
+
+def test_no_other_module_loads_the_c_library_or_names_a_kernel_constant() -> None:
+    others = [path for part in ("inco_trio", "netns", "tests") for path in (PROJECT / part).rglob("*.py")]
+    words = {"CDLL", "CLONE_NEWNET", "PR_SET_PDEATHSIG", "SO_PEEK_OFF", "PACKET_STATISTICS", "CAP_NET_RAW"}
+    found = {
+        (path.relative_to(PROJECT).as_posix(), target.id)
+        for path in others
+        if not path.is_relative_to(LINUX)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name) and target.id in words
+    }
+    assert found == set()
+    loading = [
+        p
+        for p in others
+        if any(isinstance(n, ast.Attribute) and n.attr == "CDLL" for n in ast.walk(ast.parse(p.read_text())))
+    ]
+    assert [path.name for path in loading] == ["libc.py"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (stat.S_IFREG, "a file"),
+        (stat.S_IFDIR, "a directory"),
+        (stat.S_IFIFO, "a FIFO"),
+        (stat.S_IFLNK, "a symlink"),
+        (stat.S_IFSOCK, "a socket"),
+        (stat.S_IFCHR, "a character device"),
+        (stat.S_IFBLK, "a block device"),
+    ],
+)
+def test_kinds_of_files(kind: int, words: str) -> None:
+    assert kind_of_file(kind | 0o644) == words
+
+
+def test_what_can_be_a_path() -> None:
+    assert [is_path(text) for text in ("/a", "", "a\0b", "\ud800")] == [True, True, False, False]
+
+
+def test_a_failed_call_raises_its_error() -> None:
+    with pytest.raises(OSError, match=r"Bad file descriptor.*nowhere"):
+        check(libc.setns(-1, CLONE_NEWNET), "nowhere")
+
+
+def test_no_network_namespace_is_the_own_one(tmp_path: Path) -> None:
+    before = identity(None)
+    with entered(None):
+        assert identity(None) == before
+    with pytest.raises(FileNotFoundError):
+        entered(tmp_path / "missing")
+    assert identity(tmp_path / "missing") == (0, 0)
