@@ -496,7 +496,7 @@ def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
     proxy = board.start("--wait-link")
     proxy.wait_log("waiting for it")
     status = board.status()
-    assert (status["open"], status["problem"]) == (False, "the link is not there yet")
+    assert (status["open"], status["problem"]) == (False, "the link does not exist yet")
     proxy.process.terminate()
     assert proxy.wait() == 0
 

@@ -86,7 +86,7 @@ def test_notifications_are_published(bench: Bench) -> None:
     first = next(notifications)
     bench.board.trigger()
     second = next(notifications)
-    boot = bench.board.client().greeting["boot"]
+    boot = bench.board.status()["history"]["boot"]
     assert first.topic == f"lab/{bench.name}/inbound/ihub_hwwd_irq"
     assert second.topic == f"lab/{bench.name}/outbound/redun_notify_irq"
     for number, told in enumerate((first, second), 1):
