@@ -17,7 +17,9 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
-    from inco_trio.cores.core1 import Arrival, Core1
+    from inco_trio.cores.core import Arrival
+    from inco_trio.cores.core0 import Core0
+    from inco_trio.cores.core1 import Core1
     from inco_trio.errors import (
         BoardNotOpenError,
         ClosedError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         InvalidArgumentError,
         LinkNotFoundError,
         PermissionDeniedError,
+        ProxyNotFoundError,
         ResourceError,
         UnknownSignalError,
     )
@@ -42,6 +45,7 @@ __all__ = [
     "ClosedError",
     "Config",
     "ConfigError",
+    "Core0",
     "Core1",
     "Direction",
     "IncoError",
@@ -51,6 +55,7 @@ __all__ = [
     "PermissionDeniedError",
     "Proxies",
     "Proxy",
+    "ProxyNotFoundError",
     "ResourceError",
     "Signal",
     "Stats",
@@ -66,7 +71,9 @@ __all__ = [
 # Imported when they are first used (PEP 562): `inco-trio check` needs no Trio.
 _PLACES = {
     "config": ("Board", "Config", "read_board"),
-    "cores.core1": ("Arrival", "Core1"),
+    "cores.core": ("Arrival",),
+    "cores.core0": ("Core0",),
+    "cores.core1": ("Core1",),
     "errors": (
         "BoardNotOpenError",
         "ClosedError",
@@ -74,6 +81,7 @@ _PLACES = {
         "IncoError",
         "LinkNotFoundError",
         "PermissionDeniedError",
+        "ProxyNotFoundError",
         "ResourceError",
         "UnknownSignalError",
         "InvalidArgumentError",

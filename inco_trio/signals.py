@@ -9,7 +9,7 @@ from pathlib import Path
 
 import attrs
 
-from inco_trio.errors import ConfigError
+from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.frame import NAME_MAX, is_wire_name
 from inco_trio.linux.files import FILE_NAME_MAX, is_path
 
@@ -21,6 +21,7 @@ __all__ = [
     "SignalTable",
     "builtin_signals",
     "clashes",
+    "direction_of",
     "name_fault",
     "register_fault",
 ]
@@ -33,6 +34,14 @@ class Direction(enum.Enum):
     """Core 1 to core 0: for a frame, the proxy writes the state file."""
     OUTBOUND = "outbound"
     """Core 0 to core 1: for a close of the trigger file, the proxy sends a frame."""
+
+
+def direction_of(direction: Direction | str) -> Direction:
+    """Return the direction of that value, `inbound` or `outbound`. Raises InvalidArgumentError."""
+    try:
+        return Direction(direction)
+    except ValueError:
+        raise InvalidArgumentError(f"direction={direction!r}: neither 'inbound' nor 'outbound'") from None
 
 
 def name_fault(name: str) -> str | None:

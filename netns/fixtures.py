@@ -15,23 +15,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
-from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.cores.watch import Watch
+from inco_trio.errors import IncoError
 from inco_trio.linux.rtnetlink import RTMGRP_LINK
+from inco_trio.service.launch import Launched
+from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores, veth
 from netns.hang import HANG
 from netns.unprivileged import cover_run
 
 __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
-
-"""The former name, which test_aio.py and test_aio_proxy.py import."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,13 +56,13 @@ def cores() -> Iterator[Cores]:
 
 @pytest.fixture
 def core1(cores: Cores) -> Iterator[Peer]:
-    """Core 1, played by the test."""
-    with Peer(cores) as peer:
+    """Core 1, which the test plays."""
+    with cores.peer() as peer:
         yield peer
 
 
 class Canary:
-    """Tells when the network namespace with the descriptor `fd` has ended: its end of a veth pair takes ours along."""
+    """Notices the end of the network namespace `fd`, a descriptor: the veth pair that leads there ends with it."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -78,14 +78,14 @@ class Canary:
             self._changes.recv(65536)
 
     def close(self) -> None:
-        """Let go of all."""
+        """Close the socket and the namespace."""
         self._changes.close()
         self._own.close()
 
 
 @pytest.fixture
 def canary() -> Iterator[Callable[[int], Canary]]:
-    """Watch a network namespace for its end: `canary(fd)`, which does not keep it alive."""
+    """Watch a network namespace for its end: `canary(fd)`. This does not keep it alive."""
     with ExitStack() as stack:
 
         def start(fd: int) -> Canary:
@@ -98,105 +98,64 @@ def canary() -> Iterator[Callable[[int], Canary]]:
 
 @pytest.fixture
 def nobody() -> list[str]:
-    """The start of a command that runs the rest of it as the user nobody, who can reach Python and the project."""
+    """The start of a command: it runs the rest as the user nobody, with access to Python and to the project."""
     project = Path(__file__).parents[1]
     return [sys.executable, str(project / "netns/unprivileged.py"), sys.prefix, sys.base_prefix, str(project), "--"]
 
 
 @pytest.fixture
 def irq_dir(tmp_path: Path) -> Path:
-    """The directory of the registers; the proxy makes it."""
+    """The directory of the registers, which the proxy creates."""
     return tmp_path / "irq"
 
 
-class Proxy:
-    """The real process `inco-trio run`, ready, in a namespace; `log` is its standard error."""
+class Proxy(Launched):
+    """`inco-trio run` in a network namespace, or in the current one. A wait that takes too long fails the test."""
 
-    def __init__(self, namespace: Namespace, arguments: list[str], environment: Mapping[str, str], log: Path) -> None:
-        self._log = log
-        self._changes = Inotify()
-        log.touch()
-        self._changes.watch(str(log), IN_MODIFY)
-        read_ready, write_ready = os.pipe()
-        command = [sys.executable, "-m", "inco_trio", "run", *arguments, "--notification-fd", str(write_ready)]
-        with log.open("ab") as output:
-            start = functools.partial(
-                subprocess.Popen[bytes],
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[write_ready],
-                env={**os.environ, **environment},
-            )
-            self.process = namespace.run(start)
-        self.pid = self.process.pid
-        self._end = os.pidfd_open(self.pid)
-        os.close(write_ready)
-        self._ready = read_ready
+    def __init__(
+        self,
+        namespace: Namespace | None,
+        arguments: Sequence[str | Path],
+        environment: Mapping[str, str],
+        log: Path,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        netns = None if namespace is None else namespace.fd
+        super().__init__("run", *arguments, log=log, netns=netns, environment=environment, prefix=prefix)
 
-    @property
-    def log(self) -> str:
-        """All that it has said."""
-        return self._log.read_text()
+    def _fail(self, what: str) -> NoReturn:
+        pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
 
-    def _fail(self, what: str) -> None:
-        pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) said:\n{self.log}")
+    def wait_ready(self, timeout: float = HANG) -> bool:
+        """Wait until it is ready."""
+        return super().wait_ready(timeout) or self._fail(f"it is not ready after {timeout:g} s, or has ended")
 
-    def wait_ready(self) -> None:
-        """Wait for readiness (the newline of s6)."""
-        if not select.select([self._ready], [], [], HANG)[0]:
-            self._fail(f"not ready within {HANG:g} s")
-        if os.read(self._ready, 1) != b"\n":
-            self.wait()
-            self._fail("ended without being ready")
-
-    def wait_log(self, text: str, *, after: int = 0) -> str:
-        """The first line that contains `text`, once it is there; `after` skips so many characters of the log."""
-        deadline = time.monotonic() + HANG
-        while True:
-            ended = self.process.poll() is not None
-            for line in self.log[after:].splitlines(keepends=True):
-                if text in line and line.endswith("\n"):
-                    return line.rstrip("\n")
-            if ended:
-                self._fail(f"ended without saying {text!r}")
-            ready = select.select([self._changes.fd, self._end], [], [], max(0.0, deadline - time.monotonic()))[0]
-            if not ready:
-                self._fail(f"has not said {text!r} within {HANG:g} s")
-            self._changes.read_into(memoryview(bytearray(65536)))
+    def wait_log(self, text: str, timeout: float = HANG, *, after: int = 0) -> str:
+        """Return the first line with `text` in the log, once it is complete. Skip `after` characters of the log."""
+        return super().wait_log(text, timeout, after=after) or self._fail(f"it has not logged {text!r}")
 
     def counters(self) -> dict[str, int]:
-        """Its counters now, by SIGUSR1."""
-        said = len(self.log)
+        """Return its counters, by SIGUSR1."""
+        logged = len(self.log)
         self.process.send_signal(signal.SIGUSR1)
-        record: dict[str, Any] = json.loads(self.wait_log('"statistics"', after=said))
+        record: dict[str, Any] = json.loads(self.wait_log('"statistics"', after=logged))
         return {name: value for name, value in record.items() if type(value) is int}
 
     def wait(self) -> int:
-        """The exit code, once it has ended; negative for a signal."""
+        """Return the exit code, once it has ended; negative for a signal."""
         try:
             return self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            self._fail(f"has not ended within {HANG:g} s")
-            raise
+            self._fail(f"it has not ended within {HANG:g} s")
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
+    def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
         """Send a signal and return the exit code."""
-        self.process.send_signal(number)
-        return self.wait()
+        return super().stop(number, timeout=timeout)
 
     def close(self) -> None:
-        """End it: by itself, so that its coverage is kept, or whatever it does."""
-        self.process.terminate()
-        self.process.send_signal(signal.SIGCONT)  # A test that failed may have left it stopped.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(HANG)
-        self.process.kill()
-        self.process.wait()
-        os.close(self._ready)
-        os.close(self._end)
-        self._changes.close()
+        """Stop it, even if a failed test has left it suspended."""
+        self.process.send_signal(signal.SIGCONT)
+        super().close()
 
 
 StartProxy = Callable[..., Proxy]
@@ -206,7 +165,7 @@ StartProxy = Callable[..., Proxy]
 def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
     """Start the proxy: `proxy(*arguments, env={...}, core=cores.core0, ready=True)`; JSON log, on the link of `cores`.
 
-    With `ready=False`, it may not be ready yet. What it said is attached to a failing test.
+    `ready=False` does not wait until it is ready. pytest shows the log of each proxy if the test fails.
     """
     with ExitStack() as stack:
 
@@ -214,11 +173,12 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
             *arguments: str | Path,
             env: Mapping[str, str] | None = None,
             core: Namespace | None = None,
+            prefix: Sequence[str] = (),
             ready: bool = True,
         ) -> Proxy:
             log = tmp_path / f"proxy-{len(started)}.log"
             command = [cores.link, "--log-format", "json", *map(str, arguments)]
-            made = Proxy(core or cores.core0, command, env or {}, log)
+            made = Proxy(None if prefix else core or cores.core0, command, env or {}, log, prefix)
             started.append(made)
             stack.callback(made.close)
             if ready:
@@ -228,62 +188,62 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
         started: list[Proxy] = []
         yield start
     for made in started:
-        # Pytest shows it, if the test fails.
-        sys.stderr.write(f"proxy {made.pid} ended with {made.process.returncode}; it said:\n{made.log}")
+        sys.stderr.write(f"proxy {made.pid} ended with {made.process.returncode}; it logged:\n{made.log}")
 
 
 class Consumer:
-    """Counts the closes-after-write of one file, as an application that waits for an interrupt sees them.
+    """Counts the notifications of one state file, as an application sees them.
 
-    A thread reads all the time, since the kernel keeps 16,384 events; with MODIFY in the mask, between two closes
-    there is always a write, so that no two closes merge (inotify(7)).
+    A thread reads all the time, as the kernel queues 16,384 events at most.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._inotify = Inotify()
-        self._inotify.watch(str(path), IN_CLOSE_WRITE | IN_MODIFY)
+        self._watch = Watch()
+        self._watch.follow([Signal("state", Direction.INBOUND, path.parent, path.name)], self._report)
         self._stop_read, self._stop_write = os.pipe()
         self._changed = threading.Condition()
         self._count = 0
-        self._overflowed = False
+        self._failure: IncoError | None = None
         self._thread = threading.Thread(target=self._read, name=f"consumer of {path.name}")
         self._thread.start()
 
     def _read(self) -> None:
-        buffer = memoryview(bytearray(65536))
-        while self._stop_read not in select.select([self._inotify.fd, self._stop_read], [], [])[0]:
-            events = parse_events(buffer[: self._inotify.read_into(buffer)])
+        while self._stop_read not in select.select([self._watch.fileno(), self._stop_read], [], [])[0]:
             with self._changed:
-                self._count += sum(event.mask & IN_CLOSE_WRITE != 0 for event in events)
-                self._overflowed |= any(event.mask & IN_Q_OVERFLOW for event in events)
+                self._watch.drain()
                 self._changed.notify_all()
+
+    def _report(self, what: Signal | IncoError) -> None:
+        if isinstance(what, IncoError):
+            self._failure = what
+        else:
+            self._count += 1
 
     @property
     def count(self) -> int:
-        """Closes so far; an overflow, after which nobody knows, fails the test."""
+        """Notifications so far. If the queue overflowed, the number is unknown, which fails the test."""
         with self._changed:
-            assert not self._overflowed, f"the test's own watch on {self.path} overflowed"
+            assert self._failure is None, f"{self.path}: {self._failure}"
             return self._count
 
     def wait(self, count: int, timeout: float = HANG) -> None:
-        """Wait until there have been `count` closes; more fail the test, as far as they have been seen."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
-        assert self.count == count, f"{self.path}: {self.count} closes instead of {count}"
+        """Wait until there have been `count` notifications. More of them fail the test, as far as they were read."""
+        self.wait_at_least(count, timeout)
+        assert self.count == count, f"{self.path}: {self.count} notifications instead of {count}"
 
     def wait_at_least(self, count: int, timeout: float = HANG) -> None:
-        """Wait until there have been `count` closes."""
+        """Wait until there have been `count` notifications."""
         with self._changed:
-            self._changed.wait_for(lambda: self._count >= count or self._overflowed, timeout)
-        assert self.count >= count, f"{self.path}: {self.count} closes instead of {count}"
+            self._changed.wait_for(lambda: self._count >= count or self._failure is not None, timeout)
+        assert self.count >= count, f"{self.path}: {self.count} notifications instead of {count}"
 
     def close(self) -> None:
         """End the thread."""
         os.close(self._stop_write)
         self._thread.join()
         os.close(self._stop_read)
-        self._inotify.close()
+        self._watch.close()
 
 
 @pytest.fixture
@@ -300,7 +260,7 @@ def watch() -> Iterator[Callable[[Path], Consumer]]:
 
 
 class Tcpdump:
-    """A running tcpdump that listens already; see pcap-savefile(5) for what it writes."""
+    """A running tcpdump; see pcap-savefile(5) for what it writes."""
 
     def __init__(self, namespace: Namespace, link: str) -> None:
         program = shutil.which("tcpdump")
@@ -312,14 +272,14 @@ class Tcpdump:
         self.process = namespace.run(start)
 
     def wait_listening(self) -> None:
-        """Wait until every packet will be seen."""
+        """Wait until it receives packets."""
         assert self.process.stderr is not None
         said = b""
         while b"listening on" not in said:
             if not select.select([self.process.stderr], [], [], HANG)[0]:
-                pytest.fail(f"tcpdump does not listen; it said: {said!r}")
+                pytest.fail(f"tcpdump does not listen; it printed: {said!r}")
             part = os.read(self.process.stderr.fileno(), 4096)
-            assert part, f"tcpdump ended; it said: {said!r}"
+            assert part, f"tcpdump ended; it printed: {said!r}"
             said += part
         self._read(24)
 
@@ -335,13 +295,13 @@ class Tcpdump:
         return data
 
     def packet(self) -> bytes:
-        """The bytes of the next packet."""
+        """Return the next packet."""
         _seconds, _fraction, captured, length = struct.unpack("=IIII", self._read(16))
         assert captured == length
         return self._read(captured)
 
     def close(self) -> None:
-        """End it."""
+        """Kill it."""
         self.process.kill()
         self.process.communicate()
 

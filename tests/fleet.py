@@ -29,7 +29,6 @@ import attrs
 from inco_trio.frame import encode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
 from netns.fixtures import Proxy
-from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto
 from tests.support_control import MAC, Board, Client
 
@@ -153,7 +152,7 @@ class Fleet:
                 peer.bind(core1)
                 self.paths.append((core0, peer))
             words = ["--boards", str(directory), "--control", str(control)]
-            proxy = Proxy(Here(), words, {}, home / f"{number}.log")  # type: ignore[arg-type]
+            proxy = Proxy(None, words, {}, home / f"{number}.log")
             stack.callback(proxy.close)
             proxy.wait_ready()
             self.proxies.append(proxy.pid)

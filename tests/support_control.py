@@ -16,7 +16,6 @@ from typing import Any
 from inco_trio.frame import encode
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.core1 import Here
 
 __all__ = ["COMMAND", "FRAME", "MAC", "Board", "Client", "Running"]
 
@@ -83,7 +82,7 @@ class Board:
             arguments += ["--irq-dir", str(self.irq)]
         if control is not None:
             arguments += ["--control", control or str(self.path)]
-        proxy = Proxy(Here(), arguments, environment or {}, self.home / "log")  # type: ignore[arg-type]
+        proxy = Proxy(None, arguments, environment or {}, self.home / "log")
         self._stack.callback(proxy.close)
         return proxy
 

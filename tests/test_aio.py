@@ -82,7 +82,7 @@ def scenario(function: Scenario) -> Callable[[pytest.Config, Cores, Path], None]
 def play(name: str, core0: str, core1: str, link: str, irq_dir: str) -> None:
     """Run a scenario in this process."""
     cores = Cores(Namespace(int(core0)), Namespace(int(core1)), link)
-    with Peer(cores) as peer:
+    with cores.peer() as peer:
         cores.core0.enter()
         world = World(Config(link, builtin_signals(Path(irq_dir))), peer)
 

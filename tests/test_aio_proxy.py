@@ -234,8 +234,9 @@ def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
 def test_wait_for(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
-            with pytest.raises(TimeoutError, match="ihub_reset_irq: no notification within"):
-                await proxy.wait_for(RESET, timeout=0.001)  # Meant to expire: nothing comes.
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await proxy.wait_for(RESET)
             with pytest.raises(UnknownSignalError, match="nothing: not a signal"):
                 await proxy.wait_for("nothing")
             closed = asyncio.create_task(proxy.wait_for(RESET))

@@ -82,7 +82,7 @@ def daemon(boards: Boards, tmp_path: Path) -> Iterator[StartDaemon]:
 
         def start(*options: str) -> Proxy:
             arguments = ["--boards", str(boards.directory), "--log-format", "json", *options]
-            proxy = Proxy(Here(), arguments, {}, tmp_path / "log")  # type: ignore[arg-type]
+            proxy = Proxy(None, arguments, {}, tmp_path / "log")
             stack.callback(proxy.process.wait)
             stack.callback(proxy.process.kill)
             proxy.wait_ready()

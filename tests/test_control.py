@@ -26,7 +26,6 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.history import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.core1 import Here
 from tests.support_control import FRAME, MAC, Board, Client
 
 
@@ -223,7 +222,7 @@ def test_many_boards(board: Board) -> None:
         entry = {"link": f"unix:{board.home}/{name}.0,peer={board.home}/{name}.1", "irq_dir": f"{board.home}/{name}"}
         (directory / f"{name}.json").write_text(json.dumps(entry))
     (board.home / "b").write_text("")
-    proxy = Proxy(Here(), ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
     board._stack.callback(proxy.close)
     proxy.wait_ready()
     client = board.client()
@@ -586,7 +585,7 @@ def test_a_board_that_is_put_back_has_another_history(board: Board) -> None:
     file = directory / "a.json"
     file.write_text(json.dumps(entry))
     peer = board.core1()
-    proxy = Proxy(Here(), ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
     board._stack.callback(proxy.close)
     proxy.wait_ready()
     follower = board.client()

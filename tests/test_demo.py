@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.simulation.demo import duration, quantile, run_demo
+from inco_trio.simulation.demo import run_demo
+from inco_trio.simulation.traffic import duration, quantile
 from netns.fixtures import Canary
 from netns.hang import HANG
 
@@ -184,7 +185,7 @@ def test_proxy_that_cannot_start_is_told_and_fails() -> None:
     assert (code, said) == (70, "")
     reason, verdict = complaints.splitlines()
     assert "inotify" in reason
-    assert verdict.endswith("the proxy has ended with exit code 71; what it said is above")
+    assert verdict.endswith("the proxy has ended with exit code 71; its log is above")
 
 
 class Running:
@@ -312,7 +313,7 @@ def test_dead_proxy_is_told_and_fails(running: Running, scratch: Path) -> None:
     os.kill(running.proxy, signal.SIGKILL)
     code, _said, complaints = running.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; what it said is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
     assert list(scratch.iterdir()) == []
 
 
@@ -333,7 +334,7 @@ def test_dead_proxy_over_a_socket_is_told_and_fails(running_sockets: Running, sc
     os.kill(running_sockets.proxy, signal.SIGKILL)
     code, _said, complaints = running_sockets.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; what it said is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
     assert list(scratch.iterdir()) == []
 
 
@@ -399,7 +400,7 @@ def test_killed_demonstration_with_qemu_leaves_no_process(running_qemu: Running)
     ("child", "code", "complaint"),
     [
         (0, 69, "QEMU has ended with exit code -9; the last that it said: core1: ready"),
-        (1, 70, "the proxy has ended with exit code -9; what it said is above"),
+        (1, 70, "the proxy has ended with exit code -9; its log is above"),
     ],
     ids=["qemu", "proxy"],
 )

@@ -25,7 +25,6 @@ from inco_trio.metrics import exporter
 from inco_trio.metrics.exporter import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.core1 import Here
 from tests.mosquitto import Gateway, free_port
 from tests.support_control import COMMAND, Board
 
@@ -301,7 +300,7 @@ def test_hundreds_of_boards(bench: Bench) -> None:
         home = bench.home / f"b{number}"
         link = f"unix:{home}-0,peer={home}-1"
         (boards / f"b{number}.json").write_text(json.dumps({"link": link, "irq_dir": str(home)}))
-    proxy = Proxy(Here(), ["--boards", str(boards), "--control", str(control)], {}, bench.home / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, ["--boards", str(boards), "--control", str(control)], {}, bench.home / "log")
     bench.stack.callback(proxy.close)
     proxy.wait_ready()
     bench.exporter(control)

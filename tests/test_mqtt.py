@@ -16,7 +16,6 @@ from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.topics import level
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.core1 import Here
 from tests.mosquitto import Gateway, Mosquitto, Reader
 from tests.support_control import FRAME, Board
 
@@ -223,7 +222,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     add("b2")
     bench.broker.start()
     words = ["--boards", str(boards), "--control", str(bench.board.path)]
-    proxy = Proxy(Here(), words, {}, bench.home / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, words, {}, bench.home / "log")
     bench.stack.callback(proxy.close)
     proxy.wait_ready()
     reader = bench.reader()
@@ -297,7 +296,7 @@ def test_two_gateways_that_take_the_session_from_each_other_say_so(bench: Bench)
             json.dumps({"link": f"unix:{home}/0,peer={home}/1", "irq_dir": f"{home}/irq"})
         )
         words = ["--boards", str(home / "boards"), "--control", str(home / "control")]
-        proxy = Proxy(Here(), words, {}, home / "log")  # type: ignore[arg-type]
+        proxy = Proxy(None, words, {}, home / "log")
         bench.stack.callback(proxy.close)
         proxy.wait_ready()
         gateways.append(Gateway(home / "gateway.log", "mqtt", bench.broker.url, "--control", home / "control"))

@@ -1,4 +1,4 @@
-"""Core 1 as a program plays it, against a real proxy, on sockets and on an interface."""
+"""`Core0` and `Core1` against a real proxy, on sockets and on an interface."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import trio.testing
 from inco_trio import (
     ClosedError,
     Config,
+    Core0,
     Core1,
     Direction,
     InvalidArgumentError,
     LinkNotFoundError,
     Notification,
     Proxy,
+    ProxyNotFoundError,
     UnknownSignalError,
     builtin_signals,
     open_proxy,
@@ -55,8 +57,9 @@ def test_each_way(tmp_path: Path) -> None:
             with proxy.events() as events:
                 await core1.send(RESET)
                 carried = await events.receive()
-                trigger(config, NOTIFY)
-                came = await core1.wait_for(NOTIFY)
+                with core1.events() as arrivals:
+                    trigger(config, NOTIFY)
+                    came = await arrivals.receive()
                 sent = await events.receive()
         assert (carried.signal.name, carried.direction, carried.sequence) == (RESET, Direction.INBOUND, 1)
         assert (sent.signal.name, sent.direction, sent.sequence) == (NOTIFY, Direction.OUTBOUND, 2)
@@ -73,15 +76,15 @@ def test_each_way(tmp_path: Path) -> None:
 @pytest.mark.netns
 def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> None:
     async def main() -> None:
-        config = Config(cores.link, builtin_signals(irq_dir), netns=Path(f"/proc/self/fd/{cores.core0.fd}"))
+        config = Config(cores.link, builtin_signals(irq_dir), netns=cores.core0.path)
         with trio.fail_after(HANG):
             async with (
                 open_proxy(config) as proxy,
-                Core1(cores.link, netns=Path(f"/proc/self/fd/{cores.core1.fd}")) as core1,
-                trio.open_nursery() as nursery,
+                Core1(cores.link, netns=cores.core1.path) as core1,
             ):
-                nursery.start_soon(proxy.send, NOTIFY)
-                assert (await core1.wait_for(NOTIFY)).name == NOTIFY
+                with core1.events() as arrivals:
+                    await proxy.send(NOTIFY)
+                    assert (await arrivals.receive()).name == NOTIFY
                 with proxy.events(signals=[HWWD]) as events:
                     await core1.send(RESET)
                     await core1.send(HWWD)
@@ -90,36 +93,89 @@ def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> No
     trio.run(main)
 
 
-def test_what_nobody_waits_for_is_kept_in_order(tmp_path: Path) -> None:
+def test_each_stream_gets_each_arrival_as_far_as_it_has_room(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
-        async with Core1(link, buffer=4) as core1, open_proxy(config) as proxy:
-            for _ in range(6):
-                await proxy.send(NOTIFY)
-            while core1.lost < 2:
-                await trio.lowlevel.checkpoint()
-            assert [(await anext(core1)).sequence for _ in range(4)] == [3, 4, 5, 6]
+        async with Core1(link) as core1, open_proxy(config) as proxy:
+            with core1.events(4) as short, core1.events() as long, core1.events(signals=[RESET]) as other:
+                for _ in range(6):
+                    await proxy.send(NOTIFY)
+                assert [(await long.receive()).sequence for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+                assert core1.lost == 2
+                assert [(await short.receive()).sequence for _ in range(4)] == [1, 2, 3, 4]
+                for stream in (short, long, other):
+                    with pytest.raises(trio.WouldBlock):
+                        stream.receive_nowait()
 
     played(tmp_path, story)
 
 
-def test_one_arrival_is_one_readers(tmp_path: Path) -> None:
+def test_wait_for_of_a_core_is_the_next_one(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         got = []
 
-        async def read() -> None:
+        async def wait() -> None:
             got.append((await core1.wait_for(NOTIFY)).sequence)
 
         async with Core1(link) as core1, open_proxy(config) as proxy:
-            async with trio.open_nursery() as nursery:
-                for _ in range(5):
-                    nursery.start_soon(read)
-                for _ in range(5):
+            with core1.events() as arrivals:
+                await proxy.send(NOTIFY)
+                await arrivals.receive()
+                async with trio.open_nursery() as nursery:
+                    for _ in range(2):
+                        nursery.start_soon(wait)
+                    await trio.testing.wait_all_tasks_blocked()
                     await proxy.send(NOTIFY)
-            assert sorted(got) == [1, 2, 3, 4, 5]
-            with pytest.raises(TimeoutError, match=f"{NOTIFY}: did not come within 0.001 s"):
-                await core1.wait_for(NOTIFY, timeout=0.001)  # In vain: nothing is sent.
+                assert got == [2, 2]
 
     played(tmp_path, story)
+
+
+def test_core0(tmp_path: Path) -> None:
+    async def story(config: Config, link: str) -> None:
+        with pytest.raises(ProxyNotFoundError, match=r"/irq: missing: the proxy creates it \(is a proxy running\?\)"):
+            async with Core0(config.signals):
+                pass
+        async with open_proxy(config) as proxy, Core1(link) as core1, Core0(config.signals) as core0:
+            with core0.events(signals=[HWWD]) as arrivals, core1.events() as frames:
+                for name in (RESET, *[HWWD] * 50):
+                    await core1.send(name)
+                got = [await arrivals.receive() for _ in range(50)]
+                assert [each.sequence for each in got] == list(range(2, 52))
+                assert {each.name for each in got} == {HWWD}
+                await core0.send(NOTIFY)
+                assert (await frames.receive()).name == NOTIFY
+            assert (core0.lost, core0.overflows, proxy.stats.sent) == (0, 0, 1)
+            with pytest.raises(
+                UnknownSignalError, match=f"{RESET}: not an outbound signal of core 0; there are: {NOTIFY}"
+            ):
+                await core0.send(RESET)
+            with pytest.raises(UnknownSignalError, match=f"{NOTIFY}: not an inbound signal of core 0"):
+                await core0.wait_for(NOTIFY)
+            (config.signals[2].path).unlink()
+            with pytest.raises(ProxyNotFoundError, match=r"message_6_trig: missing"):
+                await core0.send(NOTIFY)
+            assert not config.signals[2].path.exists()
+        with pytest.raises(ClosedError, match="core 0 is not open: use `async with`"):
+            await core0.wait_for(RESET)
+
+    played(tmp_path, story)
+
+
+def test_core0_that_reads_too_late_counts_the_overflow(tmp_path: Path) -> None:
+    (signal,) = [each for each in builtin_signals(tmp_path) if each.name == RESET]
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+
+    async def main() -> None:
+        async with Core0([signal]) as core0:
+            with core0.events(math.inf) as arrivals:
+                for _ in range(limit // 2 + 1):
+                    signal.path.write_text("1")
+                with trio.fail_after(HANG):
+                    while not core0.overflows:
+                        await arrivals.receive()
+        assert core0.overflows == 1
+
+    trio.run(main)
 
 
 def test_frames_as_they_are(tmp_path: Path) -> None:
@@ -175,11 +231,13 @@ def test_closed(tmp_path: Path) -> None:
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
         assert len(refused) == 1
-        assert [arrival async for arrival in core1] == []
         assert not await trio.Path(tmp_path / "core1").exists()
         async with core1, open_proxy(config) as proxy:  # once more
-            await proxy.send(NOTIFY)
-            await core1.wait_for(NOTIFY)
+            with core1.events() as arrivals:
+                await proxy.send(NOTIFY)
+                await arrivals.receive()
+        with pytest.raises(ClosedError), core1.events():
+            pass
 
     played(tmp_path, story)
 
@@ -201,6 +259,12 @@ def test_wrong_words(tmp_path: Path) -> None:
                 UnknownSignalError, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"
             ):
                 await proxy.wait_for("x")
+            with pytest.raises(InvalidArgumentError, match="direction='in': neither"), proxy.events(direction="in"):
+                pass
+            with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), core1.events(signals="x"):
+                pass
+            with pytest.raises(InvalidArgumentError, match="'two words': a wire name is"):
+                await core1.wait_for("two words")
             with pytest.raises(UnknownSignalError, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
                 await proxy.send(HWWD)
 
@@ -213,6 +277,7 @@ def test_wrong_words(tmp_path: Path) -> None:
         ({}, [RESET, HWWD, NOTIFY]),
         ({"signals": [RESET, NOTIFY]}, [RESET, NOTIFY]),
         ({"direction": Direction.INBOUND}, [RESET, HWWD]),
+        ({"direction": "inbound"}, [RESET, HWWD]),
         ({"signals": [NOTIFY], "direction": Direction.INBOUND}, []),
         ({"signals": []}, []),
     ],
@@ -269,8 +334,8 @@ def test_wait_for_of_a_proxy(tmp_path: Path) -> None:
                     for name in (RESET, HWWD, HWWD, HWWD):
                         await core1.send(name)
                 assert (got[0].signal.name, got[0].sequence) == (HWWD, 2)
-                with pytest.raises(TimeoutError, match=f"{RESET}: did not come within 0 s"):
-                    await proxy.wait_for(RESET, timeout=0)
+                with pytest.raises(trio.TooSlowError), trio.fail_after(0):
+                    await proxy.wait_for(RESET)
                 assert proxy.stats.events_lost == 0
                 late.start_soon(wait_for_the_end)
                 await trio.testing.wait_all_tasks_blocked()

@@ -34,29 +34,29 @@ def run(pytester: pytest.Pytester, test: str, *options: str) -> pytest.RunResult
 PASSING = """
 import pytest
 
-def test_an_application_answers(board):
-    board.core1.send("ihub_hwwd_irq")
-    board.core0.wait_for("ihub_hwwd_irq")
-    board.core0.trigger("redun_notify_irq")  # the application under test would
-    board.core1.wait_for("redun_notify_irq", timeout=1)
-    assert board.core0.count("ihub_hwwd_irq") == 1
+def test_an_application_answers(inco_board):
+    inco_board.core1.send("ihub_hwwd_irq")
+    inco_board.core0.expect("ihub_hwwd_irq")
+    inco_board.core0.trigger("redun_notify_irq")  # the application under test would
+    inco_board.core1.expect("redun_notify_irq", timeout=1)
+    assert inco_board.core0.count("ihub_hwwd_irq") == 1
 
 @pytest.mark.inco_trio(signals={"door_irq": "inbound"})
 class TestMarked:
-    def test_signals(self, board):
-        board.core1.send("door_irq")
-        board.core0.wait_for("door_irq")
+    def test_signals(self, inco_board):
+        inco_board.core1.send("door_irq")
+        inco_board.core0.expect("door_irq")
 
     @pytest.mark.inco_trio(signals={"lamp_irq": "outbound"})
-    def test_the_nearest_marker_counts(self, board):
-        assert [signal.name for signal in board.signals][3:] == ["lamp_irq"]
+    def test_the_nearest_marker_counts(self, inco_board):
+        assert [signal.name for signal in inco_board.signals][3:] == ["lamp_irq"]
 
-def test_several(make_board):
-    boards = [make_board() for _ in range(3)]
-    for board in boards:
-        board.core0.trigger("redun_notify_irq")
-    for board in boards:
-        board.core1.wait_for("redun_notify_irq")
+def test_several(make_inco_board):
+    boards = [make_inco_board() for _ in range(3)]
+    for each in boards:
+        each.core0.trigger("redun_notify_irq")
+    for each in boards:
+        each.core1.expect("redun_notify_irq")
 """
 
 
@@ -65,24 +65,36 @@ def test_tests_that_pass(pytester: pytest.Pytester, options: tuple[str, ...]) ->
     run(pytester, PASSING, *options).assert_outcomes(passed=4)
 
 
+def test_short_names_are_opt_in(pytester: pytest.Pytester) -> None:
+    test = """
+        def test_short(board, make_board, inco_board):
+            assert board is inco_board
+            make_board().core1.send("ihub_hwwd_irq")
+        """
+    in_process = "--inco-trio-in-process"
+    run(pytester, test, in_process).assert_outcomes(errors=1)
+    pytester.makeconftest("pytest_plugins = ['inco_trio.testing.short_names']")
+    run(pytester, test, in_process).assert_outcomes(passed=1)
+
+
 def test_a_missing_signal(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
-        def test_missing(board):
-            board.core1.send("ihub_hwwd_irq")
-            board.core0.wait_for("ihub_hwwd_irq")
-            board.core1.wait_for("redun_notify_irq", timeout=0.01)
+        def test_missing(inco_board):
+            inco_board.core1.send("ihub_hwwd_irq")
+            inco_board.core0.expect("ihub_hwwd_irq")
+            inco_board.core1.expect("redun_notify_irq", timeout=0.01)
 
-        def test_another(board):
+        def test_another(inco_board):
             pass
         """,
     )
     result.assert_outcomes(failed=1, passed=1)
     result.stdout.re_match_lines_random(
         [
-            r">       board.core1.wait_for\(\"redun_notify_irq\", timeout=0.01\)",
-            r"E .*NotificationMissingError: redun_notify_irq: did not come to core 1 within 0.01 s; there: sends ihub",
+            r">       inco_board.core1.expect\(\"redun_notify_irq\", timeout=0.01\)",
+            r"E .*MissingError: redun_notify_irq: did not arrive at core 1 within 0.01 s; events there: sends ihub",
             r"-+ inco-trio board -+",
             r"  0.000000  +sends ihub_hwwd_irq",
             r"  \d+\.\d+  gets ihub_hwwd_irq",
@@ -104,29 +116,29 @@ def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:
         """
         import os, select, signal
 
-        def die(board):
-            end = os.pidfd_open(board.proxy.pid)
-            os.kill(board.proxy.pid, signal.SIGKILL)
+        def die(inco_board):
+            end = os.pidfd_open(inco_board.proxy.pid)
+            os.kill(inco_board.proxy.pid, signal.SIGKILL)
             select.select([end], [], [])
             os.close(end)
 
-        def test_waits(board):
-            die(board)
-            board.core1.wait_for("redun_notify_irq")
+        def test_waits(inco_board):
+            die(inco_board)
+            inco_board.core1.expect("redun_notify_irq")
 
-        def test_notices_nothing(board):
-            die(board)
+        def test_notices_nothing(inco_board):
+            die(inco_board)
 
-        def test_another(board):
-            board.core1.send("ihub_hwwd_irq")
-            board.core0.wait_for("ihub_hwwd_irq")
+        def test_another(inco_board):
+            inco_board.core1.send("ihub_hwwd_irq")
+            inco_board.core0.expect("ihub_hwwd_irq")
         """,
     )
     result.assert_outcomes(failed=2, passed=1)
     result.stdout.re_match_lines(
         [
-            r"E .*did not come to core 1 \(the proxy has ended by itself, with exit code -9",
-            r"the proxy has ended by itself, with exit code -9; it said: inco-trio: info: .*",
+            r"E .*did not arrive at core 1 \(the proxy has ended by itself, with exit code -9",
+            r"the proxy has ended by itself, with exit code -9; it logged: inco-trio: info: .*",
         ]
     )
 
@@ -149,16 +161,16 @@ def test_a_leaked_board(pytester: pytest.Pytester) -> None:
     )
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.re_match_lines(
-        [r"the test leaves a board open: .*/leaked: use `with open_board\(\.\.\.\)`, or make_board"]
+        [r"the test leaves a board open: .*/leaked: use `with open_board\(\.\.\.\)`, or make_inco_board"]
     )
 
 
 @pytest.mark.parametrize(
     ("marker", "said"),
     [
-        ("signals={'x': 'up'}", "signals: x: 'up' is no direction: inbound or outbound"),
+        ("signals={'x': 'up'}", "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
         ("config='/nowhere'", "/nowhere: cannot be read: No such file or directory"),
-        ("link='pigeon'", "link='pigeon': is neither 'unix' nor 'interface'"),
+        ("link='pigeon'", "link='pigeon': neither 'unix' nor 'interface'"),
         ("'unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
         ("lnk='unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
     ],
@@ -170,7 +182,7 @@ def test_a_wrong_marker(pytester: pytest.Pytester, marker: str, said: str) -> No
         import pytest
 
         @pytest.mark.inco_trio({marker})
-        def test_marked(board):
+        def test_marked(inco_board):
             pass
         """,
     )
@@ -186,15 +198,15 @@ def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
         import pytest
 
         @pytest.fixture
-        def guest(board):
-            with board.guest() as running:
+        def guest(inco_board):
+            with inco_board.guest() as running:
                 yield running
 
         def test_in_a_fixture(guest):
             pass
 
-        def test_in_the_test(board):
-            with board.guest():
+        def test_in_the_test(inco_board):
+            with inco_board.guest():
                 pass
         """
     result = run(pytester, test)
@@ -206,7 +218,7 @@ def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
     result.stdout.re_match_lines([r"SKIPPED \[\d\] .*qemu-system-riscv64 is not installed"])
     result = run(pytester, test, "-o", "inco_trio_missing=maybe")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: inco_trio_missing = maybe: is neither fail nor skip" in result.stderr.str()
+    assert "ERROR: inco_trio_missing = maybe: neither fail nor skip" in result.stderr.str()
 
 
 def test_a_guests_words_are_in_the_failure(pytester: pytest.Pytester) -> None:
@@ -215,10 +227,10 @@ def test_a_guests_words_are_in_the_failure(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
-        def test_guest(board):
-            with board.guest(command_line="verbose"):
-                board.core0.trigger("redun_notify_irq")
-                board.core0.wait_for("ihub_reset_irq", timeout=0.1)
+        def test_guest(inco_board):
+            with inco_board.guest(command_line="verbose"):
+                inco_board.core0.trigger("redun_notify_irq")
+                inco_board.core0.expect("ihub_reset_irq", timeout=0.1)
         """,
     )
     result.assert_outcomes(failed=1)
@@ -226,26 +238,26 @@ def test_a_guests_words_are_in_the_failure(pytester: pytest.Pytester) -> None:
 
 
 ASYNC = """
-    async def application(board, sleep):
-        while not board.core0.register("ihub_hwwd_irq").read_text():
+    async def application(inco_board, sleep):
+        while not inco_board.core0.register("ihub_hwwd_irq").read_text():
             await sleep(0.001)
-        board.core0.trigger("redun_notify_irq")
+        inco_board.core0.trigger("redun_notify_irq")
 
-    async def test_{library}(board):
+    async def test_{library}(inco_board):
         {tasks}
 """
 TRIO = """import trio
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(application, board, trio.sleep)
-            board.core1.send("ihub_hwwd_irq")
-            await board.core1.async_wait_for("redun_notify_irq")
-        await trio.to_thread.run_sync(board.proxy.restart)"""
+            nursery.start_soon(application, inco_board, trio.sleep)
+            inco_board.core1.send("ihub_hwwd_irq")
+            await inco_board.core1.expect_async("redun_notify_irq")
+        await trio.to_thread.run_sync(inco_board.proxy.restart)"""
 ASYNCIO = """import asyncio
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(application(board, asyncio.sleep))
-            board.core1.send("ihub_hwwd_irq")
-            await board.core1.async_wait_for("redun_notify_irq")
-        await asyncio.to_thread(board.proxy.restart)"""
+            tasks.create_task(application(inco_board, asyncio.sleep))
+            inco_board.core1.send("ihub_hwwd_irq")
+            await inco_board.core1.expect_async("redun_notify_irq")
+        await asyncio.to_thread(inco_board.proxy.restart)"""
 
 
 @pytest.mark.parametrize("in_process", [False, True])
@@ -269,10 +281,10 @@ def test_tests_in_event_loops(
 def test_nothing_is_left_after_ctrl_c(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
-        def test_waits(board, make_board):
-            second = make_board()
-            print(board.proxy.pid, second.proxy.pid, board.directory, second.directory, flush=True)
-            board.core0.wait_for("ihub_hwwd_irq", timeout=1000)
+        def test_waits(inco_board, make_inco_board):
+            second = make_inco_board()
+            print(inco_board.proxy.pid, second.proxy.pid, inco_board.directory, second.directory, flush=True)
+            inco_board.core0.expect("ihub_hwwd_irq", timeout=1000)
         """
     )
     running = subprocess.Popen(

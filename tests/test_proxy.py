@@ -596,7 +596,7 @@ def test_systemd_is_told(proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path
 def test_the_notification_fd_is_closed_after_its_newline(proxy: StartProxy, irq_dir: Path) -> None:
     running = proxy("--irq-dir", irq_dir)
     # The newline was read by the fixture; end of file comes although the process lives.
-    assert os.read(running._ready, 1) == b""
+    assert os.read(running.ready_fd, 1) == b""
     assert running.process.poll() is None
 
 
@@ -605,9 +605,9 @@ def test_a_missing_link_is_waited_for(proxy: StartProxy, cores: Cores, irq_dir: 
     running = proxy("--irq-dir", irq_dir, "--wait-link", ready=False)
     running.wait_log("no such interface yet: waiting for it")
     trigger(irq_dir / "message_6_trig")
-    os.set_blocking(running._ready, False)
+    os.set_blocking(running.ready_fd, False)
     with pytest.raises(BlockingIOError):
-        os.read(running._ready, 1)
+        os.read(running.ready_fd, 1)
     cores.make_link()
     core1.rebind()
     running.wait_ready()
@@ -621,7 +621,7 @@ def test_waiting_for_a_link_can_be_stopped(proxy: StartProxy, cores: Cores, irq_
     running = proxy("--irq-dir", irq_dir, "--wait-link", ready=False)
     running.wait_log("no such interface yet")
     assert running.stop(number) == 0
-    assert os.read(running._ready, 1) == b""
+    assert os.read(running.ready_fd, 1) == b""
 
 
 def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Path) -> None:
@@ -631,7 +631,7 @@ def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Pa
     assert running.log.splitlines()[-1] == (
         f"inco-trio: error: {cores.link}: no such interface (there are: lo); --wait-link waits for it"
     )
-    assert os.read(running._ready, 1) == b""
+    assert os.read(running.ready_fd, 1) == b""
 
 
 def finished(namespace: Namespace, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -661,22 +661,11 @@ def test_without_cap_net_raw(cores: Cores, irq_dir: Path) -> None:
     assert line.startswith(f"inco-trio: error: {cores.link}: opening a packet socket needs CAP_NET_RAW")
 
 
-@attrs.frozen
-class Dropping:
-    """A core in which everything runs through a command that takes rights away."""
-
-    core: Namespace
-    prefix: tuple[str, ...]
-
-    def run(self, start: functools.partial[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        command, *rest = start.args
-        return self.core.run(functools.partial(start.func, [*self.prefix, *command], *rest, **start.keywords))
-
-
 def test_cap_net_raw_is_enough(proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     only = "-all,+net_raw"
-    prefix = ("setpriv", f"--inh-caps={only}", f"--bounding-set={only}", "--")
-    running = proxy("--irq-dir", irq_dir, core=Dropping(cores.core0, prefix))
+    enter = ("nsenter", f"--net=/proc/{os.getpid()}/fd/{cores.core0.fd}", "--")
+    drop = ("setpriv", f"--inh-caps={only}", f"--bounding-set={only}", "--")
+    running = proxy("--irq-dir", irq_dir, prefix=[*enter, *drop])
     effective = Path(f"/proc/{running.pid}/status").read_text().partition("CapEff:")[2].split()[0]
     assert int(effective, 16) == 1 << 13
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())

@@ -59,7 +59,7 @@ def replay(*arguments: str | Path) -> tuple[int, str, str]:
 def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...]) -> None:
     path = record(tmp_path / "f", *[IN] * COUNT, apart_ns=10**6)
     link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
-    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")
     try:
         proxy.wait_ready()
         state = watch(tmp_path / "irq/message_4_state")
@@ -72,7 +72,7 @@ def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...
 def test_a_burst_over_a_socket_loses_nothing(tmp_path: Path, watch: Watch) -> None:
     path = record(tmp_path / "f", *[IN] * 5000, OUT)
     link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
-    proxy = Proxy(Here(), [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")  # type: ignore[arg-type]
+    proxy = Proxy(None, [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")
     try:
         proxy.wait_ready()
         state = watch(tmp_path / "irq/message_4_state")
@@ -140,7 +140,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
             69,
             "HOME/1: takes no frames now: no process is at HOME/0 (No such",
         ),
-        (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: is not there: the proxy makes it, is it running?"),
+        (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
         (("f", "x", "--as", "core0"), 2, "--as core0 writes triggers and takes no LINK: give --irq-dir or --config"),
         (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed exclude each other"),
@@ -170,7 +170,7 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
     assert (code, err) == (1, "")
     assert out == (
         f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
-        f"note: {path}: truncated after {path.stat().st_size} bytes: what was whole before was played\n"
+        f"note: {path}: truncated after {path.stat().st_size} bytes: everything before that was played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
 

@@ -24,7 +24,6 @@ from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
-from tests.core1 import Here
 from tests.support_control import MAC, Board
 from tests.support_proxy import write_udrv
 
@@ -175,7 +174,7 @@ def test_wait_in_vain(board: Board) -> None:
     board.running()
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0.01")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.01 s\n"
+    assert done.stderr == "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.01 s\n"
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
@@ -195,7 +194,7 @@ def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) 
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stderr is not None
-        assert process.stderr.readline().startswith("inco-trio: the link is down, or core 1 is not there")
+        assert process.stderr.readline().startswith("inco-trio: the link is down, or core 1 is not running")
         assert received(board.core1(), 1) == [b"redun_notify_irq"]
         assert process.wait(HANG) == 0
 
@@ -237,7 +236,7 @@ def test_the_boards_of_a_proxy(board: Board) -> None:
         runtime = board.home / "xdg/inco-trio"
         runtime.mkdir(parents=True)
         arguments = ["--boards", str(boards), "--control", str(runtime / "boards.sock")]
-        proxy = Proxy(Here(), arguments, {}, board.home / "log")  # type: ignore[arg-type]
+        proxy = Proxy(None, arguments, {}, board.home / "log")
         stack.callback(proxy.close)
         proxy.wait_ready()
         code, complaint = error(run("send", "redun_notify_irq", "--control", runtime / "boards.sock", "--board", "c"))
@@ -364,7 +363,7 @@ def test_registers_that_are_not_there(tmp_path: Path, command: str) -> None:
     name, register = (
         ("redun_notify_irq", "message_6_trig") if command == "send" else ("ihub_hwwd_irq", "message_5_state")
     )
-    missing = f"{tmp_path}/irq/{register}: is missing: no proxy seems to run, which would have made it"
+    missing = f"{tmp_path}/irq/{register}: missing: the proxy creates it (is a proxy running?)"
     assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
     (tmp_path / "irq").mkdir()
     assert error(run(command, name, "--irq-dir", tmp_path / "irq")) == (69, missing)
@@ -383,7 +382,7 @@ def test_a_trigger_that_is_no_file(tmp_path: Path, kind: str) -> None:
     make[kind]()
     assert error(run("send", "redun_notify_irq", "--irq-dir", tmp_path)) == (
         2,
-        f"{path}: is no register, which is a regular file",
+        f"{path}: not a regular file",
     )
 
 
@@ -472,7 +471,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
 def test_core1_waits_in_vain(tmp_path: Path) -> None:
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
     done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")
-    assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 came in 0.01 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 arrived within 0.01 s\n")
     done = run("wait", "a_irq", "--as", "core1", link, "--after", "exit 5")
     assert (done.returncode, done.stderr) == (5, "inco-trio: the command of --after failed: exit code 5\n")
     assert not (tmp_path / "core1").exists()
@@ -527,7 +526,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("send", "x", "--rate", "many"), "argument --rate: 'many' is not a number above 0"),
         (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan' is not a number of seconds, 0 or more"),
         (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1' is not a number of seconds, 0 or more"),
-        (("send", "x", "--as", "core0", "l"), "--as core0: core1 is what can be played"),
+        (("send", "x", "--as", "core0", "l"), "--as core0: only core1 can be played"),
         (("send", "x", "--as", "core1", "a/b"), "link 'a/b': is neither"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),
@@ -571,11 +570,11 @@ def test_the_command_is_waited_for(tmp_path: Path) -> None:
     done = run(
         "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
     )
-    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.5 s\n")
     done = run(*words, f"echo 1 > {state}; exec cat {tmp_path}/fifo", "--timeout", "1")
     assert (done.returncode, done.stderr) == (
         1,
-        "inco-trio: the command was ended: it went on when the time was over\n",
+        "inco-trio: the command was stopped: it was still running at the timeout\n",
     )
 
 
@@ -584,7 +583,7 @@ def test_what_the_command_started_is_ended_with_it(tmp_path: Path) -> None:
     # Whoever inherits standard output keeps its end from being read.
     command = "cat > /dev/null & sleep 1000 & sleep 1000"
     done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", command)
-    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 came in 0.5 s\n")
+    assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.5 s\n")
 
 
 def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:

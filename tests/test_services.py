@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.service.descriptions import Client, bridge_service, exporter_service, gateway_service, link_service
-from inco_trio.service.descriptions import Service as Held
+from inco_trio.service.descriptions import Service as Described
+from inco_trio.service.descriptions import bridge_service, exporter_service, gateway_service, link_service
 from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from netns.hang import HANG
@@ -151,9 +151,9 @@ def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
     ],
     ids=lambda service: service.label,
 )
-def test_the_units_are_valid(service: Client | Held, tmp_path: Path) -> None:
+def test_the_units_are_valid(service: Described, tmp_path: Path) -> None:
     # As a proxy, a wire binds a socket wherever it is told to.
-    exposure = 20 if isinstance(service, Client) else 25
+    exposure = 20 if service.is_client else 25
     kind = service.label.replace(" ", "-")
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))

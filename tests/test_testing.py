@@ -20,7 +20,7 @@ import pytest
 import trio
 
 from inco_trio.capture.recording import Entry, Mark, open_recording
-from inco_trio.errors import ConfigError, IncoError, InvalidArgumentError
+from inco_trio.errors import ClosedError, ConfigError, IncoError, InvalidArgumentError
 from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
@@ -95,14 +95,16 @@ def test_each_is_taken_once() -> None:
     assert [each.name for each in history.all(0)] == [RESET, HWWD, RESET]
     assert history.all(0)[::2] == [first, second]
     with pytest.raises(
-        NotificationMissingError, match=f"{RESET}: did not come to core 0 within 0 s; there: gets {RESET}, g"
+        NotificationMissingError,
+        match=f"{RESET}: did not arrive at core 0 within 0 s; events there: gets {RESET}, g",
     ):
         history.wait(0, RESET, 0)
     with pytest.raises(
-        NotificationMissingError, match=f"{HWWD}: did not come to core 1 within 0 s; there: gets {RESET}$"
+        NotificationMissingError,
+        match=f"{HWWD}: did not arrive at core 1 within 0 s; events there: gets {RESET}$",
     ):
         history.wait(1, HWWD, 0)
-    with pytest.raises(NotificationMissingError, match="there: nothing happened"):
+    with pytest.raises(NotificationMissingError, match=r"there: nothing$"):
         History().wait(1, HWWD, 0)
 
 
@@ -165,12 +167,13 @@ def test_a_loop_that_has_ended_is_not_woken() -> None:
     async def leave() -> None:
         from inco_trio.testing.history import _bell
 
-        bells.append(_bell())
+        ring, _ = _bell()
+        bells.append(ring)
 
     trio.run(leave)
     asyncio.run(leave())
     for bell in bells:
-        bell.ring()
+        bell()
     history.add(0, "gets", RESET)
 
 
@@ -202,7 +205,7 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "signals", "said"),
     [
-        (None, {"x": "up"}, "signals: x: 'up' is no direction: inbound or outbound"),
+        (None, {"x": "up"}, "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
         (None, {"two words": "inbound"}, "signals: misc.inco_proxy.signals"),
         ({"file": []}, None, "file: is no table"),
         ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
@@ -276,9 +279,9 @@ def board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Board]:
 @pytest.mark.tools
 def test_each_way(board: Board) -> None:
     board.core1.send(HWWD)
-    came = board.core0.wait_for(HWWD)
+    came = board.core0.expect(HWWD)
     board.core0.trigger(NOTIFY)
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     assert (came.core, came.what, came.direction) == (0, "gets", Direction.INBOUND)
     assert (board.core0.count(HWWD), board.core0.count(NOTIFY), board.core1.count(NOTIFY)) == (1, 1, 1)
     assert [(each.core, each.what) for each in board.history] == [
@@ -300,7 +303,7 @@ def test_counts_are_those_of_the_moment(board: Board) -> None:
         board.core0.trigger(NOTIFY)
         assert board.core0.count(NOTIFY) == number
     for _ in range(199):
-        board.core1.wait_for(NOTIFY)
+        board.core1.expect(NOTIFY)
     assert board.core1.count(NOTIFY) == 199
 
 
@@ -309,10 +312,10 @@ def test_applications_of_all_kinds_are_seen(board: Board) -> None:
     trigger = board.core0.register(NOTIFY)
     with trigger.open("a"):
         pass  # written or not
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     (trigger.parent / "new").write_text("1")
     (trigger.parent / "new").rename(trigger)
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     (trigger.parent / "foreign").write_text("1")
     trigger.read_text()
     assert (board.core0.count(NOTIFY), board.core1.count(NOTIFY)) == (2, 2)
@@ -324,19 +327,19 @@ def test_applications_of_all_kinds_are_seen(board: Board) -> None:
 def test_a_killed_proxy_loses_nothing(tmp_path: Path) -> None:
     with open_board(tmp_path / "board") as board:
         for _ in range(3):
-            board.faults.kill_proxy()
+            board.proxy.kill()
             assert board.proxy.pid is None
             assert board.proxy.stats is None
             for _ in range(7):
                 board.core1.send(RESET)
                 board.core0.trigger(NOTIFY)
-            board.faults.start_proxy()
+            board.proxy.start()
             for _ in range(7):
-                board.core0.wait_for(RESET)
-                board.core1.wait_for(NOTIFY)
+                board.core0.expect(RESET)
+                board.core1.expect(NOTIFY)
         assert board.failure() is None
         with pytest.raises(InvalidArgumentError, match=r"the proxy runs already, as process \d+"):
-            board.faults.start_proxy()
+            board.proxy.start()
 
 
 @pytest.mark.tools
@@ -346,12 +349,48 @@ def test_a_restart(board: Board) -> None:
     board.proxy.stop()
     board.proxy.start()
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
+    board.core0.expect(RESET)
     if board._plan.in_process:
         with pytest.raises(InvalidArgumentError, match="cannot be killed: leave out --inco-trio-in-process"):
-            board.faults.kill_proxy()
+            board.proxy.kill()
         with pytest.raises(InvalidArgumentError, match="the proxy runs already"):
-            board.faults.start_proxy()
+            board.proxy.start()
+
+
+@pytest.mark.tools
+def test_a_board_that_has_ended_says_so(tmp_path: Path) -> None:
+    with open_board(tmp_path / "board", in_process=True) as board:
+        pass
+    uses: list[Callable[[], object]] = [
+        lambda: board.core0.trigger(NOTIFY),
+        lambda: board.core0.expect(RESET),
+        lambda: board.core0.count(RESET),
+        lambda: board.core1.history,
+        lambda: board.core1.send(RESET),
+        lambda: board.core1.send_frame(FRAME),
+        board.proxy.start,
+        board.proxy.stop,
+        board.proxy.kill,
+        board.proxy.restart,
+        lambda: board.proxy.pid,
+        lambda: board.proxy.log,
+        lambda: board.proxy.stats,
+        board.faults.frames,
+        board.faults.link_down,
+        board.faults.link_up,
+        board.faults.replace_directory,
+        lambda: board.history,
+        lambda: board.report,
+        lambda: board.record(tmp_path / "f"),
+        board.failure,
+        lambda: board.guest().__enter__(),
+    ]
+    for use in uses:
+        with pytest.raises(ClosedError, match=r"^the board has ended$"):
+            use()
+    for library in ("trio", "asyncio"):
+        with pytest.raises(ClosedError, match=r"^the board has ended$"):
+            run(library, board.core1.expect_async, NOTIFY)
 
 
 @pytest.mark.tools
@@ -363,9 +402,9 @@ def test_the_link_goes_down_and_up(board: Board) -> None:
         board.core1.send(RESET)
         board.faults.link_up()
         board.faults.link_up()
-        board.core1.wait_for(NOTIFY)
+        board.core1.expect(NOTIFY)
     board.core1.send(HWWD)
-    board.core0.wait_for(HWWD)
+    board.core0.expect(HWWD)
     assert board.core0.count(RESET) == 0, "what is sent on a link that is down is lost"
     assert [each.name for each in board.history if each.what.startswith("lost")] == [RESET] * 3
 
@@ -374,11 +413,11 @@ def test_the_link_goes_down_and_up(board: Board) -> None:
 def test_a_replaced_directory(board: Board) -> None:
     board.faults.replace_directory()
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
+    board.core0.expect(RESET)
     while not board.core0.register(NOTIFY).exists():
         time.sleep(0)
     board.core0.trigger(NOTIFY)
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     assert (board.core0.count(RESET), board.core1.count(NOTIFY)) == (1, 1)
 
 
@@ -386,22 +425,30 @@ def test_a_replaced_directory(board: Board) -> None:
 def test_faults_of_frames(board: Board) -> None:
     board.faults.frames(double=1, direction=Direction.INBOUND)
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
-    board.core0.wait_for(RESET)
+    board.core0.expect(RESET)
+    board.core0.expect(RESET)
     board.core0.trigger(NOTIFY)
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     board.faults.frames(drop=1, direction=Direction.OUTBOUND)
     board.core0.trigger(NOTIFY)
+    while not (dropped := [each for each in board.history if each.what == "dropped on the wire"]):
+        pass
     board.faults.frames(delay=0.001)
     board.core0.trigger(NOTIFY)
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
-    board.core1.wait_for(NOTIFY)
+    board.core0.expect(RESET)
+    board.core1.expect(NOTIFY)
     board.faults.frames()
-    dropped = [each for each in board.history if each.what == "dropped on the wire"]
-    assert board.core1.count(NOTIFY) + len(dropped) == 3
+    assert (board.core1.count(NOTIFY), [each.name for each in dropped]) == (2, [NOTIFY])
     with pytest.raises(InvalidArgumentError, match="double=2: is no rate"):
         board.faults.frames(double=2)
+    board.faults.frames(drop=1, direction="inbound")
+    board.core1.send(HWWD)
+    board.core0.trigger(NOTIFY)
+    board.core1.expect(NOTIFY)
+    assert [each.name for each in board.history if each.what == "dropped on the wire"][-1] == HWWD
+    with pytest.raises(InvalidArgumentError, match="direction='in': neither 'inbound' nor 'outbound'"):
+        board.faults.frames(direction="in")
 
 
 @pytest.mark.tools
@@ -409,7 +456,7 @@ def test_frames_that_no_core_sends(board: Board) -> None:
     board.core1.send_frame(b"\x01" * 20)
     board.core1.send_frame(encode(b"strange_irq", bytes(6)))
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
+    board.core0.expect(RESET)
     stats = board.proxy.stats
     assert stats is not None
     assert (stats.malformed, stats.unknown, stats.delivered) == (1, 1, 1)
@@ -426,18 +473,18 @@ def test_wrong_words(board: Board) -> None:
         board.core1.send(NOTIFY)
     with pytest.raises(InvalidArgumentError, match=f"there are: {NOTIFY}$"):
         board.core0.trigger(RESET)
-    for use in (board.core0.count, board.core0.wait_for, board.core1.wait_for, board.core0.register):
+    for use in (board.core0.count, board.core0.expect, board.core1.expect, board.core0.register):
         with pytest.raises(InvalidArgumentError, match=r"^x: not a signal of this board"):
             use("x")
     timeouts: list[Any] = [-1, math.nan, math.inf, "1"]
     for timeout in timeouts:
-        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: is not a number of seconds"):
-            board.core0.wait_for(RESET, timeout)
+        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: not a number of seconds"):
+            board.core0.expect(RESET, timeout)
     frame: Any = "text"
     with pytest.raises(InvalidArgumentError, match="a frame is bytes, not str"):
         board.core1.send_frame(frame)
     with (
-        pytest.raises(InvalidArgumentError, match="link='carrier pigeon': is neither 'unix' nor 'interface'"),
+        pytest.raises(InvalidArgumentError, match="link='carrier pigeon': neither 'unix' nor 'interface'"),
         open_board(board.directory, link="carrier pigeon"),
     ):
         pass
@@ -458,7 +505,7 @@ def test_a_fault_of_the_bench_ends_no_later_board(tmp_path: Path) -> None:
             board.core1.send(RESET)
     with open_board(tmp_path / "b", in_process=True) as board:
         board.core1.send(RESET)
-        board.core0.wait_for(RESET)
+        board.core0.expect(RESET)
 
 
 @pytest.mark.tools
@@ -471,13 +518,13 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
         os.close(end)
         failure = board.failure()
         assert failure is not None
-        assert failure.startswith("the proxy has ended by itself, with exit code -9; it said: inco-trio: info:")
+        assert failure.startswith("the proxy has ended by itself, with exit code -9; it logged: inco-trio: info:")
         assert board.failure() is None, "it is told once"
-        with pytest.raises(NotificationMissingError, match=r"did not come to core 0 \(the proxy has ended by itself"):
-            board.core0.wait_for(RESET)
+        with pytest.raises(NotificationMissingError, match=r"did not arrive at core 0 \(the proxy has ended by itself"):
+            board.core0.expect(RESET)
         board.proxy.start()
         board.core1.send(RESET)
-        board.core0.wait_for(RESET)
+        board.core0.expect(RESET)
 
 
 @pytest.mark.tools
@@ -507,9 +554,9 @@ def test_nothing_is_left(board: Board, tmp_path: Path) -> None:
 @pytest.mark.tools
 def test_a_recording(board: Board, tmp_path: Path) -> None:
     board.core1.send(RESET)
-    board.core0.wait_for(RESET)
+    board.core0.expect(RESET)
     board.core0.trigger(NOTIFY)
-    board.core1.wait_for(NOTIFY)
+    board.core1.expect(NOTIFY)
     board.core1.send_frame(b"\x01" * 20)
     board.faults.link_down()
     board.record(tmp_path / "f.pcapng")
@@ -535,13 +582,13 @@ def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: s
         async with trio.open_nursery() as nursery:
             nursery.start_soon(application, trio.sleep)
             board.core1.send(HWWD)
-            await board.core1.async_wait_for(NOTIFY)
+            await board.core1.expect_async(NOTIFY)
 
     async def with_asyncio() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(application(asyncio.sleep))
             board.core1.send(HWWD)
-            await board.core1.async_wait_for(NOTIFY)
+            await board.core1.expect_async(NOTIFY)
 
     run(library, with_trio if library == "trio" else with_asyncio)
     assert board.core0.count(HWWD) == 1
@@ -555,8 +602,8 @@ def test_two_hundred_side_by_side(tmp_path: Path) -> None:
             board.core1.send(HWWD)
             board.core0.trigger(NOTIFY)
         for board in boards:
-            board.core0.wait_for(HWWD)
-            board.core1.wait_for(NOTIFY)
+            board.core0.expect(HWWD)
+            board.core1.expect(NOTIFY)
         assert {(board.core0.count(HWWD), board.core1.count(NOTIFY)) for board in boards} == {(1, 1)}
 
 
@@ -565,11 +612,11 @@ def test_two_hundred_side_by_side(tmp_path: Path) -> None:
 def test_on_an_interface(tmp_path: Path, in_process: bool) -> None:
     with open_board(tmp_path / "board", link="interface", in_process=in_process) as board:
         board.core1.send(HWWD)
-        board.core0.wait_for(HWWD)
+        board.core0.expect(HWWD)
         board.faults.link_down()
         board.core0.trigger(NOTIFY)
         board.faults.link_up()
-        board.core1.wait_for(NOTIFY)
+        board.core1.expect(NOTIFY)
         with pytest.raises(InvalidArgumentError, match="a guest needs the link of sockets"), board.guest():
             pass
 
@@ -579,19 +626,19 @@ def test_a_guest(tmp_path: Path) -> None:
     with open_board(tmp_path / "board") as board:
         with board.guest(command_line=f"echo={NOTIFY}:{HWWD} verbose") as guest:
             board.core0.trigger(NOTIFY)
-            board.core0.wait_for(HWWD)
+            board.core0.expect(HWWD)
             guest.stop()
             board.core0.trigger(NOTIFY)
             guest.cont()
-            board.core0.wait_for(HWWD)
+            board.core0.expect(HWWD)
             guest.system_reset()
             guest.wait_ready()
             guest.kill()
             guest.start()
             guest.wait_ready()
             board.core0.trigger(NOTIFY)
-            board.core0.wait_for(HWWD)
-            with pytest.raises(InvalidArgumentError, match="core 1 is a guest: what it sends is up to its firmware"):
+            board.core0.expect(HWWD)
+            with pytest.raises(InvalidArgumentError, match="core 1 is a guest: only its firmware sends"):
                 board.core1.send(HWWD)
         assert "serial output of the guest:\ncore1: ready" in board.report
         assert [f"{each.what} {each.name}" for each in board.core1.history] == [f"gets {NOTIFY}", f"sends {HWWD}"] * 3
@@ -609,8 +656,8 @@ def test_a_guest_behind_a_bad_wire(tmp_path: Path) -> None:
         board.faults.frames()
         board.faults.frames(double=1, direction=Direction.INBOUND)
         board.core0.trigger(NOTIFY)
-        board.core0.wait_for(HWWD)
-        board.core0.wait_for(HWWD)
+        board.core0.expect(HWWD)
+        board.core0.expect(HWWD)
         first = next(each for each in board.core1.history if each.what.startswith("gets"))
         assert first.frame is not None
         assert decode(first.frame) != NOTIFY.encode() or first.frame[:12] != b"\xff" * 6

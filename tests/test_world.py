@@ -30,11 +30,11 @@ def either(request: pytest.FixtureRequest) -> Iterator[Cores]:
 
 
 def core0_peer(cores: Cores) -> Peer:
-    return Peer(attrs.evolve(cores, core0=cores.core1, core1=cores.core0))
+    return attrs.evolve(cores, core0=cores.core1, core1=cores.core0).peer()
 
 
 def test_frames_pass_both_ways(either: Cores) -> None:
-    with core0_peer(either) as core0, Peer(either) as core1:
+    with core0_peer(either) as core0, either.peer() as core1:
         core0.send(b"redun_notify_irq")
         assert core1.receive() == encode(b"redun_notify_irq", core0.mac)
         core1.send(b"ihub_hwwd_irq", pad=60)
@@ -44,7 +44,7 @@ def test_frames_pass_both_ways(either: Cores) -> None:
 
 
 def test_frames_pass_again_at_once_after_the_link_is_made_again(either: Cores) -> None:
-    with core0_peer(either) as core0, Peer(either) as core1:
+    with core0_peer(either) as core0, either.peer() as core1:
         for _ in range(5):
             either.delete_link()
             assert either.link not in (name for _, name in either.core0.run(socket.if_nameindex))
@@ -58,7 +58,7 @@ def test_frames_pass_again_at_once_after_the_link_is_made_again(either: Cores) -
 
 
 def test_frames_pass_again_at_once_after_the_link_was_down(either: Cores) -> None:
-    with core0_peer(either) as core0, Peer(either) as core1:
+    with core0_peer(either) as core0, either.peer() as core1:
         either.link_down()
         with pytest.raises(OSError, match="Network is down"):
             core0.send(b"too_early")
@@ -97,7 +97,7 @@ def test_refused_change_of_a_link_is_one_line(cores: Cores) -> None:
 
 @pytest.mark.parametrize("chain", [False, True])
 def test_namespaces_end_with_their_descriptors(chain: bool, canary: Callable[[int], Canary]) -> None:
-    with two_cores(chain=chain) as cores, Peer(cores):
+    with two_cores(chain=chain) as cores, cores.peer():
         watched = [canary(namespace.fd) for namespace in (cores.core0, cores.core1, cores.switch) if namespace]
     for one in watched:
         one.wait_gone()
@@ -105,7 +105,7 @@ def test_namespaces_end_with_their_descriptors(chain: bool, canary: Callable[[in
 
 def test_no_descriptor_and_no_thread_is_left_behind() -> None:
     before = set(Path("/proc/self/fd").iterdir()), threading.active_count()
-    with two_cores() as cores, Peer(cores):
+    with two_cores() as cores, cores.peer():
         cores.delete_link()
         cores.make_link()
     assert (set(Path("/proc/self/fd").iterdir()), threading.active_count()) == before
@@ -134,7 +134,7 @@ from inco_trio.simulation.world import Peer, may_make_namespaces, new_user_names
 assert not may_make_namespaces()
 new_user_namespace()
 assert may_make_namespaces()
-with two_cores() as cores, Peer(cores) as peer:
+with two_cores() as cores, cores.peer() as peer:
     print(len(peer.mac))
 """
     assert run_as_nobody(nobody, script) == "6"
@@ -172,7 +172,7 @@ def test_consumer_counts_every_close(tmp_path: Path, watch: Callable[[Path], Con
     for _ in range(1000):
         path.write_text("1")
     consumer.wait(1000)
-    with pytest.raises(AssertionError, match="1000 closes instead of 1001"):
+    with pytest.raises(AssertionError, match="1000 notifications instead of 1001"):
         consumer.wait(1001, timeout=0)
 
 

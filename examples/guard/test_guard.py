@@ -21,43 +21,43 @@ def starts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def guard(board: Board, starts: Path) -> Iterator[subprocess.Popen[str]]:
+def guard(inco_board: Board, starts: Path) -> Iterator[subprocess.Popen[str]]:
     service = ["sh", "-c", 'echo $$ >> "$0"; exec sleep 1000', str(starts)]
     command = [sys.executable, str(GUARD), *service]
-    with subprocess.Popen(command, env=board.core0.environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=inco_board.core0.environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "sh runs as process" in process.stdout.readline()
         yield process
         if process.poll() is None:
             # It stops its service.
-            board.core1.send("ihub_reset_irq")
+            inco_board.core1.send("ihub_reset_irq")
         process.wait()
 
 
 @pytest.mark.usefixtures("guard")
-def test_the_watchdog_starts_the_service_again(board: Board, starts: Path) -> None:
+def test_the_watchdog_starts_the_service_again(inco_board: Board, starts: Path) -> None:
     for runs in range(2, 5):
-        board.core1.send("ihub_hwwd_irq")
-        board.core1.wait_for("redun_notify_irq")
-        assert board.core0.count("ihub_hwwd_irq") == runs - 1
-    board.core1.send("ihub_reset_irq")
-    board.core1.wait_for("redun_notify_irq")
+        inco_board.core1.send("ihub_hwwd_irq")
+        inco_board.core1.expect("redun_notify_irq")
+        assert inco_board.core0.count("ihub_hwwd_irq") == runs - 1
+    inco_board.core1.send("ihub_reset_irq")
+    inco_board.core1.expect("redun_notify_irq")
     # The last one that was started has had its time before it was stopped: or not, and then it has written nothing.
     services = [int(line) for line in starts.read_text().split()]
     assert 1 <= len(services) <= 4
     assert not [service for service in services if Path(f"/proc/{service}").exists()]
 
 
-def test_a_reset_ends_the_guard(board: Board, guard: subprocess.Popen[str]) -> None:
-    board.core1.send("ihub_reset_irq")
-    board.core1.wait_for("redun_notify_irq")
+def test_a_reset_ends_the_guard(inco_board: Board, guard: subprocess.Popen[str]) -> None:
+    inco_board.core1.send("ihub_reset_irq")
+    inco_board.core1.expect("redun_notify_irq")
     assert guard.wait() == 0
 
 
 @pytest.mark.usefixtures("guard")
-def test_a_proxy_that_is_killed_loses_nothing(board: Board) -> None:
-    board.faults.kill_proxy()
-    board.core1.send("ihub_hwwd_irq")
-    board.faults.start_proxy()
-    board.core1.wait_for("redun_notify_irq")
-    assert board.core0.count("ihub_hwwd_irq") == 1
+def test_a_proxy_that_is_killed_loses_nothing(inco_board: Board) -> None:
+    inco_board.proxy.kill()
+    inco_board.core1.send("ihub_hwwd_irq")
+    inco_board.proxy.start()
+    inco_board.core1.expect("redun_notify_irq")
+    assert inco_board.core0.count("ihub_hwwd_irq") == 1

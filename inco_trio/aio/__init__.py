@@ -98,7 +98,7 @@ class Proxy:
 
     @contextmanager
     def events(
-        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
         """A stream of what is carried from now on: of these signals, or all, in one direction or both.
 
@@ -114,13 +114,12 @@ class Proxy:
         finally:
             self._beside.ask(stream.close)
 
-    async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as Trio's
-        """The next notification of a signal, from now on, in whichever direction it goes.
+    async def wait_for(self, name: str) -> Notification:
+        """Wait for the next notification of a signal that is carried from now on, in whichever direction it goes.
 
-        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError, also if the proxy closes
-        meanwhile.
+        Raises UnknownSignalError, and ClosedError, also if the proxy closes meanwhile.
         """
-        return await self._beside.call(functools.partial(self._proxy.wait_for, name, timeout=timeout))
+        return await self._beside.call(functools.partial(self._proxy.wait_for, name))
 
     async def reload(self, config: Config) -> None:
         """Take another signal table, see `inco_trio.Proxy.reload`."""

@@ -1,88 +1,137 @@
-"""Plays one side of a recording, and listens for what the other side had done.
+"""Plays one side of a recording, and counts what the other side does.
 
-As core 1, inbound notifications are frames on a link, and outbound ones are listened for there. As core 0, outbound
-ones are triggers that are written, and inbound ones are closes of state files.
+As core 1, it sends inbound notifications as frames on a link and receives outbound ones there. As core 0, it writes
+triggers for outbound notifications and sees inbound ones as closes of state files.
 """
 
 from __future__ import annotations
 
-import errno
-import os
+import math
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Protocol
 
 import attrs
 import trio
 
 from inco_trio.capture.recording import Mark, Recording
+from inco_trio.cores.core0 import Core0
 from inco_trio.cores.core1 import Core1
-from inco_trio.errors import STRERROR, LinkNotFoundError, from_os_error
-from inco_trio.linux.inotify import IN_CLOSE_WRITE, IN_MODIFY, IN_ONLYDIR, IN_Q_OVERFLOW, Inotify, parse_events
+from inco_trio.errors import LinkNotFoundError
 from inco_trio.signals import Direction, SignalTable
 
-__all__ = ["Applications", "Played", "Side", "applications", "core1", "play"]
+__all__ = ["Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
-"""Seconds for which a link that went down is waited for."""
+"""Seconds to wait for a link that went down."""
 TURN = 64
-"""Notifications or frames of one task before others have their turn."""
-_MISSING = ((errno.ENOENT, errno.ENOTDIR), LinkNotFoundError, "is not there: the proxy makes it, is it running?")
+"""Notifications that one task handles before other tasks run."""
 
 
-class Side(Protocol):
-    """Who plays."""
+@attrs.define
+class Side:
+    """The side that is played: a core, what it sends, and the names under which arrivals at it are counted."""
 
+    core: Core0 | Core1
     direction: Direction
-    """Of what it plays; the other direction is listened for."""
-    overflowed: bool
-    """Whether more came than could be counted."""
+    """The direction that it plays. It listens for the other one."""
+    playable: Collection[str] | None = None
+    """The signals that it can send, or None for all."""
+    labels: Mapping[str, str] | None = None
+    """The label of each signal that can arrive, or None if that is its name."""
+    _sent: bool = attrs.field(default=False, init=False)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the kernel dropped notifications before they were counted."""
+        return isinstance(self.core, Core0) and self.core.overflows > 0
 
     def label(self, signal: str) -> str | None:
-        """Under what name a notification of the other direction is counted; None if it cannot be seen to come."""
+        """Return the name that counts a notification of the other direction, or None if it cannot be seen."""
+        return signal if self.labels is None else self.labels.get(signal)
 
     async def send(self, signal: str) -> bool:
-        """Play one notification. Returns whether it can be played. Raises IncoError."""
+        """Play one notification. Return whether it can be played. Raises IncoError.
 
-    async def listen(self, came: Counter[str]) -> None:
-        """Count what comes, until it is cancelled. Raises IncoError."""
+        After the first notification, wait for a link that goes down.
+        """
+        if self.playable is not None and signal not in self.playable:
+            return False
+        while True:
+            try:
+                await self.core.send(signal)
+            except LinkNotFoundError as missing:
+                if not self._sent or isinstance(self.core, Core0):
+                    raise LinkNotFoundError(f"{missing}: is the proxy running?") from missing
+                with trio.move_on_after(PATIENCE) as patience:
+                    await self.core.wait_running()
+                if patience.cancelled_caught:
+                    raise
+            else:
+                self._sent = True
+                return True
+
+    async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
+        """Count what arrives, until cancelled. Raises IncoError."""
+        # One signal of each state file stands for all that share it.
+        signals = None if self.labels is None else list({label: name for name, label in self.labels.items()}.values())
+        with self.core.events(math.inf, signals=signals) as arrivals:
+            task_status.started()
+            async for arrival in arrivals:
+                came[self.label(arrival.name) or arrival.name] += 1
+
+
+@asynccontextmanager
+async def core1(address: str) -> AsyncIterator[Side]:
+    """Play core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
+    async with Core1(address) as core:
+        yield Side(core, Direction.INBOUND)
+
+
+@asynccontextmanager
+async def applications(table: SignalTable) -> AsyncIterator[Side]:
+    """Play the applications. Raises ProxyNotFoundError for missing registers, PermissionDeniedError, ResourceError."""
+    states: dict[Path, list[str]] = {}
+    for signal in table.inbound.values():
+        states.setdefault(signal.path, []).append(signal.name)
+    labels = {name: " or ".join(names) for names in states.values() for name in names}
+    async with Core0(table) as core:
+        yield Side(core, Direction.OUTBOUND, {signal.name for signal in table.outbound.values()}, labels)
 
 
 @attrs.define
 class Played:
-    """What was played, and what came back: by signal, or by the signals that share a state file."""
+    """What was played and what came back: by signal, or by the signals that share a state file."""
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)
-    """What the recording has in the other direction."""
+    """What the recording contains in the other direction."""
     came: Counter[str] = attrs.Factory(Counter)
     unknown: Counter[str] = attrs.Factory(Counter)
-    """What could neither be played nor listened for, as no direction or no register is known of it."""
+    """What could neither be played nor listened for, as its direction or its register is unknown."""
     overflowed: bool = False
     position: int = 0
     """Bytes of the recording that were read."""
 
     @property
     def missing(self) -> Mapping[str, int]:
-        """What the recording has and what did not come."""
+        """What the recording contains and what did not arrive."""
         return self.expected - self.came
 
     @property
     def surplus(self) -> Mapping[str, int]:
-        """What came and what the recording does not have."""
+        """What arrived and what the recording does not contain."""
         return self.came - self.expected
 
 
 async def play(side: Side, recording: Recording, played: Played, *, speed: float | None, wait: float) -> None:
-    """Play the recording and fill in `played`; `speed` 2 takes half the time, None none.
+    """Play the recording and fill in `played`. `speed` 2 takes half the time, None plays as fast as possible.
 
-    It takes at least as long as the whole recording, both directions of it, and `wait` seconds more. Raises IncoError.
+    Return `wait` seconds after the end of the recording, which contains both directions. Raises IncoError.
     """
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(side.listen, played.came)
-        await trio.lowlevel.checkpoint()
+        await nursery.start(side.listen, played.came)
         begun = trio.current_time()
         first_ns = None
         for number, entry in enumerate(recording, 1):
@@ -107,124 +156,3 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
         await trio.sleep(wait)
         played.overflowed = side.overflowed
         nursery.cancel_scope.cancel()
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
-
-
-class _Core1:
-    """Core 1, on a link that is there."""
-
-    direction = Direction.INBOUND
-    overflowed = False
-
-    def __init__(self, core1: Core1) -> None:
-        self._core1 = core1
-        self._sent = False
-
-    def label(self, signal: str) -> str | None:
-        """See `Side.label`."""
-        return signal
-
-    async def send(self, signal: str) -> bool:
-        """See `Side.send`. A link that goes down once something was sent is waited for."""
-        while True:
-            try:
-                await self._core1.send(signal)
-            except LinkNotFoundError as missing:
-                if not self._sent:
-                    raise LinkNotFoundError(missing, "is the proxy running?") from missing
-                with trio.move_on_after(PATIENCE) as patience:
-                    await self._core1.wait_running()
-                if patience.cancelled_caught:
-                    raise
-                continue
-            self._sent = True
-            return True
-
-    async def listen(self, came: Counter[str]) -> None:
-        """See `Side.listen`."""
-        async for arrival in self._core1:
-            came[arrival.name] += 1
-
-
-@asynccontextmanager
-async def core1(address: str) -> AsyncIterator[Side]:
-    """Core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
-    async with Core1(address) as opened:
-        yield _Core1(opened)
-
-
-# ------------------------------------------------------------------------------------------------- as the applications
-
-
-class Applications:
-    """The applications of core 0, on the registers of `table`."""
-
-    direction = Direction.OUTBOUND
-
-    def __init__(self, table: SignalTable, inotify: Inotify) -> None:
-        self.overflowed = False
-        self._triggers = {s.name: s.path for s in table if s.direction is Direction.OUTBOUND}
-        self._inotify = inotify
-        states: dict[Path, list[str]] = {}
-        for signal in table.inbound.values():
-            states.setdefault(signal.path, []).append(signal.name)
-        self._labels = {name: " or ".join(names) for names in states.values() for name in names}
-        watches: dict[Path, int] = {}
-        self._at: dict[tuple[int, bytes], str] = {}
-        for path, names in states.items():
-            wd = watches[path.parent] = watches.get(path.parent) or self._watch(path.parent)
-            self._at[wd, os.fsencode(path.name)] = self._labels[names[0]]
-
-    def _watch(self, directory: Path) -> int:
-        try:
-            # IN_MODIFY stands between two closes, which would merge into one event otherwise (inotify(7)).
-            return self._inotify.watch(str(directory), IN_CLOSE_WRITE | IN_MODIFY | IN_ONLYDIR)
-        except OSError as error:
-            raise from_os_error(error, directory, STRERROR, _MISSING) from error
-
-    def label(self, signal: str) -> str | None:
-        """See `Side.label`."""
-        return self._labels.get(signal)
-
-    async def send(self, signal: str) -> bool:
-        """See `Side.send`: open, write of `1`, close, as applications do."""
-        path = self._triggers.get(signal)
-        if path is None:
-            return False
-        try:
-            # Neither made here, as it is the proxy's, nor waited for, as a FIFO would be.
-            fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            try:
-                os.write(fd, b"1")
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise from_os_error(error, path, STRERROR, _MISSING) from error
-        return True
-
-    async def listen(self, came: Counter[str]) -> None:
-        """See `Side.listen`."""
-        buffer = memoryview(bytearray(65536))
-        while True:
-            await self._inotify.wait_readable()
-            for wd, mask, name in parse_events(buffer[: self._inotify.read_into(buffer)]):
-                self.overflowed |= bool(mask & IN_Q_OVERFLOW)
-                if mask & IN_CLOSE_WRITE and (label := self._at.get((wd, name))):
-                    came[label] += 1
-
-
-@asynccontextmanager
-async def applications(table: SignalTable) -> AsyncIterator[Side]:
-    """The applications. Raises LinkNotFoundError for directories that are not there, PermissionDeniedError,
-    ResourceError.
-    """
-    try:
-        inotify = Inotify()
-    except OSError as error:
-        raise from_os_error(error, "inotify") from error
-    try:
-        yield Applications(table, inotify)
-    finally:
-        inotify.close()

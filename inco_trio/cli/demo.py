@@ -13,22 +13,22 @@ __all__ = ["arguments", "run"]
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
     sub.epilog = (
-        "Where user namespaces are forbidden, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
+        "If user namespaces are not permitted, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
         "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50\n"
-        "exit codes: 0 everything arrived, 1 something was lost; see inco-trio --help"
+        "exit codes: 0 all notifications arrived, 1 some were lost; see inco-trio --help"
     )
     sub.add_argument(
         "--qemu",
         action="store_true",
-        help="let core 1 be real firmware, in QEMU, and measure round trips; needs no root",
+        help="run real firmware as core 1 in QEMU, and measure round trips; needs no root",
     )
-    sub.add_argument("--record", metavar="FILE", help="record all of it, for Wireshark, replay and plot")
-    sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications of each signal (default: 80)")
-    sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications a second (default: 100)")
+    sub.add_argument("--record", metavar="FILE", help="record all notifications for Wireshark, replay and plot")
+    sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications per signal (default: 80)")
+    sub.add_argument("--rate", type=float, default=100.0, metavar="R", help="notifications per second (default: 100)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demonstration."""
+    """Run the demonstration; return the exit code."""
     from inco_trio.simulation.demo import run_demo
 
     record = None if args.record is None else absolute(args.record, "--record")

@@ -42,9 +42,5 @@ def run(args: argparse.Namespace) -> int:
 
         address, port = check_listen(args.listen)
         controls = control_paths(args)
-        return run_service(
-            lambda: Restarting(args.listen, lambda: functools.partial(serve, address, port, controls)),
-            notification_fd=args.notification_fd,
-            log_format=args.log_format,
-            verbose=args.verbose,
-        )
+        make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
+        return run_service(make, args.notification_fd, args.log_format, args.verbose)

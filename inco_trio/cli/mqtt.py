@@ -42,8 +42,5 @@ def run(args: argparse.Namespace) -> int:
             return Gateway(broker, config, controls).run
 
         return run_service(
-            lambda: Restarting(str(broker), prepare),
-            notification_fd=args.notification_fd,
-            log_format=args.log_format,
-            verbose=args.verbose,
+            lambda: Restarting(str(broker), prepare), args.notification_fd, args.log_format, args.verbose
         )

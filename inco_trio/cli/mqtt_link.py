@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)
 
-        return run_service(make, notification_fd=args.notification_fd, log_format=args.log_format, verbose=args.verbose)
+        return run_service(make, args.notification_fd, args.log_format, args.verbose)
 
 
 def check_end(link: str) -> UnixAddress:

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
-    with _stop(args.duration) as stop, contextlib.ExitStack() as stack:
+    with process_signals.wakeups(process_signals.STOPS) as stops, contextlib.ExitStack() as stack:
+        stop = _Stop(stops, args.duration)
         source = stack.enter_context(_source(args, stop))
 
         from inco_trio.capture.recording import Recorder
@@ -94,12 +95,6 @@ class _Stop:
             ready, _, _ = select.select([self._sock, *others], [], [], None if left == math.inf else max(0, left))
             self._over = self._sock in ready or time.monotonic() >= self._end
         return self._over
-
-
-@contextlib.contextmanager
-def _stop(duration: float | None) -> Iterator[_Stop]:
-    with process_signals.wakeups(process_signals.STOPS) as arrived:
-        yield _Stop(arrived, duration)
 
 
 class _Proxy:

@@ -1,4 +1,4 @@
-"""`inco-trio replay`: plays one side of a recording, and says what came back."""
+"""`inco-trio replay`: play one side of a recording, and report what came back."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["arguments", "run"]
 
 SLOW = 1.0
-"""Seconds after which progress is shown."""
+"""Seconds until it shows progress."""
 BETWEEN = 0.2
-"""Seconds between two looks at it."""
+"""Seconds between two updates."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -38,17 +38,19 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "A frame's direction: flags of our recordings, else the signal table, else its sender's other frames.\n"
         "example: inco-trio replay night.pcapng rpmsg4000 --speed 10\n"
-        "exit codes: 0 everything came back, 1 not everything did, 65 no recording, 69 no link or\n"
+        "exit codes: 0 everything came back, 1 not everything came back, 65 not a recording, 69 no link or\n"
         "registers, 77 no permission; see inco-trio --help"
     )
     sub.add_argument("file", metavar="FILE", help="a recording, or any pcapng or pcap of Ethernet frames")
-    sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 here: interface, or unix:LOCAL,peer=REMOTE")
+    sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 on this interface or unix:LOCAL,peer=REMOTE")
     sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with LINK, else core0")
-    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals; core0: their registers in DIR")
+    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals; as core0: their registers in DIR")
     configuration_argument(sub)
-    sub.add_argument("--speed", type=float, metavar="X", help="play X times as fast as it was (default: 1)")
+    sub.add_argument("--speed", type=float, metavar="X", help="play X times as fast as recorded (default: 1)")
     sub.add_argument("--fast", action="store_true", help="play as fast as possible")
-    sub.add_argument("--wait", type=float, default=1.0, metavar="SECONDS", help="listen after the end (default: 1)")
+    sub.add_argument(
+        "--wait", type=float, default=1.0, metavar="SECONDS", help="seconds to listen after the end (default: 1)"
+    )
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -66,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
         side: AbstractAsyncContextManager[Side] = core1(args.link) if args.side == "core1" else applications(table)
         _play(args, side, recording, played)
         cut = recording.reader.cut
-    notes = [] if cut is None else [f"{path}: {cut}: what was whole before was played"]
+    notes = [] if cut is None else [f"{path}: {cut}: everything before that was played"]
     if not played.sent:
-        notes.append(f"nothing was played: {path} has nothing that {args.side} sends")
+        notes.append(f"nothing was played: {path} contains nothing that {args.side} sends")
     if played.overflowed:
-        notes.append("more came than inotify could queue: the counts are too low")
+        notes.append("the inotify queue overflowed: the counts are too low")
     _report(args, path, played, notes)
     return 1 if played.missing or played.overflowed else 0
 
@@ -96,11 +98,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
-    """The signals that the arguments name. Raises UsageError, ConfigError."""
+    """Return the signals that the arguments name. Raises UsageError, ConfigError."""
     if args.irq_dir is not None:
         return SignalTable(builtin_signals(absolute(args.irq_dir, "--irq-dir")))
     if args.side == "core1" and args.config is None and not os.environ.get("UDRV_JSON_PATH"):
-        # Only directions are asked of it.
+        # Only the directions are used.
         return SignalTable(builtin_signals(absolute(".", "--irq-dir")))
     return SignalTable(read_board(config_path(args)).signals)
 
@@ -146,7 +148,7 @@ async def _show_progress(played: Played, size: int) -> None:
 
 
 def _width() -> int:
-    # Of standard error, where progress is shown. One that tells no width has 0 columns.
+    # The width of standard error, where progress is shown. 0 columns mean that it is unknown.
     return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
 
 

@@ -59,14 +59,10 @@ def run(args: argparse.Namespace) -> int:
         # A stop signal may arrive during this import, which takes most of the start.
         from inco_trio.service.runner import run_service
 
-        return run_service(
-            functools.partial(_daemon, args),
-            notification_fd=args.notification_fd,
-            log_format=args.log_format,
-            # `inco_proxy` replaces a program that logged each notification on standard output.
-            verbose=args.verbose or args.drop_in,
-            log_fd=STANDARD_OUTPUT if args.drop_in else STANDARD_ERROR,
-        )
+        # `inco_proxy` replaces a program that logged each notification on standard output.
+        verbose, log_fd = args.verbose or args.drop_in, STANDARD_OUTPUT if args.drop_in else STANDARD_ERROR
+        make = functools.partial(_daemon, args)
+        return run_service(make, args.notification_fd, args.log_format, verbose, log_fd)
 
 
 def _daemon(args: argparse.Namespace) -> Daemon:

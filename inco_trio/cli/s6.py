@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _service(args: argparse.Namespace) -> descriptions.Service | descriptions.Client:
+def _service(args: argparse.Namespace) -> descriptions.Service:
     """Return the service that the arguments describe. Raises UsageError."""
     if args.gateway is not None and args.mqtt is None and args.mqtt_link is None:
         raise UsageError("--gateway needs --mqtt URL or --mqtt-link URL")

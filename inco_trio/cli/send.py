@@ -1,15 +1,11 @@
-"""`inco-trio send`: makes notifications, through the running proxy, as an application, or as core 1."""
+"""`inco-trio send`: send notifications through the running proxy, as an application or as core 1."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
-import stat
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from inco_trio.cli.options import positive
 from inco_trio.cli.parser import EXIT_CODES
@@ -19,7 +15,6 @@ from inco_trio.cli.signalling import (
     board_of,
     check_known,
     check_ways,
-    file_refusal,
     is_application,
     link_of,
     rate,
@@ -31,7 +26,7 @@ from inco_trio.cli.streams import remark, say
 __all__ = ["arguments", "run"]
 
 AT_ONCE = 1000
-"""Notifications of one request: few enough to tell how many were sent when it ends early."""
+"""Notifications in one request: few, so that a `send` that ends early reports how many were sent."""
 SLEEP_MAX = 3600.0
 WHAT = "sent by core 0"
 HINT = "core 1 sends it (--as core1 LINK)"
@@ -42,10 +37,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = f"example: inco-trio send redun_notify_irq --count 100 --rate 50\n{EXIT_CODES}"
     add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
-    sub.add_argument("--rate", type=rate, metavar="R", help="so many a second (default: as fast as they are accepted)")
-    sub.add_argument("--json", action="store_true", help="print what was done as JSON")
-    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument(
+        "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
+    )
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """When each notification is due: the first at once, the others at fixed times after it, however long one takes."""
+    """When each notification is due: the first one now, the others at fixed times after it, however long one takes."""
 
     def __init__(self, count: int, rate: float | None) -> None:
         self.sent = 0
@@ -80,7 +77,7 @@ class _Schedule:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     @property
@@ -89,20 +86,20 @@ class _Schedule:
         return self.sent < self._count
 
     def due(self) -> int:
-        """How many are to be sent now."""
+        """Return how many to send now."""
         left = self._count - self.sent
         if self._rate is not None:
             left = int(min(left, self.seconds * self._rate + 1 - self.sent))
         return min(left, AT_ONCE)
 
     def pause(self) -> float:
-        """Seconds until the next one is due."""
+        """Return the seconds until the next one is due."""
         if self._rate is None:
             return 0
         return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX)
 
     def follow(self, send: Callable[[int], None]) -> None:
-        """Have all sent."""
+        """Call `send` with the number that is due, until all are sent."""
         while self.left:
             if due := self.due():
                 send(due)
@@ -122,7 +119,7 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
         check_known(args.signal, outbound, directions, WHAT, HINT)
         one = board is not None or len(client.greeting.boards) == 1
         if one and not running:
-            remark("the link is down, or core 1 is not there: it is sent once that has changed")
+            remark("the link is down, or core 1 is not running: the proxy sends it later")
 
         def send(count: int) -> None:
             client.request(SendRequest(args.signal, count, board), patience=None)
@@ -132,33 +129,21 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
 
 
 def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
+    from inco_trio.cores.watch import trigger
+
     path = register_of(args, "outbound", WHAT, HINT).path
 
     def send(count: int) -> None:
-        try:
-            for _ in range(count):
-                _trigger(path)
-        except OSError as error:
-            raise file_refusal(error, path, why_missing="no proxy seems to run, which would have made it") from error
+        for _ in range(count):
+            trigger(path)
 
     schedule.follow(send)
     return f"by {path}"
 
 
-def _trigger(path: Path) -> None:
-    """Write a trigger: never made, as nobody would see it, and never a FIFO or a device. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        os.write(fd, b"1")
-    finally:
-        os.close(fd)
-
-
 def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
     link = link_of(args)
-    # Only here, as it takes longer to import than all else.
+    # Imported here, as it takes longer to import than everything else.
     import trio
 
     with alone():

@@ -1,9 +1,8 @@
-"""What `send` and `wait` share: who they are, which signals there are, and numbers."""
+"""What `send` and `wait` have in common: the side that they act as, the signals that exist, and numbers."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
-from inco_trio.errors import STRERROR, IncoError, ProxyNotFoundError, from_os_error, unwrapped
+from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ __all__ = [
     "alone",
     "board_of",
     "check_known",
-    "file_refusal",
     "link_of",
     "rate",
     "register_of",
@@ -37,28 +35,28 @@ OF_CORE_0 = ("irq_dir", "config")
 
 
 def add_ways(sub: argparse.ArgumentParser) -> None:
-    """Add SIGNAL, and the options that say who the command is: a client of the proxy, an application, or core 1."""
-    sub.add_argument("signal", metavar="SIGNAL", help="the wire name")
+    """Add SIGNAL, and the options that choose a side: a client of the proxy, an application, or core 1."""
+    sub.add_argument("signal", metavar="SIGNAL", help="the wire name of the signal")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="the board, where the proxy has several")
-    sub.add_argument("--irq-dir", metavar="DIR", help="as an application: the built-in signals' registers in DIR")
-    sub.add_argument("--config", metavar="FILE", help="as an application: the registers of this udrv.json")
+    sub.add_argument("--board", metavar="NAME", help="the board, if the proxy has several")
+    sub.add_argument("--irq-dir", metavar="DIR", help="act as an application, on the built-in registers in DIR")
+    sub.add_argument("--config", metavar="FILE", help="act as an application, on the registers of this udrv.json")
     sub.add_argument(
         "--as",
         dest="core1",
         nargs=2,
         metavar=("core1", "LINK"),
-        help="as core 1, on an interface or unix:CORE1,peer=CORE0",
+        help="act as core 1, on an interface or unix:CORE1,peer=CORE0",
     )
 
 
 def rate(text: str) -> float:
-    """A number a second, above 0. Raises ArgumentTypeError."""
+    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
     return _number(text, "a number above 0", lowest=math.ulp(0))
 
 
 def seconds(text: str) -> float:
-    """A number of seconds, 0 or more. Raises ArgumentTypeError."""
+    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
     return _number(text, "a number of seconds, 0 or more", lowest=0)
 
 
@@ -73,7 +71,7 @@ def _number(text: str, what: str, *, lowest: float) -> float:
 
 
 def check_ways(args: argparse.Namespace) -> None:
-    """Raise UsageError for options of several ways."""
+    """Raise UsageError if the options choose more than one side."""
     given = {
         "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in OF_THE_PROXY),
         "--irq-dir": args.irq_dir is not None,
@@ -86,7 +84,7 @@ def check_ways(args: argparse.Namespace) -> None:
 
 
 def is_application(args: argparse.Namespace) -> bool:
-    """Whether the files of a directory are used."""
+    """Return whether the command acts as an application."""
     return any(getattr(args, name) is not None for name in OF_CORE_0)
 
 
@@ -98,13 +96,13 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
         raise UsageError(name, f"is not {what}: {hint}")
     import difflib
 
-    # A cut-off of 0 leaves none out: the closest one comes first.
+    # With a cut-off of 0, all names are listed, the closest one first.
     there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
     raise UsageError(name, f"no such signal (there are: {', '.join(there) or 'none'})")
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
-    """The signal of `direction` that the options name. Raises IncoError, see `check_known` also."""
+    """Return the signal of `direction` that the options name. Raises IncoError as `check_known` does."""
     from inco_trio.signals import builtin_signals
 
     signals: tuple[Signal, ...]
@@ -117,17 +115,6 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
     right = {signal.name: signal for signal in signals if signal.direction.value == direction}
     check_known(args.signal, right, [signal.name for signal in signals], what, hint)
     return right[args.signal]
-
-
-def file_refusal(error: OSError, path: object, *, why_missing: str) -> IncoError:
-    """The error for a register, or its directory, that cannot be used."""
-    return from_os_error(
-        error,
-        path,
-        STRERROR,
-        ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, f"is missing: {why_missing}"),
-        ((errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL), UsageError, "is not a register (a regular file)"),
-    )
 
 
 # ------------------------------------------------------------------------------------------------- through the proxy
@@ -149,7 +136,7 @@ def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Say which of the signals that are asked for the proxy does not know: frames of that name are ignored."""
+    """Report which requested signals the proxy does not know. It ignores frames with these names."""
     if args.signal is None:
         return
     known, _ = signals_of(client, args.board)
@@ -159,7 +146,7 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
 
 
 def may_listen(link: str | None) -> bool:
-    """Whether a link can be listened to without a proxy: an interface."""
+    """Return whether one can listen to a link without a proxy, which needs an interface."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
 
 
@@ -167,12 +154,12 @@ def may_listen(link: str | None) -> bool:
 
 
 def link_of(args: argparse.Namespace) -> str:
-    """The link of `--as core1 LINK`, on which `args.signal` can be. Raises UsageError."""
+    """Return the link of `--as core1 LINK`. Raises UsageError, also if `args.signal` is not a wire name."""
     from inco_trio.signals import name_fault
 
     who, link = args.core1
     if who != "core1":
-        raise UsageError(f"--as {who}: core1 is what can be played")
+        raise UsageError(f"--as {who}: only core1 can be played")
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: cut to its size, and coloured where rich is there (the extra `rich`)."""
+"""Output for a terminal: fitted to its size, and coloured if rich is installed (the extra `rich`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 __all__ = ["is_terminal", "painted", "screen"]
 
 CLEAR = "\x1b[H\x1b[J"
-"""Cursor home, and all behind it erased."""
+"""Move the cursor home, and erase the rest of the screen."""
 STYLES = (
     (r"(?<=: )up\b|\bthe link came up\b|\bworks again\b|^ok\b", "green"),
     (r"(?<=: )(down|not open)\b|\bthe link went down\b|^fail\b|\b\d+ dropped\b|\bevents were lost here\b", "bold red"),
@@ -19,27 +19,27 @@ STYLES = (
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Patterns of what is shown, and how."""
+"""Patterns and their styles."""
 
 
 def is_terminal() -> bool:
-    """Whether standard output is one."""
+    """Return whether standard output is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def screen(lines: list[str]) -> str:
-    """Lines that begin at the top of the terminal, as far as they fit."""
+    """Return lines from the top of the terminal on, as many as fit."""
     width, height = shutil.get_terminal_size()
     return CLEAR + "\n".join(painted(line[:width] for line in lines[: height - 1]))
 
 
 def painted(lines: Iterable[str]) -> list[str]:
-    """Lines as a terminal shows them: in colours if rich is there, the terminal knows them, and NO_COLOR is not set."""
+    """Return lines for the terminal, in colours if rich and the terminal support them and NO_COLOR is not set."""
     lines = list(lines)
     if not is_terminal():
         return lines
     try:
-        # Takes longer to import than all else, and is seen by people only.
+        # Imported here because it takes longer than everything else, and only people need it.
         from rich.console import Console
         from rich.text import Text
     except ImportError:

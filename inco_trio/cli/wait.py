@@ -1,4 +1,4 @@
-"""`inco-trio wait`: waits for notifications, at the running proxy, as an application, or as core 1; for shell tests."""
+"""`inco-trio wait`: wait for notifications at the running proxy, as an application or as core 1; for shell tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from inco_trio.cli.signalling import (
     board_of,
     check_known,
     check_ways,
-    file_refusal,
     is_application,
     link_of,
     register_of,
@@ -30,7 +29,7 @@ from inco_trio.cli.signalling import (
 )
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.control.protocol import Event, MonitorRequest
-from inco_trio.errors import ResourceError
+from inco_trio.errors import IncoError, ResourceError
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
@@ -39,9 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
-EXIT_NOT_CAME = 1
+EXIT_NOT_ARRIVED = 1
 UNINTERRUPTED = 1.0
-"""Seconds of one poll(2): a signal that comes just before it does not end it."""
+"""Seconds of one poll(2), which a process signal just before it does not end."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -49,28 +48,28 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it came, 1 it did not come in time; that of a COMMAND that failed; see inco-trio --help"
+        "exit codes: 0 it arrived, 1 it did not arrive in time, that of COMMAND if it failed; see inco-trio --help"
     )
     add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="so many (default: 1)")
-    sub.add_argument("--timeout", type=seconds, metavar="S", help="end with 1 after so many seconds (default: never)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--timeout", type=seconds, metavar="S", help="exit with 1 after S seconds (default: never)")
     sub.add_argument(
-        "--after", metavar="COMMAND", help="run this in a shell once listening; if it fails, so does `wait`"
+        "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
-    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this once listening, on the same link")
-    sub.add_argument("--json", action="store_true", help="a line of JSON for each notification")
-    sub.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this signal on the link once listening")
+    sub.add_argument("--json", action="store_true", help="print a line of JSON for each notification")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; returns 0 when it came, 1 when not, or the exit code of the command that failed. Raises IncoError."""
+    """Wait; return 0 if it arrived, 1 if not, or the exit code of the command that failed. Raises IncoError."""
     check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = link_of(args)
-        # Only here, as it takes longer to import than all else.
+        # Imported here, as it takes longer to import than everything else.
         import trio
 
         with alone():
@@ -92,7 +91,7 @@ class _Source(Protocol):
 
 
 class _Waiting:
-    """How long to wait, for how many, and the command that is run meanwhile."""
+    """How long to wait, for how many notifications, and the command that runs meanwhile."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -104,19 +103,19 @@ class _Waiting:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the timeout."""
         return max(0.0, self._deadline - time.monotonic())
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the command, now that nothing is missed; yields a descriptor that tells of its end (pidfd_open(2))."""
+        """Run the command while the block waits; yield its pidfd_open(2), which is readable once it has ended."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:
             yield None
             return
         try:
-            # A process group of its own, all of which is ended if the time is over; no terminal stops it for reading.
+            # In its own process group, to end all of it after the timeout. Without a terminal, which would stop it.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
@@ -138,13 +137,13 @@ class _Waiting:
         try:
             self._process.wait(None if math.isinf(self._deadline) else self.left)
         except subprocess.TimeoutExpired:
-            remark("the command was ended: it went on when the time was over")
-            self._code = EXIT_NOT_CAME
+            remark("the command was stopped: it was still running at the timeout")
+            self._code = EXIT_NOT_ARRIVED
         else:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Whether the command, which has ended, failed; that is said."""
+        """Return whether the command, which has ended, failed, and report that."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
@@ -154,7 +153,7 @@ class _Waiting:
 
     @property
     def complete(self) -> bool:
-        """Whether as many came as were waited for."""
+        """Whether all notifications arrived."""
         return not self._left
 
     def came(self, event: Event) -> bool:
@@ -173,7 +172,7 @@ class _Waiting:
         return self.complete
 
     def hear(self, source: _Source) -> None:
-        """Wait at a source that listens."""
+        """Wait for the notifications of a source that listens."""
         poll = select.poll()
         poll.register(source.fileno(), select.POLLIN)
         with self.listening() as end:
@@ -187,17 +186,17 @@ class _Waiting:
                     return
                 if end is not None and any(fd == end for fd, _ in ready):
                     poll.unregister(end)
-                    # What came before its end counts, if it failed as well.
+                    # What arrived before it ended counts, even if it failed.
                     if self.command_failed():
                         return
 
     def exit_code(self) -> int:
-        """That of the command, which is said."""
+        """Return the exit code, and report what did not arrive."""
         if not self._code and not self.complete:
             if not self._args.quiet:
                 count = self._args.count
-                remark(f"{self._args.signal}: {count - self._left} of {count} came in {self._args.timeout:g} s")
-            return EXIT_NOT_CAME
+                remark(f"{self._args.signal}: {count - self._left} of {count} arrived within {self._args.timeout:g} s")
+            return EXIT_NOT_ARRIVED
         return self._code
 
 
@@ -206,7 +205,7 @@ class _Waiting:
 
 @contextmanager
 def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
-    """The proxy's monitor of the signal. Raises IncoError."""
+    """Follow the signal at the proxy. Raises IncoError."""
     from inco_trio.control.client import connect
 
     with connect(args.link, args.control) as client:
@@ -238,79 +237,41 @@ class _Told:
 
 
 class _Register:
-    """The state file of a signal, heard by a watch on its directory, which is followed when it is replaced.
-
-    Raises IncoError.
-    """
+    """The state file of a signal. Raises IncoError."""
 
     def __init__(self, signal: Signal) -> None:
-        from inco_trio.linux import inotify
+        from inco_trio.cores import watch
 
-        self._ino = inotify
-        self._signal = signal
-        path = signal.path
-        self._name = os.fsencode(path.name)
+        self._arrived: list[Event] = []
+        self._overflowed = watch.OverflowedError
+        self._watch = watch.Watch()
+        self.fileno = self._watch.fileno
         try:
-            self._inotify = inotify.Inotify()
+            self._watch.follow([signal], self._report, missing_ok=True)
+            signal.path.lstat()
         except OSError as error:
-            raise ResourceError("inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n") from error
-        self._buffer = memoryview(bytearray(1 << 16))
-        self._watch = -1
-        try:
-            self._follow()
-            path.lstat()
-        except OSError as error:
-            self._inotify.close()
-            missing = "no proxy seems to run, which would have made it"
-            raise file_refusal(error, path, why_missing=missing) from error
+            self._watch.close()
+            raise watch.register_error(error, signal.path) from error
 
     def __enter__(self) -> _Register:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._inotify.close()
+        self._watch.close()
 
-    def fileno(self) -> int:
-        return self._inotify.fd
-
-    def _follow(self) -> None:
-        """Watch the directory that the path leads to now, and the lowest one above that is there. Raises OSError."""
-        ino, directory = self._ino, self._signal.directory
-        for above in directory.parents:
-            try:
-                # First, so that it tells of a directory that comes after the look below.
-                self._inotify.watch(str(above), ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF)
-                break
-            except (FileNotFoundError, PermissionError):
-                continue
-        before = self._watch
-        try:
-            # IN_MODIFY stands between two closes, which would merge.
-            mask = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
-            self._watch = self._inotify.watch(str(directory), mask)
-        except FileNotFoundError:
-            self._watch = -1
-        if before not in (-1, self._watch):
-            self._inotify.unwatch(before)
+    def _report(self, what: Signal | IncoError) -> None:
+        if isinstance(what, self._overflowed):
+            self._arrived.append(Event("overflow", message=str(what)))
+        elif isinstance(what, IncoError):
+            raise what
+        else:
+            self._arrived.append(_notification(what.name, Direction.INBOUND, str(what.path)))
 
     def arrived(self) -> list[Event]:
         """See `_Source`. Raises IncoError."""
-        ino = self._ino
-        found: list[Event] = []
-        events = ino.parse_events(self._buffer[: self._inotify.read_into(self._buffer)])
-        for wd, mask, name in events:
-            if mask & ino.IN_Q_OVERFLOW:
-                text = "the inotify queue overflowed: notifications may have been missed"
-                found.append(Event("overflow", message=text))
-            elif mask & ino.IN_CLOSE_WRITE:
-                if wd == self._watch and name == self._name:
-                    found.append(_notification(self._signal.name, Direction.INBOUND, str(self._signal.path)))
-            elif not mask & (ino.IN_MODIFY | ino.IN_IGNORED):
-                try:
-                    self._follow()
-                except OSError as error:
-                    raise ResourceError(self._signal.directory, f"cannot be watched: {error.strerror}") from error
-        return found
+        self._arrived.clear()
+        self._watch.drain()
+        return self._arrived
 
 
 def _notification(signal: str, direction: Direction, register: str | None) -> Event:
@@ -325,23 +286,24 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
 
     from inco_trio.cores.core1 import Core1
 
+    async def follow_command(end: int, nursery: trio.Nursery) -> None:
+        await trio.lowlevel.wait_readable(end)
+        if waiting.command_failed():
+            nursery.cancel_scope.cancel()
+
     async with Core1(link) as core1:
-
-        async def follow_command(end: int, nursery: trio.Nursery) -> None:
-            await trio.lowlevel.wait_readable(end)
-            if waiting.command_failed():
-                nursery.cancel_scope.cancel()
-
-        # The task ends before the descriptor is closed that it waits for.
-        with waiting.listening() as end, trio.move_on_after(waiting.left):
+        with (
+            core1.events(math.inf, signals=[waiting.signal]) as arrivals,
+            waiting.listening() as end,
+            trio.move_on_after(waiting.left),
+        ):
+            # The nursery ends before the descriptor is closed that one of its tasks waits for.
             async with trio.open_nursery() as nursery:
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)
                 if send is not None:
                     nursery.start_soon(core1.send, send)
-                async for arrival in core1:
-                    if arrival.name == waiting.signal and waiting.came(
-                        _notification(arrival.name, Direction.OUTBOUND, None)
-                    ):
+                async for arrival in arrivals:
+                    if waiting.came(_notification(arrival.name, Direction.OUTBOUND, None)):
                         break
                 nursery.cancel_scope.cancel()

@@ -1,1 +1,1 @@
-"""The two sides of a board, as programs and tests use them."""
+"""Both cores of a board, for programs and tests that use a link or the registers without being the proxy."""

@@ -130,11 +130,10 @@ class Bridge:
 
     def log_statistics(self) -> None:
         """Log the counters; do nothing before the link is open."""
-        if not self._is_open:
-            return
-        counts = attrs.asdict(self.counts) | {"foreign": self._link.foreign}
-        counts["malformed"] += self._link.malformed
-        log_statistics(counts)
+        if self._is_open:
+            counts = attrs.asdict(self.counts) | {"foreign": self._link.foreign}
+            counts["malformed"] += self._link.malformed
+            log_statistics(counts)
 
     async def run(self, credentials: Credentials, ready: Callable[[], None]) -> None:
         """Transfer frames until cancelled. Raises SessionTaken if another process has this side, and as `_open`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
@@ -62,8 +63,10 @@ def encode_report(boot: bytes, number: int) -> bytes:
 
 def decode_report(payload: bytes) -> tuple[bytes, int]:
     """Return numbering and number of a report. Raises ValueError."""
-    body = _decode(payload)
-    return bytes.fromhex(_text(body, "boot")), _number(body)
+    boot, number = _fields(payload, boot=str, number=int)
+    if number < 0:
+        raise ValueError("number: negative")
+    return bytes.fromhex(boot), number
 
 
 def encode_status(state: str, instance: str) -> bytes:
@@ -73,27 +76,16 @@ def encode_status(state: str, instance: str) -> bytes:
 
 def decode_status(payload: bytes) -> tuple[str, str]:
     """Return state and instance of a status. Raises ValueError."""
-    body = _decode(payload)
-    return _text(body, "state"), _text(body, "instance")
+    state, instance = _fields(payload, state=str, instance=str)
+    return state, instance
 
 
-def _decode(payload: bytes) -> dict[str, object]:
+def _fields(payload: bytes, **types: type) -> list[Any]:
     try:
-        body: object = json.loads(payload)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if isinstance(body, dict):
-        return body
-    raise ValueError("not an object")
-
-
-def _text(body: dict[str, object], key: str) -> str:
-    if isinstance(value := body.get(key), str):
-        return value
-    raise ValueError(f"{key}: not a string")
-
-
-def _number(body: dict[str, object]) -> int:
-    if isinstance(value := body.get("number"), int) and value >= 0:
-        return value
-    raise ValueError("number: not a number")
+        body = json.loads(payload)
+        values = [body[key] for key in types]
+    except (LookupError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not all(map(isinstance, values, types.values())):
+        raise ValueError("a value has the wrong type")
+    return values

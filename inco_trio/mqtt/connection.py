@@ -1,8 +1,8 @@
 """A connection to an MQTT 5 broker: paho-mqtt as a client of Trio's loop.
 
-paho knows the protocol; this reads and writes its socket when that is ready, as paho's documentation calls an external
-event loop. What it does not do by itself here is reconnect, or keep messages over a lost connection: who publishes
-knows what was not acknowledged.
+paho implements the protocol. This module reads and writes its socket when it is ready, which paho's documentation calls
+an external event loop. It does not reconnect, and does not keep messages when a connection is lost: the caller knows
+which messages were not acknowledged.
 """
 
 from __future__ import annotations
@@ -44,29 +44,29 @@ __all__ = [
 ]
 
 PATIENCE = 10.0
-"""Seconds in which a broker answers."""
+"""Seconds to wait for an answer of the broker."""
 KEEPALIVE = 30
-"""Seconds in which something is sent, so that a silent broker is noticed."""
+"""Seconds after which a ping is sent, to detect a silent broker."""
 RECEIVE_MAX = 1000
-"""Messages that a broker sends beyond those that were acknowledged."""
+"""Limit of unacknowledged messages from the broker."""
 PACKET_MAX = 4 << 20
-"""Bytes of the largest packet that a broker may send."""
+"""Limit of the size of a packet from the broker, in bytes."""
 INFLIGHT_MAX = 1000
-"""Messages that are published beyond those that are acknowledged, if the broker takes so many."""
+"""Limit of unacknowledged messages to the broker, unless the broker's limit is lower."""
 FAREWELL = 1.0
-"""Seconds in which a broker takes our goodbye."""
+"""Seconds to wait until DISCONNECT is sent."""
 _UNHEARD = 0x10
-"""Reason code of what nobody has subscribed to."""
+"""Reason code: the topic has no subscribers."""
 _TAKEN = 0x8E
-"""Reason code: another connection has our name."""
+"""Reason code: another connection uses our client identifier."""
 _FAILURE = 0x80
 """Reason codes from here on are failures (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157}
-"""Of a CONNACK: what may pass, as a broker that is busy or moved."""
+"""Reason codes of a CONNACK that may be temporary, such as a busy broker."""
 
 
 class BrokerBackoff(Backoff):
-    """Pauses before the broker is tried again."""
+    """Pauses before reconnecting to the broker."""
 
     FIRST = 0.1
     CAP = 5.0
@@ -77,15 +77,15 @@ class BrokerLostError(UnavailableError):
 
 
 class SessionTaken(BrokerLostError):
-    """Another process is connected by the name that we have."""
+    """Another process uses our client identifier."""
 
 
 class BrokerRefused(PermissionDeniedError):
-    """The broker refuses us, or we refuse it, for its certificate."""
+    """The broker refuses the connection, or its certificate is not valid."""
 
 
 class _TlsSocket(ssl.SSLSocket):
-    """One that is closed when its handshake fails, which paho leaves to others."""
+    """A TLS socket that closes itself if the handshake fails, which paho does not do."""
 
     def do_handshake(self, block: bool = False) -> None:
         try:
@@ -97,17 +97,17 @@ class _TlsSocket(ssl.SSLSocket):
 
 @attrs.frozen
 class Message:
-    """What is to be published."""
+    """A message to publish."""
 
     topic: str
     payload: bytes
     retain: bool = False
     correlation: bytes | None = None
     expiry: int | None = None
-    """Seconds for which the broker keeps it."""
+    """Seconds for which the broker keeps the message."""
 
     def properties(self, packet: int) -> Any:
-        """Those of MQTT 5, in a packet of that type."""
+        """Return the MQTT 5 properties for a packet of this type."""
         made = _properties(packet)
         if self.correlation is not None:
             made.CorrelationData = self.correlation
@@ -118,7 +118,7 @@ class Message:
 
 @attrs.frozen(eq=False)
 class Received:
-    """What the broker sent: it sends it again to the next connection of the session until it is acknowledged."""
+    """A received message. The broker repeats it on the next connection until it is acknowledged."""
 
     topic: str
     payload: bytes
@@ -130,23 +130,23 @@ class Received:
 
 @attrs.define(eq=False)
 class _Awaited:
-    """What the broker has to acknowledge: `left` packets."""
+    """`left` packets that the broker has to acknowledge."""
 
     left: int
     reasons: list[str | None]
     heard: bool = False
-    """Whether somebody has to have subscribed to it."""
+    """Whether messages without subscribers count as refused."""
     done: trio.Event = attrs.Factory(trio.Event)
 
 
 class Connection:
-    """A connection; `open_connection` makes it."""
+    """A connection; `open_connection` returns one."""
 
     def __init__(self, broker: Broker, client: paho.Client, name: str, patience: float) -> None:
         self.session_present = False
-        """Whether the broker remembers an earlier connection."""
+        """Whether the broker has continued an earlier session."""
         self.publishes_will = True
-        """Whether our own end has the broker publish the last will."""
+        """Whether the broker publishes the last will when this connection ends normally."""
         self._broker = broker
         self._client = client
         self._name = name
@@ -154,16 +154,16 @@ class Connection:
         self._write = trio.Event()
         self._answered = trio.Event()
         self.ended = trio.Event()
-        """Set once it is lost."""
+        """Set when the connection is lost."""
         self._lost: IncoError | None = None
         self._window = 1
-        """How many packets may be unacknowledged: the broker says that."""
+        """The broker's limit of unacknowledged packets."""
         self._room = trio.Event()
         self._number = 0
-        """Acknowledgements that came."""
+        """Acknowledgements received."""
         self._awaited: dict[int, tuple[_Awaited, int]] = {}
         self._entry, self.received = trio.open_memory_channel[Received](RECEIVE_MAX + 1)
-        """Unacknowledged messages: never more than the broker was told that we take."""
+        """Received messages; never more than RECEIVE_MAX."""
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_acknowledged
@@ -175,10 +175,10 @@ class Connection:
     # ------------------------------------------------------------------------------------------------- for callers
 
     async def publish(self, messages: Sequence[Message], *, heard: bool = False) -> list[str | None]:
-        """Publish them in order at QoS 1; returns once the broker has acknowledged all.
+        """Publish the messages in order at QoS 1, and return after the broker has acknowledged all.
 
-        For each message why it was refused, or None. With `heard`, one that nobody has subscribed to is refused, if the
-        broker says so (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends before that.
+        Return for each message the reason why it was refused, or None. With `heard`, a message without subscribers
+        counts as refused, if the broker reports that (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
         """
         self._check()
         if not messages:
@@ -186,7 +186,7 @@ class Connection:
         awaited = _Awaited(len(messages), [None] * len(messages), heard)
         for number, message in enumerate(messages):
             while len(self._awaited) >= self._window:
-                if self._room.is_set():  # Others may wait for it already.
+                if self._room.is_set():  # Other tasks may be waiting for this event already.
                     self._room = trio.Event()
                 await self._wait(self._room)
             properties = message.properties(PacketTypes.PUBLISH)
@@ -201,7 +201,7 @@ class Connection:
         return awaited.reasons
 
     async def subscribe(self, topics: Sequence[str]) -> None:
-        """Have the broker send what is published there, at QoS 1. Raises BrokerRefused, BrokerLostError."""
+        """Subscribe to the topics at QoS 1. Raises BrokerRefused, BrokerLostError."""
         self._check()
         awaited = _Awaited(1, [None])
         code, mid = self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
@@ -213,7 +213,7 @@ class Connection:
             raise BrokerRefused(self._broker, f"may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
 
     async def _wait(self, event: trio.Event) -> None:
-        """Wait for the broker, which is silent for `patience` seconds at most."""
+        """Wait for acknowledgements. The connection is lost if the broker is silent for `patience` seconds."""
         while not event.is_set():
             before = self._number
             with trio.move_on_after(self._patience):
@@ -228,7 +228,7 @@ class Connection:
             raise self._lost
 
     def _lose(self, error: IncoError) -> None:
-        """It is over: everybody who waits is told why."""
+        """End the connection, and wake all waiting tasks with the reason."""
         if self._lost is None:
             self._lost = error
         for event in (self._answered, self._write, self._room, self.ended):
@@ -265,7 +265,7 @@ class Connection:
             self._hung_up()
 
     def _reason(self, reason: ReasonCode) -> int:
-        """The reason of a DISCONNECT, which paho 2.2 reads only from one that has properties behind it."""
+        """Return the reason of a DISCONNECT. paho 2.2 reads it only if properties follow."""
         packet = self._client._in_packet
         is_one = packet["command"] & 0xF0 == paho.DISCONNECT and packet["packet"]
         return int(packet["packet"][0] if is_one else reason.value)
@@ -325,7 +325,7 @@ class Connection:
     # -------------------------------------------------------------------------------------------------- its tasks
 
     async def run(self) -> None:
-        """Move what arrives and what is to be written, until the connection is lost or this is cancelled."""
+        """Task that reads and writes the socket until the connection is lost."""
         with contextlib.suppress(trio.ClosedResourceError):
             async with trio.open_nursery() as nursery:
                 for task in (self._read, self._write_all, self._keep_alive):
@@ -342,10 +342,10 @@ class Connection:
 
     async def _read(self) -> None:
         while self._lost is None and (sock := self._client.socket()) is not None:
-            # A broker that waits for our acknowledgement before it sends more has it at once.
+            # The broker may wait for our acknowledgement before it sends more.
             _set_option(sock, socket.TCP_QUICKACK)
             await trio.lowlevel.wait_readable(sock)
-            # paho reads some packets; a TLS socket may have decrypted more, of which no poll tells.
+            # A TLS socket may have decrypted more packets than paho has read; poll does not report them.
             while self._client.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS and self._pending():
                 pass
 
@@ -362,7 +362,7 @@ class Connection:
     async def _flush(self) -> None:
         while self._client.want_write() and self._client.socket() is not None:
             self._client.loop_write()
-            # It may be closed now.
+            # The socket may be closed by now.
             if self._client.want_write() and (sock := self._client.socket()) is not None:
                 await trio.lowlevel.wait_writable(sock)
 
@@ -374,7 +374,7 @@ class Connection:
             self._client.loop_misc()
 
     async def answered(self) -> None:
-        """Wait for the broker's answer to our request to connect."""
+        """Wait for the CONNACK of the broker."""
         if self._client.socket() is None:
             self._hung_up()
         with trio.move_on_after(self._patience):
@@ -385,7 +385,7 @@ class Connection:
             self._check()
 
     async def end(self) -> None:
-        """Say goodbye."""
+        """Send DISCONNECT."""
         will = "Disconnect with will message"
         reason = ReasonCode(PacketTypes.DISCONNECT, will) if self.publishes_will else None
         with trio.move_on_after(FAREWELL, shield=True):
@@ -409,7 +409,7 @@ def _set_option(sock: Any, option: int) -> None:
 def _close(client: paho.Client) -> None:
     sock = client.socket()
     if sock is not None:
-        with contextlib.suppress(RuntimeError):  # Of a thread that nobody waits for any more.
+        with contextlib.suppress(RuntimeError):  # From a thread that was abandoned.
             trio.lowlevel.notify_closing(sock)
         client.on_socket_close = None
         sock.close()
@@ -426,16 +426,16 @@ async def open_connection(
     clean: bool = False,
     patience: float = PATIENCE,
 ) -> AsyncIterator[Connection]:
-    """A connection to `broker` while the block runs, whose end publishes `will`.
+    """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
-    The broker keeps the session for `session` seconds after the end; `clean` has it forget an earlier one. Raises
-    BrokerLostError and BrokerRefused, also while the block runs: then it is cancelled.
+    The broker keeps the session for `session` seconds afterwards; `clean` discards an earlier session. Raises
+    BrokerLostError and BrokerRefused. If this happens while the block runs, the block is cancelled.
     """
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
     )
     client.connect_timeout = patience
-    client.max_inflight_messages_set(INFLIGHT_MAX)  # It cannot be set once the broker has said how many.
+    client.max_inflight_messages_set(INFLIGHT_MAX)  # Must be set before the broker reports its limit.
     client.max_queued_messages_set(0)
     _identify(client, broker, credentials)
     if will is not None:
@@ -465,13 +465,13 @@ async def open_connection(
 
 
 async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
-    """Cancel the block once the connection is lost."""
+    """Task that cancels the block when the connection is lost."""
     await connection.ended.wait()
     scope.cancel()
 
 
 def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> None:
-    """Have the client show who it is. Raises BrokerRefused for files that make no certificate."""
+    """Set the credentials of the client. Raises BrokerRefused if the certificate files are not valid."""
     identity = credentials.read()
     if identity.user is not None:
         client.username_pw_set(identity.user, identity.password)
@@ -496,7 +496,7 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
     def connect() -> None:
         client.connect(broker.host, broker.port, KEEPALIVE, clean_start=clean, properties=properties)
         if (sock := client.socket()) is not None:
-            # What follows a packet does not wait until that is acknowledged.
+            # TCP_NODELAY: a packet does not wait for the acknowledgement of the one before.
             _set_option(sock, socket.TCP_NODELAY)
         if abandoned:
             _close(client)

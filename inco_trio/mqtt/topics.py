@@ -1,4 +1,4 @@
-"""The topics of a gateway: `<prefix>/<board>/<inbound|outbound>/<signal>`, and those beside them."""
+"""The topics of a gateway: `<prefix>/<board>/<inbound|outbound>/<signal>`, status, counters and requests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from urllib.parse import unquote_to_bytes
 __all__ = ["Topics", "level", "name_of"]
 
 _OF_MQTT = frozenset("/+#%")
-"""What has a meaning in a topic filter (MQTT 5, 4.7), and the sign of what stands for it."""
+"""Characters with a meaning in a topic filter (MQTT 5, 4.7), and the escape character."""
 
 
 def level(name: str) -> str:
-    """A topic level that stands for `name`: as in a URL, `%` and two digits stand for what no level can have.
+    """Return `name` as a topic level. Like in a URL, `%` and two digits stand for characters that a level cannot have.
 
-    No name of a board or a signal leads out of its level, or into a wildcard.
+    The name of a board or signal thus cannot leave its level or become a wildcard.
     """
     return "".join(
         char
@@ -24,12 +24,12 @@ def level(name: str) -> str:
 
 
 def name_of(level: str) -> str:
-    """The name that a topic level stands for."""
+    """Return the name that a topic level stands for."""
     return unquote_to_bytes(level).decode(errors="surrogateescape")
 
 
 class Topics:
-    """Those of one board."""
+    """The topics of one board."""
 
     def __init__(self, prefix: str, board: str) -> None:
         self._board = f"{prefix}/{level(board)}"
@@ -37,12 +37,12 @@ class Topics:
         self.counters = f"{self._board}/counters"
         self._send = f"{self._board}/send/"
         self.sends = f"{self._send}+"
-        """The filter of all that may be sent."""
+        """The filter for all requests to send a signal."""
 
     def notification(self, direction: str, signal: str) -> str:
-        """Where a notification is published."""
+        """Return the topic of a notification."""
         return f"{self._board}/{direction}/{level(signal)}"
 
     def signal_of(self, topic: str) -> str:
-        """The signal that a topic of `sends` names."""
+        """Return the signal in a topic that matches `sends`."""
         return name_of(topic.removeprefix(self._send))

@@ -356,7 +356,7 @@ class Proxies(Mapping[str, Proxy]):
             self._shared.drain()
             # The task that reads for all boards calls this in the context of this board.
             run_here = contextvars.copy_context().run
-            kept.share.finish_alone = lambda events, length: run_here(proxy._finish_alone, events, length)
+            kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
             resources.callback(kept.share.leave)
             async with running(proxy):
                 board.proxy, board.problem = proxy, ""

@@ -32,7 +32,7 @@ from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
-from inco_trio.signals import Direction, Signal, SignalTable
+from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 from inco_trio.status import Counters, SignalStatus, Stats, Status, TaskStatus
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
@@ -144,7 +144,7 @@ class Proxy:
 
     @contextmanager
     def events(
-        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
         """Open a stream of notifications from now on, of all signals or `signals`, in one `direction` or both.
 
@@ -159,25 +159,24 @@ class Proxy:
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
             raise self._unknown(name, "a signal", self._registers.table)
 
+        chosen = None if direction is None else direction_of(direction)
+
         def wanted(signal: Signal) -> bool:
-            return (names is None or signal.name in names) and direction in (None, signal.direction)
+            return (names is None or signal.name in names) and chosen in (None, signal.direction)
 
         with self._parts.events.open(buffer, wanted) as stream:
             yield stream
 
-    async def wait_for(self, name: str, *, timeout: float | None = None) -> Notification:  # noqa: ASYNC109 - as `events`
-        """Wait for the next notification of a signal, in either direction, from now on, and return it.
+    async def wait_for(self, name: str) -> Notification:
+        """Wait for the next notification of a signal that is carried from now on, in whichever direction it goes.
 
-        A notification that your own action causes may pass before you wait for it. In this case, open `events` first.
-
-        Raises TimeoutError after `timeout` seconds, UnknownSignalError, and ClosedError if the proxy is or gets closed.
+        The answer to something that you do may be carried before you call this: open `events` before you do it. Raises
+        UnknownSignalError, and ClosedError, also if the proxy closes meanwhile.
         """
         with self.events(math.inf, signals=[name]) as events:
-            with trio.move_on_after(math.inf if timeout is None else timeout):
-                async for notification in events:
-                    return notification
-                raise ClosedError("the proxy is closed")
-        raise TimeoutError(f"{name}: no notification within {timeout:g} s")
+            async for notification in events:
+                return notification
+        raise ClosedError("the proxy is closed")
 
     async def reload(self, config: Config) -> None:
         """Replace the signal table. The link, and signals that are in both tables, are not touched.
@@ -222,10 +221,6 @@ class Proxy:
     def _history(self) -> History:
         """Return the notifications that are not acknowledged."""
         return self._parts.events.history
-
-    def _finish_alone(self, events: memoryview, length: int) -> bool:
-        """See `Outbound.finish_alone`."""
-        return self._outbound.finish_alone(events, length)
 
     # --------------------------------------------------------------------------------------------- starting, stopping
 

@@ -18,6 +18,7 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.control import place
+from inco_trio.control.feed import Served
 from inco_trio.control.server import Control
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
@@ -34,11 +35,8 @@ logger = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
 
-class Boards(Protocol):
+class Boards(Served, Protocol):
     """What the daemon serves: the proxy of one board, or those of several."""
-
-    name: str
-    """The name in the log."""
 
     def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
         """Open the proxies while the block runs. Raises IncoError."""
@@ -52,12 +50,6 @@ class Boards(Protocol):
     def signals(self) -> Collection[Signal]:
         """Return the signals of all boards."""
 
-    def proxies(self) -> Mapping[str, Proxy]:
-        """See `Served.proxies`."""
-
-    def not_open(self) -> Mapping[str, str]:
-        """See `Served.not_open`."""
-
 
 class OneBoard:
     """A single board, with the configuration that `load` returns. `load` may raise IncoError."""
@@ -70,31 +62,25 @@ class OneBoard:
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        """See `Boards.open`."""
         async with open_supervised(self._config, fd_store, listener) as self._proxy:
             yield
 
     async def reload(self) -> None:
-        """See `Boards.reload`."""
         assert self._proxy is not None  # noqa: S101 - the runner reloads only after `open`
         await self._proxy.reload(await read_aside(self._load))
         logger.info("reloaded: %d signals", len(self._proxy.config.signals), extra={"event": "reloaded"})
 
     def log_statistics(self) -> None:
-        """See `Boards.log_statistics`."""
         if self._proxy is not None:
             log_statistics(self._proxy.stats.as_dict())
 
     def signals(self) -> Collection[Signal]:
-        """See `Boards.signals`."""
         return self._config.signals
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """See `Served.proxies`."""
         return {} if self._proxy is None else {self.name: self._proxy}
 
     def not_open(self) -> Mapping[str, str]:
-        """See `Served.not_open`."""
         return {self.name: "the link does not exist yet"} if self._proxy is None else {}
 
 
@@ -118,7 +104,6 @@ class Daemon:
         self._fd_store = fd_store
 
     async def run(self, runner: Runner) -> None:
-        """See `Service.run`."""
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
             runner.ready()
             self._start_diagnosis()

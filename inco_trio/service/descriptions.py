@@ -19,7 +19,6 @@ from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = [
     "PREFIX",
-    "Client",
     "Service",
     "account_of",
     "boards_service",
@@ -66,36 +65,8 @@ def template(name: str) -> str:
 
 
 @attrs.frozen
-class Client:
-    """A service that connects to proxies; `gateway_service` and `exporter_service` return one."""
-
-    label: str
-    """The name of the service, without the prefix."""
-    of: str
-    """The purpose, for people."""
-    words: tuple[str, ...]
-    """The command and its arguments."""
-    warnings: tuple[str, ...] = ()
-    """Files that cannot be read at the moment."""
-
-
-def gateway_service(url: str, config: Path | None) -> Client:
-    """Describe the gateway to the broker at `url`, with the file `config`. Raises InvalidArgumentError."""
-    from inco_trio.mqtt.configuration import parse_broker, read_gateway
-
-    words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
-    warnings = () if config is None else _warnings(lambda: read_gateway(config))
-    return Client(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings)
-
-
-def exporter_service(listen: str) -> Client:
-    """Describe the exporter that listens at `listen`."""
-    return Client(_EXPORTER, f"metrics at {listen}", ("exporter", "--listen", listen))
-
-
-@attrs.frozen
 class Service:
-    """A service with an fd store; `link_service`, `boards_service` and `bridge_service` return one."""
+    """A service; the functions below return one."""
 
     label: str
     """The name of the service, without the prefix, and of its stored descriptors."""
@@ -103,19 +74,33 @@ class Service:
     """The purpose, for people."""
     words: tuple[str, ...]
     """The command and its arguments."""
-    rights: str
-    """The directives of a systemd unit that grant rights."""
-    capability: str
-    """The capability to keep, as an argument of setpriv(1)."""
-    namespaces: str
-    """RestrictNamespaces= of a systemd unit."""
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     """Files that cannot be read at the moment."""
+    rights: str = ""
+    """The directives of a systemd unit that grant rights. Empty for clients of proxies, which need no fd store."""
+    capability: str = ""
+    """The capability to keep, as an argument of setpriv(1)."""
+    namespaces: str = "yes"
+    """RestrictNamespaces= of a systemd unit."""
 
     @property
-    def has_control_socket(self) -> bool:
-        """Whether it is a proxy."""
-        return self.words[0] == "run"
+    def is_client(self) -> bool:
+        """Whether it connects to proxies."""
+        return not self.rights
+
+
+def gateway_service(url: str, config: Path | None) -> Service:
+    """Describe the gateway to the broker at `url`, with the file `config`. Raises InvalidArgumentError."""
+    from inco_trio.mqtt.configuration import parse_broker, read_gateway
+
+    words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
+    warnings = () if config is None else _warnings(lambda: read_gateway(config))
+    return Service(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings)
+
+
+def exporter_service(listen: str) -> Service:
+    """Describe the exporter that listens at `listen`."""
+    return Service(_EXPORTER, f"metrics at {listen}", ("exporter", "--listen", listen))
 
 
 def link_service(link: str, config: Path) -> Service:
@@ -124,8 +109,8 @@ def link_service(link: str, config: Path) -> Service:
     of = f"inter-core interrupts on {link}"
     label, warnings = _label(link), _warnings(lambda: read_udrv(config))
     if isinstance(parse_address(link), UnixAddress):
-        return Service(label, of, words, _RIGHTS_OF_SOCKET, "", "yes", warnings)
-    return Service(label, of, words, _RIGHTS_OF_INTERFACE, ",+net_raw", "yes", warnings)
+        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET)
+    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, ",+net_raw")
 
 
 def boards_service(directory: Path, label: str) -> Service:
@@ -133,7 +118,7 @@ def boards_service(directory: Path, label: str) -> Service:
     words = ("run", "--boards", str(directory.absolute()))
     of = f"inter-core interrupts of the boards in {directory}"
     warnings = _warnings(lambda: os.scandir(directory).close())
-    return Service(label, of, words, _RIGHTS_OF_BOARDS, ",+net_raw", "net", warnings)
+    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, ",+net_raw", "net")
 
 
 def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:
@@ -143,7 +128,7 @@ def bridge_service(url: str, link: str, end: str, config: Path | None) -> Servic
     of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
     warnings = () if config is None else _warnings(lambda: read_gateway(config))
     options = () if config is None else ("--config", str(config.absolute()))
-    return Service(_BRIDGE + _label(link), of, (*words, *options), _RIGHTS_OF_BRIDGE, "", "yes", warnings)
+    return Service(_BRIDGE + _label(link), of, (*words, *options), warnings, _RIGHTS_OF_BRIDGE)
 
 
 def account_of(user: str) -> pwd.struct_passwd:

@@ -37,7 +37,6 @@ class ManyBoards:
 
     @asynccontextmanager
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
-        """See `Boards.open`."""
         _raise_descriptor_limit()
         gc.disable()
         self._say(self._boards, self._boards.refused, "refused")
@@ -50,7 +49,6 @@ class ManyBoards:
             yield
 
     async def reload(self) -> None:
-        """See `Boards.reload`."""
         assert self._proxies is not None  # noqa: S101 - the runner reloads only after `open`
         boards = await read_aside(functools.partial(read_boards, self._directory, self._proxies.configs))
         refused = await self._proxies.reload(boards.configs, keep=boards.refused)
@@ -75,21 +73,17 @@ class ManyBoards:
         )  # fmt: skip
 
     def log_statistics(self) -> None:
-        """See `Boards.log_statistics`."""
         for name, stats in ({} if self._proxies is None else self._proxies.stats).items():
             with working_for(name):
                 log_statistics(stats.as_dict())
 
     def signals(self) -> Collection[Signal]:
-        """See `Boards.signals`."""
         return [signal for config in self._boards.configs.values() for signal in config.signals]
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """See `Served.proxies`."""
         return {} if self._proxies is None else {name: self._proxies[name] for name in self._proxies}
 
     def not_open(self) -> Mapping[str, str]:
-        """See `Served.not_open`."""
         return {} if self._proxies is None else self._proxies.not_open
 
 

@@ -46,12 +46,7 @@ class Service(Protocol):
 
 
 def run_service(
-    make: Callable[[], Service],
-    *,
-    notification_fd: int | None,
-    log_format: str,
-    verbose: bool,
-    log_fd: int = STANDARD_ERROR,
+    make: Callable[[], Service], notification_fd: int | None, log_format: str, verbose: bool, fd: int = STANDARD_ERROR
 ) -> int:
     """Run the service that `make` returns until a stop signal arrives, and return the exit code. Raises IncoError.
 
@@ -59,7 +54,7 @@ def run_service(
     """
     if notification_fd is not None:
         check_notification_fd(notification_fd)
-    set_up_logging(log_format, verbose=verbose, fd=log_fd)
+    set_up_logging(log_format, verbose=verbose, fd=fd)
     service = make()
     try:
         trio.run(Runner(service, notification_fd).run)
@@ -178,7 +173,6 @@ class Restarting:
         self._scope = trio.CancelScope()
 
     async def run(self, runner: Runner) -> None:
-        """See `Service.run`."""
         runner.background.start_soon(runner.follow_reloads)
         try:
             while self._next is not None:
@@ -189,7 +183,6 @@ class Restarting:
             self._close()
 
     async def reload(self) -> None:
-        """See `Service.reload`."""
         self._next = self._prepare()
         logger.info("reloaded", extra={"event": "reloaded"})
         self._scope.cancel()

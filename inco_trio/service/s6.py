@@ -24,7 +24,7 @@ from inco_trio.errors import (
     PermissionDeniedError,
     from_os_error,
 )
-from inco_trio.service.descriptions import PREFIX, Client, Service, account_of, template
+from inco_trio.service.descriptions import PREFIX, Service, account_of, template
 
 __all__ = ["write_scandir"]
 
@@ -36,7 +36,7 @@ _MISPLACED = frozenset({
 """Errors that are caused by the path that the user gave."""
 
 
-def write_scandir(directory: Path, *, service: Service | Client, user: str | None, program: Sequence[str]) -> list[str]:
+def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
     The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Only files that
@@ -47,7 +47,7 @@ def write_scandir(directory: Path, *, service: Service | Client, user: str | Non
     try:
         _make_directory(directory)
         lines += _write_tree(directory, _service(service, user, program))
-        if isinstance(service, Client):
+        if service.is_client:
             return lines
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
@@ -70,14 +70,13 @@ _Tree = dict[str, tuple[str, int]]
 """Path below the scan directory to content and mode."""
 
 
-def _service(service: Service | Client, user: str | None, program: Sequence[str]) -> _Tree:
+def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
     account = None if user is None else account_of(user)
-    held = isinstance(service, Service)
+    held = not service.is_client
     setpriv = ""
     if account:
-        capability = service.capability if isinstance(service, Service) else ""
         setpriv = template("setpriv").format(
-            user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=capability
+            user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=service.capability
         )
     store = ("--fd-holder", f"../{_FD_STORE}/s") if held else ()
     command = [*program, *service.words, "--notification-fd", "3", *store, "--log-format", "text"]

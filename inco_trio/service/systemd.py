@@ -7,19 +7,19 @@ import re
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from inco_trio.service.descriptions import PREFIX, Client, Service, account_of, template
+from inco_trio.service.descriptions import PREFIX, Service, account_of, template
 from inco_trio.service.lines import printable
 
 __all__ = ["systemd_unit"]
 
 
-def systemd_unit(*, service: Service | Client, user: str | None, program: Sequence[str]) -> str:
+def systemd_unit(*, service: Service, user: str | None, program: Sequence[str]) -> str:
     """Return a unit that runs `service` as `user` (default: root) with `program`. Raises InvalidArgumentError."""
     command = " ".join(map(_quote_word, (*program, *service.words, "--log-format", "text")))
     directives = template("client.directives")
-    if isinstance(service, Service):
+    if not service.is_client:
         directives = template("held.directives").format(rights=service.rights, namespaces=service.namespaces)
-        if service.has_control_socket:
+        if service.words[0] == "run":
             directory = _directory(service.label)
             directives += template("runtime.directives").format(directory=directory)
             command += f" --control %t/inco-trio/{directory}/control.sock"

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 
+from inco_trio.cores.peer import Peer
 from inco_trio.errors import PermissionDeniedError, ResourceError
-from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.linux.netns import CLONE_NEWNET, CLONE_NEWUSER, set_network, unshare
 from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
 from inco_trio.linux.rtnetlink import RTMGRP_LINK
-from inco_trio.linux.sockets import set_receive_buffer
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -46,12 +45,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-
 _LINK_DEADLINE = 120.0
-"""Seconds until a link that does not come up is an error; a veth pair needs milliseconds, so this only stops a hang."""
-
-_PEER_BUFFER = 16 * 2**20
-"""Bytes; a burst of 20,000 small frames fits."""
+"""Seconds until a link that does not come up is an error. A veth pair needs milliseconds: this only stops a hang."""
 
 
 class NamespaceRefused(PermissionDeniedError):
@@ -147,6 +142,11 @@ class Namespace:
 
     fd: int = attrs.field(factory=_make_network)
 
+    @property
+    def path(self) -> Path:
+        """A path that names the namespace in this process."""
+        return Path(f"/proc/self/fd/{self.fd}")
+
     def enter(self) -> None:
         """Move the calling thread into the namespace, for good; also as `preexec_fn` of a subprocess."""
         set_network(self.fd)
@@ -241,6 +241,10 @@ class Cores:
     link: str
     switch: Namespace | None = None
 
+    def peer(self) -> Peer:
+        """Open core 1's end of the link for blocking code."""
+        return Peer(self.link, run=self.core1.run)
+
     def make_link(self) -> None:
         """Make the link (again), and return once frames pass."""
         if self.switch is None:
@@ -296,72 +300,3 @@ def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores
             cores._make_switch(switch)
         cores.make_link()
         yield cores
-
-
-class Peer:
-    """Core 1 as played by a program: a raw socket of the link's EtherType in core 1, with the MAC address `mac`.
-
-    It sees no frame that it sends itself (packet(7)). `fileno` makes it usable with select(2).
-    """
-
-    def __init__(self, cores: Cores) -> None:
-        self._cores = cores
-        self._socket = self._open()
-
-    def _open(self) -> socket.socket:
-        def inside() -> socket.socket:
-            opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-            try:
-                set_receive_buffer(opened, _PEER_BUFFER)
-                opened.bind((self._cores.link, ETHERTYPE))
-            except BaseException:
-                opened.close()
-                raise
-            return opened
-
-        return self._cores.core1.run(inside)
-
-    @property
-    def mac(self) -> bytes:
-        """Six bytes."""
-        address: bytes = self._socket.getsockname()[4]
-        return address
-
-    def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._socket.fileno()
-
-    def rebind(self) -> None:
-        """Find the link again after it was deleted and made again; frames that wait are kept."""
-        self._cores.core1.run(lambda: self._socket.bind((self._cores.link, ETHERTYPE)))
-
-    def send(self, name: bytes, pad: int = 0) -> None:
-        """Send the signal `name`, followed by NULs up to a frame of `pad` bytes (60 is what QEMU pads to)."""
-        self.send_raw(encode(name, self.mac).ljust(pad, b"\0"))
-
-    def _forget_error(self) -> None:
-        # A link that went down leaves ENETDOWN behind, which would be the answer to the next call although the link
-        # is up again.
-        self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    def send_raw(self, data: bytes) -> None:
-        """Send a whole frame as it is."""
-        self._forget_error()
-        self._socket.send(data)
-
-    def receive(self, timeout: float = 600.0) -> bytes:
-        """The next whole frame; `TimeoutError` if none comes within `timeout` seconds (0: only what waits already)."""
-        self._forget_error()
-        if not select.select([self._socket], [], [], timeout)[0]:
-            raise TimeoutError(f"no frame on {self._cores.link} of core 1 within {timeout:g} s")
-        return self._socket.recv(65535)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

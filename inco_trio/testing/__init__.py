@@ -1,6 +1,6 @@
 """A board under test: for tests of applications on core 0 and of firmware on core 1, without a board and without root.
 
-The pytest plugin has the fixture `board`; `open_board` is the same without pytest.
+The pytest plugin has the fixture `inco_board`; `open_board` is the same without pytest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PLACE_OF = {
 
 
 def __getattr__(name: str) -> object:
-    # Imported when they are first used: the plugin is loaded by each pytest that finds it.
+    # Imported when first used: pytest loads the plugin wherever the package is installed.
     if name not in _PLACE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -1,4 +1,4 @@
-"""A board under test: a real proxy, and both cores in the hands of the test."""
+"""A board under test: a real proxy, with the test as both cores."""
 
 from __future__ import annotations
 
@@ -10,194 +10,26 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import attrs
-import trio
-
-from inco_trio.cores.port import Port, open_port
-from inco_trio.errors import IncoError, InvalidArgumentError, LinkNotFoundError
-from inco_trio.frame import decode
-from inco_trio.signals import Direction, Signal
+from inco_trio.cores.watch import trigger
+from inco_trio.errors import ClosedError, InvalidArgumentError
+from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
-from inco_trio.simulation.world import Cores, two_cores
+from inco_trio.simulation.world import two_cores
 from inco_trio.status import Stats
-from inco_trio.testing.carriers import Carrier, InProcess, Process
+from inco_trio.testing.carriers import Carrier
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults
-from inco_trio.testing.history import Happening, History
-from inco_trio.testing.layout import Layout, make_layout
-from inco_trio.testing.lossy_wire import Lane
+from inco_trio.testing.history import Happening
+from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import record, side_by_side
+from inco_trio.testing.rig import Plan, Rig
 
 __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "open_board", "open_boards"]
 
 T = TypeVar("T")
 
 TIMEOUT = 60.0
-"""Seconds for which a wait waits by default: it stops a hang and is long enough for a slow machine."""
-
-
-@attrs.define(eq=False)
-class _Plan:
-    """What a board is to be."""
-
-    layout: Layout
-    link: str
-    in_process: bool
-    cores: Cores | None
-
-
-class _Rig:
-    """The board inside of the engine's thread: the wire, the watch on the registers, and the proxy."""
-
-    def __init__(self, of: Engine, plan: _Plan, name: str) -> None:
-        self.history = History()
-        self._engine = of
-        self._plan = plan
-        self._port: Port | None = None
-        self._guest: Port | None = None
-        self._line = trio.CancelScope()
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-        self.lanes = {
-            Direction.INBOUND: Lane(Direction.INBOUND, self.history, self._to_core0),
-            Direction.OUTBOUND: Lane(Direction.OUTBOUND, self.history, self._to_core1),
-        }
-        core0 = None if plan.cores is None else plan.cores.core0.fd
-        link = plan.layout.address("core0", "wire") if plan.cores is None else plan.cores.link
-        self.carrier: Carrier
-        if plan.in_process:
-            netns = None if core0 is None else Path(f"/proc/self/fd/{core0}")
-            self.carrier = InProcess(of, plan.layout, link, name, netns)
-        else:
-            self.carrier = Process(of, plan.layout, link, self.history, core0)
-
-    async def open(self) -> None:
-        """Set it up; returns once the proxy is ready. Raises IncoError."""
-        self._engine.watcher.follow(self._plan.layout.signals, self._seen)
-        await self._engine.nursery.start(self._run)
-        try:
-            await self.carrier.start()
-        except BaseException:
-            await self.close()
-            raise
-
-    async def close(self) -> None:
-        """End all of it."""
-        with trio.CancelScope(shield=True):
-            try:
-                await self.carrier.stop()
-            finally:
-                self.carrier.close()
-                self._scope.cancel()
-                await self._ended.wait()
-                self._engine.watcher.forget(self._seen)
-
-    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
-        try:
-            with self._scope:
-                async with trio.open_nursery() as self._nursery:
-                    for lane in self.lanes.values():
-                        self._nursery.start_soon(lane.carry)
-                    await self._nursery.start(self._hold_line)
-                    task_status.started()
-        except* IncoError as group:
-            self.history.fail(f"core 1 has failed: {group.exceptions[0]}")
-        finally:
-            self._ended.set()
-
-    # ----------------------------------------------------------------------------------------------------- the wire
-
-    async def _hold_line(self, *, task_status: trio.TaskStatus[None]) -> None:
-        plan = self._plan
-        if plan.cores is None:
-            address, netns = plan.layout.address("wire", "core0"), None
-        else:
-            address, netns = plan.cores.link, Path(f"/proc/self/fd/{plan.cores.core1.fd}")
-        self._line = trio.CancelScope()
-        with self._line:
-            async with open_port(address, self._from_core0, netns=netns, around=self._engine.around) as self._port:
-                task_status.started()
-                await trio.sleep_forever()
-        self._port = None
-
-    async def line_down(self) -> None:
-        """Take the link down."""
-        if self._plan.cores is not None:
-            await trio.to_thread.run_sync(self._plan.cores.link_down)
-        elif self._port is not None:
-            self._line.cancel()
-            while self._port is not None:
-                await trio.lowlevel.checkpoint()
-
-    async def line_up(self) -> None:
-        """Bring it up again."""
-        if self._plan.cores is not None:
-            await trio.to_thread.run_sync(self._plan.cores.link_up)
-        elif self._port is None:
-            await self._nursery.start(self._hold_line)
-
-    def _from_core0(self, frame: bytes) -> None:
-        # What an application did before the frame is seen before it.
-        self._engine.watcher.drain()
-        self.lanes[Direction.OUTBOUND].put(frame)
-
-    async def _to_core0(self, frame: bytes) -> None:
-        if self._port is None:
-            raise LinkNotFoundError("the link is down")
-        await self._port.send(frame)
-
-    async def _to_core1(self, frame: bytes) -> None:
-        if self._guest is not None:
-            await self._guest.send(frame)
-        self._note(1, "gets", frame, Direction.OUTBOUND)
-
-    def _note(self, core: int, what: str, frame: bytes, direction: Direction) -> None:
-        name = decode(frame)
-        if name is None:
-            self.history.add(core, f"{what} a malformed frame", "", direction, frame)
-        else:
-            self.history.add(core, what, name.decode("ascii"), direction, frame)
-
-    def send(self, frame: bytes) -> None:
-        """Core 1 sends a frame."""
-        self._note(1, "sends", frame, Direction.INBOUND)
-        self.lanes[Direction.INBOUND].put(frame)
-
-    def send_name(self, name: str) -> None:
-        """Core 1 sends a notification."""
-        if self._port is None:
-            self.history.add(None, "lost: the link is down", name, Direction.INBOUND)
-        else:
-            self.send(self._port.frame(name))
-
-    async def attach_guest(self) -> None:
-        """Let a guest be core 1."""
-
-        async def hold(*, task_status: trio.TaskStatus[None]) -> None:
-            address = self._plan.layout.address("wire1", "guest")
-            async with open_port(address, self.send, around=self._engine.around) as self._guest:
-                task_status.started()
-                await trio.sleep_forever()
-
-        if self._guest is None:
-            await self._nursery.start(hold)
-
-    def _seen(self, signal: Signal | None) -> None:
-        if signal is None:
-            self.history.add(0, "more than inotify could queue: not all was seen")
-        elif signal.direction is Direction.INBOUND:
-            self.history.add(0, "gets", signal.name, signal.direction)
-        else:
-            self.history.add(0, "triggers", signal.name, signal.direction)
-
-    async def settle(self) -> None:
-        """Have all in the history that the kernel has queued for us until now."""
-        await self.carrier.look()
-        self._engine.watcher.drain()
-        if self._port is not None:
-            while self._port.receive():
-                await trio.lowlevel.checkpoint()
-        await self.lanes[Direction.OUTBOUND].settled()
+"""Default timeout of `expect`, in seconds: it stops a hang and is long enough for a slow machine."""
 
 
 class _Core:
@@ -208,21 +40,24 @@ class _Core:
 
     @property
     def history(self) -> list[Happening]:
-        """What this core did and got until now, the oldest first."""
+        """What this core did and received until now, the oldest first."""
         self._board._settle()
         return self._board._rig.history.all(self.number)
 
     def count(self, name: str) -> int:
-        """Return how many notifications of a signal this core got or made. Raises InvalidArgumentError."""
+        """Return how many notifications of a signal this core received or sent until now.
+
+        Raises InvalidArgumentError for an unknown name.
+        """
         __tracebackhide__ = True
         self._board._layout.signal(name)
         return sum(each.name == name for each in self.history)
 
-    def wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:
-        """The next notification of a signal here that no `wait_for` returned before; it may have come already.
+    def expect(self, name: str, timeout: float = TIMEOUT) -> Happening:
+        """Wait for the next notification of a signal at this core that `expect` has not returned before.
 
-        Raises NotificationMissingError, an AssertionError, after `timeout` seconds, or when the proxy has ended by
-        itself; InvalidArgumentError for a wrong name or timeout.
+        It may have happened before the call. Raises NotificationMissingError, which is an AssertionError, after
+        `timeout` seconds or when the proxy has ended by itself, and InvalidArgumentError.
         """
         __tracebackhide__ = True
         self._check(name, timeout)
@@ -232,17 +67,17 @@ class _Core:
         __tracebackhide__ = True
         self._board._layout.signal(name)
         if not isinstance(timeout, int | float) or not 0 <= timeout <= threading.TIMEOUT_MAX:
-            raise InvalidArgumentError(f"timeout={timeout!r}: is not a number of seconds, 0 or more")
+            raise InvalidArgumentError(f"timeout={timeout!r}: not a number of seconds, 0 or more")
 
-    async def async_wait_for(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `wait_for`
-        """`wait_for`, in an event loop of Trio's or asyncio's."""
+    async def expect_async(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `expect`
+        """Do what `expect` does, in an event loop of Trio or asyncio."""
         __tracebackhide__ = True
         self._check(name, timeout)
         return await self._board._rig.history.wait_async(self.number, name, timeout)
 
 
 class BoardCore0(_Core):
-    """The applications' side."""
+    """Core 0: the side of the applications."""
 
     number = 0
 
@@ -253,43 +88,46 @@ class BoardCore0(_Core):
 
     @property
     def config(self) -> Path:
-        """The udrv.json, with the directories of this board."""
+        """The path of the udrv.json, which names the directories of this board."""
         return self._board._layout.config
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of a program under test: that of the test, with UDRV_JSON_PATH."""
+        """The environment of the test with UDRV_JSON_PATH, for a program under test."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
-        """The path of a signal's register. Raises InvalidArgumentError for a wrong name."""
+        """Return the path of a signal's register. Raises InvalidArgumentError for an unknown name."""
         __tracebackhide__ = True
         return self._board._layout.signal(name).path
 
     def trigger(self, name: str) -> None:
-        """Write the trigger of an outbound signal, as an application does. Raises InvalidArgumentError, OSError."""
+        """Write the trigger file of an outbound signal, as an application does.
+
+        Raises InvalidArgumentError for an unknown name, and ProxyNotFoundError if the file is missing.
+        """
         __tracebackhide__ = True
         path = self._board._layout.signal(name, Direction.OUTBOUND).path
-        with path.open("w") as trigger:
-            trigger.write("1")
+        self._board._check_open()
+        trigger(path)
 
 
 class BoardCore1(_Core):
-    """The other core, played by the test, until it starts a guest."""
+    """Core 1, which is the test until it starts a guest."""
 
     number = 1
 
     def send(self, name: str) -> None:
-        """Send an inbound signal. Raises InvalidArgumentError for a wrong name, and where core 1 is a guest."""
+        """Send an inbound signal. Raises InvalidArgumentError for an unknown name, and if core 1 is a guest."""
         __tracebackhide__ = True
         self._board._layout.signal(name, Direction.INBOUND)
         self._played()
         self._board._engine.soon(self._board._rig.send_name, name)
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame as it is, also one that no core would send.
+        """Send a frame as it is, even if no core would send it.
 
-        Raises InvalidArgumentError for what is not in bytes, and where core 1 is a guest.
+        Raises InvalidArgumentError if it is not bytes, and if core 1 is a guest.
         """
         __tracebackhide__ = True
         self._played()
@@ -300,7 +138,7 @@ class BoardCore1(_Core):
     def _played(self) -> None:
         __tracebackhide__ = True
         if self._board._guests:
-            raise InvalidArgumentError("core 1 is a guest: what it sends is up to its firmware")
+            raise InvalidArgumentError("core 1 is a guest: only its firmware sends")
 
 
 class BoardProxy:
@@ -310,40 +148,44 @@ class BoardProxy:
         self._board = board
 
     @property
+    def _carrier(self) -> Carrier:
+        return self._board._rig.carrier
+
+    @property
     def pid(self) -> int | None:
-        """Its process; None while it does not run, or if it runs in the test's process."""
-        return self._board._rig.carrier.pid
+        """Its process number; None while it does not run, or if it runs in the process of the test."""
+        return self._carrier.pid
 
     @property
     def log(self) -> str:
-        """All that it has said."""
-        return self._board._rig.carrier.log()
+        """All that it has logged."""
+        return self._carrier.log()
 
     @property
     def stats(self) -> Stats | None:
         """Its counters; None if it does not run."""
-        return self._board._rig.carrier.stats()
+        return self._carrier.stats()
 
     def start(self) -> None:
-        """Start it again; the test has kept its descriptors, as s6 or systemd would. Raises ProxyDiedError."""
-        self._board._call("the proxy is started", self._board._rig.carrier.start)
+        """Start it again. The test has stored its descriptors, as s6 or systemd would. Raises ProxyDiedError."""
+        self._board._call("the proxy is started", self._carrier.start)
 
     def stop(self) -> None:
-        """End it cleanly."""
-        self._board._call("the proxy is stopped", self._board._rig.carrier.stop)
+        """Stop it cleanly."""
+        self._board._call("the proxy is stopped", self._carrier.stop)
 
     def kill(self) -> None:
-        """End it by SIGKILL. Raises InvalidArgumentError for one in the test's process."""
-        self._board._call("the proxy is killed", self._board._rig.carrier.kill)
+        """Kill it (SIGKILL). Raises InvalidArgumentError if it runs in the process of the test."""
+        self._board._call("the proxy is killed", self._carrier.kill)
 
     def restart(self) -> None:
-        """End it cleanly, and start it again."""
+        """Stop it cleanly and start it again."""
         self.stop()
         self.start()
 
 
 class BoardFaults:
-    """What goes wrong on purpose."""
+    """Faults that a test causes."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -357,35 +199,30 @@ class BoardFaults:
         corrupt: float = 0.0,
         delay: float = 0.0,
         seed: int = 0,
-        direction: Direction | None = None,
+        direction: Direction | str | None = None,
     ) -> None:
-        """From now on, do this to frames on the wire, in one direction or both: rates from 0 to 1, `delay` in seconds.
+        """Do this to frames on the link from now on: rates from 0 to 1, `delay` in seconds.
 
-        Without arguments, none of it. A reordered frame comes 50 ms late. The same `seed` does the same to the same
-        frames. Raises InvalidArgumentError.
+        `direction` is a Direction, or `inbound` or `outbound`; without it, both. Without arguments, end all of it. A
+        reordered frame arrives 50 ms late. The same `seed` does the same to the same frames.
+
+        Raises InvalidArgumentError.
         """
+        direction = None if direction is None else direction_of(direction)
         for each, lane in self._board._rig.lanes.items():
             if direction in (None, each):
                 lane.faults = FrameFaults(drop, double, reorder, corrupt, delay, seed)
 
     def link_down(self) -> None:
-        """Take the link down: the proxy keeps its notifications, and what core 1 sends is lost."""
+        """Take the link down. The proxy keeps outbound notifications; what core 1 sends is lost."""
         self._board._call("the link is taken down", self._board._rig.line_down)
 
     def link_up(self) -> None:
-        """Bring it up again."""
+        """Bring the link up again."""
         self._board._call("the link is brought up", self._board._rig.line_up)
 
-    def kill_proxy(self) -> None:
-        """`Proxy.kill`."""
-        self._board.proxy.kill()
-
-    def start_proxy(self) -> None:
-        """`Proxy.start`."""
-        self._board.proxy.start()
-
     def replace_directory(self) -> None:
-        """Put a new, empty directory in the place of core 0's, as a program that makes it anew does."""
+        """Replace core 0's directory by a new, empty one, as a program does that recreates it."""
         path = self._board.core0.directory
         self._board._rig.history.add(None, f"{path.name} is replaced by a new directory")
         new = path.with_name(f"{path.name}.new")
@@ -395,28 +232,40 @@ class BoardFaults:
 
 
 class Board:
-    """A proxy that runs, with a test as both of its cores; `open_board` makes one.
+    """A running proxy, with the test as both cores; `open_board` opens one.
 
-    A test may be plain or run in an event loop. What waits has two faces; anything else takes some milliseconds at
-    most, but for starting and stopping, which take those of the proxy: `trio.to_thread.run_sync(board.proxy.restart)`.
+    In an event loop, use `expect_async` instead of `expect`, and start and stop proxies in a thread:
+    `trio.to_thread.run_sync(board.proxy.restart)`. Everything else takes a few milliseconds at most. A board that has
+    ended raises ClosedError.
     """
 
-    def __init__(self, of: Engine, plan: _Plan, rig: _Rig, resources: contextlib.ExitStack) -> None:
+    def __init__(self, of: Engine, plan: Plan, rig: Rig, resources: contextlib.ExitStack) -> None:
         self._engine = of
         self._layout = plan.layout
         self._plan = plan
-        self._rig = rig
+        self._open_rig: Rig | None = rig
         self._guests: list[Guest] = []
         self._resources = resources
-        self._told: str | None = None
+        self._reported: str | None = None
         self.core0 = BoardCore0(self)
         self.core1 = BoardCore1(self)
         self.proxy = BoardProxy(self)
         self.faults = BoardFaults(self)
 
     @property
+    def _rig(self) -> Rig:
+        __tracebackhide__ = True
+        if self._open_rig is None:
+            raise ClosedError("the board has ended")
+        return self._open_rig
+
+    def _check_open(self) -> None:
+        __tracebackhide__ = True
+        _ = self._rig
+
+    @property
     def directory(self) -> Path:
-        """Where all files of this board are."""
+        """The directory that contains all files of this board."""
         return self._layout.directory
 
     @property
@@ -431,7 +280,7 @@ class Board:
 
     @property
     def history(self) -> list[Happening]:
-        """What happened at both cores and between them, in the order in which it was seen."""
+        """What happened at both cores and between them, in the order in which the test bench saw it."""
         self._settle()
         return self._rig.history.all()
 
@@ -445,15 +294,16 @@ class Board:
         machine: Sequence[str] | None = None,
         ready: str | None = None,
     ) -> Iterator[Guest]:
-        """Put a firmware in QEMU in the place of core 1, while the block runs; see `inco_trio.testing.Guest`.
+        """Run a firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
-        Without `firmware`, it is the one of `inco-trio demo --qemu`. `machine` are QEMU's arguments instead of those of
-        the RISC-V machine `virt`, and `program` is QEMU; a virtio-net-device is added. `ready` is what the firmware
-        says on its serial output when it is. Raises GuestError.
+        Without `firmware`, it is the one of `inco-trio demo --qemu`. `program` is QEMU, and `machine` are its arguments
+        instead of those of the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
+        prints on its serial output when it is ready. Raises GuestError.
         """
+        rig = self._rig
         if self._plan.cores is not None:
             raise InvalidArgumentError("a guest needs the link of sockets: leave out link='interface'")
-        self._engine.run(self._rig.attach_guest)
+        self._engine.run(rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
         options: dict[str, Any] = {"firmware": firmware, "program": program, "machine": machine, "ready": ready}
@@ -465,7 +315,7 @@ class Board:
 
     @property
     def report(self) -> str:
-        """Both cores side by side in time, the proxy's counters and log, and what a guest said."""
+        """Both cores side by side in time, the counters and the log of the proxy, and the output of a guest."""
         self._settle()
         stats = self.proxy.stats
         parts = [side_by_side(self._rig.history.all())]
@@ -477,20 +327,21 @@ class Board:
         return "\n".join(parts)
 
     def record(self, path: Path) -> None:
-        """Write what was on the wire, as `inco-trio record` would. Raises PermissionDeniedError, ResourceError."""
+        """Write the frames on the link, as `inco-trio record` would. Raises PermissionDeniedError, ResourceError."""
         self._settle()
         registers = {signal.name: str(signal.path) for signal in self.signals}
         record(path, self._rig.history.all(), registers, self.link)
 
     def failure(self) -> str | None:
-        """Why the board is of no use any more, as that the proxy has ended by itself; told once."""
+        """Return why the board cannot be used, such as a proxy that has ended by itself. Return each reason once."""
         self._settle()
-        told, self._told = self._told, self._rig.history.failure
-        return None if self._told == told else self._told
+        before, self._reported = self._reported, self._rig.history.failure
+        return None if self._reported == before else self._reported
 
     def close(self) -> None:
-        """Stop the proxy, and remove its sockets; the files stay. Does nothing if it is closed."""
+        """Stop the proxy and remove its sockets; the files stay. Do nothing if the board has ended."""
         _open.discard(self)
+        self._open_rig = None
         self._resources.close()
 
     def _settle(self) -> None:
@@ -507,7 +358,7 @@ _opening = threading.Lock()
 
 
 def open_boards() -> frozenset[Board]:
-    """The boards of this process that are open."""
+    """Return the open boards of this process."""
     return frozenset(_open)
 
 
@@ -520,28 +371,28 @@ def open_board(
     link: str = "unix",
     in_process: bool = False,
 ) -> Iterator[Board]:
-    """A board whose files are in `directory`, ready, while the block runs.
+    """Open a board whose files are in `directory`, while the block runs.
 
-    `config` is a udrv.json, or what it would say; its devices get directories of this board. `signals` maps further
-    wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two network
-    namespaces and a veth pair. The proxy is a process, or runs `in_process`.
+    `config` is the path or the content of a udrv.json; its devices get directories of this board. `signals` maps
+    further wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
+    network namespaces and a veth pair. The proxy is a process, or runs `in_process`.
 
     Raises ConfigError, InvalidArgumentError, NamespaceRefused, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
-        raise InvalidArgumentError(f"link={link!r}: is neither 'unix' nor 'interface'")
+        raise InvalidArgumentError(f"link={link!r}: neither 'unix' nor 'interface'")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
         layout = make_layout(directory, config, signals)
         resources.callback(layout.remove)
         of = engine()
         address = layout.address("core0", "wire") if cores is None else cores.link
-        plan = _Plan(layout, address, in_process, cores)
+        plan = Plan(layout, address, in_process, cores)
         with _opening:
             name = f"board{next(_numbers)}"
 
-        async def rig() -> _Rig:
-            made = _Rig(of, plan, name)
+        async def rig() -> Rig:
+            made = Rig(of, plan, name)
             await made.open()
             return made
 

@@ -1,15 +1,12 @@
-"""The proxy of a board under test: a process of its own, or one in the process of the test."""
+"""The proxy of a board under test: a process, or a part of the process of the test."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +16,7 @@ from inco_trio.config import Config
 from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
+from inco_trio.service.launch import STOP, Launched
 from inco_trio.status import Stats
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.history import History
@@ -27,167 +25,149 @@ from inco_trio.testing.layout import Layout
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
 _READY = 120.0
-_STOP = 60.0
-"""Seconds after which it is an error, or the process is killed: they only stop a hang."""
+"""Seconds after which a process that is not ready is killed. This only stops a hang."""
 _FDS_MAX = 16
 
 
 class ProxyDiedError(IncoError):
-    """The proxy under test could not be started, or ended by itself; the text has the end of its log."""
+    """The proxy under test could not be started. The text contains its log."""
 
 
 class Carrier(Protocol):
-    """A proxy that is started and stopped by a test; all is called in the engine's thread."""
+    """A proxy that a test starts and stops. All methods are called in the engine's thread."""
 
-    pid: int | None
-    """Its process, while it runs in one of its own."""
+    @property
+    def pid(self) -> int | None:
+        """Its process number, while it runs as a process."""
 
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def kill(self) -> None: ...
     async def look(self) -> None: ...
-    def log(self) -> str: ...
-    def stats(self) -> Stats | None: ...
+    def log(self) -> str:
+        """Return all that it has logged."""
+
+    def stats(self) -> Stats | None:
+        """Return its counters, or None if it does not answer."""
+
     def close(self) -> None: ...
 
 
 class Process:
-    """`inco-trio run` as a process. The test keeps its descriptors while it does not run, as systemd would.
-
-    It is readied and given its descriptors by the protocol of sd_notify(3) and sd_listen_fds(3).
-    """
+    """`inco-trio run` as a process. The test stores its descriptors, as systemd would (sd_notify(3), FDSTORE)."""
 
     def __init__(self, engine: Engine, layout: Layout, link: str, history: History, netns: int | None) -> None:
-        self.pid: int | None = None
         self._engine = engine
         self._layout = layout
         self._link = link
         self._history = history
         self._netns = netns
         self._log = layout.directory / "proxy.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self._kept: dict[str, int] = {}
-        self._ready = trio.Event()
+        self._launched: Launched | None = None
+        self._stored: dict[str, int] = {}
         self._ended = trio.Event()
         self._expected = False
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._notify.bind(str(layout.socket("notify")))
         self._scope = trio.CancelScope()
-        engine.nursery.start_soon(self._take_notes)
+        engine.nursery.start_soon(self._store)
+
+    @property
+    def pid(self) -> int | None:
+        """See `Carrier.pid`."""
+        return None if self._launched is None else self._launched.pid
 
     async def start(self) -> None:
         """Start it, and return once it is ready. Raises ProxyDiedError."""
-        if self._process is not None:
+        if self._launched is not None:
             raise InvalidArgumentError(f"the proxy runs already, as process {self.pid}")
-        self._ready, self._ended, self._expected = trio.Event(), trio.Event(), False
-        settings = {
-            "parent": os.getpid(),
-            "names": list(self._kept),
-            "fds": list(self._kept.values()),
-            "netns": self._netns,
-        }
-        fds = [*self._kept.values(), *(() if self._netns is None else (self._netns,))]
+        self._take_notes()
+        self._ended, self._expected = trio.Event(), False
         options = ("--config", self._layout.config, "--control", self._layout.socket("control.sock"), "--wait-link")
-        environment = {**os.environ, "NOTIFY_SOCKET": str(self._layout.socket("notify")), "FDSTORE": "64"}
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - it takes a few milliseconds
-                [sys.executable, "-m", "inco_trio.testing.launch", json.dumps(settings), "run", self._link, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=fds,
-                env=environment,
-                # A group of its own: Ctrl-C is the test's.
-                process_group=0,
-            )
-        self.pid = self._process.pid
-        self._engine.nursery.start_soon(self._wait, self._process)
-        with trio.move_on_after(_READY):
-            async with trio.open_nursery() as nursery:
-                for event in (self._ready, self._ended):
-                    nursery.start_soon(self._end_with, event, nursery.cancel_scope)
-        if not self._ready.is_set():
-            await self.kill()
-            raise ProxyDiedError(f"the proxy did not become ready; it said:\n{self.log()}")
+        environment = {"NOTIFY_SOCKET": str(self._layout.socket("notify")), "FDSTORE": "64"}
+        launched = Launched(
+            *("run", self._link, *options),
+            log=self._log,
+            netns=self._netns,
+            environment=environment,
+            listen_fds=self._stored,
+        )
+        try:
+            with trio.move_on_after(_READY):
+                await trio.lowlevel.wait_readable(launched.ready_fd)
+                launched.see_ready()
+        finally:
+            if not launched.is_ready:
+                launched.stop(signal.SIGKILL)
+                launched.close()
+        if not launched.is_ready:
+            raise ProxyDiedError(f"the proxy did not become ready; it logged:\n{self.log()}")
+        self._launched = launched
+        self._engine.nursery.start_soon(self._wait, launched)
         self._history.fail(None)
 
-    @staticmethod
-    async def _end_with(event: trio.Event, scope: trio.CancelScope) -> None:
-        await event.wait()
-        scope.cancel()
-
-    async def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        end = os.pidfd_open(process.pid)
-        ended = self._ended
+    async def _wait(self, launched: Launched) -> None:
         try:
-            await trio.lowlevel.wait_readable(end)
+            await trio.lowlevel.wait_readable(launched.end_fd)
         finally:
-            os.close(end)
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        self._process = self.pid = None
+            code = launched.stop(signal.SIGKILL)
+            launched.close()
+            self._launched = None
+            self._ended.set()
         if not self._expected:
             last = self.log().splitlines()[-1:] or ["nothing"]
-            code = process.returncode
-            self._history.fail(f"the proxy has ended by itself, with exit code {code}; it said: {last[0]}")
+            self._history.fail(f"the proxy has ended by itself, with exit code {code}; it logged: {last[0]}")
             self._history.add(None, f"the proxy has ended, with exit code {code}")
-        ended.set()
 
     async def stop(self) -> None:
-        """End it by SIGTERM: it finishes its work."""
+        """Stop it (SIGTERM): it finishes its work."""
         await self._end(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """End it by SIGKILL."""
+        """Kill it (SIGKILL)."""
         await self._end(signal.SIGKILL)
 
     async def look(self) -> None:
-        """Know if it has ended by itself."""
-        if self._process is not None and self._process.poll() is not None:
+        """Notice whether it has ended by itself."""
+        if self._launched is not None and self._launched.process.poll() is not None:
             await self._ended.wait()
 
     async def _end(self, number: signal.Signals) -> None:
-        if self._process is None:
+        if self._launched is None:
             return
         self._expected = True
-        self._process.send_signal(number)
-        with trio.move_on_after(_STOP):
+        self._launched.process.send_signal(number)
+        with trio.move_on_after(STOP):
             await self._ended.wait()
-        if self._process is not None:
-            self._process.kill()
+        if self._launched is not None:
+            self._launched.process.kill()
             await self._ended.wait()
 
-    async def _take_notes(self) -> None:
+    async def _store(self) -> None:
         with self._scope:
             while True:
                 await trio.lowlevel.wait_readable(self._notify)
-                self._take_note()
+                self._take_notes()
 
-    def _take_note(self) -> None:
-        data, fds, _flags, _sender = socket.recv_fds(self._notify, 4096, _FDS_MAX)
-        lines = dict(line.partition("=")[::2] for line in data.decode().splitlines())
-        if "FDSTORE" in lines:
-            for fd in fds:
-                os.set_inheritable(fd, False)
-            for fd in (*fds[1:], *self._kept_under(lines["FDNAME"])):
-                os.close(fd)
-            self._kept[lines["FDNAME"]] = fds[0]
-        elif "FDSTOREREMOVE" in lines:
-            for fd in self._kept_under(lines["FDNAME"]):
-                os.close(fd)
-        elif "READY" in lines:
-            self._ready.set()
-
-    def _kept_under(self, name: str) -> tuple[int, ...]:
-        return (self._kept.pop(name),) if name in self._kept else ()
+    def _take_notes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                data, fds, _flags, _sender = socket.recv_fds(self._notify, 4096, _FDS_MAX)
+                lines = dict(line.partition("=")[::2] for line in data.decode().splitlines())
+                if not {"FDSTORE", "FDSTOREREMOVE"}.isdisjoint(lines):
+                    former = self._stored.pop(lines["FDNAME"], None)
+                    for fd in (*fds[1:], *(() if former is None else (former,))):
+                        os.close(fd)
+                if "FDSTORE" in lines:
+                    os.set_inheritable(fds[0], False)
+                    self._stored[lines["FDNAME"]] = fds[0]
 
     def log(self) -> str:
-        """All that it has said."""
+        """See `Carrier.log`."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def stats(self) -> Stats | None:
-        """Its counters, if it answers."""
+        """See `Carrier.stats`."""
         from inco_trio.control.client import Client
 
         with contextlib.suppress(IncoError), Client(self._layout.socket("control.sock")) as client:
@@ -196,20 +176,21 @@ class Process:
         return None
 
     def close(self) -> None:
-        """Let go of what is kept; it does not run any more."""
+        """Release what is stored, once the process has ended."""
         self._scope.cancel()
         trio.lowlevel.notify_closing(self._notify)
         self._notify.close()
         self._layout.socket("notify").unlink(missing_ok=True)
-        for fd in self._kept.values():
+        for fd in self._stored.values():
             os.close(fd)
 
 
 class InProcess:
-    """A proxy in the engine's loop; all boards of the process share one inotify instance."""
+    """A proxy in the engine's loop. All boards of the process share one inotify instance."""
+
+    pid = None
 
     def __init__(self, engine: Engine, layout: Layout, link: str, name: str, netns: Path | None) -> None:
-        self.pid: int | None = None
         self._engine = engine
         self._name = name
         self._config = Config(link, layout.signals, wait_link=True, netns=netns)
@@ -228,7 +209,7 @@ class InProcess:
             raise ProxyDiedError(f"the proxy cannot be opened: {why}")
 
     async def stop(self) -> None:
-        """Close it: it finishes its work."""
+        """Stop it: it finishes its work."""
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
             self._last = self.stats()
@@ -240,21 +221,21 @@ class InProcess:
         raise InvalidArgumentError("a proxy in the test's process cannot be killed: leave out --inco-trio-in-process")
 
     async def look(self) -> None:
-        """It does not end by itself."""
+        """Do nothing: it does not end by itself."""
 
     def log(self) -> str:
-        """All that it has said."""
+        """See `Carrier.log`."""
         return "".join(f"{line}\n" for line in self._lines)
 
     def stats(self) -> Stats | None:
-        """Its counters; the last ones, if it is closed."""
+        """See `Carrier.stats`. The last ones, if it is stopped."""
         boards = _boards.get(self._engine)
         if boards is None or self._name not in boards.configs:
             return self._last
         return boards.proxies.stats.get(self._name)
 
     def close(self) -> None:
-        """Nothing is left to close."""
+        """Do nothing."""
 
 
 class _Boards:
@@ -266,7 +247,7 @@ class _Boards:
         self._changing = trio.Lock()
 
     async def change(self, more: dict[str, Config], without: str | None = None) -> None:
-        """Have these too, and one less."""
+        """Add and remove proxies. Raises IncoError."""
         async with self._changing:
             self.configs |= more
             if without is not None:
@@ -296,14 +277,14 @@ async def _boards_of(engine: Engine) -> _Boards:
 
 
 class _Logs(logging.Handler):
-    """Gives each board the lines of the log that are its own."""
+    """Distributes log lines to the boards that they belong to."""
 
-    boards: dict[str, list[str]] = {}  # noqa: RUF012 - of the process, as the logger is
+    boards: dict[str, list[str]] = {}  # noqa: RUF012 - one for the process, as the logger is
     _handler: _Logs | None = None
 
     @classmethod
     def of(cls, board: str, lines: list[str]) -> None:
-        """Append the board's lines to `lines`."""
+        """Append the lines of a board to `lines`."""
         cls.boards[board] = lines
         if cls._handler is None:
             cls._handler = cls()
@@ -313,6 +294,6 @@ class _Logs(logging.Handler):
                 package.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line, if it is a board's."""
+        """Take a line, if it belongs to a board."""
         if (lines := self.boards.get(board_name.get())) is not None:
             lines.append(f"{record.levelname.lower()}: {record.getMessage()}")

@@ -1,11 +1,12 @@
-"""What happened to the two cores, in order, and how a test waits for the next of it: from any thread or event loop."""
+"""What happened at the two cores, in order. Tests wait for it from any thread or event loop."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import attrs
 
@@ -15,18 +16,18 @@ __all__ = ["Happening", "History", "NotificationMissingError"]
 
 
 class NotificationMissingError(AssertionError):
-    """What a test waited for did not come; its text says what did."""
+    """A notification that a test expected did not arrive. The text lists what happened."""
 
 
 @attrs.frozen
 class Happening:
-    """One notification at one core, or something that is neither's, as a link that was taken down."""
+    """A notification at a core, or an event between the cores, such as a link that was taken down."""
 
     core: int | None
     what: str
-    """`triggers`, `sends` or `gets`, which the core does; otherwise the whole of it."""
+    """`triggers`, `sends` or `gets` for a notification; otherwise a description."""
     name: str
-    """The wire name; empty if it is of none."""
+    """The wire name; empty if there is none."""
     monotonic_ns: int
     """When it was seen, as of time.monotonic_ns()."""
     time_ns: int
@@ -36,7 +37,7 @@ class Happening:
 
 
 class History:
-    """Happenings in the order in which they were seen. One thread adds to it; any may read it and wait."""
+    """Happenings in the order in which they were seen. One thread adds to it; any thread may read it and wait."""
 
     def __init__(self) -> None:
         self._happenings: list[Happening] = []
@@ -53,20 +54,20 @@ class History:
         direction: Direction | None = None,
         frame: bytes | None = None,
     ) -> None:
-        """Add what happens now."""
+        """Add a happening with the current time."""
         happening = Happening(core, what, name, time.monotonic_ns(), time.time_ns(), direction, frame)
         with self._lock:
             self._happenings.append(happening)
         self._tell()
 
     def fail(self, failure: str | None) -> None:
-        """Waiting makes no sense any more, for this reason; None: again it does."""
+        """End all waits for this reason; None: wait again."""
         self._failure = failure
         self._tell()
 
     @property
     def failure(self) -> str | None:
-        """Why waiting makes no sense."""
+        """Why nothing more can happen, or None."""
         return self._failure
 
     def _tell(self) -> None:
@@ -76,12 +77,12 @@ class History:
             listener()
 
     def all(self, core: int | None = None) -> list[Happening]:
-        """Those of a core, or all."""
+        """Return the happenings at a core, or all."""
         with self._lock:
             return [each for each in self._happenings if core is None or each.core == core]
 
     def take(self, core: int, name: str) -> Happening | None:
-        """The first notification of this name at a core that was not taken before, or None."""
+        """Take the first notification of this name at a core that was not taken before, or return None."""
         with self._lock:
             taken = self._taken.get((core, name), 0)
             for number, each in enumerate(self._happenings[taken:], taken):
@@ -102,11 +103,11 @@ class History:
 
     def _missing(self, core: int, name: str, timeout: float) -> NotificationMissingError:
         why = f"within {timeout:g} s" if self._failure is None else f"({self._failure})"
-        came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing happened"
-        return NotificationMissingError(f"{name}: did not come to core {core} {why}; there: {came}")
+        came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing"
+        return NotificationMissingError(f"{name}: did not arrive at core {core} {why}; events there: {came}")
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
-        """Take the next one, once it is there, within `timeout` seconds. Raises NotificationMissingError."""
+        """Wait for the next one and take it. Raises NotificationMissingError after `timeout` seconds."""
         __tracebackhide__ = True  # pytest shows the line of the test.
         news = threading.Event()
         end = time.monotonic() + timeout
@@ -120,67 +121,47 @@ class History:
                     raise self._missing(core, name, timeout)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
-        """The same, in an event loop of Trio's or asyncio's, which is not held up."""
+        """Do the same in an event loop of Trio or asyncio, without blocking it."""
         __tracebackhide__ = True
         end = time.monotonic() + timeout
-        bell = _bell()
-        with self._listening(bell.ring):
+        ring, wait_rung = _bell()
+        with self._listening(ring):
             while True:
-                failed = self._failure is not None
+                over = self._failure is not None or time.monotonic() >= end
                 if (found := self.take(core, name)) is not None:
                     return found
-                if failed or not await bell.wait(max(0.0, end - time.monotonic())):
+                if over:
                     raise self._missing(core, name, timeout)
+                await wait_rung(end - time.monotonic())
 
 
-class _TrioBell:
-    def __init__(self) -> None:
-        import trio
-
-        self._lot = trio.lowlevel.ParkingLot()
-        self._token = trio.lowlevel.current_trio_token()
-
-    def ring(self) -> None:
-        """From any thread. Who waits is woken, also who begins to before the loop has come to it."""
-        with contextlib.suppress(RuntimeError):  # The loop has ended, and with it who waits.
-            self._token.run_sync_soon(self._lot.unpark_all)
-
-    async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - of either loop
-        """Whether it rang within `timeout` seconds."""
-        import trio
-
-        with trio.move_on_after(timeout):
-            await self._lot.park()
-            return True
-        return False
-
-
-class _AsyncioBell:
-    def __init__(self) -> None:
-        import asyncio
-
-        self._event = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-
-    def ring(self) -> None:
-        """See `_TrioBell.ring`."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self, timeout: float) -> bool:  # noqa: ASYNC109 - of either loop
-        """See `_TrioBell.wait`."""
-        import asyncio
-
-        try:
-            async with asyncio.timeout(timeout):
-                await self._event.wait()
-        except TimeoutError:
-            return False
-        self._event.clear()
-        return True
-
-
-def _bell() -> _TrioBell | _AsyncioBell:
+def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
+    """Return a function to call from any thread, and one that waits for that in this event loop, up to a timeout."""
     import sniffio
 
-    return _TrioBell() if sniffio.current_async_library() == "trio" else _AsyncioBell()
+    if sniffio.current_async_library() == "trio":
+        import trio
+
+        lot, token = trio.lowlevel.ParkingLot(), trio.lowlevel.current_trio_token()
+        wake: Callable[[], object] = functools.partial(token.run_sync_soon, lot.unpark_all)
+
+        async def wait_rung(seconds: float) -> None:
+            with trio.move_on_after(seconds):
+                await lot.park()
+    else:
+        import asyncio
+
+        event, loop = asyncio.Event(), asyncio.get_running_loop()
+        wake = functools.partial(loop.call_soon_threadsafe, event.set)
+
+        async def wait_rung(seconds: float) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await event.wait()
+            event.clear()
+
+    def ring() -> None:
+        with contextlib.suppress(RuntimeError):  # The loop has ended.
+            wake()
+
+    return ring, wait_rung

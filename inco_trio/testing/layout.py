@@ -15,7 +15,7 @@ import attrs
 from inco_trio.config import parse_board, read_udrv
 from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
-from inco_trio.signals import BUILTIN, Direction, Signal
+from inco_trio.signals import BUILTIN, Direction, Signal, direction_of
 
 __all__ = ["DEVICE", "Layout", "make_layout"]
 
@@ -82,10 +82,12 @@ def make_layout(
         devices[DEVICE] = {"path": str(directory / "registers" / DEVICE)}
     added = _tables(_tables(_tables(document, "misc"), "inco_proxy"), "signals")
     for name, direction in (signals or {}).items():
-        if direction not in {"inbound", "outbound"}:
-            raise InvalidArgumentError(f"signals: {name}: {direction!r} is no direction: inbound or outbound")
-        kind = "state" if direction == "inbound" else "trig"
-        added[name] = {"direction": direction, "reg": f"{DEVICE}.{name.replace('/', '_')}_{kind}"}
+        try:
+            chosen = direction_of(direction)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"signals: {name}: {error}") from None
+        kind = "state" if chosen is Direction.INBOUND else "trig"
+        added[name] = {"direction": chosen.value, "reg": f"{DEVICE}.{name.replace('/', '_')}_{kind}"}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "registers").mkdir(exist_ok=True)
     path = directory / "udrv.json"

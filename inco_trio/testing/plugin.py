@@ -1,6 +1,6 @@
-"""The pytest plugin: fixtures `board` and `make_board`, the marker `inco_trio`, and what a failed test shows.
+"""The pytest plugin: fixtures `inco_board` and `make_inco_board`, the marker `inco_trio`, the report of a failed test.
 
-pytest loads this module wherever the package is installed, so it imports nothing else of it until a board is made.
+pytest loads this module wherever the package is installed. It imports the rest of the package when it opens a board.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 if TYPE_CHECKING:
     from inco_trio.testing.board import Board
 
-__all__ = ["MakeBoard", "board", "make_board"]
+__all__ = ["MakeBoard", "inco_board", "make_inco_board"]
 
 MakeBoard = Callable[..., "Board"]
-"""Makes a board: the arguments are those of `inco_trio.testing.open_board` but the directory."""
+"""Opens a board, with the arguments of `inco_trio.testing.open_board` except the directory."""
 
-MARKER = "inco_trio(config=None, signals=None, link='unix'): what the board of this test is, see inco_trio.testing"
+MARKER = "inco_trio(config=None, signals=None, link='unix'): configure the board of this test, see inco_trio.testing"
 MISSING = "inco_trio_missing"
 RECORDING = "inco-trio.pcapng"
 
@@ -31,11 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--inco-trio-in-process",
         action="store_true",
-        help="boards have their proxy in the process of the test, instead of one of its own",
+        help="run the proxies of boards in the process of the test, instead of as processes",
     )
     parser.addini(
         MISSING,
-        "what becomes of a test that needs QEMU, or namespaces, and there are none: fail or skip",
+        "what to do with a test if QEMU or namespaces, which it needs, are missing: fail or skip",
         default="fail",
     )
 
@@ -43,11 +43,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
     if config.getini(MISSING) not in {"fail", "skip"}:
-        raise pytest.UsageError(f"{MISSING} = {config.getini(MISSING)}: is neither fail nor skip")
+        raise pytest.UsageError(f"{MISSING} = {config.getini(MISSING)}: neither fail nor skip")
 
 
 def pytest_unconfigure() -> None:
-    # Whatever ended the tests, Ctrl-C as well: no process, socket or directory of ours stays.
+    # Leave no process, socket or directory behind, even after Ctrl-C.
     if "inco_trio.testing.engine" in sys.modules:
         from inco_trio.testing.engine import stop_engine
 
@@ -57,8 +57,8 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def make_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeBoard]:
-    """Make boards: `make_board(signals={"door_irq": "inbound"})`; each is closed after the test."""
+def make_inco_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeBoard]:
+    """Open boards: `make_inco_board(signals={"door_irq": "inbound"})`. They are closed after the test."""
     from inco_trio.errors import IncoError
     from inco_trio.testing.board import open_board
 
@@ -80,14 +80,14 @@ def make_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeB
 
 
 @pytest.fixture
-def board(request: pytest.FixtureRequest, make_board: MakeBoard) -> Board:
-    """A board whose proxy runs, set up by the marker `inco_trio`; both cores are the test's."""
+def inco_board(request: pytest.FixtureRequest, make_inco_board: MakeBoard) -> Board:
+    """Open a board as the marker `inco_trio` configures it. The test is both cores."""
     options: dict[str, Any] = {}
     for marker in reversed(list(request.node.iter_markers("inco_trio"))):
         if marker.args or not marker.kwargs.keys() <= {"config", "signals", "link"}:
             pytest.fail("the marker inco_trio takes config=, signals= and link=, by name", pytrace=False)
         options |= marker.kwargs
-    return make_board(**options)
+    return make_inco_board(**options)
 
 
 # ------------------------------------------------------------------------------------------------------------ reports
@@ -102,7 +102,7 @@ def _open_boards() -> frozenset[Board]:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Whether the machine has not what a board needs."""
+    """Return whether something is missing on this machine that a board needs."""
     if "inco_trio.testing.board" not in sys.modules:
         return False
     from inco_trio.simulation.guest import QemuNotFoundError
@@ -112,7 +112,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
-    """End the test with the one line of an error that is not the test's: by skipping it, if the user has chosen so."""
+    """Fail the test with the line of an error that is not its own, or skip it if pytest is configured so."""
     if not _is_missing(error):
         pytest.fail(str(error), pytrace=False)
     if config.getini(MISSING) == "skip":
@@ -148,7 +148,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
         each.close()
     if leaked:
         where = ", ".join(str(each.directory) for each in leaked)
-        pytest.fail(f"the test leaves a board open: {where}: use `with open_board(...)`, or make_board", pytrace=False)
+        pytest.fail(
+            f"the test leaves a board open: {where}: use `with open_board(...)`, or make_inco_board", pytrace=False
+        )
 
 
 @contextlib.contextmanager
@@ -170,7 +172,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.failed:
         for each in sorted(_open_boards(), key=lambda board: board.directory):
             recording = each.directory / RECORDING
-            with contextlib.suppress(Exception):  # What a test shows is no reason to hide why it failed.
+            with contextlib.suppress(Exception):  # An error here must not hide why the test failed.
                 text = each.report
                 each.record(recording)
                 report.sections.append((f"inco-trio {each.directory.name}", f"{text}\nrecorded in {recording}"))

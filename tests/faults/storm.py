@@ -26,7 +26,7 @@ import attrs
 
 from inco_trio.frame import ETHERTYPE
 from inco_trio.linux.packet import PACKET_IGNORE_OUTGOING, SOL_PACKET
-from inco_trio.simulation.world import Cores, Peer
+from inco_trio.simulation.world import Cores
 from netns.hang import HANG
 from tests.faults.applications import HEADER, Applications, Recorder, Wire, write_config
 from tests.faults.links import make_again, wait_bound
@@ -145,7 +145,7 @@ class Storm:
             self.service.wait("U")
             self.applications = Applications(directory, self.inbound, self.outbound)
             self._resources.callback(self.applications.close)
-            self.peer = self._resources.enter_context(Peer(cores))
+            self.peer = self._resources.enter_context(cores.peer())
             self.wire = Wire(self.peer)
             self._resources.callback(self.wire.close)
             self.witness = _Witness(cores)

@@ -1,0 +1,112 @@
+"""What `Core0` and `Core1` have in common: streams of the notifications that arrive."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import Any, Self
+
+import attrs
+import trio
+
+from inco_trio.errors import ClosedError
+
+__all__ = ["Arrival", "Core"]
+
+
+@attrs.frozen
+class Arrival:
+    """A notification that arrived at one core."""
+
+    name: str
+    """The wire name of the signal."""
+    sequence: int
+    """Its number among all that arrived, from 1."""
+    monotonic_ns: int
+    """When it was read, as of time.monotonic_ns()."""
+    time_ns: int
+    """The same, as of time.time_ns()."""
+    frame: bytes = b""
+    """The frame, at core 1."""
+
+
+class Core:
+    """One core of a board, which is open while an `async with` block runs."""
+
+    def __init__(self, title: str) -> None:
+        self.lost = 0
+        """Arrivals that a stream had no room for."""
+        self._title = title
+        self._sequence = 0
+        self._streams: dict[trio.MemorySendChannel[Arrival], Collection[str] | None] = {}
+        self._resources: AsyncExitStack | None = None
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as resources:
+            await self._start(resources)
+            self._resources = resources.pop_all()
+        return self
+
+    async def __aexit__(self, *raised: Any) -> bool | None:
+        resources, self._resources = self._resources, None
+        for stream in self._streams:
+            stream.close()
+        assert resources is not None  # noqa: S101 - set by __aenter__
+        return await resources.__aexit__(*raised)
+
+    async def _start(self, resources: AsyncExitStack) -> None:
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self._resources is None:
+            raise ClosedError(f"{self._title} is not open: use `async with`")
+
+    def _check_name(self, name: str) -> None:
+        """Raise an IncoError if no notification of this name can arrive."""
+        raise NotImplementedError
+
+    def _arrive(self, name: str, frame: bytes = b"") -> None:
+        self._sequence += 1
+        arrival = Arrival(name, self._sequence, time.monotonic_ns(), time.time_ns(), frame)
+        for stream, names in self._streams.items():
+            if names is None or name in names:
+                try:
+                    stream.send_nowait(arrival)
+                except trio.WouldBlock:
+                    self.lost += 1
+
+    @contextmanager
+    def events(
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None
+    ) -> Iterator[trio.MemoryReceiveChannel[Arrival]]:
+        """Open a stream of the notifications that arrive from now on, of these signals or of all.
+
+        Each stream gets each notification. While a reader is `buffer` notifications behind, further ones are not put
+        into its stream; `lost` counts them. The stream ends when this core is closed. Raises ClosedError if it is not
+        open, and the errors of `send` for a wrong name.
+        """
+        self._check_open()
+        if isinstance(signals, str):  # A collection too, of characters.
+            raise TypeError(f"signals={signals!r}: one name is given as [{signals!r}]")
+        for name in signals or ():
+            self._check_name(name)
+        sending, stream = trio.open_memory_channel[Arrival](buffer)
+        self._streams[sending] = None if signals is None else frozenset(signals)
+        try:
+            with sending, stream:
+                yield stream
+        finally:
+            del self._streams[sending]
+
+    async def wait_for(self, name: str) -> Arrival:
+        """Wait for the next notification of a signal that arrives from now on.
+
+        The answer to something that you do may arrive before you call this: open `events` before you do it. Raises as
+        `events` does, and ClosedError if this core is closed meanwhile.
+        """
+        with self.events(math.inf, signals=[name]) as events:
+            async for arrival in events:
+                return arrival
+        raise ClosedError(f"{self._title} is closed")

@@ -1,0 +1,79 @@
+"""Core 0 as its applications see it: trigger files that they write, and state files that they watch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AsyncExitStack
+
+import trio
+
+from inco_trio.cores.core import Core
+from inco_trio.cores.watch import OverflowedError, Watch, trigger
+from inco_trio.errors import IncoError, UnknownSignalError
+from inco_trio.nurseries import starting_and_stopping
+from inco_trio.signals import Direction, Signal
+
+__all__ = ["Core0"]
+
+
+class Core0(Core):
+    """The applications of core 0 while the block runs: `async with Core0(builtin_signals("/dev/shm/irq")) as core0:`.
+
+    Entering raises ProxyNotFoundError if a directory is missing, PermissionDeniedError and ResourceError. What fails
+    later cancels the block and is raised in an ExceptionGroup.
+    """
+
+    def __init__(self, signals: Iterable[Signal]) -> None:
+        super().__init__("core 0")
+        self.overflows = 0
+        """How often the inotify queue overflowed: notifications that arrived may be missing from the streams."""
+        self._signals = {signal.name: signal for signal in signals}
+
+    async def _start(self, resources: AsyncExitStack) -> None:
+        watch = Watch()
+        resources.callback(watch.close)
+        inbound = (signal for signal in self._signals.values() if signal.direction is Direction.INBOUND)
+        watch.follow(inbound, self._report)
+        scope = trio.CancelScope()
+
+        async def read() -> None:
+            with scope:
+                while True:
+                    await watch.wait_readable()
+                    watch.drain()
+
+        def start(nursery: trio.Nursery) -> None:
+            nursery.start_soon(read, name="core 0: watch")
+
+        async def stop() -> None:
+            scope.cancel()
+
+        await resources.enter_async_context(starting_and_stopping(start, stop))
+
+    def _report(self, what: Signal | IncoError) -> None:
+        if isinstance(what, Signal):
+            self._arrive(what.name)
+        elif isinstance(what, OverflowedError):
+            self.overflows += 1
+        else:
+            raise what
+
+    def _check_name(self, name: str) -> None:
+        self._signal(name, Direction.INBOUND)
+
+    def _signal(self, name: str, direction: Direction) -> Signal:
+        known = {each.name: each for each in self._signals.values() if each.direction is direction}
+        if name not in known:
+            names = ", ".join(known) or "none"
+            raise UnknownSignalError(f"{name}: not an {direction.value} signal of core 0; there are: {names}")
+        return known[name]
+
+    async def send(self, name: str) -> None:
+        """Write the trigger file of an outbound signal, as an application does.
+
+        Raises UnknownSignalError, ProxyNotFoundError if the file is missing, PermissionDeniedError and ResourceError.
+        """
+        signal = self._signal(name, Direction.OUTBOUND)
+        self._check_open()
+        trigger(signal.path)
+        await trio.lowlevel.checkpoint()

@@ -1,0 +1,186 @@
+"""Core 0 for blocking code: write trigger files and see state files, as an application should. Needs no event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import attrs
+
+from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, ProxyNotFoundError, ResourceError, from_os_error
+from inco_trio.linux import inotify as ino
+from inco_trio.signals import Direction, Signal
+
+__all__ = ["OverflowedError", "Report", "Watch", "register_error", "trigger"]
+
+Report = Callable[[Signal | IncoError], None]
+"""Called with the signal of each notification, and with the reason if later notifications may be missing."""
+
+# ino.IN_MASK_ADD, as one directory may contain registers and be the parent of another one with registers.
+_PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
+_PARENT = _PATH | ino.IN_CREATE
+# ino.IN_MODIFY separates two closes, which the kernel would merge into one event while they are unread (inotify(7)).
+_DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class OverflowedError(ResourceError):
+    """The inotify queue had no room for all events: notifications may be missing."""
+
+
+def trigger(path: Path) -> None:
+    """Write a trigger file: open, write `1`, close. Do not create it: the proxy only watches files that it created.
+
+    Raises ProxyNotFoundError if it is missing, InvalidArgumentError if it is not a regular file,
+    PermissionDeniedError and ResourceError.
+    """
+    try:
+        fd = os.open(path, _FLAGS)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            os.write(fd, b"1")
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise register_error(error, path) from error
+
+
+def register_error(error: OSError, path: Path) -> IncoError:
+    """Return the error for a register, or a directory of registers, that cannot be used."""
+    missing = ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, "missing: the proxy creates it (is a proxy running?)")
+    unfit = ((errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL), InvalidArgumentError, "not a regular file")
+    return from_os_error(error, path, STRERROR, missing, unfit)
+
+
+@attrs.define(eq=False)
+class _Directory:
+    """A directory of registers, which may be deleted, recreated or replaced."""
+
+    path: Path
+    report: Report
+    signals: dict[bytes, list[Signal]] = attrs.Factory(dict)
+    """By file name; inbound signals may share a file."""
+    wd: int = -1
+    """The watch on the directory, or -1 while it is missing."""
+    parent_wd: int = -1
+    """The watch on the nearest directory above that exists."""
+    child: bytes = b""
+    """The name in that directory which leads to `path`."""
+
+
+class Watch:
+    """Watch registers by inotify(7). `fileno` makes it usable with select(2). Raises ResourceError.
+
+    A notification of an inbound signal is a close of its state file after it was opened for writing. For an outbound
+    signal it is the same of its trigger file, or a rename onto it. Directories that are replaced are watched again.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._inotify = ino.Inotify()
+        except OSError as error:
+            raise ResourceError(
+                f"inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
+            ) from error
+        self._directories: dict[int, list[_Directory]] = {}
+        self._buffer = memoryview(bytearray(1 << 16))
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `drain` has events to read."""
+        return self._inotify.fd
+
+    def follow(self, signals: Iterable[Signal], report: Report, *, missing_ok: bool = False) -> None:
+        """Report the notifications of these signals from now on.
+
+        Raises the errors of `trigger` for a directory that cannot be watched, or is missing unless it is `missing_ok`.
+        """
+        directories: dict[Path, _Directory] = {}
+        for signal in signals:
+            directory = directories.setdefault(signal.directory, _Directory(signal.directory, report))
+            directory.signals.setdefault(os.fsencode(signal.register), []).append(signal)
+        for directory in directories.values():
+            self._look(directory)
+            if directory.wd < 0 and not missing_ok:
+                raise register_error(FileNotFoundError(errno.ENOENT, ""), directory.path)
+
+    def forget(self, report: Report) -> None:
+        """Report nothing more to `report`."""
+        for directory in self._all():
+            if directory.report == report:
+                self._release(directory, {directory.wd, directory.parent_wd})
+
+    def _release(self, directory: _Directory, wds: set[int]) -> None:
+        for wd in wds & self._directories.keys():
+            self._directories[wd].remove(directory)
+            if not self._directories[wd]:
+                del self._directories[wd]
+                self._inotify.unwatch(wd)
+
+    def _look(self, directory: _Directory) -> None:
+        """Watch the directory that the path leads to now, and the nearest one above it that exists."""
+        before = {directory.wd, directory.parent_wd}
+        directory.wd = directory.parent_wd = -1
+        path = directory.path
+        try:
+            for parent in path.parents:
+                try:
+                    # Before the directory itself, so that the kernel reports a directory that appears in between.
+                    directory.parent_wd = self._inotify.watch(str(parent), _PARENT)
+                    break
+                except (*_ABSENT, PermissionError):
+                    path = parent
+            directory.child = os.fsencode(path.name)
+            with contextlib.suppress(*_ABSENT):
+                directory.wd = self._inotify.watch(str(directory.path), _DIRECTORY)
+        except OSError as error:
+            raise register_error(error, directory.path) from error
+        finally:
+            now = {directory.wd, directory.parent_wd} - {-1}
+            for wd in now - before:
+                self._directories.setdefault(wd, []).append(directory)
+            self._release(directory, before - now)
+
+    async def wait_readable(self) -> None:
+        """Wait until `drain` has events to read, in a Trio program."""
+        await self._inotify.wait_readable()
+
+    def drain(self) -> None:
+        """Report what is queued, without waiting. What `report` raises is raised here."""
+        while length := self._inotify.read_into(self._buffer):
+            for wd, mask, name in ino.parse_events(self._buffer[:length]):
+                for directory in self._affected(wd, mask):
+                    self._event(directory, wd, mask, name)
+                if mask & ino.IN_IGNORED:
+                    self._inotify.forget(wd)
+
+    def _all(self) -> set[_Directory]:
+        return {directory for several in self._directories.values() for directory in several}
+
+    def _affected(self, wd: int, mask: int) -> list[_Directory]:
+        if mask & ino.IN_Q_OVERFLOW:
+            for report in {directory.report for directory in self._all()}:
+                report(OverflowedError("the inotify queue overflowed: notifications may have been missed"))
+            return list(self._all())
+        return list(self._directories.pop(wd, ()) if mask & ino.IN_IGNORED else self._directories.get(wd, ()))
+
+    def _event(self, directory: _Directory, wd: int, mask: int, name: bytes) -> None:
+        appeared = mask & (ino.IN_CREATE | ino.IN_MOVED_TO) and (wd, name) == (directory.parent_wd, directory.child)
+        if appeared or mask & (ino.IN_Q_OVERFLOW | ino.IN_IGNORED | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF):
+            try:
+                self._look(directory)
+            except IncoError as error:
+                directory.report(error)
+        elif wd == directory.wd and mask & (ino.IN_CLOSE_WRITE | ino.IN_MOVED_TO):
+            for signal in directory.signals.get(name, ()):
+                if mask & ino.IN_CLOSE_WRITE or signal.direction is Direction.OUTBOUND:
+                    directory.report(signal)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self._inotify.close()

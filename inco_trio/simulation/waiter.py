@@ -1,0 +1,69 @@
+"""The one place where the demonstration waits, so that a process signal can stop it only there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import selectors
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from inco_trio.service.process_signals import wakeups
+
+__all__ = ["Stopped", "Waiter", "stoppable"]
+
+
+class Stopped(BaseException):
+    """The user stopped the demonstration by signal `number`. It is not an error, as KeyboardInterrupt is not."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Waiter:
+    """Waits for descriptors."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def on(self, fd: int, ready: Callable[[], None]) -> None:
+        """Call `ready` when `fd` is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, ready)
+
+    def off(self, fd: int) -> None:
+        """Stop to wait for `fd`."""
+        self._selector.unregister(fd)
+
+    def wait(self, until: float) -> None:
+        """Wait until a descriptor is readable, or until the monotonic time `until`."""
+        for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
+            key.data()
+
+    def readable(self, fds: Sequence[int], timeout: float) -> list[int]:
+        """Return which of `fds` are readable, once any descriptor is or after `timeout` seconds."""
+        found: list[int] = []
+        for fd in fds:
+            self.on(fd, functools.partial(found.append, fd))
+        try:
+            self.wait(time.monotonic() + timeout)
+        finally:
+            for fd in fds:
+                self.off(fd)
+        return found
+
+    def close(self) -> None:
+        """Close the selector."""
+        self._selector.close()
+
+
+@contextlib.contextmanager
+def stoppable(waiter: Waiter) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGHUP raise `Stopped` in `waiter.wait`, and only there: nothing is half done there."""
+    with wakeups((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as arrived:
+
+        def stop() -> None:
+            raise Stopped(arrived.recv(1)[0])
+
+        waiter.on(arrived.fileno(), stop)
+        yield

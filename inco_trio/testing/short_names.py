@@ -1,0 +1,26 @@
+"""Short names of the fixtures, for a top `conftest.py`: `pytest_plugins = ["inco_trio.testing.short_names"]`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from inco_trio.testing.plugin import MakeBoard
+
+if TYPE_CHECKING:
+    from inco_trio.testing.board import Board
+
+__all__ = ["board", "make_board"]
+
+
+@pytest.fixture
+def board(inco_board: Board) -> Board:
+    """Open a board: `inco_board`."""
+    return inco_board
+
+
+@pytest.fixture
+def make_board(make_inco_board: MakeBoard) -> MakeBoard:
+    """Open boards: `make_inco_board`."""
+    return make_inco_board
