@@ -25,7 +25,7 @@ import pytest
 from inco_trio.cores.watch import Watch
 from inco_trio.errors import IncoError
 from inco_trio.linux.rtnetlink import RTMGRP_LINK
-from inco_trio.service.launch import Launched
+from inco_trio.service.launch import Launched, Wait, wait_readable
 from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores, veth
 from netns.hang import HANG
@@ -126,9 +126,9 @@ class Proxy(Launched):
     def _fail(self, what: str) -> NoReturn:
         pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
 
-    def wait_ready(self, timeout: float = HANG) -> bool:
+    def wait_ready(self, timeout: float = HANG, wait: Wait = wait_readable) -> bool:
         """Wait until it is ready."""
-        return super().wait_ready(timeout) or self._fail(f"it is not ready after {timeout:g} s, or has ended")
+        return super().wait_ready(timeout, wait) or self._fail(f"it is not ready after {timeout:g} s, or has ended")
 
     def wait_log(self, text: str, timeout: float = HANG, *, after: int = 0) -> str:
         """Return the first line with `text` in the log, once it is complete. Skip `after` characters of the log."""
@@ -150,7 +150,7 @@ class Proxy(Launched):
 
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
         """Send a signal and return the exit code."""
-        return super().stop(number, timeout=timeout)
+        return super().stop(number, timeout=timeout)  # The caller's, by default HANG.
 
     def close(self) -> None:
         """Stop it, even if a failed test has left it suspended."""

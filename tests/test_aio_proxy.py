@@ -235,7 +235,7 @@ def test_wait_for(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.001):
+                async with asyncio.timeout(0.001):  # Meant to expire: nothing comes.
                     await proxy.wait_for(RESET)
             with pytest.raises(UnknownSignalError, match="nothing: not a signal"):
                 await proxy.wait_for("nothing")

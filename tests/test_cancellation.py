@@ -105,7 +105,7 @@ def test_a_proxy_is_cancelled_at_each_step(peer: Peer, tmp_path: Path, monkeypat
                         await proxy.reload(fewer)
                         must[RESET] += peer.send()
                         await proxy.reload(config)
-                        with trio.move_on_after(0.001):
+                        with trio.move_on_after(0.001):  # MockClock: it is meant to expire.
                             await proxy.wait_for(RESET)
 
         # The clock goes on when all tasks wait: no deadline is reached while a task can run.

@@ -253,19 +253,25 @@ def test_wrong_words(tmp_path: Path) -> None:
         async with Core1(link) as core1, open_proxy(config) as proxy:
             with pytest.raises(InvalidArgumentError, match="'two words': a wire name is"):
                 await core1.send("two words")
-            with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), proxy.events(signals="x"):
+            with (
+                pytest.raises(TypeError, match=r"expected a collection of names, such as \['x'\]"),
+                proxy.events(signals="x"),
+            ):
                 pass
             with pytest.raises(
-                UnknownSignalError, match=f"x: not a signal of .*; there are: {RESET}, {HWWD}, {NOTIFY}"
+                UnknownSignalError, match=rf"x: not a signal of .* \(expected one of: {RESET}, {HWWD}, {NOTIFY}\)"
             ):
                 await proxy.wait_for("x")
             with pytest.raises(InvalidArgumentError, match="direction='in': neither"), proxy.events(direction="in"):
                 pass
-            with pytest.raises(TypeError, match=r"one name is given as \['x'\]"), core1.events(signals="x"):
+            with (
+                pytest.raises(TypeError, match=r"expected a collection of names, such as \['x'\]"),
+                core1.events(signals="x"),
+            ):
                 pass
             with pytest.raises(InvalidArgumentError, match="'two words': a wire name is"):
                 await core1.wait_for("two words")
-            with pytest.raises(UnknownSignalError, match=f"{HWWD}: not an outbound signal of .*; there are: {NOTIFY}$"):
+            with pytest.raises(UnknownSignalError, match=rf"{HWWD}: not an outbound signal .*: {NOTIFY}\)$"):
                 await proxy.send(HWWD)
 
     played(tmp_path, story)

@@ -16,14 +16,14 @@ import site
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.netns import set_network
 from inco_trio.linux.process import end_with_parent
 
-__all__ = ["Launched", "run_child"]
+__all__ = ["Launched", "Wait", "run_child", "wait_readable"]
 
 STOP = 60.0
 """Seconds until a process that does not end is killed. The proxy's own deadline for a stop is 5 s."""
@@ -40,6 +40,15 @@ sys.exit(run_child())
 """
 """The child's program: exactly this package, even if it is not installed or another one is."""
 _OF_OUR_SUPERVISOR = {"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+
+
+Wait = Callable[[Sequence[int], float], Sequence[int]]
+"""Returns which of the descriptors are readable, once one is or after that many seconds. It may raise to end a wait."""
+
+
+def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
+    """Wait with select(2)."""
+    return select.select(fds, [], [], timeout)[0]
 
 
 class Launched:
@@ -107,9 +116,9 @@ class Launched:
         self.is_ready = self.is_ready or os.read(self.ready_fd, 1) == b"\n"
         return self.is_ready
 
-    def wait_ready(self, timeout: float) -> bool:
+    def wait_ready(self, timeout: float, wait: Wait = wait_readable) -> bool:
         """Return whether the process is ready, once it is or has ended, or after `timeout` seconds."""
-        return bool(select.select([self.ready_fd], [], [], timeout)[0]) and self.see_ready()
+        return bool(wait([self.ready_fd], timeout)) and self.see_ready()
 
     def wait_log(self, text: str, timeout: float, *, after: int = 0) -> str | None:
         """Return the first line with `text` in the log, once it is complete. None: it did not come.
@@ -150,10 +159,8 @@ def _isolation() -> str:
 
     An installation in the user's directories, or one that PYTHONPATH names, needs the latter.
     """
-    trio = importlib.util.find_spec("trio")
-    assert trio is not None  # noqa: S101 - a dependency
-    assert trio.origin is not None  # noqa: S101 - it is no namespace package
-    return "-I" if any(Path(trio.origin).is_relative_to(place) for place in site.getsitepackages()) else "-P"
+    trio = Path(getattr(importlib.util.find_spec("trio"), "origin", None) or "")
+    return "-I" if any(trio.is_relative_to(place) for place in site.getsitepackages()) else "-P"
 
 
 def run_child() -> int:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from inco_trio.cores.watch import Watch
 from inco_trio.errors import IncoError, InvalidArgumentError, ResourceError
-from inco_trio.service.launch import Launched
+from inco_trio.service.launch import Launched, Wait
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
-from inco_trio.simulation.guest import Guest, Wait
+from inco_trio.simulation.guest import Guest
 from inco_trio.simulation.screen import Output, Screen
 from inco_trio.simulation.stage import Stage, namespaces, qemu, sockets
 from inco_trio.simulation.traffic import Applications, Traffic, table, traffic_of, verdict
@@ -93,18 +93,11 @@ def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
     def ended() -> None:
         raise failed(f"the proxy has ended with exit code {proxy.process.wait()}")
 
-    def read() -> None:
-        proxy.see_ready()
-        # If it has closed the descriptor without being ready, only its end is left to wait for.
-        waiter.off(proxy.ready_fd)
-
+    if not proxy.wait_ready(_READY_DEADLINE, waiter.readable):
+        if waiter.readable([proxy.end_fd], _READY_DEADLINE):
+            ended()
+        raise failed("the proxy does not become ready")
     waiter.on(proxy.end_fd, ended)
-    waiter.on(proxy.ready_fd, read)
-    deadline = time.monotonic() + _READY_DEADLINE
-    while not proxy.is_ready:
-        if time.monotonic() > deadline:
-            raise failed(f"the proxy is not ready after {_READY_DEADLINE:g} s")
-        waiter.wait(deadline)
 
 
 def _record(path: Path, control: str, log: Path) -> Launched:

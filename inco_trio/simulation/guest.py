@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 from inco_trio.errors import UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
 from inco_trio.linux.process import end_with_parent
+from inco_trio.service.launch import Wait, wait_readable
 from inco_trio.simulation.world import Namespace
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "Guest",
     "GuestError",
     "QemuNotFoundError",
-    "Wait",
     "parse_counters",
     "tap_netdev",
     "unix_netdev",
@@ -49,14 +48,6 @@ _DEADLINE = 300.0
 
 _MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")
 _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
-
-
-Wait = Callable[[Sequence[int], float], Sequence[int]]
-"""Which of the descriptors are readable, once one is or after that many seconds; it may raise, to end the wait."""
-
-
-def _wait(fds: Sequence[int], timeout: float) -> Sequence[int]:
-    return select.select(fds, [], [], timeout)[0]
 
 
 class GuestError(UnavailableError):
@@ -112,7 +103,7 @@ class Guest:
         mac: str = MAC,
         reboot: bool = True,
         namespace: Namespace | None = None,
-        wait: Wait = _wait,
+        wait: Wait = wait_readable,
         firmware: Path = FIRMWARE,
         program: str = QEMU,
         machine: Sequence[str] = _MACHINE,

@@ -11,7 +11,8 @@ import attrs
 from inco_trio.cores.peer import Peer
 from inco_trio.errors import InvalidArgumentError
 from inco_trio.links.address import address_fault
-from inco_trio.simulation.guest import Guest, Wait, unix_netdev
+from inco_trio.service.launch import Wait
+from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
 
 __all__ = ["Stage", "namespaces", "qemu", "sockets"]

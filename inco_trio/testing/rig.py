@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import attrs
 import trio
 
@@ -48,14 +46,13 @@ class Rig:
             Direction.INBOUND: Lane(Direction.INBOUND, self.history, self._to_core0),
             Direction.OUTBOUND: Lane(Direction.OUTBOUND, self.history, self._to_core1),
         }
-        core0 = None if plan.cores is None else plan.cores.core0.fd
+        core0 = None if plan.cores is None else plan.cores.core0
         link = plan.layout.address("core0", "wire") if plan.cores is None else plan.cores.link
         self.carrier: Carrier
         if plan.in_process:
-            netns = None if core0 is None else Path(f"/proc/self/fd/{core0}")
-            self.carrier = InProcess(of, plan.layout, link, name, netns)
+            self.carrier = InProcess(of, plan.layout, link, name, None if core0 is None else core0.path)
         else:
-            self.carrier = Process(of, plan.layout, link, self.history, core0)
+            self.carrier = Process(of, plan.layout, link, self.history, None if core0 is None else core0.fd)
 
     async def open(self) -> None:
         """Set it up; return once the proxy is ready. Raises IncoError."""
@@ -100,7 +97,7 @@ class Rig:
         if plan.cores is None:
             address, netns = plan.layout.address("wire", "core0"), None
         else:
-            address, netns = plan.cores.link, Path(f"/proc/self/fd/{plan.cores.core1.fd}")
+            address, netns = plan.cores.link, plan.cores.core1.path
         self._line = trio.CancelScope()
         self._line_ended = trio.Event()
         try:

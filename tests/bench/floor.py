@@ -9,7 +9,6 @@ loops keep none of its promises: nothing outlives the process, nothing is retrie
 import os
 import signal
 import socket
-import struct
 import sys
 from pathlib import Path
 
@@ -17,12 +16,9 @@ import trio
 
 from inco_trio.frame import FRAME_MAX, HEADER_LENGTH, encode
 from inco_trio.links.packet import PacketLink
-from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
+from inco_trio.linux.inotify import EVENT, IN_CLOSE_WRITE, Inotify
 from inco_trio.persist.inflight import EVENT_BANK
 from inco_trio.registers.directory import TRIGGER_MASK, WRITE_FLAGS
-
-EVENT = struct.Struct("=iIII")
-"""struct inotify_event of a watch on a file: wd, mask, cookie, length of the name (0)."""
 
 
 async def receive(link: socket.socket, states: dict[bytes, str], directory: int) -> None:
