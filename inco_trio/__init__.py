@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from inco_trio.cores.core0 import Core0
     from inco_trio.cores.core1 import Core1
     from inco_trio.errors import (
+        BoardNotOpenError,
         ClosedError,
         ConfigError,
         IncoError,
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
     from inco_trio.signals import Direction, Signal, builtin_signals
-    from inco_trio.stats import Stats
-    from inco_trio.status import Status
+    from inco_trio.status import Stats, Status
 
 __all__ = [
     "Arrival",
     "Board",
+    "BoardNotOpenError",
     "ClosedError",
     "Config",
     "ConfigError",
@@ -74,6 +75,7 @@ _PLACES = {
     "cores.core0": ("Core0",),
     "cores.core1": ("Core1",),
     "errors": (
+        "BoardNotOpenError",
         "ClosedError",
         "ConfigError",
         "IncoError",
@@ -88,8 +90,7 @@ _PLACES = {
     "notifications": ("Notification",),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "stats": ("Stats",),
-    "status": ("Status",),
+    "status": ("Stats", "Status"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Iterable
 
 __all__ = [
+    "BoardNotOpenError",
     "ClosedError",
     "ConfigError",
     "IncoError",
@@ -18,6 +19,7 @@ __all__ = [
     "LinkNotFoundError",
     "PermissionDeniedError",
     "ProgramNotFoundError",
+    "ProtocolError",
     "ProxyNotFoundError",
     "RecordingError",
     "ResourceError",
@@ -78,6 +80,16 @@ class LinkNotFoundError(UnavailableError, FileNotFoundError):
 
 class ProxyNotFoundError(UnavailableError, FileNotFoundError):
     """No running proxy answers on a control socket."""
+
+
+class ProtocolError(ProxyNotFoundError):
+    """The process at a control socket is not inco-trio, or uses another version of the protocol."""
+
+
+class BoardNotOpenError(IncoError, KeyError):
+    """A configured board has no open proxy now."""
+
+    __str__ = Exception.__str__
 
 
 class ProgramNotFoundError(UnavailableError, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Who is told of what a proxy does: streams of events, a listener, and the counts of each signal."""
+"""How a proxy reports what it does: streams of notifications, a listener, and counters of the sent signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import trio
 from inco_trio.persist.history import History
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["Deaf", "Events", "Listener", "Notification"]
 
@@ -29,89 +29,82 @@ _signal_of = operator.attrgetter("signal")
 
 @attrs.frozen
 class Notification:
-    """One notification that was carried."""
+    """One notification that was delivered or sent."""
 
     signal: Signal
     sequence: int
-    """Its number among all that the proxy carried, from 1."""
+    """Its number among all notifications of the proxy, from 1."""
     monotonic_ns: int
-    """When it was written or sent, as of time.monotonic_ns()."""
+    """When it was delivered or sent, by time.monotonic_ns()."""
     time_ns: int
-    """The same, as of time.time_ns()."""
+    """The same by time.time_ns()."""
 
     @property
     def direction(self) -> Direction:
-        """Which core it went to."""
+        """The direction of its signal."""
         return self.signal.direction
 
 
 class Listener(Protocol):
-    """Who is told of everything, at once; `problems.board_name` says of which board. Nothing here waits or raises."""
+    """Receives everything that a proxy does, at once. Its methods must not wait or raise.
+
+    `problems.board_name` has the name of the board.
+    """
 
     wants_frames: bool
-    """Whether it is told the frames of the link, too."""
+    """Whether it receives the frames of the link too."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """These were written or sent; the first is the proxy's notification number `sequence`, from 1.
+        """Signals were delivered or sent; the first one is the proxy's notification number `sequence`, from 1.
 
-        `frames` are those that came, one for each, if they are wanted and came.
+        `frames` has the received frame of each one, or is empty if they are not wanted or not known.
         """
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """A frame is no notification, or one is given up, for `reason`: the name of the counter that counts it."""
+        """A frame was ignored or given up. `reason` is the name of the counter that counts it."""
 
     def link_changed(self, running: bool) -> None:
-        """The link went up, or down."""
+        """The link came up or went down."""
 
-    def opened(self, keep: Callable[[str], History]) -> None:
+    def opened(self, keep: Callable[[], History]) -> None:
         """The proxy is being opened; `keep` is its `Events.keep`."""
 
     def ended(self) -> None:
-        """The proxy carries nothing any more."""
+        """The proxy has closed."""
 
 
 class Deaf:
-    """A listener that does not care."""
+    """A listener that ignores everything."""
 
     wants_frames = False
 
-    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """See `Listener.carried`."""
+    def _ignore(self, *_: object) -> None:
+        """Ignore what is reported."""
 
-    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """See `Listener.ignored`."""
-
-    def link_changed(self, running: bool) -> None:
-        """See `Listener.link_changed`."""
-
-    def opened(self, keep: Callable[[str], History]) -> None:
-        """See `Listener.opened`."""
-
-    def ended(self) -> None:
-        """See `Listener.ended`."""
+    carried = ignored = link_changed = opened = ended = _ignore
 
 
 class Events:
-    """Tells streams and the listener; nobody waits for them."""
+    """Reports to streams and to the listener. The proxy never waits for them."""
 
     def __init__(self, counters: Counters, history: History, listener: Listener | None = None) -> None:
         self.history = history
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
-        """Frames that the link has accepted, by the wire name; what is written is counted where the file is."""
+        """Frames that the link accepted, by wire name. Each state file counts its own writes."""
         self.sent_last: dict[str, int] = {}
-        """When that was, the last time, as of time.time_ns()."""
+        """The time of the last one, by time.time_ns()."""
         self._counters = counters
-        # Where the history outlived a process, its numbers go on.
+        # A history that outlived a process continues its numbers.
         self._sequence = history.sequence if history.keeping else 0
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
-        """State files were written, or are owed, for these frames."""
+        """State files were written for these frames, or their notifications are pending."""
         self.carried(list(map(_signal_of, files)), frames)
 
     def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = ()) -> None:
-        """The link has accepted frames."""
+        """The link accepted frames."""
         now = time.time_ns()
         for signal in signals:
             self.sent[signal.name] += 1
@@ -119,7 +112,7 @@ class Events:
         self.carried(signals, frames)
 
     def carried(self, signals: Sequence[Signal], frames: Sequence[bytes]) -> None:
-        """Tell of what was carried."""
+        """Report notifications that were delivered or sent."""
         if self.history.keeping:
             self.history.append(signals)
         self.listener.carried(signals, self._sequence + 1, frames)
@@ -131,9 +124,9 @@ class Events:
             return
         now, wall = time.monotonic_ns(), time.time_ns()
         first = self._sequence - len(signals) + 1
-        told = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
+        reported = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
         for entry, wanted in self._entries.items():
-            some = [each for each in told if wanted(each.signal)]
+            some = [each for each in reported if wanted(each.signal)]
             for number, notification in enumerate(some):
                 try:
                     entry.send_nowait(notification)
@@ -141,14 +134,14 @@ class Events:
                     self._counters.events_lost += len(some) - number
                     break
 
-    def keep(self, boot: str) -> History:
-        """The history, which keeps what is carried from now on, if it did not before; `boot` names the process."""
-        self.history.begin(boot, self._sequence)
+    def keep(self) -> History:
+        """Store notifications from now on; return the history."""
+        self.history.begin(self._sequence)
         return self.history
 
     @contextmanager
     def open(self, buffer: float, wanted: Wanted) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """A stream of what is carried from now on, of the signals that are `wanted`."""
+        """Open a stream of the notifications of `wanted` signals from now on."""
         entry, stream = trio.open_memory_channel[Notification](buffer)
         self._entries[entry] = wanted
         try:

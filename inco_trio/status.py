@@ -1,45 +1,101 @@
-"""What a proxy tells of itself: `Status`, the state of one moment."""
+"""The state and the counters of a proxy: `Status` and `Stats` of one moment, `Counters` while it runs."""
 
 from __future__ import annotations
 
 import attrs
 
-from inco_trio.signals import Signal
-from inco_trio.stats import Stats
+from inco_trio.signals import Direction
 
-__all__ = ["LegStatus", "SignalStatus", "Status"]
+__all__ = ["Counters", "SignalStatus", "Stats", "Status", "TaskStatus"]
+
+
+@attrs.define
+class Counters:
+    """Counts since the proxy was opened. Only the proxy changes them."""
+
+    received: int = 0
+    """Frames read from the link."""
+    delivered: int = 0
+    """State files written, one for each known inbound frame."""
+    triggered: int = 0
+    """Outbound notifications accepted from trigger files and from `Proxy.send`."""
+    sent: int = 0
+    """Frames that the link accepted."""
+    unknown: int = 0
+    """Well-formed frames whose name is not an inbound signal of the table."""
+    malformed: int = 0
+    """Frames without a valid wire name."""
+    foreign: int = 0
+    """Datagrams that another process than the peer sent to a `unix:` link. They also count as malformed."""
+    dropped: int = 0
+    """Frames that the kernel dropped because the receive queue was full (PACKET_STATISTICS, packet(7))."""
+    overflowed: int = 0
+    """Overflows of the inotify queue (IN_Q_OVERFLOW, inotify(7)). After each, every trigger file sends one frame."""
+    write_failures: int = 0
+    """Failed attempts to write a state file. The proxy keeps the notification and retries."""
+    send_failures: int = 0
+    """Failed attempts to send a frame. The proxy keeps the notification and retries unless `unsendable` counts it."""
+    unsendable: int = 0
+    """Outbound notifications that were given up because this link can never send their frame (EMSGSIZE)."""
+    unfinished: int = 0
+    """Notifications accepted but not finished when the proxy closed. A successor that inherits them finishes them."""
+    recovered: int = 0
+    """Notifications that a predecessor had read but not finished, and that were delivered now."""
+    events_lost: int = 0
+    """Events that a slow reader of an event stream missed. The notifications themselves were delivered or sent."""
+    restarts: int = 0
+    """Restarts of a failed task."""
+
+    def snapshot(self) -> Stats:
+        """Return the current counts."""
+        return Stats(**attrs.asdict(self))
 
 
 @attrs.frozen
+class Stats(Counters):
+    """The counts of one moment, see `Counters`."""
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name."""
+        return attrs.asdict(self)
+
+
+# Each start of a proxy pays for these classes: without slots and generated methods they take half the time.
+
+
+@attrs.frozen(slots=False, repr=False)
 class SignalStatus:
     """One signal."""
 
-    signal: Signal
+    signal: str
+    direction: Direction
+    register: str
+    """The path of its trigger or state file."""
     count: int
-    """How often its state file was written, or its frame sent, since it is in the table."""
+    """How often its state file was written, or its frame sent, since the signal is in the table."""
     last: float | None
-    """When it was carried last, in seconds since 1970."""
+    """Time of the last one, in seconds since 1970."""
     failures: int
-    """Attempts to write its state file, or to send its frame, that failed."""
-    owed: int
-    """Notifications of it that could not be written yet."""
+    """Failed attempts to write its state file or to send its frame."""
+    pending: int
+    """Notifications that could not be written yet."""
     problem: str | None
-    """What keeps it from being carried now."""
+    """Why the signal does not work now."""
 
 
-@attrs.frozen
-class LegStatus:
-    """One leg."""
+@attrs.frozen(slots=False, repr=False)
+class TaskStatus:
+    """One task of the proxy."""
 
-    leg: str
+    task: str
     restarts: int
     problem: str | None
-    """What is wrong now."""
+    """The current problem."""
     last_problem: str | None
-    """What was wrong last."""
+    """The last problem, also if it is fixed."""
 
 
-@attrs.frozen
+@attrs.frozen(slots=False, repr=False)
 class Status:
     """One proxy."""
 
@@ -48,13 +104,13 @@ class Status:
     since: float
     """When the proxy was opened, in seconds since 1970."""
     table_since: float
-    """When the signal table was taken, in seconds since 1970: at the start, or by the last reload."""
+    """When the signal table was loaded, at the start or by the last reload, in seconds since 1970."""
     running: bool
-    """Whether the link is up and has a carrier, or a peer."""
+    """Whether the link is up and has a carrier or a peer."""
     description: str
-    """What is said of the link at the start: its address, and its receive buffer or its peer."""
-    holder: str | None
-    """Who keeps the descriptors over a restart: `s6-fdholder`, `systemd` or nobody."""
-    stats: Stats
+    """The address of the link, and its receive buffer or its peer."""
+    descriptors: str | None
+    """The fd store that keeps the descriptors over a restart: `s6-fdholder`, `systemd` or None."""
+    counters: Stats
     signals: tuple[SignalStatus, ...]
-    legs: tuple[LegStatus, ...]
+    tasks: tuple[TaskStatus, ...]

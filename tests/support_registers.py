@@ -19,7 +19,7 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.registers.triggers import RETIREMENT, Triggered
 from inco_trio.signals import Signal, SignalTable
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["Clock", "World"]
 

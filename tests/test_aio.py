@@ -204,7 +204,7 @@ async def test_main_sends_and_returns(world: World) -> None:
         with pytest.raises(UnknownSignalError, match="nothing: not an outbound signal"):
             await proxy.send("nothing")
         await proxy.send(NOTIFY)
-        return proxy.stats.sent
+        return (await proxy.stats()).sent
 
     async with open_proxy(world.config) as proxy:
         assert await aio.run(proxy, main) == 1

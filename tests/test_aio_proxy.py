@@ -40,6 +40,7 @@ from inco_trio import (
 )
 from inco_trio.frame import decode, encode
 from inco_trio.links.unix import UnixLink
+from netns.hang import HANG
 from tests.support_steps import Steps, Turns
 
 PROJECT = Path(__file__).parents[1]
@@ -148,7 +149,7 @@ def test_each_way(world: World) -> None:
         policy = type(asyncio.get_running_loop())
         async with aio.open_proxy(world.config) as proxy:
             assert proxy.config is world.config
-            assert proxy.status.running
+            assert (await proxy.status()).running
             with proxy.events() as events:
                 world.send(RESET)
                 came = await anext(events)
@@ -157,9 +158,10 @@ def test_each_way(world: World) -> None:
                 went = await anext(events)
             assert (came.signal.name, came.direction, came.sequence) == (RESET, Direction.INBOUND, 1)
             assert (went.signal.name, went.direction, went.sequence) == (NOTIFY, Direction.OUTBOUND, 2)
-            assert (proxy.stats.delivered, proxy.stats.sent) == (1, 1)
-        assert (proxy.stats.delivered, proxy.stats.sent) == (1, 1)
-        assert not proxy.status.running
+            stats = await proxy.stats()
+            assert (stats.delivered, stats.sent) == (1, 1)
+        assert await proxy.stats() == stats
+        assert not (await proxy.status()).running
         assert type(asyncio.new_event_loop_policy() if False else asyncio.get_running_loop()) is policy
         assert "trio_asyncio" not in sys.modules
 
@@ -173,7 +175,30 @@ def test_a_busy_loop_holds_nothing_up(world: World) -> None:
                 world.trigger()
                 # The loop stands still meanwhile.
                 assert world.receive() == NOTIFY
-            assert proxy.stats.sent == 100
+            assert (await proxy.stats()).sent == 100
+
+    run(main)
+
+
+def test_the_counters_do_not_block_the_loop(world: World) -> None:
+    """The loop runs other tasks while the proxy's thread is busy."""
+
+    async def main() -> None:
+        async with aio.open_proxy(world.config) as proxy:
+            busy, go_on = threading.Event(), threading.Event()
+
+            def hold() -> None:
+                busy.set()
+                go_on.wait(HANG)
+
+            proxy._beside._there(hold)
+            assert await asyncio.to_thread(busy.wait, HANG)
+            asked = asyncio.gather(proxy.stats(), proxy.status())
+            await asyncio.sleep(0)
+            assert not asked.done()
+            go_on.set()
+            stats, status = await asked
+            assert status.counters == stats
 
     run(main)
 
@@ -298,7 +323,7 @@ def test_a_slow_reader_misses_what_is_beyond_its_buffer(world: World) -> None:
                 for _ in range(10):
                     world.send(RESET)
                     await anext(fast)
-                assert proxy.stats.events_lost == 7
+                assert (await proxy.stats()).events_lost == 7
                 assert [(await anext(slow)).sequence for _ in range(3)] == [1, 2, 3]
                 world.send(HWWD)
                 assert (await anext(slow)).sequence == 11
@@ -730,7 +755,8 @@ def test_send_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> No
         async with aio.open_proxy(world.config) as proxy:
             assert await cut(once, check=world.count) > 1
             await proxy.send(NOTIFY)
-        assert 3 <= proxy.stats.triggered == proxy.stats.sent == world.count() <= calls + 1
+        stats = await proxy.stats()
+        assert 3 <= stats.triggered == stats.sent == world.count() <= calls + 1
 
     run(main, turns.run)
 
@@ -741,8 +767,8 @@ def test_wait_for_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -
             with turns.feeding(world.feed):
                 assert await cut(lambda: proxy.wait_for(RESET)) > 1
             assert proxy._proxy._parts.events._entries == {}
-        assert proxy.stats.delivered == world.sent
-        assert proxy.stats.events_lost == 0
+        stats = await proxy.stats()
+        assert (stats.delivered, stats.events_lost) == (world.sent, 0)
 
     run(main, turns.run)
 
@@ -780,7 +806,8 @@ def test_reload_cancelled_at_each_step(world: World, cut: Cut, turns: Turns, mon
             await proxy.reload(world.config if proxy.config is other else other)
 
         def check() -> None:
-            assert {each.signal for each in proxy.status.signals} == {*proxy.config.signals}
+            status = proxy._beside.ask(lambda: proxy._proxy.status)
+            assert {each.signal for each in status.signals} == {each.name for each in proxy.config.signals}
 
         async with aio.open_proxy(world.config) as proxy:
             for _ in range(2):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import shutil
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.board_files import read_boards, refuse_shared
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError
+from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.fleet import Proxies, open_fleet, open_proxies
@@ -273,6 +274,10 @@ async def test_one_that_cannot_be_opened_is_tried_again(place: Place, caplog: py
             f"{place.home}/bad/message_5_state: is no regular file but a symlink: remove it, or name another register"
         )
         assert proxies.not_open == {"bad": problem}
+        assert isinstance(proxies, Mapping)
+        assert ("bad" in proxies, proxies.get("bad")) == (False, None)
+        with pytest.raises(BoardNotOpenError, match=f"^bad: not open: {re.escape(problem)}$"):
+            proxies["bad"]
         with pytest.raises(KeyError):
             proxies["bad"]
         place.trigger("good")

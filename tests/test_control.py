@@ -19,7 +19,8 @@ import pytest
 
 from inco_trio.control import place
 from inco_trio.control.monitors import AHEAD, WAITING_MAX
-from inco_trio.control.server import CLIENTS_MAX, LINE_MAX
+from inco_trio.control.protocol import LINE_MAX
+from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 from inco_trio.persist.history import KEPT
@@ -60,9 +61,9 @@ def test_it_greets_and_tells_the_status(board: Board) -> None:
     assert signals["ihub_reset_irq"]["last"] is None
     assert status["since"] <= signals["ihub_hwwd_irq"]["last"] <= signals["redun_notify_irq"]["last"]
     assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
-    assert (status["open"], status["running"], status["holder"], status["link"]) == (True, True, None, board.link)
+    assert (status["open"], status["running"], status["descriptors"], status["link"]) == (True, True, None, board.link)
     assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
-    assert [leg["problem"] for leg in status["legs"]] == [None] * 6
+    assert [task["problem"] for task in status["tasks"]] == [None] * 6
 
 
 def test_what_is_wrong_is_in_the_status(board: Board) -> None:
@@ -76,7 +77,7 @@ def test_what_is_wrong_is_in_the_status(board: Board) -> None:
     board.inbound(peer)
     watching.until(event="problem")
     signals = {each["signal"]: each for each in board.status()["signals"]}
-    assert signals["ihub_hwwd_irq"]["owed"] == 1
+    assert signals["ihub_hwwd_irq"]["pending"] == 1
     assert signals["ihub_hwwd_irq"]["failures"] >= 1
     assert "Is a directory" in signals["ihub_hwwd_irq"]["problem"]
     (board.irq / "message_5_state").rmdir()
@@ -353,6 +354,29 @@ def test_others_may_read_if_the_group_lets_them_but_not_send(open_home: Path, no
         _others_read(board, nobody)
 
 
+@pytest.mark.netns
+def test_a_user_with_many_connections_leaves_room_for_the_owner(open_home: Path, nobody: list[str]) -> None:
+    code = (
+        "import socket, sys\n"
+        "connections = []\n"
+        "for _ in range(int(sys.argv[2])):\n"
+        "    connections.append(socket.socket(socket.AF_UNIX))\n"
+        "    connections[-1].connect(sys.argv[1])\n"
+        "print(sum(b'protocol' in each.recv(4096) for each in connections), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with ExitStack() as stack:
+        board = Board(open_home, stack)
+        board.running()
+        board.path.chmod(0o666)
+        command = [*nobody, sys.executable, "-c", code, os.fspath(board.path), str(CLIENTS_MAX)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert other.stdout is not None
+            assert int(other.stdout.readline()) == USER_MAX
+            assert board.status()["open"]
+            other.communicate()
+
+
 def _others_read(board: Board, nobody: list[str]) -> None:
     code = (
         "import socket, sys\n"
@@ -476,6 +500,30 @@ def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
     assert proxy.wait() == 0
 
 
+def test_the_mode_is_set_before_the_path_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner of the directory replaces the path by a link as soon as bind(2) has made it."""
+    victim, path = tmp_path / "victim", tmp_path / "x.sock"
+    victim.touch(0o600)
+    modes = []
+
+    class Swapped(socket.socket):
+        def bind(self, address: object) -> None:
+            super().bind(address)  # type: ignore[arg-type]
+            modes.append(stat.S_IMODE(path.stat().st_mode))
+            path.unlink()
+            path.symlink_to(victim)
+
+    monkeypatch.setattr(socket, "socket", Swapped)
+    umask = os.umask(0o077)
+    try:
+        with place.bind(path):
+            assert modes == [0o660]
+            assert stat.S_IMODE(victim.stat().st_mode) == 0o600
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(umask)
+
+
 def test_without_a_control_socket(board: Board) -> None:
     proxy = board.start(control="none")
     proxy.wait_ready()
@@ -503,7 +551,7 @@ def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
     board.trigger()  # Of that it is not told.
     first = board.client()
     follow = first.ask({"request": "follow"})["follow"]
-    boot = first.greeting["boot"]
+    boot = follow[name]["boot"]
     assert follow == {name: {"boot": boot, "acknowledged": 1, "sequence": 1}}
     board.inbound(peer)
     event = first.until(event="notification")
@@ -528,6 +576,35 @@ def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
     third = board.client()
     assert third.ask({"request": "forget"}) == {"forgotten": [name]}
     assert board.status()["history"] is None
+
+
+def test_a_board_that_is_put_back_has_another_history(board: Board) -> None:
+    directory = board.home / "boards"
+    directory.mkdir()
+    entry = {"link": f"unix:{board.home}/core0,peer={board.home}/core1", "irq_dir": str(board.irq)}
+    file = directory / "a.json"
+    file.write_text(json.dumps(entry))
+    peer = board.core1()
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    follower = board.client()
+    follower.ask({"request": "follow"})
+    told: dict[str, list[int]] = {}
+    for _ in range(3):
+        for _ in range(5):
+            board.inbound(peer)
+        for _ in range(5):
+            event = follower.until(event="notification")
+            told.setdefault(event["boot"], []).append(event["sequence"])
+        file.rename(board.home / "a.json")
+        proxy.process.send_signal(signal.SIGHUP)
+        follower.until(event="closed")
+        follower.until(event="reloaded")
+        (board.home / "a.json").rename(file)
+        proxy.process.send_signal(signal.SIGHUP)
+        follower.until(event="opened")
+    assert list(told.values()) == [[1, 2, 3, 4, 5]] * 3
 
 
 def test_what_nobody_acknowledges_is_merged_by_signal(board: Board) -> None:

@@ -44,7 +44,7 @@ def tree(tmp_path: Path) -> Tree:
 def only(results: Iterable[Result]) -> tuple[str, str, str | None]:
     """Level, text and command of the one result."""
     (result,) = results
-    return result.level.name.lower(), f"{result.subject}: {result.found}", result.mend
+    return result.level.name.lower(), f"{result.subject}: {result.found}", result.fix
 
 
 def everyone(*found: Process, unseen: bool = False) -> Processes:
@@ -159,7 +159,7 @@ def test_what_a_holder_is_called(name: str, holder: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uid", "capabilities", "level", "text", "mend"),
+    ("uid", "capabilities", "level", "text", "fix"),
     [
         (0, NET_RAW, "ok", "CAP_NET_RAW is effective for this user (uid 0)", None),
         (5, NET_RAW | NET_ADMIN, "ok", "CAP_NET_RAW is effective for this user (uid 5)", None),
@@ -173,15 +173,15 @@ def test_what_a_holder_is_called(name: str, holder: bool) -> None:
         ),
     ],
 )
-def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: str, mend: str | None) -> None:
+def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: str, fix: str | None) -> None:
     tree.status("self", uid, capabilities)
     found = only(machine.capability("l0", tree.root))
-    assert (found[0], found[2]) == (level, mend)
+    assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith(f"l0: {text}")
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "uid_map", "limit", "level", "mend"),
+    ("capabilities", "uid_map", "limit", "level", "fix"),
     [
         (NET_ADMIN, FIRST, "100", "ok", None),
         # All capabilities of a user namespace do not suffice.
@@ -193,14 +193,14 @@ def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: s
 )
 @pytest.mark.parametrize("running", [False, True])
 def test_receive_buffer(
-    tree: Tree, capabilities: int, uid_map: str, limit: str | None, level: str, mend: str | None, running: bool
+    tree: Tree, capabilities: int, uid_map: str, limit: str | None, level: str, fix: str | None, running: bool
 ) -> None:
     tree.status("3" if running else "self", 0, capabilities)
     tree.put("proc/3/uid_map" if running else "proc/self/uid_map", uid_map)
     if limit is not None:
         tree.put("proc/sys/net/core/rmem_max", f"{limit}\n")
     found = only(machine.receive_buffer(process(3) if running else None, 101, tree.root))
-    assert (found[0], found[2]) == (level, mend)
+    assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith("net.core.rmem_max: ")
 
 
@@ -220,7 +220,7 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
 
     def found(proxy: Process | None = None) -> list[tuple[str, str, str | None]]:
         results = machine.inotify_limits(processes, proxy, tree.root)
-        return [(result.level.name, f"{result.subject}: {result.found}", result.mend) for result in results]
+        return [(result.level.name, f"{result.subject}: {result.found}", result.fix) for result in results]
 
     assert found() == []
     limits(tree, 128, 1000)
@@ -235,7 +235,7 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
     ]
     # A proxy needs 2 and 64 more.
     limits(tree, 10, 99, 100)
-    assert [(level, mend) for level, _, mend in found()] == [
+    assert [(level, fix) for level, _, fix in found()] == [
         ("WARN", "sysctl -w fs.inotify.max_user_instances=20"),
         ("FAIL", "sysctl -w fs.inotify.max_user_watches=200"),
         ("WARN", "sysctl -w fs.inotify.max_queued_events=16384"),
@@ -246,7 +246,7 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
     # The limit of a user namespace, if that is the lower one.
     tree.put("proc/sys/user/max_inotify_instances", "2147483647")
     tree.put("proc/sys/user/max_inotify_watches", "50")
-    assert [mend for _, _, mend in found()][:2] == [
+    assert [fix for _, _, fix in found()][:2] == [
         "sysctl -w fs.inotify.max_user_instances=20",
         "sysctl -w user.max_inotify_watches=200",
     ]
@@ -292,7 +292,7 @@ def test_state(found: Interface, master: Interface | None, said: list[tuple[str,
     assert [result.check for result in results] == ["state", "mtu", "bridge"]
     faults = [result for result in results if result.level is not Level.OK]
     assert all(result.level is Level.FAIL for result in faults)
-    assert [result.mend for result in faults] == [mend for _, mend in said]
+    assert [result.fix for result in faults] == [fix for _, fix in said]
     assert all(result.found.startswith(text) for result, (text, _) in zip(faults, said, strict=True))
 
 
@@ -300,7 +300,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
 
 
 @pytest.mark.parametrize(
-    ("cpus", "masks", "hardware", "level", "text", "mend"),
+    ("cpus", "masks", "hardware", "level", "text", "fix"),
     [
         ("0", ["f"], False, "ok", "this machine has one CPU", None),
         ("0-3", ["2"], False, "ok", "one CPU handles its frames", None),
@@ -318,7 +318,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
     ],
 )
 def test_order(
-    tree: Tree, cpus: str, masks: list[str | None], hardware: bool, level: str, text: str, mend: str | None
+    tree: Tree, cpus: str, masks: list[str | None], hardware: bool, level: str, text: str, fix: str | None
 ) -> None:
     place = "sys/class/net/l0"
     tree.put("sys/devices/system/cpu/online", f"{cpus}\n")
@@ -329,7 +329,7 @@ def test_order(
     if hardware:
         tree.put(f"{place}/device/vendor", "")
     found = only(links.order(interface(), tree.root))
-    assert (found[0], found[2]) == (level, mend)
+    assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith(f"l0: {text}")
 
 
@@ -344,7 +344,7 @@ def test_order_of_what_is_below_a_vlan(tree: Tree) -> None:
     assert (own.level, own.subject) == (Level.OK, "rpmsg4000")
     assert (below.level, below.subject) == (Level.WARN, "eth_rpmsg")
     assert "several CPUs handle the frames of rpmsg4000" in below.found
-    assert below.mend == "echo 1 | tee /sys/class/net/eth_rpmsg/queues/rx-*/rps_cpus"
+    assert below.fix == "echo 1 | tee /sys/class/net/eth_rpmsg/queues/rx-*/rps_cpus"
 
 
 @pytest.mark.parametrize(("index", "address"), [("5", MAC.hex(":")), ("4", "02:00:00:00:00:02"), (None, None)])
@@ -382,7 +382,7 @@ def datagram(path: Path) -> socket.socket:
 
 
 def mended(found: tuple[str, str, str | None]) -> None:
-    """Run the command that mends it."""
+    """Run the command that fixes it."""
     assert found[2] is not None
     subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
@@ -422,14 +422,14 @@ def test_the_path_of_a_socket(tmp_path: Path) -> None:
 
 def test_the_path_of_the_peer(tmp_path: Path) -> None:
     address, path = unix(tmp_path), tmp_path / "b"
-    nobody = "fail", f"{path}: nobody is bound there (No such file or directory): start core 1, as QEMU", None
+    nobody = "fail", f"{path}: no process is bound there (No such file or directory): start core 1, as QEMU", None
     assert only(links.peer(address)) == nobody
     with datagram(path) as sock:
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
         # One that takes nobody but us.
         sock.connect(str(path))
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
-    assert "nobody is bound there (Connection refused)" in only(links.peer(address))[1]
+    assert "no process is bound there (Connection refused)" in only(links.peer(address))[1]
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
@@ -474,7 +474,7 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
             f"{trigger}: uid {uid} may not read it: run: chmod u+r {trigger}",
         ]
         for result in found:
-            mended(("", "", result.mend))
+            mended(("", "", result.fix))
         assert only(registers.kinds(signals))[0] == "ok"
         text = f"{ours}: cannot be connected to: Permission denied"
         assert only(links.socket_path(address)) == ("fail", text, None)
@@ -548,8 +548,8 @@ def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, t
 
 def test_a_filesystem_on_which_inotify_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registers, "_opening_is_reported", lambda _: False)
-    level, text, mend = only(registers.reported(tmp_path))
-    assert (level, mend) == ("fail", None)
+    level, text, fix = only(registers.reported(tmp_path))
+    assert (level, fix) == ("fail", None)
     assert text.endswith(", and inotify reports nothing there; use tmpfs")
 
 
@@ -640,15 +640,15 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("users", "level", "text", "mend"),
+    ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other one", None),
-        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other one", None),
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other process", None),
+        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other process", None),
         (Users((), (), (), 0), "warn", "no proxy runs on it", "inco-trio run l0"),
         (
             Users((), (), (HOLDER,), 0),
             "warn",
-            "no proxy runs on it; 2 (s6-fdholderd) keeps what comes for the next one",
+            "no proxy runs on it; 2 (s6-fdholderd) keeps notifications for the next one",
             "inco-trio run l0",
         ),
         (
@@ -660,72 +660,72 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
         (
             Users((PROXY,), (LISTENER,), (), 0),
             "warn",
-            "several processes have it: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
+            "several processes have it open: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
             None,
         ),
         (
             Users((), (), (), 1),
             "warn",
-            "a process that this user may not look at has a socket of it; as root it can be told which",
+            "a process that this user may not inspect has a socket of it; root can find out which",
             "sudo inco-trio doctor l0",
         ),
     ],
 )
-def test_one_proxy_carries_a_link(users: Users, level: str, text: str, mend: str | None) -> None:
-    assert only(proxies.users_of_link("l0", users)) == (level, f"l0: {text}", mend)
+def test_one_proxy_carries_a_link(users: Users, level: str, text: str, fix: str | None) -> None:
+    assert only(proxies.users_of_link("l0", users)) == (level, f"l0: {text}", fix)
 
 
 @pytest.mark.parametrize(
-    ("users", "unseen", "level", "text", "mend"),
+    ("users", "unseen", "level", "text", "fix"),
     [
         (Users((PROXY,), (), (HOLDER,), 0), True, "ok", "process 2 (s6-fdholderd) keeps its socket over", None),
         (
             Users((PROXY,), (), (), 0),
             True,
             "warn",
-            "who keeps its socket over a restart cannot be seen by this user",
+            "this user cannot see whether an fd store keeps its socket over a restart",
             "sudo inco-trio doctor l0",
         ),
         (
             Users((), (LISTENER,), (), 0),
             False,
             "warn",
-            "nobody keeps its socket: what comes while the proxy is restarted is lost",
+            "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost",
             "inco-trio s6 /run/service --iface l0",
         ),
         (
             Users((process(3, "inco-trio run l0 --config u.json"),), (), (), 0),
             False,
             "warn",
-            "nobody keeps its socket",
+            "no fd store keeps its socket",
             "inco-trio s6 /run/service --iface l0 --config u.json",
         ),
         (
             Users((process(3, "inco-trio run l0 --config=u.json"),), (), (), 0),
             False,
             "warn",
-            "nobody keeps its socket",
+            "no fd store keeps its socket",
             "inco-trio s6 /run/service --iface l0 --config u.json",
         ),
         (
             Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
             False,
             "fail",
-            "process 3 was started with --fd-holder, but no holder has its socket: see its log",
+            "process 3 was started with --fd-holder, but no fd store has its socket: see its log",
             None,
         ),
     ],
 )
-def test_who_keeps_the_socket(users: Users, unseen: bool, level: str, text: str, mend: str | None) -> None:
-    found = only(proxies.holder("l0", users, everyone(unseen=unseen)))
-    assert (found[0], found[2]) == (level, mend)
+def test_who_keeps_the_socket(users: Users, unseen: bool, level: str, text: str, fix: str | None) -> None:
+    found = only(proxies.descriptors("l0", users, everyone(unseen=unseen)))
+    assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith(f"l0: {text}")
 
 
 def test_nobody_keeps_the_socket_of_no_proxy_or_of_two() -> None:
     for users in (Users((), (), (HOLDER,), 0), Users((PROXY, SECOND), (), (), 0), Users((), (), (), 1)):
         assert users.proxy is None
-        assert list(proxies.holder("l0", users, everyone())) == []
+        assert list(proxies.descriptors("l0", users, everyone())) == []
 
 
 def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
@@ -760,12 +760,12 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     os.utime(path, (100, 100))
     text = f"{path}: process 3 has read it since it was changed"
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
-    level, _, mend = only(proxies.configuration(path, process(3, started=99)))
-    assert (level, mend) == ("warn", "kill -HUP 3")
+    level, _, fix = only(proxies.configuration(path, process(3, started=99)))
+    assert (level, fix) == ("warn", "kill -HUP 3")
     # Once it tells itself.
     assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
     level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
-    assert (level, text) == ("warn", f"{path}: was changed after process 3 has read it")
+    assert (level, text) == ("warn", f"{path}: was changed after process 3 read it")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -815,7 +815,7 @@ def test_a_line_for_each_and_the_exit_code_of_the_worst(
     assert main(["doctor", "--json"]) == code
     found = json.loads(capsys.readouterr().out)
     assert [entry["level"] for entry in found] == [line.split()[0] for line in said.splitlines()]
-    assert all(set(entry) == {"level", "check", "subject", "found", "mend"} for entry in found)
+    assert all(set(entry) == {"level", "check", "subject", "found", "fix"} for entry in found)
 
 
 def test_exit_codes_tell_all_levels() -> None:
@@ -906,7 +906,7 @@ def shown(tmp_path: Path, **environment: str) -> bytes:
 
 
 def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
-    line = b"%b/b: nobody is bound there" % bytes(tmp_path)
+    line = b"%b/b: no process is bound there" % bytes(tmp_path)
     coloured = shown(tmp_path)
     assert b"\033[31mfail\033[m " + line in coloured
     assert b"\033[32mok  \033[m " in coloured

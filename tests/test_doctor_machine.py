@@ -40,12 +40,12 @@ while len(found) < 5:
     results = json.loads(done.stdout)
     (result,) = [result for result in results if (result["check"], result["subject"]) == (check, subject)]
     found.append(result)
-    if result["level"] == "ok" or result["mend"] is None:
+    if result["level"] == "ok" or result["fix"] is None:
         break
-    subprocess.run(["sh", "-ec", result["mend"]], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["sh", "-ec", result["fix"]], check=True, stdout=subprocess.DEVNULL)
 print(json.dumps(found))
 """
-"""Runs a set-up, then the doctor and the command that mends one thing, until that is ok; tells what was found."""
+"""Runs a set-up, then the doctor and the command that fixes one thing, until that is ok; tells what was found."""
 
 
 def driven(
@@ -74,9 +74,9 @@ def of(found: list[Found], check: str) -> Found:
     return result
 
 
-def mend(core: Namespace, result: Found) -> None:
+def fix(core: Namespace, result: Found) -> None:
     """Run the command that was printed."""
-    command = ["sh", "-ec", result["mend"]]
+    command = ["sh", "-ec", result["fix"]]
     core.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.DEVNULL))
 
 
@@ -112,7 +112,7 @@ def test_without_proc(cores: Cores) -> None:
 def test_the_capability(cores: Cores, nobody: list[str]) -> None:
     result = of(doctor(cores.core0, cores.link, around=nobody), "capability")
     assert result["level"] == "fail"
-    assert result["mend"].endswith(f" inco-trio run {cores.link}")
+    assert result["fix"].endswith(f" inco-trio run {cores.link}")
     if not ROOT:
         return  # There is no other user whom the command could make of us.
     # Nobody may be unable to run this Python: a program in its place says what it was given.
@@ -123,7 +123,7 @@ def test_the_capability(cores: Cores, nobody: list[str]) -> None:
         program.chmod(0o755)
         path = f"{home}:{os.environ['PATH']}"
         given = subprocess.run(
-            ["sh", "-ec", result["mend"]], check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}
+            ["sh", "-ec", result["fix"]], check=True, capture_output=True, text=True, env={**os.environ, "PATH": path}
         ).stdout
         tree = Tree(Path(home))
         tree.put("proc/self/status", given)
@@ -138,10 +138,10 @@ def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
     result = of(doctor(cores.core0, cores.link, around=nobody), "receive-buffer")
     # It is a limit of the whole machine, which a test must not change. Linux 6.1 hides it in other namespaces.
     if limit is None:
-        assert (result["level"], result["mend"]) == ("warn", None)
+        assert (result["level"], result["fix"]) == ("warn", None)
         assert result["found"].startswith("cannot be read here")
     elif limit < RECEIVE_BUFFER:
-        assert (result["level"], result["mend"]) == ("warn", f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}")
+        assert (result["level"], result["fix"]) == ("warn", f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}")
     else:
         assert result["level"] == "ok"
 
@@ -220,7 +220,7 @@ def test_an_interface_that_is_down(cores: Cores) -> None:
     cores.link_down()
     result = of(doctor(cores.core0, cores.link), "state")
     assert (result["level"], result["found"]) == ("fail", "the interface is down")
-    mend(cores.core0, result)
+    fix(cores.core0, result)
     wait_running(cores)
     assert of(doctor(cores.core0, cores.link), "state")["level"] == "ok"
 
@@ -229,7 +229,7 @@ def test_an_interface_whose_other_end_is_down(cores: Cores) -> None:
     command = ["ip", "link", "set", "dev", cores.link, "down"]
     cores.core1.run(lambda: subprocess.run(command, check=True))
     result = of(doctor(cores.core0, cores.link), "state")
-    assert (result["level"], result["mend"]) == ("fail", None)
+    assert (result["level"], result["fix"]) == ("fail", None)
     assert result["found"].startswith("the interface is up without a carrier: bring its other end up")
 
 
@@ -244,7 +244,7 @@ def test_an_interface_that_is_a_port_of_a_bridge(cores: Cores) -> None:
     setup = f"ip link add br0 type bridge; ip link set dev br0 up; ip link set dev {cores.link} master br0"
     cores.core0.run(lambda: subprocess.run(["sh", "-ec", setup], check=True))
     result = of(doctor(cores.core0, cores.link), "bridge")
-    assert (result["level"], result["mend"]) == ("fail", "inco-trio run br0")
+    assert (result["level"], result["fix"]) == ("fail", "inco-trio run br0")
     assert of(doctor(cores.core0, "br0"), "bridge")["level"] == "ok"
 
 
@@ -258,7 +258,7 @@ def test_the_order_of_frames(cores: Cores) -> None:
     # The first command shows the queues, the second one pins them to a CPU.
     found = driven(cores.core0, "true", "order", cores.link, cores.link, around=IN_MOUNTS)
     assert levels(found) == ["warn", "warn", "ok"]
-    assert found[0]["mend"] == sysfs
+    assert found[0]["fix"] == sysfs
     assert found[1]["found"].startswith("rps_cpus is 0: ")
     every = f"{sysfs}; echo 3 > /sys/class/net/{cores.link}/queues/rx-0/rps_cpus"
     found = driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)
@@ -296,14 +296,14 @@ def test_what_this_user_may_not_do(cores: Cores, irq_dir: Path, nobody: list[str
         check = "registers" if name else "directory"
         before = of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)
         assert (before["level"], before["subject"]) == ("fail", str(path))
-        mend(cores.core0, before)
+        fix(cores.core0, before)
         path.chmod(path.stat().st_mode | 0o700)
         assert of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)["level"] == "ok"
 
 
 def test_registers_on_proc(cores: Cores) -> None:
     result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
-    assert (result["level"], result["mend"]) == ("fail", None)
+    assert (result["level"], result["fix"]) == ("fail", None)
     assert "is on a filesystem of type proc: inotify reports nothing there" in result["found"]
 
 
@@ -312,17 +312,17 @@ def test_registers_on_proc(cores: Cores) -> None:
 
 def test_no_proxy_one_or_two_on_an_interface(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     result = of(doctor(cores.core0, cores.link, "--irq-dir", tmp_path / "one"), "proxy")
-    assert (result["level"], result["mend"]) == ("warn", f"inco-trio run {cores.link} --irq-dir {tmp_path}/one")
+    assert (result["level"], result["fix"]) == ("warn", f"inco-trio run {cores.link} --irq-dir {tmp_path}/one")
     one = proxy("--irq-dir", tmp_path / "one")
     found = doctor(cores.core0, cores.link)
     result = of(found, "proxy")
     assert result["level"] == "ok"
     assert result["found"].startswith(f"process {one.pid} (python")
-    assert of(found, "holder")["level"] == "warn"
+    assert of(found, "descriptors")["level"] == "warn"
     two = proxy("--irq-dir", tmp_path / "two")
     result = of(doctor(cores.core0, cores.link), "proxy")
-    assert (result["level"], result["mend"]) == ("fail", f"kill {two.pid}")
-    mend(cores.core0, result)
+    assert (result["level"], result["fix"]) == ("fail", f"kill {two.pid}")
+    fix(cores.core0, result)
     assert two.wait() == 0
     assert of(doctor(cores.core0, cores.link), "proxy")["level"] == "ok"
 
@@ -331,8 +331,8 @@ def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path
     running = proxy("--irq-dir", irq_dir)
     result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
-        assert (result["level"], result["mend"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
-        assert result["found"].startswith("a process that this user may not look at has a socket of it")
+        assert (result["level"], result["fix"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
+        assert result["found"].startswith("a process that this user may not inspect has a socket of it")
     assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"process {running.pid} ")
 
 
@@ -345,8 +345,8 @@ def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Pa
         found = [result for result in doctor(cores.core0, link, "--irq-dir", irq_dir) if result["check"] == "proxy"]
         assert [(result["subject"], result["level"]) for result in found] == [(link, "ok"), (str(irq_dir), "fail")]
         assert found[1]["found"].startswith("2 proxies: ")
-        assert found[1]["mend"] == f"kill {two.pid}"
-        mend(cores.core0, found[1])
+        assert found[1]["fix"] == f"kill {two.pid}"
+        fix(cores.core0, found[1])
         assert two.wait() == 0
     finally:
         two.close()
@@ -371,8 +371,8 @@ def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, 
     assert reload["level"] == "warn"
     missed = [result for result in found if result["check"] == "watched"]
     assert levels(missed) == ["fail"] * 3
-    assert {result["mend"] for result in [reload, *missed]} == {f"kill -HUP {running.pid}"}
-    mend(cores.core0, reload)
+    assert {result["fix"] for result in [reload, *missed]} == {f"kill -HUP {running.pid}"}
+    fix(cores.core0, reload)
     running.wait_log("reloaded: 6 signals")
     found = doctor(cores.core0, cores.link, "--config", udrv)
     assert of(found, "watched")["level"] == "ok"
@@ -386,7 +386,7 @@ def test_the_holder(cores: Cores, tmp_path: Path) -> None:
     with Service(cores.core0, tmp_path / "scan", cores.link) as service:
         service.wait("U")
         found = doctor(cores.core0, cores.link, "--config", udrv)
-        result = of(found, "holder")
+        result = of(found, "descriptors")
         assert result["level"] == "ok"
         assert "(s6-fdholder" in result["found"]
         for result in found:

@@ -17,9 +17,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse
+import trio
+import trio.testing
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
+from inco_trio.metrics import exporter
 from inco_trio.metrics.exporter import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
@@ -29,6 +31,7 @@ from tests.support_control import COMMAND, Board
 pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).parents[1]
+GREETING = b'{"protocol": 1, "boards": [], "name": "x", "pid": 1, "boot": "5f0c"}\n'
 PAGE = (ROOT / "docs/metrics.md").read_text()
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 
@@ -48,9 +51,9 @@ class Bench:
         exporter.wait_ready()
         return exporter
 
-    def scrape(self, accept: str = "text/plain") -> str:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics", headers={"Accept": accept})
-        with urllib.request.urlopen(request, timeout=HANG) as answer:  # noqa: S310 - our own
+    def scrape(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=HANG) as answer:
+            assert answer.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
             text: str = answer.read().decode()
             return text
 
@@ -118,7 +121,6 @@ def test_what_a_board_counts_is_exported(bench: Bench) -> None:
     assert (where, 3.0) in samples["inco_trio_unacknowledged_notifications"]
     assert (where, 1.0) in samples["inco_trio_followed"]
     assert samples["inco_trio_proxy_up"] == [({"proxy": name}, 1.0)]
-    assert "# EOF" in bench.scrape("application/openmetrics-text; version=1.0.0")
 
 
 def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) -> None:
@@ -155,12 +157,12 @@ def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
     for limit in ("PATIENCE", "ALL"):
         monkeypatch.setattr(f"inco_trio.metrics.exporter.{limit}", HANG)
     with ThreadPoolExecutor(1) as pool, ExitStack() as asked:
-        collected = pool.submit(lambda: list(Boards(paths).collect()))
+        scraped = pool.submit(trio.run, Boards(paths).metrics)
         # All of them are asked before the first has answered.
         clients = [asked.enter_context(one.accept()[0]) for one in listening]
         for client in clients:
             client.close()
-        (up,) = [family for family in collected.result() if family.name == "inco_trio_proxy_up"]
+        (up,) = [family for family in parse(scraped.result()) if family.name == "inco_trio_proxy_up"]
     assert [sample.value for sample in up.samples] == [0.0] * 40
 
 
@@ -169,7 +171,8 @@ def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
     odd = ["eth0", "eth0", 'a"b\\c', "\N{SNOWMAN}", "line\nbreak"]
     paths = []
     for number, name in enumerate(odd):
-        answers = json.dumps({"protocol": 1, "boards": [], "name": name}) + "\n" + json.dumps({"status": []}) + "\n"
+        greeting = {"protocol": 1, "boards": [], "name": name, "pid": 1, "boot": "5f0c"}
+        answers = json.dumps(greeting) + "\n" + json.dumps({"status": []}) + "\n"
         paths.append(bench.home / f"{number}.sock")
         bench.stack.enter_context(answering(paths[-1], answers.encode()))
     bench.exporter(*paths)
@@ -177,17 +180,15 @@ def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
     up = {labels["proxy"]: value for labels, value in samples["inco_trio_proxy_up"]}
     assert up == dict.fromkeys(["eth0", str(paths[1]), *odd[2:]], 1.0)
     assert samples["inco_trio_proxies"] == [({}, 5.0)]
-    openmetrics = bench.scrape("application/openmetrics-text; version=1.0.0")
-    assert {family.name for family in parse_openmetrics(openmetrics)} >= {"inco_trio_proxies", "inco_trio_proxy_up"}
 
 
 @pytest.mark.parametrize(
     "lines",
     [
         b'{"protocol": 1, "boards": []}\n',
-        b'{"protocol": 1, "boards": [], "name": "x"}\n{}\n',
-        b'{"protocol": 1, "boards": [], "name": "x"}\n{"status": [{"open": true, "board": "b"}]}\n',
-        b'{"protocol": 1, "boards": [], "name": "x"}\n{"status": [3]}\n',
+        GREETING + b"{}\n",
+        GREETING + b'{"status": [{"open": true, "board": "b"}]}\n',
+        GREETING + b'{"status": [3]}\n',
         b"nonsense\n",
     ],
 )
@@ -200,6 +201,96 @@ def test_somebody_else_at_a_socket_holds_up_no_other(bench: Bench, lines: bytes)
         values = [value for _, value in bench.samples()["inco_trio_proxy_up"]]
         assert sorted(values) == [0.0, 1.0]
     assert "Traceback" not in exporter.log
+
+
+def test_concurrent_scrapes_share_a_query(tmp_path: Path) -> None:
+    """One hundred scrapes make one connection to the proxy."""
+    path, number = tmp_path / "x.sock", 100
+    connections = 0
+
+    async def answer(stream: trio.SocketStream) -> None:
+        nonlocal connections
+        connections += 1
+        await stream.send_all(GREETING)
+        await stream.receive_some(4096)
+        # All scrapes wait by now.
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(b'{"status": []}\n')
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(path))
+            sock.listen()
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+            boards = Boards([path])
+            answers: list[str] = []
+
+            async def scrape() -> None:
+                answers.append(await boards.metrics())
+
+            async with trio.open_nursery() as server:
+                server.start_soon(trio.serve_listeners, answer, [listener])
+                async with trio.open_nursery() as scrapes:
+                    for _ in range(number):
+                        scrapes.start_soon(scrape)
+                server.cancel_scope.cancel()
+            assert len(answers) == number
+            assert set(answers) == {answers[0]}
+            assert 'inco_trio_proxy_up{proxy="x"} 1' in answers[0]
+
+    trio.run(main)
+    assert connections == 1
+
+
+def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporter, "CONNECTIONS_MAX", 20)
+    clock = trio.testing.MockClock()
+
+    async def main() -> None:
+        port = free_port()
+        ready = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exporter.serve, "127.0.0.1", port, [tmp_path / "nowhere"], ready.set)
+            await ready.wait()
+            idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(10)]
+            half = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(10)]
+            for stream in half:
+                await stream.send_all(b"GET /metrics HTTP/1.1\r\n")
+            async with await trio.open_tcp_stream("127.0.0.1", port) as scrape:
+                await scrape.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer = b"".join([chunk async for chunk in scrape])
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert answer.endswith(b"# EOF\n")
+            # The limit ended the oldest connection, and the deadline ends the others.
+            assert await idle[0].receive_some() == b""
+            clock.jump(exporter.REQUEST_PATIENCE)
+            for stream in (*idle, *half):
+                assert await stream.receive_some() == b""
+                await stream.aclose()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=clock)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "body"),
+    [
+        (b"HEAD /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 200 OK\r\n", b""),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"HTTP/1.1 405 Method Not Allowed\r\n", b""),
+        (b"x" * 9000, b"", b""),
+    ],
+)
+def test_other_requests(tmp_path: Path, request_: bytes, status: bytes, body: bytes) -> None:
+    async def main() -> None:
+        client, server = trio.testing.memory_stream_pair()
+        await client.send_all(request_)
+        await exporter._Scrapes(Boards([tmp_path / "nowhere"])).answer(server)  # type: ignore[arg-type]
+        with contextlib.suppress(trio.ClosedResourceError):
+            answer = b"".join([chunk async for chunk in client])
+        assert answer.startswith(status)
+        assert answer.partition(b"\r\n\r\n")[2] == body
+
+    trio.run(main)
 
 
 def test_hundreds_of_boards(bench: Bench) -> None:
@@ -298,11 +389,11 @@ CASES = {
     "IncoTrioFramesDropped": ('inco_trio_dropped_frames_total{proxy="p",board="b",link="l"}', "0x10 5x10"),
     "IncoTrioInotifyOverflow": ('inco_trio_inotify_overflows_total{proxy="p",board="b",link="l"}', "0x10 1x10"),
     "IncoTrioUnsendable": ('inco_trio_unsendable_notifications_total{proxy="p",board="b",link="l"}', "0x10 1x10"),
-    "IncoTrioOwed": ('inco_trio_owed_notifications{proxy="p",board="b",signal="s"}', "3x20"),
+    "IncoTrioPending": ('inco_trio_pending_notifications{proxy="p",board="b",signal="s"}', "3x20"),
     "IncoTrioFailures": ('inco_trio_notification_failures_total{proxy="p",board="b",signal="s"}', "0+20x20"),
     "IncoTrioProblem": ('inco_trio_problems{proxy="p",board="b",link="l"}', "2x20"),
     "IncoTrioRestarts": ('inco_trio_start_time_seconds{proxy="p",board="b",link="l"}', "0+1x20"),
-    "IncoTrioRestarts of a leg": ('inco_trio_leg_restarts_total{proxy="p",board="b",link="l"}', "0+1x20"),
+    "IncoTrioRestarts of a task": ('inco_trio_task_restarts_total{proxy="p",board="b",link="l"}', "0+1x20"),
     "IncoTrioGatewaySilent": ('inco_trio_followed{proxy="p",board="b",link="l"}', "0x20"),
     "IncoTrioGatewaySilent, behind": (
         'inco_trio_unacknowledged_notifications{proxy="p",board="b",link="l"}',

@@ -12,9 +12,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.control.follower import Conversation, converse
-from inco_trio.errors import IncoError, InvalidArgumentError, ProxyNotFoundError
+from inco_trio.control.protocol import Event, StatusRequest
+from inco_trio.errors import IncoError, InvalidArgumentError, ProtocolError, ProxyNotFoundError
 
-GREETING = b'{"protocol": 1, "boards": []}\n'
+GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": []}\n'
+LINK = b'{"event": "link", "running": true, "time": 1.5}\n'
 
 
 def conversing(
@@ -36,7 +38,7 @@ def conversing(
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(serve, listener)
-                async with converse(path) as conversation:
+                async with converse(path) as (conversation, _):
                     await talk(conversation)  # type: ignore[misc]
                 nursery.cancel_scope.cancel()
 
@@ -55,16 +57,16 @@ def conversing(
 
 
 async def status(conversation: Conversation) -> None:
-    assert await conversation.request({"request": "status"}) == {"status": []}
-    assert [line["event"] for line in await conversation.read()] == ["link", "link"]
+    assert (await conversation.request(StatusRequest())).status == ()
+    assert [reply.event for reply in await conversation.read() if isinstance(reply, Event)] == ["link", "link"]
 
 
 async def ask(conversation: Conversation) -> None:
-    await conversation.request({"request": "status"})
+    await conversation.request(StatusRequest())
 
 
 def test_events_around_an_answer_are_kept(tmp_path: Path) -> None:
-    conversing(tmp_path, [GREETING, b'{"event": "link"}\n{"sta', b'tus": []}\n{"event": "link"}\n'], _twice)
+    conversing(tmp_path, [GREETING, LINK + b'{"sta', b'tus": []}\n' + LINK], _twice)
 
 
 async def _twice(conversation: Conversation) -> None:
@@ -76,15 +78,15 @@ async def _twice(conversation: Conversation) -> None:
 
 async def _more(conversation: Conversation) -> None:
     await wait_all_tasks_blocked()
-    await conversation.write({"request": "more"})
+    await conversation.write(StatusRequest())
 
 
 @pytest.mark.parametrize(
     ("answers", "kind", "text"),
     [
-        ([b"nonsense\n"], ProxyNotFoundError, "no inco-trio"),
-        ([b"[]\n"], ProxyNotFoundError, "no inco-trio"),
-        ([b'{"hello": 1}\n'], ProxyNotFoundError, "does not answer as"),
+        ([b"nonsense\n"], ProtocolError, "not inco-trio"),
+        ([b"[]\n"], ProtocolError, "not inco-trio"),
+        ([b'{"hello": 1}\n'], ProtocolError, "not inco-trio"),
         ([GREETING, b'{"error": "unknown-request", "message": "what"}\n'], IncoError, "what"),
         ([b'{"error": "busy", "message": "256 clients"}\n'], IncoError, "256 clients"),
         ([GREETING], ProxyNotFoundError, "has ended"),

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -13,7 +14,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from inco_trio.control.monitors import Event, Follower
+from inco_trio.control.feed import Batch
+from inco_trio.control.monitors import Follower
+from inco_trio.control.protocol import Event
 from inco_trio.persist import history as room
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
@@ -38,13 +41,14 @@ class Walk(RuleBasedStateMachine):
         self.patch.setattr("inco_trio.control.monitors.AHEAD", 3)
         self.inflight = Inflight.open()
         self.history = History(self.inflight.history)
-        self.history.begin("5f0c", 41)
+        self.history.begin(41)
+        self.boot = self.history.boot
         self.carried: list[Signal] = []
         self.told: dict[int, str] = {}
         self.counted: Counter[str] = Counter()
         self.merged: Counter[str] = Counter()
         self.follower: Follower | None = None
-        self.unacknowledged: list[dict[str, object]] = []
+        self.unacknowledged: list[Event] = []
         self.killed = False
 
     def teardown(self) -> None:
@@ -69,7 +73,7 @@ class Walk(RuleBasedStateMachine):
         self.history.append(signals)
         self.carried += signals
         if self.follower is not None:
-            self.follower.carried(Event(BOARD, 0, 0, signals))
+            self.follower.carried(Batch(BOARD, signals, 0, (), 0, 0))
 
     @precondition(lambda self: not self.steady or self.follower is None)
     @rule()
@@ -77,7 +81,7 @@ class Walk(RuleBasedStateMachine):
         """Another follower; what the last one was told and did not acknowledge may be told again."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged = []
-        self.follower = Follower(None, None, None, False)
+        self.follower = Follower()
         self.follower.begin(BOARD, self.history)
 
     @precondition(lambda self: not self.steady)
@@ -89,38 +93,35 @@ class Walk(RuleBasedStateMachine):
         other = Inflight.open(os.dup(self.inflight.fd))
         os.close(self.inflight.fd)
         self.inflight, self.history = other, History(other.history)
-        self.history.begin("never", 7)  # Nothing: it was begun.
+        self.history.begin(7)  # Nothing: it was begun.
 
     @precondition(lambda self: self.follower is not None)
     @rule()
     def read(self) -> None:
         assert self.follower is not None
-        lines = [json.loads(line) for line in self.follower._kept()]
-        numbers = [line["sequence"] for line in lines if line["event"] == "notification"]
+        events = list(self.follower._stored())
+        numbers = [event.sequence for event in events if event.event == "notification"]
         assert numbers == sorted(set(numbers))
-        for line in lines:
-            assert (line["board"], line["boot"]) == (BOARD, f"{0x5F0C:016x}")
-        self.unacknowledged += lines
+        for event in events:
+            assert (event.board, event.boot) == (BOARD, self.boot)
+        self.unacknowledged += events
 
     @precondition(lambda self: self.follower is not None)
     @rule(number=st.integers(1, 5))
     def acknowledge(self, number: int) -> None:
         assert self.follower is not None
         done, self.unacknowledged = self.unacknowledged[:number], self.unacknowledged[number:]
-        while done and self.unacknowledged and self.unacknowledged[0]["event"] == "merged":
+        while done and self.unacknowledged and self.unacknowledged[0].event == "merged":
             done.append(self.unacknowledged.pop(0))  # They are acknowledged together.
-        for line in done:
-            name, sequence, count = str(line["signal"]), line["sequence"], line.get("count", 1)
-            assert isinstance(sequence, int)
-            assert isinstance(count, int)
-            if line["event"] == "merged":
-                self.merged[name] += count
+        for event in done:
+            name = str(event.signal)
+            if event.event == "merged":
+                self.merged[name] += event.count
             else:
-                assert self.carried[sequence - 42].name == name
-                self.told[sequence] = name
+                assert self.carried[event.sequence - 42].name == name
+                self.told[event.sequence] = name
         if done:
-            last = done[-1]["sequence"]
-            assert isinstance(last, int)
+            last = done[-1].sequence
             assert self.follower.acknowledge(BOARD, last) == last
 
     @invariant()
@@ -148,25 +149,48 @@ def test_a_walk(machine: type[Walk]) -> None:
 def test_what_is_ended_is_kept_no_more() -> None:
     inflight = Inflight.open()
     history = History(inflight.history)
-    history.begin("1", 0)
+    history.begin(0)
     history.append(SIGNALS * (room.KEPT // len(SIGNALS) + 1))
     assert history.waiting == len(SIGNALS) * (room.KEPT // len(SIGNALS) + 1)
     assert history.merged_ever == len(SIGNALS)
     history.end()
     assert (history.keeping, list(history.merged())) == (False, [])
-    history.begin("2", 5)
-    assert (history.waiting, history.sequence, history.boot) == (0, 5, "0000000000000002")
+    before = history.boot
+    history.begin(5)
+    assert (history.waiting, history.sequence) == (0, 5)
+    assert history.boot != before
     inflight.close()
+
+
+def test_a_history_that_replaces_another_one_comes_behind_its_rest() -> None:
+    """As of a board that is removed and put back: the numbers start over, and nothing is lost."""
+
+    async def main() -> list[tuple[str, int]]:
+        follower = Follower()
+        boots = []
+        for _ in range(2):
+            history = History(Inflight.open().history)
+            history.begin(0)
+            boots.append(history.boot)
+            follower.begin(BOARD, history)
+            history.append(SIGNALS[:1] * 3)
+        lines: list[dict[str, Any]] = []
+        while len(lines) < 6:
+            lines += map(json.loads, (await follower.take()).splitlines())
+        return [(str(boots.index(line["boot"])), line["sequence"]) for line in lines]
+
+    # Both are appended before the follower reads.
+    assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
 
 
 def test_one_that_is_behind_leaves_others_their_turn() -> None:
     async def main() -> None:
-        follower = Follower(None, None, None, False)
+        follower = Follower()
         histories = {}
         for name in ("a", "b"):
             inflight = Inflight.open()
             histories[name] = History(inflight.history)
-            histories[name].begin("1", 0)
+            histories[name].begin(0)
             follower.begin(name, histories[name])
         histories["a"].append(SIGNALS[:1] * 500)
         histories["b"].append(SIGNALS[:1])

@@ -85,7 +85,7 @@ def test_notifications_are_published(bench: Bench) -> None:
     first = next(notifications)
     bench.board.trigger()
     second = next(notifications)
-    boot = bench.board.client().greeting["boot"]
+    boot = bench.board.status()["history"]["boot"]
     assert first.topic == f"lab/{bench.name}/inbound/ihub_hwwd_irq"
     assert second.topic == f"lab/{bench.name}/outbound/redun_notify_irq"
     for number, told in enumerate((first, second), 1):
@@ -249,6 +249,18 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
         bench.broker.start()
         last = next(told for told in reader.notifications() if told.body["sequence"] == 201)
         assert last.topic == "lab/b3/inbound/ihub_hwwd_irq"
+        # A board that is put back starts over, in the same proxy.
+        for _ in range(2):
+            add("b3")
+            proxy.process.send_signal(signal.SIGHUP)
+            reader.until_status("b3", state="online")
+            for _ in range(3):
+                peer.sendto(FRAME, f"{bench.home}/b3-0")
+            assert [next(reader.notifications()).body["sequence"] for _ in range(3)] == [1, 2, 3]
+            (boards / "b3.json").unlink()
+            proxy.process.send_signal(signal.SIGHUP)
+            reader.until_status("b3", state="no proxy")
+    assert "two proxies have a board" not in gateway.log
     (boards / "b1.json").unlink()
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b1", state="no proxy")

@@ -23,7 +23,7 @@ from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 from netns.hang import HANG
 
 

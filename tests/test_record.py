@@ -111,7 +111,7 @@ def test_it_waits_for_a_proxy_that_is_started_again(
     board.trigger()
     peer.recv(2000)
     assert proxy.stop() == 0
-    assert recording.remark().endswith("the proxy has ended: waiting for the next\n")
+    assert recording.remark().endswith("the proxy has ended: waiting for the next one\n")
     board.running()
     while not any(isinstance(each, Mark) and "again" in each.text for each in everything(tmp_path / "f")):
         assert recording.process.poll() is None
@@ -317,7 +317,7 @@ def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: 
     ("words", "code", "text"),
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
-        (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: else there is one file"),
+        (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: otherwise there is one file"),
         (("FILE", "--duration", "0"), 2, "'0': expected a number of seconds above 0"),
         (("",), 2, "FILE"),
     ],

@@ -29,7 +29,7 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
 

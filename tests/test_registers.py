@@ -24,7 +24,7 @@ from inco_trio.registers.directories import ABANDONED, Directories
 from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 

@@ -208,7 +208,7 @@ def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) 
             ("wait", "ihub_hwd_irq"),
             "ihub_hwd_irq: no such signal (there are: ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq)",
         ),
-        (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': there are {home}/core0"),
+        (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': unknown (there are: {home}/core0)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -240,7 +240,7 @@ def test_the_boards_of_a_proxy(board: Board) -> None:
         stack.callback(proxy.close)
         proxy.wait_ready()
         code, complaint = error(run("send", "redun_notify_irq", "--control", runtime / "boards.sock", "--board", "c"))
-        assert (code, complaint) == (2, "board 'c': there are a, b")
+        assert (code, complaint) == (2, "board 'c': unknown (there are: a, b)")
         done = run(
             "wait", "redun_notify_irq", "b", "--timeout", str(HANG), "--after", "inco-trio send redun_notify_irq b"
         )

@@ -17,7 +17,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -25,14 +27,19 @@ from inco_trio.cli.monitor import _Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
 from inco_trio.control.client import client_of, connect, sockets
+from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import openmetrics
+from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
+from inco_trio.status import SignalStatus, Stats, Status, TaskStatus
 from netns.fixtures import StartProxy
 from netns.hang import HANG
 from tests.support_control import COMMAND, MAC, Board, Client, Running
 from tests.support_proxy import frame
+
+GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boot": "5f0c", "boards": ["x"]}\n'
 
 
 @pytest.fixture
@@ -76,9 +83,9 @@ def test_status(board: Board) -> None:
     done = run("status", "--control", board.path)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, head, *rows = done.stdout.splitlines()
-    assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.* m?s\), kept by nobody", first)
+    assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.* m?s\), descriptors not stored", first)
     assert second.startswith(f"  {board.link}: address ")
-    assert head.split() == ["signal", "count", "a", "second", "last", "owed", "failed", "register"]
+    assert head.split() == ["signal", "count", "per", "second", "last", "pending", "failed", "register"]
     cells = [row.split() for row in rows]
     assert [(row[0], row[1], row[2], row[-1]) for row in cells[:3]] == [
         ("in", "ihub_reset_irq", "0", f"{board.irq}/message_4_state"),
@@ -126,7 +133,7 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
 
 
 def test_labels_of_any_kind_are_escaped() -> None:
-    text = openmetrics([{"board": 'a"b\\c\nd\udcff', "open": False, "problem": "x"}])
+    text = openmetrics((BoardStatus('a"b\\c\nd\udcff', "x"),))
     families = {family.name: family for family in text_string_to_metric_families(text)}
     (sample,) = families["inco_trio_open"].samples
     assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)
@@ -375,11 +382,16 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
 def test_who_is_no_proxy(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     for said, code, text in (
-        (b"hello\n", 69, "who listens there is no inco-trio"),
-        (b"{}\n", 69, "who listens there is no inco-trio"),
+        (b"hello\n", 69, "the process listening there is not inco-trio"),
+        (b"{}\n", 69, "the process listening there is not inco-trio"),
         (b"", 69, "the proxy has ended"),
         (b'{"error": "busy", "message": "256 clients are connected already"}\n', 71, "256 clients"),
-        (b'{"protocol": 1, "name": "x", "boards": []}\nnonsense\n', 69, "who listens there is no inco-trio"),
+        (GREETING + b"nonsense\n", 69, "the process listening there is not inco-trio"),
+        (GREETING.replace(b": 1,", b": 2,", 1), 69, "the proxy uses protocol 2, this program 1"),
+        (b"[" * 100_000 + b"\n", 69, "the line is not JSON"),
+        (GREETING + b'{"status": [{"board": "x", "open": true}]}\n', 69, "status[0].status.link: missing"),
+        (GREETING + b'{"sent": 1}\n', 69, "the response to status lacks status"),
+        (b"x" * (REPLY_MAX + 1), 69, f"a line is longer than {REPLY_MAX} bytes"),
     ):
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(str(path))
@@ -388,8 +400,9 @@ def test_who_is_no_proxy(tmp_path: Path) -> None:
             def answer(server: socket.socket = server, said: bytes = said) -> None:
                 client, _ = server.accept()
                 with client:
-                    client.sendall(said)
-                    client.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        client.sendall(said)
+                        client.shutdown(socket.SHUT_WR)
                     select.select([client], [], [], HANG)
 
             thread = threading.Thread(target=answer)
@@ -426,18 +439,16 @@ def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
         yield start
 
 
-GREETING = b'{"protocol": 1, "name": "x", "pid": 1, "boards": ["x"]}\n'
-
-
 def test_a_proxy_that_says_no_more(server: Callable[[bytes], Path]) -> None:
     with AskingClient(server(GREETING)) as client, pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
-        client.request({"request": "status"}, patience=0.05)
+        client.status(patience=0.05)
 
 
 def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], Path]) -> None:
-    with AskingClient(server(GREETING + b'{"event": "link"}\n{"monitor": true}\n')) as client:
-        assert client.request({"request": "monitor"}) == {"monitor": True}
-        assert next(client.events(0.05)) == {"event": "link"}
+    event = b'{"event": "link", "running": true, "time": 1.5}\n'
+    with AskingClient(server(GREETING + event + b'{"monitor": true}\n')) as client:
+        client.request(MonitorRequest())
+        assert next(client.events(0.05)) == Event("link", time=1.5, running=True)
         client.wait(0.01)
 
 
@@ -474,6 +485,78 @@ def test_the_proxies_of_others_are_passed_over(
     assert client_of(2) is None
 
 
+def test_silent_sockets_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections are open at the same time, and none of them holds up the search for the others."""
+    number = 5
+    monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
+    monkeypatch.setattr("inco_trio.control.client.SEARCH", HANG)
+    together = threading.Barrier(number)
+    with ExitStack() as stack:
+
+        def accept(listening: socket.socket) -> None:
+            with listening.accept()[0]:
+                together.wait(HANG / 2)
+
+        threads = []
+        for each in range(number):
+            listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listening.bind(str(tmp_path / f"{each}.sock"))
+            listening.listen(1)
+            threads.append(threading.Thread(target=accept, args=(listening,)))
+            threads[-1].start()
+        with pytest.raises(ProxyNotFoundError, match="no running proxy answers"):
+            connect(None, None)
+        for thread in threads:
+            thread.join(HANG)
+        assert not together.broken
+
+
+def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with ExitStack() as stack:
+        listening = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listening.bind(str(path))
+        listening.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX))
+        first.connect(str(path))
+        with pytest.raises(ProxyNotFoundError, match="does not answer"):
+            AskingClient(path, 0.1)
+
+        def answer() -> None:
+            for _ in range(2):
+                stack.enter_context(client := listening.accept()[0])
+                client.sendall(GREETING)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with AskingClient(path) as client:
+            assert client.greeting.name == "x"
+        thread.join()
+
+
+def test_a_slow_drip_does_not_extend_the_deadline(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    ended = threading.Event()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(1)
+
+        def drip() -> None:
+            client, _ = listening.accept()
+            with client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while not ended.wait(0.02):
+                    client.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        try:
+            with pytest.raises(ProxyNotFoundError, match="does not answer"):
+                AskingClient(path, 0.2)
+        finally:
+            ended.set()
+            thread.join()
+
+
 @pytest.mark.netns
 def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -> None:
     board.running()
@@ -484,7 +567,7 @@ def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 77
     assert done.stderr == (
-        f"inco-trio: error: {board.path}: only root, the user of the proxy and its group may ask it"
+        f"inco-trio: error: {board.path}: only root, the user of the proxy and its group may connect"
         " (run as one of them)\n"
     )
 
@@ -498,22 +581,15 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_a_board_in_words() -> None:
-    assert [*_board_lines({"board": "b", "open": False, "problem": "no room"}, None, None)] == ["b: not open: no room"]
-    signal = {
-        "signal": "s",
-        "direction": "inbound",
-        "register": "/s",
-        "count": 9,
-        "last": 1.0,
-        "owed": 2,
-        "failures": 3,
-    }
-    leg = {"leg": "send", "restarts": 2, "problem": None, "last_problem": "No buffer space available"}
-    told = {"board": "b", "open": True, "since": 1.0, "running": True, "holder": "systemd", "link": "b"}
-    told |= {"description": "d", "signals": [signal | {"problem": "cannot write"}], "legs": [leg], "counters": {}}
-    past = told | {"signals": [signal | {"count": 5}]}
-    _, _, _, row, problem, restarted = _board_lines(told, 2.0, past)
+    assert [*_board_lines(BoardStatus("b", "no room"), None, None)] == ["b: not open: no room"]
+    signal = SignalStatus("s", Direction.INBOUND, "/s", 9, 1.0, 3, 2, "cannot write")
+    task = TaskStatus("send", 2, None, "No buffer space available")
+    status = Status("b", 1.0, 1.0, True, "d", "systemd", Stats(), (signal,), (task,))
+    past = attrs.evolve(status, signals=(attrs.evolve(signal, count=5),))
+    first, _, _, row, problem, restarted = _board_lines(BoardStatus("b", "", status), 2.0, past)
+    assert first.endswith("descriptors stored in systemd")
     assert row.split()[:4] == ["in", "s", "9", "2"]
+    assert row.split()[-3:] == ["2", "3", "/s"]
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
 
@@ -521,12 +597,12 @@ def test_a_board_in_words() -> None:
 def test_events_in_words() -> None:
     lines = _Lines()
 
-    def line(**event: object) -> str:
-        return lines.line({"time": 0.25, "monotonic_ns": 0, **event}).split(" ", 1)[1]
+    def line(event: str, **fields: Any) -> str:
+        return lines.line(Event(event, time=0.25, **fields)).split(" ", 1)[1]
 
-    assert line(event="lost", count=3) == "3 events were lost here: they came faster than they could be shown"
-    assert line(event="problem", level="warning", message="m") == "warning: m"
-    assert line(event="new", board="b") == "b: info: new"
+    assert line("lost", count=3) == "3 events lost: they arrived faster than they could be printed"
+    assert line("problem", level="warning", message="m") == "warning: m"
+    assert line("new", board="b") == "b: info: new"
 
 
 @pytest.mark.parametrize(

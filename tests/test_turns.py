@@ -19,7 +19,7 @@ from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.supervise import Health
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import SignalTable, builtin_signals
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 

@@ -24,7 +24,7 @@ from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.signals import Direction
-from inco_trio.stats import Stats
+from inco_trio.status import Stats
 
 if TYPE_CHECKING:
     from inco_trio.status import Status
@@ -77,18 +77,16 @@ class Proxy:
 
     @property
     def config(self) -> Config:
-        """What it was told: at the opening, or by the last reload."""
+        """The configuration from the start or from the last reload."""
         return self._proxy.config
 
-    @property
-    def stats(self) -> Stats:
-        """The counters of this moment. The proxy's thread is waited for: some ten microseconds."""
-        return self._beside.ask(lambda: self._proxy.stats)
+    async def stats(self) -> Stats:
+        """Return the current counters."""
+        return await self._beside.read(lambda: self._proxy.stats)
 
-    @property
-    def status(self) -> Status:
-        """The state of this moment; the thread is waited for, too."""
-        return self._beside.ask(lambda: self._proxy.status)
+    async def status(self) -> Status:
+        """Return the current state."""
+        return await self._beside.read(lambda: self._proxy.status)
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal; returns once the link has accepted it.
@@ -129,20 +127,20 @@ class Proxy:
 
 
 class _Events(AsyncIterator[Notification]):
-    """A stream of events here, and Trio's there."""
+    """An asyncio view of the proxy's Trio event stream."""
 
     def __init__(self, beside: Beside, batch: int) -> None:
         self._beside = beside
         self._batch = batch
         self._stack = ExitStack()
         self._closed = False
-        # Put in there and taken here. What is fetched for a reader that was cancelled meanwhile is the next one's.
+        # Trio's thread appends and asyncio's takes. The next reader gets what was fetched for a cancelled one.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
     async def __anext__(self) -> Notification:
         while not (self._fetched or self._closed):
-            # Another reader may have fetched some for this one, too.
+            # Another reader may have fetched some for this one too.
             async with self._fetching:
                 if not self._fetched and not await self._fetch():
                     raise StopAsyncIteration
@@ -151,19 +149,19 @@ class _Events(AsyncIterator[Notification]):
         return self._fetched.popleft()
 
     async def _fetch(self) -> bool:
-        """Wait until some are there; returns whether any is."""
+        """Wait for notifications; return whether there are any."""
         try:
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
-                # What was left has come when Trio has ended.
+                # The rest has arrived once Trio has ended.
                 await self._beside.ended()
         return bool(self._fetched) or self._closed
 
     # ----------------------------------------------------------------------------------------------------- there
 
     def open(self, events: AbstractContextManager[trio.MemoryReceiveChannel[Notification]]) -> None:
-        """Have Trio's stream, until `close` or until the proxy is closed."""
+        """Use Trio's stream until `close` or until the proxy closes."""
         self._stream = self._stack.enter_context(events)
         self._beside.at_the_end.add(self._end)
 
@@ -173,12 +171,12 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     def _end(self) -> None:
-        """The proxy is closed: all that is left comes."""
+        """The proxy has closed; hand over what is still buffered."""
         self._take(sys.maxsize)
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for one, and take it and those behind it."""
+        """Wait for one notification, and take it and those that are queued behind it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -186,7 +184,7 @@ class _Events(AsyncIterator[Notification]):
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
-        """Take what is there."""
+        """Take at most `most` queued notifications."""
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             for _ in range(most):
                 self._fetched.append(self._stream.receive_nowait())
@@ -217,10 +215,13 @@ class AsyncioProxy:
     def __init__(self, proxy: trio_proxy.Proxy) -> None:
         self._proxy = proxy
 
-    @property
-    def stats(self) -> Stats:
-        """The counters, up to date."""
+    async def stats(self) -> Stats:
+        """Return the current counters."""
         return self._proxy.stats
+
+    async def status(self) -> Status:
+        """Return the current state."""
+        return self._proxy.status
 
     async def send(self, name: str) -> None:
         """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
@@ -229,12 +230,14 @@ class AsyncioProxy:
         await trio_asyncio.trio_as_aio(self._proxy.send)(name)
 
     @contextmanager
-    def events(self, buffer: int = 1024) -> Iterator[AsyncIterator[Notification]]:
-        """A stream of what is carried from now on, in both directions: `Proxy.events`, for asyncio's `async for`.
+    def events(
+        self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
+    ) -> Iterator[AsyncIterator[Notification]]:
+        """Open a stream of notifications for asyncio's `async for`, with the filters of `Proxy.events`.
 
-        A cancelled `anext`, for instance by `asyncio.timeout`, loses no notification.
+        A cancelled `anext`, for example by `asyncio.timeout`, loses no notification.
         """
-        with self._proxy.events(buffer) as stream:
+        with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 
 

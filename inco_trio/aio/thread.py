@@ -158,6 +158,17 @@ class Beside:
             return function()
         return answer.result()
 
+    async def read(self, function: Callable[[], T]) -> T:
+        """Return the result of a plain function of the Trio thread without blocking the loop."""
+
+        async def call() -> T:
+            return function()
+
+        try:
+            return await self.call(call)
+        except ClosedError:
+            return function()  # Trio has ended, and nothing changes any more.
+
     async def ended(self) -> None:
         """Wait until Trio has ended."""
         await asyncio.wait({self._ended})

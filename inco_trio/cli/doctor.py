@@ -1,4 +1,4 @@
-"""`inco-trio doctor`: looks for what keeps notifications from coming, and says which command mends it."""
+"""`inco-trio doctor`: looks for what keeps notifications from coming, and says which command fixes it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `doctor`."""
     sub.epilog = (
-        "Each check is one line, with the command that mends what is wrong; nothing is changed.\n"
+        "Each check is one line, with the command that fixes what is wrong; nothing is changed.\n"
         "Without --config, --irq-dir and $UDRV_JSON_PATH no registers are looked at, without LINK no link.\n"
         "exit codes: 0 all is ok, 1 something failed, 3 there are warnings only\n\n"
         "example: inco-trio doctor rpmsg4000 --config /etc/udrv.json"

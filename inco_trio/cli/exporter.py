@@ -6,7 +6,13 @@ import argparse
 import functools
 from importlib import resources
 
-from inco_trio.cli.options import LISTEN, add_clients_option, add_service_options, check_listen, control_paths, needing
+from inco_trio.cli.options import (
+    LISTEN,
+    add_clients_option,
+    add_service_options,
+    check_listen,
+    control_paths,
+)
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals
@@ -31,8 +37,7 @@ def run(args: argparse.Namespace) -> int:
         say(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
         return 0
     with process_signals.held():
-        with needing("prometheus_client", "prometheus_client", "metrics"):
-            from inco_trio.metrics.exporter import serve
+        from inco_trio.metrics.exporter import serve
         from inco_trio.service.runner import Restarting, run_service
 
         address, port = check_listen(args.listen)

@@ -1,4 +1,4 @@
-"""`inco-trio record`: each notification as it happens, with its frame, to a pcapng file."""
+"""`inco-trio record`: write notifications and their frames to a pcapng file as they happen."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import select
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, number_of_seconds, path_of, positive
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
+from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
 from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.service import process_signals
 from inco_trio.signals import Direction
@@ -27,42 +28,40 @@ if TYPE_CHECKING:
 
 __all__ = ["arguments", "run"]
 
-Event = Mapping[str, Any]
-
 AGAIN = 0.2
-"""Seconds until a proxy that ended is asked for again."""
+"""Seconds between two attempts to connect to a proxy that has ended."""
 SHOWN = 0.5
-"""Seconds between two looks at the progress, on a terminal."""
+"""Seconds between two updates of the progress on a terminal."""
 FAREWELL = 1.0
-"""Seconds in which a proxy tells at the end what it has not told yet."""
+"""Deadline in seconds for the remaining events at the end."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `record`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "It ends at SIGINT, SIGTERM, --count or --duration; a proxy that ends is waited for.\n"
-        "Without a proxy, on an interface, it listens itself (CAP_NET_RAW), and sees frames only.\n"
+        "It stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next one.\n"
+        "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and records frames only.\n"
         "example: inco-trio record night.pcapng --size 100000000 --keep 10\n"
-        "exit codes: 0 it ended as asked, 69 no proxy, 71 no room, 77 no permission; see inco-trio --help"
+        "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission; see inco-trio --help"
     )
-    sub.add_argument("file", metavar="FILE", help="written as pcapng; a file that is there is replaced")
+    sub.add_argument("file", metavar="FILE", help="pcapng file to write; an existing file is replaced")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="only this one of many boards")
-    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal; may be given several times")
+    sub.add_argument("--board", metavar="NAME", help="only this board")
+    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
     sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
-    sub.add_argument("--count", type=positive, metavar="N", help="end after so many notifications")
-    sub.add_argument("--duration", type=number_of_seconds, metavar="SECONDS", help="end after so long")
-    sub.add_argument("--size", type=positive, metavar="BYTES", help="go on in FILE_00002 and so on before this size")
-    sub.add_argument("--period", type=number_of_seconds, metavar="SECONDS", help="go on in another file after so long")
-    sub.add_argument("--keep", type=positive, metavar="N", help="of more files than these, remove the oldest")
+    sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
+    sub.add_argument("--duration", type=number_of_seconds, metavar="SECONDS", help="stop after SECONDS")
+    sub.add_argument("--size", type=positive, metavar="BYTES", help="start FILE_00002 and so on at this size")
+    sub.add_argument("--period", type=number_of_seconds, metavar="SECONDS", help="start another file after SECONDS")
+    sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record until it ends; raises IncoError."""
+    """Record until the end; raises IncoError."""
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
-        raise UsageError("--keep needs --size or --period: else there is one file")
+        raise UsageError("--keep needs --size or --period: otherwise there is one file")
     with process_signals.wakeups(process_signals.STOPS) as stops, contextlib.ExitStack() as stack:
         stop = _Stop(stops, args.duration)
         source = stack.enter_context(_source(args, stop))
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """Knows when to end: SIGINT or SIGTERM has come, or it is time. Nothing is interrupted in the middle of a write."""
+    """The end of the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
 
     def __init__(self, sock: socket.socket, duration: float | None) -> None:
         self._sock = sock
@@ -90,7 +89,7 @@ class _Stop:
         self._end = math.inf if duration is None else time.monotonic() + duration
 
     def wait(self, seconds: float, *others: _Proxy | Listening) -> bool:
-        """Wait, until one of `others` has something, at most; returns whether it is the end."""
+        """Wait until one of `others` is readable, or `seconds`; return whether the recording ends."""
         if not self._over:
             left = min(seconds, self._end - time.monotonic())
             ready, _, _ = select.select([self._sock, *others], [], [], None if left == math.inf else max(0, left))
@@ -99,18 +98,16 @@ class _Stop:
 
 
 class _Proxy:
-    """A proxy that is asked again when it was started again."""
+    """A connection to a proxy that is opened again after the proxy restarts."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop
-        self.name = str(client.greeting["name"])
+        self.name = client.greeting.name
         self._gone = False
         self._ask()
 
     def _ask(self) -> None:
-        request = {"request": "monitor", "frames": True, "board": self._args.board, "signals": self._args.signal}
-        request["direction"] = self._args.direction
-        self._client.request({key: value for key, value in request.items() if value is not None})
+        self._client.request(MonitorRequest(self._args.board, _direction(self._args), self._args.signal, frames=True))
 
     def __enter__(self) -> _Proxy:
         return self
@@ -121,13 +118,13 @@ class _Proxy:
     def fileno(self) -> int:
         return self._client.fileno()
 
-    def arrived(self) -> list[dict[str, Any]]:
-        """The events that are there, without waiting, but for the next process if this one has ended."""
+    def arrived(self) -> list[Event]:
+        """Return the events that have arrived. If the proxy has ended, wait for the next one first."""
         try:
             return self._client.arrived()
         except ProxyNotFoundError as error:
             self._client.close()
-            remark(f"{error}: waiting for the next")
+            remark(f"{error}: waiting for the next one")
             ended = _mark("the proxy has ended")
             while not self._stop.wait(AGAIN):
                 with contextlib.suppress(ProxyNotFoundError):
@@ -137,21 +134,25 @@ class _Proxy:
             self._gone = True
             return [ended]
 
-    def rest(self) -> Iterator[dict[str, Any]]:
-        """What the proxy has told until now."""
+    def rest(self) -> Iterator[Event]:
+        """Yield the remaining events."""
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            with contextlib.suppress(IncoError):  # If it has ended meanwhile, what it told before is still there.
-                self._client.request({"request": "flush"}, FAREWELL)
+            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still queued.
+                self._client.request(FlushRequest(), FAREWELL)
             for event in self._client.events(FAREWELL):
-                if event["event"] == "flushed":
+                if event.event == "flushed":
                     break
                 yield event
 
 
-def _mark(text: str) -> dict[str, Any]:
-    return {"event": "message", "message": text, "time": time.time()}
+def _mark(text: str) -> Event:
+    return Event("message", time=time.time(), message=text)
+
+
+def _direction(args: argparse.Namespace) -> Direction | None:
+    return None if args.direction is None else Direction(args.direction)
 
 
 @contextlib.contextmanager
@@ -163,7 +164,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
             raise
         from inco_trio.control.listen import Listening
 
-        with Listening(args.link, args.signal, args.direction) as listening:
+        with Listening(args.link, args.signal, _direction(args)) as listening:
             remark(f"no proxy answers: listening on {args.link} itself")
             yield listening
         return
@@ -196,23 +197,21 @@ def _show(text: str) -> None:
 
 def _write(recorder: Recorder, event: Event, name: str) -> None:
     """Append an event to the recording."""
-    time_ns = round(event["time"] * 1e9)
-    board = event.get("board", name)
-    frame = None if event.get("frame") is None else bytes.fromhex(event["frame"])
-    whose = "" if board == name else f"{board}: "
-    match event["event"]:
-        case "notification":
-            way = Direction(event["direction"])
-            recorder.append(time_ns, way, event["signal"], event["register"] or "", frame, board)
-        case "ignored":
-            text = f"ignored: {event['reason']}{' signal ' + event['signal'] if event['signal'] else ' frame'}"
+    time_ns, board = round(event.time * 1e9), event.board or name
+    frame = None if event.frame is None else bytes.fromhex(event.frame)
+    where = "" if board == name else f"{board}: "
+    match event:
+        case Event(event="notification", direction=Direction() as direction, signal=str() as signal_name):
+            recorder.append(time_ns, direction, signal_name, event.register or "", frame, board)
+        case Event(event="ignored"):
+            text = f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
             if frame is None:
-                recorder.mark(time_ns, f"{whose}{text}")
+                recorder.mark(time_ns, f"{where}{text}")
             else:
                 recorder.ignored(time_ns, text, frame, board)
-        case "link":
-            recorder.mark(time_ns, f"{whose}the link {'came up' if event['running'] else 'went down'}")
-        case "lost":
-            recorder.mark(time_ns, f"{event['count']} events were lost here: they came too fast")
+        case Event(event="link"):
+            recorder.mark(time_ns, f"{where}the link {'came up' if event.running else 'went down'}")
+        case Event(event="lost"):
+            recorder.mark(time_ns, f"{event.count} events were lost here: they arrived too fast")
         case _:
-            recorder.mark(time_ns, f"{whose}{event.get('message', event['event'])}")
+            recorder.mark(time_ns, f"{where}{event.message or event.event}")

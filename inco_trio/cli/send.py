@@ -110,22 +110,22 @@ class _Schedule:
 
 def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
     from inco_trio.control.client import connect
+    from inco_trio.control.protocol import SendRequest
 
     with connect(args.link, args.control) as client:
         board = board_of(client, args)
         directions, running = signals_of(client, board)
         outbound = [name for name, direction in directions.items() if direction == "outbound"]
         check_known(args.signal, outbound, directions, WHAT, HINT)
-        one = board is not None or len(client.greeting["boards"]) == 1
+        one = board is not None or len(client.greeting.boards) == 1
         if one and not running:
             remark("the link is down, or core 1 is not running: the proxy sends it later")
 
         def send(count: int) -> None:
-            request = {"request": "send", "signal": args.signal, "count": count}
-            client.request(request | ({} if board is None else {"board": board}), patience=None)
+            client.request(SendRequest(args.signal, count, board), patience=None)
 
         schedule.follow(send)
-        return f"through {board or client.greeting['name']}"
+        return f"through {board or client.greeting.name}"
 
 
 def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:

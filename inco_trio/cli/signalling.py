@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, check_link, config_path, path_of
@@ -121,19 +121,18 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
 
 
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
-    """Return the board that --board or LINK names."""
-    if args.board is None and args.link in client.greeting["boards"] and args.link != client.greeting["name"]:
+    """The board that was named, by --board or as LINK."""
+    if args.board is None and args.link in client.greeting.boards and args.link != client.greeting.name:
         return str(args.link)
     board: str | None = args.board
     return board
 
 
 def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
-    """Return the direction of each signal, and whether all links are up."""
-    request = {"request": "status"} | ({} if board is None else {"board": board})
-    boards: list[dict[str, Any]] = [each for each in client.request(request)["status"] if each["open"]]
-    directions = {signal["signal"]: signal["direction"] for each in boards for signal in each["signals"]}
-    return directions, all(each["running"] for each in boards)
+    """Return the directions of the signals by name, and whether all links are up."""
+    boards = [each.status for each in client.status(board) if each.status is not None]
+    directions = {signal.signal: signal.direction.value for each in boards for signal in each.signals}
+    return directions, all(each.running for each in boards)
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:

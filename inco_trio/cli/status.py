@@ -1,40 +1,46 @@
-"""`inco-trio status`: what a running proxy tells of itself."""
+"""`inco-trio status`: print the status of a running proxy."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, number_of_seconds
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
-from inco_trio.control.client import Client, connect
+from inco_trio.control.client import connect
+from inco_trio.control.protocol import BoardStatus, to_json
 from inco_trio.service.lines import printable
+from inco_trio.signals import Direction
+from inco_trio.status import Status
 
 __all__ = ["arguments", "run"]
 
-Board = Mapping[str, Any]
-HEAD = ("", "signal", "count", "a second", "last", "owed", "failed", "register")
+HEAD = ("", "signal", "count", "per second", "last", "pending", "failed", "register")
+NUMBERS = range(2, 7)
+"""The columns that are aligned to the right."""
+Boards = Sequence[BoardStatus]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `status`."""
     sub.epilog = f"example: inco-trio status --watch\n{EXIT_CODES}"
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="only this one of many boards")
+    sub.add_argument("--board", metavar="NAME", help="only this board")
     sub.add_argument(
         "--watch", nargs="?", const=1.0, type=number_of_seconds, metavar="SECONDS",
-        help="again every second, or so often, with the rate since the time before",
+        help="repeat every SECONDS (default: 1), with rates since the previous output",
     )  # fmt: skip
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="a line of JSON, see docs/control.md")
+    how.add_argument("--json", action="store_true", help="print a line of JSON, see docs/control.md")
     how.add_argument(
-        "--openmetrics", action="store_true", help="OpenMetrics text, as for node_exporter's textfile collector"
+        "--openmetrics",
+        action="store_true",
+        help="print OpenMetrics text, as for node_exporter's textfile collector",
     )
 
 
@@ -44,13 +50,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--watch and --openmetrics exclude each other")
     with connect(args.link, args.control) as client:
         if args.watch is None:
-            boards = _ask(client, args)
+            boards = client.status(args.board)
             lines = [*_shown(boards, args, None)]
             say(*(lines if args.json or args.openmetrics else painted(lines)))
             return 0
-        before: tuple[float, list[Board]] | None = None
+        before: tuple[float, Boards] | None = None
         while True:
-            boards, now = _ask(client, args), time.monotonic()
+            boards, now = client.status(args.board), time.monotonic()
             lines = [*_shown(boards, args, before and (now - before[0], before[1]))]
             if is_terminal() and not args.json:
                 say(screen(lines))
@@ -61,61 +67,60 @@ def run(args: argparse.Namespace) -> int:
             client.wait(args.watch)
 
 
-def _ask(client: Client, args: argparse.Namespace) -> list[Board]:
-    request = {"request": "status"} | ({"board": args.board} if args.board is not None else {})
-    boards: list[Board] = client.request(request)["status"]
-    return boards
-
-
-def _shown(boards: list[Board], args: argparse.Namespace, before: tuple[float, list[Board]] | None) -> Iterator[str]:
+def _shown(boards: Boards, args: argparse.Namespace, before: tuple[float, Boards] | None) -> Iterator[str]:
     if args.json:
-        yield json.dumps(boards)
+        yield json.dumps([to_json(board) for board in boards])
     elif args.openmetrics:
         from inco_trio.metrics.openmetrics import openmetrics
 
-        yield openmetrics(boards).rstrip("\n")
+        yield openmetrics(tuple(boards)).rstrip("\n")
     else:
-        past = {} if before is None else {board["board"]: board for board in before[1]}
+        past = {} if before is None else {board.board: board.status for board in before[1]}
         for board in boards:
-            yield from map(printable, _board_lines(board, before and before[0], past.get(board["board"])))
+            yield from map(printable, _board_lines(board, before and before[0], past.get(board.board)))
 
 
-def _board_lines(board: Board, seconds: float | None, past: Board | None) -> Iterator[str]:
-    """A board; rates are those since `past`, or since it was opened."""
-    if not board["open"]:
-        yield f"{board['board']}: not open: {board['problem']}"
+def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None) -> Iterator[str]:
+    """Return the lines of a board. Rates are those since `past`, or since the board was opened."""
+    status = board.status
+    if status is None:
+        yield f"{board.board}: not open: {board.problem}"
         return
     now = time.time()
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(board["since"]))
-    state = "up" if board["running"] else "down"
-    holder = board["holder"] or "nobody"
-    yield f"{board['board']}: {state}, open since {since} ({_duration(now - board['since'])}), kept by {holder}"
-    yield f"  {board['link']}: {board['description']}"
-    counts = {} if past is None or not past["open"] else {s["signal"]: s["count"] for s in past["signals"]}
-    period = seconds if counts and seconds else max(now - board["since"], 1e-3)
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.since))
+    state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(now - status.since)})"
+    stored = "not stored" if status.descriptors is None else f"stored in {status.descriptors}"
+    yield f"{board.board}: {state}, descriptors {stored}"
+    yield f"  {status.link}: {status.description}"
+    yield from _table(status, seconds, past, now)
+    for each in status.signals:
+        if each.problem:
+            yield f"  {each.signal}: {each.register}: {each.problem}"
+    for task in status.tasks:
+        if task.problem or task.restarts:
+            yield f"  {task.task}: restarted {task.restarts} times; {task.problem or f'last: {task.last_problem}'}"
+    if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
+        yield f"  counters: {counters}"
+
+
+def _table(status: Status, seconds: float | None, past: Status | None, now: float) -> Iterator[str]:
+    """Return the table of the signals."""
+    counts = {} if past is None else {each.signal: each.count for each in past.signals}
+    period = seconds if counts and seconds else max(now - status.since, 1e-3)
     rows = [HEAD]
-    for each in sorted(board["signals"], key=lambda each: each["direction"]):
-        rate = max(0, each["count"] - counts.get(each["signal"], 0)) / period
-        last = "never" if each["last"] is None else f"{_duration(max(0.0, now - each['last']))} ago"
-        way = "in" if each["direction"] == "inbound" else "out"
-        numbers = (str(each["count"]), f"{rate:.3g}", last, str(each["owed"]), str(each["failures"]))
-        rows.append((way, each["signal"], *numbers, each["register"]))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    for each in sorted(status.signals, key=lambda each: each.direction.value):
+        rate = max(0, each.count - counts.get(each.signal, 0)) / period
+        last = "never" if each.last is None else f"{_duration(max(0.0, now - each.last))} ago"
+        way = "in" if each.direction is Direction.INBOUND else "out"
+        numbers = (str(each.count), f"{rate:.3g}", last, str(each.pending), str(each.failures))
+        rows.append((way, each.signal, *numbers, each.register))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
-            cell.rjust(width) if number in (2, 3, 4, 5, 6) else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column in NUMBERS else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"  {'  '.join(cells)}".rstrip()
-    for each in board["signals"]:
-        if each["problem"]:
-            yield f"  {each['signal']}: {each['register']}: {each['problem']}"
-    for leg in board["legs"]:
-        if leg["problem"] or leg["restarts"]:
-            problem = leg["problem"] or f"last: {leg['last_problem']}"
-            yield f"  {leg['leg']}: restarted {leg['restarts']} times; {problem}"
-    if counters := ", ".join(f"{count} {name}" for name, count in board["counters"].items() if count):
-        yield f"  counters: {counters}"
 
 
 def _duration(seconds: float) -> str:

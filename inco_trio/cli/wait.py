@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from signal import SIGTERM
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import positive
@@ -29,7 +28,9 @@ from inco_trio.cli.signalling import (
     signals_of,
 )
 from inco_trio.cli.streams import flush, remark, say
+from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import IncoError, ResourceError
+from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
 class _Source(Protocol):
     def fileno(self) -> int: ...
-    def arrived(self) -> list[dict[str, Any]]:
-        """Return what arrived, without waiting: notifications (see docs/control.md), or {"missed": text}."""
+    def arrived(self) -> list[Event]:
+        """Return the events that have arrived. Those that are not notifications have a message for the user."""
 
 
 class _Waiting:
@@ -155,16 +156,17 @@ class _Waiting:
         """Whether all notifications arrived."""
         return not self._left
 
-    def came(self, event: Mapping[str, Any]) -> bool:
-        """Print a notification; return whether it was the last one."""
-        if "missed" in event:
-            remark(event["missed"])
+    def came(self, event: Event) -> bool:
+        """Print a notification; returns whether it was the last one."""
+        if event.event != "notification":
+            remark(event.message)
             return False
         if self._args.json:
-            say(json.dumps(event))
+            say(event.json())
         elif not self._args.quiet:
-            stamp = time.strftime("%H:%M:%S", time.localtime(event["time"]))
-            say(f"{stamp}.{int(event['time'] % 1 * 1e6):06d} {event['direction']} {event['signal']}")
+            stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
+            direction = "" if event.direction is None else event.direction.value
+            say(f"{stamp}.{int(event.time % 1 * 1e6):06d} {direction} {event.signal}")
         flush()
         self._left -= 1
         return self.complete
@@ -210,8 +212,7 @@ def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
         board = board_of(client, args)
         directions, _ = signals_of(client, board)
         check_known(args.signal, directions, (), "", "")
-        request = {"request": "monitor", "signals": [args.signal]} | ({} if board is None else {"board": board})
-        client.request(request)
+        client.request(MonitorRequest(board, signals=[args.signal]))
         yield _Told(client)
 
 
@@ -220,14 +221,15 @@ class _Told:
         self._client = client
         self.fileno = client.fileno
 
-    def arrived(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[Event]:
         """See `_Source`. Raises ProxyNotFoundError once the proxy has ended."""
         found = []
         for event in self._client.arrived():
-            if event["event"] == "notification":
+            if event.event == "notification":
                 found.append(event)
-            elif event["event"] == "lost":
-                found.append({"missed": f"{event['count']} events were lost, which may have been notifications"})
+            elif event.event == "lost":
+                text = f"{event.count} events were lost here: they may have been notifications"
+                found.append(Event("lost", message=text))
         return found
 
 
@@ -240,7 +242,7 @@ class _Register:
     def __init__(self, signal: Signal) -> None:
         from inco_trio.cores import watch
 
-        self._arrived: list[dict[str, Any]] = []
+        self._arrived: list[Event] = []
         self._overflowed = watch.OverflowedError
         self._watch = watch.Watch()
         self.fileno = self._watch.fileno
@@ -259,28 +261,21 @@ class _Register:
 
     def _report(self, what: Signal | IncoError) -> None:
         if isinstance(what, self._overflowed):
-            self._arrived.append({"missed": str(what)})
+            self._arrived.append(Event("overflow", message=str(what)))
         elif isinstance(what, IncoError):
             raise what
         else:
-            self._arrived.append(_notification(what.name, "inbound", str(what.path)))
+            self._arrived.append(_notification(what.name, Direction.INBOUND, str(what.path)))
 
-    def arrived(self) -> list[dict[str, Any]]:
+    def arrived(self) -> list[Event]:
         """See `_Source`. Raises IncoError."""
         self._arrived.clear()
         self._watch.drain()
         return self._arrived
 
 
-def _notification(signal: str, direction: str, register: str | None) -> dict[str, Any]:
-    """Return a notification in the form that the proxy reports."""
-    return {
-        "event": "notification",
-        "direction": direction,
-        "signal": signal,
-        "register": register,
-        "time": time.time(),
-    }
+def _notification(signal: str, direction: Direction, register: str | None) -> Event:
+    return Event("notification", time=time.time(), direction=direction, signal=signal, register=register)
 
 
 # --------------------------------------------------------------------------------------------------------- as core 1
@@ -309,6 +304,6 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
                 if send is not None:
                     nursery.start_soon(core1.send, send)
                 async for arrival in arrivals:
-                    if waiting.came(_notification(arrival.name, "outbound", None)):
+                    if waiting.came(_notification(arrival.name, Direction.OUTBOUND, None)):
                         break
                 nursery.cancel_scope.cancel()

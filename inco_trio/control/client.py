@@ -1,82 +1,157 @@
-"""A client of the control socket, with blocking sockets and nothing else: tools of a shell have to start quickly.
-
-docs/control.md says what is asked and answered.
-"""
+"""A blocking client of the control socket. It imports little because command line tools must start quickly."""
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import select
 import socket
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
+from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Request, Response
 from inco_trio.errors import (
     IncoError,
     InvalidArgumentError,
     PermissionDeniedError,
+    ProtocolError,
     ProxyNotFoundError,
     ResourceError,
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["Client", "client_of", "connect", "sockets"]
+__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "client_of", "connect", "dial", "sockets"]
 
-PROTOCOL = 1
+CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Seconds of one select(2): a signal that comes just before it does not end it."""
+"""Seconds of one select(2). A signal that arrives just before it does not interrupt it."""
 PATIENCE = 10.0
-"""Seconds in which a proxy greets, and answers what it need not wait for."""
+"""Deadline in seconds for the greeting and for each response that needs no waiting."""
+SEARCH = 3.0
+"""Deadline in seconds for the greetings of all proxies, where the user named none."""
+AGAIN = 0.02
+"""Seconds until the next attempt to connect to a socket whose backlog is full."""
 ERRORS: dict[str, type[IncoError]] = {
     "not-permitted": PermissionDeniedError,
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""What an error of the proxy is here; InvalidArgumentError for the others."""
+"""The exception for an error code of the proxy; InvalidArgumentError for the others."""
 
 
-class Client:
+def dial(sock: socket.socket, path: Path) -> bool:
+    """Connect a non-blocking socket; return False while the backlog of the proxy is full.
+
+    Raises PermissionDeniedError, and ProxyNotFoundError. Its cause is a FileNotFoundError or a ConnectionRefusedError
+    if no process listens there.
+    """
+    try:
+        sock.connect(os.fspath(path))
+    except BlockingIOError:
+        return False
+    except PermissionError as error:
+        raise PermissionDeniedError(
+            path, "only root, the user of the proxy and its group may connect (run as one of them)"
+        ) from error
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise ProxyNotFoundError(path, "no proxy listens there") from error
+    except OSError as error:
+        raise ProxyNotFoundError(path, f"cannot connect: {error.strerror or error}") from error
+    return True
+
+
+class Channel:
+    """What both kinds of clients know of a connection: the received lines, and the errors of the proxy at `path`.
+
+    All methods raise ProtocolError if the other process does not obey the protocol.
+    """
+
+    def __init__(self, path: Path, *, is_subject: bool) -> None:
+        self.path = path
+        self._is_subject = is_subject
+        """Whether the path is the subject of the errors that the proxy reports."""
+        self._received = protocol.LineBuffer(protocol.REPLY_MAX)
+        self._lines: deque[bytes] = deque()
+
+    def _feed(self, data: bytes) -> None:
+        """Take received bytes. Raises ProxyNotFoundError at the end of the connection."""
+        if not data:
+            raise self._ended()
+        self._received.feed(data)
+        with self._obeying():
+            self._lines += self._received.lines()
+
+    def _next_greeting(self) -> Greeting:
+        """Take the greeting. Raises IncoError if the proxy refuses the client."""
+        with self._obeying():
+            greeting = protocol.decode_greeting(self._lines.popleft())
+        if isinstance(greeting, Response):
+            raise self._refusal(greeting)
+        return greeting
+
+    def _next(self) -> Event | Response:
+        """Take an event or a response."""
+        with self._obeying():
+            return protocol.decode_reply(self._lines.popleft())
+
+    def _checked(self, response: Response, request: Request) -> Response:
+        """Return the response to a request. Raises IncoError if the proxy refuses it."""
+        if response.error:
+            raise self._refusal(response)
+        with self._obeying():
+            response.check(request)
+        return response
+
+    def _refusal(self, response: Response) -> IncoError:
+        kind, reason = ERRORS.get(response.error, InvalidArgumentError), response.message or response.error
+        return kind(self.path, reason) if self._is_subject else kind(reason)
+
+    @contextmanager
+    def _obeying(self) -> Iterator[None]:
+        try:
+            yield
+        except MessageError as error:
+            text = "the process listening there is not inco-trio, or another version"
+            raise ProtocolError(self.path, f"{text}: {error}") from error
+
+    def _ended(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(self.path, "the proxy has ended")
+
+    def _silent(self) -> ProxyNotFoundError:
+        return ProxyNotFoundError(self.path, "the proxy does not answer")
+
+
+class Client(Channel):
     """A connection to the proxy that listens at `path`.
 
-    Raises ProxyNotFoundError if nobody does, PermissionDeniedError, and ResourceError for a proxy that has no room.
+    Raises PermissionDeniedError, ResourceError if the proxy has too many clients, and ProxyNotFoundError if no proxy
+    answers.
     """
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
-        self.path = path
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._received = bytearray()
-        self._events: deque[dict[str, Any]] = deque()
+        super().__init__(path, is_subject=False)
+        self._events: deque[Event] = deque()
+        deadline = time.monotonic() + patience
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self._sock.settimeout(patience)
-            self._connect()
-            self.greeting = self._read()
-            self._check(self.greeting)
-            self._check_greeting()
+            self._dial(deadline)
+            self._await_line(deadline)
+            self.greeting = self._next_greeting()
         except BaseException:
             self._sock.close()
             raise
 
-    def _check_greeting(self) -> None:
-        greeting = self.greeting
-        if not isinstance(greeting.get("protocol"), int) or not isinstance(greeting.get("boards"), list):
-            raise ProxyNotFoundError(self.path, "who listens there is no inco-trio")
-
-    def _connect(self) -> None:
-        try:
-            self._sock.connect(os.fspath(self.path))
-        except PermissionError as error:
-            raise PermissionDeniedError(
-                self.path, "only root, the user of the proxy and its group may ask it (run as one of them)"
-            ) from error
-        except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise ProxyNotFoundError(self.path, "no proxy listens there") from error
-        except OSError as error:
-            raise ProxyNotFoundError(self.path, f"cannot ask there: {error.strerror or error}") from error
+    def _dial(self, deadline: float) -> None:
+        while not dial(self._sock, self.path):
+            if time.monotonic() >= deadline:
+                raise self._silent()
+            time.sleep(AGAIN)
 
     def __enter__(self) -> Client:
         return self
@@ -85,93 +160,81 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._sock.close()
 
-    def request(self, request: Mapping[str, object], patience: float | None = PATIENCE) -> dict[str, Any]:
-        """The answer to a request, within `patience` seconds. Raises IncoError for one that is refused."""
-        self._sock.settimeout(patience)
+    def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
+        """Return the response to a request, within `patience` seconds. Raises IncoError if the proxy refuses it."""
+        deadline = math.inf if patience is None else time.monotonic() + patience
         try:
-            self._sock.sendall(json.dumps(request).encode() + b"\n")
+            self._sock.settimeout(patience)
+            self._sock.sendall(protocol.encode_request(request))
+        except TimeoutError as error:
+            raise self._silent() from error
         except OSError as error:
-            raise self._gone() from error
-        while "event" in (line := self._read()):
-            self._events.append(line)
-        self._check(line)
-        return line
+            raise self._ended() from error
+        while isinstance(reply := self._reply(deadline), Event):
+            self._events.append(reply)
+        return self._checked(reply, request)
 
-    def events(self, patience: float | None = None) -> Iterator[dict[str, Any]]:
-        """The events of a monitor, until the proxy ends; TimeoutError if none comes for `patience` seconds."""
+    def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
+        """Return the status of all boards or of one."""
+        return self.request(protocol.StatusRequest(board), patience).status
+
+    def events(self, patience: float | None = None) -> Iterator[Event]:
+        """Yield the events of a monitor until the proxy ends, or until none arrives within `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
-            self._sock.settimeout(patience)
             try:
-                self._events.append(self._read())
+                self._read_event(math.inf if patience is None else time.monotonic() + patience)
+            except ProtocolError:
+                raise
             except ProxyNotFoundError:
                 return
 
     def fileno(self) -> int:
-        """The descriptor that is readable when `arrived` has something new."""
+        """Return the descriptor that is readable when `arrived` has new events."""
         return self._sock.fileno()
 
-    def arrived(self) -> list[dict[str, Any]]:
-        """The events of a monitor that are there, without waiting. Raises ProxyNotFoundError once the proxy has
-        ended.
-        """
-        if not self._events and b"\n" not in self._received and select.select([self._sock], [], [], 0)[0]:
+    def arrived(self) -> list[Event]:
+        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has ended."""
+        if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
-        while (line := self._line()) is not None:
-            self._events.append(line)
+        while self._lines:
+            self._read_event(math.inf)
         events = list(self._events)
         self._events.clear()
         return events
 
     def wait(self, seconds: float) -> None:
-        """Wait, while the proxy says nothing. Raises ProxyNotFoundError if it ends meanwhile."""
+        """Sleep. Raises ProxyNotFoundError if the proxy ends meanwhile."""
         if select.select([self._sock], [], [], seconds)[0]:
-            self._sock.settimeout(0)
-            self._events.append(self._read())
+            self._read_event(time.monotonic() + seconds)
 
-    def _read(self) -> dict[str, Any]:
-        while (line := self._line()) is None:
-            self._receive()
-        return line
+    def _read_event(self, deadline: float) -> None:
+        if isinstance(reply := self._reply(deadline), Event):
+            self._events.append(reply)
+
+    def _reply(self, deadline: float) -> Event | Response:
+        self._await_line(deadline)
+        return self._next()
+
+    def _await_line(self, deadline: float) -> None:
+        """Wait for a whole line. Data that arrives does not extend the deadline."""
+        while not self._lines:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._silent()
+            if select.select([self._sock], [], [], min(UNINTERRUPTED, left))[0]:
+                self._receive()
 
     def _receive(self) -> None:
         try:
-            while self._sock.gettimeout() is None and not select.select([self._sock], [], [], UNINTERRUPTED)[0]:
-                pass
-            data = self._sock.recv(1 << 16)
-        except TimeoutError as error:
-            raise ProxyNotFoundError(self.path, "the proxy does not answer") from error
+            data = self._sock.recv(CHUNK)
         except OSError as error:
-            raise self._gone() from error
-        if not data:
-            raise self._gone()
-        self._received += data
-
-    def _line(self) -> dict[str, Any] | None:
-        """The next line, or None if it is not there yet."""
-        end = self._received.find(b"\n")
-        if end < 0:
-            return None
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        try:
-            read: object = json.loads(line)
-        except ValueError:
-            read = None
-        if not isinstance(read, dict):
-            raise ProxyNotFoundError(self.path, "who listens there is no inco-trio")
-        return read
-
-    def _gone(self) -> ProxyNotFoundError:
-        return ProxyNotFoundError(self.path, "the proxy has ended")
-
-    def _check(self, answer: Mapping[str, Any]) -> None:
-        if "error" in answer:
-            raise ERRORS.get(answer["error"], InvalidArgumentError)(str(answer.get("message", answer["error"])))
+            raise self._ended() from error
+        self._feed(data)
 
 
 def connect(link: str | None, control: str | None) -> Client:
@@ -185,15 +248,11 @@ def connect(link: str | None, control: str | None) -> Client:
         return Client(Path(control))
     found: list[Client] = []
     refused: IncoError | None = None
-    for path in sockets():
-        try:
-            client = Client(path)
-        except ProxyNotFoundError:
-            continue  # Left over.
-        except IncoError as error:
-            refused = error
-            continue
-        if link is None or _is_called(client, link):
+    for client in _answering():
+        if isinstance(client, IncoError):
+            if not isinstance(client, ProxyNotFoundError):
+                refused = client
+        elif link is None or _is_called(client, link):
             found.append(client)
         else:
             client.close()
@@ -202,7 +261,7 @@ def connect(link: str | None, control: str | None) -> Client:
     for client in found:
         client.close()
     if found:
-        named = ", ".join(f"{client.greeting['name']} (--control {client.path})" for client in found)
+        named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
@@ -212,20 +271,39 @@ def connect(link: str | None, control: str | None) -> Client:
 
 
 def client_of(pid: int) -> Client | None:
-    """The proxy of a process, if it answers where sockets are looked for."""
-    for path in sockets():
-        try:
-            client = Client(path)
-        except IncoError:
+    """Return a client of the proxy with this process id, or None if its socket is not found."""
+    mine: Client | None = None
+    for client in _answering():
+        if isinstance(client, IncoError):
             continue
-        if client.greeting.get("pid") == pid:
-            return client
-        client.close()
-    return None
+        if mine is None and client.greeting.pid == pid:
+            mine = client
+        else:
+            client.close()
+    return mine
+
+
+def _answering() -> list[Client | IncoError]:
+    """Connect to all control sockets of this host at once, with one deadline."""
+    paths = sockets()
+    if len(paths) < 2:
+        return [_attempt(path) for path in paths]
+    # Imported only here because most hosts have one proxy.
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(paths)) as threads:
+        return list(threads.map(_attempt, paths))
+
+
+def _attempt(path: Path) -> Client | IncoError:
+    try:
+        return Client(path, SEARCH)
+    except IncoError as error:
+        return error
 
 
 def sockets() -> list[Path]:
-    """The control sockets of this host, also those that processes that ended have left."""
+    """Return the control sockets of this host, including those that ended processes left behind."""
     found: list[Path] = []
     for directory in runtime_directories():
         # A systemd unit has its socket in a directory of its own.
@@ -234,9 +312,9 @@ def sockets() -> list[Path]:
 
 
 def _is_called(client: Client, link: str) -> bool:
-    name = client.greeting["name"]
     try:
         called = parse_address(link).name
     except ValueError:
         called = link
-    return name in (called, link, os.path.abspath(link)) or link in client.greeting["boards"]  # noqa: PTH100 - no symlinks
+    names: Sequence[str] = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
+    return client.greeting.name in names or link in client.greeting.boards

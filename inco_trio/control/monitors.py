@@ -1,105 +1,94 @@
-"""Who is told what a proxy carries: a `Monitor` from now on, as far as it keeps up; a `Follower` all of it."""
+"""The two kinds of clients that receive events.
+
+A `Monitor` receives what happens from now on and misses what it reads too slowly. A `Follower` receives every
+notification of its boards.
+"""
 
 from __future__ import annotations
 
-import json
-import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import attrs
 import trio
 
+from inco_trio.control.feed import Batch
+from inco_trio.control.protocol import Event, encode_event, event_now
 from inco_trio.persist.history import History, Merged, Record
-from inco_trio.signals import Direction, Signal
+from inco_trio.signals import Direction
 
-__all__ = ["Event", "Follower", "Monitor"]
+__all__ = ["Follower", "Monitor"]
 
 WAITING_MAX = 8192
-"""Events that wait for a client."""
+"""Limit of the events that wait for a client."""
 PIECE = 128
 """Events that are encoded at once."""
 PAUSE = 0.1
-"""Seconds between two writes to a follower that has heard all: each wakes others, who would be in the way of what is
-carried next."""
+"""Seconds between two writes to a follower that is up to date. Each write wakes other processes, which would compete
+with the next notification."""
 AHEAD = 1024
-"""Notifications of a board that a follower is told beyond what it has acknowledged."""
-
-
-@attrs.frozen
-class Event:
-    """What monitors are told: `signals` that were carried, or else `fields`."""
-
-    board: str
-    time_ns: int
-    monotonic_ns: int
-    signals: Sequence[Signal] = ()
-    sequence: int = 0
-    frames: Sequence[bytes] = ()
-    fields: Mapping[str, object] = attrs.Factory(dict)
-
-    @property
-    def count(self) -> int:
-        return len(self.signals) or 1
+"""Limit of the notifications of a board that a follower receives beyond the last acknowledged one."""
 
 
 @attrs.define(eq=False)
 class Monitor:
-    """A client that is told of events: of those that its filters let through."""
+    """A client that receives the events that its filters accept."""
 
-    board: str | None
-    direction: Direction | None
-    names: Collection[str] | None
-    frames: bool
-    """Whether it is told the frames, too."""
-    _waiting: deque[Event] = attrs.Factory(deque)
+    board: str | None = None
+    direction: Direction | None = None
+    signals: Collection[str] | None = None
+    frames: bool = False
+    """Whether it receives frames too."""
+    _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
-    """Notifications, and other events, that wait."""
+    """Notifications and other events that wait."""
     _lost: int = 0
     _ended: bool = False
     _arrived: trio.Event = attrs.Factory(trio.Event)
     _ending: trio.Event = attrs.Factory(trio.Event)
 
-    def carried(self, event: Event) -> None:
-        """Notifications were carried."""
-        self.offer(event)
+    def carried(self, batch: Batch) -> None:
+        """Queue notifications for the client."""
+        self._put(batch, len(batch.signals))
 
     def offer(self, event: Event) -> None:
-        """Have it wait for the client, if there is room."""
-        if self.board is not None and event.board != self.board:
+        """Queue another event for the client."""
+        self._put(event, 1)
+
+    def _put(self, what: Batch | Event, number: int) -> None:
+        if self.board is not None and what.board != self.board:
             return
         if self._number >= WAITING_MAX:
-            self._lost += event.count
+            self._lost += number
             return
-        self._number += event.count
-        self._waiting.append(event)
+        self._number += number
+        self._waiting.append(what)
         self._arrived.set()
 
     def flush(self) -> None:
-        """Tell the client that everything before was told, whether there is room or not."""
-        self._waiting.append(Event("", time.time_ns(), time.monotonic_ns(), fields={"event": "flushed"}))
+        """Queue `flushed` behind all earlier events, above the limit too."""
+        self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
 
     def end(self) -> None:
-        """Have `take` end once nothing waits."""
+        """Let `take` end once nothing waits."""
         self._ended = True
         self._arrived.set()
         self._ending.set()
 
     async def take(self) -> bytes:
-        """The lines of some events, once there are any; none at the end."""
+        """Wait for events and return the lines of some; no lines at the end."""
         while True:
             lines: list[str] = []
             while self._waiting and len(lines) < PIECE:
-                event = self._waiting.popleft()
-                self._number -= event.count
-                lines += self._lines(event)
+                what = self._waiting.popleft()
+                self._number -= len(what.signals) if isinstance(what, Batch) else 1
+                lines += (encode_event(event, frames=self.frames) for event in self._wanted(what))
             if self._lost and not self._waiting:
-                fields = {"event": "lost", "count": self._lost}
-                lines += self._lines(Event("", time.time_ns(), time.monotonic_ns(), fields=fields))
+                lines.append(encode_event(event_now("lost", count=self._lost)))
                 self._lost = 0
-            lines += self._kept()
+            lines += map(encode_event, self._stored())
             if lines or (self._ended and not self._waiting):
                 return "".join(lines).encode()
             if not self._waiting:
@@ -109,89 +98,90 @@ class Monitor:
     async def pause(self) -> None:
         """Wait before the next `take`."""
 
-    def _kept(self) -> Iterator[str]:
-        """Lines of what a history keeps."""
+    def _stored(self) -> Iterator[Event]:
+        """Return events from a history."""
         yield from ()
 
-    def _lines(self, event: Event) -> Iterator[str]:
-        common: dict[str, object] = {"board": event.board} if event.board else {}
-        common |= {"time": event.time_ns / 1e9, "monotonic_ns": event.monotonic_ns}
-        if not event.signals:
-            if self._wanted(event.fields.get("direction"), event.fields.get("signal")):
-                fields = {key: value for key, value in event.fields.items() if self.frames or key != "frame"}
-                yield json.dumps({**fields, **common}) + "\n"
+    def _wanted(self, what: Batch | Event) -> Iterator[Event]:
+        """Return the events that the filters accept."""
+        if isinstance(what, Event):
+            if self._accepts(what.direction, what.signal):
+                yield what
             return
-        for number, signal in enumerate(event.signals):
-            if not self._wanted(signal.direction.value, signal.name):
-                continue
-            told: dict[str, object] = {
-                "event": "notification",
-                "direction": signal.direction.value,
-                "signal": signal.name,
-                "register": str(signal.path),
-                "sequence": event.sequence + number,
-            }
-            if self.frames:
-                told["frame"] = event.frames[number].hex() if event.frames else None
-            yield json.dumps(told | common) + "\n"
+        for number, signal in enumerate(what.signals):
+            if self._accepts(signal.direction, signal.name):
+                yield Event(
+                    "notification", what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
+                    str(signal.path), what.sequence + number,
+                    frame=what.frames[number].hex() if self.frames and what.frames else None,
+                )  # fmt: skip
 
-    def _wanted(self, direction: object, name: object) -> bool:
-        """Whether the filters let through what has this direction and name, or none."""
-        return (self.direction is None or direction in (None, self.direction.value)) and (
-            self.names is None or name is None or name in self.names
+    def _accepts(self, direction: Direction | None, name: str | None) -> bool:
+        """Return whether the filters accept an event with this direction and name, or without."""
+        return (self.direction is None or direction in (None, self.direction)) and (
+            self.signals is None or name is None or name in self.signals
         )
 
 
 @attrs.define
 class _Cursor:
-    """How far a follower is in the history of a board."""
+    """The position of a follower in the history of a board."""
 
     history: History
-    told: int
-    """The number of the last notification that it was told."""
+    sent: int
+    """The number of the last notification that it received."""
     records: deque[Record] = attrs.Factory(deque)
-    """Those that it was told and has not acknowledged."""
+    """Notifications that it received and has not acknowledged."""
     merged: Sequence[Merged] = ()
-    """Merged ones that it was told and has not acknowledged."""
+    """Merged notifications that it received and has not acknowledged."""
     merged_to: int = 0
-    """The number with which it acknowledges them."""
+    """The number that acknowledges them."""
 
-    def take(self, room: int, common: Mapping[str, str]) -> Iterator[str]:
-        """Lines of what it is to be told next, `room` of records at most."""
-        history = self.history
-        self.told = max(self.told, history.floor)
+    def take(self, room: int, board: str) -> Iterator[Event]:
+        """Return the next events of the history, at most `room` notifications."""
+        history, boot = self.history, self.history.boot
+        self.sent = max(self.sent, history.floor)
         if not self.merged and (merged := self._merged()):
             self.merged, self.merged_to = merged, history.floor
             for each in merged:
-                told = {"event": "merged", "direction": each.direction.value, "signal": each.name, "count": each.count}
-                yield json.dumps({**told, "sequence": self.merged_to, **common}) + "\n"
-        for record in history.after(self.told, min(room, AHEAD - len(self.records))):
-            self.told = record.sequence
+                yield Event(
+                    "merged", board, direction=each.direction, signal=each.name, count=each.count,
+                    sequence=self.merged_to, boot=boot,
+                )  # fmt: skip
+        for record in history.after(self.sent, min(room, AHEAD - len(self.records))):
+            self.sent = record.sequence
             self.records.append(record)
-            told = {"event": "notification", "direction": record.direction.value, "signal": record.name}
-            stamps = {"time": record.time_ns / 1e9, "monotonic_ns": record.monotonic_ns}
-            yield json.dumps({**told, "sequence": record.sequence, **stamps, **common}) + "\n"
+            yield Event(
+                "notification", board, record.time_ns / 1e9, record.monotonic_ns, record.direction, record.name,
+                sequence=record.sequence, boot=boot,
+            )  # fmt: skip
+
+    def rest(self, board: str) -> Iterator[Event]:
+        """Return all remaining events: another history replaces this one."""
+        while self.sent < self.history.sequence:
+            self.records.clear()
+            yield from self.take(AHEAD, board)
 
     def _merged(self) -> list[Merged]:
-        """Merged ones that it was not told before they were merged."""
+        """Return the merged notifications that the follower did not receive before they were merged."""
         merged = list(self.history.merged())
         if not merged:
             return []
-        told = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
+        sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         return [
             attrs.evolve(each, count=count)
             for each in merged
-            if (count := each.count - told[each.direction, each.name]) > 0
+            if (count := each.count - sent[each.direction, each.name]) > 0
         ]
 
     @property
     def more(self) -> bool:
-        """Whether there is something to tell now."""
-        return self.told < self.history.sequence and len(self.records) < AHEAD
+        """Whether there are events to send now."""
+        return self.sent < self.history.sequence and len(self.records) < AHEAD
 
     def acknowledge(self, sequence: int) -> int:
         """See `Follower.acknowledge`."""
-        sequence = min(sequence, self.told)
+        sequence = min(sequence, self.sent)
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()
@@ -206,20 +196,27 @@ class _Cursor:
 
 @attrs.define(eq=False)
 class Follower(Monitor):
-    """A monitor that is told all notifications of its boards, out of their histories, as it acknowledges them."""
+    """A monitor that receives all notifications of its boards from their histories, as it acknowledges them."""
 
     boards: Collection[str] | None = None
-    """Those that it follows; None: all."""
+    """The boards that it follows; None: all."""
+    process: int = 0
+    """The process id of the client."""
+    gone: Callable[[], bool] = bool
+    """Whether the client has closed its connection."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
-    """The boards that may have more for it, in the order of their turns."""
+    """The boards that may have more events for it, in round-robin order."""
 
     def follows(self, board: str) -> bool:
-        """Whether it wants to be told of a board."""
+        """Return whether it follows a board."""
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
-        """Tell it what this history keeps."""
+        """Start at the oldest notification of a history, behind the rest of the one that it replaces."""
+        if (before := self.cursors.get(board)) is not None:
+            for event in before.rest(board):
+                self._put(event, 1)
         self.cursors[board] = _Cursor(history, history.floor)
         self._turn_of(board)
 
@@ -227,15 +224,15 @@ class Follower(Monitor):
         self._behind[board] = None
         self._arrived.set()
 
-    def carried(self, event: Event) -> None:
+    def carried(self, batch: Batch) -> None:
         """See `Monitor.carried`."""
-        if event.board in self.cursors:
-            self._turn_of(event.board)
+        if batch.board in self.cursors:
+            self._turn_of(batch.board)
 
     def offer(self, event: Event) -> None:
         """See `Monitor.offer`."""
         if self.follows(event.board):
-            Monitor.offer(self, event)
+            self._put(event, 1)
 
     async def pause(self) -> None:
         """See `Monitor.pause`."""
@@ -244,20 +241,20 @@ class Follower(Monitor):
                 await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
-        """It is done with what it was told of a board up to this number; returns up to which one that is."""
+        """Acknowledge notifications of a board up to `sequence`; return the last one accepted."""
         done = self.cursors[board].acknowledge(sequence)
         self._turn_of(board)
         return done
 
-    def _kept(self) -> Iterator[str]:
-        """See `Monitor._kept`."""
-        told = 0
-        while self._behind and told < PIECE:
+    def _stored(self) -> Iterator[Event]:
+        """See `Monitor._stored`."""
+        number = 0
+        while self._behind and number < PIECE:
             board = next(iter(self._behind))
             del self._behind[board]
             cursor = self.cursors[board]
-            for line in cursor.take(PIECE - told, {"board": board, "boot": cursor.history.boot}):
-                told += 1
-                yield line
+            for event in cursor.take(PIECE - number, board):
+                number += 1
+                yield event
             if cursor.more:
                 self._behind[board] = None

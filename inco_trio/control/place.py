@@ -1,4 +1,4 @@
-"""Where the control socket is: its path, taking over what a process that ended has left there, and its end."""
+"""The path of the control socket: where it is, how a stale one is replaced, and how it is removed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
 __all__ = ["bind", "default_path", "is_live", "listening", "runtime_directories"]
 
-BACKLOG = 16
+BACKLOG = 128
 MODE = 0o660
 
 
 def runtime_directories() -> list[Path]:
-    """Where sockets are looked for: those of root, and those of this user."""
+    """Return the directories with control sockets: that of root and that of this user."""
     mine = os.environ.get("XDG_RUNTIME_DIR")
     return [Path(base, "inco-trio") for base in dict.fromkeys(("/run", mine)) if base]
 
 
 def default_path(label: str) -> Path | None:
-    """Where the socket of a proxy is that is called `label`; None for a user without a runtime directory."""
+    """Return the path for a proxy named `label`; None for a user without a runtime directory."""
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR")
     if not base:
         return None
@@ -39,24 +39,24 @@ def default_path(label: str) -> Path | None:
 
 
 def is_live(path: Path) -> bool:
-    """Whether a process listens there. Raises OSError, as for a path that is missing or no socket."""
+    """Return whether a process listens there. Raises OSError, also if the path is missing or not a socket."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
-        raise FileExistsError(errno.EEXIST, "it is no socket")
+        raise FileExistsError(errno.EEXIST, "not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
             return False
         except BlockingIOError:
-            pass  # Its queue of connections is full.
+            pass  # Its backlog is full.
     return True
 
 
 def bind(path: Path) -> socket.socket:
-    """A socket that listens at `path`. Raises OSError: EADDRINUSE if another process listens there."""
+    """Return a socket that listens at `path`. Raises OSError: EADDRINUSE if another process listens there."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Against a second process that takes the same path over at this instant; whoever keeps the lock blocks nobody.
+        # Two processes must not replace a stale path at once. Without the lock, start anyway.
         with contextlib.suppress(OSError):
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(FileNotFoundError):
@@ -65,8 +65,14 @@ def bind(path: Path) -> socket.socket:
             path.unlink()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            made.bind(os.fspath(path))
-            path.chmod(MODE)  # Nobody can connect before it listens.
+            # bind(2) creates the path with the mode of the socket, less the umask. chmod(2) of the path would be a
+            # race: the owner of the directory may replace it by a link.
+            os.fchmod(made.fileno(), MODE)
+            umask = os.umask(0o777 & ~MODE)
+            try:
+                made.bind(os.fspath(path))
+            finally:
+                os.umask(umask)
             made.listen(BACKLOG)
         except BaseException:
             made.close()
@@ -78,7 +84,7 @@ def bind(path: Path) -> socket.socket:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """As `bind`; the path is removed at the end, if it still leads to this socket. Raises OSError."""
+    """Bind a socket as `bind` does, and remove the path at the end if it still leads to this socket."""
     made = bind(path)
     with made:
         mine = path.lstat()

@@ -1,4 +1,4 @@
-"""All checks, in their order."""
+"""All checks, in order."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def examine(
     configuration: Path | None = None,
     start: str | None = None,
 ) -> Iterator[Result]:
-    """Everything about a link and the registers of its signals; both may be missing.
+    """Check a link and the registers of its signals; both may be missing.
 
-    An interface is looked for in the network namespace `netns`. `configuration` is the file that names the signals;
-    `start` is the command that starts the proxy; None: without options.
+    The interface is in the network namespace `netns`. `configuration` is the file that names the signals, and `start`
+    the command that starts the proxy (default: without options).
     """
     users = _NOBODY
     if link is not None:
@@ -41,7 +41,7 @@ def examine(
             results, users = _unix(link, address, processes, start)
         else:
             try:
-                # All of it is done by the time that somebody reads the results, who is in our own namespace.
+                # Collect all results before leaving the namespace: the caller is not inside it.
                 with inside(netns, link):
                     results, users = _interface(address, processes, start)
             except IncoError as error:
@@ -54,16 +54,16 @@ def examine(
 
 
 def _table_since(pid: int) -> float | None:
-    """When the proxy of this process has taken its signal table, if it tells."""
+    """Return when the proxy of this process loaded its signal table, or None if it does not answer."""
     client = client_of(pid)
     if client is None:
         return None
     with client:
         try:
-            told = client.request({"request": "status"})["status"]
+            boards = client.status()
         except IncoError:
             return None
-    return min((board["table_since"] for board in told if board["open"]), default=None)
+    return min((board.status.table_since for board in boards if board.status is not None), default=None)
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
@@ -73,13 +73,13 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
         *links.peer(address),
         *machine.unix_queue(),
         *proxies.users_of_link(link, users, start),
-        *proxies.holder(link, users, processes),
+        *proxies.descriptors(link, users, processes),
     ]
     return results, users
 
 
 def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
-    # Imported only here, as a `unix:` link needs none of it.
+    # Imported here because a `unix:` link does not need it.
     from inco_trio.links.packet import RECEIVE_BUFFER
 
     users = _NOBODY
@@ -90,7 +90,7 @@ def _interface(address: InterfaceAddress, processes: Processes, start: str | Non
         results += [
             *links.order(found),
             *proxies.users_of_link(address.name, users, start),
-            *proxies.holder(address.name, users, processes),
+            *proxies.descriptors(address.name, users, processes),
         ]
     return [*results, *machine.receive_buffer(users.proxy, RECEIVE_BUFFER)], users
 

@@ -60,9 +60,9 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
         yield ok("mtu", name, f"MTU {found.mtu} holds every signal's name")
     if found.port_of == "bridge":
         bridge = "of another network namespace" if master is None else master.name
-        mend = None if master is None else f"inco-trio run {shlex.quote(master.name)}"
+        fix = None if master is None else f"inco-trio run {shlex.quote(master.name)}"
         text = f"is a port of the bridge {bridge}, which takes its frames: use that as the interface"
-        yield fail("bridge", name, text, mend)
+        yield fail("bridge", name, text, fix)
     else:
         yield ok("bridge", name, "is no port of a bridge")
 
@@ -97,7 +97,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
     masks = [mask for queue in queues if (mask := read(queue / "rps_cpus")) is not None]
     cpus = [int(mask.replace(",", "") or "0", 16) for mask in masks]
     where = shlex.quote(f"{Path('/sys/class/net', name)}")
-    mend = f"echo 1 | tee {where}/queues/rx-*/rps_cpus"
+    fix = f"echo 1 | tee {where}/queues/rx-*/rps_cpus"
     what = "its frames" if name == link else f"the frames of {link}"
     if len(set(cpus)) == 1 and cpus[0].bit_count() == 1:
         return ok("order", name, f"one CPU handles {what}, which stay in order")
@@ -112,7 +112,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
     if not masks:
         # A kernel without RPS.
         return warn("order", name, text, f"ethtool -L {shlex.quote(name)} combined 1" if len(queues) > 1 else None)
-    return warn("order", name, text, mend)
+    return warn("order", name, text, fix)
 
 
 def _count(ranges: str) -> int:
@@ -125,15 +125,15 @@ def _count(ranges: str) -> int:
 
 
 def bound(path: str) -> int:
-    """0 if somebody receives datagrams at `path`, else the errno of connecting to it, which sends nothing (unix(7))."""
+    """Return 0 if a process receives datagrams at `path`, else the errno of connect(2), which sends nothing."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
-    # A socket that is connected itself takes nobody else.
+    # A connected socket accepts no other peer.
     return 0 if code == errno.EPERM else code
 
 
 def socket_path(address: UnixAddress) -> Iterator[Result]:
-    """Whether the proxy can bind its socket, or has. Who has is said by `proxies`."""
+    """Check that the proxy can bind its socket or has bound it; `proxies` reports which process has."""
     path = Path(address.local)
     quoted = shlex.quote(address.local)
     try:
@@ -145,8 +145,8 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         yield fail("socket", path, f"cannot be looked at: {error.strerror}")
         return
     if not stat.S_ISSOCK(mode):
-        mend = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
-        yield fail("socket", path, f"is no socket but {kind_of_file(mode)}: the proxy cannot be bound there", mend)
+        fix = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
+        yield fail("socket", path, f"is no socket but {kind_of_file(mode)}: the proxy cannot be bound there", fix)
         return
     code = bound(address.local)
     if code == 0:
@@ -176,7 +176,7 @@ def peer(address: UnixAddress) -> Iterator[Result]:
     if code == 0:
         yield ok("peer", address.peer, "core 1 is bound there")
     elif code in (errno.ENOENT, errno.ECONNREFUSED):
-        yield fail("peer", address.peer, f"nobody is bound there ({os.strerror(code)}): start core 1, as QEMU")
+        yield fail("peer", address.peer, f"no process is bound there ({os.strerror(code)}): start core 1, as QEMU")
     elif code == errno.EACCES:
         text = f"uid {os.geteuid()} may not send to it"
         yield fail("peer", address.peer, text, permit(Path(address.peer), "u+w"))

@@ -20,7 +20,7 @@ INSTANCES = 2
 WATCHES = 64
 """More watches than the usual table needs: one for each trigger, and for each directory and those above it."""
 PLENTY = 0.9
-"""The part of a limit from which on it is said."""
+"""The used part of a limit from which on it is reported."""
 DATAGRAMS = 10
 """The kernel's own default of net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
@@ -30,7 +30,7 @@ _NO_PROC = "is not mounted: processes, limits and filesystems cannot be looked a
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Whether there is a /proc to look at; nothing is said if there is."""
+    """Check that /proc is readable; no result if it is."""
     if not processes.mounted:
         yield warn("proc", "/proc", _NO_PROC, "mount -t proc proc /proc")
 
@@ -48,11 +48,11 @@ def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:
         yield fail("capability", link, text)
     else:
         # Not setcap: of a program that Python interprets, the file that counts is Python's.
-        mend = (
+        fix = (
             f"setpriv --reuid {uid} --regid {gid} --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
             f"inco-trio run {link}"
         )
-        yield fail("capability", link, f"CAP_NET_RAW is not effective for this user (uid {uid})", mend)
+        yield fail("capability", link, f"CAP_NET_RAW is not effective for this user (uid {uid})", fix)
 
 
 def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -> Iterator[Result]:
@@ -101,11 +101,11 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
         limit, setting = min(limits)
         # One that two processes share, as a proxy and its holder, is counted twice: /proc does not tell it from two.
         found = f"uid {uid} has taken at most {count} of {limit}"
-        mend = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
+        fix = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
         if count + need > limit:
-            yield fail("inotify-limits", setting, f"{found}; a proxy needs {need}", mend)
+            yield fail("inotify-limits", setting, f"{found}; a proxy needs {need}", fix)
         elif count + need > PLENTY * limit:
-            yield warn("inotify-limits", setting, found, mend)
+            yield warn("inotify-limits", setting, found, fix)
         else:
             yield ok("inotify-limits", setting, found)
     setting = "fs.inotify.max_queued_events"
@@ -113,9 +113,9 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
     if text is not None:
         found = f"{text} events wait in order while a link is down, two for each close"
         if int(text) < QUEUED_EVENTS:
-            mend = f"sysctl -w {setting}={QUEUED_EVENTS}"
+            fix = f"sysctl -w {setting}={QUEUED_EVENTS}"
             found += f"; beyond, they merge to one a signal (the kernel's default is {QUEUED_EVENTS})"
-            yield warn("inotify-limits", setting, found, mend)
+            yield warn("inotify-limits", setting, found, fix)
         else:
             yield ok("inotify-limits", setting, found)
 

@@ -1,4 +1,4 @@
-"""Checks of who uses a link or a directory: no proxy, one, or too many; who keeps its descriptors; what it has read."""
+"""Checks of the processes that use a link or a directory, of stored descriptors and of outdated configurations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = [
     "Users",
     "configuration",
-    "holder",
+    "descriptors",
     "users_of_directory",
     "users_of_interface",
     "users_of_link",
@@ -30,28 +30,28 @@ __all__ = [
 
 @attrs.frozen
 class Users:
-    """Who has the sockets of a link."""
+    """The processes that have sockets of a link open."""
 
     proxies: tuple[Process, ...]
-    """Whose command is that of a proxy, the oldest first."""
+    """Processes whose command runs a proxy, the oldest first."""
     others: tuple[Process, ...]
-    """Those that only have such a socket: a program that uses the library, or that listens."""
+    """Other processes: programs that use the library, or that listen."""
     holders: tuple[Process, ...]
     unseen: int
-    """Sockets of processes that this user may not look at."""
+    """Sockets of processes that this user may not inspect."""
 
     @property
     def proxy(self) -> Process | None:
-        """The one that carries, if that can be told."""
+        """The process that serves the link, if there is exactly one candidate."""
         if len(self.proxies) == 1:
             return self.proxies[0]
         return self.others[0] if not self.proxies and len(self.others) == 1 else None
 
 
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
-    """Who has packet sockets of our EtherType on the interface with that index, in this network namespace.
+    """Return the processes with packet sockets of our EtherType on the interface with that index.
 
-    The proxy that came before inco-trio has one of all EtherTypes, as many others have, which do not matter.
+    The predecessor of inco-trio has a socket of all EtherTypes. So do many unrelated programs, which are left out.
     """
     inodes = packet_sockets(index, ETHERTYPE, root)
     for inode in packet_sockets(index, ETH_P_ALL, root):
@@ -61,7 +61,7 @@ def users_of_interface(index: int, processes: Processes, root: Path = Path("/"))
 
 
 def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
-    """Who has the socket that is bound at the path of a `unix:` link."""
+    """Return the processes with the socket that is bound at the path of a `unix:` link."""
     return _users(unix_sockets(address.local, root), processes)
 
 
@@ -82,19 +82,19 @@ def _users(inodes: Iterable[int], processes: Processes) -> Users:
 
 
 def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
-    """Whether one proxy carries the link; `start` is the command that has one do so."""
+    """Check that exactly one proxy serves the link; `start` is the command that starts one."""
     again = f"inco-trio doctor {shlex.quote(link)}"
     if users.unseen:
-        text = "a process that this user may not look at has a socket of it"
-        yield warn("proxy", link, f"{text}; as root it can be told which", f"sudo {again}")
+        text = "a process that this user may not inspect has a socket of it"
+        yield warn("proxy", link, f"{text}; root can find out which", f"sudo {again}")
     yield from _crowd(link, [*users.proxies], [*users.others], "carries it", "takes each frame")
     if not users.unseen and not users.proxies and not users.others:
-        kept = f"; {named(list(users.holders))} keeps what comes for the next one" if users.holders else ""
+        kept = f"; {named(list(users.holders))} keeps notifications for the next one" if users.holders else ""
         yield warn("proxy", link, f"no proxy runs on it{kept}", start or f"inco-trio run {shlex.quote(link)}")
 
 
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
-    """Whether several proxies watch the triggers of a directory."""
+    """Check that no two proxies watch the trigger files of a directory."""
     found: dict[int, Process] = {}
     for signal in signals:
         if signal.direction is Direction.OUTBOUND:
@@ -115,43 +115,44 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _crowd(subject: str, proxies: list[Process], others: list[Process], does: str, harm: str) -> Iterator[Result]:
-    """What to say of processes of which one should be the proxy. `does` and `harm` are what each of them does."""
+    """Check that one of the processes is the proxy. `does` and `harm` say what each of them does."""
     everyone = [*proxies, *others]
     if len(proxies) > 1:
         text = f"{len(proxies)} proxies: {named(proxies)}: each of them {harm}"
         yield fail("proxy", subject, text, f"kill {proxies[-1].pid}")
     elif len(everyone) > 1:
-        text = f"several processes have it: {named(everyone)}: of two proxies, each {harm}"
+        text = f"several processes have it open: {named(everyone)}: of two proxies, each {harm}"
         yield warn("proxy", subject, text)
     elif everyone:
-        yield ok("proxy", subject, f"process {named(everyone)} {does}, and no other one")
+        yield ok("proxy", subject, f"process {named(everyone)} {does}, and no other process")
 
 
-def holder(link: str, users: Users, processes: Processes) -> Iterator[Result]:
-    """Whether somebody keeps the descriptors of the proxy that runs, so that its restart loses nothing.
+def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Result]:
+    """Check that an fd store keeps the descriptors of the proxy, so that its restart loses nothing.
 
-    Seen from outside: s6-fdholder-daemon, or systemd, has the same socket open.
+    If it does, s6-fdholder-daemon or systemd has the same socket open.
     """
     proxy = users.proxy
     if proxy is None:
         return
     if users.holders:
-        yield ok("holder", link, f"process {named(list(users.holders))} keeps its socket over a restart of the proxy")
+        text = f"process {named(list(users.holders))} keeps its socket over a restart of the proxy"
+        yield ok("descriptors", link, text)
     elif processes.unseen:
-        text = "who keeps its socket over a restart cannot be seen by this user"
-        yield warn("holder", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
+        text = "this user cannot see whether an fd store keeps its socket over a restart"
+        yield warn("descriptors", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
     elif _value_of("--fd-holder", proxy.command) is not None:
-        text = f"process {proxy.pid} was started with --fd-holder, but no holder has its socket: see its log"
-        yield fail("holder", link, text)
+        text = f"process {proxy.pid} was started with --fd-holder, but no fd store has its socket: see its log"
+        yield fail("descriptors", link, text)
     else:
-        text = "nobody keeps its socket: what comes while the proxy is restarted is lost"
+        text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
         config = _value_of("--config", proxy.command)
         option = "" if config is None else f" --config {shlex.quote(config)}"
-        yield warn("holder", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
+        yield warn("descriptors", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
 
 
 def _value_of(option: str, command: Sequence[str]) -> str | None:
-    """What a command line gives for an option, None if it does not."""
+    """Return the value of an option in a command line, or None."""
     for word, following in pairwise([*command, ""]):
         name, equals, value = word.partition("=")
         if name == option:
@@ -160,10 +161,10 @@ def _value_of(option: str, command: Sequence[str]) -> str | None:
 
 
 def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
-    """Whether a proxy that runs has read an older configuration than what is there now.
+    """Check that a proxy has read its configuration since the file changed.
 
-    `read_at` is when it read its configuration last (seconds since 1970). Only the proxy itself can tell that; None: it
-    is not known, and so it is when its process was started, whatever it has reloaded since.
+    `read_at` is when it read the file last (seconds since 1970), which only the proxy knows. None stands for the start
+    of the process, although the proxy may have reloaded since.
     """
     try:
         changed = path.stat().st_mtime
@@ -171,7 +172,7 @@ def configuration(path: Path, proxy: Process, read_at: float | None = None) -> I
         return
     if changed > (proxy.started if read_at is None else read_at):
         text = f"was changed after process {proxy.pid} "
-        text += "was started: unless it was told since, it has an older one" if read_at is None else "has read it"
+        text += "started: without a reload since, the proxy uses the old one" if read_at is None else "read it"
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
         yield ok("reload", path, f"process {proxy.pid} has read it since it was changed")

@@ -59,9 +59,9 @@ def _register(signal: Signal) -> Iterator[Result]:
     except OSError:
         return  # It is made by the proxy; what is wrong with the directory is said there.
     if not stat.S_ISREG(status.st_mode):
-        mend = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
+        fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
         yield fail(
-            "registers", path, f"is no regular file but {kind_of_file(status.st_mode)}: the proxy refuses it", mend
+            "registers", path, f"is no regular file but {kind_of_file(status.st_mode)}: the proxy refuses it", fix
         )
         return
     use, mode = (os.R_OK, "u+r") if signal.direction is Direction.OUTBOUND else (os.W_OK, "u+w")

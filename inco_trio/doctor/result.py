@@ -1,4 +1,4 @@
-"""What a check returns."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -13,63 +13,63 @@ __all__ = ["Level", "Result", "fail", "ok", "permit", "warn"]
 
 
 class Level(enum.IntEnum):
-    """How bad it is; a greater one is worse."""
+    """How bad a result is; a greater level is worse."""
 
     OK = 0
     WARN = 1
-    """Notifications may be late, double or lost, or it cannot be told whether they are."""
+    """Notifications may be late, duplicate or lost, or the check cannot find out."""
     FAIL = 2
-    """Notifications do not come, or a proxy could not start."""
+    """Notifications do not arrive, or a proxy could not start."""
 
 
 @attrs.frozen
 class Result:
-    """One thing that was looked at."""
+    """One checked item."""
 
     level: Level
     check: str
-    """What was looked at, in one word for scripts."""
+    """The name of the check, for scripts."""
     subject: str
     """The interface, path or setting."""
     found: str
-    mend: str | None = None
-    """The command that mends it, by root where that is needed; None where there is none: `found` says what to do."""
+    fix: str | None = None
+    """The command that fixes it, for root where needed. If it is None, `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
-        """For JSON."""
+        """Return the object for JSON."""
         return {
             "level": self.level.name.lower(),
             "check": self.check,
             "subject": self.subject,
             "found": self.found,
-            "mend": self.mend,
+            "fix": self.fix,
         }
 
     def __str__(self) -> str:
-        """All but the level, in one line."""
-        return f"{self.subject}: {self.found}" + ("" if self.mend is None else f": run: {self.mend}")
+        """Return all but the level in one line."""
+        return f"{self.subject}: {self.found}" + ("" if self.fix is None else f": run: {self.fix}")
 
 
 def ok(check: str, subject: object, found: str) -> Result:
-    """It is as it should be."""
+    """Return a result without a problem."""
     return Result(Level.OK, check, str(subject), found)
 
 
-def warn(check: str, subject: object, found: str, mend: str | None = None) -> Result:
-    """See `Level.WARN`."""
-    return Result(Level.WARN, check, str(subject), found, mend)
+def warn(check: str, subject: object, found: str, fix: str | None = None) -> Result:
+    """Return a result of `Level.WARN`."""
+    return Result(Level.WARN, check, str(subject), found, fix)
 
 
-def fail(check: str, subject: object, found: str, mend: str | None = None) -> Result:
-    """See `Level.FAIL`."""
-    return Result(Level.FAIL, check, str(subject), found, mend)
+def fail(check: str, subject: object, found: str, fix: str | None = None) -> Result:
+    """Return a result of `Level.FAIL`."""
+    return Result(Level.FAIL, check, str(subject), found, fix)
 
 
 def permit(path: Path, mode: str) -> str:
-    """The command that lets this user use what is at `path`: chmod(1) with `mode` by its owner, or else chown(1)."""
+    """Return the command that gives this user access to `path`: chmod(1) with `mode` for its owner, else chown(1)."""
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         owned = path.lstat().st_uid == uid
     except OSError:
-        owned = False  # It has gone this moment.
+        owned = False  # The path has just been removed.
     return f"chmod {mode} {quoted}" if owned else f"chown {uid} {quoted}"

@@ -1,22 +1,19 @@
-"""The metrics of all boards of this host, for Prometheus: each scrape asks every proxy. See docs/metrics.md."""
+"""An HTTP server for Prometheus: each scrape asks every proxy of this host. See docs/metrics.md."""
 
 from __future__ import annotations
 
 import errno
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import trio
-from prometheus_client import start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector, CollectorRegistry
 
-from inco_trio.control.client import Client, sockets
+from inco_trio.control.client import sockets
+from inco_trio.control.follower import converse
+from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
-from inco_trio.metrics.openmetrics import Family, families, shown
+from inco_trio.metrics.openmetrics import Reported, openmetrics
 from inco_trio.problems import Problems
 
 __all__ = ["Boards", "serve"]
@@ -24,102 +21,137 @@ __all__ = ["Boards", "serve"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Seconds in which a proxy answers; a scrape is not to wait for one that stands still."""
+"""Deadline in seconds for the greeting of a proxy: a stopped one must not delay the scrape."""
 ALL = 5.0
-"""Seconds in which all do; Prometheus waits for 10, by default."""
-AT_ONCE = 64
+"""Deadline in seconds for all proxies; Prometheus waits for 10 by default."""
+AT_ONCE = 256
 """Proxies that are asked at once."""
+CONNECTIONS_MAX = 256
+"""Limit of the HTTP connections; a further one ends the oldest."""
+REQUEST_MAX = 8192
+"""Limit for the bytes of a request."""
+REQUEST_PATIENCE = 5.0
+"""Deadline in seconds for a client to send its request and to read the response."""
+CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 
-class Boards(Collector):
-    """Asks the proxies at `controls`, or all that are found."""
+class Boards:
+    """The proxies at `controls`, or all that are found."""
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
         self._problems = Problems()
         self._names: dict[Path, str] = {}
-        """What was found at a path: one that stands still keeps its name."""
+        """The last known name of each proxy: one that does not answer keeps it."""
+        self._asking = trio.Lock()
+        self._metrics, self._number = "", 0
 
-    def collect(self) -> Iterator[Metric]:
-        """Ask them; a proxy that does not answer is told, and not waited for."""
-        paths = sockets() if self._controls is None else self._controls
-        end = time.monotonic() + ALL
-        with ThreadPoolExecutor(AT_ONCE) as asking:
-            answers = list(asking.map(lambda path: self._ask(path, end), paths))
-        up = GaugeMetricFamily("inco_trio_proxy_up", "Whether the proxy answers.", labels=["proxy"])
-        metrics: dict[str, Metric] = {}
+    async def metrics(self) -> str:
+        """Ask all proxies and return their metrics. Concurrent callers share one query."""
+        wanted = self._number + 1
+        async with self._asking:
+            if self._number < wanted:
+                self._metrics = openmetrics(await self._ask_all())
+                self._number += 1
+            return self._metrics
+
+    async def _ask_all(self) -> list[Reported]:
+        paths = await trio.to_thread.run_sync(sockets) if self._controls is None else self._controls
+        answers: dict[Path, tuple[BoardStatus, ...] | str | None] = dict.fromkeys(paths, "the proxy does not answer")
+        limit = trio.CapacityLimiter(AT_ONCE)
+        with trio.move_on_after(ALL):
+            async with trio.open_nursery() as nursery:
+                for path in paths:
+                    nursery.start_soon(self._ask, path, answers, limit)
+        reported: list[Reported] = []
         names: set[str] = set()
-        for path, (proxy, found) in zip(paths, answers, strict=True):
-            if proxy is None:
-                continue  # A socket that was left.
-            # As on interfaces of one name in two network namespaces: series of the same labels are refused.
-            name = shown(str(path) if proxy in names else proxy)
-            names.add(proxy)
-            up.add_metric([name], found is not None)
-            for family in found or ():
-                kind = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-                known = f"inco_trio_{family.name}"
-                metric = metrics.setdefault(known, kind(known, family.text))
-                for labels, value in family.samples:
-                    told = {"proxy": name} | {key: shown(label) for key, label in labels.items()}
-                    metric.add_sample(known + ("_total" if family.kind == "counter" else ""), told, float(value))
-        yield GaugeMetricFamily("inco_trio_proxies", "Proxies that were found.", value=len(up.samples))
-        yield up
-        yield from metrics.values()
-
-    def _ask(self, path: Path, end: float) -> tuple[str | None, list[Family] | None]:
-        """Name and metrics of the proxy at `path`: no metrics if it does not answer, nor a name if nobody is there."""
-        patience = max(PATIENCE / 40, min(PATIENCE, end - time.monotonic()))
-        try:
-            with Client(path, patience) as client:
-                self._names[path] = str(client.greeting["name"])
-                found = list(families(client.request({"request": "status"}, patience)["status"]))
-        except IncoError as error:
-            if self._controls is None and isinstance(error.__cause__, FileNotFoundError | ConnectionRefusedError):
+        for path, answer in answers.items():
+            if answer is None:
                 self._names.pop(path, None)
-                return None, None
-            self._problems.failed(path, error.reason)
-            return self._names.get(path, str(path)), None
-        except (LookupError, TypeError, AttributeError):
-            self._problems.failed(path, "who listens there does not tell what inco-trio of this version does")
-            return self._names.get(path, str(path)), None
-        self._problems.well(path)
-        return self._names[path], found
+                continue
+            if isinstance(answer, str):
+                self._problems.failed(path, answer)
+            else:
+                self._problems.well(path)
+            # Interfaces in two network namespaces may have one name, but the labels of series must differ.
+            name = self._names.get(path, str(path))
+            reported.append(Reported(str(path) if name in names else name, None if isinstance(answer, str) else answer))
+            names.add(name)
+        return reported
+
+    async def _ask(
+        self, path: Path, answers: dict[Path, tuple[BoardStatus, ...] | str | None], limit: trio.CapacityLimiter
+    ) -> None:
+        """Put the answer of a proxy: its boards, or why there are none; None for a socket that was left behind."""
+        try:
+            async with limit, converse(path, PATIENCE) as (conversation, greeting):
+                self._names[path] = greeting.name
+                answers[path] = (await conversation.request(StatusRequest())).status
+        except IncoError as error:
+            left = isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)) and self._controls is None
+            answers[path] = None if left else error.reason
 
 
 async def serve(address: str, port: int, controls: Sequence[Path] | None, ready: Callable[[], None]) -> None:
     """Answer scrapes until cancelled. Raises InvalidArgumentError, PermissionDeniedError, ResourceError."""
     listen = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Later(Boards(controls)))
     try:
-        server, thread = start_http_server(port, address, registry)
+        listeners = await trio.open_tcp_listeners(port, host=address)
     except PermissionError as error:
-        raise PermissionDeniedError(f"--listen {listen}: {error.strerror}: name a port from 1024 on") from error
+        raise PermissionDeniedError(f"--listen {listen}: {error.strerror}: use a port from 1024 on") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ResourceError(
-                f"--listen {listen}: somebody listens there already: end that, or name another port"
+                f"--listen {listen}: another process listens there already: stop it or use another port"
             ) from error
         raise InvalidArgumentError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
     logger.info("http://%s/metrics", listen)
     ready()
-    try:
-        await trio.sleep_forever()
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)
 
 
-class _Later(Collector):
-    """A collector that is not asked when it is registered."""
+class _Scrapes:
+    """The HTTP connections: one request each."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
+        self._open: dict[trio.CancelScope, None] = {}
 
-    def describe(self) -> list[Metric]:
-        return []
+    async def answer(self, stream: trio.SocketStream) -> None:
+        """Answer one request and close the connection."""
+        with trio.CancelScope() as scope:
+            self._open[scope] = None
+            if len(self._open) > CONNECTIONS_MAX:
+                next(iter(self._open)).cancel()
+            try:
+                async with stream:
+                    with trio.move_on_after(REQUEST_PATIENCE) as reading:
+                        method = await _method(stream)
+                    if reading.cancelled_caught or not method:
+                        return
+                    is_read = method in (b"GET", b"HEAD")
+                    body = (await self._boards.metrics()).encode() if is_read else b""
+                    with trio.move_on_after(REQUEST_PATIENCE):
+                        await stream.send_all(_head(is_read, len(body)) + (body if method == b"GET" else b""))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # The client is gone.
+            finally:
+                del self._open[scope]
 
-    def collect(self) -> Iterator[Metric]:
-        return self._boards.collect()
+
+async def _method(stream: trio.SocketStream) -> bytes:
+    """Return the method of a request; empty if the client sends no request."""
+    request = b""
+    while b"\r\n\r\n" not in request:
+        data = await stream.receive_some(REQUEST_MAX)
+        request += data
+        if not data or len(request) > REQUEST_MAX:
+            return b""
+    return request.split(b" ", 1)[0]
+
+
+def _head(is_read: bool, length: int) -> bytes:
+    status = "200 OK" if is_read else "405 Method Not Allowed\r\nAllow: GET, HEAD"
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+    ).encode()

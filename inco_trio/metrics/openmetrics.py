@@ -1,111 +1,122 @@
-"""What a running proxy tells of itself, in the OpenMetrics text format (version 1.0.0)."""
+"""The status of proxies in the OpenMetrics text format (version 1.0.0)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import attrs
 
-__all__ = ["Family", "families", "openmetrics", "shown"]
+from inco_trio.control.protocol import BoardStatus
+from inco_trio.status import Status
+
+__all__ = ["Reported", "openmetrics"]
 
 COUNTERS = {
-    "received": ("received_frames", "Frames taken from the link."),
+    "received": ("received_frames", "Frames read from the link."),
     "delivered": ("delivered_notifications", "State files written, one for each known inbound frame."),
-    "triggered": ("triggered_notifications", "Outbound notifications accepted from triggers and clients."),
+    "triggered": ("triggered_notifications", "Outbound notifications accepted from trigger files and clients."),
     "sent": ("sent_frames", "Frames that the link accepted."),
     "unknown": ("unknown_frames", "Well-formed frames whose name is not an inbound signal of the table."),
-    "malformed": ("malformed_frames", "Frames that carry no wire name."),
-    "foreign": ("foreign_datagrams", "Datagrams of a unix: link that somebody else than the peer sent."),
+    "malformed": ("malformed_frames", "Frames without a valid wire name."),
+    "foreign": ("foreign_datagrams", "Datagrams that another process than the peer sent to a unix: link."),
     "dropped": ("dropped_frames", "Frames that the kernel dropped because the receive queue was full."),
     "overflowed": ("inotify_overflows", "Overflows of the inotify queue."),
-    "write_failures": ("write_failures", "Attempts to write a state file that failed."),
-    "send_failures": ("send_failures", "Attempts to send a frame that failed."),
+    "write_failures": ("write_failures", "Failed attempts to write a state file."),
+    "send_failures": ("send_failures", "Failed attempts to send a frame."),
     "unsendable": ("unsendable_notifications", "Outbound notifications that were given up."),
-    "unfinished": ("unfinished_notifications", "Notifications that were accepted and not finished at the close."),
-    "recovered": ("recovered_notifications", "Notifications that a predecessor had read and not finished."),
-    "events_lost": ("lost_events", "Events that a slow reader of an event stream did not get."),
-    "restarts": ("leg_restarts", "Restarts of a failed leg."),
+    "unfinished": ("unfinished_notifications", "Notifications accepted but not finished when the proxy closed."),
+    "recovered": ("recovered_notifications", "Notifications that a predecessor had read but not finished."),
+    "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
+    "restarts": ("task_restarts", "Restarts of a failed task."),
 }
-"""By the name in the status: that of the metric, and its help."""
+"""Name and help of the metric of each counter."""
 SIGNALS = {
-    "count": ("notifications", "counter", "Notifications that were carried."),
-    "failures": ("notification_failures", "counter", "Attempts to carry a notification that failed."),
-    "owed": ("owed_notifications", "gauge", "Notifications that could not be written yet."),
-    "last": ("last_notification_timestamp_seconds", "gauge", "When the signal was carried last."),
+    "count": ("notifications", "counter", "Notifications that were delivered or sent."),
+    "failures": ("notification_failures", "counter", "Failed attempts to deliver or send a notification."),
+    "pending": ("pending_notifications", "gauge", "Notifications that could not be written yet."),
+    "last": ("last_notification_timestamp_seconds", "gauge", "Time of the last notification of the signal."),
 }
-
 HISTORY = {
     "waiting": ("unacknowledged_notifications", "gauge", "Notifications that a follower has not acknowledged."),
-    "merged": ("merged_notifications", "counter", "Notifications that were merged, as nobody acknowledged them."),
-    "followed": ("followed", "gauge", "Whether somebody follows the board, as the gateway to a broker."),
+    "merged": ("merged_notifications", "counter", "Notifications that were merged before they were acknowledged."),
+    "followed": ("followed", "gauge", "Whether the board has a follower, such as the gateway to a broker."),
 }
-"""Of a board that was ever followed."""
+"""Of a board that ever had a follower."""
 
-Status = Mapping[str, Any]
+Samples = list[tuple[Mapping[str, str], float]]
+"""Labels and value of each sample."""
 
 
 @attrs.frozen
-class Family:
-    """A metric: without the prefix `inco_trio_`, and for a counter without `_total`."""
+class Reported:
+    """What one proxy reported."""
 
-    name: str
-    kind: str
-    """gauge or counter."""
-    text: str
-    samples: list[tuple[dict[str, str], float]]
-    """Labels and value of each."""
+    proxy: str
+    """The label of its metrics."""
+    boards: tuple[BoardStatus, ...] | None
+    """None if it does not answer."""
 
 
-def openmetrics(boards: Iterable[Status]) -> str:
-    """The metrics of boards as `status` tells them, see docs/control.md."""
-    return "".join(f"{line}\n" for family in families(list(boards)) for line in _lines(family)) + "# EOF\n"
+def openmetrics(reported: Iterable[Reported] | tuple[BoardStatus, ...]) -> str:
+    """Return the metrics of several proxies, or those of the boards of one, which then have no label `proxy`."""
+    text = "".join(f"{line}\n" for family in _families([*reported]) for line in _lines(*family))
+    return f"{text}# EOF\n"
 
 
-def families(boards: list[Status]) -> Iterator[Family]:
-    """The metrics of boards as `status` tells them."""
-    running = [board for board in boards if board["open"]]
-    yield Family("open", "gauge", "Whether the board is open.", [({"board": b["board"]}, b["open"]) for b in boards])
-    states = [(_labels(b), b["running"]) for b in running]
-    yield Family("link_up", "gauge", "Whether the link is up and has a carrier, or a peer.", states)
-    since = [(_labels(b), b["since"]) for b in running]
-    yield Family("start_time_seconds", "gauge", "When the proxy was opened.", since)
-    yield Family("problems", "gauge", "Legs and signals that something is wrong with now.", [
-        (_labels(b), sum(each["problem"] is not None for each in (*b["legs"], *b["signals"]))) for b in running
-    ])  # fmt: skip
+def _families(reported: list[Reported | BoardStatus]) -> Iterator[tuple[str, str, str, Samples]]:
+    """Return name, type, help and samples of each metric."""
+    proxies = [each for each in reported if isinstance(each, Reported)]
+    if proxies:
+        yield "proxies", "gauge", "Proxies that were found.", [({}, len(proxies))]
+        up: Samples = [({"proxy": each.proxy}, each.boards is not None) for each in proxies]
+        yield "proxy_up", "gauge", "Whether the proxy answers.", up
+    boards: list[tuple[dict[str, str], BoardStatus]] = []
+    for each in reported:
+        if isinstance(each, BoardStatus):
+            boards.append(({"board": each.board}, each))
+        else:
+            boards += [({"proxy": each.proxy, "board": board.board}, board) for board in each.boards or ()]
+    running = [(labels | {"link": b.status.link}, b.status, b) for labels, b in boards if b.status is not None]
+    yield "open", "gauge", "Whether the board is open.", [(labels, b.status is not None) for labels, b in boards]
+    text = "Whether the link is up and has a carrier, or a peer."
+    yield "link_up", "gauge", text, [(labels, status.running) for labels, status, _ in running]
+    yield "start_time_seconds", "gauge", "When the proxy was opened.", [(labels, s.since) for labels, s, _ in running]
+    text = "Tasks and signals that have a problem now."
+    yield "problems", "gauge", text, [(labels, _problems(status)) for labels, status, _ in running]
     for key, (name, text) in COUNTERS.items():
-        yield Family(name, "counter", text, [(_labels(b), b["counters"][key]) for b in running])
+        yield name, "counter", text, [(labels, getattr(status.counters, key)) for labels, status, _ in running]
     for key, (name, kind, text) in HISTORY.items():
-        yield Family(name, kind, text, [(_labels(b), b["history"][key]) for b in running if b.get("history")])
+        yield name, kind, text, [(labels, getattr(b.history, key)) for labels, _, b in running if b.history is not None]
     for key, (name, kind, text) in SIGNALS.items():
-        samples = [
-            (_labels(b) | {"direction": s["direction"], "signal": s["signal"]}, s[key])
-            for b in running
-            for s in b["signals"]
-            if s[key] is not None
-        ]
-        yield Family(name, kind, text, samples)
+        yield (
+            name,
+            kind,
+            text,
+            [
+                (labels | {"direction": signal.direction.value, "signal": signal.signal}, value)
+                for labels, status, _ in running
+                for signal in status.signals
+                if (value := getattr(signal, key)) is not None
+            ],
+        )
 
 
-def _labels(board: Status) -> dict[str, str]:
-    return {"board": board["board"], "link": board["link"]}
+def _problems(status: Status) -> int:
+    problems = [*(task.problem for task in status.tasks), *(signal.problem for signal in status.signals)]
+    return len(problems) - problems.count(None)
 
 
-def _lines(family: Family) -> Iterator[str]:
-    name = family.name
+def _lines(name: str, kind: str, text: str, samples: Samples) -> Iterator[str]:
     unit = f"\n# UNIT inco_trio_{name} seconds" if name.endswith("_seconds") else ""
-    yield f"# TYPE inco_trio_{name} {family.kind}{unit}"
-    yield f"# HELP inco_trio_{name} {family.text}"
-    for labels, value in family.samples:
+    yield f"# TYPE inco_trio_{name} {kind}{unit}"
+    yield f"# HELP inco_trio_{name} {text}"
+    suffix = "_total" if kind == "counter" else ""
+    for labels, value in samples:
         shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
-        yield f"inco_trio_{name}{'_total' if family.kind == 'counter' else ''}{{{shown}}} {float(value):.17g}"
+        yield f"inco_trio_{name}{suffix}{f'{{{shown}}}' if shown else ''} {float(value):.17g}"
 
 
 def _escaped(label: str) -> str:
-    text = shown(label)
+    """Return a label as it must be written; names need not be UTF-8."""
+    text = label.encode(errors="backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
-def shown(label: str) -> str:
-    """`label` as text that can be written: a name need not be UTF-8."""
-    return label.encode(errors="backslashreplace").decode()

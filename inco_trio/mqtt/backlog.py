@@ -1,101 +1,91 @@
-"""What a gateway knows of a board: what it has to publish, and what is published."""
+"""The boards of a gateway: what it has to publish, and what it has published."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
 
 import attrs
 import trio
 
 from inco_trio.control.follower import Conversation
+from inco_trio.control.protocol import BoardStatus, Event
 
-__all__ = ["BATCH", "Board", "Source"]
+__all__ = ["BATCH", "Board"]
 
 BATCH = 256
 """Notifications that are published at once."""
 
 
 @attrs.define(eq=False)
-class Source:
-    """A proxy that is followed: `requests` are written to it in their order."""
-
-    conversation: Conversation
-
-
-@attrs.define(eq=False)
 class Board:
-    """A board; what it is told by its proxy waits here until the broker has acknowledged it."""
+    """A board. Events from its proxy wait here until the broker has acknowledged them."""
 
     name: str
-    source: Source | None = None
-    """The proxy that has it now, or had it last and tells what it carried."""
+    source: Conversation | None = None
+    """The connection to the proxy that reports the board, also after the proxy closed the board."""
     is_open: bool = False
-    """Whether that carries it."""
+    """Whether the proxy has the board open."""
     running: bool | None = None
     """Whether its link is up."""
-    counters: Mapping[str, Any] | None = None
-    """What its proxy last counted."""
+    status: BoardStatus | None = None
+    """The last status from its proxy."""
     published: int = 0
     """Notifications that the broker has acknowledged."""
     merged: int = 0
-    """Of these, how many were only counted."""
+    """How many of these had been merged."""
     arrived: trio.Event = attrs.Factory(trio.Event)
     """Set when there is something to publish."""
     changed: trio.Event = attrs.Factory(trio.Event)
-    """Set when the status or the counters are others."""
-    _waiting: deque[Mapping[str, Any]] = attrs.Factory(deque)
+    """Set when the status changes."""
+    _waiting: deque[Event] = attrs.Factory(deque)
     _last: tuple[str, int] = ("", 0)
-    """Boot and number of the last one that was published."""
+    """History and number of the last published notification."""
 
-    def follow(self, source: Source) -> None:
-        """Another proxy tells of it from now on, and tells all again that it does not know to be published."""
+    def follow(self, source: Conversation) -> None:
+        """Take events from another connection, which repeats all that is not acknowledged."""
         self.source, self.is_open = source, True
         self._waiting.clear()
         self.change()
 
-    def leave(self, source: Source) -> None:
-        """That proxy tells of it no more."""
+    def leave(self, source: Conversation) -> None:
+        """Take no more events from a connection."""
         if self.source is source:
             self.source = self.running = None
             self.is_open = False
             self.change()
 
     def change(self) -> None:
-        """Its status is another one."""
+        """Report that the status changed."""
         self.changed.set()
         self.changed = trio.Event()
 
-    def told(self, event: Mapping[str, Any]) -> None:
-        """Its proxy told of one notification, or of merged ones."""
+    def add(self, event: Event) -> None:
+        """Queue a notification, or merged ones, from the proxy."""
         self._waiting.append(event)
         self.arrived.set()
 
-    async def batch(self) -> tuple[Source | None, list[Mapping[str, Any]]]:
-        """What is to be published next, once there is something, and who told of it."""
+    async def batch(self) -> tuple[Conversation | None, list[Event]]:
+        """Wait for events to publish; return some and the connection from which they came."""
         while not self._waiting:
             self.arrived = trio.Event()
             await self.arrived.wait()
         number = min(len(self._waiting), BATCH)
-        # What is acknowledged together is published together, or merged ones were told again.
-        while number < len(self._waiting) and self._waiting[number]["event"] == "merged":
+        # One number acknowledges all merged ones, so publish them together.
+        while number < len(self._waiting) and self._waiting[number].event == "merged":
             number += 1
         return self.source, [self._waiting[n] for n in range(number)]
 
-    def is_double(self, event: Mapping[str, Any]) -> bool:
-        """Whether this one was published before."""
+    def is_duplicate(self, event: Event) -> bool:
+        """Return whether an event was published before."""
         boot, number = self._last
-        return bool(event["event"] == "notification" and event["boot"] == boot and event["sequence"] <= number)
+        return event.event == "notification" and event.boot == boot and event.sequence <= number
 
-    def done(self, source: Source | None, events: list[Mapping[str, Any]], new: list[Mapping[str, Any]]) -> None:
-        """The broker has acknowledged the `new` ones of these, which `source` told of."""
+    def done(self, source: Conversation | None, events: list[Event], new: list[Event]) -> None:
+        """Remove events from `source`; the broker has acknowledged the `new` ones of them."""
         if self.source is source:
             for _ in events:
                 self._waiting.popleft()
         for event in new:
-            count = event.get("count", 1)
-            self.published += count
-            if event["event"] == "merged":
-                self.merged += count
-            self._last = event["boot"], event["sequence"]
+            self.published += event.count or 1
+            self.merged += event.count
+            self._last = event.boot, event.sequence

@@ -16,14 +16,22 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import trio
 
 from inco_trio.control.client import sockets
-from inco_trio.control.follower import converse
+from inco_trio.control.follower import Conversation, converse
+from inco_trio.control.protocol import (
+    AcknowledgeRequest,
+    Event,
+    FollowRequest,
+    Response,
+    SendRequest,
+    StatusRequest,
+    to_json,
+)
 from inco_trio.errors import IncoError, ProxyNotFoundError
-from inco_trio.mqtt.backlog import Board, Source
+from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import (
     BrokerBackoff,
@@ -112,66 +120,69 @@ class Gateway:
             del self._proxies[path]
 
     async def _follow_once(self, path: Path, nursery: trio.Nursery, followed: trio.Event) -> None:
-        async with converse(path) as conversation:
-            source = Source(conversation)
-            request: dict[str, object] = {"request": "follow"}
-            if self._config.boards is not None:
-                request["boards"] = list(self._config.boards)
+        async with converse(path) as (source, _):
             mine: list[Board] = []
             try:
-                follow = (await conversation.request(request))["follow"]
+                response = await source.request(FollowRequest(self._config.boards))
                 self._problems.well(path)
-                mine += [self._have(name, source, nursery) for name in follow]
+                mine += [self._have(name, source, nursery) for name in response.follow]
                 followed.set()
                 async with plain_nursery() as asking:
                     asking.start_soon(self._count, source)
                     while True:
-                        for line in await conversation.read():
-                            self._hear(line, source, mine, nursery)
+                        for reply in await source.read():
+                            self._hear(reply, source, mine, nursery)
             finally:
                 for board in mine:
                     board.leave(source)
 
-    def _have(self, name: str, source: Source, nursery: trio.Nursery) -> Board:
-        """The board of a proxy, with a task of its own."""
+    def _have(self, name: str, source: Conversation, nursery: trio.Nursery) -> Board:
+        """Return the board of a proxy, and start its task."""
         board = self._boards.get(name)
         if board is None:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
+        if board.source is source:
+            # The proxy opened the board again. The last events of the old history still wait here.
+            board.is_open = True
+            board.change()
+            return board
         if board.source is not None:
             logger.warning("%s: two proxies have a board of that name: the later one is published", name)
         board.follow(source)
         return board
 
-    def _hear(self, line: Mapping[str, Any], source: Source, mine: list[Board], nursery: trio.Nursery) -> None:
-        """Take one line of a proxy."""
-        name = line.get("board")
-        board = self._boards.get(name) if isinstance(name, str) else None
-        match line.get("event"):
-            case "notification" | "merged" if board is not None and board.source is source:
-                board.told(line)
-            case "opened" if isinstance(name, str):
-                opened = self._have(name, source, nursery)
-                if opened not in mine:
-                    mine.append(opened)
-            case "closed" if board is not None and board.source is source:
-                # What it carried at last may come yet.
-                board.is_open = board.running = False
-                board.change()
-            case "link" if board is not None:
-                board.running = line["running"]
-                board.change()
-            case None if isinstance(line.get("status"), list):
-                for told in line["status"]:
-                    board = self._boards.get(told["board"])
-                    if board is not None and board.source is source:
-                        board.counters, board.running = told, told.get("running", False)
-                        board.change()
+    def _hear(self, reply: Event | Response, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
+        """Handle an event or a response from a proxy."""
+        if isinstance(reply, Response):
+            for status in reply.status:
+                board = self._boards.get(status.board)
+                if board is not None and board.source is source:
+                    board.status, board.running = status, status.status is not None and status.status.running
+                    board.change()
+            return
+        if reply.event == "opened":
+            opened = self._have(reply.board, source, nursery)
+            if opened not in mine:
+                mine.append(opened)
+            return
+        board = self._boards.get(reply.board)
+        if board is None or board.source is not source:
+            return
+        if reply.event in ("notification", "merged"):
+            board.add(reply)
+        elif reply.event == "closed":
+            # Its last notifications may still arrive.
+            board.is_open = board.running = False
+            board.change()
+        elif reply.event == "link":
+            board.running = reply.running
+            board.change()
 
-    async def _count(self, source: Source) -> None:
-        """Ask a proxy for its counters, every so often."""
+    async def _count(self, source: Conversation) -> None:
+        """Ask a proxy for its status at the configured interval."""
         while True:
-            await source.conversation.write({"request": "status"})
+            await source.write(StatusRequest())
             await trio.sleep(self._config.status_seconds)
 
     # --------------------------------------------------------------------------------------------------- the boards
@@ -218,7 +229,7 @@ class Gateway:
         """Publish what the board was told, and tell its proxy what the broker has."""
         while True:
             source, events = await board.batch()
-            new = [event for event in events if not board.is_double(event)]
+            new = [event for event in events if not board.is_duplicate(event)]
             refusals = await connection.publish([_notification(topics, event) for event in new])
             if refused := next((why for why in refusals if why is not None), None):
                 what = f"the broker refuses what is published: {refused}; it is kept, and tried again"
@@ -237,9 +248,11 @@ class Gateway:
         while True:
             changed = board.changed
             now = {topics.status: _json(_status(board))}
-            if board.counters is not None:
-                told = {key: board.counters.get(key) for key in ("counters", "signals", "history", "since")}
-                now[topics.counters] = _json(told)
+            if board.status is not None:
+                status = to_json(board.status)
+                now[topics.counters] = _json(
+                    {key: status.get(key) for key in ("counters", "signals", "history", "since")}
+                )
             new = [Message(topic, body, retain=True) for topic, body in now.items() if published.get(topic) != body]
             await connection.publish(new)
             published |= now
@@ -279,13 +292,14 @@ class Gateway:
             return _error("not-permitted", "the configuration of the gateway does not allow that")
         if board.source is None:
             return _error("closed", "no proxy has the board now")
-        request = {"request": "send", "signal": signal, "board": board.name}
         with trio.move_on_after(SEND_PATIENCE):
             try:
-                async with converse(board.source.conversation.path) as conversation:
-                    await conversation.write(request)
-                    (answer, *_) = await conversation.read()
-                    return answer
+                async with converse(board.source.path) as (conversation, _):
+                    await conversation.write(SendRequest(signal, board=board.name))
+                    for response in await conversation.read():
+                        if isinstance(response, Response) and response.error:
+                            return _error(response.error, response.message)
+                    return {"sent": 1}
             except IncoError as error:
                 return _error("closed", str(error))
         return _error("closed", f"the link did not accept it for {SEND_PATIENCE:g} s, and may do so later")
@@ -300,25 +314,29 @@ class Gateway:
         await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
 
 
-async def _acknowledge(source: Source, board: str, last: Mapping[str, Any]) -> None:
-    request = {"request": "acknowledge", "board": board, "boot": last["boot"], "sequence": last["sequence"]}
-    with contextlib.suppress(ProxyNotFoundError):  # Its successor tells it again.
-        await source.conversation.write(request)
+async def _acknowledge(source: Conversation, board: str, last: Event) -> None:
+    with contextlib.suppress(ProxyNotFoundError):  # Its successor repeats what is not acknowledged.
+        await source.write(AcknowledgeRequest(board, last.sequence, last.boot))
 
 
 def _status(board: Board) -> dict[str, object]:
     state = "online" if board.is_open else "no proxy"
-    history = (board.counters or {}).get("history") or {}
+    history = None if board.status is None else board.status.history
+    status = None if board.status is None else board.status.status
     return {
         "state": state, "running": board.running, "published": board.published, "merged": board.merged,
-        "waiting": history.get("waiting"), "link": (board.counters or {}).get("link"),
+        "waiting": None if history is None else history.waiting, "link": None if status is None else status.link,
     }  # fmt: skip
 
 
-def _notification(topics: Topics, event: Mapping[str, Any]) -> Message:
-    keys = ("time", "monotonic_ns", "sequence", "boot", "count")
-    body = {key: event[key] for key in keys if key in event}
-    return Message(topics.notification(event["direction"], event["signal"]), _json(body))
+def _notification(topics: Topics, event: Event) -> Message:
+    body: dict[str, object] = {"sequence": event.sequence, "boot": event.boot}
+    if event.count:
+        body["count"] = event.count
+    else:
+        body |= {"time": event.time, "monotonic_ns": event.monotonic_ns}
+    direction = "" if event.direction is None else event.direction.value
+    return Message(topics.notification(direction, event.signal or ""), _json(body))
 
 
 def _json(fields: Mapping[str, object]) -> bytes:

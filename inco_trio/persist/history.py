@@ -10,6 +10,7 @@ what it stands for: a process that dies in between stored a notification twice, 
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from collections.abc import Iterator, Sequence
@@ -66,7 +67,7 @@ class History:
 
     @property
     def boot(self) -> str:
-        """The boot id of the process that began the numbering, in hexadecimal."""
+        """A random name of the numbering, in hexadecimal: a history that starts over has another one."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
@@ -99,11 +100,11 @@ class History:
         """Notifications that were merged since the history began."""
         return self._numbers[_MERGED]
 
-    def begin(self, boot: str, sequence: int) -> None:
-        """Begin after notification number `sequence`, unless the history has begun already."""
+    def begin(self, sequence: int) -> None:
+        """Keep what is carried after notification number `sequence`, if nothing is kept yet."""
         if self.keeping:
             return
-        self._numbers[_BOOT] = int(boot, 16)
+        self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
         for place in (_BASE, _SEQUENCE, _ACKNOWLEDGED):
             self._numbers[place] = sequence
         self._numbers[_MERGED_TO] = self._numbers[_MERGED] = 0

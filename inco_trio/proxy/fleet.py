@@ -19,7 +19,7 @@ import trio
 
 from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
-from inco_trio.errors import ClosedError, ConfigError, IncoError, ResourceError
+from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
@@ -32,7 +32,7 @@ from inco_trio.proxy.proxy import Ground, Proxy, build, running
 from inco_trio.proxy.supervise import Health, supervise
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.share import Share, SharedInotify
-from inco_trio.stats import Counters, Stats
+from inco_trio.status import Counters, Stats
 
 __all__ = ["Proxies", "open_fleet", "open_proxies"]
 
@@ -113,8 +113,12 @@ class _Board:
     ended: trio.Event = attrs.Factory(trio.Event)
 
 
-class Proxies:
-    """The running proxies of a process by board name; `open_proxies` returns it."""
+class Proxies(Mapping[str, Proxy]):
+    """The open proxies of a process by board name; `open_proxies` returns it.
+
+    It changes while boards open and close. A configured board that is not open is not in it: `proxies[name]` raises
+    BoardNotOpenError, a KeyError that says why, and `not_open` lists all of them.
+    """
 
     def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
         whole = fd_store.inherited
@@ -162,11 +166,11 @@ class Proxies:
     # ------------------------------------------------------------------------------------------------ for callers
 
     def __getitem__(self, name: str) -> Proxy:
-        """Return the proxy of a board. Raises KeyError if the board is not open."""
-        proxy = self._boards[name].proxy
-        if proxy is None:
-            raise KeyError(name)
-        return proxy
+        """Return the proxy of a board. Raises BoardNotOpenError, and KeyError for a board that is not configured."""
+        board = self._boards[name]
+        if board.proxy is None:
+            raise BoardNotOpenError(name, f"not open: {board.problem or 'it is being opened'}")
+        return board.proxy
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names of the open boards."""

@@ -17,7 +17,7 @@ from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, fram
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
 from inco_trio.registers.states import StateFile, StateFiles
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["Inbound"]
 

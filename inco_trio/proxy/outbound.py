@@ -17,7 +17,7 @@ from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["Outbound"]
 

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING
 
 import attrs
 import trio
@@ -34,10 +33,7 @@ from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
-from inco_trio.stats import Counters, Stats
-
-if TYPE_CHECKING:
-    from inco_trio.status import SignalStatus, Status
+from inco_trio.status import Counters, SignalStatus, Stats, Status, TaskStatus
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -99,9 +95,6 @@ class Proxy:
     @property
     def status(self) -> Status:
         """The current state."""
-        # Imported here because most proxies never need it, and a start is an outage.
-        from inco_trio.status import LegStatus, Status
-
         parts = self._parts
         return Status(
             link=self.config.link,
@@ -109,32 +102,32 @@ class Proxy:
             table_since=self._table_since,
             running=self._link.running and not self._closed,
             description=self._link.description,
-            holder=parts.fd_store.holder,
-            stats=self.stats,
+            descriptors=parts.fd_store.holder,
+            counters=self.stats,
             signals=tuple(self._signal_status(signal) for signal in self._registers.table),
-            legs=tuple(
-                LegStatus(name, health.restarts, health.problem, health.last_problem)
+            tasks=tuple(
+                TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
         )
 
     def _signal_status(self, signal: Signal) -> SignalStatus:
-        from inco_trio.status import SignalStatus
-
         events, states = self._parts.events, self._registers.states
-        owed = 0
+        pending = 0
         if signal.direction is Direction.INBOUND:
-            file, owed = states.file_of(signal.name), states.owed_of(signal.name)
+            file, pending = states.file_of(signal.name), states.owed_of(signal.name)
             count, last, failures = file.count, file.last, file.failures
         else:
             count, last = events.sent[signal.name], events.sent_last.get(signal.name, 0)
             failures = self._outbound.failures[signal.name]
         return SignalStatus(
-            signal=signal,
+            signal=signal.name,
+            direction=signal.direction,
+            register=str(signal.path),
             count=count,
             last=last / 1e9 if last else None,
             failures=failures,
-            owed=owed,
+            pending=pending,
             problem=self._registers.problem(signal),
         )
 
@@ -221,9 +214,9 @@ class Proxy:
         """Shorten the stop: another proxy with the same `Ground` finishes what the link does not accept now."""
         self._successor = True
 
-    def _keep_history(self, boot: str) -> History:
-        """Keep notifications from now on until they are acknowledged; `boot` identifies the process."""
-        return self._parts.events.keep(boot)
+    def _keep_history(self) -> History:
+        """Keep notifications from now on until they are acknowledged."""
+        return self._parts.events.keep()
 
     def _history(self) -> History:
         """Return the notifications that are not acknowledged."""

@@ -22,7 +22,7 @@ from inco_trio.registers.refusals import UnfitFileError, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["Registers"]
 

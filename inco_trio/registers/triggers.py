@@ -31,7 +31,7 @@ from inco_trio.registers.directories import APPEARED, VANISHED, Directories
 from inco_trio.registers.directory import Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
-from inco_trio.stats import Counters
+from inco_trio.status import Counters
 
 __all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
 

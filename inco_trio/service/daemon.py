@@ -18,7 +18,8 @@ import trio
 
 from inco_trio.config import Config
 from inco_trio.control import place
-from inco_trio.control.server import Control, Served
+from inco_trio.control.feed import Served
+from inco_trio.control.server import Control
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
 from inco_trio.proxy.proxy import Proxy, open_supervised
@@ -120,10 +121,10 @@ class Daemon:
             if listener is None:
                 yield None
                 return
-            control = Control()
-            background.start_soon(control.serve, self._boards, listener)
+            control = Control(self._boards, listener)
+            background.start_soon(control.serve)
             try:
-                yield control
+                yield control.feed
             finally:
                 control.close()
                 with trio.CancelScope(shield=True):

@@ -15,7 +15,7 @@ from inco_trio.errors import ClosedError, InvalidArgumentError
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
-from inco_trio.stats import Stats
+from inco_trio.status import Stats
 from inco_trio.testing.carriers import Carrier
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults

@@ -17,7 +17,7 @@ from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.problems import board_name
 from inco_trio.proxy.fleet import Proxies, open_proxies
 from inco_trio.service.launch import STOP, Launched
-from inco_trio.stats import Stats
+from inco_trio.status import Stats
 from inco_trio.testing.engine import Engine
 from inco_trio.testing.history import History
 from inco_trio.testing.layout import Layout
@@ -171,7 +171,8 @@ class Process:
         from inco_trio.control.client import Client
 
         with contextlib.suppress(IncoError), Client(self._layout.socket("control.sock")) as client:
-            return Stats(**client.request({"request": "status"})["status"][0]["counters"])
+            status = client.status()[0].status
+            return None if status is None else status.counters
         return None
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ def no_carrier(board: Board) -> None:
     client = client_of(board.proxy.pid)
     assert client is not None
     with client:
-        while client.request({"request": "status"})["status"][0]["running"]:
+        while (status := client.status()[0].status) is not None and status.running:
             assert time.monotonic() < deadline
 
 

@@ -145,7 +145,6 @@ def test_demo(tmp_path: Path) -> None:
             ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
             "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'",
         ),
-        (["exporter"], "prometheus_client is not installed: pip install 'inco-trio[metrics]'"),
     ],
 )
 def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:

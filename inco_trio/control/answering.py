@@ -1,0 +1,243 @@
+"""The connections of clients: their requests, the responses, and the tasks that write events. See docs/control.md."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Mapping
+
+import trio
+
+from inco_trio.control import protocol
+from inco_trio.control.feed import Feed
+from inco_trio.control.monitors import Follower, Monitor
+from inco_trio.control.protocol import RequestError
+from inco_trio.control.server import Peer
+from inco_trio.errors import ClosedError, UnknownSignalError
+from inco_trio.persist.history import History
+from inco_trio.signals import Direction
+
+__all__ = ["Connection"]
+
+SEND_MAX = 1_000_000
+"""Limit of the notifications of one request."""
+
+
+class Connection:
+    """A client: `run` answers it until it ends, in the `feed` that all connections share."""
+
+    def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str) -> None:
+        self.peer = peer
+        self._stream = stream
+        self._feed, self._served, self._boot = feed, feed.served, boot
+        self._reading = trio.CancelScope()
+        self._monitor: Monitor | None = None
+        self._writing = trio.Lock()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has closed its socket, not only for writing."""
+        fd = self._stream.socket.fileno()
+        if fd < 0:
+            return True  # This process is closing it.
+        poll = select.poll()
+        poll.register(fd, 0)
+        return bool(poll.poll(0))
+
+    def end(self) -> None:
+        """Read no more requests, and end once all queued events are written."""
+        self._reading.cancel()
+        self._end_monitor()
+
+    def _end_monitor(self) -> None:
+        if self._monitor is not None:
+            self._monitor.end()
+
+    async def refuse(self, message: str) -> None:
+        """Write the error `busy` instead of a greeting."""
+        await self._write(protocol.encode_error(RequestError("busy", message)))
+
+    async def run(self) -> None:
+        """Answer the client until it ends."""
+        boards = tuple(self._served.proxies())
+        try:
+            async with trio.open_nursery() as nursery:
+                with self._reading:
+                    await self._write(
+                        protocol.encode_greeting(protocol.Greeting(self._served.name, os.getpid(), self._boot, boards))
+                    )
+                    await self._converse(nursery)
+                if self.gone:
+                    self._end_monitor()
+        finally:
+            if self._monitor is not None:
+                self._feed.remove(self._monitor)
+
+    async def _converse(self, nursery: trio.Nursery) -> None:
+        received = protocol.LineBuffer(protocol.LINE_MAX)
+        while data := await self._stream.receive_some(protocol.LINE_MAX):
+            received.feed(data)
+            try:
+                for line in received.lines():
+                    if line.strip():
+                        await self._answer(line, nursery)
+            except protocol.MessageError as error:
+                await self._write(protocol.encode_error(RequestError("too-long", str(error))))
+                self._end_monitor()
+                return
+
+    async def _answer(self, line: bytes, nursery: trio.Nursery) -> None:
+        tag: Mapping[str, object] = {}
+        try:
+            request, tag = protocol.decode_request(line)
+            value: object = True
+            match request:
+                case protocol.StatusRequest():
+                    await self._write(protocol.encode_status(await self._status(request), tag))
+                    return
+                case protocol.SendRequest():
+                    value = await self._send(request)
+                case protocol.MonitorRequest():
+                    self._begin_monitor(request)
+                case protocol.FlushRequest():
+                    self._check_monitor()
+                case protocol.FollowRequest():
+                    value = self._follow(request)
+                case protocol.AcknowledgeRequest():
+                    value = self._acknowledge(request)
+                case protocol.ForgetRequest():
+                    value = self._forget(request)
+            await self._write(protocol.encode_response(request, value, tag))
+            # Only now: the response comes before the events.
+            if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
+                nursery.start_soon(self._run_monitor, self._monitor)
+            elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
+                self._monitor.flush()
+        except RequestError as error:
+            await self._write(protocol.encode_error(RequestError(error.error, error.message, error.tag or tag)))
+
+    async def _status(self, request: protocol.StatusRequest) -> list[str]:
+        self._check_board(request.board)
+        boards = [
+            protocol.encode_board(protocol.BoardStatus(name, problem))
+            for name, problem in self._served.not_open().items()
+            if request.board in (None, name)
+        ]
+        for name in tuple(self._served.proxies()):
+            proxy = self._served.proxies().get(name)
+            if request.board in (None, name) and proxy is not None:
+                boards.append(
+                    protocol.encode_board(
+                        protocol.BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))
+                    )
+                )
+                await trio.lowlevel.checkpoint()  # There may be a thousand.
+        return boards
+
+    def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
+        if not history.keeping:
+            return None
+        followed = any(board in follower.cursors for follower in self._feed.followers())
+        return protocol.HistoryStatus(
+            history.boot, history.sequence, history.acknowledged, history.waiting, history.merged_ever, followed
+        )
+
+    async def _send(self, request: protocol.SendRequest) -> int:
+        self._check_permitted("send")
+        self._check_board(request.board)
+        if not 1 <= request.count <= SEND_MAX:
+            raise RequestError("invalid", f"count: {request.count} is not a number from 1 to {SEND_MAX}")
+        proxies, board = self._served.proxies(), request.board
+        if board is None:
+            if len(proxies) != 1:
+                raise RequestError("unknown-board", f"board: missing (open boards: {', '.join(proxies) or 'none'})")
+            (board,) = proxies
+        if board not in proxies:
+            raise RequestError("unknown-board", f"board {board!r} is not open: {self._served.not_open()[board]}")
+        proxy = proxies[board]
+        try:
+            for _ in range(request.count):
+                await proxy.send(request.signal)
+        except UnknownSignalError as error:
+            outbound = ", ".join(s.name for s in proxy.config.signals if s.direction is Direction.OUTBOUND)
+            raise RequestError("unknown-signal", f"{error} (there are: {outbound or 'none'})") from None
+        except ClosedError as error:
+            raise RequestError("closed", str(error)) from None
+        return request.count
+
+    def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
+        self._check_no_monitor()
+        self._check_board(request.board)
+        self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
+        self._feed.add(self._monitor)
+
+    def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
+        """Follow the boards; return the position of each open one in its history."""
+        self._check_permitted("follow")
+        self._check_no_monitor()
+        for other in self._feed.followers():
+            is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
+            if is_same and not other.gone():
+                raise RequestError("busy", f"process {other.process} follows already, and a board has one follower")
+        follower = Follower(boards=request.boards, process=self.peer.process, gone=lambda: self.gone)
+        self._monitor = follower
+        self._feed.add(follower)
+        for name, proxy in self._served.proxies().items():
+            if follower.follows(name):
+                follower.begin(name, proxy._keep_history())
+        return {
+            name: protocol.Followed(c.history.boot, c.history.acknowledged, c.history.sequence)
+            for name, c in follower.cursors.items()
+        }
+
+    def _acknowledge(self, request: protocol.AcknowledgeRequest) -> int:
+        if not isinstance(follower := self._monitor, Follower):
+            raise RequestError("invalid", "this connection does not follow")
+        if request.board not in follower.cursors:
+            raise RequestError("unknown-board", f"board {request.board!r} is not followed")
+        if request.boot not in (None, follower.cursors[request.board].history.boot):
+            raise RequestError("invalid", f"boot: {request.boot!r} is not the current history")
+        return follower.acknowledge(request.board, request.sequence)
+
+    def _forget(self, request: protocol.ForgetRequest) -> list[str]:
+        """End histories without a follower; return their boards."""
+        self._check_permitted("forget")
+        followed = {board for follower in self._feed.followers() for board in follower.cursors}
+        forgotten = []
+        for name, proxy in self._served.proxies().items():
+            history = proxy._history()
+            if history.keeping and name not in followed and (request.boards is None or name in request.boards):
+                history.end()
+                forgotten.append(name)
+        return forgotten
+
+    def _check_permitted(self, what: str) -> None:
+        if not self.peer.is_owner:
+            raise RequestError("not-permitted", f"only root and the user of the proxy may {what}")
+
+    def _check_no_monitor(self) -> None:
+        if self._monitor is not None:
+            raise RequestError("invalid", "this connection has a monitor already")
+
+    def _check_monitor(self) -> None:
+        if self._monitor is None:
+            raise RequestError("invalid", "this connection has no monitor")
+
+    def _check_board(self, board: str | None) -> None:
+        known = [*self._served.proxies(), *self._served.not_open()]
+        if board is not None and board not in known:
+            raise RequestError("unknown-board", f"board {board!r}: unknown (there are: {', '.join(known) or 'none'})")
+
+    async def _run_monitor(self, monitor: Monitor) -> None:
+        """Write the events of a monitor until it ends."""
+        try:
+            while lines := await monitor.take():
+                await self._write(lines)
+                await monitor.pause()
+        finally:
+            self._feed.remove(monitor)
+
+    async def _write(self, lines: bytes) -> None:
+        """Write whole lines."""
+        async with self._writing:
+            await self._stream.send_all(lines)

@@ -1,0 +1,172 @@
+"""The source of events for monitors and followers: a listener of the proxies that passes everything on.
+
+Nothing here waits. Events are put aside for each client, and the client's own task encodes and writes them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import attrs
+import trio
+
+from inco_trio.persist.history import History
+from inco_trio.problems import board_name
+from inco_trio.proxy.proxy import Proxy
+from inco_trio.signals import Direction, Signal
+
+if TYPE_CHECKING:
+    from inco_trio.control.monitors import Follower, Monitor
+    from inco_trio.control.protocol import Event
+
+__all__ = ["Batch", "Feed", "Served"]
+
+
+class Served(Protocol):
+    """The proxies that the control socket reports on."""
+
+    name: str
+
+    def proxies(self) -> Mapping[str, Proxy]:
+        """Return the open proxies by the names of their boards."""
+
+    def not_open(self) -> Mapping[str, str]:
+        """Return why the other boards are not open."""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Batch:
+    """Notifications that were delivered or sent together."""
+
+    board: str
+    signals: Sequence[Signal]
+    sequence: int
+    """The number of the first one."""
+    frames: Sequence[bytes]
+    """The frame of each one, or empty if they are not known."""
+    time_ns: int
+    monotonic_ns: int
+
+
+class Feed:
+    """A `notifications.Listener` that passes everything on to the monitors and followers of `served`."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.monitors: set[Monitor] = set()
+        self.wants_frames = False
+        """See `Listener.wants_frames`."""
+        self._log = _LogTap(self._log_line)
+
+    def add(self, monitor: Monitor) -> None:
+        """Pass everything on to a monitor."""
+        self.monitors.add(monitor)
+        self._changed()
+
+    def remove(self, monitor: Monitor) -> None:
+        """Pass nothing more on to a monitor, if it is known."""
+        self.monitors.discard(monitor)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.wants_frames = any(monitor.frames for monitor in self.monitors)
+        self._log.attach(listening=bool(self.monitors))
+
+    def followers(self) -> Iterator[Follower]:
+        """Return the monitors that are followers."""
+        from inco_trio.control.monitors import Follower
+
+        return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
+
+    # ------------------------------------------------------------------------------------------------ as a listener
+
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
+        """See `Listener.carried`."""
+        if self.monitors:
+            if self.wants_frames and not frames:
+                frames = self._frames_sent(signals)
+            batch = Batch(self._board, tuple(signals), sequence, frames, time.time_ns(), time.monotonic_ns())
+            for monitor in self.monitors:
+                monitor.carried(batch)
+
+    def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
+        proxy = self.served.proxies().get(self._board)
+        # Unknown if they were read before a monitor asked for frames, or before the proxy is open.
+        if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
+            return ()
+        return [proxy._frame(signal.name) for signal in signals]
+
+    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
+        """See `Listener.ignored`."""
+        if self.monitors:
+            direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
+            shown = None if frame is None else frame.hex()
+            self._offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
+
+    def link_changed(self, running: bool) -> None:
+        """See `Listener.link_changed`."""
+        self._offer("link", running=running)
+
+    def opened(self, keep: Callable[[], History]) -> None:
+        """See `Listener.opened`."""
+        if self.monitors:
+            for follower in self.followers():
+                if follower.follows(self._board):
+                    follower.begin(self._board, keep())
+                    follower.offer(self._event("opened"))
+
+    def ended(self) -> None:
+        """See `Listener.ended`."""
+        if self.monitors:
+            for follower in self.followers():
+                follower.offer(self._event("closed"))
+
+    @property
+    def _board(self) -> str:
+        """The board for which the current task works."""
+        return board_name.get() or self.served.name
+
+    def _event(self, kind: str, **fields: object) -> Event:
+        from inco_trio.control.protocol import event_now
+
+        return event_now(kind, self._board, **fields)
+
+    def _offer(self, kind: str, **fields: object) -> None:
+        if self.monitors:
+            event = self._event(kind, **fields)
+            for monitor in self.monitors:
+                monitor.offer(event)
+
+    def _log_line(self, kind: str, level: str, message: str, count: int) -> None:
+        self._offer(kind, level=level, message=message, count=count)
+
+
+class _LogTap(logging.Handler):
+    """Passes log records on while there are monitors."""
+
+    def __init__(self, tell: Callable[[str, str, str, int], None]) -> None:
+        super().__init__(logging.INFO)
+        self._tell = tell
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._thread = 0
+
+    def attach(self, *, listening: bool) -> None:
+        """Listen to the log, or stop."""
+        package = logging.getLogger("inco_trio")
+        if listening and self not in package.handlers:
+            self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()
+            package.addHandler(self)
+        elif not listening:
+            package.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind, count = getattr(record, "event", "message"), getattr(record, "fields", {}).get("count", 0)
+        line = (kind, record.levelname.lower(), record.getMessage(), count)
+        if threading.get_ident() == self._thread:
+            self._tell(*line)
+        elif self._token is not None:
+            self._token.run_sync_soon(self._tell, *line)

@@ -1,0 +1,513 @@
+"""The messages of the control socket and their JSON lines, without I/O. docs/control.md documents them.
+
+The server decodes requests and encodes responses and events; clients do the reverse. A decoder accepts any bytes and
+raises `MessageError` for all that the protocol does not allow. It ignores unknown keys, which may come from a newer
+proxy.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+import time
+import types
+from collections.abc import Collection, Iterator, Mapping
+from enum import Enum
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import attrs
+
+from inco_trio.signals import Direction
+from inco_trio.status import Status
+
+__all__ = [
+    "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeRequest", "BoardStatus", "Event", "FlushRequest",
+    "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryStatus", "LineBuffer", "MessageError",
+    "MonitorRequest", "Request", "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting",
+    "decode_reply", "decode_request", "encode_board", "encode_error", "encode_event", "encode_greeting",
+    "encode_request", "encode_response", "encode_status", "event_now", "to_json",
+]  # fmt: skip
+
+PROTOCOL = 1
+"""The version of the protocol. It grows with each change that a client must know."""
+LINE_MAX = 65_536
+"""Limit for the bytes of a client's line."""
+REPLY_MAX = 1 << 25
+"""Limit for the bytes of a proxy's line: the status of 5,000 boards needs 20 MB."""
+NUMBER_MAX = 1 << 64
+TIME_MAX = 1 << 34
+"""The latest time that is accepted, in seconds since 1970: its nanoseconds fit in 64 bits."""
+SHOWN_MAX = 60
+"""Characters of a wrong value that an error message shows."""
+
+_T = TypeVar("_T")
+
+
+class MessageError(ValueError):
+    """A line that the protocol does not allow. The text says why."""
+
+
+class RequestError(Exception):
+    """A request that the server refuses: a code of docs/control.md, a message, and the request's `id`."""
+
+    def __init__(self, error: str, message: str, tag: Mapping[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.error, self.message, self.tag = error, message, tag or {}
+
+
+class LineBuffer:
+    """Received bytes, cut into lines of at most `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        self._searched = 0
+
+    def feed(self, data: bytes) -> None:
+        """Append received bytes."""
+        self._data += data
+
+    def lines(self) -> Iterator[bytes]:
+        """Take all complete lines. Raises MessageError for a line above the limit, complete or not."""
+        while True:
+            end = self._data.find(b"\n", self._searched)
+            if max(end, len(self._data) if end < 0 else 0) > self._limit:
+                raise MessageError(f"a line is longer than {self._limit} bytes")
+            if end < 0:
+                self._searched = len(self._data)
+                return
+            line = bytes(self._data[:end])
+            del self._data[: end + 1]
+            self._searched = 0
+            yield line
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+@attrs.frozen(slots=False)
+class StatusRequest:
+    """Report the status of all boards or of one."""
+
+    board: str | None = None
+
+
+@attrs.frozen(slots=False)
+class SendRequest:
+    """Send the frame of an outbound signal `count` times."""
+
+    signal: str
+    count: int = 1
+    board: str | None = None
+
+
+@attrs.frozen(slots=False)
+class MonitorRequest:
+    """Report events that pass the filters."""
+
+    board: str | None = None
+    direction: Direction | None = None
+    signals: Collection[str] | None = None
+    frames: bool = False
+
+
+@attrs.frozen(slots=False)
+class FlushRequest:
+    """Report `flushed` behind all earlier events."""
+
+
+@attrs.frozen(slots=False)
+class FollowRequest:
+    """Report all notifications of these boards and store them until they are acknowledged."""
+
+    boards: Collection[str] | None = None
+
+
+@attrs.frozen(slots=False)
+class AcknowledgeRequest:
+    """Delete the notifications of a board up to a number from its history."""
+
+    board: str
+    sequence: int
+    boot: str | None = None
+
+
+@attrs.frozen(slots=False)
+class ForgetRequest:
+    """End the histories that have no follower."""
+
+    boards: Collection[str] | None = None
+
+
+Request = (
+    StatusRequest | SendRequest | MonitorRequest | FlushRequest | FollowRequest | AcknowledgeRequest | ForgetRequest
+)
+
+_REQUESTS: dict[str, tuple[type[Request], str]] = {
+    "status": (StatusRequest, "status"),
+    "send": (SendRequest, "sent"),
+    "monitor": (MonitorRequest, "monitor"),
+    "flush": (FlushRequest, "flush"),
+    "follow": (FollowRequest, "follow"),
+    "acknowledge": (AcknowledgeRequest, "acknowledged"),
+    "forget": (ForgetRequest, "forgotten"),
+}
+"""Type and key of the response by the name of the request."""
+_NAMES = {kind: (name, key) for name, (kind, key) in _REQUESTS.items()}
+
+
+def encode_request(request: Request) -> bytes:
+    """Return the line of a request."""
+    fields = {key: value for key, value in _plain(request).items() if value is not None}
+    return _line({"request": _NAMES[type(request)][0]} | fields)
+
+
+def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
+    """Return the request of a line, and its `id` for the response. Raises RequestError."""
+    try:
+        message = _object(line)
+    except MessageError as error:
+        raise RequestError("not-json", str(error)) from None
+    tag = {"id": message["id"]} if "id" in message else {}
+    if not _is_flat(tag.get("id")):
+        raise RequestError("invalid", "id: lists and objects in it must not be nested")
+    name = message.get("request")
+    if not isinstance(name, str) or name not in _REQUESTS:
+        raise RequestError("unknown-request", f"{_shown(name)}: expected one of {', '.join(_REQUESTS)}", tag)
+    try:
+        return _structured(message, _REQUESTS[name][0], ""), tag
+    except MessageError as error:
+        raise RequestError("invalid", str(error), tag) from None
+
+
+# ----------------------------------------------------------------------------------------------- greeting and responses
+
+
+@attrs.frozen(slots=False)
+class Greeting:
+    """The first line of a proxy."""
+
+    name: str
+    pid: int
+    boot: str
+    """A random name of the process."""
+    boards: tuple[str, ...]
+    """The open boards."""
+    protocol: int = PROTOCOL
+
+
+@attrs.frozen(slots=False)
+class HistoryStatus:
+    """The notifications of a board that a follower has not acknowledged."""
+
+    boot: str
+    sequence: int
+    acknowledged: int
+    waiting: int
+    """How many are not acknowledged."""
+    merged: int
+    """How many were merged since the history began."""
+    followed: bool
+
+
+@attrs.frozen(slots=False)
+class BoardStatus:
+    """A board in the status of a process."""
+
+    board: str
+    problem: str = ""
+    """Why it is not open."""
+    status: Status | None = None
+    """The status of its proxy; None if the board is not open."""
+    history: HistoryStatus | None = None
+    """None if the board never had a follower."""
+
+
+@attrs.frozen(slots=False)
+class Followed:
+    """How far the history of a board is when a follower begins."""
+
+    boot: str
+    acknowledged: int
+    sequence: int
+
+
+@attrs.frozen(slots=False)
+class Response:
+    """A proxy's response: an error, or a value of the type of the request."""
+
+    status: tuple[BoardStatus, ...] = ()
+    sent: int = 0
+    follow: Mapping[str, Followed] = attrs.Factory(dict)
+    acknowledged: int = 0
+    forgotten: tuple[str, ...] = ()
+    error: str = ""
+    message: str = ""
+    keys: frozenset[str] = frozenset()
+
+    def check(self, request: Request) -> None:
+        """Raise MessageError if this is not the response to that request."""
+        name, key = _NAMES[type(request)]
+        if key not in self.keys:
+            raise MessageError(f"the response to {name} lacks {key}")
+
+
+def encode_greeting(greeting: Greeting) -> bytes:
+    """Return the line of a greeting."""
+    return _line(_plain(greeting))
+
+
+def encode_response(request: Request, value: object, tag: Mapping[str, object]) -> bytes:
+    """Return the line of the response to a request with that `id`."""
+    return _line({**tag, _NAMES[type(request)][1]: _plain(value)})
+
+
+def encode_error(error: RequestError) -> bytes:
+    """Return the line of an error."""
+    return _line({**error.tag, "error": error.error, "message": error.message})
+
+
+def encode_board(board: BoardStatus) -> str:
+    """Return the JSON of one board, for `encode_status`."""
+    return json.dumps(to_json(board))
+
+
+def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
+    """Return the line of a status of encoded boards: encoding all of them at once would take long."""
+    return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
+
+
+def to_json(board: BoardStatus) -> dict[str, object]:
+    """Return the JSON object of a board."""
+    if board.status is None:
+        return {"board": board.board, "open": False, "problem": board.problem}
+    return {"board": board.board, "open": True, **_plain(board.status), "history": _plain(board.history)}
+
+
+def decode_greeting(line: bytes) -> Greeting | Response:
+    """Return the greeting of a line, or the error that a proxy sent instead. Raises MessageError."""
+    message = _object(line)
+    if "error" in message:
+        return _response(message)
+    protocol = message.get("protocol")
+    if not isinstance(protocol, int):
+        raise MessageError("the process listening there is not inco-trio")
+    if protocol != PROTOCOL:
+        raise MessageError(f"the proxy uses protocol {protocol}, this program {PROTOCOL}: use the same version of both")
+    return _structured(message, Greeting, "")
+
+
+def decode_reply(line: bytes) -> Event | Response:
+    """Return the event or the response of a line. Raises MessageError."""
+    message = _object(line)
+    return _event(message, line) if "event" in message else _response(message)
+
+
+def _response(message: dict[str, object]) -> Response:
+    status = message.get("status")
+    if isinstance(status, list):
+        message |= {"status": [_nested(each) for each in status]}
+    return attrs.evolve(_structured(message, Response, ""), keys=frozenset(message))
+
+
+def _nested(board: object) -> object:
+    """Return a board with its status in an object of its own."""
+    if not isinstance(board, dict) or not isinstance(is_open := board.get("open"), bool):
+        raise MessageError(f"status: {_shown(board)} is not a board")
+    return board | {"status": board if is_open else None}
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@attrs.frozen(slots=False)
+class Event:
+    """An event; each kind uses some of the fields."""
+
+    event: str
+    board: str = ""
+    time: float = 0.0
+    """Seconds since 1970."""
+    monotonic_ns: int = 0
+    direction: Direction | None = None
+    signal: str | None = None
+    register: str | None = None
+    sequence: int = 0
+    boot: str = ""
+    """The history to which `sequence` belongs."""
+    frame: str | None = None
+    """In hexadecimal."""
+    reason: str = ""
+    running: bool = False
+    count: int = 0
+    level: str = ""
+    message: str = ""
+    text: str = attrs.field(default="", eq=False)
+    """The line from which it was decoded."""
+
+    def json(self) -> str:
+        """Return the line that was received, or else the JSON of this event with its frame."""
+        return self.text or encode_event(self, frames=True).rstrip("\n")
+
+
+def event_now(event: str, board: str = "", **fields: Any) -> Event:
+    """Return an event of this moment."""
+    return Event(event, board, time.time(), time.monotonic_ns(), **fields)
+
+
+_EVENT_KEYS = tuple(field.name for field in attrs.fields(Event) if field.name != "text")
+_event_values = operator.attrgetter(*_EVENT_KEYS)
+_REQUIRED = {
+    "notification": ("direction", "signal", "sequence", "time"),
+    "merged": ("direction", "signal", "sequence", "board", "boot", "count"),
+    "ignored": ("reason", "time"),
+    "link": ("running", "time"),
+    "lost": ("count",),
+}
+"""The keys that each event of a kind must have."""
+
+
+def encode_event(event: Event, *, frames: bool = False) -> str:
+    """Return the line of an event; with `frames` it has the frame, or null."""
+    fields = {key: value for key, value in zip(_EVENT_KEYS, _event_values(event), strict=True) if value}
+    if event.direction is not None:
+        fields["direction"] = event.direction.value
+    if event.event == "link":
+        fields["running"] = event.running
+    elif event.event == "ignored":
+        fields["signal"] = event.signal
+    fields.pop("frame", None)
+    if frames and event.event in ("notification", "ignored"):
+        fields["frame"] = event.frame
+    return json.dumps(fields) + "\n"
+
+
+def _event(message: dict[str, object], line: bytes) -> Event:
+    event = _structured(message, Event, "")
+    for key in _REQUIRED.get(event.event, ()):
+        if message.get(key) is None:
+            raise MessageError(f"the event {event.event} lacks {key}")
+    if event.frame is not None:
+        try:
+            bytes.fromhex(event.frame)
+        except ValueError:
+            raise MessageError(f"frame: {_shown(event.frame)} is not hexadecimal") from None
+    return attrs.evolve(event, text=line.decode())
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _line(message: object) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _refuse(name: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python reads although JSON does not allow them."""
+    raise ValueError(f"{name} is not allowed")
+
+
+def _object(line: bytes) -> dict[str, object]:
+    """Return the object of a line. Raises MessageError."""
+    try:
+        message = json.loads(line.decode(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"the line is not JSON: {error}") from None
+    if not isinstance(message, dict):
+        raise MessageError("the line is not a JSON object")
+    return message
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    """Return name, type, and whether a value is required, of each field."""
+    hints = get_type_hints(kind)
+    return tuple((field.name, hints[field.name], field.default is attrs.NOTHING) for field in attrs.fields(kind))
+
+
+_SCALARS = frozenset({str, int, float, bool, type(None)})
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for a message or for a part of one."""
+    kind: Any = type(value)
+    if kind in _SCALARS:
+        return value
+    if attrs.has(kind):
+        return {name: _plain(getattr(value, name)) for name, _, _ in _fields(kind)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return [_plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else value
+
+
+def _structured(value: object, kind: type[_T], where: str) -> _T:
+    """Return JSON's `value` as a `kind`. Raises MessageError, which names the key path."""
+    result: _T = _value(value, kind, where)
+    return result
+
+
+def _value(value: object, kind: Any, where: str) -> Any:
+    if kind is str:
+        return _typed(value, str, where, "text")
+    if kind is bool:
+        return _typed(value, bool, where, "true or false")
+    if kind is int or kind is float:
+        return _number(value, kind, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:
+        (inner,) = (each for each in arguments if each is not type(None))
+        return None if value is None else _value(value, inner, where)
+    if origin is Mapping:
+        entries = _typed(value, dict, where, "an object")
+        return {key: _value(each, arguments[1], f"{where}.{key}") for key, each in entries.items()}
+    if origin is not None:
+        items = _typed(value, list, where, "a list")
+        found = [_value(each, arguments[0], f"{where}[{number}]") for number, each in enumerate(items)]
+        return tuple(found) if origin is tuple else frozenset(found)
+    if attrs.has(kind):
+        return _message(_typed(value, dict, where, "an object"), kind, where)
+    names = [each.value for each in kind]
+    if value not in names:
+        raise MessageError(f"{where}: {_shown(value)} is not one of {', '.join(names)}")
+    return kind(value)
+
+
+def _number(value: object, kind: Any, where: str) -> Any:
+    number = _typed(value, int if kind is int else (int, float), where, "a number")
+    lowest, limit = (-NUMBER_MAX, NUMBER_MAX) if kind is int else (0, TIME_MAX)
+    if isinstance(value, bool) or not lowest <= number < limit:
+        raise MessageError(f"{where}: {_shown(value)} is not a {'whole number' if kind is int else 'time'}")
+    return number
+
+
+def _message(message: dict[str, object], kind: Any, where: str) -> Any:
+    values = {}
+    for name, hint, required in _fields(kind):
+        path = f"{where}.{name}" if where else name
+        if name not in message and required:
+            raise MessageError(f"{path}: missing")
+        # null stands for the default, where there is one.
+        if name in message and (required or message[name] is not None):
+            values[name] = _value(message[name], hint, path)
+    return kind(**values)
+
+
+def _typed(value: object, kind: Any, where: str, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise MessageError(f"{where}: {_shown(value)} is not {what}" if where else f"{_shown(value)} is not {what}")
+    return value
+
+
+def _is_flat(value: object) -> bool:
+    """Return whether a value has at most one level of lists or objects: encoding a deep one may fail."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not any(isinstance(each, (list, dict)) for each in inner)
+
+
+def _shown(value: object) -> str:
+    """Return the JSON of a value, shortened."""
+    text = json.dumps(value) if _is_flat(value) else "a nested value"
+    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."

@@ -1,0 +1,217 @@
+"""The messages of the control socket: what is encoded is decoded, and any other bytes end in one error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from inco_trio.control import protocol
+from inco_trio.control.protocol import (
+    AcknowledgeRequest,
+    BoardStatus,
+    Event,
+    FlushRequest,
+    Followed,
+    FollowRequest,
+    ForgetRequest,
+    Greeting,
+    HistoryStatus,
+    LineBuffer,
+    MessageError,
+    MonitorRequest,
+    Request,
+    RequestError,
+    Response,
+    SendRequest,
+    StatusRequest,
+    decode_greeting,
+    decode_reply,
+    decode_request,
+)
+from inco_trio.signals import Direction
+from inco_trio.status import SignalStatus, Stats, Status, TaskStatus
+
+STATUS = Status(
+    "l", 1.5, 2.5, True, "d", "systemd", Stats(received=3),
+    (SignalStatus("s_irq", Direction.INBOUND, "/irq/s", 1, None, 0, 2, None),),
+    (TaskStatus("send", 1, None, "down"),),
+)  # fmt: skip
+BOARDS = (BoardStatus("a", "no room"), BoardStatus("b", "", STATUS, HistoryStatus("5f", 3, 1, 2, 0, True)))
+REQUESTS: list[tuple[Request, object, Response]] = [
+    (SendRequest("s_irq", 3, "b"), 3, Response(sent=3)),
+    (MonitorRequest("b", Direction.OUTBOUND, frozenset({"s_irq"}), frames=True), True, Response()),
+    (FlushRequest(), True, Response()),
+    (FollowRequest(frozenset({"b"})), {"b": Followed("5f", 1, 3)}, Response(follow={"b": Followed("5f", 1, 3)})),
+    (AcknowledgeRequest("b", 3, "5f"), 3, Response(acknowledged=3)),
+    (ForgetRequest(), ["b"], Response(forgotten=("b",))),
+]
+EVENTS = [
+    Event("notification", "b", 1.5, 7, Direction.INBOUND, "s_irq", "/irq/s", 4, frame="00ff"),
+    Event("notification", "b", 1.5, 7, Direction.OUTBOUND, "s_irq", sequence=4, boot="5f"),
+    Event("merged", "b", direction=Direction.INBOUND, signal="s_irq", sequence=4, boot="5f", count=9),
+    Event("ignored", "b", 1.5, 7, Direction.INBOUND, reason="malformed"),
+    Event("link", "b", 1.5, 7, running=False),
+    Event("dropped", "b", 1.5, 7, count=3, level="warning", message="m"),
+    Event("lost", time=1.5, monotonic_ns=7, count=3),
+]
+
+
+@pytest.mark.parametrize(("request_", "value", "response"), REQUESTS)
+def test_a_request_and_its_response(request_: Request, value: object, response: Response) -> None:
+    line = protocol.encode_request(request_)
+    assert decode_request(line.rstrip(b"\n")) == (request_, {})
+    decoded = decode_reply(protocol.encode_response(request_, value, {"id": [1]}))
+    assert isinstance(decoded, Response)
+    decoded.check(request_)
+    assert attrs.evolve(decoded, keys=frozenset()) == response
+    with pytest.raises(MessageError, match="the response to status lacks status"):
+        decoded.check(StatusRequest())
+
+
+def test_a_status() -> None:
+    line = protocol.encode_status([protocol.encode_board(board) for board in BOARDS], {"id": 1})
+    decoded = decode_reply(line)
+    assert isinstance(decoded, Response)
+    assert decoded.status == BOARDS
+    assert json.loads(line)["status"] == [protocol.to_json(board) for board in BOARDS]
+
+
+def test_a_greeting_and_an_error() -> None:
+    greeting = Greeting("x", 1, "5f", ("a", "b"))
+    assert decode_greeting(protocol.encode_greeting(greeting)) == greeting
+    refused = decode_greeting(protocol.encode_error(RequestError("busy", "later", {"id": 1})))
+    assert isinstance(refused, Response)
+    assert (refused.error, refused.message) == ("busy", "later")
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_an_event(event: Event) -> None:
+    line = protocol.encode_event(event, frames=True)
+    decoded = decode_reply(line.encode())
+    assert decoded == event
+    assert isinstance(decoded, Event)
+    assert decoded.json() == line
+
+
+def test_unknown_keys_and_events_are_accepted() -> None:
+    assert decode_reply(b'{"event": "new", "more": [1], "time": 1}') == Event("new", time=1)
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b"nonsense", "the line is not JSON: "),
+        (b"\xff", "the line is not JSON: "),
+        (b'{"event": "link", "time": NaN}', "the line is not JSON: NaN is not allowed"),
+        (DEEP, "the line is not JSON: "),
+        (b'{"event": ' + DEEP, "the line is not JSON: "),
+        (b"[]", "the line is not a JSON object"),
+        (b'{"event": 1}', "event: 1 is not text"),
+        (b'{"event": [[1]]}', "event: a nested value is not text"),
+        (b'{"event": "notification"}', "the event notification lacks direction"),
+        (b'{"event": "link", "running": 1}', "running: 1 is not true or false"),
+        (b'{"event": "x", "time": 1e300}', "time: 1e\\+300 is not a time"),
+        (b'{"event": "x", "time": -1}', "time: -1 is not a time"),
+        (b'{"event": "x", "direction": "up"}', 'direction: "up" is not one of inbound, outbound'),
+        (b'{"event": "x", "frame": "zz"}', 'frame: "zz" is not hexadecimal'),
+        (b'{"event": "x", "sequence": %d}' % (1 << 64), "sequence: 18446744073709551616 is not a whole number"),
+        (b'{"status": [3]}', "status: 3 is not a board"),
+        (b'{"status": {}}', "status: {} is not a list"),
+        (b'{"status": [{"open": true, "board": "b"}]}', r"status\[0\]\.status\.link: missing"),
+        (b'{"status": [{"open": false}]}', r"status\[0\]\.board: missing"),
+        (b'{"follow": {"b": 1}}', "follow.b: 1 is not an object"),
+        (b'{"sent": true}', "sent: true is not a whole number"),
+        (b'{"forgotten": [1]}', r"forgotten\[0\]: 1 is not text"),
+    ],
+)
+def test_what_a_proxy_must_not_send(line: bytes, text: str) -> None:
+    with pytest.raises(MessageError, match=text):
+        decode_reply(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b"{}", "the process listening there is not inco-trio"),
+        (b'{"protocol": 2}', "the proxy uses protocol 2, this program 1: use the same version of both"),
+        (b'{"protocol": 1, "name": "x"}', "pid: missing"),
+    ],
+)
+def test_greetings_of_others(line: bytes, text: str) -> None:
+    with pytest.raises(MessageError, match=text):
+        decode_greeting(line)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(
+                        ["event", "status", "board", "open", "signals", "follow", "time", "frame", "id", "request"]
+                    )
+                    | st.text(max_size=3),
+                    inner,
+                    max_size=5,
+                )
+            ),
+            max_leaves=20,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_any_line_is_a_message_or_one_error(line: bytes) -> None:
+    for decode in (decode_reply, decode_greeting):
+        with contextlib.suppress(MessageError):
+            decode(line)
+    try:
+        _, tag = decode_request(line)
+    except RequestError as error:
+        protocol.encode_error(error)
+    else:
+        json.dumps(tag)
+
+
+@given(st.lists(st.binary(max_size=8).map(lambda line: line.replace(b"\n", b"")), max_size=6), st.data())
+def test_lines_in_pieces(lines: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(line + b"\n" for line in lines)
+    received = LineBuffer(8)
+    found: list[bytes] = []
+    while stream:
+        number = data.draw(st.integers(1, len(stream)))
+        received.feed(stream[:number])
+        found += received.lines()
+        stream = stream[number:]
+    assert found == lines
+
+
+@pytest.mark.parametrize("data", [b"123456789", b"123456789\n", b"1\n123456789"])
+def test_a_line_above_the_limit(data: bytes) -> None:
+    received = LineBuffer(8)
+    received.feed(data)
+    with pytest.raises(MessageError, match="a line is longer than 8 bytes"):
+        list(received.lines())
+
+
+def test_an_id_is_flat() -> None:
+    with pytest.raises(RequestError, match="must not be nested"):
+        decode_request(b'{"request": "status", "id": [[1]]}')
+
+
+def test_the_protocol_is_in_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs/control.md").read_text()
+    assert f'{{"protocol": {protocol.PROTOCOL},' in page
+    for kind in (Status, SignalStatus, TaskStatus, HistoryStatus, Event):
+        for field in attrs.fields(kind):
+            assert f"`{field.name}`" in page or field.name in ("event", "text", "status"), field.name
