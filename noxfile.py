@@ -126,10 +126,11 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format; the published schemas and zizmor's rules for the workflows."""
+    """Ruff's rules and format; the spelling; the published schemas and zizmor's rules for the workflows."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
     roots = [Path(), *sorted(Path("examples").iterdir())]
     github = [str(path) for root in roots for path in sorted(root.glob(".github/workflows/*.yml"))]
     gitlab = [str(path) for root in roots for path in root.glob(".gitlab-ci.yml")]

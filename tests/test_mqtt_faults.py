@@ -17,7 +17,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.mqtt.connection import BrokerLostError, BrokerRefused, Connection, Message, open_connection
+from inco_trio.mqtt.connection import BrokerLostError, BrokerRefusedError, Connection, Message, open_connection
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
@@ -84,7 +84,7 @@ def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
 
     connecting(where, identity(ours.ca, of_client))
     wrong = refusal(where, identity(others.ca, of_client))
-    assert isinstance(wrong, BrokerRefused)
+    assert isinstance(wrong, BrokerRefusedError)
     assert "certificate is refused" in str(wrong)
     assert "client certificate" in str(refusal(where, identity(ours.ca, None)))
     assert "certificate" in str(refusal(where, identity(ours.ca, stranger)))
@@ -135,7 +135,7 @@ def test_passwords(tmp_path: Path, stack: ExitStack) -> None:
     broker, credentials = with_password(tmp_path, stack)
     where = at(broker.port)
     connecting(where, credentials)
-    assert isinstance(refusal(where, Credentials()), BrokerRefused)
+    assert isinstance(refusal(where, Credentials()), BrokerRefusedError)
     (tmp_path / "word").write_text("wrong")
     assert "Not authorized" in str(refusal(where, credentials))
 

@@ -40,11 +40,11 @@ from inco_trio.mqtt.connection import (
     RECEIVE_MAX,
     BrokerBackoff,
     BrokerLostError,
-    BrokerRefused,
+    BrokerRefusedError,
     Connection,
     Message,
     Received,
-    SessionTaken,
+    SessionTakenError,
     open_connection,
 )
 from inco_trio.nurseries import plain_nursery
@@ -136,7 +136,7 @@ class Bridge:
             log_statistics(counts)
 
     async def run(self, credentials: Credentials, ready: Callable[[], None]) -> None:
-        """Transfer frames until cancelled. Raises SessionTaken if another process has this side, and as `_open`."""
+        """Transfer frames until cancelled. Raises SessionTakenError if another process is this side, and as `_open`."""
         if not self._is_open:
             self._open()
         async with plain_nursery() as nursery:
@@ -185,9 +185,9 @@ class Bridge:
                         )
                     backoff.reset()
                     await self._exchange(connection)
-            except SessionTaken:
+            except SessionTakenError:
                 raise
-            except (BrokerLostError, BrokerRefused) as error:
+            except (BrokerLostError, BrokerRefusedError) as error:
                 self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
             await trio.sleep(backoff.next())
 
@@ -227,7 +227,7 @@ class Bridge:
                     elif received.retain and self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
-                        raise SessionTaken(self._broker, f"another process is {self._end} too: stop one of them")
+                        raise SessionTakenError(self._broker, f"another process is {self._end} too: stop one of them")
             except ValueError:
                 self._refuse(received)
             received.acknowledge()

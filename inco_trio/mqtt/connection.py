@@ -35,11 +35,11 @@ __all__ = [
     "RECEIVE_MAX",
     "BrokerBackoff",
     "BrokerLostError",
-    "BrokerRefused",
+    "BrokerRefusedError",
     "Connection",
     "Message",
     "Received",
-    "SessionTaken",
+    "SessionTakenError",
     "open_connection",
 ]
 
@@ -76,11 +76,11 @@ class BrokerLostError(UnavailableError):
     """The broker cannot be reached, ended the connection, or does not answer."""
 
 
-class SessionTaken(BrokerLostError):
+class SessionTakenError(BrokerLostError):
     """Another process uses our client identifier."""
 
 
-class BrokerRefused(PermissionDeniedError):
+class BrokerRefusedError(PermissionDeniedError):
     """The broker refuses the connection, or its certificate is not valid."""
 
 
@@ -201,7 +201,7 @@ class Connection:
         return awaited.reasons
 
     async def subscribe(self, topics: Sequence[str]) -> None:
-        """Subscribe to the topics at QoS 1. Raises BrokerRefused, BrokerLostError."""
+        """Subscribe to the topics at QoS 1. Raises BrokerRefusedError, BrokerLostError."""
         self._check()
         awaited = _Awaited(1, [None])
         code, mid = self._client.subscribe([(topic, SubscribeOptions(qos=1)) for topic in topics])
@@ -210,7 +210,7 @@ class Connection:
         self._awaited[mid] = (awaited, 0)
         await self._wait(awaited.done)
         if awaited.reasons[0] is not None:
-            raise BrokerRefused(self._broker, f"may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
+            raise BrokerRefusedError(self._broker, f"may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
 
     async def _wait(self, event: trio.Event) -> None:
         """Wait for acknowledgements. The connection is lost if the broker is silent for `patience` seconds."""
@@ -242,7 +242,7 @@ class Connection:
         self, _client: object, _data: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
     ) -> None:
         if reason.is_failure:
-            kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefused
+            kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefusedError
             self._lose(kind(f"{self._broker}: refuses us: {reason}"))
             return
         self.session_present = flags.session_present
@@ -255,7 +255,7 @@ class Connection:
     ) -> None:
         if self._reason(reason) == _TAKEN:
             self._lose(
-                SessionTaken(self._broker, f"another process has taken our name {self._name!r}: end one of them")
+                SessionTakenError(self._broker, f"another process has taken our name {self._name!r}: end one of them")
             )
         elif reason.value >= _FAILURE and reason.getName() != "Unspecified error":
             self._lose(BrokerLostError(self._broker, f"ended the connection: {reason}"))
@@ -429,7 +429,7 @@ async def open_connection(
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
     The broker keeps the session for `session` seconds afterwards; `clean` discards an earlier session. Raises
-    BrokerLostError and BrokerRefused. If this happens while the block runs, the block is cancelled.
+    BrokerLostError and BrokerRefusedError. If this happens while the block runs, the block is cancelled.
     """
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
@@ -471,7 +471,7 @@ async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
 
 
 def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> None:
-    """Set the credentials of the client. Raises BrokerRefused if the certificate files are not valid."""
+    """Set the credentials of the client. Raises BrokerRefusedError if the certificate files are not valid."""
     identity = credentials.read()
     if identity.user is not None:
         client.username_pw_set(identity.user, identity.password)
@@ -482,7 +482,7 @@ def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> 
             if credentials.certificate_file is not None:
                 context.load_cert_chain(credentials.certificate_file, credentials.key_file, password=lambda: b"")
         except (OSError, ValueError) as error:
-            raise BrokerRefused(broker, f"the files of its certificates cannot be used: {error}") from error
+            raise BrokerRefusedError(broker, f"the files of its certificates cannot be used: {error}") from error
         client.tls_set_context(context)
 
 
@@ -505,7 +505,7 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
         with trio.fail_after(2 * patience):
             await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
     except ssl.SSLCertVerificationError as error:
-        raise BrokerRefused(broker, f"its certificate is refused: {error.verify_message}") from error
+        raise BrokerRefusedError(broker, f"its certificate is refused: {error.verify_message}") from error
     except ssl.SSLError as error:
         raise BrokerLostError(broker, f"no TLS connection: {error.reason or error}") from error
     except socket.gaierror as error:

@@ -36,7 +36,7 @@ from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import (
     BrokerBackoff,
     BrokerLostError,
-    BrokerRefused,
+    BrokerRefusedError,
     Connection,
     Message,
     Received,
@@ -207,7 +207,7 @@ class Gateway:
                         await self._exchange(board, topics, connection)
                     finally:
                         self._connected -= 1
-            except (BrokerLostError, BrokerRefused) as error:
+            except (BrokerLostError, BrokerRefusedError) as error:
                 # The same for all boards, as a rule: said once.
                 what = error.reason
                 short = short + 1 if trio.current_time() - begun < SHORT else 0

@@ -38,7 +38,7 @@ from .rivals import (
     Load,
     Program,
     Running,
-    Uncounted,
+    UncountedError,
 )
 from .search import Outcome, Tried, highest_kept
 
@@ -332,7 +332,7 @@ def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float)
     """Offer `rate` for `seconds`; kept is what loses nothing and handles the last frame within `behind` seconds."""
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
-    except Uncounted:
+    except UncountedError:
         bench.say(f"{rate:,.0f}/s cannot be counted: trying less")
         return Tried(Outcome.UNCOUNTED, rate, rate)
     kept = not flow.lost and flow.total_s - flow.send_s <= behind
@@ -604,7 +604,7 @@ def load_curve(bench: Bench) -> Measured:
                 run.warm_up()
                 try:
                     flow = run.load(inbound=round(rate * bench.size.point), in_rate=rate).inbound
-                except Uncounted:
+                except UncountedError:
                     bench.say(f"{rate:,}/s is left out")
                     continue
             curve[program.name].append((flow.sent / flow.send_s, flow.rate, flow.lost))

@@ -38,7 +38,7 @@ __all__ = [
     "Load",
     "Program",
     "Running",
-    "Uncounted",
+    "UncountedError",
     "another",
 ]
 
@@ -60,7 +60,7 @@ class BenchError(Exception):
     """The benchmark itself is broken: the figure cannot be trusted."""
 
 
-class Uncounted(BenchError):
+class UncountedError(BenchError):
     """Again and again, the load generator could not count all that arrived: nothing is known of the program."""
 
 
@@ -197,7 +197,7 @@ class Running:
 
         A run in which the load generator could not count all that arrived is repeated, and said.
 
-        Raises `BenchError` if the load generator fails, and `Uncounted`.
+        Raises `BenchError` if the load generator fails, and `UncountedError`.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
@@ -209,7 +209,7 @@ class Running:
                 break
             self.lab.say("the load generator could not count all that arrived: this run does not count")
         else:
-            raise Uncounted(f"the load generator could not count all that arrived, {_REPEATS} times")
+            raise UncountedError(f"the load generator could not count all that arrived, {_REPEATS} times")
         times = array.array("q", samples.read_bytes() if latencies else b"")
         return Load(
             inbound=Flow(**said["inbound"], latencies=_arrived(times[:inbound])),
