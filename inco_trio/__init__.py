@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
+    from inco_trio.proxy_status import Stats, Status
     from inco_trio.signals import Direction, Signal, builtin_signals
-    from inco_trio.status import Stats, Status
 
 __all__ = [
     "Arrival",
@@ -90,7 +90,7 @@ _PLACES = {
     "notifications": ("Notification",),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "status": ("Stats", "Status"),
+    "proxy_status": ("Stats", "Status"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

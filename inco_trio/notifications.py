@@ -14,9 +14,9 @@ import attrs
 import trio
 
 from inco_trio.persist.history import History
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
-from inco_trio.status import Counters
 
 __all__ = ["Deaf", "Events", "Listener", "Notification"]
 

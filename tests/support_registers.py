@@ -14,12 +14,12 @@ import trio
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
+from inco_trio.proxy.share import Share, SharedInotify
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.directory import EMPTIED
 from inco_trio.registers.registers import Registers
-from inco_trio.registers.share import Share, SharedInotify
 from inco_trio.registers.triggers import RETIREMENT, Triggered
 from inco_trio.signals import Signal, SignalTable
-from inco_trio.status import Counters
 
 __all__ = ["Clock", "World"]
 

@@ -24,7 +24,7 @@ from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError
 from inco_trio.frame import decode, encode
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.fleet import Proxies, open_fleet, open_proxies
-from inco_trio.registers.share import Share, SharedInotify
+from inco_trio.proxy.share import Share, SharedInotify
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
 from tests.support_proxy import Cupboard

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.simulation.demo import run_demo
+from inco_trio.simulation.demonstration import run_demo
 from inco_trio.simulation.traffic import duration, quantile
 from netns.fixtures import Canary
 from netns.hang import HANG

@@ -19,7 +19,7 @@ import pytest
 
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
-from inco_trio.doctor import links, machine, proxies, registers
+from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.doctor.proxies import Users
 from inco_trio.doctor.result import Level, Result, permit
@@ -442,7 +442,7 @@ def test_the_path_of_the_peer(tmp_path: Path) -> None:
 
 def test_the_directory_of_registers(tmp_path: Path) -> None:
     path = tmp_path / "an irq"
-    found = only(registers.directory(path))
+    found = only(register_files.directory(path))
     assert found == (
         "warn",
         f"{path}: does not exist: a proxy makes it when it starts, and 60 s after it was removed",
@@ -450,12 +450,12 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
     )
     mended(found)
     fine = "ok", f"{path}: uid {os.geteuid()} may read and write it", None
-    assert only(registers.directory(path)) == fine
+    assert only(register_files.directory(path)) == fine
     path.rmdir()
     path.touch()
-    found = only(registers.directory(path))
+    found = only(register_files.directory(path))
     assert found == ("fail", f"{path}: is no directory: name another one, or remove it", f"rm '{path}'")
-    assert only(registers.directory(path / "a"))[1] == f"{path}/a: cannot be looked at: Not a directory"
+    assert only(register_files.directory(path / "a"))[1] == f"{path}/a: cannot be looked at: Not a directory"
 
 
 def test_what_this_user_may_not_do(tmp_path: Path) -> None:
@@ -468,14 +468,14 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
     with datagram(ours), datagram(core1), without_capability(CAP_DAC_OVERRIDE), without_capability(CAP_DAC_READ_SEARCH):
         for path in (trigger, state, ours, core1):
             path.chmod(0)
-        found = list(registers.kinds(signals))
+        found = list(register_files.kinds(signals))
         assert [str(result) for result in found] == [
             f"{state}: uid {uid} may not write it: run: chmod u+w {state}",
             f"{trigger}: uid {uid} may not read it: run: chmod u+r {trigger}",
         ]
         for result in found:
             mended(("", "", result.fix))
-        assert only(registers.kinds(signals))[0] == "ok"
+        assert only(register_files.kinds(signals))[0] == "ok"
         text = f"{ours}: cannot be connected to: Permission denied"
         assert only(links.socket_path(address)) == ("fail", text, None)
         refused = only(links.peer(address))
@@ -486,7 +486,7 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
         home.chmod(0o500)
         checks: list[tuple[Callable[[], Iterable[Result]], str]] = [
             (lambda: links.socket_path(address), "may not make a socket there"),
-            (lambda: registers.directory(home), "may not read and write it"),
+            (lambda: register_files.directory(home), "may not read and write it"),
         ]
         for check, text in checks:
             refused = only(check())
@@ -506,10 +506,10 @@ def test_what_registers_are(tmp_path: Path) -> None:
     signals = builtin_signals(tmp_path)
     names = "message_4_state, message_5_state, message_6_trig"
     fine = "ok", f"{tmp_path}: {names}: regular files, or still to be made", None
-    assert only(registers.kinds(signals)) == fine
+    assert only(register_files.kinds(signals)) == fine
     path = tmp_path / "message_6_trig"
     path.touch()
-    assert only(registers.kinds(signals)) == fine
+    assert only(register_files.kinds(signals)) == fine
     path.unlink()
     for make, kind in (
         (lambda path: path.symlink_to("message_4_state"), "a symlink"),
@@ -518,10 +518,10 @@ def test_what_registers_are(tmp_path: Path) -> None:
         (lambda path: datagram(path).close(), "a socket"),
     ):
         make(path)
-        found = only(registers.kinds(signals))
+        found = only(register_files.kinds(signals))
         assert found[:2] == ("fail", f"{path}: is no regular file but {kind}: the proxy refuses it")
         mended(found)
-        assert only(registers.kinds(signals)) == fine
+        assert only(register_files.kinds(signals)) == fine
 
 
 MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
@@ -542,20 +542,20 @@ def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, t
         device = tmp_path.stat().st_dev
         tree.put("proc/self/mountinfo", MOUNTS.format(major=os.major(device), minor=os.minor(device), kind=kind))
     before = list(tmp_path.iterdir())
-    assert only(registers.reported(tmp_path / "later", tree.root)) == (level, f"{tmp_path}: {text}", None)
+    assert only(register_files.reported(tmp_path / "later", tree.root)) == (level, f"{tmp_path}: {text}", None)
     assert list(tmp_path.iterdir()) == before
 
 
 def test_a_filesystem_on_which_inotify_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registers, "_opening_is_reported", lambda _: False)
-    level, text, fix = only(registers.reported(tmp_path))
+    monkeypatch.setattr(register_files, "_opening_is_reported", lambda _: False)
+    level, text, fix = only(register_files.reported(tmp_path))
     assert (level, fix) == ("fail", None)
     assert text.endswith(", and inotify reports nothing there; use tmpfs")
 
 
 def test_a_directory_that_cannot_be_watched(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    level, text, _ = only(registers.reported(tmp_path / "file"))
+    level, text, _ = only(register_files.reported(tmp_path / "file"))
     assert level == "fail"
     assert text.endswith("; it cannot be watched: Not a directory")
 
@@ -567,10 +567,10 @@ def test_registers_that_are_held_open(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"\n"
-        level, text, _ = only(registers.held_open(signals, []))
+        level, text, _ = only(register_files.held_open(signals, []))
         assert level == "warn"
         assert text.startswith(f"{path}: process {holder.pid} (python")
-        assert list(registers.held_open(signals, [process(holder.pid)])) == []
+        assert list(register_files.held_open(signals, [process(holder.pid)])) == []
 
 
 def place(path: Path) -> tuple[int, int]:
@@ -579,23 +579,23 @@ def place(path: Path) -> tuple[int, int]:
 
 
 def test_whether_a_proxy_watches_the_triggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registers, "filesystem", lambda path: (path, "tmpfs"))
+    monkeypatch.setattr(register_files, "filesystem", lambda path: (path, "tmpfs"))
     signals, path = builtin_signals(tmp_path), tmp_path / "message_6_trig"
-    assert list(registers.watched(signals, process(3))) == []
+    assert list(register_files.watched(signals, process(3))) == []
     path.touch()
-    assert only(registers.watched(signals, process(3))) == (
+    assert only(register_files.watched(signals, process(3))) == (
         "fail",
         f"{path}: process 3 does not watch it: what is written there is not seen by that proxy",
         "kill -HUP 3",
     )
     proxy = process(3, watches=(place(path),))
-    assert only(registers.watched(signals, proxy)) == (
+    assert only(register_files.watched(signals, proxy)) == (
         "ok",
         f"{path}: process 3 sees what is written there",
         None,
     )
-    monkeypatch.setattr(registers, "filesystem", lambda path: (path, "overlay"))
-    assert list(registers.watched(signals, process(3))) == []
+    monkeypatch.setattr(register_files, "filesystem", lambda path: (path, "overlay"))
+    assert list(register_files.watched(signals, process(3))) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- proxies

@@ -21,8 +21,8 @@ import trio
 import trio.testing
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
-from inco_trio.metrics import exporter
-from inco_trio.metrics.exporter import Boards
+from inco_trio.metrics import http_server
+from inco_trio.metrics.http_server import Boards
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.mosquitto import Gateway, free_port
@@ -155,7 +155,7 @@ def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
         one.bind(os.fspath(path))
         one.listen(1)
     for limit in ("PATIENCE", "ALL"):
-        monkeypatch.setattr(f"inco_trio.metrics.exporter.{limit}", HANG)
+        monkeypatch.setattr(f"inco_trio.metrics.http_server.{limit}", HANG)
     with ThreadPoolExecutor(1) as pool, ExitStack() as asked:
         scraped = pool.submit(trio.run, Boards(paths).metrics)
         # All of them are asked before the first has answered.
@@ -243,14 +243,14 @@ def test_concurrent_scrapes_share_a_query(tmp_path: Path) -> None:
 
 
 def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporter, "CONNECTIONS_MAX", 20)
+    monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 20)
     clock = trio.testing.MockClock()
 
     async def main() -> None:
         port = free_port()
         ready = trio.Event()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(exporter.serve, "127.0.0.1", port, [tmp_path / "nowhere"], ready.set)
+            nursery.start_soon(http_server.serve, "127.0.0.1", port, [tmp_path / "nowhere"], ready.set)
             await ready.wait()
             idle = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(10)]
             half = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(10)]
@@ -263,7 +263,7 @@ def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch:
             assert answer.endswith(b"# EOF\n")
             # The limit ended the oldest connection, and the deadline ends the others.
             assert await idle[0].receive_some() == b""
-            clock.jump(exporter.REQUEST_PATIENCE)
+            clock.jump(http_server.REQUEST_PATIENCE)
             for stream in (*idle, *half):
                 assert await stream.receive_some() == b""
                 await stream.aclose()
@@ -284,7 +284,7 @@ def test_other_requests(tmp_path: Path, request_: bytes, status: bytes, body: by
     async def main() -> None:
         client, server = trio.testing.memory_stream_pair()
         await client.send_all(request_)
-        await exporter._Scrapes(Boards([tmp_path / "nowhere"])).answer(server)  # type: ignore[arg-type]
+        await http_server._Scrapes(Boards([tmp_path / "nowhere"])).answer(server)  # type: ignore[arg-type]
         with contextlib.suppress(trio.ClosedResourceError):
             answer = b"".join([chunk async for chunk in client])
         assert answer.startswith(status)

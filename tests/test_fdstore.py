@@ -18,7 +18,7 @@ import pytest
 from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.persist.fdstore import NoFdStore, S6FdStore, SystemdFdStore, fd_store_from_environment
 from inco_trio.service.descriptions import link_service
-from inco_trio.service.s6 import write_scandir
+from inco_trio.service.scandir import write_scandir
 from netns.hang import HANG
 
 PREFIX = "inco-trio/a/"

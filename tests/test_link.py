@@ -133,7 +133,7 @@ def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer
     assert [len(frame) for frame in receive(link, step=100)] == [18]
 
 
-WITHOUT_OPTION = ("linux.packet.PACKET_IGNORE_OUTGOING", 9999)
+WITHOUT_OPTION = ("linux.if_packet.PACKET_IGNORE_OUTGOING", 9999)
 """As on a kernel before 4.20, which does not know it."""
 WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
 """Takes everything."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
+from inco_trio.notify import check_notification_fd, notify_ready, notify_stopping
 from netns.hang import HANG
 
 

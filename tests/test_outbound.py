@@ -21,9 +21,9 @@ from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.status import Counters
 from netns.hang import HANG
 
 

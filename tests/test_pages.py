@@ -24,7 +24,7 @@ from docs.fields import described, table
 from inco_trio.board_files import KEYS, BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parser
 from inco_trio.simulation.world import Cores, Peer
-from inco_trio.testing.history import History
+from inco_trio.testing.happenings import History
 from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
 from tests.support_control import Board

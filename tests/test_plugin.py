@@ -107,7 +107,7 @@ def test_a_missing_signal(pytester: pytest.Pytester) -> None:
     assert recorded
     with open_recording(Path(recorded[1]), SignalTable(())) as recording:
         assert [each.signal for each in recording if isinstance(each, Entry)] == ["ihub_hwwd_irq"]
-    result.stdout.no_fnmatch_line("*history.py*")  # only the test's own lines
+    result.stdout.no_fnmatch_line("*happenings.py*")  # only the test's own lines
 
 
 def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:

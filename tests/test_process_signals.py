@@ -82,7 +82,8 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
 
 @pytest.mark.parametrize("numbers", [[stop] * n for stop in STOPS for n in (1, 2)], ids=str)
 @pytest.mark.parametrize(
-    "module", ["argparse", "inco_trio.errors", "inco_trio.cli.run", "trio", "inco_trio.proxy.proxy", "inco_trio.status"]
+    "module",
+    ["argparse", "inco_trio.errors", "inco_trio.cli.run", "trio", "inco_trio.proxy.proxy", "inco_trio.proxy_status"],
 )
 def test_a_stop_while_modules_are_imported(module: str, numbers: list[signal.Signals], tmp_path: Path) -> None:
     assert run(AT_IMPORT, module, numbers, "none0", "--irq-dir", tmp_path / "irq") == (

@@ -34,8 +34,8 @@ from inco_trio.control.protocol import (
     decode_reply,
     decode_request,
 )
+from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
-from inco_trio.status import SignalStatus, Stats, Status, TaskStatus
 
 STATUS = Status(
     "l", 1.5, 2.5, True, "d", "systemd", Stats(received=3),

@@ -25,11 +25,11 @@ from inco_trio.linux.inotify import Inotify, parse_events
 from inco_trio.persist.inflight import FRAME_STEP, Bank, Inflight, frames_in
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.proxy import Proxy, open_supervised
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.triggers import Triggered
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.status import Counters
 from netns.hang import HANG
 from tests.support_proxy import Cupboard, trigger
 

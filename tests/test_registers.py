@@ -20,11 +20,11 @@ from inco_trio.errors import ConfigError, IncoError, PermissionDeniedError, Reso
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Inotify, parse_events
 from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import ABANDONED, Directories
 from inco_trio.registers.directory import EMPTIED, PATIENCE, Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.signals import Direction, Signal
-from inco_trio.status import Counters
 from tests.support_capabilities import without_capability
 from tests.support_registers import Clock, World
 

@@ -21,7 +21,7 @@ import pytest
 
 from inco_trio.errors import InvalidArgumentError, PermissionDeniedError
 from inco_trio.service.descriptions import Service, boards_service, bridge_service, find_program, link_service
-from inco_trio.service.s6 import write_scandir
+from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from inco_trio.simulation.world import Cores, Namespace, Peer
 from netns.fixtures import Consumer
@@ -30,7 +30,7 @@ from netns.hang import HANG
 STANDIN = """
 import os, signal, socket, sys
 from inco_trio.persist.fdstore import fd_store_from_environment
-from inco_trio.service.notify import check_notification_fd, notify_ready
+from inco_trio.notify import check_notification_fd, notify_ready
 
 run, interface, _, config, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]
 check_notification_fd(int(notification_fd))

@@ -17,7 +17,7 @@ import pytest
 from inco_trio.errors import InvalidArgumentError
 from inco_trio.service.descriptions import Service as Described
 from inco_trio.service.descriptions import bridge_service, exporter_service, gateway_service, link_service
-from inco_trio.service.s6 import write_scandir
+from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from netns.hang import HANG
 from tests.core1 import Here

@@ -17,7 +17,7 @@ from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.queue import OVERFLOW, EventQueue
 from inco_trio.persist.tables import PAGE
-from inco_trio.registers.share import GENERATION, Share, SharedInotify
+from inco_trio.proxy.share import GENERATION, Share, SharedInotify
 from tests.support_proxy import Cupboard
 
 EVENT = bytes.fromhex("01000000 08000000 00000000 00000000")

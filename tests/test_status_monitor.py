@@ -31,9 +31,9 @@ from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorReq
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
 from inco_trio.metrics.openmetrics import openmetrics
+from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
-from inco_trio.status import SignalStatus, Stats, Status, TaskStatus
 from netns.fixtures import StartProxy
 from netns.hang import HANG
 from tests.support_control import COMMAND, MAC, Board, Client, Running

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 
 from inco_trio.backoff import Backoff
 from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
-from inco_trio.status import Counters
+from inco_trio.proxy_status import Counters
 
 Leg = Callable[[Health], Awaitable[None]]
 

@@ -25,7 +25,7 @@ from inco_trio.frame import decode, encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.testing import Board, GuestError, Happening, NotificationMissingError, ProxyDiedError, open_board
 from inco_trio.testing.faults import LATE, FrameFaults
-from inco_trio.testing.history import History
+from inco_trio.testing.happenings import History
 from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
@@ -165,7 +165,7 @@ def test_a_loop_that_has_ended_is_not_woken() -> None:
     bells = []
 
     async def leave() -> None:
-        from inco_trio.testing.history import _bell
+        from inco_trio.testing.happenings import _bell
 
         ring, _ = _bell()
         bells.append(ring)

@@ -17,9 +17,9 @@ from inco_trio.persist.inflight import FRAMES, Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.supervise import Health
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.registers import Registers
 from inco_trio.signals import SignalTable, builtin_signals
-from inco_trio.status import Counters
 
 FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 

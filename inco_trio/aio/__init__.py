@@ -23,11 +23,11 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
+from inco_trio.proxy_status import Stats
 from inco_trio.signals import Direction
-from inco_trio.status import Stats
 
 if TYPE_CHECKING:
-    from inco_trio.status import Status
+    from inco_trio.proxy_status import Status
 
 __all__ = ["AsyncioProxy", "Proxy", "on_notification", "open_proxy", "run"]
 

@@ -29,7 +29,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; return the exit code."""
-    from inco_trio.simulation.demo import run_demo
+    from inco_trio.simulation.demonstration import run_demo
 
     record = None if args.record is None else absolute(args.record, "--record")
     return run_demo(args.count, args.rate, _Output(), with_qemu=args.qemu, record=record)

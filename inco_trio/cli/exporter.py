@@ -1,4 +1,4 @@
-"""`inco-trio exporter`: metrics for Prometheus. `metrics.exporter` does the work."""
+"""`inco-trio exporter`: metrics for Prometheus. `metrics.http_server` does the work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         say(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
         return 0
     with process_signals.held():
-        from inco_trio.metrics.exporter import serve
+        from inco_trio.metrics.http_server import serve
         from inco_trio.service.runner import Restarting, run_service
 
         address, port = check_listen(args.listen)

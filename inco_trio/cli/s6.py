@@ -22,7 +22,7 @@ from inco_trio.cli.options import (
 )
 from inco_trio.cli.streams import remark, say, say_bytes
 from inco_trio.service import descriptions
-from inco_trio.service.s6 import write_scandir
+from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 
 __all__ = ["arguments", "run"]

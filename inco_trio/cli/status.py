@@ -14,9 +14,9 @@ from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import connect
 from inco_trio.control.protocol import BoardStatus, to_json
+from inco_trio.proxy_status import Status
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
-from inco_trio.status import Status
 
 __all__ = ["arguments", "run"]
 

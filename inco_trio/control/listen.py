@@ -10,7 +10,7 @@ from types import TracebackType
 from inco_trio.control.protocol import Event, event_now
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ProxyNotFoundError, ResourceError
 from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode
-from inco_trio.linux.packet import ETH_P_ALL, GONE, PACKET_OUTGOING, attach_filter, program
+from inco_trio.linux.if_packet import ETH_P_ALL, GONE, PACKET_OUTGOING, attach_filter, program
 from inco_trio.signals import Direction
 
 __all__ = ["Listening"]

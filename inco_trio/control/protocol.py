@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import attrs
 
+from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction
-from inco_trio.status import Status
 
 __all__ = [
     "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeRequest", "BoardStatus", "Event", "FlushRequest",

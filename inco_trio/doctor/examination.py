@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from inco_trio.control.client import client_of
-from inco_trio.doctor import links, machine, proxies, registers
+from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.processes import Processes
 from inco_trio.doctor.proxies import Users
 from inco_trio.doctor.result import Result, fail
@@ -98,10 +98,10 @@ def _interface(address: InterfaceAddress, processes: Processes, start: str | Non
 def _registers(signals: Sequence[Signal], processes: Processes, users: Users) -> Iterator[Result]:
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]
-        yield from registers.directory(directory)
-        yield from registers.reported(directory)
-        yield from registers.kinds(own)
-        yield from registers.held_open(own, users.proxies)
+        yield from register_files.directory(directory)
+        yield from register_files.reported(directory)
+        yield from register_files.kinds(own)
+        yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
-            yield from registers.watched(own, users.proxy)
+            yield from register_files.watched(own, users.proxy)

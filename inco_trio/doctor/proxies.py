@@ -14,7 +14,7 @@ from inco_trio.doctor.processes import Process, Processes, named, packet_sockets
 from inco_trio.doctor.result import Result, fail, ok, warn
 from inco_trio.frame import ETHERTYPE
 from inco_trio.links.address import UnixAddress
-from inco_trio.linux.packet import ETH_P_ALL
+from inco_trio.linux.if_packet import ETH_P_ALL
 from inco_trio.signals import Direction, Signal
 
 __all__ = [

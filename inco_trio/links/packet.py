@@ -20,8 +20,8 @@ import trio
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.link import LinkDownError
-from inco_trio.linux import packet
-from inco_trio.linux.packet import GONE, SOL_PACKET
+from inco_trio.linux import if_packet
+from inco_trio.linux.if_packet import GONE, SOL_PACKET
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.linux.sockets import set_receive_buffer
 
@@ -44,7 +44,7 @@ _FILTER = (
 )
 
 
-FILTER = packet.program(_FILTER)
+FILTER = if_packet.program(_FILTER)
 
 DOWN = GONE | {errno.ENETDOWN}
 """The interface is down or gone; the next change of an interface may fix that."""
@@ -93,10 +93,10 @@ class PacketLink:
         except OSError as error:
             raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
         try:
-            packet.attach_filter(sock, FILTER)
+            if_packet.attach_filter(sock, FILTER)
             with contextlib.suppress(OSError):
                 # Do not receive our own frames. Before Linux 4.20, only the filter drops them.
-                sock.setsockopt(SOL_PACKET, packet.PACKET_IGNORE_OUTGOING, 1)
+                sock.setsockopt(SOL_PACKET, if_packet.PACKET_IGNORE_OUTGOING, 1)
             return cls(sock, name)
         except BaseException:
             sock.close()
@@ -118,7 +118,7 @@ class PacketLink:
                 self._socket.family == socket.AF_PACKET
                 and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
-                and packet.filter_of(self._socket, len(FILTER)) == FILTER
+                and if_packet.filter_of(self._socket, len(FILTER)) == FILTER
             )
         except (OSError, ValueError):
             return False
@@ -247,7 +247,7 @@ class PacketLink:
 
     def dropped(self) -> int:
         """See `Link.dropped` (PACKET_STATISTICS, which is reset when it is read)."""
-        statistics = self._socket.getsockopt(SOL_PACKET, packet.PACKET_STATISTICS, 8)
+        statistics = self._socket.getsockopt(SOL_PACKET, if_packet.PACKET_STATISTICS, 8)
         return int(struct.unpack("=II", statistics)[1])
 
     def close(self, *, remove: bool = False) -> None:  # noqa: ARG002 - there is nothing to remove

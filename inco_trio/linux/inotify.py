@@ -80,7 +80,7 @@ def parse_events(data: bytes | memoryview) -> list[Event]:
 
 
 class Watcher(Protocol):
-    """The watches of one proxy: an `Inotify`, or a share of one (`registers.share`)."""
+    """The watches of one proxy: an `Inotify`, or a share of one (`proxy.share`)."""
 
     read: int
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 
 from inco_trio.control.protocol import BoardStatus
-from inco_trio.status import Status
+from inco_trio.proxy_status import Status
 
 __all__ = ["Reported", "openmetrics"]
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from inco_trio.errors import InvalidArgumentError, ResourceError
-from inco_trio.service.notify import sd_notify
+from inco_trio.notify import sd_notify
 
 __all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
 

@@ -10,7 +10,7 @@ no instant in which one is missing. Blank memory is zeros; between the frames of
 which only a frame longer than its step overwrites.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `registers.share`); a history (`history`).
+processes with many boards (`queue`, `proxy.share`); a history (`history`).
 """
 
 from __future__ import annotations

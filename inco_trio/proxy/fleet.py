@@ -29,10 +29,10 @@ from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.inflight import Inflight
 from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
+from inco_trio.proxy.share import Share, SharedInotify
 from inco_trio.proxy.supervise import Health, supervise
+from inco_trio.proxy_status import Counters, Stats
 from inco_trio.registers.refusals import refusal
-from inco_trio.registers.share import Share, SharedInotify
-from inco_trio.status import Counters, Stats
 
 __all__ = ["Proxies", "open_fleet", "open_proxies"]
 

@@ -16,8 +16,8 @@ from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile, StateFiles
-from inco_trio.status import Counters
 
 __all__ = ["Inbound"]
 

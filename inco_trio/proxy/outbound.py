@@ -15,9 +15,9 @@ from inco_trio.linux.inotify import Watcher, parse_events
 from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.triggers import Triggered, Triggers
 from inco_trio.signals import Signal
-from inco_trio.status import Counters
 
 __all__ = ["Outbound"]
 

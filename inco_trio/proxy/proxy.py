@@ -29,11 +29,11 @@ from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health, supervise
+from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskStatus
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
-from inco_trio.status import Counters, SignalStatus, Stats, Status, TaskStatus
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 

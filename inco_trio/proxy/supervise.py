@@ -9,7 +9,7 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.problems import Problems
-from inco_trio.status import Counters
+from inco_trio.proxy_status import Counters
 
 __all__ = ["TRANSIENT", "Health", "supervise"]
 

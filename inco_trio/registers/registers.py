@@ -15,6 +15,7 @@ from inco_trio.linux.inotify import Watcher
 from inco_trio.nurseries import in_turns
 from inco_trio.persist.inflight import Inflight
 from inco_trio.problems import Problems
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import Directory
@@ -22,7 +23,6 @@ from inco_trio.registers.refusals import UnfitFileError, refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
-from inco_trio.status import Counters
 
 __all__ = ["Registers"]
 

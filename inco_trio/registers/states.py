@@ -17,10 +17,10 @@ import attrs
 
 from inco_trio.persist.tables import NumberTable
 from inco_trio.problems import Problems
+from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import WRITE_FLAGS, Directory
 from inco_trio.signals import Signal
-from inco_trio.status import Counters
 
 __all__ = ["StateFile", "StateFiles"]
 

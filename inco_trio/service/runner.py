@@ -17,10 +17,10 @@ from typing import Protocol
 import trio
 
 from inco_trio.errors import IncoError, ResourceError, unwrapped
+from inco_trio.notify import check_notification_fd, notify_ready, notify_stopping
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import set_up_logging
-from inco_trio.service.notify import check_notification_fd, notify_ready, notify_stopping
 
 __all__ = ["Restarting", "Runner", "Service", "Work", "run_service"]
 

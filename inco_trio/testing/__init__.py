@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from inco_trio.simulation.guest import Guest, GuestError
     from inco_trio.testing.board import Board, BoardCore0, BoardCore1, BoardFaults, BoardProxy, open_board
     from inco_trio.testing.carriers import ProxyDiedError
-    from inco_trio.testing.history import Happening, NotificationMissingError
+    from inco_trio.testing.happenings import Happening, NotificationMissingError
 
 __all__ = [
     "Board",
@@ -33,8 +33,8 @@ _PLACE_OF = {
     "BoardFaults": "testing.board",
     "Guest": "simulation.guest",
     "GuestError": "simulation.guest",
-    "Happening": "testing.history",
-    "NotificationMissingError": "testing.history",
+    "Happening": "testing.happenings",
+    "NotificationMissingError": "testing.happenings",
     "BoardProxy": "testing.board",
     "ProxyDiedError": "testing.carriers",
     "open_board": "testing.board",

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from inco_trio.cores.watch import trigger
 from inco_trio.errors import ClosedError, InvalidArgumentError
+from inco_trio.proxy_status import Stats
 from inco_trio.signals import Direction, Signal, direction_of
 from inco_trio.simulation.guest import Guest, unix_netdev
 from inco_trio.simulation.world import two_cores
-from inco_trio.status import Stats
 from inco_trio.testing.carriers import Carrier
 from inco_trio.testing.engine import Engine, engine
 from inco_trio.testing.faults import FrameFaults
-from inco_trio.testing.history import Happening
+from inco_trio.testing.happenings import Happening
 from inco_trio.testing.layout import make_layout
 from inco_trio.testing.report import record, side_by_side
 from inco_trio.testing.rig import Plan, Rig
@@ -377,7 +377,7 @@ def open_board(
     further wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
     network namespaces and a veth pair. The proxy is a process, or runs `in_process`.
 
-    Raises ConfigError, InvalidArgumentError, NamespaceRefused, ProxyDiedError, ResourceError.
+    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
         raise InvalidArgumentError(f"link={link!r}: neither 'unix' nor 'interface'")

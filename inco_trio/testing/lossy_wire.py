@@ -13,7 +13,7 @@ from inco_trio.errors import LinkNotFoundError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction
 from inco_trio.testing.faults import FrameFaults
-from inco_trio.testing.history import History
+from inco_trio.testing.happenings import History
 
 __all__ = ["Lane"]
 

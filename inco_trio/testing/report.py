@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inco_trio.capture.recording import Recorder
-from inco_trio.testing.history import Happening
+from inco_trio.testing.happenings import Happening
 
 __all__ = ["record", "side_by_side"]
 

@@ -12,7 +12,7 @@ from inco_trio.signals import Direction, Signal
 from inco_trio.simulation.world import Cores
 from inco_trio.testing.carriers import Carrier, InProcess, Process
 from inco_trio.testing.engine import Engine
-from inco_trio.testing.history import History
+from inco_trio.testing.happenings import History
 from inco_trio.testing.layout import Layout
 from inco_trio.testing.lossy_wire import Lane
 

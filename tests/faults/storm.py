@@ -25,7 +25,7 @@ from types import TracebackType
 import attrs
 
 from inco_trio.frame import ETHERTYPE
-from inco_trio.linux.packet import PACKET_IGNORE_OUTGOING, SOL_PACKET
+from inco_trio.linux.if_packet import PACKET_IGNORE_OUTGOING, SOL_PACKET
 from inco_trio.simulation.world import Cores
 from netns.hang import HANG
 from tests.faults.applications import HEADER, Applications, Recorder, Wire, write_config
