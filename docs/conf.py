@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["COLUMNS"] = "100"  # of the help texts
 
-from docs.fields import table
+from docs.fields import hide_constructors, table
 from inco_trio import config
 from inco_trio.board_files import BoardFile
 from inco_trio.cli.parser import COMMANDS, drop_in_parser, parser
@@ -45,6 +45,7 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 default_role = "literal"
+hide_constructors()
 
 
 class Help(Directive):

@@ -1,4 +1,4 @@
-"""What the pages tell of attrs classes: a row for each field, of the string below it in the source."""
+"""What the pages show of classes: a row for each field of an attrs class, and which constructors are internal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from itertools import pairwise
 
 import attrs
 
-__all__ = ["described", "table"]
+import inco_trio
+import inco_trio.aio
+import inco_trio.testing
+
+__all__ = ["OPENED", "described", "hide_constructors", "table"]
+
+OPENED: tuple[type, ...] = (
+    *(inco_trio.Proxy, inco_trio.Proxies, inco_trio.aio.Proxy),
+    *(inco_trio.testing.Board, inco_trio.testing.BoardCore0, inco_trio.testing.BoardCore1),
+    *(inco_trio.testing.BoardProxy, inco_trio.testing.BoardFaults, inco_trio.testing.Guest),
+)
+"""Classes whose objects come from a function, such as `open_proxy`: a program does not call them."""
+
+
+def hide_constructors() -> None:
+    """Let Sphinx show no parameters of the classes in `OPENED`."""
+    for cls in OPENED:
+        cls.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
 
 def described(cls: type) -> dict[str, str]:

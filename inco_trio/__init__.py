@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
-    from inco_trio.proxy_status import Stats, Status
+    from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
     from inco_trio.signals import Direction, Signal, builtin_signals
 
 __all__ = [
@@ -58,8 +58,10 @@ __all__ = [
     "ProxyNotFoundError",
     "ResourceError",
     "Signal",
+    "SignalStatus",
     "Stats",
     "Status",
+    "TaskStatus",
     "UnknownSignalError",
     "builtin_signals",
     "open_proxies",
@@ -90,7 +92,7 @@ _PLACES = {
     "notifications": ("Notification",),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "proxy_status": ("Stats", "Status"),
+    "proxy_status": ("SignalStatus", "Stats", "Status", "TaskStatus"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-import inco_trio
 from docs.fields import described, table
 from inco_trio.board_files import KEYS, BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parser
@@ -42,6 +41,7 @@ NOT_RUN = {
 }
 """How blocks begin that no test runs, and why."""
 RUN_BY = {
+    ("api", ""): "test_api.py::test_the_examples_run",
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_lines_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
@@ -359,8 +359,3 @@ def test_the_page_of_the_configuration_has_each_key() -> None:
         "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
         "| `config` | optional | The absolute path of a udrv.json. |",
     ]
-
-
-def test_the_page_of_the_library_has_each_name() -> None:
-    page = (DOCS / "api.md").read_text()
-    assert set(re.findall(r":: inco_trio\.([A-Z]\w*|[a-z]+_\w+|serve)$", page, re.MULTILINE)) == set(inco_trio.__all__)

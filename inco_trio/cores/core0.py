@@ -17,7 +17,7 @@ __all__ = ["Core0"]
 
 
 class Core0(Core):
-    """The applications of core 0 while the block runs: `async with Core0(builtin_signals("/dev/shm/irq")) as core0:`.
+    """The applications of core 0 while the block runs: `async with Core0(builtin_signals(Path("/run/irq"))) as core0:`.
 
     Entering raises ProxyNotFoundError if a directory is missing, PermissionDeniedError and ResourceError. What fails
     later cancels the block and is raised in an ExceptionGroup.
