@@ -75,6 +75,13 @@ def test_each_name_has_an_example() -> None:
     assert [name for module, name in PUBLIC if (module.__name__, name) not in shown] == []
 
 
+def test_the_types_of_each_name_are_checked() -> None:
+    text = (Path(__file__).parent / "typing/api.py").read_text()
+    checked = {f"{module}.{name}" for module, name in used(text)}
+    checked |= {f"inco_trio.{name}" for name in re.findall(r"\b(?:aio|testing)\.\w+", text)}
+    assert {f"{module.__name__}.{name}" for module, name in PUBLIC} - checked == set()
+
+
 def test_the_page_describes_each_name() -> None:
     found = re.findall(r"^\.\. auto(?:function|class|exception):: ([\w.]+)$", PAGE, re.MULTILINE)
     assert sorted(found) == sorted(f"{module.__name__}.{name}" for module, name in PUBLIC)
