@@ -59,7 +59,7 @@ def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
     path = tmp_path / ".local/lib/wireshark/plugins/inco_trio.lua"
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: installed\n", "")
     assert path.read_text() == LUA.read_text()
-    assert dissector(tmp_path, "--install").stdout == f"{path}: is installed already\n"
+    assert dissector(tmp_path, "--install").stdout == f"{path}: already installed\n"
     path.write_text("older")
     assert dissector(tmp_path, "--install").stdout == f"{path}: replaced\n"
     assert path.read_text() == LUA.read_text()

@@ -50,12 +50,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        size_max: int | None = None,
-        seconds_max: float | None = None,
-        keep: int | None = None,
+        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None
     ) -> None:
         self.written: list[Path] = []
         """The existing files, oldest first."""

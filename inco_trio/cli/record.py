@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import add_place, number_of_seconds, path_of, positive
+from inco_trio.cli.options import add_place, add_selection, number_of_seconds, path_of, positive
 from inco_trio.cli.signalling import may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
@@ -26,14 +26,12 @@ if TYPE_CHECKING:
     from inco_trio.capture.recording import Recorder
     from inco_trio.control.listen import Listening
 
-__all__ = ["arguments", "run"]
-
 AGAIN = 0.2
-"""Seconds between two attempts to connect to a proxy that has ended."""
+"""Seconds between two attempts to connect after the proxy has ended."""
 SHOWN = 0.5
 """Seconds between two updates of the progress on a terminal."""
 FAREWELL = 1.0
-"""Deadline in seconds for the remaining events at the end."""
+"""Seconds that the proxy has to send the remaining events at the end."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -47,10 +45,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("file", metavar="FILE", help="pcapng file to write; an existing file is replaced")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="only this board")
-    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
-    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
-    sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
+    add_selection(sub)
     sub.add_argument("--duration", type=number_of_seconds, metavar="SECONDS", help="stop after SECONDS")
     sub.add_argument("--size", type=positive, metavar="BYTES", help="start FILE_00002 and so on at this size")
     sub.add_argument("--period", type=number_of_seconds, metavar="SECONDS", help="start another file after SECONDS")
@@ -58,7 +53,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record until the end; raises IncoError."""
+    """Record until a limit or a stop signal; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
@@ -81,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """The end of the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
+    """The conditions that end the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
 
     def __init__(self, sock: socket.socket, duration: float | None) -> None:
         self._sock = sock
@@ -98,7 +93,7 @@ class _Stop:
 
 
 class _Proxy:
-    """A connection to a proxy that is opened again after the proxy restarts."""
+    """A connection to a proxy, which reconnects after the proxy restarts."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop
@@ -109,10 +104,7 @@ class _Proxy:
     def _ask(self) -> None:
         self._client.request(MonitorRequest(self._args.board, _direction(self._args), self._args.signal, frames=True))
 
-    def __enter__(self) -> _Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def fileno(self) -> int:
@@ -139,7 +131,7 @@ class _Proxy:
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still queued.
+            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still in the socket.
                 self._client.request(FlushRequest(), FAREWELL)
             for event in self._client.events(FAREWELL):
                 if event.event == "flushed":
@@ -169,7 +161,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
             yield listening
         return
     remark_unknown(client, args)
-    with client, _Proxy(client, args, stop) as proxy:
+    with client, contextlib.closing(_Proxy(client, args, stop)) as proxy:
         yield proxy
 
 

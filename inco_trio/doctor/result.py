@@ -17,7 +17,7 @@ class Level(enum.IntEnum):
 
     OK = 0
     WARN = 1
-    """Notifications may be late, duplicate or lost, or the check cannot find out."""
+    """Notifications may be late, duplicate or lost, or the check was not possible."""
     FAIL = 2
     """Notifications do not arrive, or a proxy could not start."""
 
@@ -36,7 +36,7 @@ class Result:
     """The command that fixes it, for root where needed. If it is None, `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
-        """Return the object for JSON."""
+        """Return the JSON object of the result."""
         return {
             "level": self.level.name.lower(),
             "check": self.check,

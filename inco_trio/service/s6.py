@@ -17,13 +17,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from inco_trio.errors import (
-    STRERROR,
-    IncoError,
-    InvalidArgumentError,
-    PermissionDeniedError,
-    from_os_error,
-)
+from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, PermissionDeniedError, from_os_error
 from inco_trio.service.descriptions import PREFIX, Service, account_of, template
 
 __all__ = ["write_scandir"]
