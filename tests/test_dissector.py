@@ -148,7 +148,7 @@ def test_what_a_capture_has_cut_is_not_named(home: Path) -> None:
     header = struct.pack("<IHHIIII", 0xA1B2C3D4, 2, 4, 0, 0, 20, ETHERNET)
     (home / "f").write_bytes(header + struct.pack("<IIII", 1, 0, 20, len(frame)) + frame[:20])
     assert tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol") == [
-        ["", "Not captured whole", "inco"]
+        ["", "Truncated capture", "inco"]
     ]
 
 

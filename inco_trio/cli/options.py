@@ -28,13 +28,27 @@ LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 def number_of_seconds(text: str) -> float:
     """Parse a number of seconds above 0. Raises ArgumentTypeError."""
+    return _number(text, "a number of seconds above 0", lowest=math.ulp(0))
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
+    return _number(text, "a number of seconds, 0 or more", lowest=0)
+
+
+def rate(text: str) -> float:
+    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
+    return _number(text, "a number above 0", lowest=math.ulp(0))
+
+
+def _number(text: str, what: str, *, lowest: float) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
-    return seconds
+        number = math.nan
+    if not lowest <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
+    return number
 
 
 def positive(text: str) -> int:

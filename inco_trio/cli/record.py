@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(recorder.close)
         remark(f"recording {source.name} to {recorder.path}")
         try:
-            _record(args, source, stop, recorder)
+            for event in _events(source, stop, recorder):
+                _write(recorder, event, source.name)
+                if recorder.count == args.count:
+                    break
         finally:
             _show("")
             several = f"{len(recorder.written)} files, the last one " if len(recorder.written) > 1 else ""
@@ -165,20 +168,15 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
         yield proxy
 
 
-def _record(args: argparse.Namespace, source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> None:
+def _events(source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> Iterator[Event]:
+    """Yield the events of `source` until `stop`, and show the progress."""
     shows, shown = sys.stderr.isatty(), time.monotonic()
     while not stop.wait(SHOWN if shows else math.inf, source):
-        for event in source.arrived():
-            _write(recorder, event, source.name)
-            if recorder.count == args.count:
-                return
+        yield from source.arrived()
         if shows and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
             _show(f"{recorder.count} notifications")
-    for event in source.rest():
-        _write(recorder, event, source.name)
-        if recorder.count == args.count:
-            return
+    yield from source.rest()
 
 
 def _show(text: str) -> None:

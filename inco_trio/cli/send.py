@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from inco_trio.cli import signalling
-from inco_trio.cli.options import positive
+from inco_trio.cli.options import positive, rate
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import remark, say
 
@@ -26,10 +26,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
     sub.add_argument(
-        "--rate",
-        type=signalling.rate,
-        metavar="R",
-        help="notifications per second (default: as fast as they are accepted)",
+        "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -40,26 +39,6 @@ def add_ways(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def rate(text: str) -> float:
-    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
-    return _number(text, "a number above 0", lowest=math.ulp(0))
-
-
-def seconds(text: str) -> float:
-    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
-    return _number(text, "a number of seconds, 0 or more", lowest=0)
-
-
-def _number(text: str, what: str, *, lowest: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not lowest <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
-    return number
-
-
 def check_ways(args: argparse.Namespace) -> None:
     """Raise UsageError if the options select more than one side."""
     given = {
@@ -79,7 +58,7 @@ def is_application(args: argparse.Namespace) -> bool:
 
 
 def check_known(name: str, known: Collection[str], other: Collection[str], what: str, hint: str) -> None:
-    """Raise UsageError if `name` is not one of `known`. The error for one of `other` says: not `what`, but `hint`."""
+    """Raise UsageError if `name` is not in `known`. If it is in `other`, say that it is not `what`, and give `hint`."""
     if name in known:
         return
     if name in other:
@@ -105,9 +84,6 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
     right = {signal.name: signal for signal in signals if signal.direction.value == direction}
     check_known(args.signal, right, [signal.name for signal in signals], what, hint)
     return right[args.signal]
-
-
-# ------------------------------------------------------------------------------------------------- through the proxy
 
 
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
@@ -142,9 +118,6 @@ def clock_time(event: Event) -> str:
 def may_listen(link: str | None) -> bool:
     """Return whether `link` is an interface: `monitor` and `record` can listen to one without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
 
 
 def link_of(args: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from inco_trio.cli import signalling
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import positive
+from inco_trio.cli.options import positive, seconds
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import IncoError, ResourceError
@@ -39,9 +39,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
-    sub.add_argument(
-        "--timeout", type=signalling.seconds, metavar="S", help="exit with 1 after S seconds (default: never)"
-    )
+    sub.add_argument("--timeout", type=seconds, metavar="S", help="exit with 1 after S seconds (default: never)")
     sub.add_argument(
         "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
@@ -190,9 +188,6 @@ class _Waiting:
         return EXIT_NOT_ARRIVED
 
 
-# ------------------------------------------------------------------------------------------------------ at the proxy
-
-
 class _Proxy:
     """The signal at a proxy. Raises IncoError."""
 
@@ -214,9 +209,6 @@ class _Proxy:
                 text = f"{event.count} events were lost here: they may have been notifications"
                 found.append(Event("lost", message=text))
         return found
-
-
-# ------------------------------------------------------------------------------------------------- as an application
 
 
 class _Register:
@@ -259,9 +251,6 @@ class _Register:
 
 def _notification(signal: str, direction: Direction, register: str | None) -> Event:
     return Event("notification", time=time.time(), direction=direction, signal=signal, register=register)
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
 
 
 async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:

@@ -23,9 +23,6 @@ MTU = 1500
 """The default MTU of Ethernet, in bytes."""
 
 
-# ---------------------------------------------------------------------------------------------------------- interfaces
-
-
 def interface(name: str) -> tuple[Interface | None, list[Result]]:
     """Return the interface `name` of this thread's network namespace, and the results of its checks."""
     try:
@@ -113,9 +110,6 @@ def _count(ranges: str) -> int:
     """Return the number of CPUs in a list such as "0-3,5", see "List format" in cpuset(7)."""
     ends = [part.partition("-")[::2] for part in ranges.split(",")]
     return sum(int(last or first) - int(first) + 1 for first, last in ends)
-
-
-# ------------------------------------------------------------------------------------------------------------- sockets
 
 
 def bound(path: str) -> int:
