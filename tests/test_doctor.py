@@ -68,19 +68,16 @@ def test_processes_and_what_they_have(tree: Tree) -> None:
     processes = look(tree.root, BOOTED)
     assert processes.mounted
     assert not processes.unseen
-    proxy = processes.by_pid(3)
-    assert proxy is not None
+    proxy, holder = processes.all
+    assert (proxy.pid, holder.pid) == (3, 20)
     assert (proxy.name, proxy.uid, proxy.started) == ("python3", 5, BOOTED + 8)
     assert (proxy.sockets, proxy.instances) == (frozenset({77, 78}), 2)
     assert proxy.watches == ((os.makedev(254, 1), 42),)
     assert (proxy.is_proxy, proxy.is_holder) == (True, False)
-    holder = processes.by_pid(20)
-    assert holder is not None
     assert (holder.is_proxy, holder.is_holder) == (False, True)
     assert processes.with_socket(77) == [proxy, holder]
     assert processes.watching(os.makedev(254, 1), 42) == [proxy]
     assert processes.watching(os.makedev(254, 1), 43) == []
-    assert processes.by_pid(4) is None
 
 
 def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:

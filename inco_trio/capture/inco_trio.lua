@@ -127,10 +127,10 @@ local function string_of(json, key)
                 local number = tonumber(code, 16)
                 if number >= 0xD800 and number < 0xDC00 then
                     high = number
-                elseif number >= 0xDC00 and number < 0xE000 then
-                    number = 0x10000 + ((high or 0xD800) - 0xD800) * 0x400 + number - 0xDC00
-                    parts[#parts + 1] = utf8(number)
                 else
+                    if number >= 0xDC00 and number < 0xE000 then
+                        number = 0x10000 + ((high or 0xD800) - 0xD800) * 0x400 + number - 0xDC00
+                    end
                     parts[#parts + 1] = utf8(number)
                 end
                 at = at + 6

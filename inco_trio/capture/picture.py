@@ -117,7 +117,7 @@ def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     axis.set_prop_cycle(color=mpl.color_sequences[LINE_COLORS])
     for flow in flows:
         counts, edges = np.histogram(_seconds(flow.times, begin), bins, (0, span))
-        # The space: matplotlib ignores labels that start with an underscore.
+        # Start with a space: matplotlib ignores labels that start with an underscore.
         axis.stairs(counts / width, edges, label=f" {flow.label}")
     axis.set_ylabel("per second")
     axis.set_title(f"rates, in steps of {width:.3g} s", fontsize=9, loc="left")

@@ -34,7 +34,7 @@ REGISTERS = "registers"
 """The interface for notifications without a frame."""
 LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
-# O_NONBLOCK: opening a FIFO without a reader would block, and no process signal would interrupt that.
+# O_NONBLOCK: opening a FIFO without a reader would block, and no process signal would interrupt the wait.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 

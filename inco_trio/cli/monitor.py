@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.options import add_place, add_selection
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.cli.signalling import clock_time, may_listen, remark_unknown
+from inco_trio.cli.signalling import clock_time, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import connect
@@ -29,8 +29,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print events until they end or `--count` is reached; return the exit code. Raises IncoError."""
-    direction = None if args.direction is None else Direction(args.direction)
+    """Print events, up to `--count` notifications; return the exit code. Raises IncoError."""
+    direction = direction_of(args)
     try:
         client = connect(args.link, args.control)
     except ProxyNotFoundError:
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
-    """Print each event; stop after `--count` notifications."""
     left, shown = args.count, _Lines()
     for event in events:
         say(*([event.json()] if args.json else painted([printable(shown.line(event))])))

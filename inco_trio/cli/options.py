@@ -79,7 +79,7 @@ def configuration_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def config_path(args: argparse.Namespace) -> Path:
-    """Return the path of the configuration. Raises UsageError if there is none."""
+    """Return the path of the configuration. Raises UsageError if none is given."""
     if args.config is not None:
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
@@ -88,7 +88,7 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def absolute(path: str | Path, option: str) -> Path:
-    """Return the absolute path in `option`. Raises UsageError if it is not valid."""
+    """Return the absolute path in `option`. Raises UsageError if the path is invalid."""
     path = path_of(path, option)
     try:
         return path.absolute()
@@ -97,7 +97,7 @@ def absolute(path: str | Path, option: str) -> Path:
 
 
 def path_of(text: str | Path, option: str) -> Path:
-    """Return the path in `option`. Raises UsageError if it is not valid."""
+    """Return the path in `option`. Raises UsageError if the path is invalid."""
     # Path("") is the working directory.
     if not str(text):
         raise UsageError(option, "the path is empty")

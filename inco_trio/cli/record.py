@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, add_selection, number_of_seconds, path_of, positive
-from inco_trio.cli.signalling import may_listen, remark_unknown
+from inco_trio.cli.signalling import direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
@@ -38,7 +38,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `record`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "It stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next one.\n"
+        "Recording stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next proxy.\n"
         "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and records frames only.\n"
         "example: inco-trio record night.pcapng --size 100000000 --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission; see inco-trio --help"
@@ -105,7 +105,7 @@ class _Proxy:
         self._ask()
 
     def _ask(self) -> None:
-        self._client.request(MonitorRequest(self._args.board, _direction(self._args), self._args.signal, frames=True))
+        self._client.request(MonitorRequest(self._args.board, direction_of(self._args), self._args.signal, frames=True))
 
     def close(self) -> None:
         self._client.close()
@@ -146,10 +146,6 @@ def _mark(text: str) -> Event:
     return Event("message", time=time.time(), message=text)
 
 
-def _direction(args: argparse.Namespace) -> Direction | None:
-    return None if args.direction is None else Direction(args.direction)
-
-
 @contextlib.contextmanager
 def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listening]:
     try:
@@ -159,7 +155,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
             raise
         from inco_trio.control.listen import Listening
 
-        with Listening(args.link, args.signal, _direction(args)) as listening:
+        with Listening(args.link, args.signal, direction_of(args)) as listening:
             remark(f"no proxy answers: listening on {args.link} itself")
             yield listening
         return

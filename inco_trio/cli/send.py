@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """When each notification is due: the first one now, the others at fixed times, however long a send takes."""
+    """The times at which notifications are due: fixed intervals from the start on, however long a send takes."""
 
     def __init__(self, count: int, rate: float | None) -> None:
         self.sent = 0

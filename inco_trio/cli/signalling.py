@@ -13,11 +13,11 @@ from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
+from inco_trio.signals import Direction, Signal, builtin_signals, name_fault
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
     from inco_trio.control.protocol import Event
-    from inco_trio.signals import Signal
 
 OF_THE_PROXY = ("link", "control", "board")
 OF_CORE_0 = ("irq_dir", "config")
@@ -72,8 +72,6 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
     """Return the signal that the options name, which must have this direction. Raises IncoError."""
-    from inco_trio.signals import builtin_signals
-
     signals: tuple[Signal, ...]
     if args.irq_dir is not None:
         signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
@@ -115,6 +113,11 @@ def clock_time(event: Event) -> str:
     return f"{time.strftime('%H:%M:%S', time.localtime(event.time))}.{int(event.time % 1 * 1e6):06d}"
 
 
+def direction_of(args: argparse.Namespace) -> Direction | None:
+    """Return the value of --direction."""
+    return None if args.direction is None else Direction(args.direction)
+
+
 def may_listen(link: str | None) -> bool:
     """Return whether `link` is an interface: `monitor` and `record` can listen to one without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
@@ -122,8 +125,6 @@ def may_listen(link: str | None) -> bool:
 
 def link_of(args: argparse.Namespace) -> str:
     """Return the link of `--as core1 LINK`. Raises UsageError, also if `args.signal` is not a wire name."""
-    from inco_trio.signals import name_fault
-
     who, link = args.core1
     if who != "core1":
         raise UsageError(f"--as {who}: unknown core (expected core1)")

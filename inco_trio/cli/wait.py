@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 class _Source(Protocol):
     def fileno(self) -> int: ...
     def arrived(self) -> list[Event]:
-        """Return the events that have arrived. Those that are not notifications have a message for the user."""
+        """Return the events that have arrived. Events other than notifications have a message for the user."""
 
 
 class _Waiting:
@@ -96,7 +96,7 @@ class _Waiting:
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the command while the block waits; yield its pidfd_open(2), which is readable once it has ended."""
+        """Run the command while the block waits; yield its pidfd, which is readable once the command has ended."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:

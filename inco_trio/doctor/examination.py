@@ -54,7 +54,7 @@ def examine(
 
 
 def _table_since(pid: int) -> float | None:
-    """Return when the proxy of this process loaded its signal table, or None if it does not answer."""
+    """Return when the proxy of this process loaded its signal table, or None if the proxy does not answer."""
     client = client_of(pid)
     if client is None:
         return None

@@ -27,7 +27,7 @@ FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Check that /proc is mounted. Yield nothing if it is."""
+    """Check that /proc is mounted; yield a result only if not."""
     if not processes.mounted:
         text = "not mounted: cannot inspect processes, limits and filesystems"
         yield warn("proc", "/proc", text, "mount -t proc proc /proc")
@@ -90,7 +90,7 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
         if not limits:
             continue
         limit, setting = min(limits)
-        # At most: a descriptor that a proxy shares with its fd store counts twice, because /proc looks the same.
+        # At most: a descriptor that a proxy shares with its fd store counts twice, as /proc does not show sharing.
         found = f"uid {uid} uses at most {count} of {limit}"
         fix = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
         if count + need > limit:

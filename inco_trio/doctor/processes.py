@@ -61,13 +61,13 @@ class Process:
 
     @property
     def is_proxy(self) -> bool:
-        """Whether its command runs a proxy, of inco-trio or its predecessor."""
+        """Whether the command of the process runs a proxy of inco-trio or its predecessor."""
         words = [os.path.basename(word) for word in self.command]  # noqa: PTH119 - a word need not be a path
         return "inco_proxy" in words[:2] or ("run" in words and not {"inco-trio", "inco_trio"}.isdisjoint(words))
 
     @property
     def is_holder(self) -> bool:
-        """Whether it keeps descriptors of other processes."""
+        """Whether the process keeps descriptors of other processes."""
         return self.name == "systemd" or self.name.startswith("s6-fdholder")
 
 
@@ -93,10 +93,6 @@ class Processes:
     def watching(self, device: int, inode: int) -> list[Process]:
         """Return the processes that watch a file or directory, without those that only keep descriptors."""
         return [process for process in self.all if (device, inode) in process.watches and not process.is_holder]
-
-    def by_pid(self, pid: int) -> Process | None:
-        """Return the process with this ID, or None."""
-        return next((process for process in self.all if process.pid == pid), None)
 
 
 def look(root: Path = Path("/"), booted: float | None = None) -> Processes:

@@ -24,7 +24,7 @@ class Level(enum.IntEnum):
 
 @attrs.frozen
 class Result:
-    """One checked item."""
+    """The result of one check."""
 
     level: Level
     check: str
@@ -33,7 +33,7 @@ class Result:
     """The interface, path or setting."""
     found: str
     fix: str | None = None
-    """The command that fixes it, for root where needed. If it is None, `found` says what to do."""
+    """The command that fixes the problem, for root where needed. If None, `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
         """Return the JSON object of the result."""

@@ -160,7 +160,7 @@ class Daemon:
             threading.Thread(target=self._diagnose, daemon=True).start()
 
     def _diagnose(self) -> None:
-        """Log what may prevent notifications. This runs after readiness because it reads all of /proc."""
+        """Log what may prevent notifications. Call this after readiness: reading all of /proc takes time."""
         # Vanished files and a lack of descriptors only stop the diagnosis.
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):

@@ -55,9 +55,9 @@ class Launched:
     """A running `inco-trio ARGUMENT...`, whose output is appended to the file `log`.
 
     The process ends when the thread that started it ends (PR_SET_PDEATHSIG of prctl(2)), and does not get Ctrl-C.
-    `netns` is a descriptor of its network namespace. It receives `listen_fds` as in sd_listen_fds(3), and the variables
-    in `environment`, but not those of the caller's supervisor. `prefix` is a command that runs the rest of the command
-    line, such as setpriv(1). With `ready`, the process reports its readiness by `--notification-fd`. Raises OSError.
+    `netns` is a descriptor of its network namespace. `listen_fds` are passed as in sd_listen_fds(3). The process gets
+    the variables in `environment`, but not those of the caller's supervisor. `prefix` is a command that runs the rest
+    of the command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
     """
 
     def __init__(

@@ -120,7 +120,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
 
 
 def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
-    """Return the access rules: root and the owner may do everything, a service user may only store its own."""
+    """Return the access rules: root and the owner may do everything, a service user may only store own descriptors."""
     rules = {
         f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
         for uid, names in labels.items()
