@@ -309,7 +309,7 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: please report this bug of inco-trio" in caplog.text
+    assert "internal error: please report this fault of inco-trio" in caplog.text
 
 
 @in_trio

@@ -63,7 +63,7 @@ def run_service(
     except Exception as error:  # Log the traceback, and return an exit code to the supervisor.
         if refused := _exhausted(error):
             raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
-        logger.exception("internal error: please report this bug of inco-trio")
+        logger.exception("internal error: please report this fault of inco-trio")
         return os.EX_SOFTWARE
     return 0
 
