@@ -10,7 +10,7 @@ __all__ = ["Backoff"]
 class Backoff:
     """Pauses in seconds that grow up to a limit, with random variation.
 
-    The limit is also the longest time that a user waits for recovery after the cause is gone.
+    The limit also bounds how long recovery takes after the cause is gone.
     """
 
     FIRST = 0.005
@@ -26,5 +26,5 @@ class Backoff:
         return pause
 
     def reset(self) -> None:
-        """Start with the first pause again, after a success."""
+        """Return to the first pause, after a success."""
         self._pause = self.FIRST

@@ -28,7 +28,7 @@ class Conversation(Channel):
         self._ahead: list[Event | Response] = []
 
     async def write(self, request: Request) -> None:
-        """Send a request."""
+        """Send a request, without waiting for the response."""
         async with self._writing:
             try:
                 await self._stream.send_all(encode_request(request))
@@ -44,7 +44,7 @@ class Conversation(Channel):
         return [self._next() for _ in range(len(self._lines))]
 
     async def request(self, request: Request) -> Response:
-        """Return the response to a request, while no other task reads. Raises IncoError if the proxy refuses it."""
+        """Return the response to a request; no other task may read. Raises IncoError if the proxy refuses it."""
         events: list[Event | Response] = []
         with trio.move_on_after(PATIENCE):
             await self.write(request)
@@ -58,7 +58,6 @@ class Conversation(Channel):
         raise self._silent()
 
     async def _await_line(self) -> None:
-        """Wait for a whole line."""
         while not self._lines:
             try:
                 data = await self._stream.receive_some(CHUNK)
@@ -67,7 +66,7 @@ class Conversation(Channel):
             self._feed(data)
 
     async def _begin(self, sock: socket.socket) -> Greeting:
-        # Trio would take EAGAIN, which means a full backlog here, for a connection in progress.
+        # EAGAIN means a full backlog, but Trio would take EAGAIN for a connection in progress.
         while not dial(sock, self.path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
             await trio.sleep(AGAIN)
         await self._await_line()
@@ -76,7 +75,7 @@ class Conversation(Channel):
 
 @asynccontextmanager
 async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tuple[Conversation, Greeting]]:
-    """Connect to the proxy that listens at `path`, which must greet within `patience` seconds.
+    """Connect to the proxy that listens at `path`, which must send its greeting within `patience` seconds.
 
     Raises ProxyNotFoundError, PermissionDeniedError, ResourceError.
     """
