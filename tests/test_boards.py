@@ -161,7 +161,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             {"link": LONG, "irq_dir": "/x"},
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes; a socket's has 107 "],
         ),
-        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: a unix: link has none: leave it out"]),
+        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (leave it out)"]),
         (
             {"link": "a", "irq_dir": "/x", "netns": "a/b"},
             ["netns: 'a/b' (expected a name under /run/netns or an absolute path)"],

@@ -228,7 +228,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway(boards=["b1", "b3"])
     reader.until_status("b1", state="online")
-    assert "b3: no proxy has a board of that name yet" in gateway.log
+    assert "b3: no proxy has a board with this name yet" in gateway.log
     add("b3")
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b3", state="online")

@@ -11,7 +11,7 @@ _OF_MQTT = frozenset("/+#%")
 
 
 def level(name: str) -> str:
-    """Return `name` as a topic level. Like in a URL, `%` and two digits stand for characters that a level cannot have.
+    """Return `name` as a topic level. As in a URL, `%` and two digits replace characters that a level cannot have.
 
     The name of a board or signal thus cannot leave its level or become a wildcard.
     """
@@ -24,7 +24,7 @@ def level(name: str) -> str:
 
 
 def name_of(level: str) -> str:
-    """Return the name that a topic level stands for."""
+    """Return the name that `level` has encoded."""
     return unquote_to_bytes(level).decode(errors="surrogateescape")
 
 
