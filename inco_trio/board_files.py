@@ -1,10 +1,7 @@
 """Board files: each `NAME.json` in a directory configures one board.
 
-    {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
-    {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
-
-`config` is the path of a udrv.json, `irq_dir` the directory of the built-in signals. `netns` is a name under
-/run/netns or an absolute path.
+{"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
+{"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
 """
 
 from __future__ import annotations
@@ -60,10 +57,7 @@ class Boards:
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Return the boards of a directory. If two boards share a link or a directory, keep the one in `running`.
-
-    Raises ConfigError if the directory cannot be read.
-    """
+    """Return the boards of a directory. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:

@@ -148,7 +148,6 @@ class Events:
             del self._entries[entry]
 
     def close(self) -> None:
-        """End all streams."""
         self.listener.ended()
         for entry in self._entries:
             entry.close()

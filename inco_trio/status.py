@@ -47,7 +47,6 @@ class Counters:
     """Restarts of a failed task."""
 
     def snapshot(self) -> Stats:
-        """Return the current counts."""
         return Stats(**attrs.asdict(self))
 
 

@@ -107,10 +107,7 @@ class Proxy:
             self._beside.ask(stream.close)
 
     async def wait_for(self, name: str) -> Notification:
-        """Wait for the next notification of an inbound or outbound signal from now on.
-
-        Raises UnknownSignalError, and ClosedError, also if the proxy closes in the meantime.
-        """
+        """Wait for the next notification of a signal. Raises UnknownSignalError, or ClosedError if the proxy closes."""
         return await self._beside.call(functools.partial(self._proxy.wait_for, name))
 
     async def reload(self, config: Config) -> None:
@@ -175,7 +172,6 @@ class _Events(AsyncIterator[Notification]):
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
-        """Take at most `most` queued notifications."""
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             for _ in range(most):
                 self._fetched.append(self._stream.receive_nowait())
@@ -219,10 +215,7 @@ class AsyncioProxy:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """Open a stream of notifications for asyncio's `async for`, with the filters of `Proxy.events`.
-
-        A cancelled `anext`, for example by `asyncio.timeout`, loses no notification.
-        """
+        """Open a stream of notifications with the filters of `Proxy.events`. A cancelled `anext` loses none."""
         with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 

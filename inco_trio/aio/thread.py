@@ -38,14 +38,6 @@ class _Call(Generic[T]):
     error: Exception = attrs.Factory(lambda: ClosedError("the proxy is closed"))
     """The exception of the function, or why the function was not called."""
 
-    async def run(self) -> None:
-        """Call the function, in the Trio thread."""
-        with self.scope:
-            try:
-                self.results.append(await self.function())
-            except Exception as error:  # noqa: BLE001 - `result` raises the error
-                self.error = error
-
     def result(self) -> T:
         """Return the result of the function, or raise its exception."""
         if not self.results:
@@ -168,7 +160,6 @@ class Beside:
             return function()  # Trio has ended: the proxy does not change any more.
 
     async def ended(self) -> None:
-        """Wait until Trio has ended."""
         await asyncio.wait({self._ended})
 
     def _in_trio(self, function: Callable[..., object], *args: object) -> None:
@@ -232,7 +223,6 @@ class Beside:
     # The Trio thread calls the following methods.
 
     def _run(self) -> None:
-        """Run Trio in this thread."""
         try:
             trio.run(self._main)
         except IncoError as error:
@@ -283,7 +273,11 @@ class Beside:
 
     async def _run_call(self, call: _Call[object]) -> None:
         try:
-            await call.run()
+            with call.scope:
+                try:
+                    call.results.append(await call.function())
+                except Exception as error:  # noqa: BLE001 - `_Call.result` raises the error
+                    call.error = error
         finally:
             self._in_loop(call.ended.set_result, None)
 

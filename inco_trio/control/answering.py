@@ -98,7 +98,7 @@ class Connection:
                 case protocol.MonitorRequest():
                     self._begin_monitor(request)
                 case protocol.FlushRequest():
-                    self._check_monitor()
+                    self._check_monitor(wanted=True)
                 case protocol.FollowRequest():
                     value = self._follow(request)
                 case protocol.AcknowledgeRequest():
@@ -161,7 +161,7 @@ class Connection:
         return request.count
 
     def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
-        self._check_no_monitor()
+        self._check_monitor(wanted=False)
         self._check_board(request.board)
         self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
         self._feed.add(self._monitor)
@@ -169,7 +169,7 @@ class Connection:
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
         """Follow the boards; return the position of each open one in its history."""
         self._check_permitted("follow")
-        self._check_no_monitor()
+        self._check_monitor(wanted=False)
         for other in self._feed.followers():
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
@@ -210,13 +210,9 @@ class Connection:
         if not self.peer.is_owner:
             raise RequestError("not-permitted", f"only root and the user of the proxy may {what}")
 
-    def _check_no_monitor(self) -> None:
-        if self._monitor is not None:
-            raise RequestError("invalid", "this connection already has a monitor")
-
-    def _check_monitor(self) -> None:
-        if self._monitor is None:
-            raise RequestError("invalid", "this connection has no monitor")
+    def _check_monitor(self, *, wanted: bool) -> None:
+        if (self._monitor is not None) is not wanted:
+            raise RequestError("invalid", f"this connection {'has no' if wanted else 'already has a'} monitor")
 
     def _check_board(self, board: str | None) -> None:
         known = [*self._served.proxies(), *self._served.not_open()]
@@ -224,7 +220,6 @@ class Connection:
             raise RequestError("unknown-board", f"board {board!r}: unknown (there are: {', '.join(known) or 'none'})")
 
     async def _run_monitor(self, monitor: Monitor) -> None:
-        """Write the events of `monitor` until the monitor ends."""
         try:
             while lines := await monitor.take():
                 await self._write(lines)

@@ -66,10 +66,7 @@ def dial(sock: socket.socket, path: Path) -> bool:
 
 
 class Channel:
-    """The received lines and the errors of a connection to the proxy at `path`. Base of both kinds of clients.
-
-    All methods raise ProtocolError if the other process violates the protocol.
-    """
+    """The base of both clients: the received lines and the errors of the proxy at `path`. Raises ProtocolError."""
 
     def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
@@ -95,7 +92,6 @@ class Channel:
         return greeting
 
     def _next(self) -> Event | Response:
-        """Take an event or a response."""
         with self._obeying():
             return protocol.decode_reply(self._lines.popleft())
 
@@ -127,11 +123,7 @@ class Channel:
 
 
 class Client(Channel, AbstractContextManager["Client"]):
-    """A connection to the proxy that listens at `path`.
-
-    Raises PermissionDeniedError, ResourceError if the proxy has too many clients, and ProxyNotFoundError if no proxy
-    answers.
-    """
+    """A connection to the proxy at `path`. Raises PermissionDeniedError, ProxyNotFoundError, ResourceError."""
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         super().__init__(path, is_subject=False)
@@ -156,7 +148,6 @@ class Client(Channel, AbstractContextManager["Client"]):
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
         self._sock.close()
 
     def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
@@ -234,10 +225,7 @@ class Client(Channel, AbstractContextManager["Client"]):
 
 
 def connect(link: str | None, control: str | None) -> Client:
-    """Connect to the proxy of `link`, to the proxy with the socket `control`, or to the only running proxy.
-
-    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError if several proxies match.
-    """
+    """Connect to the proxy of `link`, or with the socket `control`, or to the only running proxy. Raises IncoError."""
     if control is not None:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")

@@ -77,13 +77,11 @@ class Feed:
         self._log.attach(listening=bool(self.monitors))
 
     def followers(self) -> Iterator[Follower]:
-        """Return the monitors that are followers."""
         from inco_trio.control.monitors import Follower
 
         return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """See `Listener.carried`."""
         if self.monitors:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
@@ -99,25 +97,21 @@ class Feed:
         return [proxy._frame(signal.name) for signal in signals]
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """See `Listener.ignored`."""
         if self.monitors:
             direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
             shown = None if frame is None else frame.hex()
             self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
 
     def link_changed(self, running: bool) -> None:
-        """See `Listener.link_changed`."""
         self.offer("link", running=running)
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """See `Listener.opened`."""
         for follower in self.followers() if self.monitors else ():
             if follower.follows(self._board):
                 follower.begin(self._board, keep())
                 follower.offer(self._event("opened"))
 
     def ended(self) -> None:
-        """See `Listener.ended`."""
         for follower in self.followers() if self.monitors else ():
             follower.offer(self._event("closed"))
 

@@ -23,10 +23,7 @@ _FILTER = (
 
 
 class Listening(contextlib.AbstractContextManager["Listening"]):
-    """The frames on an interface, filtered as by a monitor. Frames that this host sends are outbound.
-
-    Raises PermissionDeniedError, LinkNotFoundError, ResourceError.
-    """
+    """The frames on an interface, filtered as by a monitor; the host's own frames are outbound. Raises IncoError."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface

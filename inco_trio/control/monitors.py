@@ -171,13 +171,7 @@ class _Cursor:
             if (count := each.count - sent[each.direction, each.name]) > 0
         ]
 
-    @property
-    def more(self) -> bool:
-        """Whether there are events to send now."""
-        return self.sent < self.history.sequence and len(self.records) < AHEAD
-
     def acknowledge(self, sequence: int) -> int:
-        """See `Follower.acknowledge`."""
         sequence = min(sequence, self.sent)
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
@@ -206,7 +200,6 @@ class Follower(Monitor):
     """The boards that may have more events, in round-robin order."""
 
     def follows(self, board: str) -> bool:
-        """Return whether this client follows `board`."""
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
@@ -222,17 +215,14 @@ class Follower(Monitor):
         self._arrived.set()
 
     def carried(self, batch: Batch) -> None:
-        """See `Monitor.carried`."""
         if batch.board in self.cursors:
             self._turn_of(batch.board)
 
     def offer(self, event: Event) -> None:
-        """See `Monitor.offer`."""
         if self.follows(event.board):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        """See `Monitor.pause`."""
         if not self._behind and not self._waiting:
             with trio.move_on_after(PAUSE):
                 await self._ending.wait()
@@ -252,5 +242,5 @@ class Follower(Monitor):
             for event in cursor.take(PIECE - number, board):
                 number += 1
                 yield event
-            if cursor.more:
+            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None

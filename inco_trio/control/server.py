@@ -23,7 +23,6 @@ __all__ = ["Control", "Peer"]
 logger = logging.getLogger(__name__)
 
 CLIENTS_MAX = 256
-"""Limit of the connections."""
 RESERVED = 32
 """Connections that only root and the user of the proxy may use."""
 USER_MAX = 64

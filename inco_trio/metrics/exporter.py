@@ -34,6 +34,9 @@ REQUEST_PATIENCE = 5.0
 """Deadline in seconds for a client to send its request, and again to read the response."""
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
+Answer = tuple[BoardStatus, ...] | str | None
+"""The boards of a proxy, or why it does not answer; None for a stale socket."""
+
 
 class Boards:
     """The proxies at `controls`, or all proxies on this host."""
@@ -57,7 +60,7 @@ class Boards:
 
     async def _ask_all(self) -> list[Reported]:
         paths = await trio.to_thread.run_sync(sockets) if self._controls is None else self._controls
-        answers: dict[Path, tuple[BoardStatus, ...] | str | None] = dict.fromkeys(paths, "the proxy does not answer")
+        answers: dict[Path, Answer] = dict.fromkeys(paths, "the proxy does not answer")
         limit = trio.CapacityLimiter(AT_ONCE)
         with trio.move_on_after(ALL):
             async with trio.open_nursery() as nursery:
@@ -79,10 +82,7 @@ class Boards:
             names.add(name)
         return reported
 
-    async def _ask(
-        self, path: Path, answers: dict[Path, tuple[BoardStatus, ...] | str | None], limit: trio.CapacityLimiter
-    ) -> None:
-        """Set the answer of a proxy: its boards, or why it has none to report; None for a stale socket."""
+    async def _ask(self, path: Path, answers: dict[Path, Answer], limit: trio.CapacityLimiter) -> None:
         try:
             async with limit, converse(path, PATIENCE) as (conversation, greeting):
                 self._names[path] = greeting.name

@@ -36,7 +36,6 @@ class Board:
     arrived: trio.Event = attrs.Factory(trio.Event)
     """Set when events arrive."""
     changed: trio.Event = attrs.Factory(trio.Event)
-    """Set when the status changes."""
     _waiting: deque[Event] = attrs.Factory(deque)
     _last: tuple[str, int] = ("", 0)
     """History and number of the last published notification."""

@@ -193,7 +193,6 @@ class Bridge:
         return f"{self._broker.prefix}/{end}/{what}"
 
     async def _exchange(self, connection: Connection) -> None:
-        """Transfer frames over one connection."""
         # The channel is never full, because the broker sends at most RECEIVE_MAX unacknowledged messages.
         entry, batches = trio.open_memory_channel[Received](RECEIVE_MAX)
         async with plain_nursery() as nursery:

@@ -88,10 +88,7 @@ class Progress:
         return self._numbers[self._sent]
 
     def taken(self) -> None:
-        """Count the oldest frame as published, before it is dequeued.
-
-        If the process dies before the frame is dequeued, its successor publishes this frame with the next number.
-        """
+        """Count the oldest frame as published. A crash before the frame is dequeued publishes the frame again."""
         self._numbers[self._sent] += 1
 
     def written(self, boot: bytes) -> int:

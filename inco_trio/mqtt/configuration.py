@@ -1,11 +1,6 @@
 """The configuration of a gateway: the URL of the broker, and a JSON file with permissions and credentials.
 
-    {"boards": ["b1", "b2"], "send": {"b1": ["redun_notify_irq"]}, "status_seconds": 10,
-     "broker": {"ca_file": "/etc/inco-trio/ca.pem", "certificate_file": "/etc/inco-trio/host.pem",
-                "key_file": "/etc/inco-trio/host.key", "user_file": "/etc/inco-trio/user",
-                "password_file": "/etc/inco-trio/password"}}
-
-All keys are optional. Passwords appear neither in the log nor on the command line nor in this file.
+All keys are optional. Passwords appear neither in the log nor on the command line nor in the JSON file.
 """
 
 from __future__ import annotations
@@ -24,7 +19,9 @@ from inco_trio.validation import parse_table, read_file
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
+URL_EXPECTED = "mqtt://HOST[:PORT][/PREFIX]"
 STATUS_SECONDS_MAX = 86_400.0
+STATUS_SECONDS_EXPECTED = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
 SECRET_MAX = 65_535
 """The longest user name or password, in bytes (MQTT 5, 1.5.6)."""
 
@@ -92,27 +89,24 @@ def parse_broker(url: str) -> Broker:
         port = parts.port
     except ValueError as error:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
-    fault = None
-    prefix = unquote(parts.path).strip("/") or PREFIX
     if parts.username is not None or parts.password is not None:
-        url = "URL"  # The message must not show the password.
-        fault = "has a user or password, which all users can see (use user_file and password_file of --config)"
-    elif parts.scheme not in {"mqtt", "mqtts"}:
-        fault = "unknown scheme (expected mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS)"
-    elif not parts.hostname:
-        fault = "the host is missing (expected mqtt://HOST[:PORT][/PREFIX])"
-    elif port == 0:
-        fault = "port 0 is not valid (expected 1 to 65535)"
-    elif parts.query or parts.fragment or "?" in url or "#" in url:
-        fault = "contains '?' or '#' (expected mqtt://HOST[:PORT][/PREFIX])"
-    elif any(char in "+#" or not char.isprintable() for char in prefix) or prefix.startswith("$"):
-        fault = f"the prefix {prefix!r} contains '+', '#' or a control character, or starts with '$'"
-    elif "" in prefix.split("/"):
-        fault = f"the prefix {prefix!r} has an empty level"
-    elif len(prefix.encode(errors="replace")) > 1000:
-        fault = "the prefix is longer than 1,000 bytes"
-    if fault is not None:
-        raise InvalidArgumentError(f"broker {url}: {fault}")
+        # The message does not contain the URL, because that may have a password.
+        text = "has a user or password, which all users can see (use user_file and password_file of --config)"
+        raise InvalidArgumentError("broker URL", text)
+    prefix = unquote(parts.path).strip("/") or PREFIX
+    is_bad_prefix = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
+    faults = {
+        f"unknown scheme (expected {URL_EXPECTED}, or mqtts:// for TLS)": parts.scheme not in {"mqtt", "mqtts"},
+        f"the host is missing (expected {URL_EXPECTED})": not parts.hostname,
+        "port 0 is not valid (expected 1 to 65535)": port == 0,
+        f"contains '?' or '#' (expected {URL_EXPECTED})": "?" in url or "#" in url,
+        f"the prefix {prefix!r} contains '+', '#' or a control character, or starts with '$'": is_bad_prefix,
+        f"the prefix {prefix!r} has an empty level": "" in prefix.split("/"),
+        "the prefix is longer than 1,000 bytes": len(prefix.encode(errors="replace")) > 1000,
+    }
+    for fault, is_present in faults.items():
+        if is_present:
+            raise InvalidArgumentError(f"broker {url}", fault)
     tls = parts.scheme == "mqtts"
     assert parts.hostname is not None  # noqa: S101 - a missing host is a fault
     return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
@@ -123,7 +117,7 @@ def read_gateway(path: Path) -> GatewayConfig:
     table = parse_table(read_file(path), str(path))
     table.only(field.name for field in attrs.fields(GatewayConfig))
     send, broker = table.table("send"), table.table("broker")
-    status_seconds = table.number("status_seconds", f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", 10.0)
+    status_seconds = table.number("status_seconds", STATUS_SECONDS_EXPECTED, 10.0)
     boards = table.texts("boards")
     signals = {board: send.texts(board) or [] for board in send.values} if send else {}
     files = [field.name for field in attrs.fields(Credentials)]
@@ -141,8 +135,7 @@ def _faults(config: GatewayConfig) -> list[str]:
     """Return the mistakes in values of the right type."""
     faults = []
     if not 0 < config.status_seconds <= STATUS_SECONDS_MAX:
-        expected = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
-        faults.append(f"status_seconds: {config.status_seconds:g} (expected {expected})")
+        faults.append(f"status_seconds: {config.status_seconds:g} (expected {STATUS_SECONDS_EXPECTED})")
     if config.boards is not None and not config.boards:
         faults.append("boards: an empty list (leave the key out for all boards)")
     for board, signals in config.send.items():

@@ -29,7 +29,7 @@ from inco_trio.errors import IncoError, PermissionDeniedError, UnavailableError
 from inco_trio.mqtt.configuration import Broker, Credentials
 
 if TYPE_CHECKING:
-    from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
+    from paho.mqtt.client import ConnectFlags, MQTTMessage
 
 __all__ = [
     "RECEIVE_MAX",
@@ -241,9 +241,7 @@ class Connection:
         self._window = min(INFLIGHT_MAX, getattr(properties, "ReceiveMaximum", INFLIGHT_MAX))
         self._answered.set()
 
-    def _on_disconnect(
-        self, _client: object, _data: object, _flags: DisconnectFlags, reason: ReasonCode, _properties: object
-    ) -> None:
+    def _on_disconnect(self, _client: object, _data: object, _flags: object, reason: ReasonCode, _: object) -> None:
         if self._reason(reason) == _TAKEN:
             text = f"another process uses the client identifier {self._name!r}: stop one of them"
             self._lose(SessionTaken(self._broker, text))
@@ -264,16 +262,12 @@ class Connection:
         hint = "does it need a client certificate, or another one?" if self._broker.tls else "does it need TLS?"
         self._lose(BrokerLostError(self._broker, f"ended the connection without an answer ({hint})"))
 
-    def _on_acknowledged(
-        self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
-    ) -> None:
-        awaited, _ = self._awaited.get(mid, (None, 0))
+    def _on_acknowledged(self, _client: object, _data: object, mid: int, reason: ReasonCode, _: object) -> None:
+        awaited = self._awaited.get(mid, (None, 0))[0]
         refused = reason.value >= _FAILURE or (reason.value == _UNHEARD and awaited is not None and awaited.heard)
         self._acknowledged(mid, str(reason) if refused else None)
 
-    def _on_subscribed(
-        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
-    ) -> None:
+    def _on_subscribed(self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _: object) -> None:
         self._acknowledged(mid, next((str(reason) for reason in reasons if reason.value >= _FAILURE), None))
 
     def _acknowledged(self, mid: int, reason: str | None) -> None:
@@ -445,7 +439,6 @@ async def open_connection(
 
 
 async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
-    """Cancel `scope` when the connection is lost."""
     await connection.ended.wait()
     scope.cancel()
 

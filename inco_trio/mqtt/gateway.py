@@ -144,7 +144,6 @@ class Gateway:
         return board
 
     def _hear(self, reply: Event | Response, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
-        """Handle an event or a response from a proxy."""
         if isinstance(reply, Response):
             for status in reply.status:
                 board = self._boards.get(status.board)
