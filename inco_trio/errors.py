@@ -35,10 +35,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base of all errors: `IncoError(subject, reason)`, or `IncoError(reason)`.
-
-    The text of the error ends with `remedy`, what the user can do, after a semicolon.
-    """
+    """Base of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with the `remedy`."""
 
     def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
         self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)

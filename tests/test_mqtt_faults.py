@@ -89,7 +89,7 @@ def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
     assert "client certificate" in str(refusal(where, identity(ours.ca, None)))
     assert "certificate" in str(refusal(where, identity(ours.ca, stranger)))
     elsewhere = Broker("localhost", broker.port, tls=True, prefix="lab")
-    assert "localhost" in str(refusal(elsewhere, identity(ours.ca, of_client))).split("not valid")[1]
+    assert "localhost" in str(refusal(elsewhere, identity(ours.ca, of_client))).split("not valid", 1)[1]
     assert "does it need TLS" in str(refusal(at(broker.port), Credentials()))
     assert "the certificate files" in str(refusal(where, identity(tmp_path / "nowhere", None)))
     (tmp_path / "empty").touch()

@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -23,10 +23,7 @@ from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.signals import Direction
-from inco_trio.status import Stats
-
-if TYPE_CHECKING:
-    from inco_trio.status import Status
+from inco_trio.status import Stats, Status
 
 __all__ = ["AsyncioProxy", "Proxy", "on_notification", "open_proxy", "run"]
 

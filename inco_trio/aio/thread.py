@@ -54,13 +54,13 @@ class Beside:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._opened: asyncio.Future[bool] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, name=f"inco-trio {config.address.label}", daemon=True)
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
         self._block_ended = trio.Event()
-        self._ending = self._open = self._over = self._block_cancelled = False
+        self._ending = self._over = self._block_cancelled = False
         self._failure: BaseException | None = None
         self.at_the_end: set[Callable[[], None]] = set()
         """Functions that the Trio thread calls once the proxy is closed and no call runs any more."""
@@ -83,7 +83,7 @@ class Beside:
         except asyncio.CancelledError:
             await self._stop()
             raise
-        if not self._open:
+        if not self._opened.result():
             await self._stop()
             assert self._failure is not None  # noqa: S101 - `_run` has set it
             raise self._failure
@@ -209,14 +209,10 @@ class Beside:
             self._block_cancelled = True
             self._task.cancel()
 
-    def _has_opened(self) -> None:
-        self._open = True
-        self._opened.set_result(None)
-
     def _has_ended(self) -> None:
         self._ended.set_result(None)
         if not self._opened.done():
-            self._opened.set_result(None)
+            self._opened.set_result(False)
         else:
             self._cancel_block()
 
@@ -251,7 +247,7 @@ class Beside:
         """Keep the proxy open until the block ends."""
         with self._scope:
             async with open_proxy(self._config) as self.proxy:
-                self._in_loop(self._has_opened)
+                self._in_loop(self._opened.set_result, True)
                 try:
                     await trio.sleep_forever()
                 finally:

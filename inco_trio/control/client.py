@@ -45,10 +45,9 @@ ERRORS: dict[str, type[IncoError]] = {
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
-    """Connect a non-blocking socket; return False while the backlog of the proxy is full.
+    """Connect a non-blocking socket; return False while the backlog of the proxy is full. Raises IncoError.
 
-    Raises PermissionDeniedError and ProxyNotFoundError; the latter has the cause FileNotFoundError or
-    ConnectionRefusedError if no process listens at `path`.
+    If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError.
     """
     try:
         sock.connect(os.fspath(path))

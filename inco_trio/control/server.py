@@ -46,8 +46,7 @@ class Peer:
     def of(cls, stream: trio.SocketStream) -> Peer:
         """Return the peer that the kernel reports (SO_PEERCRED, unix(7))."""
         credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        process, user, _ = _UCRED.unpack(credentials)
-        return cls(process, user)
+        return cls(*_UCRED.unpack(credentials)[:2])
 
     @property
     def is_owner(self) -> bool:

@@ -212,7 +212,10 @@ class Bridge:
                 continue
             try:
                 if received.topic == self._topic(self._other, "written"):
-                    self._take_report(*decode_report(received.payload))
+                    boot, number = decode_report(received.payload)
+                    if boot == self._progress.boot:
+                        self._progress.reported(number)
+                    self._reported.set()
                 else:
                     state, instance = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
@@ -245,11 +248,6 @@ class Bridge:
         # A single sign may come from a broker whose older state was restored.
         before, self._suspected = self._suspected, trio.current_time()
         return self._suspected - before < SUSPICION
-
-    def _take_report(self, boot: bytes, number: int) -> None:
-        if boot == self._progress.boot:
-            self._progress.reported(number)
-        self._reported.set()
 
     async def _publish_all(self, connection: Connection) -> None:
         """Publish the frames of the local core."""

@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import trio
@@ -27,9 +27,6 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, PermissionDeniedError, UnavailableError
 from inco_trio.mqtt.configuration import Broker, Credentials
-
-if TYPE_CHECKING:
-    from paho.mqtt.client import ConnectFlags, MQTTMessage
 
 __all__ = [
     "RECEIVE_MAX",
@@ -231,7 +228,12 @@ class Connection:
             awaited.done.set()
 
     def _on_connect(
-        self, _client: object, _data: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+        self,
+        _client: object,
+        _data: object,
+        flags: paho.ConnectFlags,
+        reason: ReasonCode,
+        properties: Properties | None,
     ) -> None:
         if reason.is_failure:
             kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefused
@@ -280,7 +282,7 @@ class Connection:
             if not awaited.left:
                 awaited.done.set()
 
-    def _on_message(self, _client: object, _data: object, message: MQTTMessage) -> None:
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         properties = message.properties
         received = Received(
             message.topic,
