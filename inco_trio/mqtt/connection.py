@@ -228,12 +228,7 @@ class Connection:
             awaited.done.set()
 
     def _on_connect(
-        self,
-        _client: object,
-        _data: object,
-        flags: paho.ConnectFlags,
-        reason: ReasonCode,
-        properties: Properties | None,
+        self, _client: object, _data: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: Any
     ) -> None:
         if reason.is_failure:
             kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefused

@@ -72,7 +72,6 @@ class Gateway:
         self._proxies: dict[Path, trio.Event] = {}
         """By socket path: set after the first attempt to follow the proxy."""
         self._problems = Problems()
-        self._connected = 0
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Publish until cancelled. Call `ready` once the proxies that run at the start are followed."""
@@ -186,15 +185,11 @@ class Gateway:
                 async with open_connection(
                     self._broker, self._config.broker, client_id, will=will, session=SESSION
                 ) as connection:
-                    self._connected += 1
                     begun = trio.current_time()
-                    try:
-                        if self._problems.well("broker", self._broker):
-                            logger.info("%s: reconnected", self._broker)
-                        backoff.reset()
-                        await self._exchange(board, topics, connection)
-                    finally:
-                        self._connected -= 1
+                    if self._problems.well("broker", self._broker):
+                        logger.info("%s: reconnected", self._broker)
+                    backoff.reset()
+                    await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefused) as error:
                 what = error.reason
                 short = short + 1 if trio.current_time() - begun < SHORT else 0
