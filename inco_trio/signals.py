@@ -64,7 +64,7 @@ class Signal:
     """One named inter-core interrupt.
 
     `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
-    `directory`. Raises `ConfigError` if one of them is invalid.
+    `directory`. Raises ConfigError if one of these values is invalid.
     """
 
     name: str

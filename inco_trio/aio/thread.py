@@ -236,15 +236,14 @@ class Beside:
             self._end_block()
         async with trio.open_nursery() as self._calls:
             try:
-                await self._carry()
+                await self._keep_open()
             except Exception as error:  # noqa: BLE001 - the asyncio thread raises the error, and calls end by themselves
                 self._failure = error
             self._over = True
         for function in tuple(self.at_the_end):
             function()
 
-    async def _carry(self) -> None:
-        """Keep the proxy open until the block ends."""
+    async def _keep_open(self) -> None:
         with self._scope:
             async with open_proxy(self._config) as self.proxy:
                 self._in_loop(self._opened.set_result, True)

@@ -55,7 +55,7 @@ FAREWELL = 1.0
 _UNHEARD = 0x10
 """Reason code: the topic has no subscribers."""
 _TAKEN = 0x8E
-"""Reason code: another connection uses our client identifier."""
+"""Reason code: another connection uses the same client identifier."""
 _FAILURE = 0x80
 """Reason codes from this one on are failures (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157}
@@ -74,7 +74,7 @@ class BrokerLostError(UnavailableError):
 
 
 class SessionTaken(BrokerLostError):
-    """Another process uses our client identifier."""
+    """Another process uses the client identifier of this connection."""
 
 
 class BrokerRefused(PermissionDeniedError):

@@ -285,7 +285,7 @@ class Gateway:
 
     async def _answer(self, connection: Connection, received: Received, answer: Mapping[str, object]) -> None:
         topic = received.response_topic
-        assert topic is not None  # noqa: S101 - see `_send`
+        assert topic is not None  # noqa: S101 - `_send` has checked it
         if topic == self._broker.prefix or topic.startswith(f"{self._broker.prefix}/"):
             # Clients would take the answer for a message of a gateway, and a gateway for a request.
             logger.warning("%s: response topic %s: must be outside of the prefix", received.topic, topic)
