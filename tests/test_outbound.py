@@ -195,10 +195,10 @@ def test_the_lone_path_agrees_with_the_full_path(world: World) -> None:
     wds = [world.wd_of(world.notify), world.wd_of(world.uart), 4711]
     masks = [ino.IN_MODIFY, ino.IN_CLOSE_WRITE, ino.IN_CLOSE_WRITE | ino.IN_UNMOUNT, ino.IN_CREATE, ino.IN_Q_OVERFLOW]
     single = list(itertools.product(wds, masks))
-    told = 0
+    lone = 0
     for events in [[], *([one] for one in single), *map(list, itertools.product(single, repeat=2)), single]:
         data = b"".join(EVENT.pack(wd, mask, 0, 0) for wd, mask in events)
         if signal := world.closed_alone(data):
             assert world.triggers.follow(parse_events(data)).signals == [signal]
-            told += 1
-    assert told == 2 + 3 * 2
+            lone += 1
+    assert lone == 2 + 3 * 2

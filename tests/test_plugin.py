@@ -77,7 +77,7 @@ def test_short_names_are_opt_in(pytester: pytest.Pytester) -> None:
     run(pytester, test, in_process).assert_outcomes(passed=1)
 
 
-def test_a_missing_signal_fails_with_the_history(pytester: pytest.Pytester) -> None:
+def test_a_missing_signal_shows_what_both_cores_did(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """

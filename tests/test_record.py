@@ -91,8 +91,8 @@ def test_both_directions_are_recorded_with_their_frames(
         (OUT, Direction.OUTBOUND): 1,
         ("nobody", Direction.INBOUND): 1,
     }
-    told = {packet.data: packet.comment for packet in packets(file)}
-    assert told == {
+    comments = {packet.data: packet.comment for packet in packets(file)}
+    assert comments == {
         sent[0]: f"inbound {IN} {board.irq}/message_5_state",
         sent[1]: f"inbound {IN} {board.irq}/message_5_state",
         sent[2]: "ignored: unknown signal nobody",

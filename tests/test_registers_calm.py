@@ -58,7 +58,7 @@ class Calm(RuleBasedStateMachine):
         self.patch.setattr("os.write", write_if_there_is_room)
         self.triggered: Counter[Path] = Counter()
         """What was triggered and not yet reported when the queue was last empty."""
-        self.told: Counter[Path] = Counter()
+        self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
         """What was triggered since then while it was in no table, or in another one: it may be reported or not."""
         self.replaced: set[Path] = set()
@@ -68,7 +68,7 @@ class Calm(RuleBasedStateMachine):
         self.received: Counter[Path] = Counter()
         """Inbound notifications whose close has not been seen yet, by state file."""
         self.world = World(clock, self.table({("irq", "a_trig")}, {("irq", "a_state")}))
-        self.tell(self.world.open())
+        self.report(self.world.open())
 
     def teardown(self) -> None:
         try:
@@ -95,8 +95,8 @@ class Calm(RuleBasedStateMachine):
             for directory, register in sorted(places)
         ]
 
-    def tell(self, names: list[str]) -> None:
-        self.told.update(self.world.table.outbound[name.encode()].path for name in names)
+    def report(self, names: list[str]) -> None:
+        self.reported.update(self.world.table.outbound[name.encode()].path for name in names)
 
     @property
     def outbound(self) -> set[Path]:
@@ -178,13 +178,13 @@ class Calm(RuleBasedStateMachine):
     @rule()
     def follow(self) -> None:
         """Check that each trigger was reported once, and that received notifications are written if there is room."""
-        self.tell(self.world.triggered())
+        self.report(self.world.triggered())
         for _ in range(4):
             self.world.clock.now += 0.2
-            self.tell(self.world.restore() + self.world.triggered())
+            self.report(self.world.restore() + self.world.triggered())
         expected = {path: count for path, count in self.triggered.items() if path not in self.earlier}
-        assert {path: count for path, count in self.told.items() if path not in self.earlier} == expected
-        for seen in (self.triggered, self.told, self.earlier, self.replaced, self.dropped):
+        assert {path: count for path, count in self.reported.items() if path not in self.earlier} == expected
+        for seen in (self.triggered, self.reported, self.earlier, self.replaced, self.dropped):
             seen.clear()
         self.consume()
         assert self.full or self.received == Counter()
@@ -204,7 +204,7 @@ class Calm(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.01, 2.0, 61.0]))
     def restore(self, seconds: float) -> None:
         self.world.clock.now += seconds
-        self.tell(self.world.restore())
+        self.report(self.world.restore())
 
     @precondition(lambda self: self.world.table.inbound)
     @rule(data=st.data(), number=st.integers(1, 40))
@@ -218,7 +218,7 @@ class Calm(RuleBasedStateMachine):
         """Check that each trigger is reported exactly once."""
         self.follow()
         self.triggered.update(self.outbound)
-        self.tell(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
+        self.report(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
 
     def rest(self) -> None:
         """Wait until no notification is pending and no replaced file is watched."""
@@ -238,7 +238,7 @@ class Calm(RuleBasedStateMachine):
             # creation.
             self.follow()
         self.leave_out(table)
-        self.tell(self.world.reload(table))
+        self.report(self.world.reload(table))
 
     @rule(outbound=st.none() | st.sets(triggers), inbound=st.sets(states), rested=st.booleans())
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
@@ -254,7 +254,7 @@ class Calm(RuleBasedStateMachine):
         signals = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(signals)
         self.world = self.world.again(signals)
-        self.tell(self.world.open())
+        self.report(self.world.open())
 
 
 def calm(steps: int, walks: int) -> None:

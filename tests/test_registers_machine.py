@@ -87,8 +87,8 @@ class Walk(RuleBasedStateMachine):
 
     def take(self, names: list[str]) -> None:
         """Record the names that were reported."""
-        told = {signal.path for signal in self.world.table.outbound.values() if signal.name in names}
-        self.written -= told
+        reported = {signal.path for signal in self.world.table.outbound.values() if signal.name in names}
+        self.written -= reported
 
     def wrote(self, path: Path) -> None:
         """Record that a trigger was written, if it is in the table."""
