@@ -1,4 +1,4 @@
-/* See board.h. Addresses: QEMU's hw/riscv/virt.c. Network card: "Virtual I/O Device (VIRTIO) Version 1.1", 2.6, 4.2 and 5.1. */
+/* See board.h. Addresses: QEMU, hw/riscv/virt.c. Card: "Virtual I/O Device (VIRTIO) Version 1.1", 2.6, 4.2 and 5.1. */
 
 #include "board.h"
 
