@@ -268,7 +268,7 @@ def test_other_users_may_wait_if_the_group_allows_it_but_not_send(
 
     assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
     board.path.chmod(0o666)
-    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user that the proxy runs as may send")
+    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
     assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 
