@@ -67,7 +67,7 @@ def test_a_seed_repeats_the_faults() -> None:
     assert fates(drop=0.3, seed=4) != fates(drop=0.3, seed=5)
     assert 250 < sum(each == [(0.0, b"", "dropped")] for each in fates(drop=0.3)) < 350
     doubled = [len(each) == 2 for each in fates(double=0.2)]
-    assert doubled == [len(each) == 2 for each in fates(double=0.2, corrupt=0.5)], "one rate changes what another does"
+    assert doubled == [len(each) == 2 for each in fates(double=0.2, corrupt=0.5)], "one rate affects another fault"
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_the_link_goes_down_and_up(board: Board) -> None:
         board.core1.expect(NOTIFY)
     board.core1.send(HWWD)
     board.core0.expect(HWWD)
-    assert board.core0.count(RESET) == 0, "what is sent on a link that is down is lost"
+    assert board.core0.count(RESET) == 0, "frames sent while the link is down must be lost"
     assert [each.name for each in board.history if each.what.startswith("lost")] == [RESET] * 3
 
 
@@ -519,7 +519,7 @@ def test_a_proxy_that_dies_is_reported_once(tmp_path: Path) -> None:
         failure = board.failure()
         assert failure is not None
         assert failure.startswith("the proxy has ended by itself, with exit code -9; it logged: inco-trio: info:")
-        assert board.failure() is None, "a failure is reported once"
+        assert board.failure() is None, "a failure must be reported only once"
         with pytest.raises(NotificationMissingError, match=r"did not arrive at core 0 \(the proxy has ended by itself"):
             board.core0.expect(RESET)
         board.proxy.start()

@@ -348,7 +348,7 @@ class Storm:
             wait_bound(self.cores, 2)
         return True
 
-    def _wait_taken_up(self) -> None:
+    def _wait_watched(self) -> None:
         """Wait until the proxy watches the directory at the path.
 
         The kernel reports only watched directories. Nothing could report events in a directory that is replaced before
@@ -357,21 +357,21 @@ class Storm:
         holder = self.service.scandir / "inco-trio-fdholder"
         deadline = time.monotonic() + HANG
         while not self.applications.is_watched(watched_inodes(main_process(holder))):
-            assert time.monotonic() < deadline, "the proxy has not taken up the new directory"
+            assert time.monotonic() < deadline, "the proxy does not watch the new directory"
             time.sleep(0.01)  # Poll, because the kernel does not report a new watch.
 
     def _replace_directory(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.replace_directory()
         return True
 
     def _move_directory(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.move_away(self.applications.directory)
         return True
 
     def _move_parent(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.move_away(self.applications.directory.parent)
         return True
 

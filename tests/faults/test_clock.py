@@ -28,7 +28,7 @@ def test_a_jump_of_the_system_clock_changes_no_delay(
         # Three delays run while the clock jumps: the watch on a replaced file ends after a second, missing registers
         # are recreated, and a link is down.
         board.applications.trigger_by_rename("out_b")
-        board.wire.wait(lambda: board.wire.order == ["out_b"], "the trigger that was replaced has not been sent")
+        board.wire.wait(lambda: board.wire.order == ["out_b"], "the replaced trigger has not been sent")
         board.cores.link_down()
         board.applications.trigger("out_a")
         (board.directory / "in_a_state").unlink()

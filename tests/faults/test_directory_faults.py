@@ -140,7 +140,9 @@ def test_a_blocked_state_register_loses_nothing(board: Board, kind: str, tmp_pat
     board.core1.send(b"in_b")
     board.applications.wait(lambda: board.applications.delivered("in_b", sent), "in_b has not been delivered")
     board.applications.unblock_state(blocked)
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 3, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.applications.closes["in_a"] == 3
     assert board.proxy.log.count("in_a_state: cannot write") == 1
@@ -172,7 +174,9 @@ def test_a_read_only_state_register_loses_nothing(only_net_raw: None, start_boar
     board.proxy.wait_log("in_a_state: cannot write: Permission denied")
     board.works()
     state.chmod(0o644)
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 5, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 5, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.proxy.log.count("cannot write") == 1
     assert board.proxy.counters()["delivered"] == 6
@@ -240,7 +244,7 @@ def test_a_trigger_replaced_by_another_type_of_file_is_retried(board: Board, mak
     else:
         trigger.unlink()
     board.applications.trigger("out_a")
-    board.wire.wait(lambda: "out_a" in board.wire.order, "the trigger that is a file again has not been sent")
+    board.wire.wait(lambda: "out_a" in board.wire.order, "the restored trigger has not been sent")
     assert board.proxy.log.count("cannot watch") == 1
 
 

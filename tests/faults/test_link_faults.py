@@ -36,7 +36,7 @@ def test_a_link_that_flaps_loses_nothing(board: Board) -> None:
         board.proxy.wait_log("cannot send", after=said)
         board.cores.link_up()
         begin = time.monotonic()
-        board.wire.wait(lambda: len(board.wire.order) >= len(expected), "what was kept has not been sent")
+        board.wire.wait(lambda: len(board.wire.order) >= len(expected), "pending notifications have not been sent")
         sys.stdout.write(f"sent {1e3 * (time.monotonic() - begin):.1f} ms after the link was up\n")
         board.works()
         expected.append("out_b")
@@ -91,7 +91,7 @@ def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
         board.applications.trigger(name)
     board.proxy.wait_log("cannot send")
     board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "up"], check=True))
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.works()
 
@@ -152,7 +152,7 @@ def test_a_full_device_queue_loses_nothing(board: Board) -> None:
     board.proxy.wait_log("No buffer space available")
     # Do not use `del`: while the kernel installs another queue, it accepts frames and drops them.
     command(board.cores, "tc", "qdisc", "change", "dev", board.cores.link, "root", "pfifo", "limit", "100")
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.proxy.wait_log("works again")
     assert board.proxy.log.count("No buffer space available") == 1
@@ -166,7 +166,7 @@ def test_thousands_are_kept_while_the_link_is_down(board: Board) -> None:
         board.applications.trigger(name)
         sent.append(name)
     board.cores.link_up()
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.works()
 

@@ -65,9 +65,13 @@ def test_a_lack_of_descriptors_while_running_loses_nothing(board: Board) -> None
         board.core1.send(b"in_a")
         board.applications.trigger("out_a")
     board.proxy.wait_log("Too many open files")
-    board.wire.wait(lambda: board.wire.seen["out_a"] == 3, "sending needs no descriptor")
+    board.wire.wait(
+        lambda: board.wire.seen["out_a"] == 3, "out_a has not been sent, although sending needs no descriptor"
+    )
     resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 3, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.applications.closes["in_a"] == 3
     assert board.proxy.log.count("cannot write: Too many open files") == 1
@@ -146,7 +150,7 @@ def test_a_failed_send_loses_nothing(board: Board, error: str) -> None:
     with injected(board.proxy.pid, f"sendto:error={error}:when=1..4"):
         for name in ("out_a", "out_b", "out_a"):
             board.applications.trigger(name)
-        board.wire.wait(lambda: len(board.wire.order) >= 3, "what was kept has not been sent")
+        board.wire.wait(lambda: len(board.wire.order) >= 3, "pending notifications have not been sent")
     assert board.wire.order == ["out_a", "out_b", "out_a"]
     board.works()
 
