@@ -30,7 +30,7 @@ LINES = [
 ELSEWHERE = {
     "s6-svscan /run/service": "test_scandir.py",
     "inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json": "test_mqtt.py",
-    "inco-trio mqtt-link mqtt://broker.example.org/lab/wire1 --end core0 --link unix:/run/b1/wire,peer=/run/b1/core0": (
+    "inco-trio mqtt-link mqtt://broker.example.org/lab/b1 --end core0 --link unix:/run/b1/bridge,peer=/run/b1/core0": (
         "test_mqtt_link.py"
     ),
     "inco-trio exporter --listen 127.0.0.1:9478": "test_exporter.py",
