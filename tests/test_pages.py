@@ -57,7 +57,7 @@ RUN_BY = {
     ("README", "trio.run(answer)"): "test_readme.py::test_the_library_example_runs",
     ("README", "async with"): "test_readme.py::test_the_example_of_core1_runs",
     ("README", "def test_"): "test_pages.py::test_the_tests_of_the_test_bench_pass",
-    ("asyncio", '"""Answer each'): "test_aio.py::test_documented_program_of_asyncio",
+    ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
     ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
