@@ -62,8 +62,14 @@ RUN_BY = {
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
-    ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_is_told_all_since_it_acknowledged",
-    ("control", '{"event": "merged"'): "test_control.py::test_what_nobody_acknowledges_is_merged_by_signal",
+    (
+        "control",
+        '{"request": "follow"}',
+    ): "test_control.py::test_a_follower_receives_all_it_did_not_acknowledge",
+    (
+        "control",
+        '{"event": "merged"',
+    ): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("first-steps", "import inco_trio"): "test_pages.py::test_programs_run",
     ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
     ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
