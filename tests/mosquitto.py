@@ -25,7 +25,7 @@ from paho.mqtt.properties import Properties
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
-__all__ = ["Certificates", "Mosquitto", "Reader", "Told", "free_port"]
+__all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
 
 
 def free_port() -> int:
@@ -124,7 +124,7 @@ def _me() -> str:
 
 
 @attrs.frozen
-class Told:
+class Message:
     """A message that the reader received."""
 
     topic: str
@@ -150,7 +150,7 @@ class Reader:
         certificates: tuple[Path, Path, Path] | None = None,
         user: tuple[str, str] | None = None,
     ) -> None:
-        self.told: queue.Queue[Told] = queue.Queue()
+        self.messages: queue.Queue[Message] = queue.Queue()
         self._subscribed: queue.Queue[None] = queue.Queue()
         self._marked: queue.Queue[None] = queue.Queue()
         self._number = self._mark = 0
@@ -181,7 +181,7 @@ class Reader:
         if message.topic.endswith("/mark"):
             self._marked.put(None)
         else:
-            self.told.put(Told(message.topic, bytes(message.payload), message.retain, correlation))
+            self.messages.put(Message(message.topic, bytes(message.payload), message.retain, correlation))
 
     def publish(
         self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
@@ -196,12 +196,12 @@ class Reader:
         info = self._client.publish(topic, payload, 1, retain, properties)
         info.wait_for_publish(HANG)
 
-    def next(self, wanted: Callable[[Told], bool] = lambda _: True) -> Told:
+    def next(self, wanted: Callable[[Message], bool] = lambda _: True) -> Message:
         """Return the next message for which `wanted` is true, and drop the others."""
         while True:
-            told = self.told.get(timeout=HANG)
-            if wanted(told):
-                return told
+            message = self.messages.get(timeout=HANG)
+            if wanted(message):
+                return message
 
     def settle(self) -> None:
         """Wait until the broker has delivered all messages of publishers that have stopped.
@@ -217,14 +217,16 @@ class Reader:
             self._marked.get(timeout=HANG)
             quiet = quiet + 1 if self._number == before + 1 else 0
 
-    def until_status(self, board: str, **fields: object) -> Told:
+    def until_status(self, board: str, **fields: object) -> Message:
         """Return the next status message of a board that has these values."""
-        return self.next(lambda told: told.topic == f"lab/{board}/status" and fields.items() <= told.body.items())
+        return self.next(
+            lambda message: message.topic == f"lab/{board}/status" and fields.items() <= message.body.items()
+        )
 
-    def notifications(self) -> Iterator[Told]:
+    def notifications(self) -> Iterator[Message]:
         """Yield the notifications among the messages, in order."""
         while True:
-            yield self.next(lambda told: told.topic.split("/")[2] in ("inbound", "outbound"))
+            yield self.next(lambda message: message.topic.split("/")[2] in ("inbound", "outbound"))
 
     def close(self) -> None:
         self._client.loop_stop()

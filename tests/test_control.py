@@ -107,8 +107,8 @@ def test_a_monitor_receives_all_events(board: Board) -> None:
         "register": f"{board.irq}/message_5_state",
         "sequence": 1,
     }
-    board.inbound(peer, encode(b"nobody", MAC))
-    assert monitor.until(event="ignored")["signal"] == "nobody"
+    board.inbound(peer, encode(b"unlisted", MAC))
+    assert monitor.until(event="ignored")["signal"] == "unlisted"
     board.inbound(peer, b"short")
     assert monitor.until(event="ignored")["reason"] == "malformed"
     board.trigger()
@@ -136,7 +136,7 @@ def test_a_monitor_receives_frames_on_request(board: Board) -> None:
     padded = FRAME.ljust(60, b"\0")
     tagged = FRAME[:12] + bytes.fromhex("81000001") + FRAME[12:]
     proxy.process.send_signal(signal.SIGSTOP)  # The stopped proxy will read all frames in one batch.
-    sent = [padded, b"short", FRAME, encode(b"nobody", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
+    sent = [padded, b"short", FRAME, encode(b"unlisted", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
     for frame in sent:
         board.inbound(peer, frame)
     proxy.process.send_signal(signal.SIGCONT)
@@ -437,16 +437,16 @@ def test_an_unusable_socket_path_is_logged_and_the_proxy_runs(board: Board, what
         assert path.read_text() == "mine"
 
 
-def test_the_default_path_is_in_the_runtime_directory(board: Board, nobody_environment: dict[str, str]) -> None:
-    proxy = board.start(environment=nobody_environment, control=None)
+def test_the_default_path_is_in_the_runtime_directory(board: Board, runtime_environment: dict[str, str]) -> None:
+    proxy = board.start(environment=runtime_environment, control=None)
     proxy.wait_ready()
-    (path,) = [path for path in _default_directory(nobody_environment).glob("*.sock") if _pid(path) == proxy.pid]
+    (path,) = [path for path in _default_directory(runtime_environment).glob("*.sock") if _pid(path) == proxy.pid]
     assert proxy.stop() == 0
     assert not path.exists()
 
 
 @pytest.fixture
-def nobody_environment(tmp_path: Path) -> dict[str, str]:
+def runtime_environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "runtime").mkdir()
     return {"XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
 
@@ -653,7 +653,7 @@ def test_invalid_acknowledgements_are_refused(board: Board) -> None:
     client = board.client()
     client.ask({"request": "follow"})
     for fields, error in (
-        ({"board": "nobody", "sequence": 1}, "unknown-board"),
+        ({"board": "missing", "sequence": 1}, "unknown-board"),
         ({"board": name}, "invalid"),
         ({"board": name, "sequence": "1"}, "invalid"),
         ({"board": name, "sequence": 1, "boot": "0"}, "invalid"),

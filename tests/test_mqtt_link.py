@@ -1,4 +1,4 @@
-"""The wire between two cores over a real mosquitto, each end a process of its own."""
+"""Tests of the bridge between two cores over a real mosquitto; each side is a separate process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def frame(number: int) -> bytes:
 
 
 class Core:
-    """A core that the test plays."""
+    """A core that the test plays with a socket."""
 
     def __init__(self, path: Path, wire: Path) -> None:
         self.path, self.wire = path, wire
@@ -72,7 +72,7 @@ class Core:
 
 
 class Bench:
-    """A broker, and two cores whose wires are not there yet."""
+    """A broker and two cores whose bridge is not running yet."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -109,7 +109,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
-    """What a wire says at SIGUSR1, once so many are acknowledged: a frame may be at the other core before that."""
+    """Return the counters that a bridge logs at SIGUSR1, once `published` frames have been acknowledged."""
     for times in itertools.count(wire.log.count("statistics: ") + 1):
         wire.process.send_signal(signal.SIGUSR1)
         wire.wait_log("statistics: ", times)
@@ -121,7 +121,7 @@ def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
     raise AssertionError
 
 
-def test_frames_go_each_way_as_they_are(bench: Bench) -> None:
+def test_frames_pass_unchanged_in_both_directions(bench: Bench) -> None:
     wires = bench.joined()
     odd = [bytes(1), b"no frame", bytes(range(256)) * 6, frame(1).ljust(60, b"\0"), bytes(FRAME_MAX)]
     for here, there in (bench.cores, bench.cores[::-1]):
@@ -133,7 +133,7 @@ def test_frames_go_each_way_as_they_are(bench: Bench) -> None:
         assert (told["published"], told["written"], told["missed"], told["malformed"]) == (len(odd), len(odd), 0, 0)
 
 
-def test_what_is_no_frame_of_the_core_is_counted(bench: Bench) -> None:
+def test_malformed_and_foreign_datagrams_are_counted(bench: Bench) -> None:
     wires = bench.joined()
     here, there = bench.cores
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
@@ -149,7 +149,7 @@ def test_what_is_no_frame_of_the_core_is_counted(bench: Bench) -> None:
     assert (told["published"], told["malformed"], told["foreign"]) == (3, 6, 1)
 
 
-def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
+def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
     wire = bench.wire(0)
     bench.cores[0].send(frame(1))
     wire.wait_log("core1 has never been online")
@@ -157,8 +157,8 @@ def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_a_question_that_nobody_got_is_asked_again(bench: Bench) -> None:
-    """Not every broker says that nobody has subscribed: here somebody else has."""
+def test_the_position_request_is_repeated(bench: Bench) -> None:
+    """Another subscriber hides from this side that the other side has not subscribed."""
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
     bench.wire(0)
@@ -168,7 +168,7 @@ def test_a_question_that_nobody_got_is_asked_again(bench: Bench) -> None:
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
+def test_the_broker_keeps_frames_for_a_stopped_side(bench: Bench) -> None:
     _, away = bench.joined()
     bench.cores[0].send(LAST)
     assert bench.cores[1].receive() == LAST
@@ -179,8 +179,8 @@ def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
     assert [bench.cores[1].receive() for _ in range(WINDOW // 2)] == [frame(n) for n in range(WINDOW // 2)]
 
 
-def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
-    """Neither the broker's, of 1,000 messages, nor anybody else's: whoever sends has to wait."""
+def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
+    """The sender must wait before the broker's queue of 1,000 messages or any other queue overflows."""
     bench.joined()
     here, there = bench.cores
     total = 3000
@@ -193,15 +193,15 @@ def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
     sender = threading.Thread(target=send)
     sender.start()
     sender.join(1.0)
-    assert sender.is_alive()  # It has to wait.
+    assert sender.is_alive()  # The sender is blocked.
     while len(received) < total:
         received.append(there.receive())
     sender.join()
     assert received == [frame(number) for number in range(total)]
 
 
-def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench) -> None:
-    """Each time it begins to count anew, as nobody holds its memory, while the other end is away."""
+def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None:
+    """Without an fd store, each restart resets the sequence numbers, while the other side is stopped."""
     wire, away = bench.joined()
     bench.cores[0].send(frame(0))
     assert bench.cores[1].receive() == frame(0)
@@ -223,7 +223,7 @@ def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench
     assert counters(back)["missed"] == 0
 
 
-def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:
+def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:
     _, wire = bench.joined()
     here, there = bench.cores
     there.leave()
@@ -234,7 +234,7 @@ def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
 
-def test_a_path_that_is_removed_is_bound_again_and_loses_nothing(bench: Bench) -> None:
+def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
     wires = bench.joined()
     here, there = bench.cores
     bench.broker.end()
@@ -249,7 +249,7 @@ def test_a_path_that_is_removed_is_bound_again_and_loses_nothing(bench: Bench) -
     assert [there.receive() for _ in range(10)] == [frame(n) for n in range(10)]
 
 
-def test_two_that_are_the_same_end(bench: Bench) -> None:
+def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
     wire = bench.wire(0)
     words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
     other = Gateway(bench.home / "other.log", *words)
@@ -262,10 +262,10 @@ def test_two_that_are_the_same_end(bench: Bench) -> None:
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
-    """What it says of a predecessor is no sign of a process that is the same end."""
+def test_a_broker_restored_from_an_older_state_is_accepted(bench: Bench) -> None:
+    """An old retained status of a predecessor must not count as a second process for the same side."""
     bench.joined()[0].end()
-    bench.broker.end()  # It saves what it knows.
+    bench.broker.end()  # On SIGTERM, mosquitto saves its state.
     older = (bench.broker.directory / "mosquitto.db").read_bytes()
     bench.broker.start()
     wire = bench.wire(0)
@@ -280,7 +280,7 @@ def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
     assert wire.process.poll() is None
 
 
-def test_a_configuration_that_cannot_be_used(bench: Bench) -> None:
+def test_an_invalid_configuration_is_one_error_line(bench: Bench) -> None:
     config = bench.home / "gateway.json"
     for text, code, said in (
         ('{"broker": {"user_file": "/nowhere"}}', 78, "/nowhere"),
@@ -294,7 +294,7 @@ def test_a_configuration_that_cannot_be_used(bench: Bench) -> None:
         assert said in done.stderr
 
 
-def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
+def test_a_refused_reload_changes_nothing(bench: Bench) -> None:
     config = bench.home / "gateway.json"
     config.write_text("{}")
     wire = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
@@ -309,7 +309,7 @@ def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
     assert counters(wire, 1)["published"] == 1
 
 
-def test_a_gap_is_counted_and_said(bench: Bench) -> None:
+def test_a_gap_is_counted_and_logged(bench: Bench) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
     wire = bench.wire(0)
@@ -321,7 +321,7 @@ def test_a_gap_is_counted_and_said(bench: Bench) -> None:
     assert counters(wire)["missed"] == 3
 
 
-def test_a_held_socket_of_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
     assert isinstance(address, UnixAddress)
 
@@ -339,8 +339,8 @@ def test_a_held_socket_of_another_path_is_replaced(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
-    """Each of the topics that an end publishes to may be forgotten in an ACL."""
+def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
+    """The ACL lacks one of the topics to which a side publishes."""
     acl = bench.home / "acl"
     allowed = [f"topic readwrite lab/wire/{end}/{name}" for end in ("core0", "core1") for name in TOPICS]
     acl.write_text("\n".join(line for line in allowed if line != f"topic readwrite lab/wire/core1/{topic}") + "\n")
@@ -360,8 +360,8 @@ def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
     assert "Traceback" not in wires[0].log + wires[1].log
 
 
-def test_it_has_nothing_to_tell_before_it_is_open() -> None:
-    """SIGUSR1 may come at any time."""
+def test_statistics_can_be_logged_before_opening() -> None:
+    """SIGUSR1 may arrive before the bridge is open."""
     address = parse_address("unix:/x/wire,peer=/x/core")
     assert isinstance(address, UnixAddress)
     bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
@@ -370,7 +370,7 @@ def test_it_has_nothing_to_tell_before_it_is_open() -> None:
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
+def test_invalid_messages_are_ignored(bench: Bench, topic: str) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
     wire = bench.wire(0)
@@ -400,7 +400,7 @@ def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
 
 
 class Flow:
-    """Numbered frames from a core to the other one, sent and read by threads of their own until it is checked."""
+    """Numbered frames that one thread sends and another thread receives, until `check` is called."""
 
     def __init__(self, here: Core, there: Core) -> None:
         self._here, self._there = here, there
@@ -430,23 +430,23 @@ class Flow:
             self._received.append(self._there.receive())
 
     def check(self) -> int:
-        """All came, in order but for what was repeated; returns the number of doubles."""
+        """Check that all frames arrived in order, apart from repetitions; return the number of duplicates."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(HANG)
             assert not thread.is_alive(), (self._sent, self._received[-3:])
         assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
-        doubles = len(self._received) - self._sent - 1
-        sys.stdout.write(f"{self._sent} frames, {doubles} doubles\n")
-        return doubles
+        duplicates = len(self._received) - self._sent - 1
+        sys.stdout.write(f"{self._sent} frames, {duplicates} duplicates\n")
+        return duplicates
 
 
 LAST = encode(b"last", MAC)
 ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
-"""Faults of a walk; thousands are minutes."""
+"""Number of faults in a random walk; thousands of faults take minutes."""
 
 
-def test_nothing_is_lost_over_the_end_of_broker_and_reader(bench: Bench) -> None:
+def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:
     wires = list(bench.joined())
     flow = Flow(*bench.cores)
     choice = random.Random(5)  # noqa: S311
@@ -469,8 +469,8 @@ def test_nothing_is_lost_over_the_end_of_broker_and_reader(bench: Bench) -> None
 
 
 @pytest.mark.s6
-def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
-    """Both ends are killed, stopped and paused, and the broker is, while both cores send."""
+def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> None:
+    """Kill, restart and pause both sides, and restart the broker, while both cores send."""
     scan, services = bench.home / "scan", []
     for end in (0, 1):
         link = f"unix:{bench.home}/wire{end},peer={bench.home}/core{end}"
@@ -504,7 +504,7 @@ def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
         threading.Event().wait(choice.random() / 2)
     assert kills
     for flow in flows:
-        # Per kill what was being written, or was counted and not taken yet.
+        # Each kill may duplicate a frame that was being written and one that was not yet acknowledged.
         assert flow.check() <= 2 * kills
     assert "Traceback" not in running.log
     assert "never came" not in running.log
@@ -521,13 +521,13 @@ def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
         (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
     ],
 )
-def test_what_is_refused(words: list[str], text: str) -> None:
+def test_invalid_arguments_are_refused(words: list[str], text: str) -> None:
     done = subprocess.run([*COMMAND, "mqtt-link", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert text in done.stderr.splitlines()[-1]
 
 
-def test_a_path_that_cannot_be_bound(tmp_path: Path) -> None:
+def test_an_unusable_socket_path_is_an_error(tmp_path: Path) -> None:
     words = ["mqtt-link", f"mqtt://127.0.0.1:{free_port()}", "--end", "core1"]
     taken = tmp_path / "taken"
     taken.write_text("")
@@ -542,7 +542,7 @@ def test_a_path_that_cannot_be_bound(tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1].startswith(f"inco-trio: error: {path}: ")
 
 
-def test_two_proxies_that_share_no_host(bench: Bench) -> None:
+def test_two_proxies_communicate_over_the_bridge(bench: Bench) -> None:
     bench.joined()
     for core in bench.cores:
         core.leave()

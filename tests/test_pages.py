@@ -42,16 +42,16 @@ NOT_RUN = {
 }
 """How blocks begin that no test runs, and why."""
 RUN_BY = {
-    ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_lines_of_the_page_run",
+    ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
-    ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
+    ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_command_of_the_page_runs",
     ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("mqtt-link", "core1="): "test_pages.py::test_shell_lines_run",
     ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
     ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
     ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
-    ("README", "share="): "test_manual.py::test_the_lines_of_the_readme_switch_it_on",
+    ("README", "share="): "test_manual.py::test_the_commands_of_the_readme_enable_completion",
     ("README", "import inco_trio"): "test_readme.py::test_the_library_example_runs",
     ("README", "async def answer"): "test_readme.py::test_the_library_example_runs",
     ("README", "trio.run(answer)"): "test_readme.py::test_the_library_example_runs",
