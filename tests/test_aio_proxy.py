@@ -699,7 +699,7 @@ def cut(request: pytest.FixtureRequest, turns: Turns) -> Cut:
     return partial(turns.at_each, request.param)
 
 
-def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_open_and_close_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         triggered = 0
 
@@ -722,7 +722,7 @@ def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut, turns: Tu
     run(main, turns.run)
 
 
-def test_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_close_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         triggered = 0
 
@@ -743,7 +743,7 @@ def test_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> N
     run(main, turns.run)
 
 
-def test_send_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_send_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         calls = 0
 
@@ -761,7 +761,7 @@ def test_send_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> No
     run(main, turns.run)
 
 
-def test_wait_for_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_wait_for_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with turns.feeding(world.feed):
@@ -773,7 +773,7 @@ def test_wait_for_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -
     run(main, turns.run)
 
 
-def test_events_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_events_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         seen: list[int] = []
 
@@ -795,7 +795,9 @@ def test_events_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> 
     run(main, turns.run)
 
 
-def test_reload_cancelled_at_each_step(world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reload_can_be_cancelled_at_each_step(
+    world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # With TURN 0, the reload yields to other tasks after each signal.
     monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))

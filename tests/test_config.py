@@ -589,7 +589,7 @@ def test_a_valid_board_gives_exactly_its_signals(board: tuple[dict[str, Any], li
 # Arguments of a proxy
 
 
-def test_config_defaults() -> None:
+def test_config_has_defaults() -> None:
     config = Config("rpmsg4000", builtin_signals(IRQ))
     assert (config.wait_link, config.stop_deadline) == (False, 5.0)
 

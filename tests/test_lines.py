@@ -63,7 +63,7 @@ def test_the_writer_waits_for_a_slow_reader(pipe: tuple[int, int]) -> None:
     assert (written, bytes(read)) == ((len(data), None), data)
 
 
-def test_a_closed_pipe_is_a_reason() -> None:
+def test_a_closed_pipe_is_reported() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     assert write_at_once(writer, b"x", 1000) == (0, "Broken pipe")
@@ -71,7 +71,7 @@ def test_a_closed_pipe_is_a_reason() -> None:
     assert write_at_once(writer, b"x", 1000) == (0, "Bad file descriptor")
 
 
-def test_a_full_device_is_a_reason() -> None:
+def test_a_full_device_is_reported() -> None:
     with Path("/dev/full").open("wb") as full:
         assert write_at_once(full.fileno(), b"x", 1000) == (0, "No space left on device")
 
