@@ -47,8 +47,8 @@ def frame(number: int) -> bytes:
 class Core:
     """A core that the test plays with a socket."""
 
-    def __init__(self, path: Path, wire: Path) -> None:
-        self.path, self.wire = path, wire
+    def __init__(self, path: Path, bridge: Path) -> None:
+        self.path, self.bridge = path, bridge
         self.socket = self.bound()
 
     def bound(self) -> socket.socket:
@@ -58,7 +58,7 @@ class Core:
         return made
 
     def send(self, data: bytes) -> None:
-        self.socket.sendto(data, os.fspath(self.wire))
+        self.socket.sendto(data, os.fspath(self.bridge))
 
     def receive(self) -> bytes:
         return self.socket.recv(4 * FRAME_MAX)
@@ -89,17 +89,17 @@ class Bench:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
         return ["mqtt-link", f"{self.broker.url}/wire", "--link", link, "--end", f"core{end}"]
 
-    def wire(self, end: int) -> Gateway:
-        wire = Gateway(self.home / f"wire{end}.log", *self.words(end))
-        self.stack.callback(wire.close)
-        wire.wait_ready()
-        return wire
+    def bridge(self, end: int) -> Gateway:
+        bridge = Gateway(self.home / f"wire{end}.log", *self.words(end))
+        self.stack.callback(bridge.close)
+        bridge.wait_ready()
+        return bridge
 
     def joined(self) -> tuple[Gateway, Gateway]:
-        wires = self.wire(0), self.wire(1)
-        wires[0].wait_log("core1 is online")
-        wires[1].wait_log("core0 is online")
-        return wires
+        bridges = self.bridge(0), self.bridge(1)
+        bridges[0].wait_log("core1 is online")
+        bridges[1].wait_log("core0 is online")
+        return bridges
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield Bench(tmp_path, stack)
 
 
-def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
+def counters(bridge: Gateway, published: int = 0) -> dict[str, int]:
     """Return the counters that a bridge logs at SIGUSR1, once `published` frames have been acknowledged."""
-    for times in itertools.count(wire.log.count("statistics: ") + 1):
-        wire.process.send_signal(signal.SIGUSR1)
-        wire.wait_log("statistics: ", times)
-        line = [line for line in wire.log.splitlines() if "statistics: " in line][-1]
+    for times in itertools.count(bridge.log.count("statistics: ") + 1):
+        bridge.process.send_signal(signal.SIGUSR1)
+        bridge.wait_log("statistics: ", times)
+        line = [line for line in bridge.log.splitlines() if "statistics: " in line][-1]
         words = (word.split("=") for word in line.split("statistics: ")[1].split())
         told = {name: int(count) for name, count in words}
         if told["published"] >= published:
@@ -122,38 +122,38 @@ def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
 
 
 def test_frames_pass_unchanged_in_both_directions(bench: Bench) -> None:
-    wires = bench.joined()
+    bridges = bench.joined()
     odd = [bytes(1), b"no frame", bytes(range(256)) * 6, frame(1).ljust(60, b"\0"), bytes(FRAME_MAX)]
     for here, there in (bench.cores, bench.cores[::-1]):
         for data in odd:
             here.send(data)
         assert [there.receive() for _ in odd] == odd
-    for wire in wires:
-        told = counters(wire, len(odd))
+    for bridge in bridges:
+        told = counters(bridge, len(odd))
         assert (told["published"], told["written"], told["missed"], told["malformed"]) == (len(odd), len(odd), 0, 0)
 
 
 def test_malformed_and_foreign_datagrams_are_counted(bench: Bench) -> None:
-    wires = bench.joined()
+    bridges = bench.joined()
     here, there = bench.cores
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
-        os.kill(wires[0].process.pid, signal.SIGSTOP)
+        os.kill(bridges[0].process.pid, signal.SIGSTOP)
         for data in (b"", b"", frame(1), b"", bytes(FRAME_MAX + 1), frame(2), b""):
             here.send(data)
-        foreign.sendto(frame(9), os.fspath(here.wire))
-        os.kill(wires[0].process.pid, signal.SIGCONT)
+        foreign.sendto(frame(9), os.fspath(here.bridge))
+        os.kill(bridges[0].process.pid, signal.SIGCONT)
     here.send(b"")
     here.send(frame(3))
     assert [there.receive() for _ in range(3)] == [frame(n) for n in (1, 2, 3)]
-    told = counters(wires[0], 3)
+    told = counters(bridges[0], 3)
     assert (told["published"], told["malformed"], told["foreign"]) == (3, 6, 1)
 
 
 def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     bench.cores[0].send(frame(1))
-    wire.wait_log("core1 has never been online")
-    bench.wire(1)
+    bridge.wait_log("core1 has never been online")
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
@@ -161,10 +161,10 @@ def test_the_position_request_is_repeated(bench: Bench) -> None:
     """Another subscriber hides from this side that the other side has not subscribed."""
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    bench.wire(0)
+    bench.bridge(0)
     assert reader.next(lambda told: told.topic == "lab/wire/core0/frames").payload.startswith(b"inw1")
     bench.cores[0].send(frame(1))
-    bench.wire(1)
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
@@ -175,7 +175,7 @@ def test_the_broker_keeps_frames_for_a_stopped_side(bench: Bench) -> None:
     assert away.end() == 0
     for number in range(WINDOW // 2):
         bench.cores[0].send(frame(number))
-    bench.wire(1)
+    bench.bridge(1)
     assert [bench.cores[1].receive() for _ in range(WINDOW // 2)] == [frame(n) for n in range(WINDOW // 2)]
 
 
@@ -202,7 +202,7 @@ def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
 
 def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None:
     """Without an fd store, each restart resets the sequence numbers, while the other side is stopped."""
-    wire, away = bench.joined()
+    bridge, away = bench.joined()
     bench.cores[0].send(frame(0))
     assert bench.cores[1].receive() == frame(0)
     away.end(signal.SIGKILL)
@@ -212,11 +212,11 @@ def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None
             with contextlib.suppress(BlockingIOError, FileNotFoundError, ConnectionRefusedError):
                 bench.cores[0].send(frame(number))
                 threading.Event().wait(0.0005)
-        wire.end(signal.SIGKILL)
-        wire = bench.wire(0)
+        bridge.end(signal.SIGKILL)
+        bridge = bench.bridge(0)
     assert "being dropped" not in bench.broker.log
     bench.cores[0].socket.settimeout(HANG)
-    back = bench.wire(1)
+    back = bench.bridge(1)
     bench.cores[0].send(LAST)
     while bench.cores[1].receive() != LAST:
         pass
@@ -224,25 +224,25 @@ def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None
 
 
 def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:
-    _, wire = bench.joined()
+    _, bridge = bench.joined()
     here, there = bench.cores
     there.leave()
     for number in range(5):
         here.send(frame(number))
-    wire.wait_log("frames wait for it")
+    bridge.wait_log("frames wait for it")
     there.socket = there.bound()
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
 
 def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
-    wires = bench.joined()
+    bridges = bench.joined()
     here, there = bench.cores
     bench.broker.end()
-    wires[0].wait_log("frames wait, retrying")
+    bridges[0].wait_log("frames wait, retrying")
     for number in range(5):
         here.send(frame(number))
-    here.wire.unlink()
-    wires[0].wait_log("bound again")
+    here.bridge.unlink()
+    bridges[0].wait_log("bound again")
     for number in range(5, 10):
         here.send(frame(number))
     bench.broker.start()
@@ -250,15 +250,15 @@ def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
 
 
 def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
-    assert wire.process.wait(HANG) == 69
-    assert "another process is core0 too: stop one of them" in wire.log
-    bench.cores[0].wire = bench.home / "other"
+    assert bridge.process.wait(HANG) == 69
+    assert "another process is core0 too: stop one of them" in bridge.log
+    bench.cores[0].bridge = bench.home / "other"
     bench.cores[0].send(frame(1))
-    bench.wire(1)
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
@@ -268,16 +268,16 @@ def test_a_broker_restored_from_an_older_state_is_accepted(bench: Bench) -> None
     bench.broker.end()  # On SIGTERM, mosquitto saves its state.
     older = (bench.broker.directory / "mosquitto.db").read_bytes()
     bench.broker.start()
-    wire = bench.wire(0)
-    wire.wait_log("core1 is online")
+    bridge = bench.bridge(0)
+    bridge.wait_log("core1 is online")
     bench.broker.end(signal.SIGKILL)
     (bench.broker.directory / "mosquitto.db").write_bytes(older)
-    before = wire.log.count("connected, as core0")
+    before = bridge.log.count("connected, as core0")
     bench.broker.start()
-    wire.wait_log("connected, as core0", before + 1)
+    bridge.wait_log("connected, as core0", before + 1)
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
-    assert wire.process.poll() is None
+    assert bridge.process.poll() is None
 
 
 def test_an_invalid_configuration_is_one_error_line(bench: Bench) -> None:
@@ -297,28 +297,28 @@ def test_an_invalid_configuration_is_one_error_line(bench: Bench) -> None:
 def test_a_refused_reload_changes_nothing(bench: Bench) -> None:
     config = bench.home / "gateway.json"
     config.write_text("{}")
-    wire = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
-    bench.stack.callback(wire.close)
-    wire.wait_ready()
-    bench.wire(1)
+    bridge = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
+    bench.stack.callback(bridge.close)
+    bridge.wait_ready()
+    bench.bridge(1)
     config.write_text("{")
-    wire.process.send_signal(signal.SIGHUP)
-    wire.wait_log("reload refused, keeping the old configuration")
+    bridge.process.send_signal(signal.SIGHUP)
+    bridge.wait_log("reload refused, keeping the old configuration")
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
-    assert counters(wire, 1)["published"] == 1
+    assert counters(bridge, 1)["published"] == 1
 
 
 def test_a_gap_is_counted_and_logged(bench: Bench) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
     for first in (1, 5):
         reader.publish("lab/wire/core1/frames", Batch(bytes(8), first, [frame(first)]).encode())
         assert bench.cores[0].receive() == frame(first)
-    wire.wait_log("lost 3 frames of core1 that the broker had acknowledged")
-    assert counters(wire)["missed"] == 3
+    bridge.wait_log("lost 3 frames of core1 that the broker had acknowledged")
+    assert counters(bridge)["missed"] == 3
 
 
 def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -349,15 +349,15 @@ def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
     with (bench.broker.directory / "mosquitto.conf").open("a") as conf:
         conf.write(f"acl_file {acl}\n")
     bench.broker.start()
-    wires = bench.wire(0), bench.wire(1)
-    wires[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
+    bridges = bench.bridge(0), bench.bridge(1)
+    bridges[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
     for core in bench.cores:
         core.send(frame(1))
     acl.write_text("\n".join(allowed) + "\n")
     assert bench.broker.process is not None
     bench.broker.process.send_signal(signal.SIGHUP)
     assert [core.receive() for core in bench.cores] == [frame(1)] * 2
-    assert "Traceback" not in wires[0].log + wires[1].log
+    assert "Traceback" not in bridges[0].log + bridges[1].log
 
 
 def test_statistics_can_be_logged_before_opening() -> None:
@@ -373,7 +373,7 @@ def test_statistics_can_be_logged_before_opening() -> None:
 def test_invalid_messages_are_ignored(bench: Bench, topic: str) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
     batch = Batch(bytes(8), 1, [frame(1)]).encode()
     garbage = [
@@ -392,11 +392,11 @@ def test_invalid_messages_are_ignored(bench: Bench, topic: str) -> None:
         reader.publish(f"lab/wire/core1/{topic}", payload)
     reader.publish("lab/wire/core1/frames", batch)
     assert bench.cores[0].receive() == frame(1)
-    bench.wire(1)
+    bench.bridge(1)
     bench.cores[1].send(frame(2))
     assert bench.cores[0].receive() == frame(2)
-    assert counters(wire)["malformed"] >= 8
-    assert "Traceback" not in wire.log
+    assert counters(bridge)["malformed"] >= 8
+    assert "Traceback" not in bridge.log
 
 
 class Flow:
@@ -447,7 +447,7 @@ ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
 
 
 def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:
-    wires = list(bench.joined())
+    bridges = list(bench.joined())
     flow = Flow(*bench.cores)
     choice = random.Random(5)  # noqa: S311
     for _ in range(ROUNDS):
@@ -456,16 +456,16 @@ def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:
             bench.broker.end()
             bench.broker.start()
         elif what == "hang up":
-            for wire in wires:
-                wire.process.send_signal(signal.SIGHUP)
+            for bridge in bridges:
+                bridge.process.send_signal(signal.SIGHUP)
         else:
-            wires[1].end(signal.SIGKILL if "killed" in what else signal.SIGTERM)
-            wires[1] = bench.wire(1)
+            bridges[1].end(signal.SIGKILL if "killed" in what else signal.SIGTERM)
+            bridges[1] = bench.bridge(1)
         threading.Event().wait(choice.random() / 4)
     flow.check()
-    for wire in wires:
-        assert "that the broker had acknowledged" not in wire.log
-        assert "Traceback" not in wire.log
+    for bridge in bridges:
+        assert "that the broker had acknowledged" not in bridge.log
+        assert "Traceback" not in bridge.log
 
 
 @pytest.mark.s6
