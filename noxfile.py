@@ -292,7 +292,7 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmark against a minimal loop, C and a shell script; `-- --beside PATH` adds another checkout."""
+    """Run the benchmark next to a minimal Trio loop, C and a Python script; `-- --beside PATH` adds a checkout."""
     run_bench(session)
 
 
