@@ -191,7 +191,7 @@ def test_reading_counters_does_not_block_the_loop(world: World) -> None:
                 busy.set()
                 go_on.wait(HANG)
 
-            proxy._beside._there(hold)
+            proxy._beside._in_trio(hold)
             assert await asyncio.to_thread(busy.wait, HANG)
             asked = asyncio.gather(proxy.stats(), proxy.status())
             await asyncio.sleep(0)
@@ -459,7 +459,7 @@ def test_failure_to_start_a_thread_is_an_error(world: World, monkeypatch: pytest
 
     async def main() -> None:
         monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ResourceError, match=r"a thread for unix:.*: can't start new thread"):
+        with pytest.raises(ResourceError, match=r"^unix:.*: cannot start a thread: can't start new thread"):
             async with aio.open_proxy(world.config):
                 pass
 
@@ -635,7 +635,7 @@ def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) 
 
     async def block() -> None:
         async with aio.open_proxy(world.config) as proxy:
-            proxy._beside._there(trio.lowlevel.spawn_system_task, broken)
+            proxy._beside._in_trio(trio.lowlevel.spawn_system_task, broken)
             if waits == "before":
                 await proxy.wait_for(RESET)
             elif waits == "after":

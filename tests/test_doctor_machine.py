@@ -101,7 +101,7 @@ def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
     first, *rest = done.stdout.decode().splitlines()
     assert done.stderr == b""
-    assert first.startswith("warn /proc: is not mounted: ")
+    assert first.startswith("warn /proc: not mounted: ")
     assert first.endswith(": run: mount -t proc proc /proc")
     # The checks that do not need /proc still run.
     assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
@@ -129,7 +129,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
         tree.put("proc/self/status", given)
         (after,) = machine.capability(cores.link, tree.root)
     assert after.level.name == "OK"
-    assert after.found == f"CAP_NET_RAW is effective for this user (uid {pwd.getpwnam('nobody').pw_uid})"
+    assert after.found == f"this user (uid {pwd.getpwnam('nobody').pw_uid}) has CAP_NET_RAW"
 
 
 def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) -> None:
@@ -162,8 +162,11 @@ def test_the_fix_raises_the_inotify_limits(cores: Cores, what: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("instances", "it cannot be watched: raise fs.inotify.max_user_instances or ulimit -n"),
-        ("watches", "it cannot be watched: the limit of inotify watches is reached: raise fs.inotify.max_user_watches"),
+        ("instances", "cannot watch it: raise fs.inotify.max_user_instances or ulimit -n"),
+        (
+            "watches",
+            "cannot watch it: the limit of inotify watches is reached: raise fs.inotify.max_user_watches",
+        ),
     ],
 )
 def test_reached_inotify_limits_are_a_fault_of_the_directory(
@@ -208,10 +211,10 @@ def wait_running(cores: Cores) -> None:
 def test_a_working_interface_is_ok(cores: Cores) -> None:
     found = doctor(cores.core0, cores.link)
     for check, text in (
-        ("capability", "CAP_NET_RAW is effective for this user"),
+        ("capability", f"this user (uid {os.geteuid()}) has CAP_NET_RAW"),
         ("state", "the interface is up and has a carrier"),
-        ("mtu", "MTU 1500 holds every signal's name"),
-        ("bridge", "is no port of a bridge"),
+        ("mtu", "MTU 1500 is large enough"),
+        ("bridge", "is not a port of a bridge"),
     ):
         result = of(found, check)
         assert (result["level"], result["subject"]) == ("ok", cores.link)
@@ -232,14 +235,14 @@ def test_an_interface_without_carrier_is_a_fault(cores: Cores) -> None:
     cores.core1.run(lambda: subprocess.run(command, check=True))
     result = of(doctor(cores.core0, cores.link), "state")
     assert (result["level"], result["fix"]) == ("fail", None)
-    assert result["found"].startswith("the interface is up without a carrier: bring its other end up")
+    assert result["found"].startswith("the interface is up without a carrier: bring the peer up")
 
 
 def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")
     assert result["level"] == "fail"
-    assert result["found"].startswith("there is no such interface (there are: lo")
+    assert result["found"].startswith("no such interface (there are: lo")
 
 
 def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
@@ -319,7 +322,7 @@ def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, t
     found = doctor(cores.core0, cores.link)
     result = of(found, "proxy")
     assert result["level"] == "ok"
-    assert result["found"].startswith(f"process {one.pid} (python")
+    assert result["found"].startswith(f"only process {one.pid} (python")
     assert of(found, "descriptors")["level"] == "warn"
     two = proxy("--irq-dir", tmp_path / "two")
     result = of(doctor(cores.core0, cores.link), "proxy")
@@ -336,8 +339,8 @@ def test_a_proxy_of_another_user_needs_root_to_inspect(
     result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
         assert (result["level"], result["fix"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
-        assert result["found"].startswith("a process that this user may not inspect has a socket of it")
-    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"process {running.pid} ")
+        assert result["found"].startswith("a process that this user may not inspect has a socket of this link")
+    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"only process {running.pid} ")
 
 
 def test_the_fix_ends_the_second_proxy_of_a_directory(
@@ -358,7 +361,7 @@ def test_the_fix_ends_the_second_proxy_of_a_directory(
         two.close()
     result = of(doctor(cores.core0, "--irq-dir", irq_dir), "proxy")
     assert result["level"] == "ok"
-    assert result["found"].startswith(f"process {one.pid} ")
+    assert result["found"].startswith(f"only process {one.pid} ")
 
 
 def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
@@ -398,12 +401,12 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         for result in found:
             if result["check"] == "proxy":
                 assert result["level"] == "ok"
-                assert result["found"].startswith(f"process {main_process(service.directory)} ")
+                assert result["found"].startswith(f"only process {main_process(service.directory)} ")
         # While the proxy is down, only the fd store has the socket.
         service.control("-d")
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)
         result = of(found, "proxy")
         assert result["level"] == "warn"
-        assert result["found"].startswith("no proxy runs on it; ")
+        assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]

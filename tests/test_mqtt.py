@@ -230,7 +230,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway(boards=["b1", "b3"])
     reader.until_status("b1", state="online")
-    assert "b3: no proxy has a board of that name yet" in gateway.log
+    assert "b3: no proxy has a board with this name yet" in gateway.log
     add("b3")
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b3", state="online")
@@ -316,9 +316,9 @@ def test_a_second_gateway_of_a_proxy_logs_a_warning(bench: Bench) -> None:
     second = Gateway(bench.home / "second.log", "mqtt", f"{bench.broker.url}2", "--control", bench.board.path)
     bench.stack.callback(second.close)
     second.wait_ready()
-    while "follows already" not in second.log:
+    while "already follows" not in second.log:
         assert second.process.poll() is None
-    assert f"process {first.process.pid} follows already" in second.log
+    assert f"process {first.process.pid} already follows" in second.log
     later = Reader(bench.broker, "lab2/#", name="later")
     bench.stack.callback(later.close)
     first.end()

@@ -229,7 +229,7 @@ def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:
     there.leave()
     for number in range(5):
         here.send(frame(number))
-    bridge.wait_log("frames wait for it")
+    bridge.wait_log("frames wait for the core")
     there.socket = there.bound()
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
@@ -255,7 +255,7 @@ def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
     assert bridge.process.wait(HANG) == 69
-    assert "another process is core0 too: stop one of them" in bridge.log
+    assert "another process is also core0: stop one of them" in bridge.log
     bench.cores[0].bridge = bench.home / "other"
     bench.cores[0].send(frame(1))
     bench.bridge(1)
@@ -272,9 +272,9 @@ def test_a_broker_restored_from_an_older_state_is_accepted(bench: Bench) -> None
     bridge.wait_log("core1 is online")
     bench.broker.end(signal.SIGKILL)
     (bench.broker.directory / "mosquitto.db").write_bytes(older)
-    before = bridge.log.count("connected, as core0")
+    before = bridge.log.count("connected as core0")
     bench.broker.start()
-    bridge.wait_log("connected, as core0", before + 1)
+    bridge.wait_log("connected as core0", before + 1)
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
     assert bridge.process.poll() is None
