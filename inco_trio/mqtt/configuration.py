@@ -13,13 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 import attrs
 
 from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.signals import name_fault
-from inco_trio.validation import parse_table, read_file
+from inco_trio.validation import ABSOLUTE_PATH, NAMES, Rule, parse_table, read_file
 
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
@@ -55,15 +56,15 @@ class Identity:
 class Credentials:
     """The files that say who the gateway is, and whom it believes."""
 
-    ca_file: str | None = None
+    ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """Certificates of those who may vouch for the broker, PEM; without it those that the system trusts."""
-    certificate_file: str | None = None
+    certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The certificate of the gateway, PEM."""
-    key_file: str | None = None
+    key_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The private key of that, PEM, not encrypted."""
-    user_file: str | None = None
+    user_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """One line: who the gateway is."""
-    password_file: str | None = None
+    password_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """One line: its password."""
 
     def read(self) -> Identity:
@@ -71,15 +72,20 @@ class Credentials:
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
+SECONDS = Rule(
+    (float,), f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", lambda value: 0 < value <= STATUS_SECONDS_MAX
+)
+
+
 @attrs.frozen
 class GatewayConfig:
     """What a gateway is to do."""
 
-    boards: list[str] | None = None
+    boards: Annotated[list[str] | None, NAMES] = None
     """The boards that it serves; without it all."""
-    send: Mapping[str, list[str]] = attrs.Factory(dict)
+    send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
     """The signals that may be sent from the broker, by board; `*` is every board, or every signal."""
-    status_seconds: float = 10.0
+    status_seconds: Annotated[float, SECONDS] = 10.0
     """Seconds between two looks at the counters."""
     broker: Credentials = Credentials()
     """Who the gateway is to the broker, and whom it believes: all absolute paths of files."""
@@ -121,28 +127,21 @@ def parse_broker(url: str) -> Broker:
 def read_gateway(path: Path) -> GatewayConfig:
     """Return what the file at `path` configures. Raises ConfigError with every mistake."""
     table = parse_table(read_file(path), str(path))
-    table.only(field.name for field in attrs.fields(GatewayConfig))
-    send, broker = table.table("send"), table.table("broker")
-    status_seconds = table.number("status_seconds", f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", 10.0)
-    boards = table.texts("boards")
-    signals = {board: send.texts(board) or [] for board in send.values} if send else {}
-    files = [field.name for field in attrs.fields(Credentials)]
-    if broker:
-        broker.only(files)
-    credentials = Credentials(*(broker.text(name, "an absolute path") if broker else None for name in files))
-    config = GatewayConfig(boards, signals, status_seconds, credentials)
-    if not table.problems:
+    config = table.structure(GatewayConfig)
+    if broker := table.table("broker"):
+        broker.only(field.name for field in attrs.fields(Credentials))
+    if send := table.table("send"):
+        send.only(send.values)
+    if config and not table.problems:
         table.problems.extend(_faults(config))
     table.finish(str(path))
+    assert config is not None  # noqa: S101 - there are no mistakes
     return config
 
 
 def _faults(config: GatewayConfig) -> list[str]:
-    """What is wrong with values of the right kind."""
+    """Return what is wrong with valid values that do not fit together."""
     faults = []
-    if not 0 < config.status_seconds <= STATUS_SECONDS_MAX:
-        expected = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
-        faults.append(f"status_seconds: {config.status_seconds:g} (expected {expected})")
     if config.boards is not None and not config.boards:
         faults.append("boards: is empty: leave it out for all boards")
     for board, signals in config.send.items():
@@ -151,9 +150,6 @@ def _faults(config: GatewayConfig) -> list[str]:
         if config.boards is not None and board != "*" and board not in config.boards:
             faults.append(f"send.{board}: is not among the boards that are served")
     credentials = config.broker
-    for name, value in attrs.asdict(credentials).items():
-        if value is not None and (not value.startswith("/") or "\0" in value):
-            faults.append(f"broker.{name}: {value!r} (expected an absolute path)")
     if (credentials.certificate_file is None) != (credentials.key_file is None):
         faults.append("broker: certificate_file and key_file need each other")
     if credentials.password_file is not None and credentials.user_file is None:
