@@ -123,6 +123,32 @@ ADDRESS = Rule((str,), "<device>.<register>", lambda text: "." in text, _to_addr
 
 
 @attrs.frozen
+class _Device:
+    """An entry of `file`."""
+
+    path: Path
+    """The directory, absolute, and by one path only. It is made with its parents if it is missing."""
+
+
+@attrs.frozen
+class _Reg:
+    """An entry of `misc.ihub_config_dev.regs`."""
+
+    reg: _Address
+    """`"<device>.<register>"`: the register is a file name in the device's directory, all after the first dot."""
+
+
+@attrs.frozen
+class _Entry:
+    """An entry of `misc.inco_proxy.signals`, under its wire name. Other keys are refused."""
+
+    direction: Direction
+    """`"inbound"`, from core 1 to core 0, or `"outbound"`."""
+    reg: _Address
+    """`"<device>.<register>"`, as above."""
+
+
+@attrs.frozen
 class _Found:
     """A signal before its device is looked up; `where` is the key path of its entry."""
 
@@ -159,7 +185,7 @@ def _find_own(name: str, signals: Table) -> Iterator[_Found]:
     entry = signals.table(name)
     if entry is None:
         return
-    entry.only(["direction", "reg"])
+    entry.only(field.name for field in attrs.fields(_Entry))
     direction, address = entry.value("direction", RULES[Direction]), entry.value("reg", ADDRESS)
     if direction and address and not fault:
         yield _Found(name, direction, address, entry.where)
