@@ -37,9 +37,9 @@ def test_urls_of_brokers(url: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("url", "fault"),
     [
-        ("", "it is mqtt://"),
-        ("broker", "it is mqtt://"),
-        ("http://broker", "it is mqtt://"),
+        ("", "expected mqtt://"),
+        ("broker", "expected mqtt://"),
+        ("http://broker", "expected mqtt://"),
         ("mqtt://", "a host"),
         ("mqtt://:1883/x", "a host"),
         ("mqtt://h:0", "port 0"),

@@ -63,9 +63,8 @@ class Connection:
         try:
             async with trio.open_nursery() as nursery:
                 with self._reading:
-                    await self._write(
-                        protocol.encode_greeting(protocol.Greeting(self._served.name, os.getpid(), self._boot, boards))
-                    )
+                    greeting = protocol.Greeting(self._served.name, os.getpid(), self._boot, boards)
+                    await self._write(protocol.encode_greeting(greeting))
                     await self._converse(nursery)
                 if self.gone:
                     self._end_monitor()
@@ -100,7 +99,7 @@ class Connection:
                 case protocol.MonitorRequest():
                     self._begin_monitor(request)
                 case protocol.FlushRequest():
-                    self._check_monitor()
+                    self._check_monitor(expected=True)
                 case protocol.FollowRequest():
                     value = self._follow(request)
                 case protocol.AcknowledgeRequest():
@@ -118,19 +117,13 @@ class Connection:
 
     async def _status(self, request: protocol.StatusRequest) -> list[str]:
         self._check_board(request.board)
-        boards = [
-            protocol.encode_board(protocol.BoardStatus(name, problem))
-            for name, problem in self._served.not_open().items()
-            if request.board in (None, name)
-        ]
+        found = (protocol.BoardStatus(name, problem) for name, problem in self._served.not_open().items())
+        boards = [protocol.encode_board(board) for board in found if request.board in (None, board.board)]
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if request.board in (None, name) and proxy is not None:
-                boards.append(
-                    protocol.encode_board(
-                        protocol.BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))
-                    )
-                )
+                history = self._history(name, proxy._history())
+                boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
                 await trio.lowlevel.checkpoint()  # There may be a thousand.
         return boards
 
@@ -166,7 +159,7 @@ class Connection:
         return request.count
 
     def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
-        self._check_no_monitor()
+        self._check_monitor(expected=False)
         self._check_board(request.board)
         self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
         self._feed.add(self._monitor)
@@ -174,7 +167,7 @@ class Connection:
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
         """Follow the boards; return the position of each open one in its history."""
         self._check_permitted("follow")
-        self._check_no_monitor()
+        self._check_monitor(expected=False)
         for other in self._feed.followers():
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
@@ -215,13 +208,9 @@ class Connection:
         if not self.peer.is_owner:
             raise RequestError("not-permitted", f"only root and the user of the proxy may {what}")
 
-    def _check_no_monitor(self) -> None:
-        if self._monitor is not None:
-            raise RequestError("invalid", "this connection has a monitor already")
-
-    def _check_monitor(self) -> None:
-        if self._monitor is None:
-            raise RequestError("invalid", "this connection has no monitor")
+    def _check_monitor(self, *, expected: bool) -> None:
+        if (self._monitor is not None) != expected:
+            raise RequestError("invalid", f"this connection has {'no monitor' if expected else 'a monitor already'}")
 
     def _check_board(self, board: str | None) -> None:
         known = [*self._served.proxies(), *self._served.not_open()]

@@ -173,8 +173,8 @@ class Client(Channel):
             raise self._silent() from error
         except OSError as error:
             raise self._ended() from error
-        while isinstance(reply := self._reply(deadline), Event):
-            self._events.append(reply)
+        while (reply := self._read_event(deadline)) is None:
+            pass
         return self._checked(reply, request)
 
     def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
@@ -212,13 +212,13 @@ class Client(Channel):
         if select.select([self._sock], [], [], seconds)[0]:
             self._read_event(time.monotonic() + seconds)
 
-    def _read_event(self, deadline: float) -> None:
-        if isinstance(reply := self._reply(deadline), Event):
-            self._events.append(reply)
-
-    def _reply(self, deadline: float) -> Event | Response:
+    def _read_event(self, deadline: float) -> Response | None:
+        """Wait for a reply, and store an event or return a response."""
         self._await_line(deadline)
-        return self._next()
+        if isinstance(reply := self._next(), Response):
+            return reply
+        self._events.append(reply)
+        return None
 
     def _await_line(self, deadline: float) -> None:
         """Wait for a whole line. Data that arrives does not extend the deadline."""

@@ -306,7 +306,12 @@ def decode_greeting(line: bytes) -> Greeting | Response:
 def decode_reply(line: bytes) -> Event | Response:
     """Return the event or the response of a line. Raises MessageError."""
     message = _object(line)
-    return _event(message | {"text": line.decode()}) if "event" in message else _response(message)
+    if "event" not in message:
+        return _response(message)
+    event = _structured(message | {"text": line.decode()}, Event)
+    if lacking := [key for key in _REQUIRED.get(event.event, ()) if message.get(key) is None]:
+        raise MessageError(f"the event {event.event} lacks {', '.join(lacking)}")
+    return event
 
 
 def _response(message: dict[str, object]) -> Response:
@@ -381,14 +386,6 @@ def encode_event(event: Event, *, frames: bool = False) -> str:
     if frames and event.event in ("notification", "ignored"):
         fields["frame"] = event.frame
     return json.dumps(fields) + "\n"
-
-
-def _event(message: dict[str, object]) -> Event:
-    event = _structured(message, Event)
-    for key in _REQUIRED.get(event.event, ()):
-        if message.get(key) is None:
-            raise MessageError(f"the event {event.event} lacks {key}")
-    return event
 
 
 def _json(message: object) -> str:

@@ -1,11 +1,11 @@
-"""What a gateway is told: the URL of the broker, and a file of JSON with what it may do and who it is.
+"""The configuration of a gateway: the URL of the broker, and a JSON file with its permissions and credentials.
 
     {"boards": ["b1", "b2"], "send": {"b1": ["redun_notify_irq"]}, "status_seconds": 10,
      "broker": {"ca_file": "/etc/inco-trio/ca.pem", "certificate_file": "/etc/inco-trio/host.pem",
                 "key_file": "/etc/inco-trio/host.key", "user_file": "/etc/inco-trio/user",
                 "password_file": "/etc/inco-trio/password"}}
 
-Every key may be left out. Who may read the log, the list of processes or this file learns no password.
+All keys are optional. The log, the command line and this file have no passwords.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from inco_trio.validation import ABSOLUTE_PATH, NAMES, Rule, parse_table, read_f
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
+PREFIX_MAX = 1000
+"""Bytes of the longest prefix of topics."""
 STATUS_SECONDS_MAX = 86_400.0
 SECRET_MAX = 65_535
 """Bytes of the longest user name and password (MQTT 5, 1.5.6)."""
@@ -32,7 +34,7 @@ SECRET_MAX = 65_535
 
 @attrs.frozen
 class Broker:
-    """Where the broker is, and below which topic everything stands."""
+    """The address of the broker, and the prefix of all topics."""
 
     host: str
     port: int
@@ -46,7 +48,7 @@ class Broker:
 
 @attrs.frozen
 class Identity:
-    """Who the gateway says that it is."""
+    """The user name and the password of the gateway."""
 
     user: str | None
     password: str | None = attrs.field(repr=False)
@@ -54,18 +56,18 @@ class Identity:
 
 @attrs.frozen
 class Credentials:
-    """The files that say who the gateway is, and whom it believes."""
+    """The files with the credentials of the gateway and of the broker's authorities: absolute paths."""
 
     ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """Certificates of those who may vouch for the broker, PEM; without it those that the system trusts."""
+    """The certificates of the authorities that sign the broker's, PEM. Without it, those of the system."""
     certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The certificate of the gateway, PEM."""
     key_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The private key of that, PEM, not encrypted."""
+    """The private key of the certificate, PEM, not encrypted."""
     user_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """One line: who the gateway is."""
+    """A file of one line: the user name."""
     password_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """One line: its password."""
+    """A file of one line: the password."""
 
     def read(self) -> Identity:
         """Read user and password. Raises ConfigError, ResourceError."""
@@ -79,49 +81,42 @@ SECONDS = Rule(
 
 @attrs.frozen
 class GatewayConfig:
-    """What a gateway is to do."""
+    """The content of the file."""
 
     boards: Annotated[list[str] | None, NAMES] = None
-    """The boards that it serves; without it all."""
+    """The boards that the gateway serves. Without it, all boards."""
     send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
-    """The signals that may be sent from the broker, by board; `*` is every board, or every signal."""
+    """The signals that clients of the broker may send, by board. `*` stands for all boards or all signals."""
     status_seconds: Annotated[float, SECONDS] = 10.0
-    """Seconds between two looks at the counters."""
+    """Seconds between two readings of the counters."""
     broker: Credentials = Credentials()
-    """Who the gateway is to the broker, and whom it believes: all absolute paths of files."""
+    """The files with credentials, see below."""
 
 
 def parse_broker(url: str) -> Broker:
-    """The broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
+    """Return the broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
     try:
         parts = urlsplit(url)
-        port = parts.port
+        host, port = parts.hostname, parts.port
     except ValueError as error:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
-    fault = None
+    has_user = parts.username is not None or parts.password is not None
     prefix = unquote(parts.path).strip("/") or PREFIX
-    if parts.username is not None or parts.password is not None:
-        url = "URL"  # It is not shown.
-        fault = "user and password are named in the file of --config, as everybody can read a command line"
-    elif parts.scheme not in {"mqtt", "mqtts"}:
-        fault = "it is mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS"
-    elif not parts.hostname:
-        fault = "a host is missing"
-    elif port == 0:
-        fault = "port 0 is none"
-    elif parts.query or parts.fragment or "?" in url or "#" in url:
-        fault = "it has no ? and no #"
-    elif any(char in "+#" or not char.isprintable() for char in prefix) or prefix.startswith("$"):
-        fault = f"the prefix {prefix!r} has '+', '#' or a control character, or begins with '$'"
-    elif "" in prefix.split("/"):
-        fault = f"the prefix {prefix!r} has an empty level"
-    elif len(prefix.encode(errors="replace")) > 1000:
-        fault = "the prefix is longer than 1,000 bytes"
-    if fault is not None:
-        raise InvalidArgumentError(f"broker {url}: {fault}")
+    is_odd = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
+    for is_wrong, fault in (
+        (has_user, "user and password are named in the file of --config because all users can read a command line"),
+        (parts.scheme not in {"mqtt", "mqtts"}, "expected mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS"),
+        (not host, "a host is missing"),
+        (port == 0, "port 0 is invalid"),
+        ("?" in url or "#" in url, "it must have no ? and no #"),
+        (is_odd, f"the prefix {prefix!r} has '+', '#' or a control character, or begins with '$'"),
+        ("" in prefix.split("/"), f"the prefix {prefix!r} has an empty level"),
+        (len(prefix.encode(errors="replace")) > PREFIX_MAX, f"the prefix is longer than {PREFIX_MAX:,} bytes"),
+    ):
+        if is_wrong:
+            raise InvalidArgumentError(f"broker {'URL' if has_user else url}: {fault}")
     tls = parts.scheme == "mqtts"
-    assert parts.hostname is not None  # noqa: S101 - see above
-    return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
+    return Broker(host or "", port or (8883 if tls else 1883), tls, prefix)
 
 
 def read_gateway(path: Path) -> GatewayConfig:
@@ -143,7 +138,7 @@ def _faults(config: GatewayConfig) -> list[str]:
     """Return what is wrong with valid values that do not fit together."""
     faults = []
     if config.boards is not None and not config.boards:
-        faults.append("boards: is empty: leave it out for all boards")
+        faults.append("boards: is empty (leave it out for all boards)")
     for board, signals in config.send.items():
         named = [signal for signal in signals if signal != "*"]
         faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]
