@@ -163,32 +163,23 @@ def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
     # In our own tables, an unknown key is a typing error.
     ours.only(["signals"])
     signals.only(signals.values)
-    for builtin in BUILTIN:
-        if builtin.name in signals.values:
-            yield from _find_own(builtin.name, signals)
-        elif builtin.reg in regs.values:
-            entry = regs.table(builtin.reg)
-            if entry and (address := entry.value("reg", ADDRESS)):
-                yield _Found(builtin.name, builtin.direction, address, entry.where)
+    builtins = {builtin.name: builtin for builtin in BUILTIN}
+    for name in dict.fromkeys([*builtins, *signals.values]):
+        if name in signals.values:
+            if fault := name_fault(name):
+                signals.fault(name, fault)
+            if entry := signals.table(name):
+                entry.only(field.name for field in attrs.fields(_Entry))
+                direction, address = entry.value("direction", RULES[Direction]), entry.value("reg", ADDRESS)
+                if direction and address and not fault:
+                    yield _Found(name, direction, address, entry.where)
+        elif (builtin := builtins[name]).reg in regs.values:
+            if (entry := regs.table(builtin.reg)) and (address := entry.value("reg", ADDRESS)):
+                yield _Found(name, builtin.direction, address, entry.where)
         else:
             where = regs.path(builtin.reg)
             notes.append(f"{where} is missing: using {IRQ_DEVICE}.{builtin.register}")
-            yield _Found(builtin.name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
-    for name in [name for name in signals.values if name not in {builtin.name for builtin in BUILTIN}]:
-        yield from _find_own(name, signals)
-
-
-def _find_own(name: str, signals: Table) -> Iterator[_Found]:
-    fault = name_fault(name)
-    if fault:
-        signals.fault(name, fault)
-    entry = signals.table(name)
-    if entry is None:
-        return
-    entry.only(field.name for field in attrs.fields(_Entry))
-    direction, address = entry.value("direction", RULES[Direction]), entry.value("reg", ADDRESS)
-    if direction and address and not fault:
-        yield _Found(name, direction, address, entry.where)
+            yield _Found(name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
 
 
 def _directories(document: Table, found: list[_Found]) -> dict[str, Path]:

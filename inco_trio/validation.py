@@ -128,12 +128,13 @@ def _path(text: str) -> str:
 
 _KINDS = {str: "a string", int: "a number", float: "a number", bool: "a boolean", list: "a list", dict: "a table",
           _Repeating: "a table"}  # fmt: skip
+_DIRECTIONS = [direction.value for direction in Direction]
 RULES: dict[type, Rule] = {
     str: Rule((str,), "a string"),
     bool: Rule((bool,), "true or false"),
     int: Rule((int,), "a whole number of at most 64 bits", lambda value: -NUMBER_MAX < value < NUMBER_MAX),
     float: Rule((int, float), "seconds since 1970", lambda value: 0 <= value < TIME_MAX),
-    Direction: Rule((str,), "inbound or outbound", lambda value: value in ("inbound", "outbound"), Direction),
+    Direction: Rule((str,), " or ".join(_DIRECTIONS), lambda value: value in _DIRECTIONS, Direction),
     list: Rule((list,), "a list"),
     dict: Rule((dict, _Repeating), "a table"),
 }
@@ -153,8 +154,9 @@ def structure(value: object, kind: type[_T], problems: list[str], where: str = "
     try:
         return _converter().structure(value, kind)
     except (cattrs.BaseValidationError, InvalidValueError) as error:
-        for line in cattrs.transform_error(error, "$", _describe):
-            what, _, path = line.rpartition(" @ $")
+        # NUL separates mistake and path: both show values and keys with repr().
+        for line in cattrs.transform_error(error, "\0", _describe):
+            what, _, path = line.partition(" @ \0")
             place = (where + re.sub(r"\['([\w*-]+)'\]", r".\1", path)).removeprefix(".")
             problems.append(f"{place}: {what}" if place else what)
         return None

@@ -361,7 +361,7 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["http://x"], 2, "it is mqtt://"),
+        (["http://x"], 2, "expected mqtt://"),
         (["mqtt://me:word@x"], 2, "user and password are named in the file"),
         (["mqtt://x", "--config", "/nowhere"], 78, "/nowhere: cannot be read"),
         (["mqtt://x", "--notification-fd", "99"], 2, "--notification-fd 99"),

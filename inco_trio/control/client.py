@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -246,25 +246,18 @@ def connect(link: str | None, control: str | None) -> Client:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
         return Client(Path(control))
-    found: list[Client] = []
-    refused: IncoError | None = None
-    for client in _answering():
-        if isinstance(client, IncoError):
-            if not isinstance(client, ProxyNotFoundError):
-                refused = client
-        elif link is None or _is_called(client, link):
-            found.append(client)
-        else:
-            client.close()
-    if len(found) == 1:
-        return found[0]
-    for client in found:
-        client.close()
+    clients, errors = _answering()
+    found = [client for client in clients if link is None or _is_called(client, link)]
+    only = found[0] if len(found) == 1 else None
+    _close(clients, only)
+    if only is not None:
+        return only
     if found:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
-    if refused is not None:
-        raise refused
+    for error in errors:
+        if not isinstance(error, ProxyNotFoundError):
+            raise error
     whose = "no running proxy" if link is None else f"no proxy of {link}"
     places = " or ".join(map(str, runtime_directories()))
     raise ProxyNotFoundError(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
@@ -272,27 +265,30 @@ def connect(link: str | None, control: str | None) -> Client:
 
 def client_of(pid: int) -> Client | None:
     """Return a client of the proxy with this process id, or None if its socket is not found."""
-    mine: Client | None = None
-    for client in _answering():
-        if isinstance(client, IncoError):
-            continue
-        if mine is None and client.greeting.pid == pid:
-            mine = client
-        else:
-            client.close()
+    clients, _ = _answering()
+    mine = next((client for client in clients if client.greeting.pid == pid), None)
+    _close(clients, mine)
     return mine
 
 
-def _answering() -> list[Client | IncoError]:
+def _close(clients: list[Client], kept: Client | None) -> None:
+    for client in clients:
+        if client is not kept:
+            client.close()
+
+
+def _answering() -> tuple[list[Client], list[IncoError]]:
     """Connect to all control sockets of this host at once, with one deadline."""
     paths = sockets()
     if len(paths) < 2:
-        return [_attempt(path) for path in paths]
-    # Imported only here because most hosts have one proxy.
-    from concurrent.futures import ThreadPoolExecutor
+        found = [_attempt(path) for path in paths]
+    else:
+        # Imported only here because most hosts have one proxy.
+        from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(len(paths)) as threads:
-        return list(threads.map(_attempt, paths))
+        with ThreadPoolExecutor(len(paths)) as threads:
+            found = list(threads.map(_attempt, paths))
+    return [each for each in found if isinstance(each, Client)], [each for each in found if isinstance(each, IncoError)]
 
 
 def _attempt(path: Path) -> Client | IncoError:
@@ -316,5 +312,5 @@ def _is_called(client: Client, link: str) -> bool:
         called = parse_address(link).name
     except ValueError:
         called = link
-    names: Sequence[str] = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
+    names = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
     return client.greeting.name in names or link in client.greeting.boards
