@@ -57,8 +57,6 @@ def read_file(path: Path | str, size_max: int = SIZE_MAX) -> bytes:
             _check_regular(path, os.fstat(file.fileno()))
             # The size of a file in /proc is 0. read() returns None where it would have to wait.
             content = file.read(size_max + 1) or b""
-    except ConfigError:
-        raise
     except OSError as error:
         kind = ResourceError if error.errno in _EXHAUSTED else ConfigError
         raise kind(path, f"cannot be read: {error.strerror}") from error

@@ -66,13 +66,6 @@ class Conversation(Channel):
                 raise self._ended() from error
             self._feed(data)
 
-    async def _begin(self, sock: socket.socket) -> Greeting:
-        # Trio would take EAGAIN, which means a full backlog here, for a connection in progress.
-        while not dial(sock, self.path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
-            await trio.sleep(AGAIN)
-        await self._await_line()
-        return self._next_greeting()
-
 
 @asynccontextmanager
 async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tuple[Conversation, Greeting]]:
@@ -85,7 +78,11 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            greeting = await conversation._begin(sock)
+            # Trio would take EAGAIN, which means a full backlog here, for a connection in progress.
+            while not dial(sock, path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
+                await trio.sleep(AGAIN)
+            await conversation._await_line()
+            greeting = conversation._next_greeting()
         if greeting is None:
             raise conversation._silent()
         yield conversation, greeting

@@ -316,13 +316,11 @@ def decode_reply(line: bytes) -> Event | Response:
 
 def _response(message: dict[str, object]) -> Response:
     if isinstance(boards := message.get("status"), list):
-        message["status"] = [_nested(each) if isinstance(each, dict) else each for each in boards]
+        for each in boards:
+            if isinstance(each, dict):
+                # BoardStatus has the keys of an open board's status in an object of its own.
+                each["status"] = None if each.get("open") is False else dict(each)
     return attrs.evolve(_structured(message, Response), keys=frozenset(message))
-
-
-def _nested(board: dict[str, object]) -> dict[str, object]:
-    """Return a board with its status in an object of its own."""
-    return board | {"status": None if board.get("open") is False else board}
 
 
 _HEXADECIMAL = Rule((str,), "hexadecimal digits", lambda text: re.fullmatch("([0-9a-fA-F]{2})*", text) is not None)
