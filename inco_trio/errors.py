@@ -86,7 +86,7 @@ class ProtocolError(ProxyNotFoundError):
     """The process at a control socket is not inco-trio, or uses another version of the protocol."""
 
 
-class BoardNotOpenError(IncoError, KeyError):
+class BoardNotOpenError(UnavailableError, KeyError):
     """A configured board has no open proxy now."""
 
     __str__ = Exception.__str__

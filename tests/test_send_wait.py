@@ -264,7 +264,7 @@ def test_others_may_wait_if_the_group_lets_them_but_not_send(board: Board, nobod
 
     assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
     board.path.chmod(0o666)
-    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user that the proxy runs as may send")
+    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
     assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 

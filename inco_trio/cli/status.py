@@ -73,7 +73,7 @@ def _shown(boards: Boards, args: argparse.Namespace, before: tuple[float, Boards
     elif args.openmetrics:
         from inco_trio.metrics.openmetrics import openmetrics
 
-        yield openmetrics(tuple(boards)).rstrip("\n")
+        yield openmetrics(boards).rstrip("\n")
     else:
         past = {} if before is None else {board.board: board.status for board in before[1]}
         for board in boards:

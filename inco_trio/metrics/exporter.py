@@ -13,7 +13,7 @@ from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
-from inco_trio.metrics.openmetrics import Reported, openmetrics
+from inco_trio.metrics.openmetrics import Reported, openmetrics_of_proxies
 from inco_trio.problems import Problems
 
 __all__ = ["Boards", "serve"]
@@ -51,7 +51,7 @@ class Boards:
         wanted = self._number + 1
         async with self._asking:
             if self._number < wanted:
-                self._metrics = openmetrics(await self._ask_all())
+                self._metrics = openmetrics_of_proxies(await self._ask_all())
                 self._number += 1
             return self._metrics
 

@@ -9,7 +9,7 @@ import attrs
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.status import Status
 
-__all__ = ["Reported", "openmetrics"]
+__all__ = ["Reported", "openmetrics", "openmetrics_of_proxies"]
 
 COUNTERS = {
     "received": ("received_frames", "Frames read from the link."),
@@ -45,6 +45,8 @@ HISTORY = {
 
 Samples = list[tuple[Mapping[str, str], float]]
 """Labels and value of each sample."""
+Family = tuple[str, str, str, Samples]
+"""Name, type, help and samples of a metric."""
 
 
 @attrs.frozen
@@ -57,25 +59,30 @@ class Reported:
     """None if it does not answer."""
 
 
-def openmetrics(reported: Iterable[Reported] | tuple[BoardStatus, ...]) -> str:
-    """Return the metrics of several proxies, or those of the boards of one, which then have no label `proxy`."""
-    text = "".join(f"{line}\n" for family in _families([*reported]) for line in _lines(*family))
-    return f"{text}# EOF\n"
+def openmetrics(boards: Iterable[BoardStatus]) -> str:
+    """Return the metrics of the boards of one proxy."""
+    return _text(_of_boards([({"board": each.board}, each) for each in boards]))
 
 
-def _families(reported: list[Reported | BoardStatus]) -> Iterator[tuple[str, str, str, Samples]]:
-    """Return name, type, help and samples of each metric."""
-    proxies = [each for each in reported if isinstance(each, Reported)]
-    if proxies:
-        yield "proxies", "gauge", "Proxies that were found.", [({}, len(proxies))]
-        up: Samples = [({"proxy": each.proxy}, each.boards is not None) for each in proxies]
-        yield "proxy_up", "gauge", "Whether the proxy answers.", up
-    boards: list[tuple[dict[str, str], BoardStatus]] = []
-    for each in reported:
-        if isinstance(each, BoardStatus):
-            boards.append(({"board": each.board}, each))
-        else:
-            boards += [({"proxy": each.proxy, "board": board.board}, board) for board in each.boards or ()]
+def openmetrics_of_proxies(reported: Iterable[Reported]) -> str:
+    """Return the metrics of several proxies, and of their boards with a label `proxy`."""
+    return _text(_of_proxies([*reported]))
+
+
+def _text(families: Iterable[Family]) -> str:
+    return "".join(f"{line}\n" for family in families for line in _lines(*family)) + "# EOF\n"
+
+
+def _of_proxies(reported: list[Reported]) -> Iterator[Family]:
+    yield "proxies", "gauge", "Proxies that were found.", [({}, len(reported))]
+    up: Samples = [({"proxy": each.proxy}, each.boards is not None) for each in reported]
+    yield "proxy_up", "gauge", "Whether the proxy answers.", up
+    yield from _of_boards(
+        [({"proxy": each.proxy, "board": board.board}, board) for each in reported for board in each.boards or ()]
+    )
+
+
+def _of_boards(boards: list[tuple[dict[str, str], BoardStatus]]) -> Iterator[Family]:
     running = [(labels | {"link": b.status.link}, b.status, b) for labels, b in boards if b.status is not None]
     yield "open", "gauge", "Whether the board is open.", [(labels, b.status is not None) for labels, b in boards]
     text = "Whether the link is up and has a carrier, or a peer."
