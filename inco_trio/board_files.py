@@ -1,9 +1,7 @@
 """Board files: each `NAME.json` in a directory configures one board.
 
-    {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
-    {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
-
-`config` is a udrv.json; `irq_dir` a directory for the built-in signals. `netns` is a name under /run/netns, or a path.
+{"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
+{"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ NETNS_RULE = Rule(
 
 @attrs.frozen
 class BoardFile:
-    """The content of a board file: strings, and one of `config` and `irq_dir`. Other keys are refused."""
+    """The keys of a board file. Exactly one of `config` and `irq_dir` is required."""
 
     link: Annotated[str, LINK_RULE]
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
@@ -64,16 +62,13 @@ class Boards:
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The errors of invalid files, by board; their subject is the path of the file."""
+    """The error of each invalid file, by board. Its subject is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
     """See `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Return the boards of a directory. If two share a resource, the one that is `running` stays.
-
-    Raises ConfigError if the directory cannot be read.
-    """
+    """Return the boards of a directory. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
@@ -87,8 +82,8 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
             configs[name], notes[name] = _read(file, name)
         except IncoError as error:
             refused[name] = error
-    there = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
-    for name, why in refuse_shared(configs, there).items():
+    kept = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
+    for name, why in refuse_shared(configs, kept).items():
         refused[name] = ConfigError(f"{directory / name}{SUFFIX}", why)
         del configs[name]
     return Boards(configs, refused, notes)
@@ -104,17 +99,17 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     if ("config" in table.values) == ("irq_dir" in table.values):
         table.problems.append("needs either config, the path of a udrv.json, or irq_dir, a directory")
     if file and file.netns is not None and file.link.startswith("unix:"):
-        table.fault("netns", "a unix: link has none: leave it out")
+        table.fault("netns", "not allowed for a unix: link (leave it out)")
     table.finish(str(path))
     assert file is not None  # noqa: S101 - there are no mistakes
     netns = None if file.netns is None else NETNS / file.netns
     board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
-    # A board that waits for its link does not disturb others.
+    # A board with `wait_link` does not stop the other boards while its link is missing.
     return Config(file.link, board.signals, wait_link=True, netns=netns), board.notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """Return what only one board may have, its link and its directories, and their descriptions."""
+    """Return the link and the directories of a board, which no other board may use, and a description of each."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -128,7 +123,7 @@ def claims(config: Config) -> dict[object, str]:
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
     """Return why boards are refused: they share a link or a directory with another board.
 
-    `running` has the current configurations: they come first, and a refused board keeps its own.
+    `running` has the current configurations: they have priority, and a refused board keeps its current one.
     """
     running = running or {}
     refused: dict[str, str] = {}
@@ -144,7 +139,7 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
             claimed = claims(configs[name])
             shared = next((what for what in claimed if what in taken), None)
             if shared is not None:
-                more[name] = f"{claimed[shared]} is also that of the board {taken[shared]}"
+                more[name] = f"{claimed[shared]} is already used by the board {taken[shared]}"
             else:
                 taken |= dict.fromkeys(claimed, name)
         refused |= more

@@ -23,9 +23,9 @@ COUNTERS = {
     "overflowed": ("inotify_overflows", "Overflows of the inotify queue."),
     "write_failures": ("write_failures", "Failed attempts to write a state file."),
     "send_failures": ("send_failures", "Failed attempts to send a frame."),
-    "unsendable": ("unsendable_notifications", "Outbound notifications that were given up."),
+    "unsendable": ("unsendable_notifications", "Outbound notifications that were discarded: too long for the link."),
     "unfinished": ("unfinished_notifications", "Notifications accepted but not finished when the proxy closed."),
-    "recovered": ("recovered_notifications", "Notifications that a predecessor had read but not finished."),
+    "recovered": ("recovered_notifications", "Notifications read by a previous process and delivered by this one."),
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
 }
@@ -41,7 +41,7 @@ HISTORY = {
     "merged": ("merged_notifications", "counter", "Notifications that were merged before they were acknowledged."),
     "followed": ("followed", "gauge", "Whether the board has a follower, such as the gateway to a broker."),
 }
-"""Of a board that ever had a follower."""
+"""The metrics of a board that has had a follower."""
 
 Samples = list[tuple[Mapping[str, str], float]]
 """Labels and value of each sample."""
@@ -51,12 +51,12 @@ Family = tuple[str, str, str, Samples]
 
 @attrs.frozen
 class Reported:
-    """What one proxy reported."""
+    """The status that one proxy reported."""
 
     proxy: str
-    """The label of its metrics."""
+    """The label of the metrics."""
     boards: tuple[BoardStatus, ...] | None
-    """None if it does not answer."""
+    """None if the proxy does not answer."""
 
 
 def openmetrics(boards: Iterable[BoardStatus]) -> str:
@@ -95,17 +95,13 @@ def _of_boards(boards: list[tuple[dict[str, str], BoardStatus]]) -> Iterator[Fam
     for key, (name, kind, text) in HISTORY.items():
         yield name, kind, text, [(labels, getattr(b.history, key)) for labels, _, b in running if b.history is not None]
     for key, (name, kind, text) in SIGNALS.items():
-        yield (
-            name,
-            kind,
-            text,
-            [
-                (labels | {"direction": signal.direction.value, "signal": signal.signal}, value)
-                for labels, status, _ in running
-                for signal in status.signals
-                if (value := getattr(signal, key)) is not None
-            ],
-        )
+        samples: Samples = [
+            (labels | {"direction": signal.direction.value, "signal": signal.signal}, value)
+            for labels, status, _ in running
+            for signal in status.signals
+            if (value := getattr(signal, key)) is not None
+        ]
+        yield name, kind, text, samples
 
 
 def _problems(status: Status) -> int:
@@ -124,6 +120,6 @@ def _lines(name: str, kind: str, text: str, samples: Samples) -> Iterator[str]:
 
 
 def _escaped(label: str) -> str:
-    """Return a label as it must be written; names need not be UTF-8."""
+    """Return a label value with escapes. Board names and paths need not be UTF-8."""
     text = label.encode(errors="backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,11 +1,6 @@
-"""The configuration of a gateway: the URL of the broker, and a JSON file with its permissions and credentials.
+"""The configuration of a gateway: the URL of the broker, and a JSON file with permissions and credentials.
 
-    {"boards": ["b1", "b2"], "send": {"b1": ["redun_notify_irq"]}, "status_seconds": 10,
-     "broker": {"ca_file": "/etc/inco-trio/ca.pem", "certificate_file": "/etc/inco-trio/host.pem",
-                "key_file": "/etc/inco-trio/host.key", "user_file": "/etc/inco-trio/user",
-                "password_file": "/etc/inco-trio/password"}}
-
-All keys are optional. The log, the command line and this file have no passwords.
+All keys are optional. Passwords appear neither in the log nor on the command line nor in the JSON file.
 """
 
 from __future__ import annotations
@@ -25,11 +20,10 @@ from inco_trio.validation import ABSOLUTE_PATH, NAMES, Rule, parse_table, read_f
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
-PREFIX_MAX = 1000
-"""Bytes of the longest prefix of topics."""
+URL_EXPECTED = "mqtt://HOST[:PORT][/PREFIX]"
 STATUS_SECONDS_MAX = 86_400.0
 SECRET_MAX = 65_535
-"""Bytes of the longest user name and password (MQTT 5, 1.5.6)."""
+"""The longest user name or password, in bytes (MQTT 5, 1.5.6)."""
 
 
 @attrs.frozen
@@ -48,7 +42,7 @@ class Broker:
 
 @attrs.frozen
 class Identity:
-    """The user name and the password of the gateway."""
+    """The user name and the password for the broker."""
 
     user: str | None
     password: str | None = attrs.field(repr=False)
@@ -56,21 +50,21 @@ class Identity:
 
 @attrs.frozen
 class Credentials:
-    """The files with the credentials of the gateway and of the broker's authorities: absolute paths."""
+    """The files with the credentials of the gateway and with the trusted certificates."""
 
     ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The certificates of the authorities that sign the broker's, PEM. Without it, those of the system."""
+    """The trusted CA certificates, PEM (default: those of the system)."""
     certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The certificate of the gateway, PEM."""
     key_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The private key of the certificate, PEM, not encrypted."""
     user_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """A file of one line: the user name."""
+    """One line: the user name of the gateway."""
     password_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """A file of one line: the password."""
+    """One line: the password of the gateway."""
 
     def read(self) -> Identity:
-        """Read user and password. Raises ConfigError, ResourceError."""
+        """Read the user name and the password. Raises ConfigError, ResourceError."""
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
@@ -81,46 +75,50 @@ SECONDS = Rule(
 
 @attrs.frozen
 class GatewayConfig:
-    """The content of the file."""
+    """The configuration of a gateway."""
 
     boards: Annotated[list[str] | None, NAMES] = None
-    """The boards that the gateway serves. Without it, all boards."""
+    """The boards to serve (default: all)."""
     send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
-    """The signals that clients of the broker may send, by board. `*` stands for all boards or all signals."""
+    """The signals that MQTT clients may send, by board; `*` stands for every board or every signal."""
     status_seconds: Annotated[float, SECONDS] = 10.0
-    """Seconds between two readings of the counters."""
+    """Seconds between two queries of the counters."""
     broker: Credentials = Credentials()
-    """The files with credentials, see below."""
+    """The credentials for the broker and the trusted CA: absolute paths of files."""
 
 
 def parse_broker(url: str) -> Broker:
-    """Return the broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
+    """Return the broker at `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        port = parts.port
     except ValueError as error:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
-    has_user = parts.username is not None or parts.password is not None
+    if parts.username is not None or parts.password is not None:
+        # The message does not contain the URL, because that may have a password.
+        text = "has a user or password, which all users can see (use user_file and password_file of --config)"
+        raise InvalidArgumentError("broker URL", text)
     prefix = unquote(parts.path).strip("/") or PREFIX
-    is_odd = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
-    for is_wrong, fault in (
-        (has_user, "user and password are named in the file of --config because all users can read a command line"),
-        (parts.scheme not in {"mqtt", "mqtts"}, "expected mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS"),
-        (not host, "a host is missing"),
-        (port == 0, "port 0 is invalid"),
-        ("?" in url or "#" in url, "it must have no ? and no #"),
-        (is_odd, f"the prefix {prefix!r} has '+', '#' or a control character, or begins with '$'"),
-        ("" in prefix.split("/"), f"the prefix {prefix!r} has an empty level"),
-        (len(prefix.encode(errors="replace")) > PREFIX_MAX, f"the prefix is longer than {PREFIX_MAX:,} bytes"),
-    ):
-        if is_wrong:
-            raise InvalidArgumentError(f"broker {'URL' if has_user else url}: {fault}")
+    is_bad_prefix = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
+    faults = {
+        f"unknown scheme (expected {URL_EXPECTED}, or mqtts:// for TLS)": parts.scheme not in {"mqtt", "mqtts"},
+        f"the host is missing (expected {URL_EXPECTED})": not parts.hostname,
+        "port 0 is not valid (expected 1 to 65535)": port == 0,
+        f"contains '?' or '#' (expected {URL_EXPECTED})": "?" in url or "#" in url,
+        f"the prefix {prefix!r} contains '+', '#' or a control character, or starts with '$'": is_bad_prefix,
+        f"the prefix {prefix!r} has an empty level": "" in prefix.split("/"),
+        "the prefix is longer than 1,000 bytes": len(prefix.encode(errors="replace")) > 1000,
+    }
+    for fault, is_present in faults.items():
+        if is_present:
+            raise InvalidArgumentError(f"broker {url}", fault)
     tls = parts.scheme == "mqtts"
-    return Broker(host or "", port or (8883 if tls else 1883), tls, prefix)
+    assert parts.hostname is not None  # noqa: S101 - a missing host is a fault
+    return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
 
 
 def read_gateway(path: Path) -> GatewayConfig:
-    """Return what the file at `path` configures. Raises ConfigError with every mistake."""
+    """Return the configuration in the file at `path`. Raises ConfigError with all mistakes."""
     table = parse_table(read_file(path), str(path))
     config = table.structure(GatewayConfig)
     if broker := table.table("broker"):
@@ -135,20 +133,20 @@ def read_gateway(path: Path) -> GatewayConfig:
 
 
 def _faults(config: GatewayConfig) -> list[str]:
-    """Return what is wrong with valid values that do not fit together."""
+    """Return the mistakes in values of the right type."""
     faults = []
     if config.boards is not None and not config.boards:
-        faults.append("boards: is empty (leave it out for all boards)")
+        faults.append("boards: an empty list (leave the key out for all boards)")
     for board, signals in config.send.items():
         named = [signal for signal in signals if signal != "*"]
         faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]
         if config.boards is not None and board != "*" and board not in config.boards:
-            faults.append(f"send.{board}: is not among the boards that are served")
+            faults.append(f"send.{board}: not a served board (expected one of boards, or *)")
     credentials = config.broker
     if (credentials.certificate_file is None) != (credentials.key_file is None):
-        faults.append("broker: certificate_file and key_file need each other")
+        faults.append("broker: certificate_file or key_file is missing (expected both or neither)")
     if credentials.password_file is not None and credentials.user_file is None:
-        faults.append("broker: a password_file needs a user_file")
+        faults.append("broker: password_file needs user_file")
     return faults
 
 
@@ -160,7 +158,7 @@ def _read_line(file: str | None, key: str) -> str | None:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise ConfigError(file, f"broker.{key}: is not UTF-8") from None
+        raise ConfigError(file, f"broker.{key}: not UTF-8") from None
     if not text or len(data) > SECRET_MAX or re.search(r"[\0\r\n]", text):
-        raise ConfigError(file, f"broker.{key}: is not one line of up to {SECRET_MAX} bytes")
+        raise ConfigError(file, f"broker.{key}: expected one line of 1 to {SECRET_MAX} bytes")
     return text
