@@ -17,11 +17,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 
 import inco_trio
 from docs.fields import described, table
-from inco_trio.board_files import KEYS, BoardFile, read_boards
+from inco_trio.board_files import BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parser
 from inco_trio.simulation.world import Cores, Peer
 from inco_trio.testing.history import History
@@ -356,7 +357,7 @@ def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
 
 
 def test_the_configuration_page_lists_each_key() -> None:
-    assert [*described(BoardFile)] == [*KEYS]
+    assert [*described(BoardFile)] == [field.name for field in attrs.fields(BoardFile)]
     assert table(BoardFile)[2:4] == [
         "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
         "| `config` | optional | The absolute path of a udrv.json. |",
