@@ -31,7 +31,7 @@ OUTBOUND = {
 class Cupboard:
     """A holder of descriptors in this process: what one proxy stores, `heir` hands to the next."""
 
-    holder: str | None = "a test"
+    supervisor: str | None = "a test"
 
     def __init__(self, inherited: dict[str, int] | None = None) -> None:
         self.inherited = inherited or {}

@@ -271,7 +271,7 @@ def test_a_board_whose_network_namespace_is_missing(cores: Cores, tmp_path: Path
     (tmp_path / "b1.json").write_text(json.dumps(board))
     result = of(doctor(cores.core0, "--boards", tmp_path), "netns")
     assert result["level"] == "fail"
-    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none: make it")
+    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none (create it")
 
 
 def test_a_board_in_a_network_namespace(cores: Cores, tmp_path: Path) -> None:

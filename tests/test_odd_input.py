@@ -79,7 +79,7 @@ def test_every_command_has_one_rule_for_links(
         2,
         b"",
         complaint(
-            f"link {shown}: is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
+            f"link {shown}: neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
             "'/', ':' and whitespace"
         ),
     )
@@ -350,7 +350,7 @@ def test_a_scan_directory_that_may_only_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ("ro", 78, "/m/irq: Read-only file system: the configuration has to name a directory that can be made and"),
+        ("ro", 78, "/m/irq: Read-only file system (configure a directory that can be created and"),
         ("nr_inodes=1", 71, "/m/irq: No space left on device"),
         ("nr_inodes=3", 71, "/m/irq/message_"),
     ],
@@ -472,8 +472,8 @@ def test_a_process_whose_name_is_no_text_holds_a_register(
         said = running.wait_log(f"process {holder.pid}")
         # One line, which commands no terminal.
         assert said == (
-            f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds it open for writing: "
-            "what it writes is a notification only when it closes it"
+            f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds the file open for "
+            "writing: only closing the file causes a notification"
         )
         assert running.stop() == 0
 
@@ -494,4 +494,4 @@ def test_a_trigger_that_may_not_be_read_is_not_blamed_on_writing(
     (line,) = [line for line in err.decode().splitlines() if not line.startswith(LOGGED.decode())]
     assert code == 77
     assert line.startswith(f"inco-trio: error: {irq_dir}/message_6_trig: Permission denied: uid ")
-    assert "needs to read triggers" in line
+    assert "must be able to read triggers" in line

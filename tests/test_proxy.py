@@ -792,7 +792,7 @@ def test_who_holds_a_register_open_is_said(proxy: StartProxy, irq_dir: Path) -> 
     irq_dir.mkdir()
     with (irq_dir / "message_6_trig").open("w"):
         running = proxy("--irq-dir", irq_dir)
-        line = running.wait_log("holds it open for writing")
+        line = running.wait_log("holds the file open for writing")
     assert f"process {os.getpid()} " in line
 
 

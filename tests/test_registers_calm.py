@@ -123,7 +123,7 @@ class Calm(RuleBasedStateMachine):
             self.earlier.add(path)
 
     def leave_out(self, table: list[Signal]) -> None:
-        """What is queued for what is not in the table is nobody's; what is owed neither."""
+        """What is queued for what is not in the table is nobody's; what is pending neither."""
         self.consume()
         kept = {signal.path for signal in table}
         for path in self.outbound - kept:
@@ -190,16 +190,16 @@ class Calm(RuleBasedStateMachine):
         assert self.full or self.received == Counter()
 
     def consume(self) -> None:
-        """Each close of a state file is one notification; what is left is owed."""
+        """Each close of a state file is one notification; what is left is pending."""
         buffer = memoryview(bytearray(1 << 20))
         for event in parse_events(buffer[: self.consumer.read_into(buffer)]):
             path = self.watched[event.wd] / event.name.decode()
             if event.mask & ino.IN_CLOSE_WRITE and path.name.endswith("_state"):
                 self.received[path] -= 1
         assert {path for path, count in self.received.items() if count < 0} == set()
-        owed = {path: count for path, count in self.received.items() if count}
-        assert owed == {self.home / name.replace(".", "/"): count for name, count in self.world.owed.items()}
-        self.received = Counter(owed)
+        pending = {path: count for path, count in self.received.items() if count}
+        assert pending == {self.home / name.replace(".", "/"): count for name, count in self.world.pending.items()}
+        self.received = Counter(pending)
 
     @rule(seconds=st.sampled_from([0.01, 2.0, 61.0]))
     def restore(self, seconds: float) -> None:
@@ -221,7 +221,7 @@ class Calm(RuleBasedStateMachine):
         self.tell(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
 
     def rest(self) -> None:
-        """Nothing is owed, nor watched for the sake of those who have a former file open."""
+        """Nothing is pending, nor watched for the sake of those who have a former file open."""
         # A file that waits for room is closed by a restart, and by a reload that drops it.
         self.make_room()
         self.follow()
@@ -231,7 +231,7 @@ class Calm(RuleBasedStateMachine):
     @rule(outbound=st.sets(triggers), inbound=st.sets(states), renamed=st.booleans())
     def reload(self, outbound: set[tuple[str, str]], inbound: set[tuple[str, str]], *, renamed: bool) -> None:
         table = self.table(outbound, inbound, renamed=renamed)
-        if self.world.owed:
+        if self.world.pending:
             self.rest()
         elif self.dropped & {signal.path for signal in table}:
             # Of a file that the proxy made, dropped and took again, it has forgotten that an event is still to come.
@@ -247,7 +247,7 @@ class Calm(RuleBasedStateMachine):
         # who made a file that is replaced before the event of that is read.
         known = triggers.by_path.values()
         unknown = set(triggers._by_wd) - {trigger.wd for trigger in known} or any(trigger.made_in for trigger in known)
-        if rested or self.world.owed or unknown:
+        if rested or self.world.pending or unknown:
             self.rest()
         signals = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(signals)

@@ -171,7 +171,7 @@ def test_only_the_peer_sends_frames(world: World, tmp_path: Path, caplog: pytest
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
     assert len(caplog.messages) == 1
-    assert f"datagrams come from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
+    assert f"datagrams from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
 
 
 def test_many_strangers_cost_no_memory(world: World, tmp_path: Path) -> None:
@@ -373,9 +373,9 @@ def test_what_a_live_process_uses_is_refused(world: World, kind: int) -> None:
     taken = world.other(world.local, kind)
     if kind == socket.SOCK_STREAM:
         taken.listen()
-        refuse(world, LinkNotFoundError, "is in use by a live process, as another type of socket")
+        refuse(world, LinkNotFoundError, "in use by a running process, as another type of socket")
     else:
-        refuse(world, LinkNotFoundError, "is in use by a live process: end that, or name another path")
+        refuse(world, LinkNotFoundError, "in use by a running process (stop that process, or use another path)")
     assert stat.S_ISSOCK(world.local.lstat().st_mode)
 
 
@@ -385,13 +385,13 @@ def test_what_is_no_socket_is_left_alone(world: World, make: str, kind: str) -> 
         world.local.symlink_to("nowhere")
     else:
         getattr(world.local, make)()
-    refuse(world, LinkNotFoundError, f"is no socket but {kind}: remove it, or name another path")
+    refuse(world, LinkNotFoundError, f"not a socket but {kind} (remove it, or use another path)")
     assert world.local.is_symlink() or world.local.exists()
 
 
 def test_its_directory_does_not_exist(world: World, tmp_path: Path) -> None:
     world.local = tmp_path / "none" / "core0"
-    refuse(world, LinkNotFoundError, "its directory does not exist: make it")
+    refuse(world, LinkNotFoundError, "the directory does not exist (create it)")
 
 
 @pytest.mark.parametrize("at", ["/proc/core0", "/proc/self/comm/core0"])
@@ -452,7 +452,7 @@ def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.Lo
         link.close()
 
     run(main)
-    assert caplog.messages == [f"{world.local}: was removed, or replaced by another process: bound again"]
+    assert caplog.messages == [f"{world.local}: removed or replaced by another process: bound again"]
 
 
 def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
@@ -461,7 +461,7 @@ def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
         world.local.unlink()
         thief = world.other(world.local)
         assert not link.refresh()
-        assert "is in use by a live process" in link.absence
+        assert "in use by a running process" in link.absence
         link.send("still")
         assert names_of(other) == [b"still"]
         thief.close()

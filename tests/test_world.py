@@ -142,10 +142,10 @@ with two_cores() as cores, cores.peer() as peer:
 
 def test_ordinary_user_is_refused_without_a_user_namespace(nobody: list[str]) -> None:
     script = """
-from inco_trio.simulation.world import Namespace, NamespaceRefused
+from inco_trio.simulation.world import Namespace, NamespaceRefusedError
 try:
     Namespace()
-except NamespaceRefused as refused:
+except NamespaceRefusedError as refused:
     print(refused)
 """
     said = run_as_nobody(nobody, script)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cores",
     "Namespace",
-    "NamespaceRefused",
+    "NamespaceRefusedError",
     "Peer",
     "may_make_namespaces",
     "namespaces_refusal",
@@ -49,12 +49,12 @@ _LINK_DEADLINE = 120.0
 """Seconds until a link that does not come up is an error. A veth pair needs milliseconds: this only stops a hang."""
 
 
-class NamespaceRefused(PermissionDeniedError):
+class NamespaceRefusedError(PermissionDeniedError):
     """The system forbids namespaces to this user."""
 
 
-def _refused(what: str, cause: OSError) -> NamespaceRefused:
-    return NamespaceRefused(
+def _refused(what: str, cause: OSError) -> NamespaceRefusedError:
+    return NamespaceRefusedError(
         f"cannot make a {what} namespace ({cause.strerror})",
         "run as root, or allow it with the sysctls"
         " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
@@ -75,7 +75,7 @@ def new_user_namespace() -> None:
     It keeps the rights of its user outside, and gains all capabilities over the namespaces that it makes. Call it
     before all else here: for the kernel, a thread that was joined a moment ago may still be there.
 
-    Raises `NamespaceRefused`.
+    Raises `NamespaceRefusedError`.
     """
     user, group = os.geteuid(), os.getegid()
     try:
@@ -100,7 +100,7 @@ def namespaces_refusal() -> str | None:
             if not may_make_namespaces():
                 new_user_namespace()
             Namespace()
-        except NamespaceRefused as refusal:
+        except NamespaceRefusedError as refusal:
             os.write(write, str(refusal).encode())
         finally:
             os._exit(0)
@@ -137,7 +137,7 @@ class Namespace:
 
     `Namespace()` makes one, `Namespace(fd)` adopts the descriptor of an existing one (`/proc/PID/ns/net`).
 
-    Raises `NamespaceRefused`.
+    Raises `NamespaceRefusedError`.
     """
 
     fd: int = attrs.field(factory=_make_network)
@@ -288,7 +288,7 @@ def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores
 
     With `chain`, as on the board's simulation: link, veth, bridge, veth (there a tap), core 1.
 
-    Raises `NamespaceRefused`, and `ResourceError` where the kernel has no veth or bridge.
+    Raises `NamespaceRefusedError`, and `ResourceError` where the kernel has no veth or bridge.
     """
     with contextlib.ExitStack() as stack:
         core0, core1 = stack.enter_context(Namespace()), stack.enter_context(Namespace())

@@ -377,7 +377,7 @@ def open_board(
     further wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
     network namespaces and a veth pair. The proxy is a process, or runs `in_process`.
 
-    Raises ConfigError, InvalidArgumentError, NamespaceRefused, ProxyDiedError, ResourceError.
+    Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
         raise InvalidArgumentError(f"link={link!r}: neither 'unix' nor 'interface'")

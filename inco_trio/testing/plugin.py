@@ -106,9 +106,9 @@ def _is_missing(error: BaseException) -> bool:
     if "inco_trio.testing.board" not in sys.modules:
         return False
     from inco_trio.simulation.guest import QemuNotFoundError
-    from inco_trio.simulation.world import NamespaceRefused
+    from inco_trio.simulation.world import NamespaceRefusedError
 
-    return isinstance(error, QemuNotFoundError | NamespaceRefused)
+    return isinstance(error, QemuNotFoundError | NamespaceRefusedError)
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import trio
 
-from inco_trio.cores.port import Port, open_port
+from inco_trio.cores.core1 import Port, open_port
 from inco_trio.errors import IncoError, LinkNotFoundError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
