@@ -123,7 +123,7 @@ def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
         (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
         (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected a directory to write, or --systemd)"),
-        (("demo", "--count", "0"), "the demonstration needs a count of at least 1 and a rate above 0"),
+        (("demo", "--count", "0"), "the demonstration needs a count of 1 or more and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
             "--notification-fd 1: 0, 1 and 2 are the standard streams (3 is customary)",

@@ -398,7 +398,7 @@ def test_commands_without_proc(tmp_path: Path) -> None:
     assert finished([*WITHOUT_PROC, "demo"]) == (
         71,
         b"",
-        complaint("the demonstration makes network namespaces by way of /proc, which is not mounted here"),
+        complaint("/proc is not mounted: the demonstration needs it to create network namespaces"),
     )
 
 

@@ -44,7 +44,7 @@ class Port:
             await self._changed.park()
 
     async def send(self, frame: bytes) -> None:
-        """Send a frame. Wait while the queue is full. Raises LinkNotFoundError if the link is down, or ResourceError."""
+        """Send a frame; wait while the queue is full. Raises ResourceError, LinkNotFoundError if the link is down."""
         while True:
             try:
                 self._link.send_frame(frame)

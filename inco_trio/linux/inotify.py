@@ -61,7 +61,7 @@ def pack_event(wd: int, mask: int) -> bytes:
 
 
 def parse_events(data: bytes | memoryview) -> list[Event]:
-    """Return the events of a read(2), in order. An empty mask or incomplete event ends them: the rest is unused memory."""
+    """Return the events of a read(2), in order. An empty mask or incomplete event ends the used memory."""
     events = []
     unpack, head = EVENT.unpack_from, EVENT.size
     offset, end = 0, len(data)
