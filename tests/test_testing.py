@@ -49,7 +49,7 @@ def test_no_faults() -> None:
 
 def test_each_fault() -> None:
     assert FrameFaults(drop=1).fates(FRAME) == [(0.0, b"", "dropped")]
-    assert FrameFaults(double=1).fates(FRAME) == [(0.0, FRAME, ""), (0.0, FRAME, "doubled")]
+    assert FrameFaults(double=1).fates(FRAME) == [(0.0, FRAME, ""), (0.0, FRAME, "duplicated")]
     assert FrameFaults(reorder=1, delay=2).fates(FRAME) == [(2 + LATE, FRAME, "reordered")]
     assert FrameFaults(corrupt=1).fates(b"") == [(0.0, b"", "")]
     for seed in range(50):
@@ -351,7 +351,7 @@ def test_a_restart(board: Board) -> None:
     board.core1.send(RESET)
     board.core0.expect(RESET)
     if board._plan.in_process:
-        with pytest.raises(InvalidArgumentError, match="cannot be killed .leave out --inco-trio-in-process"):
+        with pytest.raises(InvalidArgumentError, match=r"cannot be killed .leave out --inco-trio-in-process"):
             board.proxy.kill()
         with pytest.raises(InvalidArgumentError, match="the proxy is running already"):
             board.proxy.start()

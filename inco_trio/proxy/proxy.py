@@ -81,8 +81,6 @@ class Proxy:
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
-    # ------------------------------------------------------------------------------------------------ for callers
-
     @property
     def stats(self) -> Stats:
         """The current counters."""
@@ -198,8 +196,6 @@ class Proxy:
         if self._closed:
             raise ClosedError("the proxy is closed")
 
-    # ---------------------------------------------------------------------- for the fleet and the control server
-
     def _frame(self, name: str) -> bytes:
         return self._link.frame(name)
 
@@ -217,8 +213,6 @@ class Proxy:
 
     def _history(self) -> History:
         return self._parts.events.history
-
-    # --------------------------------------------------------------------------------------------- starting, stopping
 
     def _start(self, nursery: trio.Nursery) -> None:
         for name, task in self._tasks.items():
@@ -263,8 +257,6 @@ class Proxy:
                 logger.info("%s: stopped with %d notifications pending: kept", self._link.name, unfinished)
         self._inbound.count_dropped()
         self._parts.events.close()
-
-    # ------------------------------------------------------------------------------------------------------- tasks
 
     async def _watch(self, health: Health) -> None:
         """Run the task that follows the link, which may vanish, reappear or change its address."""

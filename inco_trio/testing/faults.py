@@ -59,5 +59,5 @@ class FrameFaults:
             done.append("corrupted")
         fates = [(late, frame, " and ".join(done))]
         if double < self.double:
-            fates.append((late, frame, "doubled"))
+            fates.append((late, frame, "duplicated"))
         return fates

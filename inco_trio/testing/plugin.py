@@ -89,9 +89,6 @@ def inco_board(request: pytest.FixtureRequest, make_inco_board: MakeBoard) -> Bo
     return make_inco_board(**options)
 
 
-# ------------------------------------------------------------------------------------------------------------ reports
-
-
 def _open_boards() -> frozenset[Board]:
     if "inco_trio.testing.board" not in sys.modules:
         return frozenset()
