@@ -1,4 +1,4 @@
-"""inco-trio: carries inter-core interrupts between the cores of an AMP board, and of its simulation.
+"""inco-trio carries inter-core interrupts between the cores of an AMP board, or of its simulation.
 
 As a library::
 
@@ -8,12 +8,12 @@ As a library::
             async for event in events:
                 print(event.signal.name)
 
-The command line is `inco_trio.cli`; asyncio callbacks are in `inco_trio.aio`.
+`inco_trio.cli` is the command line, `inco_trio.aio` the API for asyncio.
 """
 
 from __future__ import annotations
 
-# As typing.TYPE_CHECKING: typing takes longer to import than all of this.
+# Stands for typing.TYPE_CHECKING: importing typing takes longer than importing this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
@@ -68,39 +68,28 @@ __all__ = [
     "serve",
 ]
 
-# Imported when they are first used (PEP 562): `inco-trio check` needs no Trio.
-_PLACES = {
+# Each module is imported when one of its names is first used (PEP 562): `inco-trio check` does not need Trio.
+_NAMES_OF = {
     "config": ("Board", "Config", "read_board"),
     "cores.core": ("Arrival",),
     "cores.core0": ("Core0",),
     "cores.core1": ("Core1",),
-    "errors": (
-        "BoardNotOpenError",
-        "ClosedError",
-        "ConfigError",
-        "IncoError",
-        "LinkNotFoundError",
-        "PermissionDeniedError",
-        "ProxyNotFoundError",
-        "ResourceError",
-        "UnknownSignalError",
-        "InvalidArgumentError",
-    ),
-    "proxy.fleet": ("Proxies", "open_proxies"),
     "notifications": ("Notification",),
+    "proxy.fleet": ("Proxies", "open_proxies"),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
     "status": ("Stats", "Status"),
 }
-_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+"""The module of each name in `__all__`, except for those of the module `errors`."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _PLACE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value: object = getattr(importlib.import_module(f"{__name__}.{_PLACE_OF[name]}"), name)
+    value: object = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""`python -m inco_trio` is the command `inco-trio`."""
+"""Run `python -m inco_trio` as the command `inco-trio`."""
 
 import sys
 

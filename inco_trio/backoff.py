@@ -8,10 +8,7 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Pauses in seconds that grow up to a limit, with random variation.
-
-    The limit is also the longest time that a user waits for recovery after the cause is gone.
-    """
+    """Pauses in seconds that grow up to CAP, with random variation. CAP also bounds how long recovery takes."""
 
     FIRST = 0.005
     CAP = 0.08
@@ -20,11 +17,10 @@ class Backoff:
         self._pause = self.FIRST
 
     def next(self) -> float:
-        """Return the next pause."""
         pause = self._pause * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
         self._pause = min(self._pause * 2, self.CAP)
         return pause
 
     def reset(self) -> None:
-        """Start with the first pause again, after a success."""
+        """Return to the first pause, after a success."""
         self._pause = self.FIRST

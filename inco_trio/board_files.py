@@ -1,9 +1,7 @@
 """Board files: each `NAME.json` in a directory configures one board.
 
-    {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
-    {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
-
-`config` is a udrv.json; `irq_dir` a directory for the built-in signals. `netns` is a name under /run/netns, or a path.
+{"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
+{"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @attrs.frozen
 class BoardFile:
-    """The content of a board file: strings, and one of `config` and `irq_dir`. Other keys are refused."""
+    """The keys of a board file. Exactly one of `config` and `irq_dir` is required."""
 
     link: str
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
@@ -53,16 +51,13 @@ class Boards:
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The errors of invalid files, by board; their subject is the path of the file."""
+    """The error of each invalid file, by board. Its subject is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
     """See `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Return the boards of a directory. If two share a resource, the one that is `running` stays.
-
-    Raises ConfigError if the directory cannot be read.
-    """
+    """Return the boards of a directory. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
@@ -76,8 +71,8 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
             configs[name], notes[name] = _read(file, name)
         except IncoError as error:
             refused[name] = error
-    there = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
-    for name, why in refuse_shared(configs, there).items():
+    kept = {name: config for name, config in (running or {}).items() if name in configs or name in refused}
+    for name, why in refuse_shared(configs, kept).items():
         refused[name] = ConfigError(f"{directory / name}{SUFFIX}", why)
         del configs[name]
     return Boards(configs, refused, notes)
@@ -103,27 +98,22 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     if netns is not None and (netns in {"", ".", ".."} or not is_path(netns) or ("/" in netns and netns[0] != "/")):
         table.expect("netns", NETNS_EXPECTED)
     if netns is not None and (link or "").startswith("unix:"):
-        table.fault("netns", "a unix: link has none: leave it out")
+        table.fault("netns", "not allowed for a unix: link (leave it out)")
     table.finish(str(path))
-    assert link is not None  # noqa: S101 - it is required
-    return _configured(BoardFile(link, config, irq_dir, netns))
-
-
-def _configured(file: BoardFile) -> tuple[Config, tuple[str, ...]]:
+    assert link is not None  # noqa: S101 - `required` above
     notes: tuple[str, ...] = ()
-    if file.config is not None:
-        board = read_board(file.config)
+    if config is not None:
+        board = read_board(config)
         signals, notes = board.signals, board.notes
     else:
-        assert file.irq_dir is not None  # noqa: S101 - one of the two is there
-        signals = builtin_signals(Path(file.irq_dir))
-    # A board that waits for its link does not disturb others.
-    netns = None if file.netns is None else NETNS / file.netns
-    return Config(file.link, signals, wait_link=True, netns=netns), notes
+        assert irq_dir is not None  # noqa: S101 - `finish` raised if both are missing
+        signals = builtin_signals(Path(irq_dir))
+    # A board with `wait_link` does not stop the other boards while its link is missing.
+    return Config(link, signals, wait_link=True, netns=None if netns is None else NETNS / netns), notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """Return what only one board may have, its link and its directories, and their descriptions."""
+    """Return the link and the directories of a board, which no other board may use, and a description of each."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -137,7 +127,7 @@ def claims(config: Config) -> dict[object, str]:
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
     """Return why boards are refused: they share a link or a directory with another board.
 
-    `running` has the current configurations: they come first, and a refused board keeps its own.
+    `running` has the current configurations: they have priority, and a refused board keeps its current one.
     """
     running = running or {}
     refused: dict[str, str] = {}
@@ -153,7 +143,7 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
             claimed = claims(configs[name])
             shared = next((what for what in claimed if what in taken), None)
             if shared is not None:
-                more[name] = f"{claimed[shared]} is also that of the board {taken[shared]}"
+                more[name] = f"{claimed[shared]} is already used by the board {taken[shared]}"
             else:
                 taken |= dict.fromkeys(claimed, name)
         refused |= more

@@ -1,7 +1,7 @@
 """The errors of inco-trio.
 
-Each one has a `subject`, the object that it concerns, and a `reason`; its text is one line, "SUBJECT: REASON". Errors
-also derive from the built-in class that fits. What core 1 sends never raises an error: the proxy counts garbage.
+Each error has a `subject`, the object that failed, and a `reason`; its text is one line, "SUBJECT: REASON". Errors also
+derive from the built-in class that fits. Invalid frames from core 1 raise no error: the proxy counts them.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base of all errors: `IncoError(subject, reason)`, or `IncoError(reason)`.
-
-    `remedy` says what to do; it follows the reason, after a semicolon.
-    """
+    """Base of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with the `remedy`."""
 
     def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
         self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)
@@ -48,7 +45,7 @@ class IncoError(Exception):
 
 
 class InvalidArgumentError(IncoError, ValueError):
-    """An argument of a function is invalid, or does not fit the state of its object."""
+    """An argument of a function is invalid, or invalid in the current state of the object."""
 
 
 class ConfigError(IncoError, ValueError):
@@ -71,7 +68,7 @@ class PermissionDeniedError(IncoError, PermissionError):
 
 
 class UnavailableError(IncoError):
-    """What is needed does not exist or does not answer."""
+    """A link, proxy, broker or program does not exist or does not answer."""
 
 
 class LinkNotFoundError(UnavailableError, FileNotFoundError):
@@ -86,7 +83,7 @@ class ProtocolError(ProxyNotFoundError):
     """The process at a control socket is not inco-trio, or uses another version of the protocol."""
 
 
-class BoardNotOpenError(IncoError, KeyError):
+class BoardNotOpenError(UnavailableError, KeyError):
     """A configured board has no open proxy now."""
 
     __str__ = Exception.__str__
@@ -101,7 +98,7 @@ class RecordingError(IncoError):
 
 
 class ResourceError(IncoError):
-    """The system has no resources now: descriptors, inotify instances or watches, memory, disk space."""
+    """A system limit is reached: descriptors, inotify instances or watches, memory, disk space."""
 
 
 class UnknownSignalError(IncoError, LookupError):
@@ -119,13 +116,13 @@ def from_os_error(
     *cases: tuple[Collection[int], type[IncoError], str],
     otherwise: type[IncoError] = ResourceError,
 ) -> IncoError:
-    """Return our error for one of the kernel's.
+    """Return the IncoError for an OSError.
 
     Each case has error numbers, and the class and the reason for them. Other numbers become PermissionDeniedError if
-    that fits, else `otherwise`, both with `reason`. "{strerror}" in a reason stands for the kernel's text.
+    the kernel denies access, else `otherwise`, both with `reason`. "{strerror}" in a reason is the kernel's text.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) has one number for two limits, and its text names the wrong one.
+        # inotify_init(2) fails with one error number for two limits, and the kernel's text names the wrong one.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
@@ -136,10 +133,7 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return the error inside nested exception groups: Ctrl-C if there was one, else the first.
-
-    With `only`, a group of several errors stays a group.
-    """
+    """Return KeyboardInterrupt, else the first error, of nested groups. `only` keeps a group of several errors."""
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

@@ -41,10 +41,7 @@ def is_wire_name(name: bytes) -> bool:
 
 
 def encode(name: bytes, source: bytes) -> bytes:
-    """Return the frame of the wire name `name`, from the 6-byte MAC address `source`, without padding.
-
-    Raises `ValueError` if one of them is invalid.
-    """
+    """Return the unpadded frame of a wire name, from the 6-byte MAC address `source`. Raises ValueError."""
     if len(source) != len(BROADCAST):
         raise ValueError(f"{source!r} is not a MAC address")
     if not is_wire_name(name):
@@ -55,9 +52,8 @@ def encode(name: bytes, source: bytes) -> bytes:
 def decode(frame: bytes | memoryview, length: int | None = None) -> bytes | None:
     """Return the wire name in a frame, or None if the frame is malformed. Never raises.
 
-    `length` is the length of the frame, if `frame` is a larger buffer or has only a part of it. NUL bytes at the end
-    are padding: network cards and QEMU fill a frame up to 60 bytes. An 802.1Q tag in front of the EtherType is skipped.
-    A frame of more than FRAME_MAX bytes is malformed.
+    `length` is the length of the frame if `frame` is a larger buffer or only the beginning of the frame. Trailing NUL
+    bytes are padding: network cards and QEMU pad a frame to 60 bytes. An 802.1Q tag before the EtherType is skipped.
     """
     if (len(frame) if length is None else length) > FRAME_MAX:
         return None

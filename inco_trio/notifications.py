@@ -1,4 +1,4 @@
-"""How a proxy reports what it does: streams of notifications, a listener, and counters of the sent signals."""
+"""The events of a proxy: streams of notifications, a listener, and the counts of the sent signals."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Notification:
 
     signal: Signal
     sequence: int
-    """Its number among all notifications of the proxy, from 1."""
+    """The number among all notifications of the proxy, from 1."""
     monotonic_ns: int
     """When it was delivered or sent, by time.monotonic_ns()."""
     time_ns: int
-    """The same by time.time_ns()."""
+    """When it was delivered or sent, by time.time_ns()."""
 
     @property
     def direction(self) -> Direction:
@@ -46,31 +46,28 @@ class Notification:
 
 
 class Listener(Protocol):
-    """Receives everything that a proxy does, at once. Its methods must not wait or raise.
-
-    `problems.board_name` has the name of the board.
-    """
+    """Receives all events of a proxy at once, for the board `problems.board_name`. No method may wait or raise."""
 
     wants_frames: bool
-    """Whether it receives the frames of the link too."""
+    """Whether `carried` needs the frames."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """Signals were delivered or sent; the first one is the proxy's notification number `sequence`, from 1.
+        """Take notifications that were delivered or sent; `sequence` is the number of the first one.
 
-        `frames` has the received frame of each one, or is empty if they are not wanted or not known.
+        `frames` has the received frame of each one, or is empty if the frames are not wanted or unknown.
         """
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """A frame was ignored or given up. `reason` is the name of the counter that counts it."""
+        """Take a frame that was ignored or given up. `reason` is the name of the counter that counts it."""
 
     def link_changed(self, running: bool) -> None:
-        """The link came up or went down."""
+        """Note that the link came up or went down."""
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """The proxy is being opened; `keep` is its `Events.keep`."""
+        """Note that the proxy is being opened; `keep` is its `Events.keep`."""
 
     def ended(self) -> None:
-        """The proxy has closed."""
+        """Note that the proxy has closed."""
 
 
 class Deaf:
@@ -78,14 +75,14 @@ class Deaf:
 
     wants_frames = False
 
-    def _ignore(self, *_: object) -> None:
-        """Ignore what is reported."""
+    def carried(self, *_: object) -> None:
+        """Ignore an event."""
 
-    carried = ignored = link_changed = opened = ended = _ignore
+    ignored = link_changed = opened = ended = carried
 
 
 class Events:
-    """Reports to streams and to the listener. The proxy never waits for them."""
+    """Passes notifications to event streams and to the listener. The proxy never waits for them."""
 
     def __init__(self, counters: Counters, history: History, listener: Listener | None = None) -> None:
         self.history = history
@@ -93,18 +90,18 @@ class Events:
         self.sent: Counter[str] = Counter()
         """Frames that the link accepted, by wire name. Each state file counts its own writes."""
         self.sent_last: dict[str, int] = {}
-        """The time of the last one, by time.time_ns()."""
+        """When the last frame was accepted, by wire name and time.time_ns()."""
         self._counters = counters
-        # A history that outlived a process continues its numbers.
+        # Continue the numbers of a history that a previous process began.
         self._sequence = history.sequence if history.keeping else 0
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
-        """State files were written for these frames, or their notifications are pending."""
+        """Report that state files were written for these frames, or that their notifications are pending."""
         self.carried(list(map(_signal_of, files)), frames)
 
     def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = ()) -> None:
-        """The link accepted frames."""
+        """Report that the link accepted frames."""
         now = time.time_ns()
         for signal in signals:
             self.sent[signal.name] += 1
@@ -135,7 +132,7 @@ class Events:
                     break
 
     def keep(self) -> History:
-        """Store notifications from now on; return the history."""
+        """Store notifications in the history from now on; return the history."""
         self.history.begin(self._sequence)
         return self.history
 
@@ -151,7 +148,6 @@ class Events:
             del self._entries[entry]
 
     def close(self) -> None:
-        """End all streams."""
         self.listener.ended()
         for entry in self._entries:
             entry.close()

@@ -1,4 +1,4 @@
-"""Nurseries whose errors reach the caller in the expected form, and long work that lets other tasks run."""
+"""Nurseries that raise errors as the caller expects them, and long work that lets other tasks run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def in_turns(steps: Generator[object, None, None]) -> None:
 
 @contextlib.asynccontextmanager
 async def plain_nursery() -> AsyncIterator[trio.Nursery]:
-    """Open a nursery that raises an IncoError as it is, and not in an ExceptionGroup."""
+    """Open a nursery that raises an IncoError unchanged instead of in an ExceptionGroup."""
     failure: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -43,9 +43,9 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
 async def starting_and_stopping(
     start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Run the tasks that `start` starts while the block runs. At its end, await `stop`, shielded.
+    """Run the tasks of `start` while the block runs. When the block ends, await `stop`, shielded.
 
-    An exception of the block is raised as it is, an exception of a task in an ExceptionGroup.
+    An exception of the block is raised unchanged, an exception of a task in an ExceptionGroup.
     """
     failure: BaseException | None = None
     try:

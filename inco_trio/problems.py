@@ -1,4 +1,4 @@
-"""What is wrong at the moment: changes of state for the log, and the board that a log line is about."""
+"""The current problems, which are logged when they change, and the board that a log line is about."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Problems:
         self._current: dict[object, str] = {}
 
     def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
-        """Set the problem of `key`; log it, with `what` (default: the key) in front, unless it is the current one."""
+        """Set the problem of `key`. If it has changed, log it after `what` (default: the key)."""
         if self._current.get(key) != problem:
             self._current[key] = problem
             logger.warning("%s: %s", key if what is None else what, problem, extra={"event": event})
 
     def well(self, key: object, what: object = None) -> bool:
-        """Remove the problem of `key` and log that it works again. Return whether there was one."""
+        """Remove the problem of `key` and log that `key` works again. Return whether `key` had a problem."""
         if self._current.pop(key, None) is None:
             return False
         logger.info("%s: works again", key if what is None else what, extra={"event": "works"})

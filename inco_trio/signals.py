@@ -31,13 +31,13 @@ class Direction(enum.Enum):
     """The direction of a signal, as core 0 sees it."""
 
     INBOUND = "inbound"
-    """Core 1 to core 0: for a frame, the proxy writes the state file."""
+    """Core 1 to core 0: the proxy writes the state file for each frame."""
     OUTBOUND = "outbound"
-    """Core 0 to core 1: for a close of the trigger file, the proxy sends a frame."""
+    """Core 0 to core 1: the proxy sends a frame when the trigger file is closed after writing."""
 
 
 def direction_of(direction: Direction | str) -> Direction:
-    """Return the direction of that value, `inbound` or `outbound`. Raises InvalidArgumentError."""
+    """Return the direction `inbound` or `outbound`. Raises InvalidArgumentError for another value."""
     try:
         return Direction(direction)
     except ValueError:
@@ -64,7 +64,7 @@ class Signal:
     """One named inter-core interrupt.
 
     `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
-    `directory`. Raises `ConfigError` if one of them is invalid.
+    `directory`. Raises ConfigError if one of these values is invalid.
     """
 
     name: str
@@ -91,7 +91,7 @@ class BuiltinSignal:
     reg: str
     """The key in `misc.ihub_config_dev.regs`."""
     register: str
-    """The default file name."""
+    """The default file name of the register."""
 
 
 BUILTIN = (
@@ -110,13 +110,13 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
     """Yield each signal that conflicts with an earlier one, and why.
 
     A wire name belongs to one signal, a trigger to one outbound signal; inbound signals may share a state register.
-    Directories are compared by their text, without following symlinks.
+    Directories are compared as text: symlinks are not followed.
     """
     names: set[str] = set()
     owners: dict[tuple[str, str], Signal] = {}
     for signal in signals:
         if signal.name in names:
-            yield signal, "is there twice"
+            yield signal, "is in the table twice"
         names.add(signal.name)
         # normpath keeps two leading slashes, which differ from one in POSIX, but not on Linux.
         directory = os.path.normpath(signal.directory).replace("//", "/")
@@ -127,10 +127,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
 
 
 class SignalTable:
-    """The signals of one proxy.
-
-    `inbound` and `outbound` map a wire name (bytes) to its signal.
-    """
+    """The signals of one proxy. `inbound` and `outbound` map a wire name (bytes) to its signal."""
 
     def __init__(self, signals: Iterable[Signal]) -> None:
         self.signals = tuple(signals)

@@ -34,20 +34,19 @@ class Counters:
     write_failures: int = 0
     """Failed attempts to write a state file. The proxy keeps the notification and retries."""
     send_failures: int = 0
-    """Failed attempts to send a frame. The proxy keeps the notification and retries unless `unsendable` counts it."""
+    """Failed attempts to send a frame. The proxy keeps the notification and retries, except for `unsendable` ones."""
     unsendable: int = 0
-    """Outbound notifications that were given up because this link can never send their frame (EMSGSIZE)."""
+    """Outbound notifications that were discarded because the link can never send their frame (EMSGSIZE)."""
     unfinished: int = 0
-    """Notifications accepted but not finished when the proxy closed. A successor that inherits them finishes them."""
+    """Notifications accepted but not finished when the proxy closed. A proxy that inherits them finishes them."""
     recovered: int = 0
-    """Notifications that a predecessor had read but not finished, and that were delivered now."""
+    """Notifications that a previous process had read but not delivered, and that this process delivered."""
     events_lost: int = 0
     """Events that a slow reader of an event stream missed. The notifications themselves were delivered or sent."""
     restarts: int = 0
     """Restarts of a failed task."""
 
     def snapshot(self) -> Stats:
-        """Return the current counts."""
         return Stats(**attrs.asdict(self))
 
 
@@ -60,9 +59,7 @@ class Stats(Counters):
         return attrs.asdict(self)
 
 
-# Each start of a proxy pays for these classes: without slots and generated methods they take half the time.
-
-
+# attrs creates these classes at each start of a proxy, in half the time without slots and repr.
 @attrs.frozen(slots=False, repr=False)
 class SignalStatus:
     """One signal."""
@@ -70,13 +67,13 @@ class SignalStatus:
     signal: str
     direction: Direction
     register: str
-    """The path of its trigger or state file."""
+    """The path of the trigger or state file."""
     count: int
-    """How often its state file was written, or its frame sent, since the signal is in the table."""
+    """How often the state file was written, or the frame sent, since the signal was added to the table."""
     last: float | None
-    """Time of the last one, in seconds since 1970."""
+    """When the state file was last written or the frame last sent, in seconds since 1970."""
     failures: int
-    """Failed attempts to write its state file or to send its frame."""
+    """Failed attempts to write the state file or to send the frame."""
     pending: int
     """Notifications that could not be written yet."""
     problem: str | None
@@ -92,7 +89,7 @@ class TaskStatus:
     problem: str | None
     """The current problem."""
     last_problem: str | None
-    """The last problem, also if it is fixed."""
+    """The last problem, even if it is fixed."""
 
 
 @attrs.frozen(slots=False, repr=False)
@@ -104,7 +101,7 @@ class Status:
     since: float
     """When the proxy was opened, in seconds since 1970."""
     table_since: float
-    """When the signal table was loaded, at the start or by the last reload, in seconds since 1970."""
+    """When the signal table was last loaded, in seconds since 1970."""
     running: bool
     """Whether the link is up and has a carrier or a peer."""
     description: str

@@ -191,7 +191,7 @@ def test_the_counters_do_not_block_the_loop(world: World) -> None:
                 busy.set()
                 go_on.wait(HANG)
 
-            proxy._beside._there(hold)
+            proxy._beside._in_trio(hold)
             assert await asyncio.to_thread(busy.wait, HANG)
             asked = asyncio.gather(proxy.stats(), proxy.status())
             await asyncio.sleep(0)
@@ -459,7 +459,7 @@ def test_no_room_for_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
     async def main() -> None:
         monkeypatch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ResourceError, match=r"a thread for unix:.*: can't start new thread"):
+        with pytest.raises(ResourceError, match=r"^unix:.*: cannot start a thread: can't start new thread"):
             async with aio.open_proxy(world.config):
                 pass
 
@@ -635,7 +635,7 @@ def test_a_trio_that_breaks_down_ends_the_block(world: World, turns: Turns, wait
 
     async def block() -> None:
         async with aio.open_proxy(world.config) as proxy:
-            proxy._beside._there(trio.lowlevel.spawn_system_task, broken)
+            proxy._beside._in_trio(trio.lowlevel.spawn_system_task, broken)
             if waits == "before":
                 await proxy.wait_for(RESET)
             elif waits == "after":

@@ -161,7 +161,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             {"link": LONG, "irq_dir": "/x"},
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],
         ),
-        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: a unix: link has none: leave it out"]),
+        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (leave it out)"]),
         (
             {"link": "a", "irq_dir": "/x", "netns": "a/b"},
             ["netns: 'a/b' (expected a name under /run/netns or an absolute path)"],
@@ -210,9 +210,9 @@ def test_what_two_boards_share_is_refused(place: Place) -> None:
     (place.home / "link").symlink_to(place.home / "a")
     configs["d"] = Config(configs["d"].link, builtin_signals(place.home / "link"))
     assert refuse_shared(configs) == {
-        "b": f"the directory {place.home}/a is also that of the board a",
-        "c": f"the link {place.home}/a.0 is also that of the board a",
-        "d": f"the directory {place.home}/link is also that of the board a",
+        "b": f"the directory {place.home}/a is already used by the board a",
+        "c": f"the link {place.home}/a.0 is already used by the board a",
+        "d": f"the directory {place.home}/link is already used by the board a",
     }
     # The one that is there already stays.
     assert set(refuse_shared(configs, {"b": configs["b"]})) == {"a", "d"}
@@ -222,13 +222,13 @@ def test_what_goes_on_keeps_what_it_has(place: Place) -> None:
     now = place.configs("a", "b", "c")
     # b has no readable file any more and goes on; d may have nothing of it.
     assert refuse_shared({"a": now["a"], "d": now["b"]}, now) == {
-        "d": f"the link {place.home}/b.0 is also that of the board b"
+        "d": f"the link {place.home}/b.0 is already used by the board b"
     }
     # a may not have what b has, and keeps what c wants.
     refused = refuse_shared({"a": now["b"], "b": now["b"], "c": now["a"]}, {name: now[name] for name in "ab"})
     assert refused == {
-        "a": f"the link {place.home}/b.0 is also that of the board b",
-        "c": f"the link {place.home}/a.0 is also that of the board a",
+        "a": f"the link {place.home}/b.0 is already used by the board b",
+        "c": f"the link {place.home}/a.0 is already used by the board a",
     }
     # Two may exchange what they have.
     assert refuse_shared({"a": now["b"], "b": now["a"]}, {name: now[name] for name in "ab"}) == {}
@@ -433,7 +433,7 @@ async def test_a_reload_that_is_refused_leaves_all_as_it_is(place: Place) -> Non
 @in_trio
 async def test_boards_that_share_something_cannot_be_opened(place: Place) -> None:
     configs = place.configs("a") | {"b": place.config("a")}
-    with pytest.raises(ConfigError, match=f"^b: the link {place.home}/a.0 is also that of the board a$"):
+    with pytest.raises(ConfigError, match=f"^b: the link {place.home}/a.0 is already used by the board a$"):
         async with open_proxies(configs):
             pass
 

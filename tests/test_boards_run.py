@@ -209,7 +209,7 @@ def test_check(boards: Boards) -> None:
     )
     boards.write("c", {"link": "rpmsg0", "irq_dir": "/x/b"})
     done = command("check", "--boards", boards.directory, "--json")
-    refused = f"{boards.directory}/c.json: the directory /x/b is also that of the board b"
+    refused = f"{boards.directory}/c.json: the directory /x/b is already used by the board b"
     assert (done.returncode, done.stderr) == (78, f"inco-trio: error: {refused}\n")
     said = json.loads(done.stdout)
     assert [board["name"] for board in said["boards"]] == ["a", "b"]

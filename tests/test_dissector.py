@@ -59,7 +59,7 @@ def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
     path = tmp_path / ".local/lib/wireshark/plugins/inco_trio.lua"
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: installed\n", "")
     assert path.read_text() == LUA.read_text()
-    assert dissector(tmp_path, "--install").stdout == f"{path}: is installed already\n"
+    assert dissector(tmp_path, "--install").stdout == f"{path}: already installed\n"
     path.write_text("older")
     assert dissector(tmp_path, "--install").stdout == f"{path}: replaced\n"
     assert path.read_text() == LUA.read_text()
@@ -148,7 +148,7 @@ def test_what_a_capture_has_cut_is_not_named(home: Path) -> None:
     header = struct.pack("<IHHIIII", 0xA1B2C3D4, 2, 4, 0, 0, 20, ETHERNET)
     (home / "f").write_bytes(header + struct.pack("<IIII", 1, 0, 20, len(frame)) + frame[:20])
     assert tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol") == [
-        ["", "Not captured whole", "inco"]
+        ["", "Truncated capture", "inco"]
     ]
 
 

@@ -68,19 +68,16 @@ def test_processes_and_what_they_have(tree: Tree) -> None:
     processes = look(tree.root, BOOTED)
     assert processes.mounted
     assert not processes.unseen
-    proxy = processes.by_pid(3)
-    assert proxy is not None
+    proxy, holder = processes.all
+    assert (proxy.pid, holder.pid) == (3, 20)
     assert (proxy.name, proxy.uid, proxy.started) == ("python3", 5, BOOTED + 8)
     assert (proxy.sockets, proxy.instances) == (frozenset({77, 78}), 2)
     assert proxy.watches == ((os.makedev(254, 1), 42),)
     assert (proxy.is_proxy, proxy.is_holder) == (True, False)
-    holder = processes.by_pid(20)
-    assert holder is not None
     assert (holder.is_proxy, holder.is_holder) == (False, True)
     assert processes.with_socket(77) == [proxy, holder]
     assert processes.watching(os.makedev(254, 1), 42) == [proxy]
     assert processes.watching(os.makedev(254, 1), 43) == []
-    assert processes.by_pid(4) is None
 
 
 def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
@@ -109,7 +106,7 @@ def test_no_proc(tmp_path: Path) -> None:
     assert (processes.all, processes.mounted) == ((), False)
     assert only(machine.proc(processes)) == (
         "warn",
-        "/proc: is not mounted: processes, limits and filesystems cannot be looked at",
+        "/proc: not mounted: cannot inspect processes, limits and filesystems",
         "mount -t proc proc /proc",
     )
     # What cannot be looked at is passed over.
@@ -161,14 +158,14 @@ def test_what_a_holder_is_called(name: str, holder: bool) -> None:
 @pytest.mark.parametrize(
     ("uid", "capabilities", "level", "text", "fix"),
     [
-        (0, NET_RAW, "ok", "CAP_NET_RAW is effective for this user (uid 0)", None),
-        (5, NET_RAW | NET_ADMIN, "ok", "CAP_NET_RAW is effective for this user (uid 5)", None),
-        (0, NET_ADMIN, "fail", "CAP_NET_RAW is not effective, although this is root: give the container NET_RAW", None),
+        (0, NET_RAW, "ok", "this user (uid 0) has CAP_NET_RAW", None),
+        (5, NET_RAW | NET_ADMIN, "ok", "this user (uid 5) has CAP_NET_RAW", None),
+        (0, NET_ADMIN, "fail", "root does not have CAP_NET_RAW: start the container with --cap-add NET_RAW", None),
         (
             5,
             0,
             "fail",
-            "CAP_NET_RAW is not effective for this user (uid 5)",
+            "this user (uid 5) does not have CAP_NET_RAW",
             "setpriv --reuid 5 --regid 7 --init-groups --inh-caps +net_raw --ambient-caps +net_raw inco-trio run l0",
         ),
     ],
@@ -225,11 +222,11 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
     assert found() == []
     limits(tree, 128, 1000)
     assert found() == [
-        ("OK", f"fs.inotify.max_user_instances: uid {uid} has taken at most 8 of 128", None),
-        ("OK", f"fs.inotify.max_user_watches: uid {uid} has taken at most 36 of 1000", None),
+        ("OK", f"fs.inotify.max_user_instances: uid {uid} uses at most 8 of 128", None),
+        ("OK", f"fs.inotify.max_user_watches: uid {uid} uses at most 36 of 1000", None),
         (
             "OK",
-            "fs.inotify.max_queued_events: 16384 events wait in order while a link is down, two for each close",
+            "fs.inotify.max_queued_events: 16384 events are queued in order while a link is down, two for each close",
             None,
         ),
     ]
@@ -257,7 +254,7 @@ def test_unix_queue(tree: Tree, length: str, level: str) -> None:
     tree.put("proc/sys/net/unix/max_dgram_qlen", length)
     found = only(machine.unix_queue(tree.root))
     assert found[0] == level
-    assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames wait")
+    assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames are queued")
     assert found[2] == (None if level == "ok" else "sysctl -w net.unix.max_dgram_qlen=10")
 
 
@@ -278,12 +275,16 @@ BRIDGE = interface("br0")
     [
         (interface(), None, []),
         (interface(up=False, running=False), None, [("the interface is down", "ip link set dev l0 up")]),
-        (interface(running=False), None, [("the interface is up without a carrier: bring its other end up", None)]),
-        (interface(mtu=63), None, [("MTU 63: the longest signal's name has 64 bytes", "ip link set dev l0 mtu 1500")]),
+        (interface(running=False), None, [("the interface is up without a carrier: bring the peer up", None)]),
+        (
+            interface(mtu=63),
+            None,
+            [("MTU 63: too small (signal names", "ip link set dev l0 mtu 1500")],
+        ),
         (interface(mtu=64), None, []),
         (interface(master=5, port_of="bond"), BRIDGE, []),
         (interface(master=5, port_of="bridge"), BRIDGE, [("is a port of the bridge br0, which", "inco-trio run br0")]),
-        (interface(master=5, port_of="bridge"), None, [("is a port of the bridge of another network names", None)]),
+        (interface(master=5, port_of="bridge"), None, [("is a port of the bridge in another network names", None)]),
         (interface("a;b", up=False), None, [("the interface is down", "ip link set dev 'a;b' up")]),
     ],
 )
@@ -310,7 +311,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-63", ["1", "1,00000000"], True, "warn", "rps_cpus is 1, 1,00000000: several CPUs", ALL_CPUS),
         ("0-1", ["0", "0"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0", "1"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
-        ("0-1", ["0"], False, "warn", "rps_cpus is 0: the CPU that sends", ALL_CPUS),
+        ("0-1", ["0"], False, "warn", "rps_cpus is 0: the sending CPU handles", ALL_CPUS),
         # A kernel without RPS.
         ("0-1", [None, None], True, "warn", "2 receive queues", "ethtool -L l0 combined 1"),
         ("0-1", [None], True, "ok", "one receive queue", None),
@@ -354,7 +355,7 @@ def test_the_sys_of_another_network_namespace(tree: Tree, index: str | None, add
         tree.put("sys/class/net/l0/address", str(address))
     assert only(links.order(interface(), tree.root)) == (
         "warn",
-        "l0: its queues cannot be looked at: /sys is not that of this network namespace",
+        "l0: cannot inspect its queues: /sys belongs to another network namespace",
         "mount -t sysfs sysfs /sys",
     )
 
@@ -366,7 +367,7 @@ def test_interfaces_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(links, "Rtnetlink", refuse)
     found, results = links.interface("l0")
     assert found is None
-    assert only(results) == ("warn", "l0: interfaces cannot be looked at (rtnetlink): Too many open files", None)
+    assert only(results) == ("warn", "l0: cannot list interfaces (rtnetlink): Too many open files", None)
 
 
 def unix(home: Path) -> UnixAddress:
@@ -391,49 +392,49 @@ def test_the_path_of_a_socket(tmp_path: Path) -> None:
     home = tmp_path / "of links"
     address, path = unix(home), home / "a"
     found = only(links.socket_path(address))
-    assert found == ("fail", f"{home}: does not exist: sockets are made there", f"mkdir -p '{home}'")
+    assert found == ("fail", f"{home}: does not exist: the proxy creates its socket there", f"mkdir -p '{home}'")
     mended(found)
-    free = ("ok", f"{home}: the proxy can make its socket there", None)
+    free = ("ok", f"{home}: the proxy can create its socket there", None)
     assert only(links.socket_path(address)) == free
     with datagram(path):
-        assert only(links.socket_path(address)) == ("ok", f"{path}: a process is bound there", None)
-    ended = f"{path}: is that of a process that has ended: the next proxy takes it over"
+        assert only(links.socket_path(address)) == ("ok", f"{path}: a process is bound to it", None)
+    ended = f"{path}: left by a process that has ended: the next proxy replaces it"
     assert only(links.socket_path(address)) == ("ok", ended, None)
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
         found = only(links.socket_path(address))
-        text = f"{path}: a live process is bound there, by another type of socket: name another path"
+        text = f"{path}: another type of socket is bound to it: use another path"
         assert found == ("fail", text, None)
     path.unlink()
     for make, kind in ((Path.mkdir, "a directory"), (Path.touch, "a file"), (os.mkfifo, "a FIFO")):
         make(path)
         found = only(links.socket_path(address))
-        assert found[:2] == ("fail", f"{path}: is no socket but {kind}: the proxy cannot be bound there")
+        assert found[:2] == ("fail", f"{path}: {kind}, not a socket: the proxy cannot bind its socket there")
         mended(found)
         assert only(links.socket_path(address)) == free
     (tmp_path / "file").touch()
     assert only(links.socket_path(unix(tmp_path / "file"))) == (
         "fail",
-        f"{tmp_path}/file/a: cannot be looked at: Not a directory",
+        f"{tmp_path}/file/a: cannot be inspected: Not a directory",
         None,
     )
 
 
 def test_the_path_of_the_peer(tmp_path: Path) -> None:
     address, path = unix(tmp_path), tmp_path / "b"
-    nobody = "fail", f"{path}: no process is bound there (No such file or directory): start core 1, as QEMU", None
+    nobody = "fail", f"{path}: no process is bound to it (No such file or directory): start core 1", None
     assert only(links.peer(address)) == nobody
     with datagram(path) as sock:
-        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
         # One that takes nobody but us.
         sock.connect(str(path))
-        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound there", None)
-    assert "no process is bound there (Connection refused)" in only(links.peer(address))[1]
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
+    assert "no process is bound to it (Connection refused)" in only(links.peer(address))[1]
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
-        text = f"{path}: takes no frames: Protocol wrong type for socket"
+        text = f"{path}: does not receive frames: Protocol wrong type for socket"
         assert only(links.peer(address)) == ("fail", text, None)
 
 
@@ -445,7 +446,7 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
     found = only(registers.directory(path))
     assert found == (
         "warn",
-        f"{path}: does not exist: a proxy makes it when it starts, and 60 s after it was removed",
+        f"{path}: does not exist: a proxy creates it at its start, and 60 s after a removal",
         f"mkdir -p '{path}'",
     )
     mended(found)
@@ -454,8 +455,8 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
     path.rmdir()
     path.touch()
     found = only(registers.directory(path))
-    assert found == ("fail", f"{path}: is no directory: name another one, or remove it", f"rm '{path}'")
-    assert only(registers.directory(path / "a"))[1] == f"{path}/a: cannot be looked at: Not a directory"
+    assert found == ("fail", f"{path}: not a directory: use another path, or remove it", f"rm '{path}'")
+    assert only(registers.directory(path / "a"))[1] == f"{path}/a: cannot be inspected: Not a directory"
 
 
 def test_what_this_user_may_not_do(tmp_path: Path) -> None:
@@ -476,7 +477,7 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
         for result in found:
             mended(("", "", result.fix))
         assert only(registers.kinds(signals))[0] == "ok"
-        text = f"{ours}: cannot be connected to: Permission denied"
+        text = f"{ours}: cannot connect to it: Permission denied"
         assert only(links.socket_path(address)) == ("fail", text, None)
         refused = only(links.peer(address))
         assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to it")
@@ -485,7 +486,7 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
         ours.unlink()
         home.chmod(0o500)
         checks: list[tuple[Callable[[], Iterable[Result]], str]] = [
-            (lambda: links.socket_path(address), "may not make a socket there"),
+            (lambda: links.socket_path(address), "may not create a socket there"),
             (lambda: registers.directory(home), "may not read and write it"),
         ]
         for check, text in checks:
@@ -505,7 +506,7 @@ def test_the_owner_permits_itself_and_anybody_else_is_made_the_owner(tmp_path: P
 def test_what_registers_are(tmp_path: Path) -> None:
     signals = builtin_signals(tmp_path)
     names = "message_4_state, message_5_state, message_6_trig"
-    fine = "ok", f"{tmp_path}: {names}: regular files, or still to be made", None
+    fine = "ok", f"{tmp_path}: {names}: regular files, or not created yet", None
     assert only(registers.kinds(signals)) == fine
     path = tmp_path / "message_6_trig"
     path.touch()
@@ -519,7 +520,7 @@ def test_what_registers_are(tmp_path: Path) -> None:
     ):
         make(path)
         found = only(registers.kinds(signals))
-        assert found[:2] == ("fail", f"{path}: is no regular file but {kind}: the proxy refuses it")
+        assert found[:2] == ("fail", f"{path}: {kind}, not a regular file: the proxy refuses it")
         mended(found)
         assert only(registers.kinds(signals)) == fine
 
@@ -530,11 +531,11 @@ MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
 @pytest.mark.parametrize(
     ("kind", "level", "text"),
     [
-        ("tmpfs", "ok", "is on a filesystem of type tmpfs, and inotify reports what is done there"),
+        ("tmpfs", "ok", "is on a filesystem of type tmpfs; inotify works there"),
         ("proc", "fail", f"is on a filesystem of type proc: {UNREPORTED['proc']}; use a local one, such as tmpfs"),
         ("9p", "warn", f"is on a filesystem of type 9p: {UNREPORTED['9p']}; use a local one, such as tmpfs"),
         ("nfs4", "warn", f"is on a filesystem of type nfs4: {UNREPORTED['nfs4']}; use a local one, such as tmpfs"),
-        (None, "ok", "the type of its filesystem is unknown, and inotify reports what is done there"),
+        (None, "ok", "is on a filesystem of unknown type; inotify works there"),
     ],
 )
 def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, text: str) -> None:
@@ -550,14 +551,14 @@ def test_a_filesystem_on_which_inotify_is_silent(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(registers, "_opening_is_reported", lambda _: False)
     level, text, fix = only(registers.reported(tmp_path))
     assert (level, fix) == ("fail", None)
-    assert text.endswith(", and inotify reports nothing there; use tmpfs")
+    assert text.endswith("; inotify reports nothing there; use tmpfs")
 
 
 def test_a_directory_that_cannot_be_watched(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     level, text, _ = only(registers.reported(tmp_path / "file"))
     assert level == "fail"
-    assert text.endswith("; it cannot be watched: Not a directory")
+    assert text.endswith("; cannot watch it: Not a directory")
 
 
 def test_registers_that_are_held_open(tmp_path: Path) -> None:
@@ -585,13 +586,13 @@ def test_whether_a_proxy_watches_the_triggers(tmp_path: Path, monkeypatch: pytes
     path.touch()
     assert only(registers.watched(signals, process(3))) == (
         "fail",
-        f"{path}: process 3 does not watch it: what is written there is not seen by that proxy",
+        f"{path}: process 3 does not watch it, so the proxy misses notifications",
         "kill -HUP 3",
     )
     proxy = process(3, watches=(place(path),))
     assert only(registers.watched(signals, proxy)) == (
         "ok",
-        f"{path}: process 3 sees what is written there",
+        f"{path}: process 3 watches them",
         None,
     )
     monkeypatch.setattr(registers, "filesystem", lambda path: (path, "overlay"))
@@ -642,31 +643,31 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
 @pytest.mark.parametrize(
     ("users", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), "ok", "process 30 (inco-trio) carries it, and no other process", None),
-        (Users((), (LISTENER,), (), 0), "ok", "process 40 (python3) carries it, and no other process", None),
-        (Users((), (), (), 0), "warn", "no proxy runs on it", "inco-trio run l0"),
+        (Users((PROXY,), (), (HOLDER,), 0), "ok", "only process 30 (inco-trio) serves the link", None),
+        (Users((), (LISTENER,), (), 0), "ok", "only process 40 (python3) serves the link", None),
+        (Users((), (), (), 0), "warn", "no proxy serves this link", "inco-trio run l0"),
         (
             Users((), (), (HOLDER,), 0),
             "warn",
-            "no proxy runs on it; 2 (s6-fdholderd) keeps notifications for the next one",
+            "no proxy serves this link; 2 (s6-fdholderd) keeps notifications for the next proxy",
             "inco-trio run l0",
         ),
         (
             Users((PROXY, SECOND), (LISTENER,), (), 0),
             "fail",
-            "2 proxies: 30 (inco-trio), 20 (inco-trio): each of them takes each frame",
+            "2 proxies: 30 (inco-trio), 20 (inco-trio): each receives each frame",
             "kill 20",
         ),
         (
             Users((PROXY,), (LISTENER,), (), 0),
             "warn",
-            "several processes have it open: 30 (inco-trio), 40 (python3): of two proxies, each takes each frame",
+            "several processes use it: 30 (inco-trio), 40 (python3): if two are proxies, each receives each frame",
             None,
         ),
         (
             Users((), (), (), 1),
             "warn",
-            "a process that this user may not inspect has a socket of it; root can find out which",
+            "a process that this user may not inspect has a socket of this link; only root can see which one",
             "sudo inco-trio doctor l0",
         ),
     ],
@@ -678,12 +679,12 @@ def test_one_proxy_carries_a_link(users: Users, level: str, text: str, fix: str 
 @pytest.mark.parametrize(
     ("users", "unseen", "level", "text", "fix"),
     [
-        (Users((PROXY,), (), (HOLDER,), 0), True, "ok", "process 2 (s6-fdholderd) keeps its socket over", None),
+        (Users((PROXY,), (), (HOLDER,), 0), True, "ok", "process 2 (s6-fdholderd) keeps its socket while", None),
         (
             Users((PROXY,), (), (), 0),
             True,
             "warn",
-            "this user cannot see whether an fd store keeps its socket over a restart",
+            "this user cannot see whether an fd store keeps its socket while the proxy restarts",
             "sudo inco-trio doctor l0",
         ),
         (
@@ -711,7 +712,7 @@ def test_one_proxy_carries_a_link(users: Users, level: str, text: str, fix: str 
             Users((process(3, "inco-trio run l0 --fd-holder s"),), (), (), 0),
             False,
             "fail",
-            "process 3 was started with --fd-holder, but no fd store has its socket: see its log",
+            "process 3 was started with --fd-holder, but no fd store has its socket: see the proxy's log",
             None,
         ),
     ],
@@ -746,7 +747,7 @@ def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(four, three, *aside))) == (
         "fail",
-        f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each of them sends each notification",
+        f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each sends each notification",
         "kill 4",
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"
@@ -758,14 +759,14 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     assert list(proxies.configuration(path, PROXY)) == []
     path.touch()
     os.utime(path, (100, 100))
-    text = f"{path}: process 3 has read it since it was changed"
+    text = f"{path}: process 3 has read the current version"
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
     level, _, fix = only(proxies.configuration(path, process(3, started=99)))
     assert (level, fix) == ("warn", "kill -HUP 3")
     # Once it tells itself.
     assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
     level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
-    assert (level, text) == ("warn", f"{path}: was changed after process 3 read it")
+    assert (level, text) == ("warn", f"{path}: changed after process 3 read it")
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -851,7 +852,7 @@ def test_a_configuration_that_is_refused_hinders_nothing_else(tmp_path: Path) ->
     assert len(refused) > 1
     udrv.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(tmp_path / "irq")}}}))
     done = run("--config", udrv)
-    assert done.stdout.startswith(b"ok   %b: names 3 signals\n" % bytes(udrv))
+    assert done.stdout.startswith(b"ok   %b: valid, 3 signals\n" % bytes(udrv))
     assert b"warn %b/irq: does not exist" % bytes(tmp_path) in done.stdout
 
 
@@ -906,7 +907,7 @@ def shown(tmp_path: Path, **environment: str) -> bytes:
 
 
 def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
-    line = b"%b/b: no process is bound there" % bytes(tmp_path)
+    line = b"%b/b: no process is bound to it" % bytes(tmp_path)
     coloured = shown(tmp_path)
     assert b"\033[31mfail\033[m " + line in coloured
     assert b"\033[32mok  \033[m " in coloured

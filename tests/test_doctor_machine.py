@@ -101,7 +101,7 @@ def test_without_proc(cores: Cores) -> None:
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
     first, *rest = done.stdout.decode().splitlines()
     assert done.stderr == b""
-    assert first.startswith("warn /proc: is not mounted: ")
+    assert first.startswith("warn /proc: not mounted: ")
     assert first.endswith(": run: mount -t proc proc /proc")
     # What needs no /proc is looked at all the same.
     assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
@@ -129,7 +129,7 @@ def test_the_capability(cores: Cores, nobody: list[str]) -> None:
         tree.put("proc/self/status", given)
         (after,) = machine.capability(cores.link, tree.root)
     assert after.level.name == "OK"
-    assert after.found == f"CAP_NET_RAW is effective for this user (uid {pwd.getpwnam('nobody').pw_uid})"
+    assert after.found == f"this user (uid {pwd.getpwnam('nobody').pw_uid}) has CAP_NET_RAW"
 
 
 def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
@@ -162,8 +162,11 @@ def test_the_limits_of_inotify(cores: Cores, what: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ("instances", "it cannot be watched: raise fs.inotify.max_user_instances or ulimit -n"),
-        ("watches", "it cannot be watched: the limit of inotify watches is reached: raise fs.inotify.max_user_watches"),
+        ("instances", "cannot watch it: raise fs.inotify.max_user_instances or ulimit -n"),
+        (
+            "watches",
+            "cannot watch it: the limit of inotify watches is reached: raise fs.inotify.max_user_watches",
+        ),
     ],
 )
 def test_a_directory_that_no_watch_is_left_for(cores: Cores, tmp_path: Path, setting: str, reason: str) -> None:
@@ -206,10 +209,10 @@ def wait_running(cores: Cores) -> None:
 def test_an_interface_that_works(cores: Cores) -> None:
     found = doctor(cores.core0, cores.link)
     for check, text in (
-        ("capability", "CAP_NET_RAW is effective for this user"),
+        ("capability", f"this user (uid {os.geteuid()}) has CAP_NET_RAW"),
         ("state", "the interface is up and has a carrier"),
-        ("mtu", "MTU 1500 holds every signal's name"),
-        ("bridge", "is no port of a bridge"),
+        ("mtu", "MTU 1500 is large enough"),
+        ("bridge", "is not a port of a bridge"),
     ):
         result = of(found, check)
         assert (result["level"], result["subject"]) == ("ok", cores.link)
@@ -230,14 +233,14 @@ def test_an_interface_whose_other_end_is_down(cores: Cores) -> None:
     cores.core1.run(lambda: subprocess.run(command, check=True))
     result = of(doctor(cores.core0, cores.link), "state")
     assert (result["level"], result["fix"]) == ("fail", None)
-    assert result["found"].startswith("the interface is up without a carrier: bring its other end up")
+    assert result["found"].startswith("the interface is up without a carrier: bring the peer up")
 
 
 def test_an_interface_that_is_missing(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")
     assert result["level"] == "fail"
-    assert result["found"].startswith("there is no such interface (there are: lo")
+    assert result["found"].startswith("no such interface (there are: lo")
 
 
 def test_an_interface_that_is_a_port_of_a_bridge(cores: Cores) -> None:
@@ -317,7 +320,7 @@ def test_no_proxy_one_or_two_on_an_interface(cores: Cores, proxy: StartProxy, tm
     found = doctor(cores.core0, cores.link)
     result = of(found, "proxy")
     assert result["level"] == "ok"
-    assert result["found"].startswith(f"process {one.pid} (python")
+    assert result["found"].startswith(f"only process {one.pid} (python")
     assert of(found, "descriptors")["level"] == "warn"
     two = proxy("--irq-dir", tmp_path / "two")
     result = of(doctor(cores.core0, cores.link), "proxy")
@@ -332,8 +335,8 @@ def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path
     result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
         assert (result["level"], result["fix"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
-        assert result["found"].startswith("a process that this user may not inspect has a socket of it")
-    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"process {running.pid} ")
+        assert result["found"].startswith("a process that this user may not inspect has a socket of this link")
+    assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"only process {running.pid} ")
 
 
 def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path) -> None:
@@ -352,7 +355,7 @@ def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Pa
         two.close()
     result = of(doctor(cores.core0, "--irq-dir", irq_dir), "proxy")
     assert result["level"] == "ok"
-    assert result["found"].startswith(f"process {one.pid} ")
+    assert result["found"].startswith(f"only process {one.pid} ")
 
 
 def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
@@ -392,12 +395,12 @@ def test_the_holder(cores: Cores, tmp_path: Path) -> None:
         for result in found:
             if result["check"] == "proxy":
                 assert result["level"] == "ok"
-                assert result["found"].startswith(f"process {main_process(service.directory)} ")
+                assert result["found"].startswith(f"only process {main_process(service.directory)} ")
         # While it is down, the holder alone has the socket.
         service.control("-d")
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)
         result = of(found, "proxy")
         assert result["level"] == "warn"
-        assert result["found"].startswith("no proxy runs on it; ")
+        assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]

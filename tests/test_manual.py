@@ -102,7 +102,7 @@ def test_readers_have_no_complaint(page: Path) -> None:
         check=True,
     )
     assert shown.stderr == ""
-    assert "$UDRV_JSON_PATH names" in shown.stdout or page.stem != "inco_proxy"
+    assert "in $UDRV_JSON_PATH" in shown.stdout or page.stem != "inco_proxy"
     assert "--after 'inco-trio send redun_notify_irq'" in shown.stdout or page.stem != "inco-trio-wait"
 
 

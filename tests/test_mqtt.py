@@ -228,7 +228,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway(boards=["b1", "b3"])
     reader.until_status("b1", state="online")
-    assert "b3: no proxy has a board of that name yet" in gateway.log
+    assert "b3: no proxy has a board with this name yet" in gateway.log
     add("b3")
     proxy.process.send_signal(signal.SIGHUP)
     reader.until_status("b3", state="online")
@@ -314,9 +314,9 @@ def test_one_gateway_follows_and_another_says_so(bench: Bench) -> None:
     second = Gateway(bench.home / "second.log", "mqtt", f"{bench.broker.url}2", "--control", bench.board.path)
     bench.stack.callback(second.close)
     second.wait_ready()
-    while "follows already" not in second.log:
+    while "already follows" not in second.log:
         assert second.process.poll() is None
-    assert f"process {first.process.pid} follows already" in second.log
+    assert f"process {first.process.pid} already follows" in second.log
     later = Reader(bench.broker, "lab2/#", name="later")
     bench.stack.callback(later.close)
     first.end()

@@ -85,15 +85,15 @@ def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
     connecting(where, identity(ours.ca, of_client))
     wrong = refusal(where, identity(others.ca, of_client))
     assert isinstance(wrong, BrokerRefused)
-    assert "certificate is refused" in str(wrong)
+    assert "certificate is not valid" in str(wrong)
     assert "client certificate" in str(refusal(where, identity(ours.ca, None)))
     assert "certificate" in str(refusal(where, identity(ours.ca, stranger)))
     elsewhere = Broker("localhost", broker.port, tls=True, prefix="lab")
-    assert "localhost" in str(refusal(elsewhere, identity(ours.ca, of_client))).split("refused")[1]
-    assert "does it want TLS" in str(refusal(at(broker.port), Credentials()))
-    assert "files of its certificates" in str(refusal(where, identity(tmp_path / "nowhere", None)))
+    assert "localhost" in str(refusal(elsewhere, identity(ours.ca, of_client))).split("not valid", 1)[1]
+    assert "does it need TLS" in str(refusal(at(broker.port), Credentials()))
+    assert "the certificate files" in str(refusal(where, identity(tmp_path / "nowhere", None)))
     (tmp_path / "empty").touch()
-    assert "files of its certificates" in str(refusal(where, identity(tmp_path / "empty", of_client)))
+    assert "the certificate files" in str(refusal(where, identity(tmp_path / "empty", of_client)))
 
 
 def test_a_certificate_that_has_ended(tmp_path: Path, stack: ExitStack) -> None:
@@ -190,7 +190,7 @@ def test_a_broker_that_ends_the_connection() -> None:
         async def main() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(trio.to_thread.run_sync, hang_up)
-                with pytest.raises(BrokerLostError, match=r"without an answer|broke"):
+                with pytest.raises(BrokerLostError, match=r"without an answer|broke|reset"):
                     async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
                         pytest.fail("it did not answer")
 
@@ -361,8 +361,8 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["http://x"], 2, "it is mqtt://"),
-        (["mqtt://me:word@x"], 2, "user and password are named in the file"),
+        (["http://x"], 2, "unknown scheme (expected mqtt://"),
+        (["mqtt://me:word@x"], 2, "has a user or password"),
         (["mqtt://x", "--config", "/nowhere"], 78, "/nowhere: cannot be read"),
         (["mqtt://x", "--notification-fd", "99"], 2, "--notification-fd 99"),
     ],

@@ -229,7 +229,7 @@ def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:
     there.leave()
     for number in range(5):
         here.send(frame(number))
-    wire.wait_log("frames wait for it")
+    wire.wait_log("frames wait for the core")
     there.socket = there.bound()
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
@@ -255,7 +255,7 @@ def test_two_that_are_the_same_end(bench: Bench) -> None:
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
     assert wire.process.wait(HANG) == 69
-    assert "another process is core0 too: stop one of them" in wire.log
+    assert "another process is also core0: stop one of them" in wire.log
     bench.cores[0].wire = bench.home / "other"
     bench.cores[0].send(frame(1))
     bench.wire(1)
@@ -272,9 +272,9 @@ def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
     wire.wait_log("core1 is online")
     bench.broker.end(signal.SIGKILL)
     (bench.broker.directory / "mosquitto.db").write_bytes(older)
-    before = wire.log.count("connected, as core0")
+    before = wire.log.count("connected as core0")
     bench.broker.start()
-    wire.wait_log("connected, as core0", before + 1)
+    wire.wait_log("connected as core0", before + 1)
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
     assert wire.process.poll() is None

@@ -287,7 +287,7 @@ def test_what_is_not_a_rule_of_ours(tmp_path: Path) -> None:
         (
             "unix:/a\nb,peer=/c",
             2,
-            complaint("link 'unix:/a\\nb,peer=/c': contains a line break, which the name of a service cannot"),
+            complaint("link 'unix:/a\\nb,peer=/c': contains a line break (invalid in the name of a service)"),
         ),
         (
             "unix:/fdholder,peer=/c",

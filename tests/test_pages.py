@@ -35,7 +35,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = {
     "systemctl enable --now ./inco-trio.service": "it would change the machine",
     "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/inco-trio demo": "the session `fresh` runs it",
-    "python3 -m venv .venv && .venv/bin/pip install nox && .venv/bin/nox": "the session `fresh` runs it",
+    "python3 -m venv .venv && .venv/bin/pip install 'nox[uv]' && .venv/bin/nox": "the session `fresh` runs it",
     "core 0 (Linux)": "a picture",
     "serve(config)": "a picture",
     "host A ": "a picture",

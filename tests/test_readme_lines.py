@@ -139,7 +139,7 @@ def test_every_line_runs(cores: Cores, core1: Peer, tmp_path: Path) -> None:
         assert " notifications in night.pcapng" in recorded[-1]
         assert "inco_trio.lua: installed" in shell.run("inco-trio dissector")
         assert "core 1 > core 0  ihub_hwwd_irq" in shell.run("tshark -r")
-        assert "drawn to night.svg" in shell.run("inco-trio plot")
+        assert "plotted to night.svg" in shell.run("inco-trio plot")
         # Nobody answers: what is expected does not come back.
         assert "ihub_hwwd_irq: " in shell.run("inco-trio replay night.pcapng rpmsg4000", 1)
         assert "redun_notify_irq: " in shell.run("inco-trio replay night.pcapng --irq-dir", 0, 1)

@@ -264,7 +264,7 @@ def test_others_may_wait_if_the_group_lets_them_but_not_send(board: Board, nobod
 
     assert error(ask("wait", "ihub_hwwd_irq"))[0] == 77
     board.path.chmod(0o666)
-    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user that the proxy runs as may send")
+    assert error(ask("send", "redun_notify_irq")) == (77, "only root and the user of the proxy may send")
     assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 
@@ -520,13 +520,13 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("send", "x", "--count", "0"), "argument --count: '0': expected an integer above 0 with at most 12 digits"),
         (("send", "x", "--count", "-1"), "argument --count: '-1': expected an integer above 0 with at most 12 digits"),
         (("send", "x", "--count", "9" * 5000), ": expected an integer above 0 with at most 12 digits"),
-        (("send", "x", "--rate", "0"), "argument --rate: '0' is not a number above 0"),
-        (("send", "x", "--rate", "nan"), "argument --rate: 'nan' is not a number above 0"),
-        (("send", "x", "--rate", "inf"), "argument --rate: 'inf' is not a number above 0"),
-        (("send", "x", "--rate", "many"), "argument --rate: 'many' is not a number above 0"),
-        (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan' is not a number of seconds, 0 or more"),
-        (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1' is not a number of seconds, 0 or more"),
-        (("send", "x", "--as", "core0", "l"), "--as core0: only core1 can be played"),
+        (("send", "x", "--rate", "0"), "argument --rate: '0': expected a number above 0"),
+        (("send", "x", "--rate", "nan"), "argument --rate: 'nan': expected a number above 0"),
+        (("send", "x", "--rate", "inf"), "argument --rate: 'inf': expected a number above 0"),
+        (("send", "x", "--rate", "many"), "argument --rate: 'many': expected a number above 0"),
+        (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan': expected a number of seconds, 0 or more"),
+        (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1': expected a number of seconds, 0 or more"),
+        (("send", "x", "--as", "core0", "l"), "--as core0: unknown core (expected core1)"),
         (("send", "x", "--as", "core1", "a/b"), "link 'a/b': is neither"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),

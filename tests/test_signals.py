@@ -76,7 +76,7 @@ A_IN = Signal("a", IN, IRQ, "r")
         (A_IN, Signal("b", OUT, IRQ, "r"), "'/irq/r' is the state register of a already"),
         (A_OUT, Signal("b", OUT, Path("/x/../irq/./"), "r"), "'/x/../irq/r' is the trigger of a already"),
         (A_OUT, Signal("b", OUT, Path("//irq"), "r"), "'//irq/r' is the trigger of a already"),
-        (A_IN, Signal("a", IN, IRQ, "s"), "is there twice"),
+        (A_IN, Signal("a", IN, IRQ, "s"), "is in the table twice"),
     ],
 )
 def test_signals_that_exclude_each_other(first: Signal, second: Signal, why: str) -> None:

@@ -133,7 +133,7 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
 
 
 def test_labels_of_any_kind_are_escaped() -> None:
-    text = openmetrics((BoardStatus('a"b\\c\nd\udcff', "x"),))
+    text = openmetrics([BoardStatus('a"b\\c\nd\udcff', "x")])
     families = {family.name: family for family in text_string_to_metric_families(text)}
     (sample,) = families["inco_trio_open"].samples
     assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)

@@ -1,8 +1,8 @@
 """The proxy for asyncio code.
 
-`open_proxy` is for a program of asyncio: the proxy runs beside its loop, in a thread of its own. `on_notification` and
-`run` let asyncio code take part in a Trio program, through trio-asyncio. They import it when they are first used, and
-that replaces asyncio's event loop policy in the whole process; nothing else of the package does so.
+`open_proxy` is for asyncio programs: the proxy runs in its own thread beside the asyncio loop. `on_notification` and
+`run` are for asyncio code in a Trio program. They import trio-asyncio on first use, which replaces the event loop
+policy of asyncio in the whole process.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, contextmanager, suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -24,33 +23,26 @@ from inco_trio.errors import ClosedError
 from inco_trio.notifications import Notification
 from inco_trio.proxy import proxy as trio_proxy
 from inco_trio.signals import Direction
-from inco_trio.status import Stats
-
-if TYPE_CHECKING:
-    from inco_trio.status import Status
+from inco_trio.status import Stats, Status
 
 __all__ = ["AsyncioProxy", "Proxy", "on_notification", "open_proxy", "run"]
 
 T = TypeVar("T")
 
 BATCH = 64
-"""The most notifications that come to the loop at once."""
-
-
-# ------------------------------------------------------------------------------------------------ an asyncio program
+"""Limit of the notifications that are passed to the asyncio loop at once."""
 
 
 def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
-    """Open a proxy that carries signals while the block runs, and is stopped cleanly however that ends.
+    """Run a proxy in its own thread while the block runs, and stop the proxy cleanly when the block ends.
 
-    As `inco_trio.open_proxy`, with the same errors. It runs in a thread of its own, which has ended when this has: what
-    the loop is busy with never holds a notification up.
+    A busy asyncio loop therefore never delays a notification. The errors are those of `inco_trio.open_proxy`.
     """
     return _Opening(config)
 
 
 class _Opening(AbstractAsyncContextManager["Proxy"]):
-    """No generator: before Python 3.13, closing a coroutine does not close what an asynchronous generator awaits."""
+    """Not a generator: before Python 3.13, closing a coroutine does not close what an asynchronous generator awaits."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -59,21 +51,18 @@ class _Opening(AbstractAsyncContextManager["Proxy"]):
         self._beside = Beside(self._config)
         return Proxy(await self._beside.__aenter__())
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._beside.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *error: Any) -> None:
+        await self._beside.__aexit__(*error)
 
 
 class Proxy:
-    """A running proxy as an asyncio program uses it, in the loop in which it was opened; `open_proxy` makes one.
+    """A running proxy for an asyncio program, to be used in the loop in which `open_proxy` opened it.
 
-    What is cancelled has ended when `asyncio.CancelledError` is raised.
+    When a method raises `asyncio.CancelledError`, the cancelled operation has ended.
     """
 
     def __init__(self, beside: Beside) -> None:
-        self._beside = beside
-        self._proxy = beside.proxy
+        self._beside, self._proxy = beside, beside.proxy
 
     @property
     def config(self) -> Config:
@@ -89,10 +78,10 @@ class Proxy:
         return await self._beside.read(lambda: self._proxy.status)
 
     async def send(self, name: str) -> None:
-        """Send the frame of an outbound signal; returns once the link has accepted it.
+        """Send the frame of an outbound signal, and wait until the link has accepted the frame.
 
-        Waits while the link is down; when cancelled then, the frame may still be sent later. Raises
-        UnknownSignalError, or ClosedError once the proxy is closing.
+        If the link is down and `send` is cancelled, the proxy may still send the frame later. Raises
+        UnknownSignalError, and ClosedError once the proxy is closing.
         """
         await self._beside.call(functools.partial(self._proxy.send, name))
 
@@ -100,12 +89,12 @@ class Proxy:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """A stream of what is carried from now on: of these signals, or all, in one direction or both.
+        """Open a stream of notifications from now on, for `signals` (default: all) and `direction` (default: both).
 
-        Notifications come to the loop in batches of at most 64. A reader that is more than `buffer` of them and a batch
-        behind misses some, which `Stats.events_lost` counts; the proxy never waits for it. A cancelled `anext`, as by
-        `asyncio.timeout`, loses none. The stream ends when the proxy closes. Raises ClosedError if it is closed
-        already, and UnknownSignalError.
+        The loop receives notifications in batches of at most 64. The proxy never waits for the reader: a reader that
+        falls behind by more than `buffer` and a batch misses notifications, which `Stats.events_lost` counts. A
+        cancelled `anext`, for example by `asyncio.timeout`, loses no notification. The stream ends when the proxy
+        closes. Raises ClosedError if the proxy is already closed, and UnknownSignalError.
         """
         stream = _Events(self._beside, int(min(buffer, BATCH)))
         self._beside.ask(lambda: stream.open(self._proxy.events(buffer, signals=signals, direction=direction)))
@@ -115,14 +104,11 @@ class Proxy:
             self._beside.ask(stream.close)
 
     async def wait_for(self, name: str) -> Notification:
-        """Wait for the next notification of a signal that is carried from now on, in whichever direction it goes.
-
-        Raises UnknownSignalError, and ClosedError, also if the proxy closes meanwhile.
-        """
+        """Wait for the next notification of a signal. Raises UnknownSignalError, or ClosedError if the proxy closes."""
         return await self._beside.call(functools.partial(self._proxy.wait_for, name))
 
     async def reload(self, config: Config) -> None:
-        """Take another signal table, see `inco_trio.Proxy.reload`."""
+        """Replace the signal table, see `inco_trio.Proxy.reload`."""
         await self._beside.call(functools.partial(self._proxy.reload, config))
 
 
@@ -130,17 +116,16 @@ class _Events(AsyncIterator[Notification]):
     """An asyncio view of the proxy's Trio event stream."""
 
     def __init__(self, beside: Beside, batch: int) -> None:
-        self._beside = beside
-        self._batch = batch
+        self._beside, self._batch = beside, batch
         self._stack = ExitStack()
         self._closed = False
-        # Trio's thread appends and asyncio's takes. The next reader gets what was fetched for a cancelled one.
+        # The Trio thread appends, the asyncio thread removes. A cancelled reader leaves its batch to the next reader.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
     async def __anext__(self) -> Notification:
         while not (self._fetched or self._closed):
-            # Another reader may have fetched some for this one too.
+            # Another reader may have fetched notifications while this reader waited for the lock.
             async with self._fetching:
                 if not self._fetched and not await self._fetch():
                     raise StopAsyncIteration
@@ -149,19 +134,19 @@ class _Events(AsyncIterator[Notification]):
         return self._fetched.popleft()
 
     async def _fetch(self) -> bool:
-        """Wait for notifications; return whether there are any."""
+        """Wait for notifications; return False at the end of the stream."""
         try:
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
-                # The rest has arrived once Trio has ended.
+                # The last notifications have arrived once Trio has ended.
                 await self._beside.ended()
         return bool(self._fetched) or self._closed
 
-    # ----------------------------------------------------------------------------------------------------- there
+    # The Trio thread calls the following methods.
 
     def open(self, events: AbstractContextManager[trio.MemoryReceiveChannel[Notification]]) -> None:
-        """Use Trio's stream until `close` or until the proxy closes."""
+        """Use Trio's stream until `close` is called or the proxy closes."""
         self._stream = self._stack.enter_context(events)
         self._beside.at_the_end.add(self._end)
 
@@ -171,12 +156,12 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     def _end(self) -> None:
-        """The proxy has closed; hand over what is still buffered."""
+        """Fetch all buffered notifications after the proxy has closed."""
         self._take(sys.maxsize)
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for one notification, and take it and those that are queued behind it."""
+        """Wait for a notification, and take it together with the notifications queued behind it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -184,13 +169,9 @@ class _Events(AsyncIterator[Notification]):
         self._take(self._batch - 1)
 
     def _take(self, most: int) -> None:
-        """Take at most `most` queued notifications."""
         with suppress(trio.WouldBlock, trio.EndOfChannel):
             for _ in range(most):
                 self._fetched.append(self._stream.receive_nowait())
-
-
-# ---------------------------------------------------------------------------- asyncio code in a Trio program
 
 
 def _import_trio_asyncio() -> Any:
@@ -198,7 +179,7 @@ def _import_trio_asyncio() -> Any:
     try:
         import trio_asyncio
     except AttributeError as error:
-        # trio-asyncio 0.16 needs names of asyncio that Python 3.14 removed (its issue 160).
+        # trio-asyncio 0.16 needs names of asyncio that Python 3.14 removed (trio-asyncio issue 160).
         from importlib.metadata import version
 
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -210,7 +191,7 @@ def _import_trio_asyncio() -> Any:
 
 
 class AsyncioProxy:
-    """A running proxy as asyncio code uses it, in a trio-asyncio loop; it closes with the Trio proxy."""
+    """A running proxy for asyncio code in a trio-asyncio loop. It closes together with the Trio proxy."""
 
     def __init__(self, proxy: trio_proxy.Proxy) -> None:
         self._proxy = proxy
@@ -224,19 +205,14 @@ class AsyncioProxy:
         return self._proxy.status
 
     async def send(self, name: str) -> None:
-        """Send the frame of an outbound signal: `Proxy.send`, with the same errors."""
-        trio_asyncio = _import_trio_asyncio()
-
-        await trio_asyncio.trio_as_aio(self._proxy.send)(name)
+        """Send the frame of an outbound signal, as `Proxy.send` does and with the same errors."""
+        await _import_trio_asyncio().trio_as_aio(self._proxy.send)(name)
 
     @contextmanager
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """Open a stream of notifications for asyncio's `async for`, with the filters of `Proxy.events`.
-
-        A cancelled `anext`, for example by `asyncio.timeout`, loses no notification.
-        """
+        """Open a stream of notifications with the filters of `Proxy.events`. A cancelled `anext` loses none."""
         with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 
@@ -244,15 +220,13 @@ class AsyncioProxy:
 class _AsyncioEvents(AsyncIterator[Notification]):
     def __init__(self, stream: trio.MemoryReceiveChannel[Notification]) -> None:
         self._stream = stream
-        # A task that is cancelled after the fetch and before it runs again leaves the notification to the next reader.
+        # A reader that is cancelled between the fetch and its next step leaves the notification to the next reader.
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
-        trio_asyncio = _import_trio_asyncio()
-
         while not self._fetched:
             try:
-                await trio_asyncio.trio_as_aio(self._fetch)()
+                await _import_trio_asyncio().trio_as_aio(self._fetch)()
             except trio.EndOfChannel:
                 raise StopAsyncIteration from None
         return self._fetched.popleft()
@@ -270,34 +244,29 @@ async def on_notification(
 ) -> None:
     """Await the asyncio `callback` for each notification, one after the other, until the proxy closes.
 
-    `task_status.started` is called once no notification is missed any more. While the callback is `buffer`
-    notifications behind, further ones pass it by, see `Proxy.events`. What it raises is raised here, as it is.
-
-    Raises ImportError where trio-asyncio does not work with this Python.
+    `on_notification` calls `task_status.started` once it receives every notification. It then misses notifications only
+    while the callback is `buffer` of them behind, see `Proxy.events`. An exception of the callback is raised unchanged.
+    Raises ImportError if trio-asyncio does not work with this Python.
     """
-    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> None:
         with proxy.events(buffer) as events:
             task_status.started()
             async for notification in events:
-                await trio_asyncio.aio_as_trio(callback)(notification)
+                await _import_trio_asyncio().aio_as_trio(callback)(notification)
 
     await _in_loop(call)
 
 
 async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[T]]) -> T:
-    """Return what the asyncio function `main` returns. What it raises is raised here, as it is.
+    """Run the asyncio function `main` and return its result. An exception of `main` is raised unchanged.
 
-    If no trio-asyncio loop is open, `main` has one of its own: the asyncio tasks that it leaves are cancelled at its
-    end, as by `asyncio.run`.
-
-    Raises ImportError where trio-asyncio does not work with this Python.
+    If no trio-asyncio loop is open, `main` runs in its own loop. Asyncio tasks that are left when `main` ends are then
+    cancelled, as by `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python.
     """
-    trio_asyncio = _import_trio_asyncio()
 
     async def call() -> T:
-        result: T = await trio_asyncio.aio_as_trio(main)(AsyncioProxy(proxy))
+        result: T = await _import_trio_asyncio().aio_as_trio(main)(AsyncioProxy(proxy))
         return result
 
     return await _in_loop(call)
@@ -305,10 +274,9 @@ async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[
 
 async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
     trio_asyncio = _import_trio_asyncio()
-
     if trio_asyncio.current_loop.get() is not None:
         return await function()
-    # Kept away from the nurseries of the loop, which would wrap it in groups.
+    # Keep the exception away from the nurseries of the loop, which would wrap it in groups.
     failures: list[BaseException] = []
     try:
         async with trio_asyncio.open_loop():
@@ -318,8 +286,7 @@ async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
                 failures.append(error)
     except BaseException as error:
         if failures:
-            raise BaseExceptionGroup(
-                "asyncio code failed, and more of it when it was ended", [*failures, error]
-            ) from None
+            text = "asyncio code failed, and its remaining tasks failed when they were cancelled"
+            raise BaseExceptionGroup(text, [*failures, error]) from None
         raise
     raise failures[0]

@@ -1,6 +1,6 @@
-"""A proxy beside an asyncio loop: its Trio runs in a thread of its own, so that a busy loop holds nothing up.
+"""A proxy whose Trio runs in its own thread beside an asyncio loop, so that a busy loop does not delay the proxy.
 
-*Here* is asyncio's thread, *there* is Trio's. Nothing but `run_sync_soon` and `call_soon_threadsafe` goes between them.
+The two threads communicate only by `run_sync_soon` and `call_soon_threadsafe`.
 """
 
 from __future__ import annotations
@@ -28,62 +28,52 @@ T = TypeVar("T")
 
 @attrs.define(eq=False)
 class _Call(Generic[T]):
-    """A Trio function that runs there, awaited here."""
+    """A Trio function that the asyncio thread awaits."""
 
     function: Callable[[], Awaitable[T]]
     ended: asyncio.Future[None]
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     results: list[T] = attrs.Factory(list)
-    """What it returned, if it did."""
+    """The result of the function, if it returned."""
     error: Exception = attrs.Factory(lambda: ClosedError("the proxy is closed"))
-    """What it raised, or why it was not called."""
-
-    async def run(self) -> None:
-        """There: call it."""
-        with self.scope:
-            try:
-                self.results.append(await self.function())
-            except Exception as error:  # noqa: BLE001 - raised here
-                self.error = error
+    """The exception of the function, or why the function was not called."""
 
     def result(self) -> T:
-        """What it returned, or raises what it raised."""
+        """Return the result of the function, or raise its exception."""
         if not self.results:
             raise self.error
         return self.results[0]
 
 
 class Beside:
-    """A proxy that runs while the `async with` block does; raises as `proxy.open_proxy`."""
+    """A proxy that runs during the `async with` block. Raises the errors of `proxy.open_proxy`."""
 
     proxy: Proxy
-    """Trio's; to be used there, once the block is entered."""
+    """The Trio proxy. Only the Trio thread may use it."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
-        self._opened: asyncio.Future[None] = self._loop.create_future()
+        self._opened: asyncio.Future[bool] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, name=f"inco-trio {config.address.label}", daemon=True)
         self._token: trio.lowlevel.TrioToken | None = None
         self._scope = trio.CancelScope()
         self._block_ended = trio.Event()
-        self._ending = self._open = self._over = self._block_cancelled = False
+        self._ending = self._over = self._block_cancelled = False
         self._failure: BaseException | None = None
         self.at_the_end: set[Callable[[], None]] = set()
-        """What is called there once the proxy is closed and no call runs any more."""
-
-    # ------------------------------------------------------------------------------------------------------ here
+        """Functions that the Trio thread calls once the proxy is closed and no call runs any more."""
 
     async def __aenter__(self) -> Beside:
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - only a task can await this
+        assert task is not None  # noqa: S101 - only a task can await `__aenter__`
         self._task, self._cancelling = task, task.cancelling()
         try:
             self._thread.start()
         except RuntimeError as error:
-            raise ResourceError(f"a thread for {self._config.link}: {error}") from error
-        # A thread that Python waited for at its exit would keep it from ending if the loop is left without a word.
+            raise ResourceError(self._config.link, f"cannot start a thread: {error}") from error
+        # The thread is a daemon: at exit, Python would wait for another thread even if the loop was dropped.
         atexit.register(self._abandon)
         try:
             await asyncio.wait({self._opened})
@@ -93,14 +83,14 @@ class Beside:
         except asyncio.CancelledError:
             await self._stop()
             raise
-        if not self._open:
+        if not self._opened.result():
             await self._stop()
-            assert self._failure is not None  # noqa: S101 - see `_main`
+            assert self._failure is not None  # noqa: S101 - `_run` has set it
             raise self._failure
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, GeneratorExit):  # The loop has gone: there is nothing to await.
+        if isinstance(error, GeneratorExit):  # The loop has been dropped: nothing can be awaited.
             self._abandon()
             return
         cancelled = await self._stop()
@@ -113,7 +103,7 @@ class Beside:
                 raise cancelled
             return
         if cancelled is not None and self._task.cancelling() > self._cancelling:
-            # An error hides the cancellation: it comes again where the task waits next, as with asyncio.TaskGroup.
+            # An error replaces the cancellation, so cancel the task again at its next wait, as asyncio.TaskGroup does.
             self._task.uncancel()
             self._task.cancel()
         if self._failure is None:
@@ -123,12 +113,12 @@ class Beside:
         raise BaseExceptionGroup("the proxy and the block that used it failed", [error, self._failure]) from None
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """What a Trio function returns or raises there; raises ClosedError where there is no Trio any more.
+        """Return the result of a Trio function, or raise its exception; ClosedError once Trio has ended.
 
-        A cancellation is passed on to it, and raised here once it has ended.
+        A cancellation also cancels the Trio function, and is raised once the function has ended.
         """
         call = _Call(function, self._loop.create_future())
-        self._there(self._start, call)
+        self._in_trio(self._start, call)
         cancelled: asyncio.CancelledError | None = None
         while not (call.ended.done() or self._ended.done()):
             try:
@@ -136,30 +126,30 @@ class Beside:
             except asyncio.CancelledError as error:
                 if cancelled is None:
                     with contextlib.suppress(ClosedError):
-                        self._there(call.scope.cancel)
+                        self._in_trio(call.scope.cancel)
                 cancelled = error
         if cancelled is not None:
             raise cancelled
         return call.result()
 
     def ask(self, function: Callable[[], T]) -> T:
-        """What a plain function returns or raises there; this thread waits for it. Once Trio has ended it runs here."""
+        """Run a plain function in the Trio thread and block until it returns. Once Trio has ended, call it directly."""
         answer: Future[T] = Future()
 
         def run() -> None:
             try:
                 answer.set_result(function())
-            except Exception as error:  # noqa: BLE001 - raised here
+            except Exception as error:  # noqa: BLE001 - `answer.result` raises the error
                 answer.set_exception(error)
 
         try:
-            self._there(run)
+            self._in_trio(run)
         except ClosedError:
             return function()
         return answer.result()
 
     async def read(self, function: Callable[[], T]) -> T:
-        """Return the result of a plain function of the Trio thread without blocking the loop."""
+        """Run a plain function in the Trio thread without blocking the loop, and return its result."""
 
         async def call() -> T:
             return function()
@@ -167,14 +157,13 @@ class Beside:
         try:
             return await self.call(call)
         except ClosedError:
-            return function()  # Trio has ended, and nothing changes any more.
+            return function()  # Trio has ended: the proxy does not change any more.
 
     async def ended(self) -> None:
-        """Wait until Trio has ended."""
         await asyncio.wait({self._ended})
 
-    def _there(self, function: Callable[..., object], *args: object) -> None:
-        """Call it there. Raises ClosedError once Trio has ended; what does not raise it is called."""
+    def _in_trio(self, function: Callable[..., object], *args: object) -> None:
+        """Let the Trio thread call a function. Raises ClosedError once Trio has ended."""
         assert self._token is not None  # noqa: S101 - the block is entered
         try:
             self._token.run_sync_soon(function, *args)
@@ -182,11 +171,11 @@ class Beside:
             raise ClosedError("the proxy is closed") from None
 
     async def _stop(self) -> asyncio.CancelledError | None:
-        """Have the proxy stopped and its thread end, whoever cancels that; returns how."""
+        """Stop the proxy and its thread, even if cancelled; return the cancellation."""
         self._end()
         cancelled = None
         try:
-            # At least once, even if it has ended: a cancellation that was asked for and not met yet is met here.
+            # Wait at least once, even if Trio has ended, so that a requested cancellation is raised here.
             while True:
                 try:
                     await asyncio.wait({self._ended})
@@ -194,47 +183,42 @@ class Beside:
                 except asyncio.CancelledError as error:
                     cancelled = error
         finally:
-            # It ends now, unless Ctrl-C came again, or the loop has gone.
+            # The thread has ended, except after a second Ctrl-C or if the loop was dropped.
             self._join()
         return cancelled
 
     def _abandon(self) -> None:
-        """The same without a loop."""
+        """Stop the proxy and its thread without a loop."""
         self._end()
         self._join()
 
     def _end(self) -> None:
         self._ending = True
-        # Otherwise `_main` sees it.
+        # Without a token, `_main` has not started yet and will check `_ending`.
         if self._token is not None:
             with contextlib.suppress(ClosedError):
-                self._there(self._end_block)
+                self._in_trio(self._end_block)
 
     def _join(self) -> None:
         self._thread.join()
         atexit.unregister(self._abandon)
 
     def _cancel_block(self) -> None:
-        """The proxy has failed."""
+        """Cancel the block because the proxy has failed."""
         if not self._ending:
             self._block_cancelled = True
             self._task.cancel()
 
-    def _has_opened(self) -> None:
-        self._open = True
-        self._opened.set_result(None)
-
     def _has_ended(self) -> None:
         self._ended.set_result(None)
         if not self._opened.done():
-            self._opened.set_result(None)
+            self._opened.set_result(False)
         else:
             self._cancel_block()
 
-    # ----------------------------------------------------------------------------------------------------- there
+    # The Trio thread calls the following methods.
 
     def _run(self) -> None:
-        """The thread."""
         try:
             trio.run(self._main)
         except IncoError as error:
@@ -242,9 +226,9 @@ class Beside:
         except OSError as error:
             self._failure = refusal(error, f"Trio for {self._config.link}")
             self._failure.__cause__ = error
-        except BaseException as error:  # noqa: BLE001 - raised here
+        except BaseException as error:  # noqa: BLE001 - the asyncio thread raises the error
             self._failure = error
-        self._here(self._has_ended)
+        self._in_loop(self._has_ended)
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -252,24 +236,23 @@ class Beside:
             self._end_block()
         async with trio.open_nursery() as self._calls:
             try:
-                await self._carry()
-            except Exception as error:  # noqa: BLE001 - raised here, and calls end by themselves
+                await self._keep_open()
+            except Exception as error:  # noqa: BLE001 - the asyncio thread raises the error, and calls end by themselves
                 self._failure = error
             self._over = True
         for function in tuple(self.at_the_end):
             function()
 
-    async def _carry(self) -> None:
-        """Have the proxy open until the block ends."""
+    async def _keep_open(self) -> None:
         with self._scope:
             async with open_proxy(self._config) as self.proxy:
-                self._here(self._has_opened)
+                self._in_loop(self._opened.set_result, True)
                 try:
                     await trio.sleep_forever()
                 finally:
                     if not self._scope.cancel_called:
-                        # A leg has failed. The others go on until the block has ended, as they do for Trio's.
-                        self._here(self._cancel_block)
+                        # A task of the proxy has failed. The other tasks run until the block has ended, as in Trio.
+                        self._in_loop(self._cancel_block)
                         with trio.CancelScope(shield=True):
                             await self._block_ended.wait()
 
@@ -279,17 +262,21 @@ class Beside:
 
     def _start(self, call: _Call[object]) -> None:
         if self._over:
-            self._here(call.ended.set_result, None)
+            self._in_loop(call.ended.set_result, None)
         else:
             self._calls.start_soon(self._run_call, call)
 
     async def _run_call(self, call: _Call[object]) -> None:
         try:
-            await call.run()
+            with call.scope:
+                try:
+                    call.results.append(await call.function())
+                except Exception as error:  # noqa: BLE001 - `_Call.result` raises the error
+                    call.error = error
         finally:
-            self._here(call.ended.set_result, None)
+            self._in_loop(call.ended.set_result, None)
 
-    def _here(self, function: Callable[..., object], *args: object) -> None:
-        """Call it in the loop; one that has been closed is told nothing."""
+    def _in_loop(self, function: Callable[..., object], *args: object) -> None:
+        """Let the asyncio loop call a function, unless the loop is closed."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function, *args)

@@ -1,1 +1,1 @@
-"""Recordings: the pcapng files that are written, what is read of them and of any pcap, and how they are played."""
+"""Recordings: write pcapng files, read pcapng and pcap files, replay them, and plot them."""

@@ -1,19 +1,19 @@
--- Names the inter-core interrupts of an AMP board in Wireshark and tshark. `inco-trio dissector --install` puts it where
--- they look for it. A frame of EtherType 0x8800 carries the name of a signal; recordings of inco-trio also have frames of
--- 0x88B5, between addresses of zeros, for notifications without a frame and for marks.
+-- Shows the inter-core interrupts of an AMP board in Wireshark and tshark; installed by `inco-trio dissector --install`.
+-- A frame of EtherType 0x8800 contains the name of a signal. Recordings of inco-trio also have frames of EtherType 0x88B5
+-- with zero addresses, for notifications without a frame and for marks.
 
 local inco = Proto("inco", "Inter-core interrupt")
 
 local signal = ProtoField.string("inco.signal", "Signal")
 local direction = ProtoField.string("inco.direction", "Direction", "As core 0 sees it")
 local register = ProtoField.string("inco.register", "Register", "The file of the signal on core 0")
-local mark = ProtoField.string("inco.mark", "Mark", "What happened beside notifications")
+local mark = ProtoField.string("inco.mark", "Mark", "An event that is not a notification")
 local padding = ProtoField.bytes("inco.padding", "Padding")
 inco.fields = { signal, direction, register, mark, padding }
 
 local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
 local incomplete =
-    ProtoExpert.new("inco.incomplete", "Not captured whole", expert.group.UNDECODED, expert.severity.NOTE)
+    ProtoExpert.new("inco.incomplete", "Truncated capture", expert.group.UNDECODED, expert.severity.NOTE)
 inco.experts = { malformed, incomplete }
 
 local flags = Field.new("frame.packet_flags_direction")
@@ -21,11 +21,11 @@ local comments = Field.new("frame.comment")
 local addresses = { Field.new("eth.dst"), Field.new("eth.src") }
 
 local NAME_MAX = 64
--- The proxy takes no longer frame, whatever it begins with; nor are 200 kB of padding looked through here.
+-- The proxy ignores longer frames. The limit also saves a scan of up to 200 kB of padding.
 local FRAME_MAX = 1600
 local WAYS = { [1] = "inbound", [2] = "outbound" }
 local ARROWS = { inbound = "core 1 > core 0  ", outbound = "core 0 > core 1  " }
-local NOBODY = "000000000000"
+local ZEROS = "000000000000"
 
 local function show(pinfo, way, text)
     pinfo.cols.protocol = "inco"
@@ -41,7 +41,7 @@ local function complain(tree, pinfo, fault, text)
     show(pinfo, nil, text)
 end
 
--- What the recording says of a frame: its direction, and the register in its comment.
+-- Return a frame's direction, from its flags, and its register, from its comment.
 local function recorded(name)
     local flag, comment = flags(), comments()
     local way = flag and WAYS[flag.value]
@@ -66,9 +66,9 @@ end
 function inco.dissector(buffer, pinfo, root)
     local length = buffer:len()
     local tree = root:add(inco, buffer())
-    -- What is returned is never 0, which would mean that an empty frame is not ours.
+    -- Never return 0 for an empty frame: Wireshark would try other dissectors.
     if length < buffer:reported_len() then
-        complain(tree, pinfo, incomplete, "not captured whole")
+        complain(tree, pinfo, incomplete, "truncated capture")
         return math.max(length, 1)
     elseif pinfo.len > FRAME_MAX then
         complain(tree, pinfo, malformed, "malformed")
@@ -110,8 +110,8 @@ end
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 
--- The string of a key in the flat object of strings that a recording has; nil if there is none.
-local function told(json, key)
+-- Return the string of a key in a flat JSON object of strings, or nil.
+local function string_of(json, key)
     local _, start = json:find('"' .. key .. '": "', 1, true)
     if not start then
         return nil
@@ -127,10 +127,10 @@ local function told(json, key)
                 local number = tonumber(code, 16)
                 if number >= 0xD800 and number < 0xDC00 then
                     high = number
-                elseif number >= 0xDC00 and number < 0xE000 then
-                    number = 0x10000 + ((high or 0xD800) - 0xD800) * 0x400 + number - 0xDC00
-                    parts[#parts + 1] = utf8(number)
                 else
+                    if number >= 0xDC00 and number < 0xE000 then
+                        number = 0x10000 + ((high or 0xD800) - 0xD800) * 0x400 + number - 0xDC00
+                    end
                     parts[#parts + 1] = utf8(number)
                 end
                 at = at + 6
@@ -146,11 +146,11 @@ local function told(json, key)
     return nil
 end
 
--- Whether the frame is between addresses of zeros, as those of recordings are.
-local function between_nobody()
+-- Return whether both MAC addresses are zero, as in recordings.
+local function has_zero_addresses()
     for _, field in ipairs(addresses) do
         local address = field()
-        if not address or address.range:bytes():tohex() ~= NOBODY then
+        if not address or address.range:bytes():tohex() ~= ZEROS then
             return false
         end
     end
@@ -161,18 +161,18 @@ local beside = Proto("inco_beside", "Inter-core interrupt without a frame")
 
 function beside.dissector(buffer, pinfo, root)
     local json = buffer:raw()
-    local name, happened = told(json, "signal"), told(json, "mark")
-    if not between_nobody() or not (name or happened) then
+    local name, happened = string_of(json, "signal"), string_of(json, "mark")
+    if not has_zero_addresses() or not (name or happened) then
         return Dissector.get("data"):call(buffer, pinfo, root)
     end
     local tree = root:add(inco, buffer())
     if name and not is_wire_name(name) then
         complain(tree, pinfo, malformed, "malformed")
     elseif name then
-        local way = told(json, "direction")
+        local way = string_of(json, "direction")
         way = ARROWS[way] and way
         tree:add(signal, name):set_generated()
-        add_recorded(tree, way, told(json, "register"))
+        add_recorded(tree, way, string_of(json, "register"))
         show(pinfo, way, name .. " (without a frame)")
     else
         tree:add(mark, happened):set_generated()

@@ -41,9 +41,6 @@ OPTION_MAX = 0xFFFF
 _CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
 def _option(code: int, value: bytes) -> bytes:
     return struct.pack("<HH", code, len(value)) + value + bytes(-len(value) % 4)
 
@@ -80,12 +77,9 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
     return _block(PACKET, head + data + bytes(-len(data) % 4), options)
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
 @attrs.frozen
 class Interface:
-    """The interface of packets. `name` is empty if the file has none."""
+    """A capture interface of a file. `name` is empty if the file does not name it."""
 
     name: str
     linktype: int
@@ -112,10 +106,10 @@ class _CutError(Exception):
 
 
 class Reader:
-    """Iterates over the complete packets of a recording.
+    """Iterate over the complete packets of a recording.
 
     After the last packet, `cut` is the reason why the rest of the file could not be read, or None. `application` is
-    the program that wrote the file, if it says so. Raises RecordingError if `file` is neither pcapng nor pcap.
+    the program that wrote the file, if the file names it. Raises RecordingError if `file` is neither pcapng nor pcap.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -170,8 +164,6 @@ class Reader:
     def _damage(self, what: str) -> _CutError:
         return _CutError(f"damaged before byte {self.position}: {what}")
 
-    # ------------------------------------------------------------------------------------------------ classic pcap
-
     def _classic_header(self) -> None:
         *_, linktype = self._unpack("HHiIII", self._read(20))
         self._interfaces = [Interface("", linktype & 0xFFFF, self._units)]
@@ -184,8 +176,6 @@ class Reader:
                 raise self._damage(f"a packet of {captured} bytes")
             time_ns = seconds * BILLION + fraction * BILLION // self._units
             yield Packet(time_ns, interface, self._read(captured), length)
-
-    # ------------------------------------------------------------------------------------------------------ pcapng
 
     def _section(self) -> None:
         length, magic = self._read(4), self._read(4)
@@ -202,7 +192,7 @@ class Reader:
         self.application = _string(self._options(body, 12).get(SHB_USERAPPL, b""))
 
     def _body(self, size: int, already: int) -> bytes:
-        """Return the rest of a block of `size` bytes. Check the length at its end, and leave it out."""
+        """Return the rest of a block of `size` bytes, without the length at its end, which must be `size` too."""
         if size % 4 or not already + 4 <= size <= BLOCK_MAX:
             raise self._damage(f"a block of {size} bytes")
         rest = self._read(size - already)
@@ -226,7 +216,7 @@ class Reader:
     def _interface(self, body: bytes) -> Interface:
         linktype, _reserved, _snaplen = self._unpack("HHI", body)
         options = self._options(body, 8)
-        (resolution,) = options.get(IF_TSRESOL, b"\6")[:1] or b"\6"
+        (resolution,) = options.get(IF_TSRESOL, b"")[:1] or b"\6"
         units = 2 ** (resolution & 0x7F) if resolution & 0x80 else 10**resolution
         offset = options.get(IF_TSOFFSET, bytes(8))
         return Interface(_string(options.get(IF_NAME, b"")), linktype, units, self._unpack("q", offset)[0])
@@ -235,9 +225,8 @@ class Reader:
         number, high, low, captured, length = self._unpack("IIIII", body)
         end = 20 + captured
         if number >= len(self._interfaces) or end > len(body):
-            raise self._damage(
-                "a packet without an interface" if end <= len(body) else "a packet is longer than its block"
-            )
+            fault = "a packet without an interface" if end <= len(body) else "a packet is longer than its block"
+            raise self._damage(fault)
         interface = self._interfaces[number]
         options = self._options(body, end + -captured % 4)
         flags = self._unpack("I", options[EPB_FLAGS])[0] if EPB_FLAGS in options else 0
@@ -251,7 +240,7 @@ class Reader:
         )
 
     def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
-        """Return the options from `offset` on by code; the first one if a code is repeated."""
+        """Return the options from `offset` on by code. If a code is repeated, the first option counts."""
         found: dict[int, bytes] = {}
         while offset < len(body):
             code, length = self._unpack("HH", body, offset)

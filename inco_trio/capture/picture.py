@@ -33,13 +33,13 @@ COLUMNS = 4000
 ROWS = 40
 """Limit of signals in the plot."""
 LINE_COLORS = "Dark2"
-"""None of these colours stands for a direction."""
+"""Colours for signals. None of them stands for a direction."""
 LINES = 8
 """Limit of signals with a rate, which is the number of colours."""
 BINS = 200
 """Limit of steps in a rate."""
 IN_BIN = 4
-"""Minimum of notifications per step for the most frequent signal. Fewer would show single notifications."""
+"""Minimum of notifications per step for the most frequent signal. Shorter steps would show single notifications."""
 ANSWER_BINS = 100
 WIDE = 100
 """Ratio of slowest to fastest answer above which the axis is logarithmic."""
@@ -48,14 +48,10 @@ MARKS_MAX = 20
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
 
 
+# A dollar sign in the name of a file or signal must not start a formula.
+@mpl.rc_context({"text.parse_math": False, "text.usetex": False})
 def draw(summary: Summary, title: str, path: Path) -> None:
-    """Write the picture to `path`, in the format of its suffix. Raises OSError."""
-    # A dollar sign in the name of a file or signal must not start a formula.
-    with mpl.rc_context({"text.parse_math": False, "text.usetex": False}):
-        _draw(summary, title, path)
-
-
-def _draw(summary: Summary, title: str, path: Path) -> None:
+    """Write the plot to `path`, in the format of its suffix. Raises OSError."""
     flows = _most_frequent(list(summary.flows.values()), ROWS)
     heights = [0.6 + 0.35 * len(flows), 2.5, *(2.0 for _ in summary.pairs)]
     figure = Figure(figsize=(12, 1 + sum(heights)), layout="constrained")
@@ -85,7 +81,7 @@ def _draw(summary: Summary, title: str, path: Path) -> None:
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
-    """Return at most `number` of `flows`, in order."""
+    """Return the `most` most frequent of `flows`, in their original order."""
     chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
     return [flows[number] for number in sorted(chosen)]
 
@@ -96,7 +92,7 @@ def _seconds(times: array[int], begin: int) -> NDArray[np.float64]:
 
 
 def _places(seconds: NDArray[np.float64], span: float) -> NDArray[np.float64]:
-    """Return those that are distinguishable in the plot."""
+    """Return the positions that are distinguishable in the plot."""
     if len(seconds) <= COLUMNS:
         return seconds
     return np.unique(np.rint(seconds / span * COLUMNS)) * (span / COLUMNS)
@@ -121,9 +117,9 @@ def _rates(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     axis.set_prop_cycle(color=mpl.color_sequences[LINE_COLORS])
     for flow in flows:
         counts, edges = np.histogram(_seconds(flow.times, begin), bins, (0, span))
-        # The space: matplotlib ignores labels that start with an underscore.
+        # Start with a space: matplotlib ignores labels that start with an underscore.
         axis.stairs(counts / width, edges, label=f" {flow.label}")
-    axis.set_ylabel("a second")
+    axis.set_ylabel("per second")
     axis.set_title(f"rates, in steps of {width:.3g} s", fontsize=9, loc="left")
     if flows:
         axis.legend(fontsize=7, loc="upper right")

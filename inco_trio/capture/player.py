@@ -1,7 +1,7 @@
-"""Plays one side of a recording, and counts what the other side does.
+"""Play one side of a recording, and count the notifications of the other side.
 
 As core 1, it sends inbound notifications as frames on a link and receives outbound ones there. As core 0, it writes
-triggers for outbound notifications and sees inbound ones as closes of state files.
+trigger files for outbound notifications and watches state files for inbound ones.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ TURN = 64
 
 @attrs.define
 class Side:
-    """The side that is played: a core, what it sends, and the names under which arrivals at it are counted."""
+    """The side to play: a core, the signals that it sends, and labels for the signals that arrive."""
 
     core: Core0 | Core1
     direction: Direction
-    """The direction that it plays. It listens for the other one."""
+    """The direction to play. The side listens for the other direction."""
     playable: Collection[str] | None = None
-    """The signals that it can send, or None for all."""
+    """The signals that the side can send, or None for all."""
     labels: Mapping[str, str] | None = None
     """The label of each signal that can arrive, or None if that is its name."""
     _sent: bool = attrs.field(default=False, init=False)
@@ -48,13 +48,13 @@ class Side:
         return isinstance(self.core, Core0) and self.core.overflows > 0
 
     def label(self, signal: str) -> str | None:
-        """Return the name that counts a notification of the other direction, or None if it cannot be seen."""
+        """Return the label that counts an arriving signal, or None if the side cannot see the signal."""
         return signal if self.labels is None else self.labels.get(signal)
 
     async def send(self, signal: str) -> bool:
-        """Play one notification. Return whether it can be played. Raises IncoError.
+        """Play one notification; return False if this side cannot send the signal. Raises IncoError.
 
-        After the first notification, wait for a link that goes down.
+        Before the first notification, a link that is down is an error. Afterwards, wait for the link.
         """
         if self.playable is not None and signal not in self.playable:
             return False
@@ -73,8 +73,8 @@ class Side:
                 return True
 
     async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
-        """Count what arrives, until cancelled. Raises IncoError."""
-        # One signal of each state file stands for all that share it.
+        """Count the arriving notifications until cancelled. Raises IncoError."""
+        # Signals that share a state file also share a label: listen for one of them.
         signals = None if self.labels is None else list({label: name for name, label in self.labels.items()}.values())
         with self.core.events(math.inf, signals=signals) as arrivals:
             task_status.started()
@@ -102,33 +102,33 @@ async def applications(table: SignalTable) -> AsyncIterator[Side]:
 
 @attrs.define
 class Played:
-    """What was played and what came back: by signal, or by the signals that share a state file."""
+    """The notifications that were played and that came back, counted by signal or label."""
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)
-    """What the recording contains in the other direction."""
+    """The notifications of the other direction in the recording."""
     came: Counter[str] = attrs.Factory(Counter)
     unknown: Counter[str] = attrs.Factory(Counter)
-    """What could neither be played nor listened for, as its direction or its register is unknown."""
+    """Notifications that were skipped because the direction or the register of the signal is unknown."""
     overflowed: bool = False
     position: int = 0
     """Bytes of the recording that were read."""
 
     @property
     def missing(self) -> Mapping[str, int]:
-        """What the recording contains and what did not arrive."""
+        """Notifications of the recording that did not arrive."""
         return self.expected - self.came
 
     @property
     def surplus(self) -> Mapping[str, int]:
-        """What arrived and what the recording does not contain."""
+        """Notifications that arrived and are not in the recording."""
         return self.came - self.expected
 
 
 async def play(side: Side, recording: Recording, played: Played, *, speed: float | None, wait: float) -> None:
     """Play the recording and fill in `played`. `speed` 2 takes half the time, None plays as fast as possible.
 
-    Return `wait` seconds after the end of the recording, which contains both directions. Raises IncoError.
+    The recording contains both directions. Return `wait` seconds after its end. Raises IncoError.
     """
     async with trio.open_nursery() as nursery:
         await nursery.start(side.listen, played.came)

@@ -1,11 +1,11 @@
-"""Recordings of notifications: a writer of pcapng files, and a reader of the notifications in any capture.
+"""Recordings of notifications: write pcapng files, and read the notifications of any capture.
 
-A recording has an Ethernet interface per link with the original frames, and an interface `registers` for others:
-notifications without a frame, and marks, such as a link that went down. These are frames with the EtherType 0x88B5,
-which IEEE 802 reserves for local experiments. Their payload is a JSON object: `signal`, `direction` and `register`, or
+A recording has an Ethernet interface per link with the original frames, and an interface `registers` for notifications
+without a frame and for marks, such as a link that went down. The latter are frames with the EtherType 0x88B5, which
+IEEE 802 reserves for local experiments. Their payload is a JSON object: `signal`, `direction` and `register`, or
 `mark`. A Custom Block would need a number from IANA, and tshark would not show it. An interface of another link type,
 such as LINKTYPE_USER0, would make tcpdump reject the whole file, because libpcap supports one link type per file.
-The flags of each packet are its direction as core 0 sees it; a comment names signal and register.
+The flags of a packet are its direction as core 0 sees it. The comment of a packet names signal and register.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ REGISTERS = "registers"
 """The interface for notifications without a frame."""
 LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-# Opening a FIFO without a reader would block, and no signal would interrupt that.
+# O_NONBLOCK: opening a FIFO without a reader would block, and no process signal would interrupt the wait.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
@@ -46,16 +45,11 @@ class Recorder:
     before the suffix. An entry that would exceed a limit starts a new file, and the oldest of more than `keep` files is
     removed. Each entry is one write(2), so the file stays readable if the process is killed.
 
-    Raises PermissionDeniedError and ResourceError. Both close the file; earlier entries are complete.
+    Raises PermissionDeniedError and ResourceError, which close the file. Earlier entries stay complete.
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        size_max: int | None = None,
-        seconds_max: float | None = None,
-        keep: int | None = None,
+        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None
     ) -> None:
         self.written: list[Path] = []
         """The existing files, oldest first."""
@@ -80,8 +74,8 @@ class Recorder:
         """Append a notification of a link; `frame` is None if it has none."""
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if frame is None:
-            told = {"signal": signal, "direction": direction.value, "register": register}
-            self._append(time_ns, REGISTERS, _unframed(told), direction, comment)
+            content = {"signal": signal, "direction": direction.value, "register": register}
+            self._append(time_ns, REGISTERS, _unframed(content), direction, comment)
         else:
             self._append(time_ns, link, frame, direction, comment)
         self.count += 1
@@ -110,15 +104,12 @@ class Recorder:
 
     def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
         """Return the block of a packet, after that of its interface if the interface is new in the file."""
-        number = self._interfaces.get(interface)
-        if number is not None:
-            return packet_block(number, time_ns, data, direction, comment)
-        packet = packet_block(len(self._interfaces), time_ns, data, direction, comment)
-        return interface_block(interface) + packet
+        number = self._interfaces.get(interface, len(self._interfaces))
+        head = b"" if interface in self._interfaces else interface_block(interface)
+        return head + packet_block(number, time_ns, data, direction, comment)
 
     def _is_full(self, time_ns: int, more: int) -> bool:
-        # A file has at least one entry, whatever the limits are.
-        if not self._entries:
+        if not self._entries:  # A file has at least one entry, even if that exceeds a limit.
             return False
         if self._size_max is not None and self._size + more > self._size_max:
             return True
@@ -154,7 +145,7 @@ class Recorder:
             self.close()
             raise ResourceError(path, "another process is recording to it (use another file)") from None
         except OSError:
-            pass  # The file system has no locks.
+            pass  # The filesystem does not support locks.
         os.ftruncate(self._fd, 0)
 
     def _write(self, data: bytes) -> None:
@@ -163,10 +154,10 @@ class Recorder:
             while done < len(data):  # A short write: the next write reports the error.
                 done += os.write(self._fd, data[done:])
         except OSError as error:
-            with contextlib.suppress(OSError):  # A pipe cannot be truncated.
+            with contextlib.suppress(OSError):  # ftruncate(2) fails for a pipe.
                 os.ftruncate(self._fd, self._size)
             self.close()
-            if not self._size and len(self.written) > 1:  # Without its header it is not a recording.
+            if not self._size and len(self.written) > 1:  # A file without its header is not a recording.
                 with contextlib.suppress(OSError):
                     self.written.pop().unlink()
             raise ResourceError(
@@ -202,7 +193,7 @@ class Mark:
 
 
 class Recording:
-    """Iterates over the notifications and marks of a capture, and skips everything else.
+    """Iterate over the notifications and marks of a capture, and skip everything else.
 
     The direction of a frame comes from the first available source: the flags of a recording of inco-trio, the signal in
     `table`, or earlier frames from the same MAC address. Flags of other programs are ignored, because they describe the
@@ -227,7 +218,7 @@ class Recording:
     def _entry(self, packet: Packet) -> Entry | Mark | None:
         ours = self.reader.application == APPLICATION
         if ours and packet.data.startswith(_UNFRAMED):
-            return _told(packet)
+            return _content(packet)
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
             return None
@@ -242,9 +233,9 @@ class Recording:
         else:
             self._senders[source] = direction
         text = name.decode("ascii")
-        # Its comment is a reason, not a signal.
-        meant = packet.direction if ours else None
-        ignored = meant is not None and not packet.comment.startswith(_comment(meant, text))
+        # The comment of an ignored frame is the reason instead of the signal.
+        recorded = packet.direction if ours else None
+        ignored = recorded is not None and not packet.comment.startswith(_comment(recorded, text))
         return Entry(packet.time_ns, text, direction, ignored=ignored)
 
 
@@ -253,17 +244,17 @@ def _comment(direction: Direction, signal: str) -> str:
     return f"{direction.value} {signal}"
 
 
-def _unframed(told: Mapping[str, str]) -> bytes:
-    return _UNFRAMED + json.dumps(told).encode() + b"\n"
+def _unframed(content: Mapping[str, str]) -> bytes:
+    return _UNFRAMED + json.dumps(content).encode() + b"\n"
 
 
-def _told(packet: Packet) -> Entry | Mark | None:
-    """Return what `_unframed` has encoded."""
+def _content(packet: Packet) -> Entry | Mark | None:
+    """Return the entry or mark that `_unframed` has encoded."""
     try:
-        told = json.loads(packet.data[HEADER_LENGTH:])
-        if isinstance(told.get("mark"), str):
-            return Mark(packet.time_ns, told["mark"])
-        signal, register = told["signal"], told["register"]
+        content = json.loads(packet.data[HEADER_LENGTH:])
+        if isinstance(content.get("mark"), str):
+            return Mark(packet.time_ns, content["mark"])
+        signal, register = content["signal"], content["register"]
         if is_wire_name(signal.encode("ascii")) and isinstance(register, str):
             return Entry(packet.time_ns, signal, packet.direction, register)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -275,7 +266,7 @@ def _told(packet: Packet) -> Entry | Mark | None:
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
     """Open the recording at `path`. Raises RecordingError, PermissionDeniedError."""
     try:
-        # Opening a FIFO would block until it has a writer.
+        # O_NONBLOCK: opening a FIFO would block until another process opens it for writing.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise from_os_error(error, path, f"cannot be read: {STRERROR}", otherwise=RecordingError) from error

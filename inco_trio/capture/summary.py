@@ -19,7 +19,7 @@ BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
-"""Numbers to sort at once: as Python objects they take five times the memory."""
+"""Numbers to sort at once. A limit saves memory: Python integers take five times the memory of an array."""
 
 
 @attrs.define
@@ -29,7 +29,7 @@ class Flow:
     signal: str
     direction: Direction | None
     times: array[int] = attrs.Factory(lambda: array("q"))
-    """Their times in nanoseconds since 1970, in the order of the recording."""
+    """Times in nanoseconds since 1970, in the order of the recording."""
 
     @property
     def label(self) -> str:
@@ -37,11 +37,11 @@ class Flow:
         return self.signal if self.direction is None else f"{self.signal} ({self.direction.value})"
 
     def intervals(self) -> Iterator[int]:
-        """The nanoseconds from each notification to the next."""
+        """Return the nanoseconds from each notification to the next."""
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def longest_gap(self) -> tuple[int, int] | None:
-        """Start and length of the longest gap, in nanoseconds."""
+        """Return start and length of the longest gap, in nanoseconds."""
         gaps = zip(self.intervals(), self.times, strict=False)
         gap, begin = max(gaps, default=(0, 0), key=lambda each: each[0])
         return (begin, gap) if gap > 0 else None
@@ -49,7 +49,7 @@ class Flow:
 
 @attrs.define
 class Pair:
-    """The answer times of a signal: from each notification to the answer, unless the signal is repeated before."""
+    """The answer times of a signal. A notification that is repeated before its answer counts as unanswered."""
 
     signal: str
     answer: str
@@ -68,12 +68,12 @@ class Pair:
             self._asked = None
 
     def end(self) -> None:
-        """Note the end of the recording."""
+        """Count a last notification without an answer, at the end of the recording."""
         self.unanswered += self._asked is not None
         self._asked = None
 
     def spread(self) -> dict[str, float] | None:
-        """The answer times in seconds: `min`, `p50`, `p90`, `p99` and `max`. None if there are no answers."""
+        """Return `min`, `p50`, `p90`, `p99` and `max` of the answer times in seconds, or None without answers."""
         return _spread(self.taken)
 
 
@@ -85,7 +85,7 @@ class Summary:
     flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
     marks: list[Mark] = attrs.Factory(list)
     ignored: int = 0
-    """Frames that the proxy ignored; they are not counted elsewhere."""
+    """Frames that the proxy ignored, which no flow counts."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""
@@ -95,10 +95,10 @@ class Summary:
         if each.ignored:
             self.ignored += 1
             return
-        flow = self.flows.get((each.signal, each.direction))
-        if flow is None:
-            flow = self.flows[each.signal, each.direction] = Flow(each.signal, each.direction)
-        flow.times.append(each.time_ns)
+        key = each.signal, each.direction
+        if key not in self.flows:
+            self.flows[key] = Flow(*key)
+        self.flows[key].times.append(each.time_ns)
         for pair in self.pairs:
             pair.take(each)
 
@@ -110,7 +110,7 @@ class Summary:
         return min(times), max(times)
 
     def numbers(self) -> dict[str, object]:
-        """Return everything in seconds; times are since 1970."""
+        """Return the statistics for JSON: durations in seconds, times in seconds since 1970."""
         begin, end = self.span
         return {
             "from": begin / BILLION,

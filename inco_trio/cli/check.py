@@ -8,68 +8,57 @@ from pathlib import Path
 
 import attrs
 
+from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import (
-    BOARDS_HELP,
-    LINK_HELP,
-    absolute,
-    boards_directory,
-    check_link,
-    config_path,
-    configuration_argument,
-)
 from inco_trio.cli.streams import say
 from inco_trio.config import read_board
 from inco_trio.errors import ConfigError
 from inco_trio.links.address import parse_address
 
-__all__ = ["arguments", "run"]
-
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `check`."""
     sub.epilog = "example: inco-trio check --config udrv.json"
-    configuration_argument(sub)
-    sub.add_argument("--iface", metavar="LINK", help=f"also explain this link: {LINK_HELP}")
-    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    options.configuration_argument(sub)
+    sub.add_argument("--iface", metavar="LINK", help=f"also explain this link: {options.LINK_HELP}")
+    sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the signals; return the exit code. Raises ConfigError, UsageError."""
+    """Print what the options select; return the exit code. Raises ConfigError, UsageError."""
     if args.gateway is not None:
         return _check_gateway(args)
     if args.boards is not None:
-        return _check_boards(boards_directory(args, "--config", "--iface"), as_json=args.json)
-    board = read_board(config_path(args))
+        return _check_boards(options.boards_directory(args, "--config", "--iface"), as_json=args.json)
+    board = read_board(options.config_path(args))
     rows = [
         {"name": s.name, "direction": s.direction.value, "register": str(s.path)}
         for s in sorted(board.signals, key=lambda s: s.direction.value)
     ]
-    explanation = None
+    link = {}
     if args.iface is not None:
-        check_link(args.iface)
-        explanation = parse_address(args.iface).explanation
+        options.check_link(args.iface)
+        link["link"] = parse_address(args.iface).explanation
     if args.json:
-        link = {} if explanation is None else {"link": explanation}
         lines = [json.dumps({**link, "signals": rows, "notes": list(board.notes)}, indent=2)]
     else:
         widths = [max(len(row[key]) for row in rows) for key in ("name", "direction")]
         lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
-        lines += [] if explanation is None else [f"link: {explanation}"]
+        lines += [f"link: {explanation}" for explanation in link.values()]
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
     return 0
 
 
 def _check_gateway(args: argparse.Namespace) -> int:
-    """Print the rights of a gateway. Raises ConfigError, PermissionDeniedError, UsageError."""
+    """Print which signals a gateway may send to which boards. Raises ConfigError, PermissionDeniedError, UsageError."""
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):
         raise UsageError("--gateway and --config, --iface or --boards exclude each other")
-    config = read_gateway(absolute(args.gateway, "--gateway"))
+    config = read_gateway(options.absolute(args.gateway, "--gateway"))
     config.broker.read()
     if args.json:
         say(json.dumps(attrs.asdict(config), indent=2))
@@ -84,7 +73,7 @@ def _check_gateway(args: argparse.Namespace) -> int:
 
 
 def _check_boards(directory: Path, *, as_json: bool) -> int:
-    """Print the valid boards, then raise ConfigError if others are not valid."""
+    """Print the valid boards. Raise ConfigError afterwards if others are invalid."""
     from inco_trio.board_files import read_boards
 
     boards = read_boards(directory)

@@ -7,8 +7,6 @@ import argparse
 from inco_trio.cli.options import absolute
 from inco_trio.cli.streams import output, writing
 
-__all__ = ["arguments", "run"]
-
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `demo`."""
@@ -36,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Output:
-    """Standard output, with the errors of `streams`."""
+    """Standard output; write errors become ResourceError, see `streams.writing`."""
 
     def __init__(self) -> None:
         self._file = output()

@@ -1,4 +1,4 @@
-"""`inco-trio dissector`: the dissector with which Wireshark and tshark name signals and directions."""
+"""`inco-trio dissector`: print or install the dissector for Wireshark and tshark."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from pathlib import Path
 from inco_trio.cli.streams import say
 from inco_trio.errors import STRERROR, from_os_error
 
-__all__ = ["arguments", "run"]
-
 NAME = "inco_trio.lua"
 USUAL = Path(".local/lib/wireshark/plugins")
-"""Where Wireshark looks for a user's plugins in Lua, below the home directory, if it does not say otherwise."""
+"""Wireshark's default directory for a user's Lua plugins, below the home directory."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `dissector`."""
     sub.epilog = (
-        "Without options it prints the dissector, a program in Lua.\n"
+        "Without options, it prints the dissector, a Lua program.\n"
         "example: inco-trio dissector --install\n"
-        "exit codes: 0 clean, 71 no room, 77 no permission; see inco-trio --help"
+        "exit codes: 0 success, 71 out of resources, 77 no permission; see inco-trio --help"
     )
-    sub.add_argument("--install", action="store_true", help="put it where this user's Wireshark looks for it")
+    sub.add_argument("--install", action="store_true", help="install the dissector for this user's Wireshark")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print or install it; raises PermissionDeniedError, ResourceError."""
+    """Print or install the dissector. Raises PermissionDeniedError, ResourceError."""
     text = files("inco_trio.capture").joinpath(NAME).read_text("utf-8")
     if not args.install:
         say(text.rstrip("\n"))
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         before = path.read_text("utf-8", "replace") if path.is_file() else None
         if before == text:
-            say(f"{path}: is installed already")
+            say(f"{path}: already installed")
             return 0
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, text)
@@ -51,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole, or not at all."""
+    """Replace a file atomically."""
     fd, name = tempfile.mkstemp(prefix=".inco_trio", dir=path.parent)
     try:
         with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
@@ -64,11 +62,11 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _directory() -> Path:
-    """The directory of this user's plugins in Lua: tshark knows it best."""
+    """Return the directory of this user's Lua plugins, as reported by tshark if installed."""
     if (tshark := shutil.which("tshark")) is not None:
-        # In bytes: a path need not be text.
-        said = subprocess.run([tshark, "-G", "folders"], capture_output=True, check=False).stdout
-        for line in os.fsdecode(said).split("\n"):
+        # Read bytes: a path may not be valid text.
+        folders = subprocess.run([tshark, "-G", "folders"], capture_output=True, check=False).stdout
+        for line in os.fsdecode(folders).split("\n"):
             what, _, where = line.partition(":")
             if what == "Personal Lua Plugins" and where.strip().startswith("/"):
                 return Path(where.strip())

@@ -1,4 +1,4 @@
-"""`inco-trio doctor`: looks for what keeps notifications from coming, and says which command fixes it."""
+"""`inco-trio doctor`: diagnose missing notifications, and print the commands that fix the causes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import (
-    BOARDS_HELP,
-    absolute,
-    boards_directory,
-    check_link,
-    config_path,
-    configuration_argument,
-)
 from inco_trio.cli.streams import say
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.processes import look
@@ -27,41 +20,42 @@ from inco_trio.errors import IncoError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
-__all__ = ["EXITS", "arguments", "run"]
-
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
-"""The exit code for the worst that was found."""
+"""The exit code for the worst result."""
 
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
-"""Green, yellow and red of ECMA-48, as console_codes(4) has them."""
+"""Green, yellow and red of ECMA-48, see console_codes(4)."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `doctor`."""
     sub.epilog = (
-        "Each check is one line, with the command that fixes what is wrong; nothing is changed.\n"
-        "Without --config, --irq-dir and $UDRV_JSON_PATH no registers are looked at, without LINK no link.\n"
-        "exit codes: 0 all is ok, 1 something failed, 3 there are warnings only\n\n"
+        "It prints one line per check, with the command that fixes a problem, and changes nothing.\n"
+        "Without --config, --irq-dir and $UDRV_JSON_PATH it does not check registers, without LINK no link.\n"
+        "exit codes: 0 no problems, 1 failures, 3 only warnings\n\n"
         "example: inco-trio doctor rpmsg4000 --config /etc/udrv.json"
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help="interface, or unix:LOCAL,peer=REMOTE")
-    configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals in DIR, without a file")
-    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
-    sub.add_argument("--json", action="store_true", help="print a list of objects")
+    options.configuration_argument(sub)
+    sub.add_argument("--irq-dir", metavar="DIR", help="check the built-in signals in DIR, without a configuration file")
+    sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
+    sub.add_argument("--json", action="store_true", help="print the results as a JSON list")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what is found; returns the exit code of the worst. Raises UsageError."""
-    results = _boards(args) if args.boards is not None else _one(args)
+    """Print the results; return the exit code of the worst one. Raises UsageError."""
+    if args.boards is None:
+        results = _one(args)
+    else:
+        results = _boards(options.boards_directory(args, "IFACE", "--config", "--irq-dir"))
     worst = Level.OK
     found: list[dict[str, str | None]] = []
-    said: set[Result] = set()
+    seen: set[Result] = set()
     coloured = _coloured()
     for result in results:
-        if result in said:
-            continue  # Boards share the machine.
-        said.add(result)
+        if result in seen:
+            continue  # The checks of the machine are repeated for each board.
+        seen.add(result)
         worst = max(worst, result.level)
         if args.json:
             found.append(result.as_dict())
@@ -75,21 +69,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _coloured() -> bool:
-    """Whether standard output is a terminal whose user wants colours, see https://no-color.org."""
+    """Return whether standard output is a terminal whose user wants colours, see https://no-color.org."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return wanted and sys.stdout is not None and sys.stdout.isatty()
 
 
 def _one(args: argparse.Namespace) -> Iterator[Result]:
-    """The checks of one link. Raises UsageError at once."""
+    """Return the results of one link. Raises UsageError before the first check."""
     if args.irq_dir is not None and args.config is not None:
         raise UsageError("--irq-dir and --config exclude each other")
     if args.iface is not None:
-        check_link(args.iface)
-    directory = None if args.irq_dir is None else absolute(args.irq_dir, "--irq-dir")
+        options.check_link(args.iface)
+    directory = None if args.irq_dir is None else options.absolute(args.irq_dir, "--irq-dir")
     config = None
     if directory is None and (args.config is not None or os.environ.get("UDRV_JSON_PATH")):
-        config = config_path(args)
+        config = options.config_path(args)
     return _examined(args.iface, directory, config)
 
 
@@ -112,16 +106,11 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
         except IncoError as error:
             yield from _refused(config, error)
         else:
-            yield ok("configuration", config, f"names {len(signals)} signals")
+            yield ok("configuration", config, f"valid, {len(signals)} signals")
     yield from examine(link, signals, processes, configuration=config, start=start)
 
 
-def _boards(args: argparse.Namespace) -> Iterator[Result]:
-    """The checks of all boards of a directory. Raises UsageError at once."""
-    return _examined_boards(boards_directory(args, "IFACE", "--config", "--irq-dir"))
-
-
-def _examined_boards(directory: Path) -> Iterator[Result]:
+def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.board_files import read_boards
     from inco_trio.doctor.examination import examine
 
@@ -137,7 +126,7 @@ def _examined_boards(directory: Path) -> Iterator[Result]:
     start = f"inco-trio run --boards {shlex.quote(str(directory))}"
     for name, board in boards.configs.items():
         file = directory / f"{name}.json"
-        yield ok("configuration", file, f"names {len(board.signals)} signals")
+        yield ok("configuration", file, f"valid, {len(board.signals)} signals")
         yield from examine(board.link, board.signals, processes, netns=board.netns, configuration=file, start=start)
 
 

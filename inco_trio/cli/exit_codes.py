@@ -1,4 +1,4 @@
-"""The exit codes of errors (sysexits.h), and the error of a command line that makes no sense."""
+"""The exit codes of errors (sysexits.h), and the error of an invalid command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from inco_trio.errors import (
     UnavailableError,
 )
 
-__all__ = ["CODES", "EXIT_INTERNAL", "UsageError", "exit_code"]
-
 EXIT_INTERNAL = 70
 
 
 class UsageError(IncoError):
-    """The command line does not make sense."""
+    """The command line is invalid."""
 
 
 CODES: dict[type[IncoError], int] = {

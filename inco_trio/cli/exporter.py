@@ -6,28 +6,20 @@ import argparse
 import functools
 from importlib import resources
 
-from inco_trio.cli.options import (
-    LISTEN,
-    add_clients_option,
-    add_service_options,
-    check_listen,
-    control_paths,
-)
+from inco_trio.cli import options
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals
-
-__all__ = ["arguments", "run"]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `exporter`."""
     sub.epilog = f"example: inco-trio exporter --listen 127.0.0.1:9478\n{EXIT_CODES}"
-    sub.add_argument("--listen", metavar="ADDRESS:PORT", default=LISTEN, help=f"default: {LISTEN}")
-    add_clients_option(sub)
+    sub.add_argument("--listen", metavar="ADDRESS:PORT", default=options.LISTEN, help=f"default: {options.LISTEN}")
+    options.add_clients_option(sub)
     sub.add_argument("--dashboard", action="store_true", help="print a Grafana dashboard and exit")
     sub.add_argument("--alerts", action="store_true", help="print Prometheus alert rules and exit")
-    add_service_options(sub)
+    options.add_service_options(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         from inco_trio.metrics.exporter import serve
         from inco_trio.service.runner import Restarting, run_service
 
-        address, port = check_listen(args.listen)
-        controls = control_paths(args)
+        address, port = options.check_listen(args.listen)
+        controls = options.control_paths(args)
         make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
         return run_service(make, args.notification_fd, args.log_format, args.verbose)

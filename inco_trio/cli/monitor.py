@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterable, Iterator
 
-from inco_trio.cli.options import add_place, positive
+from inco_trio.cli.options import add_place, add_selection
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.cli.signalling import may_listen, remark_unknown
+from inco_trio.cli.signalling import clock_time, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
 from inco_trio.control.client import connect
@@ -16,8 +15,6 @@ from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
-
-__all__ = ["arguments", "run"]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -27,16 +24,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and shows frames only.\n" + EXIT_CODES
     )
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="only this board")
-    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
-    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
-    sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
+    add_selection(sub)
     sub.add_argument("--json", action="store_true", help="print the JSON lines of the proxy, see docs/control.md")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print events until there are no more; raises IncoError."""
-    direction = None if args.direction is None else Direction(args.direction)
+    """Print events, up to `--count` notifications; return the exit code. Raises IncoError."""
+    direction = direction_of(args)
     try:
         client = connect(args.link, args.control)
     except ProxyNotFoundError:
@@ -54,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
-    """Print each event; stop after `--count` notifications."""
     left, shown = args.count, _Lines()
     for event in events:
         say(*([event.json()] if args.json else painted([printable(shown.line(event))])))
@@ -67,15 +60,14 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
 
 
 class _Lines:
-    """Events as text. A notification shows the time since the previous one of its signal."""
+    """Formats events. A notification shows the time since the previous one of its signal."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, Direction, str], int] = {}
         self._boards: set[str] = set()
 
     def line(self, event: Event) -> str:
-        stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
-        parts = [f"{stamp}.{int(event.time % 1 * 1e6):06d}"]
+        parts = [clock_time(event)]
         self._boards.add(event.board)
         if len(self._boards) > 1:
             parts.append(f"{event.board}:")

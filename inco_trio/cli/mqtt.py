@@ -9,8 +9,6 @@ from inco_trio.cli.options import absolute, add_clients_option, add_service_opti
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 
-__all__ = ["arguments", "run"]
-
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `mqtt`."""

@@ -13,10 +13,8 @@ from inco_trio.errors import InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.service import process_signals
 
-__all__ = ["ENDS", "arguments", "check_end", "run"]
-
 ENDS = ("core0", "core1")
-"""The two sides of a bridge, named after the cores that are there."""
+"""The two sides of a bridge, each named after its core."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:

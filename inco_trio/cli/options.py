@@ -16,27 +16,6 @@ from inco_trio.errors import ProgramNotFoundError
 from inco_trio.links.address import address_fault
 from inco_trio.linux.files import is_path
 
-__all__ = [
-    "BOARDS_HELP",
-    "CONTROL_HELP",
-    "LINK",
-    "LINK_HELP",
-    "LISTEN",
-    "absolute",
-    "add_clients_option",
-    "add_place",
-    "add_service_options",
-    "check_link",
-    "check_listen",
-    "config_path",
-    "configuration_argument",
-    "control_paths",
-    "needing",
-    "number_of_seconds",
-    "path_of",
-    "positive",
-]
-
 DIGITS_MAX = 12
 LINK = "rpmsg4000"
 """The default link."""
@@ -48,18 +27,32 @@ LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
-    """Return the seconds of an option, more than 0. Raises ArgumentTypeError."""
+    """Parse a number of seconds above 0. Raises ArgumentTypeError."""
+    return _number(text, "a number of seconds above 0", lowest=math.ulp(0))
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
+    return _number(text, "a number of seconds, 0 or more", lowest=0)
+
+
+def rate(text: str) -> float:
+    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
+    return _number(text, "a number above 0", lowest=math.ulp(0))
+
+
+def _number(text: str, what: str, *, lowest: float) -> float:
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds above 0")
-    return seconds
+        number = math.nan
+    if not lowest <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
+    return number
 
 
 def positive(text: str) -> int:
-    """Return the integer of an option, more than 0. Raises ArgumentTypeError."""
+    """Parse an integer above 0. Raises ArgumentTypeError."""
     if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer above 0 with at most {DIGITS_MAX} digits")
     return int(text)
@@ -86,7 +79,7 @@ def configuration_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def config_path(args: argparse.Namespace) -> Path:
-    """Return the path of the configuration. Raises UsageError if there is none."""
+    """Return the path of the configuration. Raises UsageError if none is given."""
     if args.config is not None:
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
@@ -95,7 +88,7 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def absolute(path: str | Path, option: str) -> Path:
-    """Return the absolute path in `option`. Raises UsageError if it is not valid."""
+    """Return the absolute path in `option`. Raises UsageError if the path is invalid."""
     path = path_of(path, option)
     try:
         return path.absolute()
@@ -104,7 +97,7 @@ def absolute(path: str | Path, option: str) -> Path:
 
 
 def path_of(text: str | Path, option: str) -> Path:
-    """Return the path in `option`. Raises UsageError if it is not valid."""
+    """Return the path in `option`. Raises UsageError if the path is invalid."""
     # Path("") is the working directory.
     if not str(text):
         raise UsageError(option, "the path is empty")
@@ -124,7 +117,15 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
 def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that name a running proxy."""
     sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
-    sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the only one)")
+    sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the one running proxy)")
+
+
+def add_selection(sub: argparse.ArgumentParser) -> None:
+    """Add the options that select notifications: board, signal, direction and count."""
+    sub.add_argument("--board", metavar="NAME", help="only this board")
+    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
+    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
+    sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
 
 
 def add_clients_option(sub: argparse.ArgumentParser) -> None:
@@ -160,5 +161,5 @@ def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
 
 
 def boards_label(directory: Path) -> str:
-    """Return the name of the service, and of the stored descriptors, of a directory of boards."""
+    """Return the label of a directory of boards: the name of its service and of its stored descriptors."""
     return f"boards-{blake2b(os.fsencode(directory), digest_size=4).hexdigest()}"

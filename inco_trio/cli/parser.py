@@ -1,8 +1,8 @@
 """The commands, their exit codes, and the output of errors.
 
 The module of a command has `arguments`, which adds its options, and `run`, which returns the exit code. Only the module
-of the given command is imported, because the start of the daemon is an outage. `nox -s generated` makes man pages and
-completions from the same parsers. See docs/manual/page.py for the format of an epilog, and docs/manual/completion.py
+of the given command is imported, so that the daemon starts quickly. `nox -s generated` makes man pages and completions
+from the same parsers. See docs/manual/page.py for the format of an epilog, and docs/manual/completion.py
 for the completion of a metavar.
 """
 
@@ -22,8 +22,6 @@ from inco_trio.errors import IncoError, ResourceError
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
-
-__all__ = ["COMMANDS", "EXIT_CODES", "EXIT_INTERNAL", "drop_in_parser", "parser", "run_command", "run_drop_in"]
 
 COMMANDS = {
     "run": "run the proxy until SIGTERM or SIGINT",
@@ -53,11 +51,7 @@ exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 
 
 def run_command(words: Sequence[str]) -> int:
     """Run `inco-trio` with the arguments `words`; return the exit code. Raises SystemExit like argparse."""
-
-    def run() -> int:
-        return _run(_parsed(parser(words[0] if words else None), words))
-
-    return _ending(run)
+    return _ending(lambda: _run(_parsed(parser(words[0] if words else None), words)))
 
 
 def run_drop_in(words: Sequence[str]) -> int:
@@ -72,12 +66,12 @@ def run_drop_in(words: Sequence[str]) -> int:
 
 
 def _ending(run: Callable[[], int]) -> int:
-    """Return the result of `run`, or print its error and return the exit code of that."""
+    """Return the result of `run`, or print its error and return the exit code of the error."""
     streams.open_missing()
     try:
         return run()
     except BrokenPipeError:
-        return 0  # The reader of the output has closed it.
+        return 0  # The reader has closed its end, as `head` does.
     except (IncoError, MemoryError) as raised:
         error = raised if isinstance(raised, IncoError) else ResourceError("out of memory")
         streams.complain(error)
@@ -106,7 +100,7 @@ def _run(args: argparse.Namespace, *, drop_in: bool = False) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that reports if its help text cannot be written."""
+    """A parser that raises ResourceError if its help text cannot be written."""
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if message and file is not None and file is sys.stdout:
@@ -117,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version. Finding it takes a while, so only this option does."""
+    """Print the version. The import that finds the version is slow, so only this option does it."""
 
     def __call__(self, asking: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version

@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from inco_trio.capture.recording import Recording
     from inco_trio.capture.summary import Summary
 
-__all__ = ["arguments", "run"]
-
 FORMATS = (".svg", ".png")
 SHOWN = 0.5
 """Seconds between two progress messages on a terminal."""
 OFTEN = 1024
-"""Notifications between two readings of the clock."""
+"""Notifications between two looks at the clock."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -57,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if draws:
         if _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
-        # Import first: reading the recording may take long.
+        # Import before reading: reading a large recording takes long.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:
@@ -90,7 +88,7 @@ def _out(args: argparse.Namespace, path: Path) -> Path:
 def _is_one_file(path: Path, out: Path) -> bool:
     try:
         return out.samefile(path)
-    except OSError:  # One of them does not exist. Opening it will report that.
+    except OSError:  # One of the files does not exist. Opening a missing recording reports that.
         return False
 
 

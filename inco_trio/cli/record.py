@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import add_place, number_of_seconds, path_of, positive
-from inco_trio.cli.signalling import may_listen, remark_unknown
+from inco_trio.cli.options import add_place, add_selection, number_of_seconds, path_of, positive
+from inco_trio.cli.signalling import direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
 from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
@@ -26,31 +26,26 @@ if TYPE_CHECKING:
     from inco_trio.capture.recording import Recorder
     from inco_trio.control.listen import Listening
 
-__all__ = ["arguments", "run"]
-
 AGAIN = 0.2
-"""Seconds between two attempts to connect to a proxy that has ended."""
+"""Seconds between two attempts to connect after the proxy has ended."""
 SHOWN = 0.5
 """Seconds between two updates of the progress on a terminal."""
 FAREWELL = 1.0
-"""Deadline in seconds for the remaining events at the end."""
+"""Seconds that the proxy has to send the remaining events at the end."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `record`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "It stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next one.\n"
+        "Recording stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next proxy.\n"
         "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and records frames only.\n"
         "example: inco-trio record night.pcapng --size 100000000 --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission; see inco-trio --help"
     )
     sub.add_argument("file", metavar="FILE", help="pcapng file to write; an existing file is replaced")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="only this board")
-    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
-    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
-    sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
+    add_selection(sub)
     sub.add_argument("--duration", type=number_of_seconds, metavar="SECONDS", help="stop after SECONDS")
     sub.add_argument("--size", type=positive, metavar="BYTES", help="start FILE_00002 and so on at this size")
     sub.add_argument("--period", type=number_of_seconds, metavar="SECONDS", help="start another file after SECONDS")
@@ -58,7 +53,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record until the end; raises IncoError."""
+    """Record until a limit or a stop signal; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
@@ -72,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(recorder.close)
         remark(f"recording {source.name} to {recorder.path}")
         try:
-            _record(args, source, stop, recorder)
+            for event in _events(source, stop, recorder):
+                _write(recorder, event, source.name)
+                if recorder.count == args.count:
+                    break
         finally:
             _show("")
             several = f"{len(recorder.written)} files, the last one " if len(recorder.written) > 1 else ""
@@ -81,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """The end of the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
+    """The conditions that end the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
 
     def __init__(self, sock: socket.socket, duration: float | None) -> None:
         self._sock = sock
@@ -98,7 +96,7 @@ class _Stop:
 
 
 class _Proxy:
-    """A connection to a proxy that is opened again after the proxy restarts."""
+    """A connection to a proxy, which reconnects after the proxy restarts."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop
@@ -107,12 +105,9 @@ class _Proxy:
         self._ask()
 
     def _ask(self) -> None:
-        self._client.request(MonitorRequest(self._args.board, _direction(self._args), self._args.signal, frames=True))
+        self._client.request(MonitorRequest(self._args.board, direction_of(self._args), self._args.signal, frames=True))
 
-    def __enter__(self) -> _Proxy:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._client.close()
 
     def fileno(self) -> int:
@@ -139,7 +134,7 @@ class _Proxy:
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still queued.
+            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still in the socket.
                 self._client.request(FlushRequest(), FAREWELL)
             for event in self._client.events(FAREWELL):
                 if event.event == "flushed":
@@ -151,10 +146,6 @@ def _mark(text: str) -> Event:
     return Event("message", time=time.time(), message=text)
 
 
-def _direction(args: argparse.Namespace) -> Direction | None:
-    return None if args.direction is None else Direction(args.direction)
-
-
 @contextlib.contextmanager
 def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listening]:
     try:
@@ -164,29 +155,24 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
             raise
         from inco_trio.control.listen import Listening
 
-        with Listening(args.link, args.signal, _direction(args)) as listening:
+        with Listening(args.link, args.signal, direction_of(args)) as listening:
             remark(f"no proxy answers: listening on {args.link} itself")
             yield listening
         return
     remark_unknown(client, args)
-    with client, _Proxy(client, args, stop) as proxy:
+    with client, contextlib.closing(_Proxy(client, args, stop)) as proxy:
         yield proxy
 
 
-def _record(args: argparse.Namespace, source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> None:
+def _events(source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> Iterator[Event]:
+    """Yield the events of `source` until `stop`, and show the progress."""
     shows, shown = sys.stderr.isatty(), time.monotonic()
     while not stop.wait(SHOWN if shows else math.inf, source):
-        for event in source.arrived():
-            _write(recorder, event, source.name)
-            if recorder.count == args.count:
-                return
+        yield from source.arrived()
         if shows and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
             _show(f"{recorder.count} notifications")
-    for event in source.rest():
-        _write(recorder, event, source.name)
-        if recorder.count == args.count:
-            return
+    yield from source.rest()
 
 
 def _show(text: str) -> None:

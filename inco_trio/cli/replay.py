@@ -1,4 +1,4 @@
-"""`inco-trio replay`: play one side of a recording, and report what came back."""
+"""`inco-trio replay`: play one side of a recording, and report which notifications came back."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ if TYPE_CHECKING:
     from inco_trio.capture.player import Played, Side
     from inco_trio.capture.recording import Recording
 
-__all__ = ["arguments", "run"]
-
 SLOW = 1.0
-"""Seconds until it shows progress."""
+"""Seconds until the command shows progress."""
 BETWEEN = 0.2
-"""Seconds between two updates."""
+"""Seconds between two updates of the progress."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `replay`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "A frame's direction: flags of our recordings, else the signal table, else its sender's other frames.\n"
+        "The direction of a frame comes from the flags of an inco-trio recording, the signal table, or other\n"
+        "frames of the same sender.\n"
         "example: inco-trio replay night.pcapng rpmsg4000 --speed 10\n"
         "exit codes: 0 everything came back, 1 not everything came back, 65 not a recording, 69 no link or\n"
         "registers, 77 no permission; see inco-trio --help"
     )
-    sub.add_argument("file", metavar="FILE", help="a recording, or any pcapng or pcap of Ethernet frames")
+    sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
     sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 on this interface or unix:LOCAL,peer=REMOTE")
     sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with LINK, else core0")
-    sub.add_argument("--irq-dir", metavar="DIR", help="the built-in signals; as core0: their registers in DIR")
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals; core0 plays on their registers in DIR")
     configuration_argument(sub)
     sub.add_argument("--speed", type=float, metavar="X", help="play X times as fast as recorded (default: 1)")
     sub.add_argument("--fast", action="store_true", help="play as fast as possible")
@@ -55,7 +54,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay; returns 0 if everything came back, else 1. Raises IncoError."""
+    """Replay the recording; return 0 if everything came back, else 1. Raises IncoError."""
     path = path_of(args.file, "FILE")
     _check(args)
     table = _table(args)
@@ -92,9 +91,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.fast and args.speed is not None:
         raise UsageError("--fast and --speed exclude each other")
     if args.speed is not None and not (args.speed > 0 and math.isfinite(args.speed)):
-        raise UsageError(f"--speed {args.speed:g}: is not a number above 0")
+        raise UsageError(f"--speed {args.speed:g}: expected a number above 0")
     if not (args.wait >= 0 and math.isfinite(args.wait)):
-        raise UsageError(f"--wait {args.wait:g}: is not a number of seconds, 0 or more")
+        raise UsageError(f"--wait {args.wait:g}: expected a number of seconds, 0 or more")
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
@@ -102,7 +101,7 @@ def _table(args: argparse.Namespace) -> SignalTable:
     if args.irq_dir is not None:
         return SignalTable(builtin_signals(absolute(args.irq_dir, "--irq-dir")))
     if args.side == "core1" and args.config is None and not os.environ.get("UDRV_JSON_PATH"):
-        # Only the directions are used.
+        # Core 1 has no registers, so only the directions of the signals matter.
         return SignalTable(builtin_signals(absolute(".", "--irq-dir")))
     return SignalTable(read_board(config_path(args)).signals)
 
@@ -148,7 +147,7 @@ async def _show_progress(played: Played, size: int) -> None:
 
 
 def _width() -> int:
-    # The width of standard error, where progress is shown. 0 columns mean that it is unknown.
+    # Progress is shown on standard error. 0 columns mean that its width is unknown.
     return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
 
 

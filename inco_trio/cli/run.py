@@ -7,21 +7,8 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
+from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import (
-    BOARDS_HELP,
-    CONTROL_HELP,
-    LINK,
-    LINK_HELP,
-    absolute,
-    add_service_options,
-    boards_directory,
-    boards_label,
-    check_link,
-    config_path,
-    configuration_argument,
-    path_of,
-)
 from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
@@ -30,8 +17,6 @@ from inco_trio.signals import builtin_signals
 if TYPE_CHECKING:
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
-
-__all__ = ["arguments", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +28,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v\n"
         f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
     )
-    sub.add_argument("iface", nargs="?", metavar="LINK", help=LINK_HELP)
-    configuration_argument(sub)
+    sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
+    options.configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without a configuration file")
-    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
-    sub.add_argument("--control", metavar="PATH|none", help=CONTROL_HELP)
-    add_service_options(sub, verbose="log each notification")
+    sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    options.add_service_options(sub, verbose="log each notification")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,25 +51,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _daemon(args: argparse.Namespace) -> Daemon:
-    """Return the service. Raises IncoError."""
+    """Return the daemon that the arguments describe. Raises IncoError."""
     from inco_trio.persist.fdstore import fd_store_from_environment
     from inco_trio.service.daemon import Daemon, OneBoard
 
     if args.fd_holder is not None:
-        path_of(args.fd_holder, "--fd-holder")
+        options.path_of(args.fd_holder, "--fd-holder")
     if args.control not in (None, "none"):
-        args.control = str(absolute(args.control, "--control"))
+        args.control = str(options.absolute(args.control, "--control"))
     boards: Boards
     if args.boards is not None:
         from inco_trio.service.many_boards import ManyBoards
 
-        directory = boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
-        boards, label = ManyBoards(directory), boards_label(directory)
+        directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
+        boards, label = ManyBoards(directory), options.boards_label(directory)
     else:
-        args.iface = LINK if args.iface is None else args.iface
-        check_link(args.iface)
+        args.iface = options.LINK if args.iface is None else args.iface
+        options.check_link(args.iface)
         if args.irq_dir is not None:
-            args.irq_dir = absolute(args.irq_dir, "--irq-dir")
+            args.irq_dir = options.absolute(args.irq_dir, "--irq-dir")
         boards = OneBoard(functools.partial(_load, args))
         label = boards.label
     return Daemon(boards, label, args.control, fd_store_from_environment(args.fd_holder, label))
@@ -99,7 +84,7 @@ def _load(args: argparse.Namespace) -> Config:
             raise UsageError("--irq-dir and --config exclude each other")
         board = Board(builtin_signals(args.irq_dir), ())
     else:
-        board = read_board(config_path(args))
+        board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
     return Config(args.iface, board.signals, wait_link=args.wait_link)

@@ -5,36 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 
+from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.mqtt_link import ENDS, check_end
-from inco_trio.cli.options import (
-    BOARDS_HELP,
-    LINK,
-    LINK_HELP,
-    LISTEN,
-    absolute,
-    boards_directory,
-    boards_label,
-    check_link,
-    check_listen,
-    config_path,
-    configuration_argument,
-)
 from inco_trio.cli.streams import remark, say, say_bytes
 from inco_trio.service import descriptions
 from inco_trio.service.s6 import write_scandir
 from inco_trio.service.systemd import systemd_unit
-
-__all__ = ["arguments", "run"]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `s6`."""
     sub.epilog = "example: inco-trio s6 /run/service --config /etc/udrv.json && s6-svscan /run/service"
     sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="scan directory")
-    sub.add_argument("--iface", metavar="LINK", help=LINK_HELP)
-    configuration_argument(sub)
-    sub.add_argument("--boards", metavar="DIR", help=BOARDS_HELP)
+    sub.add_argument("--iface", metavar="LINK", help=options.LINK_HELP)
+    options.configuration_argument(sub)
+    sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--mqtt", metavar="URL", help="write the gateway to the broker at URL instead of a proxy")
     sub.add_argument("--mqtt-link", metavar="URL", help="write one side of the bridge at URL, with --iface and --end")
     sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core at this side of the bridge: core0 or core1")
@@ -43,15 +29,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--exporter",
         metavar="ADDR",
         nargs="?",
-        const=LISTEN,
-        help=f"write the exporter instead of a proxy (default: {LISTEN})",
+        const=options.LISTEN,
+        help=f"write the exporter instead of a proxy (default: {options.LISTEN})",
     )
     sub.add_argument("--user", help="run as USER; a proxy keeps only CAP_NET_RAW")
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the scan directory, or print the unit."""
+    """Write the scan directory, or print the unit; return the exit code. Raises IncoError."""
     service = _service(args)
     program = descriptions.find_program()
     if "-I" not in program:
@@ -63,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.scandir is None:
         raise UsageError("SCANDIR: missing (expected a directory to write, or --systemd)")
-    directory = absolute(args.scandir, "SCANDIR")
+    directory = options.absolute(args.scandir, "SCANDIR")
     changes = write_scandir(directory, service=service, user=args.user, program=program)
     say(*(changes or ["nothing changed"]))
     return 0
@@ -85,17 +71,17 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
         raise UsageError(f"--config and {named[0]} exclude each other: --config is for proxies")
     if args.mqtt is not None:
         return descriptions.gateway_service(
-            args.mqtt, None if args.gateway is None else absolute(args.gateway, "--gateway")
+            args.mqtt, None if args.gateway is None else options.absolute(args.gateway, "--gateway")
         )
     if args.exporter is not None:
-        check_listen(args.exporter)
+        options.check_listen(args.exporter)
         return descriptions.exporter_service(args.exporter)
     if args.boards is not None:
-        boards = boards_directory(args, "--iface", "--config")
-        return descriptions.boards_service(boards, boards_label(boards))
-    link = LINK if args.iface is None else args.iface
-    check_link(link)
-    return descriptions.link_service(link, absolute(config_path(args), "--config"))
+        boards = options.boards_directory(args, "--iface", "--config")
+        return descriptions.boards_service(boards, options.boards_label(boards))
+    link = options.LINK if args.iface is None else args.iface
+    options.check_link(link)
+    return descriptions.link_service(link, options.absolute(options.config_path(args), "--config"))
 
 
 def _bridge(args: argparse.Namespace) -> descriptions.Service:
@@ -106,5 +92,5 @@ def _bridge(args: argparse.Namespace) -> descriptions.Service:
         if getattr(args, name) is not None:
             raise UsageError(f"--mqtt-link and --{name} exclude each other: a call writes one service")
     check_end(args.iface)
-    config = None if args.gateway is None else absolute(args.gateway, "--gateway")
+    config = None if args.gateway is None else options.absolute(args.gateway, "--gateway")
     return descriptions.bridge_service(args.mqtt_link, args.iface, args.end, config)

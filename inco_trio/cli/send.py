@@ -7,26 +7,13 @@ import json
 import time
 from collections.abc import Callable
 
-from inco_trio.cli.options import positive
+from inco_trio.cli import signalling
+from inco_trio.cli.options import positive, rate
 from inco_trio.cli.parser import EXIT_CODES
-from inco_trio.cli.signalling import (
-    add_ways,
-    alone,
-    board_of,
-    check_known,
-    check_ways,
-    is_application,
-    link_of,
-    rate,
-    register_of,
-    signals_of,
-)
 from inco_trio.cli.streams import remark, say
 
-__all__ = ["arguments", "run"]
-
 AT_ONCE = 1000
-"""Notifications in one request: few, so that a `send` that ends early reports how many were sent."""
+"""Notifications per request. The limit lets an interrupted `send` report roughly how many were sent."""
 SLEEP_MAX = 3600.0
 WHAT = "sent by core 0"
 HINT = "core 1 sends it (--as core1 LINK)"
@@ -36,7 +23,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     """Add the options of `send`."""
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = f"example: inco-trio send redun_notify_irq --count 100 --rate 50\n{EXIT_CODES}"
-    add_ways(sub)
+    signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
     sub.add_argument(
         "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
@@ -46,13 +33,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Send; raises IncoError."""
-    check_ways(args)
+    """Send the notifications; return the exit code. Raises IncoError."""
+    signalling.check_ways(args)
     schedule = _Schedule(args.count, args.rate)
     try:
         if args.core1 is not None:
             where = _send_as_core1(args, schedule)
-        elif is_application(args):
+        elif signalling.is_application(args):
             where = _send_as_application(args, schedule)
         else:
             where = _send_through_proxy(args, schedule)
@@ -67,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """When each notification is due: the first one now, the others at fixed times after it, however long one takes."""
+    """The times at which notifications are due: fixed intervals from the start on, however long a send takes."""
 
     def __init__(self, count: int, rate: float | None) -> None:
         self.sent = 0
@@ -82,24 +69,24 @@ class _Schedule:
 
     @property
     def left(self) -> bool:
-        """Whether there is more to send."""
+        """Whether notifications remain to be sent."""
         return self.sent < self._count
 
     def due(self) -> int:
-        """Return how many to send now."""
+        """Return how many notifications to send now."""
         left = self._count - self.sent
         if self._rate is not None:
             left = int(min(left, self.seconds * self._rate + 1 - self.sent))
         return min(left, AT_ONCE)
 
     def pause(self) -> float:
-        """Return the seconds until the next one is due."""
+        """Return the seconds until the next notification is due."""
         if self._rate is None:
             return 0
         return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX)
 
     def follow(self, send: Callable[[int], None]) -> None:
-        """Call `send` with the number that is due, until all are sent."""
+        """Call `send` with the number of due notifications, until all are sent."""
         while self.left:
             if due := self.due():
                 send(due)
@@ -113,10 +100,10 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
     from inco_trio.control.protocol import SendRequest
 
     with connect(args.link, args.control) as client:
-        board = board_of(client, args)
-        directions, running = signals_of(client, board)
+        board = signalling.board_of(client, args)
+        directions, running = signalling.signals_of(client, board)
         outbound = [name for name, direction in directions.items() if direction == "outbound"]
-        check_known(args.signal, outbound, directions, WHAT, HINT)
+        signalling.check_known(args.signal, outbound, directions, WHAT, HINT)
         one = board is not None or len(client.greeting.boards) == 1
         if one and not running:
             remark("the link is down, or core 1 is not running: the proxy sends it later")
@@ -131,7 +118,7 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
 def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
     from inco_trio.cores.watch import trigger
 
-    path = register_of(args, "outbound", WHAT, HINT).path
+    path = signalling.register_of(args, "outbound", WHAT, HINT).path
 
     def send(count: int) -> None:
         for _ in range(count):
@@ -142,11 +129,10 @@ def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
 
 
 def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
-    link = link_of(args)
-    # Imported here, as it takes longer to import than everything else.
-    import trio
+    link = signalling.link_of(args)
+    import trio  # Only here: importing trio takes longer than everything else.
 
-    with alone():
+    with signalling.alone():
         trio.run(_send_frames, link, args.signal, schedule)
     return f"as core 1 on {link}"
 

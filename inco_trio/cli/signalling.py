@@ -1,9 +1,9 @@
-"""What `send` and `wait` have in common: the side that they act as, the signals that exist, and numbers."""
+"""Options, checks and texts that `send`, `wait`, `monitor` and `record` share."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -13,65 +13,34 @@ from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
+from inco_trio.signals import Direction, Signal, builtin_signals, name_fault
 
 if TYPE_CHECKING:
     from inco_trio.control.client import Client
-    from inco_trio.signals import Signal
-
-__all__ = [
-    "add_ways",
-    "alone",
-    "board_of",
-    "check_known",
-    "link_of",
-    "rate",
-    "register_of",
-    "seconds",
-    "signals_of",
-]
+    from inco_trio.control.protocol import Event
 
 OF_THE_PROXY = ("link", "control", "board")
 OF_CORE_0 = ("irq_dir", "config")
 
 
 def add_ways(sub: argparse.ArgumentParser) -> None:
-    """Add SIGNAL, and the options that choose a side: a client of the proxy, an application, or core 1."""
-    sub.add_argument("signal", metavar="SIGNAL", help="the wire name of the signal")
+    """Add SIGNAL, and the options that select a side: a client of the proxy, an application, or core 1."""
+    sub.add_argument("signal", metavar="SIGNAL", help="wire name of the signal")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="the board, if the proxy has several")
-    sub.add_argument("--irq-dir", metavar="DIR", help="act as an application, on the built-in registers in DIR")
-    sub.add_argument("--config", metavar="FILE", help="act as an application, on the registers of this udrv.json")
+    sub.add_argument("--board", metavar="NAME", help="board, if the proxy serves several")
+    sub.add_argument("--irq-dir", metavar="DIR", help="act as an application that uses the built-in registers in DIR")
+    sub.add_argument("--config", metavar="FILE", help="act as an application that uses the registers of this udrv.json")
     sub.add_argument(
         "--as",
         dest="core1",
         nargs=2,
         metavar=("core1", "LINK"),
-        help="act as core 1, on an interface or unix:CORE1,peer=CORE0",
+        help="act as core 1 on an interface or unix:CORE1,peer=CORE0",
     )
 
 
-def rate(text: str) -> float:
-    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
-    return _number(text, "a number above 0", lowest=math.ulp(0))
-
-
-def seconds(text: str) -> float:
-    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
-    return _number(text, "a number of seconds, 0 or more", lowest=0)
-
-
-def _number(text: str, what: str, *, lowest: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not lowest <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
-
-
 def check_ways(args: argparse.Namespace) -> None:
-    """Raise UsageError if the options choose more than one side."""
+    """Raise UsageError if the options select more than one side."""
     given = {
         "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in OF_THE_PROXY),
         "--irq-dir": args.irq_dir is not None,
@@ -89,7 +58,7 @@ def is_application(args: argparse.Namespace) -> bool:
 
 
 def check_known(name: str, known: Collection[str], other: Collection[str], what: str, hint: str) -> None:
-    """Raise UsageError if `name` is not one of `known`, which are `what`; `hint` is for one of `other`."""
+    """Raise UsageError if `name` is not in `known`. If it is in `other`, say that it is not `what`, and give `hint`."""
     if name in known:
         return
     if name in other:
@@ -102,9 +71,7 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
-    """Return the signal of `direction` that the options name. Raises IncoError as `check_known` does."""
-    from inco_trio.signals import builtin_signals
-
+    """Return the signal that the options name, which must have this direction. Raises IncoError."""
     signals: tuple[Signal, ...]
     if args.irq_dir is not None:
         signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
@@ -117,15 +84,11 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
     return right[args.signal]
 
 
-# ------------------------------------------------------------------------------------------------- through the proxy
-
-
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
-    """The board that was named, by --board or as LINK."""
+    """Return the board named by --board or LINK, or None."""
     if args.board is None and args.link in client.greeting.boards and args.link != client.greeting.name:
         return str(args.link)
-    board: str | None = args.board
-    return board
+    return None if args.board is None else str(args.board)
 
 
 def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
@@ -136,7 +99,7 @@ def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Report which requested signals the proxy does not know. It ignores frames with these names."""
+    """Print which of the signals in --signal the proxy does not know. The proxy ignores frames with these names."""
     if args.signal is None:
         return
     known, _ = signals_of(client, args.board)
@@ -145,21 +108,26 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
             remark(f"{name}: not in the signal table (there are: {', '.join(known) or 'none'})")
 
 
+def clock_time(event: Event) -> str:
+    """Return the local time of day of an event, with microseconds."""
+    return f"{time.strftime('%H:%M:%S', time.localtime(event.time))}.{int(event.time % 1 * 1e6):06d}"
+
+
+def direction_of(args: argparse.Namespace) -> Direction | None:
+    """Return the value of --direction."""
+    return None if args.direction is None else Direction(args.direction)
+
+
 def may_listen(link: str | None) -> bool:
-    """Return whether one can listen to a link without a proxy, which needs an interface."""
+    """Return whether `link` is an interface: `monitor` and `record` can listen to one without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
 
 
 def link_of(args: argparse.Namespace) -> str:
     """Return the link of `--as core1 LINK`. Raises UsageError, also if `args.signal` is not a wire name."""
-    from inco_trio.signals import name_fault
-
     who, link = args.core1
     if who != "core1":
-        raise UsageError(f"--as {who}: only core1 can be played")
+        raise UsageError(f"--as {who}: unknown core (expected core1)")
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")
@@ -168,7 +136,7 @@ def link_of(args: argparse.Namespace) -> str:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Raise the error inside of groups that hold nothing else, as of a nursery."""
+    """Raise the only error of an exception group, as raised by a nursery, instead of the group."""
     try:
         yield
     except BaseExceptionGroup as group:

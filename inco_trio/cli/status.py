@@ -18,11 +18,9 @@ from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 from inco_trio.status import Status
 
-__all__ = ["arguments", "run"]
-
 HEAD = ("", "signal", "count", "per second", "last", "pending", "failed", "register")
 NUMBERS = range(2, 7)
-"""The columns that are aligned to the right."""
+"""The columns to align to the right."""
 Boards = Sequence[BoardStatus]
 
 
@@ -36,16 +34,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="repeat every SECONDS (default: 1), with rates since the previous output",
     )  # fmt: skip
     how = sub.add_mutually_exclusive_group()
-    how.add_argument("--json", action="store_true", help="print a line of JSON, see docs/control.md")
+    how.add_argument("--json", action="store_true", help="print one line of JSON, see docs/control.md")
     how.add_argument(
-        "--openmetrics",
-        action="store_true",
-        help="print OpenMetrics text, as for node_exporter's textfile collector",
+        "--openmetrics", action="store_true", help="print OpenMetrics text, as for node_exporter's textfile collector"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the status; raises IncoError."""
+    """Print the status; return the exit code. Raises IncoError."""
     if args.watch is not None and args.openmetrics:
         raise UsageError("--watch and --openmetrics exclude each other")
     with connect(args.link, args.control) as client:
@@ -73,7 +69,7 @@ def _shown(boards: Boards, args: argparse.Namespace, before: tuple[float, Boards
     elif args.openmetrics:
         from inco_trio.metrics.openmetrics import openmetrics
 
-        yield openmetrics(tuple(boards)).rstrip("\n")
+        yield openmetrics(boards).rstrip("\n")
     else:
         past = {} if before is None else {board.board: board.status for board in before[1]}
         for board in boards:

@@ -1,4 +1,4 @@
-"""The standard streams of a command, which may be closed, full, or of an encoding that lacks characters."""
+"""The standard streams of a command, which may be closed or full, or may have an encoding that lacks characters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TextIO
 
 from inco_trio.errors import IncoError, ResourceError
 from inco_trio.service.lines import printable
-
-__all__ = ["complain", "flush", "open_missing", "output", "remark", "say", "say_bytes", "settle", "writing"]
 
 
 def open_missing() -> None:
@@ -80,7 +78,7 @@ def settle() -> None:
 
 
 def remark(text: str) -> None:
-    """Print a note for people on standard error."""
+    """Print a note on standard error."""
     with contextlib.suppress(OSError):
         print(f"inco-trio: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201 - beside the output
 

@@ -6,20 +6,18 @@ import shutil
 import sys
 from collections.abc import Iterable
 
-__all__ = ["is_terminal", "painted", "screen"]
-
 CLEAR = "\x1b[H\x1b[J"
 """Move the cursor home, and erase the rest of the screen."""
 STYLES = (
     (r"(?<=: )up\b|\bthe link came up\b|\bworks again\b|^ok\b", "green"),
-    (r"(?<=: )(down|not open)\b|\bthe link went down\b|^fail\b|\b\d+ dropped\b|\bevents were lost here\b", "bold red"),
-    (r"\bkept by nobody\b|\bignored: .*|^warn\b|\b(warning|error): .*|\brestarted .*", "yellow"),
+    (r"(?<=: )(down|not open)\b|\bthe link went down\b|^fail\b|\b\d+ dropped\b|\bevents lost\b", "bold red"),
+    (r"\bnot stored\b|\bignored: .*|^warn\b|\b(warning|error): .*|\brestarted .*", "yellow"),
     (r"(?<=\s)in(?=\s+\S+_irq\b)", "cyan"),
     (r"(?<=\s)out(?=\s+\S+_irq\b)", "magenta"),
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Patterns and their styles."""
+"""Patterns and their styles in rich."""
 
 
 def is_terminal() -> bool:
@@ -28,18 +26,18 @@ def is_terminal() -> bool:
 
 
 def screen(lines: list[str]) -> str:
-    """Return lines from the top of the terminal on, as many as fit."""
+    """Return text that shows `lines` from the top of the terminal, as many as fit."""
     width, height = shutil.get_terminal_size()
     return CLEAR + "\n".join(painted(line[:width] for line in lines[: height - 1]))
 
 
 def painted(lines: Iterable[str]) -> list[str]:
-    """Return lines for the terminal, in colours if rich and the terminal support them and NO_COLOR is not set."""
+    """Return `lines`, in colours if rich is installed, the terminal supports them and NO_COLOR is not set."""
     lines = list(lines)
     if not is_terminal():
         return lines
     try:
-        # Imported here because it takes longer than everything else, and only people need it.
+        # Imported here because the import is slow and only terminals need it.
         from rich.console import Console
         from rich.text import Text
     except ImportError:

@@ -13,20 +13,9 @@ from contextlib import contextmanager, suppress
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Protocol
 
+from inco_trio.cli import signalling
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import positive
-from inco_trio.cli.signalling import (
-    add_ways,
-    alone,
-    board_of,
-    check_known,
-    check_ways,
-    is_application,
-    link_of,
-    register_of,
-    seconds,
-    signals_of,
-)
+from inco_trio.cli.options import positive, seconds
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.control.protocol import Event, MonitorRequest
 from inco_trio.errors import IncoError, ResourceError
@@ -36,11 +25,9 @@ if TYPE_CHECKING:
     from inco_trio.control.client import Client
     from inco_trio.signals import Signal
 
-__all__ = ["arguments", "run"]
-
 EXIT_NOT_ARRIVED = 1
 UNINTERRUPTED = 1.0
-"""Seconds of one poll(2), which a process signal just before it does not end."""
+"""Timeout of one poll(2) in seconds. A process signal that arrives just before poll(2) does not interrupt it."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -50,7 +37,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
         "exit codes: 0 it arrived, 1 it did not arrive in time, that of COMMAND if it failed; see inco-trio --help"
     )
-    add_ways(sub)
+    signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
     sub.add_argument("--timeout", type=seconds, metavar="S", help="exit with 1 after S seconds (default: never)")
     sub.add_argument(
@@ -62,36 +49,37 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; return 0 if it arrived, 1 if not, or the exit code of the command that failed. Raises IncoError."""
-    check_ways(args)
+    """Wait; return 0 if all notifications arrived, 1 if not, or the exit code of a failed command. Raises IncoError."""
+    signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
-        link = link_of(args)
-        # Imported here, as it takes longer to import than everything else.
-        import trio
+        link = signalling.link_of(args)
+        import trio  # Only here: importing trio takes longer than everything else.
 
-        with alone():
+        with signalling.alone():
             trio.run(_hear_frames, link, waiting, args.send)
-    elif is_application(args):
-        signal = register_of(args, "inbound", "received by core 0", "core 1 receives it (--as core1 LINK)")
+    elif signalling.is_application(args):
+        signal = signalling.register_of(args, "inbound", "received by core 0", "core 1 receives it (--as core1 LINK)")
         with _Register(signal) as register:
             waiting.hear(register)
     else:
-        with _proxy(args) as told:
-            waiting.hear(told)
+        from inco_trio.control.client import connect
+
+        with connect(args.link, args.control) as client:
+            waiting.hear(_Proxy(client, args))
     return waiting.exit_code()
 
 
 class _Source(Protocol):
     def fileno(self) -> int: ...
     def arrived(self) -> list[Event]:
-        """Return the events that have arrived. Those that are not notifications have a message for the user."""
+        """Return the events that have arrived. Events other than notifications have a message for the user."""
 
 
 class _Waiting:
-    """How long to wait, for how many notifications, and the command that runs meanwhile."""
+    """The timeout, the number of notifications, and the command that runs meanwhile."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -108,14 +96,15 @@ class _Waiting:
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the command while the block waits; yield its pidfd_open(2), which is readable once it has ended."""
+        """Run the command while the block waits; yield its pidfd, which is readable once the command has ended."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:
             yield None
             return
         try:
-            # In its own process group, to end all of it after the timeout. Without a terminal, which would stop it.
+            # Its own process group lets the timeout end all of the command. A background group that reads from the
+            # terminal would be stopped.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
@@ -143,7 +132,7 @@ class _Waiting:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Return whether the command, which has ended, failed, and report that."""
+        """Return whether the command failed, and print its exit code if so. Call this once the command has ended."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
@@ -157,22 +146,21 @@ class _Waiting:
         return not self._left
 
     def came(self, event: Event) -> bool:
-        """Print a notification; returns whether it was the last one."""
+        """Print an event; return whether it was the last notification to wait for."""
         if event.event != "notification":
             remark(event.message)
             return False
         if self._args.json:
             say(event.json())
         elif not self._args.quiet:
-            stamp = time.strftime("%H:%M:%S", time.localtime(event.time))
             direction = "" if event.direction is None else event.direction.value
-            say(f"{stamp}.{int(event.time % 1 * 1e6):06d} {direction} {event.signal}")
+            say(f"{signalling.clock_time(event)} {direction} {event.signal}")
         flush()
         self._left -= 1
         return self.complete
 
     def hear(self, source: _Source) -> None:
-        """Wait for the notifications of a source that listens."""
+        """Wait for the notifications of a source, which must be listening already."""
         poll = select.poll()
         poll.register(source.fileno(), select.POLLIN)
         with self.listening() as end:
@@ -186,38 +174,28 @@ class _Waiting:
                     return
                 if end is not None and any(fd == end for fd, _ in ready):
                     poll.unregister(end)
-                    # What arrived before it ended counts, even if it failed.
+                    # Notifications that arrived before the command failed still count.
                     if self.command_failed():
                         return
 
     def exit_code(self) -> int:
-        """Return the exit code, and report what did not arrive."""
-        if not self._code and not self.complete:
-            if not self._args.quiet:
-                count = self._args.count
-                remark(f"{self._args.signal}: {count - self._left} of {count} arrived within {self._args.timeout:g} s")
-            return EXIT_NOT_ARRIVED
-        return self._code
+        """Return the exit code, and print how many notifications arrived if some did not."""
+        if self._code or self.complete:
+            return self._code
+        if not self._args.quiet:
+            count = self._args.count
+            remark(f"{self._args.signal}: {count - self._left} of {count} arrived within {self._args.timeout:g} s")
+        return EXIT_NOT_ARRIVED
 
 
-# ------------------------------------------------------------------------------------------------------ at the proxy
+class _Proxy:
+    """The signal at a proxy. Raises IncoError."""
 
-
-@contextmanager
-def _proxy(args: argparse.Namespace) -> Iterator[_Source]:
-    """Follow the signal at the proxy. Raises IncoError."""
-    from inco_trio.control.client import connect
-
-    with connect(args.link, args.control) as client:
-        board = board_of(client, args)
-        directions, _ = signals_of(client, board)
-        check_known(args.signal, directions, (), "", "")
+    def __init__(self, client: Client, args: argparse.Namespace) -> None:
+        board = signalling.board_of(client, args)
+        directions, _ = signalling.signals_of(client, board)
+        signalling.check_known(args.signal, directions, (), "", "")
         client.request(MonitorRequest(board, signals=[args.signal]))
-        yield _Told(client)
-
-
-class _Told:
-    def __init__(self, client: Client) -> None:
         self._client = client
         self.fileno = client.fileno
 
@@ -231,9 +209,6 @@ class _Told:
                 text = f"{event.count} events were lost here: they may have been notifications"
                 found.append(Event("lost", message=text))
         return found
-
-
-# ------------------------------------------------------------------------------------------------- as an application
 
 
 class _Register:
@@ -278,9 +253,6 @@ def _notification(signal: str, direction: Direction, register: str | None) -> Ev
     return Event("notification", time=time.time(), direction=direction, signal=signal, register=register)
 
 
-# --------------------------------------------------------------------------------------------------------- as core 1
-
-
 async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
     import trio
 
@@ -297,7 +269,7 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
             waiting.listening() as end,
             trio.move_on_after(waiting.left),
         ):
-            # The nursery ends before the descriptor is closed that one of its tasks waits for.
+            # Leave the nursery first: `follow_command` waits for the descriptor that `listening` closes.
             async with trio.open_nursery() as nursery:
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)

@@ -1,1 +1,1 @@
-"""Asking a running proxy: the control socket, see docs/control.md."""
+"""The control socket, on which a running proxy answers requests: see docs/control.md."""

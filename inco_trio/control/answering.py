@@ -1,4 +1,4 @@
-"""The connections of clients: their requests, the responses, and the tasks that write events. See docs/control.md."""
+"""The connections to the control socket: requests, responses, and events. See docs/control.md."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SEND_MAX = 1_000_000
-"""Limit of the notifications of one request."""
+"""Limit of the notifications that one request sends."""
 
 
 class Connection:
-    """A client: `run` answers it until it ends, in the `feed` that all connections share."""
+    """The connection of a client. All connections share one `feed`."""
 
     def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str) -> None:
         self.peer = peer
@@ -36,16 +36,16 @@ class Connection:
 
     @property
     def gone(self) -> bool:
-        """Whether the client has closed its socket, not only for writing."""
+        """Whether the client has closed its socket completely, not only for writing."""
         fd = self._stream.socket.fileno()
         if fd < 0:
-            return True  # This process is closing it.
+            return True  # This process is closing the connection.
         poll = select.poll()
         poll.register(fd, 0)
         return bool(poll.poll(0))
 
     def end(self) -> None:
-        """Read no more requests, and end once all queued events are written."""
+        """Read no more requests, and close the connection once all queued events are written."""
         self._reading.cancel()
         self._end_monitor()
 
@@ -58,14 +58,12 @@ class Connection:
         await self._write(protocol.encode_error(RequestError("busy", message)))
 
     async def run(self) -> None:
-        """Answer the client until it ends."""
-        boards = tuple(self._served.proxies())
+        """Answer the client until the connection ends."""
+        greeting = protocol.Greeting(self._served.name, os.getpid(), self._boot, tuple(self._served.proxies()))
         try:
             async with trio.open_nursery() as nursery:
                 with self._reading:
-                    await self._write(
-                        protocol.encode_greeting(protocol.Greeting(self._served.name, os.getpid(), self._boot, boards))
-                    )
+                    await self._write(protocol.encode_greeting(greeting))
                     await self._converse(nursery)
                 if self.gone:
                     self._end_monitor()
@@ -100,7 +98,7 @@ class Connection:
                 case protocol.MonitorRequest():
                     self._begin_monitor(request)
                 case protocol.FlushRequest():
-                    self._check_monitor()
+                    self._check_monitor(wanted=True)
                 case protocol.FollowRequest():
                     value = self._follow(request)
                 case protocol.AcknowledgeRequest():
@@ -108,7 +106,7 @@ class Connection:
                 case protocol.ForgetRequest():
                     value = self._forget(request)
             await self._write(protocol.encode_response(request, value, tag))
-            # Only now: the response comes before the events.
+            # Start only now, because the client expects the response before the events.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
                 nursery.start_soon(self._run_monitor, self._monitor)
             elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
@@ -126,12 +124,9 @@ class Connection:
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if request.board in (None, name) and proxy is not None:
-                boards.append(
-                    protocol.encode_board(
-                        protocol.BoardStatus(name, "", proxy.status, self._history(name, proxy._history()))
-                    )
-                )
-                await trio.lowlevel.checkpoint()  # There may be a thousand.
+                history = self._history(name, proxy._history())
+                boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
+                await trio.lowlevel.checkpoint()  # A process may serve a thousand boards.
         return boards
 
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
@@ -166,7 +161,7 @@ class Connection:
         return request.count
 
     def _begin_monitor(self, request: protocol.MonitorRequest) -> None:
-        self._check_no_monitor()
+        self._check_monitor(wanted=False)
         self._check_board(request.board)
         self._monitor = Monitor(request.board, request.direction, request.signals, request.frames)
         self._feed.add(self._monitor)
@@ -174,11 +169,11 @@ class Connection:
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
         """Follow the boards; return the position of each open one in its history."""
         self._check_permitted("follow")
-        self._check_no_monitor()
+        self._check_monitor(wanted=False)
         for other in self._feed.followers():
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
-                raise RequestError("busy", f"process {other.process} follows already, and a board has one follower")
+                raise RequestError("busy", f"process {other.process} already follows; a board has only one follower")
         follower = Follower(boards=request.boards, process=self.peer.process, gone=lambda: self.gone)
         self._monitor = follower
         self._feed.add(follower)
@@ -200,7 +195,7 @@ class Connection:
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
-        """End histories without a follower; return their boards."""
+        """End the histories of boards without a follower; return these boards."""
         self._check_permitted("forget")
         followed = {board for follower in self._feed.followers() for board in follower.cursors}
         forgotten = []
@@ -215,13 +210,9 @@ class Connection:
         if not self.peer.is_owner:
             raise RequestError("not-permitted", f"only root and the user of the proxy may {what}")
 
-    def _check_no_monitor(self) -> None:
-        if self._monitor is not None:
-            raise RequestError("invalid", "this connection has a monitor already")
-
-    def _check_monitor(self) -> None:
-        if self._monitor is None:
-            raise RequestError("invalid", "this connection has no monitor")
+    def _check_monitor(self, *, wanted: bool) -> None:
+        if (self._monitor is not None) is not wanted:
+            raise RequestError("invalid", f"this connection {'has no' if wanted else 'already has a'} monitor")
 
     def _check_board(self, board: str | None) -> None:
         known = [*self._served.proxies(), *self._served.not_open()]
@@ -229,7 +220,6 @@ class Connection:
             raise RequestError("unknown-board", f"board {board!r}: unknown (there are: {', '.join(known) or 'none'})")
 
     async def _run_monitor(self, monitor: Monitor) -> None:
-        """Write the events of a monitor until it ends."""
         try:
             while lines := await monitor.take():
                 await self._write(lines)
@@ -238,6 +228,5 @@ class Connection:
             self._feed.remove(monitor)
 
     async def _write(self, lines: bytes) -> None:
-        """Write whole lines."""
         async with self._writing:
             await self._stream.send_all(lines)

@@ -1,4 +1,4 @@
-"""A blocking client of the control socket. It imports little because command line tools must start quickly."""
+"""A blocking client of the control socket. This module imports little because command-line tools must start quickly."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
@@ -30,11 +29,11 @@ __all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "client_of", "conn
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Seconds of one select(2). A signal that arrives just before it does not interrupt it."""
+"""Limit in seconds of one select(2), because a signal that arrives just before the call does not interrupt it."""
 PATIENCE = 10.0
-"""Deadline in seconds for the greeting and for each response that needs no waiting."""
+"""Deadline in seconds for the greeting and for each response."""
 SEARCH = 3.0
-"""Deadline in seconds for the greetings of all proxies, where the user named none."""
+"""Deadline in seconds for the greetings of all proxies, if the user did not name a proxy."""
 AGAIN = 0.02
 """Seconds until the next attempt to connect to a socket whose backlog is full."""
 ERRORS: dict[str, type[IncoError]] = {
@@ -42,14 +41,13 @@ ERRORS: dict[str, type[IncoError]] = {
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""The exception for an error code of the proxy; InvalidArgumentError for the others."""
+"""The exception for an error code of the proxy; other codes become InvalidArgumentError."""
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
-    """Connect a non-blocking socket; return False while the backlog of the proxy is full.
+    """Connect a non-blocking socket; return False while the backlog of the proxy is full. Raises IncoError.
 
-    Raises PermissionDeniedError, and ProxyNotFoundError. Its cause is a FileNotFoundError or a ConnectionRefusedError
-    if no process listens there.
+    If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError.
     """
     try:
         sock.connect(os.fspath(path))
@@ -67,15 +65,12 @@ def dial(sock: socket.socket, path: Path) -> bool:
 
 
 class Channel:
-    """What both kinds of clients know of a connection: the received lines, and the errors of the proxy at `path`.
-
-    All methods raise ProtocolError if the other process does not obey the protocol.
-    """
+    """The base of both clients: the received lines and the errors of the proxy at `path`. Raises ProtocolError."""
 
     def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
         self._is_subject = is_subject
-        """Whether the path is the subject of the errors that the proxy reports."""
+        """Whether errors that the proxy reports get the path as their subject."""
         self._received = protocol.LineBuffer(protocol.REPLY_MAX)
         self._lines: deque[bytes] = deque()
 
@@ -96,7 +91,6 @@ class Channel:
         return greeting
 
     def _next(self) -> Event | Response:
-        """Take an event or a response."""
         with self._obeying():
             return protocol.decode_reply(self._lines.popleft())
 
@@ -127,12 +121,8 @@ class Channel:
         return ProxyNotFoundError(self.path, "the proxy does not answer")
 
 
-class Client(Channel):
-    """A connection to the proxy that listens at `path`.
-
-    Raises PermissionDeniedError, ResourceError if the proxy has too many clients, and ProxyNotFoundError if no proxy
-    answers.
-    """
+class Client(Channel, AbstractContextManager["Client"]):
+    """A connection to the proxy at `path`. Raises PermissionDeniedError, ProxyNotFoundError, ResourceError."""
 
     def __init__(self, path: Path, patience: float = PATIENCE) -> None:
         super().__init__(path, is_subject=False)
@@ -153,18 +143,14 @@ class Client(Channel):
                 raise self._silent()
             time.sleep(AGAIN)
 
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
         self._sock.close()
 
     def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
-        """Return the response to a request, within `patience` seconds. Raises IncoError if the proxy refuses it."""
+        """Return the response to a request within `patience` seconds. Raises IncoError if the proxy refuses it."""
         deadline = math.inf if patience is None else time.monotonic() + patience
         try:
             self._sock.settimeout(patience)
@@ -208,7 +194,7 @@ class Client(Channel):
         return events
 
     def wait(self, seconds: float) -> None:
-        """Sleep. Raises ProxyNotFoundError if the proxy ends meanwhile."""
+        """Sleep. Raises ProxyNotFoundError if the proxy ends in the meantime."""
         if select.select([self._sock], [], [], seconds)[0]:
             self._read_event(time.monotonic() + seconds)
 
@@ -221,7 +207,7 @@ class Client(Channel):
         return self._next()
 
     def _await_line(self, deadline: float) -> None:
-        """Wait for a whole line. Data that arrives does not extend the deadline."""
+        """Wait for a whole line until the deadline, which partial data does not extend."""
         while not self._lines:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -238,10 +224,7 @@ class Client(Channel):
 
 
 def connect(link: str | None, control: str | None) -> Client:
-    """Connect to the proxy of `link`, to the one with the socket `control`, or to the only one.
-
-    Raises ProxyNotFoundError, PermissionDeniedError, and InvalidArgumentError if several run.
-    """
+    """Connect to the proxy of `link`, or with the socket `control`, or to the only running proxy. Raises IncoError."""
     if control is not None:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
@@ -265,13 +248,13 @@ def connect(link: str | None, control: str | None) -> Client:
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
     if refused is not None:
         raise refused
-    whose = "no running proxy" if link is None else f"no proxy of {link}"
+    wanted = "no running proxy" if link is None else f"no proxy of {link}"
     places = " or ".join(map(str, runtime_directories()))
-    raise ProxyNotFoundError(f"{whose} answers in {places}: start one, or name its socket with --control PATH")
+    raise ProxyNotFoundError(f"{wanted} answers in {places}: start one, or name its socket with --control PATH")
 
 
 def client_of(pid: int) -> Client | None:
-    """Return a client of the proxy with this process id, or None if its socket is not found."""
+    """Return a client of the proxy with the process id `pid`, or None if no socket of that proxy is found."""
     mine: Client | None = None
     for client in _answering():
         if isinstance(client, IncoError):
@@ -284,11 +267,11 @@ def client_of(pid: int) -> Client | None:
 
 
 def _answering() -> list[Client | IncoError]:
-    """Connect to all control sockets of this host at once, with one deadline."""
+    """Connect to all control sockets of this host concurrently."""
     paths = sockets()
     if len(paths) < 2:
         return [_attempt(path) for path in paths]
-    # Imported only here because most hosts have one proxy.
+    # Import only here, because most hosts have one proxy.
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(len(paths)) as threads:
@@ -303,12 +286,12 @@ def _attempt(path: Path) -> Client | IncoError:
 
 
 def sockets() -> list[Path]:
-    """Return the control sockets of this host, including those that ended processes left behind."""
-    found: list[Path] = []
-    for directory in runtime_directories():
-        # A systemd unit has its socket in a directory of its own.
-        found += sorted(path for pattern in ("*.sock", "*/*.sock") for path in directory.glob(pattern))
-    return found
+    """Return the control sockets of this host, also stale ones. Each systemd unit has its socket in a subdirectory."""
+    return [
+        path
+        for directory in runtime_directories()
+        for path in sorted([*directory.glob("*.sock"), *directory.glob("*/*.sock")])
+    ]
 
 
 def _is_called(client: Client, link: str) -> bool:

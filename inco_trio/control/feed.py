@@ -1,6 +1,6 @@
-"""The source of events for monitors and followers: a listener of the proxies that passes everything on.
+"""The listener that passes all events of the proxies on to monitors and followers.
 
-Nothing here waits. Events are put aside for each client, and the client's own task encodes and writes them.
+The listener never waits: it queues events for each client, and the client's task encodes and writes them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import attrs
@@ -45,30 +46,29 @@ class Batch:
     board: str
     signals: Sequence[Signal]
     sequence: int
-    """The number of the first one."""
+    """The number of the first notification."""
     frames: Sequence[bytes]
-    """The frame of each one, or empty if they are not known."""
+    """The frame of each notification, or empty if the frames are unknown."""
     time_ns: int
     monotonic_ns: int
 
 
 class Feed:
-    """A `notifications.Listener` that passes everything on to the monitors and followers of `served`."""
+    """A `notifications.Listener` that passes all events of `served` on to monitors and followers."""
 
     def __init__(self, served: Served) -> None:
         self.served = served
         self.monitors: set[Monitor] = set()
         self.wants_frames = False
-        """See `Listener.wants_frames`."""
-        self._log = _LogTap(self._log_line)
+        self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:
-        """Pass everything on to a monitor."""
+        """Pass all events on to a monitor."""
         self.monitors.add(monitor)
         self._changed()
 
     def remove(self, monitor: Monitor) -> None:
-        """Pass nothing more on to a monitor, if it is known."""
+        """Pass no more events on to a monitor."""
         self.monitors.discard(monitor)
         self._changed()
 
@@ -77,15 +77,11 @@ class Feed:
         self._log.attach(listening=bool(self.monitors))
 
     def followers(self) -> Iterator[Follower]:
-        """Return the monitors that are followers."""
         from inco_trio.control.monitors import Follower
 
         return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
 
-    # ------------------------------------------------------------------------------------------------ as a listener
-
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """See `Listener.carried`."""
         if self.monitors:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
@@ -95,35 +91,29 @@ class Feed:
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
-        # Unknown if they were read before a monitor asked for frames, or before the proxy is open.
+        # Frames are unknown if the proxy read them before a monitor asked for frames, or is not open yet.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
         return [proxy._frame(signal.name) for signal in signals]
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """See `Listener.ignored`."""
         if self.monitors:
             direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
             shown = None if frame is None else frame.hex()
-            self._offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
+            self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
 
     def link_changed(self, running: bool) -> None:
-        """See `Listener.link_changed`."""
-        self._offer("link", running=running)
+        self.offer("link", running=running)
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """See `Listener.opened`."""
-        if self.monitors:
-            for follower in self.followers():
-                if follower.follows(self._board):
-                    follower.begin(self._board, keep())
-                    follower.offer(self._event("opened"))
+        for follower in self.followers() if self.monitors else ():
+            if follower.follows(self._board):
+                follower.begin(self._board, keep())
+                follower.offer(self._event("opened"))
 
     def ended(self) -> None:
-        """See `Listener.ended`."""
-        if self.monitors:
-            for follower in self.followers():
-                follower.offer(self._event("closed"))
+        for follower in self.followers() if self.monitors else ():
+            follower.offer(self._event("closed"))
 
     @property
     def _board(self) -> str:
@@ -135,27 +125,25 @@ class Feed:
 
         return event_now(kind, self._board, **fields)
 
-    def _offer(self, kind: str, **fields: object) -> None:
+    def offer(self, kind: str, **fields: object) -> None:
+        """Queue an event for all monitors."""
         if self.monitors:
             event = self._event(kind, **fields)
             for monitor in self.monitors:
                 monitor.offer(event)
 
-    def _log_line(self, kind: str, level: str, message: str, count: int) -> None:
-        self._offer(kind, level=level, message=message, count=count)
-
 
 class _LogTap(logging.Handler):
-    """Passes log records on while there are monitors."""
+    """A log handler that offers log records as events while monitors exist."""
 
-    def __init__(self, tell: Callable[[str, str, str, int], None]) -> None:
+    def __init__(self, feed: Feed) -> None:
         super().__init__(logging.INFO)
-        self._tell = tell
+        self._feed = feed
         self._token: trio.lowlevel.TrioToken | None = None
         self._thread = 0
 
     def attach(self, *, listening: bool) -> None:
-        """Listen to the log, or stop."""
+        """Add this handler to the log, or remove it."""
         package = logging.getLogger("inco_trio")
         if listening and self not in package.handlers:
             self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()
@@ -165,8 +153,9 @@ class _LogTap(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind, count = getattr(record, "event", "message"), getattr(record, "fields", {}).get("count", 0)
-        line = (kind, record.levelname.lower(), record.getMessage(), count)
+        level, message = record.levelname.lower(), record.getMessage()
+        offer = partial(self._feed.offer, kind, level=level, message=message, count=count)
         if threading.get_ident() == self._thread:
-            self._tell(*line)
+            offer()
         elif self._token is not None:
-            self._token.run_sync_soon(self._tell, *line)
+            self._token.run_sync_soon(offer)

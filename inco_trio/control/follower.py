@@ -16,10 +16,7 @@ __all__ = ["Conversation", "converse"]
 
 
 class Conversation(Channel):
-    """A connection to a proxy. One task may read while several write.
-
-    All methods raise ProxyNotFoundError once the proxy has ended.
-    """
+    """A connection to a proxy. One task may read while several write. Raises ProxyNotFoundError once the proxy ends."""
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
         super().__init__(path, is_subject=True)
@@ -28,7 +25,7 @@ class Conversation(Channel):
         self._ahead: list[Event | Response] = []
 
     async def write(self, request: Request) -> None:
-        """Send a request."""
+        """Send a request, without waiting for the response."""
         async with self._writing:
             try:
                 await self._stream.send_all(encode_request(request))
@@ -44,7 +41,7 @@ class Conversation(Channel):
         return [self._next() for _ in range(len(self._lines))]
 
     async def request(self, request: Request) -> Response:
-        """Return the response to a request, while no other task reads. Raises IncoError if the proxy refuses it."""
+        """Return the response to a request; no other task may read. Raises IncoError if the proxy refuses it."""
         events: list[Event | Response] = []
         with trio.move_on_after(PATIENCE):
             await self.write(request)
@@ -58,7 +55,6 @@ class Conversation(Channel):
         raise self._silent()
 
     async def _await_line(self) -> None:
-        """Wait for a whole line."""
         while not self._lines:
             try:
                 data = await self._stream.receive_some(CHUNK)
@@ -66,26 +62,20 @@ class Conversation(Channel):
                 raise self._ended() from error
             self._feed(data)
 
-    async def _begin(self, sock: socket.socket) -> Greeting:
-        # Trio would take EAGAIN, which means a full backlog here, for a connection in progress.
-        while not dial(sock, self.path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
-            await trio.sleep(AGAIN)
-        await self._await_line()
-        return self._next_greeting()
-
 
 @asynccontextmanager
 async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tuple[Conversation, Greeting]]:
-    """Connect to the proxy that listens at `path`, which must greet within `patience` seconds.
-
-    Raises ProxyNotFoundError, PermissionDeniedError, ResourceError.
-    """
+    """Connect to the proxy at `path`, which must send its greeting within `patience` seconds. Raises IncoError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     async with trio.SocketStream(trio.socket.from_stdlib_socket(sock)) as stream:
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            greeting = await conversation._begin(sock)
+            # EAGAIN means a full backlog, but Trio would take EAGAIN for a connection in progress.
+            while not dial(sock, path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
+                await trio.sleep(AGAIN)
+            await conversation._await_line()
+            greeting = conversation._next_greeting()
         if greeting is None:
             raise conversation._silent()
         yield conversation, greeting

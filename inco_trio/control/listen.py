@@ -1,11 +1,10 @@
-"""Listening on an interface without a proxy: the frames of both directions as events of a monitor."""
+"""A monitor of an interface without a proxy: each frame of both directions is an event."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 from collections.abc import Collection, Iterator
-from types import TracebackType
 
 from inco_trio.control.protocol import Event, event_now
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ProxyNotFoundError, ResourceError
@@ -23,11 +22,8 @@ _FILTER = (
 )
 
 
-class Listening:
-    """The frames on an interface, with the filters of a monitor. Frames that this host sends are outbound.
-
-    Raises PermissionDeniedError, LinkNotFoundError, ResourceError.
-    """
+class Listening(contextlib.AbstractContextManager["Listening"]):
+    """The frames on an interface, filtered as by a monitor; the host's own frames are outbound. Raises IncoError."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface
@@ -45,13 +41,10 @@ class Listening:
         except OSError as error:
             self._sock.close()
             if error.errno in GONE:
-                raise LinkNotFoundError(interface, "no proxy answers, and there is no such interface") from error
+                raise LinkNotFoundError(interface, "no proxy answers, and no such interface exists") from error
             raise ResourceError(interface, f"cannot listen: {error.strerror}") from error
 
-    def __enter__(self) -> Listening:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._sock.close()
 
     def fileno(self) -> int:
@@ -60,8 +53,7 @@ class Listening:
 
     def events(self) -> Iterator[Event]:
         """Yield events with their frames until the interface is gone."""
-        message = f"no proxy answers: listening on {self.name} itself"
-        yield event_now("message", level="info", message=message)
+        yield event_now("message", level="info", message=f"no proxy answers: listening on {self.name} itself")
         while not self._gone:
             yield from self._receive(0)
 

@@ -1,6 +1,6 @@
 """The two kinds of clients that receive events.
 
-A `Monitor` receives what happens from now on and misses what it reads too slowly. A `Follower` receives every
+A `Monitor` receives events from now on, and misses events if it reads too slowly. A `Follower` receives every
 notification of its boards.
 """
 
@@ -22,7 +22,7 @@ __all__ = ["Follower", "Monitor"]
 WAITING_MAX = 8192
 """Limit of the events that wait for a client."""
 PIECE = 128
-"""Events that are encoded at once."""
+"""Limit of the events that are encoded at once."""
 PAUSE = 0.1
 """Seconds between two writes to a follower that is up to date. Each write wakes other processes, which would compete
 with the next notification."""
@@ -38,10 +38,10 @@ class Monitor:
     direction: Direction | None = None
     signals: Collection[str] | None = None
     frames: bool = False
-    """Whether it receives frames too."""
+    """Whether events contain the frames."""
     _waiting: deque[Batch | Event] = attrs.Factory(deque)
     _number: int = 0
-    """Notifications and other events that wait."""
+    """The number of notifications and other events in `_waiting`."""
     _lost: int = 0
     _ended: bool = False
     _arrived: trio.Event = attrs.Factory(trio.Event)
@@ -66,19 +66,19 @@ class Monitor:
         self._arrived.set()
 
     def flush(self) -> None:
-        """Queue `flushed` behind all earlier events, above the limit too."""
+        """Queue the event `flushed` behind all earlier events, even above the limit."""
         self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
 
     def end(self) -> None:
-        """Let `take` end once nothing waits."""
+        """Let `take` return no lines once no events wait."""
         self._ended = True
         self._arrived.set()
         self._ending.set()
 
     async def take(self) -> bytes:
-        """Wait for events and return the lines of some; no lines at the end."""
+        """Wait for events and return the lines of some of them; return no lines after the end."""
         while True:
             lines: list[str] = []
             while self._waiting and len(lines) < PIECE:
@@ -117,7 +117,7 @@ class Monitor:
                 )  # fmt: skip
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
-        """Return whether the filters accept an event with this direction and name, or without."""
+        """Return whether the filters accept an event; None stands for an event without a direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
@@ -129,13 +129,13 @@ class _Cursor:
 
     history: History
     sent: int
-    """The number of the last notification that it received."""
+    """The number of the last notification that the follower received."""
     records: deque[Record] = attrs.Factory(deque)
-    """Notifications that it received and has not acknowledged."""
+    """Notifications that the follower received and has not acknowledged."""
     merged: Sequence[Merged] = ()
-    """Merged notifications that it received and has not acknowledged."""
+    """Merged notifications that the follower received and has not acknowledged."""
     merged_to: int = 0
-    """The number that acknowledges them."""
+    """The number that acknowledges `merged`."""
 
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Return the next events of the history, at most `room` notifications."""
@@ -157,35 +157,26 @@ class _Cursor:
             )  # fmt: skip
 
     def rest(self, board: str) -> Iterator[Event]:
-        """Return all remaining events: another history replaces this one."""
+        """Return all remaining events, because another history replaces this one."""
         while self.sent < self.history.sequence:
             self.records.clear()
             yield from self.take(AHEAD, board)
 
     def _merged(self) -> list[Merged]:
         """Return the merged notifications that the follower did not receive before they were merged."""
-        merged = list(self.history.merged())
-        if not merged:
-            return []
         sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         return [
             attrs.evolve(each, count=count)
-            for each in merged
+            for each in self.history.merged()
             if (count := each.count - sent[each.direction, each.name]) > 0
         ]
 
-    @property
-    def more(self) -> bool:
-        """Whether there are events to send now."""
-        return self.sent < self.history.sequence and len(self.records) < AHEAD
-
     def acknowledge(self, sequence: int) -> int:
-        """See `Follower.acknowledge`."""
         sequence = min(sequence, self.sent)
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()
-            if record.sequence <= self.history.merged_to:  # Meanwhile.
+            if record.sequence <= self.history.merged_to:  # It was merged after the follower received it.
                 done.append(Merged(record.direction, record.name, 1))
         if self.merged and sequence >= self.merged_to:
             done += self.merged
@@ -196,24 +187,23 @@ class _Cursor:
 
 @attrs.define(eq=False)
 class Follower(Monitor):
-    """A monitor that receives all notifications of its boards from their histories, as it acknowledges them."""
+    """A monitor that receives and acknowledges all notifications of its boards, from their histories."""
 
     boards: Collection[str] | None = None
-    """The boards that it follows; None: all."""
+    """The boards to follow; None: all."""
     process: int = 0
     """The process id of the client."""
     gone: Callable[[], bool] = bool
     """Whether the client has closed its connection."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
-    """The boards that may have more events for it, in round-robin order."""
+    """The boards that may have more events, in round-robin order."""
 
     def follows(self, board: str) -> bool:
-        """Return whether it follows a board."""
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
-        """Start at the oldest notification of a history, behind the rest of the one that it replaces."""
+        """Start at the oldest notification of a history, after the rest of the history that it replaces."""
         if (before := self.cursors.get(board)) is not None:
             for event in before.rest(board):
                 self._put(event, 1)
@@ -225,17 +215,14 @@ class Follower(Monitor):
         self._arrived.set()
 
     def carried(self, batch: Batch) -> None:
-        """See `Monitor.carried`."""
         if batch.board in self.cursors:
             self._turn_of(batch.board)
 
     def offer(self, event: Event) -> None:
-        """See `Monitor.offer`."""
         if self.follows(event.board):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        """See `Monitor.pause`."""
         if not self._behind and not self._waiting:
             with trio.move_on_after(PAUSE):
                 await self._ending.wait()
@@ -247,7 +234,6 @@ class Follower(Monitor):
         return done
 
     def _stored(self) -> Iterator[Event]:
-        """See `Monitor._stored`."""
         number = 0
         while self._behind and number < PIECE:
             board = next(iter(self._behind))
@@ -256,5 +242,5 @@ class Follower(Monitor):
             for event in cursor.take(PIECE - number, board):
                 number += 1
                 yield event
-            if cursor.more:
+            if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None

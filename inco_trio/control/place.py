@@ -1,4 +1,4 @@
-"""The path of the control socket: where it is, how a stale one is replaced, and how it is removed."""
+"""The path of the control socket: its default, and how a socket is bound, replaced if stale, and removed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MODE = 0o660
 
 
 def runtime_directories() -> list[Path]:
-    """Return the directories with control sockets: that of root and that of this user."""
-    mine = os.environ.get("XDG_RUNTIME_DIR")
-    return [Path(base, "inco-trio") for base in dict.fromkeys(("/run", mine)) if base]
+    """Return the directories of root and of this user for control sockets."""
+    bases = dict.fromkeys(("/run", os.environ.get("XDG_RUNTIME_DIR")))
+    return [Path(base, "inco-trio") for base in bases if base]
 
 
 def default_path(label: str) -> Path | None:
-    """Return the path for a proxy named `label`; None for a user without a runtime directory."""
+    """Return the socket path of a proxy named `label`; None for a user without a runtime directory."""
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR")
     if not base:
         return None
@@ -39,7 +39,7 @@ def default_path(label: str) -> Path | None:
 
 
 def is_live(path: Path) -> bool:
-    """Return whether a process listens there. Raises OSError, also if the path is missing or not a socket."""
+    """Return whether a process listens at `path`. Raises OSError, also if the path is missing or not a socket."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise FileExistsError(errno.EEXIST, "not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -48,15 +48,15 @@ def is_live(path: Path) -> bool:
         except ConnectionRefusedError:
             return False
         except BlockingIOError:
-            pass  # Its backlog is full.
+            pass  # The backlog of the listening process is full.
     return True
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens at `path`. Raises OSError: EADDRINUSE if another process listens there."""
+    """Return a socket that listens at `path`. Raises OSError, EADDRINUSE if another process listens at `path`."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Two processes must not replace a stale path at once. Without the lock, start anyway.
+        # Two processes must not replace a stale path at the same time. Start even if the lock is not available.
         with contextlib.suppress(OSError):
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(FileNotFoundError):
@@ -66,7 +66,7 @@ def bind(path: Path) -> socket.socket:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             # bind(2) creates the path with the mode of the socket, less the umask. chmod(2) of the path would be a
-            # race: the owner of the directory may replace it by a link.
+            # race, because the owner of the directory may replace the path by a symlink.
             os.fchmod(made.fileno(), MODE)
             umask = os.umask(0o777 & ~MODE)
             try:
@@ -84,7 +84,7 @@ def bind(path: Path) -> socket.socket:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """Bind a socket as `bind` does, and remove the path at the end if it still leads to this socket."""
+    """Listen at `path` while the block runs. Remove the path at the end unless another socket has replaced it."""
     made = bind(path)
     with made:
         mine = path.lstat()

@@ -1,4 +1,4 @@
-"""The listening side of the control socket: it accepts clients within quotas. docs/control.md documents it."""
+"""The control socket server, which accepts clients within quotas. See docs/control.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ __all__ = ["Control", "Peer"]
 logger = logging.getLogger(__name__)
 
 CLIENTS_MAX = 256
-"""Limit of the connections."""
 RESERVED = 32
 """Connections that only root and the user of the proxy may use."""
 USER_MAX = 64
@@ -31,7 +30,7 @@ USER_MAX = 64
 ACCEPT_AGAIN = 0.1
 """Seconds until the next attempt to accept a client."""
 FAREWELL = 0.1
-"""Seconds at the end in which clients may read what is queued for them."""
+"""Seconds at the end in which clients may read their queued events."""
 _UCRED = struct.Struct("iII")
 """struct ucred (unix(7)): process, user, group."""
 
@@ -45,19 +44,18 @@ class Peer:
 
     @classmethod
     def of(cls, stream: trio.SocketStream) -> Peer:
-        """Ask the kernel for the peer (SO_PEERCRED, unix(7))."""
+        """Return the peer that the kernel reports (SO_PEERCRED, unix(7))."""
         credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        process, user, _ = _UCRED.unpack(credentials)
-        return cls(process, user)
+        return cls(*_UCRED.unpack(credentials)[:2])
 
     @property
     def is_owner(self) -> bool:
-        """Whether it runs as root or as the user of this process."""
+        """Whether the peer runs as root or as the user of this process."""
         return self.user in (0, os.geteuid())
 
 
 class Control:
-    """The control socket of `served` at `listener`, a listening socket."""
+    """The control socket of `served`; `listener` is a listening socket."""
 
     def __init__(self, served: Served, listener: socket.socket) -> None:
         self.feed = Feed(served)
@@ -80,14 +78,14 @@ class Control:
             self.closed.set()
 
     def close(self) -> None:
-        """End, after clients had a moment to read what is queued for them."""
+        """End `serve` after clients had FAREWELL seconds to read their queued events."""
         self._accepting.cancel()
         self._ending.deadline = trio.current_time() + FAREWELL
         for client in self._clients:
             client.end()
 
     async def _accept(self, clients: trio.Nursery) -> None:
-        """Accept clients. trio.serve_listeners would log a traceback each time that no descriptor is left."""
+        """Accept clients. trio.serve_listeners would log a traceback whenever accept(2) finds no free descriptor."""
         problems = Problems()
         while True:
             try:
@@ -102,7 +100,7 @@ class Control:
                 clients.start_soon(self._serve_client, stream)
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
-        # Imported with the first client: most starts of a proxy never need it.
+        # Import with the first client, because most proxies never have one.
         from inco_trio.control.answering import Connection
 
         client = Connection(stream, Peer.of(stream), self.feed, self._boot)
@@ -114,14 +112,14 @@ class Control:
                 else:
                     await client.run()
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # The client is gone.
+            pass  # The client has closed the connection.
         except* Exception:
-            logger.exception("control socket: internal error: this is a fault of inco-trio, please report it")
+            logger.exception("control socket: internal error: this is a bug in inco-trio, please report it")
         finally:
             self._clients.discard(client)
 
     def _refusal(self, client: Connection) -> str | None:
-        """Return why there is no room for a client, after ending those that are gone."""
+        """Return why the quotas exclude a client, after ending clients that have closed their connections."""
         if self._over_quota(client, self._clients) is None:
             return None
         gone = {other for other in self._clients if other.gone}

@@ -1,5 +1,5 @@
-"""What keeps notifications from coming: looked for from outside, without changing anything; see `inco-trio doctor`.
+"""The checks of `inco-trio doctor`, which diagnose missing notifications from outside and change nothing.
 
-`result` is what a check returns, `processes` who has which descriptors; `machine`, `links`, `registers` and `proxies`
-are the checks, one function each; `examination` puts them in order.
+`result` has the result of a check, and `processes` reads descriptors from /proc. `machine`, `links`, `registers` and
+`proxies` have one function per check; `examination` calls them in order.
 """

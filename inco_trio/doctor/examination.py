@@ -1,4 +1,4 @@
-"""All checks, in order."""
+"""Run all checks in order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from inco_trio.signals import Signal
 
 __all__ = ["examine"]
 
-_NOBODY = Users((), (), (), 0)
+_NO_USERS = Users((), (), (), 0)
 
 
 def examine(
@@ -29,19 +29,19 @@ def examine(
     configuration: Path | None = None,
     start: str | None = None,
 ) -> Iterator[Result]:
-    """Check a link and the registers of its signals; both may be missing.
+    """Check a link, if given, and the registers of `signals`.
 
-    The interface is in the network namespace `netns`. `configuration` is the file that names the signals, and `start`
-    the command that starts the proxy (default: without options).
+    `netns` is the network namespace of the interface. `configuration` is the file with the signals, and `start` the
+    command that starts the proxy (default: without options).
     """
-    users = _NOBODY
+    users = _NO_USERS
     if link is not None:
         address = parse_address(link)
         if isinstance(address, UnixAddress):
             results, users = _unix(link, address, processes, start)
         else:
             try:
-                # Collect all results before leaving the namespace: the caller is not inside it.
+                # A list: a generator would run in the namespace of its caller.
                 with inside(netns, link):
                     results, users = _interface(address, processes, start)
             except IncoError as error:
@@ -54,7 +54,7 @@ def examine(
 
 
 def _table_since(pid: int) -> float | None:
-    """Return when the proxy of this process loaded its signal table, or None if it does not answer."""
+    """Return when the proxy of this process loaded its signal table, or None if the proxy does not answer."""
     client = client_of(pid)
     if client is None:
         return None
@@ -79,10 +79,9 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
 
 
 def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
-    # Imported here because a `unix:` link does not need it.
-    from inco_trio.links.packet import RECEIVE_BUFFER
+    from inco_trio.links.packet import RECEIVE_BUFFER  # Only here: `unix:` links do not need the import.
 
-    users = _NOBODY
+    users = _NO_USERS
     found, state = links.interface(address.name)
     results = [*machine.capability(address.name), *state]
     if found is not None:

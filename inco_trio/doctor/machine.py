@@ -1,4 +1,4 @@
-"""Checks of the machine: what the kernel allows to whom, before any link or register."""
+"""Checks of the machine: capabilities and kernel limits."""
 
 from __future__ import annotations
 
@@ -6,101 +6,92 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from inco_trio.doctor.processes import Process, Processes, lines_of, read
+from inco_trio.doctor.processes import Process, Processes, read, status_of
 from inco_trio.doctor.result import Result, fail, ok, warn
 from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
 
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]
 
-
 QUEUED_EVENTS = 16384
-"""The kernel's own default of fs.inotify.max_queued_events."""
+"""The kernel's default of fs.inotify.max_queued_events."""
 INSTANCES = 2
-"""inotify instances that a proxy takes: for the triggers, and for the names of a `unix:` link's sockets."""
+"""inotify instances of a proxy: one for the triggers, one for the sockets of a `unix:` link."""
 WATCHES = 64
-"""More watches than the usual table needs: one for each trigger, and for each directory and those above it."""
+"""Enough inotify watches for a usual table: one per trigger, per directory and per parent directory."""
 PLENTY = 0.9
-"""The used part of a limit from which on it is reported."""
+"""The share of a limit above which its use is reported."""
 DATAGRAMS = 10
-"""The kernel's own default of net.unix.max_dgram_qlen."""
+"""The kernel's default of net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
-"""Its uid_map, see user_namespaces(7)."""
-
-_NO_PROC = "is not mounted: processes, limits and filesystems cannot be looked at"
+"""The uid_map of the first user namespace, see user_namespaces(7)."""
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Check that /proc is readable; no result if it is."""
+    """Check that /proc is mounted; yield a result only if not."""
     if not processes.mounted:
-        yield warn("proc", "/proc", _NO_PROC, "mount -t proc proc /proc")
+        text = "not mounted: cannot inspect processes, limits and filesystems"
+        yield warn("proc", "/proc", text, "mount -t proc proc /proc")
 
 
 def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:
-    """Whether this process may open a packet socket."""
-    status = dict(line.partition(":")[::2] for line in lines_of(root / "proc/self/status"))
+    """Check that this process may open a packet socket."""
+    status = status_of(root / "proc/self")
     if "CapEff" not in status:
         return
     uid, gid = int(status["Uid"].split()[1]), int(status["Gid"].split()[1])
     if int(status["CapEff"], 16) >> CAP_NET_RAW & 1:
-        yield ok("capability", link, f"CAP_NET_RAW is effective for this user (uid {uid})")
+        yield ok("capability", link, f"this user (uid {uid}) has CAP_NET_RAW")
     elif uid == 0:
-        text = "CAP_NET_RAW is not effective, although this is root: give the container NET_RAW (--cap-add)"
+        text = "root does not have CAP_NET_RAW: start the container with --cap-add NET_RAW"
         yield fail("capability", link, text)
     else:
-        # Not setcap: of a program that Python interprets, the file that counts is Python's.
+        # Not setcap(8): file capabilities would have to be set on the Python interpreter.
         fix = (
             f"setpriv --reuid {uid} --regid {gid} --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
             f"inco-trio run {link}"
         )
-        yield fail("capability", link, f"CAP_NET_RAW is not effective for this user (uid {uid})", fix)
+        yield fail("capability", link, f"this user (uid {uid}) does not have CAP_NET_RAW", fix)
 
 
 def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -> Iterator[Result]:
-    """Whether a packet socket gets the receive buffer of `wanted` bytes.
-
-    `proxy` is the one that runs; without one, it is this process that would be it.
-    """
+    """Check that packet sockets of `proxy` (default: of this process) get a receive buffer of `wanted` bytes."""
     who = f"process {proxy.pid}" if proxy else "this user"
     place = root / "proc" / (str(proxy.pid) if proxy else "self")
-    status = dict(line.partition(":")[::2] for line in lines_of(place / "status"))
+    status = status_of(place)
     if "CapEff" not in status:
         return
-    # SO_RCVBUFFORCE takes the capability of the first user namespace (socket(7)).
+    check, setting = "receive-buffer", "net.core.rmem_max"
+    # SO_RCVBUFFORCE needs the capability in the first user namespace (socket(7)).
     first = (read(place / "uid_map") or "").split() == FIRST_USER_NAMESPACE
     if first and int(status["CapEff"], 16) >> CAP_NET_ADMIN & 1:
-        yield ok("receive-buffer", "net.core.rmem_max", f"{who} has CAP_NET_ADMIN, and may exceed it")
+        yield ok(check, setting, f"{who} has CAP_NET_ADMIN, and may exceed this limit")
         return
-    granted = _sysctl("net.core.rmem_max", root)
+    granted = _sysctl(setting, root)
     if granted is None:
-        yield warn("receive-buffer", "net.core.rmem_max", "cannot be read here; the proxy's log says what is granted")
+        yield warn(check, setting, "cannot be read here: see the size of the receive buffer in the log of the proxy")
     elif int(granted) >= wanted:
-        yield ok("receive-buffer", "net.core.rmem_max", f"{granted} bytes hold a burst of 20,000 frames")
+        yield ok(check, setting, f"{granted} bytes hold a burst of 20,000 frames")
     else:
-        yield warn(
-            "receive-buffer",
-            "net.core.rmem_max",
-            f"{granted} bytes are less than the {wanted} that {who} asks for without CAP_NET_ADMIN: frames of a long "
-            "burst are dropped (the proxy takes a greater one when it is started again)",
-            f"sysctl -w net.core.rmem_max={wanted}",
-        )
+        text = f"{granted} bytes: {who} without CAP_NET_ADMIN needs {wanted}, or the kernel drops frames of long bursts"
+        yield warn(check, setting, f"{text} (restart the proxy after a change)", f"sysctl -w {setting}={wanted}")
 
 
 def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Path("/")) -> Iterator[Result]:
-    """The limits of inotify(7), and what the user of the proxy, or this one, has taken of them."""
+    """Check how much the user of the proxy (default: this user) uses of the limits of inotify(7)."""
     uid = os.geteuid() if proxy is None else proxy.uid
     own = [process for process in processes.all if process.uid == uid]
-    # Those of the proxy that runs are among them.
+    # `used` includes the instances and watches of a running proxy.
     needed = (0, 0) if proxy else (INSTANCES, WATCHES)
-    taken = (sum(process.instances for process in own), sum(len(process.watches) for process in own))
-    for what, count, need in zip(("instances", "watches"), taken, needed, strict=True):
-        # A user namespace has a limit of its own (namespaces(7), /proc/sys/user).
+    used = (sum(process.instances for process in own), sum(len(process.watches) for process in own))
+    for what, count, need in zip(("instances", "watches"), used, needed, strict=True):
+        # Each user namespace also has its own limit, see /proc/sys/user in namespaces(7).
         settings = (f"fs.inotify.max_user_{what}", f"user.max_inotify_{what}")
         limits = [(int(text), name) for name in settings if (text := _sysctl(name, root)) is not None]
         if not limits:
             continue
         limit, setting = min(limits)
-        # One that two processes share, as a proxy and its holder, is counted twice: /proc does not tell it from two.
-        found = f"uid {uid} has taken at most {count} of {limit}"
+        # At most: a descriptor that a proxy shares with its fd store counts twice, as /proc does not show sharing.
+        found = f"uid {uid} uses at most {count} of {limit}"
         fix = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
         if count + need > limit:
             yield fail("inotify-limits", setting, f"{found}; a proxy needs {need}", fix)
@@ -108,30 +99,28 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
             yield warn("inotify-limits", setting, found, fix)
         else:
             yield ok("inotify-limits", setting, found)
-    setting = "fs.inotify.max_queued_events"
-    text = _sysctl(setting, root)
-    if text is not None:
-        found = f"{text} events wait in order while a link is down, two for each close"
-        if int(text) < QUEUED_EVENTS:
-            fix = f"sysctl -w {setting}={QUEUED_EVENTS}"
-            found += f"; beyond, they merge to one a signal (the kernel's default is {QUEUED_EVENTS})"
-            yield warn("inotify-limits", setting, found, fix)
-        else:
-            yield ok("inotify-limits", setting, found)
+    found = "events are queued in order while a link is down, two for each close"
+    harm = "further events merge into one per signal"
+    yield from _at_least(QUEUED_EVENTS, "inotify-limits", "fs.inotify.max_queued_events", found, harm, root)
 
 
 def unix_queue(root: Path = Path("/")) -> Iterator[Result]:
-    """How many datagrams wait in a Unix socket, before its sender has to."""
-    setting = "net.unix.max_dgram_qlen"
+    """Check how many datagrams a Unix socket queues before its sender has to wait."""
+    found = "frames are queued in a socket before the sender has to wait"
+    harm = "a socket keeps the value that was set when it was created"
+    yield from _at_least(DATAGRAMS, "unix-queue", "net.unix.max_dgram_qlen", found, harm, root)
+
+
+def _at_least(default: int, check: str, setting: str, found: str, note: str, root: Path) -> Iterator[Result]:
+    """Check that a setting is not less than the kernel's default."""
     text = _sysctl(setting, root)
     if text is None:
         return
-    found = f"{text} frames wait in a socket before their sender has to wait"
-    if int(text) < DATAGRAMS:
-        found += f"; the kernel's default is {DATAGRAMS} (a socket has what was set when it was made)"
-        yield warn("unix-queue", setting, found, f"sysctl -w {setting}={DATAGRAMS}")
+    if int(text) < default:
+        found = f"{text} {found}; {note} (kernel default: {default})"
+        yield warn(check, setting, found, f"sysctl -w {setting}={default}")
     else:
-        yield ok("unix-queue", setting, found)
+        yield ok(check, setting, f"{text} {found}")
 
 
 def _sysctl(name: str, root: Path) -> str | None:

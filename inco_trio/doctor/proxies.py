@@ -35,7 +35,7 @@ class Users:
     proxies: tuple[Process, ...]
     """Processes whose command runs a proxy, the oldest first."""
     others: tuple[Process, ...]
-    """Other processes: programs that use the library, or that listen."""
+    """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     unseen: int
     """Sockets of processes that this user may not inspect."""
@@ -49,9 +49,9 @@ class Users:
 
 
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
-    """Return the processes with packet sockets of our EtherType on the interface with that index.
+    """Return the processes with packet sockets of our EtherType on the interface `index`.
 
-    The predecessor of inco-trio has a socket of all EtherTypes. So do many unrelated programs, which are left out.
+    The predecessor of inco-trio opens a socket for all EtherTypes. Other programs with such sockets are left out.
     """
     inodes = packet_sockets(index, ETHERTYPE, root)
     for inode in packet_sockets(index, ETH_P_ALL, root):
@@ -73,24 +73,20 @@ def _users(inodes: Iterable[int], processes: Processes) -> Users:
         found |= {process.pid: process for process in with_it}
         unseen += not with_it
     ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
-    return Users(
-        tuple(process for process in ordered if process.is_proxy and not process.is_holder),
-        tuple(process for process in ordered if not process.is_proxy and not process.is_holder),
-        tuple(process for process in ordered if process.is_holder),
-        unseen,
-    )
+    users = [process for process in ordered if not process.is_holder]
+    proxies, others = [tuple(process for process in users if process.is_proxy is ours) for ours in (True, False)]
+    return Users(proxies, others, tuple(process for process in ordered if process.is_holder), unseen)
 
 
 def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
     """Check that exactly one proxy serves the link; `start` is the command that starts one."""
-    again = f"inco-trio doctor {shlex.quote(link)}"
     if users.unseen:
-        text = "a process that this user may not inspect has a socket of it"
-        yield warn("proxy", link, f"{text}; root can find out which", f"sudo {again}")
-    yield from _crowd(link, [*users.proxies], [*users.others], "carries it", "takes each frame")
+        text = "a process that this user may not inspect has a socket of this link; only root can see which one"
+        yield warn("proxy", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
+    yield from _check_alone(link, (*users.proxies, *users.others), "serves the link", "receives each frame")
     if not users.unseen and not users.proxies and not users.others:
-        kept = f"; {named(list(users.holders))} keeps notifications for the next one" if users.holders else ""
-        yield warn("proxy", link, f"no proxy runs on it{kept}", start or f"inco-trio run {shlex.quote(link)}")
+        kept = f"; {named(list(users.holders))} keeps notifications for the next proxy" if users.holders else ""
+        yield warn("proxy", link, f"no proxy serves this link{kept}", start or f"inco-trio run {shlex.quote(link)}")
 
 
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
@@ -103,46 +99,35 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
             except OSError:
                 continue
             found |= {p.pid: p for p in processes.watching(status.st_dev, status.st_ino) if p.pid != os.getpid()}
-    ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
-    proxies = [process for process in ordered if process.is_proxy]
-    yield from _crowd(
-        str(directory),
-        proxies,
-        [process for process in ordered if process not in proxies],
-        "watches its triggers",
-        "sends each notification",
-    )
+    yield from _check_alone(str(directory), found.values(), "watches its triggers", "sends each notification")
 
 
-def _crowd(subject: str, proxies: list[Process], others: list[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that one of the processes is the proxy. `does` and `harm` say what each of them does."""
-    everyone = [*proxies, *others]
+def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
+    """Check that there is at most one process, which `does` its work. With several proxies, each `harm`."""
+    everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
+    proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
-        text = f"{len(proxies)} proxies: {named(proxies)}: each of them {harm}"
+        text = f"{len(proxies)} proxies: {named(proxies)}: each {harm}"
         yield fail("proxy", subject, text, f"kill {proxies[-1].pid}")
     elif len(everyone) > 1:
-        text = f"several processes have it open: {named(everyone)}: of two proxies, each {harm}"
+        text = f"several processes use it: {named(everyone)}: if two are proxies, each {harm}"
         yield warn("proxy", subject, text)
     elif everyone:
-        yield ok("proxy", subject, f"process {named(everyone)} {does}, and no other process")
+        yield ok("proxy", subject, f"only process {named(everyone)} {does}")
 
 
 def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Result]:
-    """Check that an fd store keeps the descriptors of the proxy, so that its restart loses nothing.
-
-    If it does, s6-fdholder-daemon or systemd has the same socket open.
-    """
+    """Check that an fd store has the socket of the proxy open too, so that a restart loses nothing."""
     proxy = users.proxy
     if proxy is None:
         return
     if users.holders:
-        text = f"process {named(list(users.holders))} keeps its socket over a restart of the proxy"
-        yield ok("descriptors", link, text)
+        yield ok("descriptors", link, f"process {named(list(users.holders))} keeps its socket while the proxy restarts")
     elif processes.unseen:
-        text = "this user cannot see whether an fd store keeps its socket over a restart"
+        text = "this user cannot see whether an fd store keeps its socket while the proxy restarts"
         yield warn("descriptors", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
     elif _value_of("--fd-holder", proxy.command) is not None:
-        text = f"process {proxy.pid} was started with --fd-holder, but no fd store has its socket: see its log"
+        text = f"process {proxy.pid} was started with --fd-holder, but no fd store has its socket: see the proxy's log"
         yield fail("descriptors", link, text)
     else:
         text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
@@ -163,16 +148,15 @@ def _value_of(option: str, command: Sequence[str]) -> str | None:
 def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
     """Check that a proxy has read its configuration since the file changed.
 
-    `read_at` is when it read the file last (seconds since 1970), which only the proxy knows. None stands for the start
-    of the process, although the proxy may have reloaded since.
+    `read_at` is the time of the last read in seconds since 1970 (default: the start of the process).
     """
     try:
         changed = path.stat().st_mtime
     except OSError:
         return
     if changed > (proxy.started if read_at is None else read_at):
-        text = f"was changed after process {proxy.pid} "
-        text += "started: without a reload since, the proxy uses the old one" if read_at is None else "read it"
+        text = f"changed after process {proxy.pid} "
+        text += "started: unless reloaded since, the proxy uses the old version" if read_at is None else "read it"
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
-        yield ok("reload", path, f"process {proxy.pid} has read it since it was changed")
+        yield ok("reload", path, f"process {proxy.pid} has read the current version")

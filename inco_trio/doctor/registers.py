@@ -1,4 +1,4 @@
-"""Checks of the registers: whether what is written there can be seen, and be written."""
+"""Checks of the registers: permissions, kinds of files, and whether inotify reports writes."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["directory", "held_open", "kinds", "reported", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
-"""Filesystems whose files have other device numbers in stat(2) than in the watches that /proc tells of."""
+"""Filesystems where stat(2) and the watches in /proc show different device numbers."""
 
 
 def directory(path: Path) -> Iterator[Result]:
-    """Whether an IRQ directory is there, and may be used by this user."""
+    """Check that an IRQ directory exists and that this user may use it."""
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         status = path.stat()
     except FileNotFoundError:
-        text = "does not exist: a proxy makes it when it starts, and 60 s after it was removed"
+        text = "does not exist: a proxy creates it at its start, and 60 s after a removal"
         yield warn("directory", path, text, f"mkdir -p {quoted}")
         return
     except OSError as error:
-        yield fail("directory", path, f"cannot be looked at: {error.strerror}")
+        yield fail("directory", path, f"cannot be inspected: {error.strerror}")
         return
     if not stat.S_ISDIR(status.st_mode):
-        yield fail("directory", path, "is no directory: name another one, or remove it", f"rm {quoted}")
+        yield fail("directory", path, "not a directory: use another path, or remove it", f"rm {quoted}")
     elif os.access(path, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
         yield ok("directory", path, f"uid {uid} may read and write it")
     else:
@@ -43,13 +43,13 @@ def directory(path: Path) -> Iterator[Result]:
 
 
 def kinds(signals: Iterable[Signal]) -> Iterator[Result]:
-    """Whether the registers of one directory are regular files that may be used; one line if all are."""
+    """Check that the registers of one directory are usable regular files; yield one result if all are."""
     signals = tuple(signals)
     faults = [fault for signal in signals for fault in _register(signal)]
     yield from faults
     if not faults:
         names = ", ".join(dict.fromkeys(signal.register for signal in signals))
-        yield ok("registers", signals[0].directory, f"{names}: regular files, or still to be made")
+        yield ok("registers", signals[0].directory, f"{names}: regular files, or not created yet")
 
 
 def _register(signal: Signal) -> Iterator[Result]:
@@ -57,67 +57,59 @@ def _register(signal: Signal) -> Iterator[Result]:
     try:
         status = path.lstat()
     except OSError:
-        return  # It is made by the proxy; what is wrong with the directory is said there.
+        return  # The proxy creates the file. The check of the directory reports other errors.
     if not stat.S_ISREG(status.st_mode):
         fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
-        yield fail(
-            "registers", path, f"is no regular file but {kind_of_file(status.st_mode)}: the proxy refuses it", fix
-        )
+        yield fail("registers", path, f"{kind_of_file(status.st_mode)}, not a regular file: the proxy refuses it", fix)
         return
-    use, mode = (os.R_OK, "u+r") if signal.direction is Direction.OUTBOUND else (os.W_OK, "u+w")
+    use, verb = (os.R_OK, "read") if signal.direction is Direction.OUTBOUND else (os.W_OK, "write")
     if not os.access(path, use, effective_ids=True):
-        what = "read" if use == os.R_OK else "write"
-        yield fail("registers", path, f"uid {uid} may not {what} it", permit(path, mode))
+        yield fail("registers", path, f"uid {uid} may not {verb} it", permit(path, f"u+{verb[0]}"))
 
 
 def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
-    """Whether inotify tells of what is written in an IRQ directory.
+    """Check that inotify reports writes in an IRQ directory.
 
-    Nothing is written to find out, as that would be a notification, or a file that others see. The type of the
-    filesystem tells whether another system can write there unseen; that inotify works at all is tried by opening the
-    directory for reading, which an inotify descriptor of our own has to report.
+    The check writes nothing, because other processes would see the file or notification. The type of the filesystem
+    shows whether another system can write there without an event. Opening the directory shows whether inotify works.
     """
     existing, kind = filesystem(path, root)
     if kind in UNREPORTED:
         text = f"is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
         yield (fail if kind in ("proc", "sysfs") else warn)("filesystem", existing, text)
         return
-    on = f"is on a filesystem of type {kind}" if kind else "the type of its filesystem is unknown"
+    on = f"is on a filesystem of type {kind}" if kind else "is on a filesystem of unknown type"
     try:
         seen = _opening_is_reported(existing)
     except OSError as error:
-        yield fail("filesystem", existing, f"{on}; it cannot be watched: {_reason(error)}")
+        yield fail("filesystem", existing, f"{on}; cannot watch it: {_reason(error)}")
         return
     if seen:
-        yield ok("filesystem", existing, f"{on}, and inotify reports what is done there")
+        yield ok("filesystem", existing, f"{on}; inotify works there")
     else:
-        yield fail("filesystem", existing, f"{on}, and inotify reports nothing there; use tmpfs")
+        yield fail("filesystem", existing, f"{on}; inotify reports nothing there; use tmpfs")
 
 
 def _reason(error: OSError) -> str:
     if error.errno == errno.EMFILE:
-        # inotify_init(2) gives the same number for both.
+        # inotify_init(2) uses the same errno for both limits.
         return "raise fs.inotify.max_user_instances or ulimit -n"
     return str(error.strerror)
 
 
 def _opening_is_reported(path: Path) -> bool:
-    """Whether an inotify descriptor is told that a directory is opened. Raises OSError."""
-
+    """Return whether inotify reports that a directory is opened. Raises OSError."""
     from inco_trio.linux.inotify import IN_OPEN, Inotify, parse_events
 
-    inotify = Inotify()
-    try:
+    with contextlib.closing(Inotify()) as inotify:
         inotify.watch(str(path), IN_OPEN)
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         buffer = memoryview(bytearray(4096))
         return any(event.mask & IN_OPEN for event in parse_events(buffer[: inotify.read_into(buffer)]))
-    finally:
-        inotify.close()
 
 
 def held_open(signals: Iterable[Signal], proxies: Iterable[Process]) -> Iterator[Result]:
-    """Processes that have registers open all the time, so that they, or the proxy, see no notification."""
+    """Check that no other process holds a register open, which hides notifications."""
     ours = {process.pid for process in proxies}
     for signal, pid, text in open_registers(signals):
         if pid not in ours:
@@ -125,18 +117,18 @@ def held_open(signals: Iterable[Signal], proxies: Iterable[Process]) -> Iterator
 
 
 def watched(signals: Iterable[Signal], proxy: Process) -> Iterator[Result]:
-    """Whether a proxy that runs watches the triggers: whether it would see what is written there."""
+    """Check that a running proxy watches the trigger files."""
     triggers = {}
     for signal in signals:
         if signal.direction is Direction.OUTBOUND:
-            with contextlib.suppress(OSError):  # It has no trigger now; the proxy makes it.
+            with contextlib.suppress(OSError):  # The trigger file does not exist yet; the proxy creates it.
                 status = signal.path.lstat()
                 triggers[signal.path] = (status.st_dev, status.st_ino)
     if not triggers or filesystem(next(iter(triggers)))[1] in OTHER_INODES:
         return
     missed = [path for path, place in triggers.items() if place not in proxy.watches]
     for path in missed:
-        text = f"process {proxy.pid} does not watch it: what is written there is not seen by that proxy"
+        text = f"process {proxy.pid} does not watch it, so the proxy misses notifications"
         yield fail("watched", path, text, f"kill -HUP {proxy.pid}")
     if not missed:
-        yield ok("watched", ", ".join(map(str, triggers)), f"process {proxy.pid} sees what is written there")
+        yield ok("watched", ", ".join(map(str, triggers)), f"process {proxy.pid} watches them")

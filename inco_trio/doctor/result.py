@@ -17,14 +17,14 @@ class Level(enum.IntEnum):
 
     OK = 0
     WARN = 1
-    """Notifications may be late, duplicate or lost, or the check cannot find out."""
+    """Notifications may be late, duplicate or lost, or the check was not possible."""
     FAIL = 2
     """Notifications do not arrive, or a proxy could not start."""
 
 
 @attrs.frozen
 class Result:
-    """One checked item."""
+    """The result of one check."""
 
     level: Level
     check: str
@@ -33,10 +33,10 @@ class Result:
     """The interface, path or setting."""
     found: str
     fix: str | None = None
-    """The command that fixes it, for root where needed. If it is None, `found` says what to do."""
+    """The command that fixes the problem, for root where needed. If None, `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
-        """Return the object for JSON."""
+        """Return the JSON object of the result."""
         return {
             "level": self.level.name.lower(),
             "check": self.check,

@@ -1,1 +1,1 @@
-"""Metrics for Prometheus, a dashboard of them and alert rules: see docs/metrics.md."""
+"""Metrics for Prometheus, with a dashboard and alert rules: see docs/metrics.md."""

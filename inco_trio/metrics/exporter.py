@@ -1,4 +1,4 @@
-"""An HTTP server for Prometheus: each scrape asks every proxy of this host. See docs/metrics.md."""
+"""The HTTP server for Prometheus, which queries every proxy of this host for each scrape. See docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inco_trio.control.client import sockets
 from inco_trio.control.follower import converse
 from inco_trio.control.protocol import BoardStatus, StatusRequest
 from inco_trio.errors import IncoError, InvalidArgumentError, PermissionDeniedError, ResourceError
-from inco_trio.metrics.openmetrics import Reported, openmetrics
+from inco_trio.metrics.openmetrics import Reported, openmetrics_of_proxies
 from inco_trio.problems import Problems
 
 __all__ = ["Boards", "serve"]
@@ -21,43 +21,46 @@ __all__ = ["Boards", "serve"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Deadline in seconds for the greeting of a proxy: a stopped one must not delay the scrape."""
+"""Deadline in seconds for the greeting of a proxy: a stopped proxy must not delay the scrape."""
 ALL = 5.0
-"""Deadline in seconds for all proxies; Prometheus waits for 10 by default."""
+"""Deadline in seconds for all proxies. By default, Prometheus waits for 10 seconds."""
 AT_ONCE = 256
-"""Proxies that are asked at once."""
+"""Limit of the proxies that are queried at once."""
 CONNECTIONS_MAX = 256
-"""Limit of the HTTP connections; a further one ends the oldest."""
+"""Limit of the HTTP connections; a further connection ends the oldest one."""
 REQUEST_MAX = 8192
-"""Limit for the bytes of a request."""
+"""The longest request, in bytes."""
 REQUEST_PATIENCE = 5.0
-"""Deadline in seconds for a client to send its request and to read the response."""
+"""Deadline in seconds for a client to send its request, and again to read the response."""
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+
+Answer = tuple[BoardStatus, ...] | str | None
+"""The boards of a proxy, or why it does not answer; None for a stale socket."""
 
 
 class Boards:
-    """The proxies at `controls`, or all that are found."""
+    """The proxies at `controls`, or all proxies on this host."""
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
         self._problems = Problems()
         self._names: dict[Path, str] = {}
-        """The last known name of each proxy: one that does not answer keeps it."""
+        """The last known name of each proxy, for a proxy that does not answer."""
         self._asking = trio.Lock()
         self._metrics, self._number = "", 0
 
     async def metrics(self) -> str:
-        """Ask all proxies and return their metrics. Concurrent callers share one query."""
+        """Query all proxies and return their metrics. Concurrent callers share one query."""
         wanted = self._number + 1
         async with self._asking:
             if self._number < wanted:
-                self._metrics = openmetrics(await self._ask_all())
+                self._metrics = openmetrics_of_proxies(await self._ask_all())
                 self._number += 1
             return self._metrics
 
     async def _ask_all(self) -> list[Reported]:
         paths = await trio.to_thread.run_sync(sockets) if self._controls is None else self._controls
-        answers: dict[Path, tuple[BoardStatus, ...] | str | None] = dict.fromkeys(paths, "the proxy does not answer")
+        answers: dict[Path, Answer] = dict.fromkeys(paths, "the proxy does not answer")
         limit = trio.CapacityLimiter(AT_ONCE)
         with trio.move_on_after(ALL):
             async with trio.open_nursery() as nursery:
@@ -79,10 +82,7 @@ class Boards:
             names.add(name)
         return reported
 
-    async def _ask(
-        self, path: Path, answers: dict[Path, tuple[BoardStatus, ...] | str | None], limit: trio.CapacityLimiter
-    ) -> None:
-        """Put the answer of a proxy: its boards, or why there are none; None for a socket that was left behind."""
+    async def _ask(self, path: Path, answers: dict[Path, Answer], limit: trio.CapacityLimiter) -> None:
         try:
             async with limit, converse(path, PATIENCE) as (conversation, greeting):
                 self._names[path] = greeting.name
@@ -98,12 +98,11 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
     except PermissionError as error:
-        raise PermissionDeniedError(f"--listen {listen}: {error.strerror}: use a port from 1024 on") from error
+        raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use a port from 1024 on)") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ResourceError(
-                f"--listen {listen}: another process listens there already: stop it or use another port"
-            ) from error
+            text = "another process already listens there (stop it or use another port)"
+            raise ResourceError(f"--listen {listen}: {text}") from error
         raise InvalidArgumentError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
     logger.info("http://%s/metrics", listen)
     ready()
@@ -111,7 +110,7 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
 
 
 class _Scrapes:
-    """The HTTP connections: one request each."""
+    """The HTTP connections. Each one has one request."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
@@ -134,13 +133,13 @@ class _Scrapes:
                     with trio.move_on_after(REQUEST_PATIENCE):
                         await stream.send_all(_head(is_read, len(body)) + (body if method == b"GET" else b""))
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                pass  # The client is gone.
+                pass  # The client has closed the connection.
             finally:
                 del self._open[scope]
 
 
 async def _method(stream: trio.SocketStream) -> bytes:
-    """Return the method of a request; empty if the client sends no request."""
+    """Return the method of a request; empty if the client sends no complete request."""
     request = b""
     while b"\r\n\r\n" not in request:
         data = await stream.receive_some(REQUEST_MAX)

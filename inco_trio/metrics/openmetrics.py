@@ -9,7 +9,7 @@ import attrs
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.status import Status
 
-__all__ = ["Reported", "openmetrics"]
+__all__ = ["Reported", "openmetrics", "openmetrics_of_proxies"]
 
 COUNTERS = {
     "received": ("received_frames", "Frames read from the link."),
@@ -23,9 +23,9 @@ COUNTERS = {
     "overflowed": ("inotify_overflows", "Overflows of the inotify queue."),
     "write_failures": ("write_failures", "Failed attempts to write a state file."),
     "send_failures": ("send_failures", "Failed attempts to send a frame."),
-    "unsendable": ("unsendable_notifications", "Outbound notifications that were given up."),
+    "unsendable": ("unsendable_notifications", "Outbound notifications that were discarded: too long for the link."),
     "unfinished": ("unfinished_notifications", "Notifications accepted but not finished when the proxy closed."),
-    "recovered": ("recovered_notifications", "Notifications that a predecessor had read but not finished."),
+    "recovered": ("recovered_notifications", "Notifications read by a previous process and delivered by this one."),
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
 }
@@ -41,41 +41,48 @@ HISTORY = {
     "merged": ("merged_notifications", "counter", "Notifications that were merged before they were acknowledged."),
     "followed": ("followed", "gauge", "Whether the board has a follower, such as the gateway to a broker."),
 }
-"""Of a board that ever had a follower."""
+"""The metrics of a board that has had a follower."""
 
 Samples = list[tuple[Mapping[str, str], float]]
 """Labels and value of each sample."""
+Family = tuple[str, str, str, Samples]
+"""Name, type, help and samples of a metric."""
 
 
 @attrs.frozen
 class Reported:
-    """What one proxy reported."""
+    """The status that one proxy reported."""
 
     proxy: str
-    """The label of its metrics."""
+    """The label of the metrics."""
     boards: tuple[BoardStatus, ...] | None
-    """None if it does not answer."""
+    """None if the proxy does not answer."""
 
 
-def openmetrics(reported: Iterable[Reported] | tuple[BoardStatus, ...]) -> str:
-    """Return the metrics of several proxies, or those of the boards of one, which then have no label `proxy`."""
-    text = "".join(f"{line}\n" for family in _families([*reported]) for line in _lines(*family))
-    return f"{text}# EOF\n"
+def openmetrics(boards: Iterable[BoardStatus]) -> str:
+    """Return the metrics of the boards of one proxy."""
+    return _text(_of_boards([({"board": each.board}, each) for each in boards]))
 
 
-def _families(reported: list[Reported | BoardStatus]) -> Iterator[tuple[str, str, str, Samples]]:
-    """Return name, type, help and samples of each metric."""
-    proxies = [each for each in reported if isinstance(each, Reported)]
-    if proxies:
-        yield "proxies", "gauge", "Proxies that were found.", [({}, len(proxies))]
-        up: Samples = [({"proxy": each.proxy}, each.boards is not None) for each in proxies]
-        yield "proxy_up", "gauge", "Whether the proxy answers.", up
-    boards: list[tuple[dict[str, str], BoardStatus]] = []
-    for each in reported:
-        if isinstance(each, BoardStatus):
-            boards.append(({"board": each.board}, each))
-        else:
-            boards += [({"proxy": each.proxy, "board": board.board}, board) for board in each.boards or ()]
+def openmetrics_of_proxies(reported: Iterable[Reported]) -> str:
+    """Return the metrics of several proxies, and of their boards with a label `proxy`."""
+    return _text(_of_proxies([*reported]))
+
+
+def _text(families: Iterable[Family]) -> str:
+    return "".join(f"{line}\n" for family in families for line in _lines(*family)) + "# EOF\n"
+
+
+def _of_proxies(reported: list[Reported]) -> Iterator[Family]:
+    yield "proxies", "gauge", "Proxies that were found.", [({}, len(reported))]
+    up: Samples = [({"proxy": each.proxy}, each.boards is not None) for each in reported]
+    yield "proxy_up", "gauge", "Whether the proxy answers.", up
+    yield from _of_boards(
+        [({"proxy": each.proxy, "board": board.board}, board) for each in reported for board in each.boards or ()]
+    )
+
+
+def _of_boards(boards: list[tuple[dict[str, str], BoardStatus]]) -> Iterator[Family]:
     running = [(labels | {"link": b.status.link}, b.status, b) for labels, b in boards if b.status is not None]
     yield "open", "gauge", "Whether the board is open.", [(labels, b.status is not None) for labels, b in boards]
     text = "Whether the link is up and has a carrier, or a peer."
@@ -88,17 +95,13 @@ def _families(reported: list[Reported | BoardStatus]) -> Iterator[tuple[str, str
     for key, (name, kind, text) in HISTORY.items():
         yield name, kind, text, [(labels, getattr(b.history, key)) for labels, _, b in running if b.history is not None]
     for key, (name, kind, text) in SIGNALS.items():
-        yield (
-            name,
-            kind,
-            text,
-            [
-                (labels | {"direction": signal.direction.value, "signal": signal.signal}, value)
-                for labels, status, _ in running
-                for signal in status.signals
-                if (value := getattr(signal, key)) is not None
-            ],
-        )
+        samples: Samples = [
+            (labels | {"direction": signal.direction.value, "signal": signal.signal}, value)
+            for labels, status, _ in running
+            for signal in status.signals
+            if (value := getattr(signal, key)) is not None
+        ]
+        yield name, kind, text, samples
 
 
 def _problems(status: Status) -> int:
@@ -117,6 +120,6 @@ def _lines(name: str, kind: str, text: str, samples: Samples) -> Iterator[str]:
 
 
 def _escaped(label: str) -> str:
-    """Return a label as it must be written; names need not be UTF-8."""
+    """Return a label value with escapes. Board names and paths need not be UTF-8."""
     text = label.encode(errors="backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,1 +1,1 @@
-"""The gateway to an MQTT broker: what it is told, its connection to the broker, and what it publishes."""
+"""The gateway and the bridge, which connect boards to an MQTT broker."""

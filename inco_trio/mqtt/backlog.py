@@ -1,4 +1,4 @@
-"""The boards of a gateway: what it has to publish, and what it has published."""
+"""The boards of a gateway: the events to publish, and the counts of those published."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from inco_trio.control.protocol import BoardStatus, Event
 __all__ = ["BATCH", "Board"]
 
 BATCH = 256
-"""Notifications that are published at once."""
+"""Limit of the notifications that are published at once."""
 
 
 @attrs.define(eq=False)
 class Board:
-    """A board. Events from its proxy wait here until the broker has acknowledged them."""
+    """A board and its queue of events, which wait until the broker has acknowledged them."""
 
     name: str
     source: Conversation | None = None
-    """The connection to the proxy that reports the board, also after the proxy closed the board."""
+    """The connection to the proxy of the board, also after the proxy closed the board."""
     is_open: bool = False
     """Whether the proxy has the board open."""
     running: bool | None = None
-    """Whether its link is up."""
+    """Whether the link is up."""
     status: BoardStatus | None = None
-    """The last status from its proxy."""
+    """The last status from the proxy."""
     published: int = 0
     """Notifications that the broker has acknowledged."""
     merged: int = 0
-    """How many of these had been merged."""
+    """The part of `published` that the proxy had merged."""
     arrived: trio.Event = attrs.Factory(trio.Event)
-    """Set when there is something to publish."""
+    """Set when events arrive."""
     changed: trio.Event = attrs.Factory(trio.Event)
-    """Set when the status changes."""
     _waiting: deque[Event] = attrs.Factory(deque)
     _last: tuple[str, int] = ("", 0)
     """History and number of the last published notification."""
 
     def follow(self, source: Conversation) -> None:
-        """Take events from another connection, which repeats all that is not acknowledged."""
+        """Take events from another connection, which repeats all events that are not acknowledged."""
         self.source, self.is_open = source, True
         self._waiting.clear()
         self.change()
@@ -55,7 +54,7 @@ class Board:
             self.change()
 
     def change(self) -> None:
-        """Report that the status changed."""
+        """Wake the tasks that wait for `changed`."""
         self.changed.set()
         self.changed = trio.Event()
 
@@ -65,12 +64,12 @@ class Board:
         self.arrived.set()
 
     async def batch(self) -> tuple[Conversation | None, list[Event]]:
-        """Wait for events to publish; return some and the connection from which they came."""
+        """Wait for events to publish; return some of them, and the connection that they came from."""
         while not self._waiting:
             self.arrived = trio.Event()
             await self.arrived.wait()
         number = min(len(self._waiting), BATCH)
-        # One number acknowledges all merged ones, so publish them together.
+        # One number acknowledges all merged notifications, so publish them together.
         while number < len(self._waiting) and self._waiting[number].event == "merged":
             number += 1
         return self.source, [self._waiting[n] for n in range(number)]
@@ -81,7 +80,7 @@ class Board:
         return event.event == "notification" and event.boot == boot and event.sequence <= number
 
     def done(self, source: Conversation | None, events: list[Event], new: list[Event]) -> None:
-        """Remove events from `source`; the broker has acknowledged the `new` ones of them."""
+        """Remove `events` that came from `source`; the broker has acknowledged those in `new`."""
         if self.source is source:
             for _ in events:
                 self._waiting.popleft()

@@ -1,17 +1,17 @@
 """One side of a bridge between two cores on different hosts: the peer of a `unix:` link, with a broker in between.
 
-The bridge publishes what the core here sends to `<prefix>/<end>/frames`, and writes what the other side publishes to
-the core here. A message contains frames in order, and the number of the first one:
+Each side publishes the frames of its local core to `<prefix>/<end>/frames`, and writes the frames of the other side to
+its local core. A message contains frames in order, and the number of the first frame:
 
 - A frame is dequeued from the link's socket after the broker has acknowledged it, with one message in flight. If the
-  process dies or loses the broker, it publishes the same frames with the same numbers again. The other side drops those
-  that it has written already.
-- A message is acknowledged to the broker after its frames have been written to the core.
-- At most WINDOW frames are on their way; the other side reports its progress on request. If the other core reads
-  nothing, the broker's queue therefore does not overflow; in the end the core here waits, as on a single host.
+  process dies or loses the broker, it publishes the same frames with the same numbers again. The other side drops
+  frames that it has written already.
+- A message is acknowledged to the broker after its frames have been written to the local core.
+- At most WINDOW frames are in flight; the other side reports its progress on request. If the other core reads nothing,
+  the broker's queue therefore does not overflow: the local core waits, as on a single host.
 
-The numbers are in memory that an fd store keeps together with the socket. Without one, a new process starts a new
-numbering, and frames that were in flight arrive twice.
+An fd store keeps the numbers together with the socket. Without an fd store, a new process starts a new numbering, and
+frames that were in flight arrive twice.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ logger = logging.getLogger(__name__)
 SESSION = 86_400
 """Seconds for which the broker queues messages for a side that is offline."""
 AGAIN = 2.0
-"""Seconds until a message is published again that the broker refused, or that had no subscriber."""
+"""Seconds until the bridge publishes a message again that the broker refused, or that had no subscriber."""
 SUSPICION = 60.0
-"""Seconds in which a second sign of another process on this side is taken as proof."""
+"""Seconds within which a second sign of another process on this side counts as proof."""
 
 
 @attrs.define
@@ -69,35 +69,34 @@ class Counts:
     """The counters of one side."""
 
     published: int = 0
-    """Frames of the core here that the broker has acknowledged."""
+    """Frames of the local core that the broker has acknowledged."""
     written: int = 0
-    """Frames written to the core here."""
+    """Frames written to the local core."""
     duplicates: int = 0
-    """Frames dropped because they had been written before."""
+    """Frames dropped because the bridge had written them before."""
     missed: int = 0
     """Frames of the other side that the broker acknowledged but never delivered."""
     malformed: int = 0
-    """Messages that are not from a bridge, and datagrams of the core that are not frames."""
+    """Messages that are not from a bridge, and datagrams of the local core that are not frames."""
 
 
 class Bridge:
-    """One side of the bridge: that of the core at `address.peer`. `ends` has its name and that of the other side."""
+    """The side of the core at `address.peer`. `ends` has the name of this side and the name of the other side."""
 
     def __init__(self, broker: Broker, ends: tuple[str, str], address: UnixAddress, fd_store: FdStore) -> None:
         self.counts = Counts()
         self._broker = broker
         self._end, self._other = ends
-        self._address = address
-        self._fd_store = fd_store
+        self._address, self._fd_store = address, fd_store
         self._resources = contextlib.ExitStack()
         self._problems = Problems()
         self._changed = trio.Event()
-        """Set when the link or the other side may have changed."""
+        """Set and replaced when the link or the other side may have changed."""
         self._reported = trio.Event()
         self._instance = os.urandom(8).hex()
-        """Distinguishes this process from another one on the same side."""
+        """Distinguishes this process from another process on the same side."""
         self._suspected = -math.inf
-        """When another process last seemed to be on this side."""
+        """When a message last indicated another process on this side."""
         self._announced = False
         """Whether the status `online` of this process was published."""
         self._other_is_online: bool | None = None
@@ -145,14 +144,14 @@ class Bridge:
             await self._stay_connected(credentials)
 
     async def _follow_link(self) -> None:
-        """Task that keeps the link's socket bound."""
+        """Keep the link's socket bound until cancelled."""
         while True:
             await self._link.changed()
             stored = self._link.fd
             if self._link.refresh():
                 self._problems.well("path", self._link.name)
             else:
-                self._problems.failed("path", f"{self._link.absence}: waiting for it", self._link.name)
+                self._problems.failed("path", f"{self._link.absence}; waiting", self._link.name)
             if self._link.fd != stored:
                 try:
                     self._fd_store.store("link", self._link.fd)
@@ -165,24 +164,20 @@ class Bridge:
         self._changed = trio.Event()
 
     async def _stay_connected(self, credentials: Credentials) -> None:
-        """Connect to the broker, and again whenever the connection is lost."""
+        """Connect to the broker, and reconnect whenever the connection is lost."""
         backoff = BrokerBackoff()
         will = self._status("offline")
+        client_id = f"inco-trio:{self._broker.prefix}/{self._end}"
         while True:
             try:
                 async with open_connection(
-                    self._broker,
-                    credentials,
-                    f"inco-trio:{self._broker.prefix}/{self._end}",
-                    will=will,
-                    session=SESSION,
+                    self._broker, credentials, client_id, will=will, session=SESSION
                 ) as connection:
                     self._problems.well("broker", self._broker)
-                    logger.info("%s: connected, as %s", self._broker, self._end)
+                    logger.info("%s: connected as %s", self._broker, self._end)
                     if self._announced and not connection.session_present:
-                        logger.warning(
-                            "%s: has discarded the session of %s; queued messages may be lost", self._broker, self._end
-                        )
+                        what = "discarded the session of this side: queued messages may be lost"
+                        logger.warning("%s: %s", self._broker, what)
                     backoff.reset()
                     await self._exchange(connection)
             except SessionTaken:
@@ -192,15 +187,13 @@ class Bridge:
             await trio.sleep(backoff.next())
 
     def _status(self, state: str) -> Message:
-        body = encode_status(state, self._instance)
-        return Message(self._topic(self._end, "status"), body, retain=True)
+        return Message(self._topic(self._end, "status"), encode_status(state, self._instance), retain=True)
 
     def _topic(self, end: str, what: str) -> str:
         return f"{self._broker.prefix}/{end}/{what}"
 
     async def _exchange(self, connection: Connection) -> None:
-        """Transfer frames over one connection."""
-        # Never full: the broker sends at most RECEIVE_MAX unacknowledged messages.
+        # The channel is never full, because the broker sends at most RECEIVE_MAX unacknowledged messages.
         entry, batches = trio.open_memory_channel[Received](RECEIVE_MAX)
         async with plain_nursery() as nursery:
             nursery.start_soon(self._sort, connection, entry)
@@ -212,14 +205,17 @@ class Bridge:
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
-        """Task that sorts received messages. Reports of the other side do not wait behind frames."""
+        """Handle received messages, but pass frames to `entry`: reports of the other side must not wait behind them."""
         async for received in connection.received:
             if received.topic == self._topic(self._other, "frames"):
                 await entry.send(received)
                 continue
             try:
                 if received.topic == self._topic(self._other, "written"):
-                    self._take_report(*decode_report(received.payload))
+                    boot, number = decode_report(received.payload)
+                    if boot == self._progress.boot:
+                        self._progress.reported(number)
+                    self._reported.set()
                 else:
                     state, instance = decode_status(received.payload)
                     if received.topic == self._topic(self._other, "status"):
@@ -227,39 +223,34 @@ class Bridge:
                     elif received.retain and self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
-                        raise SessionTaken(self._broker, f"another process is {self._end} too: stop one of them")
+                        reason = f"another process is also {self._end}: stop one of them"
+                        raise SessionTaken(self._broker, reason)
             except ValueError:
                 self._refuse(received)
             received.acknowledge()
 
     def _refuse(self, received: Received) -> None:
         self.counts.malformed += 1
-        what = "received a message that is not from a bridge: dropped and counted (malformed)"
+        what = "dropped a message that is not from a bridge (counter malformed)"
         self._problems.failed("malformed", what, received.topic)
 
     def _take_status(self, is_online: bool) -> None:
         if is_online is not self._other_is_online:
             self._other_is_online = is_online
             logger.info("%s: %s is %s", self._broker, self._other, "online" if is_online else "offline")
-            self._reported.set()  # Ask again: not every broker reports that a message had no subscriber.
+            self._reported.set()  # Request a report again: not every broker reports a message without subscribers.
         self._change()
 
     def _is_taken(self, instance: str, state: str) -> bool:
-        """Whether another process has taken this side. Not every broker reports a session that was taken."""
+        """Return whether another process has taken this side, which not every broker reports."""
         if not self._announced or instance == self._instance or state == "left":
             return False
-        # A single sign may come from a broker that was restored from an older state.
+        # A single sign may come from a broker whose older state was restored.
         before, self._suspected = self._suspected, trio.current_time()
         return self._suspected - before < SUSPICION
 
-    def _take_report(self, boot: bytes, number: int) -> None:
-        if boot == self._progress.boot:
-            self._progress.reported(number)
-        self._reported.set()
-
-    # ------------------------------------------------------------------------------------------- from the core here
-
     async def _publish_all(self, connection: Connection) -> None:
+        """Publish the frames of the local core."""
         link, progress = self._link, self._progress
         while True:
             progress.number(link.queue)
@@ -272,7 +263,7 @@ class Bridge:
                 await link.wait_readable()
                 continue
             if progress.number(link.queue):
-                continue  # The former socket was empty.
+                continue  # A new socket has replaced the previous one, which was empty.
             await self._publish_batch(connection, Batch(progress.boot, progress.following, frames))
             for _ in frames:
                 progress.taken()
@@ -283,8 +274,8 @@ class Bridge:
         await self._publish(connection, Message(self._topic(self._end, "frames"), batch.encode()), heard=True)
 
     async def _publish(self, connection: Connection, message: Message, *, heard: bool = False) -> None:
-        """Publish a message; retry while the broker refuses it or, with `heard`, while it has no subscriber."""
-        said = False
+        """Publish a message; retry while the broker refuses it or, with `heard`, while its topic has no subscriber."""
+        logged = False
         while True:
             changed = self._changed
             (refused,) = await connection.publish([message], heard=heard)
@@ -292,18 +283,16 @@ class Bridge:
                 self._problems.well(message.topic)
                 return
             if "subscribers" in refused:
-                if not said:
-                    logger.info("%s: %s has never been online: frames wait for it", self._broker, self._other)
-                said = True
+                if not logged:
+                    logger.info("%s: %s has never been online; frames wait", self._broker, self._other)
+                logged = True
             else:
-                what = f"the broker refuses to publish: {refused}; frames wait, retrying"
-                self._problems.failed(message.topic, what)
+                self._problems.failed(message.topic, f"the broker refuses to publish: {refused}; frames wait, retrying")
             with trio.move_on_after(AGAIN):
                 await changed.wait()
 
-    # --------------------------------------------------------------------------------------------- to the core here
-
     async def _write_all(self, connection: Connection, batches: trio.MemoryReceiveChannel[Received]) -> None:
+        """Write the frames of the other side to the local core."""
         async for received in batches:
             try:
                 batch = Batch.decode(received.payload)
@@ -318,11 +307,11 @@ class Bridge:
 
     async def _write_batch(self, batch: Batch) -> None:
         last = self._progress.written(batch.boot)
-        if last and batch.first > last + 1:
-            missed = batch.first - last - 1
+        missed = batch.first - last - 1
+        if last and missed > 0:
             self.counts.missed += missed
             logger.error("%s: lost %d frames of %s that the broker had acknowledged", self._broker, missed, self._other)
-        if batch.first > last + 1:
+        if missed > 0:
             self._progress.wrote(batch.boot, batch.first - 1)
         for number, frame in enumerate(batch.frames, batch.first):
             if number <= last:
@@ -332,7 +321,7 @@ class Bridge:
             self._progress.wrote(batch.boot, number)
 
     async def _write(self, frame: bytes) -> None:
-        """Write a frame to the core; wait until the core runs and has room."""
+        """Write a frame to the local core; wait until the core runs and its socket has room."""
         link, backoff = self._link, Backoff()
         while True:
             changed = self._changed
@@ -341,14 +330,13 @@ class Bridge:
             except BlockingIOError:
                 await link.wait_for_room()
             except LinkDownError as error:
-                self._problems.failed("core", f"{error.strerror}: frames wait for it", link.name)
+                self._problems.failed("core", f"{error.strerror}; frames wait for the core", link.name)
                 await changed.wait()
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:
                     self.counts.malformed += 1
-                    self._problems.failed(
-                        "core", f"dropped a frame of {len(frame)} bytes, which is too long for its socket", link.name
-                    )
+                    what = f"dropped a frame of {len(frame)} bytes, which is too long for the core's socket"
+                    self._problems.failed("core", what, link.name)
                     return
                 self._problems.failed("core", f"cannot write: {error.strerror}; retrying", link.name)
                 await trio.sleep(backoff.next())
@@ -359,11 +347,11 @@ class Bridge:
 
 
 def _open_link(address: UnixAddress, held: int | None, note: memoryview, names: Names) -> UnixLink:
-    """Return the link, with the inherited socket if its address is right."""
+    """Return the link, with the inherited socket if that is bound to the right address."""
     if held is not None:
         link = UnixLink.take(address, held, note, names)
         if link.fits:
             return link
-        logger.warning("%s: the inherited socket has another address: frames queued there are lost", link.name)
+        logger.warning("%s: the inherited socket has another address: its queued frames are lost", link.name)
         link.close()
     return UnixLink.open(address, note, names)

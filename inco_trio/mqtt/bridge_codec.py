@@ -20,17 +20,18 @@ _LENGTH = struct.Struct("!H")
 
 @attrs.frozen
 class Batch:
-    """Frames of one side, in order; the first one has the number `first`."""
+    """Frames of one side, in order."""
 
     boot: bytes
-    """8 bytes that identify the numbering: a new socket starts a new one."""
+    """8 bytes that identify the numbering: each new socket starts a new numbering."""
     first: int
+    """The number of the first frame."""
     frames: Sequence[bytes]
     report: bool = False
-    """Whether the other side is asked to report the last number that it has written."""
+    """Whether the sender asks the other side to report the last number that it has written."""
 
     def encode(self) -> bytes:
-        """Return the payload."""
+        """Return the MQTT payload of the batch."""
         parts = [_HEADER.pack(_MAGIC, self.boot, self.first, self.report)]
         for frame in self.frames:
             parts += _LENGTH.pack(len(frame)), frame
@@ -38,7 +39,7 @@ class Batch:
 
     @classmethod
     def decode(cls, payload: bytes) -> Batch:
-        """Return the batch in a payload. Raises ValueError if it is not valid."""
+        """Return the batch in a payload. Raises ValueError if the payload is not valid."""
         try:
             magic, boot, first, report = _HEADER.unpack_from(payload)
             place, frames = _HEADER.size, []
@@ -57,12 +58,12 @@ class Batch:
 
 
 def encode_report(boot: bytes, number: int) -> bytes:
-    """Return the payload that reports the last number written of a numbering."""
+    """Return the payload that reports the last written number of the numbering `boot`."""
     return json.dumps({"boot": boot.hex(), "number": number}).encode()
 
 
 def decode_report(payload: bytes) -> tuple[bytes, int]:
-    """Return numbering and number of a report. Raises ValueError."""
+    """Return the numbering and the number in a report. Raises ValueError."""
     boot, number = _fields(payload, boot=str, number=int)
     if number < 0:
         raise ValueError("number: negative")
@@ -75,7 +76,7 @@ def encode_status(state: str, instance: str) -> bytes:
 
 
 def decode_status(payload: bytes) -> tuple[str, str]:
-    """Return state and instance of a status. Raises ValueError."""
+    """Return the state and the instance in a status. Raises ValueError."""
     state, instance = _fields(payload, state=str, instance=str)
     return state, instance
 

@@ -12,15 +12,15 @@ from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
-"""Limit of frames that are published but not reported as written. By default, mosquitto queues 1,000 messages."""
+"""Limit of the frames that are published but not reported as written. By default, mosquitto queues 1,000 messages."""
 BOOTS_MAX = 16
-"""Latest numberings of the other side that are remembered: the broker may repeat messages of the latest ones."""
+"""Numberings of the other side that are kept, because the broker may repeat messages of the latest ones."""
 _MAGIC = b"inco-trio bridge 1\n"
 
 
 @attrs.define
 class Memory:
-    """A memfd: a page with the note for the link (see `links.unix`), and a table of numbers."""
+    """A memfd with a page for the link's note (see `links.unix`) and a table of numbers."""
 
     fd: int
     note: memoryview
@@ -36,17 +36,17 @@ class Memory:
             os.ftruncate(fd, PAGE + TABLE)
             os.pwrite(fd, _MAGIC, 0)
             if held is not None:
-                os.close(held)  # Only now, so that the new descriptor has another number and is stored.
+                os.close(held)  # Close only now: the new descriptor must get another number to be stored.
         view = memoryview(mmap.mmap(fd, PAGE + TABLE))
         return cls(fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:]))
 
     def close(self) -> None:
-        """Close the descriptor. The mapping ends with its last view."""
+        """Close the descriptor. The mapping lasts until its last view is deleted."""
         os.close(self.fd)
 
 
 class Progress:
-    """How far both directions have come."""
+    """The numbers of the frames that both directions have finished."""
 
     _SENT, _WRITTEN, _LIMIT = b"sent:", b"written:", b"limit"
 
@@ -56,7 +56,7 @@ class Progress:
         self._sent = next((key for key in numbers if key.startswith(self._SENT)), self._SENT)
 
     def number(self, queue: int) -> bool:
-        """Start a new numbering if the socket with the inode `queue` is another one. Return whether that is so.
+        """Start a new numbering if the socket, identified by its inode `queue`, is new. Return whether it is.
 
         Otherwise a new frame could get the number of a frame that was published and then lost with its socket.
         """
@@ -69,7 +69,7 @@ class Progress:
 
     @property
     def has_room(self) -> bool:
-        """Whether frames may be published. A new numbering has to wait for the first report of the other side."""
+        """Whether frames may be published. A new numbering must wait for the first report of the other side."""
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:
@@ -79,7 +79,7 @@ class Progress:
 
     @property
     def boot(self) -> bytes:
-        """The numbering of the frames sent; see `Batch.boot`."""
+        """The numbering of the published frames; see `Batch.boot`."""
         return bytes.fromhex(self._sent.split(b":")[1].decode())
 
     @property
@@ -88,14 +88,11 @@ class Progress:
         return self._numbers[self._sent]
 
     def taken(self) -> None:
-        """Count the oldest frame as published, before it is dequeued.
-
-        A process that dies in between publishes this frame again with the next number.
-        """
+        """Count the oldest frame as published. A crash before the frame is dequeued publishes the frame again."""
         self._numbers[self._sent] += 1
 
     def written(self, boot: bytes) -> int:
-        """Return the last number of a numbering that was written here; 0 if unknown."""
+        """Return the last written number of the numbering `boot`; 0 if the numbering is unknown."""
         return self._numbers[self._key(boot)]
 
     def wrote(self, boot: bytes, number: int) -> None:

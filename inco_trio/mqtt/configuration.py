@@ -1,11 +1,6 @@
-"""What a gateway is told: the URL of the broker, and a file of JSON with what it may do and who it is.
+"""The configuration of a gateway: the URL of the broker, and a JSON file with permissions and credentials.
 
-    {"boards": ["b1", "b2"], "send": {"b1": ["redun_notify_irq"]}, "status_seconds": 10,
-     "broker": {"ca_file": "/etc/inco-trio/ca.pem", "certificate_file": "/etc/inco-trio/host.pem",
-                "key_file": "/etc/inco-trio/host.key", "user_file": "/etc/inco-trio/user",
-                "password_file": "/etc/inco-trio/password"}}
-
-Every key may be left out. Who may read the log, the list of processes or this file learns no password.
+All keys are optional. Passwords appear neither in the log nor on the command line nor in the JSON file.
 """
 
 from __future__ import annotations
@@ -24,14 +19,16 @@ from inco_trio.validation import parse_table, read_file
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
+URL_EXPECTED = "mqtt://HOST[:PORT][/PREFIX]"
 STATUS_SECONDS_MAX = 86_400.0
+STATUS_SECONDS_EXPECTED = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
 SECRET_MAX = 65_535
-"""Bytes of the longest user name and password (MQTT 5, 1.5.6)."""
+"""The longest user name or password, in bytes (MQTT 5, 1.5.6)."""
 
 
 @attrs.frozen
 class Broker:
-    """Where the broker is, and below which topic everything stands."""
+    """The address of the broker, and the prefix of all topics."""
 
     host: str
     port: int
@@ -45,7 +42,7 @@ class Broker:
 
 @attrs.frozen
 class Identity:
-    """Who the gateway says that it is."""
+    """The user name and the password for the broker."""
 
     user: str | None
     password: str | None = attrs.field(repr=False)
@@ -53,77 +50,74 @@ class Identity:
 
 @attrs.frozen
 class Credentials:
-    """The files that say who the gateway is, and whom it believes."""
+    """The files with the credentials of the gateway and with the trusted certificates."""
 
     ca_file: str | None = None
-    """Certificates of those who may vouch for the broker, PEM; without it those that the system trusts."""
+    """The trusted CA certificates, PEM (default: those of the system)."""
     certificate_file: str | None = None
     """The certificate of the gateway, PEM."""
     key_file: str | None = None
-    """The private key of that, PEM, not encrypted."""
+    """The private key of the certificate, PEM, not encrypted."""
     user_file: str | None = None
-    """One line: who the gateway is."""
+    """One line: the user name of the gateway."""
     password_file: str | None = None
-    """One line: its password."""
+    """One line: the password of the gateway."""
 
     def read(self) -> Identity:
-        """Read user and password. Raises ConfigError, ResourceError."""
+        """Read the user name and the password. Raises ConfigError, ResourceError."""
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
 @attrs.frozen
 class GatewayConfig:
-    """What a gateway is to do."""
+    """The configuration of a gateway."""
 
     boards: list[str] | None = None
-    """The boards that it serves; without it all."""
+    """The boards to serve (default: all)."""
     send: Mapping[str, list[str]] = attrs.Factory(dict)
-    """The signals that may be sent from the broker, by board; `*` is every board, or every signal."""
+    """The signals that MQTT clients may send, by board; `*` stands for every board or every signal."""
     status_seconds: float = 10.0
-    """Seconds between two looks at the counters."""
+    """Seconds between two queries of the counters."""
     broker: Credentials = Credentials()
-    """Who the gateway is to the broker, and whom it believes: all absolute paths of files."""
+    """The credentials for the broker and the trusted CA: absolute paths of files."""
 
 
 def parse_broker(url: str) -> Broker:
-    """The broker of `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
+    """Return the broker at `mqtt://HOST[:PORT][/PREFIX]`, or `mqtts://`. Raises InvalidArgumentError."""
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
-    fault = None
-    prefix = unquote(parts.path).strip("/") or PREFIX
     if parts.username is not None or parts.password is not None:
-        url = "URL"  # It is not shown.
-        fault = "user and password are named in the file of --config, as everybody can read a command line"
-    elif parts.scheme not in {"mqtt", "mqtts"}:
-        fault = "it is mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS"
-    elif not parts.hostname:
-        fault = "a host is missing"
-    elif port == 0:
-        fault = "port 0 is none"
-    elif parts.query or parts.fragment or "?" in url or "#" in url:
-        fault = "it has no ? and no #"
-    elif any(char in "+#" or not char.isprintable() for char in prefix) or prefix.startswith("$"):
-        fault = f"the prefix {prefix!r} has '+', '#' or a control character, or begins with '$'"
-    elif "" in prefix.split("/"):
-        fault = f"the prefix {prefix!r} has an empty level"
-    elif len(prefix.encode(errors="replace")) > 1000:
-        fault = "the prefix is longer than 1,000 bytes"
-    if fault is not None:
-        raise InvalidArgumentError(f"broker {url}: {fault}")
+        # The message does not contain the URL, because that may have a password.
+        text = "has a user or password, which all users can see (use user_file and password_file of --config)"
+        raise InvalidArgumentError("broker URL", text)
+    prefix = unquote(parts.path).strip("/") or PREFIX
+    is_bad_prefix = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
+    faults = {
+        f"unknown scheme (expected {URL_EXPECTED}, or mqtts:// for TLS)": parts.scheme not in {"mqtt", "mqtts"},
+        f"the host is missing (expected {URL_EXPECTED})": not parts.hostname,
+        "port 0 is not valid (expected 1 to 65535)": port == 0,
+        f"contains '?' or '#' (expected {URL_EXPECTED})": "?" in url or "#" in url,
+        f"the prefix {prefix!r} contains '+', '#' or a control character, or starts with '$'": is_bad_prefix,
+        f"the prefix {prefix!r} has an empty level": "" in prefix.split("/"),
+        "the prefix is longer than 1,000 bytes": len(prefix.encode(errors="replace")) > 1000,
+    }
+    for fault, is_present in faults.items():
+        if is_present:
+            raise InvalidArgumentError(f"broker {url}", fault)
     tls = parts.scheme == "mqtts"
-    assert parts.hostname is not None  # noqa: S101 - see above
+    assert parts.hostname is not None  # noqa: S101 - a missing host is a fault
     return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
 
 
 def read_gateway(path: Path) -> GatewayConfig:
-    """Return what the file at `path` configures. Raises ConfigError with every mistake."""
+    """Return the configuration in the file at `path`. Raises ConfigError with all mistakes."""
     table = parse_table(read_file(path), str(path))
     table.only(field.name for field in attrs.fields(GatewayConfig))
     send, broker = table.table("send"), table.table("broker")
-    status_seconds = table.number("status_seconds", f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", 10.0)
+    status_seconds = table.number("status_seconds", STATUS_SECONDS_EXPECTED, 10.0)
     boards = table.texts("boards")
     signals = {board: send.texts(board) or [] for board in send.values} if send else {}
     files = [field.name for field in attrs.fields(Credentials)]
@@ -138,26 +132,25 @@ def read_gateway(path: Path) -> GatewayConfig:
 
 
 def _faults(config: GatewayConfig) -> list[str]:
-    """What is wrong with values of the right kind."""
+    """Return the mistakes in values of the right type."""
     faults = []
     if not 0 < config.status_seconds <= STATUS_SECONDS_MAX:
-        expected = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
-        faults.append(f"status_seconds: {config.status_seconds:g} (expected {expected})")
+        faults.append(f"status_seconds: {config.status_seconds:g} (expected {STATUS_SECONDS_EXPECTED})")
     if config.boards is not None and not config.boards:
-        faults.append("boards: is empty: leave it out for all boards")
+        faults.append("boards: an empty list (leave the key out for all boards)")
     for board, signals in config.send.items():
         named = [signal for signal in signals if signal != "*"]
         faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]
         if config.boards is not None and board != "*" and board not in config.boards:
-            faults.append(f"send.{board}: is not among the boards that are served")
+            faults.append(f"send.{board}: not a served board (expected one of boards, or *)")
     credentials = config.broker
     for name, value in attrs.asdict(credentials).items():
         if value is not None and (not value.startswith("/") or "\0" in value):
             faults.append(f"broker.{name}: {value!r} (expected an absolute path)")
     if (credentials.certificate_file is None) != (credentials.key_file is None):
-        faults.append("broker: certificate_file and key_file need each other")
+        faults.append("broker: certificate_file or key_file is missing (expected both or neither)")
     if credentials.password_file is not None and credentials.user_file is None:
-        faults.append("broker: a password_file needs a user_file")
+        faults.append("broker: password_file needs user_file")
     return faults
 
 
@@ -169,7 +162,7 @@ def _read_line(file: str | None, key: str) -> str | None:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise ConfigError(file, f"broker.{key}: is not UTF-8") from None
+        raise ConfigError(file, f"broker.{key}: not UTF-8") from None
     if not text or len(data) > SECRET_MAX or re.search(r"[\0\r\n]", text):
-        raise ConfigError(file, f"broker.{key}: is not one line of up to {SECRET_MAX} bytes")
+        raise ConfigError(file, f"broker.{key}: expected one line of 1 to {SECRET_MAX} bytes")
     return text

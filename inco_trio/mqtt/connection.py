@@ -1,7 +1,7 @@
-"""A connection to an MQTT 5 broker: paho-mqtt as a client of Trio's loop.
+"""A connection to an MQTT 5 broker, with paho-mqtt in Trio's event loop.
 
-paho implements the protocol. This module reads and writes its socket when it is ready, which paho's documentation calls
-an external event loop. It does not reconnect, and does not keep messages when a connection is lost: the caller knows
+paho implements the protocol. This module reads and writes paho's socket when the socket is ready; paho's documentation
+calls that an external event loop. A lost connection is not restored, and its messages are not kept: the caller knows
 which messages were not acknowledged.
 """
 
@@ -13,7 +13,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import trio
@@ -28,9 +28,6 @@ from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, PermissionDeniedError, UnavailableError
 from inco_trio.mqtt.configuration import Broker, Credentials
 
-if TYPE_CHECKING:
-    from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
-
 __all__ = [
     "RECEIVE_MAX",
     "BrokerBackoff",
@@ -44,9 +41,9 @@ __all__ = [
 ]
 
 PATIENCE = 10.0
-"""Seconds to wait for an answer of the broker."""
+"""Deadline in seconds for each answer of the broker."""
 KEEPALIVE = 30
-"""Seconds after which a ping is sent, to detect a silent broker."""
+"""Seconds without traffic after which paho pings the broker."""
 RECEIVE_MAX = 1000
 """Limit of unacknowledged messages from the broker."""
 PACKET_MAX = 4 << 20
@@ -54,13 +51,13 @@ PACKET_MAX = 4 << 20
 INFLIGHT_MAX = 1000
 """Limit of unacknowledged messages to the broker, unless the broker's limit is lower."""
 FAREWELL = 1.0
-"""Seconds to wait until DISCONNECT is sent."""
+"""Deadline in seconds for sending DISCONNECT."""
 _UNHEARD = 0x10
 """Reason code: the topic has no subscribers."""
 _TAKEN = 0x8E
-"""Reason code: another connection uses our client identifier."""
+"""Reason code: another connection uses the same client identifier."""
 _FAILURE = 0x80
-"""Reason codes from here on are failures (MQTT 5, 2.4)."""
+"""Reason codes from this one on are failures (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157}
 """Reason codes of a CONNACK that may be temporary, such as a busy broker."""
 
@@ -73,11 +70,11 @@ class BrokerBackoff(Backoff):
 
 
 class BrokerLostError(UnavailableError):
-    """The broker cannot be reached, ended the connection, or does not answer."""
+    """The broker is unreachable, ended the connection, or does not answer."""
 
 
 class SessionTaken(BrokerLostError):
-    """Another process uses our client identifier."""
+    """Another process uses the client identifier of this connection."""
 
 
 class BrokerRefused(PermissionDeniedError):
@@ -97,8 +94,6 @@ class _TlsSocket(ssl.SSLSocket):
 
 @attrs.frozen
 class Message:
-    """A message to publish."""
-
     topic: str
     payload: bytes
     retain: bool = False
@@ -118,7 +113,7 @@ class Message:
 
 @attrs.frozen(eq=False)
 class Received:
-    """A received message. The broker repeats it on the next connection until it is acknowledged."""
+    """A received message. Until `acknowledge` is called, the broker repeats the message on each new connection."""
 
     topic: str
     payload: bytes
@@ -130,27 +125,26 @@ class Received:
 
 @attrs.define(eq=False)
 class _Awaited:
-    """`left` packets that the broker has to acknowledge."""
+    """The acknowledgements that one call waits for."""
 
     left: int
+    """How many are missing."""
     reasons: list[str | None]
+    """Why the broker refused each message; None if it did not."""
     heard: bool = False
     """Whether messages without subscribers count as refused."""
     done: trio.Event = attrs.Factory(trio.Event)
 
 
 class Connection:
-    """A connection; `open_connection` returns one."""
+    """A connection that `open_connection` has opened."""
 
     def __init__(self, broker: Broker, client: paho.Client, name: str, patience: float) -> None:
         self.session_present = False
         """Whether the broker has continued an earlier session."""
         self.publishes_will = True
         """Whether the broker publishes the last will when this connection ends normally."""
-        self._broker = broker
-        self._client = client
-        self._name = name
-        self._patience = patience
+        self._broker, self._client, self._name, self._patience = broker, client, name, patience
         self._write = trio.Event()
         self._answered = trio.Event()
         self.ended = trio.Event()
@@ -169,24 +163,20 @@ class Connection:
         client.on_publish = self._on_acknowledged
         client.on_subscribe = self._on_subscribed
         client.on_message = self._on_message
-        client.on_socket_close = self._on_socket_close
-        client.on_socket_register_write = self._on_want_write
-
-    # ------------------------------------------------------------------------------------------------- for callers
+        client.on_socket_close = lambda _client, _data, sock: trio.lowlevel.notify_closing(sock)
+        client.on_socket_register_write = lambda _client, _data, _sock: self._write.set()
 
     async def publish(self, messages: Sequence[Message], *, heard: bool = False) -> list[str | None]:
-        """Publish the messages in order at QoS 1, and return after the broker has acknowledged all.
+        """Publish the messages in order at QoS 1, and wait until the broker has acknowledged all of them.
 
-        Return for each message the reason why it was refused, or None. With `heard`, a message without subscribers
-        counts as refused, if the broker reports that (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
+        Return for each message why the broker refused it, or None. With `heard`, a message without subscribers counts
+        as refused, if the broker reports that (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
         """
         self._check()
-        if not messages:
-            return []
         awaited = _Awaited(len(messages), [None] * len(messages), heard)
         for number, message in enumerate(messages):
             while len(self._awaited) >= self._window:
-                if self._room.is_set():  # Other tasks may be waiting for this event already.
+                if self._room.is_set():  # Do not replace an event that other tasks are waiting for.
                     self._room = trio.Event()
                 await self._wait(self._room)
             properties = message.properties(PacketTypes.PUBLISH)
@@ -210,7 +200,8 @@ class Connection:
         self._awaited[mid] = (awaited, 0)
         await self._wait(awaited.done)
         if awaited.reasons[0] is not None:
-            raise BrokerRefused(self._broker, f"may not subscribe to {', '.join(topics)}: {awaited.reasons[0]}")
+            reason = f"refuses the subscription to {', '.join(topics)}: {awaited.reasons[0]}"
+            raise BrokerRefused(self._broker, reason)
 
     async def _wait(self, event: trio.Event) -> None:
         """Wait for acknowledgements. The connection is lost if the broker is silent for `patience` seconds."""
@@ -236,27 +227,21 @@ class Connection:
         for awaited, _ in self._awaited.values():
             awaited.done.set()
 
-    # ---------------------------------------------------------------------------------------------- called by paho
-
     def _on_connect(
-        self, _client: object, _data: object, flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+        self, _client: object, _data: object, flags: paho.ConnectFlags, reason: ReasonCode, properties: Any
     ) -> None:
         if reason.is_failure:
             kind = BrokerLostError if reason.value in _UNREACHABLE else BrokerRefused
-            self._lose(kind(f"{self._broker}: refuses us: {reason}"))
+            self._lose(kind(self._broker, f"refuses the connection: {reason}"))
             return
         self.session_present = flags.session_present
-        allowed = getattr(properties, "ReceiveMaximum", INFLIGHT_MAX)
-        self._window = min(INFLIGHT_MAX, allowed)
+        self._window = min(INFLIGHT_MAX, getattr(properties, "ReceiveMaximum", INFLIGHT_MAX))
         self._answered.set()
 
-    def _on_disconnect(
-        self, _client: object, _data: object, _flags: DisconnectFlags, reason: ReasonCode, _properties: object
-    ) -> None:
+    def _on_disconnect(self, _client: object, _data: object, _flags: object, reason: ReasonCode, _: object) -> None:
         if self._reason(reason) == _TAKEN:
-            self._lose(
-                SessionTaken(self._broker, f"another process has taken our name {self._name!r}: end one of them")
-            )
+            text = f"another process uses the client identifier {self._name!r}: stop one of them"
+            self._lose(SessionTaken(self._broker, text))
         elif reason.value >= _FAILURE and reason.getName() != "Unspecified error":
             self._lose(BrokerLostError(self._broker, f"ended the connection: {reason}"))
         elif self._answered.is_set():
@@ -265,25 +250,21 @@ class Connection:
             self._hung_up()
 
     def _reason(self, reason: ReasonCode) -> int:
-        """Return the reason of a DISCONNECT. paho 2.2 reads it only if properties follow."""
+        """Return the reason code of a DISCONNECT. paho 2.2 decodes the code only if properties follow."""
         packet = self._client._in_packet
-        is_one = packet["command"] & 0xF0 == paho.DISCONNECT and packet["packet"]
-        return int(packet["packet"][0] if is_one else reason.value)
+        is_disconnect = packet["command"] & 0xF0 == paho.DISCONNECT and packet["packet"]
+        return int(packet["packet"][0] if is_disconnect else reason.value)
 
     def _hung_up(self) -> None:
-        hint = "does it want a client certificate, or another one?" if self._broker.tls else "does it want TLS?"
-        self._lose(BrokerLostError(self._broker, f"ends the connection without an answer ({hint})"))
+        hint = "does it need a client certificate, or another one?" if self._broker.tls else "does it need TLS?"
+        self._lose(BrokerLostError(self._broker, f"ended the connection without an answer ({hint})"))
 
-    def _on_acknowledged(
-        self, _client: object, _data: object, mid: int, reason: ReasonCode, _properties: object
-    ) -> None:
-        awaited, _ = self._awaited.get(mid, (None, 0))
+    def _on_acknowledged(self, _client: object, _data: object, mid: int, reason: ReasonCode, _: object) -> None:
+        awaited = self._awaited.get(mid, (None, 0))[0]
         refused = reason.value >= _FAILURE or (reason.value == _UNHEARD and awaited is not None and awaited.heard)
         self._acknowledged(mid, str(reason) if refused else None)
 
-    def _on_subscribed(
-        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _properties: object
-    ) -> None:
+    def _on_subscribed(self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _: object) -> None:
         self._acknowledged(mid, next((str(reason) for reason in reasons if reason.value >= _FAILURE), None))
 
     def _acknowledged(self, mid: int, reason: str | None) -> None:
@@ -296,7 +277,7 @@ class Connection:
             if not awaited.left:
                 awaited.done.set()
 
-    def _on_message(self, _client: object, _data: object, message: MQTTMessage) -> None:
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         properties = message.properties
         received = Received(
             message.topic,
@@ -309,23 +290,15 @@ class Connection:
         try:
             self._entry.send_nowait(received)
         except trio.WouldBlock:
-            self._lose(BrokerLostError(self._broker, f"sends more than the {RECEIVE_MAX} messages that it may"))
+            text = f"sent more than {RECEIVE_MAX} unacknowledged messages, the limit that it was given"
+            self._lose(BrokerLostError(self._broker, text))
 
     def _acknowledge(self, mid: int, qos: int) -> None:
         if self._lost is None and qos:
             self._client.ack(mid, qos)
 
-    def _on_want_write(self, *_: object) -> None:
-        self._write.set()
-
-    @staticmethod
-    def _on_socket_close(_client: object, _data: object, sock: Any) -> None:
-        trio.lowlevel.notify_closing(sock)
-
-    # -------------------------------------------------------------------------------------------------- its tasks
-
     async def run(self) -> None:
-        """Task that reads and writes the socket until the connection is lost."""
+        """Read and write the socket until the connection is lost."""
         with contextlib.suppress(trio.ClosedResourceError):
             async with trio.open_nursery() as nursery:
                 for task in (self._read, self._write_all, self._keep_alive):
@@ -342,10 +315,10 @@ class Connection:
 
     async def _read(self) -> None:
         while self._lost is None and (sock := self._client.socket()) is not None:
-            # The broker may wait for our acknowledgement before it sends more.
-            _set_option(sock, socket.TCP_QUICKACK)
+            # The broker may wait for a TCP acknowledgement before it sends more.
+            _set_tcp_option(sock, socket.TCP_QUICKACK)
             await trio.lowlevel.wait_readable(sock)
-            # A TLS socket may have decrypted more packets than paho has read; poll does not report them.
+            # A TLS socket may have decrypted more packets than paho has read; poll(2) does not report them.
             while self._client.loop_read() == MQTTErrorCode.MQTT_ERR_SUCCESS and self._pending():
                 pass
 
@@ -362,14 +335,14 @@ class Connection:
     async def _flush(self) -> None:
         while self._client.want_write() and self._client.socket() is not None:
             self._client.loop_write()
-            # The socket may be closed by now.
+            # loop_write() may have closed the socket.
             if self._client.want_write() and (sock := self._client.socket()) is not None:
                 await trio.lowlevel.wait_writable(sock)
 
     async def _keep_alive(self) -> None:
         await self._answered.wait()
         while self._lost is None:
-            # paho replaces our interval by the broker's Server Keep Alive. 0 means that neither side sends pings.
+            # paho replaces KEEPALIVE by the broker's Server Keep Alive. 0 means that neither side sends pings.
             await trio.sleep(self._client.keepalive / 6 or math.inf)
             self._client.loop_misc()
 
@@ -381,16 +354,15 @@ class Connection:
             await self._answered.wait()
         self._check()
         if not self._answered.is_set():
-            self._lose(BrokerLostError(self._broker, "accepts the connection and does not answer"))
+            self._lose(BrokerLostError(self._broker, "accepted the connection but does not answer"))
             self._check()
 
     async def end(self) -> None:
-        """Send DISCONNECT."""
-        will = "Disconnect with will message"
-        reason = ReasonCode(PacketTypes.DISCONNECT, will) if self.publishes_will else None
+        """Send DISCONNECT and close the socket."""
+        with_will = ReasonCode(PacketTypes.DISCONNECT, "Disconnect with will message")
         with trio.move_on_after(FAREWELL, shield=True):
             if self._lost is None and self._answered.is_set():
-                self._client.disconnect(reason)
+                self._client.disconnect(with_will if self.publishes_will else None)
                 with contextlib.suppress(OSError, trio.ClosedResourceError):
                     await self._flush()
         _close(self._client)
@@ -401,15 +373,14 @@ def _properties(packet: int) -> Any:
     return made
 
 
-def _set_option(sock: Any, option: int) -> None:
-    """Set an option of tcp(7)."""
+def _set_tcp_option(sock: Any, option: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, option, 1)
 
 
 def _close(client: paho.Client) -> None:
     sock = client.socket()
     if sock is not None:
-        with contextlib.suppress(RuntimeError):  # From a thread that was abandoned.
+        with contextlib.suppress(RuntimeError):  # An abandoned thread has no Trio.
             trio.lowlevel.notify_closing(sock)
         client.on_socket_close = None
         sock.close()
@@ -428,14 +399,14 @@ async def open_connection(
 ) -> AsyncIterator[Connection]:
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
-    The broker keeps the session for `session` seconds afterwards; `clean` discards an earlier session. Raises
-    BrokerLostError and BrokerRefused. If this happens while the block runs, the block is cancelled.
+    The broker keeps the session for `session` seconds after that; `clean` discards an earlier session. Raises
+    BrokerLostError and BrokerRefused. If the connection is lost while the block runs, the block is cancelled.
     """
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
     )
     client.connect_timeout = patience
-    client.max_inflight_messages_set(INFLIGHT_MAX)  # Must be set before the broker reports its limit.
+    client.max_inflight_messages_set(INFLIGHT_MAX)  # Set the limit before the broker reports its own.
     client.max_queued_messages_set(0)
     _identify(client, broker, credentials)
     if will is not None:
@@ -465,7 +436,6 @@ async def open_connection(
 
 
 async def _end_with(connection: Connection, scope: trio.CancelScope) -> None:
-    """Task that cancels the block when the connection is lost."""
     await connection.ended.wait()
     scope.cancel()
 
@@ -482,7 +452,7 @@ def _identify(client: paho.Client, broker: Broker, credentials: Credentials) -> 
             if credentials.certificate_file is not None:
                 context.load_cert_chain(credentials.certificate_file, credentials.key_file, password=lambda: b"")
         except (OSError, ValueError) as error:
-            raise BrokerRefused(broker, f"the files of its certificates cannot be used: {error}") from error
+            raise BrokerRefused(broker, f"cannot use the certificate files: {error}") from error
         client.tls_set_context(context)
 
 
@@ -496,8 +466,8 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
     def connect() -> None:
         client.connect(broker.host, broker.port, KEEPALIVE, clean_start=clean, properties=properties)
         if (sock := client.socket()) is not None:
-            # TCP_NODELAY: a packet does not wait for the acknowledgement of the one before.
-            _set_option(sock, socket.TCP_NODELAY)
+            # Otherwise a packet would wait for the acknowledgement of the previous packet.
+            _set_tcp_option(sock, socket.TCP_NODELAY)
         if abandoned:
             _close(client)
 
@@ -505,15 +475,14 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
         with trio.fail_after(2 * patience):
             await trio.to_thread.run_sync(connect, abandon_on_cancel=True)
     except ssl.SSLCertVerificationError as error:
-        raise BrokerRefused(broker, f"its certificate is refused: {error.verify_message}") from error
+        raise BrokerRefused(broker, f"its certificate is not valid: {error.verify_message}") from error
     except ssl.SSLError as error:
-        raise BrokerLostError(broker, f"no TLS connection: {error.reason or error}") from error
+        raise BrokerLostError(broker, f"the TLS handshake failed: {error.reason or error}") from error
     except socket.gaierror as error:
         raise BrokerLostError(broker, f"no such host: {error.strerror}") from error
     except ConnectionResetError as error:
-        raise BrokerLostError(
-            broker, f"broke the connection (does it {'not ' if broker.tls else ''}want TLS?)"
-        ) from error
+        hint = "is it without TLS?" if broker.tls else "does it need TLS?"
+        raise BrokerLostError(broker, f"reset the connection ({hint})") from error
     except (TimeoutError, trio.TooSlowError) as error:
         raise BrokerLostError(broker, "does not answer") from error
     except (OSError, ValueError) as error:

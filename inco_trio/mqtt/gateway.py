@@ -1,11 +1,11 @@
-"""The gateway: what the proxies of this host carry, published to an MQTT broker.
+"""The gateway publishes the notifications of the proxies of this host to an MQTT broker.
 
-It is a follower of each proxy's control socket (docs/control.md), and keeps nothing itself: a proxy keeps what the
-gateway has not acknowledged, and the gateway acknowledges what the broker has. So it may be killed at any instant, and
-writes no file.
+The gateway is a follower of each proxy (docs/control.md) and keeps no notifications itself. A proxy keeps each
+notification until the gateway acknowledges it, which happens after the broker has acknowledged it to the gateway. The
+gateway may therefore be killed at any time, and writes no file.
 
-One nursery has a task for each proxy, which reads what that tells, and one for each board, which has a connection of
-its own to the broker: with a last will of its own, and nobody waits for another board.
+One task for each proxy reads the events. One task for each board has its own connection to the broker, with its own
+last will, so that boards do not wait for one another.
 """
 
 from __future__ import annotations
@@ -19,17 +19,10 @@ from pathlib import Path
 
 import trio
 
+from inco_trio.control import protocol
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import Conversation, converse
-from inco_trio.control.protocol import (
-    AcknowledgeRequest,
-    Event,
-    FollowRequest,
-    Response,
-    SendRequest,
-    StatusRequest,
-    to_json,
-)
+from inco_trio.control.protocol import Event, Response
 from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
@@ -51,25 +44,25 @@ __all__ = ["Gateway"]
 logger = logging.getLogger(__name__)
 
 AT_START = 2.0
-"""Seconds in which proxies answer that are there at the start; others are followed later."""
+"""Deadline in seconds for the answers of running proxies at the start. Slower proxies are followed later."""
 LOOK_AGAIN = 0.5
-"""Seconds between two looks for control sockets."""
+"""Seconds between two searches for control sockets."""
 SESSION = 86_400
-"""Seconds for which the broker keeps what is to be sent while no gateway is there."""
+"""Seconds for which the broker queues requests to send while no gateway is connected."""
 SHORT = 3.0
-"""Seconds of a connection that is short: another gateway takes the session back within them."""
+"""A connection that lasts fewer seconds is short: another gateway may have taken the session back."""
 SHORT_ONES = 3
-"""Short connections, one after the other, that are no coincidence."""
+"""Consecutive short connections that make the gateway report another gateway."""
 SENDING_MAX = 16
-"""Signals of a board that are being sent at once."""
+"""Limit of the signals of a board that are being sent at once."""
 SEND_PATIENCE = 10.0
-"""Seconds in which the link is to accept a frame that the broker asked for."""
+"""Deadline in seconds for the link to accept a requested frame."""
 REFUSED_AGAIN = 2.0
-"""Seconds until something is published again that the broker has refused."""
+"""Seconds until the next attempt after the broker has refused a message, or a proxy the gateway."""
 
 
 class Gateway:
-    """Publishes what proxies carry: those at `controls`, or all that are found; of them the configured boards."""
+    """Publishes the configured boards of the proxies at `controls`, or of all proxies on this host."""
 
     def __init__(self, broker: Broker, config: GatewayConfig, controls: Sequence[Path] | None = None) -> None:
         self._broker = broker
@@ -77,35 +70,32 @@ class Gateway:
         self._controls = controls
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
-        """By the path of its socket: set once it is followed, or was tried."""
+        """By socket path: set after the first attempt to follow the proxy."""
         self._problems = Problems()
-        self._connected = 0
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Publish until cancelled; `ready` is called once those proxies are followed that are there at the start."""
+        """Publish until cancelled. Call `ready` once the proxies that run at the start are followed."""
         async with trio.open_nursery() as nursery:
             await self._look(nursery)
             with trio.move_on_after(AT_START):
                 for followed in tuple(self._proxies.values()):
                     await followed.wait()
             for name in sorted({*(self._config.boards or ())} - {*self._boards}):
-                logger.warning("%s: no proxy has a board of that name yet", name)
+                logger.warning("%s: no proxy has a board with this name yet", name)
             ready()
             while True:
                 await trio.sleep(LOOK_AGAIN)
                 await self._look(nursery)
 
     async def _look(self, nursery: trio.Nursery) -> None:
-        """Follow proxies that were not there before."""
+        """Follow proxies whose control sockets are new."""
         for path in self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets):
             if path not in self._proxies:
                 self._proxies[path] = trio.Event()
                 nursery.start_soon(self._follow, path, nursery)
 
-    # ------------------------------------------------------------------------------------------------- the proxies
-
     async def _follow(self, path: Path, nursery: trio.Nursery) -> None:
-        """Follow the proxy at a path until nobody is there any more."""
+        """Follow the proxy at `path` until the proxy ends."""
         followed = self._proxies[path]
         try:
             await self._follow_once(path, nursery, followed)
@@ -123,7 +113,7 @@ class Gateway:
         async with converse(path) as (source, _):
             mine: list[Board] = []
             try:
-                response = await source.request(FollowRequest(self._config.boards))
+                response = await source.request(protocol.FollowRequest(self._config.boards))
                 self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in response.follow]
                 followed.set()
@@ -137,23 +127,22 @@ class Gateway:
                     board.leave(source)
 
     def _have(self, name: str, source: Conversation, nursery: trio.Nursery) -> Board:
-        """Return the board of a proxy, and start its task."""
+        """Return the board `name` of a proxy. Start the task of the board if the board is new."""
         board = self._boards.get(name)
         if board is None:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
         if board.source is source:
-            # The proxy opened the board again. The last events of the old history still wait here.
+            # The proxy has reopened the board. Keep the queue, which still has the last events of the old history.
             board.is_open = True
             board.change()
             return board
         if board.source is not None:
-            logger.warning("%s: two proxies have a board of that name: the later one is published", name)
+            logger.warning("%s: two proxies have a board with this name: publishing the later one", name)
         board.follow(source)
         return board
 
     def _hear(self, reply: Event | Response, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
-        """Handle an event or a response from a proxy."""
         if isinstance(reply, Response):
             for status in reply.status:
                 board = self._boards.get(status.board)
@@ -172,7 +161,7 @@ class Gateway:
         if reply.event in ("notification", "merged"):
             board.add(reply)
         elif reply.event == "closed":
-            # Its last notifications may still arrive.
+            # The last notifications of the board may still arrive.
             board.is_open = board.running = False
             board.change()
         elif reply.event == "link":
@@ -182,13 +171,11 @@ class Gateway:
     async def _count(self, source: Conversation) -> None:
         """Ask a proxy for its status at the configured interval."""
         while True:
-            await source.write(StatusRequest())
+            await source.write(protocol.StatusRequest())
             await trio.sleep(self._config.status_seconds)
 
-    # --------------------------------------------------------------------------------------------------- the boards
-
     async def _serve(self, board: Board) -> None:
-        """Publish a board, on one connection after the other."""
+        """Publish a board until cancelled. Reconnect whenever the connection to the broker is lost."""
         topics, backoff = Topics(self._broker.prefix, board.name), BrokerBackoff()
         will = Message(topics.status, _json({"state": "offline"}), retain=True)
         client_id = f"inco-trio:{topics.status.removesuffix('/status')}"
@@ -198,23 +185,19 @@ class Gateway:
                 async with open_connection(
                     self._broker, self._config.broker, client_id, will=will, session=SESSION
                 ) as connection:
-                    self._connected += 1
                     begun = trio.current_time()
-                    try:
-                        if self._problems.well("broker", self._broker):
-                            logger.info("%s: connected again", self._broker)
-                        backoff.reset()
-                        await self._exchange(board, topics, connection)
-                    finally:
-                        self._connected -= 1
+                    if self._problems.well("broker", self._broker):
+                        logger.info("%s: reconnected", self._broker)
+                    backoff.reset()
+                    await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefused) as error:
-                # The same for all boards, as a rule: said once.
                 what = error.reason
                 short = short + 1 if trio.current_time() - begun < SHORT else 0
                 begun = -math.inf
                 if short >= SHORT_ONES:
-                    what += " (again and again: does another gateway publish this board below this prefix?)"
-                self._problems.failed("broker", f"{what}; nothing is lost meanwhile, tried again", self._broker)
+                    what += " (repeatedly: does another gateway publish this board below this prefix?)"
+                # All boards share this key, because they usually have the same problem.
+                self._problems.failed("broker", f"{what}; notifications wait, retrying", self._broker)
             await trio.sleep(backoff.next())
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
@@ -226,47 +209,43 @@ class Gateway:
                 nursery.start_soon(self._send_all, board, topics, connection)
 
     async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Publish what the board was told, and tell its proxy what the broker has."""
+        """Publish the events of a board, and acknowledge them to the proxy once the broker has acknowledged them."""
         while True:
             source, events = await board.batch()
             new = [event for event in events if not board.is_duplicate(event)]
             refusals = await connection.publish([_notification(topics, event) for event in new])
             if refused := next((why for why in refusals if why is not None), None):
-                what = f"the broker refuses what is published: {refused}; it is kept, and tried again"
-                self._problems.failed(board, what, board.name)
+                self._problems.failed(board, f"the broker refuses to publish: {refused}; retrying", board.name)
                 await trio.sleep(REFUSED_AGAIN)
                 continue
             self._problems.well(board, board.name)
             board.done(source, events, new)
-            last = events[-1]
             if source is not None:
-                await _acknowledge(source, board.name, last)
+                with contextlib.suppress(ProxyNotFoundError):  # The next proxy repeats what is not acknowledged.
+                    await source.write(protocol.AcknowledgeRequest(board.name, events[-1].sequence, events[-1].boot))
 
     async def _publish_status(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Publish whether the board works, and its counters, whenever these are others."""
+        """Publish the status and the counters of a board whenever they change."""
         published: dict[str, bytes] = {}
         while True:
             changed = board.changed
             now = {topics.status: _json(_status(board))}
             if board.status is not None:
-                status = to_json(board.status)
-                now[topics.counters] = _json(
-                    {key: status.get(key) for key in ("counters", "signals", "history", "since")}
-                )
+                status = protocol.to_json(board.status)
+                keys = ("counters", "signals", "history", "since")
+                now[topics.counters] = _json({key: status.get(key) for key in keys})
             new = [Message(topic, body, retain=True) for topic, body in now.items() if published.get(topic) != body]
             await connection.publish(new)
             published |= now
             await changed.wait()
 
-    # ------------------------------------------------------------------------------------------------------ sending
-
     def _sendable(self, board: Board) -> frozenset[str]:
-        """What may be sent to a board from the broker."""
+        """Return the signals of a board that MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Send what the broker asks for."""
+        """Answer the requests of MQTT clients to send signals."""
         limit = trio.CapacityLimiter(SENDING_MAX)
         async with trio.open_nursery() as nursery:
             async for received in connection.received:
@@ -287,36 +266,31 @@ class Gateway:
     async def _try_to_send(self, board: Board, signal: str, received: Received) -> dict[str, object]:
         allowed = self._sendable(board)
         if received.retain:
-            return _error("invalid", "a retained message would be sent again at each start")
+            return _error("invalid", "the message is retained: each gateway start would send the signal again")
         if "*" not in allowed and signal not in allowed:
-            return _error("not-permitted", "the configuration of the gateway does not allow that")
+            return _error("not-permitted", "the configuration of the gateway does not allow this signal")
         if board.source is None:
-            return _error("closed", "no proxy has the board now")
+            return _error("closed", "no proxy has this board open")
         with trio.move_on_after(SEND_PATIENCE):
             try:
                 async with converse(board.source.path) as (conversation, _):
-                    await conversation.write(SendRequest(signal, board=board.name))
+                    await conversation.write(protocol.SendRequest(signal, board=board.name))
                     for response in await conversation.read():
                         if isinstance(response, Response) and response.error:
                             return _error(response.error, response.message)
                     return {"sent": 1}
             except IncoError as error:
                 return _error("closed", str(error))
-        return _error("closed", f"the link did not accept it for {SEND_PATIENCE:g} s, and may do so later")
+        return _error("closed", f"the link did not accept the frame within {SEND_PATIENCE:g} s, but may do so later")
 
     async def _answer(self, connection: Connection, received: Received, answer: Mapping[str, object]) -> None:
         topic = received.response_topic
-        assert topic is not None  # noqa: S101 - see `_send`
+        assert topic is not None  # noqa: S101 - `_send` has checked it
         if topic == self._broker.prefix or topic.startswith(f"{self._broker.prefix}/"):
-            # It would be taken for what a gateway tells, or asked of one.
-            logger.warning("%s: asks for an answer at %s: answers go elsewhere", received.topic, topic)
+            # Clients would take the answer for a message of a gateway, and a gateway for a request.
+            logger.warning("%s: response topic %s: must be outside of the prefix", received.topic, topic)
             return
         await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
-
-
-async def _acknowledge(source: Conversation, board: str, last: Event) -> None:
-    with contextlib.suppress(ProxyNotFoundError):  # Its successor repeats what is not acknowledged.
-        await source.write(AcknowledgeRequest(board, last.sequence, last.boot))
 
 
 def _status(board: Board) -> dict[str, object]:

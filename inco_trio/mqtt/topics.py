@@ -11,10 +11,7 @@ _OF_MQTT = frozenset("/+#%")
 
 
 def level(name: str) -> str:
-    """Return `name` as a topic level. Like in a URL, `%` and two digits stand for characters that a level cannot have.
-
-    The name of a board or signal thus cannot leave its level or become a wildcard.
-    """
+    """Return `name` as a topic level: as in a URL, `%` and two digits replace characters that a level cannot have."""
     return "".join(
         char
         if char.isprintable() and char not in _OF_MQTT
@@ -24,7 +21,7 @@ def level(name: str) -> str:
 
 
 def name_of(level: str) -> str:
-    """Return the name that a topic level stands for."""
+    """Return the name that `level` has encoded."""
     return unquote_to_bytes(level).decode(errors="surrogateescape")
 
 
@@ -40,7 +37,6 @@ class Topics:
         """The filter for all requests to send a signal."""
 
     def notification(self, direction: str, signal: str) -> str:
-        """Return the topic of a notification."""
         return f"{self._board}/{direction}/{level(signal)}"
 
     def signal_of(self, topic: str) -> str:

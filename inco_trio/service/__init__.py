@@ -1,1 +1,1 @@
-"""What a supervisor sees: readiness, the log, the s6 scan directory and the systemd unit."""
+"""Run as a service: readiness, log, process signals, and the files for s6 and systemd."""

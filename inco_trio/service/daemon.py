@@ -1,4 +1,4 @@
-"""The daemon `inco-trio run`: the boards that it serves, its control socket, and a diagnosis after the start."""
+"""The daemon `inco-trio run`: its boards, its control socket, and a diagnosis after the start."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _R = TypeVar("_R")
 
 
 class Boards(Served, Protocol):
-    """What the daemon serves: the proxy of one board, or those of several."""
+    """The boards of a daemon: a single board, or a directory of boards."""
 
     def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
         """Open the proxies while the block runs. Raises IncoError."""
 
     async def reload(self) -> None:
-        """Read the configuration again. Raises IncoError if it is refused."""
+        """Reload the configuration. Raises IncoError if the new configuration is refused."""
 
     def log_statistics(self) -> None:
         """Log the counters; do nothing before `open`."""
@@ -85,10 +85,10 @@ class OneBoard:
 
 
 async def read_aside(read: Callable[[], _R]) -> _R:
-    """Return `read()`, which reads files, from a thread, so that notifications are not delayed."""
+    """Return `read()`, called in a thread because reading files would delay notifications."""
     try:
         return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
-    except RuntimeError:  # No thread can be started. Reading here delays notifications, but works.
+    except RuntimeError:  # No thread can be started. Reading in the event loop delays notifications, but works.
         return read()
 
 
@@ -131,7 +131,7 @@ class Daemon:
                     await control.closed.wait()
 
     def _control_socket(self, resources: ExitStack) -> socket.socket | None:
-        """Return the listening socket, or None if there is to be none. Raises OSError."""
+        """Return the listening socket, or None if it is disabled or has no default path. Raises OSError."""
         if self._control == "none":
             return None
         if self._control is not None:
@@ -146,7 +146,7 @@ class Daemon:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            # Two interfaces in two network namespaces may have the same name. Killed processes leave their sockets.
+            # Interfaces in two network namespaces may have the same name. Remove the sockets of killed processes.
             for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
                 with contextlib.suppress(OSError):
                     if not place.is_live(left):
@@ -155,13 +155,13 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self) -> None:
-        # Not a thread of Trio: its end would wake the event loop once more.
-        with contextlib.suppress(RuntimeError):  # No thread can be started, and the proxies do not need it.
+        # Not trio.to_thread: the end of its thread would wake the event loop.
+        with contextlib.suppress(RuntimeError):  # No thread can be started. The diagnosis is optional.
             threading.Thread(target=self._diagnose, daemon=True).start()
 
     def _diagnose(self) -> None:
-        """Log what may prevent notifications. This runs after readiness because it reads all of /proc."""
-        # Files that vanish, or a lack of descriptors, are not worth a message.
+        """Log what may prevent notifications. Call this after readiness: reading all of /proc takes time."""
+        # Vanished files and a lack of descriptors only stop the diagnosis.
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):
                 logger.warning("%s", line)

@@ -49,9 +49,8 @@ _RIGHTS_OF_BOARDS = f"""\
 def find_program() -> list[str]:
     """Return the command that starts this inco-trio again.
 
-    Python is isolated from the user's site directory, from PYTHON* variables and from the current directory (-I),
-    because services may have privileges. If inco_trio is not importable that way, only the current directory is left
-    out (-P).
+    A service may have privileges, so -I isolates Python from the user's site directory, PYTHON* variables and the
+    current directory. If inco_trio is not importable that way, -P isolates Python only from the current directory.
     """
     isolated = [sys.executable, "-I"]
     found = subprocess.run([*isolated, "-c", "import inco_trio"], cwd="/", stderr=subprocess.DEVNULL, check=False)
@@ -66,16 +65,16 @@ def template(name: str) -> str:
 
 @attrs.frozen
 class Service:
-    """A service; the functions below return one."""
+    """The description of a service."""
 
     label: str
     """The name of the service, without the prefix, and of its stored descriptors."""
     of: str
-    """The purpose, for people."""
+    """The purpose of the service, as text."""
     words: tuple[str, ...]
     """The command and its arguments."""
     warnings: tuple[str, ...] = ()
-    """Files that cannot be read at the moment."""
+    """Warnings about files that cannot be read now."""
     rights: str = ""
     """The directives of a systemd unit that grant rights. Empty for clients of proxies, which need no fd store."""
     capability: str = ""
@@ -85,7 +84,7 @@ class Service:
 
     @property
     def is_client(self) -> bool:
-        """Whether it connects to proxies."""
+        """Whether the service connects to proxies instead of running them."""
         return not self.rights
 
 
@@ -146,9 +145,9 @@ def _label(link: str) -> str:
     except InvalidArgumentError as error:
         raise InvalidArgumentError(f"link {link!r}", error.reason) from None
     if link.startswith("-"):
-        raise InvalidArgumentError(f"link {link!r}: starts with '-', so the service would take it for an option")
+        raise InvalidArgumentError(f"link {link!r}: starts with '-', so the service would parse it as an option")
     if "\n" in label:
-        raise InvalidArgumentError(f"link {link!r}: contains a line break, which the name of a service cannot")
+        raise InvalidArgumentError(f"link {link!r}: contains a line break (invalid in the name of a service)")
     if label.startswith(_BRIDGE):
         raise InvalidArgumentError(f"link {link!r}: names that start with {PREFIX}{_BRIDGE} are reserved for bridges")
     if label in _RESERVED:

@@ -1,6 +1,7 @@
 """Start `inco-trio` as a child process, for the demonstration and for tests.
 
-The child sets up for itself what would be unsafe between fork(2) and exec(2) in a process with threads.
+The child sets up its namespace and descriptors itself: a process with threads must not run Python code between fork(2)
+and exec(2).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from inco_trio.linux.process import end_with_parent
 __all__ = ["Launched", "Wait", "run_child", "wait_readable"]
 
 STOP = 60.0
-"""Seconds until a process that does not end is killed. The proxy's own deadline for a stop is 5 s."""
+"""Seconds after a stop signal until the process is killed. The proxy itself stops within 5 s."""
 
 _LISTEN_FDS_START = 3
 _ABOVE = 64
@@ -38,12 +39,11 @@ from inco_trio.service.launch import run_child
 del sys.path[0]
 sys.exit(run_child())
 """
-"""The child's program: exactly this package, even if it is not installed or another one is."""
+"""The child's program. It imports this copy of the package, installed or not."""
 _OF_OUR_SUPERVISOR = {"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 
-
 Wait = Callable[[Sequence[int], float], Sequence[int]]
-"""Returns which of the descriptors are readable, once one is or after that many seconds. It may raise to end a wait."""
+"""Waits until a descriptor is readable or a number of seconds has passed; returns the readable ones. May raise."""
 
 
 def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
@@ -54,11 +54,10 @@ def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
 class Launched:
     """A running `inco-trio ARGUMENT...`, whose output is appended to the file `log`.
 
-    It ends with the thread that started it, however that ends (PR_SET_PDEATHSIG of prctl(2)), and gets no Ctrl-C. It
-    runs in the network namespace `netns`, a descriptor. `listen_fds` are handed over as by sd_listen_fds(3). The
-    variables of the caller's supervisor are not passed on, those of `environment` are. `prefix` starts a command that
-    runs the rest, such as setpriv(1). With `ready`, it takes `--notification-fd` and reports when it is ready. Raises
-    OSError.
+    The process ends when the thread that started it ends (PR_SET_PDEATHSIG of prctl(2)), and does not get Ctrl-C.
+    `netns` is a descriptor of its network namespace. `listen_fds` are passed as in sd_listen_fds(3). The process gets
+    the variables in `environment`, but not those of the caller's supervisor. `prefix` is a command that runs the rest
+    of the command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
     """
 
     def __init__(
@@ -108,22 +107,22 @@ class Launched:
 
     @property
     def log(self) -> str:
-        """All that it has printed."""
+        """The output so far."""
         return self._log.read_text(errors="replace")
 
     def see_ready(self) -> bool:
-        """Read `ready_fd`; return whether the process is ready. It has ended or gives no notice if not."""
+        """Read `ready_fd`; return whether the process is ready. If not, it has ended, or does not report readiness."""
         self.is_ready = self.is_ready or os.read(self.ready_fd, 1) == b"\n"
         return self.is_ready
 
     def wait_ready(self, timeout: float, wait: Wait = wait_readable) -> bool:
-        """Return whether the process is ready, once it is or has ended, or after `timeout` seconds."""
+        """Wait until the process is ready or has ended, `timeout` seconds at most; return whether it is ready."""
         return bool(wait([self.ready_fd], timeout)) and self.see_ready()
 
     def wait_log(self, text: str, timeout: float, *, after: int = 0) -> str | None:
-        """Return the first line with `text` in the log, once it is complete. None: it did not come.
+        """Wait for a complete line with `text` in the log, and return the first one; skip `after` characters.
 
-        Skip `after` characters of the log. Wait until the process ends, `timeout` seconds at most.
+        Return None if the process ends first, or after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         with contextlib.closing(Inotify()) as changes:
@@ -155,10 +154,7 @@ class Launched:
 
 
 def _isolation() -> str:
-    """Return Python's option that keeps the child from importing from the current directory and the user's directories.
-
-    An installation in the user's directories, or one that PYTHONPATH names, needs the latter.
-    """
+    """Return Python's option -I, or -P if trio is installed in the user's site directory or in PYTHONPATH."""
     trio = Path(getattr(importlib.util.find_spec("trio"), "origin", None) or "")
     return "-I" if any(trio.is_relative_to(place) for place in site.getsitepackages()) else "-P"
 

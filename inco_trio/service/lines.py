@@ -1,4 +1,4 @@
-"""Writing to a standard stream without waiting for its reader, and the escapes that a line needs."""
+"""Write to a standard stream without waiting for its reader, and escape the text of a line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def printable(text: str) -> str:
 
 
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:
-    """Write `data` to `fd`. Wait at most `patience_ms` for room, and raise nothing.
+    """Write `data` to `fd`, and wait at most `patience_ms` milliseconds until it is writable. Raises nothing.
 
-    Return the number of bytes written and, if that is not all, the reason.
+    Return the number of bytes written, and the reason if some were not.
     """
     written = 0
     try:
         while written < len(data):
-            # Not poll(2): it fails once the limit of open descriptors is 0.
+            # Not poll(2), which fails if the limit of open descriptors is 0.
             if not select.select((), (fd,), (), patience_ms / 1000)[1]:
                 return written, "the reader is too slow"
             written += os.write(fd, data[written : written + PIECE])

@@ -1,10 +1,10 @@
-"""The log on a standard stream: text for people, or one JSON object per line.
+"""The log on a standard stream: text, or one JSON object per line.
 
 Text has no timestamps, because the supervisor's logger adds them. The proxy never waits for the reader of its log. If
-the stream is full or closed, lines are lost; the next line that can be written reports their number.
+the stream is full or closed, lines are lost; the next written line reports their number.
 
 A warning or error with the same cause, such as a link that goes up and down, is logged once per second: the first
-occurrence at once, then the latest one with the number of lines left out. `service.throttle` decides that.
+occurrence at once, then the latest one with the number of omitted lines, see `service.throttle`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Text(logging.Formatter):
 
 
 class _Lines(logging.Handler):
-    """Writes each record to the descriptor `fd` at once, or drops it."""
+    """Write each record to the descriptor `fd` at once, or drop it."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Lines(logging.Handler):
             self._timer.start()
 
     def flush(self) -> None:
-        """Write the records that are held. logging also calls this at the end of the process."""
+        """Write the held records. The logging module also calls this at the end of the process."""
         with self.lock or contextlib.nullcontext():
             if self._timer is not None:
                 self._timer.cancel()
@@ -91,7 +91,7 @@ class _Lines(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         try:
             lines = self._line(record)
-        except Exception:  # noqa: BLE001 - a mistake in the logging call; logging prints where it is
+        except Exception:  # noqa: BLE001 - wrong logging call; logging prints the place
             self.handleError(record)
             return
         if self._lost:

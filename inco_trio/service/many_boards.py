@@ -39,11 +39,11 @@ class ManyBoards:
     async def open(self, fd_store: FdStore, listener: Listener | None) -> AsyncIterator[None]:
         _raise_descriptor_limit()
         gc.disable()
-        self._say(self._boards, self._boards.refused, "refused")
+        self._log_problems(self._boards, self._boards.refused, "refused")
         async with open_fleet(self._boards.configs, fd_store, self._boards.refused, listener) as proxies:
             self._proxies = proxies
-            self._say_open()
-            # The objects made so far stay. Without this, each garbage collection would delay all boards.
+            self._log_open()
+            # Keep the garbage collector from scanning the objects created so far, which would delay all boards.
             gc.freeze()
             gc.enable()
             yield
@@ -52,10 +52,10 @@ class ManyBoards:
         assert self._proxies is not None  # noqa: S101 - the runner reloads only after `open`
         boards = await read_aside(functools.partial(read_boards, self._directory, self._proxies.configs))
         refused = await self._proxies.reload(boards.configs, keep=boards.refused)
-        self._say(boards, {**boards.refused, **refused}, "refused, keeping the old configuration")
-        self._say_open()
+        self._log_problems(boards, {**boards.refused, **refused}, "refused, keeping the old configuration")
+        self._log_open()
 
-    def _say(self, boards: Boards, refused: Mapping[str, IncoError], what: str) -> None:
+    def _log_problems(self, boards: Boards, refused: Mapping[str, IncoError], what: str) -> None:
         for name, notes in boards.notes.items():
             with working_for(name):
                 for note in notes:
@@ -65,7 +65,7 @@ class ManyBoards:
                 for problem in str(error).splitlines():
                     logger.error("%s: %s", what, problem)
 
-    def _say_open(self) -> None:
+    def _log_open(self) -> None:
         assert self._proxies is not None  # noqa: S101 - called after `open`
         logger.info(
             "%s: %d boards open, %d not", self.name, len(self._proxies), len(self._proxies.not_open),

@@ -19,10 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_notification_fd(fd: int) -> None:
-    """Check that `fd` can be written to, and make it close-on-exec.
+    """Check that `fd` is writable, and make it close-on-exec. Raises InvalidArgumentError.
 
     Call this before anything else is opened. Otherwise a wrong number could match one of our own descriptors.
-    Raises InvalidArgumentError.
     """
     if fd <= 2:
         raise InvalidArgumentError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams (3 is customary)")

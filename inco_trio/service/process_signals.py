@@ -49,7 +49,7 @@ def hold() -> None:
     """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on, instead of their default actions."""
     for number in HELD:
         signal.signal(number, _held.arrive)
-    # A parent may have blocked them so that none arrives too early; they arrive now.
+    # The parent may have blocked the signals until now, so that none arrives before the handlers are set.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
@@ -72,7 +72,7 @@ def take() -> list[int]:
 
 @contextmanager
 def listening(tell: Callable[[], object]) -> Iterator[None]:
-    """Call `tell` when a signal arrives, in the handler, and once at the start for earlier signals."""
+    """Call `tell` in the handler of each signal, and once at the start for earlier signals."""
     _held.tell = tell
     try:
         tell()
@@ -83,7 +83,7 @@ def listening(tell: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
-    """Yield a socket that receives the number of each of these signals as a byte, for use with select(2)."""
+    """Yield a socket that receives the number of each arriving signal as a byte, for use with select(2)."""
     receive, send = socket.socketpair()
     with receive, send:
         send.setblocking(False)

@@ -30,7 +30,7 @@ EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Service(Protocol):
-    """What `run_service` runs."""
+    """A service that `run_service` runs."""
 
     name: str
     """The name in the log."""
@@ -48,9 +48,9 @@ class Service(Protocol):
 def run_service(
     make: Callable[[], Service], notification_fd: int | None, log_format: str, verbose: bool, fd: int = STANDARD_ERROR
 ) -> int:
-    """Run the service that `make` returns until a stop signal arrives, and return the exit code. Raises IncoError.
+    """Run the service that `make` returns until a stop signal arrives; return the exit code. Raises IncoError.
 
-    The signals must be held, see `process_signals`.
+    Call this while `process_signals` records the signals.
     """
     if notification_fd is not None:
         check_notification_fd(notification_fd)
@@ -60,7 +60,7 @@ def run_service(
         trio.run(Runner(service, notification_fd).run)
     except IncoError:
         raise
-    except Exception as error:  # The log gets the traceback, the supervisor the exit code.
+    except Exception as error:  # Log the traceback, and return an exit code to the supervisor.
         if refused := _exhausted(error):
             raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
         logger.exception("internal error: please report this fault of inco-trio")
@@ -69,13 +69,13 @@ def run_service(
 
 
 def _exhausted(error: Exception) -> OSError | None:
-    """Return the cause if it is a system limit, which may also have hit Trio itself."""
+    """Return the cause if it is a system limit. Trio itself can hit such a limit too."""
     cause = unwrapped(error, only=True)
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
 class Runner:
-    """Runs one service; the service gets it as the argument of `run`."""
+    """Runs one service, and is the argument of its `run`."""
 
     background: trio.Nursery
     """For tasks that run until the service has ended. A stop signal does not cancel them."""
@@ -95,7 +95,7 @@ class Runner:
             await self.background.start(self._follow_signals)
             try:
                 with self._stop:
-                    await trio.lowlevel.checkpoint_if_cancelled()  # A stop signal has arrived already: open nothing.
+                    await trio.lowlevel.checkpoint_if_cancelled()  # If a stop signal has arrived, open nothing.
                     await self._service.run(self)
             except IncoError as error:
                 failure = error
@@ -125,7 +125,7 @@ class Runner:
                 self._obey()
 
     def _obey(self) -> None:
-        # Nothing here waits, so that a stop signal never waits for a reload.
+        # Handle all signals without waiting: a stop signal must not wait for a reload.
         for number in process_signals.take():
             if number in process_signals.STOPS:
                 if self._is_ready.is_set() and not self._stop.cancel_called:
@@ -141,7 +141,7 @@ class Runner:
                 self._service.log_statistics()
 
     async def follow_reloads(self) -> None:
-        """Reload the configuration at each SIGHUP, one reload after the other, once the service is ready."""
+        """Reload the configuration at each SIGHUP, one reload at a time, once the service is ready."""
         await self._is_ready.wait()
         async for _ in self._hang_ups:
             try:
@@ -152,11 +152,11 @@ class Runner:
 
 
 Work = Callable[[Callable[[], None]], Awaitable[None]]
-"""The work of a service until it is cancelled. It calls its argument once it is ready."""
+"""A function that works until cancelled, and calls its argument once ready."""
 
 
 class Restarting:
-    """A service that starts its work again with each new configuration. `prepare` reads it, and may raise IncoError."""
+    """A service that restarts its work at each reload. `prepare` reads the configuration, and may raise IncoError."""
 
     def __init__(
         self,
@@ -189,6 +189,6 @@ class Restarting:
 
 
 def _send_once(channel: trio.MemorySendChannel[None]) -> None:
-    """Send, unless the channel is full: the pending message is enough."""
+    """Send a message unless the channel is full."""
     with contextlib.suppress(trio.WouldBlock):
         channel.send_nowait(None)

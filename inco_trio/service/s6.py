@@ -1,7 +1,7 @@
 """The s6 scan directory that `inco-trio s6` writes.
 
-The services refer to each other by relative paths, so a scan directory can be copied or moved. Its path also does not
-count against the limit of 107 bytes for a socket address. See https://skarnet.org/software/s6/servicedir.html and
+The services refer to each other by relative paths, so a scan directory can be copied or moved, and the limit of 107
+bytes for a socket address does not limit its path. See https://skarnet.org/software/s6/servicedir.html and
 https://skarnet.org/software/s6/s6-fdholderd.html (rules).
 """
 
@@ -17,13 +17,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from inco_trio.errors import (
-    STRERROR,
-    IncoError,
-    InvalidArgumentError,
-    PermissionDeniedError,
-    from_os_error,
-)
+from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, PermissionDeniedError, from_os_error
 from inco_trio.service.descriptions import PREFIX, Service, account_of, template
 
 __all__ = ["write_scandir"]
@@ -60,7 +54,7 @@ def write_scandir(directory: Path, *, service: Service, user: str | None, progra
     except IncoError:
         raise
     except OSError as error:
-        # filename2 is the target of a rename. The user does not know the name of the temporary file.
+        # filename2 is the target of a rename. Do not show the name of the temporary file.
         subject = f"cannot write {error.filename2 or error.filename}"
         raise from_os_error(error, subject, STRERROR, (_MISPLACED, InvalidArgumentError, STRERROR)) from error
     return lines
@@ -91,7 +85,7 @@ def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tre
         **uid,
         f"{name}/finish": (template("finish"), 0o755),
         f"{name}/notification-fd": ("3\n", 0o644),
-        # More than the 5 s in which inco-trio finishes accepted notifications.
+        # In milliseconds. inco-trio finishes accepted notifications within 5 s.
         f"{name}/timeout-kill": ("10000\n", 0o644),
         f"{name}/run": (run, 0o755),
     }
@@ -105,7 +99,7 @@ def _fd_store(rules: dict[str, str]) -> _Tree:
 
 
 def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
-    """Return the labels of the services of each user, and files data/uid that inco-trio did not write."""
+    """Return the labels of the services by user ID, and the files data/uid that inco-trio did not write."""
     labels: dict[int, list[str]] = {}
     foreign = []
     for service in sorted(path for path in directory.iterdir() if path.name.startswith(PREFIX)):
@@ -126,7 +120,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
 
 
 def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
-    """Return the access rules: root and the owner may do everything, a service user may only store its own."""
+    """Return the access rules: root and the owner may do everything, a service user may only store own descriptors."""
     rules = {
         f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
         for uid, names in labels.items()
@@ -184,7 +178,7 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     wanted = {path.split("/")[3] for path in rules}
     lines = []
     for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
-        # A symlink may lead to a directory and thus grant rights. A file grants none, and is not ours.
+        # A directory, or a symlink to one, may grant rights. A file grants none, and inco-trio did not write it.
         if path.name in wanted or not (path.is_symlink() or path.is_dir()):
             continue
         if path.is_symlink():

@@ -40,7 +40,7 @@ def _directory(label: str) -> str:
 
 
 def _quote_text(text: str) -> str:
-    """Return `text` as one line: systemd ends lines at \\n, \\r and NUL, continues them at a backslash, expands %."""
+    """Return `text` as one line without line breaks, NUL, backslash or %, which systemd would interpret."""
     return printable(text.replace("\\", "\\x5c")).replace("%", "%%")
 
 

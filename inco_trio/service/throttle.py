@@ -1,4 +1,4 @@
-"""The one limit for repeated log lines: a line at once, then at most one summary per period for the same cause."""
+"""The limit for repeated log lines: one line at once, then at most one summary per period for the same cause."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Throttle:
         self._causes: dict[object, _Cause] = {}
 
     def admit(self, cause: object, record: logging.LogRecord) -> bool:
-        """Return whether to write the record now; otherwise hold it until `release`."""
+        """Return whether to write the record now. If not, hold it until `release`."""
         now = self._now()
         self._causes = {key: each for key, each in self._causes.items() if each.held or now - each.logged < PERIOD}
         found = self._causes.pop(cause, None)
@@ -43,7 +43,7 @@ class Throttle:
         return False
 
     def release(self, write: Callable[[logging.LogRecord], None]) -> None:
-        """Write the records that are held, each in its context; `record.left_out` counts those that it replaces."""
+        """Write the held records, each in its context; `record.left_out` is the number of records that it replaces."""
         now = self._now()
         for found in self._causes.values():
             if found.held:

@@ -82,9 +82,9 @@ def test_a_client_comes_while_there_are_no_descriptors(board: Board) -> None:
     with socket.socket(socket.AF_UNIX) as late:
         late.settimeout(HANG)
         late.connect(str(client.path))
-        board.proxy.wait_log("control: cannot take a client: Too many open files")
+        board.proxy.wait_log("control: cannot accept a client: Too many open files")
         resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))
-        assert late.recv(1024).startswith(b'{"protocol"')
+        assert b'"protocol": 1' in late.recv(1024)
     board.proxy.wait_log("control: works again")
     assert "Traceback" not in board.proxy.log
     board.works()
