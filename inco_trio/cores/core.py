@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Self
 
 import attrs
 import trio
 
 from inco_trio.errors import ClosedError
+from inco_trio.nurseries import starting_and_stopping
 
-__all__ = ["Arrival", "Core"]
+__all__ = ["Arrival", "Core", "in_background"]
 
 
 @attrs.frozen
@@ -30,6 +31,23 @@ class Arrival:
     """The same time as time.time_ns()."""
     frame: bytes = b""
     """The frame; empty at core 0."""
+
+
+@asynccontextmanager
+async def in_background(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run tasks while the block runs. An error of a task cancels the block and is raised in an ExceptionGroup."""
+    scopes: list[trio.CancelScope] = []
+
+    def start(nursery: trio.Nursery) -> None:
+        scopes.append(nursery.cancel_scope)
+        for task in tasks:
+            nursery.start_soon(task)
+
+    async def stop() -> None:
+        scopes[0].cancel()
+
+    async with starting_and_stopping(start, stop):
+        yield
 
 
 class Core:

@@ -7,10 +7,9 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from inco_trio.cores.core import Core
+from inco_trio.cores.core import Core, in_background
 from inco_trio.cores.watch import OverflowedError, Watch, trigger
 from inco_trio.errors import IncoError, UnknownSignalError
-from inco_trio.nurseries import starting_and_stopping
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["Core0"]
@@ -34,21 +33,13 @@ class Core0(Core):
         resources.callback(watch.close)
         inbound = (signal for signal in self._signals.values() if signal.direction is Direction.INBOUND)
         watch.follow(inbound, self._report)
-        scope = trio.CancelScope()
 
         async def read() -> None:
-            with scope:
-                while True:
-                    await watch.wait_readable()
-                    watch.drain()
+            while True:
+                await watch.wait_readable()
+                watch.drain()
 
-        def start(nursery: trio.Nursery) -> None:
-            nursery.start_soon(read, name="core 0: watch")
-
-        async def stop() -> None:
-            scope.cancel()
-
-        await resources.enter_async_context(starting_and_stopping(start, stop))
+        await resources.enter_async_context(in_background(read))
 
     def _report(self, what: Signal | IncoError) -> None:
         if isinstance(what, Signal):

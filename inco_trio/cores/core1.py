@@ -12,13 +12,12 @@ from pathlib import Path
 
 import trio
 
-from inco_trio.cores.core import Core
+from inco_trio.cores.core import Core, in_background
 from inco_trio.errors import InvalidArgumentError, LinkNotFoundError, ResourceError
 from inco_trio.frame import FRAME_MAX, decode
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.links.opening import Surroundings, open_link
-from inco_trio.nurseries import starting_and_stopping
 from inco_trio.signals import name_fault
 
 __all__ = ["Core1", "Port", "open_port"]
@@ -113,17 +112,7 @@ async def open_port(
             hint = " (core 1's path comes first here, then peer=CORE0)" if isinstance(parsed, UnixAddress) else ""
             raise type(refused)(refused.subject, refused.reason + hint)
         port = Port(link, arrived)
-        scopes: list[trio.CancelScope] = []
-
-        def start(nursery: trio.Nursery) -> None:
-            nursery.start_soon(port._receive, name=f"{link.name}: receive")
-            nursery.start_soon(port._follow, name=f"{link.name}: follow")
-            scopes.append(nursery.cancel_scope)
-
-        async def stop() -> None:
-            scopes[0].cancel()
-
-        async with starting_and_stopping(start, stop):
+        async with in_background(port._receive, port._follow):
             yield port
 
 

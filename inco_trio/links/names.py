@@ -17,16 +17,8 @@ from inco_trio.linux.inotify import Inotify, parse_events
 
 __all__ = ["Names", "Watched"]
 
-MASK = (
-    ino.IN_CREATE
-    | ino.IN_MOVED_TO
-    | ino.IN_DELETE
-    | ino.IN_MOVED_FROM
-    | ino.IN_ATTRIB
-    | ino.IN_DELETE_SELF
-    | ino.IN_MOVE_SELF
-    | ino.IN_ONLYDIR
-)
+NAMES_CHANGED = ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE | ino.IN_MOVED_FROM | ino.IN_ATTRIB
+MASK = NAMES_CHANGED | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 BUFFER = 4096
 TRIES = 3
 """Attempts to watch a path that changes meanwhile. Events report further changes."""

@@ -242,6 +242,3 @@ class Share:
     def leave(self) -> None:
         """Detach the proxy of this share, which has ended."""
         self.finish_alone = None
-
-    def close(self) -> None:
-        """Do nothing: watches stay for a successor; see `SharedInotify.end`."""
