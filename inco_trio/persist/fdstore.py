@@ -1,7 +1,7 @@
 """Fd stores, in which descriptors outlive the process: s6-fdholder-daemon, or the fd store of systemd.
 
 A descriptor is stored under its name and a number (`link.2`). A replacement is stored under the next number before the
-old descriptor is deleted, so that a crash cannot leave the fd store without both. The higher number is the newer one.
+old descriptor is deleted, so the fd store always has one of them. After a crash, the higher number is the newer one.
 If the next number is taken already, a second process uses the same names.
 
 See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds(3).

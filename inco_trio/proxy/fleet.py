@@ -86,7 +86,7 @@ class _Kept:
 
 @attrs.frozen
 class _Plan:
-    """What a reload changes."""
+    """The changes of a reload."""
 
     removed: list[_Board]
     moved: list[_Board]
@@ -189,7 +189,7 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def stats(self) -> Mapping[str, Stats]:
-        """The counters of the open boards. After the fleet has closed: of the boards that were open then."""
+        """The counters of the open boards or, after the fleet has closed, of the boards that were open then."""
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:

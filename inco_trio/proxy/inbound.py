@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Inbound:
     """Reads frames into the in-flight buffer and writes the state files of their signals.
 
-    If a batch is limited to less than FRAMES frames, other tasks run after each batch. This lowers the maximum rate.
+    If a batch is limited to fewer than FRAMES frames, other tasks run after each batch. This lowers the maximum rate.
     """
 
     def __init__(

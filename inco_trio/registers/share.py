@@ -1,4 +1,4 @@
-"""One inotify descriptor for many boards. By default, a user may have 128 (fs.inotify.max_user_instances).
+"""One inotify descriptor for many boards. A user may have 128 by default (fs.inotify.max_user_instances).
 
 Each board has a `Share`, which works like an `Inotify`: a share has watches and its own queue in the in-flight buffer.
 The reader of the descriptor moves each event to the queues of the boards that watch the file or directory. So a slow

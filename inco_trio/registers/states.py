@@ -1,4 +1,4 @@
-"""State files: the files of inbound signals. For each notification, the proxy opens the file, writes `1` and closes.
+"""State files: the files of inbound signals. For each notification, the proxy writes `1` and closes the file.
 
 A notification that cannot be written is pending. The in-flight buffer counts pending notifications by wire name. They
 are written later, before newer notifications of the same signal.
