@@ -157,7 +157,7 @@ def test_check_prints_the_table(say: Say) -> None:
 
 UNIX_EXPLANATION = (
     "a Unix datagram socket at /x/a, which needs no privilege; the other side, such as QEMU, is bound at /x/b; "
-    "frames are sent from 02:00:00:00:00:01"
+    "the MAC address is 02:00:00:00:00:01"
 )
 
 

@@ -16,7 +16,7 @@ def no_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
 
 
-def test_s6_gets_one_newline_and_the_end() -> None:
+def test_s6_gets_one_newline_and_the_end_of_file() -> None:
     read, write = os.pipe()
     notify_ready(write)
     assert [os.read(read, 10), os.read(read, 10)] == [b"\n", b""]
@@ -37,13 +37,13 @@ def test_systemd_gets_ready_and_stopping(abstract: bool, tmp_path: Path, monkeyp
         assert [manager.recv(100), manager.recv(100)] == [b"READY=1", b"STOPPING=1"]
 
 
-def test_without_a_supervisor_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_supervisor_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     notify_ready(None)
     notify_stopping()
     assert caplog.messages == []
 
 
-def test_a_supervisor_that_is_gone_is_no_reason_to_stop(
+def test_a_missing_supervisor_does_not_stop_the_proxy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/gone")
@@ -55,7 +55,7 @@ def test_a_supervisor_that_is_gone_is_no_reason_to_stop(
     assert f"READY=1 to $NOTIFY_SOCKET ({tmp_path}/gone)" in caplog.messages[1]
 
 
-def test_a_good_descriptor_is_kept_from_children() -> None:
+def test_a_valid_descriptor_is_not_inherited_by_children() -> None:
     read, write = os.pipe()
     os.set_inheritable(write, True)
     check_notification_fd(write)
@@ -65,11 +65,11 @@ def test_a_good_descriptor_is_kept_from_children() -> None:
 
 
 @pytest.mark.parametrize("fd", [-1, 0, 2, 1_000_000, 2**40])
-def test_a_bad_descriptor_is_refused(fd: int) -> None:
+def test_an_invalid_descriptor_is_refused(fd: int) -> None:
     with pytest.raises(InvalidArgumentError, match=f"^--notification-fd {fd}: [^\n]+$"):
         check_notification_fd(fd)
 
 
-def test_a_descriptor_for_reading_is_refused() -> None:
+def test_a_read_only_descriptor_is_refused() -> None:
     with Path("/dev/null").open("rb") as readable, pytest.raises(InvalidArgumentError, match="for reading only"):
         check_notification_fd(readable.fileno())

@@ -1,4 +1,4 @@
-"""Whatever a user or the system gives the commands: one line that says what is wrong, and the exit code for it."""
+"""Unusual input from users and from the system: each command prints one error line and returns the right exit code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Done = tuple[int, bytes, bytes]
 
 
 def finished(command: Iterable[object], cwd: Path | None = None, **environment: str) -> Done:
-    """Exit code, standard output and standard error."""
+    """Return the exit code, standard output and standard error."""
     done = subprocess.run(
         [word if isinstance(word, bytes) else str(word) for word in command],
         stdin=subprocess.DEVNULL,
@@ -70,10 +70,10 @@ def complaint(text: str) -> bytes:
     ],
     ids=["run", "wait", "inco_proxy", "doctor", "s6", "systemd"],
 )
-def test_every_command_has_one_rule_for_links(
+def test_every_command_checks_links_in_the_same_way(
     command: list[object], address: bytes, shown: str, tmp_path: Path
 ) -> None:
-    # Together, as it may begin with a dash.
+    # Pass the option and its value as one word, because the value may begin with a dash.
     command = [*command[:-1], b"--iface=" + address] if command[-1] == "--iface" else [*command, address]
     assert finished(command, cwd=tmp_path, UDRV_JSON_PATH=SAMPLE) == (
         2,
@@ -102,7 +102,7 @@ def test_every_command_has_one_rule_for_links(
     ],
     ids=" ".join,
 )
-def test_an_empty_path(words: list[str], option: str, tmp_path: Path) -> None:
+def test_an_empty_path_is_refused(words: list[str], option: str, tmp_path: Path) -> None:
     assert finished([*RUN, *words], cwd=tmp_path) == (2, b"", complaint(f"{option}: the path is empty"))
     assert list(tmp_path.iterdir()) == []
 
@@ -128,13 +128,15 @@ def test_an_empty_path(words: list[str], option: str, tmp_path: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_relative_paths_in_a_directory_that_is_gone(words: list[str], code: int, said: str, tmp_path: Path) -> None:
+def test_relative_paths_in_a_removed_directory_are_errors(
+    words: list[str], code: int, said: str, tmp_path: Path
+) -> None:
     command = [Path(sys.executable).with_name("inco-trio"), *words]
     done = finished(["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *command], cwd=tmp_path, UDRV_JSON_PATH="v.json")
     assert done == (code, b"", complaint(said))
 
 
-def test_absolute_paths_in_a_directory_that_is_gone(tmp_path: Path) -> None:
+def test_absolute_paths_work_in_a_removed_directory(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     leave = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh"]
     program = Path(sys.executable).with_name("inco-trio")
@@ -146,7 +148,7 @@ def test_absolute_paths_in_a_directory_that_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["option", "environment"])
-def test_a_configuration_whose_name_is_no_text(place: str, tmp_path: Path) -> None:
+def test_a_configuration_name_that_is_not_utf8_works(place: str, tmp_path: Path) -> None:
     name = os.fsencode(write_udrv(tmp_path / "\udcff.json", tmp_path))
     words = ["--config", name] if place == "option" else []
     code, out, err = finished([*RUN, "check", *words], UDRV_JSON_PATH=os.fsdecode(name))
@@ -177,7 +179,7 @@ def test_a_configuration_whose_name_is_no_text(place: str, tmp_path: Path) -> No
     ],
     ids=["signal", "signals twice", "a name twice", "a reg twice", "an unknown key"],
 )
-def test_typing_errors_in_our_own_table(text: str, said: str, tmp_path: Path) -> None:
+def test_typing_errors_in_the_signal_table_are_refused(text: str, said: str, tmp_path: Path) -> None:
     udrv = tmp_path / "u.json"
     udrv.write_text('{"file": {"ihub-irq-dev": {"path": "/irq"}}, "misc": {"inco_proxy": %s}}' % text)  # noqa: UP031
     for words in (["check"], ["run", "none0"]):
@@ -213,7 +215,7 @@ PASSED_OVER = b"warning: inco-trio-x/data/uid: not written by `inco-trio s6`, so
     ],
     ids=["binary", "long", "FIFO", "directory", "loop", "dangling", "device", "empty", "no data", "data is a file"],
 )
-def test_a_service_of_somebody_else(make: Callable[[Path], object], out: bytes, tmp_path: Path) -> None:
+def test_a_service_not_written_by_us_gets_no_rights(make: Callable[[Path], object], out: bytes, tmp_path: Path) -> None:
     scan(tmp_path)
     (tmp_path / "inco-trio-x" / "data").mkdir(parents=True)
     make(tmp_path / "inco-trio-x" / "data" / "uid")
@@ -239,7 +241,7 @@ def test_a_service_whose_name_has_a_line_break_gets_no_rights(tmp_path: Path) ->
     ],
     ids=["directory", "FIFO", "dangling", "loop", "symlink"],
 )
-def test_something_else_in_the_place_of_a_file(
+def test_a_run_file_of_another_type_is_replaced_or_refused(
     make: Callable[[Path], object], code: int, said: str, tmp_path: Path
 ) -> None:
     scan(tmp_path)
@@ -257,7 +259,7 @@ def test_something_else_in_the_place_of_a_file(
 
 @pytest.mark.parametrize("place", ["inco-trio-core0", "inco-trio-fdholder/data/rules/uid"])
 @pytest.mark.parametrize("target", [None, "nowhere"], ids=["file", "dangling"])
-def test_something_else_in_the_place_of_a_directory(place: str, target: str | None, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_directory_is_an_error(place: str, target: str | None, tmp_path: Path) -> None:
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     if target is None:
@@ -268,7 +270,7 @@ def test_something_else_in_the_place_of_a_directory(place: str, target: str | No
     assert (code, err) == (2, complaint(f"cannot write {place}: File exists"))
 
 
-def test_what_is_not_a_rule_of_ours(tmp_path: Path) -> None:
+def test_only_our_own_access_rules_are_removed(tmp_path: Path) -> None:
     scan(tmp_path)
     uids = tmp_path / "inco-trio-fdholder/data/rules/uid"
     (uids / "notes").touch()
@@ -297,7 +299,7 @@ def test_what_is_not_a_rule_of_ours(tmp_path: Path) -> None:
     ],
     ids=["spaces", "line break", "the holder's"],
 )
-def test_the_service_of_a_socket(address: str, code: int, said: bytes, tmp_path: Path) -> None:
+def test_the_service_of_a_socket_is_named_after_its_path(address: str, code: int, said: bytes, tmp_path: Path) -> None:
     done = finished([*RUN, "s6", str(tmp_path), "--iface", address, "--config", SAMPLE, "--user", "nobody"])
     assert (done[0], done[2]) == (code, said)
     if code == 0:
@@ -310,7 +312,7 @@ def test_the_service_of_a_socket(address: str, code: int, said: bytes, tmp_path:
 
 
 def mounted(options: str, script: str, tmp_path: Path, *words: str | Path) -> Done:
-    """Run `script` in a mount namespace, with a tmpfs of `options` as the directory m; `words` are its arguments."""
+    """Run `script` with the arguments `words` in a mount namespace where the directory m is a tmpfs with `options`."""
     (tmp_path / "m").mkdir(exist_ok=True)
     setup = f"mount -t tmpfs -o {options} inco-trio-test m && {script}"
     return finished(["unshare", "--mount", "sh", "-c", setup, "sh", *words], cwd=tmp_path)
@@ -321,7 +323,7 @@ IN_M = [*RUN, "s6", "m/scan", "--iface", "core0", "--config", SAMPLE]
 
 @pytest.mark.netns
 @pytest.mark.parametrize("options", ["size=4k", "size=20k", "nr_inodes=2", "nr_inodes=9"])
-def test_a_scan_directory_on_a_full_disk(options: str, tmp_path: Path) -> None:
+def test_a_scan_directory_on_a_full_disk_is_one_error(options: str, tmp_path: Path) -> None:
     code, out, err = mounted(options, '"$@"; code=$?; find m -name ".*.new"; exit $code', tmp_path, *IN_M)
     assert (code, out) == (71, b"")
     assert err.startswith(b"inco-trio: error: cannot write %b/m/scan/" % os.fsencode(tmp_path))
@@ -330,7 +332,7 @@ def test_a_scan_directory_on_a_full_disk(options: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_a_scan_directory_that_may_only_be_read(tmp_path: Path) -> None:
+def test_a_scan_directory_on_a_read_only_file_system(tmp_path: Path) -> None:
     written = '"$@" >written && mount -o remount,ro m && "$@"'
     assert mounted("mode=755", written, tmp_path, *IN_M) == (0, b"nothing changed\n", b"")
     changed = written + " --config /dev/null"
@@ -355,7 +357,9 @@ def test_a_scan_directory_that_may_only_be_read(tmp_path: Path) -> None:
         ("nr_inodes=3", 71, "/m/irq/message_"),
     ],
 )
-def test_registers_that_cannot_be_made(options: str, code: int, said: str, tmp_path: Path, cores: Cores) -> None:
+def test_registers_that_cannot_be_created_are_one_error(
+    options: str, code: int, said: str, tmp_path: Path, cores: Cores
+) -> None:
     done, _, err = cores.core0.run(
         lambda: mounted(options, '"$@"', tmp_path, *RUN, "run", cores.link, "--irq-dir", "m/irq")
     )
@@ -365,7 +369,7 @@ def test_registers_that_cannot_be_made(options: str, code: int, said: str, tmp_p
 
 
 @pytest.mark.netns
-def test_a_service_that_may_not_be_read(tmp_path: Path, nobody: list[str]) -> None:
+def test_an_unreadable_service_file_is_an_error(tmp_path: Path, nobody: list[str]) -> None:
     scandir = tmp_path / "scan"
     scan(scandir)
     for path in [scandir, *scandir.rglob("*")]:
@@ -374,7 +378,7 @@ def test_a_service_that_may_not_be_read(tmp_path: Path, nobody: list[str]) -> No
     (scandir / "inco-trio-x" / "data" / "uid").write_text("5")
     (scandir / "inco-trio-x" / "data").chmod(0)
     for path in (scandir, *scandir.parents):
-        if path.is_relative_to("/tmp/"):  # noqa: S108 - only those of pytest, to let nobody in
+        if path.is_relative_to("/tmp/"):  # noqa: S108 - pytest's directories, for the user nobody
             path.chmod(0o755)
     words = ["s6", str(scandir), "--iface", "core0", "--config", "/dev/null"]
     command = [*nobody[:2], str(scandir), *nobody[2:], *RUN, *words]
@@ -383,14 +387,14 @@ def test_a_service_that_may_not_be_read(tmp_path: Path, nobody: list[str]) -> No
     assert err == complaint(f"cannot read {scandir}/inco-trio-x/data/uid: Permission denied")
 
 
-# ------------------------------------------------------------------------------------------------ the system around it
+# -------------------------------------------------------------------------------------- the system around the commands
 
 
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /proc && exec "$@"', "sh", *RUN]
 
 
 @pytest.mark.netns
-def test_commands_without_proc(tmp_path: Path) -> None:
+def test_commands_work_without_proc(tmp_path: Path) -> None:
     for words in (["check"], ["s6", "--systemd"], ["s6", str(tmp_path / "scan")]):
         code, out, err = finished([*WITHOUT_PROC, *words, "--config", SAMPLE])
         assert (code, err) == (0, b"")
@@ -403,7 +407,7 @@ def test_commands_without_proc(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_the_daemon_without_proc(cores: Cores, core1: Peer, irq_dir: Path) -> None:
+def test_the_daemon_works_without_proc(cores: Cores, core1: Peer, irq_dir: Path) -> None:
     ready, write_ready = os.pipe()
     with cores.core0.run(
         lambda: subprocess.Popen(
@@ -426,7 +430,7 @@ def test_the_daemon_without_proc(cores: Cores, core1: Peer, irq_dir: Path) -> No
 
 @pytest.mark.netns
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
-def test_the_daemon_whose_streams_are_closed_or_full(closed: str, cores: Cores, core1: Peer, irq_dir: Path) -> None:
+def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores, core1: Peer, irq_dir: Path) -> None:
     ready, write_ready = os.pipe()
     words = ["run", cores.link, "--irq-dir", str(irq_dir), "--notification-fd", str(write_ready), "-v"]
     with cores.core0.run(
@@ -438,7 +442,7 @@ def test_the_daemon_whose_streams_are_closed_or_full(closed: str, cores: Cores, 
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # Nothing but frames and registers were written: no log line has found its way into one of them.
+        # No log line reached a file that took over the number of a closed stream.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()
@@ -454,11 +458,11 @@ held = open(sys.argv[1], "w")
 print(flush=True)
 sys.stdin.read()
 """
-"""Holds a file open as a process whose name is no text: PR_SET_NAME of prctl(2)."""
+"""Hold a file open as a process whose name is not UTF-8 (PR_SET_NAME of prctl(2))."""
 
 
 @pytest.mark.netns
-def test_a_process_whose_name_is_no_text_holds_a_register(
+def test_the_warning_about_a_holder_escapes_a_process_name_that_is_not_utf8(
     cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path
 ) -> None:
     irq_dir.mkdir()
@@ -470,7 +474,7 @@ def test_a_process_whose_name_is_no_text_holds_a_register(
         assert holder.stdout.readline() == b"\n"
         running = proxy("--irq-dir", irq_dir, "--log-format", "text")
         said = running.wait_log(f"process {holder.pid}")
-        # One line, which commands no terminal.
+        # The message is one line without terminal control characters.
         assert said == (
             f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds the file open for "
             "writing: only closing the file causes a notification"
@@ -479,7 +483,7 @@ def test_a_process_whose_name_is_no_text_holds_a_register(
 
 
 @pytest.mark.netns
-def test_a_trigger_that_may_not_be_read_is_not_blamed_on_writing(
+def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     cores: Cores, irq_dir: Path, nobody: list[str], tmp_path: Path
 ) -> None:
     irq_dir.mkdir()

@@ -1,4 +1,4 @@
-"""The outbound direction without a link of its own: what a lone trigger does, step by step, on the real inotify."""
+"""The outbound direction with a fake link: the handling of a lone trigger, step by step, on the real inotify."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from netns.hang import HANG
 
 
 class FakeLink:
-    """A link that notes what is sent, and what stood in the in-flight memory then; it refuses while it is `down`."""
+    """A link that records each frame with the content of the in-flight buffer; it refuses frames while it is `down`."""
 
     fd = -1
 
@@ -44,7 +44,7 @@ class FakeLink:
 
 
 class World:
-    """Two triggers, a hand-off and the legs between them and a link."""
+    """Two triggers, a link, and the hand-off and tasks between them."""
 
     def __init__(self, irq: Path, ending: ExitStack) -> None:
         self.notify = Signal("redun_notify_irq", Direction.OUTBOUND, irq, "message_6_trig")
@@ -85,7 +85,7 @@ class World:
         return sum(len(parse_events(bank.view)) for bank in self.inflight.events)
 
     def run(self, *acts: Callable[[], None]) -> None:
-        """Run the legs; do one of `acts` whenever they wait, and end once they wait again."""
+        """Run the tasks; call one of `acts` each time they all wait, and stop when they wait after the last one."""
 
         async def main() -> None:
             with trio.fail_after(HANG):
@@ -95,7 +95,7 @@ class World:
                     await wait_all_tasks_blocked()
                     for act in acts:
                         act()
-                        # What is queued is readable at once, but the loop has to look.
+                        # Trio must run its loop once to see that the descriptor is readable.
                         while self.inotify.queued:
                             await trio.lowlevel.checkpoint()
                         await wait_all_tasks_blocked()
@@ -115,7 +115,7 @@ def write(*signals: Signal) -> None:
         signal.path.write_text("1")
 
 
-def test_a_lone_trigger_is_in_flight_until_it_is_sent_and_no_longer(world: World) -> None:
+def test_a_lone_trigger_is_in_flight_only_until_it_is_sent(world: World) -> None:
     world.run(lambda: write(world.notify))
     assert world.link.sent == [("redun_notify_irq", 2)]
     assert world.in_flight == 0
@@ -147,7 +147,7 @@ def test_a_lone_trigger_that_the_link_refuses_stays_in_flight_and_is_sent_once(w
     assert world.in_flight == 0
 
 
-def test_a_lone_trigger_does_not_overtake_those_that_wait(world: World) -> None:
+def test_a_lone_trigger_does_not_overtake_pending_ones(world: World) -> None:
     def trigger_while_down() -> None:
         world.link.down = True
         write(world.uart)
@@ -164,26 +164,26 @@ def test_a_lone_trigger_does_not_overtake_those_that_wait(world: World) -> None:
     assert [name for name, _ in world.link.sent] == ["uart_irq", "redun_notify_irq"]
 
 
-def test_a_close_with_or_without_a_write_is_told_alone(world: World) -> None:
+def test_a_lone_close_with_or_without_a_write_is_recognised(world: World) -> None:
     write(world.notify)
     assert world.closed_alone(world.queued()) == world.notify
     world.notify.path.open("a").close()
     assert world.closed_alone(world.queued()) == world.notify
 
 
-def test_a_trigger_that_is_not_in_the_table_any_more_is_not_told_alone(world: World) -> None:
+def test_a_lone_close_of_a_trigger_outside_the_table_is_ignored(world: World) -> None:
     write(world.notify)
     data = world.queued()
     trio.run(world.registers.reload, SignalTable([world.uart]))
     assert world.closed_alone(data) is None
 
 
-def test_nothing_is_told_alone_while_a_replaced_trigger_is_to_be_counted(world: World) -> None:
-    """A replacement of which no event tells is counted by whatever is read next."""
+def test_no_close_counts_as_lone_while_a_replaced_trigger_is_uncounted(world: World) -> None:
+    """A replacement without an event is counted with the next events that are read."""
     new = world.notify.path.with_name("new")
     new.write_text("1")
     new.rename(world.notify.path)
-    world.queued()  # as if the events were lost
+    world.queued()  # simulates lost events
     world.triggers.look(world.triggers.by_path[world.notify.path], make=False)
     write(world.uart)
     data = world.queued()
@@ -191,14 +191,14 @@ def test_nothing_is_told_alone_while_a_replaced_trigger_is_to_be_counted(world: 
     assert world.triggers.follow(parse_events(data)).signals == [world.uart, world.notify]
 
 
-def test_what_is_told_alone_is_what_following_leads_to(world: World) -> None:
+def test_the_lone_path_agrees_with_the_full_path(world: World) -> None:
     wds = [world.wd_of(world.notify), world.wd_of(world.uart), 4711]
     masks = [ino.IN_MODIFY, ino.IN_CLOSE_WRITE, ino.IN_CLOSE_WRITE | ino.IN_UNMOUNT, ino.IN_CREATE, ino.IN_Q_OVERFLOW]
     single = list(itertools.product(wds, masks))
-    told = 0
+    lone = 0
     for events in [[], *([one] for one in single), *map(list, itertools.product(single, repeat=2)), single]:
         data = b"".join(EVENT.pack(wd, mask, 0, 0) for wd, mask in events)
         if signal := world.closed_alone(data):
             assert world.triggers.follow(parse_events(data)).signals == [signal]
-            told += 1
-    assert told == 2 + 3 * 2
+            lone += 1
+    assert lone == 2 + 3 * 2

@@ -1,4 +1,4 @@
-"""The pages of docs/: every shell line and program in them is run, and what they name exists."""
+"""The pages of docs/: every shell line and program on them runs, and everything they name exists."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOT_RUN = {
     "serve(config)": "a picture",
     "host A ": "a picture",
 }
-"""How blocks begin that no test runs, and why."""
+"""Blocks that no test runs: their first characters and the reason."""
 RUN_BY = {
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_lines_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
@@ -49,34 +49,34 @@ RUN_BY = {
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("mqtt-link", "core1="): "test_pages.py::test_shell_lines_run",
     ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
-    ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_way_to_qemu_without_root_runs",
-    ("README", '{"link"'): "test_pages.py::test_the_board_files_are_valid",
+    ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_rootless_qemu_example_runs",
+    ("README", '{"link"'): "test_pages.py::test_the_board_files_on_the_pages_are_valid",
     ("README", "share="): "test_manual.py::test_the_lines_of_the_readme_switch_it_on",
     ("README", "import inco_trio"): "test_readme.py::test_the_library_example_runs",
     ("README", "async def answer"): "test_readme.py::test_the_library_example_runs",
     ("README", "trio.run(answer)"): "test_readme.py::test_the_library_example_runs",
     ("README", "async with"): "test_readme.py::test_the_example_of_core1_runs",
-    ("README", "def test_"): "test_pages.py::test_the_tests_of_the_test_bench_pass",
+    ("README", "def test_"): "test_pages.py::test_the_tests_on_the_testing_page_pass",
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_program_of_asyncio",
     ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
-    ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
-    ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_says",
+    ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
+    ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_is_told_all_since_it_acknowledged",
     ("control", '{"event": "merged"'): "test_control.py::test_what_nobody_acknowledges_is_merged_by_signal",
-    ("first-steps", "import inco_trio"): "test_pages.py::test_programs_run",
+    ("first-steps", "import inco_trio"): "test_pages.py::test_the_programs_on_the_pages_run",
     ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
     ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
-    ("testing", ""): "test_pages.py::test_the_tests_of_the_test_bench_pass",
-    ("troubleshooting", ""): "test_pages.py::test_the_lines_of_troubleshooting_say_what_the_page_shows",
+    ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
+    ("troubleshooting", ""): "test_pages.py::test_the_commands_of_the_troubleshooting_page_print_what_it_shows",
 }
-"""Who runs the blocks of a page that begin so."""
+"""The test that runs a block: by page and by the first characters of the block."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
 
 def blocks(language: str, *pages: str) -> list[tuple[str, str]]:
-    """The code of a language on all pages, or on these: the page, and the text."""
+    """Yield the page and text of each code block in a language, on all pages or on the given ones."""
     paths = [DOCS / f"{page}.md" for page in pages] or sorted(DOCS.glob("*.md"))
     return [
         (path.stem, text)
@@ -87,7 +87,7 @@ def blocks(language: str, *pages: str) -> list[tuple[str, str]]:
 
 
 def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script as somebody would who has inco-trio installed, in `home`, on core 0."""
+    """Run a script in `home` on core 0, as a user who has installed inco-trio would."""
     (home / "udrv.json").write_text(UDRV % (home / "irq"))
     (home / "bin").mkdir()
     for name, arguments in (("python3", ""), ("inco-trio", "-m inco_trio")):
@@ -96,7 +96,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program.chmod(0o755)
     ending = "trap 'for job in $(jobs -p); do kill $job; wait $job; done' EXIT"
     whole = f"set -e\n{ending}\n{script}"
-    # Without the sockets of others in /run: they may have a link of this name, too.
+    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}"}
     with subprocess.Popen(
@@ -106,10 +106,10 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         try:
             out, err = shell.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
-            # With what it left in the background.
+            # End the background processes of the script, too.
             os.killpg(shell.pid, signal.SIGKILL)
             out, err = shell.communicate()
-            raise AssertionError(f"not at its end:\n{out}{err}") from None
+            raise AssertionError(f"the script does not end:\n{out}{err}") from None
     return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
@@ -138,12 +138,12 @@ SCENES = {
     """,
     "No permission": 'inco-trio() { setpriv --bounding-set=-net_raw --inh-caps=-net_raw inco-trio "$@"; }',
 }
-"""What happens on the page of troubleshooting before the lines of a section are run."""
+"""The setup commands before each section of the troubleshooting page."""
 
 
 @contextmanager
 def signalling(core1: Peer) -> Iterator[None]:
-    """Core 1 sends again and again: a signal that is not in the table, and one that is."""
+    """Send two signals repeatedly from core 1: one in the table and one outside it."""
     stop = threading.Event()
 
     def send() -> None:
@@ -162,7 +162,7 @@ def signalling(core1: Peer) -> Iterator[None]:
 
 
 def comparable(text: str) -> set[str]:
-    """Its lines, without what is another at each time: numbers, times, addresses, names of processes, columns."""
+    """Return the lines without the parts that vary: numbers, times, addresses, process names and column widths."""
     for varying, constant in (
         (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
         (r"receive buffer of .*", "BUFFER"),
@@ -178,8 +178,10 @@ def comparable(text: str) -> set[str]:
 
 @pytest.mark.netns
 @pytest.mark.tools
-def test_the_lines_of_troubleshooting_say_what_the_page_shows(cores: Cores, core1: Peer, tmp_path: Path) -> None:
-    """One after the other, beside a proxy whose core 1 signals."""
+def test_the_commands_of_the_troubleshooting_page_print_what_it_shows(
+    cores: Cores, core1: Peer, tmp_path: Path
+) -> None:
+    """The commands run one after another, beside a proxy that receives signals from core 1."""
     script, shown = "exec 2>&1\n", list[str]()
     for section in re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]:
         script += SCENES[section.partition("\n")[0]] + "\n"
@@ -200,19 +202,19 @@ def test_the_lines_of_troubleshooting_say_what_the_page_shows(cores: Cores, core
 
 @pytest.mark.netns
 @pytest.mark.parametrize(("page", "text"), blocks("python", "first-steps"))
-def test_programs_run(cores: Cores, tmp_path: Path, page: str, text: str) -> None:
+def test_the_programs_on_the_pages_run(cores: Cores, tmp_path: Path, page: str, text: str) -> None:
     (tmp_path / "program.py").write_text(text)
     done = run(cores, tmp_path, "python3 program.py")
     assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 @pytest.mark.qemu
-def test_the_tests_of_the_test_bench_pass(tmp_path: Path) -> None:
+def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     *tests, program = [text for _, text in blocks("python", "testing")]
     readme = next(code for page, code in all_blocks() if page == "README" and code.startswith("def test_"))
     for number, text in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(text)
-    # The fixture of the page is that of the README's test.
+    # The fixture of this page is tested by test_readme.
     fixture = tests[0].partition("\n\ndef test_")[0]
     (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
     plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
@@ -237,12 +239,12 @@ def test_the_tests_of_the_test_bench_pass(tmp_path: Path) -> None:
 
 
 def commands() -> list[list[str]]:
-    """The command lines of inco-trio in README and pages, without what a shell makes of the rest of the line."""
+    """Yield the inco-trio command lines of the README and pages, without redirections, pipes and comments."""
     code = re.findall(r"^    (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     code += "".join(text for _, text in blocks("sh")).replace("\\\n", " ").splitlines()
     found = []
     for line in code:
-        # What may be left out is in brackets.
+        # Brackets enclose optional words.
         words = shlex.shlex(re.sub(r"\[.*?\]", "", line), posix=True, punctuation_chars=True)
         words.whitespace_split = True
         if line.startswith("inco-trio "):
@@ -251,11 +253,11 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_the_parser_takes_every_command_line(words: list[str]) -> None:
+def test_the_parser_accepts_every_command_line(words: list[str]) -> None:
     parser(words[0]).parse_args(words)
 
 
-def test_every_command_is_shown() -> None:
+def test_every_command_appears_on_a_page() -> None:
     assert {words[0] for words in commands()} == set(COMMANDS)
 
 
@@ -270,8 +272,8 @@ def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> No
 @pytest.mark.parametrize(
     "page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem
 )
-def test_links_lead_somewhere(page: Path) -> None:
-    """Also where the site does not have the page, or a reader has the files only."""
+def test_every_link_has_a_target(page: Path) -> None:
+    """Links must also work for a reader who has only the files, without the site."""
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         there = page.parent / path if path else page
@@ -282,14 +284,14 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def exists(test: str) -> bool:
-    """Whether `file.py`, or `file.py::test` in it, is there."""
+    """Return whether `file.py`, or the test in `file.py::test`, exists."""
     file, _, name = test.partition("::")
     texts = [path.read_text() for path in (ROOT / "tests").rglob(file)]
     return any(f"def {name}(" in text or not name for text in texts)
 
 
 def all_blocks() -> Iterator[tuple[str, str]]:
-    """Each block of code of README and pages that is no directive of Sphinx: the page, and the text."""
+    """Yield the page and text of each code block that is not a Sphinx directive."""
     for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))):
         text = path.read_text()
         for _, code in BLOCK.findall(text):
@@ -299,7 +301,7 @@ def all_blocks() -> Iterator[tuple[str, str]]:
             yield path.stem, textwrap.dedent(code)
 
 
-def test_every_block_is_run_or_there_is_a_reason() -> None:
+def test_every_code_block_is_run_or_exempt_for_a_reason() -> None:
     left: set[object] = {*RUN_BY, *NOT_RUN}
     for page, code in all_blocks():
         found: list[object] = [key for key in RUN_BY if key[0] == page and code.startswith(key[1])]
@@ -310,7 +312,7 @@ def test_every_block_is_run_or_there_is_a_reason() -> None:
     assert [test for test in RUN_BY.values() if not exists(test)] == []
 
 
-def test_the_tests_that_prove_promises_exist() -> None:
+def test_the_tests_named_in_promises_exist() -> None:
     rows = re.findall(r"^\| (.*) \| (.*) \|$", (DOCS / "promises.md").read_text(), re.MULTILINE)[1:]
     named = {promise: re.findall(r"`(test_[^`]+)`", tests) for promise, tests in rows}
     assert len(named) > 10
@@ -318,7 +320,7 @@ def test_the_tests_that_prove_promises_exist() -> None:
     assert [test for tests in named.values() for test in tests if not exists(test)] == []
 
 
-def test_the_board_files_are_valid(tmp_path: Path) -> None:
+def test_the_board_files_on_the_pages_are_valid(tmp_path: Path) -> None:
     lines = next(code for page, code in all_blocks() if page == "README" and code.startswith('{"link"')).splitlines()
     (tmp_path / "b1").mkdir()
     (tmp_path / "b1/udrv.json").write_text(UDRV % (tmp_path / "irq"))
@@ -330,7 +332,7 @@ def test_the_board_files_are_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_the_control_socket_answers_as_its_page_says(tmp_path: Path) -> None:
+def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
     codes = [code for page, code in all_blocks() if page == "control"][:2]
     greeting, *lines = [line for code in codes for line in code.splitlines()]
     with ExitStack() as stack:
@@ -341,7 +343,7 @@ def test_the_control_socket_answers_as_its_page_says(tmp_path: Path) -> None:
         assert client.greeting.keys() == json.loads(greeting).keys()
         for line in lines:
             request, answer = re.split(" {2,}", line)
-            # What is left out in the page is whatever it is.
+            # An ellipsis on the page stands for any text.
             wanted, _ = json.JSONDecoder().raw_decode(answer.replace(", …", ""))
             got = client.ask(json.loads(request))
             while "event" in got:
@@ -353,7 +355,7 @@ def test_the_control_socket_answers_as_its_page_says(tmp_path: Path) -> None:
             assert got == wanted
 
 
-def test_the_page_of_the_configuration_has_each_key() -> None:
+def test_the_configuration_page_lists_each_key() -> None:
     assert [*described(BoardFile)] == [*KEYS]
     assert table(BoardFile)[2:4] == [
         "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
@@ -361,6 +363,6 @@ def test_the_page_of_the_configuration_has_each_key() -> None:
     ]
 
 
-def test_the_page_of_the_library_has_each_name() -> None:
+def test_the_api_page_lists_each_public_name() -> None:
     page = (DOCS / "api.md").read_text()
     assert set(re.findall(r":: inco_trio\.([A-Z]\w*|[a-z]+_\w+|serve)$", page, re.MULTILINE)) == set(inco_trio.__all__)

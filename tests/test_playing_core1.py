@@ -1,4 +1,4 @@
-"""`Core0` and `Core1` against a real proxy, on sockets and on an interface."""
+"""`Core0` and `Core1` with a real proxy, over Unix sockets and over an interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Story = Callable[[Config, str], Awaitable[None]]
 
 
 def played(tmp_path: Path, story: Story) -> None:
-    """Run a story with the configuration of a proxy on sockets, and the address of its core 1."""
+    """Run `story` with the configuration of a proxy on Unix sockets and with the link address of its core 1."""
 
     async def main() -> None:
         with trio.fail_after(HANG):
@@ -47,11 +47,11 @@ def played(tmp_path: Path, story: Story) -> None:
 
 
 def trigger(config: Config, name: str) -> None:
-    """As an application does."""
+    """Write the trigger file of a signal, as an application does."""
     next(signal.path for signal in config.signals if signal.name == name).write_text("1")
 
 
-def test_each_way(tmp_path: Path) -> None:
+def test_signals_pass_in_both_directions(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with open_proxy(config) as proxy, Core1(link) as core1:
             with proxy.events() as events:
@@ -74,7 +74,7 @@ def test_each_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> None:
+def test_signals_pass_over_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> None:
     async def main() -> None:
         config = Config(cores.link, builtin_signals(irq_dir), netns=cores.core0.path)
         with trio.fail_after(HANG):
@@ -93,7 +93,7 @@ def test_on_an_interface_of_another_namespace(cores: Cores, irq_dir: Path) -> No
     trio.run(main)
 
 
-def test_each_stream_gets_each_arrival_as_far_as_it_has_room(tmp_path: Path) -> None:
+def test_each_stream_gets_each_arrival_until_its_buffer_is_full(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, open_proxy(config) as proxy:
             with core1.events(4) as short, core1.events() as long, core1.events(signals=[RESET]) as other:
@@ -109,7 +109,7 @@ def test_each_stream_gets_each_arrival_as_far_as_it_has_room(tmp_path: Path) -> 
     played(tmp_path, story)
 
 
-def test_wait_for_of_a_core_is_the_next_one(tmp_path: Path) -> None:
+def test_wait_for_of_core1_returns_the_next_arrival(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         got = []
 
@@ -130,7 +130,7 @@ def test_wait_for_of_a_core_is_the_next_one(tmp_path: Path) -> None:
     played(tmp_path, story)
 
 
-def test_core0(tmp_path: Path) -> None:
+def test_core0_sends_triggers_and_reads_state_files(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         with pytest.raises(ProxyNotFoundError, match=r"/irq: missing: the proxy creates it \(is a proxy running\?\)"):
             async with Core0(config.signals):
@@ -178,7 +178,7 @@ def test_core0_that_reads_too_late_counts_the_overflow(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_frames_as_they_are(tmp_path: Path) -> None:
+def test_core1_sends_frames_unchanged(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with open_proxy(config) as proxy, Core1(link) as core1:
             for frame in (b"", bytes(12), bytes(12) + b"\x88\x00" + b"\xff", bytes(2000)):
@@ -192,7 +192,7 @@ def test_frames_as_they_are(tmp_path: Path) -> None:
     played(tmp_path, story)
 
 
-def test_nobody_at_the_other_end(tmp_path: Path) -> None:
+def test_core1_waits_until_a_proxy_runs(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, trio.open_nursery() as nursery:
             with pytest.raises(LinkNotFoundError, match=r"/core1: takes no frames now: no process is at .*/core0"):
@@ -215,7 +215,7 @@ def test_nobody_at_the_other_end(tmp_path: Path) -> None:
     played(tmp_path, story)
 
 
-def test_closed(tmp_path: Path) -> None:
+def test_a_closed_core1_raises_and_can_be_reopened(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         core1 = Core1(link)
         with pytest.raises(ClosedError, match="core 1 is not open: use `async with`"):
@@ -232,7 +232,7 @@ def test_closed(tmp_path: Path) -> None:
             await trio.testing.wait_all_tasks_blocked()
         assert len(refused) == 1
         assert not await trio.Path(tmp_path / "core1").exists()
-        async with core1, open_proxy(config) as proxy:  # once more
+        async with core1, open_proxy(config) as proxy:  # reopen the same object
             with core1.events() as arrivals:
                 await proxy.send(NOTIFY)
                 await arrivals.receive()
@@ -242,7 +242,7 @@ def test_closed(tmp_path: Path) -> None:
     played(tmp_path, story)
 
 
-def test_wrong_words(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         with pytest.raises(InvalidArgumentError, match="unix:/x: peer=REMOTE is missing"):
             async with Core1("unix:/x"):
@@ -288,7 +288,9 @@ def test_wrong_words(tmp_path: Path) -> None:
         ({"signals": []}, []),
     ],
 )
-def test_events_of_some_signals(tmp_path: Path, chosen: dict[str, list[str] | Direction], seen: list[str]) -> None:
+def test_events_can_be_filtered_by_signal_and_direction(
+    tmp_path: Path, chosen: dict[str, list[str] | Direction], seen: list[str]
+) -> None:
     async def story(config: Config, link: str) -> None:
         got: list[Notification] = []
         async with Core1(link) as core1, open_proxy(config) as proxy:
@@ -306,7 +308,7 @@ def test_events_of_some_signals(tmp_path: Path, chosen: dict[str, list[str] | Di
     played(tmp_path, story)
 
 
-def test_a_full_stream_counts_what_it_would_have_got(tmp_path: Path) -> None:
+def test_a_full_stream_counts_only_the_events_that_it_selects(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         async with Core1(link) as core1, open_proxy(config) as proxy:
             with proxy.events(1, signals=[RESET]), proxy.events(math.inf) as all_events:
@@ -319,7 +321,7 @@ def test_a_full_stream_counts_what_it_would_have_got(tmp_path: Path) -> None:
     played(tmp_path, story)
 
 
-def test_wait_for_of_a_proxy(tmp_path: Path) -> None:
+def test_wait_for_of_a_proxy_returns_the_next_notification(tmp_path: Path) -> None:
     async def story(config: Config, link: str) -> None:
         got: list[Notification] = []
         proxies: list[Proxy] = []

@@ -1,4 +1,4 @@
-"""`inco-trio plot`: the numbers exactly, the picture by its text."""
+"""`inco-trio plot`: exact numbers, and the text in the picture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plot(*words: str | Path, code: str = "") -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def night(tmp_path: Path) -> Path:
-    """Three questions a second apart; two are answered, after 250 and 500 ms; then the link goes down."""
+    """Write a recording: three questions 1 s apart, two answers (after 250 and 500 ms), then the link goes down."""
     recorder = Recorder(tmp_path / "night.pcapng")
     for time_ns, way, name in (
         (0, Direction.OUTBOUND, OUT),
@@ -50,7 +50,7 @@ def night(tmp_path: Path) -> Path:
     return tmp_path / "night.pcapng"
 
 
-def test_the_numbers(night: Path) -> None:
+def test_the_numbers_are_exact(night: Path) -> None:
     done = plot(night, "--json", "--pair", OUT, IN)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {
@@ -90,7 +90,7 @@ def test_the_numbers(night: Path) -> None:
     assert sorted(path.name for path in night.parent.iterdir()) == ["night.pcapng"]
 
 
-def test_one_alone() -> None:
+def test_a_single_notification_can_be_plotted() -> None:
     summary = Summary([Pair("a", "b")])
     summary.take(Entry(5, "a", None))
     summary.pairs[0].end()
@@ -105,7 +105,7 @@ def test_one_alone() -> None:
 
 
 @pytest.mark.tools
-def test_the_picture(night: Path) -> None:
+def test_the_picture_contains_the_expected_text(night: Path) -> None:
     done = plot(night, "--pair", OUT, IN)
     picture = night.with_suffix(".svg")
     assert (done.returncode, done.stderr) == (0, "")
@@ -131,7 +131,7 @@ def test_another_format_and_place(night: Path, tmp_path: Path) -> None:
 
 
 def record(path: Path, names: Sequence[str], marks: Sequence[str] = ()) -> Path:
-    """A recording of inbound notifications with these names, 1 ms apart, and of marks behind them."""
+    """Write a recording of inbound notifications with these names, 1 ms apart, followed by marks."""
     recorder = Recorder(path)
     for number, name in enumerate(names):
         recorder.append(number * 10**6, Direction.INBOUND, name, "", encode(name.encode(), MAC), "rpmsg4000")
@@ -142,13 +142,13 @@ def record(path: Path, names: Sequence[str], marks: Sequence[str] = ()) -> Path:
 
 
 def comments(picture: Path) -> set[str]:
-    """What matplotlib's letters say, which it draws as paths."""
+    """Return the comments in an SVG; matplotlib draws text as paths and puts the original text into comments."""
     ET.parse(picture)  # noqa: S314 - of our own making
     return {part.partition("-->")[0].strip() for part in picture.read_text().split("<!--")[1:]}
 
 
 @pytest.mark.tools
-def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+def test_signal_names_are_drawn_literally(tmp_path: Path) -> None:
     formula = r"a$\frac$b"
     path = record(tmp_path / "x$^{$.pcapng", [formula, "_hidden", IN], [r"$\frac$", "bell\a, escape\x1b, half \ud800"])
     done = plot(path)
@@ -156,11 +156,11 @@ def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
     said = comments(path.with_suffix(".svg"))
     assert {f"{formula} (inbound): 1", "x$^{$.pcapng: 3 notifications", r"$\frac$"} <= said
     assert r"bell\x07, escape\x1b, half \ud800" in said
-    assert "_hidden (inbound)" in said  # in the legend: matplotlib leaves such a label out
+    assert "_hidden (inbound)" in said  # in the legend, where matplotlib omits labels that begin with an underscore
 
 
 @pytest.mark.tools
-def test_the_most_frequent_of_many_signals_are_drawn(tmp_path: Path) -> None:
+def test_only_the_most_frequent_of_many_signals_are_drawn(tmp_path: Path) -> None:
     names = [f"signal{number}" for number in range(300)]
     path = record(tmp_path / "f.pcapng", [*names, "signal299"], ["the link went down"] * 3000)
     assert plot(path).returncode == 0
@@ -173,14 +173,14 @@ def test_the_most_frequent_of_many_signals_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_a_pair_that_is_never_answered_is_drawn(tmp_path: Path) -> None:
+def test_a_pair_without_an_answer_is_drawn(tmp_path: Path) -> None:
     path = record(tmp_path / "f.pcapng", [IN, OUT])
     assert plot(path, "--pair", OUT, IN).returncode == 0
     assert f"from {OUT} to {IN}: 0 answered, 1 not" in comments(path.with_suffix(".svg"))
 
 
 @pytest.mark.tools
-def test_answers_that_differ_much_are_on_a_logarithmic_axis(tmp_path: Path) -> None:
+def test_very_different_response_times_use_a_logarithmic_axis(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f.pcapng")
     for number in range(10):
         for direction, name, late in ((Direction.OUTBOUND, OUT, 0), (Direction.INBOUND, IN, 3**number * 100_000)):
@@ -192,7 +192,7 @@ def test_answers_that_differ_much_are_on_a_logarithmic_axis(tmp_path: Path) -> N
     assert [each for each in said if "$" in each] == []
 
 
-def test_a_recording_is_not_replaced_by_its_picture(tmp_path: Path) -> None:
+def test_the_picture_never_replaces_the_recording(tmp_path: Path) -> None:
     path = record(tmp_path / "f.svg", [IN])
     (tmp_path / "link.svg").symlink_to(path)
     before = path.read_bytes()
@@ -204,14 +204,14 @@ def test_a_recording_is_not_replaced_by_its_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("directory", [".", "/", ".."])
-def test_a_directory_is_no_recording(directory: str) -> None:
+def test_a_directory_is_not_accepted_as_a_recording(directory: str) -> None:
     done = plot(directory)
     said = f"inco-trio: error: {directory}: not a recording: not a regular file\n"
     assert (done.returncode, done.stderr) == (65, said)
 
 
 @pytest.mark.parametrize("marks", [False, True])
-def test_a_time_that_cannot_be(tmp_path: Path, marks: bool) -> None:
+def test_an_impossible_timestamp_is_an_error(tmp_path: Path, marks: bool) -> None:
     path, recorder = tmp_path / "f", Recorder(tmp_path / "f")
     if marks:
         recorder.mark(2**63, "x")
@@ -223,7 +223,7 @@ def test_a_time_that_cannot_be(tmp_path: Path, marks: bool) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (65, "", said)
 
 
-def test_the_spread_of_more_than_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_percentiles_of_more_values_than_are_sorted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.capture.summary.AT_ONCE", 7)
     values = [each * 37 % 101 * SECOND for each in range(101)]
     assert spread(values) == {"min": 0, "p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -238,8 +238,9 @@ def test_the_spread_of_more_than_are_sorted_at_once(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.tools
-def test_a_million_take_little_memory() -> None:
-    # Above what the imports and a first picture take: 16 bytes of each would be 16 MiB, a list of them 40 or more.
+def test_a_million_notifications_take_little_memory() -> None:
+    # The limit is on top of imports and a first picture. 16 bytes per notification would be 16 MiB; a list, over 40
+    # MiB.
     code = f"""
 import resource, tempfile
 from pathlib import Path
@@ -266,7 +267,7 @@ print(peak({10**6}) - before)
 
 
 @pytest.mark.tools
-def test_many_are_drawn_in_little_room(tmp_path: Path) -> None:
+def test_a_picture_with_many_notifications_is_small(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f.pcapng")
     frame = encode(IN.encode(), MAC)
     for number in range(20_000):
@@ -277,7 +278,7 @@ def test_many_are_drawn_in_little_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_what_was_ignored_is_left_out(tmp_path: Path) -> None:
+def test_ignored_frames_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "f.pcapng"
     recorder = Recorder(path)
     recorder.append(0, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "rpmsg4000")
@@ -290,9 +291,9 @@ def test_what_was_ignored_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_no_part_of_a_picture_is_left(night: Path) -> None:
+def test_a_failed_picture_leaves_no_file(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
-    # What measures the coverage writes files, too.
+    # The coverage tool writes files, too.
     env = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=env)
     picture = night.with_suffix(".svg")
@@ -301,7 +302,7 @@ def test_no_part_of_a_picture_is_left(night: Path) -> None:
     assert not picture.exists()
 
 
-def test_without_matplotlib(night: Path) -> None:
+def test_a_missing_matplotlib_is_an_error(night: Path) -> None:
     hidden = "import sys; sys.modules['matplotlib'] = None"
     done = plot(night, code=hidden)
     assert (done.returncode, done.stdout) == (69, "")
@@ -310,7 +311,7 @@ def test_without_matplotlib(night: Path) -> None:
     assert plot(night, "--json", code=hidden).returncode == 0
 
 
-def test_a_cut_recording(night: Path) -> None:
+def test_a_truncated_recording_is_plotted_with_a_warning(night: Path) -> None:
     night.write_bytes(night.read_bytes()[:-3])
     done = plot(night, "--json")
     assert done.returncode == 0
@@ -332,19 +333,19 @@ def test_a_cut_recording(night: Path) -> None:
         (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
     ],
 )
-def test_what_it_refuses(night: Path, words: tuple[str, ...], code: int, text: str) -> None:
+def test_invalid_arguments_are_refused(night: Path, words: tuple[str, ...], code: int, text: str) -> None:
     done = plot(*(word.replace("FILE", str(night)) for word in words))
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == f"inco-trio: error: {text.replace('FILE', str(night))}\n"
 
 
-def test_an_empty_recording(tmp_path: Path) -> None:
+def test_an_empty_recording_is_an_error(tmp_path: Path) -> None:
     Recorder(tmp_path / "f").close()
     done = plot(tmp_path / "f", "--json")
     assert (done.returncode, done.stderr) == (65, f"inco-trio: error: {tmp_path}/f: contains no notifications\n")
 
 
-def test_progress_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_shown_on_a_terminal(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import inco_trio.cli.plot as plot; plot.SHOWN = -1.0; plot.OFTEN = 1"
     start = f"{code}\nfrom inco_trio.cli import main; import sys; sys.exit(main())"
     master, slave = pty.openpty()

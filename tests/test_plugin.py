@@ -1,4 +1,4 @@
-"""The pytest plugin, as other people's tests use it: each test here is a pytest of its own."""
+"""The pytest plugin as its users run it: each test here starts another pytest."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_several(make_inco_board):
 
 
 @pytest.mark.parametrize("options", [(), ("--inco-trio-in-process",), ("-n", "2")], ids=" ".join)
-def test_tests_that_pass(pytester: pytest.Pytester, options: tuple[str, ...]) -> None:
+def test_tests_that_use_the_plugin_pass(pytester: pytest.Pytester, options: tuple[str, ...]) -> None:
     run(pytester, PASSING, *options).assert_outcomes(passed=4)
 
 
@@ -77,7 +77,7 @@ def test_short_names_are_opt_in(pytester: pytest.Pytester) -> None:
     run(pytester, test, in_process).assert_outcomes(passed=1)
 
 
-def test_a_missing_signal(pytester: pytest.Pytester) -> None:
+def test_a_missing_signal_shows_what_both_cores_did(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -107,10 +107,10 @@ def test_a_missing_signal(pytester: pytest.Pytester) -> None:
     assert recorded
     with open_recording(Path(recorded[1]), SignalTable(())) as recording:
         assert [each.signal for each in recording if isinstance(each, Entry)] == ["ihub_hwwd_irq"]
-    result.stdout.no_fnmatch_line("*history.py*")  # only the test's own lines
+    result.stdout.no_fnmatch_line("*history.py*")  # only the frames of the test itself
 
 
-def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:
+def test_a_proxy_that_dies_fails_the_test(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -143,7 +143,7 @@ def test_a_proxy_that_dies(pytester: pytest.Pytester) -> None:
     )
 
 
-def test_a_leaked_board(pytester: pytest.Pytester) -> None:
+def test_a_leaked_board_is_reported(pytester: pytest.Pytester) -> None:
     result = run(
         pytester,
         """
@@ -173,7 +173,7 @@ def test_a_leaked_board(pytester: pytest.Pytester) -> None:
         ("lnk='unix'", "marker inco_trio: expected only the arguments config=, signals= and link="),
     ],
 )
-def test_a_wrong_marker(pytester: pytest.Pytester, marker: str, said: str) -> None:
+def test_an_invalid_marker_is_an_error(pytester: pytest.Pytester, marker: str, said: str) -> None:
     result = run(
         pytester,
         f"""
@@ -190,7 +190,7 @@ def test_a_wrong_marker(pytester: pytest.Pytester, marker: str, said: str) -> No
     assert "another exception" not in result.stdout.str()
 
 
-def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_qemu_is_an_error(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     test = """
         import pytest
@@ -209,7 +209,7 @@ def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
         """
     result = run(pytester, test)
     result.assert_outcomes(failed=1, errors=1)
-    hint = r"qemu-system-riscv64 is not installed: .* \(or set inco_trio_missing = skip in pytest's configuration\)"
+    hint = r"qemu-system-riscv64 is not installed .* \(or set inco_trio_missing = skip in pytest's configuration\)"
     result.stdout.re_match_lines([hint, hint])
     result = run(pytester, test, "-o", "inco_trio_missing=skip", "-rs")
     result.assert_outcomes(skipped=2)
@@ -219,7 +219,7 @@ def test_without_qemu(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
     assert "ERROR: inco_trio_missing = maybe: expected fail or skip" in result.stderr.str()
 
 
-def test_a_guests_words_are_in_the_failure(pytester: pytest.Pytester) -> None:
+def test_the_output_of_a_guest_is_in_the_failure(pytester: pytest.Pytester) -> None:
     if not shutil.which("qemu-system-riscv64"):
         pytest.fail("this test needs QEMU")
     result = run(
@@ -267,7 +267,7 @@ ASYNCIO = """import asyncio
         ("anyio", ASYNCIO, ("-p", "no:trio", "-p", "no:asyncio", "-o", "anyio_mode=auto")),
     ],
 )
-def test_tests_in_event_loops(
+def test_async_tests_run_in_their_event_loops(
     pytester: pytest.Pytester, library: str, tasks: str, options: tuple[str, ...], in_process: bool
 ) -> None:
     if library == "anyio":
@@ -276,7 +276,7 @@ def test_tests_in_event_loops(
     run(pytester, ASYNC.format(library=library, tasks=tasks), *options, *where).assert_outcomes(passed=1)
 
 
-def test_nothing_is_left_after_ctrl_c(pytester: pytest.Pytester) -> None:
+def test_ctrl_c_leaves_no_process_or_directory(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         """
         def test_waits(inco_board, make_inco_board):
@@ -307,7 +307,7 @@ def test_nothing_is_left_after_ctrl_c(pytester: pytest.Pytester) -> None:
     assert "1 error" not in out
 
 
-def test_it_costs_nothing_where_it_is_not_used(pytester: pytest.Pytester) -> None:
+def test_an_unused_plugin_imports_nothing(pytester: pytest.Pytester) -> None:
     run(
         pytester,
         """

@@ -1,4 +1,4 @@
-"""Signals to the daemon's process at every instant of its life: a stop ends it with 0, and without a traceback."""
+"""Signals to the daemon at every stage of its life: a stop signal makes it exit with 0 and without a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 sys.exit(main(sys.argv[3:]))
 """
-"""Signals itself when a module is about to be imported."""
+"""Send signals to this process when a module is about to be imported."""
 
 AT_CALL = """
 import importlib, os, signal, sys
@@ -50,7 +50,7 @@ def calling(*arguments, **named):
 setattr(owner, name, calling)
 sys.exit(main(sys.argv[3:]))
 """
-"""Signals itself when a function is called."""
+"""Send signals to this process when a function is called."""
 
 AT_THE_END = """
 import os, signal, sys
@@ -65,7 +65,7 @@ signal_numbers = [int(number) for number in sys.argv[2].split(",")]
 last = Last()
 sys.exit(main(sys.argv[3:]))
 """
-"""Signals itself while the interpreter ends."""
+"""Send signals to this process while the interpreter shuts down."""
 
 
 def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str | Path) -> tuple[int, str]:
@@ -101,7 +101,7 @@ def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals
     assert "Traceback" not in said
 
 
-def test_a_third_stop_ends_it_at_once(tmp_path: Path) -> None:
+def test_a_third_stop_exits_at_once(tmp_path: Path) -> None:
     assert run(AT_IMPORT, "trio", [signal.SIGTERM, signal.SIGINT, signal.SIGTERM], "--irq-dir", tmp_path) == (
         0,
         "inco-trio: warning: third stop signal: exiting at once\n",
@@ -109,7 +109,7 @@ def test_a_third_stop_ends_it_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [*STOPS, signal.SIGHUP, signal.SIGUSR1], ids=str)
-def test_signals_while_the_interpreter_ends_are_nobodys(number: signal.Signals, tmp_path: Path) -> None:
+def test_signals_while_the_interpreter_shuts_down_are_ignored(number: signal.Signals, tmp_path: Path) -> None:
     code, said = run(AT_THE_END, "", [number], "none0", "--config", tmp_path / "none")
     assert (code, said) == (
         78,
@@ -118,7 +118,7 @@ def test_signals_while_the_interpreter_ends_are_nobodys(number: signal.Signals, 
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_stop_that_the_parent_blocked_before_exec_is_obeyed(number: signal.Signals, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "inco_trio", "run", "none0", "--irq-dir", str(tmp_path)],
         stderr=subprocess.PIPE,
@@ -129,14 +129,14 @@ def test_a_stop_that_the_parent_held_from_the_first_instant_on(number: signal.Si
     assert (process.returncode, said) == (0, b"inco-trio: info: none0: stopped before it was ready\n")
 
 
-def test_other_commands_are_interrupted_as_any_program() -> None:
-    # Whoever runs the tests in the background may have had SIGINT ignored.
+def test_other_commands_die_of_sigint() -> None:
+    # A shell that runs the tests in the background may have set SIGINT to be ignored.
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = heeded + AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
     assert run(script, "inco_trio.cli.check", [signal.SIGINT]) == (-signal.SIGINT, "")
 
 
-# ------------------------------------------------------------------------------------------------------- while it runs
+# ----------------------------------------------------------------------------------------------- while the daemon runs
 
 
 IN_CORE = """
@@ -156,11 +156,11 @@ for place in sys.argv[1].split(","):
     signal_at(place, int(sys.argv[2]))
 sys.exit(main(sys.argv[3:]))
 """
-"""Signals itself when functions of the daemon are called."""
+"""Send a signal to this process when functions of the daemon are called."""
 
 
 def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) -> str:
-    """What the daemon says that is signalled at these places; it ends with 0."""
+    """Return the daemon's log when `number` is sent at these places; the daemon must exit with 0."""
     start = functools.partial(
         subprocess.run,
         [sys.executable, "-c", IN_CORE, places, str(int(number)), "run", cores.link, "--irq-dir", str(irq_dir)],
@@ -178,19 +178,19 @@ def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) ->
 
 @pytest.mark.netns
 @pytest.mark.parametrize("number", STOPS)
-def test_a_stop_at_the_very_instant_of_readiness(cores: Cores, irq_dir: Path, number: signal.Signals) -> None:
+def test_a_stop_at_the_moment_of_readiness(cores: Cores, irq_dir: Path, number: signal.Signals) -> None:
     assert "unfinished=0" in in_core(cores, "notify_ready", number, irq_dir).splitlines()[-1]
 
 
 @pytest.mark.netns
 @pytest.mark.parametrize("number", STOPS)
 @pytest.mark.parametrize("place", ["notify_stopping", "log_statistics"])
-def test_a_second_stop_while_it_stops(cores: Cores, irq_dir: Path, place: str, number: signal.Signals) -> None:
+def test_a_second_stop_while_the_daemon_stops(cores: Cores, irq_dir: Path, place: str, number: signal.Signals) -> None:
     assert "unfinished=0" in in_core(cores, f"notify_ready,{place}", number, irq_dir).splitlines()[-1]
 
 
 @pytest.mark.netns
-def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
+def test_a_reload_requested_while_waiting_for_the_link_runs_later(
     proxy: StartProxy, cores: Cores, irq_dir: Path, tmp_path: Path
 ) -> None:
     udrv = write_udrv(tmp_path / "u.json", irq_dir)
@@ -209,7 +209,9 @@ def test_a_hang_up_while_it_waits_for_the_link_is_remembered(
 
 @pytest.mark.netns
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "huge"])
-def test_a_reload_of_what_is_no_file_is_refused(proxy: StartProxy, irq_dir: Path, tmp_path: Path, kind: str) -> None:
+def test_a_reload_of_a_file_that_is_not_regular_is_refused(
+    proxy: StartProxy, irq_dir: Path, tmp_path: Path, kind: str
+) -> None:
     udrv = write_udrv(tmp_path / "u.json", irq_dir)
     running = proxy("--config", udrv)
     udrv.unlink()
@@ -239,7 +241,7 @@ async def reload(self, config):
 inco_trio.proxy.proxy.Proxy.reload = reload
 sys.exit(main(sys.argv[1:]))
 """
-"""As a reload does that hands over to a link that is down."""
+"""Hang in the reload, as the real one does while the link is down."""
 
 
 @pytest.mark.netns

@@ -1,4 +1,4 @@
-"""The messages of the control socket: what is encoded is decoded, and any other bytes end in one error."""
+"""The messages of the control socket: each message decodes to itself, and any other line causes one type of error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ EVENTS = [
 
 
 @pytest.mark.parametrize(("request_", "value", "response"), REQUESTS)
-def test_a_request_and_its_response(request_: Request, value: object, response: Response) -> None:
+def test_a_request_and_its_response_round_trip(request_: Request, value: object, response: Response) -> None:
     line = protocol.encode_request(request_)
     assert decode_request(line.rstrip(b"\n")) == (request_, {})
     decoded = decode_reply(protocol.encode_response(request_, value, {"id": [1]}))
@@ -74,7 +74,7 @@ def test_a_request_and_its_response(request_: Request, value: object, response: 
         decoded.check(StatusRequest())
 
 
-def test_a_status() -> None:
+def test_a_status_round_trips() -> None:
     line = protocol.encode_status([protocol.encode_board(board) for board in BOARDS], {"id": 1})
     decoded = decode_reply(line)
     assert isinstance(decoded, Response)
@@ -82,7 +82,7 @@ def test_a_status() -> None:
     assert json.loads(line)["status"] == [protocol.to_json(board) for board in BOARDS]
 
 
-def test_a_greeting_and_an_error() -> None:
+def test_a_greeting_and_an_error_round_trip() -> None:
     greeting = Greeting("x", 1, "5f", ("a", "b"))
     assert decode_greeting(protocol.encode_greeting(greeting)) == greeting
     refused = decode_greeting(protocol.encode_error(RequestError("busy", "later", {"id": 1})))
@@ -91,7 +91,7 @@ def test_a_greeting_and_an_error() -> None:
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_an_event(event: Event) -> None:
+def test_an_event_round_trips(event: Event) -> None:
     line = protocol.encode_event(event, frames=True)
     decoded = decode_reply(line.encode())
     assert decoded == event
@@ -133,7 +133,7 @@ DEEP = b"[" * 100_000
         (b'{"forgotten": [1]}', r"forgotten\[0\]: 1 is not text"),
     ],
 )
-def test_what_a_proxy_must_not_send(line: bytes, text: str) -> None:
+def test_invalid_messages_from_a_proxy_are_refused(line: bytes, text: str) -> None:
     with pytest.raises(MessageError, match=text):
         decode_reply(line)
 
@@ -146,7 +146,7 @@ def test_what_a_proxy_must_not_send(line: bytes, text: str) -> None:
         (b'{"protocol": 1, "name": "x"}', "pid: missing"),
     ],
 )
-def test_greetings_of_others(line: bytes, text: str) -> None:
+def test_greetings_of_other_programs_are_refused(line: bytes, text: str) -> None:
     with pytest.raises(MessageError, match=text):
         decode_greeting(line)
 
@@ -184,7 +184,7 @@ def test_any_line_is_a_message_or_one_error(line: bytes) -> None:
 
 
 @given(st.lists(st.binary(max_size=8).map(lambda line: line.replace(b"\n", b"")), max_size=6), st.data())
-def test_lines_in_pieces(lines: list[bytes], data: st.DataObject) -> None:
+def test_lines_that_arrive_in_pieces_are_joined(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines)
     received = LineBuffer(8)
     found: list[bytes] = []
@@ -197,19 +197,19 @@ def test_lines_in_pieces(lines: list[bytes], data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("data", [b"123456789", b"123456789\n", b"1\n123456789"])
-def test_a_line_above_the_limit(data: bytes) -> None:
+def test_a_line_above_the_limit_is_refused(data: bytes) -> None:
     received = LineBuffer(8)
     received.feed(data)
     with pytest.raises(MessageError, match="a line is longer than 8 bytes"):
         list(received.lines())
 
 
-def test_an_id_is_flat() -> None:
+def test_an_id_must_not_be_nested() -> None:
     with pytest.raises(RequestError, match="must not be nested"):
         decode_request(b'{"request": "status", "id": [[1]]}')
 
 
-def test_the_protocol_is_in_the_documentation() -> None:
+def test_the_documentation_names_the_protocol_version_and_every_key() -> None:
     page = (Path(__file__).parents[1] / "docs/control.md").read_text()
     assert f'{{"protocol": {protocol.PROTOCOL},' in page
     for kind in (Status, SignalStatus, TaskStatus, HistoryStatus, Event):

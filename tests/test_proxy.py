@@ -1,4 +1,4 @@
-"""The running proxy: the real process, or the library, between two cores on the real kernel."""
+"""The running proxy, as a process or through the library, between two cores on the real kernel."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Watch = Callable[[Path], Consumer]
 
 @pytest.fixture
 def udrv(tmp_path: Path, irq_dir: Path) -> Path:
-    """A board's configuration with the six signals of its table."""
+    """Return the configuration of a board with six signals."""
     return write_udrv(tmp_path / "udrv.json", irq_dir)
 
 
@@ -68,7 +68,7 @@ def core0_mac(cores: Cores) -> bytes:
 
 @pytest.fixture
 def proxy(proxy: StartProxy) -> Iterator[StartProxy]:
-    """As the fixture of that name; and whatever still runs after the test must stop cleanly."""
+    """Start a proxy as the fixture `proxy` does; after the test, each one that still runs must stop cleanly."""
     started: list[Running] = []
 
     def start(*arguments: str | Path, **how: Any) -> Running:
@@ -82,21 +82,22 @@ def proxy(proxy: StartProxy) -> Iterator[StartProxy]:
 
 
 def names(core1: Peer, count: int) -> list[bytes]:
-    """The payloads of the next frames that reach core 1."""
+    """Return the payloads of the next frames that reach core 1."""
     return [core1.receive()[14:] for _ in range(count)]
 
 
 def room(running: Running) -> int:
-    """How many small frames the proxy's receive queue can surely hold; without privilege, net.core.rmem_max limits it.
+    """Return how many small frames fit into the proxy's receive queue in any case.
 
-    The kernel doubles what is granted, and counts less than 1 kB for a frame.
+    Without CAP_NET_ADMIN, net.core.rmem_max limits the queue. The kernel doubles the size that it grants, and counts
+    less than 1 kB for a frame.
     """
     granted = re.search(r"receive buffer of (\d+) kB granted", running.log)
     assert granted is not None
     return 2 * int(granted[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- the wire
+# --------------------------------------------------------------------------------------------------------------- frames
 
 
 def test_triggers_become_frames(
@@ -121,7 +122,7 @@ def test_frames_become_writes(
         assert tcpdump.packet() == frame(core1.mac, name.encode())
         assert consumer.path.read_text() == "1"
     assert [consumer.count for consumer in consumers.values()] == [1] * len(INBOUND)
-    # What is received is not sent back, and no write of ours is a trigger.
+    # The proxy sends no received frame back, and its own writes trigger nothing.
     assert running.counters()["sent"] == 0
 
 
@@ -135,7 +136,7 @@ def test_padding_is_ignored(proxy: StartProxy, irq_dir: Path, core1: Peer, watch
     assert (counters["received"], counters["delivered"], counters["malformed"]) == (1, 1, 0)
 
 
-def test_a_frame_that_is_too_long_is_not_judged_by_its_beginning(
+def test_a_frame_that_is_too_long_is_malformed(
     proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     for namespace in (cores.core0, cores.core1):
@@ -145,7 +146,7 @@ def test_a_frame_that_is_too_long_is_not_judged_by_its_beginning(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # Also within a batch, in the memory of which it is cut.
+    # The same within a batch, whose buffer truncates the frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)
@@ -155,12 +156,10 @@ def test_a_frame_that_is_too_long_is_not_judged_by_its_beginning(
     assert (counters["received"], counters["delivered"], counters["malformed"]) == (5, 3, 2)
 
 
-def test_frames_of_a_foreign_vlan_are_not_even_received(
-    proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
-) -> None:
+def test_frames_of_a_foreign_vlan_are_filtered_out(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
-    # The kernel takes the tag out and calls the frame another host's, as nobody has that VLAN here.
+    # No interface has this VLAN, so the kernel removes the tag and marks the frame as PACKET_OTHERHOST.
     core1.send_raw(BROADCAST + core1.mac + b"\x81\x00\x0f\xa0\x88\x00ihub_reset_irq")
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
@@ -168,7 +167,7 @@ def test_frames_of_a_foreign_vlan_are_not_even_received(
 
 
 @pytest.mark.parametrize("ethertype", [0x0800, 0x0806, 0x86DD, 0x0088, 0x8801, 14])
-def test_a_foreign_ethertype_is_not_even_received(
+def test_a_foreign_ethertype_is_filtered_out(
     proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch, ethertype: int
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
@@ -179,7 +178,7 @@ def test_a_foreign_ethertype_is_not_even_received(
     assert running.counters()["received"] == 1
 
 
-def test_frames_for_others_are_not_even_received(
+def test_frames_for_other_addresses_are_filtered_out(
     proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch, core0_mac: bytes
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
@@ -190,7 +189,7 @@ def test_frames_for_others_are_not_even_received(
     assert running.counters()["received"] == 1
 
 
-def test_garbage_changes_nothing_but_counters(
+def test_garbage_changes_only_counters(
     proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch, tmp_path: Path
 ) -> None:
     seed = random.SystemRandom().getrandbits(32)
@@ -201,7 +200,7 @@ def test_garbage_changes_nothing_but_counters(
     lengths = [1, 1499, 1500, *(generator.randint(1, 1500) for _ in range(500))]
     for length in lengths:
         core1.send_raw(frame(core1.mac, generator.randbytes(length)))
-        # The raw ones first: with any addresses and any type.
+        # Also send raw frames with random addresses and types.
         core1.send_raw(generator.randbytes(generator.randint(14, 1514)))
     for printable in (b"x", b"n" * 64, b"ihub_reset_ir", b"ihub_reset_irqq"):
         core1.send(printable)
@@ -213,7 +212,7 @@ def test_garbage_changes_nothing_but_counters(
     counters = running.counters()
     assert counters["unknown"] >= 4
     assert counters["malformed"] >= 6
-    # Of the raw ones, chance may have made a few that are ours.
+    # Chance may have given a few raw frames our EtherType and a broadcast address.
     assert 1 + len(lengths) + 10 <= counters["received"] <= 1 + 2 * len(lengths) + 10
     assert counters["unknown"] + counters["malformed"] == counters["received"] - 1
     assert counters["delivered"] == 1
@@ -244,7 +243,7 @@ def set_mtu(interface: str, mtu: int) -> None:
         links.link("set", ifname=interface, mtu=mtu)
 
 
-# ---------------------------------------------------------------------------------------------------- many, and none
+# ------------------------------------------------------------------------------------------------------------ bursts
 
 
 def test_1000_quick_triggers_make_1000_frames(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> None:
@@ -265,7 +264,7 @@ def test_1000_quick_triggers_make_1000_frames(proxy: StartProxy, udrv: Path, irq
 def test_a_burst_of_20000_frames_loses_none(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
-    # In one burst, where a receive queue of that size is allowed.
+    # Send one burst if the receive queue may be that large.
     for start in range(0, 20_000, room(running)):
         end = min(start + room(running), 20_000)
         for _ in range(start, end):
@@ -285,25 +284,25 @@ def test_a_burst_of_20000_frames_waits_for_a_slow_proxy(
     for _ in range(count):
         core1.send(b"ihub_reset_irq")
     os.kill(running.pid, signal.SIGCONT)
-    # Not by the stop, which gives up after its deadline.
+    # Wait before the stop, which gives up after its deadline.
     resets.wait(count)
     assert running.stop() == 0
     counters = final_counters(running.log)
     assert (counters["delivered"], counters["dropped"]) == (count, 0)
 
 
-def test_what_the_kernel_drops_is_counted(
+def test_frames_dropped_by_the_kernel_are_counted(
     proxy: StartProxy, irq_dir: Path, core1: Peer, cores: Cores, watch: Watch
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
     os.kill(running.pid, signal.SIGSTOP)
     before = arrived(cores)
-    # More than any buffer that is granted: large frames fill it soon.
+    # Send more frames than any receive buffer holds. Large frames fill it faster.
     large = encode(b"ihub_reset_irq", core1.mac).ljust(1514, b"\0")
     for _ in range(40_000):
         core1.send_raw(large)
-    # A busy kernel drops some before they reach the interface, which is not the proxy's to count.
+    # A busy kernel also drops frames before they reach the interface; the proxy cannot count those.
     sent = arrived(cores) - before
     os.kill(running.pid, signal.SIGCONT)
     running.wait_log("frames dropped: the receive queue was full")
@@ -316,14 +315,14 @@ def test_what_the_kernel_drops_is_counted(
 
 
 def arrived(cores: Cores) -> int:
-    """How many frames the interface of core 0 has received (proc_net_dev(5))."""
+    """Return how many frames the interface of core 0 has received (proc_net_dev(5))."""
     rows = cores.core0.run(Path("/proc/thread-self/net/dev").read_text).splitlines()
     (row,) = [row for row in rows if row.split(":")[0].strip() == cores.link]
     return int(row.split(":")[1].split()[1])
 
 
 def final_counters(log: str) -> dict[str, int]:
-    """The counters that were logged at the end."""
+    """Return the counters that the proxy logged when it stopped."""
     *_, last = (json.loads(line) for line in log.splitlines() if '"statistics"' in line)
     return {name: value for name, value in last.items() if type(value) is int}
 
@@ -340,7 +339,7 @@ def test_a_rename_onto_the_trigger_counts_once(proxy: StartProxy, udrv: Path, ir
         assert names(core1, 1) == [b"redun_notify_irq"]
 
 
-def test_a_start_changes_nothing_and_notifies_nobody(
+def test_a_start_changes_no_file_and_sends_nothing(
     proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     irq_dir.mkdir()
@@ -353,7 +352,7 @@ def test_a_start_changes_nothing_and_notifies_nobody(
     trigger(irq_dir / "message_1_trig")
     assert names(core1, 1) == [b"ihub_uart_irq"]
     assert running.stop() == 0
-    # A second start as well.
+    # A second start changes nothing, either.
     proxy("--config", udrv)
     trigger(irq_dir / "message_0_trig")
     assert names(core1, 1) == [b"ihub_crash_log_irq"]
@@ -364,7 +363,7 @@ def test_a_start_changes_nothing_and_notifies_nobody(
     assert {consumer.path.name for consumer in consumers if consumer.count} == touched
 
 
-def test_what_nobody_configured_is_no_trigger(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> None:
+def test_an_unconfigured_file_is_not_a_trigger(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> None:
     running = proxy("--config", udrv)
     trigger(irq_dir / "message_9_trig")
     trigger(irq_dir / "message_4_state")
@@ -373,10 +372,10 @@ def test_what_nobody_configured_is_no_trigger(proxy: StartProxy, udrv: Path, irq
     assert running.counters()["triggered"] == 1
 
 
-# --------------------------------------------------------------------------------------------------- the link's life
+# ------------------------------------------------------------------------------------------- link down, link deleted
 
 
-def test_what_is_triggered_while_the_link_is_down_is_sent_later(
+def test_notifications_triggered_while_the_link_is_down_are_sent_later(
     proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
@@ -389,7 +388,7 @@ def test_what_is_triggered_while_the_link_is_down_is_sent_later(
     running.wait_log("works again")
 
 
-def test_a_link_made_again_carries_on(
+def test_the_proxy_uses_a_recreated_link(
     proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
@@ -403,7 +402,7 @@ def test_a_link_made_again_carries_on(
         cores.make_link()
         core1.rebind()
         running.wait_log("watch: works again", after=said)
-        # A frame that went before core 1 listened again is nobody's.
+        # Frames sent before core 1 listened again are lost, so trigger again.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         core1.send(b"ihub_reset_irq")
@@ -411,7 +410,7 @@ def test_a_link_made_again_carries_on(
     assert sockets_of(running.pid) == sockets
 
 
-def test_a_stop_does_not_wait_for_ever_for_a_link(proxy: StartProxy, cores: Cores, irq_dir: Path) -> None:
+def test_a_stop_gives_up_on_a_link_that_stays_down(proxy: StartProxy, cores: Cores, irq_dir: Path) -> None:
     running = proxy("--irq-dir", irq_dir)
     cores.link_down()
     trigger(irq_dir / "message_6_trig")
@@ -480,7 +479,7 @@ def test_a_reload_takes_effect_and_loses_nothing(
     assert sockets_of(running.pid) == sockets
 
 
-def test_a_reload_takes_signals_out(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch) -> None:
+def test_a_reload_removes_signals(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     running = proxy("--config", udrv)
     type_b, resets = watch(irq_dir / "message_2_state"), watch(irq_dir / "message_4_state")
     inbound = {name: register for name, register in INBOUND.items() if name != "ihub_type_b_irq"}
@@ -507,7 +506,7 @@ def test_a_reload_takes_signals_out(proxy: StartProxy, udrv: Path, irq_dir: Path
     ],
     ids=["not-JSON", "invalid", "missing"],
 )
-def test_a_bad_reload_is_refused(
+def test_an_invalid_reload_is_refused(
     proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer, watch: Watch, text: str | None, reason: str
 ) -> None:
     running = proxy("--config", udrv)
@@ -530,7 +529,7 @@ def test_a_bad_reload_is_refused(
     running.wait_log('"reloaded"')
 
 
-def test_counters_are_logged_on_sigusr1_and_at_the_end(
+def test_counters_are_logged_on_sigusr1_and_on_exit(
     proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
@@ -577,13 +576,15 @@ def test_two_proxies_face_each_other(
         }
 
 
-def test_systemd_is_told(proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path: Path, watch: Watch) -> None:
+def test_systemd_is_notified_once_link_and_watches_work(
+    proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path: Path, watch: Watch
+) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.settimeout(HANG)
         systemd.bind(str(tmp_path / "notify"))
         running = proxy("--irq-dir", irq_dir, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}, ready=False)
         assert systemd.recv(100) == b"READY=1"
-        # Link and watches are live.
+        # Link and watches must work now.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         resets = watch(irq_dir / "message_4_state")
@@ -595,12 +596,12 @@ def test_systemd_is_told(proxy: StartProxy, irq_dir: Path, core1: Peer, tmp_path
 
 def test_the_notification_fd_is_closed_after_its_newline(proxy: StartProxy, irq_dir: Path) -> None:
     running = proxy("--irq-dir", irq_dir)
-    # The newline was read by the fixture; end of file comes although the process lives.
+    # The fixture has read the newline; end of file must follow while the process still runs.
     assert os.read(running.ready_fd, 1) == b""
     assert running.process.poll() is None
 
 
-def test_a_missing_link_is_waited_for(proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer) -> None:
+def test_wait_link_waits_for_a_missing_link(proxy: StartProxy, cores: Cores, irq_dir: Path, core1: Peer) -> None:
     cores.delete_link()
     running = proxy("--irq-dir", irq_dir, "--wait-link", ready=False)
     running.wait_log("no such interface yet: waiting for it")
@@ -635,7 +636,7 @@ def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Pa
 
 
 def finished(namespace: Namespace, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a core until it ends."""
+    """Run a command in the namespace of a core until it exits."""
     return namespace.run(
         functools.partial(
             subprocess.run,
@@ -652,7 +653,7 @@ def finished(namespace: Namespace, *command: str | Path, **environment: str) -> 
 RUN = (sys.executable, "-m", "inco_trio", "run")
 
 
-def test_without_cap_net_raw(cores: Cores, irq_dir: Path) -> None:
+def test_a_missing_cap_net_raw_is_an_error(cores: Cores, irq_dir: Path) -> None:
     done = finished(
         cores.core0, "setpriv", "--inh-caps=-net_raw", "--bounding-set=-net_raw", *RUN, cores.link, "--irq-dir", irq_dir
     )
@@ -677,7 +678,7 @@ def test_cap_net_raw_is_enough(proxy: StartProxy, cores: Cores, irq_dir: Path, c
     assert running.stop() == 0
 
 
-def test_the_limit_of_inotify_is_named(cores: Cores, irq_dir: Path) -> None:
+def test_the_inotify_limit_is_named_in_the_error(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
 from pathlib import Path
@@ -695,7 +696,7 @@ sys.exit(main(sys.argv[1:]))
     )
 
 
-def test_an_internal_error_is_logged_whole(cores: Cores, irq_dir: Path) -> None:
+def test_an_internal_error_is_logged_with_its_traceback(cores: Cores, irq_dir: Path) -> None:
     script = """
 import sys
 import inco_trio.links.packet
@@ -713,14 +714,14 @@ sys.exit(main(sys.argv[1:]))
     assert "RuntimeError: put in by the test" in done.stderr
 
 
-def test_an_invalid_configuration(cores: Cores, tmp_path: Path) -> None:
+def test_an_invalid_configuration_is_refused(cores: Cores, tmp_path: Path) -> None:
     (tmp_path / "u.json").write_text("[]")
     done = finished(cores.core0, *RUN, cores.link, "--config", tmp_path / "u.json")
     assert done.returncode == 78
     assert done.stderr == f"inco-trio: error: {tmp_path}/u.json: a list (expected a table)\n"
 
 
-def test_defaults_that_were_taken_are_logged(proxy: StartProxy, irq_dir: Path, tmp_path: Path, core1: Peer) -> None:
+def test_default_registers_are_logged(proxy: StartProxy, irq_dir: Path, tmp_path: Path, core1: Peer) -> None:
     running = proxy("--config", write_udrv(tmp_path / "u.json", irq_dir, {}, {}))
     running.wait_log("redun_notify_trig is missing: using ihub-irq-dev.message_6_trig")
     trigger(irq_dir / "message_6_trig")
@@ -728,7 +729,7 @@ def test_defaults_that_were_taken_are_logged(proxy: StartProxy, irq_dir: Path, t
 
 
 @pytest.mark.parametrize("limit", [7, 9, 11, 13])
-def test_a_lack_of_descriptors(cores: Cores, irq_dir: Path, limit: int) -> None:
+def test_too_few_descriptors_are_one_clear_error(cores: Cores, irq_dir: Path, limit: int) -> None:
     done = finished(cores.core0, "prlimit", f"--nofile={limit}", *RUN, cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 71
     *before, line = done.stderr.splitlines()
@@ -736,7 +737,7 @@ def test_a_lack_of_descriptors(cores: Cores, irq_dir: Path, limit: int) -> None:
     assert all(said.startswith("inco-trio: warning: no control socket: ") for said in before)
 
 
-def test_a_directory_that_cannot_be_made(cores: Cores, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_one_error(cores: Cores, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = finished(cores.core0, *RUN, cores.link, "--irq-dir", tmp_path / "file")
     assert done.returncode == 78
@@ -744,7 +745,7 @@ def test_a_directory_that_cannot_be_made(cores: Cores, tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_old_command_is_a_drop_in(cores: Cores, udrv: Path, irq_dir: Path, core1: Peer) -> None:
+def test_the_old_command_is_a_drop_in_replacement(cores: Cores, udrv: Path, irq_dir: Path, core1: Peer) -> None:
     command = [str(Path(sys.executable).with_name("inco_proxy")), cores.link]
     start = functools.partial(
         subprocess.Popen[str],
@@ -762,7 +763,7 @@ def test_the_old_command_is_a_drop_in(cores: Cores, udrv: Path, irq_dir: Path, c
                 assert said[-1], said
             trigger(irq_dir / "message_6_trig")
             assert names(core1, 1) == [b"redun_notify_irq"]
-            # A line for each notification, as its users know it.
+            # The old command logs one line for each notification.
             assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
             running.terminate()
             assert running.wait(HANG) == 0
@@ -788,7 +789,7 @@ def test_verbose_json_lines_are_json(proxy: StartProxy, irq_dir: Path, core1: Pe
     assert [entry["event"] for entry in entries if entry["event"] != "message"] == ["ready", "statistics"]
 
 
-def test_who_holds_a_register_open_is_said(proxy: StartProxy, irq_dir: Path) -> None:
+def test_a_process_that_holds_a_register_open_is_named(proxy: StartProxy, irq_dir: Path) -> None:
     irq_dir.mkdir()
     with (irq_dir / "message_6_trig").open("w"):
         running = proxy("--irq-dir", irq_dir)
@@ -823,7 +824,7 @@ async def next_name(core1: Peer) -> bytes:
     return core1.receive(0)[14:]
 
 
-def test_serve_is_ready_when_it_says_so(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
+def test_serve_is_ready_when_it_reports_started(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             proxy: Proxy = await nursery.start(serve, config)
@@ -844,7 +845,7 @@ def test_cancelling_is_a_clean_stop(in_core0: InCore0, config: Config, irq_dir: 
                 core1.send(b"ihub_reset_irq")
             nursery.cancel_scope.cancel()
         assert (proxy.stats.sent, proxy.stats.delivered, proxy.stats.unfinished) == (200, 200, 0)
-        # It stays stopped, and its counters stay.
+        # The proxy stays stopped, and its counters keep their values.
         with pytest.raises(ClosedError):
             await proxy.send("redun_notify_irq")
         assert proxy.stats.sent == 200
@@ -853,12 +854,12 @@ def test_cancelling_is_a_clean_stop(in_core0: InCore0, config: Config, irq_dir: 
     assert names(core1, 200) == [b"redun_notify_irq"] * 200
 
 
-def test_sending(in_core0: InCore0, config: Config, core1: Peer) -> None:
+def test_send_returns_once_the_link_has_accepted_the_frame(in_core0: InCore0, config: Config, core1: Peer) -> None:
     async def main() -> None:
         async with open_proxy(config) as proxy:
             for _ in range(3):
                 await proxy.send("redun_notify_irq")
-                # Already accepted by the link.
+                # The link has accepted the frame already.
                 assert core1.receive(0)[14:] == b"redun_notify_irq"
             assert (proxy.stats.triggered, proxy.stats.sent) == (3, 3)
             for unknown in ("ihub_reset_irq", "stranger", "", "\u00fc"):
@@ -870,7 +871,7 @@ def test_sending(in_core0: InCore0, config: Config, core1: Peer) -> None:
     in_core0(main)
 
 
-def test_sending_from_many_tasks(in_core0: InCore0, config: Config, core1: Peer) -> None:
+def test_many_tasks_can_send(in_core0: InCore0, config: Config, core1: Peer) -> None:
     async def main() -> None:
         async with open_proxy(config) as proxy, trio.open_nursery() as nursery:
             for _ in range(100):
@@ -896,7 +897,7 @@ def test_sending_while_the_link_is_down_can_be_cancelled(in_core0: InCore0, core
     in_core0(main)
 
 
-def test_senders_are_told_of_the_end(in_core0: InCore0, cores: Cores, config: Config) -> None:
+def test_waiting_senders_get_closed_error_at_the_end(in_core0: InCore0, cores: Cores, config: Config) -> None:
     cores.link_down()
     ended: list[str] = []
 
@@ -915,7 +916,7 @@ def test_senders_are_told_of_the_end(in_core0: InCore0, cores: Cores, config: Co
     assert ended == ["closed"] * 3
 
 
-def test_events_of_both_directions(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
+def test_events_report_both_directions(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
     async def main() -> None:
         async with open_proxy(config) as proxy:
             with proxy.events() as events:
@@ -936,7 +937,7 @@ def test_events_of_both_directions(in_core0: InCore0, config: Config, irq_dir: P
     in_core0(main)
 
 
-def test_the_stream_ends_with_the_proxy(in_core0: InCore0, config: Config, core1: Peer) -> None:
+def test_the_event_stream_ends_with_the_proxy(in_core0: InCore0, config: Config, core1: Peer) -> None:
     seen: list[str] = []
 
     async def main() -> None:
@@ -954,7 +955,7 @@ def test_the_stream_ends_with_the_proxy(in_core0: InCore0, config: Config, core1
     assert seen == ["ihub_hwwd_irq", "ihub_reset_irq"]
 
 
-def test_a_slow_reader_stalls_nobody(
+def test_a_slow_reader_delays_no_other_reader(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     async def main() -> None:
@@ -977,7 +978,7 @@ def test_a_slow_reader_stalls_nobody(
     in_core0(main)
 
 
-def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
+def test_a_reload_through_the_library(in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer) -> None:
     uart = Signal("uart_irq", Direction.OUTBOUND, irq_dir, "message_1_trig")
 
     async def main() -> None:
@@ -993,7 +994,7 @@ def test_a_library_reload(in_core0: InCore0, config: Config, irq_dir: Path, core
     in_core0(main)
 
 
-def test_a_missing_interface(in_core0: InCore0, config: Config) -> None:
+def test_open_proxy_raises_for_a_missing_interface(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         with pytest.raises(LinkNotFoundError, match="nothing0: no such interface"):
             async with open_proxy(attrs.evolve(config, link="nothing0")):
@@ -1006,7 +1007,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_nothing_stays_open(in_core0: InCore0, config: Config) -> None:
+def test_a_closed_proxy_leaves_no_descriptor_open(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         gc.collect()
         before = descriptors()
@@ -1016,7 +1017,7 @@ def test_nothing_stays_open(in_core0: InCore0, config: Config) -> None:
             with pytest.raises(LinkNotFoundError):
                 async with open_proxy(attrs.evolve(config, link="nothing0")):
                     pass
-        # The map of the memory has a descriptor of its own until it is collected.
+        # The mapping of the in-flight buffer holds a descriptor until it is garbage-collected.
         gc.collect()
         assert descriptors() == before
 
@@ -1075,8 +1076,8 @@ def test_a_register_that_cannot_be_written_is_written_later(
     in_core0(main)
 
 
-def test_a_name_longer_than_the_mtu_is_given_up(in_core0: InCore0, cores: Cores, config: Config) -> None:
-    # A veth takes no MTU that is too small.
+def test_a_name_longer_than_the_mtu_is_dropped_and_counted(in_core0: InCore0, cores: Cores, config: Config) -> None:
+    # A veth refuses an MTU this small, so use the loopback interface.
     cores.core0.run(functools.partial(set_mtu, "lo", 40))
     long, short = (attrs.evolve(config.signals[2], name=name, register=name) for name in ("n" * 64, "short"))
 
@@ -1089,7 +1090,7 @@ def test_a_name_longer_than_the_mtu_is_given_up(in_core0: InCore0, cores: Cores,
     in_core0(main)
 
 
-def test_a_directory_that_comes_back_with_a_written_trigger(
+def test_a_returning_directory_with_a_written_trigger_counts(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer
 ) -> None:
     other = irq_dir.with_name("other")
@@ -1098,7 +1099,7 @@ def test_a_directory_that_comes_back_with_a_written_trigger(
         other.mkdir()
         trigger(other / "message_6_trig")
         irq_dir.rename(irq_dir.with_name("away"))
-        # A file in its place: no directory can be made there, and nothing tells when it goes.
+        # Put a file in its place: the proxy cannot create the directory there, and no event reports when the file goes.
         irq_dir.touch()
 
     def bring_back() -> None:
@@ -1133,7 +1134,7 @@ def test_two_proxies_in_one_process(in_core0: InCore0, config: Config, tmp_path:
     in_core0(main)
 
 
-def test_an_error_of_the_caller_is_passed_on(in_core0: InCore0, config: Config) -> None:
+def test_an_error_of_the_caller_is_raised_unchanged(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="of the caller"):
             async with open_proxy(config):
@@ -1142,11 +1143,11 @@ def test_an_error_of_the_caller_is_passed_on(in_core0: InCore0, config: Config) 
     in_core0(main)
 
 
-def test_an_error_of_the_caller_and_of_a_leg(
+def test_errors_of_the_caller_and_of_a_task_are_both_raised(
     in_core0: InCore0, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(_link: PacketLink) -> None:
-        raise RuntimeError("of the leg")
+        raise RuntimeError("of the task")
 
     async def fail_when_cancelled() -> None:
         async with open_proxy(config):
@@ -1157,20 +1158,22 @@ def test_an_error_of_the_caller_and_of_a_leg(
 
     async def main() -> None:
         monkeypatch.setattr(PacketLink, "changed", broken)
-        with pytest.raises(ExceptionGroup) as legs:
+        with pytest.raises(ExceptionGroup) as tasks:
             async with open_proxy(config):
                 await trio.sleep_forever()
-        assert legs.group_contains(RuntimeError, match="of the leg")
+        assert tasks.group_contains(RuntimeError, match="of the task")
         with pytest.raises(ExceptionGroup) as both:
             await fail_when_cancelled()
-        assert both.group_contains(RuntimeError, match="of the leg")
+        assert both.group_contains(RuntimeError, match="of the task")
         assert both.group_contains(ValueError, match="of the caller")
 
     in_core0(main)
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
-def test_an_exit_of_the_caller_is_no_group(in_core0: InCore0, config: Config, error: BaseException) -> None:
+def test_an_exit_of_the_caller_is_not_wrapped_in_a_group(
+    in_core0: InCore0, config: Config, error: BaseException
+) -> None:
     async def main() -> None:
         with pytest.raises(type(error)) as caught:
             async with open_proxy(config):
@@ -1180,7 +1183,7 @@ def test_an_exit_of_the_caller_is_no_group(in_core0: InCore0, config: Config, er
     in_core0(main)
 
 
-def test_a_closed_proxy_says_so(in_core0: InCore0, config: Config) -> None:
+def test_a_closed_proxy_raises_closed_error(in_core0: InCore0, config: Config) -> None:
     async def main() -> None:
         async with open_proxy(config) as proxy:
             pass
@@ -1196,7 +1199,7 @@ def test_a_closed_proxy_says_so(in_core0: InCore0, config: Config) -> None:
     in_core0(main)
 
 
-def test_what_was_cancelled_before_it_was_accepted_does_not_count(
+def test_a_send_cancelled_before_the_link_accepted_it_does_not_count(
     in_core0: InCore0, cores: Cores, config: Config
 ) -> None:
     cores.link_down()
@@ -1208,14 +1211,14 @@ def test_what_was_cancelled_before_it_was_accepted_does_not_count(
                     senders.start_soon(proxy.send, "redun_notify_irq")
                 await wait_all_tasks_blocked()
                 senders.cancel_scope.cancel()
-            # One was taken by the leg that sends, and waits for the link.
+            # The send task holds one of them and waits for the link.
             assert proxy.stats.triggered == 1
             nursery.cancel_scope.cancel()
 
     in_core0(main)
 
 
-def test_while_the_link_is_waited_for_all_is_held(
+def test_a_proxy_that_waits_for_its_link_stores_all_descriptors(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer
 ) -> None:
     async def main() -> None:
@@ -1239,10 +1242,10 @@ def test_while_the_link_is_waited_for_all_is_held(
     in_core0(main)
 
 
-def test_nothing_holds_the_loop(
+def test_writing_pending_notifications_yields_to_other_tasks(
     in_core0: InCore0, config: Config, irq_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Measured by what is written between two turns of others: a busy machine would decide how long that takes.
+    # Count writes between two turns of another task; times would depend on how busy the machine is.
     largest = 0
 
     async def others(proxy: Proxy) -> None:
@@ -1267,14 +1270,14 @@ def test_nothing_holds_the_loop(
             nursery.cancel_scope.cancel()
 
     in_core0(main)
-    # In one round of its tasks, Trio may run the proxy last, and in the next one first.
+    # Trio may run the proxy last in one round of its tasks and first in the next round.
     assert 0 < largest <= 2 * SLICE
 
 
-# ----------------------------------------------------------------------------------------------------------- successors
+# ------------------------------------------------------------------------------------- restarts with stored descriptors
 
 
-def test_what_came_while_none_ran_is_delivered(
+def test_notifications_that_arrive_while_no_proxy_runs_are_delivered(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     async def main() -> None:
@@ -1301,7 +1304,7 @@ def test_what_came_while_none_ran_is_delivered(
     in_core0(main)
 
 
-def test_what_a_stop_gives_up_is_finished_by_the_next(in_core0: InCore0, config: Config, core1: Peer) -> None:
+def test_the_next_proxy_finishes_what_a_stop_gave_up(in_core0: InCore0, config: Config, core1: Peer) -> None:
     async def main() -> None:
         store, delivered = Cupboard(), 0
         for _ in range(5):
@@ -1319,7 +1322,7 @@ def test_what_a_stop_gives_up_is_finished_by_the_next(in_core0: InCore0, config:
     in_core0(main)
 
 
-def test_what_a_killed_predecessor_had_read_is_finished(
+def test_the_next_proxy_finishes_what_a_killed_one_had_read(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer, watch: Watch
 ) -> None:
     async def main() -> None:
@@ -1327,7 +1330,7 @@ def test_what_a_killed_predecessor_had_read_is_finished(
         async with open_supervised(config, first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
-        # As a process leaves it that is killed between reading and acting.
+        # Leave the buffers as a process does that is killed between reading and acting.
         memory = Inflight.open(os.dup(first.kept["inflight"]))
         for number, name in enumerate((b"ihub_reset_irq", b"ihub_hwwd_irq", b"stranger", b"ihub_reset_irq")):
             whole = encode(name, core1.mac)
@@ -1351,7 +1354,7 @@ def test_what_a_killed_predecessor_had_read_is_finished(
     in_core0(main)
 
 
-def test_what_the_holder_gives_is_not_trusted(
+def test_descriptors_from_the_fd_store_are_checked(
     in_core0: InCore0, config: Config, irq_dir: Path, core1: Peer, watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -1362,7 +1365,7 @@ def test_what_the_holder_gives_is_not_trusted(
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
         async with open_supervised(config, holder) as proxy:
-            # What the other socket had queued is not lost.
+            # The frame queued in the replaced socket is not lost.
             assert proxy.stats.delivered == 1
             assert "the inherited socket no longer matches the link and is replaced" in caplog.text
             with proxy.events() as events:

@@ -1,4 +1,4 @@
-"""What the README shows is what the program does."""
+"""The program does what the README shows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_exit_codes_are_documented(error: type[IncoError]) -> None:
     assert f"| {exit_code(error('x'))} |" in README
 
 
-def test_options_exist() -> None:
+def test_documented_options_exist() -> None:
     said = "".join(
         subprocess.run(
             [sys.executable, "-m", "inco_trio", *command, "--help"], capture_output=True, text=True, check=True
@@ -57,7 +57,7 @@ def test_the_commands_create_their_environment(section: str, program: str) -> No
     assert run == f".venv/bin/{program}"
 
 
-# Marked because the session `unit` runs in a copy without .ci.
+# The session `unit` runs in a copy of the tree without .ci, so this test has a marker.
 @pytest.mark.tools
 def test_ci_runs_the_second_command_and_nothing_else() -> None:
     script = (Path(__file__).parents[1] / ".ci/run").read_text()
@@ -76,7 +76,7 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # What comes before the program listens is not answered, so it is sent every 0.05 s.
+            # The program does not answer what arrives before it listens, so send every 0.05 s.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
@@ -112,7 +112,7 @@ trio.run(main)
 
 
 def trigger_until_answered(irq: Path) -> None:
-    """Notify core 1 until it answers: what QEMU reads before the guest has started its card is lost."""
+    """Notify core 1 until it answers: QEMU drops frames that arrive before the guest has started its network card."""
     state, changes = irq / "message_5_state", Inotify()
     try:
         changes.watch(str(state), IN_CLOSE_WRITE)
@@ -120,20 +120,21 @@ def trigger_until_answered(irq: Path) -> None:
         while state.read_text() != "1":
             assert time.monotonic() < deadline, "core 1 has not answered"
             trigger(irq / "message_6_trig")
-            select.select([changes.fd], [], [], 0.2)  # Then it notifies again.
+            select.select([changes.fd], [], [], 0.2)  # Then notify core 1 again.
     finally:
         changes.close()
 
 
 @pytest.mark.qemu
 @pytest.mark.netns
-def test_the_way_to_qemu_without_root_runs(nobody: list[str]) -> None:
+def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
     section = README[README.index("## Without root: QEMU") :]
     (lines,) = re.findall(r"^    cd .*?(?=\n\n)", section, re.MULTILINE | re.DOTALL)
     assert lines.count("\n") == 4
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
         Path(home).chmod(0o777)
-        # The programs as the installed ones: that of this environment, and its Python. When the input ends, also by the
+        # Use the Python and programs of this environment. They exit when their standard input closes, so none outlives
+        # this test.
         # end of this test, so do they.
         script = f"""
             export TMPDIR={home}

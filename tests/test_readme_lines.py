@@ -1,4 +1,4 @@
-"""Every command line of the README is run, beside the daemon that it is meant for."""
+"""Every command line of the README runs, beside the daemon that it needs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FRAME = b"ihub_hwwd_irq"
 
 
 class Shell:
-    """Runs lines of the README on core 0, in a directory that has what they name."""
+    """Runs command lines of the README on core 0, in a directory with the files that they name."""
 
     def __init__(self, cores: Cores, home: Path) -> None:
         self._cores, self.home = cores, home
@@ -54,7 +54,7 @@ class Shell:
         (home / "boards/b1.json").write_text(json.dumps(board))
 
     def _start(self, beginning: str) -> subprocess.Popen[str]:
-        """The one line that begins so; its paths are those of the directory."""
+        """Return the README line that begins with `beginning`, with its paths moved into the directory."""
         found = [line for line in self.left if line.startswith(beginning)]
         assert len(found) == 1, (beginning, found)
         self.left.remove(found[0])
@@ -64,7 +64,7 @@ class Shell:
         ):  # fmt: skip
             line = line.replace(there, f"{self.home}/{here}" if here != " irq" else here)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{self.home}/bin:{os.environ['PATH']}"}
-        # Without the sockets of others in /run: they may have a link of this name, too.
+        # Hide the sockets of other proxies in /run, which may serve a link of the same name.
         run = f"mkdir -p {self.home}/run; mount --bind {self.home}/run /run; exec {line}"
         return subprocess.Popen(
             ["unshare", "--mount", "/bin/sh", "-c", run], cwd=self.home, text=True, stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ class Shell:
         )  # fmt: skip
 
     def run(self, beginning: str, *codes: int) -> str:
-        """Run it; returns what it says. Its exit code is one of `codes`, or 0."""
+        """Run a line and return its output; its exit code must be one of `codes` (default: 0)."""
         with self._start(beginning) as process:
             try:
                 out, _ = process.communicate(timeout=HANG)
@@ -85,7 +85,7 @@ class Shell:
 
     @contextmanager
     def running(self, beginning: str, sign: str) -> Iterator[list[str]]:
-        """Run it meanwhile, once it has said `sign`; it ends by SIGINT, and what it said is in the list then."""
+        """Run a line in the background; yield its output up to `sign`. At the end send SIGINT and add the rest."""
         said: list[str] = []
         with self._start(beginning) as process:
             assert process.stdout is not None
@@ -102,7 +102,7 @@ class Shell:
 
 @contextmanager
 def signalling(core1: Peer) -> Iterator[None]:
-    """Core 1 signals again and again."""
+    """Send signals from core 1 repeatedly."""
     stop = threading.Event()
 
     def send() -> None:
@@ -140,7 +140,7 @@ def test_every_line_runs(cores: Cores, core1: Peer, tmp_path: Path) -> None:
         assert "inco_trio.lua: installed" in shell.run("inco-trio dissector")
         assert "core 1 > core 0  ihub_hwwd_irq" in shell.run("tshark -r")
         assert "plotted to night.svg" in shell.run("inco-trio plot")
-        # Nobody answers: what is expected does not come back.
+        # Core 1 does not answer here, so the expected notification never arrives.
         assert "ihub_hwwd_irq: " in shell.run("inco-trio replay night.pcapng rpmsg4000", 1)
         assert "redun_notify_irq: " in shell.run("inco-trio replay night.pcapng --irq-dir", 0, 1)
         assert said

@@ -1,4 +1,4 @@
-"""`inco-trio record`, as its users run it, beside a real daemon."""
+"""`inco-trio record` as its users run it, beside a real daemon."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
-    """Start `record` and wait until it hears everything."""
+    """Start `record` and wait until it receives every notification."""
     with ExitStack() as stack:
 
         def started(*words: str | Path) -> Running:
@@ -47,7 +47,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 def finish(running: Running, number: signal.Signals = signal.SIGINT) -> str:
-    """End it, and return the last thing that it says."""
+    """Stop `record` and return its last line of output."""
     running.process.send_signal(number)
     out, err = running.process.communicate(timeout=HANG)
     assert (running.process.returncode, out) == (0, "")
@@ -71,7 +71,7 @@ def packets(path: Path) -> list[Packet]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_both_directions_with_their_frames(
+def test_both_directions_are_recorded_with_their_frames(
     board: Board, start: Callable[..., Running], tmp_path: Path, number: signal.Signals
 ) -> None:
     peer = board.core1()
@@ -91,8 +91,8 @@ def test_both_directions_with_their_frames(
         (OUT, Direction.OUTBOUND): 1,
         ("nobody", Direction.INBOUND): 1,
     }
-    told = {packet.data: packet.comment for packet in packets(file)}
-    assert told == {
+    comments = {packet.data: packet.comment for packet in packets(file)}
+    assert comments == {
         sent[0]: f"inbound {IN} {board.irq}/message_5_state",
         sent[1]: f"inbound {IN} {board.irq}/message_5_state",
         sent[2]: "ignored: unknown signal nobody",
@@ -102,9 +102,7 @@ def test_both_directions_with_their_frames(
     assert {packet.interface.name for packet in packets(file)} == {f"{board.home}/core0"}
 
 
-def test_it_waits_for_a_proxy_that_is_started_again(
-    board: Board, start: Callable[..., Running], tmp_path: Path
-) -> None:
+def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     proxy = board.running()
     recording = start(tmp_path / "f", "--control", board.path)
@@ -135,7 +133,7 @@ def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Runn
 
 
 @pytest.mark.parametrize("wanted", [("--count", "3"), ("--direction", "inbound", "--count", "2")], ids=str)
-def test_it_ends_after_so_many(
+def test_record_ends_after_count_notifications(
     board: Board, start: Callable[..., Running], tmp_path: Path, wanted: tuple[str, ...]
 ) -> None:
     peer = board.core1()
@@ -149,18 +147,18 @@ def test_it_ends_after_so_many(
     assert len(names(tmp_path / "f")) == int(wanted[-1])
 
 
-def test_it_ends_after_so_long(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_record_ends_after_duration(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     board.core1()
     proxy = board.running()
     assert start(tmp_path / "f", "--control", board.path, "--duration", "0.2").end() == 0
-    # Also while no proxy is there.
+    # The duration also ends a recording while no proxy runs.
     recording = start(tmp_path / "g", "--control", board.path, "--duration", "1")
     assert proxy.stop() == 0
     assert recording.end() == 0
     assert [each.text for each in everything(tmp_path / "g") if isinstance(each, Mark)][-1] == "the proxy has ended"
 
 
-def test_several_files(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_size_and_keep_rotate_the_files(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
     recording = start(tmp_path / "f.pcapng", "--control", board.path, "--size", "2000", "--keep", "2", "--count", "100")
@@ -174,7 +172,7 @@ def test_several_files(board: Board, start: Callable[..., Running], tmp_path: Pa
     assert all(path.stat().st_size <= 2000 and names(path) for path in files)
 
 
-def test_who_is_killed_leaves_what_is_whole(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_killed_recorder_leaves_a_readable_file(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
     recording = start(tmp_path / "f", "--control", board.path)
@@ -188,7 +186,9 @@ def test_who_is_killed_leaves_what_is_whole(board: Board, start: Callable[..., R
     assert set(names(tmp_path / "f")) == {(OUT, Direction.OUTBOUND)}
 
 
-def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_notifications_sent_before_the_proxy_ended_are_kept(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
     peer = board.core1()
     proxy = board.running()
     recording = start(tmp_path / "f", "--control", board.path)
@@ -198,7 +198,7 @@ def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable
         board.trigger()
         peer.recv(2000)
     assert proxy.stop() == 0
-    # Both are told to stop at once, as by Ctrl-C for a script that runs them.
+    # Stop both at the same time, as Ctrl-C does in a script that runs them.
     recording.process.send_signal(signal.SIGINT)
     recording.process.send_signal(signal.SIGCONT)
     _, err = recording.process.communicate(timeout=HANG)
@@ -209,13 +209,15 @@ def test_what_a_proxy_told_before_it_ended_is_kept(board: Board, start: Callable
 
 @pytest.mark.netns
 @pytest.mark.parametrize("rotation", [(), ("--size", "8000")], ids=str)
-def test_a_file_system_that_is_full(board: Board, tmp_path: Path, rotation: tuple[str, ...]) -> None:
+def test_a_full_file_system_ends_the_recording_with_an_error(
+    board: Board, tmp_path: Path, rotation: tuple[str, ...]
+) -> None:
     peer = board.core1()
     board.running()
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
     kept.mkdir()
-    # It has four pages for files of two at most: the head of a third file has no room.
+    # The file system has four pages for at most two files: the header of a third file does not fit.
     command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
     script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
     with subprocess.Popen(
@@ -245,7 +247,7 @@ def replay(*words: str | Path) -> int:
     return subprocess.run([*COMMAND, "replay", *map(str, words)], timeout=HANG, check=False).returncode
 
 
-def test_what_is_replayed_gives_the_same_counts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_a_replay_gives_the_same_counts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
     first = start(tmp_path / "first", "--control", board.path, "--count", "30")
@@ -257,19 +259,19 @@ def test_what_is_replayed_gives_the_same_counts(board: Board, start: Callable[..
             peer.recv(2000)
     assert first.end() == 0
     second = start(tmp_path / "second", "--control", board.path, "--count", "30")
-    # As the applications, for whom this test is core 1.
+    # Replay as the applications of core 0; this test is core 1.
     replay(tmp_path / "first", "--irq-dir", board.irq, "--fast", "--wait", "0.1")
     for _ in range(10):
         peer.recv(2000)
     peer.close()
     Path(f"{board.home}/core1").unlink()
-    # As core 1.
+    # Replay as core 1.
     replay(tmp_path / "first", f"unix:{board.home}/core1,peer={board.home}/core0", "--fast", "--wait", "0.1")
     assert second.end() == 0
     assert Counter(names(tmp_path / "second")) == Counter(names(tmp_path / "first"))
 
 
-def test_tshark_reads_it(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
+def test_tshark_reads_a_recording(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
     peer = board.core1()
     board.running()
     recording = start(tmp_path / "f", "--control", board.path, "--count", "1")
@@ -285,7 +287,7 @@ def test_tshark_reads_it(board: Board, start: Callable[..., Running], tmp_path: 
 
 
 @pytest.mark.netns
-def test_the_demonstration_is_recorded(tmp_path: Path) -> None:
+def test_the_demo_can_be_recorded(tmp_path: Path) -> None:
     file = tmp_path / "demo.pcapng"
     command = [*COMMAND, "demo", "--count", "5", "--rate", "1000", "--record", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
@@ -298,9 +300,9 @@ def test_the_demonstration_is_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: Path) -> None:
+def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
-    # Without the sockets of others in /run: they may have a link of this name, too.
+    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
@@ -322,7 +324,7 @@ def test_without_a_proxy_it_listens_itself(cores: Cores, core1: Peer, tmp_path: 
         (("",), 2, "FILE"),
     ],
 )
-def test_what_it_refuses(words: tuple[str, ...], code: int, text: str, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(words: tuple[str, ...], code: int, text: str, tmp_path: Path) -> None:
     words = tuple(str(tmp_path / "f") if word == "FILE" else word for word in words)
     done = subprocess.run([*COMMAND, "record", *words], capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stdout) == (code, "")
@@ -330,7 +332,7 @@ def test_what_it_refuses(words: tuple[str, ...], code: int, text: str, tmp_path:
     assert not (tmp_path / "f").exists()
 
 
-def test_a_file_that_cannot_be_written(board: Board, tmp_path: Path) -> None:
+def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
     board.core1()
     board.running()
     command = [*COMMAND, "record", str(tmp_path), "--control", str(board.path)]

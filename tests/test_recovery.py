@@ -1,7 +1,7 @@
-"""What is in flight when a process is killed: in which order a successor finishes it, and what it never does twice.
+"""What is in flight when a process is killed: its successor finishes it in order and repeats no finished work.
 
-The link is a Unix socket, the other side of which is played by the test; a peer that is not there holds up all that is
-sent, so that a proxy can be ended in the middle of its work, as a kill would end it.
+The link is a Unix socket whose other side is played by the test. A missing peer blocks all sending, so a test can end a
+proxy in the middle of its work, as a kill would.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OUTBOUND = ["redun", "crash", "uart", "other"]
 
 
 class Board:
-    """A board whose link is the socket `core0` in a directory, and `core1` the other side's."""
+    """A board whose link is the socket `core0` in a directory; the other side's socket is `core1`."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.irq = home, home / "irq"
@@ -59,23 +59,23 @@ class Board:
 
     @asynccontextmanager
     async def proxy(self) -> AsyncIterator[Proxy]:
-        """A proxy with what its predecessor left; when the block ends it leaves what it has not finished."""
+        """Yield a proxy that takes over from its predecessor; at the end of the block it leaves its unfinished work."""
         self.store = self.store.heir()
         async with open_supervised(self.config, self.store) as proxy:
             yield proxy
 
     async def leave(self) -> None:
-        """Run a proxy that does what is there to be done, and ends."""
+        """Run a proxy until it has nothing left to do."""
         async with self.proxy():
             await stuck()
 
     async def run(self) -> None:
-        """Run a proxy for good."""
+        """Run a proxy until it is cancelled or killed."""
         async with self.proxy():
             await trio.sleep_forever()
 
     def memory(self) -> Inflight:
-        """The memory of what is in flight, while no proxy runs."""
+        """Return the in-flight buffer while no proxy runs."""
         return Inflight.open(os.dup(self.store.kept["inflight"]))
 
     def peer(self) -> Peer:
@@ -83,7 +83,7 @@ class Board:
 
 
 class Peer:
-    """The other side."""
+    """The other side of the link."""
 
     def __init__(self, path: Path) -> None:
         self._socket = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -99,7 +99,7 @@ class Peer:
         self._path.unlink()
 
     async def receive(self, count: int) -> list[str]:
-        """The next `count` names."""
+        """Return the next `count` names."""
         names: list[str] = []
         while len(names) < count:
             name = decode(await self._socket.recv(200))
@@ -112,7 +112,7 @@ class Peer:
             await self._socket.sendto(encode(name.encode(), MAC), str(self._path.with_name("core0")))
 
     async def all(self, last: str) -> list[str]:
-        """What is received up to `last`."""
+        """Return all names received up to and including `last`."""
         names = await self.receive(1)
         while names[-1] != last:
             names += await self.receive(1)
@@ -135,15 +135,15 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 class Writes:
-    """Notes, in order, which files of a directory are closed after writing."""
+    """Record, in order, which files of a directory are closed after writing."""
 
     def __init__(self, directory: Path) -> None:
         self._inotify = Inotify()
-        # What stands between two closes keeps the kernel from merging them.
+        # An IN_MODIFY between two closes keeps the kernel from merging them.
         self._inotify.watch(str(directory), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
     def names(self) -> list[str]:
-        """Those since the last call."""
+        """Return the names since the last call."""
         buffer = memoryview(bytearray(1 << 16))
         events = parse_events(buffer[: self._inotify.read_into(buffer)])
         closed = [event.name.decode() for event in events if event.mask & ino.IN_CLOSE_WRITE]
@@ -154,14 +154,14 @@ class Writes:
 
 
 def put(bank: Bank, sequence: int, names: list[str]) -> None:
-    """Frames, as a process leaves them that is killed before it has written their state files."""
+    """Put frames into a bank, as a process does that is killed before it writes their state files."""
     bank.begin(sequence)
     for slot, name in enumerate(names):
         whole = encode(name.encode(), MAC)
         bank.view[slot * FRAME_STEP : slot * FRAME_STEP + len(whole)] = whole
 
 
-# --------------------------------------------------------------------------------------------------------- the inbound
+# ------------------------------------------------------------------------------------------------------------- inbound
 
 
 @pytest.mark.parametrize("older", [0, 1])
@@ -185,7 +185,7 @@ def test_frames_of_both_banks_are_delivered_in_the_order_of_their_arrival(board:
 
 
 def killed(board: Board, patch: Callable[[], object]) -> None:
-    """Run a proxy in a child process, in which `patch` sees to it that it kills itself in the middle of its work."""
+    """Run a proxy in a child process where `patch` makes it kill itself in the middle of its work."""
     child = os.fork()
     if child == 0:
         try:
@@ -225,16 +225,16 @@ def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int)
     killed(board, patch)
     assert writes.names() == [*older, *newer][:after]
     run(board.leave)
-    # Once more from the beginning of the bank in which it was killed.
+    # The successor starts again at the beginning of the bank in which its predecessor was killed.
     assert writes.names() == ([*older, *newer] if after < len(older) else newer)
     writes.close()
 
 
-# -------------------------------------------------------------------------------------------------------- the outbound
+# ------------------------------------------------------------------------------------------------------------ outbound
 
 
 async def leave_in_flight(board: Board, older: list[str], newer: list[str], first: int = 0) -> None:
-    """End a process that has read the events of `older` and `newer` into its two banks, and sent nothing."""
+    """Leave the events of `older` and `newer` in the two banks, as a process killed before it sent any of them."""
     await board.leave()
     memory = board.memory()
     for sequence, names in ((19, older), (20, newer)):
@@ -246,13 +246,13 @@ async def leave_in_flight(board: Board, older: list[str], newer: list[str], firs
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait until it is true."""
+    """Wait until `true` returns true."""
     while not true():
         await trio.lowlevel.checkpoint()
 
 
 async def stuck() -> None:
-    """Wait until nothing can go on any more."""
+    """Wait until all tasks are blocked."""
     await wait_all_tasks_blocked()
 
 
@@ -267,11 +267,11 @@ def test_events_of_both_banks_are_sent_in_the_order_of_their_arrival(board: Boar
     run(main)
 
 
-def test_nothing_is_read_over_what_is_recovered_and_not_sent(board: Board) -> None:
+def test_new_events_do_not_overwrite_recovered_ones(board: Board) -> None:
     async def main() -> None:
         await leave_in_flight(board, ["redun", "crash"], ["uart"])
         for _ in range(3):
-            # There is no peer: what is recovered cannot be sent, and what is new has to wait in the kernel.
+            # Without a peer, recovered events cannot be sent, so new events must stay in the kernel.
             async with board.proxy() as proxy:
                 board.trigger("other")
                 await stuck()
@@ -297,7 +297,7 @@ def test_a_crash_while_recovered_events_are_sent_loses_none(board: Board) -> Non
     run(main)
 
 
-def test_the_numbers_of_the_banks_go_on_where_a_predecessor_ended(board: Board) -> None:
+def test_bank_sequence_numbers_continue_after_a_restart(board: Board) -> None:
     async def main() -> None:
         await leave_in_flight(board, ["redun"], ["crash"])
         memory = board.memory()
@@ -336,10 +336,11 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
 
     async def main() -> None:
         async with board.proxy() as proxy, board.peer() as peer:
-            # Somebody replaces the directory and all triggers in it, which counts for each. Whether an event or a look
+            # Replace the directory and all triggers in it, which counts once for each trigger. Timing decides whether
+            # an event or a scan finds them.
             # finds it is a matter of time.
             for number in range(100):
-                # More than the peer's queue takes.
+                # Send more than fits into the peer's queue.
                 board.trigger(*["redun"] * 100)
                 await stuck()
                 board.irq.rename(board.home / f"away{number}")
@@ -360,16 +361,16 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
 
 
 @pytest.mark.parametrize("then", ["nothing", "written", "replaced"])
-def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, then: str) -> None:
+def test_a_successor_knows_a_trigger_created_before_the_kill(board: Board, then: str) -> None:
     def patch(link: Callable[..., None] = os.link) -> None:
         def linked(source: str, name: str, **directories: int | bool) -> None:
             link(source, name, **directories)
-            # From this instant on somebody may write it, and the process may be killed.
+            # From now on, an application may write the file and the process may be killed.
             if name == "redun_trig":
                 if then != "nothing":
                     board.trigger("redun")
                 if then == "replaced":
-                    # Which watch it had cannot be found out any more by looking at the file.
+                    # The file of the first watch has lost its name, so looking at the path cannot identify the watch.
                     (board.irq / "new").touch()
                     (board.irq / "new").rename(board.irq / "redun_trig")
                 kill_now()
@@ -380,7 +381,8 @@ def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, then: str
         async with board.proxy(), board.peer() as peer:
             await stuck()
             board.trigger("other")
-            # Were it not known whose watch it is, or who made it, more would be sent, to be sure.
+            # If the successor did not know the watch or the creator of the file, it would send more notifications, to
+            # be safe.
             expected = {"other"} if then == "nothing" else {"redun", "other"}
             assert set(await peer.all(last="other")) == expected
 
@@ -390,7 +392,7 @@ def test_a_trigger_that_was_made_is_known_to_a_successor(board: Board, then: str
     run(main)
 
 
-def test_a_start_that_is_refused_leaves_the_watches_to_the_next(board: Board) -> None:
+def test_a_refused_start_leaves_the_watches_to_the_next(board: Board) -> None:
     async def main() -> None:
         await board.leave()
         (board.irq / "spare_state").unlink()
@@ -407,7 +409,7 @@ def test_a_start_that_is_refused_leaves_the_watches_to_the_next(board: Board) ->
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_what_is_owed_is_not_paid_into_a_directory_that_was_replaced(
+def test_pending_notifications_are_not_written_to_a_replaced_directory(
     tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     irq, number = tmp_path / "irq", 0

@@ -43,7 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def start(clock: Clock) -> Iterator[StartWorld]:
-    """Make the registers of signals, opened: `start(signal, ...)`; nothing may be triggered by it."""
+    """Create and open the registers of signals: `start(signal, ...)`. Opening must trigger nothing."""
     with ExitStack() as stack:
 
         def make(*table: Signal, opened: bool = True) -> World:
@@ -96,7 +96,7 @@ def remake(path: Path, text: str = "1") -> None:
 # ------------------------------------------------------------------------------------------------------------- opening
 
 
-def test_missing_files_are_made_and_notify_nobody(
+def test_missing_files_are_created_and_trigger_nothing(
     start: StartWorld, irq: Path, notify: Signal, uart: Signal, reset: Signal, hwwd: Signal
 ) -> None:
     world = start(notify, uart, reset, hwwd)
@@ -109,7 +109,7 @@ def test_missing_files_are_made_and_notify_nobody(
     assert world.triggered() == ["redun_notify_irq", "uart_irq", "redun_notify_irq"]
 
 
-def test_what_is_there_is_kept(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+def test_existing_files_are_kept(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
     irq.mkdir(parents=True)
     write(notify.path, "before")
     write(reset.path, "7 before")
@@ -143,8 +143,8 @@ def test_mode_follows_the_umask(start: StartWorld, notify: Signal, reset: Signal
     assert [stat.S_IMODE(path.stat().st_mode) for path in (notify.path, reset.path)] == [0o640, 0o640]
 
 
-def test_leftover_of_a_killed_process_is_no_obstacle(start: StartWorld, irq: Path, notify: Signal) -> None:
-    # In a container, every start may have the same process id.
+def test_a_temporary_file_of_a_killed_process_is_reused(start: StartWorld, irq: Path, notify: Signal) -> None:
+    # In a container, each start may have the same process id.
     irq.mkdir(parents=True)
     (irq / f".inco-trio.{os.getpid()}").touch()
     world = start(notify)
@@ -167,7 +167,7 @@ def kind_fifo(path: Path) -> None:
 
 def kind_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        # The path of a socket is short (unix(7)).
+        # The path of a socket must be short (unix(7)), so bind through the directory's descriptor.
         directory = os.open(path.parent, os.O_PATH)
         sock.bind(f"/proc/self/fd/{directory}/{path.name}")
         os.close(directory)
@@ -188,7 +188,7 @@ kinds = pytest.mark.parametrize(("kind", "make"), KINDS.items(), ids=[kind.repla
 
 
 @kinds
-def test_a_trigger_that_is_no_file_is_refused_at_start(
+def test_a_trigger_that_is_not_a_regular_file_is_refused_at_start(
     start: StartWorld, irq: Path, notify: Signal, kind: str, make: Callable[[Path], None]
 ) -> None:
     irq.mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_a_trigger_that_is_no_file_is_refused_at_start(
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["itself", "above"])
-def test_a_directory_that_cannot_be_is_refused_at_start(
+def test_a_directory_that_cannot_be_created_is_refused_at_start(
     start: StartWorld, irq: Path, notify: Signal, above: bool
 ) -> None:
     irq.parent.mkdir()
@@ -218,7 +218,9 @@ def test_proc_is_refused_at_start(start: StartWorld) -> None:
         start(Signal("x", OUT, Path("/proc/self"), "trig"), opened=False).open()
 
 
-def test_missing_permission_is_named(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+def test_a_missing_permission_is_named_in_the_error(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal
+) -> None:
     irq.mkdir(parents=True)
     irq.chmod(0o555)
     with without_capability(CAP_DAC_OVERRIDE):
@@ -228,7 +230,7 @@ def test_missing_permission_is_named(start: StartWorld, irq: Path, notify: Signa
             assert str(caught.value).startswith(f"{signal.path}: Permission denied: uid {os.geteuid()} must be able ")
 
 
-def test_a_directory_that_may_not_be_read_is_refused(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_an_unreadable_directory_is_refused(start: StartWorld, irq: Path, notify: Signal) -> None:
     irq.mkdir(parents=True)
     irq.chmod(0o333)
     world = start(notify, opened=False)
@@ -241,13 +243,13 @@ def test_a_directory_that_may_not_be_read_is_refused(start: StartWorld, irq: Pat
     assert irq not in [path.resolve() for path in Path("/proc/self/fd").iterdir()]
 
 
-def test_a_filesystem_without_hard_links(
+def test_a_filesystem_without_hard_links_works(
     start: StartWorld, irq: Path, notify: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_names: str, **_how: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    # vfat answers so (link(2)), but needs a device to be mounted from.
+    # vfat answers with EPERM (link(2)), but a vfat mount needs a block device.
     monkeypatch.setattr("os.link", refuse)
     world = start(notify)
     assert list(irq.iterdir()) == [notify.path]
@@ -255,7 +257,7 @@ def test_a_filesystem_without_hard_links(
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_somebody_else_makes_the_trigger_first(
+def test_an_application_creates_the_trigger_first(
     start: StartWorld, irq: Path, notify: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = os.link
@@ -282,13 +284,13 @@ def test_somebody_else_makes_the_trigger_first(
         (errno.ENOSPC, ResourceError, "/irq: No space left on device"),
     ],
 )
-def test_refusals_at_start(number: int, kind: type[IncoError], text: str) -> None:
+def test_errors_at_start_have_the_right_type(number: int, kind: type[IncoError], text: str) -> None:
     found = refusal(OSError(number, os.strerror(number), "/irq"), "/irq")
     assert type(found) is kind
     assert text in str(found)
 
 
-def test_the_limit_of_instances_is_named() -> None:
+def test_the_limit_of_inotify_instances_is_named() -> None:
     found = refusal(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "inotify"), "inotify")
     assert str(found) == "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
 
@@ -297,7 +299,7 @@ def test_the_limit_of_instances_is_named() -> None:
 
 
 def closes(path: Path) -> Callable[[], int]:
-    """Count the closes-after-write of a file."""
+    """Return a function that counts the closes after writing of a file."""
     inotify = Inotify()
     inotify.watch(str(path), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
@@ -310,7 +312,7 @@ def closes(path: Path) -> Callable[[], int]:
     return count
 
 
-def test_each_notification_is_a_write_of_its_own(start: StartWorld, reset: Signal, hwwd: Signal) -> None:
+def test_each_notification_is_one_write_and_close(start: StartWorld, reset: Signal, hwwd: Signal) -> None:
     world = start(reset, hwwd)
     resets, hwwds = closes(reset.path), closes(hwwd.path)
     world.write(reset, hwwd, reset, reset)
@@ -327,13 +329,13 @@ def test_a_write_does_not_truncate(start: StartWorld, irq: Path, reset: Signal) 
     assert reset.path.read_text() == "1 and more"
 
 
-def test_a_missing_state_file_is_made_and_then_written(
+def test_a_missing_state_file_is_recreated_and_then_written(
     start: StartWorld, irq: Path, reset: Signal, hwwd: Signal
 ) -> None:
     world = start(reset, hwwd)
     reset.path.unlink()
     world.write(reset)
-    # Who removed it may be about to remove the directory.
+    # The process that removed the file may be about to remove the directory.
     assert list(irq.iterdir()) == [hwwd.path]
     assert world.pending == {"ihub_reset_irq": 1}
     assert world.triggered() + world.later() == []
@@ -342,7 +344,7 @@ def test_a_missing_state_file_is_made_and_then_written(
 
 
 @pytest.mark.parametrize("make", [kind_directory, kind_fifo, kind_socket, kind_symlink])
-def test_what_cannot_be_written_is_owed(
+def test_a_blocked_notification_stays_pending_until_it_can_be_written(
     start: StartWorld,
     irq: Path,
     reset: Signal,
@@ -378,7 +380,7 @@ def test_what_cannot_be_written_is_owed(
     assert f"{reset.path}: cannot write: " in caplog.records[0].getMessage()
 
 
-def test_a_device_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> None:
+def test_a_device_does_not_block_the_proxy(start: StartWorld, reset: Signal) -> None:
     world = start(reset)
     leader, follower = os.openpty()
     try:
@@ -391,7 +393,7 @@ def test_a_device_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> None
         os.close(follower)
 
 
-def test_a_full_fifo_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> None:
+def test_a_full_fifo_does_not_block_the_proxy(start: StartWorld, reset: Signal) -> None:
     world = start(reset)
     reset.path.unlink()
     os.mkfifo(reset.path)
@@ -407,7 +409,7 @@ def test_a_full_fifo_is_no_reason_to_wait(start: StartWorld, reset: Signal) -> N
         os.close(reader)
 
 
-def test_what_is_owed_comes_first(start: StartWorld, reset: Signal) -> None:
+def test_pending_notifications_are_written_first(start: StartWorld, reset: Signal) -> None:
     world = start(reset)
     reset.path.unlink()
     reset.path.mkdir()
@@ -417,7 +419,7 @@ def test_what_is_owed_comes_first(start: StartWorld, reset: Signal) -> None:
     assert world.pending == {"ihub_reset_irq": 2}
 
 
-def test_debts_are_inherited(start: StartWorld, reset: Signal) -> None:
+def test_pending_notifications_are_inherited(start: StartWorld, reset: Signal) -> None:
     world = start(reset)
     reset.path.unlink()
     reset.path.mkdir()
@@ -431,7 +433,7 @@ def test_debts_are_inherited(start: StartWorld, reset: Signal) -> None:
     assert resets() == 2
 
 
-def test_debts_of_a_signal_that_is_gone_are_dropped(
+def test_pending_notifications_of_a_removed_signal_are_dropped(
     start: StartWorld, reset: Signal, hwwd: Signal, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = start(reset, hwwd)
@@ -444,7 +446,7 @@ def test_debts_of_a_signal_that_is_gone_are_dropped(
     assert "no longer configured: 2 pending notifications dropped" in caplog.text
 
 
-def test_what_was_read_before_a_reload_goes_where_the_signal_is_now(
+def test_notifications_read_before_a_reload_use_the_new_registers(
     start: StartWorld, reset: Signal, hwwd: Signal
 ) -> None:
     world = start(reset, hwwd)
@@ -457,7 +459,7 @@ def test_what_was_read_before_a_reload_goes_where_the_signal_is_now(
     assert [file.count for file in [*files, world.registers.states.file_of(hwwd.name)]] == [0, 0, 0, 2]
 
 
-def test_a_removed_state_register_is_made_again(start: StartWorld, irq: Path, reset: Signal, hwwd: Signal) -> None:
+def test_a_removed_state_register_is_recreated(start: StartWorld, irq: Path, reset: Signal, hwwd: Signal) -> None:
     world = start(reset, hwwd)
     reset.path.unlink()
     hwwd.path.rename(irq / "away")
@@ -486,7 +488,7 @@ def test_a_close_without_a_write_counts(start: StartWorld, notify: Signal, flags
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_reading_and_touching_attributes_is_no_trigger(start: StartWorld, notify: Signal) -> None:
+def test_reading_and_changing_attributes_does_not_trigger(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     notify.path.read_text()
     os.utime(notify.path)
@@ -494,7 +496,7 @@ def test_reading_and_touching_attributes_is_no_trigger(start: StartWorld, notify
     assert world.triggered() == []
 
 
-def test_strangers_are_no_trigger(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+def test_other_files_do_not_trigger(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
     world = start(notify, reset)
     write(irq / "stranger")
     (irq / "stranger").rename(irq / "moved")
@@ -534,18 +536,20 @@ def test_a_removal_and_a_rename_count_once(start: StartWorld, notify: Signal) ->
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_renames_that_were_not_followed_one_by_one(start: StartWorld, notify: Signal) -> None:
+def test_several_renames_between_two_reads_count_each(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     for _ in range(3):
         remake(notify.path)
     write(notify.path)
-    # The last file was not watched yet when it was written: its appearance stands for that.
+    # The proxy did not watch the last file yet when it was written, so the rename stands for that write.
     assert world.triggered() == ["redun_notify_irq"] * 3
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_what_vanished_is_left_to_who_replaces_it(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+def test_removed_files_are_left_to_the_application_for_a_moment(
+    start: StartWorld, irq: Path, notify: Signal, reset: Signal
+) -> None:
     world = start(notify, reset)
     notify.path.unlink()
     reset.path.unlink()
@@ -557,7 +561,7 @@ def test_what_vanished_is_left_to_who_replaces_it(start: StartWorld, irq: Path, 
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_removed_trigger_is_made_again_and_notifies_nobody(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_removed_trigger_is_recreated_and_triggers_nothing(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     notify.path.unlink()
     assert world.triggered() == []
@@ -569,7 +573,7 @@ def test_a_removed_trigger_is_made_again_and_notifies_nobody(start: StartWorld, 
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_the_file_that_was_replaced_can_still_be_closed(start: StartWorld, notify: Signal) -> None:
+def test_a_late_close_of_a_replaced_file_counts(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     late = os.open(notify.path, os.O_WRONLY)
     remake(notify.path)
@@ -590,7 +594,7 @@ def test_a_replaced_file_is_forgotten_after_a_moment(start: StartWorld, irq: Pat
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_trigger_that_comes_back_at_once_stays_watched(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_trigger_that_reappears_at_once_stays_watched(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     notify.path.rename(irq / "away")
     assert world.triggered() == []
@@ -601,7 +605,7 @@ def test_a_trigger_that_comes_back_at_once_stays_watched(start: StartWorld, irq:
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_trigger_that_comes_back_late_stays_watched(
+def test_a_trigger_that_reappears_late_stays_watched(
     start: StartWorld, clock: Clock, irq: Path, notify: Signal
 ) -> None:
     world = start(notify)
@@ -618,7 +622,7 @@ def test_a_trigger_that_comes_back_late_stays_watched(
 
 
 @kinds
-def test_a_trigger_replaced_by_what_is_no_file(
+def test_a_trigger_replaced_by_another_type_of_file_is_reported_and_retried(
     start: StartWorld,
     notify: Signal,
     kind: str,
@@ -645,7 +649,7 @@ def test_a_trigger_replaced_by_what_is_no_file(
     assert caplog.records[-1].getMessage() == f"{notify.path}: works again"
 
 
-def test_an_overflow_triggers_each_once(
+def test_an_overflow_triggers_each_signal_once(
     start: StartWorld, notify: Signal, uart: Signal, reset: Signal, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = start(notify, uart, reset)
@@ -654,7 +658,7 @@ def test_an_overflow_triggers_each_once(
     assert "the inotify queue overflowed" in caplog.text
 
 
-def test_an_overflow_of_the_kernel(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_an_overflow_of_the_kernel_queue_triggers_the_signal(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     with (irq / "stranger").open("w"):
@@ -668,20 +672,20 @@ def test_an_overflow_of_the_kernel(start: StartWorld, irq: Path, notify: Signal)
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_an_unknown_watch_may_be_any_trigger(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_a_close_of_an_unknown_watch_triggers_every_signal(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     event = Event(4711, ino.IN_CLOSE_WRITE, b"")
     assert world.take(world.registers.triggers.follow([event])) == [notify.name, uart.name]
 
 
 @pytest.mark.parametrize("mask", [ino.IN_DELETE, ino.IN_MODIFY, ino.IN_IGNORED])
-def test_other_events_of_an_unknown_watch_say_nothing(start: StartWorld, notify: Signal, mask: int) -> None:
+def test_other_events_of_an_unknown_watch_are_ignored(start: StartWorld, notify: Signal, mask: int) -> None:
     world = start(notify)
     assert world.take(world.registers.triggers.follow([Event(4711, mask, b"message_6_trig")])) == []
 
 
 @pytest.mark.parametrize("mask", [ino.IN_CREATE, ino.IN_MOVED_TO])
-def test_a_trigger_appeared_in_a_directory_that_is_not_there_any_more(
+def test_a_file_created_in_a_directory_no_longer_watched_triggers_by_its_name(
     start: StartWorld, notify: Signal, mask: int
 ) -> None:
     world = start(notify)
@@ -717,7 +721,7 @@ def test_a_directory_replaced_with_a_written_trigger_counts(start: StartWorld, i
     assert world.triggered() + world.restore() == ["redun_notify_irq"]
 
 
-def test_a_directory_replaced_while_it_is_opened(
+def test_a_directory_replaced_while_it_is_opened_is_followed(
     start: StartWorld, irq: Path, notify: Signal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = start(notify, opened=False)
@@ -726,7 +730,7 @@ def test_a_directory_replaced_while_it_is_opened(
     def late(directories: Directories, directory: Directory) -> None:
         really_open(directories, directory)
         patch.undo()
-        # The directory above goes before it is watched: no event tells.
+        # The parent directory is renamed before the proxy watches it, so no event reports the rename.
         irq.parent.rename(tmp_path / "above")
         irq.mkdir(parents=True)
 
@@ -740,7 +744,7 @@ def test_a_directory_replaced_while_it_is_opened(
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_removed_directory_belongs_to_who_removed_it(
+def test_a_removed_directory_is_left_to_the_application_for_a_moment(
     start: StartWorld, irq: Path, notify: Signal, reset: Signal, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -756,7 +760,7 @@ def test_a_removed_directory_belongs_to_who_removed_it(
     assert world.pending == {"ihub_reset_irq": 2}
     irq.mkdir()
     write(notify.path)
-    # At once, as the directory above is watched for it.
+    # The proxy reacts at once, because it watches the parent directory.
     assert world.triggered() + world.restore() + world.triggered() == ["redun_notify_irq"]
     assert world.later() == []
     assert reset.path.read_text() == "1"
@@ -766,7 +770,7 @@ def test_a_removed_directory_belongs_to_who_removed_it(
 
 
 @pytest.mark.parametrize("how", ["a minute", "a reload"])
-def test_a_removed_directory_is_made_again(
+def test_a_removed_directory_is_recreated_later(
     start: StartWorld, irq: Path, notify: Signal, reset: Signal, how: str
 ) -> None:
     world = start(notify, reset)
@@ -784,7 +788,7 @@ def test_a_removed_directory_is_made_again(
     assert not world.troubled
 
 
-def test_a_directory_above_that_is_renamed_is_noticed(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_renamed_parent_directory_is_noticed(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     for _ in range(2):
         irq.parent.rename(irq.parent.with_name("away"))
@@ -800,13 +804,13 @@ def test_a_directory_above_that_is_renamed_is_noticed(start: StartWorld, irq: Pa
         assert not world.troubled
 
 
-def test_writes_that_went_to_a_replaced_directory_are_made_again(
+def test_writes_to_a_replaced_directory_are_repeated(
     start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
 ) -> None:
     world = start(reset)
     irq.rename(tmp_path / "away")
     irq.mkdir()
-    # Before the events of that are read.
+    # Write before the proxy reads the events of the rename.
     world.write(reset, reset)
     assert (tmp_path / "away" / reset.register).read_text() == "1"
     assert world.pending == {"ihub_reset_irq": 2}
@@ -815,7 +819,7 @@ def test_writes_that_went_to_a_replaced_directory_are_made_again(
     assert world.pending == {}
 
 
-def test_only_what_went_to_the_replaced_directory_is_written_again(
+def test_only_writes_to_the_replaced_directory_are_repeated(
     start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
 ) -> None:
     other = Signal("other", IN, tmp_path / "other", "state")
@@ -826,7 +830,7 @@ def test_only_what_went_to_the_replaced_directory_is_written_again(
     assert other.path.read_text() == "1"
 
 
-def test_a_directory_that_is_missing_is_waited_for(
+def test_a_missing_directory_is_reported_and_retried(
     start: StartWorld, irq: Path, notify: Signal, reset: Signal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -890,7 +894,7 @@ def test_a_late_directory_that_becomes_writable_is_watched(
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_trigger_waits_for_permission(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_trigger_waits_for_write_permission(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     irq.chmod(0o555)
     with without_capability(CAP_DAC_OVERRIDE):
@@ -905,7 +909,7 @@ def test_a_trigger_waits_for_permission(start: StartWorld, irq: Path, notify: Si
     assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_directories_inside_each_other(start: StartWorld, tmp_path: Path) -> None:
+def test_nested_directories_are_followed(start: StartWorld, tmp_path: Path) -> None:
     outer = Signal("outer", OUT, tmp_path / "a", "trig")
     inner = Signal("inner", OUT, tmp_path / "a" / "b", "trig")
     world = start(outer, inner)
@@ -918,7 +922,7 @@ def test_directories_inside_each_other(start: StartWorld, tmp_path: Path) -> Non
     assert world.triggered() == ["inner", "outer"]
 
 
-def test_a_directory_above_that_may_not_be_read(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_an_unreadable_parent_directory_is_accepted(start: StartWorld, irq: Path, notify: Signal) -> None:
     irq.parent.mkdir()
     irq.mkdir()
     irq.parent.chmod(0o311)
@@ -934,7 +938,9 @@ def test_a_directory_above_that_may_not_be_read(start: StartWorld, irq: Path, no
 # -------------------------------------------------------------------------------------------------------------- reload
 
 
-def test_a_reload_leaves_alone_what_stays(start: StartWorld, notify: Signal, uart: Signal, reset: Signal) -> None:
+def test_a_reload_keeps_pending_events_of_kept_signals(
+    start: StartWorld, notify: Signal, uart: Signal, reset: Signal
+) -> None:
     world = start(notify, reset)
     write(notify.path)
     assert world.reload([notify, uart, reset]) == []
@@ -943,7 +949,7 @@ def test_a_reload_leaves_alone_what_stays(start: StartWorld, notify: Signal, uar
     assert world.triggered() == ["redun_notify_irq", "redun_notify_irq", "uart_irq"]
 
 
-def test_a_reload_notifies_nobody_of_what_is_there(
+def test_a_reload_does_not_trigger_existing_files(
     start: StartWorld, irq: Path, notify: Signal, uart: Signal, hwwd: Signal, tmp_path: Path
 ) -> None:
     world = start(notify)
@@ -959,7 +965,7 @@ def test_a_reload_notifies_nobody_of_what_is_there(
     assert world.triggered() == ["elsewhere"]
 
 
-def test_a_reload_takes_signals_out(start: StartWorld, notify: Signal, uart: Signal, tmp_path: Path) -> None:
+def test_a_reload_removes_signals(start: StartWorld, notify: Signal, uart: Signal, tmp_path: Path) -> None:
     elsewhere = Signal("elsewhere", OUT, tmp_path / "elsewhere", "trig")
     world = start(notify, uart, elsewhere)
     write(uart.path)
@@ -973,7 +979,7 @@ def test_a_reload_takes_signals_out(start: StartWorld, notify: Signal, uart: Sig
     assert world.triggered() == []
 
 
-def test_a_reload_does_not_forget_what_is_missing(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
+def test_a_reload_does_not_forget_missing_files(start: StartWorld, irq: Path, notify: Signal, reset: Signal) -> None:
     world = start(notify, reset)
     for vanish in (notify.path.unlink, lambda: irq.rename(irq.with_name("away"))):
         vanish()
@@ -986,7 +992,7 @@ def test_a_reload_does_not_forget_what_is_missing(start: StartWorld, irq: Path, 
         assert world.triggered() == ["redun_notify_irq"]
 
 
-def test_a_signal_taken_out_is_silent_after_a_moment(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_a_removed_signal_is_unwatched_after_a_moment(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     world.reload([notify])
     assert world.later() == []
@@ -995,7 +1001,7 @@ def test_a_signal_taken_out_is_silent_after_a_moment(start: StartWorld, notify: 
     assert not world.troubled
 
 
-def test_a_signal_taken_out_and_put_back_stays_watched(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_a_signal_removed_and_added_again_stays_watched(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     world.reload([notify])
     assert world.reload([notify, uart]) == []
@@ -1004,14 +1010,16 @@ def test_a_signal_taken_out_and_put_back_stays_watched(start: StartWorld, notify
     assert world.triggered() == ["uart_irq"]
 
 
-def test_a_trigger_gets_another_name(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_reload_renames_the_signal_of_a_trigger(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     assert world.reload([Signal("renamed", OUT, irq, notify.register)]) == []
     write(notify.path)
     assert world.triggered() == ["renamed"]
 
 
-def test_a_reload_with_what_cannot_be_is_refused(start: StartWorld, irq: Path, notify: Signal, tmp_path: Path) -> None:
+def test_a_reload_with_impossible_registers_is_refused(
+    start: StartWorld, irq: Path, notify: Signal, tmp_path: Path
+) -> None:
     world = start(notify)
     (tmp_path / "file").touch()
     (irq / "directory").mkdir()
@@ -1033,10 +1041,10 @@ def test_a_reload_with_what_cannot_be_is_refused(start: StartWorld, irq: Path, n
     assert world.events() == []
 
 
-# ---------------------------------------------------------------------------------------------------------- successors
+# ------------------------------------------------------------------------------------------------------------ restarts
 
 
-def test_what_happened_meanwhile_is_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_events_between_two_processes_are_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     successor = world.again()
     write(notify.path)
@@ -1045,18 +1053,20 @@ def test_what_happened_meanwhile_is_found(start: StartWorld, notify: Signal, uar
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_trigger_replaced_meanwhile_counts(start: StartWorld, notify: Signal, uart: Signal, times: int) -> None:
+def test_a_trigger_replaced_between_two_processes_counts(
+    start: StartWorld, notify: Signal, uart: Signal, times: int
+) -> None:
     successor = start(notify, uart).again()
     for _ in range(times):
         remake(notify.path)
     assert successor.open() == ["redun_notify_irq"] * times
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
-    # Its new watch has been noted.
+    # The successor has recorded the new watch.
     assert successor.again().open() == []
 
 
-def test_what_mending_finds_before_its_event_is_read_counts_once(start: StartWorld, notify: Signal) -> None:
+def test_a_trigger_found_before_its_event_is_read_counts_once(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     notify.path.unlink()
     assert world.triggered() == []
@@ -1066,7 +1076,7 @@ def test_what_mending_finds_before_its_event_is_read_counts_once(start: StartWor
     assert world.later() == []
 
 
-def test_a_trigger_made_anew_that_could_not_be_watched_counts_when_it_can(
+def test_a_recreated_trigger_counts_once_it_can_be_watched(
     start: StartWorld, notify: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = start(notify)
@@ -1083,7 +1093,7 @@ def test_a_trigger_made_anew_that_could_not_be_watched_counts_when_it_can(
     assert world.later() == []
 
 
-def test_a_trigger_made_anew_meanwhile_counts(start: StartWorld, notify: Signal) -> None:
+def test_a_trigger_recreated_between_two_processes_counts(start: StartWorld, notify: Signal) -> None:
     successor = start(notify).again()
     notify.path.unlink()
     write(notify.path)
@@ -1093,7 +1103,7 @@ def test_a_trigger_made_anew_meanwhile_counts(start: StartWorld, notify: Signal)
     assert successor.again().open() == []
 
 
-def test_what_was_found_is_forgotten_by_a_reload(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_a_reload_drops_found_triggers_of_removed_signals(start: StartWorld, notify: Signal, uart: Signal) -> None:
     successor = start(notify, uart).again()
     notify.path.unlink()
     write(notify.path)
@@ -1102,7 +1112,7 @@ def test_what_was_found_is_forgotten_by_a_reload(start: StartWorld, notify: Sign
     assert successor.triggered() == []
 
 
-def test_a_trigger_removed_meanwhile_does_not_count(start: StartWorld, notify: Signal) -> None:
+def test_a_trigger_removed_between_two_processes_does_not_count(start: StartWorld, notify: Signal) -> None:
     successor = start(notify).again()
     notify.path.unlink()
     assert successor.open() + successor.later() == []
@@ -1110,14 +1120,14 @@ def test_a_trigger_removed_meanwhile_does_not_count(start: StartWorld, notify: S
     assert successor.triggered() == ["redun_notify_irq"]
 
 
-def test_a_trigger_made_in_a_directory_that_was_replaced_meanwhile_counts(
+def test_a_trigger_created_in_a_directory_that_was_then_replaced_counts(
     start: StartWorld, irq: Path, notify: Signal
 ) -> None:
     world = start(notify)
     irq.rename(irq.with_name("first"))
     irq.mkdir()
     assert world.triggered() == []
-    # An application is faster than our patience, and the process is killed before it reads of it.
+    # The application writes before the proxy would create the trigger; the process is killed before it reads the event.
     write(notify.path)
     successor = world.again()
     irq.rename(irq.with_name("second"))
@@ -1125,7 +1135,7 @@ def test_a_trigger_made_in_a_directory_that_was_replaced_meanwhile_counts(
     assert successor.open() == [notify.name]
 
 
-def test_watches_of_an_earlier_configuration_are_ended(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_watches_of_an_earlier_configuration_are_removed(start: StartWorld, notify: Signal, uart: Signal) -> None:
     successor = start(notify, uart).again([notify])
     assert successor.open() == []
     write(uart.path)
@@ -1136,9 +1146,9 @@ def test_watches_of_an_earlier_configuration_are_ended(start: StartWorld, notify
     assert successor.triggered() == ["redun_notify_irq"]
 
 
-def test_a_directory_of_an_earlier_configuration_notifies_nobody(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_directory_of_an_earlier_configuration_triggers_nothing(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
-    # A trigger of the same name, elsewhere.
+    # Use a trigger of the same name in another directory.
     elsewhere = Signal("redun_notify_irq", OUT, irq.with_name("elsewhere"), notify.register)
     successor = world.again([elsewhere])
     assert successor.open() == []
@@ -1148,7 +1158,7 @@ def test_a_directory_of_an_earlier_configuration_notifies_nobody(start: StartWor
     assert successor.triggered() == ["redun_notify_irq"]
 
 
-def test_a_directory_of_an_earlier_configuration_that_is_taken_again_stays_watched(
+def test_a_directory_of_an_earlier_configuration_that_is_configured_again_stays_watched(
     start: StartWorld, irq: Path, notify: Signal, uart: Signal
 ) -> None:
     world = start(notify)
@@ -1163,9 +1173,9 @@ def test_a_directory_of_an_earlier_configuration_that_is_taken_again_stays_watch
     assert successor.triggered() == ["redun_notify_irq"]
 
 
-def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
+def test_an_unrecorded_watch_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
-    # As a process leaves it that is killed after a rename, before it notes the new file.
+    # Leave the state of a process that is killed after a rename, before it records the new file.
     remake(notify.path)
     world.registers.triggers.follow(world.events())
     write(notify.path)
@@ -1173,25 +1183,23 @@ def test_a_watch_nobody_noted_may_be_any_trigger(start: StartWorld, irq: Path, n
     assert successor.open() == ["redun_notify_irq"] * 2
 
 
-def test_a_directory_that_is_named_otherwise_now(start: StartWorld, irq: Path, notify: Signal) -> None:
+def test_a_directory_configured_by_another_path_stays_watched(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
     (irq.parent / "alias").symlink_to(irq)
     alias = Signal(notify.name, OUT, irq.parent / "alias", notify.register)
     successor = world.again([alias])
     assert successor.open() == []
     assert successor.later() == []
-    # One inode has one watch: what ended the old name's would have ended the new one's.
+    # One inode has one watch: removing the watch of the old path would remove that of the new path.
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
 
 
-# ------------------------------------------------------------------------- faults that were found in the books before
+# -------------------------------------------------------------------------------------------------------- regressions
 
 
 @pytest.mark.parametrize("vanish", ["missing", "a directory"])
-def test_a_reload_may_drop_a_trigger_that_is_not_there(
-    start: StartWorld, notify: Signal, uart: Signal, vanish: str
-) -> None:
+def test_a_reload_may_remove_a_missing_trigger(start: StartWorld, notify: Signal, uart: Signal, vanish: str) -> None:
     world = start(notify, uart)
     notify.path.unlink()
     if vanish == "a directory":
@@ -1221,7 +1229,7 @@ def test_one_directory_by_two_paths_is_refused(start: StartWorld, irq: Path, not
     assert world.triggered() == [notify.name]
 
 
-def test_a_directory_that_becomes_another_ones_twin_is_said_once(
+def test_a_directory_that_becomes_a_link_to_another_is_reported_once(
     start: StartWorld, irq: Path, notify: Signal, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     other = Signal("other", OUT, tmp_path / "other", "trig")
@@ -1255,7 +1263,7 @@ def test_two_triggers_that_are_one_file_are_refused(
     world = start(notify, uart)
     uart.path.unlink()
     uart.path.hardlink_to(notify.path)
-    # Somebody made it: nothing is written by it, and what it is now is said.
+    # The proxy did not create this link: it writes nothing through the link, and reports the link.
     assert world.triggered() + world.restore() == []
     assert f"{uart.path}: cannot watch: the same file as {notify.path}; retrying" in caplog.text
     write(uart.path)
@@ -1267,7 +1275,7 @@ def test_two_triggers_that_are_one_file_are_refused(
     assert world.triggered() == [notify.name, uart.name]
 
 
-def test_a_trigger_renamed_onto_another(start: StartWorld, notify: Signal, uart: Signal) -> None:
+def test_a_trigger_renamed_onto_another_counts_once(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     notify.path.rename(uart.path)
     assert world.triggered() == [uart.name]
@@ -1279,13 +1287,13 @@ def test_a_trigger_renamed_onto_another(start: StartWorld, notify: Signal, uart:
     assert world.triggered() == [notify.name, uart.name]
 
 
-def test_a_trigger_that_turns_out_to_be_missing_while_others_are_restored_is_made_again(
+def test_a_missing_trigger_noticed_while_restoring_others_is_recreated(
     start: StartWorld, notify: Signal, uart: Signal
 ) -> None:
     world = start(notify, uart)
     uart.path.unlink()
     assert world.triggered() == []
-    # Its events are read only after the other trigger was looked for, and found to be this file.
+    # The proxy reads the events only after it has looked for the other trigger and found this file there.
     notify.path.rename(uart.path)
     world.clock.now += PATIENCE
     world.restore()
@@ -1297,7 +1305,7 @@ def test_a_trigger_that_turns_out_to_be_missing_while_others_are_restored_is_mad
     assert world.triggered() == ["redun_notify_irq", "uart_irq"]
 
 
-def test_a_trigger_that_was_made_anew_and_blocked_at_once_counts(start: StartWorld, notify: Signal) -> None:
+def test_a_trigger_recreated_and_blocked_at_once_counts(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     notify.path.unlink()
     write(notify.path)
@@ -1317,7 +1325,7 @@ def test_a_trigger_that_was_made_anew_and_blocked_at_once_counts(start: StartWor
     assert world.triggered() + world.later() == []
 
 
-def test_what_fails_while_its_directory_is_restored_is_tried_again(
+def test_a_write_that_fails_while_its_directory_is_restored_is_retried(
     start: StartWorld, hwwd: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world, full, write_there = start(hwwd, reset), True, os.write
@@ -1333,7 +1341,7 @@ def test_what_fails_while_its_directory_is_restored_is_tried_again(
     for _ in world.registers.restore():
         if world.pending:
             continue
-        # Another leg has its turn.
+        # Another task has its turn.
         full = True
         world.write(hwwd)
     assert world.pending == {"ihub_hwwd_irq": 1}
@@ -1342,7 +1350,7 @@ def test_what_fails_while_its_directory_is_restored_is_tried_again(
     assert world.pending == {}
 
 
-def test_what_was_read_before_a_reload_goes_to_the_register_of_the_new_table(
+def test_a_frame_read_before_a_reload_is_written_to_the_moved_register(
     start: StartWorld, irq: Path, reset: Signal, tmp_path: Path
 ) -> None:
     world = start(reset)
@@ -1354,20 +1362,20 @@ def test_what_was_read_before_a_reload_goes_to_the_register_of_the_new_table(
     assert [path.name for path in moved.directory.iterdir()] == ["other_state"]
 
 
-def test_our_own_files_in_a_directory_that_was_dropped_notify_nobody(
+def test_our_own_files_in_a_removed_directory_trigger_nothing(
     start: StartWorld, irq: Path, notify: Signal, tmp_path: Path
 ) -> None:
     world = start(notify, opened=False)
     world.registers.open(world.table)
     moved = Signal(notify.name, OUT, tmp_path / "elsewhere", notify.register)
-    # The events of our making the first trigger are still unread.
+    # The events of the first trigger's creation are still unread.
     assert world.reload([moved]) == []
     assert world.triggered() + world.later() == []
     write(moved.path)
     assert world.triggered() == [notify.name]
 
 
-def test_a_directory_inside_one_that_is_dropped_is_still_followed(start: StartWorld, tmp_path: Path) -> None:
+def test_a_directory_inside_a_removed_one_is_still_followed(start: StartWorld, tmp_path: Path) -> None:
     outer = Signal("outer", OUT, tmp_path / "a", "trig")
     inner = Signal("inner", OUT, tmp_path / "a" / "b", "trig")
     world = start(outer, inner)
@@ -1378,12 +1386,14 @@ def test_a_directory_inside_one_that_is_dropped_is_still_followed(start: StartWo
     assert world.triggered() + world.later() == []
     write(inner.path)
     assert world.triggered() == ["inner"]
-    # What happens to names in the outer one is nobody's any more.
+    # No signal uses the outer directory any more, so its events are ignored.
     (tmp_path / "a" / "stranger").touch()
     assert world.events() == []
 
 
-def test_no_retry_is_a_notification(start: StartWorld, reset: Signal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_do_not_count_as_notifications(
+    start: StartWorld, reset: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     really_write = os.write
 
     def full(_fd: int, _data: bytes) -> int:
@@ -1402,7 +1412,7 @@ def test_no_retry_is_a_notification(start: StartWorld, reset: Signal, monkeypatc
     assert world.pending == {}
 
 
-def test_a_file_that_is_replaced_while_it_has_no_room(
+def test_a_file_replaced_while_the_disk_is_full_is_written(
     start: StartWorld, reset: Signal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = start(reset)
@@ -1418,7 +1428,7 @@ def test_a_file_that_is_replaced_while_it_has_no_room(
 
 @pytest.mark.parametrize("register", ["trigger", "state"])
 @kinds
-def test_every_register_that_is_no_file_is_refused_at_start(
+def test_each_register_that_is_not_a_regular_file_is_refused_at_start(
     start: StartWorld,
     irq: Path,
     notify: Signal,
@@ -1435,7 +1445,7 @@ def test_every_register_that_is_no_file_is_refused_at_start(
     assert str(caught.value) == f"{signal.path}: not a regular file but {kind} (remove it, or use another register)"
 
 
-def test_nothing_is_made_in_a_directory_that_is_being_emptied(
+def test_no_file_is_created_in_a_directory_that_is_being_emptied(
     start: StartWorld, clock: Clock, irq: Path, notify: Signal, uart: Signal, reset: Signal
 ) -> None:
     world = start(notify, uart, reset)
@@ -1444,7 +1454,7 @@ def test_nothing_is_made_in_a_directory_that_is_being_emptied(
         path.touch()
     for path in (notify.path, uart.path, reset.path, *strangers):
         path.unlink()
-        # Slower than the patience with one file: it ends anew with each.
+        # Each removal takes almost PATIENCE, and each one starts the waiting time again.
         clock.now += 0.8 * PATIENCE
         assert world.triggered() + world.restore() == []
         world.write(reset)
@@ -1453,15 +1463,13 @@ def test_nothing_is_made_in_a_directory_that_is_being_emptied(
     assert world.pending == {"ihub_reset_irq": 21}
 
 
-def test_what_a_comparison_finds_waits_only_for_what_is_queued_then(
-    start: StartWorld, notify: Signal, uart: Signal
-) -> None:
+def test_a_found_trigger_waits_only_for_events_already_queued(start: StartWorld, notify: Signal, uart: Signal) -> None:
     successor = start(notify, uart).again()
     for _ in range(3):
         write(uart.path)
     notify.path.unlink()
     write(notify.path)
-    # As long as more comes than is read, the queue is never empty.
+    # While more events arrive than the proxy reads, the queue is never empty.
     successor.registers.open(successor.table)
     names: list[str] = []
     for _ in range(20):
@@ -1476,7 +1484,7 @@ def test_what_a_comparison_finds_waits_only_for_what_is_queued_then(
     assert successor.triggered().count(notify.name) == 0
 
 
-def test_thousands_of_blocked_triggers_are_said_in_one_line(
+def test_many_blocked_triggers_are_reported_in_one_line(
     start: StartWorld, irq: Path, notify: Signal, caplog: pytest.LogCaptureFixture
 ) -> None:
     many = [Signal(f"s{number}", OUT, irq, f"t{number}") for number in range(300)]
@@ -1496,7 +1504,9 @@ def test_thousands_of_blocked_triggers_are_said_in_one_line(
     assert world.triggered() == ["s7"]
 
 
-def test_only_what_was_written_is_looked_at(start: StartWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_directory_of_a_written_file_is_checked(
+    start: StartWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     states = [Signal(f"s{number}", IN, tmp_path / f"d{number}", "state") for number in range(50)]
     world = start(*states)
     looks: list[Path] = []
@@ -1511,7 +1521,7 @@ def test_only_what_was_written_is_looked_at(start: StartWorld, tmp_path: Path, m
     assert looks == [states[3].directory]
 
 
-def test_what_is_owed_is_paid_in_turns(start: StartWorld, reset: Signal) -> None:
+def test_pending_notifications_are_written_in_turns(start: StartWorld, reset: Signal) -> None:
     world = start(reset)
     reset.path.unlink()
     world.write(*[reset] * 10_000)
@@ -1521,7 +1531,9 @@ def test_what_is_owed_is_paid_in_turns(start: StartWorld, reset: Signal) -> None
     assert world.pending == {}
 
 
-def test_without_proc(start: StartWorld, notify: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_registers_work_without_proc(
+    start: StartWorld, notify: Signal, reset: Signal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("directories", "directory"):
         monkeypatch.setattr(f"inco_trio.registers.{module}.proc_is_mounted", lambda: False)
     world = start(notify, reset)

@@ -1,7 +1,7 @@
-"""A random walk in which nobody removes anything: every notification is told exactly once, and nothing else makes one.
+"""A random walk that removes no file: each notification is reported exactly once, and nothing else is reported.
 
-The walk of `test_registers_machine` shows that nothing is lost, whatever happens. Here reloads, restarts, a full disk,
-overflows and unrelated files have to be seen by nobody.
+The walk of `test_registers_machine` shows that nothing is lost in any situation. In this walk, reloads, restarts, a
+full disk, overflows and unrelated files must have no visible effect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ states = st.tuples(st.sampled_from(DIRECTORIES), st.sampled_from(("a_state", "b_
 
 
 class Calm(RuleBasedStateMachine):
-    """Who writes the triggers and watches the state files, and the registers between them."""
+    """The applications that write triggers and watch state files, and the registers between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Calm(RuleBasedStateMachine):
         self.watched: dict[int, Path] = {}
         for name in DIRECTORIES:
             (self.home / name).mkdir()
-            # What stands between two closes keeps the kernel from merging them.
+            # An IN_MODIFY between two closes keeps the kernel from merging them.
             wd = self.consumer.watch(str(self.home / name), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
             self.watched[wd] = self.home / name
         self.patch = pytest.MonkeyPatch()
@@ -57,18 +57,18 @@ class Calm(RuleBasedStateMachine):
 
         self.patch.setattr("os.write", write_if_there_is_room)
         self.triggered: Counter[Path] = Counter()
-        """What was triggered, and not told yet when the queue was last empty."""
-        self.told: Counter[Path] = Counter()
+        """What was triggered and not yet reported when the queue was last empty."""
+        self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
-        """What was triggered since then while it was in no table, or in another one: it may be told or not."""
+        """What was triggered since then while it was in no table, or in another one: it may be reported or not."""
         self.replaced: set[Path] = set()
-        """What was replaced since then: the file that is there now is not watched yet."""
+        """What was replaced since then: the new file is not watched yet."""
         self.dropped: set[Path] = set()
-        """Triggers that were taken out of the table since then."""
+        """Triggers that were removed from the table since then."""
         self.received: Counter[Path] = Counter()
-        """Inbound notifications by state file, that no close was seen of yet."""
+        """Inbound notifications whose close has not been seen yet, by state file."""
         self.world = World(clock, self.table({("irq", "a_trig")}, {("irq", "a_state")}))
-        self.tell(self.world.open())
+        self.report(self.world.open())
 
     def teardown(self) -> None:
         try:
@@ -80,12 +80,12 @@ class Calm(RuleBasedStateMachine):
             self.patch.undo()
             shutil.rmtree(self.home)
 
-    # ------------------------------------------------------------------------------------------------------- words
+    # ----------------------------------------------------------------------------------------------------- helpers
 
     def table(
         self, outbound: set[tuple[str, str]], inbound: set[tuple[str, str]], *, renamed: bool = False
     ) -> list[Signal]:
-        """Signals of these registers; `renamed` gives the outbound ones other names."""
+        """Return signals for these registers; `renamed` gives the outbound signals other names."""
         return [
             Signal(f"{prefix}{directory.replace('/', '.')}.{register}", direction, self.home / directory, register)
             for direction, places, prefix in (
@@ -95,20 +95,20 @@ class Calm(RuleBasedStateMachine):
             for directory, register in sorted(places)
         ]
 
-    def tell(self, names: list[str]) -> None:
-        self.told.update(self.world.table.outbound[name.encode()].path for name in names)
+    def report(self, names: list[str]) -> None:
+        self.reported.update(self.world.table.outbound[name.encode()].path for name in names)
 
     @property
     def outbound(self) -> set[Path]:
         return {signal.path for signal in self.world.table.outbound.values()}
 
     def watches(self) -> set[int]:
-        """The watches that the kernel has."""
+        """Return the watches that the kernel has."""
         lines = Path(f"/proc/self/fdinfo/{self.world.inotify.fd}").read_text().splitlines()
         return {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify wd:")}
 
     def needed(self) -> set[int]:
-        """The watches on what is in the table, and on the directories above."""
+        """Return the watches on registers and directories of the table, and on parent directories."""
         registers = self.world.registers
         return {
             *(trigger.wd for trigger in registers.triggers.by_path.values()),
@@ -123,7 +123,7 @@ class Calm(RuleBasedStateMachine):
             self.earlier.add(path)
 
     def leave_out(self, table: list[Signal]) -> None:
-        """What is queued for what is not in the table is nobody's; what is pending neither."""
+        """Forget queued triggers and pending notifications of registers that are not in `table`."""
         self.consume()
         kept = {signal.path for signal in table}
         for path in self.outbound - kept:
@@ -133,7 +133,7 @@ class Calm(RuleBasedStateMachine):
         for path in [path for path in self.received if path not in kept]:
             del self.received[path]
 
-    # --------------------------------------------------------------------------------------------- what others do
+    # --------------------------------------------------------------------------------------- what applications do
 
     @rule(place=triggers)
     def write(self, place: tuple[str, str]) -> None:
@@ -177,20 +177,20 @@ class Calm(RuleBasedStateMachine):
 
     @rule()
     def follow(self) -> None:
-        """All that was triggered was told once, and nothing else; what was received is written if there is room."""
-        self.tell(self.world.triggered())
+        """Check that each trigger was reported once, and that received notifications are written if there is room."""
+        self.report(self.world.triggered())
         for _ in range(4):
             self.world.clock.now += 0.2
-            self.tell(self.world.restore() + self.world.triggered())
+            self.report(self.world.restore() + self.world.triggered())
         expected = {path: count for path, count in self.triggered.items() if path not in self.earlier}
-        assert {path: count for path, count in self.told.items() if path not in self.earlier} == expected
-        for seen in (self.triggered, self.told, self.earlier, self.replaced, self.dropped):
+        assert {path: count for path, count in self.reported.items() if path not in self.earlier} == expected
+        for seen in (self.triggered, self.reported, self.earlier, self.replaced, self.dropped):
             seen.clear()
         self.consume()
         assert self.full or self.received == Counter()
 
     def consume(self) -> None:
-        """Each close of a state file is one notification; what is left is pending."""
+        """Count each close of a state file as one notification; the rest must be pending."""
         buffer = memoryview(bytearray(1 << 20))
         for event in parse_events(buffer[: self.consumer.read_into(buffer)]):
             path = self.watched[event.wd] / event.name.decode()
@@ -204,7 +204,7 @@ class Calm(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.01, 2.0, 61.0]))
     def restore(self, seconds: float) -> None:
         self.world.clock.now += seconds
-        self.tell(self.world.restore())
+        self.report(self.world.restore())
 
     @precondition(lambda self: self.world.table.inbound)
     @rule(data=st.data(), number=st.integers(1, 40))
@@ -215,14 +215,14 @@ class Calm(RuleBasedStateMachine):
 
     @rule()
     def overflow(self) -> None:
-        """Each trigger is told once, and no more."""
+        """Check that each trigger is reported exactly once."""
         self.follow()
         self.triggered.update(self.outbound)
-        self.tell(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
+        self.report(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
 
     def rest(self) -> None:
-        """Nothing is pending, nor watched for the sake of those who have a former file open."""
-        # A file that waits for room is closed by a restart, and by a reload that drops it.
+        """Wait until no notification is pending and no replaced file is watched."""
+        # A restart, or a reload that removes the signal, closes a file that waits for room.
         self.make_room()
         self.follow()
         self.world.clock.now += RETIREMENT
@@ -234,16 +234,18 @@ class Calm(RuleBasedStateMachine):
         if self.world.pending:
             self.rest()
         elif self.dropped & {signal.path for signal in table}:
-            # Of a file that the proxy made, dropped and took again, it has forgotten that an event is still to come.
+            # After the proxy has created, dropped and re-added a file, it no longer expects the pending event of its
+            # creation.
             self.follow()
         self.leave_out(table)
-        self.tell(self.world.reload(table))
+        self.report(self.world.reload(table))
 
     @rule(outbound=st.none() | st.sets(triggers), inbound=st.sets(states), rested=st.booleans())
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
-        """Another process takes over what is held, perhaps with another table."""
+        """Let another process take over the stored descriptors, perhaps with another table."""
         triggers = self.world.registers.triggers
-        # What it cannot know of its predecessor, and would tell once more: whose a watch was that is being ended, and
+        # The successor would report two things again, because it cannot know them: the trigger of a watch that is being
+        # removed, and who created a file that was replaced before the event of its creation was read.
         # who made a file that is replaced before the event of that is read.
         known = triggers.by_path.values()
         unknown = set(triggers._by_wd) - {trigger.wd for trigger in known} or any(trigger.made_in for trigger in known)
@@ -252,11 +254,11 @@ class Calm(RuleBasedStateMachine):
         signals = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(signals)
         self.world = self.world.again(signals)
-        self.tell(self.world.open())
+        self.report(self.world.open())
 
 
 def calm(steps: int, walks: int) -> None:
-    """Go so many steps, in so many walks."""
+    """Run `steps` steps in `walks` walks."""
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,
@@ -267,5 +269,5 @@ def calm(steps: int, walks: int) -> None:
     run_state_machine_as_test(Calm, settings=once)
 
 
-def test_nothing_is_told_but_once() -> None:
+def test_each_notification_is_reported_exactly_once() -> None:
     calm(steps=2000, walks=50)

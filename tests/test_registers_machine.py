@@ -1,7 +1,7 @@
-"""A random walk over what can happen to registers: real directories on a tmpfs, the real inotify, and a clock of ours.
+"""A random walk over everything that can happen to registers: a tmpfs, the real inotify and a simulated clock.
 
-After each step the books agree; at the end every trigger works, every state file is written, and each write of a
-trigger was told at least once. The fault suite goes further.
+After each step the data structures agree. At the end every trigger works, every state file is written, and each write
+of a trigger was reported at least once. The fault suite runs longer walks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 
 MEMORY_FILES = "/dev/shm"  # noqa: S108 - where IRQ directories are
-# One inside another, and one beside them.
+# One directory is inside another, and one is beside them.
 DIRECTORIES = ("board", "board/irq", "other/irq")
 TRIGGERS = ("a_trig", "b_trig")
 STATES = ("a_state", "b_state")
@@ -38,10 +38,10 @@ directories = st.sampled_from(DIRECTORIES)
 
 
 class Walk(RuleBasedStateMachine):
-    """Who uses the files, and the registers that follow."""
+    """The applications that use the files, and the registers that follow."""
 
     shared = False
-    """Whether a neighbour's board watches directories by the same descriptor."""
+    """Whether another board watches directories by the same descriptor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Walk(RuleBasedStateMachine):
         self.away: dict[str, list[Path]] = {}
         self.number = 0
         self.written: set[Path] = set()
-        """The triggers that were written, and of which nothing was told since."""
+        """The triggers that were written and have not been reported since."""
         self.delivered = 0
         table = self.table({("board/irq", "a_trig"), ("other/irq", "a_trig")}, {("board/irq", "a_state")}, moved=False)
         beside = (self.home, *(self.home / directory for directory in DIRECTORIES)) if self.shared else None
@@ -70,10 +70,10 @@ class Walk(RuleBasedStateMachine):
             self.patch.undo()
             shutil.rmtree(self.home)
 
-    # ------------------------------------------------------------------------------------------------------- words
+    # ----------------------------------------------------------------------------------------------------- helpers
 
     def table(self, triggers: set[tuple[str, str]], states: set[tuple[str, str]], *, moved: bool) -> list[Signal]:
-        """Signals of these registers; `moved` gives them the names of others."""
+        """Return signals for these registers; `moved` gives them other names."""
         return [
             Signal(
                 f"{'x' if moved else ''}{register}.{place.replace('/', '.')}", direction, self.home / place, register
@@ -86,12 +86,12 @@ class Walk(RuleBasedStateMachine):
         return self.home / place[0] / place[1]
 
     def take(self, names: list[str]) -> None:
-        """What was told."""
-        told = {signal.path for signal in self.world.table.outbound.values() if signal.name in names}
-        self.written -= told
+        """Record the names that were reported."""
+        reported = {signal.path for signal in self.world.table.outbound.values() if signal.name in names}
+        self.written -= reported
 
     def wrote(self, path: Path) -> None:
-        """A trigger was written; it counts if it is in the table."""
+        """Record that a trigger was written, if it is in the table."""
         if any(signal.path == path for signal in self.world.table.outbound.values()):
             self.written.add(path)
 
@@ -99,7 +99,7 @@ class Walk(RuleBasedStateMachine):
     def states(self) -> list[Signal]:
         return list(self.world.table.inbound.values())
 
-    # ------------------------------------------------------------------------------------------ what others do to files
+    # --------------------------------------------------------------------------------------------- what applications do
 
     @rule(place=places)
     def write(self, place: tuple[str, str]) -> None:
@@ -124,13 +124,13 @@ class Walk(RuleBasedStateMachine):
 
     @rule(place=places, other=places)
     def rename(self, place: tuple[str, str], other: tuple[str, str]) -> None:
-        # A write that is not told before a reload takes the file under its new name is told under that.
+        # Follow first: after a rename and a reload, a pending write would be reported under the new name.
         self.follow()
         if place == other:
             return
         self.forget_unseen("/".join(place))
         with contextlib.suppress(OSError):
-            file = self.path(place).is_file()  # A directory in its place is no trigger that was written.
+            file = self.path(place).is_file()  # A directory in its place does not count as a written trigger.
             self.path(place).rename(self.path(other))
             if file:
                 self.wrote(self.path(other))
@@ -174,11 +174,11 @@ class Walk(RuleBasedStateMachine):
         (self.home / directory).mkdir(parents=True, exist_ok=True)
 
     def forget_unseen(self, gone: str) -> None:
-        """What goes from its place in a directory before anybody has looked at that is told by nobody."""
+        """Discard writes to files that are removed before the proxy has looked at them; no event reports them."""
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
-            # A directory that has come is open at once, and its files are looked at in the step that is due next.
+            # The proxy opens a new directory at once, and looks at its files in the next step that is due.
             seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
@@ -196,7 +196,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(kept=st.integers(0, 20))
     def overflow(self, kept: int) -> None:
-        """The kernel's queue is full: what came after the first `kept` events is lost."""
+        """Fill the kernel's queue: all events after the first `kept` ones are lost."""
         events = [*self.world.events()[:kept], Event(-1, ino.IN_Q_OVERFLOW, b"")]
         self.take(self.world.take(self.world.registers.triggers.follow(events)))
 
@@ -214,18 +214,18 @@ class Walk(RuleBasedStateMachine):
         try:
             self.take(self.world.reload(table))
         except IncoError:
-            self.world.table = before  # The old one goes on.
+            self.world.table = before  # The old table stays in force.
         self.written &= {signal.path for signal in self.world.table.outbound.values()}
 
     @rule(triggers=st.none() | st.sets(places), states=st.sets(state_places))
     def restart(self, triggers: set[tuple[str, str]] | None, states: set[tuple[str, str]]) -> None:
-        """Another process takes over what is held, perhaps with another table."""
+        """Let another process take over the stored descriptors, perhaps with another table."""
         table = None if triggers is None else self.table(triggers, states, moved=False)
         self.world = self.world.again(table)
         try:
             names = self.world.open()
         except IncoError:
-            # It ends, and its supervisor starts it again once somebody has mended what was refused.
+            # The process exits. Its supervisor restarts it once the user has fixed the refused register.
             self.unblock_all()
             self.world = self.world.again()
             names = self.world.open()
@@ -238,10 +238,10 @@ class Walk(RuleBasedStateMachine):
                 with contextlib.suppress(OSError):
                     (self.home / directory / register).rmdir()
 
-    # --------------------------------------------------------------------------------------------------- what must hold
+    # ------------------------------------------------------------------------------------------------------- invariants
 
     @invariant()
-    def books_agree(self) -> None:
+    def structures_agree(self) -> None:
         registers = self.world.registers
         triggers, watched = registers.triggers, registers.directories
         table = self.world.table
@@ -280,14 +280,14 @@ class Walk(RuleBasedStateMachine):
         assert not troubled or self.world.troubled
 
     def settle(self) -> None:
-        """Nobody does anything any more, and all that takes time takes place."""
+        """Stop all changes and wait until every delay has passed."""
         self.unblock_all()
         for _ in range(3):
             self.take(self.world.after(1.5))
         self.take(self.world.after(ABANDONED))
 
     def everything_works(self) -> None:
-        self.books_agree()
+        self.structures_agree()
         world = self.world
         assert self.written == set()
         assert world.pending == {}
@@ -308,13 +308,13 @@ class Walk(RuleBasedStateMachine):
 
 
 class SharedWalk(Walk):
-    """The same beside another board of the process."""
+    """The same walk beside another board of the same process."""
 
     shared = True
 
 
 def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
-    """Go so many steps, in so many walks."""
+    """Run `steps` steps in `walks` walks."""
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,
@@ -326,12 +326,12 @@ def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
 
 
 @pytest.mark.parametrize("machine", [Walk, SharedWalk])
-def test_a_walk(machine: type[Walk]) -> None:
+def test_a_random_walk_loses_nothing(machine: type[Walk]) -> None:
     walk(steps=1600, walks=40, machine=machine)
 
 
-def test_a_file_of_no_trigger_any_more_is_renamed_to_one_in_an_overflow_and_written_before_it_goes() -> None:
-    # Found by the long walk: the file's watch was that of a trigger that the table no longer has.
+def test_an_overflow_hides_a_rename_from_a_removed_trigger_to_a_configured_one() -> None:
+    # Found by the long walk: the file had the watch of a trigger that was no longer in the table.
     machine = Walk()
     machine.reload(moved=False, states=set(), triggers={("board", "a_trig")})
     machine.rename(place=("board/irq", "a_trig"), other=("board", "a_trig"))
@@ -342,8 +342,8 @@ def test_a_file_of_no_trigger_any_more_is_renamed_to_one_in_an_overflow_and_writ
 
 
 @pytest.mark.parametrize("kind", [Walk, SharedWalk])
-def test_a_file_that_is_gone_before_ours_is_made_counts(kind: type[Walk]) -> None:
-    # Found by the long walk: the event of theirs was taken for that of ours.
+def test_a_file_removed_before_ours_is_created_counts(kind: type[Walk]) -> None:
+    # Found by the long walk: the proxy took the event of the application's file for that of its own file.
     machine = kind()
     machine.move_away(directory="board/irq")
     machine.follow()

@@ -1,4 +1,4 @@
-"""`inco-trio replay`: a recording is played to a real proxy."""
+"""`inco-trio replay`: plays a recording to a real proxy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Watch = Callable[[Path], Consumer]
 
 
 class Here:
-    """Stands for the namespace that this process is in already."""
+    """Stands in for a namespace: runs everything in the current one."""
 
     def run(self, start: Callable[[], Any]) -> Any:
         return start()
@@ -56,7 +56,7 @@ def replay(*arguments: str | Path) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("pace", [("--fast",), ("--speed", "10"), ()], ids=str)
-def test_core_1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...]) -> None:
+def test_a_replay_as_core1_over_a_socket(tmp_path: Path, watch: Watch, pace: tuple[str, ...]) -> None:
     path = record(tmp_path / "f", *[IN] * COUNT, apart_ns=10**6)
     link = f"unix:{tmp_path}/0,peer={tmp_path}/1", f"unix:{tmp_path}/1,peer={tmp_path}/0"
     proxy = Proxy(None, [link[0], "--irq-dir", str(tmp_path / "irq")], {}, tmp_path / "log")
@@ -85,7 +85,7 @@ def test_a_burst_over_a_socket_loses_nothing(tmp_path: Path, watch: Watch) -> No
 
 
 @pytest.mark.netns
-def test_what_tcpdump_recorded_is_the_same_again(
+def test_a_tcpdump_capture_replays_the_same_frames(
     proxy: StartProxy, cores: Cores, core1: Peer, irq_dir: Path, watch: Watch, tmp_path: Path
 ) -> None:
     proxy("--irq-dir", irq_dir)
@@ -118,7 +118,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
         finally:
             tcpdump.kill()
 
-    # As core 1, nobody triggers: what is missing is said.
+    # As core 1, replay cannot trigger: it reports the skipped notifications.
     code, out, err = cores.core1.run(functools.partial(replay, path, cores.link, "--wait", "0.1"))
     assert (code, err) == (1, "")
     assert out == f"{IN}: {COUNT} sent\n{OUT}: 0 of {COUNT} came back, {COUNT} missing\n"
@@ -150,7 +150,7 @@ def test_what_tcpdump_recorded_is_the_same_again(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_played(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
+def test_an_invalid_recording_is_an_error(tmp_path: Path, arguments: tuple[str, ...], code: int, said: str) -> None:
     record(tmp_path / "f", IN)
     (tmp_path / "empty").touch()
     home = str(tmp_path)
@@ -160,7 +160,7 @@ def test_what_cannot_be_played(tmp_path: Path, arguments: tuple[str, ...], code:
     assert said.replace("HOME", home) in err
 
 
-def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
+def test_truncated_recordings_and_unknown_signals_are_reported(tmp_path: Path) -> None:
     path = record(tmp_path / "f", IN, "other", OUT, IN)
     path.write_bytes(path.read_bytes()[:-3])
     irq = tmp_path / "irq"
@@ -176,10 +176,10 @@ def test_a_cut_recording_and_unknown_signals(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> None:
+def test_a_replay_without_permission_for_the_link_is_an_error(tmp_path: Path, nobody: list[str]) -> None:
     path = record(tmp_path / "f", IN)
     with path.open("rb") as file:
-        # The way to the file is closed to others; a descriptor is not.
+        # Other users cannot reach the file by its path, but a descriptor works.
         path.chmod(0o644)
         command = [*nobody, sys.executable, "-m", "inco_trio", "replay", f"/proc/self/fd/{file.fileno()}", "lo"]
         done = subprocess.run(
@@ -189,7 +189,7 @@ def test_without_permission_for_the_link(tmp_path: Path, nobody: list[str]) -> N
     assert "lo: opening a packet socket needs CAP_NET_RAW" in done.stderr
 
 
-def test_progress_fits_a_terminal_of_20_columns(tmp_path: Path) -> None:
+def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
     path = record(tmp_path / "f", OUT, OUT, apart_ns=1_200_000_000)
     irq = tmp_path / "irq"
     irq.mkdir()

@@ -1,4 +1,4 @@
-"""The generated scan directory, under a real s6-svscan with a small stand-in for inco-trio, and the systemd unit."""
+"""The generated scan directory under a real s6-svscan, with a small stand-in for inco-trio, and the systemd unit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ while True:
     if message == b"hang":
         signal.pause()
 """
-"""Stands in for inco-trio: a link, notes that outlive it, and a report of everything that it does."""
+"""Stands in for inco-trio: stores a link and a start counter in the fd store, and reports everything that it does."""
 
 STANDIN_IN_SH = """
 home=${4%/*}
@@ -73,17 +73,17 @@ else
 fi
 echo >&"$6" && exec sleep 1000
 """
-"""The same for a user who may not be able to run this Python: one pipe, and its words in a second one."""
+"""The same as a shell script, for a user who may be unable to run this Python: stores one pipe, reports on another."""
 
 
 def another_user() -> str | None:
-    """A user that a service can become; None without root, and in a user namespace that knows but one user."""
+    """Return a user that a service can run as, or None without root or in a user namespace with only one user."""
     users = int(Path("/proc/self/uid_map").read_text().split()[2])
     return "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
 
 
 class Tree:
-    """A scan directory, the s6-svscan over it, and what its services report."""
+    """A scan directory, its s6-svscan, and the reports of its services."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -114,10 +114,10 @@ class Tree:
 
     @contextmanager
     def becoming_ready(self, interface: str) -> Iterator[None]:
-        """Wait at the end for readiness, of a service that s6-svscan need not know at the beginning."""
+        """At the end of the block, wait until a service is ready; s6-svscan need not know the service at the start."""
         event = f"{self.service(interface)}/event"
         subprocess.run(["s6-mkfifodir", event], check=True)
-        # The program that s6-ftrig-listen1 starts runs once it listens.
+        # s6-ftrig-listen1 runs this program once it listens.
         with subprocess.Popen(
             ["s6-ftrig-listen1", "-t", "20000", event, "U", "echo"], stdout=subprocess.PIPE
         ) as listener:
@@ -128,26 +128,26 @@ class Tree:
                 pytest.fail(f"{interface} does not become ready; {self.said()}")
 
     def stop(self) -> None:
-        """Bring everything down, and wait until the loggers have written all."""
+        """Stop all services and wait until the loggers have written everything."""
         subprocess.run(["s6-svscanctl", "-t", str(self.scandir)], check=True)
         assert self._process.wait(HANG) == 0
 
     def close(self) -> None:
         self._report.close()
         if self._process.poll() is None:
-            # As s6-svscanctl -t, but sure to arrive.
+            # The same as s6-svscanctl -t, which may fail at this point.
             self._process.terminate()
             self._process.wait(HANG)
 
-    def heard(self) -> str:
-        """The next report of a service."""
+    def next_report(self) -> str:
+        """Return the next report of a service."""
         try:
             return self._report.recv(100).decode()
         except TimeoutError:
             pytest.fail(f"no report within {HANG:g} s; {self.said()}")
 
-    def tell(self, interface: str, message: str) -> None:
-        """Send a datagram to the link of a service, whether it runs or not."""
+    def send(self, interface: str, message: str) -> None:
+        """Send a datagram to the link of a service, even if the service is down."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.sendto(message.encode(), str(self.home / interface))
 
@@ -183,7 +183,7 @@ class Tree:
 
 @pytest.fixture
 def home() -> Iterator[Path]:
-    """A directory with a short path that every user may enter."""
+    """Yield a directory with a short path that every user may enter."""
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         yield Path(home)
@@ -198,77 +198,81 @@ def tree(home: Path) -> Iterator[Tree]:
 
 @pytest.mark.s6
 class TestUnderS6:
-    def test_what_arrives_while_it_is_down_is_read_by_the_successor(self, tree: Tree) -> None:
+    def test_datagrams_that_arrive_while_the_service_is_down_are_read_later(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
+        assert tree.next_report() == "core0 started 1"
         tree.svc("-wD -d", "core0")
         for number in range(3):
-            tree.tell("core0", str(number))
+            tree.send("core0", str(number))
         tree.svc("-wU -u", "core0")
-        assert [tree.heard() for _ in range(4)] == ["core0 started 2", *(f"core0 got {number}" for number in range(3))]
+        assert [tree.next_report() for _ in range(4)] == [
+            "core0 started 2",
+            *(f"core0 got {number}" for number in range(3)),
+        ]
         assert tree.held() == ["inco-trio/core0/inflight.1", "inco-trio/core0/link.1"]
 
-    def test_what_waits_when_it_is_killed_is_read_by_the_successor(self, tree: Tree) -> None:
+    def test_datagrams_that_wait_when_the_service_is_killed_are_read_later(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
-        tree.tell("core0", "hang")
-        assert tree.heard() == "core0 got hang"
-        tree.tell("core0", "waiting")
+        assert tree.next_report() == "core0 started 1"
+        tree.send("core0", "hang")
+        assert tree.next_report() == "core0 got hang"
+        tree.send("core0", "waiting")
         tree.svc("-k", "core0")
-        assert [tree.heard(), tree.heard()] == ["core0 started 2", "core0 got waiting"]
+        assert [tree.next_report(), tree.next_report()] == ["core0 started 2", "core0 got waiting"]
 
     @pytest.mark.parametrize("code", [2, 77, 78])
-    def test_a_permanent_failure_is_not_tried_again(self, code: int, tree: Tree) -> None:
+    def test_a_permanent_failure_is_not_retried(self, code: int, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
-        tree.tell("core0", f"exit {code}")
+        assert tree.next_report() == "core0 started 1"
+        tree.send("core0", f"exit {code}")
         tree.wait_down("core0")
         assert tree.state("core0") == {"up": "false", "wantedup": "false", "exitcode": str(code)}
-        tree.svc("-u", "core0")  # s6-supervise may still be telling of the failure, which -wU would take for a new one
-        assert tree.heard() == "core0 started 2"
+        # not -wU: s6-supervise may still report the earlier failure, which -wU would count as a new one
+        tree.svc("-u", "core0")
+        assert tree.next_report() == "core0 started 2"
         tree.stop()
         assert re.search(rf"inco-trio-core0 stays down: [^\n]* \(exit code {code}\)", tree.log("core0"))
 
-    def test_another_failure_is_tried_again(self, tree: Tree) -> None:
+    def test_a_temporary_failure_is_retried(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
-        tree.tell("core0", "exit 71")
-        assert tree.heard() == "core0 started 2"
+        assert tree.next_report() == "core0 started 1"
+        tree.send("core0", "exit 71")
+        assert tree.next_report() == "core0 started 2"
 
-    def test_the_log_has_lines_with_their_time(self, tree: Tree) -> None:
+    def test_log_lines_have_a_timestamp(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
+        assert tree.next_report() == "core0 started 1"
         tree.stop()
         assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+  hello from core0$", tree.log("core0"), re.MULTILINE)
 
-    def test_two_interfaces_share_the_holder(self, tree: Tree) -> None:
+    def test_two_interfaces_share_the_fd_store(self, tree: Tree) -> None:
         tree.write("core0")
         tree.write("core0.16")
         tree.start()
-        assert {tree.heard(), tree.heard()} == {"core0 started 1", "core0.16 started 1"}
+        assert {tree.next_report(), tree.next_report()} == {"core0 started 1", "core0.16 started 1"}
         tree.svc("-wD -d", "core0")
-        tree.tell("core0", "a")
-        tree.tell("core0.16", "b")
-        assert tree.heard() == "core0.16 got b"
+        tree.send("core0", "a")
+        tree.send("core0.16", "b")
+        assert tree.next_report() == "core0.16 got b"
         tree.svc("-wU -u", "core0")
-        assert [tree.heard(), tree.heard()] == ["core0 started 2", "core0 got a"]
+        assert [tree.next_report(), tree.next_report()] == ["core0 started 2", "core0 got a"]
         services = ("core0", "core0.16")
         assert set(tree.held()) == {f"inco-trio/{i}/{name}.1" for i in services for name in ("inflight", "link")}
 
     def test_an_interface_can_be_added_to_a_running_tree(self, tree: Tree) -> None:
         tree.write("core0")
         tree.start()
-        assert tree.heard() == "core0 started 1"
+        assert tree.next_report() == "core0 started 1"
         tree.write("other")
         subprocess.run(["s6-svscanctl", "-a", str(tree.scandir)], check=True)
-        assert tree.heard() == "other started 1"
+        assert tree.next_report() == "other started 1"
 
-    def test_another_user_keeps_one_capability_and_what_waits(self, tree: Tree) -> None:
+    def test_another_user_keeps_one_capability_and_stored_descriptors(self, tree: Tree) -> None:
         user = another_user()
         fifos = [tree.home / "fifo", tree.home / "said"]
         for fifo in fifos:
@@ -280,14 +284,14 @@ class TestUnderS6:
 
         def heard() -> str:
             if not select.select([said], [], [], HANG)[0]:
-                pytest.fail(f"the service says nothing; {tree.said()}")
+                pytest.fail(f"the service reports nothing; {tree.said()}")
             return os.read(said, 100).decode()
 
         first = heard()
         if user:
             assert first == "user nobody 0000000000002000\n"
         tree.svc("-wD -d", "core0")
-        # Succeeds only because somebody, the holder, has the other end.
+        # This open succeeds only because the fd store holds the other end of the pipe.
         fd = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK)
         os.write(fd, b"what came meanwhile\n")
         os.close(fd)
@@ -298,7 +302,7 @@ class TestUnderS6:
 
 @pytest.mark.s6
 @pytest.mark.netns
-def test_the_real_program_delivers_what_came_while_it_was_down(
+def test_a_real_proxy_delivers_notifications_that_arrive_while_it_is_down(
     tree: Tree, cores: Cores, core1: Peer, watch: Callable[[Path], Consumer]
 ) -> None:
     irq = tree.home / "irq"
@@ -318,7 +322,7 @@ def test_the_real_program_delivers_what_came_while_it_was_down(
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file: its inode, mode and content."""
+    """Return the inode, mode and content of every file."""
     return {
         str(path.relative_to(directory)): (path.stat().st_ino, stat.S_IMODE(path.stat().st_mode), path.read_bytes())
         for path in directory.rglob("*")
@@ -332,7 +336,7 @@ def changes(scandir: Path, *, interface: str = "core0", config: str = __file__, 
 
 
 class TestFiles:
-    def test_the_second_run_changes_nothing(self, tmp_path: Path) -> None:
+    def test_a_second_run_changes_nothing(self, tmp_path: Path) -> None:
         assert set(changes(tmp_path)) >= {
             "created inco-trio-core0/run",
             "created inco-trio-core0/log/run",
@@ -342,28 +346,28 @@ class TestFiles:
         assert changes(tmp_path) == []
         assert snapshot(tmp_path) == before
 
-    def test_another_configuration_changes_run_only(self, tmp_path: Path) -> None:
+    def test_a_new_configuration_changes_only_run(self, tmp_path: Path) -> None:
         changes(tmp_path)
         before = snapshot(tmp_path)
         assert changes(tmp_path, config="/proc/version") == ["changed inco-trio-core0/run"]
         after = snapshot(tmp_path)
         assert {name for name in after if after[name] != before[name]} == {"inco-trio-core0/run"}
 
-    def test_a_mode_and_an_edit_are_mended(self, tmp_path: Path) -> None:
+    def test_a_wrong_mode_and_an_edited_file_are_restored(self, tmp_path: Path) -> None:
         changes(tmp_path)
         (tmp_path / "inco-trio-core0/run").chmod(0o600)
         (tmp_path / "inco-trio-core0/finish").write_text("")
         assert changes(tmp_path) == ["changed inco-trio-core0/finish", "changed inco-trio-core0/run"]
         assert os.access(tmp_path / "inco-trio-core0/run", os.X_OK)
 
-    def test_the_umask_does_not_shut_users_out(self, tmp_path: Path) -> None:
+    def test_the_umask_does_not_lock_users_out(self, tmp_path: Path) -> None:
         umask = os.umask(0o077)
         changes(tmp_path / "new/scan")
         os.umask(umask)
         modes = {stat.S_IMODE(path.stat().st_mode) for path in [tmp_path / "new", *(tmp_path / "new").rglob("*")]}
         assert modes == {0o755, 0o644}
 
-    def test_a_user_that_no_service_has_any_more_loses_its_rights(self, tmp_path: Path) -> None:
+    def test_a_user_without_a_service_loses_its_rights(self, tmp_path: Path) -> None:
         rules = tmp_path / "inco-trio-fdholder/data/rules/uid"
         owner = {"0", str(os.geteuid())}
         one, two = [account for account in pwd.getpwall() if str(account.pw_uid) not in owner][:2]
@@ -377,7 +381,7 @@ class TestFiles:
         assert changes(tmp_path, interface="a.1") == [f"removed inco-trio-fdholder/data/rules/uid/{one.pw_uid}"]
         assert {path.name for path in rules.iterdir()} == owner
 
-    def test_files_of_others_are_left_alone(self, tmp_path: Path) -> None:
+    def test_files_not_written_by_us_are_left_alone(self, tmp_path: Path) -> None:
         for name in ("inco-trio-core0/down", "sshd/run"):
             (tmp_path / name).parent.mkdir()
             (tmp_path / name).touch()
@@ -386,13 +390,13 @@ class TestFiles:
         assert (tmp_path / "sshd/run").exists()
 
     @pytest.mark.parametrize("path", ["/x/a b", "/x/it's", "/x/$(exit)`exit`", "/x/a\nb", "/x/\udcff"])
-    def test_a_path_reaches_the_program_as_it_is(self, path: str, tmp_path: Path) -> None:
+    def test_a_path_reaches_the_program_unchanged(self, path: str, tmp_path: Path) -> None:
         write_scandir(tmp_path, service=link_service("core0", Path(path)), user=None, program=[path, "x y"])
         command = (tmp_path / "inco-trio-core0/run").read_bytes().partition(b"/s \\\n")[2]
         done = subprocess.run(["/bin/sh"], input=b"printf '%s\\0' " + command, capture_output=True, check=True)
         assert os.fsdecode(done.stdout).split("\0")[:6] == [path, "x y", "run", "core0", "--config", path]
 
-    def test_a_configuration_that_is_not_there_yet_is_a_warning(self, tmp_path: Path) -> None:
+    def test_a_missing_configuration_is_a_warning(self, tmp_path: Path) -> None:
         changes(tmp_path, config="/nonexistent/udrv.json")
         assert changes(tmp_path, config="/nonexistent/udrv.json") == [
             "warning: /nonexistent/udrv.json: cannot be read: No such file or directory"
@@ -401,27 +405,27 @@ class TestFiles:
     @pytest.mark.parametrize(
         "interface", ["", ".", "..", "a/b", "a b", "a:1", "a\n", "\udcff", "sixteen-letters-", "fdholder", "-a"]
     )
-    def test_a_bad_interface_is_refused(self, interface: str, tmp_path: Path) -> None:
+    def test_an_invalid_interface_is_refused(self, interface: str, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError, match=f"^link {re.escape(repr(interface))}: [^\n]+$"):
             changes(tmp_path, interface=interface)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_user_that_does_not_exist_is_refused(self, tmp_path: Path) -> None:
+    def test_an_unknown_user_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user$"):
             changes(tmp_path, user="nobodyelse")
 
-    def test_a_directory_that_cannot_be_made_is_one_line(self, tmp_path: Path) -> None:
+    def test_a_directory_that_cannot_be_created_is_one_error_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(InvalidArgumentError, match=rf"^cannot write {tmp_path}/file: File exists$"):
             changes(tmp_path / "file")
 
-    def test_no_permission_is_one_line(self) -> None:
-        # sysfs lets not even root make a directory.
+    def test_missing_permission_is_one_error_line(self) -> None:
+        # sysfs refuses new directories even to root.
         with pytest.raises(PermissionDeniedError, match=r"^cannot write /sys/scan: [^\n]*$"):
             changes(Path("/sys/scan"))
 
 
-def test_the_program_ignores_the_paths_of_the_user(tmp_path: Path) -> None:
+def test_the_program_ignores_the_python_paths_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "argparse.py").write_text("raise SystemExit('imported from a path of the user')")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
@@ -430,9 +434,7 @@ def test_the_program_ignores_the_paths_of_the_user(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_package_that_is_only_installed_for_the_user_still_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_installed_only_for_the_user_still_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\n[ "$1" != -I ]\n')
     python.chmod(0o755)
@@ -441,7 +443,7 @@ def test_a_package_that_is_only_installed_for_the_user_still_starts(
 
 
 def directives(service: Service) -> list[str]:
-    """The names of the directives of a unit, as systemd reads it: read_line() of systemd ends lines at \\r, too."""
+    """Return the directive names of a unit as systemd reads them; its read_line() ends lines at \\r, too."""
     unit = systemd_unit(service=service, user=None, program=["inco-trio"]).replace("\\\n", " ")
     lines = [line.strip() for line in re.split("[\n\r\0]", unit)]
     return [line.partition("=")[0] for line in lines if line and not line.startswith(("#", ";"))]
@@ -463,7 +465,7 @@ def test_no_path_adds_or_hides_directives(text: str, tmp_path: Path) -> None:
         assert directives(odd) == directives(plain)
 
 
-def test_each_unit_has_a_runtime_directory_of_its_own() -> None:
+def test_each_unit_has_its_own_runtime_directory() -> None:
     found = set()
     for service in (
         link_service("rpmsg4000", Path("/dev/null")),
@@ -488,7 +490,7 @@ class TestSystemdUnit:
         assert re.search(rf"^ExecStart={re.escape(command)} --control %t/[^ ]+$", unit, re.MULTILINE)
         assert "interrupts on rpmsg%%1\n" in unit
 
-    def test_it_runs_as_the_user_with_one_capability(self) -> None:
+    def test_the_unit_runs_as_the_user_with_one_capability(self) -> None:
         unit = systemd_unit(
             service=link_service("a", Path("/dev/null")), user="nobody", program=["inco-trio"]
         ).splitlines()
@@ -503,7 +505,7 @@ class TestSystemdUnit:
             assert said in unit
             assert ("CapabilityBoundingSet=CAP_NET_RAW" in unit) == (service.label == "boards-1")
 
-    def test_bad_input_is_refused(self) -> None:
+    def test_invalid_input_is_refused(self) -> None:
         for interface, user in (("a b", None), ("a", "nobodyelse")):
             with pytest.raises(InvalidArgumentError):
                 systemd_unit(service=link_service(interface, Path("/dev/null")), user=user, program=["inco-trio"])

@@ -1,4 +1,4 @@
-"""`inco-trio send` and `inco-trio wait`, as shell tests use them, beside a real daemon and without one."""
+"""`inco-trio send` and `inco-trio wait`, as shell tests use them, with a real daemon and without one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-m", "inco_trio"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No configuration from outside, the command `inco-trio` for shells, and no proxy but the test's."""
+    """Remove outside configuration, put `inco-trio` on PATH, and hide all proxies but the test's."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
@@ -54,7 +54,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A command that goes on, whose command of --after says that it listens."""
+    """Start a command whose --after command reports that it listens, and return it while it runs."""
     with ExitStack() as stack:
 
         def start(*words: str | Path) -> subprocess.Popen[str]:
@@ -80,7 +80,7 @@ def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.Com
 
 
 def error(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
-    """The exit code and the one line that says what is wrong."""
+    """Return the exit code and the single error line."""
     assert done.stdout == ""
     assert done.stderr.startswith("inco-trio: error: ")
     assert done.stderr.count("\n") == 1
@@ -111,7 +111,7 @@ def test_send_through_the_proxy(board: Board) -> None:
     assert re.fullmatch(rf"redun_notify_irq: 1 sent, through {board.home}/core0, in [\d.]+ s\n", done.stdout)
 
 
-def test_the_only_proxy_is_found_and_its_link_names_it(board: Board) -> None:
+def test_the_only_proxy_is_found_and_a_link_names_it(board: Board) -> None:
     runtime = board.home / "xdg/inco-trio"
     runtime.mkdir(parents=True)
     left = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -127,7 +127,7 @@ def test_the_only_proxy_is_found_and_its_link_names_it(board: Board) -> None:
     assert "no proxy of unix:/x/a,peer=/x/b answers" in done.stderr
 
 
-def test_a_rate_is_kept(board: Board) -> None:
+def test_send_keeps_the_rate(board: Board) -> None:
     peer = board.core1()
     board.running()
     done = run("send", "redun_notify_irq", "--control", board.path, "--count", "5", "--rate", "50", "--json")
@@ -135,7 +135,7 @@ def test_a_rate_is_kept(board: Board) -> None:
     assert json.loads(done.stdout)["seconds"] >= 0.08
 
 
-def test_wait_at_the_proxy(board: Board) -> None:
+def test_wait_through_the_proxy(board: Board) -> None:
     peer = board.core1()
     board.running()
     after = f"inco-trio send redun_notify_irq --control {board.path} -q"
@@ -145,11 +145,11 @@ def test_wait_at_the_proxy(board: Board) -> None:
     assert received(peer, 1) == [b"redun_notify_irq"]
 
 
-def test_the_example_of_the_readme(board: Board) -> None:
+def test_the_readme_example_of_wait_works(board: Board) -> None:
     (line,) = re.findall(r"^    (inco-trio wait .* --after .*)$", README.read_text(), re.MULTILINE)
     board.core1()
     board.running()
-    # By name, as others may run here.
+    # Name the proxy, because other proxies may run on this machine.
     named = re.sub(r"--timeout \d+", f"--control {board.path} --timeout {HANG}", line)
     done = subprocess.run(
         ["/bin/sh", "-c", named], cwd=board.home, capture_output=True, text=True, timeout=HANG, check=False
@@ -158,7 +158,7 @@ def test_the_example_of_the_readme(board: Board) -> None:
     assert done.stdout.endswith(" outbound redun_notify_irq\n")
 
 
-def test_wait_for_several_and_for_nothing_else(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+def test_wait_counts_only_the_named_signal(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
     peer = board.core1()
     board.running()
     waiting = started("wait", "ihub_hwwd_irq", "--control", board.path, "--count", "2", "--json")
@@ -170,7 +170,7 @@ def test_wait_for_several_and_for_nothing_else(board: Board, started: Callable[.
     assert [json.loads(line)["signal"] for line in out.splitlines()] == ["ihub_hwwd_irq"] * 2
 
 
-def test_wait_in_vain(board: Board) -> None:
+def test_wait_times_out(board: Board) -> None:
     board.running()
     done = run("wait", "ihub_hwwd_irq", "--control", board.path, "--timeout", "0.01")
     assert (done.returncode, done.stdout) == (1, "")
@@ -179,7 +179,9 @@ def test_wait_in_vain(board: Board) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
-def test_the_proxy_ends_while_it_is_waited_for(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
+def test_wait_ends_with_an_error_when_the_proxy_ends(
+    board: Board, started: Callable[..., subprocess.Popen[str]]
+) -> None:
     proxy = board.running()
     waiting = started("wait", "ihub_hwwd_irq", "--control", board.path)
     proxy.stop()
@@ -187,7 +189,7 @@ def test_the_proxy_ends_while_it_is_waited_for(board: Board, started: Callable[.
     assert (waiting.returncode, err) == (69, f"inco-trio: error: {board.path}: the proxy has ended\n")
 
 
-def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) -> None:
+def test_send_reports_a_link_that_is_down_and_waits(board: Board) -> None:
     board.running()
     with subprocess.Popen(
         [*COMMAND, "send", "redun_notify_irq", "--control", str(board.path)],
@@ -212,12 +214,12 @@ def test_a_link_that_is_down_is_said_and_the_signal_is_sent_later(board: Board) 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_a_proxy_does_not_have(board: Board, words: tuple[str, ...], complaint: str) -> None:
+def test_an_unknown_signal_or_board_is_an_error(board: Board, words: tuple[str, ...], complaint: str) -> None:
     board.running()
     assert error(run(*words, "--control", board.path)) == (2, complaint.format(home=board.home))
 
 
-def test_the_boards_of_a_proxy(board: Board) -> None:
+def test_send_and_wait_choose_a_board(board: Board) -> None:
     boards = board.home / "boards"
     boards.mkdir()
     for name in ("a", "b"):
@@ -250,7 +252,9 @@ def test_the_boards_of_a_proxy(board: Board) -> None:
 
 
 @pytest.mark.netns
-def test_others_may_wait_if_the_group_lets_them_but_not_send(board: Board, nobody: list[str], tmp_path: Path) -> None:
+def test_other_users_may_wait_if_the_group_allows_it_but_not_send(
+    board: Board, nobody: list[str], tmp_path: Path
+) -> None:
     board.core1()
     board.running()
     temporary = Path(tempfile.gettempdir())
@@ -268,7 +272,7 @@ def test_others_may_wait_if_the_group_lets_them_but_not_send(board: Board, nobod
     assert ask("wait", "ihub_hwwd_irq", "--timeout", "0").returncode == 1
 
 
-def test_no_proxy(tmp_path: Path) -> None:
+def test_a_missing_proxy_is_an_error(tmp_path: Path) -> None:
     assert error(run("send", "x", "--control", tmp_path / "none")) == (69, f"{tmp_path}/none: no proxy listens there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
         stale.bind(str(tmp_path / "stale"))
@@ -288,7 +292,7 @@ def test_send_as_an_application(board: Board) -> None:
     assert received(peer, 1) == [b"redun_notify_irq"]
 
 
-def test_send_and_wait_by_the_configuration(board: Board) -> None:
+def test_send_as_an_application_by_the_configuration(board: Board) -> None:
     peer = board.core1()
     udrv = write_udrv(board.home / "udrv.json", board.irq)
     board.running("--config", str(udrv))
@@ -308,7 +312,9 @@ def test_wait_as_an_application(board: Board, started: Callable[..., subprocess.
     assert [line.split()[1:] for line in out.splitlines()] == [["inbound", "ihub_hwwd_irq"]] * 3
 
 
-def test_wait_follows_what_is_replaced(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+def test_wait_follows_replaced_files_and_directories(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
     irq = tmp_path / "above/irq"
     irq.mkdir(parents=True)
     state = irq / "message_5_state"
@@ -320,7 +326,7 @@ def test_wait_follows_what_is_replaced(tmp_path: Path, started: Callable[..., su
     state.unlink()
     state.write_text("1")  # a new file
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
-    # Another directory takes the place; that of another name is nothing, and neither is a write in the old one.
+    # Replace the directory. Writes to the old directory must not count.
     other = tmp_path / "above/other"
     other.mkdir()
     (other / "message_5_state").touch()
@@ -333,7 +339,7 @@ def test_wait_follows_what_is_replaced(tmp_path: Path, started: Callable[..., su
 
 
 def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
-    """Write until it has seen two: when it follows a directory, nothing tells but that."""
+    """Write until `wait` has seen two notifications: nothing else shows when it follows a directory."""
     deadline = time.monotonic() + HANG
     while waiting.poll() is None:
         assert time.monotonic() < deadline
@@ -343,9 +349,7 @@ def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
     return waiting.returncode
 
 
-def test_a_directory_that_is_made_again_is_awaited(
-    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_wait_follows_a_recreated_directory(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
     irq = tmp_path / "above/irq"
     irq.mkdir(parents=True)
     state = irq / "message_5_state"
@@ -359,7 +363,7 @@ def test_a_directory_that_is_made_again_is_awaited(
 
 
 @pytest.mark.parametrize("command", ["send", "wait"])
-def test_registers_that_are_not_there(tmp_path: Path, command: str) -> None:
+def test_missing_registers_are_an_error(tmp_path: Path, command: str) -> None:
     name, register = (
         ("redun_notify_irq", "message_6_trig") if command == "send" else ("ihub_hwwd_irq", "message_5_state")
     )
@@ -371,7 +375,7 @@ def test_registers_that_are_not_there(tmp_path: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "symlink", "null"])
-def test_a_trigger_that_is_no_file(tmp_path: Path, kind: str) -> None:
+def test_a_trigger_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "message_6_trig"
     make: dict[str, Callable[[], None]] = {
         "directory": path.mkdir,
@@ -420,7 +424,7 @@ def test_wait_as_core1(board: Board) -> None:
     assert [line.split()[1:] for line in done.stdout.splitlines()] == [["outbound", "redun_notify_irq"]] * 20
 
 
-def test_core1_waits_for_its_own_signal(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
+def test_core1_waits_for_its_own_signal_only(tmp_path: Path, started: Callable[..., subprocess.Popen[str]]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0:
         core0.bind(f"{tmp_path}/core0")
         waiting = started("wait", "a_irq", "--as", "core1", f"unix:{tmp_path}/core1,peer={tmp_path}/core0")
@@ -430,7 +434,7 @@ def test_core1_waits_for_its_own_signal(tmp_path: Path, started: Callable[..., s
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
 
 
-def test_core1_waits_for_the_command_too(tmp_path: Path) -> None:
+def test_core1_waits_for_the_after_command_too(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
@@ -444,7 +448,7 @@ def test_core1_waits_for_the_command_too(tmp_path: Path) -> None:
         assert waiting.stdout.readline() == "listening\n"
         core0.sendto(encode(b"a_irq", MAC), f"{tmp_path}/core1")
         assert waiting.stdout.readline().endswith(" outbound a_irq\n")
-        fifo.write_text("")  # So that the command ends only now.
+        fifo.write_text("")  # End the command only now.
         assert (waiting.wait(HANG), waiting.stderr and waiting.stderr.read()) == (0, "")
 
 
@@ -468,7 +472,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     )
 
 
-def test_core1_waits_in_vain(tmp_path: Path) -> None:
+def test_core1_times_out_or_reports_a_failed_command(tmp_path: Path) -> None:
     link = f"unix:{tmp_path}/core1,peer={tmp_path}/core0"
     done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")
     assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 arrived within 0.01 s\n")
@@ -477,7 +481,7 @@ def test_core1_waits_in_vain(tmp_path: Path) -> None:
     assert not (tmp_path / "core1").exists()
 
 
-def test_core1_where_nobody_or_somebody_else_is(board: Board) -> None:
+def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
     assert code == 69
     assert complaint.startswith(f"{board.home}/core1: takes no frames now: no process is at {board.home}/core0")
@@ -511,7 +515,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
     assert "wait-link" not in complaint
 
 
-# ------------------------------------------------------------------------------------------------- what makes no sense
+# --------------------------------------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(
@@ -540,18 +544,18 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
-def test_what_makes_no_sense(words: tuple[str, ...], complaint: str) -> None:
+def test_invalid_arguments_are_refused(words: tuple[str, ...], complaint: str) -> None:
     done = run(*words)
     assert (done.returncode, done.stdout) == (2, "")
     assert complaint in done.stderr
     assert "Traceback" not in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------- how it ends
+# ----------------------------------------------------------------------------------------------- exit of the command
 
 
 @pytest.mark.parametrize("command", ["exit 3", "kill -TERM $$", "no-such-program"])
-def test_the_command_fails(tmp_path: Path, command: str) -> None:
+def test_a_failed_after_command_gives_the_exit_code(tmp_path: Path, command: str) -> None:
     (tmp_path / "message_5_state").touch()
     done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--after", command)
     expected = {"exit 3": 3, "kill -TERM $$": 143, "no-such-program": 127}[command]
@@ -559,13 +563,13 @@ def test_the_command_fails(tmp_path: Path, command: str) -> None:
     assert done.stderr.endswith(f"inco-trio: the command of --after failed: exit code {expected}\n")
 
 
-def test_the_command_is_waited_for(tmp_path: Path) -> None:
+def test_wait_waits_for_the_after_command(tmp_path: Path) -> None:
     state = tmp_path / "message_5_state"
     state.touch()
     words = ("wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "-q", "--after")
     assert run(*words, f"echo 1 > {state}").returncode == 0
     assert run(*words, f"echo 1 > {state}; exec 1>&- 2>&-; read x < {tmp_path}/none; exit 4").returncode == 4
-    # It is ended with the time, whether it came or not.
+    # The timeout stops the command, whether the notification arrived or not.
     os.mkfifo(tmp_path / "fifo")
     done = run(
         "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
@@ -578,17 +582,17 @@ def test_the_command_is_waited_for(tmp_path: Path) -> None:
     )
 
 
-def test_what_the_command_started_is_ended_with_it(tmp_path: Path) -> None:
+def test_children_of_the_after_command_are_stopped_with_it(tmp_path: Path) -> None:
     (tmp_path / "message_5_state").touch()
-    # Whoever inherits standard output keeps its end from being read.
+    # A child that inherits standard output would keep the pipe open and block this test.
     command = "cat > /dev/null & sleep 1000 & sleep 1000"
     done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", command)
     assert (done.returncode, done.stderr) == (1, "inco-trio: ihub_hwwd_irq: 0 of 1 arrived within 0.5 s\n")
 
 
-def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:
+def test_an_after_command_that_cannot_be_run_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "message_5_state").touch()
-    # /bin/sh is there and can be run: only the limit of processes, or this, keeps it from that.
+    # /bin/sh always exists here, so a NUL byte stands in for a process limit that prevents the start.
     code = "import sys; sys.argv[-1] = chr(0); from inco_trio.cli import main; sys.exit(main())"
     words = ["wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "--after", "x"]
     done = subprocess.run(
@@ -598,7 +602,7 @@ def test_a_command_that_cannot_be_run(tmp_path: Path) -> None:
     assert (exit_code, complaint.startswith("--after: cannot be run: ")) == (71, True)
 
 
-def test_a_closed_pipe(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     state = tmp_path / "message_5_state"
     state.touch()
     words = f"wait ihub_hwwd_irq --irq-dir {tmp_path} --count 3 --after 'for i in 1 2 3; do echo 1 > {state}; done'"
@@ -608,7 +612,7 @@ def test_a_closed_pipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["proxy", "application", "core1"])
-def test_ctrl_c(board: Board, started: Callable[..., subprocess.Popen[str]], way: str) -> None:
+def test_ctrl_c_ends_wait(board: Board, started: Callable[..., subprocess.Popen[str]], way: str) -> None:
     board.running()
     options: dict[str, list[str | Path]] = {
         "proxy": ["ihub_hwwd_irq", "--control", board.path],
@@ -622,7 +626,7 @@ def test_ctrl_c(board: Board, started: Callable[..., subprocess.Popen[str]], way
     assert not (board.home / "core1").exists()
 
 
-def test_what_was_sent_before_the_end_is_said(tmp_path: Path) -> None:
+def test_ctrl_c_reports_how_many_were_sent(tmp_path: Path) -> None:
     trigger = tmp_path / "message_6_trig"
     trigger.touch()
     words = ["send", "redun_notify_irq", "--irq-dir", str(tmp_path), "--count", "2", "--rate", "1e-300"]
@@ -636,7 +640,7 @@ def test_what_was_sent_before_the_end_is_said(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Stands in for `time`."""
+    """Stands in for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -657,7 +661,7 @@ def test_a_schedule_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def send(count: int) -> None:
         sent.append((clock.now - 100, count))
-        # The third one takes a second: the ones after it are made up for.
+        # The third send takes a second; the next ones catch up.
         clock.now += 1.0 if len(sent) == 3 else 0.125
 
     schedule.follow(send)
@@ -668,14 +672,14 @@ def test_a_schedule_does_not_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _Schedule(1, None).pause() == 0
 
 
-def test_an_error_alone_in_groups() -> None:
+def test_a_single_error_in_groups_is_unwrapped() -> None:
     with pytest.raises(KeyboardInterrupt), alone():
         raise BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])])
     with pytest.raises(ExceptionGroup), alone():
         raise ExceptionGroup("", [ValueError(), ValueError()])
 
 
-def test_a_tool_of_a_shell_starts_without_trio(tmp_path: Path) -> None:
+def test_send_starts_without_importing_trio(tmp_path: Path) -> None:
     (tmp_path / "message_6_trig").touch()
     (tmp_path / "message_5_state").touch()
     for words in (["send", "redun_notify_irq"], ["wait", "ihub_hwwd_irq", "--timeout", "0"]):

@@ -1,4 +1,4 @@
-"""Gateway and exporter as services of their own: under a real s6, and as systemd units."""
+"""Gateway and exporter as separate services: under a real s6, and as systemd units."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     done = s6(tmp_path / "scan", "--mqtt", broker.url, "--gateway", tmp_path / "gateway.json")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "scan/inco-trio-mqtt/run"
-    # Only this proxy, and none of others that may run here.
+    # Use only this proxy; others may run on this machine.
     run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
     service = running(stack, tmp_path / "scan", "mqtt")
     board.trigger()
@@ -66,7 +66,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     pid = main_process(service.directory)
     os.kill(pid, signal.SIGKILL)
     board.trigger()
-    assert next(told for told in reader.notifications() if told.body["sequence"] == 2)
+    assert next(each for each in reader.notifications() if each.body["sequence"] == 2)
     service.wait("U")
     assert main_process(service.directory) != pid
     service.control("-h")
@@ -85,7 +85,7 @@ def test_the_exporter_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     assert "Traceback" not in service.log
 
 
-def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
+def test_gateway_and_exporter_need_no_fd_store_and_no_rights(tmp_path: Path) -> None:
     write_scandir(tmp_path, service=gateway_service("mqtt://h", None), user="nobody", program=["inco-trio"])
     write_scandir(tmp_path, service=exporter_service("127.0.0.1:1"), user=None, program=["inco-trio"])
     files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
@@ -96,14 +96,14 @@ def test_they_need_no_holder_and_no_rights(tmp_path: Path) -> None:
     assert "+net_raw" not in run
     command = shlex.split(run.replace("\\\n", " ").splitlines()[-1])
     assert command[-7:] == ["inco-trio", "mqtt", "mqtt://h", "--notification-fd", "3", "--log-format", "text"]
-    # A proxy beside them has its holder, which they have no part in.
+    # A proxy in the same tree has the fd store; the two services get no rights in it.
     write_scandir(tmp_path, service=link_service("core0", Path("/dev/null")), user="nobody", program=["inco-trio"])
     rules = [path.read_text() for path in (tmp_path / "inco-trio-fdholder/data/rules").rglob("S6_FDHOLDER_STORE_REGEX")]
     assert not any("mqtt" in rule for rule in rules)
 
 
 @pytest.mark.parametrize("label", ["mqtt", "exporter", "fdholder", "wire-x"])
-def test_no_link_takes_their_names(label: str) -> None:
+def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
     with pytest.raises(InvalidArgumentError, match=f"inco-trio-{label} is reserved for|reserved for bridges"):
         link_service(label, Path("/dev/null"))
 
@@ -127,13 +127,13 @@ def test_no_link_takes_their_names(label: str) -> None:
         (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
     ],
 )
-def test_what_is_refused(words: list[str], text: str) -> None:
+def test_invalid_options_are_refused(words: list[str], text: str) -> None:
     done = s6("--systemd", *words)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert text in done.stderr
 
 
-def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
+def test_an_invalid_gateway_configuration_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "gateway.json").write_text('{"board": []}')
     done = s6(tmp_path / "scan", "--mqtt", "mqtt://h", "--gateway", tmp_path / "gateway.json")
     assert done.returncode == 0
@@ -151,8 +151,8 @@ def test_a_configuration_that_is_wrong_is_warned_of(tmp_path: Path) -> None:
     ],
     ids=lambda service: service.label,
 )
-def test_the_units_are_valid(service: Described, tmp_path: Path) -> None:
-    # As a proxy, a wire binds a socket wherever it is told to.
+def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> None:
+    # Like a proxy, a bridge may bind its socket in any directory.
     exposure = 20 if service.is_client else 25
     kind = service.label.replace(" ", "-")
     unit = tmp_path / f"inco-trio-{kind}.service"

@@ -1,4 +1,4 @@
-"""One inotify descriptor for many boards, the queue that each has of it, and the descriptors that are kept as one."""
+"""One inotify descriptor shared by many boards, the queue of each board, and descriptors stored as a single bundle."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read(events: EventQueue, size: int) -> bytes:
     return bytes(buffer[:length])
 
 
-def test_events_come_out_whole_and_in_order() -> None:
+def test_events_leave_the_queue_whole_and_in_order() -> None:
     events = queue(1024)
     events.append(EVENT + NAMED)
     events.append(NAMED + EVENT)
@@ -47,7 +47,7 @@ def test_events_come_out_whole_and_in_order() -> None:
     assert (read(events, 70), read(events, 70)) == (EVENT, b"")
 
 
-def test_the_queue_goes_round() -> None:
+def test_the_queue_wraps_around() -> None:
     events = queue(128)
     for _ in range(50):
         events.append(NAMED)
@@ -57,7 +57,7 @@ def test_the_queue_goes_round() -> None:
         assert read(events, 100) == EVENT + NAMED
 
 
-def test_a_full_queue_ends_with_an_overflow_and_takes_events_again_once_there_is_room() -> None:
+def test_a_full_queue_ends_with_an_overflow_and_accepts_events_again_later() -> None:
     events = queue(80)
     for _ in range(10):
         events.append(EVENT)
@@ -68,7 +68,7 @@ def test_a_full_queue_ends_with_an_overflow_and_takes_events_again_once_there_is
     assert read(events, 200) == EVENT
 
 
-def test_a_successor_finds_what_is_queued() -> None:
+def test_a_successor_finds_the_queued_events() -> None:
     memory = bytearray(PAGE + 128)
     events = queue(128, memory)
     events.append(EVENT)
@@ -76,7 +76,7 @@ def test_a_successor_finds_what_is_queued() -> None:
 
 
 @pytest.mark.parametrize("queued", [b"", EVENT, NAMED])
-def test_a_board_takes_the_memory_that_it_uses(queued: bytes) -> None:
+def test_a_queue_uses_only_the_memory_that_it_needs(queued: bytes) -> None:
     memory = Inflight.open()
     memory.queue.append(queued)
     before = os.fstat(memory.fd).st_blocks
@@ -85,7 +85,7 @@ def test_a_board_takes_the_memory_that_it_uses(queued: bytes) -> None:
     memory.close()
 
 
-def test_a_process_that_was_killed_while_it_began_again_has_queued_nothing() -> None:
+def test_a_kill_while_the_queue_restarts_leaves_it_empty() -> None:
     memory = bytearray(PAGE + 128)
     memory[:8] = (77).to_bytes(8, "little")
     events = queue(128, memory)
@@ -94,7 +94,7 @@ def test_a_process_that_was_killed_while_it_began_again_has_queued_nothing() -> 
     assert read(events, 100) == EVENT
 
 
-def test_what_is_alone_is_done_where_it_stands_or_stays() -> None:
+def test_a_lone_event_is_finished_in_place_or_stays_queued() -> None:
     events = queue(128)
     assert events.finish_alone(lambda *_: True) == 0
     events.append(EVENT)
@@ -103,7 +103,7 @@ def test_what_is_alone_is_done_where_it_stands_or_stays() -> None:
     assert len(events) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the shares
+# ------------------------------------------------------------------------------------------------------- shared watches
 
 
 class Boards:
@@ -112,7 +112,7 @@ class Boards:
         stack.callback(self.shared.inotify.close)
         self.shares = [self.shared.share(Inflight.open()) for _ in range(2)]
 
-    def told(self, share: Share) -> list[Event]:
+    def received(self, share: Share) -> list[Event]:
         self.shared.drain()
         buffer = memoryview(bytearray(4096))
         return parse_events(buffer[: share.read_into(buffer)])
@@ -124,17 +124,17 @@ def boards() -> Iterator[Boards]:
         yield Boards(stack)
 
 
-def test_each_board_is_told_what_it_watches_for(boards: Boards, tmp_path: Path) -> None:
+def test_each_board_gets_only_events_that_it_watches(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     wd = one.watch(str(tmp_path), ino.IN_CREATE)
     assert other.watch(str(tmp_path), ino.IN_DELETE) % GENERATION == wd % GENERATION
     (tmp_path / "a").touch()
     (tmp_path / "a").unlink()
-    assert boards.told(one) == [Event(wd, ino.IN_CREATE, b"a")]
-    assert [event.mask for event in boards.told(other)] == [ino.IN_DELETE]
+    assert boards.received(one) == [Event(wd, ino.IN_CREATE, b"a")]
+    assert [event.mask for event in boards.received(other)] == [ino.IN_DELETE]
 
 
-def test_who_gives_a_shared_watch_up_is_told_and_gets_another_number(boards: Boards, tmp_path: Path) -> None:
+def test_removing_a_shared_watch_is_reported_and_gives_a_new_number(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     first, kept = one.watch(str(tmp_path), ino.IN_CREATE), other.watch(str(tmp_path), ino.IN_CREATE)
     one.unwatch(first)
@@ -142,16 +142,16 @@ def test_who_gives_a_shared_watch_up_is_told_and_gets_another_number(boards: Boa
     assert again != first
     assert again % GENERATION == first % GENERATION
     (tmp_path / "a").touch()
-    assert boards.told(one) == [Event(first, ino.IN_IGNORED, b""), Event(again, ino.IN_CREATE, b"a")]
-    assert boards.told(other) == [Event(kept, ino.IN_CREATE, b"a")]
-    one.unwatch(first)  # That has ended.
+    assert boards.received(one) == [Event(first, ino.IN_IGNORED, b""), Event(again, ino.IN_CREATE, b"a")]
+    assert boards.received(other) == [Event(kept, ino.IN_CREATE, b"a")]
+    one.unwatch(first)  # a watch that has ended
     one.unwatch(again)
     other.unwatch(kept)
-    assert boards.told(one) == [Event(again, ino.IN_IGNORED, b"")]
-    assert boards.told(other) == [Event(kept, ino.IN_IGNORED, b"")]
+    assert boards.received(one) == [Event(again, ino.IN_IGNORED, b"")]
+    assert boards.received(other) == [Event(kept, ino.IN_IGNORED, b"")]
 
 
-def test_a_watch_that_nobody_wants_any_more_wakes_nobody(boards: Boards, tmp_path: Path) -> None:
+def test_a_replaced_mask_causes_no_events(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     one.watch(str(tmp_path), ino.IN_CREATE)
     one.watch(str(tmp_path), ino.IN_DELETE)
@@ -160,7 +160,7 @@ def test_a_watch_that_nobody_wants_any_more_wakes_nobody(boards: Boards, tmp_pat
     assert boards.shared.inotify.queued == 0
 
 
-def test_a_watch_is_narrowed_though_its_path_leads_elsewhere_now(boards: Boards, tmp_path: Path) -> None:
+def test_a_watch_can_be_narrowed_although_its_path_changed(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -169,16 +169,16 @@ def test_a_watch_is_narrowed_though_its_path_leads_elsewhere_now(boards: Boards,
     boards.shared._narrow(wide % GENERATION, str(tmp_path / "b"), 0)
     boards.shared._narrow(wide % GENERATION, str(tmp_path), 0)
     (tmp_path / "b/x").touch()
-    assert boards.told(other) == [Event(place, ino.IN_CREATE, b"x")]
-    assert boards.told(one) == []
+    assert boards.received(other) == [Event(place, ino.IN_CREATE, b"x")]
+    assert boards.received(one) == []
 
 
-def test_the_watches_of_a_board_that_ends_end_and_those_of_nobody_too(boards: Boards, tmp_path: Path) -> None:
+def test_watches_of_a_closed_board_and_unknown_watches_are_removed(boards: Boards, tmp_path: Path) -> None:
     one, other = boards.shares
     one.watch(str(tmp_path), ino.IN_CREATE)
     other.watch(str(tmp_path), ino.IN_CREATE)
     boards.shared.end(one)
-    # As a predecessor's, of a board that there is no more.
+    # Forget the other board's watches, as if a predecessor had made them for a board that no longer exists.
     boards.shared._watches.clear()
     (tmp_path / "a").touch()
     boards.shared.drain()
@@ -187,14 +187,14 @@ def test_the_watches_of_a_board_that_ends_end_and_those_of_nobody_too(boards: Bo
     assert boards.shared.inotify.queued == 0
 
 
-# --------------------------------------------------------------------------------------------- many descriptors as one
+# -------------------------------------------------------------------------------------- many descriptors in one bundle
 
 
 def inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
 
-def test_any_number_of_descriptors_is_kept_as_one(tmp_path: Path) -> None:
+def test_any_number_of_descriptors_is_stored_as_one(tmp_path: Path) -> None:
     holder = Cupboard()
     bundle = Bundle(holder)
     expected = {}
@@ -222,7 +222,7 @@ def test_any_number_of_descriptors_is_kept_as_one(tmp_path: Path) -> None:
     holder.close()
 
 
-def test_without_room_for_descriptors_it_is_refused() -> None:
+def test_a_lack_of_descriptors_is_an_error() -> None:
     holder = Cupboard()
     bundle = Bundle(holder)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

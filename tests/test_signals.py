@@ -1,4 +1,4 @@
-"""Signals, and what they may not be."""
+"""Signals and their rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_builtin_signals_have_their_default_registers() -> None:
     assert [b.reg for b in BUILTIN] == ["ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_trig"]
 
 
-def test_table_finds_a_signal_by_its_bytes_on_the_wire_and_its_direction() -> None:
+def test_the_table_finds_a_signal_by_wire_name_and_direction() -> None:
     reset, hwwd, redun = signals = builtin_signals(IRQ)
     table = SignalTable(signals)
     assert table.inbound == {b"ihub_reset_irq": reset, b"ihub_hwwd_irq": hwwd}
@@ -33,7 +33,7 @@ def test_table_finds_a_signal_by_its_bytes_on_the_wire_and_its_direction() -> No
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\n", "a\0", "é", "\ud800", "n" * 65])
-def test_a_signal_has_a_wire_name(name: str) -> None:
+def test_an_invalid_wire_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="a wire name is 1 to 64 printable ASCII characters without spaces") as caught:
         Signal(name, IN, IRQ, "state")
     assert caught.value.problems[0].startswith(f"signal {name!r}: ")
@@ -47,14 +47,14 @@ def test_a_signal_has_a_wire_name(name: str) -> None:
         ("é" * 128, "a file name of 256 bytes is too long: at most 255"),
     ],
 )
-def test_a_register_is_a_file_name(register: str, fault: str) -> None:
+def test_a_register_must_be_a_file_name(register: str, fault: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Signal("x", IN, IRQ, register)
     assert caught.value.problems == (f"signal 'x': {fault}",)
 
 
 @pytest.mark.parametrize("register", ["...", ".hidden", "a b", "message.4.state", "é" * 127, "r" * 255, "\udc80"])
-def test_any_file_name_is_a_register(register: str) -> None:
+def test_unusual_file_names_are_accepted(register: str) -> None:
     assert Signal("x", IN, IRQ, register).path == IRQ / register
 
 
@@ -79,7 +79,7 @@ A_IN = Signal("a", IN, IRQ, "r")
         (A_IN, Signal("a", IN, IRQ, "s"), "is in the table twice"),
     ],
 )
-def test_signals_that_exclude_each_other(first: Signal, second: Signal, why: str) -> None:
+def test_clashing_signals_are_found(first: Signal, second: Signal, why: str) -> None:
     assert list(clashes([first, second])) == [(second, why)]
 
 
@@ -91,7 +91,7 @@ def test_signals_that_exclude_each_other(first: Signal, second: Signal, why: str
         pytest.param(Signal("b", OUT, Path("/irq2"), "r"), id="another directory"),
     ],
 )
-def test_signals_that_go_together(second: Signal) -> None:
+def test_compatible_signals_are_accepted(second: Signal) -> None:
     assert list(clashes([A_IN, second])) == []
 
 

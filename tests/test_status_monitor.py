@@ -1,4 +1,4 @@
-"""`inco-trio status` and `inco-trio monitor`, as their users run them, beside a real daemon."""
+"""`inco-trio status` and `inco-trio monitor`, as their users run them, with a real daemon."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def start() -> Iterator[Callable[..., Running]]:
 # ----------------------------------------------------------------------------------------------------------- status
 
 
-def test_status(board: Board) -> None:
+def test_status_shows_boards_signals_and_counters(board: Board) -> None:
     peer = board.core1()
     board.running()
     with ExitStack() as stack:
-        told = Client(board.path, stack)
-        told.ask({"request": "monitor"})
+        client = Client(board.path, stack)
+        client.ask({"request": "monitor"})
         board.inbound(peer)
         board.inbound(peer, encode(b"unknown", MAC))
-        told.until(event="notification")
-        told.until(event="ignored")
+        client.until(event="notification")
+        client.until(event="ignored")
     done = run("status", "--control", board.path)
     assert (done.returncode, done.stderr) == (0, "")
     first, second, head, *rows = done.stdout.splitlines()
@@ -95,12 +95,12 @@ def test_status(board: Board) -> None:
     assert rows[3] == "  counters: 2 received, 1 delivered, 1 unknown"
 
 
-def test_status_says_what_is_wrong(board: Board) -> None:
+def test_status_shows_problems(board: Board) -> None:
     board.running()
     board.irq.rename(board.home / "away")
     with ExitStack() as stack:
-        told = Client(board.path, stack)
-        while not all(each["problem"] for each in told.ask({"request": "status"})["status"][0]["signals"]):
+        client = Client(board.path, stack)
+        while not all(each["problem"] for each in client.ask({"request": "status"})["status"][0]["signals"]):
             pass
     out = run("status", "--control", board.path).stdout
     assert f"{board.home}/core0: down, open since" in out
@@ -111,10 +111,10 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
     peer = board.core1()
     board.running()
     with ExitStack() as stack:
-        told = Client(board.path, stack)
-        told.ask({"request": "monitor"})
+        client = Client(board.path, stack)
+        client.ask({"request": "monitor"})
         board.inbound(peer)
-        told.until(event="notification")
+        client.until(event="notification")
     (status,) = json.loads(run("status", "--control", board.path, "--json").stdout)
     assert status["counters"]["received"] == 1
     text = run("status", "--control", board.path, "--openmetrics").stdout
@@ -139,7 +139,7 @@ def test_labels_of_any_kind_are_escaped() -> None:
     assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)
 
 
-def test_status_again_and_again_until_the_proxy_ends(board: Board, start: Callable[..., Running]) -> None:
+def test_status_watch_repeats_until_the_proxy_ends(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     proxy = board.running()
     watching = start("status", "--control", board.path, "--watch", "0.05", "--json")
@@ -162,12 +162,12 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
         try:
             while shown.count(b"\x1b[H") < 3:
                 shown += os.read(master, 4096)
-            # Python loses a KeyboardInterrupt that comes in a finalizer; a user presses Ctrl-C again.
+            # Python ignores a KeyboardInterrupt raised in a finalizer, so press Ctrl-C again, as a user would.
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(2)  # The pace of the interrupts.
-            with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
+            with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
                 while more := os.read(master, 4096):
                     shown += more
         except BaseException:
@@ -186,7 +186,7 @@ COLOUR = b"\x1b[32mup"
 
 
 def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
-    """What a command prints on a terminal of 200 columns that knows colours."""
+    """Return what a command prints on a colour terminal with 200 columns."""
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (50, 200))
     known = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -194,7 +194,7 @@ def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
     with subprocess.Popen([*map(str, words)], stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # EIO: nobody has the terminal any more.
+        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
             while more := os.read(master, 4096):
                 shown += more
     os.close(master)
@@ -202,7 +202,7 @@ def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
     return shown
 
 
-def test_colours_on_a_terminal(board: Board) -> None:
+def test_status_uses_colours_on_a_terminal(board: Board) -> None:
     peer = board.core1()
     board.running()
     board.inbound(peer)
@@ -221,7 +221,7 @@ def test_colours_on_a_terminal(board: Board) -> None:
 # ---------------------------------------------------------------------------------------------------------- monitor
 
 
-def test_a_signal_that_nobody_has(board: Board, start: Callable[..., Running]) -> None:
+def test_an_unknown_signal_is_reported_once(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()
     for words in (["monitor"], ["record", board.home / "f"]):
@@ -236,7 +236,7 @@ def test_a_signal_that_nobody_has(board: Board, start: Callable[..., Running]) -
         assert monitor.end() == 0
 
 
-def test_monitor(board: Board, start: Callable[..., Running]) -> None:
+def test_monitor_prints_each_notification(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()
     monitor = start("monitor", "--control", board.path, "--count", "3")
@@ -256,7 +256,7 @@ def test_monitor(board: Board, start: Callable[..., Running]) -> None:
     assert monitor.end() == 0
 
 
-def test_monitor_filters_and_as_json(board: Board, start: Callable[..., Running]) -> None:
+def test_monitor_filters_and_prints_json(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()
     words = ("--signal", "redun_notify_irq", "--direction", "outbound", "--json", "--count", "1")
@@ -269,7 +269,7 @@ def test_monitor_filters_and_as_json(board: Board, start: Callable[..., Running]
     assert monitor.end() == 0
 
 
-def test_monitor_tells_of_the_link_and_ends_with_the_proxy(board: Board, start: Callable[..., Running]) -> None:
+def test_monitor_reports_link_changes_and_ends_with_the_proxy(board: Board, start: Callable[..., Running]) -> None:
     proxy = board.running()
     monitor = start("monitor", "--control", board.path)
     monitor.listening()
@@ -282,7 +282,7 @@ def test_monitor_tells_of_the_link_and_ends_with_the_proxy(board: Board, start: 
     assert monitor.end() == 0
 
 
-def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) -> None:
+def test_a_closed_pipe_is_not_an_error(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()
     monitor = start("monitor", "--control", board.path)
@@ -309,12 +309,12 @@ def test_a_closed_pipe_is_no_error(board: Board, start: Callable[..., Running]) 
 
 
 @pytest.mark.netns
-def test_without_a_proxy_it_listens_on_the_interface_itself(
+def test_monitor_listens_on_the_interface_without_a_proxy(
     cores: Cores, core1: Peer, proxy: StartProxy, tmp_path: Path
 ) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
-    # Without the sockets of others in /run: they may have a link of this name, too.
+    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     command = [*hidden, *COMMAND, "monitor", cores.link, "--json", "--count", "2"]
 
@@ -342,11 +342,11 @@ def test_without_a_proxy_it_listens_on_the_interface_itself(
     assert running.stop() == 0
 
 
-# ------------------------------------------------------------------------------------------------------- which proxy
+# ------------------------------------------------------------------------------------------------- finding the proxy
 
 
 @pytest.mark.parametrize("command", ["status", "monitor"])
-def test_nobody_answers(command: str, tmp_path: Path) -> None:
+def test_a_missing_proxy_is_an_error(command: str, tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     done = run(command, "--control", path)
     assert (done.returncode, done.stdout) == (69, "")
@@ -379,7 +379,7 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
     assert f"(--control {proxies}/b.sock)" in done.stderr
 
 
-def test_who_is_no_proxy(tmp_path: Path) -> None:
+def test_a_server_that_is_not_a_proxy_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     for said, code, text in (
         (b"hello\n", 69, "the process listening there is not inco-trio"),
@@ -417,7 +417,7 @@ def test_who_is_no_proxy(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
-    """Somebody who says something to the first who connects, at the path that is returned, and then no more."""
+    """Start a server that sends `said` to its first client and then nothing; returns the path of its socket."""
     with ExitStack() as stack:
 
         def start(said: bytes) -> Path:
@@ -439,7 +439,7 @@ def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
         yield start
 
 
-def test_a_proxy_that_says_no_more(server: Callable[[bytes], Path]) -> None:
+def test_a_proxy_that_stops_answering_is_an_error(server: Callable[[bytes], Path]) -> None:
     with AskingClient(server(GREETING)) as client, pytest.raises(ProxyNotFoundError, match="the proxy does not answer"):
         client.status(patience=0.05)
 
@@ -452,7 +452,7 @@ def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], P
         client.wait(0.01)
 
 
-def test_the_sockets_of_units_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sockets_of_systemd_units_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
     (tmp_path / "rpmsg4000").mkdir()
     paths = [tmp_path / "b.sock", tmp_path / "rpmsg4000/control.sock"]
@@ -461,7 +461,7 @@ def test_the_sockets_of_units_are_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert sockets() == paths
 
 
-def test_the_proxies_of_others_are_passed_over(
+def test_proxies_of_other_links_are_skipped(
     server: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path, tmp_path / "missing"])
@@ -485,8 +485,8 @@ def test_the_proxies_of_others_are_passed_over(
     assert client_of(2) is None
 
 
-def test_silent_sockets_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All connections are open at the same time, and none of them holds up the search for the others."""
+def test_silent_sockets_are_asked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All connections are open at the same time, and no silent socket delays the others."""
     number = 5
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
     monkeypatch.setattr("inco_trio.control.client.SEARCH", HANG)
@@ -511,7 +511,7 @@ def test_silent_sockets_are_asked_at_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert not together.broken
 
 
-def test_a_full_backlog_is_waited_for(tmp_path: Path) -> None:
+def test_connect_waits_for_a_full_backlog(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     with ExitStack() as stack:
         listening = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -558,7 +558,7 @@ def test_a_slow_drip_does_not_extend_the_deadline(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -> None:
+def test_another_user_gets_a_permission_error(board: Board, nobody: list[str]) -> None:
     board.running()
     board.home.chmod(0o711)
     for directory in board.path.parents[:-1]:
@@ -576,11 +576,11 @@ def test_another_user_is_told_what_is_missing(board: Board, nobody: list[str]) -
     ("seconds", "text"),
     [(0.25, "250 ms"), (7, "7.0 s"), (60, "1 min"), (3600 * 5 + 120, "5 h 2 min"), (86400 * 3 + 7200, "3 d 2 h")],
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations_are_readable(seconds: float, text: str) -> None:
     assert _duration(seconds) == text
 
 
-def test_a_board_in_words() -> None:
+def test_a_board_is_described_in_words() -> None:
     assert [*_board_lines(BoardStatus("b", "no room"), None, None)] == ["b: not open: no room"]
     signal = SignalStatus("s", Direction.INBOUND, "/s", 9, 1.0, 3, 2, "cannot write")
     task = TaskStatus("send", 2, None, "No buffer space available")
@@ -594,7 +594,7 @@ def test_a_board_in_words() -> None:
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
 
 
-def test_events_in_words() -> None:
+def test_events_are_described_in_words() -> None:
     lines = _Lines()
 
     def line(event: str, **fields: Any) -> str:
@@ -617,7 +617,7 @@ def test_events_in_words() -> None:
         (("status", "--watch", "--openmetrics"), "--watch and --openmetrics exclude each other"),
     ],
 )
-def test_options_that_make_no_sense(words: tuple[str, ...], text: str) -> None:
+def test_invalid_options_are_refused(words: tuple[str, ...], text: str) -> None:
     done = run(*words)
     assert done.returncode == 2
     assert text in done.stderr

@@ -1,4 +1,4 @@
-"""The standard streams of a command, as a child process finds them."""
+"""The standard streams of a command, as a child process receives them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def run(args):
 check.run = run
 raise SystemExit(main(["check"]))
 """
-"""A command with a fault."""
+"""A command that raises an unexpected exception."""
 
 
 def finished(
     command: Sequence[str], *, closed: Sequence[int] = (), out: str | None = None, **environment: str
 ) -> tuple[int, bytes, bytes]:
-    """Exit code, standard output and standard error of a command that ends; `out` is what standard output is."""
+    """Run a command with `closed` streams and standard output redirected to `out`; return exit code, output and
+    errors.
+    """
     redirections = "".join(f" {fd}<&-" if fd == 0 else f" {fd}>&-" for fd in closed) + (f" >{out}" if out else "")
     done = subprocess.run(
         ["sh", "-c", f'exec "$@"{redirections}', "sh", *RUN, *command],
@@ -52,7 +54,7 @@ UNIT = ["s6", "--systemd", "--config", str(SAMPLE)]
 
 @BUFFERED
 @pytest.mark.parametrize("command", [*SAY_MUCH, UNIT], ids=" ".join)
-def test_a_full_standard_output(command: list[str], unbuffered: str) -> None:
+def test_a_full_standard_output_is_an_error(command: list[str], unbuffered: str) -> None:
     assert finished(command, out="/dev/full", PYTHONUNBUFFERED=unbuffered) == (
         71,
         b"",
@@ -61,7 +63,7 @@ def test_a_full_standard_output(command: list[str], unbuffered: str) -> None:
 
 
 @pytest.mark.parametrize("command", [*SAY_MUCH, UNIT], ids=" ".join)
-def test_a_closed_standard_output(command: list[str]) -> None:
+def test_a_closed_standard_output_is_an_error(command: list[str]) -> None:
     code, out, err = finished(command, closed=[1])
     assert out == b""
     if command == ["--help"]:
@@ -72,7 +74,7 @@ def test_a_closed_standard_output(command: list[str]) -> None:
 
 @BUFFERED
 @pytest.mark.parametrize("command", [*SAY_MUCH, UNIT], ids=" ".join)
-def test_a_reader_that_has_gone(command: list[str], unbuffered: str) -> None:
+def test_a_closed_pipe_is_not_an_error(command: list[str], unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
@@ -85,7 +87,7 @@ def test_a_reader_that_has_gone(command: list[str], unbuffered: str) -> None:
 
 
 @BUFFERED
-@pytest.mark.parametrize("place", ["/dev/full", "a pipe that nobody reads"])
+@pytest.mark.parametrize("place", ["/dev/full", "a closed pipe"])
 @pytest.mark.parametrize(
     ("command", "code"),
     [
@@ -99,7 +101,7 @@ def test_a_reader_that_has_gone(command: list[str], unbuffered: str) -> None:
     ],
     ids=lambda value: " ".join(value[1:]).partition("\n")[0] if isinstance(value, list) else "",
 )
-def test_the_exit_code_is_right_where_nothing_can_be_said(
+def test_the_exit_code_is_right_when_stderr_cannot_be_written(
     command: list[str], code: int, place: str, unbuffered: str, tmp_path: Path
 ) -> None:
     if place == "/dev/full":
@@ -117,14 +119,14 @@ def test_the_exit_code_is_right_where_nothing_can_be_said(
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "UDRV_JSON_PATH": str(SAMPLE)},
     )
     os.close(nowhere)
-    # The log of the drop-in is its standard output.
+    # The drop-in command logs to standard output.
     assert done.returncode == code
     assert done.stdout.startswith(b"inco-trio: info: ") or done.stdout == b""
 
 
 @BUFFERED
 @pytest.mark.parametrize("help_option", ["-h", "--help"])
-def test_the_help_of_the_drop_in_that_cannot_be_written(help_option: str, unbuffered: str) -> None:
+def test_an_unwritable_help_of_the_drop_in_is_an_error(help_option: str, unbuffered: str) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [DROP_IN, help_option],
@@ -139,17 +141,17 @@ def test_the_help_of_the_drop_in_that_cannot_be_written(help_option: str, unbuff
 
 
 @pytest.mark.parametrize("closed", [[0], [2], [0, 2], [0, 1, 2]], ids=str)
-def test_closed_streams_are_no_reason_to_fail(closed: list[int], tmp_path: Path) -> None:
+def test_closed_streams_do_not_cause_a_failure(closed: list[int], tmp_path: Path) -> None:
     code, _, err = finished(["s6", str(tmp_path / "scan"), "--config", str(SAMPLE)], closed=closed)
     assert (code, err) == (71 if 1 in closed else 0, b"")
-    # Nothing was written into a file that had taken the number of a stream.
+    # No output went into a file that took over the number of a closed stream.
     service = tmp_path / "scan" / "inco-trio-rpmsg4000"
     assert (service / "run").read_text().startswith("#!/bin/sh\n")
     assert (service / "notification-fd").read_text() == "3\n"
 
 
 @pytest.mark.parametrize("command", [["check"], UNIT[:2]], ids=" ".join)
-def test_a_standard_output_of_ascii(command: list[str], tmp_path: Path) -> None:
+def test_an_ascii_standard_output_works(command: list[str], tmp_path: Path) -> None:
     config = write_udrv(tmp_path / "ü\udcff.json", tmp_path / "dir-ü")
     code, out, err = finished([*command, "--config", str(config)], PYTHONIOENCODING="ascii", LC_ALL="C")
     assert (code, err) == (0, b"")
@@ -157,11 +159,11 @@ def test_a_standard_output_of_ascii(command: list[str], tmp_path: Path) -> None:
         assert out.isascii()
         assert b"/dir-\\xfc/message_4_state" in out
     else:
-        # A unit is the same whatever standard output takes for text.
+        # The encoding of standard output does not change a unit.
         assert (code, out, err) == finished([*command, "--config", str(config)])
 
 
-def test_a_complaint_shows_what_cannot_be_printed_as_escapes() -> None:
+def test_unprintable_characters_in_an_error_are_escaped() -> None:
     code, out, err = finished(["check", "--config", "/no\nsuch\x1b[2Jfile\udcff"])
     assert (code, out) == (78, b"")
     assert err == b"inco-trio: error: /no\\nsuch\\x1b[2Jfile\\udcff: cannot be read: No such file or directory\n"

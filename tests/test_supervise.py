@@ -1,4 +1,4 @@
-"""Restart of legs, with a clock that does not wait."""
+"""The restart of tasks, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from inco_trio.backoff import Backoff
 from inco_trio.proxy.supervise import TRANSIENT, Health, supervise
 from inco_trio.status import Counters
 
-Leg = Callable[[Health], Awaitable[None]]
+Task = Callable[[Health], Awaitable[None]]
 
 
 def failure(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-def run(leg: Leg) -> tuple[Counters, float]:
-    """Run a leg under supervision; returns the counters and how long it took, in seconds."""
+def run(task: Task) -> tuple[Counters, float]:
+    """Run a task under supervision; return the counters and the elapsed time in seconds."""
     stats = Counters()
 
     async def main() -> float:
         start = trio.current_time()
-        await supervise(Health("rpmsg4000: receive"), leg, stats)
+        await supervise(Health("rpmsg4000: receive"), task, stats)
         return trio.current_time() - start
 
     return stats, trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -39,33 +39,33 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def test_a_leg_that_returns_is_done(caplog: pytest.LogCaptureFixture) -> None:
-    async def leg(health: Health) -> None:
+def test_a_task_that_returns_is_not_restarted(caplog: pytest.LogCaptureFixture) -> None:
+    async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
 
-    assert run(leg) == (Counters(), 0)
+    assert run(task) == (Counters(), 0)
     assert messages(caplog) == []
 
 
 @pytest.mark.parametrize("number", sorted(TRANSIENT), ids=errno.errorcode.get)
-def test_what_passes_is_tried_again(number: int) -> None:
+def test_a_temporary_error_is_retried(number: int) -> None:
     failures = [failure(number)] * 3
 
-    async def leg(health: Health) -> None:
+    async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
         if failures:
             raise failures.pop()
 
-    stats, took = run(leg)
+    stats, took = run(task)
     assert stats.restarts == 3
     assert 0.8 * (0.005 + 0.01 + 0.02) <= took <= 1.2 * (0.005 + 0.01 + 0.02)
 
 
-def test_each_problem_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_problem_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     numbers = [errno.ENOMEM, errno.ENOMEM, errno.EMFILE, errno.EMFILE, 0, errno.EMFILE]
 
-    async def leg(health: Health) -> None:
+    async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
         while numbers:
             number = numbers.pop(0)
@@ -74,7 +74,7 @@ def test_each_problem_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
             health.well()
             health.well()
 
-    stats, _ = run(leg)
+    stats, _ = run(task)
     assert stats.restarts == 5
     assert messages(caplog) == [
         ("WARNING", "rpmsg4000: receive: Cannot allocate memory; restarted"),
@@ -84,10 +84,10 @@ def test_each_problem_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_success_shortens_the_pause_again() -> None:
+def test_success_shortens_the_next_pause() -> None:
     starts: list[float] = []
 
-    async def leg(health: Health) -> None:
+    async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
         starts.append(trio.current_time())
         if len(starts) == 10:
@@ -95,32 +95,32 @@ def test_success_shortens_the_pause_again() -> None:
         if len(starts) < 12:
             raise failure(errno.EIO)
 
-    run(leg)
+    run(task)
     pauses = [after - before for before, after in itertools.pairwise(starts)]
     assert all(0.8 * 0.08 <= pause <= 1.2 * 0.08 for pause in pauses[4:9])
     assert 0.8 * 0.005 <= pauses[9] <= 1.2 * 0.005
 
 
 @pytest.mark.parametrize("error", [failure(errno.EBADF), failure(errno.EINVAL), RuntimeError("a fault")], ids=repr)
-def test_a_fault_of_the_program_ends_it(error: Exception) -> None:
-    async def leg(health: Health) -> None:
+def test_an_unexpected_error_is_raised(error: Exception) -> None:
+    async def task(health: Health) -> None:
         await trio.lowlevel.checkpoint()
         raise error
 
     with pytest.raises(type(error)) as caught:
-        run(leg)
+        run(task)
     assert caught.value is error
 
 
-def test_cancellation_is_no_failure() -> None:
+def test_cancellation_is_not_a_failure() -> None:
     stats = Counters()
 
-    async def leg(health: Health) -> None:
+    async def task(health: Health) -> None:
         await trio.sleep_forever()
 
     async def main() -> bool:
-        with trio.move_on_after(1) as scope:  # Simulated time.
-            await supervise(Health("leg"), leg, stats)
+        with trio.move_on_after(1) as scope:  # simulated time
+            await supervise(Health("task"), task, stats)
         return scope.cancelled_caught
 
     assert trio.run(main, clock=MockClock(autojump_threshold=0))
@@ -136,6 +136,6 @@ def test_pauses_grow_to_the_cap() -> None:
     assert backoff.next() <= 1.2 * 0.005
 
 
-def test_pauses_differ() -> None:
+def test_pauses_are_randomised() -> None:
     first, second = ([backoff.next() for backoff in [Backoff()] for _ in range(20)] for _ in range(2))
     assert first != second

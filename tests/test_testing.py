@@ -1,4 +1,4 @@
-"""The test bench: boards whose cores are played by a test."""
+"""The test bench: boards on which a test plays both cores."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ UDRV_BEFORE = copy.deepcopy(UDRV)
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
-def test_no_faults() -> None:
+def test_no_fault_by_default() -> None:
     assert FrameFaults().fates(FRAME) == [(0.0, FRAME, "")]
 
 
-def test_each_fault() -> None:
+def test_each_fault_changes_a_frame() -> None:
     assert FrameFaults(drop=1).fates(FRAME) == [(0.0, b"", "dropped")]
     assert FrameFaults(double=1).fates(FRAME) == [(0.0, FRAME, ""), (0.0, FRAME, "duplicated")]
     assert FrameFaults(reorder=1, delay=2).fates(FRAME) == [(2 + LATE, FRAME, "reordered")]
@@ -58,7 +58,7 @@ def test_each_fault() -> None:
         assert (late, what, sum(each.bit_count() for each in turned)) == (0.0, "corrupted", 1)
 
 
-def test_rates_and_seeds() -> None:
+def test_a_seed_repeats_the_faults() -> None:
     def fates(**options: float) -> list[list[tuple[float, bytes, str]]]:
         faults = FrameFaults(**options)  # type: ignore[arg-type]
         return [faults.fates(FRAME) for _ in range(1000)]
@@ -67,7 +67,7 @@ def test_rates_and_seeds() -> None:
     assert fates(drop=0.3, seed=4) != fates(drop=0.3, seed=5)
     assert 250 < sum(each == [(0.0, b"", "dropped")] for each in fates(drop=0.3)) < 350
     doubled = [len(each) == 2 for each in fates(double=0.2)]
-    assert doubled == [len(each) == 2 for each in fates(double=0.2, corrupt=0.5)], "one rate changes what another does"
+    assert doubled == [len(each) == 2 for each in fates(double=0.2, corrupt=0.5)], "one rate affects another fault"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_rates_and_seeds() -> None:
         ({"delay": float("inf")}, "delay=inf: expected seconds"),
     ],
 )
-def test_faults_that_cannot_be(options: dict[str, float], said: str) -> None:
+def test_invalid_fault_rates_are_refused(options: dict[str, float], said: str) -> None:
     with pytest.raises(InvalidArgumentError, match=said):
         FrameFaults(**options)  # type: ignore[arg-type]
 
@@ -87,7 +87,7 @@ def test_faults_that_cannot_be(options: dict[str, float], said: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ history
 
 
-def test_each_is_taken_once() -> None:
+def test_each_notification_is_returned_once() -> None:
     history = History()
     for core, name in ((0, RESET), (1, RESET), (0, HWWD), (0, RESET)):
         history.add(core, "gets", name)
@@ -109,7 +109,7 @@ def test_each_is_taken_once() -> None:
 
 
 def run(library: str, function: Callable[..., Coroutine[object, object, T]], *args: object) -> T:
-    """The result of an async function, in a loop of one of the libraries."""
+    """Return the result of an async function, run by one of the libraries."""
     return trio.run(function, *args) if library == "trio" else asyncio.run(function(*args))
 
 
@@ -126,7 +126,7 @@ def _add_later(history: History, act: Callable[[], None]) -> threading.Thread:
 
 @pytest.mark.parametrize("loop", ["none", "trio", "asyncio"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_waiting(loop: str, fails: bool) -> None:
+def test_wait_returns_or_fails_with_the_history(loop: str, fails: bool) -> None:
     history = History()
 
     def act() -> None:
@@ -153,7 +153,7 @@ def test_waiting(loop: str, fails: bool) -> None:
 
 
 @pytest.mark.parametrize("library", ["trio", "asyncio"])
-def test_waiting_in_a_loop_ends(library: str) -> None:
+def test_wait_async_times_out(library: str) -> None:
     history = History()
     with pytest.raises(NotificationMissingError, match=r"within 0.01 s"):
         run(library, history.wait_async, 0, RESET, 0.01)
@@ -211,14 +211,14 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
         ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
     ],
 )
-def test_boards_that_cannot_be(
+def test_invalid_boards_are_refused(
     tmp_path: Path, config: dict[str, object] | str | None, signals: dict[str, str] | None, said: str
 ) -> None:
     with pytest.raises((InvalidArgumentError, ConfigError), match=said):
         make_layout(tmp_path, config, signals)
 
 
-def test_a_long_path_has_its_sockets_elsewhere(tmp_path: Path) -> None:
+def test_a_board_with_a_long_path_keeps_its_sockets_elsewhere(tmp_path: Path) -> None:
     layout = make_layout(tmp_path / ("x" * 100), None, None)
     assert layout.sockets.is_dir()
     assert len(str(layout.socket("control.sock"))) < 100
@@ -227,7 +227,7 @@ def test_a_long_path_has_its_sockets_elsewhere(tmp_path: Path) -> None:
     assert layout.directory.is_dir()
 
 
-def test_wrong_names(tmp_path: Path) -> None:
+def test_unknown_signals_are_refused(tmp_path: Path) -> None:
     layout = make_layout(tmp_path, None, None)
     with pytest.raises(
         InvalidArgumentError, match=f"^x: not a signal of this board .expected one of: {RESET}, {HWWD}, {NOTIFY}.$"
@@ -246,12 +246,12 @@ def test_wrong_names(tmp_path: Path) -> None:
         (None, ["a"], r"signals=\['a'\]: expected a dict of wire names"),
     ],
 )
-def test_wrong_types(tmp_path: Path, config: Any, signals: Any, complaint: str) -> None:
+def test_arguments_of_a_wrong_type_are_refused(tmp_path: Path, config: Any, signals: Any, complaint: str) -> None:
     with pytest.raises(InvalidArgumentError, match=complaint):
         make_layout(tmp_path, config, signals)
 
 
-def test_both_cores_side_by_side() -> None:
+def test_both_cores_are_shown_side_by_side() -> None:
     history = History()
     assert side_by_side(history.all()) == "nothing happened at either core"
     history.add(1, "sends", RESET)
@@ -277,7 +277,7 @@ def board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Board]:
 
 
 @pytest.mark.tools
-def test_each_way(board: Board) -> None:
+def test_notifications_pass_in_both_directions(board: Board) -> None:
     board.core1.send(HWWD)
     came = board.core0.expect(HWWD)
     board.core0.trigger(NOTIFY)
@@ -298,7 +298,7 @@ def test_each_way(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_counts_are_those_of_the_moment(board: Board) -> None:
+def test_counts_are_current(board: Board) -> None:
     for number in range(1, 200):
         board.core0.trigger(NOTIFY)
         assert board.core0.count(NOTIFY) == number
@@ -308,10 +308,10 @@ def test_counts_are_those_of_the_moment(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_applications_of_all_kinds_are_seen(board: Board) -> None:
+def test_appending_and_renaming_applications_are_seen(board: Board) -> None:
     trigger = board.core0.register(NOTIFY)
     with trigger.open("a"):
-        pass  # written or not
+        pass  # opened and closed without a write
     board.core1.expect(NOTIFY)
     (trigger.parent / "new").write_text("1")
     (trigger.parent / "new").rename(trigger)
@@ -343,7 +343,7 @@ def test_a_killed_proxy_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_a_restart(board: Board) -> None:
+def test_a_proxy_can_be_restarted(board: Board) -> None:
     board.proxy.restart()
     board.proxy.stop()
     board.proxy.stop()
@@ -358,7 +358,7 @@ def test_a_restart(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_a_board_that_has_ended_says_so(tmp_path: Path) -> None:
+def test_a_closed_board_raises_closed_error(tmp_path: Path) -> None:
     with open_board(tmp_path / "board", in_process=True) as board:
         pass
     uses: list[Callable[[], object]] = [
@@ -405,12 +405,12 @@ def test_the_link_goes_down_and_up(board: Board) -> None:
         board.core1.expect(NOTIFY)
     board.core1.send(HWWD)
     board.core0.expect(HWWD)
-    assert board.core0.count(RESET) == 0, "what is sent on a link that is down is lost"
+    assert board.core0.count(RESET) == 0, "frames sent while the link is down must be lost"
     assert [each.name for each in board.history if each.what.startswith("lost")] == [RESET] * 3
 
 
 @pytest.mark.tools
-def test_a_replaced_directory(board: Board) -> None:
+def test_a_replaced_directory_loses_nothing(board: Board) -> None:
     board.faults.replace_directory()
     board.core1.send(RESET)
     board.core0.expect(RESET)
@@ -422,7 +422,7 @@ def test_a_replaced_directory(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_faults_of_frames(board: Board) -> None:
+def test_frame_faults_apply_by_direction(board: Board) -> None:
     board.faults.frames(double=1, direction=Direction.INBOUND)
     board.core1.send(RESET)
     board.core0.expect(RESET)
@@ -452,7 +452,7 @@ def test_faults_of_frames(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_frames_that_no_core_sends(board: Board) -> None:
+def test_invalid_and_unknown_frames_can_be_sent(board: Board) -> None:
     board.core1.send_frame(b"\x01" * 20)
     board.core1.send_frame(encode(b"strange_irq", bytes(6)))
     board.core1.send(RESET)
@@ -468,7 +468,7 @@ def test_frames_that_no_core_sends(board: Board) -> None:
 
 
 @pytest.mark.tools
-def test_wrong_words(board: Board) -> None:
+def test_invalid_arguments_are_refused(board: Board) -> None:
     with pytest.raises(InvalidArgumentError, match=r"expected one of: ihub_reset_irq, ihub_hwwd_irq\)$"):
         board.core1.send(NOTIFY)
     with pytest.raises(InvalidArgumentError, match=f"expected one of: {NOTIFY}.$"):
@@ -491,7 +491,7 @@ def test_wrong_words(board: Board) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_fault_of_the_bench_ends_no_later_board(tmp_path: Path) -> None:
+def test_a_crash_of_the_bench_does_not_affect_later_boards(tmp_path: Path) -> None:
     def fault() -> None:
         raise ZeroDivisionError
 
@@ -509,7 +509,7 @@ def test_a_fault_of_the_bench_ends_no_later_board(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
+def test_a_proxy_that_dies_is_reported_once(tmp_path: Path) -> None:
     with open_board(tmp_path / "board") as board:
         assert board.proxy.pid is not None
         end = os.pidfd_open(board.proxy.pid)
@@ -519,7 +519,7 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
         failure = board.failure()
         assert failure is not None
         assert failure.startswith("the proxy has ended by itself, with exit code -9; it logged: inco-trio: info:")
-        assert board.failure() is None, "it is told once"
+        assert board.failure() is None, "a failure must be reported only once"
         with pytest.raises(NotificationMissingError, match=r"did not arrive at core 0 \(the proxy has ended by itself"):
             board.core0.expect(RESET)
         board.proxy.start()
@@ -528,7 +528,7 @@ def test_a_proxy_that_ends_by_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_a_proxy_that_cannot_start(tmp_path: Path) -> None:
+def test_a_proxy_that_cannot_start_raises_proxy_died_error(tmp_path: Path) -> None:
     (tmp_path / "board/registers/ihub-irq-dev/message_6_trig").mkdir(parents=True)
     for in_process in (False, True):
         with (
@@ -540,7 +540,7 @@ def test_a_proxy_that_cannot_start(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_nothing_is_left(board: Board, tmp_path: Path) -> None:
+def test_a_closed_board_leaves_no_process_and_no_socket(board: Board, tmp_path: Path) -> None:
     pid = board.proxy.pid
     board.close()
     board.close()
@@ -552,7 +552,7 @@ def test_nothing_is_left(board: Board, tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_a_recording(board: Board, tmp_path: Path) -> None:
+def test_a_board_can_be_recorded(board: Board, tmp_path: Path) -> None:
     board.core1.send(RESET)
     board.core0.expect(RESET)
     board.core0.trigger(NOTIFY)
@@ -572,10 +572,10 @@ def test_a_recording(board: Board, tmp_path: Path) -> None:
 
 @pytest.mark.tools
 @pytest.mark.parametrize("library", ["trio", "asyncio"])
-def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: str) -> None:
+def test_an_application_runs_in_the_loop_of_an_async_test(board: Board, library: str) -> None:
     async def application(sleep: Callable[[float], Awaitable[object]]) -> None:
         while not board.core0.register(HWWD).read_text():
-            await sleep(0.001)  # Polled, as an application may do that is not woken.
+            await sleep(0.001)  # Poll, as an application without inotify would.
         board.core0.trigger(NOTIFY)
 
     async def with_trio() -> None:
@@ -595,7 +595,7 @@ def test_async_tests_of_an_application_in_the_same_loop(board: Board, library: s
 
 
 @pytest.mark.tools
-def test_two_hundred_side_by_side(tmp_path: Path) -> None:
+def test_200_boards_run_side_by_side(tmp_path: Path) -> None:
     with ExitStack() as stack:
         boards = [stack.enter_context(open_board(tmp_path / str(number), in_process=True)) for number in range(200)]
         for board in boards:
@@ -609,7 +609,7 @@ def test_two_hundred_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.netns
 @pytest.mark.parametrize("in_process", [False, True])
-def test_on_an_interface(tmp_path: Path, in_process: bool) -> None:
+def test_a_board_can_use_an_interface(tmp_path: Path, in_process: bool) -> None:
     with open_board(tmp_path / "board", link="interface", in_process=in_process) as board:
         board.core1.send(HWWD)
         board.core0.expect(HWWD)
@@ -622,7 +622,7 @@ def test_on_an_interface(tmp_path: Path, in_process: bool) -> None:
 
 
 @pytest.mark.qemu
-def test_a_guest(tmp_path: Path) -> None:
+def test_a_guest_can_be_stopped_reset_and_killed(tmp_path: Path) -> None:
     with open_board(tmp_path / "board") as board:
         with board.guest(command_line=f"echo={NOTIFY}:{HWWD} verbose") as guest:
             board.core0.trigger(NOTIFY)
@@ -647,7 +647,7 @@ def test_a_guest(tmp_path: Path) -> None:
 
 
 @pytest.mark.qemu
-def test_a_guest_behind_a_bad_wire(tmp_path: Path) -> None:
+def test_frame_faults_apply_to_a_guest(tmp_path: Path) -> None:
     with open_board(tmp_path / "board") as board, board.guest(command_line=f"echo={NOTIFY}:{HWWD}"):
         board.faults.frames(corrupt=1, direction=Direction.OUTBOUND, seed=1)
         board.core0.trigger(NOTIFY)

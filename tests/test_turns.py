@@ -1,4 +1,4 @@
-"""What one board takes at once, so that others have their turn."""
+"""How much one board handles at once, so that other boards get their turn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 
 
 class Queue:
-    """Stands for a link with a long queue."""
+    """Stands in for a link with a long queue."""
 
     name, foreign = "a queue", 0
 

@@ -1,4 +1,4 @@
-"""The link that is a Unix datagram socket; the test plays the other side."""
+"""The Unix datagram link; the test plays the other side."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class World:
         return UnixAddress(str(self.local), str(self.peer), MAC)
 
     def link(self) -> UnixLink:
-        """Our side, not bound yet."""
+        """Return our side, not bound yet."""
         link = UnixLink.open(self.address, self.note, self.names)
         self._stack.callback(close, link)
         return link
@@ -56,7 +56,7 @@ class World:
         return link
 
     def other(self, path: Path | None = None, kind: int = socket.SOCK_DGRAM) -> socket.socket:
-        """A socket that is bound at the peer's path, or at another one; "" for none."""
+        """Return a socket bound at the peer's path, at another path, or ("") not bound."""
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         self._stack.callback(sock.close)
         sock.bind(str(self.peer if path is None else path))
@@ -68,7 +68,7 @@ class World:
 
 
 def close(link: UnixLink) -> None:
-    """As `UnixLink.close`, without a Trio to tell."""
+    """Close as `UnixLink.close` does, but outside Trio."""
     for sock in (*link._former, link._socket):
         sock.close()
 
@@ -88,18 +88,18 @@ def run(function: Callable[[], Awaitable[None]], clock: MockClock | None = None)
 
 
 def in_simulated_time(function: Callable[[], Awaitable[None]]) -> None:
-    """Run it on a clock that jumps to the next deadline once the kernel has nothing more to report."""
+    """Run a function on a clock that jumps to the next deadline when the kernel has nothing more to report."""
     run(function, MockClock(autojump_threshold=0))
 
 
 def receive(link: UnixLink, count: int = 100, step: int = ROOM) -> list[bytes | None]:
-    """The names in what is queued, as far as it fits into `count` rooms."""
+    """Return the names in queued frames, up to `count` buffers."""
     rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
     return [decode(room, length) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
 
 
 def names_of(sock: socket.socket) -> list[bytes | None]:
-    """The names in all that was sent to the other side."""
+    """Return the names in all frames sent to the other side."""
     names = []
     while True:
         try:
@@ -109,16 +109,16 @@ def names_of(sock: socket.socket) -> list[bytes | None]:
 
 
 def fill(link: UnixLink) -> None:
-    """Send until there is no room any more."""
+    """Send until the queue is full."""
     with contextlib.suppress(BlockingIOError):
         while True:
             link.send("redun_notify_irq")
 
 
-# ------------------------------------------------------------------------------------------------------ frames each way
+# -------------------------------------------------------------------------------------------- frames in both directions
 
 
-def test_what_is_sent_comes_from_our_path_and_address(world: World) -> None:
+def test_frames_are_sent_from_our_path_and_address(world: World) -> None:
     link, other = world.bound(), world.other()
     link.send("redun_notify_irq")
     link.send("redun_notify_irq")
@@ -126,7 +126,7 @@ def test_what_is_sent_comes_from_our_path_and_address(world: World) -> None:
     assert names_of(other) == [b"redun_notify_irq"]
 
 
-def test_frames_are_read_in_order_until_none_is_left(world: World) -> None:
+def test_frames_are_read_in_order_until_the_queue_is_empty(world: World) -> None:
     link, other = world.bound(), world.other()
     world.send(other, *(b"%d" % number for number in range(7)))
     assert receive(link, 5) == [b"0", b"1", b"2", b"3", b"4"]
@@ -150,14 +150,14 @@ def test_any_datagram_is_a_frame_or_malformed(world: World, datagram: bytes, nam
     for number in range(2):
         other.sendto(datagram, str(world.local))
         world.send(other, b"behind")
-        # One at a time, or as a batch, which ends with a frame beyond its step.
+        # Read one at a time, or as a batch, which ends at a frame longer than its step.
         room = memoryview(bytearray(ROOM))
         read = [decode(room, link.receive_one(room))] if number else receive(link)
         assert read + receive(link) == [name, b"behind"]
     assert link.foreign == 0
 
 
-def test_only_the_peer_sends_frames(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     link, other = world.bound(), world.other()
     stranger = world.other(tmp_path / "stranger")
     nameless = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -166,7 +166,7 @@ def test_only_the_peer_sends_frames(world: World, tmp_path: Path, caplog: pytest
     nameless.close()
     room = memoryview(bytearray(ROOM))
     length = link.receive_one(room)
-    # Nor does a successor take for a frame what stands in the memory.
+    # A successor must not find a frame in the in-flight buffer, either.
     assert (decode(room, length), decode(room)) == (None, None)
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
@@ -174,7 +174,7 @@ def test_only_the_peer_sends_frames(world: World, tmp_path: Path, caplog: pytest
     assert f"datagrams from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
 
 
-def test_many_strangers_cost_no_memory(world: World, tmp_path: Path) -> None:
+def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
     link = world.bound()
     for number in range(200):
         with world.other(tmp_path / f"stranger{number}") as stranger:
@@ -184,7 +184,7 @@ def test_many_strangers_cost_no_memory(world: World, tmp_path: Path) -> None:
     assert len(link._senders) <= 64
 
 
-def test_the_peer_may_be_called_otherwise(world: World, tmp_path: Path) -> None:
+def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(tmp_path)
     link = world.bound()
     other = world.other(tmp_path / "alias" / "core1")
@@ -197,7 +197,7 @@ def test_the_peer_may_be_called_otherwise(world: World, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the peer
 
 
-def test_nobody_is_there(world: World) -> None:
+def test_a_missing_peer_is_an_error(world: World) -> None:
     link = world.bound()
     with pytest.raises(LinkDownError, match=r"no process is at .*core1 .No such file or directory"):
         link.send("redun_notify_irq")
@@ -207,14 +207,14 @@ def test_nobody_is_there(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
-def test_a_type_of_socket_that_does_not_fit(world: World, kind: int) -> None:
+def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
     with pytest.raises(LinkDownError, match=r"core1 takes no frames .Protocol wrong type for socket"):
         link.send("redun_notify_irq")
 
 
-def test_another_peer_under_the_same_path_is_sent_to_and_heard(world: World) -> None:
+def test_a_new_peer_at_the_same_path_is_used(world: World) -> None:
     link, first = world.bound(), world.other()
     link.send("one")
     world.peer.unlink()
@@ -224,7 +224,7 @@ def test_another_peer_under_the_same_path_is_sent_to_and_heard(world: World) -> 
     assert (names_of(first), names_of(second), receive(link)) == ([b"one"], [b"two"], [b"heard"])
 
 
-def test_a_full_queue_is_waited_for_without_a_circle(world: World) -> None:
+def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
     link, other = world.bound(), world.other()
     sent, tries = 0, 0
 
@@ -248,7 +248,7 @@ def test_a_full_queue_is_waited_for_without_a_circle(world: World) -> None:
                 assert sent < len(names) + 20
                 names += names_of(other)
             assert names == [b"number_%d" % number for number in range(100)]
-        # Each wait was for room that was there then.
+        # Nearly each wait ended with room for a frame.
         assert tries < 120
 
     run(main)
@@ -274,8 +274,8 @@ def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
     run(main)
 
 
-def test_our_own_buffer_is_waited_for_too(world: World) -> None:
-    """As where net.unix.max_dgram_qlen is large."""
+def test_waiting_for_our_own_full_buffer_ends_when_the_peer_reads(world: World) -> None:
+    """Our own buffer fills up first where net.unix.max_dgram_qlen is large."""
 
     async def main() -> None:
         link, other = world.bound(), world.other()
@@ -291,7 +291,7 @@ def test_our_own_buffer_is_waited_for_too(world: World) -> None:
 
 
 @pytest.mark.parametrize("there", ["directory", "directory above", "nothing above", "moved here", "allowed"])
-def test_the_peer_comes(world: World, tmp_path: Path, there: str) -> None:
+def test_the_link_notices_a_peer_that_appears(world: World, tmp_path: Path, there: str) -> None:
     home = tmp_path / "a" / "b"
     world.peer = home / "core1"
 
@@ -329,20 +329,20 @@ def test_the_peer_comes(world: World, tmp_path: Path, there: str) -> None:
 
 
 async def is_woken(link: UnixLink) -> bool:
-    """Whether something may have changed within a minute of simulated time."""
-    with trio.move_on_after(60) as minute:  # In simulated time.
+    """Return whether the link wakes up within a minute of simulated time."""
+    with trio.move_on_after(60) as minute:  # simulated time
         await link.changed()
     return not minute.cancelled_caught
 
 
-def test_nothing_happens_while_nothing_changes(world: World, tmp_path: Path) -> None:
+def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> None:
     async def main() -> None:
         link = world.bound()
         world.other()
-        # The names of both sockets, and the looks that follow.
+        # The events of both bound sockets, and the checks that follow them.
         while await is_woken(link):
             link.refresh()
-        # What a neighbour does in the directory wakes nobody.
+        # Another file in the directory wakes no waiter.
         (tmp_path / "neighbour").touch()
         assert not await is_woken(link)
 
@@ -352,7 +352,7 @@ def test_nothing_happens_while_nothing_changes(world: World, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------------------- our path
 
 
-def test_what_a_crash_left_is_taken_over(world: World) -> None:
+def test_the_socket_file_of_a_crashed_process_is_replaced(world: World) -> None:
     world.other(world.local).close()
     link, other = world.bound(), world.other()
     world.send(other, b"ihub_reset_irq")
@@ -369,7 +369,7 @@ def refuse(world: World, error: type[Exception], text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-def test_what_a_live_process_uses_is_refused(world: World, kind: int) -> None:
+def test_a_path_used_by_a_live_process_is_refused(world: World, kind: int) -> None:
     taken = world.other(world.local, kind)
     if kind == socket.SOCK_STREAM:
         taken.listen()
@@ -380,7 +380,7 @@ def test_what_a_live_process_uses_is_refused(world: World, kind: int) -> None:
 
 
 @pytest.mark.parametrize(("make", "kind"), [("touch", "a file"), ("mkdir", "a directory"), ("link", "a symlink")])
-def test_what_is_no_socket_is_left_alone(world: World, make: str, kind: str) -> None:
+def test_a_file_that_is_not_a_socket_is_left_alone(world: World, make: str, kind: str) -> None:
     if make == "link":
         world.local.symlink_to("nowhere")
     else:
@@ -389,21 +389,21 @@ def test_what_is_no_socket_is_left_alone(world: World, make: str, kind: str) -> 
     assert world.local.is_symlink() or world.local.exists()
 
 
-def test_its_directory_does_not_exist(world: World, tmp_path: Path) -> None:
+def test_a_missing_directory_is_an_error(world: World, tmp_path: Path) -> None:
     world.local = tmp_path / "none" / "core0"
     refuse(world, LinkNotFoundError, "the directory does not exist (create it)")
 
 
 @pytest.mark.parametrize("at", ["/proc/core0", "/proc/self/comm/core0"])
-def test_where_no_socket_can_be(world: World, at: str) -> None:
+def test_a_place_where_no_socket_can_be_bound_is_an_error(world: World, at: str) -> None:
     world.local = Path(at)
     link = world.link()
     assert not link.refresh()
     assert str(link.missing()).startswith(f"{at}: ")
 
 
-def test_as_another_user_without_permission(world: World, tmp_path: Path) -> None:
-    """In a process of its own, as the user cannot be changed back."""
+def test_a_missing_permission_is_an_error(world: World, tmp_path: Path) -> None:
+    """Run in a child process, which cannot change its user back."""
     world.local = tmp_path / "closed" / "core0"
     world.local.parent.mkdir(mode=0o700)
     child = os.fork()
@@ -422,7 +422,9 @@ def test_as_another_user_without_permission(world: World, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("how", ["removed", "taken over", "directory moved"])
-def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+def test_a_removed_or_replaced_path_is_bound_again(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
     world.local = home / "core0"
@@ -445,7 +447,7 @@ def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.Lo
                 await link.changed()
                 link.refresh()
         world.send(other, b"after")
-        # What was queued comes first.
+        # The frames queued before come first.
         assert receive(link) == [b"before", b"after"]
         link.send("still")
         assert other.recvfrom(ROOM)[1] == str(world.local)
@@ -455,7 +457,7 @@ def test_our_path_is_bound_again(world: World, tmp_path: Path, caplog: pytest.Lo
     assert caplog.messages == [f"{world.local}: removed or replaced by another process: bound again"]
 
 
-def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
+def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
@@ -474,15 +476,15 @@ def test_a_path_that_a_live_process_took_is_waited_for(world: World) -> None:
     run(main)
 
 
-def test_a_path_whose_thief_ended_without_a_word_is_taken_back(world: World) -> None:
+def test_a_path_whose_new_owner_crashed_is_taken_back(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
         thief = world.other(world.local)
-        with trio.move_on_after(60):  # In simulated time: the looks after the change are over then.
+        with trio.move_on_after(60):  # simulated time: the checks after the change are over by then
             while not link.refresh():
                 await link.changed()
-        thief.close()  # As a crash does, of which no event tells.
+        thief.close()  # A crash closes the socket, too, and no event reports it.
         await link.changed()
         while not link.refresh():
             await link.changed()
@@ -492,7 +494,7 @@ def test_a_path_whose_thief_ended_without_a_word_is_taken_back(world: World) -> 
     in_simulated_time(main)
 
 
-def test_closing_removes_the_path_unless_somebody_else_has_it(world: World) -> None:
+def test_close_removes_the_path_unless_another_process_has_it(world: World) -> None:
     async def main() -> None:
         link = world.bound()
         link.close(remove=False)
@@ -508,7 +510,7 @@ def test_closing_removes_the_path_unless_somebody_else_has_it(world: World) -> N
     run(main)
 
 
-def test_closing_wakes_who_waits(world: World) -> None:
+def test_close_wakes_waiters(world: World) -> None:
     async def main() -> None:
         link = world.bound()
         held = os.dup(link.fd)
@@ -526,7 +528,7 @@ def test_closing_wakes_who_waits(world: World) -> None:
     run(main)
 
 
-# --------------------------------------------------------------------------------------------------- what is inherited
+# --------------------------------------------------------------------------------------------------- inherited sockets
 
 
 def test_an_inherited_socket_keeps_its_queue(world: World) -> None:
@@ -541,7 +543,7 @@ def test_an_inherited_socket_keeps_its_queue(world: World) -> None:
     close(heir)
 
 
-def test_an_inherited_socket_whose_path_was_removed_is_read_to_its_end(world: World) -> None:
+def test_an_inherited_socket_with_a_removed_path_is_read_to_its_end(world: World) -> None:
     async def main() -> None:
         link, other = world.bound(), world.other()
         world.send(other, b"before")
@@ -558,7 +560,7 @@ def test_an_inherited_socket_whose_path_was_removed_is_read_to_its_end(world: Wo
 
 
 @pytest.mark.parametrize("kind", ["stream", "another path", "packet", "file"])
-def test_what_does_not_fit(world: World, tmp_path: Path, kind: str) -> None:
+def test_an_inherited_descriptor_that_does_not_match_is_replaced(world: World, tmp_path: Path, kind: str) -> None:
     async def main() -> None:
         if kind == "file":
             held = os.open("/dev/null", os.O_RDONLY)
@@ -583,7 +585,7 @@ def test_what_does_not_fit(world: World, tmp_path: Path, kind: str) -> None:
     run(main)
 
 
-def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
+def test_a_lack_of_descriptors_is_an_error(world: World) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
@@ -594,21 +596,21 @@ def test_without_room_for_a_descriptor_it_is_refused(world: World) -> None:
             UnixLink.open(world.address, world.note, world.names)
 
 
-# ----------------------------------------------------------------------------------------- one descriptor for all links
+# --------------------------------------------------------------------------------- one inotify descriptor for all links
 
 
-def test_several_wait_and_each_is_told_of_its_own(world: World, tmp_path: Path) -> None:
+def test_each_waiting_link_gets_only_its_own_changes(world: World, tmp_path: Path) -> None:
     async def main() -> None:
         links = []
         for number in range(4):
             world.local, world.peer = tmp_path / f"local{number}", tmp_path / f"peer{number}"
             links.append(world.bound())
-        told: list[int] = []
+        woken: list[int] = []
 
         async def follow(number: int) -> None:
             while True:
                 await world.names.wait(links[number]._watched)
-                told.append(number)
+                woken.append(number)
 
         async with trio.open_nursery() as nursery:
             scopes = []
@@ -622,8 +624,8 @@ def test_several_wait_and_each_is_told_of_its_own(world: World, tmp_path: Path) 
 
                 nursery.start_soon(scoped)
             await wait_all_tasks_blocked()
-            told.clear()
-            # Whoever reads for all may be the one that ends.
+            woken.clear()
+            # Cancel each waiter in turn, because one of them reads the shared descriptor for all.
             for ending in (0, 1, 2):
                 scopes[ending].cancel()
                 await wait_all_tasks_blocked()
@@ -631,14 +633,14 @@ def test_several_wait_and_each_is_told_of_its_own(world: World, tmp_path: Path) 
                 (tmp_path / "peer3").unlink()
                 (tmp_path / f"peer{ending}").touch()
                 await wait_all_tasks_blocked()
-                assert set(told) == {3}
-                told.clear()
+                assert set(woken) == {3}
+                woken.clear()
             nursery.cancel_scope.cancel()
 
     run(main)
 
 
-def test_a_queue_that_overflowed_wakes_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_wakes_all_links(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         link = world.bound()
         await link.changed()
@@ -655,7 +657,7 @@ def test_a_queue_that_overflowed_wakes_all(world: World, monkeypatch: pytest.Mon
     run(main)
 
 
-def test_a_directory_that_goes_is_followed(world: World, tmp_path: Path) -> None:
+def test_a_recreated_directory_is_watched_again(world: World, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     world.peer = home / "core1"

@@ -1,4 +1,4 @@
-"""The validator of the JSON files that people write."""
+"""The validator of JSON files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two cores, with the real kernel."""
+"""The two cores in network namespaces on the real kernel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_frames_pass_both_ways(either: Cores) -> None:
         assert decode(core0.receive()) is None
 
 
-def test_frames_pass_again_at_once_after_the_link_is_made_again(either: Cores) -> None:
+def test_frames_pass_at_once_after_the_link_is_recreated(either: Cores) -> None:
     with core0_peer(either) as core0, either.peer() as core1:
         for _ in range(5):
             either.delete_link()
@@ -57,7 +57,7 @@ def test_frames_pass_again_at_once_after_the_link_is_made_again(either: Cores) -
             assert decode(core0.receive()) == b"and_back"
 
 
-def test_frames_pass_again_at_once_after_the_link_was_down(either: Cores) -> None:
+def test_frames_pass_at_once_after_the_link_was_down(either: Cores) -> None:
     with core0_peer(either) as core0, either.peer() as core1:
         either.link_down()
         with pytest.raises(OSError, match="Network is down"):
@@ -67,30 +67,30 @@ def test_frames_pass_again_at_once_after_the_link_was_down(either: Cores) -> Non
         assert decode(core1.receive()) == b"there"
 
 
-def test_peer_says_that_nothing_came(core1: Peer) -> None:
+def test_a_peer_that_receives_nothing_times_out(core1: Peer) -> None:
     with pytest.raises(TimeoutError, match="no frame on rpmsg4000"):
         core1.receive(timeout=0)
 
 
-def test_link_has_no_ipv6_whose_frames_would_disturb(cores: Cores) -> None:
+def test_the_link_sends_no_ipv6_frames(cores: Cores) -> None:
     for core in (cores.core0, cores.core1):
         addresses = core.run(Path("/proc/thread-self/net/if_inet6").read_text)
         assert cores.link not in addresses
 
 
-def test_run_leaves_the_caller_where_it_is(cores: Cores) -> None:
+def test_run_does_not_move_the_caller(cores: Cores) -> None:
     here = Path("/proc/thread-self/ns/net")
     before = here.stat().st_ino
     assert cores.core0.run(here.stat).st_ino == os.fstat(cores.core0.fd).st_ino != before
     assert here.stat().st_ino == before
 
 
-def test_run_raises_what_the_function_raises(cores: Cores) -> None:
+def test_run_raises_the_error_of_the_function(cores: Cores) -> None:
     with pytest.raises(ZeroDivisionError):
         cores.core0.run(lambda: 1 // 0)
 
 
-def test_refused_change_of_a_link_is_one_line(cores: Cores) -> None:
+def test_a_refused_link_change_is_one_error_line(cores: Cores) -> None:
     with pytest.raises(ResourceError, match=r"^cannot change a link: File exists$"):
         cores.make_link()
 
@@ -103,7 +103,7 @@ def test_namespaces_end_with_their_descriptors(chain: bool, canary: Callable[[in
         one.wait_gone()
 
 
-def test_no_descriptor_and_no_thread_is_left_behind() -> None:
+def test_closed_cores_leave_no_descriptor_and_no_thread() -> None:
     before = set(Path("/proc/self/fd").iterdir()), threading.active_count()
     with two_cores() as cores, cores.peer():
         cores.delete_link()
@@ -111,7 +111,7 @@ def test_no_descriptor_and_no_thread_is_left_behind() -> None:
     assert (set(Path("/proc/self/fd").iterdir()), threading.active_count()) == before
 
 
-def test_namespace_ends_with_a_killed_process(canary: Callable[[int], Canary]) -> None:
+def test_a_namespace_ends_with_a_killed_process(canary: Callable[[int], Canary]) -> None:
     script = "from inco_trio.simulation.world import Namespace; ns = Namespace(); print(ns.fd, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
@@ -128,7 +128,7 @@ def run_as_nobody(nobody: list[str], script: str) -> str:
     return done.stdout.rstrip("\n")
 
 
-def test_ordinary_user_gets_two_cores_in_a_user_namespace(nobody: list[str]) -> None:
+def test_an_ordinary_user_gets_two_cores_in_a_user_namespace(nobody: list[str]) -> None:
     script = """
 from inco_trio.simulation.world import Peer, may_make_namespaces, new_user_namespace, two_cores
 assert not may_make_namespaces()
@@ -140,7 +140,7 @@ with two_cores() as cores, cores.peer() as peer:
     assert run_as_nobody(nobody, script) == "6"
 
 
-def test_ordinary_user_is_refused_without_a_user_namespace(nobody: list[str]) -> None:
+def test_an_ordinary_user_is_refused_without_a_user_namespace(nobody: list[str]) -> None:
     script = """
 from inco_trio.simulation.world import Namespace, NamespaceRefusedError
 try:
@@ -152,7 +152,7 @@ except NamespaceRefusedError as refused:
     assert said.startswith("cannot create a network namespace (Operation not permitted): run as root, or set")
 
 
-def test_adopted_namespace_is_the_same(cores: Cores) -> None:
+def test_an_adopted_namespace_is_the_same(cores: Cores) -> None:
     with Namespace(os.dup(cores.core0.fd)) as same:
         assert same.run(socket.if_nameindex) == cores.core0.run(socket.if_nameindex)
 
@@ -165,7 +165,7 @@ def test_tcpdump_sees_the_exact_bytes(cores: Cores, tcpdump: Tcpdump) -> None:
         assert tcpdump.packet() == encode(b"redun_notify_irq", core0.mac).ljust(60, b"\0")
 
 
-def test_consumer_counts_every_close(tmp_path: Path, watch: Callable[[Path], Consumer]) -> None:
+def test_a_consumer_counts_every_close(tmp_path: Path, watch: Callable[[Path], Consumer]) -> None:
     path = tmp_path / "state"
     path.touch()
     consumer = watch(path)
@@ -176,7 +176,7 @@ def test_consumer_counts_every_close(tmp_path: Path, watch: Callable[[Path], Con
         consumer.wait(1001, timeout=0)
 
 
-def test_peer_wakes_select(cores: Cores, core1: Peer) -> None:
+def test_a_peer_wakes_select(cores: Cores, core1: Peer) -> None:
     with core0_peer(cores) as core0:
         core0.send(b"x")
         assert select.select([core1], [], [], HANG)[0] == [core1]

@@ -31,7 +31,7 @@ enum { /* registers of the card */
 enum { ACKNOWLEDGE = 1, DRIVER = 2, DRIVER_OK = 4, FEATURES_OK = 8 };
 
 #define NET_F_MAC (1U << 5)
-#define F_VERSION_1 (1U << 0) /* of the upper half */
+#define F_VERSION_1 (1U << 0) /* in the upper half */
 #define DESC_F_WRITE 2
 
 #define RING 16
@@ -50,7 +50,7 @@ struct queue {
 enum { RX, TX };
 
 static volatile struct queue queues[2];
-static uint16_t seen[2]; /* used.idx as far as it was dealt with */
+static uint16_t seen[2]; /* the used.idx up to which entries were handled */
 static uint8_t buffers[2][RING][HEADER + FRAME_MAX + 2];
 static uintptr_t card;
 
@@ -126,7 +126,7 @@ void link_open(void)
     CARD(STATUS) = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
     for (uint16_t id = 0; id < RING; id++)
         give(RX, id);
-    /* Interrupts are never taken, but end a wfi: of the clock's there is one each millisecond. */
+    /* The CPU never takes an interrupt, but the timer interrupt ends a wfi each millisecond. */
     __asm__ volatile("csrw mie, %0" ::"r"(MIE_MTIE));
 }
 
@@ -134,7 +134,7 @@ void link_send(const char *name)
 {
     static uint16_t sent;
     while ((uint16_t)(sent - queues[TX].used.idx) == RING)
-        sleep_a_while(); /* Nobody reads: what is sent waits. */
+        sleep_a_while(); /* The ring is full: wait until QEMU has read a frame. */
     uint16_t id = sent++ % RING;
     uint8_t *frame = buffers[TX][id] + HEADER;
     size_t size = ETHERNET;

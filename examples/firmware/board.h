@@ -1,25 +1,25 @@
-/* What QEMU's RISC-V machine `virt` has for us: a serial line, a clock, and the inter-core link on its network card. */
+/* The devices of QEMU's RISC-V machine `virt`: a serial line, a clock, and a network card, which is the link. */
 #pragma once
 
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Start the link; ends QEMU with exit code 1 if there is no network card. */
+/* Open the link; end QEMU with exit code 1 if it has no network card. */
 void link_open(void);
 
-/* Send the signal of this wire name, of at most 64 characters. */
+/* Send the signal with this wire name (at most 64 characters). */
 void link_send(const char *name);
 
-/* The wire name of the next signal that has come, valid until the next call; NULL if there is none. */
+/* Return the wire name of the next received signal, or NULL. The name is valid until the next call. */
 const char *link_receive(void);
 
-/* Sleep for a millisecond, or until a frame has come. */
+/* Sleep for a millisecond, or until a frame arrives. */
 void sleep_a_while(void);
 
-/* Milliseconds since the machine was started. */
+/* Return the milliseconds since the machine started. */
 uint64_t milliseconds(void);
 
-/* Write a line to the serial line. */
+/* Write `words` and `more` as one line to the serial line. */
 void say(const char *words, const char *more);
 
 bool equal(const char *a, const char *b);

@@ -1,4 +1,4 @@
-"""The watchdog in QEMU, in the place of core 1; the tests are core 0."""
+"""The watchdog runs in QEMU as core 1; the tests are core 0."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watchdog(inco_board: Board, firmware: Path) -> Iterator[Guest]:
 
 
 @pytest.mark.usefixtures("watchdog")
-def test_who_is_silent_is_warned_and_then_reset(inco_board: Board) -> None:
+def test_a_silent_core0_is_warned_and_then_reset(inco_board: Board) -> None:
     inco_board.core0.trigger("redun_notify_irq")
     warned = inco_board.core0.expect("ihub_hwwd_irq")
     reset = inco_board.core0.expect("ihub_reset_irq")
@@ -34,18 +34,18 @@ def test_who_is_silent_is_warned_and_then_reset(inco_board: Board) -> None:
     assert (inco_board.core0.count("ihub_hwwd_irq"), inco_board.core0.count("ihub_reset_irq")) == (1, 1)
 
 
-def test_who_answers_the_warning_is_not_reset(inco_board: Board, watchdog: Guest) -> None:
+def test_an_answered_warning_prevents_the_reset(inco_board: Board, watchdog: Guest) -> None:
     inco_board.core0.trigger("redun_notify_irq")
     for _ in range(3):
         inco_board.core0.expect("ihub_hwwd_irq")
-        # The guest's time stands still, however long core 0 takes.
+        # Stop the guest's clock, so that a slow test cannot cause a reset.
         watchdog.stop()
         assert inco_board.core0.count("ihub_reset_irq") == 0
         inco_board.core0.trigger("redun_notify_irq")
         watchdog.cont()
 
 
-def test_a_reset_watchdog_sleeps_until_it_is_asked_to_watch(inco_board: Board, watchdog: Guest) -> None:
+def test_a_reset_watchdog_sleeps_until_it_is_armed_again(inco_board: Board, watchdog: Guest) -> None:
     inco_board.core0.trigger("redun_notify_irq")
     watchdog.wait_for("watchdog: received redun_notify_irq")
     watchdog.system_reset()
@@ -55,7 +55,7 @@ def test_a_reset_watchdog_sleeps_until_it_is_asked_to_watch(inco_board: Board, w
     assert inco_board.core0.count("ihub_hwwd_irq") == 1
 
 
-def test_a_warning_waits_for_a_proxy_that_is_killed(inco_board: Board, watchdog: Guest) -> None:
+def test_a_warning_is_delivered_after_the_proxy_was_killed(inco_board: Board, watchdog: Guest) -> None:
     inco_board.core0.trigger("redun_notify_irq")
     watchdog.wait_for("watchdog: received redun_notify_irq")
     inco_board.proxy.kill()

@@ -1,8 +1,8 @@
 /* The hardware watchdog of core 0, as a program of core 1.
  *
- * It sleeps until core 0 sends redun_notify_irq for the first time. From then on core 0 has to send it again within
- * PATIENCE. Whoever has not, is warned by ihub_hwwd_irq; whoever has not for another PATIENCE is reset, by
- * ihub_reset_irq, and the watchdog sleeps again.
+ * The watchdog sleeps until core 0 sends redun_notify_irq for the first time. From then on, core 0 must send it again
+ * within PATIENCE, or the watchdog warns core 0 by ihub_hwwd_irq. After another PATIENCE without redun_notify_irq, the
+ * watchdog resets core 0 by ihub_reset_irq and sleeps again.
  */
 
 #include "board.h"

@@ -1,8 +1,8 @@
 """Guard a service of core 0: python guard.py COMMAND [ARGUMENT ...]
 
-ihub_hwwd_irq: core 1 has missed the service, which is started again.
-ihub_reset_irq: core 1 is going to reset the board; the service is stopped, and the guard ends.
-Both are answered by redun_notify_irq when it is done. UDRV_JSON_PATH names the board's file.
+ihub_hwwd_irq: core 1 got no sign of life from the service; the guard restarts the service.
+ihub_reset_irq: core 1 is about to reset the board; the guard stops the service and exits.
+The guard answers both with redun_notify_irq when done. UDRV_JSON_PATH names the board's file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from inco_trio import read_board
 
 
 async def stop(service: trio.Process) -> None:
-    """End the service, at last by force."""
-    with trio.move_on_after(5):  # A service that ignores SIGTERM is killed.
+    """Terminate the service, and kill it if it does not exit."""
+    with trio.move_on_after(5):  # Kill a service that ignores SIGTERM.
         service.terminate()
         await service.wait()
     service.kill()

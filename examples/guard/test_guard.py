@@ -16,7 +16,7 @@ GUARD = Path(__file__).with_name("guard.py")
 
 @pytest.fixture
 def starts(tmp_path: Path) -> Path:
-    """A file to which each service writes its process."""
+    """Return a file to which each service appends its process id."""
     return tmp_path / "starts"
 
 
@@ -29,20 +29,20 @@ def guard(inco_board: Board, starts: Path) -> Iterator[subprocess.Popen[str]]:
         assert "sh runs as process" in process.stdout.readline()
         yield process
         if process.poll() is None:
-            # It stops its service.
+            # The guard stops its service and exits.
             inco_board.core1.send("ihub_reset_irq")
         process.wait()
 
 
 @pytest.mark.usefixtures("guard")
-def test_the_watchdog_starts_the_service_again(inco_board: Board, starts: Path) -> None:
+def test_the_watchdog_restarts_the_service(inco_board: Board, starts: Path) -> None:
     for runs in range(2, 5):
         inco_board.core1.send("ihub_hwwd_irq")
         inco_board.core1.expect("redun_notify_irq")
         assert inco_board.core0.count("ihub_hwwd_irq") == runs - 1
     inco_board.core1.send("ihub_reset_irq")
     inco_board.core1.expect("redun_notify_irq")
-    # The last one that was started has had its time before it was stopped: or not, and then it has written nothing.
+    # The last service may have been stopped before it wrote its process id.
     services = [int(line) for line in starts.read_text().split()]
     assert 1 <= len(services) <= 4
     assert not [service for service in services if Path(f"/proc/{service}").exists()]
@@ -55,7 +55,7 @@ def test_a_reset_ends_the_guard(inco_board: Board, guard: subprocess.Popen[str])
 
 
 @pytest.mark.usefixtures("guard")
-def test_a_proxy_that_is_killed_loses_nothing(inco_board: Board) -> None:
+def test_a_killed_proxy_loses_nothing(inco_board: Board) -> None:
     inco_board.proxy.kill()
     inco_board.core1.send("ihub_hwwd_irq")
     inco_board.proxy.start()

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Test answer.sh beside a real proxy: `inco-trio send` and `wait` are core 1. Needs no privilege.
+# Test answer.sh with a real proxy: `inco-trio wait` plays core 1. Needs no privilege.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 home=$(mktemp -d)
@@ -8,9 +8,9 @@ trap 'kill $proxy; kill -- -$answer; wait; cat "$home/log"; rm -r "$home"' EXIT
 
 inco-trio run "$core0" --irq-dir "$home/irq" --control none 2> "$home/log" &
 proxy=$!
-# These loops poll, and the timeout below stops a hang: nothing is decided by a time.
+# These loops poll, and the timeout below only stops a hang: no time decides the result.
 until [ -e "$home/irq/message_6_trig" ]; do sleep 0.1; done
-# A session of its own, so that all of it is ended.
+# Start a new session, so that the trap ends all of its processes.
 setsid "$here/answer.sh" "$home/irq" > "$home/said" &
 answer=$!
 until [ -s "$home/said" ]; do sleep 0.1; done

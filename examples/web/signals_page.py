@@ -1,6 +1,6 @@
-"""A page with a board's signals, live: python signals_page.py LINK IRQ_DIR [PORT]
+"""Show a board's signals live on a web page: python signals_page.py LINK IRQ_DIR [PORT]
 
-The program is the proxy of the board. The page shows what it carries, and has a button for each outbound signal.
+The program is the proxy of the board. The page counts notifications and has a button for each outbound signal.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from inco_trio import Config, UnknownSignalError, aio, builtin_signals
 
 PAGE = Path(__file__).with_name("page.html")
 PATIENCE = 2.0
-"""Seconds that a click waits for core 1 to be there."""
+"""Seconds that a click waits for core 1."""
 
 
 class SignalsPage:
-    """The handlers of the page, for a proxy that is open."""
+    """The request handlers, for an open proxy."""
 
     def __init__(self, proxy: aio.Proxy) -> None:
         self._proxy = proxy
@@ -33,25 +33,25 @@ class SignalsPage:
         self._changed = asyncio.Event()
         self._ended = False
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def follow(self) -> None:
-        """Count what the proxy carries, until it closes."""
+        """Count the notifications of the proxy until it closes."""
         with self._proxy.events() as events:
             async for event in events:
                 row = self._rows[event.signal.name]
                 row["count"] += 1
                 row["last"] = event.time_ns / 1e9
-                self._tell()
+                self._notify()
 
     async def page(self, _: web.Request) -> web.FileResponse:
         """GET /"""
         return web.FileResponse(PAGE)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """GET /events: all rows, again after each change; of many changes, who reads slowly gets the last one."""
+        """GET /events: all rows, again after each change; a slow reader gets only the latest state."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         while not self._ended:
@@ -63,18 +63,18 @@ class SignalsPage:
     async def send(self, request: web.Request) -> web.Response:
         """POST /send/NAME"""
         try:
-            async with asyncio.timeout(PATIENCE):  # The browser gets an answer although core 1 is away.
+            async with asyncio.timeout(PATIENCE):  # The browser gets an answer even if core 1 is not running.
                 await self._proxy.send(request.match_info["name"])
         except UnknownSignalError as error:
             return web.Response(status=404, text=f"{error}\n")
         except TimeoutError:
-            return web.Response(status=504, text="core 1 is not there: it may be sent once that has changed\n")
+            return web.Response(status=504, text="core 1 is not running: the signal may be sent once it starts\n")
         return web.Response(status=204)
 
     async def end(self, _: web.Application) -> None:
-        """Let the streams of events end."""
+        """End the event streams."""
         self._ended = True
-        self._tell()
+        self._notify()
 
 
 async def main(link: str, irq_dir: str, port: str = "8080") -> None:

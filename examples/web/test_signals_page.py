@@ -1,4 +1,4 @@
-"""The page in a real browser; `inco-trio send` and `wait` are core 1."""
+"""The page in a real browser; `inco-trio send` and `wait` play core 1."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 HANG = 300
-"""Seconds; it stops a hang and decides nothing."""
+"""Timeout in seconds that only stops a hang."""
 PROGRAM = Path(__file__).with_name("signals_page.py")
 
 
 @attrs.define
 class Service:
-    """The program on a link of sockets below `home`."""
+    """The program on a Unix socket link below `home`."""
 
     home: Path
     port: str = "0"
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
-        """Returns the address of the page."""
+        """Start the program and return the address of the page."""
         link = f"unix:{self.home}/core0,peer={self.home}/core1"
         command = [sys.executable, str(PROGRAM), link, f"{self.home}/irq", self.port]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -42,7 +42,7 @@ class Service:
         return said.split()[-1]
 
     def stop(self) -> None:
-        """As a supervisor does."""
+        """Stop the program with SIGTERM, as a supervisor does."""
         if self.process is not None:
             self.process.send_signal(signal.SIGTERM)
             assert self.process.wait(HANG) == 0
@@ -68,25 +68,25 @@ def service(tmp_path: Path) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
-    # The directory for shared memory is small in many containers.
+    # /dev/shm is small in many containers.
     for option in ("--headless=new", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(option)
     if os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # It refuses to run as root otherwise.
+        options.add_argument("--no-sandbox")  # Chromium refuses to run as root with its sandbox.
     with webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver")) as browser:
         yield browser
 
 
 def wait_shown(browser: webdriver.Chrome, selector: str, text: str) -> None:
-    """Wait until the page shows it."""
+    """Wait until an element of the page has this text."""
 
     def shown(browser: webdriver.Chrome) -> bool:
         return any(each.text == text for each in browser.find_elements(By.CSS_SELECTOR, selector))
 
-    WebDriverWait(browser, HANG).until(shown, f"{selector}: {text!r} did not come")
+    WebDriverWait(browser, HANG).until(shown, f"{selector}: {text!r} did not appear")
 
 
-def test_what_core1_sends_is_shown_at_once(service: Service, browser: webdriver.Chrome) -> None:
+def test_signals_from_core1_are_shown_at_once(service: Service, browser: webdriver.Chrome) -> None:
     browser.get(service.start())
     wait_shown(browser, "#ihub_hwwd_irq .count", "0")
     for count in ("1", "2"):
@@ -95,17 +95,17 @@ def test_what_core1_sends_is_shown_at_once(service: Service, browser: webdriver.
     wait_shown(browser, "#ihub_reset_irq .count", "0")
 
 
-def test_a_button_sends(service: Service, browser: webdriver.Chrome) -> None:
+def test_a_button_sends_its_signal(service: Service, browser: webdriver.Chrome) -> None:
     browser.get(service.start())
     wait_shown(browser, "#redun_notify_irq button", "send")
     assert len(browser.find_elements(By.TAG_NAME, "button")) == 1
     browser.find_element(By.CSS_SELECTOR, "#redun_notify_irq button").click()
-    # What is sent while core 1 is not there waits for it.
+    # A signal sent while core 1 is not running waits for core 1.
     service.core1("wait", "redun_notify_irq", "--timeout", str(HANG))
     wait_shown(browser, "#redun_notify_irq .count", "1")
 
 
-def test_the_page_comes_back_with_the_service(service: Service, browser: webdriver.Chrome) -> None:
+def test_the_page_reconnects_after_a_restart(service: Service, browser: webdriver.Chrome) -> None:
     browser.get(service.start())
     wait_shown(browser, "#state", "connected")
     service.stop()
@@ -114,7 +114,7 @@ def test_the_page_comes_back_with_the_service(service: Service, browser: webdriv
     wait_shown(browser, "#state", "connected")
 
 
-def test_a_wrong_name_is_told(service: Service) -> None:
+def test_an_unknown_signal_is_an_error(service: Service) -> None:
     request = urllib.request.Request(f"{service.start()}/send/nothing", method="POST")  # noqa: S310 - our own
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)  # noqa: S310

@@ -29,21 +29,21 @@ def _arguments() -> argparse.Namespace:
         description="Measure, print the table, write JSON, Markdown and plots.",
         epilog=f"figures: {', '.join(MEASURES)}",
     )
-    parser.add_argument("--smoke", action="store_true", help="two minutes: shows that the benchmark works, no more")
+    parser.add_argument("--smoke", action="store_true", help="only check that the benchmark works (two minutes)")
     parser.add_argument("--only", metavar="FIGURE,...", help="only these figures")
-    parser.add_argument("--merge", action="store_true", help="keep the other figures of the results in --out")
+    parser.add_argument("--merge", action="store_true", help="keep the other figures in --out")
     parser.add_argument("--pairs", type=int, help=f"pairs a figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
-    parser.add_argument("--beside", type=Path, metavar="PATH", help="one more program: another checkout of inco-trio")
+    parser.add_argument("--beside", type=Path, metavar="PATH", help="also measure the inco-trio of another checkout")
     parser.add_argument("--pin", choices=["none", "split", "together"], default="none", help="CPUs of load and program")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="where the results go (%(default)s)")
-    parser.add_argument("--replot", action="store_true", help="only draw the plots again, from the results in --out")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="directory of the results (%(default)s)")
+    parser.add_argument("--replot", action="store_true", help="only redraw the plots from the results in --out")
     arguments = parser.parse_args()
     arguments.only = arguments.only.split(",") if arguments.only else list(MEASURES)
     for name in arguments.only:
         if name not in MEASURES:
-            parser.error(f"{name}: no such figure (there are: {', '.join(MEASURES)})")
+            parser.error(f"{name}: no such figure (expected one of: {', '.join(MEASURES)})")
     if (arguments.merge or arguments.replot) and not (arguments.out / "results.json").exists():
-        parser.error(f"{arguments.out}: no results.json of an earlier run")
+        parser.error(f"{arguments.out}: results.json: missing (--merge and --replot need an earlier run)")
     return arguments
 
 
@@ -53,7 +53,7 @@ def _print(text: object, where: TextIO = sys.stdout) -> None:
 
 
 def _draw(results: Results, out: Path) -> None:
-    from .plots import draw  # matplotlib's memory and threads stay out of the measurements
+    from .plots import draw  # a late import keeps matplotlib's memory and threads out of the measurements
 
     for path in draw(results.series, out, in_words(results.runs[-1]["machine"])):
         _print(path)
@@ -64,7 +64,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program], results: Results) -> list[str]:
-    """Measure one figure after the other, each saved as soon as it is done; returns what broke."""
+    """Measure one figure after another, save each at once, and return the errors."""
     begin, current = time.monotonic(), "bench"
     faults: list[str] = []
 
@@ -81,7 +81,7 @@ def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program
                 measured = MEASURES[current].run(Bench(lab, size, beside))
             except (BenchError, OSError, subprocess.SubprocessError) as error:
                 faults.append(f"{current}: {error}")
-                say(f"broken: {error}")
+                say(f"failed: {error}")
                 continue
             except KeyboardInterrupt:
                 faults.append(f"{current}: interrupted")
@@ -95,7 +95,7 @@ def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the benchmark and return the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = _arguments()
     out: Path = arguments.out
@@ -118,7 +118,7 @@ def main() -> int:
         "size": attrs.asdict(size),
     }
     results.runs.append(run)
-    results.save(out, list(MEASURES))  # half an hour later would be late to learn that it cannot be written
+    results.save(out, list(MEASURES))  # fail now, not after half an hour, if the directory cannot be written
     faults = run["faults"] = _measure(arguments, size, beside, results)
     results.save(out, list(MEASURES))
     for shown in (as_text(results.figures(list(MEASURES))), out / "results.json", out / "results.md"):

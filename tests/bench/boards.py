@@ -1,4 +1,4 @@
-"""Many boards in one process, on `unix:` links: memory, start, and what one board notices of the others."""
+"""Many boards in one process, on `unix:` links: memory, start time, and how boards affect each other."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["Place", "boards_figures"]
 
 FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 GAP = 0.0005
-"""Seconds between two notifications of a closed loop."""
+"""Seconds from an arrival to the next notification in a closed loop."""
 FLOOD_RATE = 50_000
 IMPORTS = "import inco_trio.service.daemon, inco_trio.service.many_boards"
 PROCESSES = 10
-"""Processes of one board each that the memory is taken from; that of a thousand is not to be had everywhere."""
+"""Number of one-board processes from which the memory of a thousand is estimated."""
 
 
 class Place:
-    """So many boards of a directory, and the one process that runs them; board 0's second core is played here."""
+    """A directory of `number` boards and the process that runs them; this program plays core 1 of board 0."""
 
     def __init__(self, home: Path, number: int, stack: ExitStack) -> None:
         self.home = home
@@ -55,7 +55,7 @@ class Place:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[tuple[int, float]]:
-        """The process, and the seconds from its exec to readiness."""
+        """Run the process; yield its pid and the seconds from its exec to readiness."""
         reader, writer = os.pipe()
         command = [
             *PYTHON,
@@ -75,10 +75,10 @@ class Place:
         ):
             try:
                 os.close(writer)
-                told = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
+                readable = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
                 ready = time.monotonic() - begin
                 os.close(reader)
-                if not told:
+                if not readable:
                     raise BenchError(f"not ready: {' '.join(command)}\n{log.read_text()}")
                 self._consumer.watch(f"{self.home}/irq/0/message_5_state", IN_CLOSE_WRITE)
                 yield process.pid, ready
@@ -90,7 +90,7 @@ class Place:
                     process.kill()
 
     def inbound(self) -> float:
-        """Microseconds from a frame to the close of board 0's state file."""
+        """Return the microseconds from a frame to the close of board 0's state file."""
         begin = time.monotonic_ns()
         self.peer.sendto(FRAME, f"{self.home}/s/0.0")
         if not select.select([self._consumer.fd], [], [], HANG)[0]:
@@ -100,7 +100,7 @@ class Place:
         return (end - begin) / 1000
 
     def outbound(self) -> float:
-        """Microseconds from the close of board 0's trigger to its frame."""
+        """Return the microseconds from the close of board 0's trigger to its frame."""
         trigger = os.open(f"{self.home}/irq/0/message_6_trig", os.O_WRONLY)
         os.write(trigger, b"1")
         begin = time.monotonic_ns()
@@ -109,7 +109,7 @@ class Place:
         return (time.monotonic_ns() - begin) / 1000
 
     def closed_loop(self, count: int) -> dict[str, list[float]]:
-        """So many notifications each way, one at a time."""
+        """Send `count` notifications each way, one at a time, and return their latencies."""
         taken: dict[str, list[float]] = {"inbound": [], "outbound": []}
         with _never_kept_waiting():
             for _ in range(count):
@@ -120,7 +120,9 @@ class Place:
 
     @contextlib.contextmanager
     def flooded(self, flood: Path, rates: list[float]) -> Iterator[None]:
-        """Board 1 gets frames, FLOOD_RATE a second, or as many as its link takes; `rates` gets how many it took."""
+        """Flood board 1 with FLOOD_RATE frames a second, as far as its link accepts them; append the real rate to
+        `rates`.
+        """
         paths = (f"{self.home}/s/1.1", f"{self.home}/s/1.0")
         command = [str(flood), *paths, str(FLOOD_RATE), FRAME.hex()]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -136,7 +138,7 @@ class Place:
 
 @contextlib.contextmanager
 def _never_kept_waiting() -> Iterator[None]:
-    """Have this process run whenever it can, if that is allowed (sched(7)): how long it waits for a CPU is not ours."""
+    """Run this process before all others, if permitted (sched(7)): its own wait for a CPU must not count."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except PermissionError:
@@ -149,7 +151,7 @@ def _never_kept_waiting() -> Iterator[None]:
 
 
 def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) -> list[Figure]:
-    """The figures of `number` boards, beside those of one board, side by side in each of the pairs."""
+    """Measure `number` boards and one board in turn, and return the figures."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     one, many = "1 board", f"{number:,} boards"
     rates: list[float] = []
@@ -165,7 +167,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                     samples["ready"][name].append(ready - imports)
                     place.closed_loop(50)
                     samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
-                    time.sleep(0.5)  # The last wake-ups of the load are not measured.
+                    time.sleep(0.5)  # Leave out the last wake-ups of the load.
                     before = switches(pid)
                     time.sleep(idle)  # The time that is measured.
                     samples["idle"][name].append(wake_ups(before, switches(pid)))
@@ -194,7 +196,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
 
 
 def _of_processes(lab: Lab) -> str:
-    """What a thousand processes of one board each would take, from the proportional set size of some."""
+    """Estimate the memory of 1,000 one-board processes from the proportional set size (PSS) of a few."""
     said = []
     for program in (C, INCO):
         with ExitStack() as stack:
@@ -207,5 +209,5 @@ def _of_processes(lab: Lab) -> str:
 def _pss_kib(pid: int) -> int:
     found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     if found is None:
-        raise BenchError("the kernel does not tell the proportional set size")
+        raise BenchError("the kernel reports no proportional set size (Pss)")
     return int(found[1])

@@ -1,4 +1,4 @@
-/* What the reference and the load generator share: the signal table, its lookup by wire name, and the link's socket. */
+/* Code shared by the reference and the load generator: the signal table, its lookup by wire name, and the link. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
@@ -48,7 +48,7 @@ static inline uint32_t hash(const char *name, int length) {
     return h;
 }
 
-/* The index of the signal of that wire name, or -1. */
+/* Return the index of the signal with this wire name, or -1. */
 static inline int find(const struct side *side, const char *name, int length) {
     for (uint32_t at = hash(name, length) & side->mask; side->slots[at]; at = (at + 1) & side->mask) {
         const struct signal *signal = &side->signals[side->slots[at] - 1];
@@ -58,7 +58,7 @@ static inline int find(const struct side *side, const char *name, int length) {
     return -1;
 }
 
-/* The index of the signal in a received frame: the name may be followed by NUL padding. */
+/* Return the index of the signal in a received frame, or -1. NUL padding may follow the name. */
 static inline int find_frame(const struct side *side, const char *frame, ssize_t size) {
     int length = (int)size - ETH_HLEN;
     while (length > 0 && frame[ETH_HLEN + length - 1] == '\0')
@@ -66,7 +66,7 @@ static inline int find_frame(const struct side *side, const char *frame, ssize_t
     return length > 0 ? find(side, frame + ETH_HLEN, length) : -1;
 }
 
-/* Reads lines of "name inbound|outbound register". */
+/* Read lines of "name inbound|outbound register". */
 static inline void read_table(const char *path, struct side *inbound, struct side *outbound) {
     FILE *file = fopen(path, "r");
     if (!file)
@@ -97,7 +97,7 @@ static inline void read_table(const char *path, struct side *inbound, struct sid
     }
 }
 
-/* Writes the frames of one side, with the MAC of the interface as their source. */
+/* Prepare the frames of one side, with the MAC of the interface as their source. */
 static inline void encode_frames(struct side *side, int link, const char *interface) {
     struct ifreq request = {0};
     strncpy(request.ifr_name, interface, IFNAMSIZ - 1);
@@ -113,7 +113,7 @@ static inline void encode_frames(struct side *side, int link, const char *interf
     }
 }
 
-/* An AF_PACKET socket on the interface: protocol 0 until bind, so that nothing foreign is queued (packet(7)). */
+/* Open an AF_PACKET socket on the interface. Protocol 0 until bind keeps other frames out of the queue (packet(7)). */
 static inline int open_link(const char *interface, int buffer, int flags) {
     struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_H | BPF_ABS, 12),
@@ -141,7 +141,7 @@ static inline int open_link(const char *interface, int buffer, int flags) {
     return link;
 }
 
-/* Frames that the kernel dropped because the socket's queue was full; reading resets the count (packet(7)). */
+/* Return how many frames the kernel dropped because the queue was full; this resets the count (packet(7)). */
 static inline unsigned link_drops(int link) {
     struct tpacket_stats stats = {0};
     socklen_t size = sizeof stats;

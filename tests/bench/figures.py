@@ -1,4 +1,4 @@
-"""What a figure is: samples of several programs, the ratio of two of them pair by pair, the goal beside it. Pure."""
+"""A figure: samples of several programs, their ratio pair by pair, and the goal. No input or output."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _RELATIONS: dict[str, Callable[[float, float], bool]] = {
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that at least the share `q` (0 to 1) of `values` does not exceed (the nearest rank)."""
+    """Return the smallest of `values` that at least the share `q` (0 to 1) of them does not exceed (nearest rank)."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
 @attrs.frozen
 class Goal:
-    """What a figure is compared with: stated, never asserted."""
+    """The bound that a figure is compared with; the benchmark reports the result and asserts nothing."""
 
     relation: Literal["<=", "<", ">=", "="]
     bound: float
@@ -35,7 +35,7 @@ class Goal:
     """Text after the bound, such as "x C"."""
 
     def met(self, value: float) -> bool:
-        """Whether `value` stands in the relation to the bound."""
+        """Return whether `value` meets the bound."""
         return _RELATIONS[self.relation](value, self.bound)
 
     def __str__(self) -> str:
@@ -46,9 +46,9 @@ class Goal:
 class Figure:
     """One line of the table.
 
-    `samples` holds for each program one value a run, in `unit`. With `ratio` (two keys of `samples`) the figure is the
-    median of the ratios of the runs that stood side by side; without, it is the worst value of the first program when
-    there is a goal of equality (a loss is a loss), or else its median.
+    `samples` holds one value per run in `unit` for each program. With `ratio` (two keys of `samples`), the figure is
+    the median of the ratios of paired runs. Without `ratio`, the figure is the median of the first program; with a goal
+    of equality, the worst value.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Figure:
     ratio: tuple[str, str] | None = None
     note: str = ""
     faults: tuple[str, ...] = ()
-    """Losses where there must be none: the benchmark ends with an error after the table."""
+    """Losses where none are allowed: the benchmark then exits with an error."""
 
     @property
     def values(self) -> list[float]:
-        """What the figure is the middle of: the ratios of the pairs, or the first program's values."""
+        """Return the ratios of the pairs, or the first program's values."""
         if self.ratio is None:
             return list(next(iter(self.samples.values())))
         above, below = (self.samples[key] for key in self.ratio)
@@ -70,7 +70,7 @@ class Figure:
 
     @property
     def result(self) -> float:
-        """The figure itself."""
+        """Return the value of the figure."""
         goal = self.goal
         if goal is not None and goal.relation == "=":
             return max(self.values, key=lambda value: abs(value - goal.bound))
@@ -78,21 +78,21 @@ class Figure:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The least and the greatest of `values`."""
+        """Return the minimum and maximum of `values`."""
         return min(self.values), max(self.values)
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without one."""
+        """Return whether the goal is met, or None without a goal."""
         return None if self.goal is None else self.goal.met(self.result)
 
     @property
     def medians(self) -> dict[str, float]:
-        """The median of each program, in `unit`."""
+        """Return the median of each program in `unit`."""
         return {program: statistics.median(values) for program, values in self.samples.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what was sampled and what follows from it."""
+        """Return samples and results for JSON."""
         return {
             "name": self.name,
             "unit": self.unit,
@@ -109,7 +109,7 @@ class Figure:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Figure:
-        """What `as_dict` made, also after JSON has had it."""
+        """Return the figure that `as_dict` described; `document` may have passed through JSON."""
         goal, ratio = document["goal"], document["ratio_of"]
         return cls(
             name=document["name"],

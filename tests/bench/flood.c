@@ -1,10 +1,10 @@
-/* Sends one frame again and again through a Unix datagram socket.
+/* Send one frame repeatedly through a Unix datagram socket.
  *
  * usage: flood PATH TO RATE HEX
  *
- * The socket is bound at PATH, the frame is HEX and goes to TO, RATE times a second; while there is no room there, it
- * waits, and what is due by then follows. A line goes to standard output when it begins, and another one, the number of
- * frames a second, when SIGTERM ends it.
+ * The program binds its socket at PATH and sends the frame HEX to TO, RATE times a second. While TO has no room, it
+ * waits, and then catches up. It prints a line when it starts. On SIGTERM it prints the number of frames per second
+ * and exits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define EVERY_NS 200000 /* frames due within this time leave together */
+#define EVERY_NS 200000 /* frames due within this time are sent together */
 
 static volatile sig_atomic_t ended;
 
@@ -59,7 +59,7 @@ int main(int argc, char **argv) {
     int link = socket(AF_UNIX, SOCK_DGRAM, 0);
     if (link < 0 || bind(link, (struct sockaddr *)&from, sizeof from) || connect(link, (struct sockaddr *)&to, sizeof to))
         die(argv[1]);
-    struct sigaction action = {.sa_handler = end}; /* no SA_RESTART: send(2) is interrupted */
+    struct sigaction action = {.sa_handler = end}; /* no SA_RESTART: SIGTERM interrupts send(2) */
     sigaction(SIGTERM, &action, NULL);
     puts("begun");
     fflush(stdout);

@@ -1,9 +1,9 @@
-"""The floor: the shortest Trio program with the same system calls, and nothing else. It is what this design can reach.
+"""The floor, the best that this design can reach: the shortest Trio program with the same system calls.
 
 usage: floor.py TABLE DIR IFACE NOTIFICATION_FD
 
-Sockets, watches and files are set up by inco-trio's own rooms, so that filter, buffer and masks are the same. The two
-loops keep none of its promises: nothing outlives the process, nothing is retried, counted, logged or followed.
+Modules of inco-trio set up sockets, watches and files, so that filter, buffer and masks are the same. The two loops
+keep none of inco-trio's promises: they store, retry, count, log and follow nothing.
 """
 
 import os

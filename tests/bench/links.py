@@ -1,4 +1,4 @@
-"""Many proxies in one process through the library: one `serve` for each link, each with a directory of its own.
+"""Many proxies in one process through the library: one `serve` for each link, each with its own directory.
 
 usage: links.py DIR NOTIFICATION_FD IFACE...
 """
@@ -17,7 +17,7 @@ from inco_trio.signals import builtin_signals
 
 
 async def main(directory: Path, notification_fd: int, interfaces: list[str]) -> None:
-    """Serve until SIGTERM; a newline goes to the descriptor once all are live."""
+    """Serve until SIGTERM; write a newline to the descriptor once all proxies are ready."""
     with trio.open_signal_receiver(signal.SIGTERM) as stops:
         async with trio.open_nursery() as nursery:
             for interface in interfaces:

@@ -1,18 +1,18 @@
-/* The load generator: plays core 1 and the consumer on core 0. It is started in core 1's network namespace.
+/* The load generator: plays core 1 and the consumer on core 0. Start it in core 1's network namespace.
  *
  * usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE GAP_US NAP_US QUIET_MS SAMPLES
  *
- * Inbound, IN_COUNT frames are sent, IN_RATE a second (0: as fast as possible), the inbound signals of TABLE in turn,
- * and the consumer's closes-after-write of the state registers are counted. Outbound, OUT_COUNT triggers are opened,
- * written and closed, and the frames that arrive are counted. Both may run at once. From 8,000 a second on, frames leave
- * in batches, as the generator would otherwise keep a CPU busy with waiting. With GAP_US the loop is closed instead, and
- * rates do not count: each notification leaves so long after the one before has arrived, and nobody spins. Readers sleep NAP_US between two reads, so
- * that counting takes little from the program under test; 0 is for latencies. The run ends when all has arrived, or
- * nothing more has for QUIET_MS. PID is the program under test: its CPU time is taken.
+ * Inbound: send IN_COUNT frames, IN_RATE a second (0: as fast as possible), with the inbound signals of TABLE in turn,
+ * and count the closes after writing of the state registers. Outbound: open, write and close OUT_COUNT triggers, and
+ * count the frames that arrive. Both may run at the same time. From 8,000 a second on, frames are sent in batches;
+ * otherwise waiting would keep a CPU busy. With GAP_US the loop is closed, and rates are ignored: each notification is
+ * sent GAP_US after the one before has arrived, and no process spins. Readers sleep NAP_US between two reads, so that
+ * counting takes little CPU time from the program under test; use 0 for latencies. The run ends when everything has
+ * arrived, or nothing has for QUIET_MS. PID is the program under test, whose CPU time is measured.
  *
- * One line of JSON goes to standard output. SAMPLES ("-": none) gets one int64 for each notification of the inbound,
- * then of the outbound flow: nanoseconds from just before send(2) or close(2) to the return of the reader's read, or -1
- * if it never arrived. Notifications are matched in order within each signal.
+ * The program prints one line of JSON. SAMPLES ("-": none) receives one int64 for each inbound and then each outbound
+ * notification: nanoseconds from just before send(2) or close(2) to the return of the reader's read, or -1 if it never
+ * arrived. Notifications are matched in order within each signal.
  */
 #include "common.h"
 #include <inttypes.h>
@@ -25,9 +25,9 @@
 
 #define BATCH 256
 #define SEND_BATCH 64
-#define SEND_EVERY_NS 250000     /* frames due within this time leave together */
-#define CORE1_BUFFER (64 << 20)  /* core 1 must never be what drops */
-#define SPIN_BELOW_NS 100000     /* a closer deadline than a sleep can keep is waited for by spinning */
+#define SEND_EVERY_NS 250000     /* frames due within this time are sent together */
+#define CORE1_BUFFER (64 << 20)  /* core 1 must never drop a frame */
+#define SPIN_BELOW_NS 100000     /* spin before a deadline that is too close for a sleep */
 
 struct flow {
     struct side side;
@@ -36,7 +36,7 @@ struct flow {
     void *(*read)(void *);
     int64_t *sent_at, *seen_at;
     long *seen_of; /* per signal */
-    sem_t arrived; /* posted for each, if the loop is closed */
+    sem_t arrived; /* posted for each arrival in a closed loop */
     atomic_long seen;
     atomic_bool invalid;
     _Atomic int64_t last_seen;
@@ -99,7 +99,7 @@ static void pull_triggers(struct flow *flow, long first, long count) {
     }
 }
 
-/* Sleeps until one more has arrived, and the gap after it; false if none does. */
+/* Sleep until one more notification has arrived, and then for the gap; return false if none arrives. */
 static bool wait_for_arrival(struct flow *flow) {
     struct timespec deadline = timespec_of(now() + quiet);
     while (sem_clockwait(&flow->arrived, CLOCK_MONOTONIC, &deadline)) {
@@ -112,7 +112,7 @@ static bool wait_for_arrival(struct flow *flow) {
     return true;
 }
 
-/* Paces by absolute deadlines, if the loop is open: a late notification does not move the ones after it. */
+/* In an open loop, pace by absolute deadlines: a late notification does not delay the next ones. */
 static void *emit_all(void *argument) {
     struct flow *flow = argument;
     prctl(PR_SET_TIMERSLACK, 1);
@@ -138,14 +138,14 @@ static void note(struct flow *flow, int signal, int64_t when) {
         sem_post(&flow->arrived);
 }
 
-/* Whoever counts must not be starved, or the kernel's queue overflows; without the right to it, it does more often. */
+/* Give the counting threads priority, or the kernel's queue overflows; without permission it overflows more often. */
 static void be_preferred(void) {
     if (nap)
         setpriority(PRIO_PROCESS, gettid(), -10);
 }
 
-/* Consecutive events are of different files, so that none merge. Only where frames were lost may two in a row be alike:
- * then a few events in 100,000 merge, and the count of the lost is a little too high; a count of 0 is exact. */
+/* Consecutive events belong to different files, so the kernel merges none. After lost frames, two consecutive events may
+ * be identical: a few in 100,000 merge, and the number of losses is slightly too high. A count of 0 is exact. */
 static void *consume(void *argument) {
     struct flow *flow = argument;
     static char buffer[1 << 18] __attribute__((aligned(__alignof__(struct inotify_event))));
@@ -161,7 +161,7 @@ static void *consume(void *argument) {
             if (event->mask & IN_CLOSE_WRITE)
                 note(flow, event->wd - 1, when);
             else
-                flow->invalid = true; /* IN_Q_OVERFLOW: the count is worthless */
+                flow->invalid = true; /* IN_Q_OVERFLOW: the count is invalid */
         }
         if (nap)
             sleep_for(nap);
@@ -215,7 +215,7 @@ static void prepare(struct flow *flow, const char *count, const char *rate) {
     flow->sent_at = calloc(flow->count + 1, sizeof *flow->sent_at);
     flow->seen_at = calloc(flow->count + 1, sizeof *flow->seen_at);
     flow->seen_of = calloc(flow->side.count + 1, sizeof *flow->seen_of);
-    memset(flow->sent_at, 1, flow->count * sizeof *flow->sent_at); /* page faults belong before the run */
+    memset(flow->sent_at, 1, flow->count * sizeof *flow->sent_at); /* cause page faults before the run */
     memset(flow->seen_at, 0, flow->count * sizeof *flow->seen_at);
 }
 

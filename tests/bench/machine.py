@@ -1,4 +1,4 @@
-"""The machine that the figures were measured on."""
+"""The machine on which the benchmark runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .rivals import BenchError
 __all__ = ["NEEDED", "describe", "in_words"]
 
 NEEDED = ("matplotlib", "scapy", "watchdog")
-"""What the benchmark needs beside inco-trio itself."""
+"""Packages that the benchmark needs in addition to inco-trio."""
 
 
 def describe() -> dict[str, Any]:
-    """CPU, kernel, Python and libraries, date. Raises `BenchError` if a library that is needed is missing."""
+    """Return CPU, kernel, Python, libraries and date. Raise `BenchError` if a needed library is missing."""
     try:
         versions = {name: importlib.metadata.version(name) for name in ("trio", *NEEDED)}
     except importlib.metadata.PackageNotFoundError as error:
@@ -38,5 +38,5 @@ def describe() -> dict[str, Any]:
 
 
 def in_words(machine: Mapping[str, Any]) -> str:
-    """What matters of a description, in half a line."""
+    """Return the important parts of a description in half a line."""
     return f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"

@@ -1,4 +1,4 @@
-"""The figures of the benchmark, each a function from the lab and the size of the run to lines of the table."""
+"""The measures of the benchmark: each function takes a `Bench` and returns lines of the table."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from .search import Outcome, Tried, highest_kept
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measure", "Measured", "Size"]
 
 TABLE = 30
-"""Signals where their number does not matter: 20 inbound, 10 outbound. In turn, so no two events in a row are alike."""
+"""Default number of signals (20 inbound, 10 outbound), used in turn so that no two events in a row are identical."""
 
 BUILTIN_TABLE = 3
-"""The built-in signals, with one trigger."""
+"""Number of built-in signals, one of them outbound."""
 
 GAP_US = 500
-"""Of a closed loop: from the arrival of a notification to the next, all asleep."""
+"""Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
 
 ROUNDS = 10
-"""Of a closed loop, in each pair: the programs take turns so often."""
+"""Turns of each program in each pair of a closed loop."""
 
 _BEHIND = 0.03
-"""Of the length of a probe. A program that falls behind so in ten seconds has about filled its socket's queue."""
+"""Allowed delay as a share of a probe's length; over ten seconds this delay about fills a socket's queue."""
 
 
 @attrs.frozen
@@ -66,9 +66,9 @@ class Size:
 
     pairs: int
     script_pairs: int
-    """The script takes tens of times as long, and its figures are far from every goal."""
+    """Pairs with the script, which is slow to measure and far from every goal."""
     lone: int
-    """Single notifications a latency run."""
+    """Single notifications per latency run."""
     burst: int
     probe: float
     sustain: float
@@ -91,7 +91,7 @@ SMOKE = Size(1, 1, 200, 5000, 0.3, 0.5, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8),
 
 @attrs.frozen
 class Measured:
-    """The lines that one measure adds to the table, and what its plot is drawn from."""
+    """The lines that a measure adds to the table, and the data of its plot."""
 
     figures: Sequence[Figure]
     series: Any = None
@@ -104,14 +104,16 @@ class Bench:
     lab: Lab
     size: Size
     beside: Sequence[Program] = ()
-    """Other checkouts of inco-trio, which run wherever it does."""
+    """Other checkouts of inco-trio, measured after each run of inco-trio."""
 
     def say(self, text: str) -> None:
-        """Tell whoever waits what is being done."""
+        """Print progress."""
         self.lab.say(text)
 
     def turns(self, *programs: Program, script_pairs: int | None = None) -> Iterator[Program]:
-        """A/B/A/B: each program once a pair; the script only in the first pairs. Other checkouts follow inco-trio."""
+        """Yield each program once per pair (A/B/A/B); the script only in the first pairs, other checkouts after
+        inco-trio.
+        """
         scripts = self.size.script_pairs if script_pairs is None else script_pairs
         for pair in range(self.size.pairs):
             for program in self.with_beside(*programs):
@@ -120,7 +122,7 @@ class Bench:
                     yield program
 
     def with_beside(self, *programs: Program) -> list[Program]:
-        """These programs, and the other checkouts after inco-trio."""
+        """Return these programs, with the other checkouts after inco-trio."""
         return [one for program in programs for one in ((program, *self.beside) if program is INCO else (program,))]
 
     def compare(
@@ -132,14 +134,14 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Inco-trio against the floor, by the goal; and a line against each of the others, which only reports."""
+        """Compare inco-trio with the floor, against the goal, and with the other programs, without a goal."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
     def report(
         self, name: str, unit: str, samples: Mapping[str, Sequence[float]], *rivals: Program
     ) -> Iterator[Figure]:
-        """A line without a goal against each of the rivals."""
+        """Yield a line without a goal for each rival."""
         for rival in rivals:
             both = {program.name: samples[program.name] for program in (INCO, rival)}
             yield Figure(f"{name}, against {rival.name}", unit, both, None, (INCO.name, rival.name))
@@ -157,7 +159,7 @@ def _script_note(size: Size, pairs: int | None = None) -> str:
 
 
 class _Losses:
-    """Collects what got lost where nothing may, from the consumer's count and from the program's own."""
+    """Collects losses where none are allowed, from the counts of the consumer and of the program."""
 
     def __init__(self) -> None:
         self.lost = _samples()
@@ -165,7 +167,7 @@ class _Losses:
         self.faults: list[str] = []
 
     def add(self, program: Program, flow: Flow, run: Running) -> None:
-        """Note one run; what the C programs or inco-trio lose, or say of it wrongly, is a fault."""
+        """Record one run. Any loss of the C programs or inco-trio, or a wrong count, is a fault."""
         self.lost[program.name].append(flow.lost)
         if run.dropped is not None:
             self.dropped[program.name].append(run.dropped)
@@ -198,7 +200,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
         bench.say(f"pair {pair + 1}/{bench.size.pairs}")
         programs = bench.with_beside(INCO, FLOOR, C, *[SCRIPT] * (pair < bench.size.script_pairs))
         rounds: dict[Program, list[Flow]] = defaultdict(list)
-        # All of them run at once, each on a link of its own, so that what disturbs the machine disturbs all alike.
+        # All programs run at the same time, each on its own link, so that disturbances affect all of them equally.
         with contextlib.ExitStack() as stack:
             links = stack.enter_context(bench.lab.links(len(programs)))
             runs = {
@@ -222,7 +224,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
 
 
 def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], losses: _Losses) -> Measured:
-    """The lines for p50 and p99, and the distribution of all runs together."""
+    """Return the lines for p50 and p99, and the distribution of all runs together."""
     for program, flows in pairs.items():
         if not all(flow.latencies for flow in flows):
             raise BenchError(f"{program}: nothing arrived")
@@ -242,27 +244,27 @@ def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], los
 
 
 def inbound_closed_loop(bench: Bench) -> Measured:
-    """Frame sent -> the consumer sees its close-after-write; the next 500 us after that."""
+    """Measure from a frame sent to the close of the state file; the next frame follows 500 us after that."""
     return _closed_loop(bench, "inbound")
 
 
 def outbound_closed_loop(bench: Bench) -> Measured:
-    """Close of the trigger -> frame at core 1; the next 500 us after that."""
+    """Measure from the close of a trigger to the frame at core 1; the next trigger follows 500 us after that."""
     return _closed_loop(bench, "outbound")
 
 
 def inbound_latency(bench: Bench) -> Measured:
-    """Frame sent -> the consumer sees its close-after-write; single frames 1 ms apart."""
+    """Measure from a frame sent to the close of the state file, with frames 1 ms apart."""
     return _latency(bench, "inbound")
 
 
 def outbound_latency(bench: Bench) -> Measured:
-    """Close of the trigger -> frame at core 1; single triggers 1 ms apart."""
+    """Measure from the close of a trigger to the frame at core 1, with triggers 1 ms apart."""
     return _latency(bench, "outbound")
 
 
 def control(bench: Bench) -> Measured:
-    """Latency at 1,000/s with a monitor of the control socket and without the socket; the start with and without."""
+    """Measure latency at 1,000/s and start time, with a monitor and without a control socket."""
     times, losses = _samples(), _Losses()
     latencies: dict[str, Samples] = {"inbound": _samples(), "outbound": _samples()}
     for pair in range(bench.size.pairs):
@@ -295,7 +297,7 @@ def control(bench: Bench) -> Measured:
 
 @contextlib.contextmanager
 def _monitor(path: Path) -> Iterator[None]:
-    """Have `inco-trio monitor` print all that the proxy with that control socket carries."""
+    """Run `inco-trio monitor` on the proxy with this control socket."""
     command = [*PYTHON, "-m", "inco_trio", "monitor", "--control", str(path)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=MONITORED.environment
@@ -310,7 +312,7 @@ def _monitor(path: Path) -> Iterator[None]:
 
 
 def burst(bench: Bench) -> Measured:
-    """20,000 frames as fast as a C sender can."""
+    """Measure 20,000 frames sent as fast as a C program can."""
     rates, losses = _samples(), _Losses()
     for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
@@ -329,28 +331,28 @@ def burst(bench: Bench) -> Measured:
 
 
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
-    """Offer `rate` for `seconds`; kept is what loses nothing and handles the last frame within `behind` seconds."""
+    """Offer `rate` for `seconds`; the rate is kept if nothing is lost and the last frame is at most `behind` s late."""
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
     except Uncounted:
-        bench.say(f"{rate:,.0f}/s cannot be counted: trying less")
+        bench.say(f"{rate:,.0f}/s cannot be counted: trying a lower rate")
         return Tried(Outcome.UNCOUNTED, rate, rate)
     kept = not flow.lost and flow.total_s - flow.send_s <= behind
     return Tried(Outcome.KEPT if kept else Outcome.LOST, (flow.sent - 1) / flow.send_s, flow.rate)
 
 
 def sustained(bench: Bench) -> Measured:
-    """The highest inbound rate with nothing lost."""
+    """Measure the highest inbound rate without a loss."""
     rates = _samples()
     at_least: Counter[str] = Counter()
     size = bench.size
     for program in bench.turns(INCO, FLOOR, C, SCRIPT, script_pairs=1):
-        # What is dropped beyond the limit is the program's to say, and here no fault.
+        # Losses above the limit are expected here, so they are not faults.
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             earlier = rates[program.name]
             found = highest_kept(
-                # A short run hides an overload in the socket's queue, but not in how late its last frame is.
+                # In a short run, the socket's queue hides an overload, but the last frame arrives late.
                 functools.partial(_try, bench, run, size.probe, _BEHIND * size.probe),
                 functools.partial(_try, bench, run, size.sustain, math.inf),
                 statistics.median(earlier) if earlier else run.load(inbound=size.burst).inbound.rate,
@@ -370,7 +372,7 @@ def sustained(bench: Bench) -> Measured:
 
 
 def one_trigger(bench: Bench) -> Measured:
-    """Triggers at 50,000/s on one file: identical inotify events in a row merge while unread."""
+    """Measure triggers at 50,000/s on one file: the kernel merges identical inotify events that are unread."""
     frames, faults = _samples(), []
     for program in bench.turns(INCO, C, C_MODIFY, SCRIPT):
         with bench.lab.running(program, BUILTIN_TABLE) as run:
@@ -385,14 +387,14 @@ def one_trigger(bench: Bench) -> Measured:
 
 
 def many_signals(bench: Bench) -> Measured:
-    """CPU time that a notification costs, against the number of signals: a burst in, 10,000/s out."""
+    """Measure CPU time per notification against the number of signals: a burst inbound, 10,000/s outbound."""
     tables, losses = bench.size.tables, _Losses()
     inbound: dict[int, Samples] = {count: _samples() for count in tables}
     outbound: dict[int, Samples] = {count: _samples() for count in tables}
     for program in bench.turns(INCO, C_MODIFY, SCRIPT, script_pairs=1):
         for count in tables:
             with bench.lab.running(program, count) as run:
-                run.warm_up(max(500, count))  # each register is written once, which takes its memory
+                run.warm_up(max(500, count))  # write each register once, to allocate its memory
                 received = run.load(inbound=bench.size.burst)
                 sent = run.load(outbound=bench.size.burst // 2, out_rate=10_000)
             for flow in (received.inbound, sent.outbound):
@@ -427,7 +429,9 @@ def many_signals(bench: Bench) -> Measured:
 
 
 def many_links(bench: Bench) -> Measured:
-    """One `serve` for each link, in one process: memory after traffic on each, and the latency of a lone frame."""
+    """Measure one `serve` per link in one process: memory after traffic on each link, and the latency of a lone
+    frame.
+    """
     numbers, programs = bench.size.links, bench.with_beside(INCO)
     memory: dict[int, Samples] = {number: _samples() for number in numbers}
     latency: dict[int, Samples] = {number: _samples() for number in numbers}
@@ -478,13 +482,13 @@ def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator
 
 
 def boards(bench: Bench) -> Measured:
-    """Many boards of a directory in one process, see `boards`."""
+    """Measure many boards of a directory in one process (see boards.py)."""
     size = bench.size
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 
 
 def idle(bench: Bench) -> Measured:
-    """Wake-ups and system calls without traffic."""
+    """Measure wake-ups and system calls without traffic."""
     wakes, calls = _samples(), _samples()
     for program in bench.with_beside(INCO, C, SCRIPT):
         bench.say(program.name)
@@ -508,7 +512,7 @@ IMPORT = "import trio"
 
 
 def start(bench: Bench) -> Measured:
-    """exec -> readiness newline, beside exec -> exit of `python -c "import trio"`, and beside the end of its import."""
+    """Measure from exec to readiness, beside `python -c "import trio"` to its exit and to the end of its import."""
     times = _samples()
     for pair in range(bench.size.pairs + 1):
         bench.say(f"pair {pair}/{bench.size.pairs}")
@@ -526,7 +530,7 @@ def start(bench: Bench) -> Measured:
         ended = time.monotonic() - begin
         with bench.lab.running(C, BUILTIN_TABLE) as run:
             bare = run.ready_s
-        if pair:  # the first fills the page cache
+        if pair:  # the first pair fills the page cache
             for name, seconds in (ready | {IMPORT: ended, "its import only": imported, C.name: bare}).items():
                 times[name].append(1000 * seconds)
     goal = Goal("<=", 1.4, f"x {IMPORT}")
@@ -540,7 +544,7 @@ def start(bench: Bench) -> Measured:
 
 
 def memory(bench: Bench) -> Measured:
-    """Peak memory after a million notifications in bursts of 20,000, half of them each way."""
+    """Measure peak memory after a million notifications in bursts of 20,000, half of them each way."""
     peak, growth, losses = _samples(), _samples(), _Losses()
     command = [sys.executable, "-c", f"{IMPORT}; print(open('/proc/self/status').read())"]
     rounds = bench.size.million // (2 * bench.size.burst)
@@ -579,7 +583,7 @@ def memory(bench: Bench) -> Measured:
 
 
 def cpu(bench: Bench) -> Measured:
-    """CPU time a notification at 1,000/s each way."""
+    """Measure CPU time per notification at 1,000/s each way."""
     costs, losses = _samples(), _Losses()
     count = round(1000 * bench.size.steady)
     for program in bench.turns(INCO, FLOOR, C, SCRIPT):
@@ -595,7 +599,7 @@ def cpu(bench: Bench) -> Measured:
 
 
 def load_curve(bench: Bench) -> Measured:
-    """Handled against offered load, for the plot."""
+    """Measure handled against offered load, for the plot."""
     curve: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for program in (INCO, C, SCRIPT):
         for rate in bench.size.loads:
@@ -613,14 +617,14 @@ def load_curve(bench: Bench) -> Measured:
 
 @attrs.frozen
 class Measure:
-    """A measure, and how long it takes: seconds as seen on two CPUs of a virtual machine, `fixed` and for each pair."""
+    """A measure and its duration on a virtual machine with two CPUs: `fixed` seconds plus `pair` seconds per pair."""
 
     run: Callable[[Bench], Measured]
     fixed: float
     pair: float
 
     def seconds(self, size: Size) -> float:
-        """What is expected of the full sizes."""
+        """Return the expected duration at full size."""
         return self.fixed + self.pair * size.pairs
 
 

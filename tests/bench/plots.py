@@ -1,4 +1,4 @@
-"""The plots: latency distribution, handled against offered load, cost against the number of signals."""
+"""The plots: latency distribution, handled against offered load, CPU time against the number of signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rivals import C_MODIFY, INCO, SCRIPT, C
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, told apart by the colour-blind; the lines differ in their dashes too.
+# Okabe and Ito's palette for colour-blind readers; the lines also differ in their dashes.
 _STYLES: dict[str, dict[str, Any]] = {
     INCO.name: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
     C.name: {"color": "#333333", "linewidth": 1.8, "linestyle": (0, (5, 2)), "zorder": 2},
@@ -45,7 +45,7 @@ def _frame(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], what: str) -> None:
-    """The share of notifications that took at most so long; p50 and p99 are marked."""
+    """Plot the share of notifications that took at most a given time; p50 and p99 are marked."""
     _frame(axes, f"{direction.capitalize()}: {what}", "latency (log scale)", "notifications that took at most as long")
     axes.set_xscale("log")
     for order, (program, quantiles) in enumerate(sorted(programs.items(), key=lambda item: item[1][len(item[1]) // 2])):
@@ -55,7 +55,8 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
         axes.plot(times, shares, **style)
         p50, p99 = times[len(times) // 2 - 1], times[len(times) * 99 // 100 - 1]
         axes.plot([p50, p99], [0.5, 0.99], "o", color=style["color"], markersize=5, zorder=4)
-        # The fastest is named on its left, the others on their right, the second lower where the third is not yet.
+        # The fastest program has its label on the left, the others on the right; the second label is lower, to leave
+        # room for the third.
         axes.annotate(
             f"{_LABELS[program]}\np50 {p50:,.0f} µs\np99 {p99:,.0f} µs",
             (p50, 0.5),
@@ -78,7 +79,7 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
 
 
 def _shown(programs: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Without the floor and other checkouts, whose lines would hide inco-trio's."""
+    """Leave out the floor and other checkouts, whose lines would hide that of inco-trio."""
     return {program: quantiles for program, quantiles in programs.items() if program in _STYLES}
 
 
@@ -120,7 +121,7 @@ def _load(series: Mapping[str, Any]) -> Figure:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
-    """Name each line at its right end; labels that would overlap are moved apart."""
+    """Name each line at its right end; move labels apart that would overlap."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     height = 13.0
     taken = -1e9
@@ -171,7 +172,7 @@ _PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Figure]]]
 
 
 def draw(series: Mapping[str, Any], where: Path, machine: str) -> list[Path]:
-    """Draw what there are series for, as SVG and PNG; returns the files."""
+    """Draw the plots that have data, as SVG and PNG, and return the files."""
     drawn = []
     with mpl.rc_context({"font.size": 10, "svg.hashsalt": "inco-trio", "svg.fonttype": "none"}):
         for name, (needed, plot) in _PLOTS.items():

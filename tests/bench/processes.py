@@ -1,4 +1,4 @@
-"""What the kernel says about a process: its memory, its wake-ups, its system calls (proc(5), strace(1))."""
+"""What the kernel reports about a process: memory, wake-ups and system calls (proc(5), strace(1))."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pathlib import Path
 __all__ = ["memory_kib", "switches", "system_calls", "wake_ups"]
 
 _SETTLE = 0.5
-"""Seconds after strace has attached: attaching itself interrupts the system call that is under way."""
+"""Seconds to wait after strace has attached, because attaching interrupts a running system call."""
 
 
 def memory_kib(pid: int, field: str) -> int:
-    """VmRSS or VmHWM (the peak since exec), in KiB."""
+    """Return VmRSS or VmHWM (the peak since exec) in KiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition(f"{field}:")[2].split()[0])
 
 
 def switches(pid: int) -> dict[int, int]:
-    """Voluntary context switches so far of each thread, by its id."""
+    """Return the voluntary context switches of each thread so far, by thread id."""
     statuses = {int(path.name): (path / "status").read_text() for path in Path(f"/proc/{pid}/task").iterdir()}
     return {
         thread: int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for thread, status in statuses.items()
@@ -31,12 +31,12 @@ def switches(pid: int) -> dict[int, int]:
 
 
 def wake_ups(before: Mapping[int, int], after: Mapping[int, int]) -> int:
-    """The voluntary context switches from `before` to `after`; a thread that has ended woke up at least to do so."""
+    """Return the voluntary context switches between two readings; a thread that ended counts as one wake-up."""
     return sum(count - before.get(thread, 0) for thread, count in after.items()) + len(before.keys() - after.keys())
 
 
 def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
-    """System calls of all threads in a window of `seconds`; None without strace or without the right to use it."""
+    """Count system calls of all threads for `seconds`; return None without strace or the permission to use it."""
     if shutil.which("strace") is None:
         return None
     command = ["strace", "-f", "-ttt", "-p", str(pid), "-o", str(trace)]
@@ -44,7 +44,7 @@ def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
         assert tracer.stderr is not None
         if "attached" not in tracer.stderr.readline():
             return None
-        time.sleep(_SETTLE)  # What the tracer itself causes is not measured.
+        time.sleep(_SETTLE)  # Leave out what the tracer itself causes.
         start = time.time()
         time.sleep(seconds)  # The time that is measured.
         end = time.time()

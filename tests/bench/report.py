@@ -1,4 +1,4 @@
-"""The results as a table for people: text and Markdown."""
+"""The results as a table: text and Markdown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _cells(figure: Figure) -> tuple[str, ...]:
 
 
 def as_text(figures: Sequence[Figure]) -> str:
-    """Aligned columns."""
+    """Return the table with aligned columns."""
     rows = [_HEADER, *map(_cells, figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER) - 1)]
     return "\n".join(
@@ -42,7 +42,7 @@ def as_text(figures: Sequence[Figure]) -> str:
 
 
 def as_markdown(figures: Sequence[Figure], origins: Sequence[str]) -> str:
-    """A table, and lines that say where and when it was measured."""
+    """Return the table, and lines that say where and when it was measured."""
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, figures)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     what = "Result: the median of the ratios of the pairs; spread: the least and the greatest."

@@ -1,4 +1,4 @@
-"""What was measured, of one run or merged from several: kept as JSON, from which the table and the plots are made."""
+"""The results of one run, or merged from several, as JSON; the table and the plots are made from them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["Results"]
 
 @attrs.frozen
 class Results:
-    """The runs (machine, arguments, sizes), and by the name of each measure its run, seconds, figures and series."""
+    """The runs (machine, arguments, sizes), and for each measure its run, duration, figures and series."""
 
     runs: list[dict[str, Any]] = attrs.field(factory=list)
     measures: dict[str, dict[str, Any]] = attrs.field(factory=dict)
 
     @classmethod
     def load(cls, directory: Path) -> Results:
-        """What `save` wrote there."""
+        """Load what `save` wrote into a directory."""
         return cls(**json.loads((directory / "results.json").read_text()))
 
     def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:
-        """Add a measure of the last of the runs; it replaces an earlier one."""
+        """Add a measure of the last run; replaces an earlier one."""
         self.measures[name] = {
             "run": len(self.runs) - 1,
             "seconds": round(seconds, 1),
@@ -38,18 +38,18 @@ class Results:
         }
 
     def figures(self, order: Sequence[str]) -> list[Figure]:
-        """The lines of the table, by the order of their measures."""
+        """Return the lines of the table in the order of their measures."""
         present = [self.measures[name] for name in order if name in self.measures]
         return [Figure.from_dict(figure) for measure in present for figure in measure["figures"]]
 
     @property
     def series(self) -> dict[str, Any]:
-        """What the plots are drawn from, by the name of the measure."""
+        """Return the data of the plots by measure."""
         return {name: measure["series"] for name, measure in self.measures.items() if measure["series"] is not None}
 
     @property
     def origins(self) -> list[str]:
-        """A line for each run that figures are from."""
+        """Return a line for each run that the figures come from."""
         lines = []
         for index, run in enumerate(self.runs):
             names = [name for name, measure in self.measures.items() if measure["run"] == index]
@@ -61,7 +61,7 @@ class Results:
         return lines
 
     def save(self, directory: Path, order: Sequence[str]) -> None:
-        """Write results.json and results.md; an interruption leaves the old ones."""
+        """Write results.json and results.md; if interrupted, keep the old files."""
         texts = {
             "results.json": json.dumps(attrs.asdict(self, recurse=False), indent=1),
             "results.md": as_markdown(self.figures(order), self.origins),

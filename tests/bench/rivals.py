@@ -1,4 +1,4 @@
-"""The programs that are measured, each started in core 0 as its users would start it, and the load on them."""
+"""The measured programs, each started in core 0 as its users would start it, and the load on them."""
 
 from __future__ import annotations
 
@@ -47,36 +47,36 @@ PROJECT = HERE.parents[1]
 
 
 _NAP_US = 500
-"""Between two reads of the load generator where it counts: the inotify queue (16,384) lasts 27 ms at 600,000/s."""
+"""Pause between two reads while the load generator counts; the inotify queue (16,384) lasts 27 ms at 600,000/s."""
 
 _QUIET_MS = 1000
-"""Without an arrival for so long, what is missing counts as lost."""
+"""Notifications count as lost if none has arrived for this long."""
 
 _REPEATS = 3
-"""Of a run in which the load generator could not count all that arrived."""
+"""Attempts at a run in which the load generator could not count all arrivals."""
 
 
 class BenchError(Exception):
-    """The benchmark itself is broken: the figure cannot be trusted."""
+    """The benchmark itself failed, so the figure cannot be trusted."""
 
 
 class Uncounted(BenchError):
-    """Again and again, the load generator could not count all that arrived: nothing is known of the program."""
+    """The load generator repeatedly failed to count all arrivals, so nothing is known about the program."""
 
 
 @attrs.frozen
 class Program:
-    """One of the programs, by the name that it has in the table and the plots."""
+    """A measured program, by its name in the table and the plots."""
 
     name: str
     reports_drops: bool = True
     checkout: Path | None = None
-    """Of inco-trio: the project whose package it is."""
+    """For inco-trio: the project directory of its package."""
     control: str | None = None
-    """Of inco-trio: the name of its control socket, beside the table, or "none"; None: where it is by default."""
+    """For inco-trio: the name of its control socket beside the table, or "none" (None: the default socket)."""
 
     def command(self, lab: Lab, directory: Path, table: Path, interface: str, fd: int) -> list[str]:
-        """What to execute, in the environment `environment`."""
+        """Return the command line to run with `environment`."""
         if self.checkout is not None:
             options = ["--config", str(table.with_suffix(".json")), "--notification-fd", str(fd)]
             if self.control is not None:
@@ -90,12 +90,12 @@ class Program:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Where the interpreter finds the package."""
+        """Return an environment in which Python finds the package."""
         return {**os.environ, "PYTHONPATH": str(self.checkout or PROJECT)}
 
 
 PYTHON = (sys.executable, "-P")
-"""Without the working directory on the path: what is there must not hide another checkout."""
+"""-P keeps the working directory off sys.path, where it could hide another checkout."""
 
 INCO = Program("inco-trio", checkout=PROJECT)
 MONITORED = Program("a monitor", checkout=PROJECT, control="control.sock")
@@ -107,7 +107,7 @@ SCRIPT = Program("script", reports_drops=False)
 
 
 def another(checkout: Path) -> Program:
-    """The inco-trio of another checkout, named by its commit if it has one. Raises `BenchError` if that is none."""
+    """Return the inco-trio of another checkout, named by its commit if possible. Raise `BenchError` if it has none."""
     checkout = checkout.resolve()
     found = subprocess.run(
         [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
@@ -117,7 +117,7 @@ def another(checkout: Path) -> Program:
         check=False,
     ).stdout.strip()
     if not found or not Path(found).is_relative_to(checkout):
-        raise BenchError(f"{checkout}: no checkout of inco-trio whose package can be imported")
+        raise BenchError(f"{checkout}: not a checkout of inco-trio whose package can be imported")
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
     commit = ""
     if shutil.which("git"):
@@ -127,10 +127,10 @@ def another(checkout: Path) -> Program:
 
 @attrs.frozen
 class Flow:
-    """What became of the notifications of one direction.
+    """The notifications of one direction.
 
-    `lost` and `extra` are counted for each signal; `send_s` and `total_s` are seconds from the first sending to the
-    last sending and to the last arrival. `latencies` are nanoseconds, of those that arrived, if they were asked for.
+    `lost` and `extra` are counted per signal. `send_s` and `total_s` are seconds from the first sending to the last
+    sending and to the last arrival. `latencies` are nanoseconds of arrived notifications, if requested.
     """
 
     sent: int
@@ -143,11 +143,11 @@ class Flow:
 
     @property
     def rate(self) -> float:
-        """Notifications that arrived, a second."""
+        """Return the notifications that arrived per second."""
         return self.seen / self.total_s if self.total_s else 0.0
 
     def __add__(self, other: Flow) -> Flow:
-        """Two runs of one program as one."""
+        """Return two runs of one program as one."""
         return Flow(
             self.sent + other.sent,
             self.seen + other.seen,
@@ -161,7 +161,7 @@ class Flow:
 
 @attrs.frozen
 class Load:
-    """One run of the load generator; `cpu_s` is the CPU time that the program under test took meanwhile."""
+    """One run of the load generator; `cpu_s` is the CPU time of the program under test during the run."""
 
     inbound: Flow
     outbound: Flow
@@ -191,13 +191,12 @@ class Running:
         gap_us: int = 0,
         latencies: bool = False,
     ) -> Load:
-        """Send so many notifications at so many a second (0: as fast as possible).
+        """Send `inbound` and `outbound` notifications at rates per second (0: as fast as possible).
 
-        With `gap_us` the loop is closed: each leaves so long after the one before has arrived.
+        With `gap_us` the loop is closed: each notification leaves `gap_us` after the one before has arrived. A run is
+        repeated, with a message, if the load generator could not count all arrivals.
 
-        A run in which the load generator could not count all that arrived is repeated, and said.
-
-        Raises `BenchError` if the load generator fails, and `Uncounted`.
+        Raise `BenchError` if the load generator fails, and `Uncounted` if repeating does not help.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
@@ -207,9 +206,9 @@ class Running:
             invalid = [said[way].pop("invalid") for way in ("inbound", "outbound")]
             if not any(invalid):
                 break
-            self.lab.say("the load generator could not count all that arrived: this run does not count")
+            self.lab.say("the load generator could not count all arrivals: repeating this run")
         else:
-            raise Uncounted(f"the load generator could not count all that arrived, {_REPEATS} times")
+            raise Uncounted(f"the load generator could not count all arrivals in {_REPEATS} runs")
         times = array.array("q", samples.read_bytes() if latencies else b"")
         return Load(
             inbound=Flow(**said["inbound"], latencies=_arrived(times[:inbound])),
@@ -218,14 +217,14 @@ class Running:
         )
 
     def warm_up(self, count: int = 500) -> None:
-        """Send `count` notifications each way: caches fill and the interpreter specialises before it is measured."""
+        """Send `count` notifications each way, to fill caches and let the interpreter specialise before measuring."""
         self.load(inbound=count, in_rate=5000)
         self.load(outbound=count, out_rate=5000)
 
 
 @attrs.frozen
 class Lab:
-    """The two cores, the C programs that were built, and a scratch directory, on a tmpfs if there is one."""
+    """The two cores, the compiled C programs, and a scratch directory, on a tmpfs if possible."""
 
     cores: Cores
     build: Path
@@ -233,7 +232,7 @@ class Lab:
     pin: str
     """"none", "split" (load on the first CPU, program on the second) or "together" (both on the first)."""
     say: Callable[[str], None]
-    """Tells whoever waits what is being done."""
+    """Prints progress."""
 
     @classmethod
     @contextlib.contextmanager
@@ -259,7 +258,7 @@ class Lab:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], fd: int, log: Path
     ) -> tuple[subprocess.Popen[bytes], float]:
-        """Start a program in core 0; returns it and the time of its exec, seconds of the monotonic clock."""
+        """Start a program in core 0; return the process and the monotonic time of its exec in seconds."""
 
         def inside() -> tuple[subprocess.Popen[bytes], float]:
             with log.open("wb") as errors:
@@ -271,9 +270,10 @@ class Lab:
 
     @contextlib.contextmanager
     def running(self, program: Program, count: int, cores: Cores | None = None) -> Iterator[Running]:
-        """Run `program` with a table of `count` signals, from readiness on, on the lab's link or that of `cores`.
+        """Run `program` with a table of `count` signals on the lab's link or that of `cores`; yield once it is
+        ready.
 
-        Raises `BenchError` if it does not get ready, or does not end as it should.
+        Raise `BenchError` if the program does not become ready or does not exit with 0.
         """
         cores = cores or self.cores
         with self.place(count) as (directory, table):
@@ -286,12 +286,12 @@ class Lab:
             if program.reports_drops:
                 found = re.findall(r"dropped\D{1,3}(\d+)", log.read_text())
                 if not found:
-                    raise BenchError(f"{program.name} did not say at its end what was dropped")
+                    raise BenchError(f"{program.name} did not report at its end how many frames were dropped")
                 run.dropped = int(found[-1])
 
     @contextlib.contextmanager
     def links(self, number: int) -> Iterator[list[Cores]]:
-        """So many links between the two cores, beside the lab's own."""
+        """Add `number` links between the two cores."""
         links = [attrs.evolve(self.cores, link=f"rpmsg{index}") for index in range(number)]
         with contextlib.ExitStack() as made:
             for cores in links:
@@ -301,7 +301,9 @@ class Lab:
 
     @contextlib.contextmanager
     def place(self, count: int) -> Iterator[tuple[Path, Path]]:
-        """An empty directory, and a table of `count` signals; beside it, as .json, the same for inco-trio."""
+        """Yield an empty directory and a table of `count` signals; the same table for inco-trio is beside it as
+        .json.
+        """
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             directory, table = Path(place, "irq"), Path(place, "table.txt")
             directory.mkdir()
@@ -314,16 +316,16 @@ class Lab:
     def started(
         self, command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
     ) -> Iterator[tuple[int, float]]:
-        """Run the command, which is made for a notification fd; yields its pid and the seconds from exec to ready."""
+        """Run the command for a notification fd; yield its pid and the seconds from exec to readiness."""
         reader, writer = os.pipe()
         argv = command(writer)
         process, start = self.spawn(argv, environment, writer, log)
         try:
             os.close(writer)
-            told = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
+            readable = select.select([reader], [], [], HANG)[0] and os.read(reader, 1)
             ready = time.monotonic() - start
             os.close(reader)
-            if not told:
+            if not readable:
                 raise BenchError(f"not ready: {' '.join(argv)}\n{log.read_text()}")
             yield process.pid, ready
             process.terminate()
@@ -335,7 +337,7 @@ class Lab:
                 process.wait()
 
     def run_load(self, cores: Cores, arguments: Sequence[object]) -> dict[str, Any]:
-        """Run the load generator in core 1; what it says at its end."""
+        """Run the load generator in core 1 and return its JSON output."""
         command = self._pinned("load", [str(self.build / "load"), *map(str, arguments)])
         done = cores.core1.run(
             lambda: subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)

@@ -1,4 +1,4 @@
-"""The script that a Python user would write today, and would write well: scapy's AsyncSniffer and watchdog, one socket.
+"""A good script of a Python user today: scapy's AsyncSniffer and watchdog, with one socket.
 
 usage: script.py TABLE DIR IFACE NOTIFICATION_FD
 """

@@ -1,4 +1,4 @@
-"""The search for the highest rate that a program keeps. Pure: it is handed what tries a rate."""
+"""The search for the highest rate that a program sustains. The caller passes the functions that try a rate."""
 
 from __future__ import annotations
 
@@ -11,58 +11,58 @@ import attrs
 __all__ = ["RESOLUTION", "Found", "Outcome", "Tried", "highest_kept"]
 
 RESOLUTION = 1.05
-"""The bracket is narrow enough when its ends are no further apart."""
+"""The search ends when the ratio of the bracket's ends is at most this."""
 
 _LOWER = 0.04
-"""After each loss in full length, once more so much: many long runs near the limit would not make it any sharper."""
+"""Each full-length run with a loss lowers the rate by one step more; long runs near the limit gain no precision."""
 
 _FIRST_STEP = 1.1
 _LAST_STEP = 2.0
 _REACHED = 0.98
-"""A generator that sends at least so much of the rate that it was asked for has reached it."""
+"""A generator has reached a rate if it sent at least this share of the rate."""
 
 _REPEATS = 3
-"""Of a probe whose rate was not reached: a moment without a CPU is not the generator's limit."""
+"""Attempts at a probe whose rate was not reached, in case the generator had no CPU for a moment."""
 
 _LEAST = 50.0
 
 
 class Outcome(enum.Enum):
-    """What can come of trying a rate."""
+    """The result of trying a rate."""
 
     KEPT = enum.auto()
     LOST = enum.auto()
     UNCOUNTED = enum.auto()
-    """The load generator could not count what arrived: nothing is known of the program."""
+    """The load generator could not count all arrivals, so nothing is known about the program."""
 
 
 @attrs.frozen
 class Tried:
-    """One try: what came of it, at which rate the generator really sent, and what was handled a second."""
+    """One try: its outcome, the rate at which the generator really sent, and the rate that was handled."""
 
     outcome: Outcome
     offered: float
     handled: float
 
     def reached(self, rate: float) -> bool:
-        """Whether the generator really sent at `rate`."""
+        """Return whether the generator really sent at `rate`."""
         return self.offered >= _REACHED * rate
 
 
 @attrs.frozen
 class Found:
-    """The rate that was kept. With `at_least`, it was the load generator that set the limit, not the program."""
+    """The sustained rate. With `at_least`, the load generator set the limit, not the program."""
 
     rate: float
     at_least: bool
 
 
 def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tried], start: float) -> Found | None:
-    """The highest rate that is kept, to about 5 %, or None if none is.
+    """Return the highest rate without loss, to about 5 %, or None if there is none.
 
-    Short tries (`probe`) widen a bracket round `start` and then halve it; only the rate found so is tried in full
-    length (`confirm`), and lowered by 4 %, 8 %, ... until it is kept. A rate counts as what the generator reached of
-    it.
+    Short tries (`probe`) widen a bracket around `start` and then halve it. The rate found is then tried in full length
+    (`confirm`), and lowered by 4 %, 8 %, ... until nothing is lost. The rate that the generator really sent is what
+    counts.
     """
     found = _bracket(probe, start)
     rate, at_least, lower = found.rate, found.at_least, 1.0
@@ -77,7 +77,7 @@ def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tri
 
 
 def _reaching(probe: Callable[[float], Tried], rate: float) -> Tried:
-    """The first probe that reached its rate, or that which came nearest."""
+    """Return the first probe that reached its rate, or the one that came nearest."""
     tries: list[Tried] = []
     while len(tries) < _REPEATS and not (tries and tries[-1].reached(rate)):
         tries.append(probe(rate))

@@ -14,7 +14,7 @@ __all__ = ["Entry", "signals", "write_table", "write_udrv"]
 
 @attrs.frozen
 class Entry:
-    """One signal: its wire name, where it goes, and the file name of its register."""
+    """One signal: its wire name, its direction, and the file name of its register."""
 
     name: str
     direction: Direction
@@ -22,7 +22,7 @@ class Entry:
 
 
 def signals(count: int) -> list[Entry]:
-    """`count` signals, the built-in three first; two of three are inbound."""
+    """Return `count` signals, the three built-in ones first; two of three are inbound."""
     entries = [Entry(b.name, b.direction, b.register) for b in BUILTIN]
     for index in range(len(entries), count):
         direction, kind = (Direction.OUTBOUND, "trig") if index % 3 == 2 else (Direction.INBOUND, "state")

@@ -1,4 +1,4 @@
-"""What could be wrong in the benchmark without anyone noticing: its statistics, and what it reads of processes."""
+"""Parts of the benchmark that could be wrong unnoticed: its statistics, and what it reads about processes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def test_quantile_is_the_nearest_rank(values: list[float], q: float, expected: f
     assert quantile(values, q) == expected
 
 
-def test_a_ratio_is_taken_pair_by_pair() -> None:
+def test_ratios_are_taken_pair_by_pair() -> None:
     figure = Figure("x", "us", {"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 1.0]}, Goal("<=", 3.0, "x b"), ("a", "b"))
     assert (figure.values, figure.result, figure.spread, figure.met) == ([2.0, 3.0, 4.0], 3.0, (2.0, 4.0), True)
 
 
-def test_pairs_that_do_not_match_are_an_error() -> None:
+def test_unequal_numbers_of_samples_are_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
         _ = Figure("x", "us", {"a": [2.0, 3.0], "b": [1.0]}, None, ("a", "b")).values
 
@@ -49,7 +49,7 @@ def test_a_goal_of_equality_is_judged_by_the_worst_run(samples: list[float], wor
 @pytest.mark.parametrize(
     ("goal", "met", "missed"), [(Goal("<=", 2.0), 2.0, 2.1), (Goal("<", 2.0), 1.9, 2.0), (Goal(">=", 0.8), 0.8, 0.7)]
 )
-def test_goal(goal: Goal, met: float, missed: float) -> None:
+def test_each_relation_of_a_goal_is_checked(goal: Goal, met: float, missed: float) -> None:
     assert goal.met(met)
     assert not goal.met(missed)
 
@@ -78,7 +78,7 @@ def _make_checkout(place: Path, text: str) -> Path:
     return place
 
 
-def test_another_checkout_is_the_package_that_stands_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_checkout_uses_its_own_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = another(_make_checkout(tmp_path / "before", ""))
     monkeypatch.chdir(_make_checkout(tmp_path / "elsewhere", "raise SystemExit"))
     code = "import inco_trio; print(inco_trio.__file__)"
@@ -87,9 +87,7 @@ def test_another_checkout_is_the_package_that_stands_there(tmp_path: Path, monke
     assert before.name == "inco-trio before"
 
 
-def test_a_checkout_is_named_by_its_directory_where_git_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkout_is_named_by_its_directory_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkout = _make_checkout(tmp_path / "before", "")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert another(checkout).name == "inco-trio before"
@@ -99,7 +97,7 @@ def test_a_checkout_is_named_by_its_directory_where_git_is_missing(
 def test_a_checkout_whose_package_cannot_be_imported_is_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         _make_checkout(tmp_path, text)
-    with pytest.raises(BenchError, match=f"{tmp_path}: no checkout of inco-trio"):
+    with pytest.raises(BenchError, match=f"{tmp_path}: not a checkout of inco-trio"):
         another(tmp_path)
 
 
@@ -113,13 +111,13 @@ def test_a_checkout_whose_package_cannot_be_imported_is_refused(tmp_path: Path, 
     ],
     ids=["none", "each thread", "a thread ended", "a thread began"],
 )
-def test_wake_ups(before: dict[int, int], after: dict[int, int], expected: int) -> None:
+def test_wake_ups_of_new_and_ended_threads_count(before: dict[int, int], after: dict[int, int], expected: int) -> None:
     assert wake_ups(before, after) == expected
 
 
 @pytest.fixture
 def python() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """Start Python on a program that prints a line when it is ready. The process is killed at the end of the test."""
+    """Start Python on a program that prints a line when it is ready; kill the process at the end of the test."""
     with ExitStack() as stack:
 
         def run(code: str) -> subprocess.Popen[bytes]:
@@ -135,7 +133,7 @@ def python() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
         yield run
 
 
-def test_a_process_that_waits_makes_no_calls_and_one_that_ticks_does(
+def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
     python: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     waits = python("print('up'); import sys; sys.stdin.read()")
@@ -143,18 +141,18 @@ def test_a_process_that_waits_makes_no_calls_and_one_that_ticks_does(
     before = [switches(process.pid) for process in (waits, ticks)]
     calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
     assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-    # Without strace, no time has passed. The first read may return ticks from before.
+    # Without strace, no time has passed. The first read may return earlier ticks.
     assert ticks.stdout is not None
     for _ in range(10):
         os.read(ticks.stdout.fileno(), 65536)
-    # strace interrupts the call that is under way when it comes and when it goes.
+    # strace interrupts the running system call when it attaches and when it detaches.
     idle, busy = (wake_ups(old, switches(process.pid)) for old, process in zip(before, (waits, ticks), strict=True))
     assert busy > idle
     assert calls == [None, None] or (calls[0] == 0 and (calls[1] or 0) > 0)
 
 
 def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:
-    """A program that keeps `capacity` a second, under a generator that sends at most `generator` a second."""
+    """Return a program that handles `capacity` a second, under a generator that sends at most `generator` a second."""
 
     def attempt(rate: float) -> Tried:
         offered = min(rate, generator)
@@ -165,23 +163,23 @@ def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Calla
 
 
 @pytest.mark.parametrize("start", [5e3, 5e4, 9e4, 1e5, 1.1e5, 5e5])
-def test_the_rate_that_is_kept_is_found_from_either_side(start: float) -> None:
+def test_the_sustained_rate_is_found_from_either_side(start: float) -> None:
     found = highest_kept(_model(1e5), _model(1e5), start)
     assert found is not None
     assert 1e5 / RESOLUTION <= found.rate <= 1e5
     assert not found.at_least
 
 
-def test_what_a_short_try_hides_is_seen_in_full_length() -> None:
+def test_a_loss_hidden_in_a_short_try_shows_in_full_length() -> None:
     found = highest_kept(_model(1e5, queue=2e4), _model(1e5), 1e5)
     assert found == Found(1e5, at_least=False)
 
 
-def test_a_rate_beyond_the_generator_is_not_one_that_the_program_failed_at() -> None:
+def test_the_limit_of_the_generator_is_not_a_failure_of_the_program() -> None:
     assert highest_kept(_model(1e5, generator=8e4), _model(1e5, generator=8e4), 9e4) == Found(8e4, at_least=True)
 
 
-def test_a_moment_in_which_the_generator_stood_still_does_not_end_the_search() -> None:
+def test_a_slow_moment_of_the_generator_does_not_end_the_search() -> None:
     tries = []
 
     def slow_at_first(rate: float) -> Tried:
@@ -194,7 +192,7 @@ def test_a_moment_in_which_the_generator_stood_still_does_not_end_the_search() -
     assert not found.at_least
 
 
-def test_what_cannot_be_counted_limits_the_generator_and_not_the_program() -> None:
+def test_an_uncounted_rate_is_a_limit_of_the_generator() -> None:
     def uncounted_above_8e4(rate: float) -> Tried:
         return Tried(Outcome.UNCOUNTED if rate > 8e4 else Outcome.KEPT, rate, rate)
 
@@ -205,12 +203,12 @@ def test_what_cannot_be_counted_limits_the_generator_and_not_the_program() -> No
         assert found.at_least
 
 
-def test_the_search_ends_where_nothing_is_kept() -> None:
+def test_the_search_ends_when_no_rate_is_sustained() -> None:
     assert highest_kept(_model(0), _model(0), 1e5) is None
     assert highest_kept(_model(1e5), _model(0), 1e5) is None
 
 
-def test_a_figure_that_is_measured_again_replaces_its_earlier_form_only(tmp_path: Path) -> None:
+def test_a_figure_measured_again_replaces_only_its_earlier_result(tmp_path: Path) -> None:
     machine = {"cpu": "a CPU", "cpus": 2, "kernel": "6", "python": "3", "load average": 0.25}
     figures = [Figure(name, "us", {"a": [2.0], "b": [1.0]}, Goal("<=", 3.0), ("a", "b")) for name in ("x", "y", "z")]
     results = Results([{"machine": machine | {"date": "Monday"}}])

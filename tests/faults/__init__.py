@@ -1,4 +1,4 @@
-"""The fault suite: every fault that the proxy has to survive, on the real kernel, most under a real s6-svscan.
+"""The fault suite: faults that the proxy must survive, on the real kernel and mostly under a real s6-svscan.
 
 `INCO_TRIO_FAULTS=full` runs the storms for longer than the default, `short`.
 """

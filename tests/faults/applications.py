@@ -1,8 +1,8 @@
-"""Core 0's applications: they write triggers, read state registers, and do to the files what applications do.
+"""The applications of core 0: they write triggers, read state registers, and replace, move or remove the files.
 
-A state register may be in several places in the course of time, as directories and files are replaced. A notification
-counts as delivered only where an application could find it: in a file that was at the register's path at, or after, the
-instant at which it was sent.
+As directories and files are replaced, a state register may be in several places in turn. A notification counts as
+delivered only where an application could find it: in a file that was at the register's path when, or after, the
+notification was sent.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tests.faults.supervised import wait_path
 __all__ = ["HEADER", "Applications", "Recorder", "Wire", "write_config"]
 
 HEADER = 14
-"""Bytes of an Ethernet header."""
+"""Length of an Ethernet header in bytes."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 
 
 def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
-    """Write a udrv.json whose table has the signals `inbound` and `outbound`, each with a register of its name."""
+    """Write a udrv.json with the signals `inbound` and `outbound`, each with a register of its name."""
     signals = {name: {"direction": "inbound", "reg": f"ihub-irq-dev.{name}_state"} for name in inbound}
     signals |= {name: {"direction": "outbound", "reg": f"ihub-irq-dev.{name}_trig"} for name in outbound}
     board = {
@@ -50,7 +50,7 @@ def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: 
 
 
 class Recorder(threading.Thread):
-    """Calls `read_queued` whenever `fd` is readable, in a thread, until closed."""
+    """Calls `read_queued` in a thread whenever `fd` is readable, until closed."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(name=name)
@@ -60,7 +60,7 @@ class Recorder(threading.Thread):
         self.failure: BaseException | None = None
 
     def read_queued(self) -> None:
-        """Read what is there."""
+        """Read everything that is queued."""
         raise NotImplementedError
 
     def run(self) -> None:
@@ -69,13 +69,13 @@ class Recorder(threading.Thread):
                 self.read_queued()
                 with self.changed:
                     self.changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits, or closes
+        except BaseException as error:  # noqa: BLE001 - re-raised by `waited` and `close`
             with self.changed:
                 self.failure = error
                 self.changed.notify_all()
 
     def waited(self, happened: Callable[[], bool]) -> bool:
-        """Wait until `happened`, which is asked after each read; False if that takes too long."""
+        """Wait until `happened`, which is checked after each read; return False on timeout."""
         with self.changed:
             in_time = self.changed.wait_for(lambda: self.failure is not None or happened(), HANG)
         if self.failure is not None:
@@ -83,11 +83,11 @@ class Recorder(threading.Thread):
         return in_time
 
     def wait(self, happened: Callable[[], bool], otherwise: str) -> None:
-        """Wait until `happened`; `otherwise` is the failure if it does not."""
+        """Wait until `happened`; fail with the message `otherwise` on timeout."""
         assert self.waited(happened), otherwise
 
     def close(self) -> None:
-        """End the thread; raises what ended it before."""
+        """End the thread; raise the error that ended it earlier."""
         os.close(self._close)
         self.join()
         os.close(self._end)
@@ -140,7 +140,7 @@ class Applications(Recorder):
             os.close(place.fd)
         self._inotify.close()
 
-    # ------------------------------------------------------------------------------------------- what they do
+    # ----------------------------------------------------------------------------------- what applications do
 
     def trigger(self, name: str) -> None:
         """Write a trigger, as a shell's `echo 1 >` does."""
@@ -148,7 +148,7 @@ class Applications(Recorder):
             (self.directory / f"{name}_trig").write_bytes(b"1\n")
 
     def trigger_by_rename(self, name: str) -> None:
-        """Replace a trigger atomically."""
+        """Replace a trigger by a rename."""
         with self._paths:
             new = self.directory / f".{name}.new"
             new.write_bytes(b"1\n")
@@ -156,7 +156,7 @@ class Applications(Recorder):
             self._directories[-1].renamed.add(f"{name}_trig")
 
     def delivered(self, name: str, sent: float) -> bool:
-        """Whether the state register reads 1 where an application looks that waits for what was sent at `sent`."""
+        """Return whether an application that waits for what was sent at `sent` finds a 1 in the state register."""
         if any(place.ended >= sent and _reads_one(place.fd) for place in self._files.get(name, ())):
             return True
         return any(place.ended >= sent and self._reads_one(place.fd, name) for place in self._directories)
@@ -169,7 +169,7 @@ class Applications(Recorder):
                 return False
             fd = os.open(register, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         except OSError:
-            # Not there, or just being replaced.
+            # The register is missing, or being replaced.
             return False
         try:
             return stat.S_ISREG(os.fstat(fd).st_mode) and _reads_one(fd)
@@ -178,13 +178,14 @@ class Applications(Recorder):
 
     @staticmethod
     def mark() -> float:
-        """The instant, for `delivered`, of what is sent next."""
+        """Return the current time, which `delivered` needs for what is sent next."""
         return time.monotonic()
 
     def reset(self, names: Iterable[str] = ()) -> None:
-        """Take note of the interrupts `names` (all of them, if none is given): the registers read nothing then.
+        """Empty the state registers `names` (default: all), as an application does that has handled the
+        notifications.
 
-        truncate(2) opens and closes nothing that a watch would count.
+        truncate(2) neither opens nor closes the file, so it causes no close event.
         """
         chosen = tuple(names) or self.inbound
         if chosen == self.inbound:
@@ -202,10 +203,10 @@ class Applications(Recorder):
             os.close(place.fd)
             self._directories.remove(place)
 
-    # ------------------------------------------------------------------------------------- what they do to the files
+    # ----------------------------------------------------------------------------- what applications do to the files
 
     def _adopt(self) -> None:
-        """Follow the directory at the path, once there is one."""
+        """Wait for the directory at the path and follow it."""
         wait_path(self.directory)
         self._follow(self.directory)
 
@@ -219,7 +220,7 @@ class Applications(Recorder):
         return path.with_name(f"{path.name}.{self._aside}")
 
     def is_watched(self, inodes: set[int]) -> bool:
-        """Whether `inodes` has the directory at the path, and all triggers in it that no application replaced."""
+        """Return whether `inodes` has the directory at the path and all its triggers that no application replaced."""
         place = self._directories[-1]
         missing = self.triggers - place.renamed
         with os.scandir(self.directory) as files:
@@ -227,7 +228,7 @@ class Applications(Recorder):
         return os.fstat(place.fd).st_ino in inodes and missing <= watched
 
     def replace_directory(self) -> None:
-        """Put another directory, empty, at the path, in one step."""
+        """Exchange the directory at the path for an empty one in one step."""
         new = self._beside(self.directory)
         new.mkdir()
         current = self._directories[-1]
@@ -238,32 +239,32 @@ class Applications(Recorder):
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
-        """Rename the directory, or one above it, away, and make the directory again, empty."""
+        """Rename the directory, or a directory above it, and create an empty one in its place."""
         with self._paths:
             path.rename(self._beside(path))
             self._directories[-1].ended = time.monotonic()
-            # A reload makes the proxy do so too.
+            # A reload would also make the proxy create the directory.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def remove_directory(self) -> None:
-        """Remove the directory and all that is in it, and make it again, empty."""
+        """Remove the directory with its contents and create it again, empty."""
         with self._paths:
             shutil.rmtree(self.directory)
             self._directories[-1].ended = time.monotonic()
-            # A reload makes the proxy do so too.
+            # A reload would also make the proxy create the directory.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def replace_state(self, name: str) -> None:
-        """Replace a state register atomically."""
+        """Replace a state register by a rename."""
         with self._paths:
             new = self.directory / f".{name}.new"
             new.touch()
             self._retire(name, lambda path: new.rename(path))
 
     def block_state(self, name: str, kind: str) -> Path:
-        """Put a directory, FIFO or symlink in the place of a state register; returns its path."""
+        """Put a directory, FIFO or symlink in the place of a state register, and return its path."""
 
         def block(path: Path) -> None:
             blocker = self._beside(path)
@@ -282,7 +283,7 @@ class Applications(Recorder):
         return self.directory / f"{name}_state"
 
     def unblock_state(self, path: Path) -> None:
-        """Take away what `block_state` put there, if it is still there."""
+        """Remove what `block_state` created, if it still exists."""
         with self._paths, contextlib.suppress(FileNotFoundError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
@@ -305,7 +306,7 @@ class Applications(Recorder):
 
 
 class Wire(Recorder):
-    """Core 1's view: how often each name was on the wire."""
+    """What core 1 sees: how often each name arrived."""
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer.fileno(), "wire")
@@ -316,7 +317,7 @@ class Wire(Recorder):
         self.start()
 
     def wait_seen(self, name: str, times: int = 1) -> None:
-        """Wait until `name` has been on the wire so often."""
+        """Wait until `name` has arrived `times` times."""
         self.wait(lambda: self.seen[name] >= times, f"{name} has not been sent")
 
     def read_queued(self) -> None:
@@ -328,6 +329,6 @@ class Wire(Recorder):
                 self.order.append(name)
                 self.sources.add(frame[6:12])
         except OSError as error:
-            # Nothing more, or told once for each time the link goes down.
+            # No frame is left (TimeoutError), or the kernel reports a link that went down (ENETDOWN, once).
             if not isinstance(error, TimeoutError) and error.errno != errno.ENETDOWN:
                 raise

@@ -1,4 +1,4 @@
-"""Clients of the control socket that come and go beside the soak: they read, or not, and are killed."""
+"""Clients of the control socket that come and go during the soak: some read, some do not, and all are killed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "status, metrics": ("status", "--openmetrics"),
 }
 MANY = 6
-"""Clients at a time."""
+"""Number of clients at a time."""
 LIFE = 2.0
-"""Seconds of a client, at most."""
+"""Longest life of a client in seconds."""
 
 
 class Clients:
-    """Starts them from a thread of its own while the block runs, asking the proxy at `control`."""
+    """Runs clients of the proxy at `control` in threads, for as long as the block runs."""
 
     def __init__(self, control: Path, work: Path, seed: int) -> None:
         self.started: Counter[str] = Counter()
@@ -53,7 +53,7 @@ class Clients:
             thread.join()
 
     def _follow(self, number: int) -> None:
-        """One client after the other."""
+        """Run one client after another."""
         while not self._stop.is_set():
             kind = self._chance.choice(sorted(KINDS))
             words = [str(self._work / f"client{number}.pcapng") if word == "FILE" else word for word in KINDS[kind]]
@@ -75,24 +75,24 @@ class Clients:
                 if end == "interrupted":
                     process.send_signal(signal.SIGINT)
                     with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(LIFE)  # It may have been too early, or be one that nobody reads from.
+                        process.wait(LIFE)  # The client may not handle SIGINT yet, or may be blocked on its full pipe.
                 process.kill()
                 process.wait()
                 said.seek(0)
                 text = said.read()
-                # An interrupt before the first line of ours is Python's to show.
+                # Python itself prints the traceback of an interrupt that arrives before our code runs.
                 if "Traceback" in text and (end != "interrupted" or "run_command" in text):
                     self.tracebacks.append(f"{kind}, {end}:\n{text}")
             with contextlib.suppress(OSError):
                 os.close(ours)
 
     def _read(self, fd: int, *, deaf: bool) -> None:
-        """Read what a client prints for a while, or do not, so that it stands still."""
+        """Read a client's output for a while; if `deaf`, do not read, so that the client blocks."""
         os.set_blocking(fd, False)
         begun = self._chance.uniform(0, LIFE)
         for _ in range(int(begun / 0.02) + 1):
             if not deaf:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 1 << 16)
-            if self._stop.wait(0.02):  # The pace of its reads.
+            if self._stop.wait(0.02):  # The pace of the reads.
                 return

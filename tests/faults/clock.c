@@ -1,5 +1,5 @@
-// A system clock for one process: CLOCK_REALTIME is moved by the seconds in the file $CLOCK_OFFSET, as settimeofday(2)
-// would move it for all. To be preloaded (ld.so(8)); no other clock is touched.
+// Moves CLOCK_REALTIME of one process by the seconds in the file $CLOCK_OFFSET, as settimeofday(2) would for all
+// processes. Preload this library (ld.so(8)); it changes no other clock.
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>

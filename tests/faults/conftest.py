@@ -1,4 +1,4 @@
-"""Marks every test of this directory, and gives them a board and an unprivileged Python."""
+"""Marks every test of this directory, and provides a board and an unprivileged Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            # It stops a hang only: the full form takes minutes.
+            # This timeout only stops a hang: the full form takes minutes.
             item.add_marker(pytest.mark.timeout(7200))
 
 
@@ -40,11 +40,11 @@ class Board:
 
     @property
     def directory(self) -> Path:
-        """The IRQ directory."""
+        """Return the IRQ directory."""
         return self.applications.directory
 
     def works(self) -> None:
-        """Assert that notifications pass both ways."""
+        """Assert that notifications pass in both directions."""
         self.applications.reset()
         sent = self.applications.mark()
         seen = self.wire.seen["out_b"]
@@ -60,7 +60,7 @@ OUTBOUND = ("out_a", "out_b")
 
 @pytest.fixture
 def board_config(tmp_path: Path) -> Path:
-    """A udrv.json of the board's signals; the directory is `board/irq` beside it."""
+    """Write a udrv.json with the board's signals; the directory is `board/irq` beside it."""
     path = tmp_path / "udrv.json"
     write_config(path, tmp_path / "board/irq", INBOUND, OUTBOUND)
     return path
@@ -68,7 +68,7 @@ def board_config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start_board(cores: Cores, core1: Peer, proxy: StartProxy, board_config: Path) -> Iterator[Callable[..., Board]]:
-    """Start the proxy and play all that is around it: `start_board(*arguments, before_ready=None)`."""
+    """Start the proxy, the applications and core 1: `start_board(*arguments, before_ready=None)`."""
     with ExitStack() as stack:
 
         def start(*arguments: str, before_ready: Callable[[Proxy], None] | None = None) -> Board:
@@ -87,13 +87,13 @@ def start_board(cores: Cores, core1: Peer, proxy: StartProxy, board_config: Path
 
 @pytest.fixture
 def board(start_board: Callable[..., Board]) -> Board:
-    """The board, running."""
+    """Return a running board."""
     return start_board()
 
 
 @pytest.fixture
 def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let the proxy be started by another program: `python_runs_under("prlimit", "--nofile=9")`."""
+    """Start the proxy through another program: `python_runs_under("prlimit", "--nofile=9")`."""
 
     def choose(*words: str) -> None:
         script = tmp_path / "python"
@@ -106,5 +106,5 @@ def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture
 def only_net_raw(python_runs_under: Callable[..., None]) -> None:
-    """The proxy may open packet sockets, and has no other capability: root's files are closed to it by their modes."""
+    """Give the proxy only CAP_NET_RAW: file modes then apply to it, even as root."""
     python_runs_under("setpriv", "--bounding-set=-all,+net_raw", "--inh-caps=-all,+net_raw")

@@ -1,4 +1,4 @@
-"""What is done to the link, and to the kernel's queue before it."""
+"""Changes of the link and of the kernel's queue in front of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def command(cores: Cores, *words: str) -> str:
 
 
 def make_again(cores: Cores, peer: Peer, before: Callable[[], None] = lambda: None) -> None:
-    """Make the deleted link again; core 1 listens, and `before` is called, before core 0 can send."""
+    """Recreate the deleted link. Core 1 listens, and `before` has run, before core 0 can send."""
     veth(cores.core0, cores.link, cores.core1, cores.link)
     cores.core1.run(lambda: subprocess.run(["ip", "link", "set", cores.link, "up"], check=True))
     peer.rebind()
@@ -31,7 +31,7 @@ def make_again(cores: Cores, peer: Peer, before: Callable[[], None] = lambda: No
 
 
 def wait_bound(cores: Cores, sockets: int = 1) -> None:
-    """Wait until so many packet sockets are bound to the link; the kernel tells nobody when one is."""
+    """Wait until `sockets` packet sockets are bound to the link."""
 
     def bound() -> int:
         index = socket.if_nametoindex(cores.link)
@@ -41,10 +41,10 @@ def wait_bound(cores: Cores, sockets: int = 1) -> None:
     deadline = time.monotonic() + HANG
     while cores.core0.run(bound) < sockets:
         assert time.monotonic() < deadline, "the proxy has not bound its socket to the new link"
-        time.sleep(0.002)  # Polled: the kernel does not report a bind.
+        time.sleep(0.002)  # Poll, because the kernel does not report a bind.
 
 
 def mac(cores: Cores) -> bytes:
-    """The address of core 0's end."""
+    """Return the MAC address of core 0's interface."""
     words = command(cores, "ip", "-o", "link", "show", cores.link).split()
     return bytes.fromhex(words[words.index("link/ether") + 1].replace(":", ""))

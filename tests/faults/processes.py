@@ -1,4 +1,4 @@
-"""What the kernel tells of a running proxy: its CPU time, its wake-ups, its limits; and faults in its system calls."""
+"""What the kernel knows of a running proxy (CPU time, wake-ups, thread states), and faults in its system calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
 
 @attrs.frozen
 class Work:
-    """What a process has done so far."""
+    """CPU time and voluntary context switches of a process so far."""
 
     cpu_ns: int
     switches: int
@@ -28,7 +28,7 @@ class Work:
 
 
 def work(pid: int) -> Work:
-    """All threads' time on a CPU and voluntary context switches (proc_pid_status(5), sched-stats.rst)."""
+    """Return CPU time and voluntary context switches of all threads (proc_pid_status(5), sched-stats.rst)."""
     cpu_ns = switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         cpu_ns += int((task / "schedstat").read_text().split()[0])
@@ -37,20 +37,20 @@ def work(pid: int) -> Work:
 
 
 def states(pid: int) -> set[str]:
-    """The states of all threads (proc_pid_stat(5)): S sleeps, R runs or wants to, T is stopped."""
+    """Return the states of all threads (proc_pid_stat(5)): S sleeps, R runs or is runnable, T is stopped."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return {(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks}
 
 
 def wait_idle(pid: int) -> None:
-    """Wait until the process has nothing to do; one that spins, or polls, never gets there and fails the test.
+    """Wait until the process is idle; fail if it spins or polls.
 
-    One that has something to do is not asleep, however long a busy machine keeps it from a processor.
+    A process with work to do is runnable, not asleep, even if a busy machine keeps it from a CPU.
     """
     deadline = time.monotonic() + HANG
     before = work(pid)
     while True:
-        time.sleep(0.2)  # One that polls more often than that is not idle.
+        time.sleep(0.2)  # A process that polls more often than this is not idle.
         now = work(pid)
         if now == before and states(pid) == {"S"}:
             return
@@ -59,7 +59,7 @@ def wait_idle(pid: int) -> None:
 
 
 def wait_stopped(pid: int) -> None:
-    """Stop a process, and wait until it is (SIGSTOP is not immediate)."""
+    """Stop a process with SIGSTOP and wait until it has stopped."""
     os.kill(pid, 19)
     deadline = time.monotonic() + HANG
     while states(pid) != {"T"}:
@@ -68,7 +68,7 @@ def wait_stopped(pid: int) -> None:
 
 @contextmanager
 def injected(pid: int, fault: str) -> Iterator[None]:
-    """Have strace make system calls of the process fail: `injected(pid, "readv:error=ENOMEM:when=1")`."""
+    """Make system calls of the process fail with strace: `injected(pid, "readv:error=ENOMEM:when=1")`."""
     call = fault.partition(":")[0]
     command = ["strace", "-f", "-q", "-p", str(pid), "-e", f"trace={call}", "-e", f"inject={fault}", "-o", "/dev/null"]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as strace:
@@ -84,4 +84,4 @@ def _wait_traced(pid: int, strace: subprocess.Popen[bytes]) -> None:
     while f"TracerPid:\t{strace.pid}" not in Path(f"/proc/{pid}/status").read_text():
         assert strace.poll() is None, f"strace ended: {strace.stderr.read() if strace.stderr else b''!r}"
         assert time.monotonic() < deadline, "strace has not attached"
-        time.sleep(0.01)  # Polled: the kernel does not report that a tracer has attached.
+        time.sleep(0.01)  # Poll, because the kernel does not report an attached tracer.

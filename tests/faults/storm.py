@@ -1,8 +1,8 @@
-"""The storm: every signal once, both ways, while faults rain on the proxy under a real s6-svscan.
+"""The storm: send every signal once in both directions, while faults hit the proxy under a real s6-svscan.
 
 A notification is lost if it has not arrived within a generous time after the faults have stopped. It counts as sent
-only where the proxy could know of it: a frame, once the kernel of core 0 has queued it for the link (a witness socket
-there sees it); a trigger, once it was closed in the directory at its path.
+only if the proxy could know of it. A frame counts once the kernel of core 0 has queued it for the link, where a witness
+socket sees it. A trigger counts once it was closed in the directory at its path.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from tests.faults.supervised import (
 __all__ = ["FAULTS", "MEMORY_FILES", "Report", "Storm"]
 
 MEMORY_FILES = "/dev/shm"  # noqa: S108 - only the parent of a directory made by tempfile
-"""A tmpfs, as the registers of a board are on: elsewhere it takes seconds to make 2,000 files."""
+"""A tmpfs, as on a board; on a disk it takes seconds to create 2,000 files."""
 
 
 class _Witness(Recorder):
-    """A second socket beside the proxy's: what it has seen, the kernel has queued for the link."""
+    """A second packet socket beside the proxy's: each frame that it sees has been queued for the link."""
 
     def __init__(self, cores: Cores) -> None:
         self._cores = cores
-        # A socket stays in the namespace that it was made in.
+        # A socket stays in the network namespace in which it was created.
         self._socket = cores.core0.run(functools.partial(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0))
         self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         self._socket.setblocking(False)
@@ -69,7 +69,7 @@ class _Witness(Recorder):
         except BlockingIOError:
             return
         except OSError as error:
-            # Told once for each time the link goes down.
+            # The kernel reports a link that went down once.
             if error.errno != errno.ENETDOWN:
                 raise
 
@@ -80,7 +80,7 @@ class _Witness(Recorder):
 
 @attrs.define
 class Report:
-    """What a storm did and what came of it."""
+    """What a storm did, and its result."""
 
     seed: int
     rounds: int = 0
@@ -94,15 +94,15 @@ class Report:
     duplicates_outbound: int = 0
     faults: Counter[str] = attrs.Factory(Counter)
     lives: dict[int, list[int]] = attrs.Factory(dict)
-    """By process: its resident memory in KiB, at each look."""
+    """The resident memory of each process in KiB, sampled over time."""
 
     @property
     def lost(self) -> int:
-        """All that was lost."""
+        """Return the number of lost notifications."""
         return len(self.lost_inbound) + len(self.lost_outbound)
 
     def summary(self, seconds: float) -> dict[str, object]:
-        """All of it for JSON; memory is that at the end of a process's life, once it had started."""
+        """Return the report for JSON; memory is the last sample of each process sampled more than once."""
         ends = [looks[-1] for looks in self.lives.values() if len(looks) > 1]
         return {
             "seed": self.seed,
@@ -124,11 +124,11 @@ class Report:
 
 
 class Storm:
-    """A proxy for `count` signals each way under s6 in `cores`, and all that plays against it."""
+    """A proxy with `count` signals each way under s6 in `cores`, with core 1 and the applications."""
 
     def __init__(self, cores: Cores, work: Path, *, count: int, seed: int) -> None:
         self.cores = cores
-        self.random = random.Random(seed)  # noqa: S311 - to be repeated from its seed
+        self.random = random.Random(seed)  # noqa: S311 - repeatable by its seed
         self.report = Report(seed)
         self.inbound = [f"in_{number:04}" for number in range(count)]
         self.outbound = [f"out_{number:04}" for number in range(count)]
@@ -163,9 +163,10 @@ class Storm:
     # ------------------------------------------------------------------------------------------------------ traffic
 
     def round(self, faults: Sequence[str], *, interval: float, rate: float = 500.0) -> None:
-        """Send every signal once, `rate` a second each way, with one of `faults` at random each `interval` s.
+        """Send every signal once, `rate` a second each way, and inject one of `faults` at random every `interval`
+        seconds.
 
-        Then let the proxy finish, and add what came of it to the report.
+        Then let the proxy finish, and add the result to the report.
         """
         self._begin = time.monotonic()
         self._injected: list[tuple[float, str]] = []
@@ -188,14 +189,14 @@ class Storm:
         order = self.random.sample(names, len(names))
         start = time.monotonic()
         for number, name in enumerate(order):
-            # The pace of the load: nothing waits for what this brings about.
+            # The pace of the load.
             time.sleep(max(0.0, start + number / rate - time.monotonic()))
             with self._gates[way]:
                 send(name)
 
     def _send_inbound(self, name: str) -> None:
         if self.applications.delivered(name, 0.0):
-            # A late repetition of the round before.
+            # A late duplicate of the round before.
             self.applications.reset([name])
         self._sent[name] = time.monotonic()
         self.peer.send(name.encode())
@@ -220,7 +221,7 @@ class Storm:
                 self.inject(self.random.choice(list(faults)))
 
     def _settle(self) -> None:
-        """Wait for all that is on its way, and count."""
+        """Wait for all notifications in flight, and count."""
         self.service.wait("U")
         lost_inbound = self._wait_all(self.inbound, self.applications, self._arrived_inbound)
         lost_outbound = self._wait_all(self.outbound, self.wire, lambda name: self.wire.seen[name] > 0)
@@ -254,12 +255,12 @@ class Storm:
 
     @property
     def service_pid(self) -> int | None:
-        """The proxy's process, if one runs that is inco-trio already."""
+        """Return the proxy's process if inco-trio runs there already, else None."""
         pid = main_process(self.service.directory)
         return pid if pid > 0 and is_proxy(pid) else None
 
     def inject(self, fault: str) -> None:
-        """Inject one of FAULTS, by name, and count it if it could be."""
+        """Inject one of FAULTS by name, and count it if it was possible."""
         at = time.monotonic()
         if FAULTS[fault](self):
             self._injected.append((at, fault))
@@ -267,14 +268,16 @@ class Storm:
 
     @property
     def story(self) -> str:
-        """What happened in this round, and when what was lost was sent; in seconds from its beginning."""
+        """Return the faults of this round and the times at which lost notifications were sent, in seconds from its
+        start.
+        """
         lost = {*self.report.lost_inbound, *self.report.lost_outbound}
         events = [*self._injected, *((at, f"{name} was sent") for name, at in self._sent.items() if name in lost)]
         return "\n".join(f"{at - self._begin:8.3f} {what}" for at, what in sorted(events))
 
     @contextmanager
     def paused(self, *ways: str) -> Iterator[None]:
-        """No sending these ways inside."""
+        """Pause sending in these directions inside the block."""
         with ExitStack() as stack:
             for way in ways:
                 stack.enter_context(self._gates[way])
@@ -295,7 +298,7 @@ class Storm:
         return running
 
     def _reload(self) -> bool:
-        # Before its handler stands, SIGHUP would end what is not inco-trio yet.
+        # SIGHUP would kill a process that has not installed the handler of inco-trio yet.
         if self.service_pid is None:
             return False
         self.service.control("-h")
@@ -318,7 +321,7 @@ class Storm:
         if pid is None:
             return False
         os.kill(pid, signal.SIGSTOP)
-        # A backlog gathers.
+        # Let a backlog gather.
         time.sleep(self.random.uniform(0.05, 0.3))
         os.kill(pid, then)
         return True
@@ -345,30 +348,30 @@ class Storm:
             wait_bound(self.cores, 2)
         return True
 
-    def _wait_taken_up(self) -> None:
-        """Wait until a directory that was put in place has been seen by the proxy.
+    def _wait_watched(self) -> None:
+        """Wait until the proxy watches the directory at the path.
 
-        What happens in one that is replaced before that is seen by nobody: the kernel reports only what is watched. The
-        descriptor that counts is the one that the fd holder has; nobody is told when a watch is added.
+        The kernel reports only watched directories. Nothing could report events in a directory that is replaced before
+        the proxy watches it. The fd holder has the inotify descriptor whose watches count.
         """
         holder = self.service.scandir / "inco-trio-fdholder"
         deadline = time.monotonic() + HANG
         while not self.applications.is_watched(watched_inodes(main_process(holder))):
-            assert time.monotonic() < deadline, "the proxy has not taken up the new directory"
-            time.sleep(0.01)  # Polled: the kernel does not report that a watch was added.
+            assert time.monotonic() < deadline, "the proxy does not watch the new directory"
+            time.sleep(0.01)  # Poll, because the kernel does not report a new watch.
 
     def _replace_directory(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.replace_directory()
         return True
 
     def _move_directory(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.move_away(self.applications.directory)
         return True
 
     def _move_parent(self) -> bool:
-        self._wait_taken_up()
+        self._wait_watched()
         self.applications.move_away(self.applications.directory.parent)
         return True
 
@@ -386,11 +389,11 @@ class Storm:
         return True
 
     def _block_registers(self) -> bool:
-        # A start in this very moment would be refused for good (exit code 78), as it should be.
+        # A start at this moment would fail for good (exit code 78), as it should.
         self.service.wait("U")
         kinds = ("directory", "FIFO", "symlink")
         blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
-        time.sleep(self.random.uniform(0.0, 0.2))  # Some notifications come while they are blocked.
+        time.sleep(self.random.uniform(0.0, 0.2))  # Let some notifications arrive meanwhile.
         for path in blocked:
             self.applications.unblock_state(path)
         return True
@@ -413,4 +416,4 @@ FAULTS: dict[str, Callable[[Storm], bool]] = {
     "registers removed": Storm._remove_registers,
     "registers blocked": Storm._block_registers,
 }
-"""Every fault by its name; each tells whether it could be injected."""
+"""All faults by name; each function returns whether the fault could be injected."""

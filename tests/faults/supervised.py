@@ -37,7 +37,7 @@ def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None
 
 
 def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
-    """Wait until `path` is there, or until `ready`, which is asked after every change around it."""
+    """Wait until `path` exists, or until `ready`, which is checked after each change around the path."""
     ready = ready or path.exists
     changes = Inotify()
     deadline = time.monotonic() + HANG
@@ -45,10 +45,10 @@ def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
         for place in (path, *path.parents):
             with contextlib.suppress(OSError):
                 changes.watch(str(place), IN_MODIFY | IN_CREATE | IN_MOVED_TO)
-        # It may have come between the look and the watches.
+        # The file may have appeared before the watches were added.
         if not ready():
             left = max(0.0, deadline - time.monotonic())
-            ready_to_read = select.poll()  # select(2) knows only the first 1024 descriptors.
+            ready_to_read = select.poll()  # select(2) handles only descriptors below 1024.
             ready_to_read.register(changes.fd, select.POLLIN)
             assert ready_to_read.poll(left * 1000), f"{path} is not as expected after {HANG:g} s"
             changes.read_into(memoryview(bytearray(1 << 16)))
@@ -69,7 +69,7 @@ class Service:
 
     @property
     def log(self) -> str:
-        """What it said; only the newest file, if s6-log has rotated."""
+        """Return the log; only the newest file, if s6-log has rotated."""
         current = self.directory / "log/main/current"
         return current.read_text(errors="replace") if current.exists() else ""
 
@@ -78,15 +78,15 @@ class Service:
         subprocess.run(["s6-svc", *options, str(self.directory)], check=True)
 
     def wait(self, state: str) -> None:
-        """Wait with s6-svwait for U (ready), u (started), d (ended), D (ended and finished)."""
-        # Before s6-svscan has started it there is nothing to subscribe to.
+        """Wait with s6-svwait for U (ready), u (started), d (ended) or D (ended, and its finish script too)."""
+        # s6-svwait needs the directories that s6-svscan creates when it starts the service.
         wait_path(self.directory / "supervise/status")
         command = ["s6-svwait", f"-{state}", "-t", str(int(HANG * 1000)), str(self.directory)]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, f"{done.stderr}not {state} within {HANG:g} s; it said:\n{self.log[-4000:]}"
+        assert done.returncode == 0, f"{done.stderr}not {state} within {HANG:g} s; log:\n{self.log[-4000:]}"
 
     def wait_log(self, text: str, *, after: int = 0) -> str:
-        """The first line of the log that contains `text`; `after` skips so many characters."""
+        """Return the first log line that contains `text`, after the first `after` characters."""
 
         def found() -> list[str]:
             return [line for line in self.log[after:].splitlines() if text in line]
@@ -110,22 +110,22 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
         if kind is not None:
-            # Pytest shows it with the failure.
-            sys.stderr.write(f"the service said:\n{self.log[-8000:]}")
+            # pytest shows this text with the failure.
+            sys.stderr.write(f"log of the service:\n{self.log[-8000:]}")
 
 
 def main_process(service: Path) -> int:
-    """The process of a service directory, 0 if none runs; a look at s6-svstat's source, without a process for it."""
+    """Return the process of a service directory (0 if none runs), from the file that s6-svstat reads."""
     try:
         status = (service / "supervise/status").read_bytes()
     except OSError:
         return 0
-    # Two TAI64N stamps of 12 bytes, then the process (s6_svstatus_pack.c).
+    # Two TAI64N time stamps of 12 bytes each, then the process id (s6_svstatus_pack.c).
     return int.from_bytes(status[24:32], "big")
 
 
 def watched_inodes(pid: int) -> set[int]:
-    """The inodes that the inotify descriptors of a process watch (proc_pid_fdinfo(5))."""
+    """Return the inodes that the inotify descriptors of a process watch (proc_pid_fdinfo(5))."""
     inodes = set()
     for fd in Path(f"/proc/{pid}/fdinfo").iterdir():
         for line in fd.read_text().splitlines():
@@ -135,7 +135,7 @@ def watched_inodes(pid: int) -> set[int]:
 
 
 def resident_kib(pid: int, what: str = "VmRSS") -> int:
-    """A figure of proc_pid_status(5), in KiB; 0 if the process has gone."""
+    """Return a value of proc_pid_status(5) in KiB; 0 if the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -144,7 +144,7 @@ def resident_kib(pid: int, what: str = "VmRSS") -> int:
 
 
 def is_proxy(pid: int) -> bool:
-    """Whether the process is inco-trio already, and not the shell or a tool of s6 that becomes it."""
+    """Return whether the process is inco-trio already, not the shell or s6 tool that executes it."""
     try:
         return b"inco_trio\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -152,5 +152,5 @@ def is_proxy(pid: int) -> bool:
 
 
 def environment_form() -> str:
-    """`short` or `full`: how much of the fault suite runs."""
+    """Return `short` or `full`: how much of the fault suite runs."""
     return os.environ.get("INCO_TRIO_FAULTS", "short")

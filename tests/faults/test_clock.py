@@ -1,4 +1,4 @@
-"""The system clock jumps, as it does on a board when it first hears of the time."""
+"""The system clock jumps, as on a board that gets the time only after its start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.supervised import wait_path
 YEAR = 365 * 24 * 3600
 
 
-def test_the_system_clock_jumps(
+def test_a_jump_of_the_system_clock_changes_no_delay(
     python_runs_under: Callable[..., None], start_board: Callable[..., Board], tmp_path: Path
 ) -> None:
     library, offset = tmp_path / "clock.so", tmp_path / "offset"
@@ -25,10 +25,10 @@ def test_the_system_clock_jumps(
     board = start_board()
     said = []
     for years in (20, -20, 0):
-        # What waits for its time when the clock jumps: a watch that ends a second after its file was replaced,
-        # registers that are missing, and a link that is down.
+        # Three delays run while the clock jumps: the watch on a replaced file ends after a second, missing registers
+        # are recreated, and a link is down.
         board.applications.trigger_by_rename("out_b")
-        board.wire.wait(lambda: board.wire.order == ["out_b"], "the trigger that was replaced has not been sent")
+        board.wire.wait(lambda: board.wire.order == ["out_b"], "the replaced trigger has not been sent")
         board.cores.link_down()
         board.applications.trigger("out_a")
         (board.directory / "in_a_state").unlink()
@@ -46,5 +46,5 @@ def test_the_system_clock_jumps(
         after = len(board.proxy.log)
         board.proxy.counters()
         said.append(int(json.loads(board.proxy.log[after:].splitlines()[-1])["time"][:4]))
-    # The jumps are there for all who look.
+    # The log must show the jumps.
     assert said[0] - said[1] in (39, 40)

@@ -1,4 +1,6 @@
-"""The IRQ directory and its files are removed, replaced, moved, made unwritable, or turned into something else."""
+"""The IRQ directory and its files are removed, replaced, moved, made unwritable, or replaced by another type of
+file.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,18 @@ DIRECTORY_FAULTS: dict[str, Callable[[Board], None]] = {
 
 
 @pytest.mark.parametrize("fault", DIRECTORY_FAULTS.values(), ids=DIRECTORY_FAULTS)
-def test_directory(board: Board, fault: Callable[[Board], None]) -> None:
+def test_notifications_pass_after_a_directory_fault(board: Board, fault: Callable[[Board], None]) -> None:
     for _ in range(3):
         fault(board)
         begin = time.monotonic()
         board.works()
-        sys.stdout.write(f"works {1e3 * (time.monotonic() - begin):.1f} ms after there is a directory again\n")
+        sys.stdout.write(f"works {1e3 * (time.monotonic() - begin):.1f} ms after the directory exists again\n")
     assert "Traceback" not in board.proxy.log
-    # Nothing but what was triggered has been sent.
+    # Only triggered signals have been sent.
     assert set(board.wire.order) == {"out_b"}
 
 
-def test_what_was_open_before_the_directory_was_replaced(board: Board) -> None:
+def test_a_trigger_opened_before_the_directory_was_replaced_counts(board: Board) -> None:
     with (board.directory / "out_a_trig").open("w") as trigger:
         board.applications.replace_directory()
         wait_path(board.directory / "out_a_trig")
@@ -47,7 +49,7 @@ def test_what_was_open_before_the_directory_was_replaced(board: Board) -> None:
     board.wire.wait_seen("out_a")
 
 
-def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None:
+def test_a_new_directory_that_contains_triggers_counts_as_written(board: Board) -> None:
     new = board.directory.with_name("prepared")
     new.mkdir()
     (new / "out_a_trig").touch()
@@ -56,9 +58,9 @@ def test_a_directory_with_triggers_in_it_counts_as_written(board: Board) -> None
     board.wire.wait_seen("out_a")
 
 
-def test_a_directory_that_comes_without_an_event_counts_as_written(board: Board, tmp_path: Path) -> None:
+def test_a_directory_that_appears_without_an_event_counts_as_written(board: Board, tmp_path: Path) -> None:
     parent = board.directory.parent
-    # No patience of the proxy's may end between the two.
+    # Stop the proxy, so that none of its delays ends between the two steps.
     wait_stopped(board.proxy.pid)
     parent.rename(tmp_path / "old")
     parent.symlink_to("nowhere")
@@ -70,14 +72,15 @@ def test_a_directory_that_comes_without_an_event_counts_as_written(board: Board,
     (tmp_path / "link").symlink_to(prepared.parent)
     (tmp_path / "link").rename(parent)
     board.wire.wait_seen("out_a")
-    wait_path(board.directory / "out_b_trig")  # By the proxy: who makes it and writes it may count twice.
+    # the proxy must create the file: an application that creates and writes the file may count twice
+    wait_path(board.directory / "out_b_trig")
     board.applications.trigger("out_b")
     board.wire.wait_seen("out_b")
     assert board.wire.order == ["out_a", "out_b"]
 
 
-def test_nothing_can_be_made_for_a_while(board: Board) -> None:
-    # A file where the directory was: nothing can be opened or made below it.
+def test_a_directory_that_cannot_be_opened_is_retried(board: Board) -> None:
+    # Put a file where the directory was: nothing can be opened or created below it.
     board.directory.rename(board.directory.with_name("old"))
     board.directory.touch()
     board.core1.send(b"in_a")
@@ -91,14 +94,14 @@ def test_nothing_can_be_made_for_a_while(board: Board) -> None:
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["itself", "its parent"])
-def test_nobody_is_in_the_way_of_who_removes_the_directory(board: Board, above: bool) -> None:
+def test_the_proxy_does_not_hinder_removing_the_directory(board: Board, above: bool) -> None:
     stop = threading.Event()
 
     def flood() -> None:
         while not stop.is_set():
             for _ in range(50):
                 board.core1.send(b"in_a")
-            # Pace: what removes needs a processor too.
+            # The pace of the load: the removal needs CPU time, too.
             stop.wait(0.001)
 
     gone = board.directory.parent if above else board.directory
@@ -107,7 +110,7 @@ def test_nobody_is_in_the_way_of_who_removes_the_directory(board: Board, above: 
     try:
         for _ in range(5):
             shutil.rmtree(gone)
-            # Longer than the 0.03 s that the proxy gives to an application that replaces a file.
+            # Wait longer than the 0.03 s that the proxy gives an application to replace a file.
             stop.wait(0.3)
             board.directory.mkdir(parents=above)
             wait_content(board.directory / "in_a_state")
@@ -119,7 +122,7 @@ def test_nobody_is_in_the_way_of_who_removes_the_directory(board: Board, above: 
 
 
 def wait_content(path: Path) -> None:
-    """Wait until a register reads 1."""
+    """Wait until a register contains 1."""
     wait_path(path, lambda: path.is_file() and path.read_bytes() == b"1")
 
 
@@ -127,17 +130,19 @@ def wait_content(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "symlink"])
-def test_state_register_turned_into(board: Board, kind: str, tmp_path: Path) -> None:
+def test_a_blocked_state_register_loses_nothing(board: Board, kind: str, tmp_path: Path) -> None:
     blocked = board.applications.block_state("in_a", kind)
     sent = board.applications.mark()
     for _ in range(3):
         board.core1.send(b"in_a")
     board.proxy.wait_log("cannot write")
-    # Others go on meanwhile, and nothing was written where the link leads.
+    # Other signals are delivered meanwhile, and nothing was written to the target of the symlink.
     board.core1.send(b"in_b")
     board.applications.wait(lambda: board.applications.delivered("in_b", sent), "in_b has not been delivered")
     board.applications.unblock_state(blocked)
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 3, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.applications.closes["in_a"] == 3
     assert board.proxy.log.count("in_a_state: cannot write") == 1
@@ -145,7 +150,7 @@ def test_state_register_turned_into(board: Board, kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fault", ["removed", "replaced"])
-def test_state_register(board: Board, fault: str) -> None:
+def test_a_changed_state_register_is_written(board: Board, fault: str) -> None:
     for _ in range(3):
         if fault == "removed":
             board.applications.remove_state("in_b")
@@ -154,13 +159,13 @@ def test_state_register(board: Board, fault: str) -> None:
         board.works()
 
 
-def test_a_removed_state_register_is_made_again(board: Board) -> None:
+def test_a_removed_state_register_is_recreated(board: Board) -> None:
     (board.directory / "in_a_state").unlink()
     wait_path(board.directory / "in_a_state")
     assert (board.directory / "in_a_state").read_bytes() == b""
 
 
-def test_state_register_made_read_only(only_net_raw: None, start_board: Callable[..., Board]) -> None:
+def test_a_read_only_state_register_loses_nothing(only_net_raw: None, start_board: Callable[..., Board]) -> None:
     board = start_board()
     state = board.directory / "in_a_state"
     state.chmod(0o444)
@@ -169,13 +174,15 @@ def test_state_register_made_read_only(only_net_raw: None, start_board: Callable
     board.proxy.wait_log("in_a_state: cannot write: Permission denied")
     board.works()
     state.chmod(0o644)
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 5, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 5, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.proxy.log.count("cannot write") == 1
     assert board.proxy.counters()["delivered"] == 6
 
 
-def test_directory_made_read_only(only_net_raw: None, start_board: Callable[..., Board]) -> None:
+def test_a_read_only_directory_loses_nothing(only_net_raw: None, start_board: Callable[..., Board]) -> None:
     board = start_board()
     board.directory.chmod(0o555)
     (board.directory / "in_a_state").unlink()
@@ -191,7 +198,7 @@ def test_directory_made_read_only(only_net_raw: None, start_board: Callable[...,
 
 
 def next_frames(board: Board, *expected: str) -> None:
-    """Assert that exactly these have been sent so far, and nothing more: what is sent after them comes after them."""
+    """Assert that exactly the frames `expected` were sent; the trigger of out_b marks the end."""
     board.applications.trigger("out_b")
     wanted = [*expected, "out_b"]
     board.wire.wait(lambda: "out_b" in board.wire.order, "out_b has not been sent")
@@ -208,14 +215,14 @@ def test_trigger_replaced_by_rename(board: Board) -> None:
         next_frames(board, "out_a")
 
 
-def test_trigger_removed_and_written_again(board: Board) -> None:
+def test_a_trigger_removed_and_written_again_counts(board: Board) -> None:
     trigger = board.directory / "out_a_trig"
     trigger.unlink()
     board.applications.trigger("out_a")
     board.wire.wait(lambda: "out_a" in board.wire.order, "the new trigger has not been sent")
 
 
-def test_a_removed_trigger_is_made_again_and_sends_nothing(board: Board) -> None:
+def test_a_removed_trigger_is_recreated_and_sends_nothing(board: Board) -> None:
     (board.directory / "out_a_trig").unlink()
     wait_path(board.directory / "out_a_trig")
     next_frames(board)
@@ -224,7 +231,7 @@ def test_a_removed_trigger_is_made_again_and_sends_nothing(board: Board) -> None
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/etc/hostname")])
-def test_trigger_turned_into(board: Board, make: Callable[[Path], None]) -> None:
+def test_a_trigger_replaced_by_another_type_of_file_is_retried(board: Board, make: Callable[[Path], None]) -> None:
     trigger = board.directory / "out_a_trig"
     other = board.directory.with_name("other")
     make(other)
@@ -237,14 +244,14 @@ def test_trigger_turned_into(board: Board, make: Callable[[Path], None]) -> None
     else:
         trigger.unlink()
     board.applications.trigger("out_a")
-    board.wire.wait(lambda: "out_a" in board.wire.order, "the trigger that is a file again has not been sent")
+    board.wire.wait(lambda: "out_a" in board.wire.order, "the restored trigger has not been sent")
     assert board.proxy.log.count("cannot watch") == 1
 
 
-# ------------------------------------------------------------------------------------------------ said at the start
+# ------------------------------------------------------------------------------------------------ reported at start
 
 
-def test_a_consumer_that_holds_registers_open(
+def test_a_process_that_holds_registers_open_is_named(
     board_config: Path, start_board: Callable[..., Board], proxy: StartProxy
 ) -> None:
     first = start_board()
@@ -263,7 +270,7 @@ def test_a_consumer_that_holds_registers_open(
 
 
 @pytest.mark.parametrize(("place", "kind"), [("/proc/inco-trio", "proc"), ("/sys/inco-trio", "sysfs")])
-def test_a_filesystem_without_inotify(proxy: StartProxy, place: str, kind: str) -> None:
+def test_a_filesystem_without_inotify_is_refused(proxy: StartProxy, place: str, kind: str) -> None:
     running = proxy("--irq-dir", place, ready=False)
     assert running.wait() == 78
     assert f"type {kind}" in running.log
@@ -276,7 +283,7 @@ def test_a_filesystem_without_inotify(proxy: StartProxy, place: str, kind: str) 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem with room for a handful of files and pages."""
+    """Mount a filesystem with room for a few files and pages."""
     place = tmp_path / "board"
     place.mkdir()
     options = ["-o", "size=16k,nr_inodes=12"]
@@ -285,7 +292,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def test_disk_full(small: Path, start_board: Callable[..., Board]) -> None:
+def test_a_full_disk_loses_nothing(small: Path, start_board: Callable[..., Board]) -> None:
     board = start_board()
     filler = small / "filler"
     with pytest.raises(OSError, match="No space left"):
@@ -302,7 +309,7 @@ def test_disk_full(small: Path, start_board: Callable[..., Board]) -> None:
     assert board.proxy.counters()["delivered"] == 4
 
 
-def test_no_retry_on_a_full_disk_is_a_notification(small: Path, start_board: Callable[..., Board]) -> None:
+def test_retries_on_a_full_disk_do_not_count_as_notifications(small: Path, start_board: Callable[..., Board]) -> None:
     board = start_board()
     filler = small / "filler"
     with pytest.raises(OSError, match="No space left"):
@@ -319,7 +326,7 @@ def test_no_retry_on_a_full_disk_is_a_notification(small: Path, start_board: Cal
     assert board.applications.closes["in_a"] == 1
 
 
-def test_disk_full_at_start(small: Path, board_config: Path, proxy: StartProxy) -> None:
+def test_a_full_disk_at_start_is_an_error(small: Path, board_config: Path, proxy: StartProxy) -> None:
     for number in range(9):
         (small / f"filler{number}").touch()
     running = proxy("--config", board_config, ready=False)

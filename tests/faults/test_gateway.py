@@ -1,6 +1,6 @@
-"""The gateway, a proxy under a real s6 and the broker are killed in turn, beside traffic: the broker gets everything.
+"""The gateway, a proxy under a real s6 and the broker are killed in turn under load: the broker must get everything.
 
-`INCO_TRIO_GATEWAY_SECONDS` is for how long; `INCO_TRIO_SEED` repeats a run.
+`INCO_TRIO_GATEWAY_SECONDS` sets the duration; `INCO_TRIO_SEED` repeats a run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tests.support_control import MAC, Client
 SIGNALS = [f"in_{number}_irq" for number in range(50)]
 TRIGGERS = [f"out_{number}_irq" for number in range(10)]
 FENCES = "in_fence_irq", "out_fence_irq"
-"""One signal each way that follows all others: once it is carried, so are they."""
+"""The last signal in each direction: once these are delivered and sent, so are all others."""
 SECONDS = float(os.environ.get("INCO_TRIO_GATEWAY_SECONDS") or (8 if environment_form() == "short" else 60))
 
 
 class World:
-    """A board under s6, whose second core is played; a broker, a gateway, and a reader."""
+    """A board under s6 whose core 1 is played by the test, with a broker, a gateway and a reader."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -67,7 +67,7 @@ class World:
         self.gateway = self._gateway()
 
     def _find_control(self) -> Path:
-        """The socket of the service's process."""
+        """Return the control socket of the service's process."""
         pid = main_process(self.service.directory)
         for path in Path("/run/inco-trio").glob("*.sock"):
             with contextlib.suppress(OSError), ExitStack() as stack:
@@ -84,7 +84,7 @@ class World:
     # ---------------------------------------------------------------------------------------------------- traffic
 
     def _send(self) -> None:
-        """Core 1 signals, about a thousand times a second."""
+        """Send signals from core 1, about 1,000 a second."""
         for number in range(sys.maxsize):
             name = SIGNALS[number % len(SIGNALS)]
             while not self._calm.is_set() and not self._send_one(name):
@@ -93,17 +93,17 @@ class World:
                 return
 
     def _send_one(self, name: str) -> bool:
-        """Whether core 0's socket takes it."""
+        """Send one frame; return whether core 0's socket accepted it."""
         try:
             self.core1.sendto(encode(name.encode(), MAC), f"{self.home}/core0")
         except OSError:
-            time.sleep(0.01)  # The pace of the retries: the kernel does not report room in another's queue.
+            time.sleep(0.01)  # The pace of the retries: the kernel does not report room in the queue of another socket.
             return False
         self.sent[name] += 1
         return True
 
     def _trigger(self) -> None:
-        """Core 0 signals, about a hundred times a second; one after the other, as the kernel merges equals."""
+        """Write triggers, about 100 a second, in turn, because the kernel merges identical events."""
         for number in range(sys.maxsize):
             name = TRIGGERS[number % len(TRIGGERS)]
             if self._calm.wait(0.01):
@@ -115,9 +115,9 @@ class World:
         self.sent[name] += 1
 
     def _take(self) -> None:
-        """Core 1 takes what comes, until all is read."""
+        """Read frames as core 1 until the test has read everything."""
         while not self._done.is_set():
-            if select.select([self.core1], [], [], 0.1)[0]:  # The pace of the looks at `_done`.
+            if select.select([self.core1], [], [], 0.1)[0]:  # The pace of the checks of `_done`.
                 self.core1.recv(2048)
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ class World:
 
     def freeze_gateway(self) -> None:
         self.gateway.process.send_signal(signal.SIGSTOP)
-        time.sleep(0.3)  # A backlog gathers.
+        time.sleep(0.3)  # Let a backlog gather.
         self.gateway.process.send_signal(signal.SIGCONT)
 
     def kill_proxy(self) -> None:
@@ -166,16 +166,18 @@ class World:
         self._wait_ended(pid)
 
     def _wait_ended(self, pid: int) -> None:
-        """Wait until s6 has noticed the end of this process of the proxy."""
+        """Wait until s6 has noticed that this process has ended."""
         wait_path(self.service.directory / "supervise/status", lambda: main_process(self.service.directory) != pid)
 
     def stop_broker(self) -> None:
         self.broker.end()
-        time.sleep(0.3)  # A backlog gathers.
+        time.sleep(0.3)  # Let a backlog gather.
         self.broker.start()
 
     def kill_broker(self) -> None:
-        """With mosquitto would be lost what it has acknowledged and not sent on: see to it that this is nothing."""
+        """Kill the broker while it has nothing queued: mosquitto would lose what it acknowledged but did not
+        forward.
+        """
         self.gateway.process.send_signal(signal.SIGSTOP)
         self.reader.settle()
         self.broker.end(signal.SIGKILL)
@@ -185,8 +187,8 @@ class World:
 
     # ------------------------------------------------------------------------------------------------------ the end
 
-    def carried(self) -> int:
-        """The number of the last notification, once all are carried that were sent."""
+    def last_sequence(self) -> int:
+        """Return the sequence number of the last notification, once the proxy has handled all of them."""
         deadline = time.monotonic() + HANG
         while not self._send_one(FENCES[0]):
             assert time.monotonic() < deadline
@@ -197,14 +199,16 @@ class World:
             if all(each["count"] for each in board["signals"] if each["signal"] in FENCES):
                 return int(board["history"]["sequence"])
             assert time.monotonic() < deadline, board
-            time.sleep(0.01)  # The pace of the questions.
+            time.sleep(0.01)  # The pace of the requests.
 
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
-        """What the reader got until it has all: numbers, counts by signal, how many were merged, and doubles."""
+        """Read until nothing is missing; return the numbers, the counts by signal, and how many were merged or
+        duplicates.
+        """
         numbers: set[int] = set()
         counts: Counter[str] = Counter()
-        merged = doubles = 0
-        last = self.carried()
+        merged = duplicates = 0
+        last = self.last_sequence()
         boots = set()
         while len(numbers) + merged < last:
             try:
@@ -219,16 +223,16 @@ class World:
                 merged += body["count"]
                 counts[name] += body["count"]
             elif body["sequence"] in numbers:
-                doubles += 1
+                duplicates += 1
             else:
                 numbers.add(body["sequence"])
                 counts[name] += 1
         assert len(boots) == 1
-        return numbers, counts, merged, doubles
+        return numbers, counts, merged, duplicates
 
 
-@pytest.mark.timeout(SECONDS + 7200)  # It stops a hang only.
-def test_nothing_is_lost_whatever_is_killed(tmp_path: Path) -> None:
+@pytest.mark.timeout(SECONDS + 7200)  # This timeout only stops a hang.
+def test_nothing_is_lost_when_gateway_proxy_and_broker_are_killed(tmp_path: Path) -> None:
     seed = int(os.environ.get("INCO_TRIO_SEED") or int.from_bytes(os.urandom(4), "big"))
     dice = random.Random(seed)  # noqa: S311 - repeatable
     with ExitStack() as stack:
@@ -245,11 +249,11 @@ def test_nothing_is_lost_whatever_is_killed(tmp_path: Path) -> None:
                 world.faults[fault.__name__] += 1
                 time.sleep(0.5)  # The pace of the faults.
         world.service.wait("U")
-        numbers, counts, merged, doubles = world.read_all()
+        numbers, counts, merged, duplicates = world.read_all()
         lost = {name: sent - counts[name] for name, sent in world.sent.items() if counts[name] < sent}
         story = (
-            f"seed {seed}, {SECONDS:g} s: {world.sent.total()} sent, {len(numbers)} published, {doubles} doubles, "
-            f"{merged} merged, {sum(lost.values())} lost; {dict(world.faults)}"
+            f"seed {seed}, {SECONDS:g} s: {world.sent.total()} sent, {len(numbers)} published, "
+            f"{duplicates} duplicates, {merged} merged, {sum(lost.values())} lost; {dict(world.faults)}"
         )
         sys.stdout.write(f"{story}\n")
         assert not lost, f"{story}\n{lost}\n{world.gateway.log[-3000:]}"

@@ -1,4 +1,4 @@
-"""The link goes down and up, vanishes and comes back as another one, refuses frames, or is not there at all."""
+"""The link goes down and up, is deleted and recreated, refuses frames, or is missing."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.faults.processes import wait_idle, work
 
 TIMES = 20
 IDLE_STRETCH = 1.0
-"""Seconds over which CPU time is measured; how long they really take does not matter."""
+"""Seconds over which CPU time is measured."""
 
 
-def test_down_and_up_many_times(board: Board) -> None:
+def test_a_link_that_flaps_loses_nothing(board: Board) -> None:
     expected = []
     for _ in range(TIMES):
         said = len(board.proxy.log)
@@ -36,7 +36,7 @@ def test_down_and_up_many_times(board: Board) -> None:
         board.proxy.wait_log("cannot send", after=said)
         board.cores.link_up()
         begin = time.monotonic()
-        board.wire.wait(lambda: len(board.wire.order) >= len(expected), "what was kept has not been sent")
+        board.wire.wait(lambda: len(board.wire.order) >= len(expected), "pending notifications have not been sent")
         sys.stdout.write(f"sent {1e3 * (time.monotonic() - begin):.1f} ms after the link was up\n")
         board.works()
         expected.append("out_b")
@@ -52,11 +52,11 @@ def down(board: Board) -> None:
 
 def no_carrier(board: Board) -> None:
     board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "down"], check=True))
-    # The kernel's own watcher of links may take a second to tell.
+    # The kernel may take a second to report the lost carrier.
     deadline = time.monotonic() + HANG
     while "state DOWN" not in command(board.cores, "ip", "-o", "link", "show", board.cores.link):
         assert time.monotonic() < deadline
-    # Until the proxy has seen it too, the kernel accepts frames and drops them.
+    # Until the proxy notices the lost carrier, too, the kernel accepts frames and drops them.
     client = client_of(board.proxy.pid)
     assert client is not None
     with client:
@@ -72,15 +72,15 @@ def deleted(board: Board) -> None:
 def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[Board], None]) -> None:
     fault(board)
     board.applications.trigger("out_a")
-    # It has tried at least once, or knows without trying.
+    # The proxy has tried to send at least once, or knows that the link is down.
     board.proxy.wait_log("cannot send")
     wait_idle(board.proxy.pid)
     before = work(board.proxy.pid)
-    time.sleep(IDLE_STRETCH)  # Measured: it shows what polls less often than `wait_idle` sees.
+    time.sleep(IDLE_STRETCH)  # measure: `wait_idle` misses a process that polls rarely
     done = work(board.proxy.pid) - before
     sys.stdout.write(f"{done}\n")
     assert done.switches <= 2
-    # What a wake-up takes depends on the machine; a loop that never sleeps would take all of a CPU.
+    # A wake-up costs a different time on each machine; a busy loop would take a whole CPU.
     assert done.cpu_ns < IDLE_STRETCH * 1e9 / 50
 
 
@@ -91,12 +91,12 @@ def test_no_carrier_keeps_notifications_in_order(board: Board) -> None:
         board.applications.trigger(name)
     board.proxy.wait_log("cannot send")
     board.cores.core1.run(lambda: subprocess.run(["ip", "link", "set", board.cores.link, "up"], check=True))
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.works()
 
 
-def test_deleted_and_made_again(board: Board) -> None:
+def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
     for turn in range(3):
         old = mac(board.cores)
         board.cores.delete_link()
@@ -105,25 +105,25 @@ def test_deleted_and_made_again(board: Board) -> None:
         make_again(board.cores, board.core1)
         board.wire.wait_seen("out_a", turn + 1)
         wait_bound(board.cores)
-        sys.stdout.write(f"sends and receives {1e3 * (time.monotonic() - begin):.1f} ms after it was made again\n")
+        sys.stdout.write(f"sends and receives {1e3 * (time.monotonic() - begin):.1f} ms after the link was recreated\n")
         assert mac(board.cores) != old
         assert board.wire.sources == {mac(board.cores)}
         board.works()
         board.wire.sources.clear()
     assert board.proxy.stop() == 0
-    # What comes again within a second is said later, with the number of what was left out.
+    # The log suppresses a message that repeats within a second, and later adds the number of suppressed ones.
     said = [json.loads(line) for line in board.proxy.log.splitlines() if "the interface is gone" in line]
     assert sum(1 + line.get("left_out", 0) for line in said) == 3
 
 
-def test_another_address_is_the_source_at_once(board: Board) -> None:
+def test_a_new_mac_address_is_used_at_once(board: Board) -> None:
     command(board.cores, "ip", "link", "set", board.cores.link, "address", "02:00:00:00:00:42")
-    board.proxy.counters()  # It has seen the change, which came before.
+    board.proxy.counters()  # The proxy has read the address change before it answers.
     board.works()
     assert board.wire.sources == {bytes.fromhex("020000000042")}
 
 
-def test_waits_for_the_link(cores: Cores, core1: Peer, start_board: Callable[..., Board]) -> None:
+def test_wait_link_waits_for_the_link(cores: Cores, core1: Peer, start_board: Callable[..., Board]) -> None:
     cores.delete_link()
 
     def wait(running: Proxy) -> None:
@@ -135,7 +135,7 @@ def test_waits_for_the_link(cores: Cores, core1: Peer, start_board: Callable[...
     start_board("--wait-link", before_ready=wait).works()
 
 
-def test_ends_without_the_link(cores: Cores, proxy: StartProxy, board_config: Path) -> None:
+def test_a_missing_link_is_an_error(cores: Cores, proxy: StartProxy, board_config: Path) -> None:
     cores.delete_link()
     running = proxy("--config", board_config, ready=False)
     assert running.wait() == 69
@@ -143,16 +143,16 @@ def test_ends_without_the_link(cores: Cores, proxy: StartProxy, board_config: Pa
     assert "Traceback" not in running.log
 
 
-def test_full_device_queue(board: Board) -> None:
-    # A queue without room: every send is answered with ENOBUFS, and nobody tells when that ends.
+def test_a_full_device_queue_loses_nothing(board: Board) -> None:
+    # A queue without room: each send fails with ENOBUFS, and no event reports when there is room again.
     command(board.cores, "tc", "qdisc", "add", "dev", board.cores.link, "root", "pfifo", "limit", "0")
     sent = ["out_a", "out_b", "out_a"]
     for name in sent:
         board.applications.trigger(name)
     board.proxy.wait_log("No buffer space available")
-    # Not by `del`: while the kernel puts another queue there, it accepts frames and drops them.
+    # Do not use `del`: while the kernel installs another queue, it accepts frames and drops them.
     command(board.cores, "tc", "qdisc", "change", "dev", board.cores.link, "root", "pfifo", "limit", "100")
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.proxy.wait_log("works again")
     assert board.proxy.log.count("No buffer space available") == 1
@@ -166,7 +166,7 @@ def test_thousands_are_kept_while_the_link_is_down(board: Board) -> None:
         board.applications.trigger(name)
         sent.append(name)
     board.cores.link_up()
-    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "what was kept has not been sent")
+    board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent
     board.works()
 
@@ -184,8 +184,8 @@ def test_beyond_the_bound_each_trigger_is_kept_once(board: Board) -> None:
     board.works()
 
 
-def test_a_frame_longer_than_the_mtu(cores: Cores, tmp_path: Path) -> None:
-    # Only the loopback interface lets its MTU be smaller than a wire name may be long.
+def test_a_frame_longer_than_the_mtu_is_dropped_and_counted(cores: Cores, tmp_path: Path) -> None:
+    # Only the loopback interface accepts an MTU below the length of a long wire name.
     command(cores, "ip", "link", "set", "lo", "mtu", "20")
     long = "a" * 21
     write_config(tmp_path / "udrv.json", tmp_path / "irq", [], [long, "short"])

@@ -1,4 +1,4 @@
-"""Queues overflow, limits are reached, system calls fail."""
+"""Queues overflow, limits are reached, and system calls fail."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.faults.conftest import Board
 from tests.faults.processes import injected, wait_stopped
 
 
-def test_inotify_queue_overflow(board: Board) -> None:
+def test_an_inotify_queue_overflow_sends_each_trigger(board: Board) -> None:
     room = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     wait_stopped(board.proxy.pid)
-    # Each makes two events: a write and a close.
+    # Each trigger causes two events: a write and a close.
     for _ in range(room // 2 + 100):
         board.applications.trigger("out_a")
     board.applications.trigger("out_b")
@@ -38,7 +38,7 @@ def test_inotify_queue_overflow(board: Board) -> None:
 def test_frames_dropped_by_the_kernel_are_counted(
     only_net_raw: None, proxy: StartProxy, core1: Peer, irq_dir: Path, watch: Callable[[Path], Consumer]
 ) -> None:
-    # Without CAP_NET_ADMIN the queue is short.
+    # Without CAP_NET_ADMIN, the receive queue is short.
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
     sent = 20_000
@@ -58,22 +58,26 @@ def test_frames_dropped_by_the_kernel_are_counted(
     resets.wait(counters["received"] + 1)
 
 
-def test_descriptors_run_out_while_running(board: Board) -> None:
+def test_a_lack_of_descriptors_while_running_loses_nothing(board: Board) -> None:
     hard = resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE)[1]
     resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (0, hard))
     for _ in range(3):
         board.core1.send(b"in_a")
         board.applications.trigger("out_a")
     board.proxy.wait_log("Too many open files")
-    board.wire.wait(lambda: board.wire.seen["out_a"] == 3, "sending needs no descriptor")
+    board.wire.wait(
+        lambda: board.wire.seen["out_a"] == 3, "out_a has not been sent, although sending needs no descriptor"
+    )
     resource.prlimit(board.proxy.pid, resource.RLIMIT_NOFILE, (hard, hard))
-    board.applications.wait(lambda: board.applications.closes["in_a"] >= 3, "not all that was kept has been delivered")
+    board.applications.wait(
+        lambda: board.applications.closes["in_a"] >= 3, "pending notifications have not been delivered"
+    )
     board.proxy.wait_log("works again")
     assert board.applications.closes["in_a"] == 3
     assert board.proxy.log.count("cannot write: Too many open files") == 1
 
 
-def test_a_client_comes_while_there_are_no_descriptors(board: Board) -> None:
+def test_a_client_waits_until_there_are_descriptors(board: Board) -> None:
     client = client_of(board.proxy.pid)
     assert client is not None
     client.close()
@@ -91,7 +95,7 @@ def test_a_client_comes_while_there_are_no_descriptors(board: Board) -> None:
 
 
 @pytest.mark.parametrize("limit", range(5, 14))
-def test_descriptors_run_out_at_start(
+def test_a_lack_of_descriptors_at_start_is_an_error(
     python_runs_under: Callable[..., None], proxy: StartProxy, irq_dir: Path, limit: int
 ) -> None:
     python_runs_under("prlimit", f"--nofile={limit}")
@@ -108,10 +112,10 @@ def test_descriptors_run_out_at_start(
         ("max_inotify_watches", "raise fs.inotify.max_user_watches"),
     ],
 )
-def test_inotify_limits_at_start(
+def test_inotify_limits_at_start_are_named(
     python_runs_under: Callable[..., None], proxy: StartProxy, irq_dir: Path, setting: str, said: str
 ) -> None:
-    # A user namespace has limits of its own (namespaces(7)).
+    # A user namespace has its own limits (namespaces(7)).
     script = f'echo 0 > /proc/sys/user/{setting} && exec "$@"'
     python_runs_under("unshare", "--user", "--map-root-user", "sh", "-c", script, "sh")
     running = proxy("--irq-dir", irq_dir, ready=False)
@@ -121,41 +125,41 @@ def test_inotify_limits_at_start(
 
 
 @pytest.mark.parametrize(
-    ("fault", "leg"),
+    ("fault", "task"),
     [
         ("recvfrom:error=ENOMEM:when=1", "receive"),
         ("readv:error=ENOMEM:when=1..3", "triggers"),
     ],
 )
-def test_a_leg_that_fails_is_restarted(board: Board, fault: str, leg: str) -> None:
+def test_a_task_that_fails_is_restarted(board: Board, fault: str, task: str) -> None:
     with injected(board.proxy.pid, fault):
         board.core1.send(b"in_a")
         board.applications.trigger("out_a")
         board.applications.wait(lambda: board.applications.closes["in_a"] > 0, "in_a has not been delivered")
         board.wire.wait_seen("out_a")
-        board.proxy.wait_log(f"{leg}: Cannot allocate memory; restarted")
-        board.proxy.wait_log(f"{leg}: works again")
+        board.proxy.wait_log(f"{task}: Cannot allocate memory; restarted")
+        board.proxy.wait_log(f"{task}: works again")
     board.works()
     assert board.proxy.log.count("Cannot allocate memory") == 1
     assert board.proxy.log.count("works again") == 1
-    assert board.proxy.counters()["restarts"] == (3 if leg == "triggers" else 1)
+    assert board.proxy.counters()["restarts"] == (3 if task == "triggers" else 1)
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOMEM"])
-def test_an_error_of_a_send_loses_nothing(board: Board, error: str) -> None:
+def test_a_failed_send_loses_nothing(board: Board, error: str) -> None:
     with injected(board.proxy.pid, f"sendto:error={error}:when=1..4"):
         for name in ("out_a", "out_b", "out_a"):
             board.applications.trigger(name)
-        board.wire.wait(lambda: len(board.wire.order) >= 3, "what was kept has not been sent")
+        board.wire.wait(lambda: len(board.wire.order) >= 3, "pending notifications have not been sent")
     assert board.wire.order == ["out_a", "out_b", "out_a"]
     board.works()
 
 
-def test_an_error_after_some_frames_loses_none_of_them(board: Board) -> None:
+def test_a_failed_read_in_a_batch_loses_nothing(board: Board) -> None:
     wait_stopped(board.proxy.pid)
     for _ in range(4):
         board.core1.send(b"in_a")
-    # The first read is for a lone frame; two of a batch have been read when the third fails.
+    # The first read is for a lone frame; two frames of a batch have been read when the third read fails.
     with injected(board.proxy.pid, "recvfrom:error=ENOMEM:when=4"):
         os.kill(board.proxy.pid, signal.SIGCONT)
         board.core1.send(b"in_b")

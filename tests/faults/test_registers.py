@@ -1,4 +1,4 @@
-"""The random walks over registers, long: 100,000 steps each in the full form."""
+"""Long random walks over registers: 100,000 steps each in the full form."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from tests.test_registers_machine import SharedWalk, Walk, walk
 
 
 @pytest.mark.parametrize("machine", [Walk, SharedWalk])
-def test_a_long_walk(machine: type[Walk]) -> None:
+def test_a_long_random_walk_loses_nothing(machine: type[Walk]) -> None:
     if environment_form() == "short":
         walk(steps=5000, walks=50, machine=machine)
     else:
-        # A part of the walks ends early.
+        # Some walks end early.
         walk(steps=120_000, walks=1200, machine=machine)
 
 
-def test_a_long_calm_walk() -> None:
+def test_a_long_calm_walk_reports_each_notification_once() -> None:
     if environment_form() == "short":
         calm(steps=3000, walks=75)
     else:

@@ -1,4 +1,4 @@
-"""Restart, crash, stop and reload under a real s6-svscan: what arrives while no proxy runs waits in the kernel."""
+"""Restart, crash, stop and reload under a real s6-svscan: notifications wait in the kernel while no proxy runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANY = [f"in_{number:04}" for number in range(500)], [f"out_{number:04}" for num
 
 @attrs.frozen
 class Supervised:
-    """A proxy under s6, and both sides of it."""
+    """A proxy under s6 with core 1 and the applications."""
 
     service: Service
     config: Path
@@ -35,17 +35,17 @@ class Supervised:
     wire: Wire
 
     def end(self, how: str) -> None:
-        """Have no proxy: `-d` stops it, `-dk` kills it at once; returns once s6 has seen its end."""
+        """Stop (`d`) or kill (`dk`) the proxy, and wait until s6 has noticed its end."""
         self.service.control(f"-{how}")
         self.service.wait("D")
 
     def begin(self) -> None:
-        """Have a proxy, ready."""
+        """Start the proxy and wait until it is ready."""
         self.service.control("-u")
         self.service.wait("U")
 
     def arrived(self, inbound: list[str], outbound: list[str], since: float) -> None:
-        """Assert that all of these arrive."""
+        """Assert that all these signals arrive."""
         for name in inbound:
             delivered = functools.partial(self._is_delivered, name, since)
             self.applications.wait(delivered, f"{name} has not been delivered")
@@ -56,7 +56,7 @@ class Supervised:
         return self.applications.closes[name] > 0 and self.applications.delivered(name, since)
 
     def send_all(self, inbound: list[str], outbound: list[str]) -> float:
-        """Send each once, every third trigger by replacing it; returns when that began."""
+        """Send each signal once, every third trigger by a rename; return the start time."""
         since = self.applications.mark()
         for name in inbound:
             self.core1.send(name.encode())
@@ -70,7 +70,7 @@ Supervise = Callable[..., Supervised]
 
 @pytest.fixture
 def supervise(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Supervise]:
-    """Start it: `supervise(inbound, outbound)`."""
+    """Start a supervised proxy: `supervise(inbound, outbound)`."""
     with ExitStack() as stack:
 
         def start(inbound: list[str], outbound: list[str]) -> Supervised:
@@ -89,12 +89,12 @@ def supervise(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Supervise]:
 
 
 @pytest.mark.parametrize("how", ["d", "dk"], ids=["stopped", "killed"])
-def test_what_arrives_while_no_proxy_runs(supervise: Supervise, how: str) -> None:
+def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Supervise, how: str) -> None:
     world = supervise(*MANY)
     for _ in range(2):
         world.applications.reset()
         world.wire.seen.clear()
-        # Killed while it notes what it has finished, or made, it would send that again.
+        # A proxy killed while it records finished work, or files that it created, would repeat that work.
         wait_idle(main_process(world.service.directory))
         world.end(how)
         since = world.send_all(*MANY)
@@ -105,9 +105,9 @@ def test_what_arrives_while_no_proxy_runs(supervise: Supervise, how: str) -> Non
     assert set(world.applications.closes.values()) == {1}
 
 
-def test_a_rename_in_a_directory_that_was_moved_before_anyone_looked(supervise: Supervise) -> None:
+def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
-    # Killed before it has read that it made the triggers itself, it would send each once.
+    # A proxy killed before it has read the events of its own files would send each trigger once.
     wait_idle(main_process(world.service.directory))
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
@@ -115,7 +115,7 @@ def test_a_rename_in_a_directory_that_was_moved_before_anyone_looked(supervise: 
     directory.rename(directory.with_name("moved"))
     world.begin()
     world.wire.wait_seen("out_a")
-    # What happens there from now on is nobody's.
+    # The old directory is not watched any more, so a rename in it must not count.
     wait_idle(main_process(world.service.directory))
     (directory.with_name("moved") / "new").touch()
     (directory.with_name("moved") / "new").rename(directory.with_name("moved") / "out_a_trig")
@@ -124,7 +124,7 @@ def test_a_rename_in_a_directory_that_was_moved_before_anyone_looked(supervise: 
     assert world.wire.order == ["out_a", "out_b"]
 
 
-def test_killed_with_a_backlog(supervise: Supervise) -> None:
+def test_a_killed_proxy_with_a_backlog_loses_nothing(supervise: Supervise) -> None:
     world = supervise(*MANY)
     pid = main_process(world.service.directory)
     wait_stopped(pid)
@@ -134,7 +134,7 @@ def test_killed_with_a_backlog(supervise: Supervise) -> None:
 
 
 @pytest.mark.parametrize("how", ["r", "t", "h"])
-def test_restarts_and_reload_under_traffic(supervise: Supervise, how: str) -> None:
+def test_restarts_and_a_reload_under_traffic_lose_nothing(supervise: Supervise, how: str) -> None:
     world = supervise(*MANY)
     since = world.applications.mark()
     for turn, (inbound, outbound) in enumerate(zip(*MANY, strict=True)):
@@ -150,7 +150,7 @@ def test_restarts_and_reload_under_traffic(supervise: Supervise, how: str) -> No
         assert "reloaded" not in world.service.log
 
 
-def test_stopped_with_a_backlog_of_10_000_frames(supervise: Supervise) -> None:
+def test_a_stop_with_a_backlog_of_10_000_frames_loses_nothing(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     pid = main_process(world.service.directory)
     wait_stopped(pid)
@@ -167,7 +167,7 @@ def test_stopped_with_a_backlog_of_10_000_frames(supervise: Supervise) -> None:
     assert by_the_first <= 10_000
 
 
-def test_other_signals_than_before(supervise: Supervise) -> None:
+def test_a_restart_with_other_signals(supervise: Supervise) -> None:
     world = supervise([*INBOUND, "in_old"], [*OUTBOUND, "out_old"])
     world.end("dk")
     since = world.send_all(["in_a", "in_old"], ["out_a", "out_old"])
@@ -177,12 +177,12 @@ def test_other_signals_than_before(supervise: Supervise) -> None:
     wait_path(world.applications.directory / "out_new_trig")
     since = world.send_all(["in_new", "in_b"], ["out_new", "out_b"])
     world.arrived(["in_new", "in_b"], ["out_new", "out_b"], since)
-    # A signal that was taken away is nobody's, and new ones are not notified by being new.
+    # The removed signal is ignored, and a new trigger file does not count as a notification.
     assert not world.applications.delivered("in_old", 0.0)
     assert world.wire.seen["out_new"] == 1
 
 
-def test_a_reload_takes_other_signals(supervise: Supervise) -> None:
+def test_a_reload_with_other_signals(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     pid = main_process(world.service.directory)
     write_config(world.config, world.applications.directory, [*INBOUND, "in_new"], [*OUTBOUND, "out_new"])
@@ -199,12 +199,12 @@ def test_a_reload_takes_other_signals(supervise: Supervise) -> None:
     assert world.wire.seen["out_new"] == 1
 
 
-def test_a_held_socket_that_does_not_fit_any_more(supervise: Supervise, cores: Cores) -> None:
+def test_a_stored_socket_that_does_not_match_is_replaced(supervise: Supervise, cores: Cores) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     world.end("d")
 
     def foreign() -> socket.socket:
-        # As an earlier version could have left it: bound to the link, without our filter.
+        # An earlier version may have stored such a socket: bound to the link, without our filter.
         return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
 
     holder = str(world.service.scandir / "inco-trio-fdholder/s")
@@ -228,7 +228,7 @@ def test_a_held_socket_that_does_not_fit_any_more(supervise: Supervise, cores: C
 
 
 @pytest.mark.parametrize("mistake", ["{", '{"file": {}}'])
-def test_a_permanent_failure_stops_the_loop(supervise: Supervise, mistake: str) -> None:
+def test_a_permanent_failure_is_not_retried(supervise: Supervise, mistake: str) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     good = world.config.read_text()
     world.config.write_text(mistake)
@@ -242,7 +242,7 @@ def test_a_permanent_failure_stops_the_loop(supervise: Supervise, mistake: str) 
     world.arrived(["in_a"], ["out_a"], since)
 
 
-def test_a_missing_link_is_tried_again(supervise: Supervise, cores: Cores) -> None:
+def test_a_missing_link_is_retried(supervise: Supervise, cores: Cores) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
     world.end("d")
     cores.delete_link()

@@ -1,4 +1,4 @@
-"""The proof: every signal sent exactly once, while faults rain, and none is lost."""
+"""Every signal is sent exactly once while faults hit the proxy, and none may be lost."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ from tests.faults.supervised import wait_path
 INBOUND = [f"in_{number:03}" for number in range(300)]
 OUTBOUND = [f"out_{number:03}" for number in range(300)]
 
-# A user manager wants cgroups, and a system that was booted with systemd. It gets both in a mount namespace; all of its
-# own cgroup ends when standard input does.
+# A user manager needs cgroups and a system booted with systemd. A mount namespace provides both.
+# When standard input closes, the script kills the whole cgroup.
 MANAGER = """
 mount -t tmpfs inco-trio-test /run
 mkdir -p /run/systemd/system
@@ -53,7 +53,7 @@ class Unit:
         runtime.mkdir(mode=0o700)
         command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", link, "--config", str(config)]
         (units / self.name).write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        # There is no journal here.
+        # No journal runs here.
         (units / f"{self.name}.d/log.conf").write_text(f"[Service]\nStandardError=append:{self._log}\n")
         for target in ("basic", "shutdown"):
             (units / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
@@ -73,31 +73,31 @@ class Unit:
 
     @property
     def log(self) -> str:
-        """What the proxy said."""
+        """Return the proxy's log."""
         return self._log.read_text() if self._log.exists() else ""
 
     def wait_log(self, text: str) -> None:
-        """Wait until it says so."""
+        """Wait until the log contains `text`."""
         wait_path(self._log, lambda: text in self.log)
 
     def control(self, verb: str, *options: str) -> int:
-        """Run systemctl on the unit; returns its exit code, once what was asked for is done."""
+        """Run systemctl on the unit, wait until it is done, and return its exit code."""
         return subprocess.run(["systemctl", "--user", *options, verb, self.name], env=self._environment).returncode
 
     def property(self, name: str) -> str:
-        """A property of the unit."""
+        """Return a property of the unit."""
         command = ["systemctl", "--user", "show", "--value", "--property", name, self.name]
         return subprocess.run(command, env=self._environment, check=True, capture_output=True, text=True).stdout.strip()
 
     def close(self) -> None:
-        """End systemd and all that it started."""
+        """End systemd and all its processes."""
         self._manager.communicate()
         assert self._manager.returncode == 0
-        sys.stderr.write(f"the unit said:\n{self.log}")
+        sys.stderr.write(f"log of the unit:\n{self.log}")
 
 
 class Board:
-    """What the unit carries, on both sides."""
+    """Both sides of the proxy that the unit runs."""
 
     def __init__(self, unit: Unit, core1: Peer, applications: Applications, wire: Wire) -> None:
         self.unit = unit
@@ -106,7 +106,7 @@ class Board:
         self._wire = wire
 
     def send_all(self) -> None:
-        """Send each signal once, both ways."""
+        """Send each signal once in both directions."""
         self._applications.reset()
         self._wire.seen.clear()
         for name in INBOUND:
@@ -115,7 +115,7 @@ class Board:
             self._applications.trigger(name)
 
     def all_arrived(self) -> None:
-        """Wait for them."""
+        """Wait until all of them have arrived."""
         closes, seen = self._applications.closes, self._wire.seen
         self._applications.wait(lambda: all(closes[name] for name in INBOUND), "not all have been delivered")
         self._wire.wait(lambda: all(seen[name] for name in OUTBOUND), "not all have been sent")
@@ -126,7 +126,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a 
 
 @pytest.fixture
 def board(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Board]:
-    """The board; the unit is started and ready."""
+    """Start the unit and yield the board once it is ready."""
     config, directory = tmp_path / "udrv.json", tmp_path / "irq"
     write_config(config, directory, INBOUND, OUTBOUND)
     with ExitStack() as stack:
@@ -140,7 +140,7 @@ def board(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Board]:
         yield Board(unit, core1, applications, wire)
 
 
-def test_the_unit(board: Board, tmp_path: Path) -> None:
+def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_path: Path) -> None:
     unit = board.unit
     assert unit.property("NFileDescriptorStore") == "3"
     pids = []
@@ -152,13 +152,13 @@ def test_the_unit(board: Board, tmp_path: Path) -> None:
         if end == "kill":
             os.kill(pid, signal.SIGKILL)
         else:
-            # systemd continues what it ends or calls, and waits.
+            # Continue the process first: systemctl waits until the process has handled the request.
             os.kill(pid, signal.SIGCONT)
             assert unit.control(end) == 0
         board.all_arrived()
         assert unit.property("NFileDescriptorStore") == "3"
     pids.append(int(unit.property("MainPID")))
-    # Killed and restarted it is another process; reloaded, it is the same.
+    # A kill and a restart give a new process; a reload keeps it.
     assert len(set(pids)) == 3
     unit.wait_log("reloaded")
 
