@@ -31,7 +31,7 @@ OUTBOUND = {
 class Cupboard:
     """An fd store in this process; `heir` returns a store that passes the descriptors to the next proxy."""
 
-    holder: str | None = "a test"
+    supervisor: str | None = "a test"
 
     def __init__(self, inherited: dict[str, int] | None = None) -> None:
         self.inherited = inherited or {}

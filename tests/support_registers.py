@@ -161,6 +161,6 @@ class World:
         self.registers.states.write([known[signal.name.encode()] for signal in signals])
 
     @property
-    def owed(self) -> dict[str, int]:
-        owed = self.inflight.owed
-        return {name.decode(): owed[name] for name in owed}
+    def pending(self) -> dict[str, int]:
+        pending = self.inflight.pending
+        return {name.decode(): pending[name] for name in pending}

@@ -155,11 +155,11 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             ["iface: unknown key (expected one of link, config, irq_dir, netns)"],
         ),
         ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
-        ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing: the path of the "]),
-        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': is neither unix:LOCAL,peer=REMOTE nor an interface"]),
+        ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing (expected the "]),
+        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': neither unix:LOCAL,peer=REMOTE nor an interface"]),
         (
             {"link": LONG, "irq_dir": "/x"},
-            [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes; a socket's has 107 "],
+            [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],
         ),
         ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (leave it out)"]),
         (
@@ -271,7 +271,7 @@ async def test_a_board_that_cannot_be_opened_is_retried(place: Place, caplog: py
     async with open_proxies(place.configs("bad", "good")) as proxies:
         assert list(proxies) == ["good"]
         problem = (
-            f"{place.home}/bad/message_5_state: is no regular file but a symlink: remove it, or name another register"
+            f"{place.home}/bad/message_5_state: not a regular file but a symlink (remove it, or use another register)"
         )
         assert proxies.not_open == {"bad": problem}
         assert isinstance(proxies, Mapping)
@@ -527,7 +527,7 @@ async def test_error_says_how_to_create_a_missing_network_namespace(place: Place
     config = Config("none0", builtin_signals(place.home / "a"), wait_link=True, netns=place.home / "netns")
     async with open_proxies({"a": config}) as proxies:
         assert proxies.not_open["a"] == (
-            f"none0: there is no network namespace {place.home}/netns: make it (`ip netns add NAME`)"
+            f"none0: there is no network namespace {place.home}/netns (create it with `ip netns add NAME`)"
         )
 
 

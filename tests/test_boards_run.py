@@ -102,7 +102,7 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
     peers = {name: boards.peer(name) for name in ("a", "b", "c")}
     proxy = daemon()
     said = [json.loads(line) for line in proxy.log.splitlines()]
-    missing = "peer=REMOTE is missing: the path of the socket of the other side"
+    missing = "peer=REMOTE is missing (expected the socket path of the other side)"
     assert [(line.get("board"), line["message"]) for line in said if line["level"] == "error"] == [
         (
             "bad",

@@ -123,7 +123,7 @@ def test_wrong_arguments_of_inco_proxy_print_the_usage(say: Say, arguments: tupl
         (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
         (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected a directory to write, or --systemd)"),
-        (("demo", "--count", "0"), "the demonstration needs a count of at least 1 and a rate above 0"),
+        (("demo", "--count", "0"), "the demonstration needs a count of 1 or more and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
             "--notification-fd 1: 0, 1 and 2 are the standard streams (3 is customary)",
@@ -157,7 +157,7 @@ def test_check_prints_the_signal_table(say: Say) -> None:
 
 UNIX_EXPLANATION = (
     "a Unix datagram socket at /x/a, which needs no privilege; the other side, such as QEMU, is bound at /x/b; "
-    "frames are sent from 02:00:00:00:00:01"
+    "the MAC address is 02:00:00:00:00:01"
 )
 
 

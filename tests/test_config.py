@@ -608,7 +608,7 @@ def test_invalid_interface_names_are_refused(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert str(caught.value) == (
-        f"link {interface!r}: is neither unix:LOCAL,peer=REMOTE nor an interface's name:"
+        f"link {interface!r}: neither unix:LOCAL,peer=REMOTE nor an interface's name:"
         " 1 to 15 bytes of UTF-8 without '/', ':' and whitespace"
     )
 

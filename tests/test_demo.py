@@ -29,7 +29,7 @@ ALL_ARRIVED = re.compile(r"all 30 notifications arrived, median \d+(\.\d)? (us|m
 
 @pytest.mark.parametrize(("count", "rate"), [(0, 100.0), (1, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])
 def test_invalid_counts_and_rates_are_refused(count: int, rate: float) -> None:
-    with pytest.raises(InvalidArgumentError, match="count of at least 1 and a rate above 0"):
+    with pytest.raises(InvalidArgumentError, match="count of 1 or more and a rate above 0"):
         run_demo(count, rate, io.StringIO())
 
 
@@ -128,7 +128,7 @@ def test_forbidden_namespaces_are_replaced_by_a_unix_socket(
     assert (code, complaints) == (0, "")
     told, stage, *_, verdict = said.splitlines()
     assert told.startswith(
-        f"Over a Unix socket, as this system forbids namespaces: cannot make {refusal}: run as root, or allow it"
+        f"Using a Unix socket, because this system forbids namespaces: cannot create {refusal}: run as root, or"
     )
     assert stage.startswith("Two cores, joined by a pair of Unix sockets; process ")
     assert ALL_ARRIVED.fullmatch(verdict)
@@ -145,7 +145,7 @@ def test_ordinary_user_gets_answers_from_real_firmware(nobody: list[str]) -> Non
     assert re.fullmatch(
         r"all 15 round trips arrived, median \d+(\.\d)? (us|ms): the proxy works on this machine", verdict
     )
-    assert "\nEach latency is that of a round trip.\n" in said
+    assert "\nEach latency is a round-trip time.\n" in said
     for name, answer in {
         "redun_notify_irq": "ihub_hwwd_irq",
         "ihub_crash_log_irq": "ihub_reset_irq",
@@ -161,8 +161,7 @@ def test_missing_qemu_is_one_error_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr == (
-        "inco-trio: error: qemu-system-riscv64 is not installed: "
-        "install the package that has it (Debian: qemu-system-misc)\n"
+        "inco-trio: error: qemu-system-riscv64 is not installed (Debian: install qemu-system-misc)\n"
     )
 
 
@@ -174,7 +173,7 @@ def test_temporary_directory_too_long_for_a_socket_is_one_error_line(tmp_path: P
     )
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert "there can be no link in the directory for temporary files (TMPDIR): " in line
+    assert "TMPDIR: the sockets of a link cannot be in this directory: " in line
     assert list(scratch.iterdir()) == []
 
 
@@ -185,7 +184,7 @@ def test_proxy_that_cannot_start_is_an_error() -> None:
     assert (code, said) == (70, "")
     reason, verdict = complaints.splitlines()
     assert "inotify" in reason
-    assert verdict.endswith("the proxy has ended with exit code 71; its log is above")
+    assert verdict.endswith("the proxy has ended with exit code 71 (see its log above)")
 
 
 class Running:
@@ -315,7 +314,7 @@ def test_dead_proxy_is_an_error(running: Running, scratch: Path) -> None:
     os.kill(running.proxy, signal.SIGKILL)
     code, _said, complaints = running.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9 (see its log above)")
     assert list(scratch.iterdir()) == []
 
 
@@ -336,7 +335,7 @@ def test_dead_proxy_over_a_socket_is_an_error(running_sockets: Running, scratch:
     os.kill(running_sockets.proxy, signal.SIGKILL)
     code, _said, complaints = running_sockets.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9 (see its log above)")
     assert list(scratch.iterdir()) == []
 
 
@@ -401,8 +400,8 @@ def test_killed_demonstration_with_qemu_leaves_no_process(running_qemu: Running)
 @pytest.mark.parametrize(
     ("child", "code", "complaint"),
     [
-        (0, 69, "QEMU has ended with exit code -9; the last that it said: core1: ready"),
-        (1, 70, "the proxy has ended with exit code -9; its log is above"),
+        (0, 69, "QEMU has ended with exit code -9; its last output: core1: ready"),
+        (1, 70, "the proxy has ended with exit code -9 (see its log above)"),
     ],
     ids=["qemu", "proxy"],
 )

@@ -49,7 +49,7 @@ def test_the_daemon_warns_about_a_shared_filesystem(tmp_path: Path, monkeypatch:
     assert kind is not None
     monkeypatch.setitem(UNREPORTED, kind, UNREPORTED["9p"])
     (line,) = diagnose(builtin_signals(tmp_path))
-    assert line.startswith(f"{tmp_path}: is on a filesystem of type {kind}: ")
+    assert line.startswith(f"{tmp_path}: on a filesystem of type {kind}: ")
 
 
 @contextmanager
@@ -65,9 +65,9 @@ def holder(path: Path, mode: str) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("register", "mode", "said"),
     [
-        ("message_6_trig", "a", "for writing: what it writes is a notification only when it closes it"),
-        ("message_6_trig", "r+", "for writing: what it writes is a notification only when it closes it"),
-        ("message_5_state", "r", "it sees a notification only when it reads again, or watches the file"),
+        ("message_6_trig", "a", "for writing: only closing the file causes a notification"),
+        ("message_6_trig", "r+", "for writing: only closing the file causes a notification"),
+        ("message_5_state", "r", "it must read the file again, or watch it, to see a notification"),
         ("message_6_trig", "r", None),
         ("another", "a", None),
     ],

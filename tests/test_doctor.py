@@ -836,7 +836,7 @@ def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str]
         (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config exclude each other"),
         (["--boards", "a", "--config", "b"], "--boards and --config exclude each other: a board's file names its link"),
         (["l0", "--boards", "a"], "--boards and IFACE exclude each other"),
-        (["a/b"], "link 'a/b': is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
         (["--config", ""], "--config: the path is empty"),

@@ -276,7 +276,7 @@ def test_a_missing_network_namespace_is_a_fault(cores: Cores, tmp_path: Path) ->
     (tmp_path / "b1.json").write_text(json.dumps(board))
     result = of(doctor(cores.core0, "--boards", tmp_path), "netns")
     assert result["level"] == "fail"
-    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none: make it")
+    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none (create it")
 
 
 def test_a_board_in_another_network_namespace_is_checked(cores: Cores, tmp_path: Path) -> None:

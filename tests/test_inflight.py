@@ -42,9 +42,9 @@ for number, bank in enumerate(memory.frames):
 memory.frames[0].clear(FRAME_STEP)
 memory.events[1].begin(3)
 memory.events[1].view[:16] = bytes.fromhex(sys.argv[2])
-memory.owed[b"ihub_reset_irq"] += 2
-memory.owed[b"ihub_hwwd_irq"] += 1
-memory.owed[b"ihub_hwwd_irq"] -= 1
+memory.pending[b"ihub_reset_irq"] += 2
+memory.pending[b"ihub_hwwd_irq"] += 1
+memory.pending[b"ihub_hwwd_irq"] -= 1
 memory.watches[b"k" * 64] = 77
 os._exit(9)
 """
@@ -78,7 +78,7 @@ def test_new_memory_is_empty(memory: Inflight) -> None:
     assert [len(bank.view) >= FRAME_STEP * (FRAMES - 1) + FRAME_MAX for bank in memory.frames] == [True, True]
     assert [parse_events(bank.view) for bank in memory.events] == [[], []]
     assert [len(bank.view) for bank in memory.events] == [EVENT_BANK] * 2
-    assert (list(memory.owed), list(memory.watches)) == ([], [])
+    assert (list(memory.pending), list(memory.watches)) == ([], [])
 
 
 def test_new_memory_allocates_few_pages(memory: Inflight) -> None:
@@ -99,7 +99,7 @@ def test_a_successor_finds_what_a_killed_process_had_in_flight(
     assert [frames_in(bank) for bank in found.frames] == [NAMES[1:], NAMES]
     assert [bank.sequence for bank in found.events] == [0, 3]
     assert [parse_events(bank.view) for bank in found.events] == [[], [Event(5, 8, b"")]]
-    assert {name: found.owed[name] for name in found.owed} == {b"ihub_reset_irq": 2}
+    assert {name: found.pending[name] for name in found.pending} == {b"ihub_reset_irq": 2}
     assert {key: found.watches[key] for key in found.watches} == {b"k" * 64: 77}
 
 
@@ -139,14 +139,14 @@ def test_parts_of_the_memory_do_not_overlap(memory: Inflight, successor: Callabl
     for number, bank in enumerate(banks):
         bank.begin(number + 1)
         bank.view[:] = bytes([number + 1]) * len(bank.view)
-    memory.owed[b"o"] = 5
+    memory.pending[b"o"] = 5
     memory.watches[b"w"] = 6
     found = successor()
     for number, bank in enumerate(found.frames + found.events):
         assert bank.sequence == number + 1
         assert bytes(bank.view) == bytes([number + 1]) * len(bank.view)
-    assert (found.owed[b"o"], found.watches[b"w"]) == (5, 6)
-    assert (list(found.owed), list(found.watches)) == ([b"o"], [b"w"])
+    assert (found.pending[b"o"], found.watches[b"w"]) == (5, 6)
+    assert (list(found.pending), list(found.watches)) == ([b"o"], [b"w"])
 
 
 @pytest.mark.parametrize(
@@ -177,40 +177,40 @@ def test_other_memory_is_replaced(size: int, start: bytes) -> None:
 def test_the_mapping_works_after_its_descriptor_is_closed() -> None:
     made = Inflight.open()
     made.close()
-    made.owed[b"key"] = 1
-    assert made.owed[b"key"] == 1
+    made.pending[b"key"] = 1
+    assert made.pending[b"key"] == 1
 
 
 def test_a_count_of_zero_removes_the_key(memory: Inflight) -> None:
-    owed = memory.owed
-    owed[b"key"] = 0
-    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
-    owed[b"key"] = 1
-    owed[b"key"] = 0
-    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
+    pending = memory.pending
+    pending[b"key"] = 0
+    assert (len(pending), pending[b"key"], list(pending)) == (0, 0, [])
+    pending[b"key"] = 1
+    pending[b"key"] = 0
+    assert (len(pending), pending[b"key"], list(pending)) == (0, 0, [])
 
 
 def test_removed_entries_are_reused(memory: Inflight, successor: Callable[[], Inflight]) -> None:
-    owed = memory.owed
+    pending = memory.pending
     for number in range(1000):
-        owed[b"%d" % number] = number + 1
+        pending[b"%d" % number] = number + 1
     for number in range(1000):
-        owed[b"%d" % number] = 0
+        pending[b"%d" % number] = 0
     touched = os.fstat(memory.fd).st_blocks
     for number in range(1000):
-        owed[b"new%d" % number] = number + 1
+        pending[b"new%d" % number] = number + 1
     assert os.fstat(memory.fd).st_blocks == touched
-    found = successor().owed
+    found = successor().pending
     assert {name: found[name] for name in found} == {b"new%d" % number: number + 1 for number in range(1000)}
 
 
 def test_a_successor_reuses_removed_entries(memory: Inflight, successor: Callable[[], Inflight]) -> None:
-    memory.owed[b"kept"] = 1
-    memory.owed[b"gone"] = 1
-    memory.owed[b"gone"] = 0
-    found = successor().owed
+    memory.pending[b"kept"] = 1
+    memory.pending[b"gone"] = 1
+    memory.pending[b"gone"] = 0
+    found = successor().pending
     found[b"new"] = 3
-    third = successor().owed
+    third = successor().pending
     assert {name: third[name] for name in third} == {b"kept": 1, b"new": 3}
     assert len(third) == 2
 
@@ -226,9 +226,9 @@ def test_a_table_behaves_like_a_counter(changes: list[tuple[bytes, int, bool]]) 
         memory = Inflight.open()
         stack.callback(memory.close)
         for key, number, handed_on in changes:
-            memory.owed[key] = expected[key] = number
+            memory.pending[key] = expected[key] = number
             if handed_on:
                 memory = Inflight.open(os.dup(memory.fd))
                 stack.callback(memory.close)
-            found = {name: memory.owed[name] for name in memory.owed}
+            found = {name: memory.pending[name] for name in memory.pending}
             assert found == {name: count for name, count in expected.items() if count}

@@ -411,12 +411,12 @@ def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: p
         enslave("br0")
         assert link.refresh()
     assert caplog.messages == [
-        f"{cores.link}: is a port of the bridge br0, which takes its frames: use br0 as the interface"
+        f"{cores.link}: a port of the bridge br0, which takes all frames (use br0 as the interface)"
     ]
     for _ in range(2):
         enslave("")
         assert link.refresh()
-    assert caplog.messages[1:] == [f"{cores.link}: is no port of the bridge br0 any more"]
+    assert caplog.messages[1:] == [f"{cores.link}: no longer a port of the bridge br0"]
 
 
 # ------------------------------------------------------------------------------------------------- interface watcher
