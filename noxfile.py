@@ -1,4 +1,4 @@
-"""The project's checks: plain `nox` runs them all, `nox -l` lists them, `nox -s NAME -- ARGS` runs one of them."""
+"""The project's checks: `nox` runs all of them, `nox -l` lists them, `nox -s NAME -- ARGS` runs one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-# uv makes an environment from its cache in a second; without uv, virtualenv and pip take half a minute for each.
+# uv creates an environment from its cache in a second; virtualenv and pip need half a minute.
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_external_run = True
@@ -44,20 +44,20 @@ DEBIAN_PACKAGES = {
     "zsh": ("zsh",),
 }
 
-# Two tests run at a time, each with its own namespaces, directories and sockets. Each session prints its slowest tests.
+# Two tests run at a time, each with its own namespaces, directories and sockets. pytest prints the 10 slowest tests.
 TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "loadgroup", "--durations", "10")
 
-# Debian keeps ip, tcpdump and mosquitto where a user's PATH does not look.
+# Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
 
-# Namespaces and mounts need CAP_SYS_ADMIN; in a user namespace of its own, everyone has it.
+# Namespaces and mounts need CAP_SYS_ADMIN; every user has it inside a new user namespace.
 AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--mount", "--map-current-user", "--keep-caps")
 
 
 def find_pythons() -> dict[str, str]:
-    """Map each supported minor version to one interpreter that runs, of PATH or of pyenv.
+    """Map each supported minor version to a working interpreter from PATH or pyenv.
 
-    Being found is not enough: pyenv puts a `python3.12` on PATH that fails unless its version is enabled.
+    Finding a file is not enough: pyenv puts a `python3.12` on PATH that fails unless that version is enabled.
     """
     versions = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser() / "versions"
     found: dict[str, str] = {}
@@ -71,7 +71,7 @@ def find_pythons() -> dict[str, str]:
 
 
 def works_as(candidate: str, version: str) -> str | None:
-    """The path of the interpreter `candidate`, if it runs, is that version and has what pip and coverage need."""
+    """Return the interpreter's path if it runs, has this version, and has the modules that pip and coverage need."""
     code = "import sqlite3, ssl, sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
     try:
         done = subprocess.run([candidate, "-c", code], capture_output=True, text=True, check=True, timeout=30)
@@ -81,38 +81,38 @@ def works_as(candidate: str, version: str) -> str | None:
     return path if found == version else None
 
 
-# With none of them, the tests run on what nox runs on: a gate without a session would be open.
+# If no supported version is found, use the Python that runs nox: without any session, `unit` would pass untested.
 PYTHONS = find_pythons() or {"other": sys.executable}
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the project, editable, and groups of pyproject.toml."""
+    """Install the project in editable mode and dependency groups of pyproject.toml."""
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
 def missing_programs() -> tuple[list[str], list[str]]:
-    """The programs that are not there, and the Debian packages that have them."""
+    """Return the missing programs and the Debian packages that provide them."""
     missing = [program for program in DEBIAN_PACKAGES if not shutil.which(program)]
     return missing, [package for program in missing for package in DEBIAN_PACKAGES[program]]
 
 
 def need_programs(session: nox.Session) -> None:
-    """Have the programs that the kernel's tests use, from Debian's packages where that is possible."""
+    """Install missing programs with apt-get as root; otherwise fail and name the Debian packages."""
     missing, packages = missing_programs()
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        session.log(f"{', '.join(missing)} missing: installing {' '.join(packages)}")
+        session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Whether it worked is seen by what is there afterwards: an update may fail for a source that is not needed.
+            # Ignore the exit code, as an update fails if any source fails. The check below decides.
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
         missing, packages = missing_programs()
     if missing:
-        session.error(f"{', '.join(missing)} missing: install {' '.join(packages)} (the names of Debian's packages)")
+        session.error(f"{', '.join(missing)}: not found (install the Debian packages {' '.join(packages)})")
 
 
 def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, **env: str) -> None:
-    """Run pytest and its subprocesses under coverage, its data kept as `data` until the session `coverage`."""
+    """Run pytest and its subprocesses under coverage; store the data as `data` for the session `coverage`."""
     COVERAGE_DATA.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE_DATA.glob(f"data.{data}.*"):
         old.unlink()
@@ -126,7 +126,7 @@ def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's rules and format; the spelling; the published schemas and zizmor's rules for the workflows."""
+    """Check Ruff's rules and format, the spelling, and CI files with their published schemas and zizmor."""
     session.install(*nox.project.dependency_groups(PROJECT, "lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
@@ -142,14 +142,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Strict types: package, tests, netns, docs and this file."""
+    """Check types strictly: package, tests, netns, docs, examples and this file."""
     install(session, "types")
     session.run("mypy", "--strict")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation site, in build/docs; a warning is an error."""
+    """Build the documentation site in build/docs; warnings are errors."""
     install(session, "docs")
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "build/docs", *session.posargs)
 
@@ -157,16 +157,16 @@ def docs(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
 def unit(session: nox.Session) -> None:
-    """Tests without namespaces, of the built wheel, on each supported Python that was found."""
+    """Run the tests without namespaces on the built wheel, with each supported Python that was found."""
     session.log("found " + ", ".join(f"{version} ({path})" for version, path in PYTHONS.items()))
     session.install(".", *nox.project.dependency_groups(PROJECT, "test"))
-    # Where there is no package beside the tests, what they import is the wheel's.
+    # Copy the tests without the package, so that they import the wheel.
     away = Path(session.virtualenv.location).resolve() / "without-package"
     shutil.rmtree(away, ignore_errors=True)
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
         words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools")
-        # No line is for one Python only, so that one is measured.
+        # No line of the package depends on the Python version, so measure coverage on one.
         if session.python == next(iter(PYTHONS.values())):
             run_pytest(session, *words, data=session.name)
         else:
@@ -175,7 +175,7 @@ def unit(session: nox.Session) -> None:
 
 @nox.session(default=False, python=next(iter(PYTHONS.values())))
 def oldest(session: nox.Session) -> None:
-    """Tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
+    """Run the tests with the oldest allowed version of each dependency, on the oldest Python that was found."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "oldest"))
     # Without --upgrade, uv keeps a newer version that an earlier run installed.
@@ -189,7 +189,7 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build sdist and wheel, install the wheel into an environment with nothing else, and try it there."""
+    """Build sdist and wheel, and test the wheel in an environment that contains nothing else."""
     session.install(*nox.project.dependency_groups(PROJECT, "wheel"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)
@@ -208,24 +208,26 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])
 def examples(session: nox.Session) -> None:
-    """The example projects, from the built wheel, each in an environment of its own; on one Python also faulty."""
+    """Test each example project with the built wheel; on one Python also with faults inserted."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--installer", "uv", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
-    # A fault is found on one Python as on the others.
+    # Whether a test finds a fault does not depend on the Python version.
     which = () if session.python == next(iter(PYTHONS.values())) else ("-k", "passes")
     session.run(
-        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *TWO_AT_A_TIME, *session.posargs),
+        # Four at a time, as a faulty example does nothing but wait for its deadline.
+        *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *TWO_AT_A_TIME, "-n", "4"),
+        *session.posargs,
         env={"INCO_TRIO_WHEEL": str(wheel), "INCO_TRIO_ENVIRONMENTS": str(work / "environments")},
     )
 
 
 @nox.session
 def netns(session: nox.Session) -> None:
-    """The real program on the real kernel, in network namespaces, under a real s6, and a second core in QEMU."""
+    """Run the tests that need network namespaces, s6, a second core in QEMU or other system tools."""
     need_programs(session)
     install(session, "test")
     run_pytest(session, "tests", "-m", "netns or s6 or qemu or tools", data="netns", root=True)
@@ -233,13 +235,13 @@ def netns(session: nox.Session) -> None:
 
 @nox.session
 def faults_short(session: nox.Session) -> None:
-    """The fault suite, its quick form."""
+    """Run the quick form of the fault suite."""
     run_faults(session, "short")
 
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """The fault suite, all of it: minutes."""
+    """Run the whole fault suite, which takes minutes."""
     run_faults(session, "full")
 
 
@@ -251,12 +253,12 @@ def run_faults(session: nox.Session, form: str) -> None:
 
 @nox.session(default=False)
 def loaded(session: nox.Session) -> None:
-    """All tests in random order next to busy processes; `-- --randomly-seed=N` repeats an order."""
+    """Run all tests in random order next to busy processes; `-- --randomly-seed=N` repeats an order."""
     need_programs(session)
     install(session, "test", "loaded")
     count = 2 * (os.cpu_count() or 1)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    session.log(f"{count} busy processes, with a higher priority than the tests")
+    session.log(f"started {count} busy processes with a higher priority than the tests")
     try:
         session.run(
             *(*AS_ROOT, "nice", "-n", "1", "pytest", "tests", *TWO_AT_A_TIME, *session.posargs),
@@ -271,7 +273,7 @@ def loaded(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def soak(session: nox.Session) -> None:
-    """Faults at random for as long as wanted: `nox -s soak -- --minutes 30`."""
+    """Inject random faults for a given time: `nox -s soak -- --minutes 30`."""
     need_programs(session)
     install(session, "test")
     session.run(*AS_ROOT, "python", "tests/soak.py", *session.posargs, external=True)
@@ -279,7 +281,7 @@ def soak(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def fleet(session: nox.Session) -> None:
-    """Boards by the hundred, gateways and a broker on this machine: `nox -s fleet -- --boards 500 --seconds 60`."""
+    """Measure hundreds of boards, gateways and a broker: `nox -s fleet -- --boards 500 --seconds 60`."""
     need_programs(session)
     install(session, "test")
     session.run("python", "-m", "tests.fleet", *session.posargs)
@@ -287,13 +289,13 @@ def fleet(session: nox.Session) -> None:
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """The benchmark's quick form, which shows that it works and no figures."""
+    """Run the quick form of the benchmark, which gives no valid figures."""
     run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
 
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """The benchmark against a floor, C and the usual script, with plots; `-- --beside PATH` adds another checkout."""
+    """Run the benchmark next to a minimal Trio loop, C and a Python script; `-- --beside PATH` adds a checkout."""
     run_bench(session)
 
 
@@ -305,20 +307,20 @@ def run_bench(session: nox.Session, *args: str) -> None:
 
 @nox.session(default=False)
 def fresh(session: nox.Session) -> None:
-    """The README's commands on bare Debian systems, as root and as a user: `nox -s fresh -- bookworm` runs one."""
+    """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
 
 
 @nox.session(default=False)
 def generated(session: nox.Session) -> None:
-    """Write the man pages and the completions of shells again, from the parser of `--help`."""
+    """Regenerate the man pages and shell completions from the argument parser."""
     install(session, "manual")
     session.run("python", "-m", "docs.manual")
 
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Join what the tests above measured, and fail below the figure in pyproject.toml."""
+    """Combine the coverage data of the sessions above; fail below the limit in pyproject.toml."""
     session.install(*nox.project.dependency_groups(PROJECT, "test"))
     session.env["COVERAGE_FILE"] = str(COVERAGE_DATA / "data")
     session.run("coverage", "combine", "--quiet")

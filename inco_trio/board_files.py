@@ -10,39 +10,50 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import attrs
 
-from inco_trio.config import Config, read_board
+from inco_trio.config import Board, Config, read_board
 from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
 from inco_trio.linux.files import is_path
 from inco_trio.signals import builtin_signals
-from inco_trio.validation import parse_table, path_fault, read_file
+from inco_trio.validation import ABSOLUTE_PATH, InvalidValueError, Rule, parse_table, read_file
 
 __all__ = ["NETNS", "BoardFile", "Boards", "claims", "read_boards", "refuse_shared"]
 
 NETNS = Path("/run/netns")
-NETNS_EXPECTED = f"a name under {NETNS} or an absolute path"
 SUFFIX = ".json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _link(text: str) -> str:
+    if fault := address_fault(text):
+        raise InvalidValueError(f"{text!r}: {fault}")
+    return text
+
+
+LINK_RULE = Rule((str,), "an interface name or unix:LOCAL,peer=REMOTE", convert=_link)
+NETNS_RULE = Rule(
+    (str,),
+    f"a name under {NETNS} or an absolute path",
+    lambda text: text not in {"", ".", ".."} and is_path(text) and ("/" not in text or text[0] == "/"),
+)
 
 
 @attrs.frozen
 class BoardFile:
     """The keys of a board file. Exactly one of `config` and `irq_dir` is required."""
 
-    link: str
+    link: Annotated[str, LINK_RULE]
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
-    config: str | None = None
+    config: Annotated[str | None, ABSOLUTE_PATH] = None
     """The absolute path of a udrv.json."""
-    irq_dir: str | None = None
+    irq_dir: Annotated[str | None, ABSOLUTE_PATH] = None
     """The absolute path of the directory of the built-in signals."""
-    netns: str | None = None
+    netns: Annotated[str | None, NETNS_RULE] = None
     """The network namespace of the interface: a name under /run/netns, or an absolute path."""
-
-
-KEYS = tuple(field.name for field in attrs.fields(BoardFile))
 
 
 @attrs.frozen
@@ -84,32 +95,17 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
         rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
         raise ConfigError(path, f"a board's name has {rule}")
     table = parse_table(read_file(path), str(path))
-    table.only(KEYS)
-    link = table.text("link", "an interface name or unix:LOCAL,peer=REMOTE", required=True)
-    config, irq_dir = (table.text(key, "an absolute path") for key in ("config", "irq_dir"))
-    netns = table.text("netns", NETNS_EXPECTED)
+    file = table.structure(BoardFile)
     if ("config" in table.values) == ("irq_dir" in table.values):
         table.problems.append("needs either config, the path of a udrv.json, or irq_dir, a directory")
-    for key, value in (("config", config), ("irq_dir", irq_dir)):
-        if value is not None and (fault := path_fault(value)):
-            table.fault(key, fault)
-    if link is not None and (fault := address_fault(link)):
-        table.fault("link", f"{link!r}: {fault}")
-    if netns is not None and (netns in {"", ".", ".."} or not is_path(netns) or ("/" in netns and netns[0] != "/")):
-        table.expect("netns", NETNS_EXPECTED)
-    if netns is not None and (link or "").startswith("unix:"):
+    if file and file.netns is not None and file.link.startswith("unix:"):
         table.fault("netns", "not allowed for a unix: link (leave it out)")
     table.finish(str(path))
-    assert link is not None  # noqa: S101 - `required` above
-    notes: tuple[str, ...] = ()
-    if config is not None:
-        board = read_board(config)
-        signals, notes = board.signals, board.notes
-    else:
-        assert irq_dir is not None  # noqa: S101 - `finish` raised if both are missing
-        signals = builtin_signals(Path(irq_dir))
+    assert file is not None  # noqa: S101 - there are no mistakes
+    netns = None if file.netns is None else NETNS / file.netns
+    board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
     # A board with `wait_link` does not stop the other boards while its link is missing.
-    return Config(link, signals, wait_link=True, netns=None if netns is None else NETNS / netns), notes
+    return Config(file.link, board.signals, wait_link=True, netns=netns), board.notes
 
 
 def claims(config: Config) -> dict[object, str]:

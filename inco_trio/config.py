@@ -10,7 +10,6 @@ rest:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +17,8 @@ import attrs
 
 from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
-from inco_trio.linux.files import FILE_NAME_MAX
 from inco_trio.signals import BUILTIN, Direction, Signal, clashes, name_fault, register_fault
-from inco_trio.validation import Table, parse_table, path_fault, read_file
+from inco_trio.validation import ABSOLUTE_PATH, RULES, InvalidValueError, Rule, Table, parse_table, read_file
 
 __all__ = ["Board", "Config", "parse_board", "read_board", "read_udrv"]
 
@@ -31,8 +29,6 @@ FILE = "file"
 REGS = "misc.ihub_config_dev.regs"
 OURS = "misc.inco_proxy"
 SIGNALS = f"{OURS}.signals"
-DIRECTION = "inbound or outbound"
-ADDRESS = "<device>.<register>"
 
 
 @attrs.frozen
@@ -116,6 +112,16 @@ class _Address:
     register: str
 
 
+def _to_address(text: str) -> _Address:
+    device, _, register = text.partition(".")
+    if fault := register_fault(register):
+        raise InvalidValueError(f"in {text!r}, {fault}")
+    return _Address(device, register)
+
+
+ADDRESS = Rule((str,), "<device>.<register>", lambda text: "." in text, _to_address)
+
+
 @attrs.frozen
 class _Device:
     """An entry of `file`."""
@@ -157,54 +163,23 @@ def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
     # In our own tables, an unknown key is a typing error.
     ours.only(["signals"])
     signals.only(signals.values)
-    for builtin in BUILTIN:
-        if builtin.name in signals.values:
-            yield from _find_own(builtin.name, signals)
-        elif builtin.reg in regs.values:
-            entry = regs.table(builtin.reg)
-            if entry and (address := _address(entry)):
-                yield _Found(builtin.name, builtin.direction, address, entry.where)
+    builtins = {builtin.name: builtin for builtin in BUILTIN}
+    for name in dict.fromkeys([*builtins, *signals.values]):
+        if name in signals.values:
+            if fault := name_fault(name):
+                signals.fault(name, fault)
+            if entry := signals.table(name):
+                entry.only(field.name for field in attrs.fields(_Entry))
+                direction, address = entry.value("direction", RULES[Direction]), entry.value("reg", ADDRESS)
+                if direction and address and not fault:
+                    yield _Found(name, direction, address, entry.where)
+        elif (builtin := builtins[name]).reg in regs.values:
+            if (entry := regs.table(builtin.reg)) and (address := entry.value("reg", ADDRESS)):
+                yield _Found(name, builtin.direction, address, entry.where)
         else:
             where = regs.path(builtin.reg)
             notes.append(f"{where} is missing: using {IRQ_DEVICE}.{builtin.register}")
-            yield _Found(builtin.name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
-    for name in [name for name in signals.values if name not in {builtin.name for builtin in BUILTIN}]:
-        yield from _find_own(name, signals)
-
-
-def _find_own(name: str, signals: Table) -> Iterator[_Found]:
-    fault = name_fault(name)
-    if fault:
-        signals.fault(name, fault)
-    entry = signals.table(name)
-    if entry is None:
-        return
-    entry.only(field.name for field in attrs.fields(_Entry))
-    direction, address = _direction(entry), _address(entry)
-    if direction and address and not fault:
-        yield _Found(name, direction, address, entry.where)
-
-
-def _direction(entry: Table) -> Direction | None:
-    text = entry.text("direction", DIRECTION, required=True)
-    if text is None or text in {each.value for each in Direction}:
-        return None if text is None else Direction(text)
-    entry.expect("direction", DIRECTION)
-    return None
-
-
-def _address(entry: Table) -> _Address | None:
-    text = entry.text("reg", ADDRESS, required=True)
-    if text is None:
-        return None
-    device, dot, register = text.partition(".")
-    if not dot:
-        entry.expect("reg", ADDRESS)
-    elif fault := register_fault(register):
-        entry.fault("reg", f"in {text!r}, {fault}")
-    else:
-        return _Address(device, register)
-    return None
+            yield _Found(name, builtin.direction, _Address(IRQ_DEVICE, builtin.register), where)
 
 
 def _directories(document: Table, found: list[_Found]) -> dict[str, Path]:
@@ -216,18 +191,11 @@ def _directories(document: Table, found: list[_Found]) -> dict[str, Path]:
     devices = {IRQ_DEVICE: "", **{f.address.device: f.where for f in reversed(found)}}
     directories = {}
     for device, first_use in devices.items():
-        entry = files.table(device) if device in files.values else None
-        path = entry.text("path", "an absolute path", required=True) if entry else None
-        if device == IRQ_DEVICE and device not in files.values:
-            files.expect(device, "a table whose path is the directory of the IRQ files")
-        elif device not in files.values:
-            document.problems.append(f"{first_use}.reg: {device!r} is not a device of {FILE}")
-        elif entry is None or path is None:
-            continue
-        elif fault := path_fault(path):
-            entry.fault("path", fault)
-        elif any(len(os.fsencode(part)) > FILE_NAME_MAX for part in path.split("/")):
-            entry.fault("path", f"a name in {path[:40]!r}... has more than {FILE_NAME_MAX} bytes")
-        else:
+        if device not in files.values:
+            if device == IRQ_DEVICE:
+                files.fault(device, "missing (expected a table whose path is the directory of the IRQ files)")
+            else:
+                document.problems.append(f"{first_use}.reg: {device!r} is not a device of {FILE}")
+        elif (entry := files.table(device)) and (path := entry.value("path", ABSOLUTE_PATH)):
             directories[device] = Path(path)
     return directories

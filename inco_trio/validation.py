@@ -1,4 +1,4 @@
-"""JSON files that people write: bounded reading, and mistakes with their key paths.
+"""JSON from other programs and from people: bounded reading, rules for values, and mistakes with their key paths.
 
 Every mistake is one line: `b1.json: link: missing (expected an interface name or unix:LOCAL,peer=REMOTE)`.
 """
@@ -6,29 +6,41 @@ Every mistake is one line: `b1.json: link: missing (expected an interface name o
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import attrs
 
 from inco_trio.errors import ConfigError, ResourceError
 from inco_trio.frame import is_wire_name
-from inco_trio.linux.files import is_path, kind_of_file
+from inco_trio.linux.files import FILE_NAME_MAX, is_path, kind_of_file
+from inco_trio.signals import Direction
 
-__all__ = ["SIZE_MAX", "Table", "parse_table", "path_fault", "read_file"]
+if TYPE_CHECKING:
+    import cattrs
+
+__all__ = ["ABSOLUTE_PATH", "NAMES", "RULES", "SIZE_MAX", "InvalidValueError", "Rule", "Table", "parse_table",
+           "read_file", "structure"]  # fmt: skip
 
 SIZE_MAX = 1 << 20
 """The largest file that is read by default, in bytes."""
 REPORTED_MAX = 20
 """Mistakes of one file that are reported; the others are counted."""
+SHOWN_MAX = 60
+"""Characters of a wrong value that a mistake shows."""
+NUMBER_MAX = 1 << 64
+TIME_MAX = 1 << 34
+"""The latest time that is accepted, in seconds since 1970: its nanoseconds fit in 64 bits."""
 _T = TypeVar("_T")
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-_KINDS = {dict: "a table", list: "a list", str: "a string", float: "a number", bool: "a boolean"}
 
 
 def read_file(path: Path | str, size_max: int = SIZE_MAX) -> bytes:
@@ -45,8 +57,6 @@ def read_file(path: Path | str, size_max: int = SIZE_MAX) -> bytes:
             _check_regular(path, os.fstat(file.fileno()))
             # The size of a file in /proc is 0. read() returns None where it would have to wait.
             content = file.read(size_max + 1) or b""
-    except ConfigError:
-        raise
     except OSError as error:
         kind = ResourceError if error.errno in _EXHAUSTED else ConfigError
         raise kind(path, f"cannot be read: {error.strerror}") from error
@@ -81,6 +91,116 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
+class InvalidValueError(ValueError):
+    """A value does not obey its rule. The text says why."""
+
+
+@attrs.frozen
+class Rule:
+    """What a JSON value must be. `convert` returns what it stands for, or raises InvalidValueError."""
+
+    types: tuple[type, ...]
+    expected: str
+    is_valid: Callable[[Any], bool] = lambda _: True
+    convert: Callable[[Any], Any] = lambda value: value
+
+    def __call__(self, value: object, _: object = None) -> Any:
+        """Return what a value stands for. Raises InvalidValueError."""
+        is_typed = type(value) in self.types
+        if is_typed and self.is_valid(value):
+            return self.convert(value)
+        shown = _KINDS.get(type(value), "null")
+        if shown == "a string" or (shown == "a number" and is_typed):
+            shown = repr(value).removesuffix(".0")
+        shown = shown if len(shown) <= SHOWN_MAX else f"{shown[:SHOWN_MAX]}..."
+        raise InvalidValueError(f"{shown} (expected {self.expected})")
+
+
+def _path(text: str) -> str:
+    if not is_path(text):
+        raise InvalidValueError(f"{text!r} cannot be a path: it has a NUL byte or an unpaired surrogate")
+    if any(len(os.fsencode(part)) > FILE_NAME_MAX for part in text.split("/")):
+        raise InvalidValueError(f"a name in {text[:40]!r}... has more than {FILE_NAME_MAX} bytes")
+    return text
+
+
+_KINDS = {str: "a string", int: "a number", float: "a number", bool: "a boolean", list: "a list", dict: "a table",
+          _Repeating: "a table"}  # fmt: skip
+_DIRECTIONS = [direction.value for direction in Direction]
+RULES: dict[type, Rule] = {
+    str: Rule((str,), "a string"),
+    bool: Rule((bool,), "true or false"),
+    int: Rule((int,), "a whole number of at most 64 bits", lambda value: -NUMBER_MAX < value < NUMBER_MAX),
+    float: Rule((int, float), "seconds since 1970", lambda value: 0 <= value < TIME_MAX),
+    Direction: Rule((str,), " or ".join(_DIRECTIONS), lambda value: value in _DIRECTIONS, Direction),
+    list: Rule((list,), "a list"),
+    dict: Rule((dict, _Repeating), "a table"),
+}
+"""The rules for values that have no special one."""
+NAMES = Rule((list,), "a list of strings", lambda value: all(isinstance(each, str) for each in value))
+# A daemon has no meaningful working directory.
+ABSOLUTE_PATH = Rule((str,), "an absolute path", lambda value: value.startswith("/"), _path)
+
+
+def structure(value: object, kind: type[_T], problems: list[str], where: str = "") -> _T | None:
+    """Return JSON's `value` as an attrs class, or None after adding its mistakes to `problems`.
+
+    `Annotated` gives a field a special rule. Unknown keys are ignored.
+    """
+    import cattrs
+
+    try:
+        return _converter().structure(value, kind)
+    except (cattrs.BaseValidationError, InvalidValueError) as error:
+        # NUL separates mistake and path: both show values and keys with repr().
+        for line in cattrs.transform_error(error, "\0", _describe):
+            what, _, path = line.partition(" @ \0")
+            place = (where + re.sub(r"\['([\w*-]+)'\]", r".\1", path)).removeprefix(".")
+            problems.append(f"{place}: {what}" if place else what)
+        return None
+
+
+def _describe(error: BaseException, kind: Any) -> str:
+    if not isinstance(error, KeyError):
+        return str(error)
+    rule = _special_rule(kind) or RULES.get(kind)
+    return f"missing (expected {rule.expected})" if rule else "missing"
+
+
+def _special_rule(kind: Any) -> Rule | None:
+    return next(iter(getattr(kind, "__metadata__", ())), None)
+
+
+@functools.cache
+def _converter() -> cattrs.Converter:
+    # Imported here: `inco-trio run` starts earlier without it.
+    import cattrs
+    from cattrs.gen import make_dict_structure_fn
+
+    def message(kind: Any) -> Callable[[object, Any], Any]:
+        hook = make_dict_structure_fn(kind, converter)
+        return lambda value, kind: hook(RULES[dict](value), kind)
+
+    def items(value: object, kind: Any) -> tuple[Any, ...]:
+        plain: Any = GenericAlias(list, get_args(kind)[:1])
+        return tuple(converter.structure(RULES[list](value), plain))
+
+    def entries(value: object, kind: Any) -> Any:
+        plain: Any = GenericAlias(dict, get_args(kind))
+        return converter.structure(RULES[dict](value), plain)
+
+    converter = cattrs.Converter()
+    converter.register_structure_hook_factory(attrs.has, message)
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is tuple, items)
+    converter.register_structure_hook_func(lambda kind: getattr(kind, "__origin__", None) is Mapping, entries)
+    converter.register_structure_hook_func(
+        lambda kind: _special_rule(kind) is not None, lambda value, kind: kind.__metadata__[0](value)
+    )
+    for kind in (str, bool, int, float, Direction):
+        converter.register_structure_hook(kind, RULES[kind])
+    return converter
+
+
 @attrs.frozen
 class Table:
     """A JSON object at the key path `where`. Its methods add the mistakes that they find to `problems`.
@@ -101,12 +221,6 @@ class Table:
         """Add a mistake."""
         self.problems.append(f"{self.path(key)}: {what}")
 
-    def expect(self, key: str, expected: str) -> None:
-        """Add that the key is missing, or has another value than expected."""
-        value = self.values.get(key)
-        found = repr(value) if isinstance(value, str) else _kind(value)
-        self.fault(key, f"{found if key in self.values else 'missing'} (expected {expected})")
-
     def only(self, keys: Iterable[str]) -> None:
         """Add unknown and repeated keys."""
         known = tuple(keys)
@@ -114,44 +228,27 @@ class Table:
             if key not in known:
                 one_of = "" if len(known) == 1 else "one of "
                 self.fault(key, f"unknown key (expected {one_of}{', '.join(known)})")
-            self.check_once(key)
+            self._check_once(key)
 
-    def check_once(self, key: str) -> None:
-        """Add the key if it is repeated."""
+    def _check_once(self, key: str) -> None:
         if isinstance(self.values, _Repeating) and key in self.values.repeated:
             self.fault(key, "given more than once")
 
-    def _get(self, key: str, kind: type[_T], expected: str, *, required: bool = False) -> _T | None:
-        self.check_once(key)
-        value = self.values.get(key)
-        if isinstance(value, kind):
-            return value
-        if required or key in self.values:
-            self.expect(key, expected)
+    def value(self, key: str, rule: Rule) -> Any:
+        """Return the value of a key; None if it is missing or does not obey the rule."""
+        self._check_once(key)
+        try:
+            return rule(self.values[key])
+        except KeyError:
+            self.fault(key, f"missing (expected {rule.expected})")
+        except InvalidValueError as error:
+            self.fault(key, str(error))
         return None
-
-    def text(self, key: str, expected: str, *, required: bool = False) -> str | None:
-        """Return a string; None if it is missing or has another type."""
-        return self._get(key, str, expected, required=required)
-
-    def number(self, key: str, expected: str, default: float) -> float:
-        """Return a number."""
-        value = self._get(key, float, expected)
-        return default if value is None else value
-
-    def texts(self, key: str) -> list[str] | None:
-        """Return a list of strings; None if it is missing or has another type."""
-        expected = "a list of strings"
-        value = self._get(key, list, expected)
-        if value is not None and not all(isinstance(each, str) for each in value):
-            self.expect(key, expected)
-            return None
-        return value
 
     def table(self, key: str) -> Table | None:
         """Return a table, empty if it is missing; None if it has another type."""
-        value = self._get(key, dict, "a table")
-        return None if value is None and key in self.values else Table(value or {}, self.path(key), self.problems)
+        value = self.value(key, RULES[dict]) if key in self.values else {}
+        return None if value is None else Table(value, self.path(key), self.problems)
 
     def walk(self, path: str) -> Table:
         """Return the table at the end of a dotted key path; empty if it is missing or not a table."""
@@ -159,6 +256,11 @@ class Table:
         for key in path.split("."):
             table = None if table is None else table.table(key)
         return table or Table({}, path, self.problems)
+
+    def structure(self, kind: type[_T]) -> _T | None:
+        """Return this table as an attrs class that has all its keys; None if there are mistakes."""
+        self.only(field.name for field in attrs.fields(kind))  # type: ignore[arg-type]
+        return structure(self.values, kind, self.problems, self.where)
 
     def finish(self, source: str) -> None:
         """Raise ConfigError for the mistakes, if there are any."""
@@ -168,22 +270,12 @@ class Table:
             raise ConfigError(source, found[:REPORTED_MAX] + more)
 
 
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), "null")
-
-
-def path_fault(text: str) -> str | None:
-    """Return why `text` is not an absolute path, or None. A daemon has no meaningful working directory."""
-    if not is_path(text):
-        return f"{text!r} cannot be a path: it has a NUL byte or an unpaired surrogate"
-    return None if text.startswith("/") else f"{text!r} (expected an absolute path)"
-
-
 def parse_table(text: bytes, source: str) -> Table:
     """Return the JSON object `text`; integers are floats. Raises ConfigError, with `source` as its subject."""
     try:
         # int() refuses very long numbers, none of which matters here.
         document = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=float)
+        return Table(RULES[dict](document))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ConfigError(source, f"line {line}: not UTF-8: byte 0x{error.object[error.start]:02x}") from error
@@ -191,6 +283,5 @@ def parse_table(text: bytes, source: str) -> Table:
         raise ConfigError(source, f"line {error.lineno} column {error.colno}: not JSON: {error.msg}") from error
     except RecursionError as error:
         raise ConfigError(source, "nested too deeply") from error
-    if not isinstance(document, dict):
-        raise ConfigError(source, f"{_kind(document)} (expected a table)")
-    return Table(document)
+    except InvalidValueError as error:
+        raise ConfigError(source, str(error)) from error

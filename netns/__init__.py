@@ -1,1 +1,1 @@
-"""Test worlds: the real proxy between two cores that are network namespaces. See README.md."""
+"""Tests with the real proxy between two cores that are network namespaces. See README.md."""

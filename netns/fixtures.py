@@ -1,4 +1,4 @@
-"""Pytest fixtures over `inco_trio.simulation.world`; loaded by tests/conftest.py."""
+"""Pytest fixtures based on `inco_trio.simulation.world`. tests/conftest.py loads them."""
 
 from __future__ import annotations
 
@@ -36,33 +36,33 @@ __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
-    # Two workers, or two runs of the tests, must not find each other's control sockets.
+    # Parallel workers and test runs must not find each other's control sockets.
     if os.geteuid() != 0:
         directory = tempfile.TemporaryDirectory(prefix="inco-trio-")
         config.add_cleanup(directory.cleanup)
         os.environ["XDG_RUNTIME_DIR"] = directory.name
     else:
-        # A container without CAP_SYS_ADMIN runs only the unit tests, which share no socket names.
+        # Without CAP_SYS_ADMIN, only the unit tests run. They share no socket names.
         with contextlib.suppress(PermissionError):
             cover_run()
 
 
 @pytest.fixture
 def cores() -> Iterator[Cores]:
-    """Two cores, joined by a running link."""
+    """Create two cores, joined by a running link."""
     with two_cores() as made:
         yield made
 
 
 @pytest.fixture
 def core1(cores: Cores) -> Iterator[Peer]:
-    """Core 1, which the test plays."""
+    """Open core 1's end of the link for the test."""
     with cores.peer() as peer:
         yield peer
 
 
 class Canary:
-    """Notices the end of the network namespace `fd`, a descriptor: the veth pair that leads there ends with it."""
+    """Reports the end of a network namespace (a descriptor): a veth pair that leads there ends with the namespace."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -71,21 +71,20 @@ class Canary:
         self._changes.bind((0, RTMGRP_LINK))
 
     def wait_gone(self) -> None:
-        """Wait for the end of the namespace."""
+        """Wait until the namespace has ended."""
         while "canary" in (name for _, name in self._own.run(socket.if_nameindex)):
             if not select.select([self._changes], [], [], HANG)[0]:
                 pytest.fail("the namespace is still there")
             self._changes.recv(65536)
 
     def close(self) -> None:
-        """Close the socket and the namespace."""
         self._changes.close()
         self._own.close()
 
 
 @pytest.fixture
 def canary() -> Iterator[Callable[[int], Canary]]:
-    """Watch a network namespace for its end: `canary(fd)`. This does not keep it alive."""
+    """Return a function that watches a network namespace for its end: `canary(fd)`. It does not keep it alive."""
     with ExitStack() as stack:
 
         def start(fd: int) -> Canary:
@@ -98,14 +97,14 @@ def canary() -> Iterator[Callable[[int], Canary]]:
 
 @pytest.fixture
 def nobody() -> list[str]:
-    """The start of a command: it runs the rest as the user nobody, with access to Python and to the project."""
+    """Return the start of a command that runs the rest as the user nobody, with access to Python and the project."""
     project = Path(__file__).parents[1]
     return [sys.executable, str(project / "netns/unprivileged.py"), sys.prefix, sys.base_prefix, str(project), "--"]
 
 
 @pytest.fixture
 def irq_dir(tmp_path: Path) -> Path:
-    """The directory of the registers, which the proxy creates."""
+    """Return the IRQ directory, which the proxy creates."""
     return tmp_path / "irq"
 
 
@@ -120,7 +119,7 @@ class Proxy(Launched):
         log: Path,
         prefix: Sequence[str] = (),
     ) -> None:
-        # Before `prefix`, which may drop the capability that this needs.
+        # Run nsenter before `prefix`, which may drop the needed capability.
         enter = () if namespace is None else ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace.fd}", "--")
         super().__init__("run", *arguments, log=log, environment=environment, prefix=[*enter, *prefix])
 
@@ -128,33 +127,30 @@ class Proxy(Launched):
         pytest.fail(f"{what}; the proxy (pid {self.pid}, exit code {self.process.poll()}) logged:\n{self.log}")
 
     def wait_ready(self, timeout: float = HANG, wait: Wait = wait_readable) -> bool:
-        """Wait until it is ready."""
-        return super().wait_ready(timeout, wait) or self._fail(f"it is not ready after {timeout:g} s, or has ended")
+        return super().wait_ready(timeout, wait) or self._fail(f"not ready after {timeout:g} s, or has ended")
 
     def wait_log(self, text: str, timeout: float = HANG, *, after: int = 0) -> str:
-        """Return the first line with `text` in the log, once it is complete. Skip `after` characters of the log."""
-        return super().wait_log(text, timeout, after=after) or self._fail(f"it has not logged {text!r}")
+        return super().wait_log(text, timeout, after=after) or self._fail(f"{text!r} not logged")
 
     def counters(self) -> dict[str, int]:
-        """Return its counters, by SIGUSR1."""
+        """Return the counters, which the proxy logs after SIGUSR1."""
         logged = len(self.log)
         self.process.send_signal(signal.SIGUSR1)
         record: dict[str, Any] = json.loads(self.wait_log('"statistics"', after=logged))
         return {name: value for name, value in record.items() if type(value) is int}
 
     def wait(self) -> int:
-        """Return the exit code, once it has ended; negative for a signal."""
+        """Wait until the proxy has ended. Return the exit code, negative for a signal."""
         try:
             return self.process.wait(HANG)
         except subprocess.TimeoutExpired:
-            self._fail(f"it has not ended within {HANG:g} s")
+            self._fail(f"not ended within {HANG:g} s")
 
     def stop(self, number: int = signal.SIGTERM, *, timeout: float = HANG) -> int:
-        """Send a signal and return the exit code."""
-        return super().stop(number, timeout=timeout)  # The caller's, by default HANG.
+        return super().stop(number, timeout=timeout)  # The caller's timeout, by default HANG.
 
     def close(self) -> None:
-        """Stop it, even if a failed test has left it suspended."""
+        """Stop the proxy, even if a failed test has left it suspended."""
         self.process.send_signal(signal.SIGCONT)
         super().close()
 
@@ -164,9 +160,10 @@ StartProxy = Callable[..., Proxy]
 
 @pytest.fixture
 def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
-    """Start the proxy: `proxy(*arguments, env={...}, core=cores.core0, ready=True)`; JSON log, on the link of `cores`.
+    """Return a function that starts the proxy: `proxy(*arguments, env={...}, core=cores.core0, ready=True)`.
 
-    `ready=False` does not wait until it is ready. pytest shows the log of each proxy if the test fails.
+    The proxy uses the link of `cores` and a JSON log. `ready=False` does not wait until it is ready. If the test fails,
+    pytest shows the log of each proxy.
     """
     with ExitStack() as stack:
 
@@ -195,7 +192,7 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
 class Consumer:
     """Counts the notifications of one state file, as an application sees them.
 
-    A thread reads all the time, as the kernel queues 16,384 events at most.
+    A thread reads continuously, because the kernel queues at most 16,384 events.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,24 +220,23 @@ class Consumer:
 
     @property
     def count(self) -> int:
-        """Notifications so far. If the queue overflowed, the number is unknown, which fails the test."""
+        """The number of notifications so far. After an overflow of the queue, this fails the test."""
         with self._changed:
             assert self._failure is None, f"{self.path}: {self._failure}"
             return self._count
 
     def wait(self, count: int, timeout: float = HANG) -> None:
-        """Wait until there have been `count` notifications. More of them fail the test, as far as they were read."""
+        """Wait for `count` notifications. Fail the test if more have been read by then."""
         self.wait_at_least(count, timeout)
         assert self.count == count, f"{self.path}: {self.count} notifications instead of {count}"
 
     def wait_at_least(self, count: int, timeout: float = HANG) -> None:
-        """Wait until there have been `count` notifications."""
+        """Wait for `count` notifications or more."""
         with self._changed:
             self._changed.wait_for(lambda: self._count >= count or self._failure is not None, timeout)
         assert self.count >= count, f"{self.path}: {self.count} notifications instead of {count}"
 
     def close(self) -> None:
-        """End the thread."""
         os.close(self._stop_write)
         self._thread.join()
         os.close(self._stop_read)
@@ -249,7 +245,7 @@ class Consumer:
 
 @pytest.fixture
 def watch() -> Iterator[Callable[[Path], Consumer]]:
-    """Watch a state file that exists: `watch(path)` is a `Consumer`."""
+    """Return a function that watches an existing state file: `watch(path)` returns a `Consumer`."""
     with ExitStack() as stack:
 
         def start(path: Path) -> Consumer:
@@ -261,7 +257,7 @@ def watch() -> Iterator[Callable[[Path], Consumer]]:
 
 
 class Tcpdump:
-    """A running tcpdump; see pcap-savefile(5) for what it writes."""
+    """A running tcpdump; see pcap-savefile(5) for its output format."""
 
     def __init__(self, namespace: Namespace, link: str) -> None:
         program = shutil.which("tcpdump")
@@ -273,15 +269,15 @@ class Tcpdump:
         self.process = namespace.run(start)
 
     def wait_listening(self) -> None:
-        """Wait until it receives packets."""
+        """Wait until tcpdump receives packets, and skip the file header."""
         assert self.process.stderr is not None
-        said = b""
-        while b"listening on" not in said:
+        output = b""
+        while b"listening on" not in output:
             if not select.select([self.process.stderr], [], [], HANG)[0]:
-                pytest.fail(f"tcpdump does not listen; it printed: {said!r}")
+                pytest.fail(f"tcpdump does not listen; it printed: {output!r}")
             part = os.read(self.process.stderr.fileno(), 4096)
-            assert part, f"tcpdump ended; it printed: {said!r}"
-            said += part
+            assert part, f"tcpdump ended; it printed: {output!r}"
+            output += part
         self._read(24)
 
     def _read(self, size: int) -> bytes:
@@ -302,14 +298,13 @@ class Tcpdump:
         return self._read(captured)
 
     def close(self) -> None:
-        """Kill it."""
         self.process.kill()
         self.process.communicate()
 
 
 @pytest.fixture
 def tcpdump(cores: Cores) -> Iterator[Tcpdump]:
-    """tcpdump on the link in core 1."""
+    """Run tcpdump in core 1 on the link."""
     running = Tcpdump(cores.core1, cores.link)
     try:
         running.wait_listening()

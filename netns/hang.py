@@ -3,7 +3,7 @@
 __all__ = ["HANG"]
 
 HANG = 600
-"""Seconds after which a wait fails its test. It stops a hang and decides nothing: no machine, however slow, reaches it.
+"""Seconds after which a wait fails its test. This only stops a hang: even a slow machine needs much less time.
 
-The `timeout` of pytest in pyproject.toml is longer, so that the wait fails first and says what it waited for.
+The `timeout` of pytest in pyproject.toml is longer, so that the wait fails first and reports what it waited for.
 """

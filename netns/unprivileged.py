@@ -1,11 +1,10 @@
-"""Run a program as the user nobody, with nothing inherited: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
+"""Run a program as the user nobody: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
-Needs root, or its capabilities. Nobody must be able to reach each PATH (an interpreter, a package), though often it
-lies below a directory that is closed to others, such as /root. In a mount namespace of its own, an empty directory that
-is open to all covers such a directory, with nothing in it but PATH, at its usual place (mount_namespaces(7)).
+This needs root or its capabilities. The user nobody must be able to read each PATH (an interpreter, a package), which
+may be below a directory that is closed to others, such as /root. In a new mount namespace (mount_namespaces(7)), an
+empty directory covers each closed directory, and contains only the PATH at its usual place.
 
-Where there is no such user, in a user namespace made by an ordinary one, the program runs without any capability
-instead: that is what the ordinary user is.
+In a user namespace of an ordinary user, the user nobody is not mapped. There, the program runs without capabilities.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _closed_to_others(path: Path) -> Path | None:
 
 
 def uncover(paths: list[Path]) -> None:
-    """Make every one of `paths` reachable for everyone, in this process and its children only."""
+    """Make all `paths` accessible to every user, in this process and its children only."""
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
     opened = {path: os.open(path, os.O_PATH) for path in paths}
@@ -50,10 +49,9 @@ def uncover(paths: list[Path]) -> None:
 
 
 def cover_run() -> None:
-    """Give this process and its children an empty /run/inco-trio of their own.
+    """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError without CAP_SYS_ADMIN.
 
-    All proxies of root put their control sockets there, named after the link, and all tests name their link rpmsg4000.
-    Raises PermissionError without CAP_SYS_ADMIN.
+    Proxies of root create control sockets there, named after the link. Most tests have a link named rpmsg4000.
     """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
@@ -63,13 +61,13 @@ def cover_run() -> None:
 
 
 def drop() -> None:
-    """Become nobody, for good."""
+    """Become the user nobody for good."""
     try:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     except OSError:
-        # Not mapped: keep the user, and lose what execve(2) would leave or give (capabilities(7)).
+        # The user nobody is not mapped: keep the user, and drop the capabilities.
         clear_capabilities()
 
 

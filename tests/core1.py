@@ -1,6 +1,6 @@
-"""The proxy under s6 and a real second core, on one link: what both kinds of link are tried with.
+"""Scenarios with the proxy under s6 and a real second core, which the tests run on both kinds of link.
 
-Core 1 is a bare-metal guest of QEMU, which answers each outbound signal by an inbound one of its own.
+Core 1 is a bare-metal guest of QEMU. The guest answers each outbound signal with an inbound signal.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FLOOD = 20_000
 
 
 class Here:
-    """Stands for the namespace that this process is in already."""
+    """Stand in for the namespace that this process is already in."""
 
     def run(self, start: Callable[[], Any]) -> Any:
         return start()
 
 
 class Board:
-    """A board of which core 0's side runs under s6, in `core0`, and core 1's in QEMU, on `netdev` in `core1`."""
+    """A board whose proxy runs under s6 in `core0`, and whose core 1 runs in QEMU on `netdev` in `core1`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Board:
         address = parse_address(link)
         self.round_trips = ROUND_TRIPS
         self.link_knows_its_peer = isinstance(address, UnixAddress)
-        """Whether it is down while nobody is at its other end."""
+        """Whether the link is down while no process is at its other end."""
         self._netdev, self._core1 = netdev, core1
         self._stack = contextlib.ExitStack()
         inbound = {f"in_{number}": f"in_{number}_state" for number in range(SIGNALS)}
@@ -68,11 +68,11 @@ class Board:
         self.guest = self._stack.enter_context(self.boot())
 
     def boot(self) -> Guest:
-        """Core 1; answers all signals but the first, which reset it, make it flood and report."""
+        """Return core 1. Signals 0 to 2 make it reset, flood and report; it echoes signals from 4 on."""
         return Guest(self._netdev, self._rules, log=self.home / "guest.log", namespace=self._core1)
 
     def consumer(self, number: int) -> Consumer:
-        """Who waits for an inbound signal."""
+        """Return a consumer that waits for an inbound signal."""
         made = Consumer(self.irq / f"in_{number}_state")
         self._stack.callback(made.close)
         return made
@@ -84,17 +84,17 @@ class Board:
 
     @property
     def pid(self) -> int:
-        """The proxy's process; another one after each restart."""
+        """The process id of the proxy, which changes with each restart."""
         return main_process(self.service.directory)
 
     def kill_proxy(self) -> None:
-        """End the proxy by SIGKILL, and return once another one has begun."""
+        """Kill the proxy with SIGKILL, and return once s6 has started its successor."""
         before = self.pid
         os.kill(before, signal.SIGKILL)
         wait_path(self.service.directory / "supervise/status", lambda: self.pid not in (0, before))
 
     def counters(self) -> dict[str, int]:
-        """What the guest counts, after all that it was sent before."""
+        """Return the guest's counters, which include all frames sent to it before this call."""
         self.trigger(2)
         return self.guest.wait_counters()
 
@@ -123,7 +123,7 @@ def round_trips_survive_kills(board: Board) -> None:
         if number % (board.round_trips // KILLS) == board.round_trips // KILLS // 2:
             board.kill_proxy()
         board.trigger(4)
-        # At least once: what was in flight when it was killed may come twice.
+        # Delivery is at least once: a notification in flight at the kill may arrive twice.
         consumer.wait_at_least(number + 1)
     extra = consumer.count - board.round_trips
     assert extra <= 2 * KILLS
@@ -159,7 +159,7 @@ def a_flood_while_the_proxy_is_stopped_loses_nothing(board: Board) -> None:
     board.trigger(1)
     board.guest.wait_for("floods: ")
     wait_stopped(pid)
-    time.sleep(2)  # the length of the pause is what is tried
+    time.sleep(2)  # The length of the pause is what this scenario tests.
     os.kill(pid, signal.SIGCONT)
     consumer.wait(FLOOD)
 
@@ -174,11 +174,11 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
         board.guest.wait_ready()
         board.first.wait(1 + starts)
         if board.link_knows_its_peer:
-            # All were kept and are sent. QEMU may drop the first, which it has read before the guest starts its card.
+            # The proxy sends all frames that it kept. QEMU drops the first if the guest has not yet started its card.
             arrived = board.counters()["known"] - 1
             assert arrived in (49, 50)
         else:
-            # The link took the frames, and the bridge had nobody to hand them to.
+            # The link accepted the frames, and the bridge had no port to forward them to.
             assert consumer.count == received
             board.trigger(4, 50)
             arrived = 50

@@ -1,4 +1,4 @@
-"""What tests/test_core1.py runs as the user nobody: pytest does not find it by itself."""
+"""Tests that tests/test_core1.py runs as the user `nobody`; pytest does not collect this file by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.s6]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_over_a_socket(scenario: Scenario, tmp_path: Path) -> None:
+def test_scenario_over_a_unix_socket(scenario: Scenario, tmp_path: Path) -> None:
     assert os.geteuid() != 0
     host, guest = tmp_path / "core0", tmp_path / "core1"
     with Board(tmp_path, f"unix:{host},peer={guest}", unix_netdev(guest, host)) as board:

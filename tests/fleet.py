@@ -1,9 +1,8 @@
-"""A fleet on one machine: boards in a few processes, a gateway for each process, and one mosquitto.
+"""Measure many boards on one machine: a few proxy processes, one gateway for each process, and one mosquitto.
 
-`nox -s fleet -- --boards 500 --seconds 60`. The second cores are played here: each sends to its board in turn. The
-highest rate of all together is looked for at which nothing waits longer than a second and nothing is lost; then the
-figures are taken at that rate. Latency is from the proxy's stamp, when the state file was closed, to a reader of the
-broker.
+`nox -s fleet -- --boards 500 --seconds 60`. This program plays the second cores, which send to their boards in turn. It
+looks for the highest total rate at which no notification is lost or waits longer than a second, and then measures at
+that rate. Latency is the time from the proxy's timestamp (when it closed the state file) to a reader at the broker.
 """
 
 from __future__ import annotations
@@ -36,21 +35,21 @@ FRAME = encode(b"ihub_hwwd_irq", MAC)
 HERTZ = os.sysconf("SC_CLK_TCK")
 RATES = (100, 200, 300, 400, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000)
 TRIAL = 8.0
-"""Seconds at each rate that is tried."""
+"""Seconds for which each rate is tried."""
 BACKLOG = 1.0
 """Seconds that notifications may wait for the broker."""
 
 
 @attrs.frozen
 class Used:
-    """What processes have used."""
+    """Resources that processes have used."""
 
     seconds: float
     mib: float
 
     @classmethod
     def by(cls, *pids: int) -> Used:
-        """CPU seconds until now, and resident memory now, of all together (proc_pid_stat(5))."""
+        """Return the total CPU seconds and the current resident memory of processes (proc_pid_stat(5))."""
         seconds = mib = 0.0
         for pid in pids:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -63,18 +62,18 @@ class Used:
 
 @attrs.frozen
 class Result:
-    """What came of one rate."""
+    """Measurements at one rate."""
 
     rate: int
     seconds: float
     sent: int
     received: int
-    doubles: int
+    duplicates: int
     backlog: int
     p50: float
     p99: float
     cpu: dict[str, float]
-    """Percent of one processor, by what used it."""
+    """Percent of one CPU, by kind of process."""
     mib: dict[str, float]
 
     @property
@@ -83,18 +82,18 @@ class Result:
 
     @property
     def holds(self) -> bool:
-        """Whether the rate was kept, by all."""
+        """Whether sender, proxies, gateways and broker kept up with the rate."""
         kept = self.sent >= 0.95 * self.rate * self.seconds
         return kept and not self.lost and self.backlog <= self.rate * BACKLOG and self.p99 <= BACKLOG
 
 
 def read(port: int, pipe: Connection) -> None:
-    """A reader of the broker, in a process of its own: tells what came since the last question."""
+    """Read from the broker in a separate process, and report through `pipe` what arrived since the last report."""
     from paho.mqtt import client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
     seen: set[tuple[str, int]] = set()
-    counts = {"doubles": 0}
+    counts = {"duplicates": 0}
     latencies: list[float] = []
 
     def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
@@ -102,7 +101,7 @@ def read(port: int, pipe: Connection) -> None:
         body = json.loads(message.payload)
         key = (message.topic, body["sequence"])
         if key in seen:
-            counts["doubles"] += 1
+            counts["duplicates"] += 1
         else:
             seen.add(key)
             latencies.append(now - body["time"])
@@ -117,15 +116,15 @@ def read(port: int, pipe: Connection) -> None:
         if question == "count":
             pipe.send(len(seen))
         else:
-            pipe.send((len(seen), counts["doubles"], sorted(latencies)))
+            pipe.send((len(seen), counts["duplicates"], sorted(latencies)))
             seen.clear()
             latencies.clear()
-            counts["doubles"] = 0
+            counts["duplicates"] = 0
     client.loop_stop()
 
 
 class Fleet:
-    """The processes, and the cores that are played."""
+    """The proxies, the gateways, the broker and the simulated second cores."""
 
     def __init__(self, home: Path, stack: ExitStack, boards: int, processes: int) -> None:
         self.paths: list[tuple[str, socket.socket]] = []
@@ -171,7 +170,7 @@ class Fleet:
         assert self._pipe.recv() == "ready"
 
     def waiting(self) -> int:
-        """Notifications that the broker has not acknowledged."""
+        """Return the number of notifications that the broker has not acknowledged."""
         total = 0
         for control in self.controls:
             with ExitStack() as stack:
@@ -187,7 +186,7 @@ class Fleet:
         }  # fmt: skip
 
     def run(self, rate: int, seconds: float) -> Result:
-        """Send so many a second for so long, over all boards in turn; wait until all has come, or nothing does."""
+        """Send to all boards in turn, `rate` frames per second; wait until all have arrived or no more arrive."""
         self._pipe.send("report")
         self._pipe.recv()
         before, start = self._used(), time.monotonic()
@@ -204,10 +203,10 @@ class Fleet:
         last = -1
         while (count := self._ask("count")) < sent and count != last:
             last = count
-            time.sleep(3)  # Measured: what brings nothing for 3 s counts as the end.
-        received, doubles, latencies = self._ask("report")
+            time.sleep(3)  # If nothing arrives for 3 s, the measurement ends.
+        received, duplicates, latencies = self._ask("report")
         return Result(
-            rate, took, sent, received, doubles, backlog,
+            rate, took, sent, received, duplicates, backlog,
             statistics.median(latencies or [0]), (latencies or [0])[int(len(latencies) * 0.99)],
             {name: 100 * (after[name].seconds - before[name].seconds) / took for name in after},
             {name: used.mib for name, used in after.items()},
@@ -219,7 +218,7 @@ class Fleet:
 
 
 class Lone:
-    """A board, to measure the way of one notification after the other."""
+    """A board that measures the latency of single notifications."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         home.mkdir()
@@ -233,7 +232,7 @@ class Lone:
         self._trigger = self.board.irq / "message_6_trig"
 
     def inbound(self) -> float:
-        """Seconds from a frame to the close of the state file."""
+        """Return the seconds from a frame to the close of the state file."""
         start = time.perf_counter()
         self.board.inbound(self._core1)
         select.select([self._changes.fd], [], [])
@@ -242,7 +241,7 @@ class Lone:
         return took
 
     def outbound(self) -> float:
-        """Seconds from the close of a trigger to its frame."""
+        """Return the seconds from the close of a trigger file to its frame."""
         with self._trigger.open("w") as trigger:
             trigger.write("1")
             start = time.perf_counter()
@@ -251,7 +250,7 @@ class Lone:
 
 
 def local(home: Path, stack: ExitStack, rounds: int) -> str:
-    """The way of a notification with a gateway and without, in turns; each medians of a round, and their ratio."""
+    """Compare the local latency with and without a gateway, in alternating rounds; return a table of medians."""
     alone, followed = Lone(home / "alone", stack), Lone(home / "followed", stack)
     broker = Mosquitto(home / "broker", "allow_anonymous true", verbose=False)
     stack.callback(broker.end)
@@ -267,7 +266,7 @@ def local(home: Path, stack: ExitStack, rounds: int) -> str:
                 times = []
                 for _ in range(100):
                     times.append(measure())
-                    time.sleep(0.002)  # The next one finds nothing under way.
+                    time.sleep(0.002)  # Each notification starts while no other is in flight.
                 medians[which].append(statistics.median(times))
         ratios = sorted(b / a for a, b in zip(*medians, strict=True))
         shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
@@ -278,34 +277,37 @@ def local(home: Path, stack: ExitStack, rounds: int) -> str:
 
 
 def say(line: str) -> None:
-    """Print a line, at once."""
+    """Print a line and flush it."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 def table(boards: int, result: Result) -> str:
-    """The figures as Markdown."""
+    """Return the figures as a Markdown table."""
     cpu, mib = result.cpu, result.mib
     rows = [
         ("boards", f"{boards}"),
-        ("notifications a second, all together", f"{result.sent / result.seconds:.0f}"),
-        ("published, received, lost, doubles", f"{result.sent}, {result.received}, {result.lost}, {result.doubles}"),
+        ("notifications per second, all boards", f"{result.sent / result.seconds:.0f}"),
+        (
+            "published, received, lost, duplicates",
+            f"{result.sent}, {result.received}, {result.lost}, {result.duplicates}",
+        ),
         ("latency, median and p99", f"{1000 * result.p50:.1f} ms, {1000 * result.p99:.1f} ms"),
     ]
     for name in cpu:
-        each = f"{1000 * mib[name] / boards:.0f} kB, {cpu[name] / boards:.3f} % of a processor"
+        each = f"{1000 * mib[name] / boards:.0f} kB, {cpu[name] / boards:.3f} % of a CPU"
         rows.append((f"{name}, for each board", f"{each} ({mib[name]:.0f} MiB, {cpu[name]:.0f} % in all)"))
     return "\n".join(["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)])
 
 
 def main() -> int:
-    """Print the table; returns 1 if anything was lost at the rate that was found."""
+    """Print the table; return 1 if anything was lost at the rate that was found."""
     parser = argparse.ArgumentParser(description="A fleet of boards on one machine.")
     parser.add_argument("--boards", type=int, default=500)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--rate", type=int, help="only this rate, of all boards together")
-    parser.add_argument("--local", action="store_true", help="only the local path, with and without a gateway")
+    parser.add_argument("--rate", type=int, help="use only this total rate of all boards")
+    parser.add_argument("--local", action="store_true", help="measure only the local path, with and without a gateway")
     args = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16_384)), hard))

@@ -1,7 +1,7 @@
 """Run the README's commands unchanged on bare Debian systems: `python -m tests.fresh [SUITE...]`, as root.
 
-Each system is made by debootstrap and has only python3 and python3-venv beyond what every Debian has. Both commands run
-in it as root and as an ordinary user. pip reaches its index as it does on this machine.
+debootstrap creates each system, with only python3 and python3-venv added to the minimal Debian packages. Both commands
+run in the system as root and as an ordinary user. pip uses the same index as on this machine.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SUITES = ("bookworm", "trixie", "sid")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 HOMES = {"root": "/root", "user": "/home/user"}
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-"""Starts a program whose mounts and processes end with it."""
+"""Command prefix: the program gets its own mounts and processes, which end with the program."""
 
-# The kernel refuses user namespaces in a chroot (unshare(2), EPERM), so that the system becomes the root of the mount
-# namespace before chroot: the check compares the two (pivot_root(2), switch_root(8)).
+# The kernel refuses to create a user namespace in a chroot (unshare(2), EPERM). It compares the process's root with the
+# root of the mount namespace, so the script moves the system there before chroot (pivot_root(2), switch_root(8)).
 ENTER = """
 set -e
 mount --bind . .
@@ -55,7 +55,7 @@ def readme_command(section: str) -> str:
 
 
 def find_mirror() -> str:
-    """Return the Debian mirror: that of INCO_TRIO_DEBIAN_MIRROR, or else the first that apt uses."""
+    """Return the Debian mirror from INCO_TRIO_DEBIAN_MIRROR, or the first that apt uses."""
     if mirror := os.environ.get("INCO_TRIO_DEBIAN_MIRROR"):
         return mirror
     # The label excludes the security archive, which debootstrap cannot use.
@@ -71,12 +71,12 @@ def pip_settings() -> dict[str, str]:
 
 
 def as_environment(listed: str) -> dict[str, str]:
-    """Return what `pip config list` has printed as environment variables, without directories of packages.
+    """Convert the output of `pip config list` to environment variables, without package directories.
 
-    A system would need such a directory at the same path, with all that its pages link to.
+    A new system does not have these directories, nor the files that their pages link to.
     """
     settings = {}
-    # The later sections have precedence.
+    # Later sections take precedence.
     for section in ("global.", "install.", ":env:."):
         for line in listed.splitlines():
             key, _, value = line.partition("=")
@@ -87,12 +87,12 @@ def as_environment(listed: str) -> dict[str, str]:
 
 
 def is_directory(word: str) -> bool:
-    """Whether a word of pip's configuration names a directory of packages."""
+    """Return whether a word of pip's configuration names a package directory."""
     return word.startswith("file:") or (word.startswith("/") and Path(word).is_dir())
 
 
 def local_files(settings: dict[str, str]) -> list[Path]:
-    """Return the files of this machine that pip's settings name, such as certificates."""
+    """Return the local files that pip's settings name, such as certificates."""
     words = [word for value in settings.values() for word in value.split()]
     return [Path(word) for word in words if word.startswith("/") and Path(word).is_file()]
 
@@ -103,7 +103,7 @@ class System:
     def __init__(self, directory: Path, settings: dict[str, str]) -> None:
         self._directory = directory
         self._settings = settings
-        # Without these two, no name of a host is resolved.
+        # Without these two files, the system cannot resolve host names.
         self._shared = [Path("/etc/resolv.conf"), Path("/etc/hosts"), *local_files(settings)]
 
     def build(self, suite: str, mirror: str) -> None:
@@ -125,9 +125,9 @@ class System:
             self.run("root", home, f"chown -R {user}: inco-trio")
 
     def run(self, user: str, directory: str, command: str, **environment: str) -> str:
-        """Run a shell command as `user` in a directory of the system, and return its output, which is also shown.
+        """Run a shell command as `user` in a directory of the system; print and return its output.
 
-        Raises CalledProcessError if it fails.
+        Raises CalledProcessError if the command fails.
         """
         shared = [str(path) for path in self._shared]
         inside = [f"--userspec={user}", ".", "env", f"--chdir={directory}", "sh", "-c", command]
@@ -152,16 +152,16 @@ class System:
 
 
 def session(suite: str, user: str) -> str:
-    """Return the nox session to which NOXSESSION limits the second command, which itself stays unchanged.
+    """Return the nox session to which NOXSESSION limits the README's test command.
 
-    All sessions would take hours and need many packages. The unit tests run on sid because it has the newest Python.
+    All sessions would take hours and need many packages. The unit tests run on sid because sid has the newest Python.
     """
     return "unit" if (suite, user) == ("sid", "root") else "lint"
 
 
 def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
-    """Run both commands on a new system of the suite, as each user."""
-    # Not in /tmp, which may be mounted nodev: debootstrap makes device nodes.
+    """Run both commands as each user on a new system of the suite."""
+    # Do not use /tmp: it may be mounted nodev, and debootstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"inco-trio-{suite}-") as directory:
         # Only root can enter the temporary directory itself.
         system = System(Path(directory) / suite, settings)
@@ -177,13 +177,13 @@ def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.fresh", description=__doc__)
-    about = f"name of a suite of Debian (default: {' '.join(SUITES)})"
+    about = f"name of a Debian suite (default: {' '.join(SUITES)})"
     parser.add_argument("suites", nargs="*", metavar="SUITE", default=SUITES, help=about)
     suites = parser.parse_args().suites
     if os.geteuid() != 0:
-        parser.error("only root can make a system: debootstrap makes device nodes and files of several users")
+        parser.error("must run as root: debootstrap creates device nodes and files of several users")
     if not shutil.which("debootstrap"):
-        parser.error("debootstrap is missing: install the package debootstrap")
+        parser.error("debootstrap: not found (install the package debootstrap)")
     mirror, settings = find_mirror(), pip_settings()
     for suite in suites:
         check(suite, mirror, settings)

@@ -1,4 +1,4 @@
-"""A real mosquitto on loopback, and a client of it that is not ours."""
+"""A real mosquitto on loopback, and an MQTT client that does not use the project's code."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from paho.mqtt.properties import Properties
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
 
-__all__ = ["Certificates", "Mosquitto", "Reader", "Told", "free_port"]
+__all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
 
 
 def free_port() -> int:
-    """A TCP port of loopback that nobody uses."""
+    """Return a TCP port that is unused on loopback."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port: int = server.getsockname()[1]
         return port
 
 
 class Certificates:
-    """An authority, and what it has signed: for the broker, and for a client."""
+    """A certificate authority and the certificates it has signed for the broker and for a client."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -51,7 +51,7 @@ class Certificates:
         subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
-        """A certificate for `name`, an address or the name of a client, and its key; it ended if `days` is below 0."""
+        """Return a certificate and key for `name`, an address or client name; a negative `days` makes it expired."""
         place = self._directory / name
         certificate, key, request = (place.with_suffix(f".{end}") for end in ("pem", "key", "csr"))
         self._openssl("req", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request), *_KEY)
@@ -68,7 +68,7 @@ _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 class Mosquitto:
-    """The broker; `lines` are of mosquitto.conf(5)."""
+    """The broker; `lines` are added to its mosquitto.conf(5)."""
 
     def __init__(self, directory: Path, *lines: str, tls: bool = False, verbose: bool = True) -> None:
         self.directory = directory
@@ -91,7 +91,7 @@ class Mosquitto:
         return self._log.read_text()
 
     def start(self) -> Mosquitto:
-        """Start it, again if it was ended; it takes connections then."""
+        """Start or restart the broker, and return once it accepts connections."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["mosquitto", *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
@@ -104,12 +104,12 @@ class Mosquitto:
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
-                time.sleep(0.01)  # Polled: mosquitto does not report that it listens.
+                time.sleep(0.01)  # Mosquitto does not report when it starts to listen.
             else:
                 return self
 
     def end(self, number: int = signal.SIGTERM) -> None:
-        """End it."""
+        """End the broker with a signal, also if it is stopped."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
@@ -124,8 +124,8 @@ def _me() -> str:
 
 
 @attrs.frozen
-class Told:
-    """A message."""
+class Message:
+    """A message that the reader received."""
 
     topic: str
     payload: bytes
@@ -139,7 +139,7 @@ class Told:
 
 
 class Reader:
-    """A client that reads `topic`, connects again by itself, and publishes."""
+    """A client that subscribes to `topic`, reconnects automatically and can publish."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class Reader:
         certificates: tuple[Path, Path, Path] | None = None,
         user: tuple[str, str] | None = None,
     ) -> None:
-        self.told: queue.Queue[Told] = queue.Queue()
+        self.messages: queue.Queue[Message] = queue.Queue()
         self._subscribed: queue.Queue[None] = queue.Queue()
         self._marked: queue.Queue[None] = queue.Queue()
         self._number = self._mark = 0
@@ -181,7 +181,7 @@ class Reader:
         if message.topic.endswith("/mark"):
             self._marked.put(None)
         else:
-            self.told.put(Told(message.topic, bytes(message.payload), message.retain, correlation))
+            self.messages.put(Message(message.topic, bytes(message.payload), message.retain, correlation))
 
     def publish(
         self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
@@ -196,35 +196,37 @@ class Reader:
         info = self._client.publish(topic, payload, 1, retain, properties)
         info.wait_for_publish(HANG)
 
-    def next(self, wanted: Callable[[Told], bool] = lambda _: True) -> Told:
-        """The next message that is wanted."""
+    def next(self, wanted: Callable[[Message], bool] = lambda _: True) -> Message:
+        """Return the next message for which `wanted` is true, and drop the others."""
         while True:
-            told = self.told.get(timeout=HANG)
-            if wanted(told):
-                return told
+            message = self.messages.get(timeout=HANG)
+            if wanted(message):
+                return message
 
     def settle(self) -> None:
-        """Wait until the broker has nothing more for it that was published by somebody who is stopped now.
+        """Wait until the broker has delivered all messages of publishers that have stopped.
 
-        The broker takes one packet of each client in a turn, so that some turns without news mean that there are none.
+        The broker handles one packet of each client per turn, so after 30 turns without a message none is left.
         """
         quiet = 0
         while quiet < 30:
             before = self._number
             self._mark += 1
-            # Published once it is connected again, if it is not.
+            # While the client is disconnected, paho queues the message and publishes it later.
             self._client.publish(f"{self._topic.removesuffix('#')}mark", str(self._mark).encode(), 1)
             self._marked.get(timeout=HANG)
             quiet = quiet + 1 if self._number == before + 1 else 0
 
-    def until_status(self, board: str, **fields: object) -> Told:
-        """The next status of a board with these values."""
-        return self.next(lambda told: told.topic == f"lab/{board}/status" and fields.items() <= told.body.items())
+    def until_status(self, board: str, **fields: object) -> Message:
+        """Return the next status message of a board that has these values."""
+        return self.next(
+            lambda message: message.topic == f"lab/{board}/status" and fields.items() <= message.body.items()
+        )
 
-    def notifications(self) -> Iterator[Told]:
-        """What comes of notifications, one after the other."""
+    def notifications(self) -> Iterator[Message]:
+        """Yield the notifications among the messages, in order."""
         while True:
-            yield self.next(lambda told: told.topic.split("/")[2] in ("inbound", "outbound"))
+            yield self.next(lambda message: message.topic.split("/")[2] in ("inbound", "outbound"))
 
     def close(self) -> None:
         self._client.loop_stop()
@@ -233,7 +235,7 @@ class Reader:
 
 
 class Gateway:
-    """The real process `inco-trio mqtt`, or another service, ready."""
+    """A real process of `inco-trio mqtt` or of another service."""
 
     def __init__(self, log: Path, *words: str | Path, environment: Mapping[str, str] | None = None) -> None:
         self._log = log
@@ -252,21 +254,21 @@ class Gateway:
         return self._log.read_text()
 
     def wait_ready(self) -> None:
-        """Wait for readiness."""
+        """Wait until the process reports that it is ready."""
         with open(self._ready, "rb", closefd=False) as ready:
             assert ready.read(1) == b"\n", self.log
 
     def wait_log(self, text: str, times: int = 1) -> None:
-        """Wait until it has said that so often."""
+        """Wait until the log contains `text` at least `times` times."""
         wait_path(self._log, lambda: self.log.count(text) >= times)
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """End it; returns its exit code."""
+        """End the process with a signal; return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(HANG)
 
     def close(self) -> None:
-        """End it in peace, so that what it did is measured."""
+        """Stop the process with SIGTERM, so that coverage writes its data."""
         for number in (signal.SIGCONT, signal.SIGTERM):
             self.process.send_signal(number)
         try:

@@ -1,6 +1,6 @@
-"""The soak: all faults at random, for as long as wanted: `python tests/soak.py --minutes 30`, as root.
+"""Inject random faults for a given time: `python tests/soak.py --minutes 30`, as root.
 
-Prints its seed at once and its table at the end, writes the same as JSON, and fails if anything was lost.
+The soak prints its seed at the start and a table at the end, writes the table as JSON, and fails if anything was lost.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run as a file, not as a module of the project.
+    # Python does not add the project to sys.path when this file is run as a script.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from inco_trio.simulation.world import two_cores
@@ -24,23 +24,29 @@ from tests.faults.clients import Clients
 from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
 
 INTERVAL = 0.7
-"""Seconds from fault to fault: more than 1,000 in half an hour, with the pauses in which the rounds end."""
+"""Seconds between two faults: more than 1,000 faults in half an hour, pauses between rounds included."""
 
 
 def main() -> int:
-    """Run the soak; 1 if anything was lost."""
+    """Run the soak; return 1 if anything was lost or a client printed a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="how long (default: 30)")
-    parser.add_argument("--seed", type=int, default=secrets.randbits(32), metavar="S", help="the seed to repeat a run")
-    parser.add_argument("--signals", type=int, default=1000, metavar="N", help="signals each way (default: 1000)")
-    parser.add_argument("--clients", action="store_true", help="beside monitor, record and status that come and go")
+    parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="duration in minutes (default: 30)")
     parser.add_argument(
-        "--json", type=Path, default=Path("build/soak.json"), metavar="FILE", help="default: %(default)s"
+        "--seed", type=int, default=secrets.randbits(32), metavar="S", help="repeat a run with its seed"
+    )
+    parser.add_argument("--signals", type=int, default=1000, metavar="N", help="signals per direction (default: 1000)")
+    parser.add_argument("--clients", action="store_true", help="also start and end monitor, record and status")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/soak.json"),
+        metavar="FILE",
+        help="file of the table (default: %(default)s)",
     )
     args = parser.parse_args()
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
     begin = time.monotonic()
-    # Also when nobody is at the keyboard, all that was started has to be ended.
+    # A shell without a terminal may start this program with SIGINT ignored; both signals must end all child processes.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     with (
@@ -68,13 +74,13 @@ def main() -> int:
 
 
 def say(text: str) -> None:
-    """Show a line at once."""
+    """Print a line and flush it."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def table(report: Report, summary: dict[str, object]) -> str:
-    """The summary for a person."""
+    """Return the summary as a text table."""
     rows = [(name, str(value)) for name, value in summary.items() if not isinstance(value, dict)]
     rows += [(f"fault: {name}", str(count)) for name, count in sorted(report.faults.items())]
     width = max(len(name) for name, _ in rows)

@@ -1,4 +1,4 @@
-"""What the tests of the control socket share: a board with a daemon, and a client that is a plain socket."""
+"""Helpers for tests of the control socket: a board with a daemon, and a client on a plain socket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FRAME = encode(b"ihub_hwwd_irq", MAC)
 
 
 class Client:
-    """A connection; what is read is lines of JSON."""
+    """A connection to the control socket that reads lines of JSON."""
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -48,19 +48,19 @@ class Client:
         return self.read()
 
     def until(self, **wanted: object) -> dict[str, Any]:
-        """The first event with these values."""
+        """Return the next event that has these values."""
         while True:
             event = self.read()
             if wanted.items() <= event.items():
                 return event
 
     def end(self) -> None:
-        """Go away."""
+        """Close the connection."""
         self._file.close()
         self.sock.close()
 
     def at_end(self) -> bool:
-        """Whether the proxy closes the connection, whatever it still says."""
+        """Wait until the proxy closes the connection, ignoring remaining data; return True."""
         with contextlib.suppress(ConnectionResetError):
             while self._file.read(1 << 16):
                 pass
@@ -68,7 +68,7 @@ class Client:
 
 
 class Board:
-    """A board on a `unix:` link, whose second core the test plays, and its daemon."""
+    """A board on a `unix:` link with its daemon; the test plays the second core."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.irq, self.path = home, home / "irq", home / "run/control.sock"
@@ -114,7 +114,7 @@ class Board:
 
 
 class Running:
-    """A command that goes on; what it prints is read by lines."""
+    """A running command whose output the test reads line by line."""
 
     def __init__(self, *words: str | Path) -> None:
         self.process = subprocess.Popen(
@@ -122,7 +122,7 @@ class Running:
         )
 
     def listening(self, first: str = "listening to ") -> None:
-        """Wait until it hears everything, which it says."""
+        """Wait until the command reports that it is listening."""
         assert self.remark().startswith(f"inco-trio: {first}")
 
     def remark(self) -> str:

@@ -1,4 +1,4 @@
-"""A /proc and a /sys that a test writes, for what is read of them."""
+"""Fake /proc and /sys trees for tests of the doctor."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["BOOTED", "FIRST", "Tree", "process"]
 
 BOOTED = 1_700_000_000
 FIRST = "         0          0 4294967295"
-"""The uid_map of the first user namespace."""
+"""The uid_map of the initial user namespace."""
 
 
 class Tree:
-    """A root directory with a /proc that is empty at first."""
+    """A root directory that starts with an empty /proc."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -29,7 +29,7 @@ class Tree:
         file.write_text(text)
 
     def status(self, who: str, uid: int = 0, capabilities: int = 0) -> None:
-        """The status of a process, or of `self`."""
+        """Write the status file of a process or of `self`."""
         text = f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t7\t7\t7\t7\nCapEff:\t{capabilities:016x}\n"
         self.put(f"proc/{who}/status", text)
 
@@ -45,7 +45,7 @@ class Tree:
         fds: Mapping[int, str] | None = None,
         watches: Mapping[int, str] | None = None,
     ) -> None:
-        """A process: its command line, seconds from boot to start, descriptors, and what its inotify ones watch."""
+        """Write the files of a process that started `seconds` after boot, has `fds` and watches `watches`."""
         self.status(str(pid), uid, capabilities)
         ticks = seconds * os.sysconf("SC_CLK_TCK")
         self.put(f"proc/{pid}/stat", f"{pid} (a ) b) S {' '.join(['1'] * 18)} {ticks} 0\n")
@@ -71,5 +71,5 @@ def process(
     instances: int = 0,
     watches: tuple[tuple[int, int], ...] = (),
 ) -> Process:
-    """A process as it is looked at."""
+    """Return a Process as the doctor would read it."""
     return Process(pid, name, uid, tuple(command.split()), started, frozenset(sockets), instances, watches)

@@ -1,4 +1,4 @@
-"""What the tests of the running proxy share: a board's configuration, and what applications do to a trigger."""
+"""Helpers for tests of a running proxy: a board's configuration, triggers, frames and descriptors."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ INBOUND = {
     "ihub_hwwd_irq": "message_5_state",
     "ihub_type_b_irq": "message_2_state",
 }
-"""Wire name to register, of the board's table: core 1 to core 0."""
+"""Wire name to register of the signals from core 1 to core 0."""
 OUTBOUND = {
     "redun_notify_irq": "message_6_trig",
     "ihub_crash_log_irq": "message_0_trig",
     "ihub_uart_irq": "message_1_trig",
 }
-"""Wire name to register, of the board's table: core 0 to core 1."""
+"""Wire name to register of the signals from core 0 to core 1."""
 
 
 class Cupboard:
-    """A holder of descriptors in this process: what one proxy stores, `heir` hands to the next."""
+    """An fd store in this process; `heir` returns a store that passes the descriptors to the next proxy."""
 
-    holder: str | None = "a test"
+    supervisor: str | None = "a test"
 
     def __init__(self, inherited: dict[str, int] | None = None) -> None:
         self.inherited = inherited or {}
@@ -61,7 +61,7 @@ def write_udrv(
     inbound: Mapping[str, str] = INBOUND,
     outbound: Mapping[str, str] = OUTBOUND,
 ) -> Path:
-    """Write a udrv.json with these signals at `path`, replacing what is there, and return `path`."""
+    """Write a udrv.json with these signals to `path`, replacing an existing file; return `path`."""
     signals = {
         name: {"direction": direction, "reg": f"ihub-irq-dev.{register}"}
         for direction, table in (("inbound", inbound), ("outbound", outbound))
@@ -74,18 +74,18 @@ def write_udrv(
 
 
 def trigger(path: Path) -> None:
-    """Write a trigger as an application does."""
+    """Write to a trigger file and close it, like an application."""
     with path.open("w") as register:
         register.write("1")
 
 
 def frame(source: bytes, payload: bytes, ethertype: int = ETHERTYPE) -> bytes:
-    """A broadcast frame from the MAC address `source`."""
+    """Return a broadcast frame from the MAC address `source`."""
     return BROADCAST + source + ethertype.to_bytes(2, "big") + payload
 
 
 def mac_of(namespace: Namespace, interface: str) -> bytes:
-    """The six bytes of the interface's address."""
+    """Return the six bytes of the interface's MAC address."""
 
     def inside() -> bytes:
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sock:
@@ -97,10 +97,10 @@ def mac_of(namespace: Namespace, interface: str) -> bytes:
 
 
 def sockets_of(pid: int) -> set[str]:
-    """The sockets that a process has open, by the kernel's numbers of them."""
+    """Return the open sockets of a process as `socket:[INODE]`."""
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        # One that is closed meanwhile was none of the lasting ones.
+        # The process has closed this descriptor since the directory was listed.
         with contextlib.suppress(FileNotFoundError):
             found.add(str(entry.readlink()))
     return {link for link in found if link.startswith("socket:")}

@@ -1,4 +1,4 @@
-"""The registers without a proxy around them, for the tests of them."""
+"""Helpers that test the registers without a proxy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Clock", "World"]
 
 
 class Clock:
-    """Stands in for the module `time`, so that a test can let time pass."""
+    """Stand in for the module `time`, so that a test can advance the time."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -37,13 +37,13 @@ class Clock:
         return round(self.now * 1e9)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Give the registers this time."""
+        """Replace the module `time` in the modules of the registers."""
         for module in ("directories", "directory", "registers", "retries", "states", "triggers"):
             monkeypatch.setattr(f"inco_trio.registers.{module}.time", self, raising=False)
 
 
 class BoardShare(Share):
-    """The share of one board, of a descriptor that a neighbour's board watches directories by as well."""
+    """One board's share of an inotify descriptor with which another board also watches directories."""
 
     def __init__(self, held: int | None, inflight: Inflight, watched: tuple[Path, ...]) -> None:
         self._others = (Inflight.open(), Inflight.open())
@@ -66,9 +66,9 @@ class BoardShare(Share):
 
 
 class World:
-    """Registers of one signal table, and the descriptors below them; `again` is a successor that inherits them.
+    """Registers of one signal table and their descriptors; `again` returns a successor that inherits both.
 
-    `shared` are directories that a neighbour watches by the same inotify descriptor; None is a descriptor of our own.
+    `shared` lists directories that another board watches with the same inotify descriptor; None means no sharing.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class World:
             self.ending.callback(part.close)
 
     def again(self, table: list[Signal] | None = None) -> World:
-        """A successor, after an end without a word."""
+        """Return a successor that starts as if this process had been killed."""
         table = list(self.table) if table is None else table
         inflight = Inflight.open(os.dup(self.inflight.fd))
         successor = World(self.clock, table, os.dup(self.inotify.fd), inflight, self._shared)
@@ -106,18 +106,18 @@ class World:
         return parse_events(buffer[: self.inotify.read_into(buffer)])
 
     def take(self, triggered: Triggered) -> list[str]:
-        """The names of what was triggered, noted as it is once they are sent."""
+        """Return the names of the triggered signals, and record their watches as after sending."""
         for key, wd in triggered.watches.items():
             self.inflight.watches[key] = wd
         return [signal.name for signal in triggered.signals]
 
     def open(self) -> list[str]:
-        """Open them; returns what that and what was queued lead to."""
+        """Open the registers; return the signals that opening and the queued events trigger."""
         self.registers.open(self.table)
         return self.triggered()
 
     def triggered(self) -> list[str]:
-        """What the queued events lead to, until nothing is left to follow."""
+        """Return the signals that the queued events trigger, until the queue is empty."""
         names: list[str] = []
         while True:
             events = self.events()
@@ -130,7 +130,7 @@ class World:
         return self.registers.next_restore() < math.inf
 
     def restore(self) -> list[str]:
-        """Try again what is due, and what is due when the pause after that is over."""
+        """Run the retries that are due, and the retries that are due 10 ms later."""
         names = []
         for _ in range(2):
             for _step in self.registers.restore():
@@ -140,11 +140,11 @@ class World:
         return names
 
     def later(self) -> list[str]:
-        """Let all patience with files end; returns what restoring them and the events of it lead to."""
+        """Let all grace periods for files expire; return the signals that this triggers."""
         return self.after(RETIREMENT + EMPTIED)
 
     def after(self, seconds: float) -> list[str]:
-        """Let time pass; returns what restoring and the events of it lead to."""
+        """Advance the time; return the signals that retries and queued events trigger."""
         names = []
         for _ in range(4):
             self.clock.now += seconds
@@ -161,6 +161,6 @@ class World:
         self.registers.states.write([known[signal.name.encode()] for signal in signals])
 
     @property
-    def owed(self) -> dict[str, int]:
-        owed = self.inflight.owed
-        return {name.decode(): owed[name] for name in owed}
+    def pending(self) -> dict[str, int]:
+        pending = self.inflight.pending
+        return {name.decode(): pending[name] for name in pending}

@@ -1,4 +1,4 @@
-"""Cancellation at each step: of a Trio program, and of an asyncio program beside whose loop Trio runs."""
+"""Cancel a Trio program, or an asyncio program with Trio in a second thread, at each of its steps."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Steps = Literal["turns of the loop", "steps of Trio"]
 
 
 class CancelAt(trio.abc.Instrument):
-    """Cancels `scope` before the step of a task that is number `step`; 0 for never."""
+    """Cancel `scope` before task step number `step`, counted over all tasks; 0 means never."""
 
     def __init__(self, step: int) -> None:
         self.scope = trio.CancelScope()
         self.steps = 0
         self._step = step
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as trio.abc.Instrument has it
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - signature of trio.abc.Instrument
         self.steps += 1
         if self.steps == self._step:
             self.scope.cancel()
@@ -42,7 +42,7 @@ class _AtEachStep(trio.abc.Instrument):
     def __init__(self, act: Callable[[], None]) -> None:
         self._act = act
 
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - as trio.abc.Instrument has it
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:  # noqa: ARG002 - signature of trio.abc.Instrument
         self._act()
 
 
@@ -58,7 +58,7 @@ def at_each_step(act: Callable[[], None]) -> Iterator[None]:
 
 
 class _Selector(selectors.PollSelector):
-    """The selector of a loop, which takes its turns from `turns`."""
+    """The selector of an asyncio loop that asks `turns` before each turn."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__()
@@ -69,25 +69,25 @@ class _Selector(selectors.PollSelector):
 
 
 class Turns(trio.abc.Instrument):
-    """Runs an asyncio loop and the Trio of a `Beside` in turn, so that only one of the two threads runs at a time.
+    """Run an asyncio loop and the Trio of a `Beside` in turn, so that only one of the two threads runs at a time.
 
-    Before each turn of the loop, Trio runs until all of its tasks wait. A blocking call of the loop's thread lets Trio
-    run, too. Trio's clock stands still. The order of the steps does therefore not depend on how fast either thread is.
+    Before each turn of the loop, Trio runs until all of its tasks wait. A blocking call in the loop's thread also lets
+    Trio run. Trio's clock stands still. The order of the steps therefore does not depend on the speed of the threads.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._free = False
-        """Set once a wait has failed: the threads then end without taking turns."""
+        """Set after a wait has failed; the threads then end without taking turns."""
         self._trio_ended = False
         self._keeper: trio.lowlevel.Task | None = None
         self._act: Callable[[], bool] | None = None
-        """What to do, after `_left` more steps of this kind."""
+        """The function to call after `_left` more steps of `_kind`."""
         self._kind: Steps = "turns of the loop"
         self._left = 0
         self._held = False
-        """Whether Trio is held at the step at which the loop is to act."""
+        """Whether Trio is held at the step at which the loop must call `_act`."""
         self._acted = False
         self._feed: Callable[[], None] | None = None
 
@@ -95,7 +95,7 @@ class Turns(trio.abc.Instrument):
         monkeypatch.setattr(trio, "run", self._run_trio)
 
         class Answer(Future[T]):
-            """What the loop's thread waits for when it asks Trio."""
+            """A Future that lets Trio run while the loop's thread waits for its result."""
 
             def result(self, timeout: float | None = None) -> T:
                 with turns._asking():
@@ -107,7 +107,7 @@ class Turns(trio.abc.Instrument):
     # -------------------------------------------------------------------------------------------- the loop's thread
 
     def run(self, main: Coroutine[Any, Any, None]) -> None:
-        """As `asyncio.run`."""
+        """Run `main` like `asyncio.run`."""
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Selector(self))) as runner:
             runner.run(main)
 
@@ -118,11 +118,11 @@ class Turns(trio.abc.Instrument):
         act: Callable[[asyncio.Task[object]], bool] = asyncio.Task.cancel,
         check: Callable[[], object] = lambda: None,
     ) -> int:
-        """Run `once()` and call `act` at its first step, then again at the second, and so on; return how often.
+        """Run `once()` repeatedly and call `act` one step later each time; return the number of runs with `act`.
 
-        It ends when `act` returns False, or when `once()` has ended before that step. By default, `act` cancels the
-        task that runs `once()`. At a step of Trio, the loop runs until it waits before Trio takes the step. `check` is
-        called after each `once()`.
+        The last run is the one in which `act` returns False or `once()` ends before that step. By default, `act`
+        cancels the task of `once()`. If `act` is due at a step of Trio, the loop runs until it waits before Trio
+        takes that step. `check` is called after each run.
         """
         for number in count():
             task = asyncio.create_task(once())
@@ -130,7 +130,7 @@ class Turns(trio.abc.Instrument):
             await asyncio.wait({task})
             self._act = None
             check()
-            # A task that had ended its work before the cancellation reached it may return.
+            # A task may return if it finished its work before the cancellation arrived.
             if not (self._acted and task.cancelled()):
                 await task
             if not self._acted:
@@ -139,7 +139,7 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def feeding(self, feed: Callable[[], None]) -> Iterator[None]:
-        """Call `feed` before each of Trio's turns; it causes an event there."""
+        """Call `feed` before each of Trio's turns; `feed` must cause an event in Trio."""
         self._feed = feed
         try:
             yield
@@ -147,7 +147,7 @@ class Turns(trio.abc.Instrument):
             self._feed = None
 
     def next(self, timeout: float | None, select: Callable[[float | None], T]) -> T:
-        """Let Trio run, and return what `select` finds then."""
+        """Let Trio run, and return the result of `select` afterwards."""
         if self._free:
             return select(timeout)
         if self._held:
@@ -155,7 +155,7 @@ class Turns(trio.abc.Instrument):
             if found or timeout == 0:
                 return found
             self._held = False
-        # The act comes before what Trio reports now, or after that.
+        # `_act` is called before or after the loop sees what Trio reports in this turn.
         due = self._reached("turns of the loop")
         if not due:
             if self._feed is not None:
@@ -170,12 +170,12 @@ class Turns(trio.abc.Instrument):
         found = select(0)
         if not (found or due or timeout == 0 or self._feed):
             self.free()
-            raise AssertionError("both threads wait: nothing will happen any more")
+            raise AssertionError("the loop and Trio both wait, and no event can wake them (deadlock)")
         return found
 
     @contextmanager
     def _trio_running(self) -> Iterator[None]:
-        """Let Trio run beside the block, and until all of its tasks wait, or until it is held at a step."""
+        """Let Trio run during the block and until all of its tasks wait or a step holds Trio."""
         threads = [thread for thread in threading.enumerate() if thread.name.startswith("inco-trio ")]
         if self._free or not threads:
             yield
@@ -194,23 +194,23 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Let Trio run in the middle of a turn, in which the loop cannot act."""
+        """Let Trio run in the middle of a turn, in which the loop cannot call `_act`."""
         act, self._act = self._act, None
         with self._trio_running():
             yield
         self._act = act
 
     def free(self) -> None:
-        """Let both threads run from now on."""
+        """Let both threads run without taking turns."""
         self._free = True
         self._go.release()
 
     # --------------------------------------------------------------------------------------------------- Trio's thread
 
     def _run_trio(self, main: Callable[[], Awaitable[None]]) -> None:
-        """As `trio.run`."""
+        """Run `main` like `trio.run`, in turns with the loop."""
 
-        # Trio also takes turns while it shuts down because a system task has failed.
+        # Trio must also take turns while it shuts down after a system task has failed.
         keeping = trio.CancelScope(shield=True)
 
         async def kept() -> None:
@@ -230,7 +230,7 @@ class Turns(trio.abc.Instrument):
             self._back.release()
 
     async def _keep(self, scope: trio.CancelScope) -> None:
-        """Give the loop a turn whenever all other tasks wait."""
+        """Give the loop a turn whenever all other Trio tasks wait."""
         with scope:
             while not self._free:
                 await wait_all_tasks_blocked()
@@ -248,7 +248,7 @@ class Turns(trio.abc.Instrument):
             self._go.acquire()
 
     def _reached(self, kind: Steps) -> bool:
-        """Count a step; return whether the loop is to act at it."""
+        """Count a step; return whether `_act` is due at this step."""
         if self._act is None or self._kind != kind:
             return False
         self._left -= 1

@@ -1,4 +1,4 @@
-"""The address that names a link."""
+"""Tests of link addresses: interface names and `unix:LOCAL,peer=REMOTE`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOO_LONG = "/" + "ö" * 54
 
 
 @pytest.mark.parametrize("name", ["rpmsg4000", "br0.4000", "unix", "i" * 15, "é" * 7])
-def test_interfaces(name: str) -> None:
+def test_interface_name_is_an_address(name: str) -> None:
     assert parse_address(name) == InterfaceAddress(name)
     assert parse_address(name).label == name
     assert address_fault(name) is None
@@ -24,12 +24,12 @@ def test_interfaces(name: str) -> None:
     [
         ("unix:/run/core0,peer=/run/core1", "/run/core0", "/run/core1"),
         ("unix:/a b/ö,peer=/x=y:z", "/a b/ö", "/x=y:z"),
-        # As in QEMU's options.
+        # A doubled comma is a literal comma, as in QEMU's options.
         ("unix:/a,,b,peer=/,,,,", "/a,b", "/,,"),
         (f"unix:{LONGEST},peer=/q", LONGEST, "/q"),
     ],
 )
-def test_sockets(text: str, local: str, peer: str) -> None:
+def test_unix_address_has_a_local_and_a_peer_path(text: str, local: str, peer: str) -> None:
     address = parse_address(text)
     assert isinstance(address, UnixAddress)
     assert (address.local, address.peer, address.name) == (local, peer, local)
@@ -46,7 +46,7 @@ def test_labels_of_long_paths_are_short_and_differ() -> None:
     assert len(labels) == 100
 
 
-def test_the_mac_is_stable_locally_administered_and_of_one_station() -> None:
+def test_default_mac_is_stable_unicast_and_locally_administered() -> None:
     addresses = [parse_address(f"unix:/run/{number},peer=/q") for number in range(200)]
     macs = [address.mac for address in addresses if isinstance(address, UnixAddress)]
     assert len(set(macs)) == 200
@@ -55,7 +55,7 @@ def test_the_mac_is_stable_locally_administered_and_of_one_station() -> None:
     assert parse_address("unix:/run/0,peer=/other") == UnixAddress("/run/0", "/other", macs[0])
 
 
-def test_the_mac_can_be_given() -> None:
+def test_mac_option_sets_the_mac_address() -> None:
     assert parse_address("unix:/a,mac=02:00:5E:10:00:01,peer=/b") == UnixAddress(
         "/a", "/b", bytes.fromhex("02005e100001")
     )
@@ -64,9 +64,9 @@ def test_the_mac_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
-        ("tcp:host", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
-        ("UNIX:/a,peer=/b", "is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("tcp:host", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        ("UNIX:/a,peer=/b", "neither unix:LOCAL,peer=REMOTE nor an interface's name"),
         ("unix:", "peer=REMOTE is missing"),
         ("unix:/a", "peer=REMOTE is missing"),
         ("unix:/a,,peer=/b", "peer=REMOTE is missing"),
@@ -75,7 +75,7 @@ def test_the_mac_can_be_given() -> None:
         ("unix:a,peer=/b", "the path before ',peer=': 'a' is not an absolute path"),
         ("unix:/a,peer=b", "peer=: 'b' is not an absolute path"),
         ("unix:/a/,peer=/b", "the path before ',peer=': '/a/' is a directory"),
-        (f"unix:{LONGEST}p,peer=/b", "the path has 108 bytes; a socket's has 107 at most (unix(7))"),
+        (f"unix:{LONGEST}p,peer=/b", "the path has 108 bytes (expected at most 107, see unix(7))"),
         (f"unix:/a,peer={TOO_LONG}", "peer=: the path has 109 bytes"),
         ("unix:/a,peer=/b,peer=/c", "peer= given more than once"),
         ("unix:/a,peer=/b,mtu=9000", "unknown option 'mtu=9000'"),
@@ -84,12 +84,12 @@ def test_the_mac_can_be_given() -> None:
         ("unix:/a,peer=/x/../a", "both sides have the same path"),
         ("unix:/a\0,peer=/b", "a NUL byte cannot be part of a path"),
         ("unix:/\ud800,peer=/b", "cannot be a path"),
-        ("unix:/a,peer=/b,mac=02:00:00:00:00", "mac=02:00:00:00:00: is not the address of one station"),
-        ("unix:/a,peer=/b,mac=03:00:00:00:00:01", "is not the address of one station"),
-        ("unix:/a,peer=/b,mac=ff:ff:ff:ff:ff:ff", "is not the address of one station"),
+        ("unix:/a,peer=/b,mac=02:00:00:00:00", "mac=02:00:00:00:00: not the address of one station"),
+        ("unix:/a,peer=/b,mac=03:00:00:00:00:01", "not the address of one station"),
+        ("unix:/a,peer=/b,mac=ff:ff:ff:ff:ff:ff", "not the address of one station"),
     ],
 )
-def test_what_is_no_address(text: str, fault: str) -> None:
+def test_invalid_address_is_an_error(text: str, fault: str) -> None:
     with pytest.raises(ValueError, match=re.escape(fault)):
         parse_address(text)
     assert fault in str(address_fault(text))

@@ -1,7 +1,7 @@
-"""asyncio code takes part, on the real kernel, and with a real MQTT broker.
+"""Tests of asyncio code inside a Trio program, on the real kernel and with a real MQTT broker.
 
-Importing trio-asyncio changes asyncio for the whole process, so no test here does it in pytest's: a `scenario` is run
-by a process of its own, `python -m tests.test_aio`. `aio.open_proxy` has its tests in test_aio_proxy.
+Importing trio-asyncio changes asyncio for the whole process. Each `scenario` therefore runs in its own process,
+`python -m tests.test_aio`. The tests of `aio.open_proxy` are in test_aio_proxy.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ NOTIFY = "redun_notify_irq"
 
 
 def python(filters: list[str]) -> list[str]:
-    """The start of a command: Python, with pytest's warning filters."""
+    """Return the start of a Python command with pytest's warning filters."""
     return [sys.executable, *(part for line in filters for part in ("-W", line))]
 
 
 @attrs.frozen
 class World:
-    """What a scenario is given: it runs in core 0."""
+    """The board of a scenario, which runs in core 0's namespace."""
 
     config: Config
     core1: Peer
@@ -55,7 +55,7 @@ SCENARIOS: dict[str, Scenario] = {}
 
 
 def scenario(function: Scenario) -> Callable[[pytest.Config, Cores, Path], None]:
-    """A test that runs `function` in a process of its own."""
+    """Return a test that runs `function` in a separate process."""
 
     @pytest.mark.netns
     def test(pytestconfig: pytest.Config, cores: Cores, irq_dir: Path) -> None:
@@ -90,7 +90,7 @@ def play(name: str, core0: str, core1: str, link: str, irq_dir: str) -> None:
 
 
 async def reset(world: World, proxy: Proxy, count: int = 1) -> None:
-    """Send the reset signal from core 1, and return once it has been carried."""
+    """Send the reset signal from core 1 `count` times, and return once the proxy has delivered all."""
     with proxy.events(count) as events:
         for _ in range(count):
             world.core1.send(RESET)
@@ -99,7 +99,7 @@ async def reset(world: World, proxy: Proxy, count: int = 1) -> None:
 
 
 @scenario
-async def test_callback_gets_each_notification_in_order_and_may_send(world: World) -> None:
+async def test_callback_receives_each_notification_in_order_and_may_send(world: World) -> None:
     from inco_trio import aio
 
     entry, seen = trio.open_memory_channel[Notification](2)
@@ -119,7 +119,7 @@ async def test_callback_gets_each_notification_in_order_and_may_send(world: Worl
 
 
 @scenario
-async def test_error_of_the_callback_reaches_the_caller_as_it_is(world: World) -> None:
+async def test_error_of_the_callback_reaches_the_caller_unchanged(world: World) -> None:
     from inco_trio import aio
 
     error = ValueError("from asyncio")
@@ -137,11 +137,11 @@ async def test_error_of_the_callback_reaches_the_caller_as_it_is(world: World) -
             await nursery.start(handle)
             await reset(world, proxy)
         await reset(world, proxy)
-        assert proxy.stats.delivered == 2, "the proxy has not gone on"
+        assert proxy.stats.delivered == 2, "the proxy stopped delivering"
 
 
 @scenario
-async def test_cancelled_by_trio_the_callback_cleans_up_first(world: World) -> None:
+async def test_callback_cleans_up_when_trio_cancels_it(world: World) -> None:
     from inco_trio import aio
 
     called = trio.Event()
@@ -173,7 +173,7 @@ async def test_cancelled_by_trio_the_callback_cleans_up_first(world: World) -> N
 
 
 @scenario
-async def test_slow_callback_stalls_nothing(world: World) -> None:
+async def test_slow_callback_does_not_stall_the_proxy(world: World) -> None:
     from inco_trio import aio
 
     called, handled = trio.Event(), 0
@@ -191,13 +191,13 @@ async def test_slow_callback_stalls_nothing(world: World) -> None:
         await called.wait()
         await reset(world, proxy, 9)
         assert proxy.stats.delivered == 10
-        assert proxy.stats.events_lost == 7, "one is being handled, two wait"
+        assert proxy.stats.events_lost == 7, "the callback handles one event, the buffer holds two"
         go_on.set()
     assert handled == 3
 
 
 @scenario
-async def test_main_sends_and_returns(world: World) -> None:
+async def test_main_can_send_and_return_a_value(world: World) -> None:
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:
@@ -212,8 +212,8 @@ async def test_main_sends_and_returns(world: World) -> None:
 
 
 @scenario
-async def test_cancelled_wait_for_an_event_loses_nothing(world: World) -> None:
-    """The wait is cancelled one turn of the loop later each time, until the event comes before the cancellation."""
+async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
+    """Cancel the wait one turn of the loop later each time, until the event arrives before the cancellation."""
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:
@@ -259,7 +259,7 @@ async def test_events_end_with_the_proxy(world: World) -> None:
 
 
 @scenario
-async def test_open_loop_is_used_and_left_open(world: World) -> None:
+async def test_run_uses_an_open_loop_and_leaves_it_open(world: World) -> None:
     import trio_asyncio
 
     from inco_trio import aio
@@ -268,7 +268,7 @@ async def test_open_loop_is_used_and_left_open(world: World) -> None:
         return asyncio.get_running_loop(), asyncio.create_task(asyncio.Event().wait())
 
     async with open_proxy(world.config) as proxy, trio_asyncio.open_loop() as loop:
-        # asyncio keeps no reference to a task: one that nobody holds may be collected while it waits.
+        # asyncio keeps only weak references to tasks, so an unreferenced task may be collected while it waits.
         tasks = []
         for _ in range(2):
             used, left = await aio.run(proxy, main)
@@ -278,7 +278,7 @@ async def test_open_loop_is_used_and_left_open(world: World) -> None:
 
 
 @scenario
-async def test_own_loop_cancels_what_is_left(world: World) -> None:
+async def test_run_cancels_remaining_tasks_of_its_own_loop(world: World) -> None:
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> asyncio.Task[bool]:
@@ -289,7 +289,7 @@ async def test_own_loop_cancels_what_is_left(world: World) -> None:
 
 
 @scenario
-async def test_no_error_hides_another(world: World) -> None:
+async def test_errors_of_main_and_of_a_task_are_both_raised(world: World) -> None:
     from inco_trio import aio
 
     async def fail_at_the_end() -> None:
@@ -312,7 +312,7 @@ async def test_no_error_hides_another(world: World) -> None:
 
 
 @scenario
-async def test_main_that_cancels_itself_is_seen_cancelled(world: World) -> None:
+async def test_cancelled_error_of_main_reaches_the_caller(world: World) -> None:
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> None:
@@ -327,7 +327,7 @@ async def test_main_that_cancels_itself_is_seen_cancelled(world: World) -> None:
 
 
 def documented(word: str, directory: Path) -> Path:
-    """The program of docs/asyncio.md whose first line contains `word`, as a file."""
+    """Write the program of docs/asyncio.md whose first line contains `word` to a file; return its path."""
     text = (PROJECT / "docs/asyncio.md").read_text()
     programs = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (program,) = (each for each in programs if word in each.partition("\n")[0])
@@ -337,13 +337,13 @@ def documented(word: str, directory: Path) -> Path:
 
 
 def received(core1: Peer) -> bytes:
-    """The payload of the next frame, as soon as it comes."""
+    """Wait for the next frame and return its payload."""
     select.select([core1.fileno()], [], [])
     return core1.receive()[14:]
 
 
 class Program:
-    """A running program, whose output says when it is ready."""
+    """A running program whose output shows when it is ready."""
 
     def __init__(self, namespace: Namespace, command: list[str]) -> None:
         self.process = namespace.run(
@@ -352,19 +352,19 @@ class Program:
         self.said = b""
 
     def wait_said(self, text: bytes) -> None:
-        """Wait until it has said `text`."""
+        """Wait until the program has printed `text`."""
         assert self.process.stdout is not None
         while text not in self.said:
             part = os.read(self.process.stdout.fileno(), 4096)
-            assert part, f"ended without saying {text!r}: {self.said.decode()}"
+            assert part, f"{self.process.args!r}: ended before it printed {text!r}; it printed: {self.said.decode()}"
             self.said += part
 
     def close(self) -> None:
-        """End it."""
+        """Kill the program and print its output."""
         self.process.kill()
         rest = self.process.communicate()[0]
-        # Pytest shows it, if the test fails.
-        sys.stderr.write(f"{self.process.args!r} ended; it said:\n{(self.said + rest).decode()}")
+        # pytest shows this output if the test fails.
+        sys.stderr.write(f"{self.process.args!r} ended; it printed:\n{(self.said + rest).decode()}")
 
 
 @pytest.fixture
@@ -382,11 +382,11 @@ def start(cores: Cores) -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def mqtt(cores: Cores, start: Callable[..., Program], tmp_path: Path) -> Iterator[Client]:
-    """A client of a broker that listens in core 0; what it gets is in the queue that is its `userdata`."""
+    """Start a broker in core 0; yield a client whose `userdata` is the queue of received messages."""
     mosquitto = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
-    assert mosquitto, "this test needs mosquitto"
+    assert mosquitto, "mosquitto: not found (install the package mosquitto)"
     configuration = tmp_path / "mosquitto.conf"
-    # As another user it could not be started in a user namespace.
+    # Inside a user namespace, mosquitto cannot switch to another user.
     configuration.write_text("listener 1883 127.0.0.1\nallow_anonymous true\nuser root\nlog_dest stderr\n")
     start(mosquitto, "-c", configuration).wait_said(b" running\n")
 
@@ -414,7 +414,7 @@ def test_documented_callback(
 
 
 @pytest.mark.netns
-def test_documented_program_of_asyncio(
+def test_documented_asyncio_program(
     pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
 ) -> None:
     command = python(pytestconfig.getini("filterwarnings"))
@@ -439,7 +439,7 @@ def test_documented_bridge_to_mqtt(
 ) -> None:
     messages: queue.Queue[MQTTMessage] = mqtt.user_data_get()
     mqtt.subscribe("board/inbound/+", qos=1)
-    # The broker keeps it for whoever comes, so nobody must know when the bridge is there.
+    # The broker retains this message, so the test need not know when the bridge connects.
     mqtt.publish(f"board/outbound/{NOTIFY}", "now", qos=1, retain=True)
     command = python(pytestconfig.getini("filterwarnings"))
     bridge = start(*command, documented("bridge.py", tmp_path), cores.link, irq_dir, "127.0.0.1")
@@ -461,7 +461,7 @@ def test_documented_bridge_to_mqtt(
     assert bridge.process.wait() == 0
 
 
-def test_only_what_needs_trio_asyncio_imports_it(pytestconfig: pytest.Config) -> None:
+def test_trio_asyncio_is_only_imported_where_it_is_needed(pytestconfig: pytest.Config) -> None:
     code = """
 import asyncio, importlib, pkgutil, sys, trio
 before = asyncio.get_event_loop_policy
@@ -487,7 +487,9 @@ else:
     subprocess.run([*python(pytestconfig.getini("filterwarnings")), "-c", code], check=True)
 
 
-def test_a_trio_asyncio_that_does_not_support_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_trio_asyncio_if_it_does_not_support_this_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> None:

@@ -1,4 +1,4 @@
-"""The proxy in an asyncio program: real sockets, and asyncio.run in this process."""
+"""Tests of `aio.open_proxy` with real sockets and asyncio in this process."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ MAC = bytes.fromhex("020000000001")
 
 
 class World:
-    """A board, and its core 1, which the test plays; nothing here waits for the loop."""
+    """A board whose core 1 the test plays with plain sockets, without the asyncio loop."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        # A proxy of a slow machine stops without a loss, too.
+        # Without a deadline, the proxy loses nothing when it stops, even on a slow machine.
         self.config = Config(
             f"unix:{home}/core0,peer={home}/core1", builtin_signals(home / "irq"), stop_deadline=math.inf
         )
@@ -67,19 +67,19 @@ class World:
             self.core1.sendto(encode(name.encode(), MAC), f"{self.home}/core0")
 
     def feed(self) -> None:
-        """Send one, if there is room for it."""
+        """Send one frame unless the proxy's queue is full."""
         with contextlib.suppress(BlockingIOError):
             self.core1.sendto(encode(RESET.encode(), MAC), socket.MSG_DONTWAIT, f"{self.home}/core0")
             self.sent += 1
 
     def receive(self) -> str:
-        """The next signal that comes to core 1; the whole thread waits for it."""
+        """Block the thread until core 1 receives a signal, and return the signal's name."""
         name = decode(self.core1.recv(200))
         assert name is not None
         return name.decode()
 
     def count(self) -> int:
-        """How many signals have come to core 1."""
+        """Return the number of signals that core 1 has received."""
         try:
             while True:
                 self.core1.recv(200, socket.MSG_DONTWAIT)
@@ -88,7 +88,7 @@ class World:
             return self.came
 
     def trigger(self) -> None:
-        """As an application does."""
+        """Write to the trigger file like an application."""
         (self.home / "irq/message_6_trig").write_text("1")
 
 
@@ -102,14 +102,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 def descriptors() -> set[str]:
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
-        # The listing itself has one, which is gone now.
+        # iterdir() lists the descriptor that it uses itself, which is closed now.
         with contextlib.suppress(FileNotFoundError):
             found.add(f"{entry.name} {entry.readlink()}")
     return found
 
 
 def alive() -> tuple[set[str], set[str]]:
-    """What a proxy might leave behind: threads, and descriptors but the map of its memory, which is the collector's."""
+    """Return the threads and descriptors; ignore the mapped memory, which the garbage collector frees."""
     kept = {each for each in descriptors() if "memfd:inco-trio" not in each}
     return {thread.name for thread in threading.enumerate()}, kept
 
@@ -141,10 +141,10 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[Turns]:
     turns.free()
 
 
-# ------------------------------------------------------------------------------------------------- what a program does
+# ---------------------------------------------------------------------------------------------------- normal operation
 
 
-def test_each_way(world: World) -> None:
+def test_notifications_pass_in_both_directions(world: World) -> None:
     async def main() -> None:
         policy = type(asyncio.get_running_loop())
         async with aio.open_proxy(world.config) as proxy:
@@ -168,19 +168,19 @@ def test_each_way(world: World) -> None:
     run(main)
 
 
-def test_a_busy_loop_holds_nothing_up(world: World) -> None:
+def test_a_busy_loop_does_not_delay_the_proxy(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             for _ in range(100):
                 world.trigger()
-                # The loop stands still meanwhile.
+                # This call blocks the loop.
                 assert world.receive() == NOTIFY
             assert (await proxy.stats()).sent == 100
 
     run(main)
 
 
-def test_the_counters_do_not_block_the_loop(world: World) -> None:
+def test_reading_counters_does_not_block_the_loop(world: World) -> None:
     """The loop runs other tasks while the proxy's thread is busy."""
 
     async def main() -> None:
@@ -203,7 +203,7 @@ def test_the_counters_do_not_block_the_loop(world: World) -> None:
     run(main)
 
 
-def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
+def test_several_proxies_run_in_one_loop(tmp_path: Path) -> None:
     worlds = []
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
@@ -214,7 +214,7 @@ def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
             async with asyncio.TaskGroup() as tasks:
                 waiting = [tasks.create_task(proxy.wait_for(name)) for name in (RESET, HWWD)]
                 with proxy.events() as events:
-                    # Accepted in this order, so both wait by now.
+                    # The proxy handles requests in order, so both tasks wait by now.
                     await proxy.send(NOTIFY)
                     assert (await anext(events)).signal.name == NOTIFY
                 world.send(RESET, HWWD)
@@ -231,11 +231,11 @@ def test_several_proxies_in_one_loop(tmp_path: Path) -> None:
         world.core1.close()
 
 
-def test_wait_for(world: World) -> None:
+def test_wait_for_raises_for_unknown_signals_and_closed_proxies(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.001):  # Meant to expire: nothing comes.
+                async with asyncio.timeout(0.001):  # No notification arrives, so this deadline expires.
                     await proxy.wait_for(RESET)
             with pytest.raises(UnknownSignalError, match="nothing: not a signal"):
                 await proxy.wait_for("nothing")
@@ -250,7 +250,7 @@ def test_wait_for(world: World) -> None:
     run(main)
 
 
-def test_send(world: World) -> None:
+def test_send_raises_for_inbound_signals_and_closed_proxies(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(attrs.evolve(world.config, stop_deadline=0.0)) as proxy:
             with pytest.raises(UnknownSignalError, match="ihub_reset_irq: not an outbound signal"):
@@ -269,7 +269,7 @@ def test_send(world: World) -> None:
     run(main)
 
 
-def test_reload(world: World) -> None:
+def test_reload_adds_a_signal_and_refuses_another_link(world: World) -> None:
     other = attrs.evolve(
         world.config, signals=(*world.config.signals, Signal("more", Direction.OUTBOUND, world.home / "irq", "more"))
     )
@@ -294,7 +294,7 @@ def names(notifications: list[Notification]) -> list[str]:
     return [notification.signal.name for notification in notifications]
 
 
-def test_events_of_signals_and_of_a_direction(world: World) -> None:
+def test_events_are_filtered_by_signal_and_direction(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with (
@@ -316,7 +316,7 @@ def test_events_of_signals_and_of_a_direction(world: World) -> None:
     run(main)
 
 
-def test_a_slow_reader_misses_what_is_beyond_its_buffer(world: World) -> None:
+def test_a_slow_reader_loses_events_beyond_its_buffer(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events(3) as slow, proxy.events() as fast:
@@ -331,7 +331,7 @@ def test_a_slow_reader_misses_what_is_beyond_its_buffer(world: World) -> None:
     run(main)
 
 
-def test_a_burst_wakes_the_loop_once_for_many(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_burst_wakes_the_loop_once_per_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         wakes = 0
 
@@ -353,7 +353,7 @@ def test_a_burst_wakes_the_loop_once_for_many(world: World, monkeypatch: pytest.
     run(main)
 
 
-def test_events_end_with_the_proxy_and_what_was_carried_can_be_read_after_it(world: World) -> None:
+def test_buffered_events_can_be_read_after_the_proxy_closed(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             kept = proxy.events()
@@ -377,7 +377,7 @@ def test_events_end_with_the_proxy_and_what_was_carried_can_be_read_after_it(wor
     run(main)
 
 
-def test_a_stream_that_is_left_while_somebody_waits(world: World) -> None:
+def test_closing_a_stream_ends_a_waiting_reader(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events() as events:
@@ -393,7 +393,7 @@ def test_a_stream_that_is_left_while_somebody_waits(world: World) -> None:
     run(main)
 
 
-def test_readers_of_one_stream_share_it(world: World) -> None:
+def test_readers_of_one_stream_share_its_events(world: World) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with proxy.events() as events:
@@ -406,10 +406,10 @@ def test_readers_of_one_stream_share_it(world: World) -> None:
     run(main)
 
 
-# ----------------------------------------------------------------------------------------------------- opening fails
+# ------------------------------------------------------------------------------------------------------ failed opening
 
 
-def test_an_error_at_the_opening_is_raised_as_it_is(world: World) -> None:
+def test_errors_while_opening_are_raised_unchanged(world: World) -> None:
     async def main() -> None:
         missing = attrs.evolve(world.config, link=f"unix:{world.home}/no/core0,peer={world.home}/core1")
         with pytest.raises(LinkNotFoundError):
@@ -427,9 +427,9 @@ def test_an_error_at_the_opening_is_raised_as_it_is(world: World) -> None:
     run(main)
 
 
-# Trio's own, where it cannot start.
+# If Trio fails to start, it leaves a socket unclosed.
 @pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
-def test_no_room_for_descriptors(world: World) -> None:
+def test_too_few_descriptors_is_an_error_and_leaks_nothing(world: World) -> None:
     async def main() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         first = os.dup(0)
@@ -453,7 +453,7 @@ def test_no_room_for_descriptors(world: World) -> None:
     run(main)
 
 
-def test_no_room_for_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_to_start_a_thread_is_an_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -466,11 +466,11 @@ def test_no_room_for_a_thread(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     run(main)
 
 
-# ------------------------------------------------------------------------------------------------- how a block ends
+# ---------------------------------------------------------------------------------------------------- end of the block
 
 
 @pytest.mark.parametrize("error", [ValueError("block"), SystemExit(7), KeyboardInterrupt()], ids=repr)
-def test_what_the_block_raises_is_raised_as_it_is(world: World, error: BaseException) -> None:
+def test_errors_of_the_block_are_raised_unchanged(world: World, error: BaseException) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config):
             world.trigger()
@@ -482,7 +482,7 @@ def test_what_the_block_raises_is_raised_as_it_is(world: World, error: BaseExcep
     assert world.count() == 1
 
 
-def test_a_block_that_is_cancelled(world: World) -> None:
+def test_a_cancelled_block_sends_pending_notifications(world: World) -> None:
     async def main() -> None:
         async def block(entered: Callable[[], None]) -> None:
             async with aio.open_proxy(world.config):
@@ -507,26 +507,26 @@ def test_a_block_that_is_cancelled(world: World) -> None:
 
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Callable[[aio.Proxy], None]:
-    """Have a leg fail."""
+    """Return a function that makes a task of the proxy fail."""
     waiting: queue.SimpleQueue[trio.Event] = queue.SimpleQueue()
 
     async def changed(_link: UnixLink) -> None:
         failing = trio.Event()
         waiting.put(failing)
         await failing.wait()
-        raise RuntimeError("of the leg")
+        raise RuntimeError("of the task")
 
     monkeypatch.setattr(UnixLink, "changed", changed)
     return lambda proxy: proxy._beside.ask(waiting.get().set)
 
 
 async def raised_by(block: Callable[[], Awaitable[None]]) -> pytest.ExceptionInfo[BaseException]:
-    with pytest.raises(BaseException) as raised:  # noqa: PT011 - told apart by the caller
+    with pytest.raises(BaseException) as raised:  # noqa: PT011 - the caller checks the type
         await block()
     return raised
 
 
-def test_a_leg_that_fails_cancels_the_block(world: World, fail: Callable[[aio.Proxy], None]) -> None:
+def test_a_failing_task_cancels_the_block(world: World, fail: Callable[[aio.Proxy], None]) -> None:
     ended = []
 
     async def block() -> None:
@@ -535,7 +535,7 @@ def test_a_leg_that_fails_cancels_the_block(world: World, fail: Callable[[aio.Pr
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
-                # The others still work.
+                # The proxy's other tasks still run.
                 await proxy.send(NOTIFY)
                 world.trigger()
                 ended.append("cancelled")
@@ -544,7 +544,7 @@ def test_a_leg_that_fails_cancels_the_block(world: World, fail: Callable[[aio.Pr
     async def main() -> None:
         raised = await raised_by(block)
         assert raised.type is ExceptionGroup
-        assert raised.group_contains(RuntimeError, match="of the leg")
+        assert raised.group_contains(RuntimeError, match="of the task")
         assert ended == ["cancelled"]
         assert world.count() == 2
         task = asyncio.current_task()
@@ -556,12 +556,12 @@ def test_a_leg_that_fails_cancels_the_block(world: World, fail: Callable[[aio.Pr
 
 
 @pytest.mark.parametrize("sleeps", range(3))
-def test_a_leg_that_fails_as_the_block_ends(
+def test_a_task_that_fails_as_the_block_ends_is_reported(
     world: World, fail: Callable[[aio.Proxy], None], turns: Turns, sleeps: int
 ) -> None:
     async def block() -> None:
         async with aio.open_proxy(world.config) as proxy:
-            # Trio reports the failure before this returns; the loop handles that in its next turn.
+            # Trio reports the failure before fail() returns; the loop handles the report in its next turn.
             fail(proxy)
             with contextlib.suppress(asyncio.CancelledError):
                 for _ in range(sleeps):
@@ -570,14 +570,14 @@ def test_a_leg_that_fails_as_the_block_ends(
     async def main() -> None:
         raised = await raised_by(block)
         assert raised.type is ExceptionGroup
-        assert raised.group_contains(RuntimeError, match="of the leg")
+        assert raised.group_contains(RuntimeError, match="of the task")
         for _ in range(3):
             await asyncio.sleep(0)
 
     run(main, turns.run)
 
 
-def test_a_leg_and_the_block_fail(world: World, fail: Callable[[aio.Proxy], None]) -> None:
+def test_errors_of_a_task_and_of_the_block_are_both_raised(world: World, fail: Callable[[aio.Proxy], None]) -> None:
     async def block() -> None:
         async with aio.open_proxy(world.config) as proxy:
             fail(proxy)
@@ -589,14 +589,14 @@ def test_a_leg_and_the_block_fail(world: World, fail: Callable[[aio.Proxy], None
     async def main() -> None:
         raised = await raised_by(block)
         assert raised.type is ExceptionGroup
-        assert raised.group_contains(RuntimeError, match="of the leg")
+        assert raised.group_contains(RuntimeError, match="of the task")
         assert raised.group_contains(ValueError, match="of the block")
 
     run(main)
 
 
 @pytest.mark.parametrize("error", [ExceptionGroup, ValueError])
-def test_an_error_that_hides_a_cancellation_does_not_swallow_it(
+def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
     world: World, fail: Callable[[aio.Proxy], None], error: type[Exception]
 ) -> None:
     waited = []
@@ -605,7 +605,7 @@ def test_an_error_that_hides_a_cancellation_does_not_swallow_it(
         async with aio.open_proxy(world.config) as proxy:
             task = asyncio.current_task()
             assert task is not None
-            # Met where the block waits, or its end.
+            # The cancellation is raised where the block waits, or at the end of the block.
             task.cancel()
             if error is ExceptionGroup:
                 fail(proxy)
@@ -627,8 +627,8 @@ def test_an_error_that_hides_a_cancellation_does_not_swallow_it(
 
 
 @pytest.mark.parametrize("waits", ["never", "before", "after"])
-def test_a_trio_that_breaks_down_ends_the_block(world: World, turns: Turns, waits: str) -> None:
-    """It has no reason to: this is what becomes of a fault of ours, or of its own. The loop has a turn at each step."""
+def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) -> None:
+    """Trio only crashes because of a bug in it or in inco-trio. The loop takes a turn at each step of Trio."""
 
     async def broken() -> None:
         raise RuntimeError("broken")
@@ -646,7 +646,7 @@ def test_a_trio_that_breaks_down_ends_the_block(world: World, turns: Turns, wait
     async def once() -> None:
         raised = await raised_by(block)
         if waits == "after" or (waits == "before" and raised.type is ExceptionGroup):
-            # In the latter case, the wait ended before the block was cancelled.
+            # With "before", wait_for() may end with ClosedError before the block is cancelled.
             assert raised.type is ExceptionGroup
             assert raised.group_contains(ClosedError)
             assert raised.group_contains(trio.TrioInternalError)
@@ -660,8 +660,8 @@ def test_a_trio_that_breaks_down_ends_the_block(world: World, turns: Turns, wait
     run(main, turns.run)
 
 
-def test_a_coroutine_that_is_closed(world: World) -> None:
-    """As the garbage collector does it, once the loop does not run any more."""
+def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
+    """The garbage collector closes a coroutine like this after the loop has ended."""
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _loop, _context: None)
     entered = asyncio.Event()
@@ -674,7 +674,7 @@ def test_a_coroutine_that_is_closed(world: World) -> None:
 
     opening, entering = block(), block()
     tasks = [loop.create_task(opening)]
-    # One turn: Trio can report only in the next one that the proxy is open.
+    # Run one turn: the loop learns only in the next turn that the proxy is open.
     loop.call_soon(loop.stop)
     loop.run_forever()
     opening.close()
@@ -687,7 +687,7 @@ def test_a_coroutine_that_is_closed(world: World) -> None:
     assert not (world.home / "core0").exists()
 
 
-# ---------------------------------------------------------------------------------- cancelled at each step
+# ------------------------------------------------------------------------------------------- cancellation at each step
 
 
 Cut = Callable[..., Awaitable[int]]
@@ -695,11 +695,11 @@ Cut = Callable[..., Awaitable[int]]
 
 @pytest.fixture(params=get_args(Steps))
 def cut(request: pytest.FixtureRequest, turns: Turns) -> Cut:
-    """Cancel `once()` at each step: `await cut(once, check=check)`, see `Turns.at_each`."""
+    """Return a function that cancels `once()` at each step: `await cut(once, check=check)`; see `Turns.at_each`."""
     return partial(turns.at_each, request.param)
 
 
-def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_open_and_close_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         triggered = 0
 
@@ -713,7 +713,7 @@ def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut, turns: Tu
         def check() -> None:
             assert alive() == before
             assert not (world.home / "core0").exists()
-            # What it sends itself is cancelled at times, or sent in spite of that.
+            # The explicit send may be cancelled before or after the frame leaves.
             assert triggered <= world.count() <= 2 * triggered
 
         before = alive()
@@ -722,7 +722,7 @@ def test_open_and_close_cancelled_at_each_step(world: World, cut: Cut, turns: Tu
     run(main, turns.run)
 
 
-def test_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_close_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         triggered = 0
 
@@ -743,7 +743,7 @@ def test_close_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> N
     run(main, turns.run)
 
 
-def test_send_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_send_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         calls = 0
 
@@ -761,7 +761,7 @@ def test_send_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> No
     run(main, turns.run)
 
 
-def test_wait_for_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_wait_for_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
             with turns.feeding(world.feed):
@@ -773,12 +773,12 @@ def test_wait_for_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -
     run(main, turns.run)
 
 
-def test_events_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
+def test_events_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> None:
     async def main() -> None:
         seen: list[int] = []
 
         async def once() -> None:
-            # Nothing is waited for while some are there.
+            # anext() does not wait while fetched events are left.
             assert isinstance(events, aio._Events)
             while events._fetched:
                 seen.append((await anext(events)).sequence)
@@ -795,8 +795,10 @@ def test_events_cancelled_at_each_step(world: World, cut: Cut, turns: Turns) -> 
     run(main, turns.run)
 
 
-def test_reload_cancelled_at_each_step(world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Trio's part waits after each signal of the table.
+def test_reload_can_be_cancelled_at_each_step(
+    world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With TURN 0, the reload yields to other tasks after each signal.
     monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))
     other = attrs.evolve(world.config, signals=world.config.signals[1:] + more)
@@ -849,8 +851,8 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("way", ["Ctrl-C", "abandoned"])
-def test_a_program_that_is_ended(world: World, way: str) -> None:
-    """By Ctrl-C, and one that does not run its loop any more: it stops cleanly, and does not hang."""
+def test_a_program_ended_by_ctrl_c_or_without_running_its_loop_stops_cleanly(world: World, way: str) -> None:
+    """Neither way of ending loses a pending notification or hangs."""
     program = PROGRAM + ("asyncio.run(main())" if way == "Ctrl-C" else ABANDONED)
     with subprocess.Popen(
         [sys.executable, "-c", program, str(world.home)],

@@ -1,4 +1,4 @@
-"""Many boards in one process: their directory, and the proxies that share one inotify descriptor."""
+"""Tests of many boards in one process: the boards directory, and proxies that share one inotify descriptor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 
 
 def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
-    """A test that Trio runs."""
+    """Return a test that runs an async function with Trio."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -46,7 +46,7 @@ def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
 
 
 class Place:
-    """A directory with the registers and sockets of boards; the test plays each one's second core."""
+    """A directory with the registers and sockets of boards; the test plays core 1 of each board."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home = home
@@ -93,12 +93,12 @@ async def until(condition: Callable[[], bool]) -> None:
             await wait_all_tasks_blocked()
 
 
-async def carried(proxies: Proxies, name: str, count: int) -> None:
-    """Wait until a board has carried so many notifications."""
+async def wait_handled(proxies: Proxies, name: str, count: int) -> None:
+    """Wait until a board has sent and delivered `count` notifications in total."""
     await until(lambda: proxies[name].stats.sent + proxies[name].stats.delivered >= count)
 
 
-# ------------------------------------------------------------------------------------------------------ their directory
+# -------------------------------------------------------------------------------------------------- directory of boards
 
 
 def write(directory: Path, files: Mapping[str, object]) -> Path:
@@ -108,7 +108,7 @@ def write(directory: Path, files: Mapping[str, object]) -> Path:
     return directory
 
 
-def test_a_directory_of_boards(tmp_path: Path) -> None:
+def test_each_json_file_of_the_directory_is_a_board(tmp_path: Path) -> None:
     udrv = tmp_path / "udrv.json"
     udrv.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": "/x/b"}}}))
     directory = write(
@@ -155,11 +155,11 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             ["iface: unknown key (expected one of link, config, irq_dir, netns)"],
         ),
         ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
-        ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing: the path of the "]),
-        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': is neither unix:LOCAL,peer=REMOTE nor an interface"]),
+        ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing (expected the "]),
+        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': neither unix:LOCAL,peer=REMOTE nor an interface"]),
         (
             {"link": LONG, "irq_dir": "/x"},
-            [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes; a socket's has 107 "],
+            [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],
         ),
         ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (leave it out)"]),
         (
@@ -168,7 +168,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
         ),
     ],
 )
-def test_a_board_that_is_refused(tmp_path: Path, content: object, problems: list[str]) -> None:
+def test_a_board_with_mistakes_is_refused_and_others_stay(tmp_path: Path, content: object, problems: list[str]) -> None:
     directory = write(tmp_path / "boards", {"bad": content, "good": {"link": "rpmsg0", "irq_dir": "/x/good"}})
     boards = read_boards(directory)
     assert list(boards.configs) == ["good"]
@@ -178,7 +178,7 @@ def test_a_board_that_is_refused(tmp_path: Path, content: object, problems: list
         assert line.startswith(f"{directory}/bad.json: {problem}")
 
 
-def test_a_name_that_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_board_name_is_refused(tmp_path: Path) -> None:
     directory = write(tmp_path / "boards", {"a b": {}, "-x": {}, "x" * 65: {}, "ä": {}})
     boards = read_boards(directory)
     assert boards.configs == {}
@@ -189,13 +189,13 @@ def test_a_name_that_is_refused(tmp_path: Path) -> None:
     }
 
 
-def test_a_udrv_json_that_is_refused_is_named(tmp_path: Path) -> None:
+def test_error_names_the_unreadable_udrv_json(tmp_path: Path) -> None:
     directory = write(tmp_path / "boards", {"a": {"link": "rpmsg0", "config": f"{tmp_path}/missing"}})
     assert str(read_boards(directory).refused["a"]) == f"{tmp_path}/missing: cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize("kind", ["missing", "file"])
-def test_a_directory_that_is_none(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_boards_directory_is_an_error(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "boards"
     if kind == "file":
         path.touch()
@@ -203,7 +203,7 @@ def test_a_directory_that_is_none(tmp_path: Path, kind: str) -> None:
         read_boards(path)
 
 
-def test_what_two_boards_share_is_refused(place: Place) -> None:
+def test_boards_that_share_a_link_or_directory_are_refused(place: Place) -> None:
     configs = place.configs("a", "b", "c", "d")
     configs["b"] = Config(configs["b"].link, configs["a"].signals)
     configs["c"] = Config(configs["a"].link, configs["c"].signals)
@@ -214,37 +214,37 @@ def test_what_two_boards_share_is_refused(place: Place) -> None:
         "c": f"the link {place.home}/a.0 is already used by the board a",
         "d": f"the directory {place.home}/link is already used by the board a",
     }
-    # The one that is there already stays.
+    # A board that is already open takes precedence.
     assert set(refuse_shared(configs, {"b": configs["b"]})) == {"a", "d"}
 
 
-def test_what_goes_on_keeps_what_it_has(place: Place) -> None:
+def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:
     now = place.configs("a", "b", "c")
-    # b has no readable file any more and goes on; d may have nothing of it.
+    # b stays open although its file is now unreadable; d must not use b's link.
     assert refuse_shared({"a": now["a"], "d": now["b"]}, now) == {
         "d": f"the link {place.home}/b.0 is already used by the board b"
     }
-    # a may not have what b has, and keeps what c wants.
+    # a must not take b's link; a therefore keeps the link that c wants.
     refused = refuse_shared({"a": now["b"], "b": now["b"], "c": now["a"]}, {name: now[name] for name in "ab"})
     assert refused == {
         "a": f"the link {place.home}/b.0 is already used by the board b",
         "c": f"the link {place.home}/a.0 is already used by the board a",
     }
-    # Two may exchange what they have.
+    # Two boards may swap their links and directories.
     assert refuse_shared({"a": now["b"], "b": now["a"]}, {name: now[name] for name in "ab"}) == {}
 
 
-def test_ten_thousand_files(tmp_path: Path) -> None:
+def test_a_directory_of_10000_boards_is_read(tmp_path: Path) -> None:
     directory = write(tmp_path / "boards", {f"b{i}": {"link": f"i{i}", "irq_dir": f"/x/{i}"} for i in range(10_000)})
     boards = read_boards(directory)
     assert (len(boards.configs), boards.refused) == (10_000, {})
 
 
-# -------------------------------------------------------------------------------------------------------- their proxies
+# -------------------------------------------------------------------------------------------------------------- proxies
 
 
 @in_trio
-async def test_each_board_carries_its_own(place: Place) -> None:
+async def test_each_board_handles_its_own_notifications(place: Place) -> None:
     names = [f"board{i}" for i in range(20)]
     peers = {name: place.peer(name) for name in names}
     async with open_proxies(place.configs(*names)) as proxies:
@@ -254,24 +254,24 @@ async def test_each_board_carries_its_own(place: Place) -> None:
             place.interrupt(name, peers[name])
         for name in names:
             assert await received(peers[name]) == b"redun_notify_irq"
-            await carried(proxies, name, 2)
+            await wait_handled(proxies, name, 2)
             assert place.state(name) == "1"
     assert {(stats.sent, stats.delivered) for stats in proxies.stats.values()} == {(1, 1)}
-    # Nothing is left of them.
+    # The proxies have removed their sockets.
     assert not [path for path in place.home.iterdir() if path.name.endswith(".0")]
     with pytest.raises(ClosedError):
         await proxies.reload({})
 
 
 @in_trio
-async def test_one_that_cannot_be_opened_is_tried_again(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_board_that_cannot_be_opened_is_retried(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     (place.home / "bad").mkdir()
     (place.home / "bad/message_5_state").symlink_to("/dev/null")
     peer = place.peer("good")
     async with open_proxies(place.configs("bad", "good")) as proxies:
         assert list(proxies) == ["good"]
         problem = (
-            f"{place.home}/bad/message_5_state: is no regular file but a symlink: remove it, or name another register"
+            f"{place.home}/bad/message_5_state: not a regular file but a symlink (remove it, or use another register)"
         )
         assert proxies.not_open == {"bad": problem}
         assert isinstance(proxies, Mapping)
@@ -289,7 +289,7 @@ async def test_one_that_cannot_be_opened_is_tried_again(place: Place, caplog: py
 
 
 @in_trio
-async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
+async def test_a_failing_proxy_is_reopened_without_affecting_others(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     peers = {name: place.peer(name) for name in ("a", "b")}
@@ -303,8 +303,8 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
         monkeypatch.setattr(broken._inbound._states, "write", fail)
         place.interrupt("a", peers["a"])
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
-        # What was in flight is delivered by the next one, as after a crash.
-        await carried(proxies, "a", 1)
+        # The new proxy delivers what was in flight, as after a crash.
+        await wait_handled(proxies, "a", 1)
         assert place.state("a") == "1"
         assert proxies["b"] is fine
         place.trigger("a")
@@ -313,13 +313,13 @@ async def test_a_proxy_that_fails_is_opened_again_and_nobody_notices(
 
 
 @in_trio
-async def test_boards_come_go_and_change(place: Place) -> None:
+async def test_a_reload_adds_removes_and_changes_boards(place: Place) -> None:
     peers = {name: place.peer(name) for name in ("a", "b", "c")}
     async with open_proxies(place.configs("a", "b")) as proxies:
         before = proxies["b"]
         more = (*place.config("b").signals, Signal("more", Direction.OUTBOUND, place.home / "b", "more_trig"))
         configs = place.configs("c") | {"b": Config(place.config("b").link, more)}
-        # What was triggered before is sent.
+        # A board sends what was triggered before it is removed.
         place.trigger("a")
         assert await proxies.reload(configs) == {}
         assert await received(peers["a"]) == b"redun_notify_irq"
@@ -330,19 +330,19 @@ async def test_boards_come_go_and_change(place: Place) -> None:
         assert await received(peers["b"]) == b"more"
         place.trigger("c")
         assert await received(peers["c"]) == b"redun_notify_irq"
-        # The watches of the board that is gone are gone.
+        # The watches of the removed board were removed.
         place.trigger("a")
         place.trigger("b")
         assert await received(peers["b"]) == b"redun_notify_irq"
         assert before.stats.unknown == 0
-        # It comes back.
+        # The removed board is added again.
         assert await proxies.reload(configs | place.configs("a")) == {}
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
 
 
 @in_trio
-async def test_another_link_is_another_proxy(place: Place) -> None:
+async def test_a_changed_link_creates_a_new_proxy(place: Place) -> None:
     peer = place.peer("a")
     async with open_proxies(place.configs("a")) as proxies:
         before = proxies["a"]
@@ -357,7 +357,7 @@ async def test_another_link_is_another_proxy(place: Place) -> None:
 
 @pytest.mark.parametrize("away", [False, True])
 @in_trio
-async def test_another_link_loses_nothing_of_what_is_triggered(place: Place, away: bool) -> None:
+async def test_changing_the_link_loses_no_triggered_notification(place: Place, away: bool) -> None:
     former, later = place.peer("a"), place.peer("b")
     if away:
         former.close()
@@ -391,9 +391,9 @@ async def test_another_link_loses_nothing_of_what_is_triggered(place: Place, awa
 
 
 @in_trio
-async def test_what_ends_slowly_keeps_nobody_waiting(place: Place) -> None:
+async def test_a_slowly_closing_board_does_not_delay_others(place: Place) -> None:
     async with open_proxies(place.configs("slow")) as proxies:
-        place.trigger("slow")  # Its peer is not there.
+        place.trigger("slow")  # The peer does not exist yet.
         await until(lambda: proxies["slow"].stats.triggered == 1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(proxies.reload, place.configs("new"))
@@ -404,7 +404,7 @@ async def test_what_ends_slowly_keeps_nobody_waiting(place: Place) -> None:
 
 
 @in_trio
-async def test_a_reload_makes_a_directory_again(place: Place) -> None:
+async def test_a_reload_recreates_a_removed_directory(place: Place) -> None:
     place.peer("a")
     async with open_proxies(place.configs("a")) as proxies:
         shutil.rmtree(place.home / "a")
@@ -414,7 +414,7 @@ async def test_a_reload_makes_a_directory_again(place: Place) -> None:
 
 
 @in_trio
-async def test_a_reload_that_is_refused_leaves_all_as_it_is(place: Place) -> None:
+async def test_a_refused_reload_changes_nothing(place: Place) -> None:
     peers = {name: place.peer(name) for name in ("a", "b")}
     async with open_proxies(place.configs("a", "b")) as proxies:
         (place.home / "file").touch()
@@ -423,7 +423,7 @@ async def test_a_reload_that_is_refused_leaves_all_as_it_is(place: Place) -> Non
         refused = await proxies.reload({"a": bad, "b": place.config("b")})
         assert list(refused) == ["a"]
         assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
-        # A board whose file is refused stays.
+        # A board whose file is refused stays open.
         assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
         for name, peer in peers.items():
             place.trigger(name)
@@ -439,26 +439,26 @@ async def test_boards_that_share_something_cannot_be_opened(place: Place) -> Non
 
 
 @in_trio
-async def test_what_the_block_raises_is_raised_as_it_is(place: Place) -> None:
+async def test_errors_of_the_block_are_raised_unchanged(place: Place) -> None:
     with pytest.raises(ZeroDivisionError):
         async with open_proxies(place.configs("a")):
             raise ZeroDivisionError
 
 
 @in_trio
-async def test_a_directory_above_is_watched_for_each_board(place: Place) -> None:
+async def test_the_parent_directory_is_watched_for_each_board(place: Place) -> None:
     peers = {name: place.peer(name) for name in ("a", "b")}
     async with open_proxies(place.configs("a", "b")):
         for name, peer in peers.items():
             (place.home / name).rename(place.home / f"{name}.away")
             (place.home / name).mkdir()
-            # Its trigger is made again, and one that somebody else makes is a notification.
+            # A trigger file that another process creates is a notification.
             (place.home / name / "message_6_trig").write_text("1")
             assert await received(peer) == b"redun_notify_irq"
 
 
 @in_trio
-async def test_a_successor_takes_over_what_is_held(place: Place) -> None:
+async def test_a_successor_inherits_the_stored_descriptors(place: Place) -> None:
     names = ("a", "b", "gone")
     peers = {name: place.peer(name) for name in names}
     holder = Cupboard()
@@ -470,11 +470,11 @@ async def test_a_successor_takes_over_what_is_held(place: Place) -> None:
     async with open_fleet(place.configs("a", "b"), heir := holder.heir()) as proxies:
         for name in ("a", "b"):
             assert await received(peers[name]) == b"redun_notify_irq"
-            await carried(proxies, name, 2)
+            await wait_handled(proxies, name, 2)
             assert place.state(name) == "1"
         assert sorted(heir.kept) == ["bundle", "inflight", "inotify"]
         assert heir.stored == ["bundle"]
-        # Nothing more comes of it.
+        # The inherited notifications are not sent again.
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
         assert proxies["a"].stats.sent == 2
@@ -482,7 +482,7 @@ async def test_a_successor_takes_over_what_is_held(place: Place) -> None:
 
 
 @in_trio
-async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(place: Place) -> None:
+async def test_a_board_whose_link_is_down_fills_only_its_own_queue(place: Place) -> None:
     other = place.peer("other")
     async with open_proxies(place.configs("down", "other")) as proxies:
         for _ in range(2000):
@@ -497,7 +497,7 @@ async def test_a_board_that_is_down_keeps_its_notifications_in_its_own_queue(pla
 
 
 @in_trio
-async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_lines_name_the_board(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     from inco_trio.problems import board_name
 
     seen: list[str] = []
@@ -516,23 +516,23 @@ async def test_a_log_names_the_board(place: Place, caplog: pytest.LogCaptureFixt
             place.trigger("a")
             assert await received(peer) == b"redun_notify_irq"
             place.interrupt("a", peer)
-            await carried(proxies, "a", 2)
+            await wait_handled(proxies, "a", 2)
     finally:
         logging.getLogger("inco_trio").removeHandler(handler)
     assert seen == ["a", "a"]
 
 
 @in_trio
-async def test_a_network_namespace_that_is_none(place: Place) -> None:
+async def test_error_says_how_to_create_a_missing_network_namespace(place: Place) -> None:
     config = Config("none0", builtin_signals(place.home / "a"), wait_link=True, netns=place.home / "netns")
     async with open_proxies({"a": config}) as proxies:
         assert proxies.not_open["a"] == (
-            f"none0: there is no network namespace {place.home}/netns: make it (`ip netns add NAME`)"
+            f"none0: there is no network namespace {place.home}/netns (create it with `ip netns add NAME`)"
         )
 
 
 @in_trio
-async def test_any_number_of_boards_start_without_an_overflow(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_20_boards_start_without_filling_the_inotify_queue(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     queued: list[int] = []
     share = SharedInotify.share
 

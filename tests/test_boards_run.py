@@ -1,4 +1,4 @@
-"""`inco-trio run --boards`, `check --boards` and `s6 --boards`, as their users run them."""
+"""Tests of the commands `inco-trio run --boards`, `check --boards` and `s6 --boards`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.faults.supervised import Service, main_process, wait_path
 
 FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 MANY = 300
-"""Descriptors of more boards than s6-fdholder-getdump passes on."""
+"""More boards than s6-fdholder-getdump can pass descriptors for."""
 
 
 class Boards:
-    """A directory of boards on `unix:` links, whose second cores the test plays."""
+    """A directory of boards on `unix:` links; the test plays core 1 of each board."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.directory = home, home / "boards"
@@ -62,7 +62,7 @@ class Boards:
         peer.sendto(FRAME, f"{self.home}/{name}.0")
 
     def delivered(self, name: str) -> None:
-        """Wait until the interrupt is there."""
+        """Wait until the proxy has delivered the interrupt to the state file."""
         state = self.home / name / "message_5_state"
         wait_path(state, lambda: state.exists() and state.read_text() == "1")
 
@@ -96,13 +96,13 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(whole, capture_output=True, text=True, timeout=HANG, check=False)
 
 
-def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartDaemon) -> None:
+def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDaemon) -> None:
     boards.add("a", "b")
     boards.write("bad", {"link": "unix:/x", "irq_dir": "/x"})
     peers = {name: boards.peer(name) for name in ("a", "b", "c")}
     proxy = daemon()
     said = [json.loads(line) for line in proxy.log.splitlines()]
-    missing = "peer=REMOTE is missing: the path of the socket of the other side"
+    missing = "peer=REMOTE is missing (expected the socket path of the other side)"
     assert [(line.get("board"), line["message"]) for line in said if line["level"] == "error"] == [
         (
             "bad",
@@ -126,7 +126,7 @@ def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartD
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"
     assert not Path(f"{boards.home}/b.0").exists()
-    # The directory is gone: all goes on.
+    # If the boards directory is missing, the boards stay open.
     boards.directory.rename(boards.home / "away")
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
@@ -138,7 +138,7 @@ def test_boards_come_go_and_are_refused_at_sighup(boards: Boards, daemon: StartD
     assert {name: (line["sent"], line["delivered"]) for name, line in counts.items()} == {"a": (2, 1), "c": (2, 0)}
 
 
-def test_the_descriptors_of_many_boards_may_be_more_than_the_soft_limit(boards: Boards, daemon: StartDaemon) -> None:
+def test_the_proxy_raises_the_soft_limit_of_descriptors(boards: Boards, daemon: StartDaemon) -> None:
     names = [f"b{number}" for number in range(40)]
     boards.add(*names)
     peer = boards.peer("b39")
@@ -150,12 +150,12 @@ def test_the_descriptors_of_many_boards_may_be_more_than_the_soft_limit(boards: 
     assert decode(peer.recv(200)) == b"redun_notify_irq"
     watching = 0
     for descriptor in Path(f"/proc/{proxy.pid}/fdinfo").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # What the diagnosis opens, it closes.
+        with contextlib.suppress(FileNotFoundError):  # The diagnosis opens and closes descriptors meanwhile.
             watching += "inotify wd:" in descriptor.read_text()
     assert watching == 2
 
 
-def test_a_datagram_of_any_size_harms_nobody(boards: Boards, daemon: StartDaemon) -> None:
+def test_datagrams_of_any_size_are_counted_as_malformed(boards: Boards, daemon: StartDaemon) -> None:
     boards.add("a", "b")
     peers = {name: boards.peer(name) for name in ("a", "b")}
     proxy = daemon()
@@ -190,7 +190,7 @@ def test_a_datagram_of_any_size_harms_nobody(boards: Boards, daemon: StartDaemon
         (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and --iface exclude each other: a board's file "),
     ],
 )
-def test_bad_arguments(tmp_path: Path, words: list[str], code: int, line: str) -> None:
+def test_invalid_arguments_are_one_error_line(tmp_path: Path, words: list[str], code: int, line: str) -> None:
     missing = str(tmp_path / "missing")
     done = command(*(word.format(missing=missing) for word in words))
     assert (done.returncode, done.stdout) == (code, "")
@@ -198,7 +198,7 @@ def test_bad_arguments(tmp_path: Path, words: list[str], code: int, line: str) -
     assert done.stderr.count("\n") == 1
 
 
-def test_check(boards: Boards) -> None:
+def test_check_lists_boards_and_refused_files(boards: Boards) -> None:
     boards.add("a")
     boards.write("b", {"link": "rpmsg0", "irq_dir": "/x/b", "netns": "b"})
     done = command("check", "--boards", boards.directory)
@@ -217,7 +217,7 @@ def test_check(boards: Boards) -> None:
 
 
 @pytest.mark.netns
-def test_an_interface_of_another_network_namespace(
+def test_a_board_uses_an_interface_in_another_network_namespace(
     boards: Boards, daemon: StartDaemon, cores: Cores, core1: Peer
 ) -> None:
     with ExitStack() as stack:
@@ -233,7 +233,7 @@ def test_an_interface_of_another_network_namespace(
         assert decode(core1.receive()) == b"redun_notify_irq"
         core1.send(b"ihub_hwwd_irq")
         boards.delivered("board")
-        # The process itself is where it was, and so is the other board.
+        # The process itself and the other board stay in their network namespace.
         assert Path(f"/proc/{proxy.pid}/ns/net").samefile("/proc/self/ns/net")
         boards.trigger("other")
         assert decode(peer.recv(200)) == b"redun_notify_irq"
@@ -241,7 +241,7 @@ def test_an_interface_of_another_network_namespace(
 
 
 @pytest.mark.s6
-def test_many_boards_lose_nothing_over_a_crash_under_s6(boards: Boards) -> None:
+def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     names = [f"b{number}" for number in range(MANY)]
     boards.add(*names)
     peers = {name: boards.peer(name) for name in names}
@@ -249,7 +249,7 @@ def test_many_boards_lose_nothing_over_a_crash_under_s6(boards: Boards) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
-        service.control("-O")  # Not started again until we say so.
+        service.control("-O")  # Do not restart the service after its end.
         os.kill(main_process(service.directory), signal.SIGKILL)
         service.wait("D")
         for name, peer in peers.items():
@@ -260,7 +260,7 @@ def test_many_boards_lose_nothing_over_a_crash_under_s6(boards: Boards) -> None:
         for name, peer in peers.items():
             assert decode(peer.recv(200)) == b"redun_notify_irq"
             boards.delivered(name)
-        # Exactly once, as nothing was in flight when it was killed.
+        # Each arrives exactly once, as nothing was in flight when the proxy was killed.
         for peer in peers.values():
             peer.setblocking(False)
             with pytest.raises(BlockingIOError):

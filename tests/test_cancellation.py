@@ -1,4 +1,4 @@
-"""A proxy that is cancelled at each of its steps: nothing is lost, and nothing is left."""
+"""Cancel a proxy at each of its steps: no notification is lost and no resource is leaked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RESET, NOTIFY = "ihub_reset_irq", "redun_notify_irq"
 
 @attrs.define
 class Peer:
-    """Core 1's socket, and a watch on the state file; both outlive the proxies."""
+    """Core 1's socket and a watch on the state file, which outlive the proxies."""
 
     directory: Path
     socket: socket.socket
@@ -38,7 +38,7 @@ class Peer:
         return True
 
     def arrived(self) -> Counter[str]:
-        """What came since the last call: frames, and closes of the state file."""
+        """Count the frames and the closes of the state file since the last call."""
         came: Counter[str] = Counter()
         while True:
             try:
@@ -57,7 +57,7 @@ def open_files() -> set[str]:
     gc.collect()
     found = set()
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the descriptor that lists the others
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that iterdir() uses
             found.add(f"{path.name} {path.readlink()}")
     return found
 
@@ -75,15 +75,17 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
             made.inotify.close()
 
 
-def test_a_proxy_is_cancelled_at_each_step(peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A reload lets other tasks run after each signal, and not after some milliseconds.
+def test_cancelling_a_proxy_at_each_step_loses_nothing(
+    peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With TURN 0, the reload yields to other tasks after each signal.
     monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     config = Config(f"unix:{tmp_path}/core0,peer={tmp_path}/core1", builtin_signals(tmp_path / "irq"))
     fewer = attrs.evolve(config, signals=tuple(s for s in config.signals if s.name in (RESET, NOTIFY)))
     trigger = tmp_path / "irq/message_6_trig"
 
     def play(cancel: CancelAt) -> tuple[Counter[str], Counter[str]]:
-        """What has to arrive, and what may."""
+        """Run the program; return which signals must arrive and which may arrive."""
         must: Counter[str] = Counter()
         may: Counter[str] = Counter()
 
@@ -105,10 +107,10 @@ def test_a_proxy_is_cancelled_at_each_step(peer: Peer, tmp_path: Path, monkeypat
                         await proxy.reload(fewer)
                         must[RESET] += peer.send()
                         await proxy.reload(config)
-                        with trio.move_on_after(0.001):  # MockClock: it is meant to expire.
+                        with trio.move_on_after(0.001):  # MockClock jumps to this deadline.
                             await proxy.wait_for(RESET)
 
-        # The clock goes on when all tasks wait: no deadline is reached while a task can run.
+        # The clock only advances while all tasks wait, so no deadline expires while a task can run.
         trio.run(main, clock=MockClock(autojump_threshold=0), instruments=[cancel])
         return must, may
 
@@ -125,7 +127,7 @@ def test_a_proxy_is_cancelled_at_each_step(peer: Peer, tmp_path: Path, monkeypat
         assert not (tmp_path / "core0").exists(), f"cancelled at step {step}"
 
 
-def test_core1_is_cancelled_at_each_step(tmp_path: Path) -> None:
+def test_cancelling_core1_at_each_step_loses_nothing(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as core0:
         core0.bind(f"{tmp_path}/core0")
         _cancel_core1(core0, tmp_path)
@@ -135,7 +137,7 @@ def _cancel_core1(core0: socket.socket, tmp_path: Path) -> None:
     frame = encode(NOTIFY.encode(), bytes(6))
 
     def play(cancel: CancelAt) -> list[int]:
-        """The numbers of what was got, also after the cancellation."""
+        """Run the program; return the sequence numbers received before and after the cancellation."""
         got: list[int] = []
 
         async def main() -> None:
@@ -146,7 +148,7 @@ def _cancel_core1(core0: socket.socket, tmp_path: Path) -> None:
                     with cancel.scope:
                         await core1.send(RESET)
                         for _ in range(3):
-                            got.append((await arrivals.receive()).sequence)  # noqa: PERF401 - as each comes
+                            got.append((await arrivals.receive()).sequence)  # noqa: PERF401 - append each as it arrives
                     while len(got) < 4:
                         got.append((await arrivals.receive()).sequence)
 
@@ -166,14 +168,14 @@ def _cancel_core1(core0: socket.socket, tmp_path: Path) -> None:
                 break
 
 
-def test_several_proxies_and_tasks_that_end_with_them_or_outlive_them(tmp_path: Path) -> None:
+def test_a_task_that_outlives_its_proxy_reads_to_the_end_of_its_events(tmp_path: Path) -> None:
     told: list[str] = []
 
     async def follow(proxy: Proxy, *, task_status: trio.TaskStatus[None]) -> None:
         with proxy.events() as events:
             task_status.started()
             async for _ in events:
-                told.append("carried")  # noqa: PERF401 - as each comes
+                told.append("delivered")  # noqa: PERF401 - append each as it arrives
         told.append("the proxy closed")
 
     async def main() -> None:
@@ -194,7 +196,7 @@ def test_several_proxies_and_tasks_that_end_with_them_or_outlive_them(tmp_path: 
                     await core1.send(RESET)
                     await events.receive()
             inner.cancel_scope.cancel()
-        # The one inside was cancelled before its proxy closed.
-        assert told == ["carried", "the proxy closed"]
+        # The inner task was cancelled before its proxy closed, so only the outer task appended.
+        assert told == ["delivered", "the proxy closed"]
 
     trio.run(main)

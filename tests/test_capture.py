@@ -1,4 +1,4 @@
-"""Recordings: what is written is pcapng, and what is read is what was whole."""
+"""Tests of recordings: the writer produces valid pcapng, and the reader returns all complete packets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEAD = section_block("x") + interface_block("rpmsg4000")
 
 
 def blocks(data: bytes) -> list[tuple[int, bytes]]:
-    """Type and body of each block; strict."""
+    """Return the type and body of each block, and check the block lengths."""
     found = []
     while data:
         kind, length = struct.unpack_from("<II", data)
@@ -63,7 +63,7 @@ packets = st.lists(
 
 
 @given(packets)
-def test_what_is_written_is_read(made: list[tuple[int, bytes, Direction | None, str]]) -> None:
+def test_written_packets_are_read_back(made: list[tuple[int, bytes, Direction | None, str]]) -> None:
     data = HEAD + b"".join(packet_block(0, *one) for one in made)
     assert len(blocks(data)) == 2 + len(made)
     reader = Reader(io.BytesIO(data), "x")
@@ -77,7 +77,7 @@ def test_what_is_written_is_read(made: list[tuple[int, bytes, Direction | None, 
 
 
 @given(st.binary(max_size=60), st.integers(0, 200))
-def test_damage_never_raises(junk: bytes, at: int) -> None:
+def test_a_damaged_packet_does_not_raise(junk: bytes, at: int) -> None:
     data = HEAD + packet_block(0, NOW, b"abc", Direction.INBOUND, "c")
     list(Reader(io.BytesIO(data + junk), "x"))
     try:
@@ -86,7 +86,7 @@ def test_damage_never_raises(junk: bytes, at: int) -> None:
         assert at < len(section_block("x"))
 
 
-def test_a_cut_file_is_read_as_far_as_it_is_whole() -> None:
+def test_a_truncated_file_is_read_up_to_the_last_complete_packet() -> None:
     data = HEAD + packet_block(0, 1, b"a", None)
     whole = data + packet_block(0, 2, b"b", None)
     for end in range(len(data) + 1, len(whole)):
@@ -97,7 +97,7 @@ def test_a_cut_file_is_read_as_far_as_it_is_whole() -> None:
 
 @pytest.mark.parametrize("order", "<>")
 @pytest.mark.parametrize(("magic", "fraction"), [(0xA1B2C3D4, 123_456), (0xA1B23C4D, 123_456_000)])
-def test_classic_pcap(order: str, magic: int, fraction: int) -> None:
+def test_classic_pcap_files_are_read(order: str, magic: int, fraction: int) -> None:
     head = struct.pack(f"{order}IHHiIII", magic, 2, 4, 0, 0, 65535, 1)
     data = head + struct.pack(f"{order}IIII", 7, fraction, 3, 9) + b"abc"
     reader = Reader(io.BytesIO(data), "x")
@@ -111,7 +111,7 @@ def test_classic_pcap(order: str, magic: int, fraction: int) -> None:
     assert "a packet of 1073741824 bytes" in str(reader.cut)
 
 
-def test_big_endian_and_other_resolutions() -> None:
+def test_big_endian_files_and_other_time_resolutions_are_read() -> None:
     def block(kind: int, body: bytes) -> bytes:
         return struct.pack(">II", kind, len(body) + 12) + body + struct.pack(">I", len(body) + 12)
 
@@ -119,19 +119,19 @@ def test_big_endian_and_other_resolutions() -> None:
     data = block(0x0A0D0D0A, struct.pack(">IHHq", 0x1A2B3C4D, 1, 0, -1))
     data += block(1, struct.pack(">HHI", 1, 0, 0) + resolution) + block(5, bytes(8))
     data += block(6, struct.pack(">IIIII", 0, 0, 3, 1, 1) + b"a\0\0\0")
-    # A second section begins anew.
+    # A second section resets byte order and interfaces.
     (one, two) = Reader(io.BytesIO(data + HEAD + packet_block(0, 5, b"b", None)), "x")
     assert (one.time_ns, one.data, two.time_ns) == (101_500_000_000, b"a", 5)
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"nonsense", section_block("x")[:20], b"\xd4\xc3\xb2\xa1\0"])
-def test_what_is_no_recording(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_not_a_recording(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(RecordingError, match="not a recording"):
         entries(tmp_path / "f")
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened_are_errors(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", tmp_path):
         with pytest.raises(RecordingError, match="not a regular file"):
@@ -142,9 +142,9 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         Recorder(tmp_path)
 
 
-def test_a_fifo(tmp_path: Path) -> None:
+def test_a_fifo_needs_a_reader(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    # It would wait for somebody to read, and no signal would end that.
+    # A blocking open(2) would wait for a reader, and signals would not end the wait.
     with pytest.raises(ResourceError, match="fifo: cannot be written: no process reads from it"):
         Recorder(tmp_path / "fifo")
     fd = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
@@ -155,7 +155,7 @@ def test_a_fifo(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_directions(tmp_path: Path) -> None:
+def test_missing_directions_are_inferred_from_table_and_mac(tmp_path: Path) -> None:
     other = bytes.fromhex("02005e100002")
     names = [(b"x", MAC), (b"ihub_reset_irq", MAC), (b"x", MAC), (b"redun_notify_irq", other), (b"y", other)]
     data = HEAD + b"".join(packet_block(0, 1, encode(n, mac), Direction.OUTBOUND) for n, mac in names)
@@ -164,9 +164,9 @@ def test_directions(tmp_path: Path) -> None:
     assert [e.direction for e in entries(tmp_path / "f")] == [None, inbound, inbound, outbound, outbound]
 
 
-def test_a_recording_of_ours(tmp_path: Path) -> None:
+def test_recorder_writes_notifications_marks_and_ignored_frames(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
-    # Its flags count more than the table.
+    # The direction in the packet flags takes precedence over the table.
     recorder.append(NOW, Direction.OUTBOUND, "ihub_reset_irq", "/r", encode(b"ihub_reset_irq", MAC), "rpmsg4000")
     recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/ö", None, "rpmsg4000")
     recorder.mark(NOW + 2, "the link went down")
@@ -185,7 +185,7 @@ def test_a_recording_of_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limits", [{"size_max": 600}, {"seconds_max": 2.0}], ids=str)
-def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
+def test_recorder_rotates_files_by_size_or_time(tmp_path: Path, limits: dict[str, float]) -> None:
     recorder = Recorder(tmp_path / "f.pcapng", keep=2, **limits)  # type: ignore[arg-type]
     for number in range(20):
         recorder.append(NOW + number * 10**9, Direction.INBOUND, "a", "", encode(b"a", MAC), "rpmsg4000")
@@ -198,7 +198,7 @@ def test_rotation(tmp_path: Path, limits: dict[str, float]) -> None:
     assert last == [NOW + number * 10**9 for number in range(20 - len(last), 20)]
 
 
-def test_two_do_not_record_to_one_file(tmp_path: Path) -> None:
+def test_a_second_recorder_of_one_file_is_refused(tmp_path: Path) -> None:
     first = Recorder(tmp_path / "f")
     append_many(first)
     with pytest.raises(ResourceError, match="f: another process is recording to it \\(use another file\\)"):
@@ -210,7 +210,7 @@ def test_two_do_not_record_to_one_file(tmp_path: Path) -> None:
     assert entries(tmp_path / "f") == []
 
 
-def test_what_was_ignored_is_told_apart(tmp_path: Path) -> None:
+def test_ignored_frames_are_marked_as_ignored(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
     recorder.append(NOW, Direction.INBOUND, "a", "/irq/a", encode(b"a", MAC), "rpmsg4000")
     recorder.ignored(NOW, "ignored: unknown signal b", encode(b"b", MAC), "rpmsg4000")
@@ -223,7 +223,7 @@ def test_what_was_ignored_is_told_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_a_valid_recording(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     recorder = Recorder(tmp_path / "f")
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -237,7 +237,7 @@ def test_a_full_disk_leaves_what_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.netns
-def test_tools_read_it(tmp_path: Path) -> None:
+def test_tshark_and_tcpdump_read_a_recording(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "f")
     recorder.append(NOW, Direction.OUTBOUND, "a", "/irq/a", encode(b"a", MAC), "rpmsg4000")
     recorder.append(NOW + 1, Direction.INBOUND, "b", "/irq/b", None, "rpmsg4000")
@@ -260,7 +260,7 @@ def test_tools_read_it(tmp_path: Path) -> None:
     assert len([line for line in said.splitlines() if "ethertype" in line]) == 2
 
 
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_a_permission_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> int:
         raise PermissionError(13, "Permission denied")
 

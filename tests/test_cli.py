@@ -1,4 +1,4 @@
-"""The command line, as far as it needs no link: arguments, exit codes, `check`."""
+"""Tests of the command line that need no link: arguments, exit codes, `check`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAMPLE = Path(__file__).parent / "data" / "udrv.json"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No configuration from outside, and afterwards the package's log and the signals' handlers as they were."""
+    """Remove configuration variables; restore the package's log and the signal handlers afterwards."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     package = logging.getLogger("inco_trio")
@@ -40,7 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int | str | None, str, str]]:
-    """Run the command in this process: its exit code, output and complaints."""
+    """Return a function that runs a command in this process and returns its exit code, stdout and stderr."""
 
     def run(*arguments: str | Path, command: Callable[[list[str]], int] = main) -> tuple[int | str | None, str, str]:
         code: int | str | None
@@ -80,11 +80,11 @@ def test_help_names_the_commands(say: Say) -> None:
     assert code == 0
     assert all(re.search(rf"^    {command}\s", out, re.MULTILINE) for command in COMMANDS)
     assert "exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage," in out
-    # A line for each command, and little else.
+    # The help has one line for each command and at most 16 others.
     assert len(out.splitlines()) <= len(COMMANDS) + 16
 
 
-def test_help_of_the_old_command(say: Say) -> None:
+def test_help_of_inco_proxy_has_an_example(say: Say) -> None:
     code, out, _ = say("--help", command=inco_proxy)
     assert code == 0
     assert "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000" in out
@@ -103,14 +103,14 @@ def test_help_of_the_old_command(say: Say) -> None:
     ],
     ids=" ".join,
 )
-def test_usage(say: Say, arguments: tuple[str, ...]) -> None:
+def test_wrong_arguments_print_the_usage(say: Say, arguments: tuple[str, ...]) -> None:
     code, out, err = say(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("usage: inco-trio")
 
 
 @pytest.mark.parametrize("arguments", [(), ("a", "b"), ("--config", "x", "a")], ids=" ".join)
-def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
+def test_wrong_arguments_of_inco_proxy_print_the_usage(say: Say, arguments: tuple[str, ...]) -> None:
     code, _, err = say(*arguments, command=inco_proxy)
     assert code == 2
     assert err.startswith("usage: inco_proxy")
@@ -123,7 +123,7 @@ def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
         (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
         (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected a directory to write, or --systemd)"),
-        (("demo", "--count", "0"), "the demonstration needs a count of at least 1 and a rate above 0"),
+        (("demo", "--count", "0"), "the demonstration needs a count of 1 or more and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
             "--notification-fd 1: 0, 1 and 2 are the standard streams (3 is customary)",
@@ -131,19 +131,19 @@ def test_usage_of_the_old_command(say: Say, arguments: tuple[str, ...]) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_makes_no_sense(arguments: tuple[str, ...], complaint: str) -> None:
-    # In a process of its own: `run` changes how signals are handled.
+def test_contradictory_arguments_are_one_error_line(arguments: tuple[str, ...], complaint: str) -> None:
+    # Run a separate process, because `run` changes the signal handlers.
     done = finished(sys.executable, "-m", "inco_trio", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"inco-trio: error: {complaint}\n")
 
 
-def test_run_needs_the_old_programs_variable_only(tmp_path: Path) -> None:
+def test_inco_proxy_reads_the_variable_udrv_json_path(tmp_path: Path) -> None:
     done = finished(Path(sys.executable).with_name("inco_proxy"), "rpmsg4000", UDRV_JSON_PATH=str(tmp_path / "none"))
     assert done.returncode == 78
     assert done.stderr == f"inco-trio: error: {tmp_path}/none: cannot be read: No such file or directory\n"
 
 
-def test_check_prints_the_table(say: Say) -> None:
+def test_check_prints_the_signal_table(say: Say) -> None:
     code, out, err = say("check", "--config", SAMPLE)
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if not line.startswith("note: ")]
@@ -157,7 +157,7 @@ def test_check_prints_the_table(say: Say) -> None:
 
 UNIX_EXPLANATION = (
     "a Unix datagram socket at /x/a, which needs no privilege; the other side, such as QEMU, is bound at /x/b; "
-    "frames are sent from 02:00:00:00:00:01"
+    "the MAC address is 02:00:00:00:00:01"
 )
 
 
@@ -179,13 +179,13 @@ def test_check_explains_a_link(say: Say, link: str, explanation: str) -> None:
     assert json.loads(out)["link"] == explanation
 
 
-def test_check_refuses_what_is_no_link(say: Say) -> None:
+def test_check_refuses_an_invalid_link(say: Say) -> None:
     code, out, err = say("check", "--config", SAMPLE, "--iface", "unix:/x/a")
     assert (code, out) == (2, "")
     assert err.startswith("inco-trio: error: link 'unix:/x/a': peer=REMOTE is missing")
 
 
-def test_check_as_json(say: Say, tmp_path: Path) -> None:
+def test_check_prints_json(say: Say, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", Path("/irq"), {"a_irq": "a_state"}, {"b_irq": "b_trig"})
     code, out, _ = say("check", "--config", udrv, "--json")
     assert code == 0
@@ -198,7 +198,7 @@ def test_check_as_json(say: Say, tmp_path: Path) -> None:
     ]
 
 
-def test_check_shows_what_was_taken_by_default(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_notes_defaults_that_it_used(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UDRV_JSON_PATH", str(write_udrv(tmp_path / "u.json", Path("/irq"), {}, {})))
     code, out, _ = say("check")
     assert code == 0
@@ -216,7 +216,7 @@ def test_check_reports_all_mistakes_at_once(say: Say, tmp_path: Path) -> None:
     assert all(line.startswith(f"inco-trio: error: {udrv}: ") for line in lines)
 
 
-def test_a_reader_that_went_away_is_no_fault() -> None:
+def test_a_closed_standard_output_is_not_an_error() -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
@@ -245,7 +245,7 @@ def test_a_systemd_unit_is_printed(say: Say) -> None:
     assert "rpmsg16" in out
 
 
-def test_importing_has_no_side_effect() -> None:
+def test_importing_the_package_has_no_side_effect() -> None:
     script = """
 import signal, sys, threading
 before = {n: signal.getsignal(n) for n in signal.valid_signals()}
@@ -301,10 +301,10 @@ def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[
     assert imported & unwanted == set()
 
 
-# What a child process could show, but not measure: in a directory that is gone, without memory, ended by a signal.
+# Coverage cannot measure these failures in a child process, so the commands run in this process.
 
 
-def test_a_working_directory_that_is_gone(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_removed_working_directory_is_an_error(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -313,11 +313,11 @@ def test_a_working_directory_that_is_gone(say: Say, tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("path", ["a\0b", "\ud800"])
-def test_what_cannot_be_a_path(say: Say, path: str) -> None:
+def test_an_invalid_path_is_an_error(say: Say, path: str) -> None:
     assert say("check", "--config", path) == (2, "", f"inco-trio: error: --config {path!r}: not a valid path\n")
 
 
-def test_too_little_memory(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_one_error_line(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: object) -> int:
         raise MemoryError
 
@@ -325,7 +325,7 @@ def test_too_little_memory(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     assert say("check") == (71, "", "inco-trio: error: out of memory\n")
 
 
-def test_an_interrupted_command_ends_by_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_ends_with_sigint(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: object) -> int:
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""No test is decided by a clock: each sleep and each deadline is HANG, simulated, or has its reason beside it."""
+"""Check that no test depends on a clock: each wait is HANG, simulated, or has its reason in a comment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CLOCKS = {"sleep", "move_on_after", "fail_after", "move_on_at", "fail_at", "settimeout", "timeout"}
-"""Functions whose first argument is a time to wait."""
+"""Functions whose first argument is a duration."""
 
 
 def waits(call: ast.Call) -> Iterator[ast.expr]:
-    """The times that a call waits for."""
+    """Return the duration arguments of a call."""
     function = call.func
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     if name in CLOCKS:
@@ -25,12 +25,12 @@ def waits(call: ast.Call) -> Iterator[ast.expr]:
 
 
 def is_harmless(time: ast.expr) -> bool:
-    """Whether it is the hang guard, or no wait at all."""
+    """Return whether a duration is HANG or means no wait."""
     return (isinstance(time, ast.Constant) and time.value in (0, None)) or ast.unparse(time) == "HANG"
 
 
 def unexplained(source: str) -> list[int]:
-    """The lines with a wait that has neither HANG nor a comment: in its line, or alone in the line above."""
+    """Return the lines with a wait that has neither HANG nor a comment on the same line or the line above."""
     comments = {
         token.start[0] + (not token.line.partition("#")[0].strip())
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -46,13 +46,13 @@ def unexplained(source: str) -> list[int]:
 
 
 @pytest.mark.parametrize("directory", ["tests", "netns", "examples"])
-def test_each_wait_has_its_reason(directory: str) -> None:
+def test_each_wait_uses_hang_or_has_a_comment(directory: str) -> None:
     left = {
         f"{path.relative_to(ROOT)}:{line}"
         for path in (ROOT / directory).rglob("*.py")
         for line in unexplained(path.read_text())
     }
-    assert left == set(), "use HANG, or state the reason in a comment beside it"
+    assert left == set(), "use HANG, or state the reason in a comment"
 
 
 @pytest.mark.parametrize(
@@ -68,5 +68,5 @@ def test_each_wait_has_its_reason(directory: str) -> None:
         ("peer.settimeout(0)", []),
     ],
 )
-def test_what_is_unexplained(source: str, lines: list[int]) -> None:
+def test_waits_without_a_comment_are_found(source: str, lines: list[int]) -> None:
     assert unexplained(source) == lines

@@ -1,4 +1,4 @@
-"""The configuration: udrv.json and what a proxy is told."""
+"""Tests of the configuration: udrv.json and the arguments of a proxy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MINIMAL: dict[str, Any] = {
 
 
 def changed(*changes: tuple[tuple[str, ...], object]) -> dict[str, Any]:
-    """The minimal board with a value put at each key path; `...` takes the key away."""
+    """Return the minimal board with a value set at each key path; `...` removes the key."""
     document = copy.deepcopy(MINIMAL)
     for (*way, last), value in changes:
         table = document
@@ -71,11 +71,11 @@ def entry(direction: str, reg: str) -> dict[str, str]:
     return {"direction": direction, "reg": reg}
 
 
-# What is taken
+# Accepted files
 
 
-def test_sample_board() -> None:
-    directory = Path("/tmp/inco-trio/devdata/dev")  # noqa: S108 - what the sample says; nothing is made there
+def test_the_sample_board_is_read() -> None:
+    directory = Path("/tmp/inco-trio/devdata/dev")  # noqa: S108 - a path in the sample; the test creates no file
     assert read_board(SAMPLE) == Board(
         signals=(
             *builtin_signals(directory),
@@ -89,7 +89,7 @@ def test_sample_board() -> None:
 @pytest.mark.parametrize(
     "misc", [..., {}, {"ihub_config_dev": {}}, {"ihub_config_dev": {"regs": {}}, "inco_proxy": {}}]
 )
-def test_missing_regs_are_defaults_and_noted(misc: object) -> None:
+def test_missing_regs_use_defaults_with_a_note(misc: object) -> None:
     board = parse(changed((("misc",), misc)))
     assert board.signals == builtin_signals(IRQ)
     assert board.notes == (
@@ -99,7 +99,7 @@ def test_missing_regs_are_defaults_and_noted(misc: object) -> None:
     )
 
 
-def test_one_missing_reg_is_noted_alone() -> None:
+def test_one_missing_reg_has_one_note() -> None:
     board = parse(changed(((*REGS, "ihub_hwwd_irq"), ...)))
     assert board == Board(
         builtin_signals(IRQ),
@@ -110,7 +110,7 @@ def test_one_missing_reg_is_noted_alone() -> None:
 @pytest.mark.parametrize("builtin", BUILTIN, ids=lambda b: b.name)
 def test_a_reg_moves_its_builtin_signal(builtin: Any) -> None:
     board = parse(changed(((*REGS, builtin.reg), {"reg": "other.a.b"})))
-    moved = Signal(builtin.name, builtin.direction, Path("/other"), "a.b")  # a register has dots of its own
+    moved = Signal(builtin.name, builtin.direction, Path("/other"), "a.b")  # a register name may contain dots
     assert board.signals == tuple(moved if s.name == builtin.name else s for s in builtin_signals(IRQ))
 
 
@@ -138,7 +138,7 @@ def test_inbound_signals_may_share_a_state_register() -> None:
 
 
 @pytest.mark.parametrize("name", ["!", "~", "n" * 64, "a.b", "'", '"\\'])
-def test_wire_names(name: str) -> None:
+def test_unusual_wire_names_are_accepted(name: str) -> None:
     assert parse(changed(((*SIGNALS, name), entry("inbound", "other.x")))).signals[-1].name == name
 
 
@@ -162,7 +162,7 @@ def test_the_rest_of_the_file_is_ignored(path: tuple[str, ...], junk: object) ->
 
 
 @pytest.mark.parametrize("text", [b"1" * 5000, b"-" + b"9" * 5000, b"1e999999", b"NaN", b"Infinity"])
-def test_no_number_in_the_rest_matters(text: bytes) -> None:
+def test_unusual_numbers_in_the_rest_are_ignored(text: bytes) -> None:
     assert parse_board(b'{"x": %s, %s' % (text, json.dumps(MINIMAL).encode()[1:]), "u.json").notes == ()
 
 
@@ -170,7 +170,7 @@ def test_a_byte_order_mark_is_skipped() -> None:
     assert parse_board(b"\xef\xbb\xbf" + SAMPLE.read_bytes(), "u.json") == read_board(SAMPLE)
 
 
-# What is refused
+# Refused files
 
 DEVICE = ("file", "ihub-irq-dev")
 HWWD = (*REGS, "ihub_hwwd_irq")
@@ -235,7 +235,7 @@ MISSING_DEVICE = "file.ihub-irq-dev: missing (expected a table whose path is the
         ),
     ],
 )
-def test_one_mistake(path: tuple[str, ...], value: object, problem: str) -> None:
+def test_a_mistake_is_reported_with_its_key(path: tuple[str, ...], value: object, problem: str) -> None:
     assert problems(json.dumps(changed((path, value))).encode()) == [".".join(path) + problem]
 
 
@@ -247,33 +247,33 @@ def test_one_mistake(path: tuple[str, ...], value: object, problem: str) -> None
         ("outbound", "message_4_state", "'/irq/message_4_state' is the state register of ihub_reset_irq already"),
     ],
 )
-def test_a_register_that_is_taken(direction: str, register: str, problem: str) -> None:
+def test_a_register_in_use_is_refused(direction: str, register: str, problem: str) -> None:
     document = changed((X, entry(direction, f"ihub-irq-dev.{register}")))
     assert problems(json.dumps(document).encode()) == [f"misc.inco_proxy.signals.x.reg: {problem}"]
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a\n", "a\0", "é", "\ud800", "n" * 65])
-def test_a_wire_name_that_cannot_be(name: str) -> None:
+def test_an_invalid_wire_name_is_refused(name: str) -> None:
     document = changed(((*SIGNALS, name), entry("inbound", "other.x")))
     why = "a wire name is 1 to 64 printable ASCII characters without spaces"
     assert problems(json.dumps(document).encode()) == [f"misc.inco_proxy.signals.{name!r}: {why}"]
 
 
-def test_a_device_without_a_name_that_can_be_shown_is_quoted() -> None:
+def test_an_unprintable_device_name_is_quoted() -> None:
     document = changed((("file", "a\nb"), 7), (X, entry("inbound", "a\nb.x")))
     assert problems(json.dumps(document).encode()) == ["file.'a\\nb': a number (expected a table)"]
 
 
-def test_the_device_is_needed_even_if_no_signal_names_it() -> None:
+def test_the_device_is_required_even_if_no_signal_uses_it() -> None:
     table = {b.name: entry(b.direction.value, f"other.{b.register}") for b in BUILTIN}
     assert problems(json.dumps(changed((DEVICE, ...), (SIGNALS, table))).encode()) == [MISSING_DEVICE]
 
 
-def test_an_empty_table_is_not_a_board() -> None:
+def test_an_empty_table_is_refused() -> None:
     assert problems(b"{}") == [MISSING_DEVICE]
 
 
-def test_one_file_through_two_devices_is_one_register() -> None:
+def test_one_file_under_two_devices_is_one_register() -> None:
     document = changed(
         (("file", "twin", "path"), "/x/..//irq/."),
         (X, entry("outbound", "twin.message_6_trig")),
@@ -283,7 +283,7 @@ def test_one_file_through_two_devices_is_one_register() -> None:
     ]
 
 
-def test_a_builtin_that_an_overridden_one_is_in_the_way_of() -> None:
+def test_an_overridden_builtin_conflicts_with_another_builtin() -> None:
     document = changed(((*SIGNALS, "ihub_reset_irq"), entry("inbound", "ihub-irq-dev.message_6_trig")))
     where = "misc.ihub_config_dev.regs.redun_notify_trig.reg"
     why = "'/irq/message_6_trig' is the state register of ihub_reset_irq already"
@@ -327,7 +327,7 @@ def test_every_mistake_is_reported_at_once() -> None:
         ),
     ],
 )
-def test_a_key_given_twice_in_our_own_table(ours: str, problem: str) -> None:
+def test_a_duplicate_key_in_the_signals_table_is_refused(ours: str, problem: str) -> None:
     entries = {name: json.dumps(entry("inbound", f"other.{name}")) for name in "xy"}
     text = json.dumps(changed((SIGNALS[:2], "OURS"))).replace('"OURS"', ours % entries)
     assert problems(text.encode()) == [problem]
@@ -349,7 +349,7 @@ def test_a_key_given_twice_in_our_own_table(ours: str, problem: str) -> None:
         ("x", "misc.inco_proxy.signals."),
     ],
 )
-def test_a_key_that_matters_is_given_twice(key: str, where: str) -> None:
+def test_a_duplicate_key_that_is_read_is_refused(key: str, where: str) -> None:
     text = json.dumps(changed((X, entry("inbound", "other.x"))))
     assert text.count(f'"{key}": {{') == 1
     twice = text.replace(f'"{key}": {{', f'"{key}": {{"path": "/x", "reg": "other.y"}}, "{key}": {{')
@@ -365,7 +365,7 @@ def test_a_key_that_matters_is_given_twice(key: str, where: str) -> None:
         ('"reg": "other.x"', "misc.inco_proxy.signals.x.reg"),
     ],
 )
-def test_a_value_that_matters_is_given_twice(pair: str, where: str) -> None:
+def test_a_duplicate_value_that_is_read_is_refused(pair: str, where: str) -> None:
     text = json.dumps(changed((X, entry("inbound", "other.x"))))
     assert text.count(pair) == 1
     assert problems(text.replace(pair, f"{pair}, {pair}").encode()) == [f"{where}: given more than once"]
@@ -380,7 +380,7 @@ def test_a_value_that_matters_is_given_twice(pair: str, where: str) -> None:
         ('"regs": {', '"other": 1, "other": 2, "regs": {"any": 1, "any": 2, '),
     ],
 )
-def test_a_key_given_twice_elsewhere_is_not_ours_to_judge(once: str, twice: str) -> None:
+def test_a_duplicate_key_elsewhere_is_ignored(once: str, twice: str) -> None:
     text = json.dumps(MINIMAL)
     assert text.count(once) == 1
     assert parse_board(text.replace(once, twice).encode(), "u.json").signals == builtin_signals(IRQ)
@@ -404,7 +404,7 @@ def test_a_key_given_twice_elsewhere_is_not_ours_to_judge(once: str, twice: str)
     ],
     ids=str,
 )
-def test_a_file_that_is_no_board(text: bytes, problem: str) -> None:
+def test_other_files_are_refused(text: bytes, problem: str) -> None:
     (found,) = problems(text)
     assert found.startswith(problem)
 
@@ -414,7 +414,7 @@ def test_a_file_that_is_no_board(text: bytes, problem: str) -> None:
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Root may read everything: be nobody meanwhile."""
+    """Run the block as the user nobody, because root may read every file."""
     uid = os.geteuid()
     os.seteuid(uid or 65534)
     try:
@@ -431,7 +431,7 @@ def refusal(path: Path | str) -> str:
     return problem
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_errors(tmp_path: Path) -> None:
     missing = tmp_path / "missing.json"
     assert refusal(missing) == f"{missing}: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: cannot be read: Is a directory"
@@ -442,7 +442,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         assert refusal(secret) == f"{secret}: cannot be read: Permission denied"
 
 
-def test_what_is_no_regular_file_is_refused_by_name_and_at_once(tmp_path: Path) -> None:
+def test_special_files_are_refused_without_reading(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
@@ -454,18 +454,18 @@ def test_what_is_no_regular_file_is_refused_by_name_and_at_once(tmp_path: Path) 
             assert refusal(path) == f"{path}: cannot be read: it is {kind}, not a regular file"
 
 
-def test_a_huge_file_is_refused_without_reading_all_of_it(tmp_path: Path) -> None:
+def test_a_huge_file_is_refused_without_reading_it_whole(tmp_path: Path) -> None:
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:
         file.truncate(1 << 40)
     assert refusal(huge) == f"{huge}: cannot be read: it is larger than 16 MiB"
 
 
-def test_a_file_that_shows_no_size_is_read() -> None:
+def test_a_file_with_size_zero_in_stat_is_read() -> None:
     assert refusal("/proc/self/status").startswith("/proc/self/status: line 1 column 1: not JSON")
 
 
-def test_no_descriptor_is_no_fault_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_open_files_is_not_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -485,9 +485,9 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-# Anything at all
+# Random input
 
-anytime = settings(deadline=None)  # how long one example takes is the machine's business
+anytime = settings(deadline=None)  # the duration of an example depends on the machine
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 values = st.recursive(
@@ -528,19 +528,19 @@ def board_or_problems(text: bytes) -> None:
 
 @anytime
 @given(st.binary())
-def test_any_bytes(text: bytes) -> None:
+def test_any_bytes_are_a_board_or_an_error(text: bytes) -> None:
     board_or_problems(text)
 
 
 @anytime
 @given(values)
-def test_any_json(document: object) -> None:
+def test_any_json_is_a_board_or_an_error(document: object) -> None:
     board_or_problems(json.dumps(document).encode())
 
 
 @anytime
 @given(st.lists(mistakes, max_size=4))
-def test_any_value_in_any_place(changes: list[tuple[tuple[str, ...], object]]) -> None:
+def test_any_value_at_any_key_is_a_board_or_an_error(changes: list[tuple[tuple[str, ...], object]]) -> None:
     document = copy.deepcopy(MINIMAL)
     for (*way, last), value in changes:
         table: Any = document
@@ -559,7 +559,7 @@ registers = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_
 
 @st.composite
 def boards(draw: st.DrawFn) -> tuple[dict[str, Any], list[Signal]]:
-    """A board's file with random devices and signals, and the signals that it describes."""
+    """Draw a board file with random devices and signals, and the signals that the file describes."""
     plain = st.text("abcdefgh-_", min_size=1, max_size=8)
     devices = draw(st.dictionaries(plain, plain, max_size=4)) | {"ihub-irq-dev": "IRQ"}
     document: dict[str, Any] = {
@@ -586,16 +586,16 @@ def test_a_valid_board_gives_exactly_its_signals(board: tuple[dict[str, Any], li
     assert len(found.notes) == len([b for b in BUILTIN if b.name not in document["misc"]["inco_proxy"]["signals"]])
 
 
-# What a proxy is told
+# Arguments of a proxy
 
 
-def test_config_defaults() -> None:
+def test_config_has_defaults() -> None:
     config = Config("rpmsg4000", builtin_signals(IRQ))
     assert (config.wait_link, config.stop_deadline) == (False, 5.0)
 
 
 @pytest.mark.parametrize("interface", ["a", "rpmsg4000", "i" * 15, "...", "eth0.1", "ü" * 7, "\x1f", "\x85"])
-def test_interfaces(interface: str) -> None:
+def test_valid_interface_names_are_accepted(interface: str) -> None:
     assert Config(interface, ()).link == interface
 
 
@@ -604,27 +604,27 @@ def test_interfaces(interface: str) -> None:
     ["", ".", "..", "i" * 16, "ü" * 8, "a/b", "eth0:1", "a b", "a\n", "a\0", "\udcff", "à"],
     ids=ascii,
 )
-def test_interfaces_that_cannot_be(interface: str) -> None:
+def test_invalid_interface_names_are_refused(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert str(caught.value) == (
-        f"link {interface!r}: is neither unix:LOCAL,peer=REMOTE nor an interface's name:"
+        f"link {interface!r}: neither unix:LOCAL,peer=REMOTE nor an interface's name:"
         " 1 to 15 bytes of UTF-8 without '/', ':' and whitespace"
     )
 
 
 @pytest.mark.parametrize("deadline", [0, 0.5, 5, float("inf")])
-def test_stop_deadlines(deadline: float) -> None:
+def test_valid_stop_deadlines_are_accepted(deadline: float) -> None:
     assert Config("a", (), stop_deadline=deadline).stop_deadline == deadline
 
 
 @pytest.mark.parametrize("deadline", [-1, -0.001, float("-inf"), float("nan")])
-def test_stop_deadlines_that_cannot_be(deadline: float) -> None:
+def test_invalid_stop_deadlines_are_refused(deadline: float) -> None:
     with pytest.raises(ConfigError, match=r"stop_deadline: .* is not a number of seconds, 0 or more"):
         Config("a", (), stop_deadline=deadline)
 
 
-def test_config_refuses_signals_that_exclude_each_other_and_says_all_at_once() -> None:
+def test_config_reports_all_conflicting_signals_at_once() -> None:
     signals = tuple(Signal(name, OUT, IRQ, "trig") for name in ("a", "b"))
     with pytest.raises(ConfigError) as caught:
         Config("", signals, stop_deadline=-1)
@@ -638,4 +638,4 @@ def test_config_refuses_signals_that_exclude_each_other_and_says_all_at_once() -
 def test_config_and_board_are_frozen() -> None:
     for frozen in (Config("a", ()), Board((), ())):
         with pytest.raises(attrs.exceptions.FrozenInstanceError):
-            frozen.signals = ()  # type: ignore[misc] # the point of the test
+            frozen.signals = ()  # type: ignore[misc] # the assignment is what the test checks

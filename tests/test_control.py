@@ -1,4 +1,4 @@
-"""The control socket: real daemons on `unix:` links, and clients that are plain sockets."""
+"""Tests of the control socket with real daemons on `unix:` links and clients on plain sockets."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def board(tmp_path: Path) -> Iterator[Board]:
         yield Board(tmp_path, stack)
 
 
-# ------------------------------------------------------------------------------------------------------ what is asked
+# ----------------------------------------------------------------------------------------------------------- requests
 
 
-def test_it_greets_and_tells_the_status(board: Board) -> None:
+def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
     greeting = board.client().greeting
@@ -66,7 +66,7 @@ def test_it_greets_and_tells_the_status(board: Board) -> None:
     assert [task["problem"] for task in status["tasks"]] == [None] * 6
 
 
-def test_what_is_wrong_is_in_the_status(board: Board) -> None:
+def test_the_status_contains_current_problems(board: Board) -> None:
     board.running()
     watching = board.client()
     watching.ask({"request": "monitor"})
@@ -90,7 +90,7 @@ def test_what_is_wrong_is_in_the_status(board: Board) -> None:
     assert {each["problem"] for each in board.status()["signals"]} == {"its directory is missing"}
 
 
-def test_a_monitor_is_told_of_everything(board: Board) -> None:
+def test_a_monitor_receives_all_events(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
     monitor, filtered = board.client(), board.client()
@@ -107,8 +107,8 @@ def test_a_monitor_is_told_of_everything(board: Board) -> None:
         "register": f"{board.irq}/message_5_state",
         "sequence": 1,
     }
-    board.inbound(peer, encode(b"nobody", MAC))
-    assert monitor.until(event="ignored")["signal"] == "nobody"
+    board.inbound(peer, encode(b"unlisted", MAC))
+    assert monitor.until(event="ignored")["signal"] == "unlisted"
     board.inbound(peer, b"short")
     assert monitor.until(event="ignored")["reason"] == "malformed"
     board.trigger()
@@ -127,7 +127,7 @@ def _offset() -> float:
     return time.time() - time.monotonic()
 
 
-def test_a_monitor_is_told_the_frames_if_it_wants_them(board: Board) -> None:
+def test_a_monitor_receives_frames_on_request(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
     monitor, other = board.client(), board.client()
@@ -135,8 +135,8 @@ def test_a_monitor_is_told_the_frames_if_it_wants_them(board: Board) -> None:
     other.ask({"request": "monitor"})
     padded = FRAME.ljust(60, b"\0")
     tagged = FRAME[:12] + bytes.fromhex("81000001") + FRAME[12:]
-    proxy.process.send_signal(signal.SIGSTOP)  # So that they come in one batch.
-    sent = [padded, b"short", FRAME, encode(b"nobody", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
+    proxy.process.send_signal(signal.SIGSTOP)  # The stopped proxy will read all frames in one batch.
+    sent = [padded, b"short", FRAME, encode(b"unlisted", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
     for frame in sent:
         board.inbound(peer, frame)
     proxy.process.send_signal(signal.SIGCONT)
@@ -154,13 +154,13 @@ def test_a_monitor_is_told_the_frames_if_it_wants_them(board: Board) -> None:
     assert monitor.read()["event"] == "flushed"
 
 
-def test_what_is_carried_at_the_end_is_told(board: Board) -> None:
+def test_a_monitor_receives_notifications_of_the_shutdown(board: Board) -> None:
     board.core1()
     proxy = board.running()
     monitor = board.client()
     monitor.ask({"request": "monitor"})
     proxy.process.send_signal(signal.SIGSTOP)
-    for _ in range(8):  # As many as the queue of core 1 takes.
+    for _ in range(8):  # Few enough to fit into the queue of core 1.
         board.trigger()
     proxy.process.send_signal(signal.SIGTERM)
     proxy.process.send_signal(signal.SIGCONT)
@@ -168,7 +168,7 @@ def test_what_is_carried_at_the_end_is_told(board: Board) -> None:
         assert monitor.until(event="notification")["sequence"] == sequence
 
 
-def test_send(board: Board) -> None:
+def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
     peer = board.core1()
     board.running()
     client = board.client()
@@ -201,21 +201,21 @@ def test_send(board: Board) -> None:
         (b'{"request": "monitor", "signals": "x"}\n', "invalid"),
     ],
 )
-def test_what_makes_no_sense_is_refused_and_the_next_line_answered(board: Board, line: bytes, error: str) -> None:
+def test_an_invalid_request_is_refused_and_the_next_one_answered(board: Board, line: bytes, error: str) -> None:
     board.running()
     client = board.client()
     assert client.ask(line)["error"] == error
     assert client.ask(b'\n{"request": "status", "id": null}\n')["id"] is None
 
 
-def test_a_second_monitor_of_a_connection_is_refused(board: Board) -> None:
+def test_a_second_monitor_request_of_a_connection_is_refused(board: Board) -> None:
     board.running()
     client = board.client()
     client.ask({"request": "monitor"})
     assert client.ask({"request": "monitor"})["error"] == "invalid"
 
 
-def test_many_boards(board: Board) -> None:
+def test_one_socket_serves_many_boards(board: Board) -> None:
     directory = board.home / "boards"
     directory.mkdir()
     for name in ("a", "b"):
@@ -249,10 +249,10 @@ def test_many_boards(board: Board) -> None:
     assert mine.until(event="notification")["board"] == "b"
 
 
-# --------------------------------------------------------------------------------------------- clients that misbehave
+# -------------------------------------------------------------------------------------------------- misbehaving clients
 
 
-def test_a_monitor_that_does_not_read_loses_events_and_is_told_how_many(board: Board) -> None:
+def test_a_slow_monitor_loses_events_and_receives_their_number(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
     slow, quick = board.client(), board.client()
@@ -276,7 +276,7 @@ def test_a_monitor_that_does_not_read_loses_events_and_is_told_how_many(board: B
     assert proxy.stop() == 0
 
 
-def test_a_line_without_an_end_ends_its_connection_only(board: Board) -> None:
+def test_an_endless_line_closes_only_its_connection(board: Board) -> None:
     proxy = board.running()
     client = board.client()
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -287,7 +287,7 @@ def test_a_line_without_an_end_ends_its_connection_only(board: Board) -> None:
     assert "Traceback" not in proxy.log
 
 
-def test_requests_in_pieces_and_many_at_once_are_answered_in_order(board: Board) -> None:
+def test_split_and_pipelined_requests_are_answered_in_order(board: Board) -> None:
     board.running()
     client = board.client()
     lines = b"".join(b'{"request": "status", "id": %d}\n' % number for number in range(500))
@@ -298,7 +298,7 @@ def test_requests_in_pieces_and_many_at_once_are_answered_in_order(board: Board)
     assert client.at_end()
 
 
-def test_a_monitor_that_closed_its_end_for_writing_goes_on(board: Board) -> None:
+def test_a_monitor_may_shut_down_its_sending_side(board: Board) -> None:
     board.core1()
     board.running()
     client = board.client()
@@ -308,7 +308,7 @@ def test_a_monitor_that_closed_its_end_for_writing_goes_on(board: Board) -> None
     assert client.until(event="notification")["signal"] == "redun_notify_irq"
 
 
-def test_as_many_clients_as_there_is_room_for_and_those_that_are_gone_make_room(board: Board) -> None:
+def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -> None:
     proxy = board.running()
     with ExitStack() as stack:
         clients = [Client(board.path, stack) for _ in range(CLIENTS_MAX)]
@@ -325,7 +325,7 @@ def test_as_many_clients_as_there_is_room_for_and_those_that_are_gone_make_room(
     assert proxy.stop() == 0
 
 
-def test_a_client_that_goes_away_in_the_middle_harms_nobody(board: Board) -> None:
+def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:
     board.core1()
     proxy = board.running()
     for request in (b'{"request": "status"}\n' * 500, b'{"request": "monitor"}\n', b'{"request"'):
@@ -340,14 +340,14 @@ def test_a_client_that_goes_away_in_the_middle_harms_nobody(board: Board) -> Non
 
 @pytest.fixture
 def open_home() -> Iterator[Path]:
-    """A directory that everybody may enter: each start of pytest closes its own to others."""
+    """Yield a directory that all users may enter, unlike pytest's own temporary directories."""
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         yield Path(home)
 
 
 @pytest.mark.netns
-def test_others_may_read_if_the_group_lets_them_but_not_send(open_home: Path, nobody: list[str]) -> None:
+def test_other_users_may_read_but_not_send(open_home: Path, nobody: list[str]) -> None:
     with ExitStack() as stack:
         board = Board(open_home, stack)
         board.running()
@@ -355,7 +355,7 @@ def test_others_may_read_if_the_group_lets_them_but_not_send(open_home: Path, no
 
 
 @pytest.mark.netns
-def test_a_user_with_many_connections_leaves_room_for_the_owner(open_home: Path, nobody: list[str]) -> None:
+def test_the_connection_limit_per_user_leaves_room_for_the_owner(open_home: Path, nobody: list[str]) -> None:
     code = (
         "import socket, sys\n"
         "connections = []\n"
@@ -395,16 +395,16 @@ def _others_read(board: Board, nobody: list[str]) -> None:
 
     assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
     assert "PermissionError" in ask().stderr
-    board.path.chmod(0o666)  # As a group that the user is in.
+    board.path.chmod(0o666)  # Stands for a group of which the user is a member.
     status, send = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
     assert send.startswith('{"error": "not-permitted"')
 
 
-# --------------------------------------------------------------------------------------------------- where it is bound
+# ---------------------------------------------------------------------------------------------- path of the socket
 
 
-def test_what_a_crash_left_is_taken_over(board: Board) -> None:
+def test_the_socket_of_a_crashed_proxy_is_replaced(board: Board) -> None:
     proxy = board.running()
     proxy.process.kill()
     proxy.wait()
@@ -414,7 +414,7 @@ def test_what_a_crash_left_is_taken_over(board: Board) -> None:
 
 
 @pytest.mark.parametrize("what", ["file", "live", "directory", "missing", "long"])
-def test_a_path_that_cannot_be_had_is_said_and_nothing_else_suffers(board: Board, what: str) -> None:
+def test_an_unusable_socket_path_is_logged_and_the_proxy_runs(board: Board, what: str) -> None:
     path = board.path
     with ExitStack() as stack:
         if what == "file":
@@ -437,16 +437,16 @@ def test_a_path_that_cannot_be_had_is_said_and_nothing_else_suffers(board: Board
         assert path.read_text() == "mine"
 
 
-def test_by_default_it_is_in_the_runtime_directory(board: Board, nobody_environment: dict[str, str]) -> None:
-    proxy = board.start(environment=nobody_environment, control=None)
+def test_the_default_path_is_in_the_runtime_directory(board: Board, runtime_environment: dict[str, str]) -> None:
+    proxy = board.start(environment=runtime_environment, control=None)
     proxy.wait_ready()
-    (path,) = [path for path in _default_directory(nobody_environment).glob("*.sock") if _pid(path) == proxy.pid]
+    (path,) = [path for path in _default_directory(runtime_environment).glob("*.sock") if _pid(path) == proxy.pid]
     assert proxy.stop() == 0
     assert not path.exists()
 
 
 @pytest.fixture
-def nobody_environment(tmp_path: Path) -> dict[str, str]:
+def runtime_environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "runtime").mkdir()
     return {"XDG_RUNTIME_DIR": str(tmp_path / "runtime")}
 
@@ -464,7 +464,7 @@ def _pid(path: Path) -> int:
         return pid
 
 
-def test_a_user_without_a_runtime_directory_is_told_how_to_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_has_a_default_path_only_with_a_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert place.default_path("rpmsg0") is None
@@ -476,7 +476,7 @@ def test_a_user_without_a_runtime_directory_is_told_how_to_have_one(monkeypatch:
     assert place.runtime_directories() == [Path("/run/inco-trio"), Path("/run/user/1000/inco-trio")]
 
 
-def test_a_full_queue_of_connections_is_somebody_who_listens(tmp_path: Path) -> None:
+def test_a_full_connection_queue_counts_as_a_listener(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with ExitStack() as stack:
         server = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -490,7 +490,7 @@ def test_a_full_queue_of_connections_is_somebody_who_listens(tmp_path: Path) -> 
 
 
 @pytest.mark.netns
-def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
+def test_the_status_says_that_the_link_does_not_exist_yet(board: Board) -> None:
     board.link = "nothere0"
     proxy = board.start("--wait-link")
     proxy.wait_log("waiting for it")
@@ -501,7 +501,7 @@ def test_while_the_link_is_awaited_the_status_says_so(board: Board) -> None:
 
 
 def test_the_mode_is_set_before_the_path_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The owner of the directory replaces the path by a link as soon as bind(2) has made it."""
+    """An attacker who owns the directory replaces the socket by a symlink directly after bind(2)."""
     victim, path = tmp_path / "victim", tmp_path / "x.sock"
     victim.touch(0o600)
     modes = []
@@ -524,7 +524,7 @@ def test_the_mode_is_set_before_the_path_exists(tmp_path: Path, monkeypatch: pyt
         os.umask(umask)
 
 
-def test_without_a_control_socket(board: Board) -> None:
+def test_control_none_opens_no_control_socket(board: Board) -> None:
     proxy = board.start(control="none")
     proxy.wait_ready()
     assert _sockets(proxy.pid) == [f"{board.home}/core0"]
@@ -532,7 +532,7 @@ def test_without_a_control_socket(board: Board) -> None:
 
 
 def _sockets(pid: int) -> list[str]:
-    """The paths of a process's sockets."""
+    """Return the paths of a process's Unix sockets."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -544,11 +544,11 @@ def _sockets(pid: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------- followers
 
 
-def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
+def test_a_follower_receives_all_it_did_not_acknowledge(board: Board) -> None:
     peer = board.core1()
     board.running()
     name = f"{board.home}/core0"
-    board.trigger()  # Of that it is not told.
+    board.trigger()  # This happens before the first follower exists.
     first = board.client()
     follow = first.ask({"request": "follow"})["follow"]
     boot = follow[name]["boot"]
@@ -578,7 +578,7 @@ def test_a_follower_is_told_all_since_it_acknowledged(board: Board) -> None:
     assert board.status()["history"] is None
 
 
-def test_a_board_that_is_put_back_has_another_history(board: Board) -> None:
+def test_a_removed_and_restored_board_has_a_new_history(board: Board) -> None:
     directory = board.home / "boards"
     directory.mkdir()
     entry = {"link": f"unix:{board.home}/core0,peer={board.home}/core1", "irq_dir": str(board.irq)}
@@ -607,7 +607,7 @@ def test_a_board_that_is_put_back_has_another_history(board: Board) -> None:
     assert list(told.values()) == [[1, 2, 3, 4, 5]] * 3
 
 
-def test_what_nobody_acknowledges_is_merged_by_signal(board: Board) -> None:
+def test_notifications_beyond_the_limit_are_merged_by_signal(board: Board) -> None:
     peer = board.core1()
     board.running()
     name = f"{board.home}/core0"
@@ -642,18 +642,18 @@ def test_what_nobody_acknowledges_is_merged_by_signal(board: Board) -> None:
         ({"request": "forget", "boards": {}}, "invalid"),
     ],
 )
-def test_requests_of_followers_that_are_refused(board: Board, request_: dict[str, object], error: str) -> None:
+def test_invalid_follower_requests_are_refused(board: Board, request_: dict[str, object], error: str) -> None:
     board.running()
     assert board.client().ask(request_)["error"] == error
 
 
-def test_acknowledgements_that_are_refused(board: Board) -> None:
+def test_invalid_acknowledgements_are_refused(board: Board) -> None:
     board.running()
     name = f"{board.home}/core0"
     client = board.client()
     client.ask({"request": "follow"})
     for fields, error in (
-        ({"board": "nobody", "sequence": 1}, "unknown-board"),
+        ({"board": "missing", "sequence": 1}, "unknown-board"),
         ({"board": name}, "invalid"),
         ({"board": name, "sequence": "1"}, "invalid"),
         ({"board": name, "sequence": 1, "boot": "0"}, "invalid"),

@@ -1,6 +1,6 @@
-"""A real second core: over a Unix socket as an ordinary user, and over the chain of the board's simulation.
+"""Run the scenarios with a real second core over a Unix socket and over the network of a board's simulation.
 
-The chain is what a board's simulation has: core 0's interface, a veth pair, a bridge, and QEMU's tap.
+That network consists of core 0's interface, a veth pair, a bridge and QEMU's tap.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ each_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenar
 
 
 @each_scenario
-def test_over_a_socket_as_nobody(scenario: Scenario, nobody: list[str]) -> None:
-    # A socket's path is short (unix(7)).
+def test_scenario_over_a_unix_socket_as_ordinary_user(scenario: Scenario, nobody: list[str]) -> None:
+    # pytest's tmp_path is too long for a socket's path (unix(7)).
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o777)
         script = Path(__file__).with_name("core1_over_a_socket.py")
@@ -41,10 +41,10 @@ def test_over_a_socket_as_nobody(scenario: Scenario, nobody: list[str]) -> None:
 
 
 @each_scenario
-def test_over_the_chain(scenario: Scenario, tmp_path: Path) -> None:
+def test_scenario_over_bridge_and_tap(scenario: Scenario, tmp_path: Path) -> None:
     with two_cores(chain=True) as cores:
         assert cores.switch is not None
-        # QEMU's tap instead of a veth to core 1.
+        # Replace the veth to core 1 with QEMU's tap.
         make = (
             "ip link del tap_rpmsg && ip tuntap add tap_rpmsg mode tap && ip link set tap_rpmsg master br_rpmsg"
             " && ip link set tap_rpmsg up"

@@ -1,4 +1,4 @@
-"""A guest of QEMU and a proxy that never share a host: all that a link of one host is tried with, over a broker."""
+"""Run the core 1 scenarios with a proxy and a QEMU guest that are only connected through a broker."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def board(tmp_path: Path) -> Iterator[Board]:
         ends = {"core0": (near, tmp_path / "core0"), "core1": (far, tmp_path / "guest")}
         for end, (local, peer) in ends.items():
             words = ["mqtt-link", f"{broker.url}/wire", "--link", f"unix:{local},peer={peer}", "--end", end]
-            wire = Gateway(tmp_path / f"{end}.log", *words)
-            stack.callback(wire.close)
-            wire.wait_ready()
+            bridge = Gateway(tmp_path / f"{end}.log", *words)
+            stack.callback(bridge.close)
+            bridge.wait_ready()
         link = f"unix:{tmp_path}/core0,peer={near}"
         made = stack.enter_context(Board(tmp_path, link, unix_netdev(tmp_path / "guest", far)))
         made.round_trips = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "2000"))
@@ -36,5 +36,5 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_a_guest_on_another_host(board: Board, scenario: Scenario) -> None:
+def test_scenario_over_a_broker(board: Board, scenario: Scenario) -> None:
     scenario(board)

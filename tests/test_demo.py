@@ -1,4 +1,4 @@
-"""`inco-trio demo`, as a person starts it, and stops it."""
+"""Tests of `inco-trio demo`: its result, its errors, and how it cleans up when it is stopped."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ ALL_ARRIVED = re.compile(r"all 30 notifications arrived, median \d+(\.\d)? (us|m
 
 
 @pytest.mark.parametrize(("count", "rate"), [(0, 100.0), (1, 0.0), (1, -1.0), (1, float("inf")), (1, float("nan"))])
-def test_nonsense_is_refused(count: int, rate: float) -> None:
-    with pytest.raises(InvalidArgumentError, match="count of at least 1 and a rate above 0"):
+def test_invalid_counts_and_rates_are_refused(count: int, rate: float) -> None:
+    with pytest.raises(InvalidArgumentError, match="count of 1 or more and a rate above 0"):
         run_demo(count, rate, io.StringIO())
 
 
@@ -56,8 +56,8 @@ def test_quantile_is_the_nearest_rank(last: int, part: float, expected: int) -> 
     assert quantile(range(1, last + 1), part) == expected
 
 
-def test_a_full_standard_output() -> None:
-    with open("/dev/full", "w") as full:  # noqa: PTH123 - as a shell does
+def test_a_full_standard_output_is_one_error_line() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         done = subprocess.run(
             [*DEMO, *SHORT], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=HANG
         )
@@ -70,12 +70,12 @@ def finish(command: list[str]) -> tuple[int, str, str]:
 
 
 def table(said: str) -> list[list[str]]:
-    """The words of each row of the table at the end."""
+    """Return the words of each row of the final table."""
     return [row.split() for row in said.splitlines() if row.startswith("  ") and "core" in row]
 
 
 @pytest.mark.netns
-def test_all_arrive() -> None:
+def test_all_notifications_arrive() -> None:
     code, said, complaints = finish([*DEMO, *SHORT])
     *_, verdict = said.splitlines()
     assert ALL_ARRIVED.fullmatch(verdict)
@@ -92,7 +92,7 @@ def test_all_arrive() -> None:
 
 
 @pytest.mark.netns
-def test_ordinary_user_needs_nothing(nobody: list[str]) -> None:
+def test_ordinary_user_can_run_the_demonstration(nobody: list[str]) -> None:
     code, said, complaints = finish([*nobody, *DEMO, *SHORT])
     *_, verdict = said.splitlines()
     assert ALL_ARRIVED.fullmatch(verdict)
@@ -100,7 +100,7 @@ def test_ordinary_user_needs_nothing(nobody: list[str]) -> None:
 
 
 def limited(limit: str, value: int, command: list[str]) -> list[str]:
-    """Run `command` in a new user namespace, to which its limits in /proc/sys/user belong (namespaces(7))."""
+    """Return a command that runs `command` in a new user namespace with a limit in /proc/sys/user (namespaces(7))."""
     script = (
         "import os, sys; from pathlib import Path; from inco_trio.simulation.world import new_user_namespace; "
         "new_user_namespace(); Path('/proc/sys/user', sys.argv[1]).write_text(sys.argv[2]); "
@@ -115,12 +115,12 @@ def limited(limit: str, value: int, command: list[str]) -> list[str]:
     [
         ("user", True, "a user namespace (No space left on device)"),
         ("net", False, "a network namespace (No space left on device)"),
-        # The user is the root of a namespace, without its capabilities: a namespace is made, and refused its maps.
+        # A user without capabilities may create the user namespace, but the kernel refuses to write its uid map.
         ("net", True, "a user namespace (Operation not permitted)"),
     ],
     ids=["user", "network", "maps"],
 )
-def test_forbidden_namespaces_are_told_and_a_unix_socket_serves(
+def test_forbidden_namespaces_are_replaced_by_a_unix_socket(
     nobody: list[str], kind: str, as_nobody: bool, refusal: str
 ) -> None:
     command = [*(nobody if as_nobody else []), *DEMO, *SHORT]
@@ -128,7 +128,7 @@ def test_forbidden_namespaces_are_told_and_a_unix_socket_serves(
     assert (code, complaints) == (0, "")
     told, stage, *_, verdict = said.splitlines()
     assert told.startswith(
-        f"Over a Unix socket, as this system forbids namespaces: cannot make {refusal}: run as root, or allow it"
+        f"Using a Unix socket, because this system forbids namespaces: cannot create {refusal}: run as root, or"
     )
     assert stage.startswith("Two cores, joined by a pair of Unix sockets; process ")
     assert ALL_ARRIVED.fullmatch(verdict)
@@ -138,14 +138,14 @@ def test_forbidden_namespaces_are_told_and_a_unix_socket_serves(
 
 @pytest.mark.qemu
 @pytest.mark.netns
-def test_real_firmware_answers_as_nobody(nobody: list[str]) -> None:
+def test_ordinary_user_gets_answers_from_real_firmware(nobody: list[str]) -> None:
     code, said, complaints = finish([*nobody, *DEMO, "--qemu", *SHORT])
     assert (code, complaints) == (0, "")
     *_, verdict = said.splitlines()
     assert re.fullmatch(
         r"all 15 round trips arrived, median \d+(\.\d)? (us|ms): the proxy works on this machine", verdict
     )
-    assert "\nEach latency is that of a round trip.\n" in said
+    assert "\nEach latency is a round-trip time.\n" in said
     for name, answer in {
         "redun_notify_irq": "ihub_hwwd_irq",
         "ihub_crash_log_irq": "ihub_reset_irq",
@@ -155,18 +155,17 @@ def test_real_firmware_answers_as_nobody(nobody: list[str]) -> None:
         assert [row[1:8] for row in table(said) if row[0] == name] == [["core", "0", "->", "1", "->", "0", "5"]], said
 
 
-def test_missing_qemu_is_one_line(tmp_path: Path) -> None:
+def test_missing_qemu_is_one_error_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [*DEMO, "--qemu"], env={**os.environ, "PATH": str(tmp_path)}, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (69, "")
     assert done.stderr == (
-        "inco-trio: error: qemu-system-riscv64 is not installed: "
-        "install the package that has it (Debian: qemu-system-misc)\n"
+        "inco-trio: error: qemu-system-riscv64 is not installed (Debian: install qemu-system-misc)\n"
     )
 
 
-def test_too_long_a_directory_for_a_socket_is_one_line(tmp_path: Path) -> None:
+def test_temporary_directory_too_long_for_a_socket_is_one_error_line(tmp_path: Path) -> None:
     scratch = tmp_path / ("long" * 25)
     scratch.mkdir()
     done = subprocess.run(
@@ -174,22 +173,22 @@ def test_too_long_a_directory_for_a_socket_is_one_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert "there can be no link in the directory for temporary files (TMPDIR): " in line
+    assert "TMPDIR: the sockets of a link cannot be in this directory: " in line
     assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.netns
-def test_proxy_that_cannot_start_is_told_and_fails() -> None:
-    # The demonstration takes the only inotify instance.
+def test_proxy_that_cannot_start_is_an_error() -> None:
+    # The demonstration itself uses the only inotify instance.
     code, said, complaints = finish(limited("max_inotify_instances", 1, DEMO))
     assert (code, said) == (70, "")
     reason, verdict = complaints.splitlines()
     assert "inotify" in reason
-    assert verdict.endswith("the proxy has ended with exit code 71; its log is above")
+    assert verdict.endswith("the proxy has ended with exit code 71 (see its log above)")
 
 
 class Running:
-    """A demonstration that is sending, with its processes: that of the proxy is the last."""
+    """A demonstration that is sending, and its child processes; the last child is the proxy."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -208,7 +207,9 @@ class Running:
         for line in self.process.stdout:
             if line.startswith(start):
                 return line.rstrip("\n")
-        return pytest.fail(f"the demonstration ended with {self.process.wait()}: {self.process.communicate()[1]}")
+        return pytest.fail(
+            f"the demonstration ended with exit code {self.process.wait()}: {self.process.communicate()[1]}"
+        )
 
     def finish(self) -> tuple[int, str, str]:
         said, complaints = self.process.communicate(timeout=HANG)
@@ -223,7 +224,7 @@ class Running:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """Where the demonstration makes its temporary directory; short, as sockets are below it (unix(7))."""
+    """Yield a TMPDIR for the demonstration; its path is short, because sockets are created in it (unix(7))."""
     with tempfile.TemporaryDirectory() as path:
         yield Path(path)
 
@@ -248,7 +249,7 @@ def running(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_qemu(scratch: Path) -> Iterator[Running]:
-    """The demonstration with QEMU, whose process is the first."""
+    """Yield a demonstration with QEMU, whose process is the first child."""
     started = start(scratch, [*DEMO, "--qemu"])
     assert len(started.children) == 2
     yield started
@@ -257,7 +258,7 @@ def running_qemu(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_sockets(scratch: Path) -> Iterator[Running]:
-    """The demonstration over a Unix socket, as namespaces are forbidden."""
+    """Yield a demonstration over a Unix socket, because namespaces are forbidden."""
     started = start(scratch, limited("max_net_namespaces", 0, DEMO))
     yield started
     started.close()
@@ -265,7 +266,7 @@ def running_sockets(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
-    """Tell when the namespaces of both cores have ended."""
+    """Return canaries that detect when the namespaces of both cores have ended."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
         if str(path.readlink()).startswith("net:"):
@@ -299,7 +300,7 @@ def test_killed_demonstration_leaves_no_process_and_no_namespace(running: Runnin
 
 
 @pytest.mark.netns
-def test_lost_notifications_are_told_and_fail(running: Running, scratch: Path) -> None:
+def test_lost_notifications_are_reported_as_failure(running: Running, scratch: Path) -> None:
     os.kill(running.proxy, signal.SIGSTOP)
     verdict = running.wait_line("LOST")
     os.kill(running.proxy, signal.SIGCONT)
@@ -309,11 +310,11 @@ def test_lost_notifications_are_told_and_fail(running: Running, scratch: Path) -
 
 
 @pytest.mark.netns
-def test_dead_proxy_is_told_and_fails(running: Running, scratch: Path) -> None:
+def test_dead_proxy_is_an_error(running: Running, scratch: Path) -> None:
     os.kill(running.proxy, signal.SIGKILL)
     code, _said, complaints = running.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9 (see its log above)")
     assert list(scratch.iterdir()) == []
 
 
@@ -330,16 +331,16 @@ def test_stopped_demonstration_over_a_socket_leaves_nothing_behind(
 
 
 @pytest.mark.netns
-def test_dead_proxy_over_a_socket_is_told_and_fails(running_sockets: Running, scratch: Path) -> None:
+def test_dead_proxy_over_a_socket_is_an_error(running_sockets: Running, scratch: Path) -> None:
     os.kill(running_sockets.proxy, signal.SIGKILL)
     code, _said, complaints = running_sockets.finish()
     assert code == 70
-    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9; its log is above")
+    assert complaints.splitlines()[-1].endswith("the proxy has ended with exit code -9 (see its log above)")
     assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.netns
-def test_stuck_proxy_over_a_socket_is_told_and_fails(running_sockets: Running, scratch: Path) -> None:
+def test_stuck_proxy_over_a_socket_is_reported_as_failure(running_sockets: Running, scratch: Path) -> None:
     os.kill(running_sockets.proxy, signal.SIGSTOP)
     verdict = running_sockets.wait_line("LOST")
     os.kill(running_sockets.proxy, signal.SIGCONT)
@@ -366,7 +367,7 @@ def test_demonstration_stops_at_once_while_qemu_starts(tmp_path: Path, scratch: 
     programs.mkdir()
     started = tmp_path / "started"
     os.mkfifo(started)
-    # It never answers: its monitor is only held open.
+    # This program stands in for QEMU and never answers on its monitor.
     qemu = programs / "qemu-system-riscv64"
     qemu.write_text(
         f"#!{sys.executable}\nimport os, signal\nopen({str(started)!r}, 'w').write(str(os.getpid()))\nsignal.pause()\n"
@@ -399,12 +400,12 @@ def test_killed_demonstration_with_qemu_leaves_no_process(running_qemu: Running)
 @pytest.mark.parametrize(
     ("child", "code", "complaint"),
     [
-        (0, 69, "QEMU has ended with exit code -9; the last that it said: core1: ready"),
-        (1, 70, "the proxy has ended with exit code -9; its log is above"),
+        (0, 69, "QEMU has ended with exit code -9; its last output: core1: ready"),
+        (1, 70, "the proxy has ended with exit code -9 (see its log above)"),
     ],
     ids=["qemu", "proxy"],
 )
-def test_dead_process_of_the_demonstration_with_qemu_is_told(
+def test_dead_qemu_or_proxy_is_an_error(
     running_qemu: Running, scratch: Path, child: int, code: int, complaint: str
 ) -> None:
     os.kill(running_qemu.children[child], signal.SIGKILL)
@@ -416,7 +417,7 @@ def test_dead_process_of_the_demonstration_with_qemu_is_told(
 
 
 @pytest.mark.qemu
-def test_lost_round_trips_are_told_and_fail(running_qemu: Running, scratch: Path) -> None:
+def test_lost_round_trips_are_reported_as_failure(running_qemu: Running, scratch: Path) -> None:
     os.kill(running_qemu.children[0], signal.SIGSTOP)
     verdict = running_qemu.wait_line("LOST")
     assert re.fullmatch(r"LOST 3 of \d+ round trips \(redun_notify_irq, .*\): the proxy does not work here", verdict)
@@ -425,14 +426,14 @@ def test_lost_round_trips_are_told_and_fail(running_qemu: Running, scratch: Path
 
 
 @pytest.mark.netns
-def test_terminal_shows_a_line_a_signal_that_changes_in_place() -> None:
+def test_terminal_updates_one_line_per_signal_in_place() -> None:
     ours, theirs = pty.openpty()
     with subprocess.Popen(
         [*DEMO, *SHORT], stdout=theirs, stderr=theirs, env={**os.environ, "COLUMNS": "100"}
     ) as process:
         os.close(theirs)
         said = b""
-        # A terminal that nobody writes to any more answers EIO instead of an end (pty(7)).
+        # Once the other side is closed, read(2) on a pty fails with EIO instead of returning end of file (pty(7)).
         try:
             while select.select([ours], [], [], HANG)[0]:
                 said += os.read(ours, 65536)

@@ -17,8 +17,8 @@ PAGE = (ROOT / "docs/design.md").read_text()
 LAYERS = (
     ("linux",),
     ("backoff", "errors", "frame", "problems"),
-    ("notify", "nurseries", "signals", "validation"),
-    ("proxy_status",),
+    ("notify", "nurseries", "signals"),
+    ("proxy_status", "validation"),
     ("links", "persist"),
     ("config", "registers"),
     ("board_files", "notifications"),

@@ -1,4 +1,4 @@
-"""What would keep notifications from coming is said."""
+"""Tests of the warnings about conditions that prevent notifications."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOUNTS = """\
     ("device", "kind"),
     [((0, 20), "sysfs"), ((0, 21), "proc"), ((0, 99), "9p"), ((254, 1), "ext4"), ((254, 2), None)],
 )
-def test_filesystem_type(device: tuple[int, int], kind: str | None) -> None:
+def test_filesystem_type_is_read(device: tuple[int, int], kind: str | None) -> None:
     assert filesystem_type(MOUNTS, os.makedev(*device)) == kind
 
 
@@ -38,23 +38,23 @@ def test_filesystems_without_inotify_are_named(path: str) -> None:
     assert "of type " + {"/proc": "proc", "/sys/": "sysfs"}[path[:5]] in problem
 
 
-def test_an_ordinary_directory_is_not_named(tmp_path: Path) -> None:
+def test_an_ordinary_directory_has_no_warning(tmp_path: Path) -> None:
     assert unreported(tmp_path / "made" / "later") is None
     assert list(diagnose(builtin_signals(tmp_path))) == []
 
 
-def test_a_filesystem_with_another_side_is_named_by_the_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # None of them can be had here: the filesystem of this directory plays one.
+def test_the_daemon_warns_about_a_shared_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The test cannot mount a shared filesystem, so it declares this directory's filesystem to be one.
     kind = filesystem_type(Path("/proc/self/mountinfo").read_text(), tmp_path.stat().st_dev)
     assert kind is not None
     monkeypatch.setitem(UNREPORTED, kind, UNREPORTED["9p"])
     (line,) = diagnose(builtin_signals(tmp_path))
-    assert line.startswith(f"{tmp_path}: is on a filesystem of type {kind}: ")
+    assert line.startswith(f"{tmp_path}: on a filesystem of type {kind}: ")
 
 
 @contextmanager
 def holder(path: Path, mode: str) -> Iterator[int]:
-    """Another process that holds `path` open."""
+    """Start another process that holds `path` open."""
     program = f"import sys; held = open({str(path)!r}, {mode!r}); print(flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -65,14 +65,16 @@ def holder(path: Path, mode: str) -> Iterator[int]:
 @pytest.mark.parametrize(
     ("register", "mode", "said"),
     [
-        ("message_6_trig", "a", "for writing: what it writes is a notification only when it closes it"),
-        ("message_6_trig", "r+", "for writing: what it writes is a notification only when it closes it"),
-        ("message_5_state", "r", "it sees a notification only when it reads again, or watches the file"),
+        ("message_6_trig", "a", "for writing: only closing the file causes a notification"),
+        ("message_6_trig", "r+", "for writing: only closing the file causes a notification"),
+        ("message_5_state", "r", "it must read the file again, or watch it, to see a notification"),
         ("message_6_trig", "r", None),
         ("another", "a", None),
     ],
 )
-def test_who_holds_a_register_open_is_named(tmp_path: Path, register: str, mode: str, said: str | None) -> None:
+def test_the_process_that_holds_a_register_open_is_named(
+    tmp_path: Path, register: str, mode: str, said: str | None
+) -> None:
     (tmp_path / register).touch()
     with holder(tmp_path / register, mode) as pid:
         lines = list(diagnose(builtin_signals(tmp_path)))

@@ -1,4 +1,4 @@
-"""`inco-trio dissector`, judged by tshark."""
+"""Tests of `inco-trio dissector` with tshark."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
-    """The fields of each frame of a file, by what is installed in `home`.
+    """Return the fields of each frame of a file, decoded by the dissector that is installed in `home`.
 
-    An error of the program while it runs is not told on standard error: it is in the tree of its frame.
+    tshark does not print Lua errors of the dissector on stderr; they appear in the tree of the frame.
     """
     command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(
@@ -44,17 +44,17 @@ def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
     assert "lua" not in said.lower(), said
     rows = [line.split("\t") for line in done.stdout.decode(errors="replace").split("\n")[:-1]]
     failed = [number for number, row in enumerate(rows, 1) if row[0]]
-    assert not failed, f"the program fails at the frames {failed}"
+    assert not failed, f"the dissector fails at the frames {failed}"
     return [row[1:] for row in rows]
 
 
-def test_it_prints_the_program(tmp_path: Path) -> None:
+def test_the_command_prints_the_dissector(tmp_path: Path) -> None:
     done = dissector(tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, LUA.read_text(), "")
 
 
 @pytest.mark.tools
-def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
+def test_the_dissector_is_installed_where_tshark_searches(tmp_path: Path) -> None:
     done = dissector(tmp_path, "--install")
     path = tmp_path / ".local/lib/wireshark/plugins/inco_trio.lua"
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path}: installed\n", "")
@@ -67,7 +67,7 @@ def test_it_is_installed_where_tshark_looks(tmp_path: Path) -> None:
 
 
 @pytest.mark.tools
-def test_the_home_directory_is_any_bytes(tmp_path: Path) -> None:
+def test_the_home_directory_may_contain_any_bytes(tmp_path: Path) -> None:
     home = tmp_path / os.fsdecode(b"h\xff")
     home.mkdir()
     done = dissector(home, "--install")
@@ -76,7 +76,7 @@ def test_the_home_directory_is_any_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["file", "directory"])
-def test_it_cannot_be_written(tmp_path: Path, obstacle: str) -> None:
+def test_an_unwritable_directory_is_an_error(tmp_path: Path, obstacle: str) -> None:
     path = tmp_path / ".local/lib/wireshark/plugins"
     if obstacle == "file":
         path.parent.mkdir(parents=True)
@@ -96,7 +96,7 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.mark.tools
-def test_a_recording_is_named(home: Path) -> None:
+def test_signals_of_a_recording_are_named(home: Path) -> None:
     name = b"ihub_hwwd_irq"
     frame = encode(name, MAC)
     recorder = Recorder(home / "f")
@@ -115,7 +115,7 @@ def test_a_recording_is_named(home: Path) -> None:
 
 
 @pytest.mark.tools
-def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
+def test_foreign_frames_are_decoded_like_in_the_proxy(home: Path) -> None:
     payloads = {
         b"a": "a",
         b"a\0\0": "a",
@@ -133,7 +133,7 @@ def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
     recorder = Recorder(home / "f")
     for payload in payloads:
         recorder.ignored(1, "", HEAD + ETHERTYPE + payload, "rpmsg4000")
-    # The EtherType for local experiments is everybody's.
+    # Any program may use the EtherType for local experiments.
     recorder.ignored(1, "", HEAD + b"\x88\xb5" + b'{"signal": "a"}', "rpmsg4000")
     recorder.close()
     shown = tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol")
@@ -143,7 +143,7 @@ def test_frames_of_others_are_judged_as_the_proxy_does(home: Path) -> None:
 
 
 @pytest.mark.tools
-def test_what_a_capture_has_cut_is_not_named(home: Path) -> None:
+def test_truncated_frames_are_not_named(home: Path) -> None:
     frame = encode(b"ihub_hwwd_irq", MAC)
     header = struct.pack("<IHHIIII", 0xA1B2C3D4, 2, 4, 0, 0, 20, ETHERNET)
     (home / "f").write_bytes(header + struct.pack("<IIII", 1, 0, 20, len(frame)) + frame[:20])
@@ -153,8 +153,8 @@ def test_what_a_capture_has_cut_is_not_named(home: Path) -> None:
 
 
 @pytest.mark.tools
-def test_only_what_recordings_tell_is_believed(home: Path) -> None:
-    """A signal without a frame has a wire name and one of two directions."""
+def test_only_valid_comments_of_recordings_are_used(home: Path) -> None:
+    """The comment of a signal without a frame must have a wire name and a direction."""
     told: list[tuple[dict[str, str], tuple[str, str, str]]] = [
         ({"signal": "a", "direction": "inbound", "register": "r"}, ("a", "inbound", "r")),
         ({"signal": "a", "direction": "sideways", "register": "r"}, ("a", "", "r")),
@@ -173,9 +173,9 @@ def test_only_what_recordings_tell_is_believed(home: Path) -> None:
 
 
 @pytest.mark.tools
-def test_no_frame_makes_it_fail(home: Path) -> None:
-    """Random frames of both types, and random changes of frames of ours, with a seed."""
-    chance = random.Random(1)  # noqa: S311 - no cryptography
+def test_random_frames_do_not_make_the_dissector_fail(home: Path) -> None:
+    """Decode random frames of both EtherTypes, and random changes of valid frames, with a fixed seed."""
+    chance = random.Random(1)  # noqa: S311 - test data
     recorder = Recorder(home / "whole")
     recorder.append(1, Direction.INBOUND, "b", '/irq/"\\ü😀', None, "rpmsg4000")
     recorder.close()

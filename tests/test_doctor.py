@@ -1,4 +1,4 @@
-"""What `inco-trio doctor` makes of what it sees, and how it says that."""
+"""Tests of `inco-trio doctor`: the result of each check, the output and the exit codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def only(results: Iterable[Result]) -> tuple[str, str, str | None]:
-    """Level, text and command of the one result."""
+    """Return level, text and command of the only result."""
     (result,) = results
     return result.level.name.lower(), f"{result.subject}: {result.found}", result.fix
 
@@ -54,7 +54,7 @@ def everyone(*found: Process, unseen: bool = False) -> Processes:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def test_processes_and_what_they_have(tree: Tree) -> None:
+def test_processes_are_read_with_sockets_and_watches(tree: Tree) -> None:
     tree.process(
         3,
         "/usr/bin/python3 -m inco_trio run l0",
@@ -80,7 +80,7 @@ def test_processes_and_what_they_have(tree: Tree) -> None:
     assert processes.watching(os.makedev(254, 1), 43) == []
 
 
-def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
+def test_processes_that_end_meanwhile_are_skipped(tree: Tree) -> None:
     tree.process(3)
     (tree.root / "proc/3/fd").rmdir()
     tree.put("proc/4/comm", "nothing else is left")
@@ -89,7 +89,9 @@ def test_processes_that_end_while_they_are_looked_at(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("user", [0, 1000])
-def test_processes_that_may_not_be_looked_at(tree: Tree, monkeypatch: pytest.MonkeyPatch, user: int) -> None:
+def test_uninspectable_processes_are_noted_for_ordinary_users(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, user: int
+) -> None:
     tree.process(3, fds={3: "socket:[77]"})
     (tree.root / "proc/3/fd").chmod(0)
     monkeypatch.setattr(os, "geteuid", lambda: user)
@@ -97,11 +99,11 @@ def test_processes_that_may_not_be_looked_at(tree: Tree, monkeypatch: pytest.Mon
         processes = look(tree.root, BOOTED)
     (found,) = processes.all
     assert (found.pid, found.sockets, found.instances, found.watches) == (3, frozenset(), 0, ())
-    # Root is not told to ask root.
+    # Only an ordinary user is advised to run the command as root.
     assert processes.unseen is (user != 0)
 
 
-def test_no_proc(tmp_path: Path) -> None:
+def test_missing_proc_is_a_warning(tmp_path: Path) -> None:
     processes = look(tmp_path)
     assert (processes.all, processes.mounted) == ((), False)
     assert only(machine.proc(processes)) == (
@@ -109,7 +111,7 @@ def test_no_proc(tmp_path: Path) -> None:
         "/proc: not mounted: cannot inspect processes, limits and filesystems",
         "mount -t proc proc /proc",
     )
-    # What cannot be looked at is passed over.
+    # The checks that need /proc are skipped.
     for found in (
         machine.capability("l0", tmp_path),
         machine.receive_buffer(None, 5, tmp_path),
@@ -134,7 +136,7 @@ def test_no_proc(tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_what_a_proxy_is_called(command: str, proxy: bool) -> None:
+def test_a_proxy_is_recognized_by_its_command_line(command: str, proxy: bool) -> None:
     assert process(1, command).is_proxy is proxy
 
 
@@ -148,7 +150,7 @@ def test_what_a_proxy_is_called(command: str, proxy: bool) -> None:
         ("python3", False),
     ],
 )
-def test_what_a_holder_is_called(name: str, holder: bool) -> None:
+def test_an_fd_store_is_recognized_by_its_name(name: str, holder: bool) -> None:
     assert process(1, name=name).is_holder is holder
 
 
@@ -170,7 +172,9 @@ def test_what_a_holder_is_called(name: str, holder: bool) -> None:
         ),
     ],
 )
-def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: str, fix: str | None) -> None:
+def test_missing_cap_net_raw_is_a_fault(
+    tree: Tree, uid: int, capabilities: int, level: str, text: str, fix: str | None
+) -> None:
     tree.status("self", uid, capabilities)
     found = only(machine.capability("l0", tree.root))
     assert (found[0], found[2]) == (level, fix)
@@ -181,7 +185,7 @@ def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: s
     ("capabilities", "uid_map", "limit", "level", "fix"),
     [
         (NET_ADMIN, FIRST, "100", "ok", None),
-        # All capabilities of a user namespace do not suffice.
+        # CAP_NET_ADMIN of a user namespace is not sufficient.
         (NET_ADMIN, "0 1000 1", "100", "warn", "sysctl -w net.core.rmem_max=101"),
         (NET_RAW, FIRST, "100", "warn", "sysctl -w net.core.rmem_max=101"),
         (NET_RAW, FIRST, "101", "ok", None),
@@ -189,7 +193,7 @@ def test_capability(tree: Tree, uid: int, capabilities: int, level: str, text: s
     ],
 )
 @pytest.mark.parametrize("running", [False, True])
-def test_receive_buffer(
+def test_small_receive_buffer_limit_is_a_warning(
     tree: Tree, capabilities: int, uid_map: str, limit: str | None, level: str, fix: str | None, running: bool
 ) -> None:
     tree.status("3" if running else "self", 0, capabilities)
@@ -207,7 +211,7 @@ def limits(tree: Tree, instances: int, watches: int, queued: int = 16384) -> Non
     tree.put("proc/sys/fs/inotify/max_queued_events", f"{queued}\n")
 
 
-def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
+def test_inotify_limits_are_compared_with_their_use(tree: Tree) -> None:
     uid = os.geteuid()
     processes = everyone(
         process(3, uid=uid, instances=7, watches=((1, 1),) * 30),
@@ -230,17 +234,17 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
             None,
         ),
     ]
-    # A proxy needs 2 and 64 more.
+    # A proxy needs 2 more instances and 64 more watches.
     limits(tree, 10, 99, 100)
     assert [(level, fix) for level, _, fix in found()] == [
         ("WARN", "sysctl -w fs.inotify.max_user_instances=20"),
         ("FAIL", "sysctl -w fs.inotify.max_user_watches=200"),
         ("WARN", "sysctl -w fs.inotify.max_queued_events=16384"),
     ]
-    # One that runs has them already, and it is its user that counts.
+    # A running proxy already has its instances and watches; the limit of its user counts.
     assert [level for level, _, _ in found(processes.all[0])] == ["OK", "OK", "WARN"]
     assert [level for level, _, _ in found(processes.all[2])] == ["FAIL", "FAIL", "WARN"]
-    # The limit of a user namespace, if that is the lower one.
+    # The limit of the user namespace counts if it is lower.
     tree.put("proc/sys/user/max_inotify_instances", "2147483647")
     tree.put("proc/sys/user/max_inotify_watches", "50")
     assert [fix for _, _, fix in found()][:2] == [
@@ -250,7 +254,7 @@ def test_inotify_limits_and_what_is_taken_of_them(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(("length", "level"), [("10", "ok"), ("512", "ok"), ("9", "warn")])
-def test_unix_queue(tree: Tree, length: str, level: str) -> None:
+def test_short_unix_queue_is_a_warning(tree: Tree, length: str, level: str) -> None:
     tree.put("proc/sys/net/unix/max_dgram_qlen", length)
     found = only(machine.unix_queue(tree.root))
     assert found[0] == level
@@ -288,7 +292,9 @@ BRIDGE = interface("br0")
         (interface("a;b", up=False), None, [("the interface is down", "ip link set dev 'a;b' up")]),
     ],
 )
-def test_state(found: Interface, master: Interface | None, said: list[tuple[str, str | None]]) -> None:
+def test_interface_state_mtu_and_bridge_are_checked(
+    found: Interface, master: Interface | None, said: list[tuple[str, str | None]]
+) -> None:
     results = list(links.state(found, master))
     assert [result.check for result in results] == ["state", "mtu", "bridge"]
     faults = [result for result in results if result.level is not Level.OK]
@@ -312,13 +318,13 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-1", ["0", "0"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0", "1"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0"], False, "warn", "rps_cpus is 0: the sending CPU handles", ALL_CPUS),
-        # A kernel without RPS.
+        # The kernel does not support RPS.
         ("0-1", [None, None], True, "warn", "2 receive queues", "ethtool -L l0 combined 1"),
         ("0-1", [None], True, "ok", "one receive queue", None),
         ("0-1", [None], False, "warn", "rps_cpus is 0", None),
     ],
 )
-def test_order(
+def test_several_cpus_or_queues_are_a_warning(
     tree: Tree, cpus: str, masks: list[str | None], hardware: bool, level: str, text: str, fix: str | None
 ) -> None:
     place = "sys/class/net/l0"
@@ -334,7 +340,7 @@ def test_order(
     assert found[1].startswith(f"l0: {text}")
 
 
-def test_order_of_what_is_below_a_vlan(tree: Tree) -> None:
+def test_the_interface_below_a_vlan_is_checked(tree: Tree) -> None:
     tree.put("sys/devices/system/cpu/online", "0-1\n")
     for name in ("rpmsg4000", "eth_rpmsg"):
         tree.put(f"sys/class/net/{name}/ifindex", "4\n")
@@ -349,7 +355,7 @@ def test_order_of_what_is_below_a_vlan(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(("index", "address"), [("5", MAC.hex(":")), ("4", "02:00:00:00:00:02"), (None, None)])
-def test_the_sys_of_another_network_namespace(tree: Tree, index: str | None, address: str | None) -> None:
+def test_sys_of_another_network_namespace_is_a_warning(tree: Tree, index: str | None, address: str | None) -> None:
     if index is not None:
         tree.put("sys/class/net/l0/ifindex", index)
         tree.put("sys/class/net/l0/address", str(address))
@@ -360,7 +366,7 @@ def test_the_sys_of_another_network_namespace(tree: Tree, index: str | None, add
     )
 
 
-def test_interfaces_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interfaces_that_cannot_be_read_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -382,18 +388,18 @@ def datagram(path: Path) -> socket.socket:
     return sock
 
 
-def mended(found: tuple[str, str, str | None]) -> None:
-    """Run the command that fixes it."""
+def run_fix(found: tuple[str, str, str | None]) -> None:
+    """Run the command that fixes the fault."""
     assert found[2] is not None
     subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
 
-def test_the_path_of_a_socket(tmp_path: Path) -> None:
+def test_the_socket_path_is_checked(tmp_path: Path) -> None:
     home = tmp_path / "of links"
     address, path = unix(home), home / "a"
     found = only(links.socket_path(address))
     assert found == ("fail", f"{home}: does not exist: the proxy creates its socket there", f"mkdir -p '{home}'")
-    mended(found)
+    run_fix(found)
     free = ("ok", f"{home}: the proxy can create its socket there", None)
     assert only(links.socket_path(address)) == free
     with datagram(path):
@@ -411,7 +417,7 @@ def test_the_path_of_a_socket(tmp_path: Path) -> None:
         make(path)
         found = only(links.socket_path(address))
         assert found[:2] == ("fail", f"{path}: {kind}, not a socket: the proxy cannot bind its socket there")
-        mended(found)
+        run_fix(found)
         assert only(links.socket_path(address)) == free
     (tmp_path / "file").touch()
     assert only(links.socket_path(unix(tmp_path / "file"))) == (
@@ -421,13 +427,13 @@ def test_the_path_of_a_socket(tmp_path: Path) -> None:
     )
 
 
-def test_the_path_of_the_peer(tmp_path: Path) -> None:
+def test_the_peer_path_is_checked(tmp_path: Path) -> None:
     address, path = unix(tmp_path), tmp_path / "b"
-    nobody = "fail", f"{path}: no process is bound to it (No such file or directory): start core 1", None
-    assert only(links.peer(address)) == nobody
+    missing = "fail", f"{path}: no process is bound to it (No such file or directory): start core 1", None
+    assert only(links.peer(address)) == missing
     with datagram(path) as sock:
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
-        # One that takes nobody but us.
+        # A connected socket accepts frames from one sender only.
         sock.connect(str(path))
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
     assert "no process is bound to it (Connection refused)" in only(links.peer(address))[1]
@@ -441,7 +447,7 @@ def test_the_path_of_the_peer(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- registers
 
 
-def test_the_directory_of_registers(tmp_path: Path) -> None:
+def test_the_registers_directory_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "an irq"
     found = only(register_files.directory(path))
     assert found == (
@@ -449,7 +455,7 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
         f"{path}: does not exist: a proxy creates it at its start, and 60 s after a removal",
         f"mkdir -p '{path}'",
     )
-    mended(found)
+    run_fix(found)
     fine = "ok", f"{path}: uid {os.geteuid()} may read and write it", None
     assert only(register_files.directory(path)) == fine
     path.rmdir()
@@ -459,7 +465,7 @@ def test_the_directory_of_registers(tmp_path: Path) -> None:
     assert only(register_files.directory(path / "a"))[1] == f"{path}/a: cannot be inspected: Not a directory"
 
 
-def test_what_this_user_may_not_do(tmp_path: Path) -> None:
+def test_missing_permissions_are_faults_with_a_fix(tmp_path: Path) -> None:
     home = tmp_path / "irq"
     home.mkdir()
     trigger, state, ours, core1 = (home / name for name in ("message_6_trig", "message_5_state", "a", "b"))
@@ -475,13 +481,13 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
             f"{trigger}: uid {uid} may not read it: run: chmod u+r {trigger}",
         ]
         for result in found:
-            mended(("", "", result.fix))
+            run_fix(("", "", result.fix))
         assert only(register_files.kinds(signals))[0] == "ok"
         text = f"{ours}: cannot connect to it: Permission denied"
         assert only(links.socket_path(address)) == ("fail", text, None)
         refused = only(links.peer(address))
         assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to it")
-        mended(refused)
+        run_fix(refused)
         assert only(links.peer(address))[0] == "ok"
         ours.unlink()
         home.chmod(0o500)
@@ -492,18 +498,18 @@ def test_what_this_user_may_not_do(tmp_path: Path) -> None:
         for check, text in checks:
             refused = only(check())
             assert refused == ("fail", f"{home}: uid {uid} {text}", f"chmod u+rwx {home}")
-            mended(refused)
+            run_fix(refused)
             assert only(check())[0] == "ok"
             home.chmod(0o500)
         home.chmod(0o700)
 
 
-def test_the_owner_permits_itself_and_anybody_else_is_made_the_owner(tmp_path: Path) -> None:
+def test_the_fix_is_chmod_for_the_owner_and_chown_otherwise(tmp_path: Path) -> None:
     assert permit(tmp_path, "u+r") == f"chmod u+r {tmp_path}"
     assert permit(tmp_path / "gone", "u+r") == f"chown {os.geteuid()} {tmp_path}/gone"
 
 
-def test_what_registers_are(tmp_path: Path) -> None:
+def test_registers_must_be_regular_files(tmp_path: Path) -> None:
     signals = builtin_signals(tmp_path)
     names = "message_4_state, message_5_state, message_6_trig"
     fine = "ok", f"{tmp_path}: {names}: regular files, or not created yet", None
@@ -521,7 +527,7 @@ def test_what_registers_are(tmp_path: Path) -> None:
         make(path)
         found = only(register_files.kinds(signals))
         assert found[:2] == ("fail", f"{path}: {kind}, not a regular file: the proxy refuses it")
-        mended(found)
+        run_fix(found)
         assert only(register_files.kinds(signals)) == fine
 
 
@@ -538,7 +544,9 @@ MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
         (None, "ok", "is on a filesystem of unknown type; inotify works there"),
     ],
 )
-def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, text: str) -> None:
+def test_filesystems_without_inotify_events_are_reported(
+    tree: Tree, tmp_path: Path, kind: str | None, level: str, text: str
+) -> None:
     if kind is not None:
         device = tmp_path.stat().st_dev
         tree.put("proc/self/mountinfo", MOUNTS.format(major=os.major(device), minor=os.minor(device), kind=kind))
@@ -547,21 +555,21 @@ def test_filesystems(tree: Tree, tmp_path: Path, kind: str | None, level: str, t
     assert list(tmp_path.iterdir()) == before
 
 
-def test_a_filesystem_on_which_inotify_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_filesystem_on_which_inotify_fails_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(register_files, "_opening_is_reported", lambda _: False)
     level, text, fix = only(register_files.reported(tmp_path))
     assert (level, fix) == ("fail", None)
     assert text.endswith("; inotify reports nothing there; use tmpfs")
 
 
-def test_a_directory_that_cannot_be_watched(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_watched_is_a_fault(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     level, text, _ = only(register_files.reported(tmp_path / "file"))
     assert level == "fail"
     assert text.endswith("; cannot watch it: Not a directory")
 
 
-def test_registers_that_are_held_open(tmp_path: Path) -> None:
+def test_a_register_that_is_held_open_is_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "message_6_trig"
     program = f"import sys; held = open({str(path)!r}, 'w'); print(flush=True); sys.stdin.read()"
     signals = builtin_signals(tmp_path)
@@ -579,7 +587,7 @@ def place(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def test_whether_a_proxy_watches_the_triggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(register_files, "filesystem", lambda path: (path, "tmpfs"))
     signals, path = builtin_signals(tmp_path), tmp_path / "message_6_trig"
     assert list(register_files.watched(signals, process(3))) == []
@@ -622,7 +630,7 @@ Num       RefCount Protocol Flags    Type St Inode Path
 """
 
 
-def test_who_has_sockets_of_a_link(tree: Tree) -> None:
+def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     tree.put("proc/thread-self/net/packet", PACKETS)
     tree.put("proc/thread-self/net/unix", SOCKETS)
     assert packet_sockets(4, 0x8800, tree.root) == [77]
@@ -631,7 +639,7 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
     processes = everyone(PROXY, HOLDER)
     assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert proxies.users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
-    # Who takes every EtherType does not matter, but for the proxy that came before.
+    # Sockets for all EtherTypes are ignored, except those of inco_proxy.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
     assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
@@ -672,7 +680,7 @@ def test_who_has_sockets_of_a_link(tree: Tree) -> None:
         ),
     ],
 )
-def test_one_proxy_carries_a_link(users: Users, level: str, text: str, fix: str | None) -> None:
+def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, fix: str | None) -> None:
     assert only(proxies.users_of_link("l0", users)) == (level, f"l0: {text}", fix)
 
 
@@ -717,19 +725,19 @@ def test_one_proxy_carries_a_link(users: Users, level: str, text: str, fix: str 
         ),
     ],
 )
-def test_who_keeps_the_socket(users: Users, unseen: bool, level: str, text: str, fix: str | None) -> None:
+def test_a_missing_fd_store_is_reported(users: Users, unseen: bool, level: str, text: str, fix: str | None) -> None:
     found = only(proxies.descriptors("l0", users, everyone(unseen=unseen)))
     assert (found[0], found[2]) == (level, fix)
     assert found[1].startswith(f"l0: {text}")
 
 
-def test_nobody_keeps_the_socket_of_no_proxy_or_of_two() -> None:
+def test_the_fd_store_check_needs_exactly_one_proxy() -> None:
     for users in (Users((), (), (HOLDER,), 0), Users((PROXY, SECOND), (), (), 0), Users((), (), (), 1)):
         assert users.proxy is None
         assert list(proxies.descriptors("l0", users, everyone())) == []
 
 
-def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
+def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     signals = builtin_signals(tmp_path)
     path = tmp_path / "message_6_trig"
     both = [process(n, f"inco-trio run l{n}", started=n, watches=((1, 1),)) for n in (3, 4)]
@@ -740,7 +748,7 @@ def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
         process(n, command, started=n, watches=(place(path),))
         for n, command in ((3, "inco-trio run l0"), (4, "inco_proxy l1"), (5, "tail -f x"))
     )
-    # A holder has the proxy's own watches, and this process looks for itself.
+    # An fd store holds the proxy's own watches, and the doctor itself watches the file.
     aside = (
         process(6, name="s6-fdholderd", watches=(place(path),)),
         process(os.getpid(), watches=(place(path),)),
@@ -754,7 +762,7 @@ def test_who_watches_the_triggers_of_a_directory(tmp_path: Path) -> None:
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
 
 
-def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
+def test_a_configuration_newer_than_the_proxy_is_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "u.json"
     assert list(proxies.configuration(path, PROXY)) == []
     path.touch()
@@ -763,7 +771,7 @@ def test_a_configuration_that_is_younger_than_the_proxy(tmp_path: Path) -> None:
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
     level, _, fix = only(proxies.configuration(path, process(3, started=99)))
     assert (level, fix) == ("warn", "kill -HUP 3")
-    # Once it tells itself.
+    # The proxy reports when it read the file.
     assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
     level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
     assert (level, text) == ("warn", f"{path}: changed after process 3 read it")
@@ -787,7 +795,7 @@ def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """The results that the next command has, instead of what this machine is like."""
+    """Return the list of results that the next command reports instead of examining this machine."""
     results: list[Result] = []
     monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(results))
     return results
@@ -807,7 +815,7 @@ FAIL = Result(Level.FAIL, "state", "a\nb\x1b", "down")
         ([FAIL, WARN], 1, "fail a\\nb\\x1b: down\nwarn l0: two queues: run: ethtool\n"),
     ],
 )
-def test_a_line_for_each_and_the_exit_code_of_the_worst(
+def test_each_result_is_a_line_and_the_worst_sets_the_exit_code(
     quiet: list[Result], capsys: pytest.CaptureFixture[str], results: list[Result], code: int, said: str
 ) -> None:
     quiet += results
@@ -819,16 +827,16 @@ def test_a_line_for_each_and_the_exit_code_of_the_worst(
     assert all(set(entry) == {"level", "check", "subject", "found", "fix"} for entry in found)
 
 
-def test_exit_codes_tell_all_levels() -> None:
+def test_each_level_has_its_own_exit_code() -> None:
     assert sorted(EXITS.values()) == [0, 1, 3]
 
 
-def test_what_makes_no_sense(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, said in (
         (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config exclude each other"),
         (["--boards", "a", "--config", "b"], "--boards and --config exclude each other: a board's file names its link"),
         (["l0", "--boards", "a"], "--boards and IFACE exclude each other"),
-        (["a/b"], "link 'a/b': is neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
         (["--config", ""], "--config: the path is empty"),
@@ -840,7 +848,7 @@ def test_what_makes_no_sense(capsys: pytest.CaptureFixture[str], tmp_path: Path)
         assert err.count("\n") == 1
 
 
-def test_a_configuration_that_is_refused_hinders_nothing_else(tmp_path: Path) -> None:
+def test_a_refused_configuration_does_not_stop_other_checks(tmp_path: Path) -> None:
     udrv = tmp_path / "u.json"
     done = run("--config", udrv)
     assert (done.returncode, done.stderr) == (1, b"")
@@ -856,7 +864,7 @@ def test_a_configuration_that_is_refused_hinders_nothing_else(tmp_path: Path) ->
     assert b"warn %b/irq: does not exist" % bytes(tmp_path) in done.stdout
 
 
-def test_all_boards_of_a_directory(tmp_path: Path) -> None:
+def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     done = run("--boards", boards)
     assert done.returncode == 1
@@ -883,14 +891,14 @@ def test_all_boards_of_a_directory(tmp_path: Path) -> None:
         (f"{boards}/two.json", "ok"),
         (f"{boards}/three.json", "fail"),
     }
-    # What is the same for all is said once.
+    # A result that is the same for all boards is reported once.
     assert [entry["subject"] for entry in found].count("net.unix.max_dgram_qlen") == 1
 
 
 def shown(tmp_path: Path, **environment: str) -> bytes:
-    """What a terminal of 20 columns shows of one line, and its colours."""
+    """Return what a terminal of 20 columns receives, including colours."""
     ours, theirs = pty.openpty()
-    # struct winsize of TIOCSWINSZ: rows and columns.
+    # struct winsize for TIOCSWINSZ: rows and columns first.
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
     done = run(f"unix:{tmp_path}/a,peer={tmp_path}/b", stdout=theirs, stderr=theirs, capture_output=False,
                env={**os.environ, **environment})  # fmt: skip
@@ -900,13 +908,13 @@ def shown(tmp_path: Path, **environment: str) -> bytes:
         while part := os.read(ours, 65536):
             said += part
     except OSError:
-        pass  # EIO: nobody writes to it any more.
+        pass  # EIO: the other side of the pty is closed.
     os.close(ours)
     assert done.returncode == 1
     return said
 
 
-def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
+def test_lines_are_not_wrapped_and_colours_can_be_disabled(tmp_path: Path) -> None:
     line = b"%b/b: no process is bound to it" % bytes(tmp_path)
     coloured = shown(tmp_path)
     assert b"\033[31mfail\033[m " + line in coloured
@@ -917,7 +925,7 @@ def test_a_narrow_terminal_with_colours_or_without(tmp_path: Path) -> None:
         assert b"\033" not in plain
 
 
-def test_standard_output_that_is_closed_or_full(tmp_path: Path) -> None:
+def test_a_closed_standard_output_is_ignored_and_a_full_one_an_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = run(stdout=write, stderr=subprocess.PIPE, capture_output=False)
@@ -930,7 +938,7 @@ def test_standard_output_that_is_closed_or_full(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr) == (71, said)
 
 
-def test_it_changes_nothing(tmp_path: Path) -> None:
+def test_the_doctor_changes_no_file(tmp_path: Path) -> None:
     irq = tmp_path / "irq"
     irq.mkdir()
     for name in ("message_4_state", "message_6_trig"):

@@ -1,4 +1,4 @@
-"""`inco-trio doctor` on the real kernel: each fault is made, found, and mended by the command that was printed."""
+"""Tests of `inco-trio doctor` on the real kernel: the printed command must fix each fault that the test causes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ while len(found) < 5:
     subprocess.run(["sh", "-ec", result["fix"]], check=True, stdout=subprocess.DEVNULL)
 print(json.dumps(found))
 """
-"""Runs a set-up, then the doctor and the command that fixes one thing, until that is ok; tells what was found."""
+"""A program that runs a set-up, then repeats the doctor and its fix until the result is ok; prints all results."""
 
 
 def driven(
     core: Namespace, setup: str, check: str, subject: object, *words: object, around: Sequence[str] = ()
 ) -> list[Found]:
-    """What was found of one thing, each time; all runs in `core`, started by the words `around`."""
+    """Run DRIVER in `core` with the command prefix `around`; return the results of one check in order."""
     command = [*around, sys.executable, "-c", DRIVER, setup, check, str(subject), *map(str, words)]
     done = core.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE))
     found: list[Found] = json.loads(done.stdout)
@@ -59,7 +59,7 @@ def driven(
 
 
 def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[Found]:
-    """All that is found."""
+    """Run the doctor and return all results."""
     command = [*around, sys.executable, "-m", "inco_trio", "doctor", *map(str, words), "--json"]
     done = core.run(lambda: subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE))
     found: list[Found] = json.loads(done.stdout)
@@ -69,13 +69,13 @@ def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[
 
 
 def of(found: list[Found], check: str) -> Found:
-    """The one result of a check."""
+    """Return the only result of a check."""
     (result,) = [result for result in found if result["check"] == check]
     return result
 
 
 def fix(core: Namespace, result: Found) -> None:
-    """Run the command that was printed."""
+    """Run the printed command."""
     command = ["sh", "-ec", result["fix"]]
     core.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.DEVNULL))
 
@@ -85,17 +85,17 @@ def levels(found: list[Found]) -> list[str]:
 
 
 ROOT = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == FIRST.split()
-"""Of the machine, and not of a user namespace only."""
+"""Whether this process is root in the initial user namespace."""
 IN_MOUNTS = ["unshare", "--mount"]
 
 
 # ---------------------------------------------------------------------------------------------------------- the machine
 
 
-def test_without_proc(cores: Cores) -> None:
+def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     around = ["unshare", "--mount", "--pid", "--fork"]
     setup = "mount -t tmpfs inco-trio-test /proc"
-    # Once it is there, nothing is said of it.
+    # After the mount, the warning disappears.
     command = [*around, "sh", "-ec", setup + '; "$@" || mount -t proc proc /proc; "$@"', "sh"]
     command += [sys.executable, "-m", "inco_trio", "doctor", cores.link]
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
@@ -103,19 +103,19 @@ def test_without_proc(cores: Cores) -> None:
     assert done.stderr == b""
     assert first.startswith("warn /proc: not mounted: ")
     assert first.endswith(": run: mount -t proc proc /proc")
-    # What needs no /proc is looked at all the same.
+    # The checks that do not need /proc still run.
     assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
     assert not any(line.startswith("warn /proc") for line in rest)
     assert any("fs.inotify.max_user_instances" in line for line in rest)
 
 
-def test_the_capability(cores: Cores, nobody: list[str]) -> None:
+def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: list[str]) -> None:
     result = of(doctor(cores.core0, cores.link, around=nobody), "capability")
     assert result["level"] == "fail"
     assert result["fix"].endswith(f" inco-trio run {cores.link}")
     if not ROOT:
-        return  # There is no other user whom the command could make of us.
-    # Nobody may be unable to run this Python: a program in its place says what it was given.
+        return  # setpriv cannot switch to another user here.
+    # The user nobody may be unable to run this Python, so a script prints the capabilities that it received.
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         program = Path(home, "inco-trio")
@@ -132,11 +132,11 @@ def test_the_capability(cores: Cores, nobody: list[str]) -> None:
     assert after.found == f"this user (uid {pwd.getpwnam('nobody').pw_uid}) has CAP_NET_RAW"
 
 
-def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
+def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) -> None:
     path = Path("/proc/sys/net/core/rmem_max")
     limit = cores.core0.run(lambda: int(path.read_text()) if path.exists() else None)
     result = of(doctor(cores.core0, cores.link, around=nobody), "receive-buffer")
-    # It is a limit of the whole machine, which a test must not change. Linux 6.1 hides it in other namespaces.
+    # A test must not change this machine-wide limit. Linux 6.1 hides it in other network namespaces.
     if limit is None:
         assert (result["level"], result["fix"]) == ("warn", None)
         assert result["found"].startswith("cannot be read here")
@@ -147,7 +147,7 @@ def test_the_receive_buffer(cores: Cores, nobody: list[str]) -> None:
 
 
 @pytest.mark.parametrize("what", ["instances", "watches"])
-def test_the_limits_of_inotify(cores: Cores, what: str) -> None:
+def test_the_fix_raises_the_inotify_limits(cores: Cores, what: str) -> None:
     found = driven(
         cores.core0,
         f"sysctl -qw user.max_inotify_{what}=1",
@@ -169,7 +169,9 @@ def test_the_limits_of_inotify(cores: Cores, what: str) -> None:
         ),
     ],
 )
-def test_a_directory_that_no_watch_is_left_for(cores: Cores, tmp_path: Path, setting: str, reason: str) -> None:
+def test_reached_inotify_limits_are_a_fault_of_the_directory(
+    cores: Cores, tmp_path: Path, setting: str, reason: str
+) -> None:
     (result,) = driven(
         cores.core0,
         f"sysctl -qw user.max_inotify_{setting}=0",
@@ -182,7 +184,7 @@ def test_a_directory_that_no_watch_is_left_for(cores: Cores, tmp_path: Path, set
     assert result["found"].endswith(f"; {reason}")
 
 
-def test_the_queue_of_unix_sockets(cores: Cores, tmp_path: Path) -> None:
+def test_the_fix_lengthens_the_queue_of_unix_sockets(cores: Cores, tmp_path: Path) -> None:
     setting, link = "net.unix.max_dgram_qlen", f"unix:{tmp_path}/a,peer={tmp_path}/b"
     found = driven(cores.core0, f"sysctl -qw {setting}=3", "unix-queue", setting, link)
     assert levels(found) == ["warn", "ok"]
@@ -192,21 +194,21 @@ def test_the_queue_of_unix_sockets(cores: Cores, tmp_path: Path) -> None:
 
 
 def wait_running(cores: Cores) -> None:
-    """Wait until core 0's end is up and has a carrier, which comes a moment later."""
+    """Wait until core 0's interface is up and has a carrier, which the kernel reports asynchronously."""
 
     def wait() -> None:
         rtnetlink = Rtnetlink()
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as changes:
             changes.bind((0, RTMGRP_LINK))
             while not ((found := rtnetlink.interface(cores.link)) and found.running):
-                assert select.select([changes], [], [], HANG)[0], "the link has not come up"
+                assert select.select([changes], [], [], HANG)[0], "the link did not come up"
                 changes.recv(65536)
         rtnetlink.close()
 
     cores.core0.run(wait)
 
 
-def test_an_interface_that_works(cores: Cores) -> None:
+def test_a_working_interface_is_ok(cores: Cores) -> None:
     found = doctor(cores.core0, cores.link)
     for check, text in (
         ("capability", f"this user (uid {os.geteuid()}) has CAP_NET_RAW"),
@@ -219,7 +221,7 @@ def test_an_interface_that_works(cores: Cores) -> None:
         assert result["found"].startswith(text)
 
 
-def test_an_interface_that_is_down(cores: Cores) -> None:
+def test_the_fix_brings_the_interface_up(cores: Cores) -> None:
     cores.link_down()
     result = of(doctor(cores.core0, cores.link), "state")
     assert (result["level"], result["found"]) == ("fail", "the interface is down")
@@ -228,7 +230,7 @@ def test_an_interface_that_is_down(cores: Cores) -> None:
     assert of(doctor(cores.core0, cores.link), "state")["level"] == "ok"
 
 
-def test_an_interface_whose_other_end_is_down(cores: Cores) -> None:
+def test_an_interface_without_carrier_is_a_fault(cores: Cores) -> None:
     command = ["ip", "link", "set", "dev", cores.link, "down"]
     cores.core1.run(lambda: subprocess.run(command, check=True))
     result = of(doctor(cores.core0, cores.link), "state")
@@ -236,14 +238,14 @@ def test_an_interface_whose_other_end_is_down(cores: Cores) -> None:
     assert result["found"].startswith("the interface is up without a carrier: bring the peer up")
 
 
-def test_an_interface_that_is_missing(cores: Cores) -> None:
+def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")
     assert result["level"] == "fail"
     assert result["found"].startswith("no such interface (there are: lo")
 
 
-def test_an_interface_that_is_a_port_of_a_bridge(cores: Cores) -> None:
+def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
     setup = f"ip link add br0 type bridge; ip link set dev br0 up; ip link set dev {cores.link} master br0"
     cores.core0.run(lambda: subprocess.run(["sh", "-ec", setup], check=True))
     result = of(doctor(cores.core0, cores.link), "bridge")
@@ -251,14 +253,14 @@ def test_an_interface_that_is_a_port_of_a_bridge(cores: Cores) -> None:
     assert of(doctor(cores.core0, "br0"), "bridge")["level"] == "ok"
 
 
-def test_the_order_of_frames(cores: Cores) -> None:
+def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
     sysfs = "mount -t sysfs sysfs /sys"
     if not ROOT:
-        # Nobody may set rps_cpus in a user namespace.
+        # The kernel does not let a user namespace set rps_cpus.
         around = [*IN_MOUNTS, "sh", "-c", f'{sysfs} && exec "$@"', "sh"]
         assert of(doctor(cores.core0, cores.link, around=around), "order")["level"] == "warn"
         return
-    # The first command shows the queues, the second one pins them to a CPU.
+    # The first fix mounts /sys, the second one pins the queues to a CPU.
     found = driven(cores.core0, "true", "order", cores.link, cores.link, around=IN_MOUNTS)
     assert levels(found) == ["warn", "warn", "ok"]
     assert found[0]["fix"] == sysfs
@@ -269,15 +271,15 @@ def test_the_order_of_frames(cores: Cores) -> None:
     assert found[0]["found"].startswith("rps_cpus is 3: several CPUs handle its frames")
 
 
-def test_a_board_whose_network_namespace_is_missing(cores: Cores, tmp_path: Path) -> None:
+def test_a_missing_network_namespace_is_a_fault(cores: Cores, tmp_path: Path) -> None:
     board = {"link": "l0", "irq_dir": str(tmp_path / "irq"), "netns": str(tmp_path / "none")}
     (tmp_path / "b1.json").write_text(json.dumps(board))
     result = of(doctor(cores.core0, "--boards", tmp_path), "netns")
     assert result["level"] == "fail"
-    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none: make it")
+    assert result["found"].startswith(f"there is no network namespace {tmp_path}/none (create it")
 
 
-def test_a_board_in_a_network_namespace(cores: Cores, tmp_path: Path) -> None:
+def test_a_board_in_another_network_namespace_is_checked(cores: Cores, tmp_path: Path) -> None:
     place = f"/proc/{os.getpid()}/fd/{cores.core0.fd}"
     board = {"link": cores.link, "irq_dir": str(tmp_path / "irq"), "netns": place}
     (tmp_path / "b1.json").write_text(json.dumps(board))
@@ -289,7 +291,7 @@ def test_a_board_in_a_network_namespace(cores: Cores, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- registers
 
 
-def test_what_this_user_may_not_do(cores: Cores, irq_dir: Path, nobody: list[str]) -> None:
+def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: list[str]) -> None:
     irq_dir.mkdir()
     around = [*nobody[:2], str(irq_dir), *nobody[2:]]
     for name, mode in (("message_6_trig", 0o200), ("message_4_state", 0o400), ("", 0o500)):
@@ -304,7 +306,7 @@ def test_what_this_user_may_not_do(cores: Cores, irq_dir: Path, nobody: list[str
         assert of(doctor(cores.core0, "--irq-dir", irq_dir, around=around), check)["level"] == "ok"
 
 
-def test_registers_on_proc(cores: Cores) -> None:
+def test_registers_on_proc_are_a_fault(cores: Cores) -> None:
     result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
     assert (result["level"], result["fix"]) == ("fail", None)
     assert "is on a filesystem of type proc: inotify reports nothing there" in result["found"]
@@ -313,7 +315,7 @@ def test_registers_on_proc(cores: Cores) -> None:
 # ------------------------------------------------------------------------------------------------------------- proxies
 
 
-def test_no_proxy_one_or_two_on_an_interface(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     result = of(doctor(cores.core0, cores.link, "--irq-dir", tmp_path / "one"), "proxy")
     assert (result["level"], result["fix"]) == ("warn", f"inco-trio run {cores.link} --irq-dir {tmp_path}/one")
     one = proxy("--irq-dir", tmp_path / "one")
@@ -330,7 +332,9 @@ def test_no_proxy_one_or_two_on_an_interface(cores: Cores, proxy: StartProxy, tm
     assert of(doctor(cores.core0, cores.link), "proxy")["level"] == "ok"
 
 
-def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path, nobody: list[str]) -> None:
+def test_a_proxy_of_another_user_needs_root_to_inspect(
+    cores: Cores, proxy: StartProxy, irq_dir: Path, nobody: list[str]
+) -> None:
     running = proxy("--irq-dir", irq_dir)
     result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
@@ -339,7 +343,9 @@ def test_a_proxy_of_somebody_else(cores: Cores, proxy: StartProxy, irq_dir: Path
     assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"only process {running.pid} ")
 
 
-def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path) -> None:
+def test_the_fix_ends_the_second_proxy_of_a_directory(
+    cores: Cores, proxy: StartProxy, irq_dir: Path, tmp_path: Path
+) -> None:
     one = proxy("--irq-dir", irq_dir)
     link = f"unix:{tmp_path}/a,peer={tmp_path}/b"
     two = Proxy(cores.core0, [link, "--irq-dir", str(irq_dir)], {}, tmp_path / "two.log")
@@ -358,7 +364,7 @@ def test_two_proxies_on_a_directory(cores: Cores, proxy: StartProxy, irq_dir: Pa
     assert result["found"].startswith(f"only process {one.pid} ")
 
 
-def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "one")
     os.utime(udrv, (1, 1))
     running = proxy("--config", udrv)
@@ -383,7 +389,7 @@ def test_a_configuration_that_was_not_reloaded(cores: Cores, proxy: StartProxy, 
 
 
 @pytest.mark.s6
-def test_the_holder(cores: Cores, tmp_path: Path) -> None:
+def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
     udrv = write_udrv(tmp_path / "u.json", tmp_path / "irq")
     write_scandir(tmp_path / "scan", cores.link, udrv)
     with Service(cores.core0, tmp_path / "scan", cores.link) as service:
@@ -396,7 +402,7 @@ def test_the_holder(cores: Cores, tmp_path: Path) -> None:
             if result["check"] == "proxy":
                 assert result["level"] == "ok"
                 assert result["found"].startswith(f"only process {main_process(service.directory)} ")
-        # While it is down, the holder alone has the socket.
+        # While the proxy is down, only the fd store has the socket.
         service.control("-d")
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)

@@ -1,4 +1,4 @@
-"""Errors: their attributes and built-in bases, the conversion of OSError, and exception groups."""
+"""Tests of the errors: attributes, built-in base classes, conversion of OSError and exception groups."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ from inco_trio.errors import (
         (ConfigError, ValueError, 78),
     ],
 )
-def test_attributes_builtin_and_exit_code(error: type[IncoError], builtin: type[Exception], code: int) -> None:
+def test_errors_keep_attributes_builtin_base_and_exit_code(
+    error: type[IncoError], builtin: type[Exception], code: int
+) -> None:
     raised = error(Path("/x"), "is missing")
     assert isinstance(raised, builtin)
     assert (str(raised), raised.subject, raised.reason, exit_code(raised)) == (
@@ -57,17 +59,17 @@ def test_attributes_builtin_and_exit_code(error: type[IncoError], builtin: type[
     )
     alone = error("is closed")
     assert (str(alone), alone.subject, alone.reason) == ("is closed", "", "is closed")
-    copy = pickle.loads(pickle.dumps(raised))  # noqa: S301 - our own bytes
+    copy = pickle.loads(pickle.dumps(raised))  # noqa: S301 - pickled by this test
     assert (type(copy), str(copy), copy.subject, copy.reason) == (error, str(raised), "/x", "is missing")
 
 
-def test_a_remedy_follows_the_reason() -> None:
+def test_the_message_ends_with_the_remedy() -> None:
     error = LinkNotFoundError("a0", "no such interface", "--wait-link waits for it")
     assert str(error) == "a0: no such interface; --wait-link waits for it"
     assert (error.reason, error.remedy) == ("no such interface", "--wait-link waits for it")
 
 
-def test_each_mistake_of_a_configuration_is_a_line() -> None:
+def test_each_configuration_mistake_is_a_line() -> None:
     error = ConfigError("u.json", ["a: missing", "b: unknown key"])
     assert error.problems == ("u.json: a: missing", "u.json: b: unknown key")
     assert str(error).splitlines() == [*error.problems]
@@ -88,18 +90,18 @@ ABSENT = ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, "is missing")
         (errno.ENOSPC, RecordingError, "/x: cannot be read: No space left on device"),
     ],
 )
-def test_an_error_of_the_kernel_becomes_ours(number: int, kind: type[IncoError], text: str) -> None:
+def test_os_errors_are_converted(number: int, kind: type[IncoError], text: str) -> None:
     raised = OSError(number, os.strerror(number), "/other")
     error = from_os_error(raised, "/x", f"cannot be read: {STRERROR}", ABSENT, otherwise=RecordingError)
     assert (type(error), str(error)) == (kind, text)
 
 
-def test_the_limit_of_inotify_instances_is_named() -> None:
+def test_error_names_the_limit_of_inotify_instances() -> None:
     error = from_os_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "inotify"), "a0")
     assert str(error) == "a0: inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
 
 
-def test_groups_are_unwrapped() -> None:
+def test_exception_groups_are_unwrapped() -> None:
     one, other, interrupt = ValueError(), KeyError(), KeyboardInterrupt()
     several = BaseExceptionGroup("", [one, other])
     assert unwrapped(one) is one
@@ -109,7 +111,7 @@ def test_groups_are_unwrapped() -> None:
     assert unwrapped(BaseExceptionGroup("", [one, BaseExceptionGroup("", [other, interrupt])])) is interrupt
 
 
-def test_all_errors_have_an_exit_code_of_their_own() -> None:
+def test_all_errors_define_their_exit_code() -> None:
     names = [name for name in errors.__all__ if name.endswith("Error")]
     unlisted = {name for name in names if exit_code(getattr(errors, name)("x")) == 70}
     assert unlisted == {"IncoError", "ClosedError", "UnknownSignalError"}

@@ -1,4 +1,4 @@
-"""The exporter, beside real proxies: what it exports, and the dashboard and the alerts that are made of that."""
+"""Tests of the exporter with real proxies: its metrics, the dashboard and the alerts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 class Bench:
-    """A home for sockets, and an exporter of all that are in it."""
+    """A directory of control sockets, and an exporter for all sockets in it."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -79,7 +79,7 @@ def board(bench: Bench, name: str) -> Board:
 
 @contextlib.contextmanager
 def answering(path: Path, lines: bytes) -> Iterator[None]:
-    """Somebody at a control socket who says `lines` to each client."""
+    """Listen at a control socket and send `lines` to each client."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -99,7 +99,7 @@ def answering(path: Path, lines: bytes) -> Iterator[None]:
         thread.join()
 
 
-def test_what_a_board_counts_is_exported(bench: Bench) -> None:
+def test_the_counters_of_a_board_are_exported(bench: Bench) -> None:
     one = board(bench, "one")
     peer = one.core1()
     one.running()
@@ -123,7 +123,7 @@ def test_what_a_board_counts_is_exported(bench: Bench) -> None:
     assert samples["inco_trio_proxy_up"] == [({"proxy": name}, 1.0)]
 
 
-def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) -> None:
+def test_a_stopped_or_dead_proxy_does_not_delay_others(bench: Bench) -> None:
     one, two = board(bench, "one"), board(bench, "two")
     proxies = [one.running(), two.running()]
     exporter = bench.exporter(one.path, two.path)
@@ -145,9 +145,7 @@ def test_a_proxy_that_stands_still_or_is_gone_holds_up_no_other(bench: Bench) ->
     assert exporter.end() == 0
 
 
-def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_proxies_time_out_in_parallel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [bench.home / f"{number}.sock" for number in range(40)]
     listening = [bench.stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) for _ in paths]
     for one, path in zip(listening, paths, strict=True):
@@ -158,7 +156,7 @@ def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
         monkeypatch.setattr(f"inco_trio.metrics.http_server.{limit}", HANG)
     with ThreadPoolExecutor(1) as pool, ExitStack() as asked:
         scraped = pool.submit(trio.run, Boards(paths).metrics)
-        # All of them are asked before the first has answered.
+        # The exporter queries all proxies before the first one times out.
         clients = [asked.enter_context(one.accept()[0]) for one in listening]
         for client in clients:
             client.close()
@@ -166,8 +164,8 @@ def test_forty_that_stand_still_are_not_waited_for_one_after_the_other(
     assert [sample.value for sample in up.samples] == [0.0] * 40
 
 
-def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
-    """As on interfaces of one name in two network namespaces."""
+def test_duplicate_and_unusual_names_are_distinguished(bench: Bench) -> None:
+    """Two network namespaces may have interfaces, and thus proxies, of the same name."""
     odd = ["eth0", "eth0", 'a"b\\c', "\N{SNOWMAN}", "line\nbreak"]
     paths = []
     for number, name in enumerate(odd):
@@ -192,7 +190,7 @@ def test_two_proxies_of_one_name_and_names_that_are_odd(bench: Bench) -> None:
         b"nonsense\n",
     ],
 )
-def test_somebody_else_at_a_socket_holds_up_no_other(bench: Bench, lines: bytes) -> None:
+def test_a_foreign_process_at_a_socket_does_not_delay_others(bench: Bench, lines: bytes) -> None:
     one = board(bench, "one")
     one.running()
     path = bench.home / "other.sock"
@@ -203,8 +201,8 @@ def test_somebody_else_at_a_socket_holds_up_no_other(bench: Bench, lines: bytes)
     assert "Traceback" not in exporter.log
 
 
-def test_concurrent_scrapes_share_a_query(tmp_path: Path) -> None:
-    """One hundred scrapes make one connection to the proxy."""
+def test_concurrent_scrapes_share_one_query(tmp_path: Path) -> None:
+    """100 concurrent scrapes open one connection to the proxy."""
     path, number = tmp_path / "x.sock", 100
     connections = 0
 
@@ -242,7 +240,7 @@ def test_concurrent_scrapes_share_a_query(tmp_path: Path) -> None:
     assert connections == 1
 
 
-def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_limited_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 20)
     clock = trio.testing.MockClock()
 
@@ -261,7 +259,7 @@ def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch:
                 answer = b"".join([chunk async for chunk in scrape])
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
             assert answer.endswith(b"# EOF\n")
-            # The limit ended the oldest connection, and the deadline ends the others.
+            # The limit closed the oldest connection; the deadline closes the others.
             assert await idle[0].receive_some() == b""
             clock.jump(http_server.REQUEST_PATIENCE)
             for stream in (*idle, *half):
@@ -280,7 +278,7 @@ def test_idle_and_half_requests_are_limited_and_end(tmp_path: Path, monkeypatch:
         (b"x" * 9000, b"", b""),
     ],
 )
-def test_other_requests(tmp_path: Path, request_: bytes, status: bytes, body: bytes) -> None:
+def test_other_paths_and_methods_are_refused(tmp_path: Path, request_: bytes, status: bytes, body: bytes) -> None:
     async def main() -> None:
         client, server = trio.testing.memory_stream_pair()
         await client.send_all(request_)
@@ -293,7 +291,7 @@ def test_other_requests(tmp_path: Path, request_: bytes, status: bytes, body: by
     trio.run(main)
 
 
-def test_hundreds_of_boards(bench: Bench) -> None:
+def test_hundreds_of_boards_are_exported(bench: Bench) -> None:
     boards, control = bench.home / "boards", bench.home / "control.sock"
     boards.mkdir()
     for number in range(300):
@@ -325,7 +323,7 @@ def exported(bench: Bench) -> Samples:
 
 
 def check_expressions(expressions: list[str], samples: Samples) -> None:
-    """Each metric and each label in them is exported."""
+    """Check that the exporter exports each metric and each label in the expressions."""
     named: set[str] = set()
     for expression in expressions:
         labels_of = set(re.findall(r"(\w+)=~?\"", expression))
@@ -341,7 +339,7 @@ def check_expressions(expressions: list[str], samples: Samples) -> None:
     assert len(named) > 8
 
 
-def test_the_queries_of_the_dashboard_find_what_is_exported(bench: Bench) -> None:
+def test_dashboard_queries_use_exported_metrics(bench: Bench) -> None:
     text = subprocess.run([*COMMAND, "exporter", "--dashboard"], capture_output=True, text=True, check=True).stdout
     dashboard = json.loads(text)
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
@@ -363,7 +361,7 @@ def alerts(home: Path) -> Path:
     return path
 
 
-def test_the_alerts_are_accepted_and_find_what_is_exported(bench: Bench) -> None:
+def test_alerts_are_valid_and_use_exported_metrics(bench: Bench) -> None:
     path = alerts(bench.home)
     done = subprocess.run(["promtool", "check", "rules", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -375,12 +373,12 @@ GONE = 'inco_trio_start_time_seconds{proxy="p",board="b",link="l"}'
 FOUND = "inco_trio_proxies"
 FIRES = "{value: 1, labels: '{}'}"
 QUIET = {
-    "IncoTrioProxyGone": (GONE, "1x9 stale _x10"),  # The exporter is gone itself.
+    "IncoTrioProxyGone": (GONE, "1x9 stale _x10"),  # The series of an exporter that ended.
     "IncoTrioProxyGone over a restart": (GONE, "1x9 _x1 2x10", FOUND, "1x20"),
     "IncoTrioRestarts": (GONE, "0x10 1x10"),
     "IncoTrioGatewaySilent": ('inco_trio_followed{proxy="p",board="b",link="l"}', "1x20"),
 }
-"""What no alert is for."""
+"""Series for which no alert may fire."""
 CASES = {
     "IncoTrioProxySilent": ('inco_trio_proxy_up{proxy="p"}', "0x20"),
     "IncoTrioProxyGone": (GONE, "1x9 stale _x10", FOUND, "1x20"),
@@ -403,7 +401,7 @@ CASES = {
 }
 
 
-def test_each_alert_comes_for_what_it_names(tmp_path: Path) -> None:
+def test_each_alert_fires_for_its_fault(tmp_path: Path) -> None:
     path = alerts(tmp_path)
     assert set(re.findall(r"alert: (\w+)", path.read_text())) == {case.split()[0].strip(",") for case in CASES}
     lines = [f"rule_files: [{path}]", "evaluation_interval: 1m", "tests:"]
@@ -414,7 +412,7 @@ def test_each_alert_comes_for_what_it_names(tmp_path: Path) -> None:
             "    promql_expr_test:",
             f'      - expr: \'count(ALERTS{{alertname="{case.split()[0].strip(",")}", alertstate="firing"}})\'',
             "        eval_time: 13m",
-            # Only that it fires: its texts need no copy here.
+            # Check only that the alert fires, not its text.
             f"        exp_samples: [{'' if told is QUIET.get(case) else FIRES}]",
         ]
     (tmp_path / "test.yml").write_text("\n".join(lines) + "\n")
@@ -424,10 +422,10 @@ def test_each_alert_comes_for_what_it_names(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ its lines
+# --------------------------------------------------------------------------------------------- examples and arguments
 
 
-def test_the_lines_of_the_page_run(tmp_path: Path) -> None:
+def test_the_commands_of_the_page_run(tmp_path: Path) -> None:
     first, *others = re.findall(r"^ {4}(inco-trio exporter [^#\n]*?) *(?:#.*)?$", PAGE, re.MULTILINE)
     assert first == "inco-trio exporter --listen 127.0.0.1:9478"
     assert first in (ROOT / "README.md").read_text()
@@ -457,13 +455,13 @@ def test_the_configuration_of_the_page_is_valid(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "listen", ["", "x", "127.0.0.1", "127.0.0.1:0", "127.0.0.1:65536", ":1", "127.0.0.1:x", "[]:1"]
 )
-def test_addresses_that_are_refused(listen: str) -> None:
+def test_invalid_addresses_are_refused(listen: str) -> None:
     done = subprocess.run([*COMMAND, "exporter", "--listen", listen], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "ADDRESS:PORT" in done.stderr
 
 
-def test_addresses_that_cannot_be_had() -> None:
+def test_unavailable_addresses_are_one_error_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         taken_at = f"127.0.0.1:{taken.getsockname()[1]}"
         for listen, code, text in (

@@ -1,4 +1,4 @@
-"""The holders: s6's against the real s6-fdholder-daemon, systemd's against a socket that plays systemd's part."""
+"""Tests of the fd stores: s6 with the real s6-fdholder-daemon, systemd with a socket that plays systemd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print(json.dumps({
     "environment": [name for name in os.environ if name.startswith(("S6_FD", "LISTEN_"))],
 }))
 """
-"""A successor: says as JSON what it has inherited, and what is left over."""
+"""A successor that prints as JSON which descriptors it has inherited and which are left over."""
 
 
 def memfd(content: str) -> int:
@@ -53,7 +53,7 @@ def memfd(content: str) -> int:
 
 @pytest.fixture
 def fds() -> Iterator[dict[str, int]]:
-    """Three descriptors with a content to know them by."""
+    """Return three descriptors that are recognizable by their content."""
     made = {name: memfd(name) for name in ("one", "two", "foreign")}
     yield made
     for fd in made.values():
@@ -67,11 +67,11 @@ def no_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Daemon:
-    """The s6-fdholder-daemon of a generated scan directory, without its supervisor."""
+    """The s6-fdholder-daemon of a generated scan directory, running without a supervisor."""
 
     def __init__(self, home: Path) -> None:
         home.chmod(0o755)
-        # Without root, and in a user namespace that knows but one user, there is no other to become.
+        # An ordinary user, or root in a user namespace with a single uid, cannot switch to another user.
         users = int(Path("/proc/self/uid_map").read_text().split()[2])
         self.user = "nobody" if os.geteuid() == 0 and users > pwd.getpwnam("nobody").pw_uid else None
         write_scandir(home / "scan", service=link_service("a", Path("/dev/null")), user=self.user, program=["true"])
@@ -113,14 +113,14 @@ def daemon() -> Iterator[Daemon]:
 
 @pytest.fixture
 def holder(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> S6FdStore:
-    """A holder at the very first start."""
+    """Return an fd store that no proxy has used before."""
     monkeypatch.setenv("S6_FD#", "0")
     return S6FdStore(daemon.socket, PREFIX)
 
 
 @pytest.mark.s6
 class TestS6:
-    def test_the_first_start_inherits_nothing(self, daemon: Daemon) -> None:
+    def test_the_first_start_inherits_no_descriptor(self, daemon: Daemon) -> None:
         assert daemon.successor() == {
             "class": "S6FdStore",
             "held": {},
@@ -129,7 +129,7 @@ class TestS6:
             "environment": [],
         }
 
-    def test_the_successor_has_what_was_stored_and_nothing_else(
+    def test_the_successor_inherits_only_the_stored_descriptors(
         self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         holder.store("link", fds["one"])
@@ -141,13 +141,15 @@ class TestS6:
         assert said["inheritable"] == said["environment"] == []
         assert sorted(said["open"]) == ["/memfd:one (deleted)", "/memfd:two (deleted)"]
 
-    def test_the_newer_replaces_the_older(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
+    def test_a_newer_descriptor_replaces_the_older_one(
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
+    ) -> None:
         holder.store("link", fds["one"])
         holder.store("link", fds["two"])
         assert daemon.identifiers() == ["inco-trio/a/link.2"]
         assert daemon.successor()["held"] == {"link": "two"}
 
-    def test_after_a_crash_within_a_replacement_the_newer_counts(
+    def test_after_a_crash_while_replacing_the_newer_descriptor_counts(
         self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         for _ in range(9):
@@ -157,13 +159,15 @@ class TestS6:
         assert (said["held"], said["open"]) == ({"link": "two"}, ["/memfd:two (deleted)"])
         assert daemon.identifiers() == ["inco-trio/a/link.10"]
 
-    def test_removed_is_gone(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
+    def test_a_removed_descriptor_is_not_inherited(
+        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
+    ) -> None:
         holder.store("link", fds["one"])
         holder.remove("link")
         holder.remove("link")
         assert daemon.identifiers() == []
 
-    def test_a_restarted_daemon_takes_descriptors_again(
+    def test_a_restarted_daemon_accepts_descriptors(
         self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         holder.store("link", fds["one"])
@@ -172,33 +176,31 @@ class TestS6:
         holder.store("link", fds["two"])
         assert daemon.successor()["held"] == {"link": "two"}
 
-    def test_a_second_process_with_the_same_names_is_noticed(
+    def test_a_second_process_with_the_same_names_is_detected(
         self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
     ) -> None:
         daemon.put("inco-trio/a/link.1", fds["foreign"])
-        with pytest.raises(ResourceError, match=r"cannot keep inco-trio/a/link\.1 in .*busy; .*no other process"):
+        with pytest.raises(ResourceError, match=r"cannot store inco-trio/a/link\.1 in .*busy .*no other process"):
             holder.store("link", fds["one"])
         assert daemon.successor()["held"] == {"link": "foreign"}
 
-    def test_what_the_rules_deny_is_one_line(
+    def test_a_denied_request_is_one_error_line(
         self, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fds: dict[str, int]
     ) -> None:
         monkeypatch.setenv("S6_FD#", "0")
-        with pytest.raises(ResourceError, match=r"^cannot keep other/link\.1 .*not permitted; its rules[^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot store other/link\.1 .*not permitted .its rules[^\n]*$"):
             S6FdStore(daemon.socket, "other/").store("link", fds["one"])
 
-    def test_a_daemon_that_is_not_there_is_one_line(
-        self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]
-    ) -> None:
+    def test_a_missing_daemon_is_one_error_line(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
         holder.store("link", fds["one"])
         daemon.stop()
-        with pytest.raises(ResourceError, match=r"^cannot keep .*refused; is s6-fdholder-daemon running there\?$"):
+        with pytest.raises(ResourceError, match=r"^cannot store .*refused .is s6-fdholder-daemon running there\?\)$"):
             holder.store("link", fds["two"])
-        with pytest.raises(ResourceError, match=r"^cannot drop [^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot delete [^\n]*$"):
             holder.remove("link")
         daemon.start()
 
-    def test_the_user_of_a_service_stores_its_own_and_no_more(self, daemon: Daemon) -> None:
+    def test_a_service_user_may_only_store_its_own_descriptors(self, daemon: Daemon) -> None:
         account = pwd.getpwnam(daemon.user) if daemon.user else None
         code = f"""
 import os
@@ -226,12 +228,12 @@ for prefix in ("inco-trio/a/", "inco-trio/aa/"):
             capture_output=True,
             text=True,
         )
-        # Whoever owns the scan directory may also store for its other services.
+        # The owner of the scan directory may also store descriptors of other services.
         assert done.stdout == f"inco-trio/a/ kept\ninco-trio/aa/ {'refused' if account else 'kept'}\n"
         assert "inco-trio/a/link.2" in daemon.identifiers()
 
 
-def test_without_s6_installed_it_is_one_line(
+def test_missing_s6_programs_are_one_error_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fds: dict[str, int]
 ) -> None:
     monkeypatch.setenv("S6_FD#", "0")
@@ -240,7 +242,7 @@ def test_without_s6_installed_it_is_one_line(
         S6FdStore("s", PREFIX).store("link", fds["one"])
 
 
-def test_s6_without_its_dump_is_refused() -> None:
+def test_s6_without_getdump_is_refused() -> None:
     with pytest.raises(
         InvalidArgumentError, match=r"^--fd-holder /run/s: [^\n]*s6-fdholder-getdump /run/s inco-trio run"
     ):
@@ -248,16 +250,16 @@ def test_s6_without_its_dump_is_refused() -> None:
 
 
 @pytest.mark.parametrize("identifier", ["inco-trio/a/link.1", "inco-trio/b/link.1"])
-def test_a_descriptor_that_was_closed_on_the_way_is_refused(identifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_descriptor_that_was_closed_in_transit_is_an_error(identifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": identifier}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InvalidArgumentError, match=r"^the environment names descriptor 1000000 [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
         fd_store_from_environment("/run/s", "a")
 
 
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The socket on which systemd listens to its services."""
+    """Yield a socket that plays systemd's notification socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(HANG)
         manager.bind(f"{tmp_path}/notify")
@@ -266,7 +268,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.
 
 
 def received(manager: socket.socket) -> tuple[list[str], list[str]]:
-    """The lines of the next datagram, and the contents of the descriptors in it."""
+    """Return the lines of the next datagram and the contents of its descriptors."""
     data, fds, _, _ = socket.recv_fds(manager, 1000, 10)
     contents = [os.pread(fd, 100, 0).decode() for fd in fds]
     for fd in fds:
@@ -275,7 +277,9 @@ def received(manager: socket.socket) -> tuple[list[str], list[str]]:
 
 
 class TestSystemd:
-    def test_the_new_is_stored_before_the_old_is_dropped(self, systemd: socket.socket, fds: dict[str, int]) -> None:
+    def test_the_new_descriptor_is_stored_before_the_old_is_removed(
+        self, systemd: socket.socket, fds: dict[str, int]
+    ) -> None:
         holder = SystemdFdStore()
         holder.store("link", fds["one"])
         holder.store("link", fds["two"])
@@ -287,7 +291,7 @@ class TestSystemd:
             (["FDSTOREREMOVE=1", "FDNAME=link.2"], []),
         ]
 
-    def test_the_successor_takes_over_its_own(self, systemd: socket.socket, tmp_path: Path) -> None:
+    def test_the_successor_inherits_its_own_descriptors(self, systemd: socket.socket, tmp_path: Path) -> None:
         files = []
         for content in ("old", "new", "socket unit", "nameless"):
             files.append(tmp_path / content)
@@ -310,10 +314,10 @@ class TestSystemd:
         }
         assert received(systemd) == (["FDSTOREREMOVE=1", "FDNAME=link.9"], [])
 
-    def test_a_store_that_cannot_be_reached_is_one_line(self, systemd: socket.socket, fds: dict[str, int]) -> None:
+    def test_an_unreachable_fd_store_is_one_error_line(self, systemd: socket.socket, fds: dict[str, int]) -> None:
         holder = SystemdFdStore()
         systemd.close()
-        with pytest.raises(ResourceError, match=r"^cannot reach systemd's FD store at [^\n]*refused$"):
+        with pytest.raises(ResourceError, match=r"^cannot reach systemd's fd store at [^\n]*refused$"):
             holder.store("link", fds["one"])
 
 
@@ -329,7 +333,7 @@ class TestSystemd:
         ({"FDSTORE": "8"}, NoFdStore),
     ],
 )
-def test_the_environment_chooses_the_holder(
+def test_the_environment_selects_the_fd_store(
     environment: dict[str, str], expected: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -339,7 +343,7 @@ def test_the_environment_chooses_the_holder(
     assert holder.inherited == {}
 
 
-def test_no_holder_keeps_nothing(fds: dict[str, int]) -> None:
+def test_without_an_fd_store_nothing_is_stored(fds: dict[str, int]) -> None:
     holder = NoFdStore()
     holder.store("link", fds["one"])
     holder.remove("link")

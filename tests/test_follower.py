@@ -1,4 +1,4 @@
-"""The client of the control socket under Trio, and who else may listen at its path."""
+"""Tests of the control socket's Trio client, also with other processes listening at the path."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINK = b'{"event": "link", "running": true, "time": 1.5}\n'
 def conversing(
     tmp_path: Path, answers: list[bytes], talk: Callable[[Conversation], object], clock: MockClock | None = None
 ) -> None:
-    """Have a server say the `answers`, one at the start and one for each line that it is sent, and then end."""
+    """Run a server that sends one answer at the start and one for each line it receives, and then ends."""
     path = tmp_path / "control.sock"
 
     async def serve(listener: trio.SocketListener) -> None:
@@ -65,12 +65,12 @@ async def ask(conversation: Conversation) -> None:
     await conversation.request(StatusRequest())
 
 
-def test_events_around_an_answer_are_kept(tmp_path: Path) -> None:
+def test_events_before_and_after_an_answer_are_kept(tmp_path: Path) -> None:
     conversing(tmp_path, [GREETING, LINK + b'{"sta', b'tus": []}\n' + LINK], _twice)
 
 
 async def _twice(conversation: Conversation) -> None:
-    # The second half of the answer comes for another line.
+    # The server sends the second half of the answer after another line.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_more, conversation)
         await status(conversation)
@@ -93,20 +93,22 @@ async def _more(conversation: Conversation) -> None:
         ([], ProxyNotFoundError, "has ended"),
     ],
 )
-def test_others_than_a_proxy(tmp_path: Path, answers: list[bytes], kind: type[IncoError], text: str) -> None:
+def test_a_server_that_is_not_a_proxy_is_an_error(
+    tmp_path: Path, answers: list[bytes], kind: type[IncoError], text: str
+) -> None:
     with pytest.raises(kind, match=text):
         conversing(tmp_path, answers, ask)
 
 
-def test_one_that_does_not_answer(tmp_path: Path) -> None:
+def test_a_server_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ProxyNotFoundError, match="does not answer"):
         conversing(tmp_path, [GREETING, b""], ask, MockClock(autojump_threshold=0))
 
 
-def test_nobody_is_there(tmp_path: Path) -> None:
+def test_missing_proxy_is_an_error(tmp_path: Path) -> None:
     async def main() -> None:
         async with converse(tmp_path / "nowhere"):
-            pytest.fail("nobody is there")
+            pytest.fail("connected to a missing socket")
 
     with pytest.raises(ProxyNotFoundError, match="nowhere"):
         trio.run(main)

@@ -1,4 +1,4 @@
-"""The frame codec."""
+"""Tests of the frame codec."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ MAC = bytes.fromhex("02005e100001")
 HEADER = BROADCAST + MAC + b"\x88\x00"
 TAGGED = BROADCAST + MAC + b"\x81\x00\x0f\xa0\x88\x00"
 
-anytime = settings(deadline=None)  # how long one example takes is the machine's business
+anytime = settings(deadline=None)  # the duration of an example depends on the machine
 macs = st.binary(min_size=6, max_size=6)
 wire_names = st.binary(min_size=1, max_size=NAME_MAX).map(lambda b: bytes(0x21 + c % 0x5E for c in b))
 
 
-def test_constants() -> None:
+def test_frame_constants_have_their_protocol_values() -> None:
     assert (ETHERTYPE, BROADCAST, HEADER_LENGTH, NAME_MAX) == (0x8800, b"\xff\xff\xff\xff\xff\xff", 14, 64)
 
 
-def test_exact_bytes() -> None:
+def test_encode_gives_the_exact_bytes() -> None:
     assert encode(b"ihub_reset_irq", MAC) == bytes.fromhex("ffffffffffff 02005e100001 8800") + b"ihub_reset_irq"
 
 
@@ -29,7 +29,7 @@ def test_exact_bytes() -> None:
     ("name", "source"),
     [(b"", MAC), (b"a b", MAC), (b"a\0", MAC), (b"n" * 65, MAC), (b"n", b""), (b"n", MAC[:5]), (b"n", MAC + b"\0")],
 )
-def test_what_cannot_be_encoded(name: bytes, source: bytes) -> None:
+def test_invalid_names_cannot_be_encoded(name: bytes, source: bytes) -> None:
     with pytest.raises(ValueError, match="is not a"):
         encode(name, source)
 
@@ -66,15 +66,15 @@ def test_what_cannot_be_encoded(name: bytes, source: bytes) -> None:
         pytest.param(HEADER + b"n\xff", None, id="not UTF-8"),
     ],
 )
-def test_decode(frame: bytes, name: bytes | None) -> None:
+def test_decode_accepts_valid_frames_only(frame: bytes, name: bytes | None) -> None:
     assert decode(frame) == name
 
 
 @pytest.mark.parametrize(("length", "name"), [(FRAME_MAX, b"x"), (FRAME_MAX + 1, None)])
-def test_a_frame_is_not_judged_by_its_beginning(length: int, name: bytes | None) -> None:
+def test_a_frame_longer_than_the_maximum_is_not_decoded(length: int, name: bytes | None) -> None:
     whole = (HEADER + b"x").ljust(length, b"\0")
     assert decode(whole) == name
-    # Read into a room that is too short for all of it, or longer.
+    # The receive buffer is shorter or longer than the frame.
     assert decode(memoryview(whole)[:FRAME_MAX], length) == name
     assert decode(memoryview(whole + b"more"), length) == name
 
@@ -96,13 +96,13 @@ def test_one_vlan_tag_is_skipped(name: bytes, tci: bytes) -> None:
 
 @anytime
 @given(name=wire_names, junk=st.binary(min_size=1))
-def test_trailing_junk_never_passes_for_the_name(name: bytes, junk: bytes) -> None:
+def test_trailing_junk_is_never_part_of_the_name(name: bytes, junk: bytes) -> None:
     assert decode(encode(name, MAC) + junk) != (name if junk.strip(b"\0") else None)
 
 
 @anytime
 @given(name=wire_names)
-def test_a_truncated_frame_never_passes_for_the_whole(name: bytes) -> None:
+def test_a_truncated_frame_never_decodes_to_the_whole_name(name: bytes) -> None:
     frame = encode(name, MAC)
     for length in range(len(frame)):
         assert decode(frame[:length]) == (name[: length - HEADER_LENGTH] if length > HEADER_LENGTH else None)
@@ -117,5 +117,5 @@ def test_any_bytes_give_a_wire_name_or_none(frame: bytes) -> None:
 
 @anytime
 @given(st.binary(max_size=70))
-def test_wire_name_is_what_the_definition_says(name: bytes) -> None:
+def test_wire_names_match_their_definition(name: bytes) -> None:
     assert is_wire_name(name) == (1 <= len(name) <= 64 and all(0x21 <= byte <= 0x7E for byte in name))

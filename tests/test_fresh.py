@@ -1,4 +1,4 @@
-"""How tests/fresh.py finds what a new system needs; the session `fresh` does the rest."""
+"""Tests of how tests/fresh.py finds pip settings and the mirror; the session `fresh` tests the rest."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ install.timeout='6'
     assert local_files(settings) == [certificate]
 
 
-def test_the_environment_may_name_the_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_selects_the_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INCO_TRIO_DEBIAN_MIRROR", "http://mirror.example.org/debian")
     assert find_mirror() == "http://mirror.example.org/debian"

@@ -1,4 +1,4 @@
-"""Core 1 as a guest of QEMU, on a link that is a Unix datagram socket; this side of the link is played by the test."""
+"""Tests of core 1 as a guest of QEMU on a Unix datagram link; the test plays core 0."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GUEST_MAC = bytes.fromhex(MAC.replace(":", ""))
 
 
 class Host:
-    """Core 0's side of the link: the datagram socket `host`, which QEMU sends to, and sends to QEMU's by name."""
+    """Core 0's side of the link: a datagram socket that receives from QEMU and sends to QEMU's path."""
 
     def __init__(self, directory: Path) -> None:
         self.local, self.remote = directory / "host", directory / "guest"
@@ -57,7 +57,7 @@ class Host:
         return decode(self.receive_raw())
 
     def waiting(self) -> list[bytes | None]:
-        """What waits already."""
+        """Return the frames that are already queued."""
         names = []
         while select.select([self.socket], [], [], 0)[0]:
             names.append(self.receive())
@@ -76,7 +76,7 @@ Boot = Callable[..., Guest]
 
 @pytest.fixture
 def boot(host: Host, tmp_path: Path) -> Iterator[Boot]:
-    """Start a guest on the link of `host`, and wait until it is ready: `boot(command_line, reboot=True)`."""
+    """Return `boot(command_line, reboot=True)`, which starts a guest on `host`'s link and waits until it is ready."""
     with contextlib.ExitStack() as stack:
 
         def start(command_line: str = "", *, reboot: bool = True) -> Guest:
@@ -84,14 +84,14 @@ def boot(host: Host, tmp_path: Path) -> Iterator[Boot]:
 
         log = tmp_path / "guest.log"
         yield start
-    sys.stderr.write(f"the guest said:\n{log.read_text()}")  # Pytest shows it, if the test fails.
+    sys.stderr.write(f"the guest said:\n{log.read_text()}")  # pytest shows this output if the test fails.
 
 
 def padded(name: bytes) -> bytes:
     return encode(name, GUEST_MAC).ljust(60, b"\0")
 
 
-def test_boot_signals_come_first_in_order_and_padded_to_60_bytes(boot: Boot, host: Host) -> None:
+def test_boot_signals_are_sent_first_in_order_and_padded(boot: Boot, host: Host) -> None:
     longest = b"n" * 64
     guest = boot(f"boot=ihub_reset_irq,ihub_hwwd_irq boot={longest.decode()}")
     assert host.receive_raw() == padded(b"ihub_reset_irq")
@@ -100,7 +100,7 @@ def test_boot_signals_come_first_in_order_and_padded_to_60_bytes(boot: Boot, hos
     assert guest.wait_for("sends at boot ihub_hwwd_irq") == "core1: sends at boot ihub_hwwd_irq"
 
 
-def test_every_signal_is_echoed_as_its_own(boot: Boot, host: Host) -> None:
+def test_every_signal_has_its_own_echo(boot: Boot, host: Host) -> None:
     echoes = {f"out_{number}".encode(): f"in_{number}".encode() for number in range(100)}
     echoes[b"a"] = b"b" * 64
     echoes[b"c" * 64] = b"d"
@@ -111,20 +111,20 @@ def test_every_signal_is_echoed_as_its_own(boot: Boot, host: Host) -> None:
             assert host.receive_raw() == padded(echo)
 
 
-def test_one_signal_may_lead_to_several_things_in_the_order_of_the_rules(boot: Boot, host: Host) -> None:
+def test_several_rules_of_a_signal_apply_in_order(boot: Boot, host: Host) -> None:
     guest = boot("echo=all:first,all:second report_on=all echo=all:third")
     host.send(b"all")
     assert [host.receive() for _ in range(3)] == [b"first", b"second", b"third"]
     assert guest.wait_counters()["sent"] == 2
 
 
-def test_without_rules_the_notification_is_echoed_as_the_watchdog(boot: Boot, host: Host) -> None:
+def test_without_rules_the_guest_answers_with_the_watchdog(boot: Boot, host: Host) -> None:
     boot()
     host.send(b"redun_notify_irq")
     assert host.receive_raw() == padded(b"ihub_hwwd_irq")
 
 
-def test_what_it_receives_is_counted_by_kind(boot: Boot, host: Host) -> None:
+def test_the_guest_counts_received_frames_by_kind(boot: Boot, host: Host) -> None:
     guest = boot("report_on=report echo=a:b")
     for kind, frames in {
         "foreign": [
@@ -144,7 +144,7 @@ def test_what_it_receives_is_counted_by_kind(boot: Boot, host: Host) -> None:
         host.send(b"report")
         counters = guest.wait_counters()
         assert counters[kind] == len(frames)
-    # More than the card takes: QEMU drops it.
+    # QEMU drops a frame that is longer than its network card accepts.
     host.send_raw(BROADCAST + HOST_MAC + b"\x88\x00" + bytes(65_000))
     host.send(b"a")
     assert host.receive() == b"b"
@@ -159,7 +159,7 @@ def test_what_it_receives_is_counted_by_kind(boot: Boot, host: Host) -> None:
     }
 
 
-def test_verbose_says_every_notification(boot: Boot, host: Host) -> None:
+def test_verbose_prints_every_notification(boot: Boot, host: Host) -> None:
     guest = boot("verbose echo=a:b")
     host.send(b"a")
     host.send(b"z")
@@ -168,12 +168,12 @@ def test_verbose_says_every_notification(boot: Boot, host: Host) -> None:
     assert guest.log.splitlines()[1:] == ["core1: received a", "core1: sent b", "core1: received z"]
 
 
-def test_a_flood_that_nobody_reads_for_two_seconds_arrives_whole(boot: Boot, host: Host) -> None:
+def test_a_flood_that_is_not_read_for_2_s_arrives_complete(boot: Boot, host: Host) -> None:
     guest = boot("flood_on=start:20000:flooding echo=a:b report_on=report")
     host.send(b"start")
     guest.wait_for("floods: 20000 flooding")
     guest.wait_for("no room to send for 2 s")
-    # It hears all the same.
+    # The guest still receives while its sends are blocked.
     host.send(b"a")
     host.send(b"report")
     assert guest.wait_counters()["received"] == 3
@@ -185,7 +185,7 @@ def test_a_flood_that_nobody_reads_for_two_seconds_arrives_whole(boot: Boot, hos
     assert host.waiting() == []
 
 
-def test_floods_at_boot_go_one_after_the_other(boot: Boot, host: Host) -> None:
+def test_floods_at_boot_are_sent_one_after_the_other(boot: Boot, host: Host) -> None:
     guest = boot("flood=300:x,200:y")
     assert [host.receive() for _ in range(500)] == [b"x"] * 300 + [b"y"] * 200
     guest.wait_for("flood ended: x")
@@ -201,12 +201,12 @@ def test_a_burst_of_20000_loses_nothing_in_the_guest(boot: Boot, host: Host) -> 
     assert (counters["received"], counters["unknown"]) == (20_001, 20_000)
 
 
-def test_echoes_that_nobody_reads_hold_the_sender_and_are_not_lost(boot: Boot, host: Host) -> None:
+def test_unread_echoes_block_the_sender_and_are_not_lost(boot: Boot, host: Host) -> None:
     boot("echo=a:b")
     host.socket.setblocking(False)
     echoes = sent = 0
     while sent < 20_000:
-        # As many as the link takes: its queue, the guest's two rings, and the queue back.
+        # Fill the link: its queue, the guest's two rings and the queue back.
         with contextlib.suppress(BlockingIOError):
             while sent < 20_000:
                 host.send(b"a")
@@ -219,7 +219,7 @@ def test_echoes_that_nobody_reads_hold_the_sender_and_are_not_lost(boot: Boot, h
     assert host.waiting() == []
 
 
-def test_10000_round_trips(boot: Boot, host: Host) -> None:
+def test_10000_round_trips_complete(boot: Boot, host: Host) -> None:
     boot("echo=there:back")
     for _ in range(10_000):
         host.send(b"there")
@@ -227,7 +227,7 @@ def test_10000_round_trips(boot: Boot, host: Host) -> None:
     assert host.waiting() == []
 
 
-def test_hung_it_answers_nothing_until_it_is_reset(boot: Boot, host: Host) -> None:
+def test_a_hung_guest_does_not_answer_until_it_is_reset(boot: Boot, host: Host) -> None:
     guest = boot("hang_on=hang echo=a:b,c:d")
     host.send(b"hang")
     guest.wait_for("hangs on hang")
@@ -238,11 +238,11 @@ def test_hung_it_answers_nothing_until_it_is_reset(boot: Boot, host: Host) -> No
     guest.system_reset()
     guest.wait_ready()
     host.send(b"c")
-    # What QEMU had already handed to the guest is gone, with the guest's memory.
+    # The reset cleared the frames in the guest's memory, so no echo of "a" arrives.
     assert host.receive() == b"d"
 
 
-def test_it_resets_itself_after_all_that_it_sent_has_left(boot: Boot, host: Host) -> None:
+def test_the_guest_resets_itself_after_sending_pending_frames(boot: Boot, host: Host) -> None:
     guest = boot("boot=up reset_on=reset echo=a:b")
     assert host.receive() == b"up"
     for _ in range(3):
@@ -257,14 +257,14 @@ def test_it_resets_itself_after_all_that_it_sent_has_left(boot: Boot, host: Host
     assert host.waiting() == []
 
 
-def test_where_a_reset_ends_qemu(boot: Boot, host: Host) -> None:
+def test_without_reboot_a_reset_ends_qemu(boot: Boot, host: Host) -> None:
     guest = boot("reset_on=reset", reboot=False)
     host.send(b"reset")
     assert guest.wait() == 0
     assert guest.log.splitlines()[-1] == "core1: resets itself on reset"
 
 
-def test_reset_by_the_monitor_in_the_middle_of_a_flood(boot: Boot, host: Host) -> None:
+def test_the_monitor_can_reset_the_guest_during_a_flood(boot: Boot, host: Host) -> None:
     guest = boot("boot=up flood_on=start:20000:flooding report_on=report")
     assert host.receive() == b"up"
     host.send(b"start")
@@ -285,7 +285,7 @@ def test_reset_by_the_monitor_in_the_middle_of_a_flood(boot: Boot, host: Host) -
     }
 
 
-def test_frames_wait_while_it_is_paused(boot: Boot, host: Host) -> None:
+def test_frames_wait_while_the_guest_is_paused(boot: Boot, host: Host) -> None:
     guest = boot("echo=" + ",".join(f"out_{number}:in_{number}" for number in range(10)))
     for _ in range(20):
         guest.stop()
@@ -296,7 +296,7 @@ def test_frames_wait_while_it_is_paused(boot: Boot, host: Host) -> None:
         assert [host.receive() for _ in range(10)] == [f"in_{number}".encode() for number in range(10)]
 
 
-def test_killed_and_started_again(boot: Boot, host: Host) -> None:
+def test_the_guest_can_be_killed_and_restarted(boot: Boot, host: Host) -> None:
     guest = boot("boot=up echo=a:b")
     assert host.receive() == b"up"
     for _ in range(3):
@@ -310,7 +310,7 @@ def test_killed_and_started_again(boot: Boot, host: Host) -> None:
         assert host.receive() == b"b"
 
 
-def test_another_socket_under_the_same_path_is_its_peer_at_once(boot: Boot, host: Host) -> None:
+def test_the_guest_sends_to_a_recreated_socket_at_once(boot: Boot, host: Host) -> None:
     boot("echo=a:b")
     for _ in range(10):
         host.socket.close()
@@ -319,14 +319,14 @@ def test_another_socket_under_the_same_path_is_its_peer_at_once(boot: Boot, host
         assert host.receive() == b"b"
 
 
-def test_idle_it_leaves_the_processor_alone(boot: Boot, host: Host) -> None:
+def test_an_idle_guest_uses_no_cpu(boot: Boot, host: Host) -> None:
     guest = boot("echo=a:b")
     host.send(b"a")
     assert host.receive() == b"b"
     wait_idle(guest.pid)
 
 
-def test_nothing_is_left_of_it(host: Host, tmp_path: Path) -> None:
+def test_a_closed_guest_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
     def held() -> tuple[list[str], int]:
         return sorted(map(str, Path("/proc/self/fd").iterdir())), threading.active_count()
 
@@ -341,7 +341,7 @@ def test_nothing_is_left_of_it(host: Host, tmp_path: Path) -> None:
     assert held() == before
 
 
-def test_it_ends_with_the_program_that_started_it(host: Host, tmp_path: Path) -> None:
+def test_the_guest_ends_with_its_parent_process(host: Host, tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
 from inco_trio.cli.exit_codes import exit_code
@@ -359,7 +359,7 @@ with Guest({host.netdev!r}, log=Path({str(tmp_path / "guest.log")!r})) as guest:
         os.close(qemu)
 
 
-def test_an_ordinary_user_needs_nothing(nobody: list[str]) -> None:
+def test_an_ordinary_user_can_run_a_guest(nobody: list[str]) -> None:
     program = """
 import os, socket, tempfile
 from pathlib import Path
@@ -381,9 +381,9 @@ with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, s
 
 
 @pytest.mark.netns
-def test_behind_a_tap(tmp_path: Path) -> None:
+def test_the_guest_works_behind_a_tap(tmp_path: Path) -> None:
     with Namespace() as switch:
-        # A tap that is there before QEMU, as a bridge needs it; ip-tuntap(8) keeps it.
+        # ip-tuntap(8) creates a persistent tap before QEMU starts, as a bridge needs it.
         make = "ip tuntap add tap_rpmsg mode tap && ip link set tap_rpmsg up"
         switch.run(lambda: subprocess.run(["sh", "-c", make], check=True))
         with switch.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as link:
@@ -415,61 +415,53 @@ def test_behind_a_tap(tmp_path: Path) -> None:
         ("boot=" + ",".join("a" * 257), "more than 256 rules, the last is in boot=" + ",".join("a" * 257)),
     ],
 )
-def test_a_command_line_that_makes_no_sense_ends_it(
-    host: Host, tmp_path: Path, command_line: str, complaint: str
-) -> None:
+def test_an_invalid_command_line_ends_the_guest(host: Host, tmp_path: Path, command_line: str, complaint: str) -> None:
     with (
         pytest.raises(GuestError) as caught,
         Guest(host.netdev, command_line, log=tmp_path / "guest.log"),
     ):
         pass
-    expected = f"QEMU has ended with exit code 1; the last that it said: core1: error: {complaint}"
+    expected = f"QEMU has ended with exit code 1; its last output: core1: error: {complaint}"
     assert (str(caught.value), exit_code(caught.value)) == (expected, 69)
     assert host.waiting() == []
 
 
-def test_256_rules_are_not_too_many(boot: Boot, host: Host) -> None:
+def test_256_rules_are_accepted(boot: Boot, host: Host) -> None:
     boot("boot=" + ",".join(f"n{number}" for number in range(256)))
     assert [host.receive() for _ in range(256)] == [f"n{number}".encode() for number in range(256)]
 
 
-def test_without_qemu_one_line_says_what_to_install(
-    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_qemu_is_one_error_line(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GuestError) as caught:
         Guest(host.netdev, log=tmp_path / "guest.log").start()
-    assert str(caught.value) == (
-        "qemu-system-riscv64 is not installed: install the package that has it (Debian: qemu-system-misc)"
-    )
+    assert str(caught.value) == ("qemu-system-riscv64 is not installed (Debian: install qemu-system-misc)")
 
 
 @pytest.mark.parametrize("name", ["n" * 200, "missing/guest"], ids=["too long", "no directory"])
-def test_what_qemu_refuses_is_one_line(host: Host, tmp_path: Path, name: str) -> None:
+def test_errors_of_qemu_are_one_error_line(host: Host, tmp_path: Path, name: str) -> None:
     guest = Guest(unix_netdev(tmp_path / name, host.local), log=tmp_path / "guest.log")
     with pytest.raises(GuestError) as caught:
         guest.start()
-    assert re.fullmatch(
-        "QEMU has ended with exit code 1; the last that it said: qemu-system-riscv64: .*", str(caught.value)
-    )
+    assert re.fullmatch("QEMU has ended with exit code 1; its last output: qemu-system-riscv64: .*", str(caught.value))
     with pytest.raises(GuestError, match="the guest is not running"):
         guest.wait_ready()
 
 
-def test_misuse_is_one_line(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_calls_are_one_error_line(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = boot()
     with pytest.raises(GuestError, match=f"the guest is running already, as process {guest.pid}"):
         guest.start()
-    with pytest.raises(GuestError, match="QEMU's monitor refuses: The command nonsense has not been found"):
+    with pytest.raises(GuestError, match="QEMU's monitor refuses nonsense: The command nonsense has not been found"):
         guest._execute("nonsense")
     monkeypatch.setattr(inco_trio.simulation.guest, "_DEADLINE", 0.0)
-    with pytest.raises(GuestError, match="the guest has not said 'good night' within 0 s"):
+    with pytest.raises(GuestError, match="the guest has not printed 'good night' within 0 s"):
         guest.wait_for("good night")
     with pytest.raises(GuestError, match="QEMU has not ended within 0 s"):
         guest.wait()
 
 
-def test_a_monitor_that_does_not_answer_is_one_line(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_monitor_that_does_not_answer_is_one_error_line(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = boot()
     os.kill(guest.pid, signal.SIGSTOP)
     with monkeypatch.context() as shortly:
@@ -477,14 +469,14 @@ def test_a_monitor_that_does_not_answer_is_one_line(boot: Boot, monkeypatch: pyt
         with pytest.raises(GuestError, match="QEMU's monitor has not answered within 0 s"):
             guest._execute("nonsense")
     os.kill(guest.pid, signal.SIGCONT)
-    # The late answer is not taken for that of the next command.
+    # The late answer must not count as the answer to the next command.
     guest.stop()
 
 
-def test_qemu_killed_by_another_is_noticed(boot: Boot) -> None:
+def test_a_killed_qemu_is_detected(boot: Boot) -> None:
     guest = boot()
     os.kill(guest.pid, signal.SIGKILL)
-    with pytest.raises(GuestError, match="QEMU has ended with exit code -9; the last that it said: core1: ready"):
+    with pytest.raises(GuestError, match="QEMU has ended with exit code -9; its last output: core1: ready"):
         guest.wait_for("good night")
     with pytest.raises(GuestError, match="QEMU has ended with exit code -9"):
         guest.stop()
@@ -493,12 +485,12 @@ def test_qemu_killed_by_another_is_noticed(boot: Boot) -> None:
         guest.cont()
 
 
-def test_the_counters_of_a_line() -> None:
+def test_a_counters_line_is_parsed() -> None:
     assert parse_counters("core1: counters received=12 sent=0") == {"received": 12, "sent": 0}
 
 
 def built(directory: Path) -> bytes:
-    """The firmware as its script builds it in a copy of its directory."""
+    """Build the firmware in a copy of its source directory and return the file's content."""
     directory.mkdir()
     for source in FIRMWARE.parent.iterdir():
         if source != FIRMWARE:
@@ -508,15 +500,15 @@ def built(directory: Path) -> bytes:
 
 
 def compiler(firmware: bytes) -> bytes:
-    """GCC's identification, from the section `.comment`."""
+    """Return GCC's identification from the section `.comment`."""
     found = re.search(rb"GCC: [^\0]*", firmware)
     assert found
     return found[0]
 
 
-def test_the_firmware_is_what_its_source_makes(tmp_path: Path) -> None:
+def test_the_firmware_is_built_reproducibly_from_its_source(tmp_path: Path) -> None:
     first = built(tmp_path / "first")
     assert first == built(tmp_path / "a second one, with a longer name")
     shipped = FIRMWARE.read_bytes()
-    # Another compiler makes other bytes.
+    # Another compiler version generates other bytes.
     assert compiler(first) != compiler(shipped) or first == shipped

@@ -1,4 +1,4 @@
-"""The channel between two legs of one direction."""
+"""Tests of the channel between the two tasks of one direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
 
 class Recorder(Bank):
-    """A bank that only notes that it is cleared."""
+    """A bank that only records that it was cleared."""
 
     def __init__(self, name: str, done: list[str]) -> None:
         super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), bytes(7))
@@ -35,14 +35,14 @@ class Recorder(Bank):
 
 
 class World:
-    """A hand-off, and what it has told: the batches `done`, by name, and the signals that were `carried`."""
+    """A hand-off that records the names of finished batches (`done`) and their signals (`handled`)."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
-        self.carried: list[list[Signal]] = []
+        self.handled: list[list[Signal]] = []
         self.inflight = Inflight.open()
         self.handoff = Handoff[Signal](
-            self.inflight.watches, lambda signals, _frames: self.carried.append(list(signals))
+            self.inflight.watches, lambda signals, _frames: self.handled.append(list(signals))
         )
 
     def batch(self, name: str, *signals: Signal) -> Batch[Signal]:
@@ -66,7 +66,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
-    """Run it; what would wait for ever fails."""
+    """Run `main`, and fail if it waits forever."""
 
     async def guarded() -> None:
         with trio.fail_after(HANG):
@@ -81,22 +81,22 @@ def test_a_batch_is_open_until_it_is_finished(world: World) -> None:
     world.handoff.finish(batch)
     assert world.handoff.unfinished == set()
     assert world.done == ["first"]
-    assert world.carried == [[RESET, HWWD, RESET]]
+    assert world.handled == [[RESET, HWWD, RESET]]
 
 
-def test_an_empty_batch_carries_nothing(world: World) -> None:
+def test_an_empty_batch_reports_no_signals(world: World) -> None:
     world.handoff.finish(world.batch("empty"))
-    assert (world.done, world.carried) == (["empty"], [])
+    assert (world.done, world.handled) == (["empty"], [])
 
 
-def test_handed_over_in_order_one_at_a_time(world: World) -> None:
+def test_batches_are_handed_over_in_order_one_at_a_time(world: World) -> None:
     taken: list[Batch[Signal]] = []
     batches = [world.batch(str(number), NOTIFY) for number in range(3)]
 
     async def read() -> None:
         for number, batch in enumerate(batches):
             await world.handoff.hand_over(batch)
-            # The one before was finished; that is what lets its memory be read into again.
+            # The previous batch is finished, so its memory can be reused.
             assert len(world.done) >= number
         world.handoff.close()
 
@@ -116,7 +116,7 @@ def test_handed_over_in_order_one_at_a_time(world: World) -> None:
     assert world.done == ["0", "1", "2"]
 
 
-def test_what_was_read_is_handed_over_although_cancelled(world: World) -> None:
+def test_a_read_batch_is_handed_over_despite_cancellation(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.handoff.hand_over, world.batch("first", NOTIFY))
@@ -129,7 +129,7 @@ def test_what_was_read_is_handed_over_although_cancelled(world: World) -> None:
     assert world.done == ["first"]
 
 
-def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
+def test_an_aborted_hand_over_ends_with_its_task(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.handoff.hand_over, world.batch("first", NOTIFY))
@@ -141,8 +141,8 @@ def test_aborted_hand_over_ends_with_its_leg(world: World) -> None:
     assert (world.done, len(world.handoff.unfinished)) == ([], 1)
 
 
-def test_a_hand_over_after_an_abort_ends_with_its_leg(world: World) -> None:
-    """The abort comes when the first batch is taken already, so the leg hands over another one on a closed channel."""
+def test_a_hand_over_after_an_abort_ends_with_its_task(world: World) -> None:
+    """The abort comes after the first batch was taken, so the task hands over the next one on a closed channel."""
 
     async def hand_over_two() -> None:
         await world.handoff.hand_over(world.batch("first", NOTIFY))
@@ -161,7 +161,7 @@ def test_a_hand_over_after_an_abort_ends_with_its_leg(world: World) -> None:
     assert (world.done, len(world.handoff.unfinished)) == ([], 2)
 
 
-def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
+def test_an_aborted_hand_over_fails_in_a_task_that_continues(world: World) -> None:
     async def hand_over() -> None:
         with pytest.raises(ClosedError):
             await world.handoff.hand_over(world.batch("first", NOTIFY))
@@ -175,7 +175,7 @@ def test_aborted_hand_over_fails_in_a_leg_that_goes_on(world: World) -> None:
     run(main)
 
 
-def test_closed_while_handing_over(world: World) -> None:
+def test_closing_the_channel_fails_a_waiting_hand_over(world: World) -> None:
     async def hand_over() -> None:
         with pytest.raises(ClosedError):
             await world.handoff.hand_over(world.batch("first", NOTIFY))
@@ -189,7 +189,7 @@ def test_closed_while_handing_over(world: World) -> None:
     run(main)
 
 
-def test_nothing_enters_once_closed(world: World) -> None:
+def test_a_closed_channel_accepts_no_batch(world: World) -> None:
     async def main() -> None:
         world.handoff.close()
         with pytest.raises(ClosedError):
@@ -212,7 +212,7 @@ def test_an_offer_can_be_withdrawn(world: World) -> None:
     run(main)
 
 
-def test_an_offer_that_is_taken_is_on_its_way(world: World) -> None:
+def test_a_taken_offer_is_an_unfinished_batch(world: World) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             batch = world.batch("first", NOTIFY)
@@ -223,9 +223,9 @@ def test_an_offer_that_is_taken_is_on_its_way(world: World) -> None:
     run(main)
 
 
-def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> None:
+def test_stopping_the_reader_reads_once_more(world: World, pipe: tuple[int, int]) -> None:
     reads: list[bytes] = []
-    health = Health("leg")
+    health = Health("task")
     health.failed("was broken")
 
     async def read_queued() -> None:
@@ -252,7 +252,7 @@ def test_reading_ends_with_a_last_look(world: World, pipe: tuple[int, int]) -> N
     assert health.problem is None
 
 
-def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) -> None:
+def test_data_that_arrives_with_the_stop_is_read(world: World, pipe: tuple[int, int]) -> None:
     reads: list[bytes] = []
 
     async def read_queued() -> None:
@@ -264,7 +264,7 @@ def test_what_came_with_the_stop_is_read(world: World, pipe: tuple[int, int]) ->
     async def main() -> None:
         world.handoff.stop_reading()
         os.write(pipe[1], b"late")
-        await world.handoff.run_reader(readable, read_queued, Health("leg"))
+        await world.handoff.run_reader(readable, read_queued, Health("task"))
 
     trio.run(main)
     assert reads == [b"late"]

@@ -1,4 +1,4 @@
-"""What is kept until it is acknowledged: a random walk over readers and processes that come, go and are killed."""
+"""Tests of the history of unacknowledged notifications, with random followers, restarts and kills."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ FEW = 6
 
 
 class Walk(RuleBasedStateMachine):
-    """A board that carries, and one follower after the other; few are kept, and fewer told ahead."""
+    """A board with successive followers, a small history limit and an even smaller read-ahead."""
 
     steady = False
-    """Whether there is one follower and one process only."""
+    """Whether the walk has only one follower and one process."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Walk(RuleBasedStateMachine):
         self.history = History(self.inflight.history)
         self.history.begin(41)
         self.boot = self.history.boot
-        self.carried: list[Signal] = []
-        self.told: dict[int, str] = {}
+        self.handled: list[Signal] = []
+        self.received: dict[int, str] = {}
         self.counted: Counter[str] = Counter()
         self.merged: Counter[str] = Counter()
         self.follower: Follower | None = None
@@ -57,28 +57,28 @@ class Walk(RuleBasedStateMachine):
         while self.history.waiting:
             self.read()
             self.acknowledge(len(self.unacknowledged))
-        sent = Counter(signal.name for signal in self.carried)
-        told = Counter(self.told.values())
+        sent = Counter(signal.name for signal in self.handled)
+        told = Counter(self.received.values())
         for name, number in sent.items():
             assert told[name] + self.merged[name] >= number
         if not self.killed:
-            # Nobody was told anything twice.
+            # Without a kill, no notification arrives twice.
             assert told + self.merged == sent
-        assert self.history.sequence == 41 + len(self.carried)
+        assert self.history.sequence == 41 + len(self.handled)
         self.patch.undo()
         os.close(self.inflight.fd)
 
     @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=FEW + 2))
-    def carry(self, signals: list[Signal]) -> None:
+    def handle(self, signals: list[Signal]) -> None:
         self.history.append(signals)
-        self.carried += signals
+        self.handled += signals
         if self.follower is not None:
             self.follower.carried(Batch(BOARD, signals, 0, (), 0, 0))
 
     @precondition(lambda self: not self.steady or self.follower is None)
     @rule()
     def follow(self) -> None:
-        """Another follower; what the last one was told and did not acknowledge may be told again."""
+        """Start another follower; it may receive again what the last one did not acknowledge."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged = []
         self.follower = Follower()
@@ -87,13 +87,13 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady)
     @rule()
     def restart(self) -> None:
-        """Another process takes over the memory."""
+        """Let another process take over the memory."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.follower = [], None
         other = Inflight.open(os.dup(self.inflight.fd))
         os.close(self.inflight.fd)
         self.inflight, self.history = other, History(other.history)
-        self.history.begin(7)  # Nothing: it was begun.
+        self.history.begin(7)  # Has no effect, as the history has already begun.
 
     @precondition(lambda self: self.follower is not None)
     @rule()
@@ -112,41 +112,41 @@ class Walk(RuleBasedStateMachine):
         assert self.follower is not None
         done, self.unacknowledged = self.unacknowledged[:number], self.unacknowledged[number:]
         while done and self.unacknowledged and self.unacknowledged[0].event == "merged":
-            done.append(self.unacknowledged.pop(0))  # They are acknowledged together.
+            done.append(self.unacknowledged.pop(0))  # The merged events are acknowledged together.
         for event in done:
             name = str(event.signal)
             if event.event == "merged":
                 self.merged[name] += event.count
             else:
-                assert self.carried[event.sequence - 42].name == name
-                self.told[event.sequence] = name
+                assert self.handled[event.sequence - 42].name == name
+                self.received[event.sequence] = name
         if done:
             last = done[-1].sequence
             assert self.follower.acknowledge(BOARD, last) == last
 
     @invariant()
-    def books_agree(self) -> None:
+    def history_is_consistent(self) -> None:
         history = self.history
         assert history.sequence - history.floor <= FEW
         kept = history.after(0, 100)
         assert [record.sequence for record in kept] == list(range(history.floor + 1, history.sequence + 1))
         for record in kept:
-            signal = self.carried[record.sequence - 42]
+            signal = self.handled[record.sequence - 42]
             assert (record.name, record.direction) == (signal.name, signal.direction)
 
 
 class SteadyWalk(Walk):
-    """The same with one follower, that is told nothing twice."""
+    """The same walk with one follower, which receives nothing twice."""
 
     steady = True
 
 
 @pytest.mark.parametrize("machine", [Walk, SteadyWalk])
-def test_a_walk(machine: type[Walk]) -> None:
+def test_random_walk_loses_nothing_unless_killed(machine: type[Walk]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
 
 
-def test_what_is_ended_is_kept_no_more() -> None:
+def test_an_ended_history_is_empty() -> None:
     inflight = Inflight.open()
     history = History(inflight.history)
     history.begin(0)
@@ -162,8 +162,8 @@ def test_what_is_ended_is_kept_no_more() -> None:
     inflight.close()
 
 
-def test_a_history_that_replaces_another_one_comes_behind_its_rest() -> None:
-    """As of a board that is removed and put back: the numbers start over, and nothing is lost."""
+def test_a_replaced_history_is_read_to_its_end_first() -> None:
+    """A board that is removed and added again starts a new history; the rest of the old one is not lost."""
 
     async def main() -> list[tuple[str, int]]:
         follower = Follower()
@@ -179,11 +179,11 @@ def test_a_history_that_replaces_another_one_comes_behind_its_rest() -> None:
             lines += map(json.loads, (await follower.take()).splitlines())
         return [(str(boots.index(line["boot"])), line["sequence"]) for line in lines]
 
-    # Both are appended before the follower reads.
+    # Both histories are filled before the follower reads.
     assert trio.run(main) == [(boot, sequence) for boot in "01" for sequence in (1, 2, 3)]
 
 
-def test_one_that_is_behind_leaves_others_their_turn() -> None:
+def test_a_large_backlog_does_not_delay_other_boards() -> None:
     async def main() -> None:
         follower = Follower()
         histories = {}

@@ -1,4 +1,4 @@
-"""The memory of what is in flight: what one process leaves in it, another finds."""
+"""Tests of the in-flight buffer: a process finds what its predecessor left in the memory."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ for number, bank in enumerate(memory.frames):
 memory.frames[0].clear(FRAME_STEP)
 memory.events[1].begin(3)
 memory.events[1].view[:16] = bytes.fromhex(sys.argv[2])
-memory.owed[b"ihub_reset_irq"] += 2
-memory.owed[b"ihub_hwwd_irq"] += 1
-memory.owed[b"ihub_hwwd_irq"] -= 1
+memory.pending[b"ihub_reset_irq"] += 2
+memory.pending[b"ihub_hwwd_irq"] += 1
+memory.pending[b"ihub_hwwd_irq"] -= 1
 memory.watches[b"k" * 64] = 77
 os._exit(9)
 """
@@ -59,7 +59,7 @@ def memory() -> Iterator[Inflight]:
 
 @pytest.fixture
 def successor(memory: Inflight) -> Iterator[Callable[[], Inflight]]:
-    """Map the same memory once more."""
+    """Return a function that maps the same memory again, like a successor."""
     with ExitStack() as stack:
 
         def start() -> Inflight:
@@ -70,7 +70,7 @@ def successor(memory: Inflight) -> Iterator[Callable[[], Inflight]]:
         yield start
 
 
-def test_a_new_one_is_empty(memory: Inflight) -> None:
+def test_new_memory_is_empty(memory: Inflight) -> None:
     assert not memory.inherited
     assert not os.get_inheritable(memory.fd)
     assert [bank.sequence for bank in memory.frames + memory.events] == [0, 0, 0, 0]
@@ -78,15 +78,17 @@ def test_a_new_one_is_empty(memory: Inflight) -> None:
     assert [len(bank.view) >= FRAME_STEP * (FRAMES - 1) + FRAME_MAX for bank in memory.frames] == [True, True]
     assert [parse_events(bank.view) for bank in memory.events] == [[], []]
     assert [len(bank.view) for bank in memory.events] == [EVENT_BANK] * 2
-    assert (list(memory.owed), list(memory.watches)) == ([], [])
+    assert (list(memory.pending), list(memory.watches)) == ([], [])
 
 
-def test_untouched_memory_costs_little(memory: Inflight) -> None:
-    # The marks between the frames, and a page of each table.
+def test_new_memory_allocates_few_pages(memory: Inflight) -> None:
+    # The kernel has only allocated the pages with marks between the frames and one page for each table.
     assert os.fstat(memory.fd).st_blocks * 512 <= sum(len(bank.view) for bank in memory.frames) + 4096 * 4
 
 
-def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+def test_a_successor_finds_what_a_killed_process_had_in_flight(
+    memory: Inflight, successor: Callable[[], Inflight]
+) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(memory.fd), EVENT.hex()], pass_fds=[memory.fd], check=False
     )
@@ -97,7 +99,7 @@ def test_what_a_killed_process_had_in_flight_is_found(memory: Inflight, successo
     assert [frames_in(bank) for bank in found.frames] == [NAMES[1:], NAMES]
     assert [bank.sequence for bank in found.events] == [0, 3]
     assert [parse_events(bank.view) for bank in found.events] == [[], [Event(5, 8, b"")]]
-    assert {name: found.owed[name] for name in found.owed} == {b"ihub_reset_irq": 2}
+    assert {name: found.pending[name] for name in found.pending} == {b"ihub_reset_irq": 2}
     assert {key: found.watches[key] for key in found.watches} == {b"k" * 64: 77}
 
 
@@ -117,11 +119,11 @@ def test_a_cleared_bank_is_empty_again(memory: Inflight, successor: Callable[[],
 @pytest.mark.parametrize("length", [SHORT, SHORT + 1, FRAME_STEP, FRAME_STEP + 1, 200, 300, FRAME_MAX])
 @pytest.mark.parametrize("slot", [0, 3, FRAMES - 1])
 @pytest.mark.parametrize("fill", [b"x", b"\0"])
-def test_a_long_frame_comes_whole(
+def test_a_long_frame_is_recovered_completely(
     memory: Inflight, successor: Callable[[], Inflight], length: int, slot: int, fill: bytes
 ) -> None:
     bank = memory.frames[0]
-    # What stands at the places of the frames behind it is a part of it.
+    # The frame also fills the slots of the following frames.
     whole = (b"head" + fill * 124 + b"a part" + fill * FRAME_MAX)[: length - 1] + b"e"
     for number in range(slot):
         bank.view[number * FRAME_STEP : number * FRAME_STEP + 5] = b"short"
@@ -132,19 +134,19 @@ def test_a_long_frame_comes_whole(
     assert frames_in(bank) == []
 
 
-def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+def test_parts_of_the_memory_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight]) -> None:
     banks = memory.frames + memory.events
     for number, bank in enumerate(banks):
         bank.begin(number + 1)
         bank.view[:] = bytes([number + 1]) * len(bank.view)
-    memory.owed[b"o"] = 5
+    memory.pending[b"o"] = 5
     memory.watches[b"w"] = 6
     found = successor()
     for number, bank in enumerate(found.frames + found.events):
         assert bank.sequence == number + 1
         assert bytes(bank.view) == bytes([number + 1]) * len(bank.view)
-    assert (found.owed[b"o"], found.watches[b"w"]) == (5, 6)
-    assert (list(found.owed), list(found.watches)) == ([b"o"], [b"w"])
+    assert (found.pending[b"o"], found.watches[b"w"]) == (5, 6)
+    assert (list(found.pending), list(found.watches)) == ([b"o"], [b"w"])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_parts_do_not_overlap(memory: Inflight, successor: Callable[[], Inflight
         pytest.param(0, b"", id="empty"),
     ],
 )
-def test_what_is_no_such_memory_is_replaced(size: int, start: bytes) -> None:
+def test_other_memory_is_replaced(size: int, start: bytes) -> None:
     held = os.memfd_create("foreign")
     assert "foreign" in str(Path(f"/proc/self/fd/{held}").resolve())
     os.ftruncate(held, size)
@@ -172,43 +174,43 @@ def test_what_is_no_such_memory_is_replaced(size: int, start: bytes) -> None:
     made.close()
 
 
-def test_the_memory_outlives_its_descriptor() -> None:
+def test_the_mapping_works_after_its_descriptor_is_closed() -> None:
     made = Inflight.open()
     made.close()
-    made.owed[b"key"] = 1
-    assert made.owed[b"key"] == 1
+    made.pending[b"key"] = 1
+    assert made.pending[b"key"] == 1
 
 
-def test_zero_is_missing(memory: Inflight) -> None:
-    owed = memory.owed
-    owed[b"key"] = 0
-    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
-    owed[b"key"] = 1
-    owed[b"key"] = 0
-    assert (len(owed), owed[b"key"], list(owed)) == (0, 0, [])
+def test_a_count_of_zero_removes_the_key(memory: Inflight) -> None:
+    pending = memory.pending
+    pending[b"key"] = 0
+    assert (len(pending), pending[b"key"], list(pending)) == (0, 0, [])
+    pending[b"key"] = 1
+    pending[b"key"] = 0
+    assert (len(pending), pending[b"key"], list(pending)) == (0, 0, [])
 
 
-def test_places_are_used_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
-    owed = memory.owed
+def test_removed_entries_are_reused(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    pending = memory.pending
     for number in range(1000):
-        owed[b"%d" % number] = number + 1
+        pending[b"%d" % number] = number + 1
     for number in range(1000):
-        owed[b"%d" % number] = 0
+        pending[b"%d" % number] = 0
     touched = os.fstat(memory.fd).st_blocks
     for number in range(1000):
-        owed[b"new%d" % number] = number + 1
+        pending[b"new%d" % number] = number + 1
     assert os.fstat(memory.fd).st_blocks == touched
-    found = successor().owed
+    found = successor().pending
     assert {name: found[name] for name in found} == {b"new%d" % number: number + 1 for number in range(1000)}
 
 
-def test_a_successor_uses_places_again(memory: Inflight, successor: Callable[[], Inflight]) -> None:
-    memory.owed[b"kept"] = 1
-    memory.owed[b"gone"] = 1
-    memory.owed[b"gone"] = 0
-    found = successor().owed
+def test_a_successor_reuses_removed_entries(memory: Inflight, successor: Callable[[], Inflight]) -> None:
+    memory.pending[b"kept"] = 1
+    memory.pending[b"gone"] = 1
+    memory.pending[b"gone"] = 0
+    found = successor().pending
     found[b"new"] = 3
-    third = successor().owed
+    third = successor().pending
     assert {name: third[name] for name in third} == {b"kept": 1, b"new": 3}
     assert len(third) == 2
 
@@ -218,15 +220,15 @@ keys = st.sampled_from([b"a", b"b", b"c", b"d" * 64, b"e\0f"])
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(keys, st.integers(0, 3), st.booleans())))
-def test_it_behaves_like_a_counter(changes: list[tuple[bytes, int, bool]]) -> None:
+def test_a_table_behaves_like_a_counter(changes: list[tuple[bytes, int, bool]]) -> None:
     expected: dict[bytes, int] = {}
     with ExitStack() as stack:
         memory = Inflight.open()
         stack.callback(memory.close)
         for key, number, handed_on in changes:
-            memory.owed[key] = expected[key] = number
+            memory.pending[key] = expected[key] = number
             if handed_on:
                 memory = Inflight.open(os.dup(memory.fd))
                 stack.callback(memory.close)
-            found = {name: memory.owed[name] for name in memory.owed}
+            found = {name: memory.pending[name] for name in memory.pending}
             assert found == {name: count for name, count in expected.items() if count}

@@ -1,4 +1,4 @@
-"""The decoder of inotify events, and the descriptor with its watches on the real kernel."""
+"""Tests of the decoder of inotify events, and of descriptor and watches on the real kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVENTS_ROOM = 65536
 
 
 def encoded(wd: int, mask: int, name: bytes = b"", cookie: int = 0, padding: int = 0) -> bytes:
-    """The bytes of one event as the kernel writes them: the name is followed by at least one NUL."""
+    """Return the bytes of an event as the kernel writes them; at least one NUL follows the name."""
     padded = name + bytes(1 + padding) if name else b""
     return struct.pack("=iIII", wd, mask, cookie, len(padded)) + padded
 
@@ -59,7 +59,7 @@ NAMED = encoded(2, IN_MOVED_TO, b"message_6_trig", cookie=7, padding=1)
         pytest.param(NAMED[:16], [], id="name missing"),
     ],
 )
-def test_decoding(data: bytes, events: list[Event]) -> None:
+def test_events_are_decoded(data: bytes, events: list[Event]) -> None:
     assert parse_events(data) == events
     assert parse_events(memoryview(data)) == events
 
@@ -69,13 +69,13 @@ events_of_kernel = st.builds(Event, st.integers(-1, 2**31 - 1), st.integers(1, 2
 
 
 @given(st.lists(st.tuples(events_of_kernel, st.integers(0, 15))), st.integers(0, 64))
-def test_round_trip(generated: list[tuple[Event, int]], unused: int) -> None:
+def test_encoded_events_are_decoded_back(generated: list[tuple[Event, int]], unused: int) -> None:
     data = b"".join(encoded(*event, padding=padding) for event, padding in generated)
     assert parse_events(data + bytes(unused)) == [event for event, _ in generated]
 
 
 @given(st.lists(events_of_kernel, min_size=1), st.data())
-def test_a_cut_leaves_what_is_whole(generated: list[Event], data: st.DataObject) -> None:
+def test_truncated_data_gives_the_complete_events(generated: list[Event], data: st.DataObject) -> None:
     whole = b"".join(encoded(*event) for event in generated[:-1])
     last = encoded(*generated[-1])
     cut = data.draw(st.integers(0, len(last) - 1))
@@ -83,7 +83,7 @@ def test_a_cut_leaves_what_is_whole(generated: list[Event], data: st.DataObject)
 
 
 @given(st.binary(max_size=2000))
-def test_any_bytes_are_decoded(data: bytes) -> None:
+def test_any_bytes_are_decoded_without_error(data: bytes) -> None:
     events = parse_events(data)
     assert all(event.mask for event in events)
     assert sum(16 + len(event.name) for event in events) <= len(data)
@@ -101,13 +101,13 @@ def read(inotify: Inotify) -> list[Event]:
     return parse_events(buffer[: inotify.read_into(buffer)])
 
 
-def test_descriptor_neither_blocks_nor_reaches_children(inotify: Inotify) -> None:
+def test_descriptor_is_nonblocking_and_not_inheritable(inotify: Inotify) -> None:
     assert not os.get_blocking(inotify.fd)
     assert not os.get_inheritable(inotify.fd)
     assert inotify.read_into(memoryview(bytearray(EVENTS_ROOM))) == 0
 
 
-def test_a_write_between_two_closes_keeps_them_apart(inotify: Inotify, tmp_path: Path) -> None:
+def test_a_write_between_two_closes_prevents_merging(inotify: Inotify, tmp_path: Path) -> None:
     file = tmp_path / "trig"
     file.touch()
     wd = inotify.watch(str(file), IN_CLOSE_WRITE | IN_MODIFY)
@@ -116,7 +116,7 @@ def test_a_write_between_two_closes_keeps_them_apart(inotify: Inotify, tmp_path:
     assert read(inotify).count(Event(wd, IN_CLOSE_WRITE, b"")) == 1000
 
 
-def test_what_does_not_fit_stays_queued(inotify: Inotify, tmp_path: Path) -> None:
+def test_events_that_do_not_fit_stay_queued(inotify: Inotify, tmp_path: Path) -> None:
     wd = inotify.watch(str(tmp_path), IN_CREATE)
     (tmp_path / "a").touch()
     (tmp_path / "b").touch()
@@ -140,14 +140,14 @@ def test_names_that_are_not_utf8_can_be_watched(inotify: Inotify, tmp_path: Path
     assert read(inotify) == [Event(wd, IN_CLOSE_WRITE, b"")]
 
 
-def test_a_watch_that_cannot_be_names_its_path(inotify: Inotify, tmp_path: Path) -> None:
+def test_a_failed_watch_names_its_path(inotify: Inotify, tmp_path: Path) -> None:
     missing = str(tmp_path / "missing")
     with pytest.raises(FileNotFoundError) as caught:
         inotify.watch(missing, IN_MODIFY)
     assert caught.value.filename == missing
 
 
-def test_unwatched_files_are_silent(inotify: Inotify, tmp_path: Path) -> None:
+def test_unwatched_files_give_no_events(inotify: Inotify, tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.touch()
     wd = inotify.watch(str(file), IN_CLOSE_WRITE)
@@ -156,7 +156,7 @@ def test_unwatched_files_are_silent(inotify: Inotify, tmp_path: Path) -> None:
     assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
 
 
-def test_unwatching_what_the_kernel_has_ended(inotify: Inotify, tmp_path: Path) -> None:
+def test_unwatching_a_removed_file_is_harmless(inotify: Inotify, tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.touch()
     wd = inotify.watch(str(file), IN_CLOSE_WRITE)
@@ -166,11 +166,11 @@ def test_unwatching_what_the_kernel_has_ended(inotify: Inotify, tmp_path: Path) 
     assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
 
 
-def test_forgetting(inotify: Inotify, tmp_path: Path) -> None:
+def test_forgetting_keeps_the_kernel_watch(inotify: Inotify, tmp_path: Path) -> None:
     wd = inotify.watch(str(tmp_path), IN_CREATE)
     inotify.forget(wd)
     inotify.forget(wd)
-    # Only the manager's memory is gone: the kernel's watch is ended by its number.
+    # forget() only removes the entry in pyinotify's manager; the kernel's watch can still be removed by number.
     inotify.unwatch(wd)
     assert read(inotify) == [Event(wd, IN_IGNORED, b"")]
 
@@ -188,7 +188,7 @@ def test_a_successor_inherits_watches_and_queue(tmp_path: Path) -> None:
     successor.close()
 
 
-def test_inherited_watches_can_be_ended(inotify: Inotify, tmp_path: Path) -> None:
+def test_inherited_watches_can_be_removed(inotify: Inotify, tmp_path: Path) -> None:
     wd = inotify.watch(str(tmp_path), IN_CREATE)
     successor = Inotify(os.dup(inotify.fd))
     successor.unwatch(wd)
@@ -196,7 +196,7 @@ def test_inherited_watches_can_be_ended(inotify: Inotify, tmp_path: Path) -> Non
     successor.close()
 
 
-def test_no_room_for_a_descriptor() -> None:
+def test_too_many_open_files_is_an_error() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -215,7 +215,7 @@ def test_no_room_for_a_descriptor() -> None:
         ("watches", "/: the limit of inotify watches is reached: raise fs.inotify.max_user_watches"),
     ],
 )
-def test_limits_are_named(limit: str, reason: str) -> None:
+def test_error_names_the_inotify_limit(limit: str, reason: str) -> None:
     script = f"""
 from pathlib import Path
 from inco_trio.linux.inotify import IN_CREATE, Inotify

@@ -1,4 +1,4 @@
-"""The launcher of `inco-trio` processes, and the watch on registers for blocking code."""
+"""Tests of the launcher of `inco-trio` processes and of the register watch for blocking code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def launched(tmp_path: Path) -> Iterator[Launched]:
         made.close()
 
 
-def test_modules_of_the_user_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_of_the_current_directory_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "attrs.py").write_text("raise SystemExit('a module of the current directory')")
     (tmp_path / "json.py").write_text("raise SystemExit('a module of PYTHONPATH')")
     monkeypatch.chdir(tmp_path)
@@ -47,7 +47,7 @@ def test_modules_of_the_user_are_not_imported(tmp_path: Path, monkeypatch: pytes
         made.close()
 
 
-def test_an_installation_of_the_user_stays_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_installation_stays_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _isolation() == "-I"
     monkeypatch.setattr(site, "getsitepackages", list)
     assert _isolation() == "-P"
@@ -64,7 +64,7 @@ def test_a_process_is_stopped_or_killed(launched: Launched, tmp_path: Path) -> N
     again.close()
 
 
-def test_a_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+def test_a_process_ends_with_its_parent(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
@@ -84,7 +84,7 @@ sys.stdin.read()
     os.close(end)
 
 
-def test_a_directory_of_registers_may_contain_another_one(tmp_path: Path) -> None:
+def test_a_registers_directory_may_contain_another_one(tmp_path: Path) -> None:
     outer = Signal("outer", Direction.INBOUND, tmp_path / "irq", "state")
     inner = Signal("inner", Direction.OUTBOUND, tmp_path / "irq/inner", "trig")
     inner.directory.mkdir(parents=True)
@@ -97,7 +97,7 @@ def test_a_directory_of_registers_may_contain_another_one(tmp_path: Path) -> Non
         inner.path.write_text("1")
     watch.drain()
     assert [each.name for each in seen if isinstance(each, Signal)] == ["outer", "inner"] * 3
-    # The inner directory is replaced, and the watch on the outer one has to report that.
+    # The watch on the outer directory must report that the inner directory was replaced.
     inner.directory.rename(tmp_path / "old")
     inner.directory.mkdir()
     watch.drain()

@@ -1,4 +1,4 @@
-"""What is written to a stream at once, and what of it is not."""
+"""Tests of write_at_once: how much is written, and the reason if not all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inco_trio.service.lines import PIECE, write_at_once
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe with room for four pieces."""
+    """Yield a pipe whose buffer holds four pieces."""
     reader, writer = os.pipe()
     assert fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4 * PIECE) == 4 * PIECE
     yield reader, writer
@@ -24,7 +24,7 @@ def pipe() -> Iterator[tuple[int, int]]:
     os.close(writer)
 
 
-def test_all_of_it(pipe: tuple[int, int], tmp_path: Path) -> None:
+def test_all_is_written_if_it_fits(pipe: tuple[int, int], tmp_path: Path) -> None:
     reader, writer = pipe
     data = os.urandom(4 * PIECE)
     assert write_at_once(writer, data) == (len(data), None)
@@ -34,12 +34,12 @@ def test_all_of_it(pipe: tuple[int, int], tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == data
 
 
-def test_nothing() -> None:
+def test_writing_nothing_succeeds() -> None:
     assert write_at_once(-1, b"") == (0, None)
 
 
 @pytest.mark.parametrize("patience_ms", [0, 1])
-def test_as_much_as_there_is_room_for(pipe: tuple[int, int], patience_ms: int) -> None:
+def test_a_full_pipe_gets_what_fits(pipe: tuple[int, int], patience_ms: int) -> None:
     reader, writer = pipe
     data = os.urandom(5 * PIECE)
     assert write_at_once(writer, data, patience_ms) == (4 * PIECE, "the reader is too slow")
@@ -47,7 +47,7 @@ def test_as_much_as_there_is_room_for(pipe: tuple[int, int], patience_ms: int) -
     assert write_at_once(writer, b"next") == (4, None)
 
 
-def test_a_slow_reader_is_waited_for(pipe: tuple[int, int]) -> None:
+def test_the_writer_waits_for_a_slow_reader(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     data = os.urandom(8 * PIECE)
     read = bytearray()
@@ -63,7 +63,7 @@ def test_a_slow_reader_is_waited_for(pipe: tuple[int, int]) -> None:
     assert (written, bytes(read)) == ((len(data), None), data)
 
 
-def test_a_reader_that_has_gone() -> None:
+def test_a_closed_pipe_is_reported() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     assert write_at_once(writer, b"x", 1000) == (0, "Broken pipe")
@@ -71,12 +71,12 @@ def test_a_reader_that_has_gone() -> None:
     assert write_at_once(writer, b"x", 1000) == (0, "Bad file descriptor")
 
 
-def test_a_full_disk() -> None:
+def test_a_full_device_is_reported() -> None:
     with Path("/dev/full").open("wb") as full:
         assert write_at_once(full.fileno(), b"x", 1000) == (0, "No space left on device")
 
 
-def test_no_descriptor_may_be_opened(pipe: tuple[int, int]) -> None:
+def test_writing_needs_no_new_descriptor(pipe: tuple[int, int]) -> None:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""The link's socket on the real kernel, and the watcher of interfaces."""
+"""Tests of the link's socket and of the interface watcher on the real kernel."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ StartLink = Callable[[], PacketLink]
 
 
 def close(link: PacketLink) -> None:
-    """As `PacketLink.close`, without a Trio to tell."""
+    """Close the link's sockets outside Trio; `PacketLink.close` notifies waiting Trio tasks."""
     link._socket.close()
     link._rtnetlink.close()
 
 
 def change(cores: Cores, interface: str, **attributes: Any) -> None:
-    """Change an interface of core 0."""
+    """Change attributes of an interface of core 0."""
     from pyroute2 import IPRoute
 
     def inside() -> None:
@@ -53,7 +53,7 @@ def change(cores: Cores, interface: str, **attributes: Any) -> None:
 
 @pytest.fixture
 def opened(cores: Cores) -> Iterator[StartLink]:
-    """A socket in core 0 that is not bound yet."""
+    """Return a function that opens a link in core 0 without binding its socket."""
     with ExitStack() as stack:
 
         def start() -> PacketLink:
@@ -66,7 +66,7 @@ def opened(cores: Cores) -> Iterator[StartLink]:
 
 @pytest.fixture
 def link(opened: StartLink, cores: Cores) -> PacketLink:
-    """A socket on core 0's end of the link."""
+    """Return a bound link in core 0."""
     made = opened()
     assert made.refresh()
     return made
@@ -88,12 +88,12 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 def receive(link: PacketLink, count: int = 100, step: int = ROOM) -> list[bytes]:
-    """What is queued, as far as it fits into `count` rooms of ROOM bytes."""
+    """Return queued frames that fit into `count` buffers of ROOM bytes."""
     rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
     return [bytes(room[:length]) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
 
 
-def test_nothing_is_queued_before_it_is_bound(opened: StartLink, cores: Cores, core1: Peer) -> None:
+def test_no_frame_is_queued_before_the_bind(opened: StartLink, cores: Cores, core1: Peer) -> None:
     link = opened()
     core1.send(b"early")
     assert receive(link) == []
@@ -102,7 +102,7 @@ def test_nothing_is_queued_before_it_is_bound(opened: StartLink, cores: Cores, c
     assert receive(link) == [encode(b"in_time", core1.mac)]
 
 
-def test_a_batch_is_read_in_order_until_none_is_left(link: PacketLink, core1: Peer) -> None:
+def test_frames_are_read_in_order_until_the_queue_is_empty(link: PacketLink, core1: Peer) -> None:
     for number in range(7):
         core1.send(b"%d" % number)
     assert [frame[14:] for frame in receive(link, 5)] == [b"0", b"1", b"2", b"3", b"4"]
@@ -110,7 +110,7 @@ def test_a_batch_is_read_in_order_until_none_is_left(link: PacketLink, core1: Pe
     assert receive(link, 5) == []
 
 
-def test_one_frame(link: PacketLink, core1: Peer) -> None:
+def test_one_frame_is_read(link: PacketLink, core1: Peer) -> None:
     core1.send(b"one")
     room = memoryview(bytearray(ROOM))
     length = link.receive_one(room)
@@ -118,7 +118,7 @@ def test_one_frame(link: PacketLink, core1: Peer) -> None:
     assert link.receive_one(room) == -1
 
 
-def test_a_long_frame_is_cut_and_its_length_is_true(link: PacketLink, core1: Peer) -> None:
+def test_a_long_frame_is_truncated_and_its_full_length_returned(link: PacketLink, core1: Peer) -> None:
     core1.send(b"long", pad=1000)
     core1.send(b"next")
     room = memoryview(bytearray(ROOM))
@@ -126,7 +126,7 @@ def test_a_long_frame_is_cut_and_its_length_is_true(link: PacketLink, core1: Pee
     assert receive(link) == [encode(b"next", core1.mac)]
 
 
-def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer) -> None:
+def test_a_batch_ends_with_a_frame_longer_than_its_step(link: PacketLink, core1: Peer) -> None:
     for pad in (0, 150, 0):
         core1.send(b"name", pad=pad)
     assert [len(frame) for frame in receive(link, step=100)] == [18, 150]
@@ -134,9 +134,9 @@ def test_a_batch_ends_with_a_frame_beyond_its_step(link: PacketLink, core1: Peer
 
 
 WITHOUT_OPTION = ("linux.if_packet.PACKET_IGNORE_OUTGOING", 9999)
-"""As on a kernel before 4.20, which does not know it."""
+"""Kernels before 4.20 do not support this option."""
 WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
-"""Takes everything."""
+"""A filter that accepts every frame."""
 
 
 @pytest.mark.parametrize("without", [WITHOUT_OPTION, WITHOUT_FILTER], ids=["the filter", "the option"])
@@ -154,17 +154,17 @@ def test_own_frames_are_not_received(
     close(link)
 
 
-def test_the_filter_cannot_be_taken_away(link: PacketLink) -> None:
+def test_the_filter_cannot_be_detached(link: PacketLink) -> None:
     with socket.socket(fileno=os.dup(link.fd)) as other, pytest.raises(PermissionError):
         other.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
-def test_the_buffer_that_was_granted_is_told(link: PacketLink) -> None:
+def test_the_granted_buffer_size_is_reported(link: PacketLink) -> None:
     limit = int(Path("/proc/sys/net/core/rmem_max").read_text())
     assert link.granted in (RECEIVE_BUFFER, min(limit, RECEIVE_BUFFER))
 
 
-def test_without_cap_net_admin_the_limit_of_the_system_is_granted(cores: Cores) -> None:
+def test_without_cap_net_admin_rmem_max_limits_the_buffer(cores: Cores) -> None:
     def start() -> int:
         with without_capability(CAP_NET_ADMIN):
             link = PacketLink.open(cores.link)
@@ -175,7 +175,7 @@ def test_without_cap_net_admin_the_limit_of_the_system_is_granted(cores: Cores) 
     assert cores.core0.run(start) == min(limit, RECEIVE_BUFFER)
 
 
-def test_without_cap_net_raw_it_is_refused(cores: Cores) -> None:
+def test_without_cap_net_raw_opening_is_refused(cores: Cores) -> None:
     def start() -> None:
         with without_capability(CAP_NET_RAW):
             PacketLink.open(cores.link)
@@ -184,7 +184,7 @@ def test_without_cap_net_raw_it_is_refused(cores: Cores) -> None:
         cores.core0.run(start)
 
 
-def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
+def test_too_many_open_files_is_an_error(cores: Cores) -> None:
     def start() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
@@ -197,7 +197,7 @@ def test_without_room_for_a_descriptor_it_is_refused(cores: Cores) -> None:
         cores.core0.run(start)
 
 
-def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_opening_leaks_no_descriptor(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> Rtnetlink:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -212,10 +212,10 @@ def test_what_fails_half_way_is_closed(cores: Cores, monkeypatch: pytest.MonkeyP
     cores.core0.run(start)
 
 
-# ------------------------------------------------------------------------------------------------- the interface's life
+# ------------------------------------------------------------------------------------- state changes of the interface
 
 
-def test_what_refresh_learns(opened: StartLink, cores: Cores) -> None:
+def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> None:
     link = opened()
     assert (link.mac, link.running) == (b"", False)
     cores.delete_link()
@@ -233,7 +233,7 @@ def test_what_refresh_learns(opened: StartLink, cores: Cores) -> None:
 def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
     async def main() -> None:
         cores.core1.run(other_end_down)
-        # The kernel tells it a moment later.
+        # The kernel reports the change asynchronously.
         while link.refresh() and link.running:
             await watcher.wait()
 
@@ -258,13 +258,13 @@ def test_the_queue_outlives_the_interface(link: PacketLink, cores: Cores, core1:
     core1.rebind()
     assert link.refresh()
     core1.send(b"after")
-    # The kernel says once that the link was down.
+    # The first receive ends early, because the kernel reports ENETDOWN once.
     assert [frame[14:] for frame in receive(link) + receive(link)] == [b"before", b"after"]
     assert link.fd == fd
     assert link.fits
 
 
-def test_a_link_that_goes_down_is_no_error(link: PacketLink, cores: Cores, core1: Peer) -> None:
+def test_a_link_that_goes_down_is_not_an_error(link: PacketLink, cores: Cores, core1: Peer) -> None:
     room = memoryview(bytearray(ROOM))
     cores.link_down()
     assert receive(link) == []
@@ -276,7 +276,7 @@ def test_a_link_that_goes_down_is_no_error(link: PacketLink, cores: Cores, core1
     assert receive(link) == [encode(b"again", core1.mac)]
 
 
-def test_what_is_no_matter_of_the_link_is_an_error(link: PacketLink) -> None:
+def test_other_socket_errors_are_raised(link: PacketLink) -> None:
     other = PacketLink(socket.socket(socket.AF_INET, socket.SOCK_STREAM), "tcp")
     try:
         with pytest.raises(OSError, match="not connected"):
@@ -287,7 +287,7 @@ def test_what_is_no_matter_of_the_link_is_an_error(link: PacketLink) -> None:
         close(other)
 
 
-def test_another_address_is_sent_from(link: PacketLink, cores: Cores, core1: Peer) -> None:
+def test_a_changed_mac_is_used_for_sending(link: PacketLink, cores: Cores, core1: Peer) -> None:
     link.send("redun_notify_irq")
     change(cores, cores.link, address="02:00:00:00:00:77")
     assert link.refresh()
@@ -313,7 +313,7 @@ def test_drops_are_counted_once(link: PacketLink, core1: Peer) -> None:
     assert received + dropped == sent
 
 
-def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
+def test_error_names_the_missing_interface_and_existing_ones(cores: Cores) -> None:
     link = cores.core0.run(lambda: PacketLink.open("rpmsg16"))
     error = link.missing()
     close(link)
@@ -321,7 +321,7 @@ def test_a_name_is_gone_in_a_namespace_without_it(cores: Cores) -> None:
     assert exit_code(error) == 69
 
 
-# --------------------------------------------------------------------------------------------------- what is inherited
+# --------------------------------------------------------------------------------------------------- inherited sockets
 
 
 def packet_socket(interface: str = "", protocol: int = ETHERTYPE) -> socket.socket:
@@ -343,13 +343,13 @@ def test_an_inherited_socket_keeps_queue_and_filter(link: PacketLink, cores: Cor
     close(heir)
 
 
-def test_an_unbound_one_fits(opened: StartLink, cores: Cores) -> None:
+def test_an_unbound_socket_fits(opened: StartLink, cores: Cores) -> None:
     heir = PacketLink.take(cores.link, os.dup(opened().fd))
     assert heir.fits
     close(heir)
 
 
-def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
         longer = cores.core0.run(functools.partial(PacketLink.open, cores.link))
@@ -367,19 +367,19 @@ def test_one_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest
         pytest.param(lambda: socket.socket(socket.AF_UNIX), id="Unix"),
     ],
 )
-def test_what_does_not_fit(cores: Cores, make: Callable[[], socket.socket]) -> None:
+def test_other_sockets_do_not_fit(cores: Cores, make: Callable[[], socket.socket]) -> None:
     stranger = PacketLink.take(cores.link, cores.core0.run(make).detach())
     assert not stranger.fits
     close(stranger)
 
 
-def test_one_of_another_link_does_not_fit(link: PacketLink) -> None:
+def test_a_socket_of_another_link_does_not_fit(link: PacketLink) -> None:
     other = PacketLink.take("rpmsg16", os.dup(link.fd))
     assert not other.fits
     close(other)
 
 
-def test_one_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
         wide = cores.core0.run(functools.partial(PacketLink.open, cores.link))
@@ -411,15 +411,15 @@ def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: p
         enslave("br0")
         assert link.refresh()
     assert caplog.messages == [
-        f"{cores.link}: is a port of the bridge br0, which takes its frames: use br0 as the interface"
+        f"{cores.link}: a port of the bridge br0, which takes all frames (use br0 as the interface)"
     ]
     for _ in range(2):
         enslave("")
         assert link.refresh()
-    assert caplog.messages[1:] == [f"{cores.link}: is no port of the bridge br0 any more"]
+    assert caplog.messages[1:] == [f"{cores.link}: no longer a port of the bridge br0"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the watcher
+# ------------------------------------------------------------------------------------------------- interface watcher
 
 
 def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> None:
@@ -427,7 +427,7 @@ def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> 
         for happen in (cores.link_down, cores.link_up, cores.delete_link, cores.make_link):
             happen()
             await watcher.wait()
-        # All was read.
+        # No change is left in the queue.
         with trio.move_on_after(0) as scope:
             await watcher.wait()
         assert scope.cancelled_caught
@@ -435,7 +435,7 @@ def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> 
     run(main)
 
 
-def test_the_watcher_survives_more_than_it_can_hold(watcher: Rtnetlink, cores: Cores) -> None:
+def test_the_watcher_survives_an_overflow_of_its_buffer(watcher: Rtnetlink, cores: Cores) -> None:
     from pyroute2 import IPRoute
 
     def many_changes() -> None:

@@ -1,4 +1,4 @@
-"""The package `linux`: the only place of Linux constants and C calls."""
+"""Tests of the package `linux`, the only place for Linux constants and C calls."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module or ""
 
 
-def test_it_imports_nothing_else_of_the_package() -> None:
+def test_linux_imports_nothing_else_of_the_package() -> None:
     found = {name for path in LINUX.glob("*.py") for name in imports(path) if name.startswith("inco_trio")}
     assert found == {"inco_trio.linux.libc"}
 
 
-def test_no_other_module_loads_the_c_library_or_names_a_kernel_constant() -> None:
+def test_only_linux_loads_libc_and_defines_kernel_constants() -> None:
     others = [path for part in ("inco_trio", "netns", "tests") for path in (PROJECT / part).rglob("*.py")]
     words = {"CDLL", "CLONE_NEWNET", "PR_SET_PDEATHSIG", "SO_PEEK_OFF", "PACKET_STATISTICS", "CAP_NET_RAW"}
     found = {
@@ -63,20 +63,20 @@ def test_no_other_module_loads_the_c_library_or_names_a_kernel_constant() -> Non
         (stat.S_IFBLK, "a block device"),
     ],
 )
-def test_kinds_of_files(kind: int, words: str) -> None:
+def test_kinds_of_files_have_names(kind: int, words: str) -> None:
     assert kind_of_file(kind | 0o644) == words
 
 
-def test_what_can_be_a_path() -> None:
+def test_paths_without_nul_and_surrogates_are_valid() -> None:
     assert [is_path(text) for text in ("/a", "", "a\0b", "\ud800")] == [True, True, False, False]
 
 
-def test_a_failed_call_raises_its_error() -> None:
+def test_a_failed_c_call_raises_os_error() -> None:
     with pytest.raises(OSError, match=r"Bad file descriptor.*nowhere"):
         check(libc.setns(-1, CLONE_NEWNET), "nowhere")
 
 
-def test_no_network_namespace_is_the_own_one(tmp_path: Path) -> None:
+def test_namespace_none_means_the_current_one(tmp_path: Path) -> None:
     before = identity(None)
     with entered(None):
         assert identity(None) == before

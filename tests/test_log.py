@@ -1,4 +1,4 @@
-"""The log: text for people, JSON for programs."""
+"""Tests of the log in text and JSON format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("inco_trio.somewhere")
 
 @pytest.fixture(autouse=True)
 def package_log() -> Iterator[None]:
-    """The package's logger as it was before."""
+    """Restore the package's logger after the test."""
     package = logging.getLogger("inco_trio")
     before = package.handlers, package.propagate, package.level
     yield
@@ -27,7 +27,7 @@ def package_log() -> Iterator[None]:
     package.setLevel(before[2])
 
 
-def test_text(capfd: pytest.CaptureFixture[str]) -> None:
+def test_text_lines_name_level_and_message(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     logger.warning("%s: is gone", "rpmsg4000")
     logger.debug("unheard")
@@ -40,7 +40,7 @@ def test_text(capfd: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_the_same_cause_is_said_once_a_second(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_same_cause_is_logged_once_per_second(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     for number in range(5):
         logger.warning("%s: %d frames dropped", "rpmsg4000", number)
@@ -61,21 +61,21 @@ def test_the_same_cause_is_said_once_a_second(capfd: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_what_was_left_out_is_said_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
+def test_omitted_lines_are_summarized_after_a_second(monkeypatch: pytest.MonkeyPatch, log_format: str) -> None:
     monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.5)
     ours, theirs = os.pipe()
     set_up_logging(log_format, verbose=False, fd=theirs)
-    # The last line is the state that it is in.
+    # The last line of each cause shows the current state.
     for _ in range(2):
         logger.warning("down")
         logger.info("up", extra={"event": "works"})
-    with open(ours) as lines:  # noqa: PTH123 - a descriptor
+    with open(ours) as lines:  # noqa: PTH123 - a file descriptor
         said = [lines.readline() for _ in range(4)]
     os.close(theirs)
     assert [("down" in line, "up" in line) for line in said] == [(True, False), (False, True)] * 2
 
 
-def test_the_number_is_a_field_of_json(capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_number_of_omitted_lines(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("json", verbose=False)
     for _ in range(3):
         logger.error("down")
@@ -85,7 +85,7 @@ def test_the_number_is_a_field_of_json(capfd: pytest.CaptureFixture[str]) -> Non
     assert [(entry["message"], entry.get("left_out")) for entry in entries] == [("down", None), ("down", 1)]
 
 
-def test_json(capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_lines_have_time_level_event_and_message(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("json", verbose=True)
     logger.debug('"quoted"\nand more')
     logger.info("ready", extra={"event": "ready"})
@@ -121,7 +121,7 @@ def test_an_exception_keeps_its_traceback(log_format: str, capfd: pytest.Capture
     assert said.rstrip().endswith("ValueError: invalid literal for int() with base 10: 'no number'")
 
 
-def test_set_up_again_replaces(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_set_up_replaces_the_first(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=True)
     set_up_logging("text", verbose=False)
     logger.debug("unheard")
@@ -129,12 +129,12 @@ def test_set_up_again_replaces(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "inco-trio: info: once\n"
 
 
-# ------------------------------------------------------------------------------------------- where nobody takes it
+# ------------------------------------------------------------------------------------------------- unwritable logs
 
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """A pipe in which there is no room left."""
+    """Yield a full pipe."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with contextlib.suppress(BlockingIOError):
@@ -158,7 +158,7 @@ def drain(reader: int) -> bytes:
     return read.lstrip(b".")
 
 
-def test_lines_that_nobody_reads_are_counted_in_the_next_that_is_read(
+def test_lost_lines_are_counted_in_the_next_written_line(
     pipe: tuple[int, int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     reader, writer = pipe
@@ -176,10 +176,10 @@ def test_lines_that_nobody_reads_are_counted_in_the_next_that_is_read(
     ]
 
 
-def test_a_torn_line_is_ended_before_the_next(pipe: tuple[int, int]) -> None:
+def test_a_partial_line_is_ended_before_the_next_line(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     set_up_logging("text", verbose=False, fd=writer)
-    # Room for a page, which is less than the line.
+    # Make room for one page, which is shorter than the line.
     os.read(reader, 4096)
     logger.info("x" * 10000)
     torn = drain(reader)
@@ -190,7 +190,7 @@ def test_a_torn_line_is_ended_before_the_next(pipe: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("place", "reason"), [("full", "No space left on device"), ("closed", "Bad file descriptor")])
-def test_a_log_that_cannot_be_written_is_said_once(place: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_log_is_reported_once(place: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
     fd = os.open("/dev/full", os.O_WRONLY)
     if place == "closed":
         os.close(fd)
@@ -202,7 +202,7 @@ def test_a_log_that_cannot_be_written_is_said_once(place: str, reason: str, capf
         os.close(fd)
 
 
-def test_standard_error_that_is_full_is_not_complained_of_there(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_standard_error_is_not_reported_to_itself(capfd: pytest.CaptureFixture[str]) -> None:
     saved, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, 2)
     try:
@@ -219,13 +219,13 @@ def test_standard_error_that_is_full_is_not_complained_of_there(capfd: pytest.Ca
     ]
 
 
-def test_a_mistake_in_a_call_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_log_call_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     logger.info("%d", "no number")
     assert "--- Logging error ---" in capfd.readouterr().err
 
 
-def test_half_a_character_is_shown_as_an_escape(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_surrogate_is_logged_as_an_escape(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     logger.info("/dev/\udcff")
     assert capfd.readouterr().err == "inco-trio: info: /dev/\\udcff\n"

@@ -1,4 +1,4 @@
-"""The man pages and completions are those of the parser, and shells and readers take them."""
+"""Tests that man pages and completions match the parser and work in man and in shells."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ README = (ROOT / "README.md").read_text()
 SIGNALS = {signal.name for signal in builtin_signals(Path("/"))}
 
 
-def test_nothing_is_stale() -> None:
+def test_generated_files_are_up_to_date() -> None:
     old = stale()
     assert not old, f"{', '.join(old)}: {REMEDY}"
 
 
-def test_what_is_stale_is_found(tmp_path: Path) -> None:
+def test_stale_files_are_found(tmp_path: Path) -> None:
     for name in (MAN, COMPLETION):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / MAN / "inco-trio-run.1").write_text("old")
@@ -42,7 +42,7 @@ def test_what_is_stale_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("columns", ["20", "300"])
-def test_the_width_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+def test_the_terminal_width_does_not_change_the_pages(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     assert {path: text == (ROOT / path).read_text() for path, text in generate().items()} == dict.fromkeys(
         generate(), True
@@ -50,13 +50,13 @@ def test_the_width_of_a_terminal_changes_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_has_its_sections(page: Path) -> None:
+def test_each_page_has_its_sections(page: Path) -> None:
     headings = [line[4:] for line in page.read_text().splitlines() if line.startswith(".SH ")]
     headings = [heading for heading in headings if heading != "COMMANDS"]
     assert headings == ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXIT STATUS", "EXAMPLES", "SEE ALSO"]
 
 
-def test_an_epilog_becomes_sections_and_says_nothing_to_roff() -> None:
+def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
     parser = argparse.ArgumentParser(
         prog="inco_proxy",
         description="What it does.",
@@ -87,11 +87,11 @@ def test_each_command_has_a_page() -> None:
 
 @pytest.mark.tools
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_readers_have_no_complaint(page: Path) -> None:
+def test_mandoc_and_man_report_no_warning(page: Path) -> None:
     lint = subprocess.run(
         ["mandoc", "-T", "lint", "-W", "warning", page], capture_output=True, text=True, timeout=HANG, check=False
     )
-    # A page that is made from the parser has no date.
+    # Generated pages have no date.
     assert [line for line in lint.stdout.splitlines() if "missing date" not in line] == []
     shown = subprocess.run(
         ["man", "--warnings", "--encoding=UTF-8", "--local-file", page],
@@ -110,7 +110,7 @@ Complete = Callable[[Path, str], set[str]]
 
 
 def in_bash(cwd: Path, line: str) -> set[str]:
-    """What bash offers after `line`: its function is called as readline would."""
+    """Return bash's completions of `line`, by calling its function like readline."""
     words = line.split(" ")
     script = f"""
         . {BASH}
@@ -122,7 +122,7 @@ def in_bash(cwd: Path, line: str) -> set[str]:
 
 
 def in_fish(cwd: Path, line: str) -> set[str]:
-    """What fish offers after `line`, without what it says of each."""
+    """Return fish's completions of `line`, without their descriptions."""
     offered = run(cwd, "fish", "--no-config", "-c", f"source {FISH}; complete --do-complete $argv[1]", line)
     return {word.split("\t")[0] for word in offered}
 
@@ -143,7 +143,7 @@ def run(cwd: Path, *command: str) -> set[str]:
 
 
 def in_zsh(cwd: Path, line: str) -> set[str]:
-    """What zsh offers after `line`, typed on a terminal; each time that something is added, it is written to a FIFO."""
+    """Return zsh's completions of `line` on a terminal; a wrapper of compadd writes them to a file."""
     fifo = cwd / "fifo"
     os.mkfifo(fifo)
     (cwd / ".zshrc").write_text(f"""
@@ -185,7 +185,7 @@ def in_zsh(cwd: Path, line: str) -> set[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A PATH on which `inco-trio` is found as pipx has it: a symlink into an environment where the wheel is."""
+    """Return a PATH directory like pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
     environment = tmp_path / "environment"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for source, where in wheel["shared-data"].items():
@@ -220,7 +220,7 @@ def installed(tmp_path: Path) -> Path:
     ],
     ids=["bash", "zsh", "fish"],
 )
-def test_the_lines_of_the_readme_switch_it_on(
+def test_the_commands_of_the_readme_enable_completion(
     shell: tuple[str, ...], row: str, ask: str, said: str, installed: Path, tmp_path: Path
 ) -> None:
     section = README[README.index("## Man pages and completion") : README.index("## As a library")]
@@ -253,7 +253,9 @@ def test_the_lines_of_the_readme_switch_it_on(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_completion(complete: Complete, line: str, offered: set[str], tmp_path: Path) -> None:
+def test_shells_complete_commands_options_and_signals(
+    complete: Complete, line: str, offered: set[str], tmp_path: Path
+) -> None:
     (tmp_path / "udrv.json").touch()
     (tmp_path / "irq").mkdir()
     found = complete(tmp_path, line)

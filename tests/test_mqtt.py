@@ -1,4 +1,4 @@
-"""The gateway, beside a real proxy and a real mosquitto."""
+"""Tests of the gateway with a real proxy and a real mosquitto."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 class Bench:
-    """A broker, a board with its proxy, and a gateway between them."""
+    """A broker, a board with its proxy, and a gateway that connects them."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -49,10 +49,10 @@ class Bench:
         return gateway
 
     def kill_broker(self, gateway: Gateway, reader: Reader) -> None:
-        """SIGKILL, and start it again.
+        """Kill and restart the broker.
 
-        With mosquitto is lost what it has acknowledged and not sent on, so that is nothing here; and so are its
-        sessions, so that the reader is there first.
+        A killed mosquitto loses messages that it acknowledged but did not deliver, so the broker first delivers all.
+        It also loses its sessions, so the reader reconnects before the gateway continues.
         """
         gateway.process.send_signal(signal.SIGSTOP)
         reader.settle()
@@ -93,7 +93,7 @@ def test_notifications_are_published(bench: Bench) -> None:
         assert (told.body["sequence"], told.body["boot"], told.retain) == (number, boot, False)
 
 
-def test_the_end_of_a_gateway_and_of_a_proxy_are_told(bench: Bench) -> None:
+def test_status_reports_the_end_of_a_gateway_and_of_a_proxy(bench: Bench) -> None:
     bench.broker.start()
     proxy = bench.proxy()
     reader = bench.reader()
@@ -111,7 +111,7 @@ def test_the_end_of_a_gateway_and_of_a_proxy_are_told(bench: Bench) -> None:
     reader.until_status(bench.name, state="offline")
 
 
-def test_signals_are_sent_that_may_be(bench: Bench) -> None:
+def test_only_permitted_signals_are_sent(bench: Bench) -> None:
     bench.broker.start()
     peer = bench.board.core1()
     bench.proxy()
@@ -133,9 +133,11 @@ def test_signals_are_sent_that_may_be(bench: Bench) -> None:
     assert ask("redun_notify_irq", bytes(1 << 20)) == {"sent": 1}
     assert b"redun_notify_irq" in peer.recv(2048)
     assert ask("ihub_hwwd_irq") == "not-permitted"
-    assert ask("nobody") == "not-permitted"
+    assert ask("unlisted") == "not-permitted"
     assert ask("%2B") == "not-permitted"
-    reader.publish(send + "redun_notify_irq", response=send + "redun_notify_irq")  # No answer there.
+    reader.publish(
+        send + "redun_notify_irq", response=send + "redun_notify_irq"
+    )  # The gateway does not answer to a send topic.
     assert b"redun_notify_irq" in peer.recv(2048)
     assert ask("ihub_hwwd_irq") == "not-permitted"
     assert bench.board.status()["counters"]["sent"] == 3
@@ -143,7 +145,7 @@ def test_signals_are_sent_that_may_be(bench: Bench) -> None:
         each.close()
 
 
-def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(bench: Bench) -> None:
+def test_nothing_is_lost_when_broker_gateway_or_network_fail(bench: Bench) -> None:
     bench.broker.start()
     peer = bench.board.core1()
     bench.proxy()
@@ -152,14 +154,14 @@ def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(b
     reader.until_status(bench.name, state="online")
     sent = 0
 
-    def carry(number: int) -> None:
+    def send(number: int) -> None:
         nonlocal sent
         for _ in range(number):
             bench.board.inbound(peer)
         sent += number
 
     def check() -> None:
-        """All that was sent came, in order; doubles are seen by their numbers."""
+        """Check that all notifications arrived in order; duplicates are recognized by their numbers."""
         last = 0
         for told in reader.notifications():
             number = told.body["sequence"]
@@ -168,25 +170,25 @@ def test_nothing_is_lost_over_the_end_of_the_broker_the_gateway_or_the_network(b
             if last == sent:
                 return
 
-    carry(300)
+    send(300)
     bench.broker.end()
-    carry(300)
+    send(300)
     bench.broker.start()
-    carry(100)
+    send(100)
     gateway.end(signal.SIGKILL)
-    carry(300)
+    send(300)
     gateway = bench.gateway()
-    carry(100)
+    send(100)
     gateway.process.send_signal(signal.SIGSTOP)
-    carry(500)
+    send(500)
     gateway.process.send_signal(signal.SIGCONT)
-    carry(300)
+    send(300)
     bench.kill_broker(gateway, reader)
-    carry(310)
+    send(310)
     check()
 
 
-def test_the_line_of_the_page_runs(bench: Bench) -> None:
+def test_the_command_of_the_page_runs(bench: Bench) -> None:
     (line,) = re.findall(r"^ {4}(inco-trio mqtt .*)$", PAGE.read_text(), re.MULTILINE)
     broker = parse_broker(line.split()[2])
     assert (broker.tls, line.split()[3]) == (True, "--config")
@@ -197,7 +199,7 @@ def test_the_line_of_the_page_runs(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway()
     reader.until_status(bench.name, state="online")
-    # A reload that is refused changes nothing; one that is not goes on where it was.
+    # A refused reload changes nothing; a successful reload continues without a loss.
     (bench.home / "gateway.json").write_text('{"boards": []}')
     gateway.process.send_signal(signal.SIGHUP)
     while "reload refused" not in gateway.log:
@@ -210,7 +212,7 @@ def test_the_line_of_the_page_runs(bench: Bench) -> None:
     assert next(reader.notifications()).body["sequence"] == 1
 
 
-def test_many_boards_that_come_and_go(bench: Bench) -> None:
+def test_boards_can_be_added_and_removed(bench: Bench) -> None:
     boards = bench.home / "boards"
     boards.mkdir()
 
@@ -237,7 +239,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
         for name in ("b2", "b3"):
             peer.sendto(FRAME, f"{bench.home}/{name}-0")
         assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # What a board carries just before it goes comes yet, also while the broker is away.
+        # Notifications from just before the removal of a board still arrive, although the broker is down.
         bench.broker.end()
         for _ in range(200):
             peer.sendto(FRAME, f"{bench.home}/b3-0")
@@ -249,7 +251,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
         bench.broker.start()
         last = next(told for told in reader.notifications() if told.body["sequence"] == 201)
         assert last.topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # A board that is put back starts over, in the same proxy.
+        # A board that is added again starts with sequence 1.
         for _ in range(2):
             add("b3")
             proxy.process.send_signal(signal.SIGHUP)
@@ -266,7 +268,7 @@ def test_many_boards_that_come_and_go(bench: Bench) -> None:
     reader.until_status("b1", state="no proxy")
 
 
-def test_a_proxy_that_stands_still_holds_up_no_other(bench: Bench) -> None:
+def test_a_stopped_proxy_does_not_delay_others(bench: Bench) -> None:
     bench.broker.start()
     still = bench.proxy()
     home = bench.home / "other"
@@ -286,7 +288,7 @@ def test_a_proxy_that_stands_still_holds_up_no_other(bench: Bench) -> None:
     reader.until_status(bench.name, state="online")
 
 
-def test_two_gateways_that_take_the_session_from_each_other_say_so(bench: Bench) -> None:
+def test_two_gateways_with_the_same_session_log_a_warning(bench: Bench) -> None:
     bench.broker.start()
     gateways = []
     for name in ("one", "two"):
@@ -305,7 +307,7 @@ def test_two_gateways_that_take_the_session_from_each_other_say_so(bench: Bench)
     gateways[0].wait_log("does another gateway publish this board below this prefix?")
 
 
-def test_one_gateway_follows_and_another_says_so(bench: Bench) -> None:
+def test_a_second_gateway_of_a_proxy_logs_a_warning(bench: Bench) -> None:
     bench.broker.start()
     bench.proxy()
     reader = bench.reader()

@@ -1,4 +1,4 @@
-"""What a gateway is told: URL and file."""
+"""Tests of a gateway's configuration: URL and file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run_command(*words: str) -> subprocess.CompletedProcess[str]:
         ("mqtt://h/a%20b", "mqtt://h:1883/a b"),
     ],
 )
-def test_urls_of_brokers(url: str, shown: str) -> None:
+def test_broker_urls_are_parsed(url: str, shown: str) -> None:
     assert str(parse_broker(url)) == shown
 
 
@@ -56,13 +56,13 @@ def test_urls_of_brokers(url: str, shown: str) -> None:
         ("mqtt://h/" + "a" * 1001, "1,000"),
     ],
 )
-def test_urls_that_are_refused(url: str, fault: str) -> None:
+def test_invalid_broker_urls_are_refused(url: str, fault: str) -> None:
     with pytest.raises(InvalidArgumentError, match=fault) as refused:
         parse_broker(url)
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_no_user_is_taken_from_a_url_nor_shown() -> None:
+def test_a_url_with_user_is_refused_without_showing_the_password() -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         parse_broker("mqtt://me:secret@h")
     assert "secret" not in str(refused.value)
@@ -84,7 +84,7 @@ def test_an_empty_file_has_the_defaults(tmp_path: Path) -> None:
     assert read_gateway(path).broker.read() == Identity(None, None)
 
 
-def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "gateway.json"
     path.write_text(
         '{"boards": "b1", "boards": 3, "send": {"b1": "x", "b2": [1]}, "status_seconds": "1", "more": 1,'
@@ -113,7 +113,7 @@ def test_every_mistake_is_said_at_once(tmp_path: Path) -> None:
         ({"send": None}, "send"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, config: object, line: str) -> None:
+def test_invalid_values_are_refused(tmp_path: Path, config: object, line: str) -> None:
     path = tmp_path / "gateway.json"
     path.write_text(json.dumps(config))
     with pytest.raises(ConfigError) as refused:
@@ -132,21 +132,21 @@ def test_user_and_password_are_read_from_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"a\nb\n", b"\xff", b"a\0b", b"x" * 70_000])
-def test_files_that_are_no_line_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_credential_files_must_have_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "user"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"broker\.user_file"):
         Credentials(user_file=str(path)).read()
 
 
-def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_error_names_a_missing_credential_file(tmp_path: Path) -> None:
     with pytest.raises(IncoError, match="nowhere") as refused:
         Credentials(user_file=str(tmp_path / "nowhere")).read()
     assert isinstance(refused.value, ConfigError | PermissionDeniedError)
 
 
 @pytest.mark.parametrize("name", ["b1", "/run/b1/core0", "a+b#c%d", "ä", "\udcff", "\n", "$SYS", "", "a b"])
-def test_no_name_leaves_its_level(name: str) -> None:
+def test_a_board_name_stays_one_topic_level(name: str) -> None:
     assert not set(level(name)) & set("/+#")
     assert name_of(level(name)) == name
     topics = Topics("lab", "x/y")
@@ -154,7 +154,7 @@ def test_no_name_leaves_its_level(name: str) -> None:
     assert topics.notification("inbound", name).count("/") == 3
 
 
-def test_check_tells_what_a_gateway_may_do(tmp_path: Path) -> None:
+def test_check_prints_what_a_gateway_may_send(tmp_path: Path) -> None:
     path = tmp_path / "gateway.json"
     path.write_text('{"boards": ["a", "b"], "send": {"a": ["x_irq"], "*": ["*"], "b": []}}')
     done = run_command("check", "--gateway", str(path))

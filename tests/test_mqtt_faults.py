@@ -1,4 +1,4 @@
-"""Brokers that refuse, are silent or are somebody else: each is one line, and nothing is lost meanwhile."""
+"""Tests of brokers that refuse, do not answer or are other servers: one error line each, and no loss."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def at(port: int, *, tls: bool = False) -> Broker:
 # ------------------------------------------------------------------------------------------------------ certificates
 
 
-def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
+def test_certificates_are_checked_on_both_sides(tmp_path: Path, stack: ExitStack) -> None:
     ours, others = Certificates(tmp_path / "ours"), Certificates(tmp_path / "others")
     of_broker, of_client = ours.sign("127.0.0.1"), ours.sign("host1")
     stranger = others.sign("stranger")
@@ -96,7 +96,7 @@ def test_certificates(tmp_path: Path, stack: ExitStack) -> None:
     assert "the certificate files" in str(refusal(where, identity(tmp_path / "empty", of_client)))
 
 
-def test_a_certificate_that_has_ended(tmp_path: Path, stack: ExitStack) -> None:
+def test_an_expired_certificate_is_refused(tmp_path: Path, stack: ExitStack) -> None:
     ours = Certificates(tmp_path / "ours")
     certificate, key = ours.sign("127.0.0.1", days=-1)
     broker = start(stack, Mosquitto(
@@ -105,7 +105,7 @@ def test_a_certificate_that_has_ended(tmp_path: Path, stack: ExitStack) -> None:
     assert "expired" in str(refusal(at(broker.port, tls=True), Credentials(str(ours.ca))))
 
 
-def test_a_broker_without_tls_is_asked_for_it(tmp_path: Path, stack: ExitStack) -> None:
+def test_tls_to_a_broker_without_tls_is_an_error(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     assert "TLS" in str(refusal(at(broker.port, tls=True), Credentials()))
 
@@ -131,7 +131,7 @@ def with_password(tmp_path: Path, stack: ExitStack, *acl: str) -> tuple[Mosquitt
     return broker, Credentials(user_file=str(tmp_path / "user"), password_file=str(tmp_path / "word"))
 
 
-def test_passwords(tmp_path: Path, stack: ExitStack) -> None:
+def test_wrong_passwords_are_refused(tmp_path: Path, stack: ExitStack) -> None:
     broker, credentials = with_password(tmp_path, stack)
     where = at(broker.port)
     connecting(where, credentials)
@@ -140,7 +140,7 @@ def test_passwords(tmp_path: Path, stack: ExitStack) -> None:
     assert "Not authorized" in str(refusal(where, credentials))
 
 
-def test_what_an_acl_refuses_is_kept(tmp_path: Path, stack: ExitStack) -> None:
+def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitStack) -> None:
     broker, credentials = with_password(tmp_path, stack, "user reader", "topic readwrite #", "user gateway")
     board = Board(tmp_path, stack)
     board.core1()
@@ -169,19 +169,19 @@ def test_what_an_acl_refuses_is_kept(tmp_path: Path, stack: ExitStack) -> None:
 # ------------------------------------------------------------------------------------------------------------ silence
 
 
-def test_nobody_is_there() -> None:
+def test_unreachable_broker_is_an_error() -> None:
     assert "cannot be reached" in str(refusal(at(free_port()), Credentials()))
     assert "no such host" in str(refusal(Broker("nowhere.invalid", 1, False, "lab"), Credentials()))
 
 
-def test_a_broker_that_accepts_and_never_answers() -> None:
+def test_a_broker_that_never_answers_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         lost = refusal(at(server.getsockname()[1]), Credentials(), patience=0.2)
     assert isinstance(lost, BrokerLostError)
     assert "does not answer" in str(lost)
 
 
-def test_a_broker_that_ends_the_connection() -> None:
+def test_a_broker_that_closes_the_connection_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def hang_up() -> None:
@@ -192,13 +192,13 @@ def test_a_broker_that_ends_the_connection() -> None:
                 nursery.start_soon(trio.to_thread.run_sync, hang_up)
                 with pytest.raises(BrokerLostError, match=r"without an answer|broke|reset"):
                     async with open_connection(at(server.getsockname()[1]), Credentials(), "test"):
-                        pytest.fail("it did not answer")
+                        pytest.fail("connected without an answer of the broker")
 
         trio.run(main)
 
 
 def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], None]) -> None:
-    """Be a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings, until the client closes."""
+    """Play a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings."""
     sock, _ = server.accept()
     with sock:
         sock.settimeout(HANG)
@@ -208,13 +208,13 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
             if packet == b"\xc0\0":
                 sock.sendall(b"\xd0\0")
                 trio.from_thread.run_sync(pinged)
-            elif packet[0] == 0x32:  # PUBLISH at QoS 1; its identifier follows the topic
+            elif packet[0] == 0x32:  # PUBLISH at QoS 1; the packet identifier follows the topic
                 sock.sendall(b"\x40\x02" + packet[9:11])
 
 
 @pytest.mark.parametrize("seconds", [1, 0])
-def test_a_server_keep_alive_is_obeyed(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its own interval, the client would send no ping before the deadline (paho.mqtt.python#905)."""
+def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With KEEPALIVE, the client would not ping before the test ends (paho.mqtt.python#905)."""
     monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:
@@ -230,7 +230,7 @@ def test_a_server_keep_alive_is_obeyed(seconds: int, monkeypatch: pytest.MonkeyP
     trio.run(main)
 
 
-def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
+def test_a_stopped_broker_is_lost_after_10_s(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     clock = MockClock()
 
@@ -238,7 +238,7 @@ def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
         async with open_connection(at(broker.port), Credentials(), "test") as connection:
             assert broker.process is not None
             wait_stopped(broker.process.pid)
-            clock.autojump_threshold = 0  # From now on time passes, as soon as nothing else happens.
+            clock.autojump_threshold = 0  # From now on, the clock advances whenever all tasks wait.
             await connection.publish([Message("lab/x", b"")] * 100)
 
     with pytest.raises(BrokerLostError, match="does not answer for 10 s"):
@@ -246,7 +246,7 @@ def test_a_broker_that_stands_still(tmp_path: Path, stack: ExitStack) -> None:
 
 
 async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Callable[[], None]) -> None:
-    """Hand on what the broker says a byte at a time, and let time pass before each."""
+    """Relay the broker's data byte by byte, and advance the clock before each byte."""
 
     async def forth(client: trio.SocketStream, broker: trio.SocketStream) -> None:
         async for data in client:
@@ -265,7 +265,7 @@ async def relay_slowly(listener: trio.SocketListener, port: int, pass_time: Call
             await wait_all_tasks_blocked()
 
 
-def test_a_broker_that_is_slow_is_not_taken_for_a_silent_one(tmp_path: Path, stack: ExitStack) -> None:
+def test_a_slow_broker_is_not_lost(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     clock = MockClock()
 
@@ -284,7 +284,7 @@ def test_a_broker_that_is_slow_is_not_taken_for_a_silent_one(tmp_path: Path, sta
     trio.run(main, clock=clock)
 
 
-def test_a_full_disk_at_the_log_of_the_gateway(tmp_path: Path, stack: ExitStack) -> None:
+def test_the_gateway_runs_although_its_log_is_full(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     reader = Reader(broker)
     stack.callback(reader.close)
@@ -301,7 +301,7 @@ def test_a_full_disk_at_the_log_of_the_gateway(tmp_path: Path, stack: ExitStack)
     assert gateway.end() == 0
 
 
-def test_many_publish_at_once(tmp_path: Path, stack: ExitStack) -> None:
+def test_concurrent_publishers_keep_their_order(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true", "max_queued_messages 0"))
     reader = Reader(broker)
     stack.callback(reader.close)
@@ -330,7 +330,7 @@ def test_many_publish_at_once(tmp_path: Path, stack: ExitStack) -> None:
     assert list(told.values()) == [list(range(500))] * 12
 
 
-def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) -> None:
+def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     reader = Reader(broker)
     stack.callback(reader.close)
@@ -343,7 +343,7 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
             received = [await connection.received.receive() for _ in range(3)]
             for each in received[:acknowledged]:
                 each.acknowledge()
-            # What is written before this is there when it is acknowledged.
+            # The broker's acknowledgement shows that it has read the earlier packets.
             await connection.publish([Message("other", b"")])
             return [each.payload for each in received]
 
@@ -367,7 +367,7 @@ def test_what_is_not_acknowledged_comes_again(tmp_path: Path, stack: ExitStack) 
         (["mqtt://x", "--notification-fd", "99"], 2, "--notification-fd 99"),
     ],
 )
-def test_mistakes_of_the_command_line(words: list[str], code: int, text: str) -> None:
+def test_command_line_mistakes_are_one_error_line(words: list[str], code: int, text: str) -> None:
     done = subprocess.run([*COMMAND, "mqtt", *words], capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == code
     assert text in done.stderr

@@ -1,4 +1,4 @@
-"""The wire between two cores over a real mosquitto, each end a process of its own."""
+"""Tests of the bridge between two cores over a real mosquitto; each side is a separate process."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def frame(number: int) -> bytes:
 
 
 class Core:
-    """A core that the test plays."""
+    """A core that the test plays with a socket."""
 
-    def __init__(self, path: Path, wire: Path) -> None:
-        self.path, self.wire = path, wire
+    def __init__(self, path: Path, bridge: Path) -> None:
+        self.path, self.bridge = path, bridge
         self.socket = self.bound()
 
     def bound(self) -> socket.socket:
@@ -58,7 +58,7 @@ class Core:
         return made
 
     def send(self, data: bytes) -> None:
-        self.socket.sendto(data, os.fspath(self.wire))
+        self.socket.sendto(data, os.fspath(self.bridge))
 
     def receive(self) -> bytes:
         return self.socket.recv(4 * FRAME_MAX)
@@ -72,7 +72,7 @@ class Core:
 
 
 class Bench:
-    """A broker, and two cores whose wires are not there yet."""
+    """A broker and two cores whose bridge is not running yet."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -89,17 +89,17 @@ class Bench:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
         return ["mqtt-link", f"{self.broker.url}/wire", "--link", link, "--end", f"core{end}"]
 
-    def wire(self, end: int) -> Gateway:
-        wire = Gateway(self.home / f"wire{end}.log", *self.words(end))
-        self.stack.callback(wire.close)
-        wire.wait_ready()
-        return wire
+    def bridge(self, end: int) -> Gateway:
+        bridge = Gateway(self.home / f"wire{end}.log", *self.words(end))
+        self.stack.callback(bridge.close)
+        bridge.wait_ready()
+        return bridge
 
     def joined(self) -> tuple[Gateway, Gateway]:
-        wires = self.wire(0), self.wire(1)
-        wires[0].wait_log("core1 is online")
-        wires[1].wait_log("core0 is online")
-        return wires
+        bridges = self.bridge(0), self.bridge(1)
+        bridges[0].wait_log("core1 is online")
+        bridges[1].wait_log("core0 is online")
+        return bridges
 
 
 @pytest.fixture
@@ -108,12 +108,12 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield Bench(tmp_path, stack)
 
 
-def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
-    """What a wire says at SIGUSR1, once so many are acknowledged: a frame may be at the other core before that."""
-    for times in itertools.count(wire.log.count("statistics: ") + 1):
-        wire.process.send_signal(signal.SIGUSR1)
-        wire.wait_log("statistics: ", times)
-        line = [line for line in wire.log.splitlines() if "statistics: " in line][-1]
+def counters(bridge: Gateway, published: int = 0) -> dict[str, int]:
+    """Return the counters that a bridge logs at SIGUSR1, once `published` frames have been acknowledged."""
+    for times in itertools.count(bridge.log.count("statistics: ") + 1):
+        bridge.process.send_signal(signal.SIGUSR1)
+        bridge.wait_log("statistics: ", times)
+        line = [line for line in bridge.log.splitlines() if "statistics: " in line][-1]
         words = (word.split("=") for word in line.split("statistics: ")[1].split())
         told = {name: int(count) for name, count in words}
         if told["published"] >= published:
@@ -121,66 +121,66 @@ def counters(wire: Gateway, published: int = 0) -> dict[str, int]:
     raise AssertionError
 
 
-def test_frames_go_each_way_as_they_are(bench: Bench) -> None:
-    wires = bench.joined()
+def test_frames_pass_unchanged_in_both_directions(bench: Bench) -> None:
+    bridges = bench.joined()
     odd = [bytes(1), b"no frame", bytes(range(256)) * 6, frame(1).ljust(60, b"\0"), bytes(FRAME_MAX)]
     for here, there in (bench.cores, bench.cores[::-1]):
         for data in odd:
             here.send(data)
         assert [there.receive() for _ in odd] == odd
-    for wire in wires:
-        told = counters(wire, len(odd))
+    for bridge in bridges:
+        told = counters(bridge, len(odd))
         assert (told["published"], told["written"], told["missed"], told["malformed"]) == (len(odd), len(odd), 0, 0)
 
 
-def test_what_is_no_frame_of_the_core_is_counted(bench: Bench) -> None:
-    wires = bench.joined()
+def test_malformed_and_foreign_datagrams_are_counted(bench: Bench) -> None:
+    bridges = bench.joined()
     here, there = bench.cores
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as foreign:
-        os.kill(wires[0].process.pid, signal.SIGSTOP)
+        os.kill(bridges[0].process.pid, signal.SIGSTOP)
         for data in (b"", b"", frame(1), b"", bytes(FRAME_MAX + 1), frame(2), b""):
             here.send(data)
-        foreign.sendto(frame(9), os.fspath(here.wire))
-        os.kill(wires[0].process.pid, signal.SIGCONT)
+        foreign.sendto(frame(9), os.fspath(here.bridge))
+        os.kill(bridges[0].process.pid, signal.SIGCONT)
     here.send(b"")
     here.send(frame(3))
     assert [there.receive() for _ in range(3)] == [frame(n) for n in (1, 2, 3)]
-    told = counters(wires[0], 3)
+    told = counters(bridges[0], 3)
     assert (told["published"], told["malformed"], told["foreign"]) == (3, 6, 1)
 
 
-def test_frames_wait_for_an_end_that_was_never_there(bench: Bench) -> None:
-    wire = bench.wire(0)
+def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
+    bridge = bench.bridge(0)
     bench.cores[0].send(frame(1))
-    wire.wait_log("core1 has never been online")
-    bench.wire(1)
+    bridge.wait_log("core1 has never been online")
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_a_question_that_nobody_got_is_asked_again(bench: Bench) -> None:
-    """Not every broker says that nobody has subscribed: here somebody else has."""
+def test_the_position_request_is_repeated(bench: Bench) -> None:
+    """Another subscriber hides from this side that the other side has not subscribed."""
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    bench.wire(0)
+    bench.bridge(0)
     assert reader.next(lambda told: told.topic == "lab/wire/core0/frames").payload.startswith(b"inw1")
     bench.cores[0].send(frame(1))
-    bench.wire(1)
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_the_broker_keeps_frames_for_an_end_that_is_away(bench: Bench) -> None:
+def test_the_broker_keeps_frames_for_a_stopped_side(bench: Bench) -> None:
     _, away = bench.joined()
     bench.cores[0].send(LAST)
     assert bench.cores[1].receive() == LAST
     assert away.end() == 0
     for number in range(WINDOW // 2):
         bench.cores[0].send(frame(number))
-    bench.wire(1)
+    bench.bridge(1)
     assert [bench.cores[1].receive() for _ in range(WINDOW // 2)] == [frame(n) for n in range(WINDOW // 2)]
 
 
-def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
-    """Neither the broker's, of 1,000 messages, nor anybody else's: whoever sends has to wait."""
+def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
+    """The sender must wait before the broker's queue of 1,000 messages or any other queue overflows."""
     bench.joined()
     here, there = bench.cores
     total = 3000
@@ -193,16 +193,16 @@ def test_a_core_that_takes_nothing_overflows_no_queue(bench: Bench) -> None:
     sender = threading.Thread(target=send)
     sender.start()
     sender.join(1.0)
-    assert sender.is_alive()  # It has to wait.
+    assert sender.is_alive()  # The sender is blocked.
     while len(received) < total:
         received.append(there.receive())
     sender.join()
     assert received == [frame(number) for number in range(total)]
 
 
-def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench) -> None:
-    """Each time it begins to count anew, as nobody holds its memory, while the other end is away."""
-    wire, away = bench.joined()
+def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None:
+    """Without an fd store, each restart resets the sequence numbers, while the other side is stopped."""
+    bridge, away = bench.joined()
     bench.cores[0].send(frame(0))
     assert bench.cores[1].receive() == frame(0)
     away.end(signal.SIGKILL)
@@ -212,75 +212,75 @@ def test_an_end_that_begins_anew_again_and_again_overflows_no_queue(bench: Bench
             with contextlib.suppress(BlockingIOError, FileNotFoundError, ConnectionRefusedError):
                 bench.cores[0].send(frame(number))
                 threading.Event().wait(0.0005)
-        wire.end(signal.SIGKILL)
-        wire = bench.wire(0)
+        bridge.end(signal.SIGKILL)
+        bridge = bench.bridge(0)
     assert "being dropped" not in bench.broker.log
     bench.cores[0].socket.settimeout(HANG)
-    back = bench.wire(1)
+    back = bench.bridge(1)
     bench.cores[0].send(LAST)
     while bench.cores[1].receive() != LAST:
         pass
     assert counters(back)["missed"] == 0
 
 
-def test_a_core_that_goes_and_comes_back(bench: Bench) -> None:
-    _, wire = bench.joined()
+def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:
+    _, bridge = bench.joined()
     here, there = bench.cores
     there.leave()
     for number in range(5):
         here.send(frame(number))
-    wire.wait_log("frames wait for the core")
+    bridge.wait_log("frames wait for the core")
     there.socket = there.bound()
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
 
-def test_a_path_that_is_removed_is_bound_again_and_loses_nothing(bench: Bench) -> None:
-    wires = bench.joined()
+def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
+    bridges = bench.joined()
     here, there = bench.cores
     bench.broker.end()
-    wires[0].wait_log("frames wait, retrying")
+    bridges[0].wait_log("frames wait, retrying")
     for number in range(5):
         here.send(frame(number))
-    here.wire.unlink()
-    wires[0].wait_log("bound again")
+    here.bridge.unlink()
+    bridges[0].wait_log("bound again")
     for number in range(5, 10):
         here.send(frame(number))
     bench.broker.start()
     assert [there.receive() for _ in range(10)] == [frame(n) for n in range(10)]
 
 
-def test_two_that_are_the_same_end(bench: Bench) -> None:
-    wire = bench.wire(0)
+def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
+    bridge = bench.bridge(0)
     words = [word.replace("/wire0,", "/other,") for word in bench.words(0)]
     other = Gateway(bench.home / "other.log", *words)
     bench.stack.callback(other.close)
-    assert wire.process.wait(HANG) == 69
-    assert "another process is also core0: stop one of them" in wire.log
-    bench.cores[0].wire = bench.home / "other"
+    assert bridge.process.wait(HANG) == 69
+    assert "another process is also core0: stop one of them" in bridge.log
+    bench.cores[0].bridge = bench.home / "other"
     bench.cores[0].send(frame(1))
-    bench.wire(1)
+    bench.bridge(1)
     assert bench.cores[1].receive() == frame(1)
 
 
-def test_a_broker_that_was_restored_from_an_older_state(bench: Bench) -> None:
-    """What it says of a predecessor is no sign of a process that is the same end."""
+def test_a_broker_restored_from_an_older_state_is_accepted(bench: Bench) -> None:
+    """An old retained status of a predecessor must not count as a second process for the same side."""
     bench.joined()[0].end()
-    bench.broker.end()  # It saves what it knows.
+    bench.broker.end()  # On SIGTERM, mosquitto saves its state.
     older = (bench.broker.directory / "mosquitto.db").read_bytes()
     bench.broker.start()
-    wire = bench.wire(0)
-    wire.wait_log("core1 is online")
+    bridge = bench.bridge(0)
+    bridge.wait_log("core1 is online")
     bench.broker.end(signal.SIGKILL)
     (bench.broker.directory / "mosquitto.db").write_bytes(older)
-    before = wire.log.count("connected as core0")
+    before = bridge.log.count("connected as core0")
     bench.broker.start()
-    wire.wait_log("connected as core0", before + 1)
+    bridge.wait_log("connected as core0", before + 1)
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
-    assert wire.process.poll() is None
+    assert bridge.process.poll() is None
 
 
-def test_a_configuration_that_cannot_be_used(bench: Bench) -> None:
+def test_an_invalid_configuration_is_one_error_line(bench: Bench) -> None:
     config = bench.home / "gateway.json"
     for text, code, said in (
         ('{"broker": {"user_file": "/nowhere"}}', 78, "/nowhere"),
@@ -294,34 +294,34 @@ def test_a_configuration_that_cannot_be_used(bench: Bench) -> None:
         assert said in done.stderr
 
 
-def test_a_reload_that_is_refused_changes_nothing(bench: Bench) -> None:
+def test_a_refused_reload_changes_nothing(bench: Bench) -> None:
     config = bench.home / "gateway.json"
     config.write_text("{}")
-    wire = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
-    bench.stack.callback(wire.close)
-    wire.wait_ready()
-    bench.wire(1)
+    bridge = Gateway(bench.home / "wire0.log", *bench.words(0), "--config", config)
+    bench.stack.callback(bridge.close)
+    bridge.wait_ready()
+    bench.bridge(1)
     config.write_text("{")
-    wire.process.send_signal(signal.SIGHUP)
-    wire.wait_log("reload refused, keeping the old configuration")
+    bridge.process.send_signal(signal.SIGHUP)
+    bridge.wait_log("reload refused, keeping the old configuration")
     bench.cores[0].send(frame(1))
     assert bench.cores[1].receive() == frame(1)
-    assert counters(wire, 1)["published"] == 1
+    assert counters(bridge, 1)["published"] == 1
 
 
-def test_a_gap_is_counted_and_said(bench: Bench) -> None:
+def test_a_gap_is_counted_and_logged(bench: Bench) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
     for first in (1, 5):
         reader.publish("lab/wire/core1/frames", Batch(bytes(8), first, [frame(first)]).encode())
         assert bench.cores[0].receive() == frame(first)
-    wire.wait_log("lost 3 frames of core1 that the broker had acknowledged")
-    assert counters(wire)["missed"] == 3
+    bridge.wait_log("lost 3 frames of core1 that the broker had acknowledged")
+    assert counters(bridge)["missed"] == 3
 
 
-def test_a_held_socket_of_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
     assert isinstance(address, UnixAddress)
 
@@ -339,8 +339,8 @@ def test_a_held_socket_of_another_path_is_replaced(tmp_path: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
-    """Each of the topics that an end publishes to may be forgotten in an ACL."""
+def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
+    """The ACL lacks one of the topics to which a side publishes."""
     acl = bench.home / "acl"
     allowed = [f"topic readwrite lab/wire/{end}/{name}" for end in ("core0", "core1") for name in TOPICS]
     acl.write_text("\n".join(line for line in allowed if line != f"topic readwrite lab/wire/core1/{topic}") + "\n")
@@ -349,19 +349,19 @@ def test_what_an_acl_refuses_waits(bench: Bench, topic: str) -> None:
     with (bench.broker.directory / "mosquitto.conf").open("a") as conf:
         conf.write(f"acl_file {acl}\n")
     bench.broker.start()
-    wires = bench.wire(0), bench.wire(1)
-    wires[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
+    bridges = bench.bridge(0), bench.bridge(1)
+    bridges[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
     for core in bench.cores:
         core.send(frame(1))
     acl.write_text("\n".join(allowed) + "\n")
     assert bench.broker.process is not None
     bench.broker.process.send_signal(signal.SIGHUP)
     assert [core.receive() for core in bench.cores] == [frame(1)] * 2
-    assert "Traceback" not in wires[0].log + wires[1].log
+    assert "Traceback" not in bridges[0].log + bridges[1].log
 
 
-def test_it_has_nothing_to_tell_before_it_is_open() -> None:
-    """SIGUSR1 may come at any time."""
+def test_statistics_can_be_logged_before_opening() -> None:
+    """SIGUSR1 may arrive before the bridge is open."""
     address = parse_address("unix:/x/wire,peer=/x/core")
     assert isinstance(address, UnixAddress)
     bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
@@ -370,10 +370,10 @@ def test_it_has_nothing_to_tell_before_it_is_open() -> None:
 
 
 @pytest.mark.parametrize("topic", TOPICS)
-def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
+def test_invalid_messages_are_ignored(bench: Bench, topic: str) -> None:
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
-    wire = bench.wire(0)
+    bridge = bench.bridge(0)
     reader.next(lambda told: told.topic == "lab/wire/core0/status" and told.body["state"] == "online")
     batch = Batch(bytes(8), 1, [frame(1)]).encode()
     garbage = [
@@ -392,15 +392,15 @@ def test_garbage_on_its_topics(bench: Bench, topic: str) -> None:
         reader.publish(f"lab/wire/core1/{topic}", payload)
     reader.publish("lab/wire/core1/frames", batch)
     assert bench.cores[0].receive() == frame(1)
-    bench.wire(1)
+    bench.bridge(1)
     bench.cores[1].send(frame(2))
     assert bench.cores[0].receive() == frame(2)
-    assert counters(wire)["malformed"] >= 8
-    assert "Traceback" not in wire.log
+    assert counters(bridge)["malformed"] >= 8
+    assert "Traceback" not in bridge.log
 
 
 class Flow:
-    """Numbered frames from a core to the other one, sent and read by threads of their own until it is checked."""
+    """Numbered frames that one thread sends and another thread receives, until `check` is called."""
 
     def __init__(self, here: Core, there: Core) -> None:
         self._here, self._there = here, there
@@ -430,24 +430,24 @@ class Flow:
             self._received.append(self._there.receive())
 
     def check(self) -> int:
-        """All came, in order but for what was repeated; returns the number of doubles."""
+        """Check that all frames arrived in order, apart from repetitions; return the number of duplicates."""
         self._stopped.set()
         for thread in self._threads:
             thread.join(HANG)
             assert not thread.is_alive(), (self._sent, self._received[-3:])
         assert list(dict.fromkeys(self._received)) == [*map(frame, range(self._sent)), LAST]
-        doubles = len(self._received) - self._sent - 1
-        sys.stdout.write(f"{self._sent} frames, {doubles} doubles\n")
-        return doubles
+        duplicates = len(self._received) - self._sent - 1
+        sys.stdout.write(f"{self._sent} frames, {duplicates} duplicates\n")
+        return duplicates
 
 
 LAST = encode(b"last", MAC)
 ROUNDS = int(os.environ.get("INCO_TRIO_WIRE_ROUNDS", "25"))
-"""Faults of a walk; thousands are minutes."""
+"""Number of faults in a random walk; thousands of faults take minutes."""
 
 
-def test_nothing_is_lost_over_the_end_of_broker_and_reader(bench: Bench) -> None:
-    wires = list(bench.joined())
+def test_nothing_is_lost_when_broker_or_reader_restart(bench: Bench) -> None:
+    bridges = list(bench.joined())
     flow = Flow(*bench.cores)
     choice = random.Random(5)  # noqa: S311
     for _ in range(ROUNDS):
@@ -456,21 +456,21 @@ def test_nothing_is_lost_over_the_end_of_broker_and_reader(bench: Bench) -> None
             bench.broker.end()
             bench.broker.start()
         elif what == "hang up":
-            for wire in wires:
-                wire.process.send_signal(signal.SIGHUP)
+            for bridge in bridges:
+                bridge.process.send_signal(signal.SIGHUP)
         else:
-            wires[1].end(signal.SIGKILL if "killed" in what else signal.SIGTERM)
-            wires[1] = bench.wire(1)
+            bridges[1].end(signal.SIGKILL if "killed" in what else signal.SIGTERM)
+            bridges[1] = bench.bridge(1)
         threading.Event().wait(choice.random() / 4)
     flow.check()
-    for wire in wires:
-        assert "that the broker had acknowledged" not in wire.log
-        assert "Traceback" not in wire.log
+    for bridge in bridges:
+        assert "that the broker had acknowledged" not in bridge.log
+        assert "Traceback" not in bridge.log
 
 
 @pytest.mark.s6
-def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
-    """Both ends are killed, stopped and paused, and the broker is, while both cores send."""
+def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> None:
+    """Kill, restart and pause both sides, and restart the broker, while both cores send."""
     scan, services = bench.home / "scan", []
     for end in (0, 1):
         link = f"unix:{bench.home}/wire{end},peer={bench.home}/core{end}"
@@ -504,7 +504,7 @@ def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
         threading.Event().wait(choice.random() / 2)
     assert kills
     for flow in flows:
-        # Per kill what was being written, or was counted and not taken yet.
+        # Each kill may duplicate a frame that was being written and one that was not yet acknowledged.
         assert flow.check() <= 2 * kills
     assert "Traceback" not in running.log
     assert "never came" not in running.log
@@ -521,13 +521,13 @@ def test_nothing_is_lost_under_s6_over_the_end_of_anybody(bench: Bench) -> None:
         (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
     ],
 )
-def test_what_is_refused(words: list[str], text: str) -> None:
+def test_invalid_arguments_are_refused(words: list[str], text: str) -> None:
     done = subprocess.run([*COMMAND, "mqtt-link", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert text in done.stderr.splitlines()[-1]
 
 
-def test_a_path_that_cannot_be_bound(tmp_path: Path) -> None:
+def test_an_unusable_socket_path_is_an_error(tmp_path: Path) -> None:
     words = ["mqtt-link", f"mqtt://127.0.0.1:{free_port()}", "--end", "core1"]
     taken = tmp_path / "taken"
     taken.write_text("")
@@ -542,7 +542,7 @@ def test_a_path_that_cannot_be_bound(tmp_path: Path) -> None:
         assert done.stderr.splitlines()[-1].startswith(f"inco-trio: error: {path}: ")
 
 
-def test_two_proxies_that_share_no_host(bench: Bench) -> None:
+def test_two_proxies_communicate_over_the_bridge(bench: Bench) -> None:
     bench.joined()
     for core in bench.cores:
         core.leave()

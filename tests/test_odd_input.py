@@ -79,7 +79,7 @@ def test_every_command_checks_links_in_the_same_way(
         2,
         b"",
         complaint(
-            f"link {shown}: is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
+            f"link {shown}: neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
             "'/', ':' and whitespace"
         ),
     )
@@ -352,7 +352,7 @@ def test_a_scan_directory_on_a_read_only_file_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ("ro", 78, "/m/irq: Read-only file system: the configuration has to name a directory that can be made and"),
+        ("ro", 78, "/m/irq: Read-only file system (configure a directory that can be created and"),
         ("nr_inodes=1", 71, "/m/irq: No space left on device"),
         ("nr_inodes=3", 71, "/m/irq/message_"),
     ],
@@ -402,7 +402,7 @@ def test_commands_work_without_proc(tmp_path: Path) -> None:
     assert finished([*WITHOUT_PROC, "demo"]) == (
         71,
         b"",
-        complaint("the demonstration creates network namespaces through /proc, which is not mounted here"),
+        complaint("/proc is not mounted: the demonstration needs it to create network namespaces"),
     )
 
 
@@ -476,8 +476,8 @@ def test_the_warning_about_a_holder_escapes_a_process_name_that_is_not_utf8(
         said = running.wait_log(f"process {holder.pid}")
         # The message is one line without terminal control characters.
         assert said == (
-            f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds it open for writing: "
-            "what it writes is a notification only when it closes it"
+            f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds the file open for "
+            "writing: only closing the file causes a notification"
         )
         assert running.stop() == 0
 
@@ -498,4 +498,4 @@ def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     (line,) = [line for line in err.decode().splitlines() if not line.startswith(LOGGED.decode())]
     assert code == 77
     assert line.startswith(f"inco-trio: error: {irq_dir}/message_6_trig: Permission denied: uid ")
-    assert "needs to read triggers" in line
+    assert "must be able to read triggers" in line

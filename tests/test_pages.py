@@ -17,10 +17,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import attrs
 import pytest
 
 from docs.fields import described, table
-from inco_trio.board_files import KEYS, BoardFile, read_boards
+from inco_trio.board_files import BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parser
 from inco_trio.simulation.world import Cores, Peer
 from inco_trio.testing.happenings import History
@@ -42,28 +43,28 @@ NOT_RUN = {
 """Blocks that no test runs: their first characters and the reason."""
 RUN_BY = {
     ("api", ""): "test_api.py::test_the_examples_run",
-    ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_lines_of_the_page_run",
+    ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
-    ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_line_of_the_page_runs",
+    ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_command_of_the_page_runs",
     ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("mqtt-link", "core1="): "test_pages.py::test_shell_lines_run",
     ("README", "inco-trio "): "test_readme_lines.py::test_every_line_runs",
     ("README", "cd $(mktemp -d)"): "test_readme.py::test_the_rootless_qemu_example_runs",
     ("README", '{"link"'): "test_pages.py::test_the_board_files_on_the_pages_are_valid",
-    ("README", "share="): "test_manual.py::test_the_lines_of_the_readme_switch_it_on",
+    ("README", "share="): "test_manual.py::test_the_commands_of_the_readme_enable_completion",
     ("README", "import inco_trio"): "test_readme.py::test_the_library_example_runs",
     ("README", "async def answer"): "test_readme.py::test_the_library_example_runs",
     ("README", "trio.run(answer)"): "test_readme.py::test_the_library_example_runs",
     ("README", "async with"): "test_readme.py::test_the_example_of_core1_runs",
     ("README", "def test_"): "test_pages.py::test_the_tests_on_the_testing_page_pass",
-    ("asyncio", '"""Answer each'): "test_aio.py::test_documented_program_of_asyncio",
+    ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
     ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
-    ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_is_told_all_since_it_acknowledged",
-    ("control", '{"event": "merged"'): "test_control.py::test_what_nobody_acknowledges_is_merged_by_signal",
+    ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_receives_all_it_did_not_acknowledge",
+    ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("first-steps", "import inco_trio"): "test_pages.py::test_the_programs_on_the_pages_run",
     ("first-steps", "inco-trio "): "test_pages.py::test_shell_lines_run",
     ("supervision", "inco-trio "): "test_pages.py::test_shell_lines_run",
@@ -356,7 +357,7 @@ def test_the_control_socket_answers_as_its_page_shows(tmp_path: Path) -> None:
 
 
 def test_the_configuration_page_lists_each_key() -> None:
-    assert [*described(BoardFile)] == [*KEYS]
+    assert [*described(BoardFile)] == [field.name for field in attrs.fields(BoardFile)]
     assert table(BoardFile)[2:4] == [
         "| `link` | required | The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`. |",
         "| `config` | optional | The absolute path of a udrv.json. |",

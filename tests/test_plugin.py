@@ -160,9 +160,7 @@ def test_a_leaked_board_is_reported(pytester: pytest.Pytester) -> None:
         """,
     )
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.re_match_lines(
-        [r"the test leaves a board open: .*/leaked: use `with open_board\(\.\.\.\)`, or make_inco_board"]
-    )
+    result.stdout.re_match_lines([r".*/leaked: board left open \(use `with open_board\(\.\.\.\)` or make_inco_board\)"])
 
 
 @pytest.mark.parametrize(
@@ -170,9 +168,9 @@ def test_a_leaked_board_is_reported(pytester: pytest.Pytester) -> None:
     [
         ("signals={'x': 'up'}", "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
         ("config='/nowhere'", "/nowhere: cannot be read: No such file or directory"),
-        ("link='pigeon'", "link='pigeon': neither 'unix' nor 'interface'"),
-        ("'unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
-        ("lnk='unix'", "the marker inco_trio takes config=, signals= and link=, by name"),
+        ("link='pigeon'", "link='pigeon': expected 'unix' or 'interface'"),
+        ("'unix'", "marker inco_trio: expected only the arguments config=, signals= and link="),
+        ("lnk='unix'", "marker inco_trio: expected only the arguments config=, signals= and link="),
     ],
 )
 def test_an_invalid_marker_is_an_error(pytester: pytest.Pytester, marker: str, said: str) -> None:
@@ -211,14 +209,14 @@ def test_a_missing_qemu_is_an_error(pytester: pytest.Pytester, monkeypatch: pyte
         """
     result = run(pytester, test)
     result.assert_outcomes(failed=1, errors=1)
-    hint = r"qemu-system-riscv64 is not installed: .* \(or set inco_trio_missing = skip in pytest's configuration\)"
+    hint = r"qemu-system-riscv64 is not installed .* \(or set inco_trio_missing = skip in pytest's configuration\)"
     result.stdout.re_match_lines([hint, hint])
     result = run(pytester, test, "-o", "inco_trio_missing=skip", "-rs")
     result.assert_outcomes(skipped=2)
     result.stdout.re_match_lines([r"SKIPPED \[\d\] .*qemu-system-riscv64 is not installed"])
     result = run(pytester, test, "-o", "inco_trio_missing=maybe")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: inco_trio_missing = maybe: neither fail nor skip" in result.stderr.str()
+    assert "ERROR: inco_trio_missing = maybe: expected fail or skip" in result.stderr.str()
 
 
 def test_the_output_of_a_guest_is_in_the_failure(pytester: pytest.Pytester) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import attrs
@@ -115,22 +118,22 @@ DEEP = b"[" * 100_000
         (DEEP, "the line is not JSON: "),
         (b'{"event": ' + DEEP, "the line is not JSON: "),
         (b"[]", "the line is not a JSON object"),
-        (b'{"event": 1}', "event: 1 is not text"),
-        (b'{"event": [[1]]}', "event: a nested value is not text"),
+        (b'{"event": 1}', "event: a number \\(expected a string\\)"),
+        (b'{"event": [[1]]}', "event: a list \\(expected a string\\)"),
         (b'{"event": "notification"}', "the event notification lacks direction"),
-        (b'{"event": "link", "running": 1}', "running: 1 is not true or false"),
-        (b'{"event": "x", "time": 1e300}', "time: 1e\\+300 is not a time"),
-        (b'{"event": "x", "time": -1}', "time: -1 is not a time"),
-        (b'{"event": "x", "direction": "up"}', 'direction: "up" is not one of inbound, outbound'),
-        (b'{"event": "x", "frame": "zz"}', 'frame: "zz" is not hexadecimal'),
-        (b'{"event": "x", "sequence": %d}' % (1 << 64), "sequence: 18446744073709551616 is not a whole number"),
-        (b'{"status": [3]}', "status: 3 is not a board"),
-        (b'{"status": {}}', "status: {} is not a list"),
+        (b'{"event": "link", "running": 1}', "running: a number \\(expected true or false\\)"),
+        (b'{"event": "x", "time": 1e300}', "time: 1e\\+300 \\(expected seconds since 1970\\)"),
+        (b'{"event": "x", "time": -1}', "time: -1 \\(expected seconds since 1970\\)"),
+        (b'{"event": "x", "direction": "up"}', "direction: 'up' \\(expected inbound or outbound\\)"),
+        (b'{"event": "x", "frame": "zz"}', "frame: 'zz' \\(expected hexadecimal digits\\)"),
+        (b'{"event": "x", "sequence": %d}' % (1 << 64), "sequence: 18446744073709551616 \\(expected a whole number of"),
+        (b'{"status": [3]}', r"status\[0\]: a number \(expected a table\)"),
+        (b'{"status": {}}', "status: a table \\(expected a list\\)"),
         (b'{"status": [{"open": true, "board": "b"}]}', r"status\[0\]\.status\.link: missing"),
         (b'{"status": [{"open": false}]}', r"status\[0\]\.board: missing"),
-        (b'{"follow": {"b": 1}}', "follow.b: 1 is not an object"),
-        (b'{"sent": true}', "sent: true is not a whole number"),
-        (b'{"forgotten": [1]}', r"forgotten\[0\]: 1 is not text"),
+        (b'{"follow": {"b": 1}}', r"follow\.b: a number \(expected a table\)"),
+        (b'{"sent": true}', "sent: a boolean \\(expected a whole number"),
+        (b'{"forgotten": [1]}', r"forgotten\[0\]: a number \(expected a string\)"),
     ],
 )
 def test_invalid_messages_from_a_proxy_are_refused(line: bytes, text: str) -> None:
@@ -149,6 +152,45 @@ def test_invalid_messages_from_a_proxy_are_refused(line: bytes, text: str) -> No
 def test_greetings_of_other_programs_are_refused(line: bytes, text: str) -> None:
     with pytest.raises(MessageError, match=text):
         decode_greeting(line)
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (b'{"request": [1]}', "request: a list (expected one of status, send, "),
+        (b'{"request": "send"}', "signal: missing (expected a string)"),
+        (b'{"request": "send", "signal": null}', "signal: null (expected a string)"),
+        (b'{"request": "send", "signal": 1}', "signal: a number (expected a string)"),
+        (b'{"request": "send", "signal": "x", "count": 1e1}', "count: a number (expected a whole number"),
+        (b'{"request": "monitor", "direction": "up"}', "direction: 'up' (expected inbound or outbound)"),
+        (b'{"request": "monitor", "signals": [1]}', "signals: a list (expected a list of strings)"),
+        (b'{"request": "monitor", "frames": "%s"}' % (b"x" * 99), f"frames: '{'x' * 59}... (expected true or false)"),
+    ],
+)
+def test_a_request_that_is_refused(line: bytes, text: str) -> None:
+    with pytest.raises(RequestError, match=f"^{re.escape(text)}"):
+        decode_request(line)
+
+
+def test_null_in_a_request_stands_for_the_default() -> None:
+    assert decode_request(b'{"request": "send", "signal": "x", "count": null, "new": 1}') == (SendRequest("x"), {})
+
+
+def test_the_server_does_not_import_cattrs() -> None:
+    script = """
+import sys
+from inco_trio.control import protocol
+request, tag = protocol.decode_request(b'{"request": "monitor", "direction": "inbound", "signals": ["x"]}')
+protocol.encode_response(request, True, tag)
+try:
+    protocol.decode_request(b'{"request": "monitor", "signals": 1}')
+except protocol.RequestError as error:
+    protocol.encode_error(error)
+protocol.encode_event(protocol.event_now("lost", count=1))
+print(protocol.encode_greeting(protocol.Greeting("x", 1, "5f", ("b",))), "cattrs" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(" False\n")
 
 
 @given(

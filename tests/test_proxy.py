@@ -793,7 +793,7 @@ def test_a_process_that_holds_a_register_open_is_named(proxy: StartProxy, irq_di
     irq_dir.mkdir()
     with (irq_dir / "message_6_trig").open("w"):
         running = proxy("--irq-dir", irq_dir)
-        line = running.wait_log("holds it open for writing")
+        line = running.wait_log("holds the file open for writing")
     assert f"process {os.getpid()} " in line
 
 

@@ -1,4 +1,4 @@
-"""Every command line of the README runs, beside the daemon that it needs."""
+"""Every command line of the README runs with the daemon that it needs."""
 
 from __future__ import annotations
 

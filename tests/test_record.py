@@ -1,4 +1,4 @@
-"""`inco-trio record` as its users run it, beside a real daemon."""
+"""`inco-trio record` as its users run it, with a real daemon."""
 
 from __future__ import annotations
 

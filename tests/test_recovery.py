@@ -397,7 +397,7 @@ def test_a_refused_start_leaves_the_watches_to_the_next(board: Board) -> None:
         await board.leave()
         (board.irq / "spare_state").unlink()
         (board.irq / "spare_state").symlink_to("nowhere")
-        with pytest.raises(ConfigError, match="spare_state: is no regular file but a symlink"):
+        with pytest.raises(ConfigError, match="spare_state: not a regular file but a symlink"):
             await board.leave()
         board.trigger("redun")
         (board.irq / "spare_state").unlink()
@@ -417,7 +417,7 @@ def test_pending_notifications_are_not_written_to_a_replaced_directory(
     inotify, inflight, counters = Inotify(), Inflight.open(), Counters()
     registers = Registers(inotify, inflight, counters)
     registers.open(SignalTable((signal,)))
-    inflight.owed[b"reset"] = 6
+    inflight.pending[b"reset"] = 6
 
     def write(file: StateFile, original: Callable[[StateFile], None] = StateFile.write) -> None:
         nonlocal number
@@ -430,12 +430,12 @@ def test_pending_notifications_are_not_written_to_a_replaced_directory(
 
     monkeypatch.setattr(StateFile, "write", write)
     directory = registers.directories.by_path[irq]
-    assert False in list(registers.states.pay(directory))
-    assert inflight.owed[b"reset"] == 6
+    assert False in list(registers.states.write_pending(directory))
+    assert inflight.pending[b"reset"] == 6
     registers.directories.look(directory)
     writes = Writes(irq)
-    list(registers.states.pay(directory))
+    list(registers.states.write_pending(directory))
     assert writes.names() == ["reset"] * 6
-    assert inflight.owed[b"reset"] == 0
+    assert inflight.pending[b"reset"] == 0
     for part in (writes, registers, inflight, inotify):
         part.close()

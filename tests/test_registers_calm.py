@@ -197,9 +197,9 @@ class Calm(RuleBasedStateMachine):
             if event.mask & ino.IN_CLOSE_WRITE and path.name.endswith("_state"):
                 self.received[path] -= 1
         assert {path for path, count in self.received.items() if count < 0} == set()
-        owed = {path: count for path, count in self.received.items() if count}
-        assert owed == {self.home / name.replace(".", "/"): count for name, count in self.world.owed.items()}
-        self.received = Counter(owed)
+        pending = {path: count for path, count in self.received.items() if count}
+        assert pending == {self.home / name.replace(".", "/"): count for name, count in self.world.pending.items()}
+        self.received = Counter(pending)
 
     @rule(seconds=st.sampled_from([0.01, 2.0, 61.0]))
     def restore(self, seconds: float) -> None:
@@ -231,7 +231,7 @@ class Calm(RuleBasedStateMachine):
     @rule(outbound=st.sets(triggers), inbound=st.sets(states), renamed=st.booleans())
     def reload(self, outbound: set[tuple[str, str]], inbound: set[tuple[str, str]], *, renamed: bool) -> None:
         table = self.table(outbound, inbound, renamed=renamed)
-        if self.world.owed:
+        if self.world.pending:
             self.rest()
         elif self.dropped & {signal.path for signal in table}:
             # After the proxy has created, dropped and re-added a file, it no longer expects the pending event of its
@@ -249,7 +249,7 @@ class Calm(RuleBasedStateMachine):
         # who made a file that is replaced before the event of that is read.
         known = triggers.by_path.values()
         unknown = set(triggers._by_wd) - {trigger.wd for trigger in known} or any(trigger.made_in for trigger in known)
-        if rested or self.world.owed or unknown:
+        if rested or self.world.pending or unknown:
             self.rest()
         signals = list(self.world.table) if outbound is None else self.table(outbound, inbound)
         self.leave_out(signals)

@@ -204,9 +204,9 @@ class Walk(RuleBasedStateMachine):
     @rule(data=st.data(), number=st.integers(1, 3))
     def inbound(self, data: st.DataObject, number: int) -> None:
         signal = data.draw(st.sampled_from(self.states))
-        before = self.world.stats.delivered + sum(self.world.owed.values())
+        before = self.world.stats.delivered + sum(self.world.pending.values())
         self.world.write(*[signal] * number)
-        assert self.world.stats.delivered + sum(self.world.owed.values()) >= before + number
+        assert self.world.stats.delivered + sum(self.world.pending.values()) >= before + number
 
     @rule(triggers=st.sets(places), states=st.sets(state_places), moved=st.booleans())
     def reload(self, triggers: set[tuple[str, str]], states: set[tuple[str, str]], *, moved: bool) -> None:
@@ -290,7 +290,7 @@ class Walk(RuleBasedStateMachine):
         self.structures_agree()
         world = self.world
         assert self.written == set()
-        assert world.owed == {}
+        assert world.pending == {}
         assert world.after(1.5) == []
         assert all(directory.fd >= 0 for directory in world.registers.directories.by_path.values())
         assert world.registers.next_restore() == math.inf

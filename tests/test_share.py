@@ -228,9 +228,9 @@ def test_a_lack_of_descriptors_is_an_error() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-        with pytest.raises(ResourceError, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+        with pytest.raises(ResourceError, match="cannot store descriptors: Too many open files: raise ulimit -n"):
             bundle.store("a", 0)
-        with pytest.raises(ResourceError, match="cannot keep descriptors: Too many open files: raise ulimit -n"):
+        with pytest.raises(ResourceError, match="cannot store descriptors: Too many open files: raise ulimit -n"):
             bundle._renew()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

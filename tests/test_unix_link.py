@@ -171,7 +171,7 @@ def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, capl
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
     assert len(caplog.messages) == 1
-    assert f"datagrams come from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
+    assert f"datagrams from '{tmp_path}/stranger', not from the peer {world.peer}" in caplog.messages[0]
 
 
 def test_many_unknown_senders_need_little_memory(world: World, tmp_path: Path) -> None:
@@ -373,9 +373,9 @@ def test_a_path_used_by_a_live_process_is_refused(world: World, kind: int) -> No
     taken = world.other(world.local, kind)
     if kind == socket.SOCK_STREAM:
         taken.listen()
-        refuse(world, LinkNotFoundError, "is in use by a live process, as another type of socket")
+        refuse(world, LinkNotFoundError, "in use by a running process, as another type of socket")
     else:
-        refuse(world, LinkNotFoundError, "is in use by a live process: end that, or name another path")
+        refuse(world, LinkNotFoundError, "in use by a running process (stop that process, or use another path)")
     assert stat.S_ISSOCK(world.local.lstat().st_mode)
 
 
@@ -385,13 +385,13 @@ def test_a_file_that_is_not_a_socket_is_left_alone(world: World, make: str, kind
         world.local.symlink_to("nowhere")
     else:
         getattr(world.local, make)()
-    refuse(world, LinkNotFoundError, f"is no socket but {kind}: remove it, or name another path")
+    refuse(world, LinkNotFoundError, f"not a socket but {kind} (remove it, or use another path)")
     assert world.local.is_symlink() or world.local.exists()
 
 
 def test_a_missing_directory_is_an_error(world: World, tmp_path: Path) -> None:
     world.local = tmp_path / "none" / "core0"
-    refuse(world, LinkNotFoundError, "its directory does not exist: make it")
+    refuse(world, LinkNotFoundError, "the directory does not exist (create it)")
 
 
 @pytest.mark.parametrize("at", ["/proc/core0", "/proc/self/comm/core0"])
@@ -454,7 +454,7 @@ def test_a_removed_or_replaced_path_is_bound_again(
         link.close()
 
     run(main)
-    assert caplog.messages == [f"{world.local}: was removed, or replaced by another process: bound again"]
+    assert caplog.messages == [f"{world.local}: removed or replaced by another process: bound again"]
 
 
 def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None:
@@ -463,7 +463,7 @@ def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None
         world.local.unlink()
         thief = world.other(world.local)
         assert not link.refresh()
-        assert "is in use by a live process" in link.absence
+        assert "in use by a running process" in link.absence
         link.send("still")
         assert names_of(other) == [b"still"]
         thief.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ def test_at_most_20_mistakes_are_reported() -> None:
             table.finish("x.json")
         shown = [f"x.json: k{number}: unknown key (expected key)" for number in range(REPORTED_MAX)]
         assert list(refused.value.problems) == shown + ["x.json: and 1 more mistakes"] * (count - REPORTED_MAX)
+
+
+def test_a_key_that_looks_like_a_path_is_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(json.dumps({"send": {"b @ $.x": ["a @ $"], "c @ $": 1, "b1": [1]}}))
+    with pytest.raises(ConfigError) as refused:
+        read_gateway(path)
+    assert refused.value.problems == (
+        f"{path}: send['c @ $']: a number (expected a list of strings)",
+        f"{path}: send.b1: a list (expected a list of strings)",
+    )
 
 
 def test_a_file_of_1_mib_is_read_and_a_larger_one_is_refused(tmp_path: Path) -> None:

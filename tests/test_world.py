@@ -91,7 +91,7 @@ def test_run_raises_the_error_of_the_function(cores: Cores) -> None:
 
 
 def test_a_refused_link_change_is_one_error_line(cores: Cores) -> None:
-    with pytest.raises(ResourceError, match=r"^the kernel refuses a change of a link: File exists$"):
+    with pytest.raises(ResourceError, match=r"^cannot change a link: File exists$"):
         cores.make_link()
 
 
@@ -149,7 +149,7 @@ except NamespaceRefusedError as refused:
     print(refused)
 """
     said = run_as_nobody(nobody, script)
-    assert said.startswith("cannot make a network namespace (Operation not permitted): run as root, or allow it")
+    assert said.startswith("cannot create a network namespace (Operation not permitted): run as root, or set")
 
 
 def test_an_adopted_namespace_is_the_same(cores: Cores) -> None:

@@ -119,5 +119,5 @@ def test_an_unknown_signal_is_an_error(service: Service) -> None:
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request)  # noqa: S310
     assert error.value.code == 404
-    assert "there are: redun_notify_irq" in error.value.read().decode()
+    assert "(expected one of: redun_notify_irq)" in error.value.read().decode()
     error.value.close()

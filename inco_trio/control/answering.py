@@ -116,11 +116,8 @@ class Connection:
 
     async def _status(self, request: protocol.StatusRequest) -> list[str]:
         self._check_board(request.board)
-        boards = [
-            protocol.encode_board(protocol.BoardStatus(name, problem))
-            for name, problem in self._served.not_open().items()
-            if request.board in (None, name)
-        ]
+        found = (protocol.BoardStatus(name, problem) for name, problem in self._served.not_open().items())
+        boards = [protocol.encode_board(board) for board in found if request.board in (None, board.board)]
         for name in tuple(self._served.proxies()):
             proxy = self._served.proxies().get(name)
             if request.board in (None, name) and proxy is not None:

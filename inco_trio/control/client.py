@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -159,8 +159,8 @@ class Client(Channel, AbstractContextManager["Client"]):
             raise self._silent() from error
         except OSError as error:
             raise self._ended() from error
-        while isinstance(reply := self._reply(deadline), Event):
-            self._events.append(reply)
+        while (reply := self._read_event(deadline)) is None:
+            pass
         return self._checked(reply, request)
 
     def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
@@ -198,13 +198,13 @@ class Client(Channel, AbstractContextManager["Client"]):
         if select.select([self._sock], [], [], seconds)[0]:
             self._read_event(time.monotonic() + seconds)
 
-    def _read_event(self, deadline: float) -> None:
-        if isinstance(reply := self._reply(deadline), Event):
-            self._events.append(reply)
-
-    def _reply(self, deadline: float) -> Event | Response:
+    def _read_event(self, deadline: float) -> Response | None:
+        """Wait for a reply, and store an event or return a response."""
         self._await_line(deadline)
-        return self._next()
+        if isinstance(reply := self._next(), Response):
+            return reply
+        self._events.append(reply)
+        return None
 
     def _await_line(self, deadline: float) -> None:
         """Wait for a whole line until the deadline, which partial data does not extend."""
@@ -229,25 +229,18 @@ def connect(link: str | None, control: str | None) -> Client:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
         return Client(Path(control))
-    found: list[Client] = []
-    refused: IncoError | None = None
-    for client in _answering():
-        if isinstance(client, IncoError):
-            if not isinstance(client, ProxyNotFoundError):
-                refused = client
-        elif link is None or _is_called(client, link):
-            found.append(client)
-        else:
-            client.close()
-    if len(found) == 1:
-        return found[0]
-    for client in found:
-        client.close()
+    clients, errors = _answering()
+    found = [client for client in clients if link is None or _is_called(client, link)]
+    only = found[0] if len(found) == 1 else None
+    _close(clients, only)
+    if only is not None:
+        return only
     if found:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
-    if refused is not None:
-        raise refused
+    for error in errors:
+        if not isinstance(error, ProxyNotFoundError):
+            raise error
     wanted = "no running proxy" if link is None else f"no proxy of {link}"
     places = " or ".join(map(str, runtime_directories()))
     raise ProxyNotFoundError(f"{wanted} answers in {places}: start one, or name its socket with --control PATH")
@@ -255,27 +248,30 @@ def connect(link: str | None, control: str | None) -> Client:
 
 def client_of(pid: int) -> Client | None:
     """Return a client of the proxy with the process id `pid`, or None if no socket of that proxy is found."""
-    mine: Client | None = None
-    for client in _answering():
-        if isinstance(client, IncoError):
-            continue
-        if mine is None and client.greeting.pid == pid:
-            mine = client
-        else:
-            client.close()
+    clients, _ = _answering()
+    mine = next((client for client in clients if client.greeting.pid == pid), None)
+    _close(clients, mine)
     return mine
 
 
-def _answering() -> list[Client | IncoError]:
+def _close(clients: list[Client], kept: Client | None) -> None:
+    for client in clients:
+        if client is not kept:
+            client.close()
+
+
+def _answering() -> tuple[list[Client], list[IncoError]]:
     """Connect to all control sockets of this host concurrently."""
     paths = sockets()
     if len(paths) < 2:
-        return [_attempt(path) for path in paths]
-    # Import only here, because most hosts have one proxy.
-    from concurrent.futures import ThreadPoolExecutor
+        found = [_attempt(path) for path in paths]
+    else:
+        # Import only here, because most hosts have one proxy.
+        from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(len(paths)) as threads:
-        return list(threads.map(_attempt, paths))
+        with ThreadPoolExecutor(len(paths)) as threads:
+            found = list(threads.map(_attempt, paths))
+    return [each for each in found if isinstance(each, Client)], [each for each in found if isinstance(each, IncoError)]
 
 
 def _attempt(path: Path) -> Client | IncoError:
@@ -299,5 +295,5 @@ def _is_called(client: Client, link: str) -> bool:
         called = parse_address(link).name
     except ValueError:
         called = link
-    names: Sequence[str] = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
+    names = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
     return client.greeting.name in names or link in client.greeting.boards

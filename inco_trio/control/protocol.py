@@ -2,24 +2,23 @@
 
 The server decodes requests and encodes responses and events; clients do the reverse. A decoder accepts any bytes and
 raises `MessageError` for all that the protocol does not allow. It ignores unknown keys, which may come from a newer
-proxy.
+proxy. Clients decode with cattrs; the server, which must not wait for its import, decodes requests by their rules.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
+import re
 import time
-import types
 from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import attrs
 
 from inco_trio.proxy_status import Status
 from inco_trio.signals import Direction
+from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
 
 __all__ = [
     "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeRequest", "BoardStatus", "Event", "FlushRequest",
@@ -35,12 +34,6 @@ LINE_MAX = 65_536
 """Limit for the bytes of a client's line."""
 REPLY_MAX = 1 << 25
 """Limit for the bytes of a proxy's line: the status of 5,000 boards needs 20 MB."""
-NUMBER_MAX = 1 << 64
-TIME_MAX = 1 << 34
-"""The latest time that is accepted, in seconds since 1970: its nanoseconds fit in 64 bits."""
-SHOWN_MAX = 60
-"""Characters of a wrong value that an error message shows."""
-
 _T = TypeVar("_T")
 
 
@@ -70,20 +63,14 @@ class LineBuffer:
 
     def lines(self) -> Iterator[bytes]:
         """Take all complete lines. Raises MessageError for a line above the limit, complete or not."""
-        while True:
-            end = self._data.find(b"\n", self._searched)
-            if max(end, len(self._data) if end < 0 else 0) > self._limit:
-                raise MessageError(f"a line is longer than {self._limit} bytes")
-            if end < 0:
-                self._searched = len(self._data)
-                return
+        while 0 <= (end := self._data.find(b"\n", self._searched)) <= self._limit:
             line = bytes(self._data[:end])
             del self._data[: end + 1]
             self._searched = 0
             yield line
-
-
-# ------------------------------------------------------------------------------------------------------------ requests
+        if len(self._data) > self._limit:
+            raise MessageError(f"a line is longer than {self._limit} bytes")
+        self._searched = len(self._data)
 
 
 @attrs.frozen(slots=False)
@@ -154,12 +141,22 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "forget": (ForgetRequest, "forgotten"),
 }
 """Type and key of the response by the name of the request."""
+_REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
+_SET = attrs.evolve(NAMES, convert=frozenset)
+_KEYS: dict[str, Rule] = {
+    **dict.fromkeys(("board", "boot", "signal"), RULES[str]),
+    **dict.fromkeys(("count", "sequence"), RULES[int]),
+    **dict.fromkeys(("boards", "signals"), _SET),
+    "direction": RULES[Direction],
+    "frames": RULES[bool],
+}
+"""The rules for the keys of all requests."""
 _NAMES = {kind: (name, key) for name, (kind, key) in _REQUESTS.items()}
 
 
 def encode_request(request: Request) -> bytes:
     """Return the line of a request."""
-    fields = {key: value for key, value in _plain(request).items() if value is not None}
+    fields = {key: value for key, value in vars(request).items() if value is not None}
     return _line({"request": _NAMES[type(request)][0]} | fields)
 
 
@@ -172,16 +169,23 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
     tag = {"id": message["id"]} if "id" in message else {}
     if not _is_flat(tag.get("id")):
         raise RequestError("invalid", "id: lists and objects in it must not be nested")
-    name = message.get("request")
-    if not isinstance(name, str) or name not in _REQUESTS:
-        raise RequestError("unknown-request", f"{_shown(name)}: expected one of {', '.join(_REQUESTS)}", tag)
     try:
-        return _structured(message, _REQUESTS[name][0], ""), tag
-    except MessageError as error:
-        raise RequestError("invalid", str(error), tag) from None
+        kind: type[Request] = _REQUEST(message.get("request"))
+    except InvalidValueError as error:
+        raise RequestError("unknown-request", f"request: {error}", tag) from None
+    fields = Table(message)
+    # null stands for the default, where there is one.
+    used = [each for each in attrs.fields(kind) if each.default is attrs.NOTHING or message.get(each.name) is not None]
+    request = kind(**{each.name: fields.value(each.name, _KEYS[each.name]) for each in used})
+    if fields.problems:
+        raise RequestError("invalid", fields.problems[0], tag)
+    return request, tag
 
 
-# ----------------------------------------------------------------------------------------------- greeting and responses
+def _is_flat(value: object) -> bool:
+    """Return whether a value has at most one level of lists or objects: encoding a deep one may fail."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not any(isinstance(each, (list, dict)) for each in inner)
 
 
 @attrs.frozen(slots=False)
@@ -255,12 +259,12 @@ class Response:
 
 def encode_greeting(greeting: Greeting) -> bytes:
     """Return the line of a greeting."""
-    return _line(_plain(greeting))
+    return _line(greeting)
 
 
 def encode_response(request: Request, value: object, tag: Mapping[str, object]) -> bytes:
     """Return the line of the response to a request with that `id`."""
-    return _line({**tag, _NAMES[type(request)][1]: _plain(value)})
+    return _line({**tag, _NAMES[type(request)][1]: value})
 
 
 def encode_error(error: RequestError) -> bytes:
@@ -270,7 +274,9 @@ def encode_error(error: RequestError) -> bytes:
 
 def encode_board(board: BoardStatus) -> str:
     """Return the JSON of one board, for `encode_status`."""
-    return json.dumps(to_json(board))
+    fields: dict[str, object] = {"board": board.board, "open": board.status is not None}
+    fields |= {"problem": board.problem} if board.status is None else {**vars(board.status), "history": board.history}
+    return _json(fields)
 
 
 def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
@@ -280,9 +286,8 @@ def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
 
 def to_json(board: BoardStatus) -> dict[str, object]:
     """Return the JSON object of a board."""
-    if board.status is None:
-        return {"board": board.board, "open": False, "problem": board.problem}
-    return {"board": board.board, "open": True, **_plain(board.status), "history": _plain(board.history)}
+    message: dict[str, object] = json.loads(encode_board(board))
+    return message
 
 
 def decode_greeting(line: bytes) -> Greeting | Response:
@@ -295,30 +300,30 @@ def decode_greeting(line: bytes) -> Greeting | Response:
         raise MessageError("the process listening there is not inco-trio")
     if protocol != PROTOCOL:
         raise MessageError(f"the proxy uses protocol {protocol}, this program {PROTOCOL}: use the same version of both")
-    return _structured(message, Greeting, "")
+    return _structured(message, Greeting)
 
 
 def decode_reply(line: bytes) -> Event | Response:
     """Return the event or the response of a line. Raises MessageError."""
     message = _object(line)
-    return _event(message, line) if "event" in message else _response(message)
+    if "event" not in message:
+        return _response(message)
+    event = _structured(message | {"text": line.decode()}, Event)
+    if lacking := [key for key in _REQUIRED.get(event.event, ()) if message.get(key) is None]:
+        raise MessageError(f"the event {event.event} lacks {', '.join(lacking)}")
+    return event
 
 
 def _response(message: dict[str, object]) -> Response:
-    status = message.get("status")
-    if isinstance(status, list):
-        message |= {"status": [_nested(each) for each in status]}
-    return attrs.evolve(_structured(message, Response, ""), keys=frozenset(message))
+    if isinstance(boards := message.get("status"), list):
+        for each in boards:
+            if isinstance(each, dict):
+                # BoardStatus has the keys of an open board's status in an object of its own.
+                each["status"] = None if each.get("open") is False else dict(each)
+    return attrs.evolve(_structured(message, Response), keys=frozenset(message))
 
 
-def _nested(board: object) -> object:
-    """Return a board with its status in an object of its own."""
-    if not isinstance(board, dict) or not isinstance(is_open := board.get("open"), bool):
-        raise MessageError(f"status: {_shown(board)} is not a board")
-    return board | {"status": board if is_open else None}
-
-
-# -------------------------------------------------------------------------------------------------------------- events
+_HEXADECIMAL = Rule((str,), "hexadecimal digits", lambda text: re.fullmatch("([0-9a-fA-F]{2})*", text) is not None)
 
 
 @attrs.frozen(slots=False)
@@ -336,8 +341,7 @@ class Event:
     sequence: int = 0
     boot: str = ""
     """The history to which `sequence` belongs."""
-    frame: str | None = None
-    """In hexadecimal."""
+    frame: Annotated[str, _HEXADECIMAL] | None = None
     reason: str = ""
     running: bool = False
     count: int = 0
@@ -356,8 +360,6 @@ def event_now(event: str, board: str = "", **fields: Any) -> Event:
     return Event(event, board, time.time(), time.monotonic_ns(), **fields)
 
 
-_EVENT_KEYS = tuple(field.name for field in attrs.fields(Event) if field.name != "text")
-_event_values = operator.attrgetter(*_EVENT_KEYS)
 _REQUIRED = {
     "notification": ("direction", "signal", "sequence", "time"),
     "merged": ("direction", "signal", "sequence", "board", "boot", "count"),
@@ -370,7 +372,8 @@ _REQUIRED = {
 
 def encode_event(event: Event, *, frames: bool = False) -> str:
     """Return the line of an event; with `frames` it has the frame, or null."""
-    fields = {key: value for key, value in zip(_EVENT_KEYS, _event_values(event), strict=True) if value}
+    fields = {key: value for key, value in vars(event).items() if value}
+    fields.pop("text", None)
     if event.direction is not None:
         fields["direction"] = event.direction.value
     if event.event == "link":
@@ -383,24 +386,19 @@ def encode_event(event: Event, *, frames: bool = False) -> str:
     return json.dumps(fields) + "\n"
 
 
-def _event(message: dict[str, object], line: bytes) -> Event:
-    event = _structured(message, Event, "")
-    for key in _REQUIRED.get(event.event, ()):
-        if message.get(key) is None:
-            raise MessageError(f"the event {event.event} lacks {key}")
-    if event.frame is not None:
-        try:
-            bytes.fromhex(event.frame)
-        except ValueError:
-            raise MessageError(f"frame: {_shown(event.frame)} is not hexadecimal") from None
-    return attrs.evolve(event, text=line.decode())
-
-
-# --------------------------------------------------------------------------------------------------------------- JSON
+def _json(message: object) -> str:
+    return json.dumps(message, default=_plain)
 
 
 def _line(message: object) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+    return _json(message).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has for a part of a message, whose own parts json.dumps passes later."""
+    if attrs.has(type(value)):
+        return attrs.asdict(value, recurse=False)
+    return value.value if isinstance(value, Enum) else list(value)
 
 
 def _refuse(name: str) -> NoReturn:
@@ -419,95 +417,9 @@ def _object(line: bytes) -> dict[str, object]:
     return message
 
 
-@functools.cache
-def _fields(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Return name, type, and whether a value is required, of each field."""
-    hints = get_type_hints(kind)
-    return tuple((field.name, hints[field.name], field.default is attrs.NOTHING) for field in attrs.fields(kind))
-
-
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON has for a message or for a part of one."""
-    kind: Any = type(value)
-    if kind in _SCALARS:
-        return value
-    if attrs.has(kind):
-        return {name: _plain(getattr(value, name)) for name, _, _ in _fields(kind)}
-    if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list, set, frozenset)):
-        return [_plain(each) for each in value]
-    return value.value if isinstance(value, Enum) else value
-
-
-def _structured(value: object, kind: type[_T], where: str) -> _T:
-    """Return JSON's `value` as a `kind`. Raises MessageError, which names the key path."""
-    result: _T = _value(value, kind, where)
+def _structured(message: dict[str, object], kind: type[_T]) -> _T:
+    problems: list[str] = []
+    result = structure(message, kind, problems)
+    if result is None:
+        raise MessageError(problems[0])
     return result
-
-
-def _value(value: object, kind: Any, where: str) -> Any:
-    if kind is str:
-        return _typed(value, str, where, "text")
-    if kind is bool:
-        return _typed(value, bool, where, "true or false")
-    if kind is int or kind is float:
-        return _number(value, kind, where)
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is types.UnionType:
-        (inner,) = (each for each in arguments if each is not type(None))
-        return None if value is None else _value(value, inner, where)
-    if origin is Mapping:
-        entries = _typed(value, dict, where, "an object")
-        return {key: _value(each, arguments[1], f"{where}.{key}") for key, each in entries.items()}
-    if origin is not None:
-        items = _typed(value, list, where, "a list")
-        found = [_value(each, arguments[0], f"{where}[{number}]") for number, each in enumerate(items)]
-        return tuple(found) if origin is tuple else frozenset(found)
-    if attrs.has(kind):
-        return _message(_typed(value, dict, where, "an object"), kind, where)
-    names = [each.value for each in kind]
-    if value not in names:
-        raise MessageError(f"{where}: {_shown(value)} is not one of {', '.join(names)}")
-    return kind(value)
-
-
-def _number(value: object, kind: Any, where: str) -> Any:
-    number = _typed(value, int if kind is int else (int, float), where, "a number")
-    lowest, limit = (-NUMBER_MAX, NUMBER_MAX) if kind is int else (0, TIME_MAX)
-    if isinstance(value, bool) or not lowest <= number < limit:
-        raise MessageError(f"{where}: {_shown(value)} is not a {'whole number' if kind is int else 'time'}")
-    return number
-
-
-def _message(message: dict[str, object], kind: Any, where: str) -> Any:
-    values = {}
-    for name, hint, required in _fields(kind):
-        path = f"{where}.{name}" if where else name
-        if name not in message and required:
-            raise MessageError(f"{path}: missing")
-        # null stands for the default, where there is one.
-        if name in message and (required or message[name] is not None):
-            values[name] = _value(message[name], hint, path)
-    return kind(**values)
-
-
-def _typed(value: object, kind: Any, where: str, what: str) -> Any:
-    if not isinstance(value, kind):
-        raise MessageError(f"{where}: {_shown(value)} is not {what}" if where else f"{_shown(value)} is not {what}")
-    return value
-
-
-def _is_flat(value: object) -> bool:
-    """Return whether a value has at most one level of lists or objects: encoding a deep one may fail."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not any(isinstance(each, (list, dict)) for each in inner)
-
-
-def _shown(value: object) -> str:
-    """Return the JSON of a value, shortened."""
-    text = json.dumps(value) if _is_flat(value) else "a nested value"
-    return text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."

@@ -1,1 +1,1 @@
-"""Both cores of a board, for programs and tests that use a link or the registers without being the proxy."""
+"""Both cores of a board, for programs and tests that act as an application on core 0 or as core 1."""

@@ -1,19 +1,20 @@
-"""What `Core0` and `Core1` have in common: streams of the notifications that arrive."""
+"""The common part of `Core0` and `Core1`: streams of arriving notifications."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, Self
 
 import attrs
 import trio
 
 from inco_trio.errors import ClosedError
+from inco_trio.nurseries import starting_and_stopping
 
-__all__ = ["Arrival", "Core"]
+__all__ = ["Arrival", "Core", "in_background"]
 
 
 @attrs.frozen
@@ -23,13 +24,30 @@ class Arrival:
     name: str
     """The wire name of the signal."""
     sequence: int
-    """Its number among all that arrived, from 1."""
+    """The number of this notification among all that arrived, from 1."""
     monotonic_ns: int
-    """When it was read, as of time.monotonic_ns()."""
+    """When the notification was read (time.monotonic_ns())."""
     time_ns: int
-    """The same, as of time.time_ns()."""
+    """The same time as time.time_ns()."""
     frame: bytes = b""
-    """The frame, at core 1."""
+    """The frame; empty at core 0."""
+
+
+@asynccontextmanager
+async def in_background(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Run tasks while the block runs. An error of a task cancels the block and is raised in an ExceptionGroup."""
+    scopes: list[trio.CancelScope] = []
+
+    def start(nursery: trio.Nursery) -> None:
+        scopes.append(nursery.cancel_scope)
+        for task in tasks:
+            nursery.start_soon(task)
+
+    async def stop() -> None:
+        scopes[0].cancel()
+
+    async with starting_and_stopping(start, stop):
+        yield
 
 
 class Core:
@@ -37,7 +55,7 @@ class Core:
 
     def __init__(self, title: str) -> None:
         self.lost = 0
-        """Arrivals that a stream had no room for."""
+        """Number of notifications that did not fit into a stream."""
         self._title = title
         self._sequence = 0
         self._streams: dict[trio.MemorySendChannel[Arrival], Collection[str] | None] = {}
@@ -64,7 +82,7 @@ class Core:
             raise ClosedError(f"{self._title} is not open: use `async with`")
 
     def _check_name(self, name: str) -> None:
-        """Raise an IncoError if no notification of this name can arrive."""
+        """Check a name that a caller waits for. Raises IncoError if no notification of this name can arrive."""
         raise NotImplementedError
 
     def _arrive(self, name: str, frame: bytes = b"") -> None:
@@ -81,14 +99,14 @@ class Core:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None
     ) -> Iterator[trio.MemoryReceiveChannel[Arrival]]:
-        """Open a stream of the notifications that arrive from now on, of these signals or of all.
+        """Open a stream of new notifications, optionally limited to some `signals`.
 
-        Each stream gets each notification. While a reader is `buffer` notifications behind, further ones are not put
-        into its stream; `lost` counts them. The stream ends when this core is closed. Raises ClosedError if it is not
-        open, and the errors of `send` for a wrong name.
+        Each stream gets each notification. A reader that falls more than `buffer` notifications behind misses some;
+        `lost` counts them. The stream ends when this core is closed. Raises ClosedError if this core is not open, and
+        the errors of `send` for a wrong name.
         """
         self._check_open()
-        if isinstance(signals, str):  # A collection too, of characters.
+        if isinstance(signals, str):  # A str is a collection too, but of characters.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         for name in signals or ():
             self._check_name(name)
@@ -101,10 +119,10 @@ class Core:
             del self._streams[sending]
 
     async def wait_for(self, name: str) -> Arrival:
-        """Wait for the next notification of a signal that arrives from now on.
+        """Wait for the next notification of a signal.
 
-        The answer to something that you do may arrive before you call this: open `events` before you do it. Raises as
-        `events` does, and ClosedError if this core is closed meanwhile.
+        Earlier notifications do not count. To wait for the answer to an action, open `events` before the action.
+        Raises the errors of `events`, and ClosedError if this core is closed meanwhile.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for arrival in events:

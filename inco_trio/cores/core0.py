@@ -1,4 +1,4 @@
-"""Core 0 as its applications see it: trigger files that they write, and state files that they watch."""
+"""Core 0 as applications see it: write trigger files and watch state files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from contextlib import AsyncExitStack
 
 import trio
 
-from inco_trio.cores.core import Core
+from inco_trio.cores.core import Core, in_background
 from inco_trio.cores.watch import OverflowedError, Watch, trigger
 from inco_trio.errors import IncoError, UnknownSignalError
-from inco_trio.nurseries import starting_and_stopping
 from inco_trio.signals import Direction, Signal
 
 __all__ = ["Core0"]
@@ -19,14 +18,14 @@ __all__ = ["Core0"]
 class Core0(Core):
     """The applications of core 0 while the block runs: `async with Core0(builtin_signals(Path("/run/irq"))) as core0:`.
 
-    Entering raises ProxyNotFoundError if a directory is missing, PermissionDeniedError and ResourceError. What fails
-    later cancels the block and is raised in an ExceptionGroup.
+    Entering raises ProxyNotFoundError if a directory is missing, PermissionDeniedError and ResourceError. A later error
+    cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, signals: Iterable[Signal]) -> None:
         super().__init__("core 0")
         self.overflows = 0
-        """How often the inotify queue overflowed: notifications that arrived may be missing from the streams."""
+        """How often the inotify queue overflowed. After an overflow, notifications may be missing from the streams."""
         self._signals = {signal.name: signal for signal in signals}
 
     async def _start(self, resources: AsyncExitStack) -> None:
@@ -34,21 +33,13 @@ class Core0(Core):
         resources.callback(watch.close)
         inbound = (signal for signal in self._signals.values() if signal.direction is Direction.INBOUND)
         watch.follow(inbound, self._report)
-        scope = trio.CancelScope()
 
         async def read() -> None:
-            with scope:
-                while True:
-                    await watch.wait_readable()
-                    watch.drain()
+            while True:
+                await watch.wait_readable()
+                watch.drain()
 
-        def start(nursery: trio.Nursery) -> None:
-            nursery.start_soon(read, name="core 0: watch")
-
-        async def stop() -> None:
-            scope.cancel()
-
-        await resources.enter_async_context(starting_and_stopping(start, stop))
+        await resources.enter_async_context(in_background(read))
 
     def _report(self, what: Signal | IncoError) -> None:
         if isinstance(what, Signal):
@@ -65,7 +56,7 @@ class Core0(Core):
         known = {each.name: each for each in self._signals.values() if each.direction is direction}
         if name not in known:
             names = ", ".join(known) or "none"
-            raise UnknownSignalError(f"{name}: not an {direction.value} signal of core 0; there are: {names}")
+            raise UnknownSignalError(f"{name}: not an {direction.value} signal of core 0 (expected one of: {names})")
         return known[name]
 
     async def send(self, name: str) -> None:

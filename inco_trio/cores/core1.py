@@ -1,17 +1,119 @@
-"""Core 1 as a program: the other side of a proxy's link, for tests, tools and simulations."""
+"""Core 1 as a program: the other side of a proxy's link, for tests, tools and simulations.
+
+`Core1` sends and receives notifications. `Port` is the open link below it, which also passes frames without a name.
+"""
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from inco_trio.cores.core import Core
-from inco_trio.cores.port import Port, open_port
-from inco_trio.errors import InvalidArgumentError
-from inco_trio.frame import decode
+import trio
+
+from inco_trio.cores.core import Core, in_background
+from inco_trio.errors import InvalidArgumentError, LinkNotFoundError, ResourceError
+from inco_trio.frame import FRAME_MAX, decode
+from inco_trio.links.address import UnixAddress, parse_address
+from inco_trio.links.link import Link, LinkDownError
+from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.signals import name_fault
 
-__all__ = ["Core1"]
+__all__ = ["Core1", "Port", "open_port"]
+
+TURN = 64
+"""Maximum number of frames that are read before other tasks run."""
+FULL = 0.001
+"""Seconds between two attempts to send while the interface's queue is full: no event reports room (packet(7))."""
+
+
+class Port:
+    """Core 1's end of a link; `open_port` opens one."""
+
+    def __init__(self, link: Link, arrived: Callable[[bytes], None]) -> None:
+        self._link = link
+        self._arrived = arrived
+        self._changed = trio.lowlevel.ParkingLot()
+        self.frame = link.frame
+
+    async def wait_running(self) -> None:
+        """Wait until the peer of a socket exists, or until an interface is up and has a carrier."""
+        while not self._link.running:
+            await self._changed.park()
+
+    async def send(self, frame: bytes) -> None:
+        """Send a frame; wait while the queue is full. Raises ResourceError, LinkNotFoundError if the link is down."""
+        while True:
+            try:
+                self._link.send_frame(frame)
+            except BlockingIOError:
+                await self._link.wait_for_room()
+            except LinkDownError as error:
+                raise LinkNotFoundError(self._link.name, f"takes no frames now: {error.strerror}") from error
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise ResourceError(self._link.name, f"cannot send: {error.strerror}") from error
+                await trio.sleep(FULL)
+            else:
+                await trio.lowlevel.checkpoint()
+                return
+
+    def receive(self) -> bool:
+        """Report queued frames without waiting. Return whether more may be queued. Raises ResourceError."""
+        room = memoryview(bytearray(FRAME_MAX + 1))
+        try:
+            for _ in range(TURN):
+                length = self._link.receive_one(room)
+                if length < 0:
+                    return False
+                # A longer frame is truncated here. It is malformed anyway.
+                self._arrived(bytes(room[:length]))
+        except OSError as error:
+            raise ResourceError(self._link.name, f"cannot receive: {error.strerror}") from error
+        return True
+
+    async def _receive(self) -> None:
+        while True:
+            await self._link.wait_readable()
+            self.receive()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._link.changed()
+            _refresh(self._link)
+            self._changed.unpark_all()
+
+
+def _refresh(link: Link) -> bool:
+    try:
+        return link.refresh()
+    except OSError as error:
+        raise LinkNotFoundError(link.name, error.strerror) from error
+
+
+@asynccontextmanager
+async def open_port(
+    address: str, arrived: Callable[[bytes], None], *, netns: Path | None = None, around: Surroundings | None = None
+) -> AsyncIterator[Port]:
+    """Open core 1's end of a link while the block runs, and call `arrived` with each received frame.
+
+    For arguments and errors, see `Core1`. `around` has resources that all links of a program share.
+    """
+    parsed = parse_address(address)
+    async with AsyncExitStack() as resources:
+        if around is None:
+            around = Surroundings()
+            resources.callback(around.close)
+        link, _ = open_link(parsed, netns, None, memoryview(bytearray(16)), around)
+        resources.callback(link.close, remove=True)
+        if not _refresh(link):
+            refused = link.missing()
+            hint = " (core 1's path comes first here, then peer=CORE0)" if isinstance(parsed, UnixAddress) else ""
+            raise type(refused)(refused.subject, refused.reason + hint)
+        port = Port(link, arrived)
+        async with in_background(port._receive, port._follow):
+            yield port
 
 
 class Core1(Core):
@@ -21,13 +123,13 @@ class Core1(Core):
     at the path `netns`, or in the current one.
 
     Entering raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and
-    ResourceError. What fails later cancels the block and is raised in an ExceptionGroup.
+    ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None) -> None:
         super().__init__(f"{link}: core 1")
         self.malformed = 0
-        """Frames that carry no wire name."""
+        """Number of frames without a valid wire name."""
         self._link = link
         self._netns = netns
         self._open_port: Port | None = None
@@ -45,7 +147,7 @@ class Core1(Core):
     @property
     def _port(self) -> Port:
         self._check_open()
-        assert self._open_port is not None  # noqa: S101 - it is open
+        assert self._open_port is not None  # noqa: S101 - set by `_start`
         return self._open_port
 
     def _check_name(self, name: str) -> None:
@@ -53,7 +155,7 @@ class Core1(Core):
             raise InvalidArgumentError(f"{name!r}: {fault}")
 
     async def send(self, name: str) -> None:
-        """Send an inbound signal. Wait while the link has no room, and return once it has accepted the frame.
+        """Send an inbound signal. Wait while the link's queue is full, and return once the link has accepted the frame.
 
         Raises InvalidArgumentError for an invalid wire name, LinkNotFoundError if the link is down, and ResourceError.
         """
@@ -61,9 +163,9 @@ class Core1(Core):
         await self._port.send(self._port.frame(name))
 
     async def send_frame(self, frame: bytes) -> None:
-        """Send a frame as it is, even if no core would send it. Raises as `send` does."""
+        """Send a frame unchanged, even if it is invalid. Raises the errors of `send`."""
         await self._port.send(frame)
 
     async def wait_running(self) -> None:
-        """Wait until the other side of a socket exists, or until an interface is up and has a carrier."""
+        """Wait until the peer of a socket exists, or until an interface is up and has a carrier."""
         await self._port.wait_running()

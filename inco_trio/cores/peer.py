@@ -1,12 +1,12 @@
-"""Core 1 for blocking code: a plain socket, which shares nothing with the proxy's links that it is used to test."""
+"""Core 1 for blocking code: a plain socket. It shares no code with the proxy's links, which it tests."""
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from inco_trio.frame import ETHERTYPE, encode
@@ -16,16 +16,16 @@ from inco_trio.linux.sockets import set_receive_buffer
 __all__ = ["Peer"]
 
 BUFFER = 16 * 2**20
-"""Bytes; a burst of 20,000 small frames fits."""
+"""Size of the receive buffer in bytes: a burst of 20,000 small frames fits."""
 PATIENCE = 1.0
-"""Seconds to wait until a socket has room for a frame."""
+"""Seconds after which sending into a full socket fails."""
 
 
-class Peer:
+class Peer(contextlib.AbstractContextManager["Peer"]):
     """Core 1's end of the link with the address `link`; of two sockets, core 1's path comes first.
 
-    `run` calls a function in core 1's network namespace and returns its result. A raw socket does not see the frames
-    that it sends (packet(7)). `fileno` makes this usable with select(2).
+    `run` calls a function in core 1's network namespace and returns the result. `fileno` makes a Peer usable with
+    select(2).
     """
 
     def __init__(self, link: str, *, run: Callable[[Callable[[], Any]], Any] = lambda function: function()) -> None:
@@ -52,30 +52,29 @@ class Peer:
 
     @property
     def mac(self) -> bytes:
-        """The MAC address of its frames, six bytes."""
+        """The MAC address of the frames that core 1 sends."""
         if isinstance(self._address, UnixAddress):
             return self._address.mac
         address: bytes = self._socket.getsockname()[4]
         return address
 
     def fileno(self) -> int:
-        """Return the descriptor of the socket."""
         return self._socket.fileno()
 
     def rebind(self) -> None:
-        """Find an interface again that was deleted and recreated. Frames in the queue are kept."""
+        """Bind again to an interface that was deleted and recreated. Queued frames are kept."""
         self._run(lambda: self._socket.bind((self._address.name, ETHERTYPE)))
 
     def send(self, name: bytes, pad: int = 0) -> None:
-        """Send the signal `name`, followed by NULs up to a frame of `pad` bytes (QEMU pads to 60). Raises OSError."""
+        """Send the signal `name`, padded with NULs to a frame of `pad` bytes (QEMU pads to 60). Raises OSError."""
         self.send_raw(encode(name, self.mac).ljust(pad, b"\0"))
 
     def _forget_error(self) -> None:
-        # After the link was down, the next call would raise ENETDOWN even if the link is up again.
+        # After the link was down, the next call would raise ENETDOWN, even if the link is up again.
         self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def send_raw(self, data: bytes) -> None:
-        """Send a whole frame as it is. Raises OSError."""
+        """Send a whole frame unchanged. Raises OSError."""
         self._forget_error()
         if isinstance(self._address, UnixAddress):
             self._socket.sendto(data, self._address.peer)
@@ -83,20 +82,17 @@ class Peer:
             self._socket.send(data)
 
     def receive(self, timeout: float = 600.0) -> bytes:
-        """Return the next whole frame. Raises TimeoutError after `timeout` seconds (0: only look into the queue)."""
+        """Return the next whole frame. Raises TimeoutError after `timeout` seconds (0: do not wait)."""
         self._forget_error()
         if not select.select([self._socket], [], [], timeout)[0]:
             raise TimeoutError(f"no frame on {self._address.name} arrived at core 1 within {timeout:g} s")
         return self._socket.recv(65535)
 
     def close(self) -> None:
-        """Close the socket, and remove its file."""
+        """Close the socket and remove its file."""
         self._socket.close()
         if isinstance(self._address, UnixAddress):
             Path(self._address.local).unlink(missing_ok=True)
 
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()

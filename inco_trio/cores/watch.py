@@ -1,4 +1,4 @@
-"""Core 0 for blocking code: write trigger files and see state files, as an application should. Needs no event loop."""
+"""Core 0 for blocking code: write trigger files and watch state files, as applications do, without an event loop."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["OverflowedError", "Report", "Watch", "register_error", "trigger"]
 
 Report = Callable[[Signal | IncoError], None]
-"""Called with the signal of each notification, and with the reason if later notifications may be missing."""
+"""Called with the signal of each notification, or with an error if notifications may be missing."""
 
-# ino.IN_MASK_ADD, as one directory may contain registers and be the parent of another one with registers.
+# IN_MASK_ADD is needed because a directory with registers may be the parent of another one.
 _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
 _PARENT = _PATH | ino.IN_CREATE
-# ino.IN_MODIFY separates two closes, which the kernel would merge into one event while they are unread (inotify(7)).
+# IN_MODIFY separates two closes, which the kernel would otherwise merge while they are unread (inotify(7)).
 _DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
 _CLOSE_WRITE = ino.IN_CLOSE_WRITE
 _WRITES = ino.IN_CLOSE_WRITE | ino.IN_MODIFY
@@ -32,13 +32,13 @@ _FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXE
 
 
 class OverflowedError(ResourceError):
-    """The inotify queue had no room for all events: notifications may be missing."""
+    """The inotify queue overflowed: notifications may be missing."""
 
 
 def trigger(path: Path) -> None:
-    """Write a trigger file: open, write `1`, close. Do not create it: the proxy only watches files that it created.
+    """Open a trigger file, write `1` and close the file. Do not create a missing file: that is the task of the proxy.
 
-    Raises ProxyNotFoundError if it is missing, InvalidArgumentError if it is not a regular file,
+    Raises ProxyNotFoundError if the file is missing, InvalidArgumentError if it is not a regular file,
     PermissionDeniedError and ResourceError.
     """
     try:
@@ -54,7 +54,7 @@ def trigger(path: Path) -> None:
 
 
 def register_error(error: OSError, path: Path) -> IncoError:
-    """Return the error for a register, or a directory of registers, that cannot be used."""
+    """Return the error for a register or IRQ directory that cannot be used."""
     missing = ((errno.ENOENT, errno.ENOTDIR), ProxyNotFoundError, "missing: the proxy creates it (is a proxy running?)")
     unfit = ((errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL), InvalidArgumentError, "not a regular file")
     return from_os_error(error, path, STRERROR, missing, unfit)
@@ -67,40 +67,39 @@ class _Directory:
     path: Path
     report: Report
     signals: dict[bytes, list[Signal]] = attrs.Factory(dict)
-    """By file name; inbound signals may share a file."""
+    """The signals by file name. Inbound signals may share a file."""
     wd: int = -1
-    """The watch on the directory, or -1 while it is missing."""
+    """The watch on the directory, or -1 while the directory is missing."""
     parent_wd: int = -1
-    """The watch on the nearest directory above that exists."""
+    """The watch on the nearest existing directory above."""
     child: bytes = b""
-    """The name in that directory which leads to `path`."""
+    """The name in that directory that leads to `path`."""
 
 
 class Watch:
-    """Watch registers by inotify(7). `fileno` makes it usable with select(2). Raises ResourceError.
+    """Watch registers by inotify(7). `fileno` makes a Watch usable with select(2). Raises ResourceError.
 
-    A notification of an inbound signal is a close of its state file after it was opened for writing. For an outbound
-    signal it is the same of its trigger file, or a rename onto it. Directories that are replaced are watched again.
+    A notification is a close of the state file or trigger file after it was opened for writing. For triggers, a rename
+    to the path of the file is also a notification. Replaced directories are watched again.
     """
 
     def __init__(self) -> None:
         try:
             self._inotify = ino.Inotify()
         except OSError as error:
-            raise ResourceError(
-                f"inotify: {error.strerror}: raise fs.inotify.max_user_instances or ulimit -n"
-            ) from error
+            hint = "raise fs.inotify.max_user_instances or ulimit -n"
+            raise ResourceError(f"inotify: {error.strerror}: {hint}") from error
         self._directories: dict[int, list[_Directory]] = {}
         self._buffer = memoryview(bytearray(1 << 16))
 
     def fileno(self) -> int:
-        """A descriptor that is readable when `drain` has events to read."""
+        """Return a descriptor that is readable when `drain` has events to read."""
         return self._inotify.fd
 
     def follow(self, signals: Iterable[Signal], report: Report, *, missing_ok: bool = False) -> None:
-        """Report the notifications of these signals from now on.
+        """Report new notifications of these signals.
 
-        Raises the errors of `trigger` for a directory that cannot be watched, or is missing unless it is `missing_ok`.
+        Raises the errors of `trigger` if a directory cannot be watched, or is missing (unless `missing_ok`).
         """
         directories: dict[Path, _Directory] = {}
         for signal in signals:
@@ -112,7 +111,7 @@ class Watch:
                 raise register_error(FileNotFoundError(errno.ENOENT, ""), directory.path)
 
     def forget(self, report: Report) -> None:
-        """Report nothing more to `report`."""
+        """Stop reporting to `report`."""
         for directory in self._all():
             if directory.report == report:
                 self._release(directory, {directory.wd, directory.parent_wd})
@@ -125,14 +124,14 @@ class Watch:
                 self._inotify.unwatch(wd)
 
     def _look(self, directory: _Directory) -> None:
-        """Watch the directory that the path leads to now, and the nearest one above it that exists."""
+        """Watch the directory at the path and the nearest existing directory above."""
         before = {directory.wd, directory.parent_wd}
         directory.wd = directory.parent_wd = -1
         path = directory.path
         try:
             for parent in path.parents:
                 try:
-                    # Before the directory itself, so that the kernel reports a directory that appears in between.
+                    # Watch the parent first, so that the kernel reports a directory that appears in between.
                     directory.parent_wd = self._inotify.watch(str(parent), _PARENT)
                     break
                 except (*_ABSENT, PermissionError):
@@ -153,10 +152,10 @@ class Watch:
         await self._inotify.wait_readable()
 
     def drain(self) -> None:
-        """Report what is queued, without waiting. What `report` raises is raised here."""
+        """Report queued notifications without waiting. Exceptions of `report` are raised here."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
-                if mask & _WRITES:  # First, as a flood of them must not overflow the queue.
+                if mask & _WRITES:  # Check for writes first: a flood of writes must not overflow the queue.
                     if mask & _CLOSE_WRITE:
                         for directory in self._directories.get(wd, ()):
                             for signal in directory.signals.get(name, ()) if wd == directory.wd else ():
@@ -190,5 +189,4 @@ class Watch:
                     directory.report(signal)
 
     def close(self) -> None:
-        """Close the descriptor."""
         self._inotify.close()

@@ -1,1 +1,1 @@
-"""The links to core 1: one protocol, the kinds of links that follow it, and the address that names one."""
+"""The links to core 1: the common protocol, the kinds of links, and their addresses."""

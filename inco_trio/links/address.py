@@ -1,8 +1,8 @@
-"""The address of a link: on the command line, in `Config`, in a board file.
+"""The address of a link, as used on the command line, in `Config` and in a board file.
 
 rpmsg4000                       the network interface of that name
-unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL, whose peer, such as QEMU, is bound at REMOTE
-unix:LOCAL,peer=REMOTE,mac=MAC  the same, sending frames from the address MAC
+unix:LOCAL,peer=REMOTE          a Unix datagram socket bound at LOCAL; the peer, such as QEMU, is bound at REMOTE
+unix:LOCAL,peer=REMOTE,mac=MAC  the same, with the MAC address MAC
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 
 INTERFACE_MAX = 15
-"""The longest interface name, in bytes (IFNAMSIZ of net/if.h, less its NUL)."""
+"""The longest interface name, in bytes (IFNAMSIZ of net/if.h without the NUL)."""
 LABEL_MAX = 36
 """The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
 UNIX = "unix:"
-
-# dev_valid_name() in the kernel's net/core/dev.c refuses these; its isspace() is that of Latin-1.
+# dev_valid_name() in the kernel's net/core/dev.c refuses these bytes; its isspace() is that of Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -39,12 +38,12 @@ class InterfaceAddress:
 
     @property
     def label(self) -> str:
-        """The name of the link in the names of services and stored descriptors; it has no slash."""
+        """The link's part of the names of services and stored descriptors. It has no slash."""
         return self.name
 
     @property
     def explanation(self) -> str:
-        """The kind of the link, and its requirements."""
+        """The kind of the link and its requirements."""
         return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
@@ -58,12 +57,11 @@ class UnixAddress:
 
     @property
     def name(self) -> str:
-        """The name of the link in the log."""
         return self.local
 
     @property
     def label(self) -> str:
-        """See `InterfaceAddress.label`. A long path is shortened to its end and a hash."""
+        """See `InterfaceAddress.label`. A long path is shortened to its last characters and a hash."""
         whole = self.local.strip("/").replace("/", "-")
         if len(os.fsencode(whole)) <= LABEL_MAX:
             return whole
@@ -76,7 +74,7 @@ class UnixAddress:
         """See `InterfaceAddress.explanation`."""
         return (
             f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, such as QEMU, is "
-            f"bound at {self.peer}; frames are sent from {self.mac.hex(':')}"
+            f"bound at {self.peer}; the MAC address is {self.mac.hex(':')}"
         )
 
 
@@ -96,7 +94,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
         return InterfaceAddress(text)
     raise InvalidArgumentError(
         text,
-        f"is neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
+        f"neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to {INTERFACE_MAX} bytes of UTF-8 without '/', "
         "':' and whitespace",
     )
 
@@ -111,8 +109,10 @@ def address_fault(text: str) -> str | None:
 
 
 def _parse_unix(text: str) -> UnixAddress:
+    if "\0" in text:
+        raise ValueError("a NUL byte cannot be part of a path")
     # As in QEMU's options, two commas stand for a comma in a path.
-    local, *options = [part.replace("\0", ",") for part in _no_nul(text).replace(",,", "\0").split(",")]
+    local, *options = [part.replace("\0", ",") for part in text.replace(",,", "\0").split(",")]
     values: dict[str, str] = {}
     for option in options:
         key, equals, value = option.partition("=")
@@ -122,7 +122,7 @@ def _parse_unix(text: str) -> UnixAddress:
             raise ValueError(f"{key}= given more than once")
         values[key] = value
     if "peer" not in values:
-        raise ValueError("peer=REMOTE is missing: the path of the socket of the other side")
+        raise ValueError("peer=REMOTE is missing (expected the socket path of the other side)")
     peer = values["peer"]
     for what, path in (("the path before ',peer='", local), ("peer=", peer)):
         if fault := _path_fault(path):
@@ -130,12 +130,6 @@ def _parse_unix(text: str) -> UnixAddress:
     if os.path.normpath(local) == os.path.normpath(peer):
         raise ValueError("both sides have the same path")
     return UnixAddress(local, peer, _parse_mac(values["mac"]) if "mac" in values else _mac_of(local))
-
-
-def _no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("a NUL byte cannot be part of a path")
-    return text
 
 
 def _path_fault(path: str) -> str | None:
@@ -150,18 +144,18 @@ def _path_fault(path: str) -> str | None:
     except UnicodeEncodeError:
         return f"{path!r} cannot be a path"
     if length > SOCKET_PATH_MAX:
-        return f"the path has {length} bytes; a socket's has {SOCKET_PATH_MAX} at most (unix(7))"
+        return f"the path has {length} bytes (expected at most {SOCKET_PATH_MAX}, see unix(7))"
     return None
 
 
 def _parse_mac(text: str) -> bytes:
     if not _MAC.fullmatch(text) or int(text[:2], 16) & _GROUP:
-        raise ValueError(f"mac={text}: is not the address of one station, as 02:00:00:00:00:01 is")
+        raise ValueError(f"mac={text}: not the address of one station (expected, for example, 02:00:00:00:00:01)")
     return bytes.fromhex(text.replace(":", ""))
 
 
 def _mac_of(path: str) -> bytes:
-    """Return a locally administered address, always the same for a path."""
+    """Return a locally administered address that is derived from the path."""
     digest = bytearray(blake2b(os.fsencode(path), digest_size=6).digest())
     digest[0] = digest[0] & ~_GROUP | _LOCALLY_ADMINISTERED
     return bytes(digest)

@@ -1,4 +1,4 @@
-"""The interface of all kinds of links."""
+"""The protocol that all kinds of links implement."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ __all__ = ["Link", "LinkDownError"]
 
 
 class LinkDownError(OSError):
-    """The link takes no frames now; its next change may fix that."""
+    """The link accepts no frames now. A later change of the link may fix this."""
 
 
 class Link(Protocol):
-    """Receives Ethernet frames, sends notifications. Only `async` methods wait.
+    """Receives Ethernet frames and sends notifications. Only `async` methods wait.
 
-    The kernel queues received frames for `fd`: a process that inherits the descriptor has the queue.
+    The kernel queues received frames for the socket `fd`. A process that inherits the descriptor gets the queue.
     """
 
     name: str
-    """Its name in the log."""
     fd: int
     """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Frames that the peer did not send; each is made malformed."""
+    """Number of frames that the peer did not send. The link makes each of them malformed."""
 
     @property
     def running(self) -> bool:
-        """Whether it is up and has a carrier, or a peer."""
+        """Whether the link is up and has a carrier or a peer."""
 
     @property
     def fits(self) -> bool:
-        """Whether an inherited socket is like a new one."""
+        """Whether an inherited socket has the properties of a new one."""
 
     @property
     def description(self) -> str:
-        """Its description in the log at the start."""
+        """A description for the log."""
 
     def refresh(self) -> bool:
-        """Check the state of the link, and bind it if needed; return whether it exists."""
+        """Check the state of the link, and bind the socket if necessary. Return whether the link exists."""
 
     @property
     def absence(self) -> str:
-        """Why it does not exist, for the log."""
+        """Why the link does not exist, for the log."""
 
     def missing(self) -> IncoError:
         """Return the error for a link that does not exist."""
@@ -53,11 +52,10 @@ class Link(Protocol):
         """Wait until frames may be queued."""
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
-        """Read queued frames, one into each of `rooms`; return their lengths.
+        """Read queued frames, one into each of `rooms`, and return their original lengths.
 
-        A frame longer than `step` ends the batch, as the rooms overlap beyond that. The lengths are those of the whole
-        frames, also where a room is too short. An error ends the batch, too; OSError is raised if nothing was read,
-        unless the link went down.
+        A frame longer than `step` ends the batch, because the rooms overlap. An error also ends the batch. If nothing
+        was read, the OSError is raised, except when the link went down.
         """
 
     def receive_one(self, room: memoryview) -> int:
@@ -67,25 +65,22 @@ class Link(Protocol):
         """Return the frame that `send` sends for a notification."""
 
     def send(self, name: str) -> None:
-        """Send the frame of one notification.
-
-        Raises BlockingIOError if there is no room, LinkDownError, or OSError.
-        """
+        """Send the frame of one notification. Raises BlockingIOError if the queue is full, LinkDownError or OSError."""
 
     def send_frame(self, frame: bytes) -> None:
-        """Send any frame, unchanged. Raises as `send` does."""
+        """Send a frame unchanged. Raises as `send` does."""
 
     async def wait_for_room(self) -> None:
-        """Wait until there may be room to send, after BlockingIOError."""
+        """After BlockingIOError: wait until the queue may have room."""
 
     async def changed(self) -> None:
-        """Wait for a change that `refresh` may see."""
+        """Wait until `refresh` may find a change."""
 
     def dropped(self) -> int:
-        """Return how many frames the kernel dropped since the last call, because the queue was full."""
+        """Return how many frames the kernel has dropped since the last call because the queue was full."""
 
     def close(self, *, remove: bool) -> None:
-        """Close this process's descriptors; the queue lives on while another process has one.
+        """Close the descriptors of this process. With `remove`, also delete the socket file.
 
-        `remove` also deletes the path of a socket.
+        The kernel keeps the queue while another process has the descriptor.
         """

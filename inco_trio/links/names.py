@@ -1,4 +1,4 @@
-"""Watches the paths of sockets (inotify(7)), for `unix:` links.
+"""Watch the paths of sockets for `unix:` links (inotify(7)).
 
 One descriptor serves all links of a process: a user may have few of them (fs.inotify.max_user_instances).
 """
@@ -17,19 +17,11 @@ from inco_trio.linux.inotify import Inotify, parse_events
 
 __all__ = ["Names", "Watched"]
 
-MASK = (
-    ino.IN_CREATE
-    | ino.IN_MOVED_TO
-    | ino.IN_DELETE
-    | ino.IN_MOVED_FROM
-    | ino.IN_ATTRIB
-    | ino.IN_DELETE_SELF
-    | ino.IN_MOVE_SELF
-    | ino.IN_ONLYDIR
-)
+NAMES_CHANGED = ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE | ino.IN_MOVED_FROM | ino.IN_ATTRIB
+MASK = NAMES_CHANGED | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 BUFFER = 4096
 TRIES = 3
-"""Attempts to watch a path that changes meanwhile. Events report more changes."""
+"""Attempts to watch a path that changes meanwhile. Events report further changes."""
 
 
 @attrs.define(eq=False)
@@ -38,11 +30,11 @@ class Watched:
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """Watch descriptors, and names in their directories."""
+    """Pairs of a watch descriptor and a name in the watched directory."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """Those with the last name of a path: an event of these does not change which directories are watched."""
+    """The places with the last name of a path. Their events do not change which directories must be watched."""
     moved: bool = True
-    """Whether a path may lead through other directories now."""
+    """Whether a path may lead through other directories than before."""
     all_found: bool = False
     """Whether all paths can be watched."""
     changed: bool = False
@@ -60,10 +52,7 @@ class Names:
         self._waiting: set[Watched] = set()
 
     def watch(self, watched: Watched) -> bool:
-        """Watch the paths; return whether all of them can be watched.
-
-        If a directory of a path is missing, watch the lowest one that exists.
-        """
+        """Watch the paths, or the lowest existing directories above. Return whether all paths can be watched."""
         if watched.moved:
             watched.moved = False
             ways = [self._way_to(path) for path in watched.paths]
@@ -75,7 +64,7 @@ class Names:
         return watched.all_found
 
     def forget(self, watched: Watched) -> None:
-        """Do not watch the paths any more."""
+        """Stop watching the paths."""
         self._move(watched, frozenset())
 
     def _move(self, watched: Watched, places: frozenset[tuple[int, bytes]]) -> None:
@@ -91,9 +80,9 @@ class Names:
                 self._inotify.unwatch(wd)
 
     def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
-        """Watch the lowest possible directory of a path; return it, the next name, and whether that is the last one.
+        """Watch the lowest possible directory of a path, and return its watch descriptor.
 
-        None if no directory can be watched.
+        Also return the next name of the path, and whether this is the last name. None if no directory can be watched.
         """
         found = None
         for _ in range(TRIES):
@@ -101,7 +90,7 @@ class Names:
                 try:
                     wd = self._inotify.watch(str(parent), MASK)
                 except OSError:
-                    continue  # It is missing or not readable.
+                    continue  # The directory is missing or unreadable.
                 following = path if parent == path.parent else parent / path.relative_to(parent).parts[0]
                 found = wd, os.fsencode(following.name), following == path
                 break
@@ -113,7 +102,7 @@ class Names:
 
     async def wait(self, watched: Watched) -> None:
         """Wait until something may have changed at one of the paths."""
-        # The first task that waits reads for all of them; then another one takes over.
+        # The first waiting task reads events for all tasks. When it leaves, another task takes over.
         while not watched.changed:
             watched.woken = trio.Event()
             try:
@@ -149,12 +138,11 @@ class Names:
                 self._inotify.forget(wd)
 
     def close(self) -> None:
-        """Close the descriptor."""
         self._inotify.close()
 
 
 def _wake(groups: Iterable[set[Watched]], place: tuple[int, bytes] | None) -> None:
-    """Wake the waiters for a change at `place`; None is any."""
+    """Wake the waiting tasks because of a change at `place`, or anywhere if `place` is None."""
     for group in groups:
         for watched in group:
             watched.changed = True

@@ -1,4 +1,4 @@
-"""Opens the link that an address names."""
+"""Open the link that an address names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Surroundings", "open_link"]
 
 
 class Surroundings:
-    """What the links of one process share, opened when first needed."""
+    """Resources that all links of a process share, opened when first needed."""
 
     def __init__(self) -> None:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """Return the watcher of socket paths. Raises ResourceError, with the link `asking` as its subject."""
+        """Return the watcher of socket paths. Raises ResourceError, with the link `asking` as the subject."""
         from inco_trio.links.names import Names
 
         if self._names is None:
@@ -36,24 +36,20 @@ class Surroundings:
         return self._names
 
     def close(self) -> None:
-        """Close everything that was opened."""
         if self._names is not None:
             self._names.close()
 
 
 def inside(netns: Path | None, asking: str) -> ExitStack:
-    """Move the calling thread into `netns`, for the link `asking`; closing the result moves it back. None: stay.
-
-    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
-    """
+    """Do what `entered` does, for the link `asking`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
     try:
         return entered(netns)
     except OSError as error:
-        missing = f"there is no network namespace {netns}: make it (`ip netns add NAME`)"
+        missing = f"there is no network namespace {netns} (create it with `ip netns add NAME`)"
         raise from_os_error(
             error,
             asking,
-            f"the network namespace {netns} cannot be entered: {STRERROR}",
+            f"cannot enter the network namespace {netns}: {STRERROR}",
             ((errno.ENOENT,), LinkNotFoundError, missing),
             (DENIED, PermissionDeniedError, f"entering the network namespace {netns} needs CAP_SYS_ADMIN"),
         ) from error
@@ -66,12 +62,14 @@ def open_link(
     note: memoryview,
     around: Surroundings,
 ) -> tuple[Link, Link | None]:
-    """Return the link, and the link of the inherited descriptor `held` if that does not fit any more.
+    """Return the link. Also return the link of the inherited descriptor `held` if that descriptor no longer fits.
 
-    `netns` is the network namespace of an interface; None is that of this process. `note` is 16 bytes of memory that
-    outlive the process, as the descriptor does. Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
+    `netns` is the network namespace of an interface (default: that of this process). `note` is 16 bytes of memory that
+    outlive the process together with the descriptor.
+
+    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
     """
-    # Import only the kind that is needed: start-up time is an outage.
+    # Import only the needed kind of link: the time until a proxy is ready is an outage.
     link: Link
     if isinstance(address, UnixAddress):
         from inco_trio.links.unix import UnixLink

@@ -1,7 +1,4 @@
-"""A link over a network interface: an AF_PACKET socket.
-
-See packet(7) and, for the filter, the kernel's Documentation/networking/filter.rst.
-"""
+"""A link over a network interface: an AF_PACKET socket (packet(7)) with a filter."""
 
 from __future__ import annotations
 
@@ -30,31 +27,28 @@ __all__ = ["PacketLink"]
 logger = logging.getLogger(__name__)
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Bytes that we ask for, and the kernel doubles: room for 20,000 frames even if a driver uses 2.4 kB for each."""
+"""Requested bytes, which the kernel doubles: room for 20,000 frames even if a driver uses 2.4 kB for each frame."""
 
 # Accept frames of our EtherType with the packet type (SKF_AD_PKTTYPE) host, broadcast or multicast (0 to 2). Refuse
-# frames for other hosts (a foreign VLAN, a promiscuous interface) and our own (3, 4).
-_FILTER = (
+# frames for other hosts (a foreign VLAN, a promiscuous interface) and sent frames (3, 4). See the kernel's
+# Documentation/networking/filter.rst.
+FILTER = if_packet.program((
     (0x28, 0, 0, 0xFFFFF000),  # ldh [protocol]
     (0x15, 0, 3, ETHERTYPE),  # jeq #0x8800
     (0x28, 0, 0, 0xFFFFF004),  # ldh [packet type]
     (0x25, 1, 0, 2),  # jgt #2
     (0x06, 0, 0, 0xFFFF),  # ret #65535
     (0x06, 0, 0, 0),  # ret #0
-)
-
-
-FILTER = if_packet.program(_FILTER)
+))  # fmt: skip
 
 DOWN = GONE | {errno.ENETDOWN}
-"""The interface is down or gone; the next change of an interface may fix that."""
+"""The interface is down or gone. A later change of an interface may fix this."""
 
 
 class PacketLink:
-    """The socket on the interface `name`: receives frames of our EtherType, sends notifications.
+    """The `Link` of the interface `name`. Raises ResourceError.
 
     The socket stays when the interface is deleted and recreated: `refresh` binds it again, with its queue and filter.
-    `mac` is the interface's address, `running` whether it is up and has a carrier. Raises ResourceError.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -66,11 +60,11 @@ class PacketLink:
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         set_receive_buffer(sock, RECEIVE_BUFFER)
         self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
-        """The size of the receive buffer, in bytes."""
+        """The size of the receive buffer that the kernel granted, in bytes."""
         self._socket = sock
         self._frames: dict[str, bytes] = {}
         self._bridge = ""
-        # Bound methods of the hot path.
+        # Cache the bound methods: looking them up costs time for each frame.
         self._recv_into = sock.recv_into
         self._send = sock.send
         try:
@@ -82,7 +76,7 @@ class PacketLink:
     def open(cls, name: str) -> PacketLink:
         """Open a socket; `refresh` binds it. Raises PermissionDeniedError without CAP_NET_RAW, and ResourceError."""
         try:
-            # Protocol 0: the kernel queues nothing before bind(2), when options and filter are set.
+            # With protocol 0, the kernel queues nothing until bind(2); by then, options and filter are set.
             sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
         except PermissionError as error:
             raise PermissionDeniedError(
@@ -111,7 +105,7 @@ class PacketLink:
 
     @property
     def fits(self) -> bool:
-        """See `Link.fits`: the socket has our filter, and not another interface."""
+        """Whether the socket has our filter and is not bound to another interface."""
         try:
             bound, protocol = self._socket.getsockname()[:2]
             return (
@@ -125,24 +119,21 @@ class PacketLink:
 
     @property
     def description(self) -> str:
-        """The MAC address, and the receive buffer that the kernel granted."""
         address = self.mac.hex(":") or "unknown yet"
         return f"address {address}, receive buffer of {self.granted // 1024} kB granted"
 
     @property
     def absence(self) -> str:
-        """See `Link.absence`."""
         return "the interface is gone" if self.mac else "no such interface yet"
 
     def missing(self) -> LinkNotFoundError:
-        """See `Link.missing`. The error has the names of the interfaces that exist."""
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
         return LinkNotFoundError(self.name, f"no such interface (there are: {names})", "--wait-link waits for it")
 
     def refresh(self) -> bool:
-        """Bind to the interface unless the socket is bound to it; read its address and state.
+        """Bind the socket if necessary, and read address and state of the interface. Raises OSError (bind(2)).
 
-        Return whether the interface exists. Raises OSError except ENODEV (bind(2)).
+        Return whether the interface exists.
         """
         self.running = False
         if self._bound_address() is None:
@@ -154,13 +145,13 @@ class PacketLink:
                 return False
         mac, interface = self._bound_address(), self._rtnetlink.interface(self.name)
         if mac is None or interface is None:
-            return False  # Removed just now.
+            return False  # The interface was removed just now.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
         self.running = interface.running
         bridge = self._rtnetlink.interface(index=interface.master) if interface.port_of == "bridge" else None
-        self._say_bridge("" if bridge is None else bridge.name)
+        self._log_bridge("" if bridge is None else bridge.name)
         return True
 
     def _bound_address(self) -> bytes | None:
@@ -168,21 +159,16 @@ class PacketLink:
         name, protocol, _, _, address = self._socket.getsockname()
         return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
 
-    def _say_bridge(self, bridge: str) -> None:
-        """Log that the interface is the port of a bridge, which takes frames before our socket sees them."""
+    def _log_bridge(self, bridge: str) -> None:
+        """Log that the interface became the port of a bridge, which takes frames before our socket sees them."""
         before, self._bridge = self._bridge, bridge
         if bridge and bridge != before:
-            logger.warning(
-                "%s: is a port of the bridge %s, which takes its frames: use %s as the interface",
-                self.name,
-                bridge,
-                bridge,
-            )
+            text = "%s: a port of the bridge %s, which takes all frames (use %s as the interface)"
+            logger.warning(text, self.name, bridge, bridge)
         elif before and not bridge:
-            logger.info("%s: is no port of the bridge %s any more", self.name, before)
+            logger.info("%s: no longer a port of the bridge %s", self.name, before)
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
-        """See `Link.receive_into`. Errors: packet(7)."""
         lengths: list[int] = []
         try:
             for length in map(self._recv_into, rooms, itertools.repeat(0), itertools.repeat(socket.MSG_TRUNC)):
@@ -192,13 +178,12 @@ class PacketLink:
         except BlockingIOError:
             pass
         except OSError as error:
-            # Frames that were read come first; a lasting error occurs again.
+            # Return the frames that were read. A lasting error occurs again in the next call.
             if not lengths:
                 self._not_down(error)
         return lengths
 
     def receive_one(self, room: memoryview) -> int:
-        """See `Link.receive_one`. Errors: packet(7)."""
         try:
             return self._recv_into(room, 0, socket.MSG_TRUNC)
         except BlockingIOError:
@@ -208,25 +193,22 @@ class PacketLink:
             return -1
 
     def _not_down(self, error: OSError) -> None:
-        # The kernel reports once that the link went down; the queue stays readable.
+        # The kernel reports once that the link went down. The queue stays readable.
         if error.errno != errno.ENETDOWN:
             raise error
 
     def frame(self, name: str) -> bytes:
-        """See `Link.frame`."""
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # The interface has never existed.
+            if not self.mac:  # The interface has not existed yet.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
 
     def send(self, name: str) -> None:
-        """See `Link.send`. Errors: packet(7)."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
-        """See `Link.send_frame`."""
         if not self.running:
             # Without a carrier, the kernel would accept the frame and drop it silently.
             raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
@@ -238,7 +220,6 @@ class PacketLink:
             raise
 
     async def wait_for_room(self) -> None:
-        """Wait until the socket is writable."""
         await trio.lowlevel.wait_writable(self.fd)
 
     async def changed(self) -> None:
@@ -246,13 +227,12 @@ class PacketLink:
         await self._rtnetlink.wait()
 
     def dropped(self) -> int:
-        """See `Link.dropped` (PACKET_STATISTICS, which is reset when it is read)."""
+        # Reading PACKET_STATISTICS resets the counters.
         statistics = self._socket.getsockopt(SOL_PACKET, if_packet.PACKET_STATISTICS, 8)
         return int(struct.unpack("=II", statistics)[1])
 
     def close(self, *, remove: bool = False) -> None:  # noqa: ARG002 - there is nothing to remove
-        """See `Link.close`."""
-        # If another process has the descriptor, closing it here would not wake a waiting task.
+        # While another process has the descriptor, closing it here would not wake a waiting task.
         trio.lowlevel.notify_closing(self.fd)
         self._socket.close()
         self._rtnetlink.close()

@@ -1,7 +1,7 @@
 """A link over a Unix datagram socket: each datagram is one Ethernet frame, as with QEMU's `-netdev dgram`.
 
-The socket is bound but not connected: a connected one would refuse a peer that restarted. Each datagram has its sender.
-Sending uses the peer's path each time, so frames reach the process that is bound there now. See unix(7).
+The socket is bound but not connected: a connected socket would refuse a peer that restarted. Each datagram is sent to
+the peer's path, so that it reaches the process that is bound there at that time. See unix(7).
 """
 
 from __future__ import annotations
@@ -34,17 +34,16 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""No process at the peer's path can receive."""
+"""Errors if no process at the peer's path can receive."""
 AFTERWARDS = (0.005, 0.02, 0.08)
-"""Seconds after a change when to check again: a socket's name appears an instant before the socket can receive."""
+"""Seconds after an event when to check again: a socket's name appears an instant before the socket can receive."""
 UNWATCHED = 0.08
-"""Seconds between two checks if there is no event: of an unreadable directory, or of a process that ends."""
-
+"""Seconds between two checks if no event reports changes, as in an unreadable directory or when a process ends."""
 PEEKED_MAX = 64
-"""The most frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
+"""Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 64
-"""The most senders that are remembered."""
-IN_USE = "is in use by a live process: end that, or name another path"
+"""Maximum number of senders that are remembered."""
+IN_USE = "in use by a running process (stop that process, or use another path)"
 
 
 def _new_socket() -> socket.socket:
@@ -52,9 +51,9 @@ def _new_socket() -> socket.socket:
 
 
 class UnixLink:
-    """The socket bound at `address.local`. `names` is shared, so the link does not close it.
+    """The `Link` of the socket bound at `address.local`. `names` is shared, so the link does not close it.
 
-    `note` is 16 bytes that outlive the process together with the socket: device and inode of its path.
+    `note` is 16 bytes that outlive the process together with the socket: device and inode of the socket file.
     """
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
@@ -63,7 +62,7 @@ class UnixLink:
         self.mac = address.mac
         self.foreign = 0
         self.malformed = 0
-        """Frames of the peer that `peek` dropped."""
+        """Number of the peer's frames that `peek` dropped."""
         self._address = address
         self._socket = sock
         self._bound = False
@@ -99,7 +98,6 @@ class UnixLink:
 
     @property
     def fits(self) -> bool:
-        """See `Link.fits`."""
         try:
             return (
                 self._socket.family == socket.AF_UNIX
@@ -111,12 +109,11 @@ class UnixLink:
 
     @property
     def description(self) -> str:
-        """The MAC address, and the path of the peer."""
         return f"address {self.mac.hex(':')}, peer {self._address.peer}"
 
     @property
     def running(self) -> bool:
-        """Whether the socket is bound, and a process at the peer's path."""
+        """Whether the socket is bound and a process is bound at the peer's path."""
         if self._closed or not self._ours:
             return False
         try:
@@ -128,19 +125,15 @@ class UnixLink:
 
     @property
     def absence(self) -> str:
-        """See `Link.absence`."""
         return self._refusal.reason
 
     def missing(self) -> IncoError:
-        """Return why the socket is not bound."""
         return self._refusal
 
-    # ---------------------------------------------------------------------------------------------------- binding
-
     def refresh(self) -> bool:
-        """Bind the socket if its path is missing or of another one; open a new socket if it was bound before.
+        """Bind the socket if its file is missing or was replaced. A socket that was bound before is replaced.
 
-        Return whether it is bound. The frames of a former socket are received first.
+        Return whether the socket is bound. The frames of a replaced socket are received first.
         """
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
@@ -163,7 +156,7 @@ class UnixLink:
         return (found.st_dev, found.st_ino) == tuple(self._note)
 
     def _bind(self) -> None:
-        """Bind the socket, or a new one. Raises IncoError."""
+        """Bind the socket, or a new socket if it was bound before. Raises IncoError."""
         try:
             self._clear_path()
             sock = _new_socket() if self._bound else self._socket
@@ -180,28 +173,28 @@ class UnixLink:
             raise from_os_error(
                 error,
                 self.name,
-                f"cannot bind there: {STRERROR}",
-                ((errno.ENOENT,), LinkNotFoundError, "its directory does not exist: make it"),
+                f"cannot bind the socket: {STRERROR}",
+                ((errno.ENOENT,), LinkNotFoundError, "the directory does not exist (create it)"),
                 ((errno.EADDRINUSE,), LinkNotFoundError, IN_USE),
-                ((errno.EROFS,), ResourceError, f"cannot bind there: {STRERROR}"),
+                ((errno.EROFS,), ResourceError, f"cannot bind the socket: {STRERROR}"),
             ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
-            logger.warning("%s: was removed, or replaced by another process: bound again", self.name)
+            logger.warning("%s: removed or replaced by another process: bound again", self.name)
             trio.lowlevel.notify_closing(self._socket)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()
         self._bound = True
 
     def _clear_path(self) -> None:
-        """Remove the socket of a process that has ended. Raises OSError, and IncoError if it is in use."""
+        """Remove the socket file of a process that has ended. Raises OSError, or IncoError if the path is in use."""
         try:
             found = os.lstat(self.name)
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode):
             kind = kind_of_file(found.st_mode)
-            raise LinkNotFoundError(self.name, f"is no socket but {kind}: remove it, or name another path")
+            raise LinkNotFoundError(self.name, f"not a socket but {kind} (remove it, or use another path)")
         with _new_socket() as probe:
             try:
                 probe.connect(self.name)
@@ -209,9 +202,8 @@ class UnixLink:
                 pass
             except OSError as error:
                 if error.errno == errno.EPROTOTYPE:
-                    raise LinkNotFoundError(
-                        self.name, "is in use by a live process, as another type of socket"
-                    ) from error
+                    text = "in use by a running process, as another type of socket"
+                    raise LinkNotFoundError(self.name, text) from error
                 raise
             else:
                 raise LinkNotFoundError(self.name, IN_USE)
@@ -219,19 +211,15 @@ class UnixLink:
         if (again.st_dev, again.st_ino) == (found.st_dev, found.st_ino):
             Path(self.name).unlink()
 
-    # -------------------------------------------------------------------------------------------------- receiving
-
     async def wait_readable(self) -> None:
-        """Wait until frames may be queued."""
         try:
             await trio.lowlevel.wait_readable(self.fd)
         except trio.ClosedResourceError:
             if self._closed:
                 raise
-            # Replaced by a new socket: both are read.
+            # A new socket has replaced this one. The caller reads both.
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
-        """See `Link.receive_into`."""
         lengths: list[int] = []
         for room in rooms:
             length = self.receive_one(room)
@@ -243,7 +231,6 @@ class UnixLink:
         return lengths
 
     def receive_one(self, room: memoryview) -> int:
-        """See `Link.receive_one`. Frames of other senders are made malformed."""
         while self._former:
             try:
                 return self._receive(self._former[0], room)
@@ -258,7 +245,7 @@ class UnixLink:
         length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
         if not self._knows(sender):
             self.foreign += 1
-            # Neither this process nor a successor takes it for a valid frame.
+            # Make the frame malformed, so that this process and a successor ignore it.
             room[ETHERTYPE_PLACE] = bytes(2)
         return length
 
@@ -267,15 +254,15 @@ class UnixLink:
         return self._meet(sender) if known is None else known
 
     def peek(self) -> list[bytes]:
-        """Return the oldest frames of the peer, which stay queued until `dequeue`.
+        """Return the oldest frames of the peer, which stay queued until `dequeue`. Raises OSError (unix(7)).
 
-        A datagram of another sender, an empty one or one longer than FRAME_MAX is dropped and counted (`foreign`,
-        `malformed`) once it is the oldest. Raises OSError (unix(7)).
+        When the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted
+        (`foreign`, `malformed`).
         """
         room = memoryview(bytearray(FRAME_MAX))
         while True:
             sock = self._oldest
-            # Without an offset first: with one, the kernel skips an empty datagram that was seen before.
+            # First peek without an offset: with an offset, the kernel skips an empty datagram.
             sock.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, -1)
             frames: list[bytes] = []
             try:
@@ -304,7 +291,7 @@ class UnixLink:
 
     @property
     def queue(self) -> int:
-        """The inode of the socket of `peek` and `dequeue`, which identifies it."""
+        """The inode of the socket that `peek` and `dequeue` use; it identifies the queue."""
         return os.fstat(self._oldest.fileno()).st_ino
 
     @property
@@ -312,7 +299,7 @@ class UnixLink:
         return self._former[0] if self._former else self._socket
 
     def _meet(self, sender: object) -> bool:
-        """Return whether an unknown sender is the peer by another path, such as a symlink."""
+        """Return whether an unknown sender path leads to the peer, for example by a symlink. Remember the answer."""
         known = False
         if isinstance(sender, str) and sender.startswith("/"):
             try:
@@ -321,7 +308,7 @@ class UnixLink:
                 known = False
         if not known and not self.foreign:
             logger.warning(
-                "%s: datagrams come from %s, not from the peer %s: ignored and counted (foreign)",
+                "%s: datagrams from %s, not from the peer %s: ignored and counted (foreign)",
                 self.name,
                 repr(sender) if sender else "a socket without a path",
                 self._address.peer,
@@ -330,36 +317,31 @@ class UnixLink:
             self._senders[sender] = known
         return known
 
-    # ---------------------------------------------------------------------------------------------------- sending
-
     def frame(self, name: str) -> bytes:
-        """See `Link.frame`."""
         frame = self._frames.get(name)
         if frame is None:
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
 
     def send(self, name: str) -> None:
-        """See `Link.send`. Errors: unix(7)."""
         self.send_frame(self._frames.get(name) or self.frame(name))
 
     def send_frame(self, frame: bytes) -> None:
-        """See `Link.send_frame`."""
         try:
             self._socket.sendto(frame, self._address.peer)
         except OSError as error:
             if error.errno in NO_PEER:
-                nobody = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                who = f"no process is at {self._address.peer}" if nobody else f"{self._address.peer} takes no frames"
-                raise LinkDownError(error.errno, f"{who} ({error.strerror})") from None
+                absent = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
+                why = f"no process is at {self._address.peer}" if absent else f"{self._address.peer} takes no frames"
+                raise LinkDownError(error.errno, f"{why} ({error.strerror})") from None
             raise
 
     async def wait_for_room(self) -> None:
         """Wait until the peer's queue has room, or the peer changes."""
         try:
-            # Our own send buffer has the frames until the peer receives them.
+            # First wait for our send buffer, which holds the frames until the peer receives them.
             await trio.lowlevel.wait_writable(self.fd)
-            # poll(2) only checks the peer's queue of a connected socket.
+            # Then wait for the peer's queue. poll(2) checks that queue only for a connected socket.
             with _new_socket() as self._room:
                 self._room.connect(self._address.peer)
                 await trio.lowlevel.wait_writable(self._room)
@@ -367,15 +349,12 @@ class UnixLink:
             if self._closed:
                 raise
         except OSError:
-            pass  # Sending again reports it.
+            pass  # The next `send` reports the error.
         finally:
             self._room = None
 
-    # -------------------------------------------------------------------------------------------------- following
-
     async def changed(self) -> None:
-        """Wait until something may have changed at one of the two paths."""
-        # No event reports the end of the process that uses our path.
+        # If another process uses our path, no event reports its end.
         delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
         if delay is None:
             await self._names.wait(self._watched)
@@ -390,7 +369,6 @@ class UnixLink:
         return 0
 
     def close(self, *, remove: bool = False) -> None:
-        """See `Link.close`."""
         self._closed = True
         if remove and self._bound and self._is_ours():
             with contextlib.suppress(OSError):

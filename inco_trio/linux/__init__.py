@@ -1,4 +1,1 @@
-"""What the Linux kernel defines: constants, structs and system calls that Python lacks.
-
-This package imports nothing else from inco_trio.
-"""
+"""Constants, structs and system calls of Linux that Python lacks. Imports nothing else from inco_trio."""

@@ -22,12 +22,12 @@ _KINDS = {
 
 
 def kind_of_file(mode: int) -> str:
-    """Return what a file is, in words, by its `st_mode`."""
+    """Return the kind of a file in words, for example "a directory"."""
     return _KINDS[stat.S_IFMT(mode)]
 
 
 def is_path(text: str) -> bool:
-    """Return whether the kernel can take `text` as a path: no NUL byte, and the file system's encoding has it."""
+    """Return whether `text` can be a path: it has no NUL byte and can be encoded."""
     try:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:

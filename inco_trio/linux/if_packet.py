@@ -15,7 +15,7 @@ __all__ = ["attach_filter", "filter_of", "program"]
 ETH_P_ALL = 3
 SOL_PACKET = 263
 PACKET_OUTGOING = 4
-"""The packet type of what this host sends."""
+"""The packet type of frames that this host sends."""
 PACKET_STATISTICS = 6
 PACKET_IGNORE_OUTGOING = 23
 SO_ATTACH_FILTER = SO_GET_FILTER = 26
@@ -28,23 +28,23 @@ _INSTRUCTION = struct.Struct("=HBBI")
 
 
 def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
-    """Return a filter as the kernel takes it."""
+    """Return the machine code of a filter."""
     return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
 
 
 def attach_filter(sock: socket.socket, code: bytes) -> None:
-    """Have the kernel queue only what the filter accepts. Nothing can remove the filter later. Raises OSError."""
+    """Let the kernel queue only frames that the filter accepts. The filter cannot be removed later. Raises OSError."""
     kept = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: the number of instructions, and where they are.
+    # struct sock_fprog has the number of instructions and their address.
     fprog = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(kept))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    # A process that receives the descriptor cannot widen the filter.
+    # A process that gets the descriptor cannot widen the filter.
     sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 
 def filter_of(sock: socket.socket, size: int) -> bytes:
-    """Return the attached filter; b"" if there is none, or one of more than `size` bytes."""
-    # SO_GET_FILTER counts instructions where other options count bytes, so that socket.getsockopt would cut the answer.
+    """Return the attached filter, or b"" if the socket has none or one of more than `size` bytes."""
+    # SO_GET_FILTER counts instructions instead of bytes, so socket.getsockopt would truncate the answer.
     code = ctypes.create_string_buffer(size)
     length = ctypes.c_uint(size // _INSTRUCTION.size)
     if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, code, ctypes.byref(length)) < 0:

@@ -1,7 +1,7 @@
-"""inotify(7): the decoder of its events, and the descriptor with its watches.
+"""An inotify descriptor with its watches, and a decoder of events (inotify(7)).
 
-pyinotify's WatchManager has the watches. Its Notifier is not used: it is ten times slower than this decoder, and hides
-an overflow of the queue.
+pyinotify's WatchManager manages the watches. Its Notifier is not used: it is ten times slower than this decoder and
+hides overflows of the queue.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from typing import NamedTuple, Protocol
 
 with warnings.catch_warnings():
-    # pyinotify imports asyncore, which is deprecated. From Python 3.12 on, pyasyncore replaces it without a warning.
+    # pyinotify imports asyncore, which is deprecated. From Python 3.12 on, pyasyncore replaces asyncore.
     warnings.simplefilter("ignore", DeprecationWarning)
     import pyinotify
 
@@ -44,11 +44,11 @@ IN_ISDIR: int = pyinotify.IN_ISDIR
 IN_ALL_EVENTS: int = pyinotify.ALL_EVENTS
 
 EVENT = struct.Struct("=iIII")
-"""struct inotify_event: wd, mask, cookie, length of the NUL-padded name that follows."""
+"""struct inotify_event: wd, mask, cookie, and the length of the NUL-padded name that follows."""
 
 
 class Event(NamedTuple):
-    """One event: the watch descriptor (-1 for an overflow), the IN_* mask, the name (directory watches only)."""
+    """One event: watch descriptor (-1 for an overflow), IN_* mask, and name (only for watches on directories)."""
 
     wd: int
     mask: int
@@ -61,10 +61,7 @@ def pack_event(wd: int, mask: int) -> bytes:
 
 
 def parse_events(data: bytes | memoryview) -> list[Event]:
-    """Return the events of a read(2), in order.
-
-    Stop at an empty mask or an incomplete event, which the kernel never writes: the rest of the memory is unused.
-    """
+    """Return the events of a read(2), in order. An empty mask or incomplete event ends the used memory."""
     events = []
     unpack, head = EVENT.unpack_from, EVENT.size
     offset, end = 0, len(data)
@@ -97,10 +94,10 @@ libc.inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint3
 
 
 class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no types
-    """The system calls for WatchManager. pyinotify's own wrapper runs ldconfig to find the C library."""
+    """The system calls for WatchManager. pyinotify's own wrapper would run ldconfig to find the C library."""
 
     def __init__(self) -> None:
-        """Do not load a library of its own."""
+        """Do not load another copy of the C library."""
 
     def _get_errno(self) -> int:
         return ctypes.get_errno()
@@ -116,7 +113,7 @@ class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no
 
 
 class _Watches(pyinotify.WatchManager):  # type: ignore[misc]  # pyinotify has no types
-    """A WatchManager of an inherited or a new descriptor."""
+    """A WatchManager with an inherited or new descriptor."""
 
     def __init__(self, held: int | None) -> None:
         self._exclude_filter = lambda _path: False
@@ -133,20 +130,20 @@ class Inotify:
     """An inotify descriptor (`fd`, non-blocking) and its watches."""
 
     def __init__(self, held: int | None = None) -> None:
-        """Open a descriptor, or take over `held` with its watches and its queue. Raises OSError (inotify_init(2))."""
+        """Open a descriptor, or take over `held` with its watches and queue. Raises OSError (inotify_init(2))."""
         self._watches = _Watches(held)
         self.fd: int = self._watches.get_fd()
         self.read = 0
-        """Bytes that were read."""
+        """Number of bytes that were read."""
 
     async def wait_readable(self) -> None:
         """Wait until events may be queued."""
-        import trio  # Only here: the import takes 0.1 s, and blocking programs do not need it.
+        import trio  # The import takes 0.1 s, and blocking programs do not need Trio.
 
         await trio.lowlevel.wait_readable(self.fd)
 
     def watch(self, path: str, mask: int) -> int:
-        """Watch `path`; return the watch descriptor of its inode. Raises OSError (inotify_add_watch(2))."""
+        """Watch `path`, and return the watch descriptor of the inode. Raises OSError (inotify_add_watch(2))."""
         try:
             (wd,) = self._watches.add_watch(path, mask, quiet=False).values()
         except pyinotify.WatchManagerError:
@@ -161,7 +158,7 @@ class Inotify:
     def unwatch(self, wd: int) -> None:
         """End a watch, or forget one that the kernel has ended."""
         if self._watches.get_watch(wd) is None:
-            # An inherited watch, which only the kernel knows.
+            # Only the kernel knows inherited watches.
             self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
         else:
             try:
@@ -176,11 +173,11 @@ class Inotify:
 
     @property
     def queued(self) -> int:
-        """Bytes of the unread events."""
+        """Number of bytes of the unread events."""
         return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:
-        """Read as many events as fit; return the bytes, 0 if nothing is queued."""
+        """Read as many events as fit. Return the number of bytes, or 0 if nothing is queued."""
         try:
             length = os.readv(self.fd, (buffer,))
         except BlockingIOError:
@@ -189,5 +186,5 @@ class Inotify:
         return length
 
     def close(self) -> None:
-        """Close this process's descriptor; queue and watches live on while another process has one."""
+        """Close the descriptor. Queue and watches stay while another process has the descriptor."""
         os.close(self.fd)

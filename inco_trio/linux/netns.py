@@ -1,6 +1,6 @@
-"""Network namespaces: setns(2), unshare(2) and network_namespaces(7). The constants are those of <linux/sched.h>.
+"""Network namespaces: setns(2), unshare(2) and network_namespaces(7), with the constants of <linux/sched.h>.
 
-A socket belongs to the network namespace in which its thread made it.
+A socket belongs to the network namespace of the thread that created it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWNET = 0x40000000
 SIOCGSKNS = 0x894C
-"""Return the network namespace of a socket (the kernel's include/uapi/linux/sockios.h)."""
+"""The ioctl that opens the network namespace of a socket (the kernel's include/uapi/linux/sockios.h)."""
 OURS = Path("/proc/thread-self/ns/net")
 
 
@@ -33,7 +33,7 @@ def unshare(flags: int) -> None:
 
 
 def entered(netns: Path | None) -> ExitStack:
-    """Move the calling thread into `netns`; closing the result moves it back. None: stay. Raises OSError."""
+    """Move the calling thread into `netns` (None: do nothing). Closing the result moves it back. Raises OSError."""
     with ExitStack() as stack:
         if netns is not None:
             here, there = (_opened(path, stack) for path in (OURS, netns))
@@ -49,7 +49,7 @@ def _opened(path: Path, stack: ExitStack) -> int:
 
 
 def identity(netns: Path | None) -> tuple[int, int]:
-    """Return device and inode of a network namespace, which identify it; (0, 0) if there is none."""
+    """Return device and inode of a network namespace, which identify it, or (0, 0) if the path does not exist."""
     try:
         found = (OURS if netns is None else netns).stat()
     except OSError:
@@ -58,7 +58,7 @@ def identity(netns: Path | None) -> tuple[int, int]:
 
 
 def belongs_to(sock: int, netns: Path | None) -> bool:
-    """Return whether a socket belongs to `netns`; True without CAP_NET_ADMIN, which this question needs."""
+    """Return whether a socket belongs to `netns`. Return True without CAP_NET_ADMIN, which the check needs."""
     try:
         fd = fcntl.ioctl(sock, SIOCGSKNS)
     except OSError:

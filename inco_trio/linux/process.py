@@ -1,4 +1,4 @@
-"""Processes: capabilities(7) and prctl(2). The constants are those of <linux/capability.h> and <linux/prctl.h>."""
+"""Processes: capabilities(7) and prctl(2), with the constants of <linux/capability.h> and <linux/prctl.h>."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SECBIT_NOROOT_LOCKED = 0b11
 
 
 def end_with_parent(parent: int) -> bool:
-    """Have the kernel kill this process when the thread that started it ends; False if `parent` has ended already.
+    """Let the kernel kill this process when the thread that started it ends. Return False if `parent` has ended.
 
-    Also for the `preexec_fn` of a subprocess: it imports nothing and takes no lock.
+    This function can be the `preexec_fn` of a subprocess: it imports nothing and takes no lock.
     """
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     return os.getppid() == parent
 
 
 def clear_capabilities() -> None:
-    """Give up the capabilities that execve(2) would keep or give to root (capabilities(7)). Raises OSError."""
+    """Drop the capabilities that execve(2) would keep, or give to root (capabilities(7)). Raises OSError."""
     check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))

@@ -46,20 +46,20 @@ class Interface:
     name: str
     up: bool
     running: bool
-    """Whether it is up and has a carrier."""
+    """Whether the interface is up and has a carrier."""
     master: int
-    """The index of the interface whose port it is; 0 if it is not a port."""
+    """The index of the bridge or bond that the interface is a port of, or 0."""
     port_of: str
-    """The kind of that interface: "bridge", "bond"."""
+    """The kind of `master`: "bridge", "bond"."""
     mtu: int
     """The longest payload of a frame, in bytes."""
     address: bytes
 
 
 class Rtnetlink:
-    """A socket that reports changes of interfaces, and answers questions about them.
+    """A socket that reports changes of interfaces and describes them. Raises OSError (netlink(7)).
 
-    It belongs to the network namespace in which it was opened. Raises OSError (netlink(7)).
+    The socket belongs to the network namespace of the thread that opened it.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,6 @@ class Rtnetlink:
             raise
 
     def interfaces(self) -> list[Interface]:
-        """Return all interfaces."""
         return list(self._ask(NLM_F_DUMP, 0, b""))
 
     def interface(self, name: str = "", index: int = 0) -> Interface | None:
@@ -82,13 +81,13 @@ class Rtnetlink:
         return next(self._ask(0, index, attribute), None)
 
     def _ask(self, flags: int, index: int, attribute: bytes) -> Iterator[Interface]:
-        # Queued messages are older than the answer, and would leave no room for it.
+        # Discard queued messages: they are older than the answer and may leave no room for it.
         self._drain()
         number = next(self._numbers)
         body = _INTERFACE.pack(0, 0, index, 0, 0) + attribute
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, number, 0) + body)
         while True:
-            # The kernel sends the first part before send(2) returns, and the next one whenever a part is read.
+            # The kernel sends the first part before send(2) returns, and the next part whenever one is read.
             for kind, answered, message in _messages(self._socket.recv(65536)):
                 if answered != number:
                     continue
@@ -104,7 +103,7 @@ class Rtnetlink:
             except BlockingIOError:
                 return
             except OSError as error:
-                # The queue overflowed: there was a change, and nothing else matters.
+                # ENOBUFS means that the queue overflowed. Only the fact that something changed matters.
                 if error.errno != errno.ENOBUFS:
                     raise
 
@@ -114,7 +113,6 @@ class Rtnetlink:
         self._drain()
 
     def close(self) -> None:
-        """Close the socket."""
         self._socket.close()
 
 

@@ -1,4 +1,4 @@
-"""Options and limits of sockets: socket(7), unix(7). The constants are those of <asm-generic/socket.h>."""
+"""Options and limits of sockets: socket(7) and unix(7), with the constants of <asm-generic/socket.h>."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ SOCKET_PATH_MAX = 107
 
 
 def set_receive_buffer(sock: socket.socket, size: int) -> None:
-    """Ask for a receive buffer of `size` bytes, which the kernel doubles.
+    """Request a receive buffer of `size` bytes, which the kernel doubles.
 
-    Only CAP_NET_ADMIN in the first user namespace may exceed net.core.rmem_max; without it, that is the limit.
+    Without CAP_NET_ADMIN in the first user namespace, net.core.rmem_max is the limit.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)

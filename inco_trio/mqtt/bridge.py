@@ -115,7 +115,7 @@ class Bridge:
         self._resources.callback(memory.close)
         self._progress = Progress(memory.numbers)
         self._link = _open_link(self._address, inherited.get("link"), memory.note, around.names(self._address.name))
-        self._resources.callback(lambda: self._link.close(remove=self._fd_store.holder is None))
+        self._resources.callback(lambda: self._link.close(remove=self._fd_store.supervisor is None))
         if not self._link.refresh():
             raise self._link.missing()
         self._is_open = True

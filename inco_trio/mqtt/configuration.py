@@ -8,20 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote, urlsplit
 
 import attrs
 
 from inco_trio.errors import ConfigError, InvalidArgumentError
 from inco_trio.signals import name_fault
-from inco_trio.validation import parse_table, read_file
+from inco_trio.validation import ABSOLUTE_PATH, NAMES, Rule, parse_table, read_file
 
 __all__ = ["Broker", "Credentials", "GatewayConfig", "Identity", "parse_broker", "read_gateway"]
 
 PREFIX = "inco-trio"
 URL_EXPECTED = "mqtt://HOST[:PORT][/PREFIX]"
 STATUS_SECONDS_MAX = 86_400.0
-STATUS_SECONDS_EXPECTED = f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}"
 SECRET_MAX = 65_535
 """The longest user name or password, in bytes (MQTT 5, 1.5.6)."""
 
@@ -52,15 +52,15 @@ class Identity:
 class Credentials:
     """The files with the credentials of the gateway and with the trusted certificates."""
 
-    ca_file: str | None = None
+    ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The trusted CA certificates, PEM (default: those of the system)."""
-    certificate_file: str | None = None
+    certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The certificate of the gateway, PEM."""
-    key_file: str | None = None
+    key_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """The private key of the certificate, PEM, not encrypted."""
-    user_file: str | None = None
+    user_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """One line: the user name of the gateway."""
-    password_file: str | None = None
+    password_file: Annotated[str | None, ABSOLUTE_PATH] = None
     """One line: the password of the gateway."""
 
     def read(self) -> Identity:
@@ -68,15 +68,20 @@ class Credentials:
         return Identity(_read_line(self.user_file, "user_file"), _read_line(self.password_file, "password_file"))
 
 
+SECONDS = Rule(
+    (float,), f"seconds: more than 0, up to {STATUS_SECONDS_MAX:g}", lambda value: 0 < value <= STATUS_SECONDS_MAX
+)
+
+
 @attrs.frozen
 class GatewayConfig:
     """The configuration of a gateway."""
 
-    boards: list[str] | None = None
+    boards: Annotated[list[str] | None, NAMES] = None
     """The boards to serve (default: all)."""
-    send: Mapping[str, list[str]] = attrs.Factory(dict)
+    send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
     """The signals that MQTT clients may send, by board; `*` stands for every board or every signal."""
-    status_seconds: float = 10.0
+    status_seconds: Annotated[float, SECONDS] = 10.0
     """Seconds between two queries of the counters."""
     broker: Credentials = Credentials()
     """The credentials for the broker and the trusted CA: absolute paths of files."""
@@ -115,27 +120,21 @@ def parse_broker(url: str) -> Broker:
 def read_gateway(path: Path) -> GatewayConfig:
     """Return the configuration in the file at `path`. Raises ConfigError with all mistakes."""
     table = parse_table(read_file(path), str(path))
-    table.only(field.name for field in attrs.fields(GatewayConfig))
-    send, broker = table.table("send"), table.table("broker")
-    status_seconds = table.number("status_seconds", STATUS_SECONDS_EXPECTED, 10.0)
-    boards = table.texts("boards")
-    signals = {board: send.texts(board) or [] for board in send.values} if send else {}
-    files = [field.name for field in attrs.fields(Credentials)]
-    if broker:
-        broker.only(files)
-    credentials = Credentials(*(broker.text(name, "an absolute path") if broker else None for name in files))
-    config = GatewayConfig(boards, signals, status_seconds, credentials)
-    if not table.problems:
+    config = table.structure(GatewayConfig)
+    if broker := table.table("broker"):
+        broker.only(field.name for field in attrs.fields(Credentials))
+    if send := table.table("send"):
+        send.only(send.values)
+    if config and not table.problems:
         table.problems.extend(_faults(config))
     table.finish(str(path))
+    assert config is not None  # noqa: S101 - there are no mistakes
     return config
 
 
 def _faults(config: GatewayConfig) -> list[str]:
     """Return the mistakes in values of the right type."""
     faults = []
-    if not 0 < config.status_seconds <= STATUS_SECONDS_MAX:
-        faults.append(f"status_seconds: {config.status_seconds:g} (expected {STATUS_SECONDS_EXPECTED})")
     if config.boards is not None and not config.boards:
         faults.append("boards: an empty list (leave the key out for all boards)")
     for board, signals in config.send.items():
@@ -144,9 +143,6 @@ def _faults(config: GatewayConfig) -> list[str]:
         if config.boards is not None and board != "*" and board not in config.boards:
             faults.append(f"send.{board}: not a served board (expected one of boards, or *)")
     credentials = config.broker
-    for name, value in attrs.asdict(credentials).items():
-        if value is not None and (not value.startswith("/") or "\0" in value):
-            faults.append(f"broker.{name}: {value!r} (expected an absolute path)")
     if (credentials.certificate_file is None) != (credentials.key_file is None):
         faults.append("broker: certificate_file or key_file is missing (expected both or neither)")
     if credentials.password_file is not None and credentials.user_file is None:

@@ -1,1 +1,1 @@
-"""What outlives the process: the memory of what is in flight, and the descriptors that a supervisor keeps."""
+"""State that outlives the process: the in-flight buffer, and the descriptors in an fd store."""

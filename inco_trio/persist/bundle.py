@@ -1,8 +1,8 @@
-"""Many descriptors in one: s6-fdholder-getdump fails with some hundreds, and the environment is small.
+"""Many descriptors in one: s6-fdholder-getdump fails with several hundred, and the environment is small.
 
-They are queued in a Unix stream socket, as SCM_RIGHTS messages that no process receives (unix(7)); the fd store has the
-socket. A successor reads them with MSG_PEEK, which opens copies and changes nothing. Later changes are appended, as a
-line of text and a descriptor. When the queue is full, a new socket replaces it.
+The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages that no process receives (unix(7)). The fd
+store has this socket. A successor peeks at the messages (MSG_PEEK), which opens copies and leaves the queue unchanged.
+Later changes are appended as a line of text and a descriptor. When the queue is full, a new socket replaces it.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["Bundle"]
 
 NAME = "bundle"
 MESSAGE_FDS = 250
-"""The most descriptors of one message; SCM_MAX_FD is 253."""
+"""Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
 MESSAGE_SIZE = 1 << 16
 FULL = f"{STRERROR}: raise ulimit -n"
 STORED, REMOVED = b"+", b"-"
 
 
 class Bundle:
-    """An `FdStore` that needs one descriptor of `outer`. It also has all descriptors open itself, in `kept`."""
+    """An `FdStore` that uses only one descriptor of `outer`. `kept` has open copies of all stored descriptors."""
 
     def __init__(self, outer: FdStore) -> None:
-        self.holder = outer.holder
+        self.supervisor = outer.supervisor
         self._outer = outer
         self.kept: dict[str, int] = {}
         held = outer.inherited.get(NAME)
@@ -58,17 +58,15 @@ class Bundle:
                     self.kept[name] = next(following)
 
     def store(self, name: str, fd: int) -> None:
-        """See `FdStore.store`."""
         try:
             kept = os.dup(fd)
         except OSError as error:
-            raise from_os_error(error, "cannot keep descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL) from error
         self._forget(name)
         self.kept[name] = kept
         self._append(STORED + os.fsencode(name) + b"\n", [kept])
 
     def remove(self, name: str) -> None:
-        """See `FdStore.remove`."""
         if name in self.kept:
             self._forget(name)
             self._append(REMOVED + os.fsencode(name) + b"\n", [])
@@ -84,10 +82,10 @@ class Bundle:
         except BlockingIOError:
             self._renew()
         except OSError as error:
-            raise from_os_error(error, "cannot keep descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL) from error
 
     def _renew(self) -> None:
-        """Put all descriptors into a new socket, and store it."""
+        """Queue all descriptors in a new socket, and store that socket."""
         try:
             entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             names = list(self.kept)
@@ -96,7 +94,7 @@ class Bundle:
                 text = b"".join(STORED + os.fsencode(name) + b"\n" for name in some)
                 socket.send_fds(entry, [text], [self.kept[name] for name in some])
         except OSError as error:
-            raise from_os_error(error, "cannot keep descriptors", FULL) from error
+            raise from_os_error(error, "cannot store descriptors", FULL) from error
         entry.setblocking(False)
         with queue:
             self._outer.store(NAME, queue.fileno())
@@ -105,7 +103,7 @@ class Bundle:
         self._entry = entry
 
     def close(self) -> None:
-        """Close all descriptors here; the fd store still has them."""
+        """Close the copies. The fd store still has the descriptors."""
         for name in tuple(self.kept):
             self._forget(name)
         if self._entry is not None:

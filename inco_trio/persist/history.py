@@ -1,11 +1,11 @@
 """The history: delivered and sent notifications that a client, such as the gateway, has not acknowledged yet.
 
-It is in the in-flight buffer (`inflight`), so it survives the end of the client and of the process. It stores nothing
-until a client asks for it. The ring has room for `KEPT` notifications. Older ones are merged: for each signal, only
-their number remains.
+The history is part of the in-flight buffer (`inflight`), so it survives the end of the client and of the process. It is
+empty until a client asks for it. The ring has room for `KEPT` notifications. Older notifications are merged: only their
+number per signal remains.
 
-Layout: a page of numbers, a table of merged notifications for each direction, and the ring. A number is written after
-what it stands for: a process that dies in between stored a notification twice, or not yet.
+Layout: a page of numbers, a table of merged notifications for each direction, and the ring. Each number is updated
+after the data that it counts. If the process dies in between, a notification is stored twice or not yet.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["KEPT", "History", "Merged", "Record"]
 _RECORD = struct.Struct("=QQB7x64s8x")
 """A notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
 KEPT = RING // _RECORD.size
-"""Notifications that the ring has room for."""
+"""Number of notifications that fit into the ring."""
 _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
 """Indexes of the numbers in the first page."""
@@ -37,18 +37,18 @@ class Record:
     """A notification in the ring."""
 
     sequence: int
-    """Its number in the history, from 1."""
+    """The number of the notification in the history, from 1."""
     direction: Direction
     name: str
     time_ns: int
-    """time.time_ns() at that time."""
+    """When it was delivered or sent (time.time_ns())."""
     monotonic_ns: int
-    """time.monotonic_ns() at that time."""
+    """The same time as time.monotonic_ns()."""
 
 
 @attrs.frozen
 class Merged:
-    """Merged notifications of one signal: only their number is known."""
+    """The number of merged notifications of one signal."""
 
     direction: Direction
     name: str
@@ -67,7 +67,7 @@ class History:
 
     @property
     def boot(self) -> str:
-        """A random name of the numbering, in hexadecimal: a history that starts over has another one."""
+        """A random identifier of the numbering. A history that starts over gets a new one."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
@@ -82,7 +82,7 @@ class History:
 
     @property
     def floor(self) -> int:
-        """All notifications up to this number are acknowledged or merged."""
+        """The number up to which all notifications are acknowledged or merged."""
         return max(self._numbers[_ACKNOWLEDGED], self._numbers[_MERGED_TO])
 
     @property
@@ -92,16 +92,16 @@ class History:
 
     @property
     def waiting(self) -> int:
-        """Notifications that are not acknowledged, merged ones included."""
+        """The number of notifications that are not acknowledged, including merged ones."""
         return self.sequence - self.floor + sum(merged.count for merged in self.merged())
 
     @property
     def merged_ever(self) -> int:
-        """Notifications that were merged since the history began."""
+        """The number of notifications that were merged since the history began."""
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:
-        """Keep what is carried after notification number `sequence`, if nothing is kept yet."""
+        """Start to keep notifications; the next one gets the number `sequence` + 1. Do nothing if started already."""
         if self.keeping:
             return
         self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
@@ -111,7 +111,7 @@ class History:
         self._numbers[_KEEPING] = self.keeping = True
 
     def end(self) -> None:
-        """Forget everything, and store nothing from now on."""
+        """Forget all notifications and stop keeping new ones."""
         self._numbers[_KEEPING] = self.keeping = False
         for table in self._merged:
             for name in table:
@@ -123,7 +123,7 @@ class History:
         wall, monotonic = time.time_ns(), time.monotonic_ns()
         sequence, floor = numbers[_SEQUENCE], self.floor
         if sequence == floor:
-            numbers[_BASE] = sequence  # Starting again uses few pages.
+            numbers[_BASE] = sequence  # Restart at the beginning of the ring, so that few pages are used.
         base = numbers[_BASE]
         for signal in signals:
             if sequence - floor == KEPT:
@@ -140,10 +140,9 @@ class History:
             numbers[_SEQUENCE] = sequence
 
     def _merge(self, sequence: int) -> int:
-        """Merge the oldest notification; return its number."""
+        """Merge the oldest notification, which has the number `sequence`. Return `sequence`."""
         record = self._at(sequence)
-        table, name = self._merged[record.direction is Direction.OUTBOUND], record.name.encode("ascii")
-        table[name] += 1
+        self._merged[record.direction is Direction.OUTBOUND][record.name.encode("ascii")] += 1
         self._numbers[_MERGED_TO] = sequence
         self._numbers[_MERGED] += 1
         return sequence
@@ -154,18 +153,18 @@ class History:
         return Record(sequence, _DIRECTIONS[outbound], name.rstrip(b"\0").decode("ascii"), wall, monotonic)
 
     def after(self, sequence: int, most: int) -> list[Record]:
-        """Return up to `most` notifications of the ring after number `sequence`."""
+        """Return up to `most` notifications after the number `sequence` from the ring."""
         first = max(sequence, self.floor) + 1
         return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
 
     def merged(self) -> Iterator[Merged]:
-        """Yield what is merged and not acknowledged; all of it is older than the ring."""
+        """Yield the merged notifications that are not acknowledged. All of them are older than the ring's content."""
         for direction, table in zip(_DIRECTIONS, self._merged, strict=True):
             for name in table:
                 yield Merged(direction, name.decode("ascii"), table[name])
 
     def acknowledge(self, sequence: int, merged: Sequence[Merged] = ()) -> None:
-        """Forget all notifications up to number `sequence`, and the given merged ones."""
+        """Forget all notifications up to the number `sequence`, and the given merged ones."""
         for each in merged:
             table, name = self._merged[each.direction is Direction.OUTBOUND], each.name.encode("ascii")
             table[name] = max(0, table[name] - each.count)

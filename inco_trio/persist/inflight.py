@@ -1,13 +1,13 @@
-"""The in-flight buffer: what was read from the kernel and is not processed yet, in a memfd that outlives the process.
+"""The in-flight buffer: data that was read from the kernel but not processed yet, in a memfd that outlives the process.
 
-The kernel forgets a frame or an inotify event once it is read. If a process dies between reading and acting, it would
-be lost. So the proxy reads into this memory, which a supervisor keeps (see `fdstore`), and blanks a part of it only
-after processing everything in it. A successor that inherits the memory processes its content again: at least once.
+The kernel forgets a frame or an inotify event once it is read. If the process died before acting on it, the
+notification would be lost. So the proxy reads into this memory, which the fd store keeps (see `fdstore`), and blanks a
+part only after processing its content. A successor processes the remaining content again: delivery is at least once.
 
-recv(2) and read(2) copy before they return, and a fatal signal does not interrupt the copying. So whatever left the
-kernel's queue is complete here. Frames and events delimit themselves in blank memory: no length is stored, so there is
-no instant in which one is missing. Blank memory is zeros; between the frames of a bank it has a mark of 8 random bytes,
-which only a frame longer than its step overwrites.
+recv(2) and read(2) copy before they return, and a fatal signal does not interrupt the copying. So all data that left
+the kernel's queue is complete here. Frames and events delimit themselves in blank memory. Storing a length would take a
+second step, before which the process could die. Blank memory is zeros. In a bank of frames, 8 random bytes (the mark)
+end each step; only a frame that is longer than a step overwrites the mark.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
 processes with many boards (`queue`, `proxy.share`); a history (`history`).
@@ -31,11 +31,11 @@ MAGIC = b"inco-trio inflight 4, batches of %6d frames\n"
 MARK = 8
 """Bytes of the mark after each frame."""
 FRAME_STEP = 128
-"""Bytes from one frame of a bank to the next; few, to stay in the CPU cache."""
+"""Bytes from one frame of a bank to the next: few, so that a bank fits into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""The longest frame that others may follow, in bytes; ours have up to 18 + 64."""
+"""The longest frame that other frames may follow, in bytes. Our frames have up to 18 + 64 bytes."""
 FRAMES = 256
-"""The most frames of one batch; enough to make the cost of a hand-over small."""
+"""Maximum number of frames in a batch: enough to make the cost of a hand-over small."""
 EVENT_BANK = 4 * PAGE
 """Bytes of inotify events in one batch: 1024 events without a name."""
 RING = 192 * PAGE
@@ -65,7 +65,7 @@ def _no_frames(mark: bytes, frames: int) -> bytes:
 
 
 class Bank:
-    """The memory of one batch: free, or with frames or events that are not processed yet."""
+    """The memory of one batch of frames or events. It is blank while it is free."""
 
     def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
         self.view = view
@@ -75,15 +75,15 @@ class Bank:
 
     @property
     def sequence(self) -> int:
-        """The number of the batch; the lower one is older."""
+        """The number of the batch. Of two banks, the lower number is older."""
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the number of the batch, before the first read."""
+        """Store the number of the batch. Call this before the first read."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
-        """Blank the first `length` bytes: their content is processed."""
+        """Blank the first `length` bytes, because their content is processed."""
         self.view[:length] = self.blank[:length]
 
 
@@ -94,27 +94,27 @@ class Inflight:
     fd: int
     frames: tuple[Bank, Bank]
     events: tuple[Bank, Bank]
-    owed: NumberTable
-    """By wire name: notifications whose state file could not be written yet."""
+    pending: NumberTable
+    """Numbers of pending inbound notifications, by wire name."""
     watches: NumberTable
-    """By the key of a path: its watch descriptor."""
+    """Watch descriptors, by the key of the path (`registers.directory.watch_key`)."""
     queue: EventQueue
-    """Unread events of a descriptor that several boards share."""
+    """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """For `history`: a page, two tables and a ring."""
+    """A page, two tables and a ring, see `history`."""
     note: memoryview
     """16 bytes for the link, see `links.unix`."""
     at_once: int
-    """The most frames of one batch."""
+    """Maximum number of frames in a batch."""
     inherited: bool
     _map: mmap.mmap
 
     @classmethod
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
-        """Map the inherited descriptor `held` if it has this layout, else new memory.
+        """Map the inherited descriptor `held` if its memory has this layout; otherwise map new memory.
 
-        `at_once` is the number of frames in a batch; with fewer than FRAMES, the rest of a bank takes no memory. Raises
-        OSError (memfd_create(2), mmap(2)).
+        `at_once` is the maximum number of frames in a batch. With fewer than FRAMES, the rest of a bank uses no memory.
+        Raises OSError (memfd_create(2), mmap(2)).
         """
         magic = MAGIC % at_once
         inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(magic), 0) == magic
@@ -139,7 +139,7 @@ class Inflight:
             fd,
             frames=(banks[0], banks[1]),
             events=(banks[2], banks[3]),
-            owed=NumberTable(view[offset : offset + TABLE]),
+            pending=NumberTable(view[offset : offset + TABLE]),
             watches=NumberTable(view[offset + TABLE : offset + 2 * TABLE]),
             queue=EventQueue(view[offset + 2 * TABLE : BEFORE_HISTORY]),
             history=view[BEFORE_HISTORY:],
@@ -150,18 +150,18 @@ class Inflight:
         )
 
     def close(self) -> None:
-        """Close this process's descriptor; the memory lives on while another process has one."""
+        """Close the descriptor. The memory exists as long as another process has a descriptor of it."""
         os.close(self.fd)
-        # The last view unmaps the memory; closing the map here would raise BufferError.
+        # Deleting the last view unmaps the memory. Closing the map here would raise BufferError.
 
 
 def _new_memory(magic: bytes, held: int | None) -> int:
-    """Return a new memfd, and close `held`."""
+    """Create a memfd, and close `held`."""
     fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
     os.ftruncate(fd, SIZE)
     os.pwrite(fd, magic + _MARK, 0)
     if held is not None:
-        # Only now: the new descriptor has another number, so that the fd store gets it.
+        # Close `held` last, so that the new descriptor has another number: this is how callers notice the replacement.
         os.close(held)
     return fd
 
@@ -169,7 +169,7 @@ def _new_memory(magic: bytes, held: int | None) -> int:
 def frames_in(bank: Bank) -> list[bytes]:
     """Return the frames in a bank, without NUL padding, in order of arrival."""
     if bytes(bank.view) == bank.blank:
-        return []  # The common case; skipping the scan matters when many boards start.
+        return []  # This is the common case. Skipping the scan saves time when many boards start.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])
@@ -182,7 +182,7 @@ def frames_in(bank: Bank) -> list[bytes]:
 
 
 def _long_frame(room: bytes, blank: bytes) -> bytes:
-    """Return the frame at the beginning of `room`, which ends where all is blank again."""
+    """Return the frame at the beginning of `room`. The rest of `room` is blank."""
     length = len(room)
     while room[length - 1] == blank[length - 1]:
         length -= 1

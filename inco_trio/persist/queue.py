@@ -13,7 +13,7 @@ OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
 
 
 class EventQueue:
-    """A ring of whole inotify events. The first page has the positions of its start and its end."""
+    """A ring of whole inotify events. The first page contains the positions of the start and the end of the queue."""
 
     def __init__(self, view: memoryview) -> None:
         self._ends = view[:16].cast("Q")
@@ -28,17 +28,17 @@ class EventQueue:
         self._ends[0] = 0
 
     def __len__(self) -> int:
-        """Return the queued bytes."""
+        """Return the number of queued bytes."""
         return max(0, self._ends[1] - self._ends[0])
 
     def copy(self) -> bytes:
-        """Return everything that is queued. Touch no other page: each would take memory."""
+        """Return a copy of the queued events. Other pages are not touched, because that would allocate memory."""
         place, length = self._ends[0] % len(self._room), len(self)
         behind = bytes(self._room[place : place + length])
         return behind + bytes(self._room[: length - len(behind)])
 
     def append(self, events: bytes) -> None:
-        """Queue events. If there is no room, queue an overflow instead, as the kernel does."""
+        """Queue events. If the queue is full, queue an overflow event instead, as the kernel does."""
         room = len(self._room) - len(self)
         if len(events) + len(OVERFLOW) <= room:
             self._overflowed = False
@@ -53,11 +53,11 @@ class EventQueue:
         first = min(len(events), size - place)
         self._room[place : place + first] = events[:first]
         self._room[: len(events) - first] = events[first:]
-        # Last: a process that is killed before this line has queued nothing.
+        # Set the end last: if the process is killed before this line, it has queued nothing.
         self._ends[1] = end + len(events)
 
     def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
-        """Call `act` with the queued events; if it returns True, empty the queue and return their bytes, else 0."""
+        """Call `act` with the queued events. If it returns True, empty the queue. Return the processed bytes."""
         length = len(self)
         if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
             return 0
@@ -65,7 +65,7 @@ class EventQueue:
         return length
 
     def read_into(self, buffer: memoryview) -> int:
-        """Move as many whole events as fit into `buffer`; return their bytes."""
+        """Move as many whole events as fit into `buffer`. Return the number of bytes."""
         start, size = self._ends[0], len(self._room)
         available = min(len(self), len(buffer))
         place = start % size
@@ -82,7 +82,7 @@ class EventQueue:
                 length = following
             buffer[length:available] = bytes(available - length)
         if length == len(self):
-            self._begin_again()  # Starting again uses few pages.
+            self._begin_again()  # Restart at the beginning of the ring, so that few pages are used.
         else:
             self._ends[0] = start + length
         return length

@@ -10,13 +10,13 @@ PAGE = 4096
 KEY = 64
 RECORD = KEY + 8
 RECORDS = 65536
-"""Entries of a table; unused ones take no memory."""
+"""Number of entries in a table. Unused entries allocate no memory."""
 TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
-"""Bytes of a table."""
+"""Size of a table in bytes."""
 
 
 class NumberTable:
-    """Numbers (1 or more) by key (1 to 64 bytes, no trailing NUL), in shared memory; a missing key is 0."""
+    """Maps keys (1 to 64 bytes, no trailing NUL) to numbers from 1 in shared memory. A missing key has the number 0."""
 
     def __init__(self, view: memoryview) -> None:
         self._keys = view
@@ -55,7 +55,7 @@ class NumberTable:
                 index = self._free.pop()
             else:
                 index, self._end = self._end, self._end + 1
-            # Write the key first: an entry with the number 0 is unused.
+            # Write the key first: if the process dies now, the entry has the number 0 and is unused.
             self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
             self.places[key] = index
         self._numbers[index] = number

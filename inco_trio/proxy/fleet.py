@@ -1,8 +1,8 @@
 """Several boards in one process: one proxy per board, and one inotify descriptor for all.
 
-Each board has its own task, scope, counters and log prefix. A board that cannot be opened, or fails, is retried after a
-pause and at each reload; the other boards are not affected. The in-flight buffer of a board and its share of the
-inotify queue outlive its proxy, and the next proxy of the board inherits them.
+Each board has its own task, scope, counters and log prefix. If a board cannot be opened or fails, the fleet retries it
+after a pause and at each reload; the other boards are not affected. The next proxy of a board inherits the board's
+in-flight buffer and its share of the inotify queue.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ PAUSE_MAX = 60.0
 
 
 class _BoardStore:
-    """The part of a bundle that belongs to one board. Each proxy of the board inherits from it."""
+    """The part of a bundle that belongs to one board. Each proxy of the board inherits these descriptors."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.inherited: dict[str, int] = {}
-        self.holder = bundle.holder
+        self.supervisor = bundle.supervisor
         self._bundle = bundle
         self._name = name
 
@@ -86,7 +86,7 @@ class _Kept:
 
 @attrs.frozen
 class _Plan:
-    """What a reload changes."""
+    """The changes of a reload."""
 
     removed: list[_Board]
     moved: list[_Board]
@@ -107,17 +107,17 @@ class _Board:
     netns: tuple[int, int]
     proxy: Proxy | None = None
     problem: str = ""
-    """The last reason for which it was not open."""
+    """The last reason for which the board was not open."""
     again: trio.Event = attrs.Factory(trio.Event)
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     ended: trio.Event = attrs.Factory(trio.Event)
 
 
 class Proxies(Mapping[str, Proxy]):
-    """The open proxies of a process by board name; `open_proxies` returns it.
+    """A mapping from board names to the open proxies of a process; `open_proxies` returns one.
 
-    It changes while boards open and close. A configured board that is not open is not in it: `proxies[name]` raises
-    BoardNotOpenError, a KeyError that says why, and `not_open` lists all of them.
+    The mapping changes while boards open and close. A configured board that is not open is missing: `proxies[name]`
+    raises BoardNotOpenError, a KeyError with the reason. `not_open` lists all such boards.
     """
 
     def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
@@ -143,7 +143,7 @@ class Proxies(Mapping[str, Proxy]):
         if not isinstance(fd_store, NoFdStore):
             self._bundle = Bundle(fd_store)
             resources.callback(self._bundle.close)
-            # Before anything is read, so that events queued for a board reach it.
+            # Create the shares before the first read, so that queued events reach their boards.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)
         self._shared.recover()
@@ -152,7 +152,7 @@ class Proxies(Mapping[str, Proxy]):
                 fd_store.store(name, fd)
 
     def _keep(self, name: str) -> _Kept:
-        """Return the resources of a board, new or inherited. Raises ResourceError."""
+        """Open or inherit the resources of a board. Raises ResourceError."""
         held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
         try:
             inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
@@ -163,10 +163,8 @@ class Proxies(Mapping[str, Proxy]):
         ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener)
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
-    # ------------------------------------------------------------------------------------------------ for callers
-
     def __getitem__(self, name: str) -> Proxy:
-        """Return the proxy of a board. Raises BoardNotOpenError, and KeyError for a board that is not configured."""
+        """Return the proxy of a board. Raises BoardNotOpenError, or KeyError if the board is not configured."""
         board = self._boards[name]
         if board.proxy is None:
             raise BoardNotOpenError(name, f"not open: {board.problem or 'it is being opened'}")
@@ -191,15 +189,15 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def stats(self) -> Mapping[str, Stats]:
-        """The counters of each board that is open, or was open when the proxies were closed."""
+        """The counters of the open boards or, after the fleet has closed, of the boards that were open then."""
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
         """Replace the set of boards. Boards named in `keep` stay as they are, if they exist.
 
         New boards are opened, missing ones are stopped cleanly, and changed ones are reloaded. A board whose link
-        changed gets a new proxy, which sends what was triggered for the former link. Return the refused boards, which
-        keep their old configuration. Raises ClosedError.
+        changed gets a new proxy, which also sends notifications that were triggered before the change. Return the
+        errors of the refused boards, which keep their old configuration. Raises ClosedError.
         """
         async with self._changing:
             if self._closed or self._nursery is None:
@@ -217,14 +215,19 @@ class Proxies(Mapping[str, Proxy]):
             return refused
 
     def _plan(self, configs: Mapping[str, Config], keep: Collection[str], refused: dict[str, IncoError]) -> _Plan:
-        """Plan a reload. Boards that conflict with others are added to `refused`."""
+        """Plan a reload. Add boards that conflict with others to `refused`."""
         staying = {*configs, *keep}
         running = {name: config for name, config in self.configs.items() if name in staying}
         refused |= {name: ConfigError(why) for name, why in refuse_shared(configs, running).items()}
         wanted = {name: config for name, config in configs.items() if name not in refused}
         removed = [board for name, board in self._boards.items() if name not in staying]
-        moved = [b for name, b in self._boards.items() if name in wanted and not self._same_place(b, wanted[name])]
-        # A board whose proxy takes long to stop only delays boards that need its link or directories.
+        moved = [
+            board
+            for name, board in self._boards.items()
+            if name in wanted
+            and not (wanted[name].same_link(board.config) and identity(wanted[name].netns) == board.netns)
+        ]
+        # A proxy that takes long to stop delays only the boards that need its link or directories.
         freed = {claim for board in (*removed, *moved) for claim in claims(board.config)}
         late = {name for name, config in wanted.items() if not freed.isdisjoint(claims(config))}
         late |= {board.name for board in moved}
@@ -237,7 +240,7 @@ class Proxies(Mapping[str, Proxy]):
         )
 
     async def _open_or_change(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
-        """Open new boards, and change the others."""
+        """Open new boards and change the others. Add the refused ones to `refused`."""
         assert self._nursery is not None  # noqa: S101 - see `_start`
         started = []
         for name, config in configs.items():
@@ -254,10 +257,6 @@ class Proxies(Mapping[str, Proxy]):
         for opened in started:
             await opened.wait()
 
-    @staticmethod
-    def _same_place(board: _Board, config: Config) -> bool:
-        return config.same_link(board.config) and identity(config.netns) == board.netns
-
     async def _change(self, board: _Board, config: Config) -> None:
         if board.proxy is None:
             board.config = config
@@ -267,8 +266,6 @@ class Proxies(Mapping[str, Proxy]):
             with working_for(board.name):
                 await board.proxy.reload(config)
             board.config = config
-
-    # ------------------------------------------------------------------------------------------ starting, stopping
 
     def _start(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
@@ -287,9 +284,9 @@ class Proxies(Mapping[str, Proxy]):
             kept.ground.inflight.close()
 
     async def _end(self, boards: Collection[_Board], *, leave_nothing: bool = True) -> None:
-        """Stop boards cleanly, all at the same time."""
+        """Stop boards cleanly and in parallel."""
         if boards:
-            self._shared.drain()  # So that earlier triggers are sent.
+            self._shared.drain()  # Send notifications that were triggered before the stop.
         for board in boards:
             if leave_nothing and (kept := self._kept.get(board.name)):
                 kept.ground.leave_nothing = True
@@ -299,7 +296,7 @@ class Proxies(Mapping[str, Proxy]):
             del self._boards[board.name]
 
     async def _replace(self, board: _Board, config: Config) -> None:
-        """Stop a board whose next proxy has another link and finishes the pending notifications."""
+        """Stop a board that gets another link. Its next proxy finishes the pending notifications."""
         if board.proxy is not None:
             board.proxy._expect_successor()
         if kept := self._kept.get(board.name):
@@ -320,7 +317,7 @@ class Proxies(Mapping[str, Proxy]):
         kept.ground.inflight.close()
 
     async def _run_board(self, board: _Board, opened: trio.Event) -> None:
-        """Task of a board. It sets `opened` after the first attempt to open the board."""
+        """Run the task of a board. Set `opened` after the first attempt to open the board."""
         board_name.set(board.name)
         pause = PAUSE
         try:
@@ -352,9 +349,9 @@ class Proxies(Mapping[str, Proxy]):
             kept.store.lend(kept.ground.inflight.fd)
         with ExitStack() as resources:
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
-            # Opening a board causes events. Without this, thousands of boards would overflow the kernel's queue.
+            # Opening a board causes events. Those of thousands of boards would overflow the kernel's queue.
             self._shared.drain()
-            # The task that reads for all boards calls this in the context of this board.
+            # The reading task of all boards calls `finish_alone`. The context sets the log prefix of this board.
             run_here = contextvars.copy_context().run
             kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
             resources.callback(kept.share.leave)
@@ -374,8 +371,8 @@ class Proxies(Mapping[str, Proxy]):
 async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
     """Run a proxy for each board while the block runs. When the block ends or is cancelled, they stop cleanly.
 
-    When the block starts, each board is open, or `Proxies.not_open` has the reason, and opening it is retried. Raises
-    ConfigError if boards share a link or directory, and ResourceError. Otherwise as `open_proxy`.
+    When the block starts, each board is open, or `Proxies.not_open` has the reason and the fleet retries to open the
+    board. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup as `open_proxy`.
     """
     async with open_fleet(configs, NoFdStore()) as proxies:
         yield proxies
@@ -385,7 +382,7 @@ async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
 async def open_fleet(
     configs: Mapping[str, Config], fd_store: FdStore, keep: Collection[str] = (), listener: Listener | None = None
 ) -> AsyncIterator[Proxies]:
-    """As `open_proxies`. `fd_store` keeps descriptors, `keep` names boards to keep, `listener` receives all events."""
+    """Do what `open_proxies` does, with descriptors in `fd_store`. `listener` gets all events; `keep`: see `reload`."""
     if shared := refuse_shared(configs):
         raise ConfigError("", (f"{name}: {why}" for name, why in shared.items()))
     with ExitStack() as resources:

@@ -16,7 +16,7 @@ from inco_trio.proxy.supervise import Health
 __all__ = ["Batch", "Handoff"]
 
 Item = TypeVar("Item")
-"""A notification: the file to write, or the signal to send."""
+"""One notification: the file to write or the signal to send."""
 
 
 @attrs.define(eq=False)
@@ -25,28 +25,28 @@ class Batch(Generic[Item]):
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """The banks that they were read into, with the lengths. Cleared after all of them are finished."""
+    """The banks that the items were read into, with the used lengths. Cleared once all items are finished."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
-    """The watches to note after all of them are finished, see `Triggered`."""
+    """The watches to note once all items are finished, see `Triggered`."""
     drained: bool = True
-    """Whether the queue was empty afterwards."""
+    """Whether the kernel's queue was empty after the read."""
     frames: Sequence[bytes] = ()
     """The frame of each item, if `Listener.wants_frames`."""
     finished: trio.Event | None = None
-    """Set after all of them are finished."""
+    """Set once all items are finished."""
 
 
 class Handoff(Generic[Item]):
     """An unbuffered channel, and the batches that are not finished.
 
     A task that cannot hand over does not read. The backlog thus stays in the kernel, where it is counted and outlives
-    the process. `carried` is called with items and frames of every finished batch; `noted` is `Inflight.watches`.
+    the process. `report` is called with items and frames of every finished batch; `noted` is `Inflight.watches`.
     """
 
-    def __init__(self, noted: NumberTable, carried: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
+    def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
         self._entry, self.exit = trio.open_memory_channel[Batch[Item]](0)
         self._noted = noted
-        self.carried = carried
+        self.report = report
         self._reading: trio.CancelScope | None = None
         self._stopping = False
         self._handing: set[trio.CancelScope] = set()
@@ -60,8 +60,8 @@ class Handoff(Generic[Item]):
     def finish(self, batch: Batch[Item]) -> None:
         """Finish a batch: report its items, and clear its memory."""
         if batch.items:
-            # Before the memory is cleared: a kill in between leads to a duplicate report instead of a lost one.
-            self.carried(batch.items, batch.frames)
+            # Report before the memory is cleared: a kill in between causes a duplicate report instead of a lost one.
+            self.report(batch.items, batch.frames)
         for key, wd in batch.watches.items():
             self._noted[key] = wd
         for bank, length in batch.banks:
@@ -71,9 +71,9 @@ class Handoff(Generic[Item]):
         self.unfinished.discard(batch)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
-        """Hand a batch to the next task. Shielded from cancellation, because the batch has been read already.
+        """Hand a batch to the next task. The call is shielded from cancellation: the kernel has forgotten the content.
 
-        When this returns, every earlier batch is finished, because the next task takes one batch at a time.
+        When the call returns, all earlier batches are finished, because the next task takes one batch at a time.
         """
         try:
             self._entry.send_nowait(batch)
@@ -85,16 +85,16 @@ class Handoff(Generic[Item]):
             if scope.cancelled_caught:
                 await self._refuse()
         except trio.ClosedResourceError:
-            # An abort can come when the next leg has taken the batch before this one.
+            # `abort` and `close` ran after the next task had taken the previous batch.
             await self._refuse()
 
     async def _refuse(self) -> NoReturn:
-        """End a leg that is being ended too, as reading on would overwrite what is in flight, or raise ClosedError."""
+        """Stop the reading task, which would overwrite batches in flight: raise Cancelled, or else ClosedError."""
         await trio.lowlevel.checkpoint()
         raise ClosedError("the proxy is closed") from None
 
     async def offer(self, batch: Batch[Item]) -> None:
-        """Hand over a batch, which is dropped if this is cancelled. Raises ClosedError."""
+        """Hand over a batch; drop the batch if the call is cancelled. Raises ClosedError."""
         self.begin(batch)
         try:
             await self._send(batch)
@@ -111,7 +111,7 @@ class Handoff(Generic[Item]):
     async def run_reader(
         self, wait_readable: Callable[[], Awaitable[None]], read_queued: Callable[[], Awaitable[None]], health: Health
     ) -> None:
-        """Call `read_queued` now and after each `wait_readable`. After `stop_reading`, call it once more and return."""
+        """Call `read_queued` now and after each `wait_readable`. After `stop_reading`, read once more and return."""
         with trio.CancelScope() as self._reading:
             while not self._stopping:
                 await read_queued()
@@ -120,13 +120,13 @@ class Handoff(Generic[Item]):
         await read_queued()
 
     def stop_reading(self) -> None:
-        """Let `run_reader` return after it has read the rest."""
+        """Let `run_reader` read the rest of the queue and return."""
         self._stopping = True
         if self._reading is not None:
             self._reading.cancel()
 
     def close(self) -> None:
-        """Let the task that acts return after it has finished the batches handed over."""
+        """Let the acting task return after it has finished the batches that it got."""
         self._entry.close()
 
     def abort(self) -> None:

@@ -1,4 +1,4 @@
-"""The inbound direction: from frames of the link to writes of state files."""
+"""The inbound direction: read frames from the link and write state files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from inco_trio.registers.states import StateFile, StateFiles
 __all__ = ["Inbound"]
 
 FORMS = 4
-"""Frames remembered per signal; they differ in their tags."""
+"""Maximum number of cached frames per signal. They differ in their tags."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
-"""A frame in a bank. The bytes after its addresses identify it: zeros and the mark follow a frame, padded or not, and a
-longer frame has no mark."""
+"""A frame in a bank. The bytes after the addresses identify the frame: zeros and the mark follow a frame, padded or
+not, and a longer frame overwrites the mark."""
 
 logger = logging.getLogger(__name__)
 
 
 class Inbound:
-    """Reads frames into the in-flight buffer, and writes the state files of their signals.
+    """Reads frames into the in-flight buffer and writes the state files of their signals.
 
-    With batches of less than FRAMES frames, other tasks run after each batch. This lowers the maximum rate a little.
+    If a batch is limited to fewer than FRAMES frames, other tasks run after each batch. This lowers the maximum rate.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class Inbound:
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The slots for the frames of a batch in each bank. Created on first use: many boards never have a batch."""
+        """The slots for the frames of a batch, by bank. Created on first use: many boards never have a batch."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
     def recover(self) -> None:
-        """Deliver the frames that a predecessor had read but not finished."""
+        """Deliver the frames that a previous process had read but not finished."""
         known = self._states.known
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
             self._counters.recovered += len(files)
             self._states.write(files)
             if files:
-                self._handoff.carried(files, ())
+                self._handoff.report(files, ())
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:
@@ -88,7 +88,7 @@ class Inbound:
             )  # fmt: skip
 
     def _read(self, link: Link) -> Batch[StateFile] | None:
-        """Read queued frames into the next bank, as many as fit. Return None if the queue is empty."""
+        """Read as many queued frames as fit into the next bank. Return None if the queue is empty."""
         turn = self._fills & 1
         bank, rooms = self._inflight.frames[turn], self._rooms[turn]
         bank.begin(self._fills + 1)
@@ -110,7 +110,7 @@ class Inbound:
         return self._handoff.begin(batch)
 
     def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
-        """Return the frame of each file from those that were read into a bank."""
+        """Return the frame of each file. `view` has the frames as they were read into a bank."""
         names = [file.signal.name.encode() for file in files]
         frames: list[bytes] = []
         for number, length in enumerate(lengths):
@@ -120,7 +120,7 @@ class Inbound:
         return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
-        """Return the file of a frame. Count a frame without a file."""
+        """Return the file of a frame. Count frames without a file."""
         file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
         return self._decode(room, length) if file is None else file
 
@@ -145,7 +145,7 @@ class Inbound:
         self._listener.ignored(reason, name, frame)
 
     async def receive(self, health: Health) -> None:
-        """Task that reads the link."""
+        """Run the task that reads the link."""
         await self._handoff.run_reader(self._link.wait_readable, self._receive_queued, health)
 
     async def _receive_queued(self) -> None:
@@ -154,7 +154,7 @@ class Inbound:
         burst = False
         while batch := self._read(self._link):
             if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
-                # There is also no backlog that could be read while these are written.
+                # No other batch is in flight and the queue is empty, so a hand-over would only delay this batch.
                 self._deliver(batch)
                 if batch.drained:
                     break
@@ -166,10 +166,7 @@ class Inbound:
             self.count_dropped()
 
     def _receive_lone(self) -> bool:
-        """Read one frame and deliver it here, because nothing is in flight. A hand-over would only delay it.
-
-        Return whether there was a frame.
-        """
+        """Read and deliver one frame without a hand-over while nothing is in flight. Return False if none is queued."""
         room = self._lone_room
         length = self._link.receive_one(room)
         if length < 0:
@@ -177,13 +174,13 @@ class Inbound:
         file = self._file_of(room, length)
         if file is not None:
             self._states.write((file,))
-            self._handoff.carried((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
+            self._handoff.report((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True
 
     async def write(self, health: Health) -> None:
-        """Task that writes the state files."""
+        """Run the task that writes the state files."""
         async for batch in self._handoff.exit:
             self._deliver(batch)
             health.well()

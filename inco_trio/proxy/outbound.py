@@ -1,4 +1,4 @@
-"""The outbound direction: from triggers, as inotify reports them, to frames on the link."""
+"""The outbound direction: read inotify events of triggers and send frames on the link."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from inco_trio.signals import Signal
 __all__ = ["Outbound"]
 
 EVENT_ROOM = 16 + 256
-"""Bytes of the largest inotify event. If less room is left in the buffer, more events may be queued."""
+"""Bytes of the largest inotify event. If the buffer has less room left after a read, more events may be queued."""
 
 
 class Outbound:
@@ -54,7 +54,7 @@ class Outbound:
         self._waiting: set[trio.Event] = set()
 
     def recover(self) -> None:
-        """Recover events that a predecessor had read but not finished. The task `triggers` hands them over first."""
+        """Recover events that a previous process had read but not finished. The task `triggers` hands them over."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -69,15 +69,15 @@ class Outbound:
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
     async def send_found(self, found: Triggered) -> None:
-        """Send signals whose triggers were found changed without an event.
+        """Send the notifications of replaced triggers that no event reported.
 
-        If the proxy closes before the hand-over, their watches are not noted, so a successor finds them again.
+        If the proxy closes before the hand-over, the watches are not noted, so a successor finds the triggers again.
         """
         with contextlib.suppress(ClosedError):
             await self._handoff.hand_over(self._batch(found))
 
     async def send_signal(self, signal: Signal) -> None:
-        """Send one notification, and return after the link has accepted it. Raises ClosedError."""
+        """Send one notification and return after the link has accepted it. Raises ClosedError."""
         finished = trio.Event()
         batch = Batch([signal], finished=finished)
         await self._handoff.offer(batch)
@@ -96,17 +96,17 @@ class Outbound:
             finished.set()
 
     async def triggers(self, health: Health) -> None:
-        """Task that reads inotify."""
+        """Run the task that reads inotify."""
         if self._recovered is not None:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
-            assert batch.finished is not None  # noqa: S101 - see `recover`
-            await batch.finished.wait()  # Its events are in both banks.
+            assert batch.finished is not None  # noqa: S101 - set by `recover`
+            await batch.finished.wait()  # The recovered events occupy both banks.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
     def _begin_bank(self) -> None:
-        """Switch to the bank for the next events. It is free."""
+        """Switch to the other bank, which is free."""
         self._bank = self._inflight.events[self._fills & 1]
         self._bank.begin(self._fills + 1)
 
@@ -120,7 +120,7 @@ class Outbound:
                 return
             last = length <= EVENT_BANK - EVENT_ROOM
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
-            # If nothing is in flight or queued behind, a hand-over would only delay these.
+            # If nothing else is in flight or queued, a hand-over would only delay these signals.
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.items:
@@ -133,9 +133,9 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """Send the frame for a single close of a trigger at once if nothing is in flight. Return whether it was sent.
+        """If `events` is a single close of a trigger and nothing is in flight, send its frame at once.
 
-        A batch and a hand-over would only delay it.
+        Return whether the frame was sent. A hand-over would only delay the frame.
         """
         if self._handoff.unfinished:
             return False
@@ -148,11 +148,11 @@ class Outbound:
             return False  # The task `send` handles errors.
         self._counters.triggered += 1
         self._counters.sent += 1
-        self._handoff.carried((signal,), ())
+        self._handoff.report((signal,), ())
         return True
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
-        """Send as many of `signals` as the link accepts at once. Return their number."""
+        """Send as many of `signals` as the link accepts without waiting. Return their number."""
         sent = 0
         try:
             for signal in signals:
@@ -162,20 +162,20 @@ class Outbound:
             pass  # The task `send` handles errors.
         self._counters.sent += sent
         if sent:
-            self._handoff.carried(signals[:sent], ())
+            self._handoff.report(signals[:sent], ())
         return sent
 
     async def send(self, health: Health) -> None:
-        """Task that sends frames."""
+        """Run the task that sends frames."""
         async for batch in self._handoff.exit:
             batch.items = [signal for signal in batch.items if await self._send(signal, health)]
             self._handoff.finish(batch)
             health.well()
 
     async def _send(self, signal: Signal, health: Health) -> bool:
-        """Send one frame; wait until the link accepts it. Return False if the link will never accept it.
+        """Send one frame and wait until the link accepts the frame. Return False if the frame is too long for the link.
 
-        Raises OSError for errors that waiting cannot fix.
+        Raises OSError for other errors that waiting cannot fix.
         """
         changed = None
         while True:
@@ -187,14 +187,14 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # Otherwise try once more: the error may date from before the link came up.
+                if before is changed:  # Otherwise retry once: the link may have come up since the error occurred.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()
             except OSError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
-                    # For example ENOBUFS: the queue of the device is full. No event reports when it has room.
+                    # ENOBUFS, for example, means that the queue of the device is full. No event reports free room.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     with trio.move_on_after(health.backoff.next()):
                         await changed.wait()
@@ -210,6 +210,6 @@ class Outbound:
                 return True
 
     def link_changed(self) -> None:
-        """Retry to send, because the link has changed."""
+        """Wake the task `send`, which retries because the link has changed."""
         self._changed.set()
         self._changed = trio.Event()

@@ -1,7 +1,7 @@
-"""The proxy: one nursery and its tasks.
+"""The proxy of one board and its tasks.
 
-Each task runs shielded in its own cancel scope, so that a stop ends them in the order in which notifications flow: the
-reading tasks read what is still queued and end, then the others finish it.
+Each task has its own shielded cancel scope, so that a stop can end the tasks in the order in which notifications flow.
+First the reading tasks read the rest of the kernel's queues and end; then the other tasks finish these notifications.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running
 logger = logging.getLogger(__name__)
 
 SHORTLY = 0.2
-"""Seconds to finish work that a successor can finish too."""
+"""Seconds that a stop may take if a successor can finish the rest."""
 
 
 @attrs.define
 class _Parts:
-    """The components of a proxy."""
-
     counters: Counters
     fd_store: FdStore
     events: Events
@@ -83,8 +81,6 @@ class Proxy:
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
-    # ------------------------------------------------------------------------------------------------ for callers
-
     @property
     def stats(self) -> Stats:
         """The current counters."""
@@ -102,7 +98,7 @@ class Proxy:
             table_since=self._table_since,
             running=self._link.running and not self._closed,
             description=self._link.description,
-            descriptors=parts.fd_store.holder,
+            descriptors=parts.fd_store.supervisor,
             counters=self.stats,
             signals=tuple(self._signal_status(signal) for signal in self._registers.table),
             tasks=tuple(
@@ -115,7 +111,7 @@ class Proxy:
         events, states = self._parts.events, self._registers.states
         pending = 0
         if signal.direction is Direction.INBOUND:
-            file, pending = states.file_of(signal.name), states.owed_of(signal.name)
+            file, pending = states.file_of(signal.name), states.pending_of(signal.name)
             count, last, failures = file.count, file.last, file.failures
         else:
             count, last = events.sent[signal.name], events.sent_last.get(signal.name, 0)
@@ -132,10 +128,10 @@ class Proxy:
         )
 
     async def send(self, name: str) -> None:
-        """Send the frame of an outbound signal, and return after the link has accepted it.
+        """Send the frame of an outbound signal and return after the link has accepted the frame.
 
-        Waits while the link is down. If this call is cancelled, the frame may still be sent later. Raises
-        UnknownSignalError, or ClosedError if the proxy is closing.
+        The call waits while the link is down. If the call is cancelled, the proxy may still send the frame later.
+        Raises UnknownSignalError, or ClosedError if the proxy is closing.
         """
         signal = self._registers.table.outbound.get(str(name).encode("ascii", "replace"))
         if signal is None:
@@ -146,19 +142,19 @@ class Proxy:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """Open a stream of notifications from now on, of all signals or `signals`, in one `direction` or both.
+        """Open a stream of new notifications, optionally limited to some `signals` or one `direction`.
 
         The proxy never waits for the reader. A reader that falls more than `buffer` notifications behind misses some;
-        `Stats.events_lost` counts them. The stream ends when the proxy closes. Raises ClosedError if it is closed
-        already, and UnknownSignalError.
+        `Stats.events_lost` counts them. The stream ends when the proxy closes.
+
+        Raises UnknownSignalError, or ClosedError if the proxy is closed.
         """
         self._check_open()
-        if isinstance(signals, str):  # A str is a collection, too, but of characters.
+        if isinstance(signals, str):  # A str is a collection too, but of characters.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
             raise self._unknown(name, "a signal", self._registers.table)
-
         chosen = None if direction is None else direction_of(direction)
 
         def wanted(signal: Signal) -> bool:
@@ -168,10 +164,10 @@ class Proxy:
             yield stream
 
     async def wait_for(self, name: str) -> Notification:
-        """Wait for the next notification of a signal that is carried from now on, in whichever direction it goes.
+        """Wait for the next notification of an inbound or outbound signal.
 
-        The answer to something that you do may be carried before you call this: open `events` before you do it. Raises
-        UnknownSignalError, and ClosedError, also if the proxy closes meanwhile.
+        Earlier notifications do not count. To wait for the answer to an action, open `events` before the action.
+        Raises UnknownSignalError, or ClosedError if the proxy is closed or closes meanwhile.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for notification in events:
@@ -179,10 +175,10 @@ class Proxy:
         raise ClosedError("the proxy is closed")
 
     async def reload(self, config: Config) -> None:
-        """Replace the signal table. The link, and signals that are in both tables, are not touched.
+        """Replace the signal table. The link and the signals that are in both tables keep working.
 
-        Accepted notifications are not lost, and the reload causes none. A missing IRQ directory is created. Raises
-        ClosedError, and IncoError if the link differs or something cannot be opened; then nothing changes.
+        The reload loses no accepted notification and causes none. Missing IRQ directories are created. Raises
+        ClosedError, or another IncoError if the link differs or a register cannot be opened; then nothing changes.
         """
         if not config.same_link(self.config):
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
@@ -200,32 +196,25 @@ class Proxy:
         if self._closed:
             raise ClosedError("the proxy is closed")
 
-    # ---------------------------------------------------------------------- for the fleet and the control server
-
     def _frame(self, name: str) -> bytes:
-        """Return the frame that `send` sends for a signal."""
         return self._link.frame(name)
 
     def _is_incomplete(self) -> bool:
-        """Return whether a directory or register is missing that a reload would create."""
+        """Return whether a reload could create a missing directory or register."""
         return self._registers.next_restore() < math.inf
 
     def _expect_successor(self) -> None:
-        """Shorten the stop: another proxy with the same `Ground` finishes what the link does not accept now."""
+        """Shorten the stop: another proxy with the same `Ground` finishes the pending notifications."""
         self._successor = True
 
     def _keep_history(self) -> History:
-        """Keep notifications from now on until they are acknowledged."""
+        """Keep new notifications until a client acknowledges them."""
         return self._parts.events.keep()
 
     def _history(self) -> History:
-        """Return the notifications that are not acknowledged."""
         return self._parts.events.history
 
-    # --------------------------------------------------------------------------------------------- starting, stopping
-
     def _start(self, nursery: trio.Nursery) -> None:
-        """Start the tasks."""
         for name, task in self._tasks.items():
             nursery.start_soon(self._run_task, name, task, name=f"{self._link.name}: {name}")
 
@@ -237,7 +226,7 @@ class Proxy:
             self._ended[name].set()
 
     async def _stop(self) -> None:
-        """End the tasks. They finish accepted notifications first, within the configured deadline."""
+        """End the tasks after they have finished accepted notifications, or at the configured deadline."""
         deadline = self.config.stop_deadline
         with trio.move_on_after(min(deadline, SHORTLY) if self._successor else deadline):
             for handoff in self._parts.handoffs:
@@ -258,7 +247,7 @@ class Proxy:
         for ended in self._ended.values():
             await ended.wait()
         self._outbound.closed()
-        self._counters.unfinished = self._registers.states.owed + sum(
+        self._counters.unfinished = self._registers.states.pending + sum(
             len(batch.items) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
         if unfinished := self._counters.unfinished:
@@ -269,10 +258,8 @@ class Proxy:
         self._inbound.count_dropped()
         self._parts.events.close()
 
-    # ------------------------------------------------------------------------------------------------------- tasks
-
     async def _watch(self, health: Health) -> None:
-        """Task that follows the link, which may vanish, reappear, or change its address."""
+        """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
         running = False
         while True:
@@ -286,19 +273,15 @@ class Proxy:
             if running is not before:
                 self._parts.events.listener.link_changed(running)
             if link.fd != stored:
-                self._store_link()
+                try:
+                    self._parts.fd_store.store("link", link.fd)
+                except IncoError as error:
+                    logger.warning("%s: frames that arrive during a restart will be lost: %s", link.name, error)
             self._outbound.link_changed()
             await link.changed()
 
-    def _store_link(self) -> None:
-        """Store the socket that replaces the former one."""
-        try:
-            self._parts.fd_store.store("link", self._link.fd)
-        except IncoError as error:
-            logger.warning("%s: frames that arrive during a restart will be lost: %s", self._link.name, error)
-
     async def _restore(self, health: Health) -> None:
-        """Task that retries failed operations on the registers."""
+        """Run the task that retries failed operations on the registers."""
         registers = self._registers
         async with trio.open_nursery() as nursery:
             while True:
@@ -307,7 +290,7 @@ class Proxy:
                     await registers.troubled.wait()
                 registers.troubled = trio.Event()
                 await in_turns(registers.restore())
-                # Not awaited: a link that is down must not keep registers from being restored.
+                # Do not await this task: a link that is down must not delay the restoring of registers.
                 if (found := registers.triggers.found()).signals:
                     nursery.start_soon(self._outbound.send_found, found)
                 health.well()
@@ -320,10 +303,10 @@ class Ground:
     inflight: Inflight
     inotify: Watcher
     fds: Mapping[str, int]
-    """The descriptors of both that are to be stored, by name."""
+    """The descriptors of `inflight` and `inotify` to store, by name."""
     around: Surroundings
     leave_nothing: bool
-    """Whether no successor is expected."""
+    """Whether no successor is expected: the link's socket file is removed at the end."""
     listener: Listener | None = None
 
 
@@ -331,9 +314,9 @@ class Ground:
 async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
     """Run a proxy while the block runs. When the block ends or is cancelled, the proxy stops cleanly.
 
-    When the block starts, link and watches are active. Raises IncoError: LinkNotFoundError, PermissionDeniedError,
-    ResourceError, ConfigError. An exception of the block is raised as it is. If a task of the proxy fails in a way that
-    cannot be retried, the block is cancelled; an ExceptionGroup then contains the exceptions of both.
+    When the block starts, link and watches are active. Raises LinkNotFoundError, PermissionDeniedError, ResourceError
+    or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot be retried,
+    the block is cancelled; the exceptions of the task and of the block are then raised in an ExceptionGroup.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy
@@ -341,7 +324,7 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
-    """As `open_proxy`, with descriptors in `fd_store` for a successor; `listener` receives all events."""
+    """Do what `open_proxy` does, with descriptors in `fd_store` for a successor. `listener` receives all events."""
     with ExitStack() as resources:
         proxy = build(config, fd_store, _ground(fd_store, resources, listener), resources)
         async with running(proxy):
@@ -351,13 +334,13 @@ async def open_supervised(config: Config, fd_store: FdStore, listener: Listener 
 
 @asynccontextmanager
 async def running(proxy: Proxy) -> AsyncIterator[None]:
-    """Run the tasks of a proxy while the block runs; raises as `open_proxy` does."""
+    """Run the tasks of a proxy while the block runs. Raises the errors of `open_proxy`."""
     async with starting_and_stopping(proxy._start, proxy._stop):
         yield
 
 
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
-    """Return the resources of a proxy, inherited or new. Raises ResourceError."""
+    """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
         inflight = Inflight.open(inherited.get("inflight"))
@@ -373,11 +356,10 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Open all resources, inherited or new, and return the proxy. `resources` closes them.
+    """Open or inherit all resources and return the proxy. `resources` closes them.
 
-    The in-flight buffer comes first, because it lists the watches of the inherited inotify descriptor. Then come the
-    registers, so that triggers are watched from here on, and the link. Notifications in flight are finished before
-    newer ones are read. Descriptors are stored last, because each one replaces the descriptor that was stored before.
+    The registers are opened first, so that triggers are watched from then on, and the link next. Notifications in
+    flight are finished before newer ones are read. Descriptors are stored last, because each replaces a stored one.
     """
     inherited = fd_store.inherited
     counters, inflight = Counters(), ground.inflight
@@ -413,10 +395,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
 
 async def serve(config: Config, *, task_status: trio.TaskStatus[Proxy] = trio.TASK_STATUS_IGNORED) -> None:
-    """Run a proxy until cancelled. `task_status.started` gets the Proxy once link and watches are active.
-
-    Raises IncoError, see `open_proxy`.
-    """
+    """Run a proxy until cancelled. Call `task_status.started` with the Proxy. Raises the errors of `open_proxy`."""
     async with open_proxy(config) as proxy:
         task_status.started(proxy)
         await trio.sleep_forever()

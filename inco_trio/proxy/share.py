@@ -1,12 +1,12 @@
-"""One inotify descriptor for many boards: by default a user may have 128 (fs.inotify.max_user_instances).
+"""One inotify descriptor for many boards. A user may have 128 by default (fs.inotify.max_user_instances).
 
-Each board has a `Share`, which works like an `Inotify`: it has watches, and a queue in the in-flight buffer, which
-overflows by itself. The reader of the descriptor moves each event to the queues of the boards that watch its subject.
-So no board waits until another one has read its events.
+Each board has a `Share`, which works like an `Inotify`: a share has watches and its own queue in the in-flight buffer.
+The reader of the descriptor moves each event to the queues of the boards that watch the file or directory. So a slow
+board delays no other board.
 
-Two boards may watch the same directory, such as the parent of both, and then share a watch descriptor. A board that
-ends such a watch gets an IN_IGNORED at once. If it watches the directory again before it has read that, its watch gets
-another number: the watch descriptor plus a multiple of `GENERATION`.
+Two boards may watch the same directory, such as a common parent, and then share a watch descriptor. A board that ends
+such a watch gets IN_IGNORED at once. If the board watches the directory again before it has read IN_IGNORED, the new
+watch gets another number: the watch descriptor plus a multiple of `GENERATION`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["GENERATION", "Share", "SharedInotify"]
 
 GENERATION = 1 << 27
 GENERATIONS = 16
-"""The most numbers of one watch descriptor."""
+"""Maximum number of numbers for one watch descriptor."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
 """Events that the kernel reports whatever the mask."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
@@ -34,11 +34,11 @@ FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
 
 @attrs.define
 class _Watch:
-    """A watch of a board: its number, and its events."""
+    """A watch of a board: its number and its events."""
 
     number: int
     mask: int | None
-    """None for a predecessor's watch, whose mask only the kernel knows."""
+    """None for an inherited watch, whose mask only the kernel knows."""
 
     @property
     def wanted(self) -> int:
@@ -46,7 +46,7 @@ class _Watch:
 
 
 class SharedInotify:
-    """The descriptor. `bank`, in the in-flight buffer, has the events that are not moved to their boards yet."""
+    """The descriptor. `bank` contains the events that are not yet moved to the queues of the boards."""
 
     def __init__(self, held: int | None, bank: Bank) -> None:
         """Open a descriptor, or take over `held`. Raises OSError (inotify_init(2))."""
@@ -56,26 +56,26 @@ class SharedInotify:
         self._shares: set[Share] = set()
 
     def share(self, inflight: Inflight) -> Share:
-        """Return the share of one board, with the watches of its predecessor."""
+        """Return the share of one board, with the inherited watches of the board."""
         share = Share(self, inflight.queue)
         self.adopt(share, inflight)
         return share
 
     def adopt(self, share: Share, inflight: Inflight) -> None:
-        """See `share`."""
+        """Add a share, with the inherited watches of its board."""
         self._shares.add(share)
         unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
-        # Such a watch may still be stored.
+        # A watch whose IN_IGNORED is unread may still be stored.
         share.given_up = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
         for number in {inflight.watches[key] for key in inflight.watches} - share.given_up:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
-        """Move the events that a predecessor read. Call this once all its boards have their shares."""
+        """Move the events that a previous process read. Call this after `share` was called for all its boards."""
         self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
-        """Read the descriptor, for ever."""
+        """Read the descriptor until cancelled."""
         while True:
             while self._pump():
                 await trio.lowlevel.checkpoint()
@@ -83,13 +83,13 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move all events that are queued now, and perhaps more."""
+        """Move at least the events that are queued now."""
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
 
     def _pump(self) -> bool:
-        """Read once, and move the events; return whether there were any."""
+        """Read once and move the events. Return whether any were queued."""
         if length := self.inotify.read_into(self._bank.view):
             self._move(length)
         return length > 0
@@ -112,29 +112,24 @@ class SharedInotify:
             watches = self._watches.get(wd)
             if watches is None:
                 if not mask & ino.IN_IGNORED:
-                    self.inotify.unwatch(wd)  # Of a board that was removed.
+                    self.inotify.unwatch(wd)  # The board of this watch was removed.
                 continue
             for share, watch in watches.items():
                 if mask & (watch.wanted | ALWAYS):
                     head = ino.EVENT.pack(watch.number, mask, cookie, name_length)
                     moved.setdefault(share, []).append(head + event[ino.EVENT.size :])
             if mask & ino.IN_IGNORED:
-                self._forget(wd)
+                del self._watches[wd]
+                self.inotify.forget(wd)
         for share, events in moved.items():
             share.queue.append(b"".join(events))
         self._bank.clear(length)
         for share in moved:
             share.wake()
 
-    def _forget(self, wd: int) -> None:
-        del self._watches[wd]
-        self.inotify.forget(wd)
-
-    # ---------------------------------------------------------------------------------------------- for the shares
-
     def watch(self, share: Share, path: str, mask: int) -> int:
-        """Watch `path` for a board; return the number. Raises OSError."""
-        # IN_MASK_ADD keeps the events of other boards.
+        """Watch `path` for a board and return the number. Raises OSError."""
+        # IN_MASK_ADD keeps the events that other boards need.
         wd = self.inotify.watch(path, mask | ino.IN_MASK_ADD)
         watches = self._watches.setdefault(wd, {})
         watch = watches.get(share)
@@ -156,7 +151,7 @@ class SharedInotify:
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:
             return
-        # The path leads to another directory now, which an event reports.
+        # The path leads to another directory now. An event reports the change.
         if found not in self._watches:
             self.inotify.unwatch(found)
         else:
@@ -169,19 +164,19 @@ class SharedInotify:
         watches = self._watches.get(wd, {})
         watch = watches.get(share)
         if watch is None or watch.number != number:
-            return  # It has ended already.
+            return  # The watch has ended already.
         if len(watches) == 1:
-            self.inotify.unwatch(wd)  # The queued events come first, and IN_IGNORED last.
+            self.inotify.unwatch(wd)  # The kernel queues IN_IGNORED behind the other events.
             return
-        self.drain()  # The queued events come first, as from the kernel.
+        self.drain()  # Queue IN_IGNORED behind the other events, as the kernel does.
         if self._watches.get(wd, {}).pop(share, None) is None:
-            return  # Its IN_IGNORED was among them.
+            return  # The queued events included the kernel's IN_IGNORED.
         share.given_up.add(number)
         share.queue.append(ino.pack_event(number, ino.IN_IGNORED))
         share.wake()
 
     def end(self, share: Share) -> None:
-        """End all watches of a board that is removed."""
+        """End all watches of a removed board."""
         self._shares.discard(share)
         for wd, watches in tuple(self._watches.items()):
             if watches.pop(share, None) is not None and not watches:
@@ -190,7 +185,7 @@ class SharedInotify:
 
 
 class Share:
-    """The part of one board, which works like an `Inotify`."""
+    """The part of one board. The methods work like those of `Inotify`."""
 
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared
@@ -201,25 +196,20 @@ class Share:
         self._waiting = False
         self.read = 0
         self.finish_alone: Callable[[memoryview, int], bool] | None = None
-        """Process some events at once, if that is simple and nothing is in flight; return whether it did.
-
-        Waking a task of the board instead would take half the time of a single notification.
-        """
+        """See `Outbound.finish_alone`. Waking a task of the board would take half the time of a single notification."""
 
     @property
     def fd(self) -> int:
-        """The descriptor of all boards."""
         return self._shared.inotify.fd
 
     def wake(self) -> None:
-        """Have the board read its queue."""
+        """Process the queued events here if possible; otherwise wake the board's task."""
         if self._waiting and self.finish_alone is not None and (done := self.queue.finish_alone(self.finish_alone)):
             self.read += done
         else:
             self._arrived.set()
 
     async def wait_readable(self) -> None:
-        """See `Inotify.wait_readable`."""
         if len(self.queue):
             await trio.lowlevel.checkpoint()
             return
@@ -231,32 +221,24 @@ class Share:
             self._waiting = False
 
     def watch(self, path: str, mask: int) -> int:
-        """See `Inotify.watch`."""
         return self._shared.watch(self, path, mask)
 
     def unwatch(self, wd: int) -> None:
-        """See `Inotify.unwatch`."""
         self._shared.unwatch(self, wd)
 
     def forget(self, wd: int) -> None:
-        """See `Inotify.forget`."""
         self.given_up.discard(wd)
 
     @property
     def queued(self) -> int:
-        """See `Inotify.queued`."""
         self._shared.drain()
         return len(self.queue)
 
     def read_into(self, buffer: memoryview) -> int:
-        """See `Inotify.read_into`."""
         length = self.queue.read_into(buffer)
         self.read += length
         return length
 
     def leave(self) -> None:
-        """The proxy of this share has ended; another one may follow."""
+        """Detach the proxy of this share, which has ended."""
         self.finish_alone = None
-
-    def close(self) -> None:
-        """Do nothing: watches stay for a successor; see `SharedInotify.end`."""

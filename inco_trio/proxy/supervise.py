@@ -17,7 +17,7 @@ TRANSIENT = frozenset({
     errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.EINTR,
     errno.ENETDOWN, errno.ENODEV, errno.ENXIO,
 })  # fmt: skip
-"""Errors after which a task is restarted. Any other error is a programming error and ends the proxy."""
+"""Errors after which a task is restarted. Any other error ends the proxy: it is a bug."""
 
 
 class Health:
@@ -32,22 +32,21 @@ class Health:
 
     @property
     def problem(self) -> str | None:
-        """The current problem."""
         return self._problems.said(self.task)
 
     def failed(self, problem: str) -> None:
-        """Set the problem, and log it if it is new."""
+        """Set the current problem. Log a new problem."""
         self.last_problem = problem
         self._problems.failed(self.task, problem)
 
     def well(self) -> None:
-        """Remove the problem: the task works."""
+        """Remove the current problem, because the task works again."""
         if self._problems.well(self.task):
             self.backoff.reset()
 
 
 async def supervise(health: Health, task: Callable[[Health], Awaitable[None]], counters: Counters) -> None:
-    """Run `task` until it returns. After an OSError in TRANSIENT, pause and run it again."""
+    """Run `task` until it returns. After an OSError in TRANSIENT, pause and restart the task."""
     while True:
         try:
             return await task(health)

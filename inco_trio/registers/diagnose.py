@@ -1,4 +1,4 @@
-"""Reasons for missing notifications that no error reports. The daemon looks for them once, when it starts."""
+"""Causes of missing notifications that raise no error. The daemon checks for them once, when it starts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ UNREPORTED = {
     "sysfs": "inotify reports nothing there",
     **dict.fromkeys(
         ("9p", "virtiofs", "nfs", "nfs4", "cifs", "smb3", "ceph", "vboxsf"),
-        "inotify does not report what is written on the other side",
+        "inotify does not report writes of other hosts",
     ),
 }
-"""Filesystems on which a trigger can be closed without an event (inotify(7), Limitations)."""
+"""Filesystems on which closing a trigger may cause no event (inotify(7), Limitations)."""
 
 
 def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
     """Yield a line for each filesystem without inotify and each process that holds a register open.
 
-    Reads /proc, and skips what it may not read.
+    Processes that /proc hides from this user are skipped.
     """
     signals = tuple(signals)
     for directory in dict.fromkeys(signal.directory for signal in signals):
@@ -36,29 +36,26 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
 
 
 def unreported(path: Path) -> str | None:
-    """Return why inotify does not report all events in `path`, or in the lowest directory above that exists."""
+    """Return why inotify misses events in `path`, or None. If `path` is missing, check the directory above."""
     existing, kind = filesystem(path)
     if kind in UNREPORTED:
-        return f"{existing}: is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
+        return f"{existing}: on a filesystem of type {kind}: {UNREPORTED[kind]} (use a local filesystem, such as tmpfs)"
     return None
 
 
 def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
-    """Return the part of `path` that exists, and the type of its filesystem; None if it is unknown.
-
-    `root` is the directory of /proc.
-    """
+    """Return the part of `path` that exists and the type of its filesystem, or None. `root` contains /proc."""
     try:
         while not path.exists() and path != path.parent:
             path = path.parent
         mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         return path, filesystem_type(mounts, path.stat().st_dev)
     except OSError:
-        return path, None  # Removed meanwhile, or no descriptor is left.
+        return path, None  # The path was removed meanwhile, or no descriptor is left.
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:
-    """Return the type of the filesystem with device number `device`, by /proc/self/mountinfo (proc(5))."""
+    """Return the type of the filesystem with device number `device` from /proc/self/mountinfo (proc(5))."""
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in mountinfo.splitlines():
         mount, _, source = line.partition(" - ")
@@ -68,7 +65,7 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 
 def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
-    """Yield signal, process and consequence, for each open register that hides notifications."""
+    """Yield signal, process and consequence for each process that holds a register open and may miss notifications."""
     registers = {str(signal.path): signal for signal in signals}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208
@@ -83,14 +80,12 @@ def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str
                     continue
                 flags = re.search(rb"^flags:\s*([0-7]+)", (process / "fdinfo" / fd.name).read_bytes(), re.MULTILINE)
                 writes = flags is not None and int(flags[1], 8) & os.O_ACCMODE != os.O_RDONLY
-                # The name of a process can have any bytes.
+                # A process name may contain any bytes.
                 name = (process / "comm").read_text(encoding="utf-8", errors="backslashreplace").rstrip("\n")
-                who = f"process {number} ({name}) holds it open"
+                who = f"process {number} ({name}) holds the file open"
                 if signal.direction is Direction.INBOUND:
-                    effect = f"{who}: it sees a notification only when it reads again, or watches the file"
-                    yield signal, int(number), effect
+                    yield signal, int(number), f"{who}: it must read the file again, or watch it, to see a notification"
                 elif writes:
-                    effect = f"{who} for writing: what it writes is a notification only when it closes it"
-                    yield signal, int(number), effect
+                    yield signal, int(number), f"{who} for writing: only closing the file causes a notification"
         except OSError:
-            continue  # It has ended, or belongs to another user.
+            continue  # The process has ended or belongs to another user.

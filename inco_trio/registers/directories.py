@@ -1,7 +1,7 @@
 """The IRQ directories of a signal table, and the watches on them.
 
-Each directory is held open, watched for events of its names, and opened again when it is replaced. A directory that
-another process removed is recreated only after `ABANDONED`, or by a reload.
+Each directory is held open, watched for changes of its file names, and reopened when another process replaces it. A
+directory that another process removed is recreated after `ABANDONED` or by a reload.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNO
 
 @attrs.define
 class _Awaited:
-    """A directory that is watched for new names: `names` has the missing ones below by the next name of their path."""
+    """A directory that is watched for new names. `names` maps the next name of a path to the missing directories."""
 
     path: Path
     names: dict[bytes, set[Directory]] = attrs.Factory(dict)
@@ -50,7 +50,7 @@ class _Awaited:
 class Directories:
     """The IRQ directories of a signal table, and the watches on them and on the directories above them.
 
-    `retries` has the directories in which something failed; it calls `announce` for a new one.
+    `retries` has the directories in which an operation failed. It calls `announce` when a directory is added.
     """
 
     def __init__(self, inotify: Watcher, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
@@ -59,22 +59,20 @@ class Directories:
         self._noted = noted
         self._problems = problems
         self.retries = Retries(announce)
-        # Until IN_IGNORED, the last event of a watch, is read: also directories that were replaced or dropped.
+        # Replaced and dropped directories stay here until IN_IGNORED, the last event of a watch, is read.
         self._by_wd: dict[int, Directory] = {}
         self._above: dict[int, set[Directory]] = {}
         self._awaited: dict[int, _Awaited] = {}
 
-    # ------------------------------------------------------------------------------------------------ opening
-
     def add(self, path: Path) -> Directory:
-        """Add a directory that is not open yet."""
+        """Add a directory without opening it."""
         directory = self.by_path[path] = Directory(path)
         return directory
 
     def open(self, directory: Directory, *, make: bool) -> None:
-        """Open the directory at the path, and watch it and those above; `make` a missing one.
+        """Open the directory at the path, and watch it and the directories above. With `make`, create a missing one.
 
-        Raises OSError, and UnfitFileError for a directory that is already open under another path.
+        Raises OSError, or UnfitFileError if the directory is already open under another path.
         """
         while True:
             if make:
@@ -84,7 +82,7 @@ class Directories:
             self._watch_above(directory, waiting=False)
             if directory.current:
                 return
-            # Replaced before all watches existed, so no event reports it.
+            # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
 
     def _open(self, directory: Directory) -> None:
         fd = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -108,26 +106,26 @@ class Directories:
         self._noted[key] = wd
 
     def _check_only_one(self, directory: Directory, wd: int) -> None:
-        """Raise UnfitFileError if another directory has the watch `wd`; lose that one if it has left its path."""
+        """Raise UnfitFileError if another directory has the watch `wd`. If that directory was moved away, lose it."""
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
                 raise UnfitFileError(
                     directory.path,
-                    f"is the same directory as {other.path}",
-                    "name it by one path only; another than before takes a restart",
+                    f"the same directory as {other.path}",
+                    "use one path for both; to change the path of a directory, restart the proxy",
                 )
             self.lose(other)
 
     def _watch_above(self, directory: Directory, *, waiting: bool) -> None:
-        """Watch the directories above for moves and removals; if `waiting`, the lowest one also for new names."""
+        """Watch the directories above for moves and removals. If `waiting`, watch the lowest one also for new names."""
         before, directory.above = directory.above, set()
         for parent in directory.path.parents:
             mask = SELF_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
             try:
                 wd = self._inotify.watch(str(parent), mask)
             except OSError:
-                continue  # Missing too, or not readable; then a failed write notices.
+                continue  # This directory is missing too, or unreadable: then only a failed write reports a move.
             if waiting:
                 self._await(directory, wd, parent)
                 waiting = False
@@ -142,7 +140,7 @@ class Directories:
             self._await_no_more(directory)
 
     def _await(self, directory: Directory, wd: int, above: Path) -> None:
-        """Wait for a missing directory to reappear through a new name in `above`."""
+        """Wait until a new name in `above` leads to a missing directory."""
         if directory.awaited_in == wd:
             return
         self._await_no_more(directory)
@@ -168,25 +166,25 @@ class Directories:
         """Restrict the watch `wd`, of `path`, to events of the directory itself."""
         with contextlib.suppress(OSError):
             found = self._inotify.watch(str(path), SELF_MASK)
-            if found != wd:
-                self._unwatch(found)  # The path leads to another directory now.
+            if found != wd:  # The path leads to another directory now.
+                self._unwatch(found)
 
     def _watches_names(self, wd: int) -> bool:
         directory = self._by_wd.get(wd)
         return directory is not None and directory.wd == wd
 
     def watches(self, wd: int) -> bool:
-        """Return whether `wd` is a watch on a directory or on one above."""
+        """Return whether `wd` watches an IRQ directory or a directory above one."""
         return self._watches_names(wd) or bool(self._above.get(wd))
 
     def _unwatch(self, wd: int) -> None:
-        """End a watch that is not used any more. Its queued events are still read."""
+        """End a watch unless it is still used. Its queued events are still read."""
         if not self.watches(wd):
             self._above.setdefault(wd, set())
             self._inotify.unwatch(wd)
 
     def lose(self, directory: Directory) -> None:
-        """Close a directory that is not at its path any more, and retry."""
+        """Close a directory that is no longer at its path, and retry to open the path."""
         if directory.missing_since is None:
             directory.missing_since = time.monotonic()
         directory.release()
@@ -204,8 +202,8 @@ class Directories:
         self._await_no_more(directory)
         directory.release()
         former, directory.wd = directory.wd, 0
-        if former and self._above.get(former):
-            self._watch_only_self(directory.path, former)  # Still above another one.
+        if former and self._above.get(former):  # This directory is above another one in the table.
+            self._watch_only_self(directory.path, former)
         elif former:
             self._unwatch(former)
         for wd in directory.above:
@@ -213,9 +211,9 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Forget the stored watches of paths that are neither in the table nor have a key in `others`.
+        """Forget the stored watches of paths that are not in the table and whose keys are not in `others`.
 
-        Return those that the kernel still has.
+        Return the watches to end in the kernel.
         """
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
@@ -226,13 +224,8 @@ class Directories:
                 self._noted[key] = 0
         return [wd for wd in stale if not self.watches(wd)]
 
-    # ----------------------------------------------------------------------------------------------- following
-
     def follow(self, wd: int, mask: int, name: bytes) -> Directory | None:
-        """Follow one event; return the directory in which `name` appeared or vanished.
-
-        Raises KeyError for an unknown watch.
-        """
+        """Handle one event. Return the directory in which `name` appeared or vanished. Raises KeyError if unknown."""
         directory, below = self._by_wd.get(wd), self._above.get(wd)
         if directory is None and below is None:
             raise KeyError(wd)
@@ -245,7 +238,7 @@ class Directories:
                     for waiting in set[Directory]().union(*awaited.names.values()):
                         waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            # There may be thousands below, so they are only scheduled.
+            # Only schedule the directories below: there may be thousands.
             for other in below or ():
                 self.trouble(other)
             if directory is not None:
@@ -261,7 +254,7 @@ class Directories:
         return directory
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
-        """Open the directory again if its path leads elsewhere. Log a failure once, and retry."""
+        """Reopen the directory if its path leads elsewhere. Log a failure once, and retry."""
         if not self.has(directory) or directory.current:
             return
         if newly := directory.missing_since is None:
@@ -271,42 +264,40 @@ class Directories:
                 self.open(directory, make=make)
             except FileNotFoundError:
                 self._watch_above(directory, waiting=True)
-                # It may have reappeared before the watch above existed.
+                # Retry: the directory may have reappeared before the watch above existed.
                 self.open(directory, make=make)
         except FileNotFoundError:
             if newly:
                 self._problems.failed(
                     directory.path,
-                    f"is missing: its notifications are kept until it is back; made again after {ABANDONED:.0f} s, or "
-                    "at SIGHUP",
+                    f"missing: notifications are kept until it reappears (recreated after {ABANDONED:.0f} s "
+                    "or at SIGHUP)",
                 )
             return
         except OSError as error:
             self._watch_above(directory, waiting=True)
-            self._problems.failed(directory.path, f"cannot be opened: {error.strerror}; retried")
+            self._problems.failed(directory.path, f"cannot open: {error.strerror}; retrying")
             return
         self._problems.well(directory.path)
         self.miss_states(directory)
 
     def look_at_all(self) -> None:
-        """Check all directories and files soon: events may be lost."""
+        """Check all directories and files soon, because events may have been lost."""
         for directory in self.by_path.values():
             directory.making_in = 0
             self.miss_states(directory)
 
-    # ------------------------------------------------------------------------------------------------ retrying
-
     def has(self, directory: Directory) -> bool:
-        """Return whether it is in the table; a former directory of the same path is not."""
+        """Return whether the table has this object. A replaced object of the same path does not count."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:
-        """Retry in a directory soon."""
+        """Schedule a retry in a directory."""
         if self.has(directory):
             self.retries.add(directory)
 
     def miss_states(self, directory: Directory) -> None:
-        """Check soon whether state files are missing."""
+        """Schedule a check for missing state files."""
         if directory.states and directory.states_missing_since is None:
             directory.states_missing_since = time.monotonic()
         self.trouble(directory)
@@ -314,7 +305,7 @@ class Directories:
     def restore(self, directory: Directory) -> float | None:
         """Try to open a directory and to create its missing state files.
 
-        Return None if nothing is left to do, else the earliest time of the next retry (time.monotonic()).
+        Return the earliest time of the next retry (time.monotonic()), or None if nothing is left to do.
         """
         now = time.monotonic()
         abandoned = math.inf if directory.missing_since is None else directory.missing_since + ABANDONED
@@ -323,21 +314,21 @@ class Directories:
             return now + FALLBACK if now >= abandoned else min(now + FALLBACK, abandoned)
         if directory.states_missing_since is None:
             return None
-        made_again = max(directory.states_missing_since, directory.vanished_at) + directory.patience
-        if now < made_again:
-            return made_again
+        recreate_at = max(directory.states_missing_since, directory.vanished_at) + directory.patience
+        if now < recreate_at:
+            return recreate_at
         problem = (directory.path, "states")
         try:
             for register in sorted(directory.states):
                 directory.make_state(register)
         except OSError as error:
-            self._problems.failed(problem, f"cannot be made: {error.strerror}; retried", error.filename)
+            self._problems.failed(problem, f"cannot create: {error.strerror}; retrying", error.filename)
             return now
         self._problems.well(problem, directory.path)
         directory.states_missing_since = None
         return None
 
     def close(self) -> None:
-        """Close the directories. Watches stay for a successor that inherits them."""
+        """Close the directories. Their watches stay for a successor that inherits the inotify descriptor."""
         for directory in self.by_path.values():
             directory.release()

@@ -1,4 +1,4 @@
-"""One IRQ directory: its descriptor, and the files that are made and watched in it."""
+"""One IRQ directory: its descriptor, and the files that the proxy creates and watches in it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from inco_trio.registers.refusals import UnfitFileError
 __all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
 PATIENCE = 0.03
-"""Seconds until a deleted file is recreated: another process may be replacing it."""
+"""Seconds until a deleted file is recreated: another process may be replacing the file."""
 EMPTIED = 1.0
-"""The same in an empty directory, which is probably being removed."""
+"""Seconds until a deleted file is recreated in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 FILE_MODE = 0o666 | stat.S_IFREG
 TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
@@ -31,12 +31,12 @@ TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
 
 def watch_key(path: Path) -> bytes:
     """Return the key of a path in `Inflight.watches`."""
-    # Hexadecimal, as a key must not end in NUL.
+    # Use hexadecimal digits, because a key must not end in NUL.
     return blake2b(os.fsencode(path), digest_size=32).hexdigest().encode()
 
 
 def temporary_name() -> str:
-    """Return the name of a trigger that we create, before it is watched."""
+    """Return the name that a new trigger has until it is watched."""
     return f".inco-trio.{os.getpid()}"
 
 
@@ -44,33 +44,33 @@ def temporary_name() -> str:
 class Directory:
     """The directory at `path`; `fd` is -1 while it is not open.
 
-    Methods raise OSError, and UnfitFileError for a file that is not regular. None of them waits.
+    Methods raise OSError, or UnfitFileError for a file that is not regular. They do not wait.
     """
 
     path: Path
     states: set[str] = attrs.Factory(set)
-    """The names of its state files."""
+    """The names of the state files."""
     fd: int = -1
     wd: int = 0
-    """The watch on its names; 0 is none."""
+    """The watch on the names in the directory; 0 is none."""
     identity: tuple[int, int] = (0, 0)
     above: set[int] = attrs.Factory(set)
     """The watches on the directories above."""
     opened: bool = False
-    """Whether this process has opened it before."""
+    """Whether this process has opened the directory before."""
     awaited_in: int = 0
-    """While it is missing: the watch on the lowest directory above that exists."""
+    """While the directory is missing: the watch on the lowest existing directory above."""
     missing_since: float | None = None
-    """When its path turned out to be missing, or could not be opened (time.monotonic())."""
+    """When the path was first found missing or could not be opened (time.monotonic())."""
     states_missing_since: float | None = None
     vanished_at: float = -math.inf
-    """When a name in it was last deleted or moved away."""
+    """When a name in the directory was last deleted or moved away."""
     making_in: int = 0
-    """Its watch, between the events of our temporary name: those in between are of a trigger that we create."""
+    """The directory's watch between the events of `temporary_name`: the proxy causes the events in between."""
     retry_at: float = math.inf
-    """When to retry in it."""
+    """When to retry failed operations in the directory."""
     troubled_again: bool = False
-    """Whether something else failed during the retry."""
+    """Whether another operation failed during the retry."""
     backoff: Backoff = attrs.Factory(Backoff)
 
     @property
@@ -92,22 +92,20 @@ class Directory:
             return PATIENCE
 
     def name(self, register: str) -> str:
-        """Return a path of a file in the open directory, even if that was moved."""
-        # Without /proc, use the path; the caller checks afterwards whether the directory was replaced.
+        """Return a path of a file in the open directory. The path stays valid if the directory is moved."""
+        # Without /proc, the path may lead elsewhere: the caller checks afterwards whether the directory was replaced.
         return f"/proc/self/fd/{self.fd}/{register}" if proc_is_mounted() else str(self.path / register)
 
     def release(self) -> None:
-        """Close the directory. Its watch stays for a successor."""
+        """Close the descriptor. The watch stays for a successor."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
-    # ----------------------------------------------------------------------------------------------- state files
-
     def make_state(self, register: str) -> None:
-        """Create a state file unless it exists. The OSError has the path."""
+        """Create a state file unless it exists. The OSError has the path as `filename`."""
         try:
-            # mknod, not open: a close would be a notification.
+            # Use mknod instead of open: closing the file would be a notification.
             os.mknod(register, FILE_MODE, dir_fd=self.fd)
         except FileExistsError:
             pass
@@ -121,14 +119,12 @@ class Directory:
         if not stat.S_ISREG(mode):
             raise UnfitFileError(
                 self.path / register,
-                f"is no regular file but {kind_of_file(mode)}",
-                "remove it, or name another register",
+                f"not a regular file but {kind_of_file(mode)}",
+                "remove it, or use another register",
             )
 
-    # -------------------------------------------------------------------------------------------------- triggers
-
     def watch_trigger(self, register: str, inotify: Watcher) -> int:
-        """Watch a trigger's file; return 0 if there is none."""
+        """Watch a trigger's file and return the watch descriptor. Return 0 if the file is missing."""
         try:
             self.check(register)
             return inotify.watch(self.name(register), TRIGGER_MASK)
@@ -136,9 +132,9 @@ class Directory:
             return 0
 
     def make_trigger(self, register: str, inotify: Watcher, note: Callable[[int], None]) -> int:
-        """Create a missing trigger; return 0 if another process has created it.
+        """Create a missing trigger and return its watch descriptor. Return 0 if another process has created the file.
 
-        The trigger is watched, and `note` called with its watch descriptor, before it is visible.
+        Before the file becomes visible, it is watched and `note` is called with the watch descriptor.
         """
         temporary = temporary_name()
         self._unlink(temporary)  # An earlier process with our PID may have died here; PIDs repeat in containers.
@@ -151,7 +147,7 @@ class Directory:
             except FileExistsError:
                 return 0
             except OSError:
-                # A filesystem without hard links: create it in place, visible an instant before it is watched.
+                # The filesystem has no hard links. The new file is visible for an instant before it is watched.
                 os.mknod(register, FILE_MODE, dir_fd=self.fd)
                 note(wd := self.watch_trigger(register, inotify))
             return wd
@@ -164,4 +160,4 @@ class Directory:
 
 
 def proc_is_mounted() -> bool:
-    return os.path.exists("/proc/self/fd")  # noqa: PTH110 - for every file that is watched
+    return os.path.exists("/proc/self/fd")  # noqa: PTH110 - faster than Path.exists, and called for each watched file

@@ -14,7 +14,7 @@ _MISPLACED = (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errn
 
 
 class UnfitFileError(OSError):
-    """A file or directory exists, but is not what the configuration needs."""
+    """A file or directory exists but cannot be used as a register or IRQ directory."""
 
     def __init__(self, path: Path, what: str, remedy: str) -> None:
         super().__init__(errno.EINVAL, what, str(path))
@@ -22,20 +22,12 @@ class UnfitFileError(OSError):
 
 
 def refusal(error: OSError, what: object) -> IncoError:
-    """Return our error for one of the kernel's; `what` names the object if the error does not."""
+    """Return the IncoError for an OSError. `what` names the object if the error does not."""
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):
-        return ConfigError(subject, f"{error.strerror}: {error.remedy}")
-    needed = f"uid {os.geteuid()} needs to read triggers, write state files and write their directory"
-    return from_os_error(
-        error,
-        subject,
-        STRERROR,
-        ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed} (or CAP_DAC_OVERRIDE)"),
-        (
-            _MISPLACED,
-            ConfigError,
-            f"{STRERROR}: the configuration has to name a directory that can be made and written",
-        ),
-    )
+        return ConfigError(subject, f"{error.strerror} ({error.remedy})")
+    needed = f"uid {os.geteuid()} must be able to read triggers and to write state files and their directory"
+    denied = ((errno.EACCES, errno.EPERM), PermissionDeniedError, f"{STRERROR}: {needed} (or have CAP_DAC_OVERRIDE)")
+    misplaced = (_MISPLACED, ConfigError, f"{STRERROR} (configure a directory that can be created and written)")
+    return from_os_error(error, subject, STRERROR, denied, misplaced)

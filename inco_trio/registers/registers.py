@@ -1,4 +1,4 @@
-"""The registers of a signal table: state files, triggers and their directories, opened and restored together."""
+"""The registers of a signal table: state files, triggers and their directories."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Registers"]
 
 @attrs.define
 class _New:
-    """The registers of another table, before the exchange."""
+    """The registers that another table adds, until `exchange` completes."""
 
     directories: list[Directory] = attrs.Factory(list)
     triggers: list[Trigger] = attrs.Factory(list)
@@ -40,9 +40,9 @@ class _New:
 
 
 class Registers:
-    """The registers of a signal table; `open` sets the first table, `reload` another.
+    """The registers of a signal table. `open` sets the first table, `reload` another.
 
-    `troubled` is set when something failed and `restore` must run.
+    `troubled` is set when an operation failed and `restore` must run.
     """
 
     def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
@@ -51,15 +51,13 @@ class Registers:
         self._opened = False
         self.troubled = trio.Event()
         self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set())
-        self.states = StateFiles(self.directories, inflight.owed, problems, counters)
+        self.states = StateFiles(self.directories, inflight.pending, problems, counters)
         self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
 
-    # ------------------------------------------------------------------------------------------------------ table
-
     def open(self, table: SignalTable) -> None:
-        """Open the directories, create missing files, watch the triggers.
+        """Open the directories, create missing files and watch the triggers.
 
-        Raises IncoError; then inherited watches stay for a successor.
+        Raises IncoError. Inherited watches then stay for a successor.
         """
         for _ in self.exchange(table):
             pass
@@ -68,10 +66,10 @@ class Registers:
             self.triggers.ignore(wd)
 
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
-        """Replace the table, in steps. Nothing that both tables have is touched, and no new file makes a notification.
+        """Replace the table, in steps. Registers in both tables do not change; new files cause no notification.
 
-        The new registers are opened first; if one cannot be opened, IncoError is raised and nothing changes. The last
-        step is the exchange. `_drop_unneeded` closes the rest.
+        The steps open the new registers. If a register cannot be opened, IncoError is raised and nothing changes. The
+        last step replaces the table. Afterwards, `_drop_unneeded` closes the old registers.
         """
         new = _New()
         try:
@@ -91,13 +89,13 @@ class Registers:
                 raise ConfigError(problem) from error
             raise refusal(error, new.path) from error
         for trigger in self.triggers.by_path.values():
-            # The same file may belong to another signal now.
+            # In the new table, the same file may belong to another signal.
             trigger.signal = new.signals.get(trigger)
         self.states.take(new.files)
         self.table = table
 
     def _prepare(self, signal: Signal, new: _New) -> None:
-        """Open the register of a signal, and add what is new to `new`. Raises OSError."""
+        """Open the register of a signal and add new objects to `new`. Raises OSError."""
         new.path = signal.directory
         directory = self.directories.by_path.get(new.path)
         if directory is None:
@@ -126,22 +124,20 @@ class Registers:
                 yield
 
     def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
-        """Raise UnfitFileError for a file that is a state file and a trigger: each frame would send another."""
+        """Raise UnfitFileError if a file is both a state file and a trigger: each received frame would send another."""
         try:
             if signal.path.lstat().st_nlink < 2:
                 return
             for other in table:
                 if other.direction is not signal.direction and other.path.samefile(signal.path):
-                    raise UnfitFileError(
-                        signal.path, f"is the same file as {other.path}", "remove one of the two names"
-                    )
+                    raise UnfitFileError(signal.path, f"the same file as {other.path}", "remove one of the two names")
         except FileNotFoundError:
-            pass  # Its directory is missing now.
+            pass  # The directory is missing now.
 
     async def reload(self, table: SignalTable) -> None:
-        """Replace the table, see `exchange`, and create missing directories. Raises IncoError."""
+        """Replace the table and create missing directories. Raises IncoError, see `exchange`."""
         await in_turns(self.exchange(table))
-        # A cancellation from here on leaves the new table complete.
+        # Shield the clean-up: the new table is in force already.
         with trio.CancelScope(shield=True):
             await in_turns(self._drop_unneeded())
         self.directories.forget_noted(self.triggers.keys())
@@ -149,7 +145,7 @@ class Registers:
             self.directories.look(directory, make=True)
 
     def problem(self, signal: Signal) -> str | None:
-        """Return why the register of a signal cannot be written or watched now, or None."""
+        """Return why the proxy cannot write or watch the register of a signal now, or None."""
         directory = self.directories.by_path[signal.directory]
         if directory.fd < 0:
             return "its directory is missing"
@@ -158,10 +154,8 @@ class Registers:
             return "cannot be watched, or is missing"
         return self._problems.said(signal.path)
 
-    # -------------------------------------------------------------------------------------------------- restoring
-
     def restore(self) -> Generator[None, None, None]:
-        """Retry everything that is due, in steps."""
+        """Run all retries that are due, in steps."""
         self.triggers.expire()
         for directory in self.directories.retries.due():
             started = time.monotonic()
@@ -169,17 +163,17 @@ class Registers:
             for again in self.triggers.restore(directory):
                 earliest.append(again)
                 yield
-            for well in self.states.pay(directory):
+            for well in self.states.write_pending(directory):
                 earliest.append(None if well else time.monotonic())
                 yield
             left = [again for again in earliest if again is not None]
             self.directories.retries.retried(directory, min(left, default=None), time.monotonic() - started)
 
     def next_restore(self) -> float:
-        """Return the time for the next `restore` (time.monotonic()); infinity for never."""
+        """Return when to call `restore` next (time.monotonic()), or infinity."""
         return min(self.directories.retries.next(), self.triggers.next_expiry(), math.inf)
 
     def close(self) -> None:
-        """Close files and directories. Watches stay for a successor that inherits them."""
+        """Close files and directories. Their watches stay for a successor that inherits the inotify descriptor."""
         self.states.close()
         self.directories.close()

@@ -1,4 +1,4 @@
-"""The directories in which something failed, and when to retry."""
+"""The directories in which an operation failed, and when to retry."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from inco_trio.registers.directory import Directory
 __all__ = ["FALLBACK", "Retries"]
 
 FALLBACK = 1.0
-"""The longest pause before a directory is looked for again, in seconds: perhaps no event reports that it reappears."""
+"""Longest pause before a missing directory is looked for, in seconds: possibly no event reports its return."""
 
 
 class Retries:
-    """The directories to retry in. `announce` is called when there is a new one."""
+    """The directories to retry in. `announce` is called when a directory is added."""
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self.announce = announce
         self._troubled: set[Directory] = set()
 
     def add(self, directory: Directory) -> None:
-        """Retry in a directory soon."""
+        """Schedule a retry in a directory."""
         directory.retry_at = time.monotonic()
         directory.troubled_again = True
         directory.backoff.reset()
@@ -30,7 +30,7 @@ class Retries:
         self.announce()
 
     def discard(self, directory: Directory) -> None:
-        """Do not retry in a directory any more."""
+        """Stop retrying in a directory."""
         self._troubled.discard(directory)
 
     def due(self) -> Iterator[Directory]:
@@ -42,13 +42,13 @@ class Retries:
                 yield directory
 
     def next(self) -> float:
-        """Return the time of the next retry (time.monotonic()); infinity for never."""
+        """Return the time of the next retry (time.monotonic()), or infinity."""
         return min((directory.retry_at for directory in self._troubled), default=math.inf)
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
         """Schedule the next retry, after one that took `spent` seconds. `earliest` is None if nothing is left to do."""
         if directory.troubled_again:
-            # Something failed that had been retried already.
+            # Another operation failed during the retry.
             directory.retry_at = time.monotonic() + directory.backoff.next()
         elif earliest is None:
             self._troubled.discard(directory)

@@ -1,7 +1,7 @@
-"""State files: the files of inbound signals. Each notification is an open, write of `1` and close of its own.
+"""State files: the files of inbound signals. For each notification, the proxy writes `1` and closes the file.
 
-A notification that cannot be written is pending: the in-flight buffer counts it by its wire name. It is written later,
-before any newer notification of the same signal.
+A notification that cannot be written is pending. The in-flight buffer counts pending notifications by wire name. They
+are written later, before newer notifications of the same signal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 SLICE = 32
-"""Writes of pending notifications between two checks of the time."""
+"""Number of pending notifications that are written before other tasks run."""
 
 
 @attrs.define(eq=False)
@@ -37,17 +37,16 @@ class StateFile:
     signal: Signal
     directory: Directory
     fd: int = -1
-    """Open while the disk has no room for the `1`: closing it would be a notification for a watcher of the file."""
+    """Open after a failed write (disk full): closing the file would be a notification for its watchers."""
     count: int = 0
     """Number of writes."""
     last: int = 0
-    """The time of the last write (time.time_ns())."""
+    """Time of the last write (time.time_ns())."""
     failures: int = 0
-    """Failed attempts to write it."""
+    """Number of failed writes."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
-    """The file's name in bytes."""
 
     def write(self) -> None:
         """Write one notification. Raises OSError.
@@ -79,7 +78,6 @@ class StateFile:
             self.close()
 
     def close(self) -> None:
-        """Close the file."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -88,22 +86,22 @@ class StateFile:
 class StateFiles:
     """The state files of a signal table. No method waits.
 
-    `known` maps wire names to files. `by_frame` maps short frames without their addresses: `Inbound` caches them here,
-    as the same few arrive again and again, and both maps change with the table.
+    `known` maps wire names to files. `by_frame` is the cache of `Inbound`: it maps short frames without their addresses
+    to files. The cache is here because it must be emptied when the table changes.
     """
 
-    def __init__(self, directories: Directories, owed: NumberTable, problems: Problems, counters: Counters) -> None:
+    def __init__(self, directories: Directories, pending: NumberTable, problems: Problems, counters: Counters) -> None:
         self.known: dict[bytes, StateFile] = {}
         self.by_frame: dict[bytes, StateFile] = {}
         self._files: dict[str, StateFile] = {}
         self._current: set[StateFile] = set()
         self._directories = directories
-        self._owed = owed
+        self._pending = pending
         self._problems = problems
         self._counters = counters
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
-        """Return the file of a signal, created unless it exists. Raises OSError."""
+        """Return the file of a signal. Create a missing file. Raises OSError."""
         file = self._files.get(signal.name)
         if file is None or file.signal != signal or file.directory is not directory:
             file = StateFile(signal, directory)
@@ -127,43 +125,43 @@ class StateFiles:
             if self._files.get(name) is not file:
                 file.close()
                 self._problems.forget(file.signal.path)
-        for key in self._owed:
+        for key in self._pending:
             if (found := self._files.get(key.decode())) is not None:
                 self._directories.trouble(found.directory)
                 continue
-            number, self._owed[key] = self._owed[key], 0
-            logger.warning("%s: not configured any more: %d owed notifications dropped", key.decode(), number)
+            number, self._pending[key] = self._pending[key], 0
+            logger.warning("%s: no longer configured: %d pending notifications dropped", key.decode(), number)
             self._counters.unknown += number
 
     @property
-    def owed(self) -> int:
-        """The number of pending notifications."""
-        return sum(self._owed[name] for name in self._owed)
+    def pending(self) -> int:
+        """The number of pending notifications of all signals."""
+        return sum(self._pending[name] for name in self._pending)
 
-    def owed_of(self, name: str) -> int:
+    def pending_of(self, name: str) -> int:
         """Return the number of pending notifications of a signal."""
-        return self._owed[name.encode()]
+        return self._pending[name.encode()]
 
     def file_of(self, name: str) -> StateFile:
         """Return the state file of a signal."""
         return self._files[name]
 
     def write(self, files: Sequence[StateFile]) -> None:
-        """Write each file, in order. What cannot be written is pending."""
+        """Write each file, in order. Notifications that cannot be written become pending."""
         if not self._current.issuperset(files):
             files = self._renewed(files)
-        owed, unwritten = self._owed, []
-        owing = bool(owed.places)
+        pending, unwritten = self._pending, []
+        any_pending = bool(pending.places)
         for file in files:
             # Pending notifications of the same signal come first.
-            if not (owing and owed[file.signal.name.encode()]):
+            if not (any_pending and pending[file.signal.name.encode()]):
                 try:
                     file.write()
                     continue
                 except OSError as error:
                     self._failed(file, error)
-            owed[file.signal.name.encode()] += 1
-            owing = True
+            pending[file.signal.name.encode()] += 1
+            any_pending = True
             unwritten.append(file)
         if len(unwritten) == len(files):
             return
@@ -178,47 +176,52 @@ class StateFiles:
                 file.last = now
         for directory in {file.directory for file in written}:
             if not directory.current:
-                # Replaced meanwhile: the writes may have gone to the old directory.
+                # The directory was replaced meanwhile: the writes may have gone to the old directory.
                 for file, number in written.items():
                     if file.directory is directory and number:
-                        owed[file.signal.name.encode()] += number
+                        pending[file.signal.name.encode()] += number
                 self._directories.look(directory)
 
     def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
-        """Return the current files for those of frames that were read before a reload."""
+        """Replace the files of frames that were read before a reload by the current files of the same signals."""
         renewed = [self._files[name] for file in files if (name := file.signal.name) in self._files]
         self._counters.unknown += len(files) - len(renewed)
         return renewed
 
     def _failed(self, file: StateFile, error: OSError) -> None:
-        self._counters.write_failures += 1
-        file.failures += 1
-        if error.errno == errno.ENOENT:
+        """Count and log a failed write, and schedule a retry."""
+        if self._is_missing(file, error):
             self._directories.look(file.directory)
             self._directories.miss_states(file.directory)
         else:
-            self._problems.failed(
-                file.signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried"
-            )
             self._directories.trouble(file.directory)
 
-    def pay(self, directory: Directory) -> Iterator[bool]:
-        """Write the pending notifications of a directory; yields often: whether the writes succeed."""
+    def _is_missing(self, file: StateFile, error: OSError) -> bool:
+        """Count a failed write. Return whether the file is missing; otherwise log the error."""
+        self._counters.write_failures += 1
+        file.failures += 1
+        if error.errno == errno.ENOENT:
+            return True
+        self._problems.failed(file.signal.path, f"cannot write: {error.strerror}; notifications are kept and retried")
+        return False
+
+    def write_pending(self, directory: Directory) -> Iterator[bool]:
+        """Write the pending notifications of a directory. Yield after every few whether the writes succeed."""
         for file in tuple(self._files.values()):
             key = file.signal.name.encode()
-            if file.directory is not directory or not self._owed[key]:
+            if file.directory is not directory or not self._pending[key]:
                 continue
-            while self._files.get(file.signal.name) is file and (rest := self._owed[key]):
+            while self._files.get(file.signal.name) is file and (rest := self._pending[key]):
                 if not directory.current:
                     yield False
                     return
                 written, refused = self._write_some(file, min(rest, SLICE))
-                # If it was replaced, the writes may have gone to the old directory.
+                # If the directory was replaced, the writes may have gone to the old directory.
                 if written and directory.current:
                     self._counters.delivered += written
                     file.count += written
                     file.last = time.time_ns()
-                    self._owed[key] -= written
+                    self._pending[key] -= written
                 yield not refused
                 if refused:
                     break
@@ -230,18 +233,12 @@ class StateFiles:
             try:
                 file.write()
             except OSError as error:
-                self._counters.write_failures += 1
-                file.failures += 1
-                if error.errno != errno.ENOENT:
-                    self._problems.failed(
-                        file.signal.path, f"cannot write: {error.strerror}; its notifications are kept and retried"
-                    )
-                elif file.directory.states_missing_since is None:
+                if self._is_missing(file, error) and file.directory.states_missing_since is None:
                     self._directories.miss_states(file.directory)
                 return written, True
         return number, False
 
     def close(self) -> None:
-        """Close files that wait for room on the disk."""
+        """Close files that stayed open after a failed write."""
         for file in self._files.values():
             file.close()

@@ -1,16 +1,15 @@
-"""Triggers: the files of outbound signals. Each is watched, and followed through every replacement.
+"""Triggers: the files of outbound signals. The proxy watches each file and follows every replacement.
 
-A trigger has a watch of its own, on the file: CLOSE_WRITE is the notification, and MODIFY stands between two closes, so
-that the kernel does not merge them (inotify(7)). The directory is watched only for what happens to names, because a
-watch for writes would also report the state files that the proxy itself writes.
+Each trigger's file has its own watch. IN_CLOSE_WRITE is the notification. IN_MODIFY separates two closes, which the
+kernel would merge otherwise (inotify(7)). The directory is watched only for changes of names: a watch for writes would
+also report the state files that the proxy writes.
 
-A trigger that somebody else replaces, by a rename or by making it anew, was written by them: that counts as one
-notification. Files that the proxy makes are watched before they are visible, so that no write to them is missed.
+If another process replaces a trigger, by a rename or by recreating the file, this counts as one notification. Files
+that the proxy creates are watched before they become visible, so that no write is missed.
 """
 
 from __future__ import annotations
 
-import enum
 import errno
 import logging
 import math
@@ -33,71 +32,14 @@ from inco_trio.registers.directory import Directory, temporary_name, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.signals import Signal
 
-__all__ = ["MEANING", "RETIREMENT", "Action", "Happening", "State", "Trigger", "Triggered", "Triggers"]
+__all__ = ["RETIREMENT", "Trigger", "Triggered", "Triggers"]
 
 logger = logging.getLogger(__name__)
 
 _WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
 """Two events without a name, as a watch on a file reports them."""
-
 RETIREMENT = 1.0
-"""Seconds for which the watch of a replaced trigger stays: a process that has it open may still close it."""
-
-
-class State(enum.Enum):
-    """The state of a trigger's file."""
-
-    KNOWN = enum.auto()
-    """It is at its path and watched."""
-    MADE = enum.auto()
-    """The same, but the event of our creating it is still unread."""
-    MISSING = enum.auto()
-    """Its path has no file that can be watched, or we have not looked yet."""
-
-
-class Happening(enum.Enum):
-    """What happened to a trigger, as an event reports it."""
-
-    MADE = enum.auto()
-    """IN_CREATE of its name."""
-    MOVED_HERE = enum.auto()
-    """IN_MOVED_TO of its name."""
-    VANISHED = enum.auto()
-    """IN_DELETE or IN_MOVED_FROM of its name, or IN_IGNORED of its watch: the file does not exist any more."""
-
-
-class Action(enum.Enum):
-    """The response to an event."""
-
-    LOOK = enum.auto()
-    """Watch the file at the path; a replaced file, or one that is gone already, is a notification."""
-    FOLLOW = enum.auto()
-    """Watch the file at the path, and send a notification."""
-    OWN = enum.auto()
-    """Nothing: this process caused the event."""
-    MISS = enum.auto()
-    """Look a little later: a file that is there now has its own event, still unread, which counts it."""
-    NOTHING = enum.auto()
-
-
-MEANING = {
-    State.KNOWN: {
-        Happening.MADE: Action.LOOK,
-        Happening.MOVED_HERE: Action.FOLLOW,
-        Happening.VANISHED: Action.MISS,
-    },
-    State.MADE: {
-        Happening.MADE: Action.OWN,
-        Happening.MOVED_HERE: Action.FOLLOW,
-        Happening.VANISHED: Action.MISS,
-    },
-    State.MISSING: {
-        Happening.MADE: Action.LOOK,
-        Happening.MOVED_HERE: Action.FOLLOW,
-        Happening.VANISHED: Action.NOTHING,
-    },
-}
-"""The response to each event in each state."""
+"""Seconds for which the watch of a replaced trigger stays: a process may still close the old file."""
 
 
 @attrs.define(eq=False)
@@ -107,16 +49,16 @@ class Trigger:
     directory: Directory
     register: str
     signal: Signal | None = None
-    """None while it is not in the table."""
+    """None while the trigger is not in the table."""
     wd: int = 0
-    """The watch on its file; 0 is none. Only `Triggers._set_watch` changes it."""
+    """The watch on the file; 0 is none. Set by `Triggers._set_watch`."""
     looked_in: int = 0
-    """The watch of the directory in which we found it."""
+    """The watch of the directory in which the file was found."""
     missing_since: float | None = None
     made_in: int = 0
-    """The watch of the directory in which we created it, until its IN_CREATE is read."""
+    """The watch of the directory in which the proxy created the file, until IN_CREATE is read."""
     replaced: deque[int] = attrs.Factory(deque)
-    """For each replacement that we found: the position in the inotify stream behind which no event reports it."""
+    """For each replacement that was found: the position in the inotify stream after which no event reports it."""
     path: Path = attrs.field(init=False)
     key: bytes = attrs.field(init=False)
 
@@ -124,20 +66,14 @@ class Trigger:
         self.path = self.directory.path / self.register
         self.key = watch_key(self.path)
 
-    def state(self, directory_wd: int) -> State:
-        """Return the state for an event of the watch `directory_wd`."""
-        if self.made_in == directory_wd:
-            return State.MADE
-        return State.KNOWN if self.missing_since is None and self.looked_in == self.directory.wd else State.MISSING
-
 
 @attrs.define
 class Triggered:
-    """The result of events: notifications to send, and watches to store once they are sent."""
+    """The result of events: notifications to send, and watches to store after the notifications are sent."""
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """For `Inflight.watches`. Stored earlier, a crash would lose the notification of a file that appeared."""
+    """Entries for `Inflight.watches`. Stored earlier, they would make a crash lose the notification of a new file."""
 
     def extend(self, other: Triggered) -> None:
         """Add another result."""
@@ -145,7 +81,7 @@ class Triggered:
         self.watches |= other.watches
 
     def add(self, trigger: Trigger, *, note: bool = False) -> None:
-        """Add one notification of `trigger`; `note` its watch if it has changed."""
+        """Add one notification of `trigger`. With `note`, also add the trigger's watch."""
         if trigger.signal is not None:
             self.signals.append(trigger.signal)
             if note:
@@ -165,29 +101,27 @@ class Triggers:
         self._noted = noted
         self._problems = problems
         self._counters = counters
-        # Until IN_IGNORED is read: also watches of files that were replaced, or are not in the table any more.
+        # Watches of replaced and removed triggers stay here until IN_IGNORED is read.
         self._by_wd: dict[int, Trigger] = {}
         self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
-        # The problems that were logged for each directory: a path by the reason.
+        # The logged problems of each directory: reasons, each with a path.
         self._reasons: dict[Directory, dict[str, Path]] = {}
 
-    # ------------------------------------------------------------------------------------------------------ table
-
     def add(self, directory: Directory, register: str) -> Trigger:
-        """Add a trigger without a signal; its events are followed, but make no notification."""
+        """Add a trigger without a signal. Its events are handled but cause no notification."""
         trigger = Trigger(directory, register)
         self.by_path[trigger.path] = trigger
         self._in.setdefault(directory, {})[os.fsencode(register)] = trigger
         return trigger
 
     def keys(self) -> set[bytes]:
-        """Return the keys of the triggers in `Inflight.watches`."""
+        """Return the triggers' keys in `Inflight.watches`."""
         return {trigger.key for trigger in self.by_path.values()}
 
     def drop(self, trigger: Trigger) -> None:
-        """Remove a trigger from the table; its queued events have no effect."""
+        """Remove a trigger from the table. Its queued events have no effect."""
         trigger.signal = None
         trigger.replaced.clear()
         self._replaced.discard(trigger)
@@ -202,17 +136,15 @@ class Triggers:
             self._retire(trigger.wd)
 
     def ignore(self, wd: int) -> None:
-        """End a watch of a predecessor's configuration; its queued events have no effect."""
+        """End a watch that an earlier process's configuration needed. Its queued events have no effect."""
         if wd not in self._by_wd:
-            self._by_wd[wd] = Trigger(Directory(Path("/")), "of a predecessor")
+            self._by_wd[wd] = Trigger(Directory(Path("/")), "of an earlier process")
             self._retire(wd)
 
-    # --------------------------------------------------------------------------------------------------- watching
-
     def look(self, trigger: Trigger, *, make: bool) -> None:
-        """Watch the file at the path; `make` a missing one.
+        """Watch the file at the path. With `make`, create a missing file.
 
-        A file that we neither watched nor created is added to `replaced`. Raises OSError.
+        A file that the proxy neither watched nor created is added to `replaced`. Raises OSError.
         """
         directory, register = trigger.directory, trigger.register
         before = trigger.wd or self._noted[trigger.key]
@@ -233,10 +165,10 @@ class Triggers:
         if wd == before:
             return
         if before and before not in self._by_wd:
-            self._by_wd[before] = trigger  # A predecessor's.
+            self._by_wd[before] = trigger  # An earlier process added this watch.
             self._retire(before)
         if made or (trigger.signal is None and not before):
-            note(wd)  # We created it, or it was there before it became a trigger.
+            note(wd)  # The proxy created the file, or the file existed before it became a trigger.
         else:
             trigger.replaced.append(self._inotify.read + self._inotify.queued)
             self._replaced.add(trigger)
@@ -246,8 +178,8 @@ class Triggers:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
-                raise UnfitFileError(trigger.path, f"is the same file as {owner.path}", "remove one of the two names")
-            # It was renamed.
+                raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "remove one of the two names")
+            # The file of `owner` was renamed to this path.
             owner.wd = 0
             self._miss(owner)
         if trigger.wd not in (0, wd):
@@ -261,21 +193,19 @@ class Triggers:
         self._directories.retries.announce()
 
     def _miss(self, trigger: Trigger) -> None:
-        """Retry a trigger a little later."""
+        """Mark a trigger as missing and retry later."""
         if trigger.missing_since is None:
             trigger.missing_since = time.monotonic()
             self._directories.trouble(trigger.directory)
 
     def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
-        """Call `look`; return its error, and retry later."""
+        """Call `look`. If that fails, return the error and retry later."""
         try:
             self.look(trigger, make=make)
         except OSError as error:
             self._miss(trigger)
             return error
         return None
-
-    # -------------------------------------------------------------------------------------------------- following
 
     def follow(self, events: Iterable[Event]) -> Triggered:
         """Turn events into notifications, in order. Add replaced files that no event will report. Raises nothing."""
@@ -286,7 +216,7 @@ class Triggers:
             if mask & ino.IN_CLOSE_WRITE:
                 trigger = by_wd.get(wd)
                 if trigger is None:
-                    # A predecessor was killed before it stored whose watch this is.
+                    # An earlier process was killed before it stored which trigger this watch belongs to.
                     unknown = True
                 elif trigger.signal is not None:
                     signals.append(trigger.signal)
@@ -299,7 +229,7 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Once for all events: after a crash there can be hundreds.
+            # Notify once for all events: after a crash there can be hundreds.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
@@ -308,7 +238,7 @@ class Triggers:
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
         """Return the signal to send if the `length` bytes in `view` only report the write and close of one trigger.
 
-        None for everything else, which `follow` handles.
+        Return None for other events, which `follow` handles.
         """
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
@@ -334,8 +264,8 @@ class Triggers:
         )
         self._notify_all(triggered)
         for trigger in self.by_path.values():
-            trigger.made_in = 0  # The event of our creating it may be lost.
-            # At once: a file that was renamed to this path may have a watch of no trigger yet.
+            trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.
+            # Do not postpone this: a file that was renamed to this path may not be watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
 
@@ -345,12 +275,11 @@ class Triggers:
         self._inotify.forget(wd)
         if trigger.wd == wd:
             trigger.wd = 0
-            action = MEANING[trigger.state(0)][Happening.VANISHED]
-            if action is Action.MISS and self.by_path.get(trigger.path) is trigger:
+            if self.by_path.get(trigger.path) is trigger:
                 self._miss(trigger)
 
     def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Follow an event of a directory, or of one above it."""
+        """Handle an event of an IRQ directory or of a directory above."""
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:
@@ -365,42 +294,43 @@ class Triggers:
             directory.making_in = wd if mask & ino.IN_CREATE else 0
 
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Follow an event of a directory that only a predecessor watched, and that our configuration still has."""
+        """Handle an event of an inherited watch on a directory that the configuration still has."""
         if mask & APPEARED and wd not in self._by_wd:
-            # A process may have written the file that appeared.
+            # A process may have written the new file.
             for trigger in self.by_path.values():
                 if os.fsencode(trigger.register) == name:
                     triggered.add(trigger)
 
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
-        """Follow an event of a trigger's name."""
-        directory, happening = trigger.directory, _happening(mask)
+        """Handle an event of a trigger's name in the directory of the watch `wd`."""
+        directory = trigger.directory
+        created, vanished = mask & ino.IN_CREATE, mask & VANISHED
+        ours = created and trigger.made_in == wd
         if wd != directory.wd:
-            # In the directory that the path led to before. A retry looks at the current one anyway.
-            if trigger.made_in == wd and happening is Happening.MADE:
+            # The path led to this directory before. A retry checks the current directory anyway.
+            if ours:
                 trigger.made_in = 0
-            elif happening in (Happening.MADE, Happening.MOVED_HERE):
+            elif not vanished:
                 triggered.add(trigger)
-            return
-        action = MEANING[trigger.state(wd)][happening]
-        if action is Action.OWN and directory.making_in != wd:
+        elif ours and directory.making_in != wd:
             # Another process created and deleted this file before we created ours; our IN_CREATE is still queued.
             if not mask & ino.IN_ISDIR:
                 triggered.add(trigger)
-            return
-        if action is not Action.NOTHING:
+        elif not vanished:
             trigger.made_in = 0
-        if action is Action.MISS:
+            if not ours:
+                self._look_again(trigger, mask, triggered, always=not created)
+        elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
+            # Look later: if the path has a new file by now, the queued event of that file counts it.
+            trigger.made_in = 0
             self._miss(trigger)
-        elif action in (Action.LOOK, Action.FOLLOW):
-            self._look_again(trigger, mask, triggered, always=action is Action.FOLLOW)
 
     def _look_again(self, trigger: Trigger, mask: int, triggered: Triggered, *, always: bool) -> None:
-        """Watch the file that appeared. Another one, or one that is gone already, is a notification, or `always`."""
+        """Watch the file that appeared. Notify if it is another file or is gone already, or if `always`."""
         error = self._try_look(trigger, make=False)
         if another := bool(trigger.replaced):
             trigger.replaced.popleft()
-        # The event is of a file, not of a directory that may be there instead by now.
+        # The event reports a file. By now, a directory may have replaced the file.
         gone_again = (
             error is not None
             and not mask & ino.IN_ISDIR
@@ -418,12 +348,10 @@ class Triggers:
             if not trigger.replaced:
                 self._replaced.discard(trigger)
 
-    # --------------------------------------------------------------------------------------------------- retrying
-
     def restore(self, directory: Directory) -> Iterator[float | None]:
         """Watch or create the missing triggers of a directory.
 
-        Yields after each: None if it is watched now, else the earliest time of the next retry (time.monotonic()).
+        After each trigger, yield the earliest time of the next retry (time.monotonic()), or None if it is watched now.
         """
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
@@ -435,22 +363,22 @@ class Triggers:
                 trigger.missing_since = now
             if directory.fd < 0:
                 return
-            made_again = max(trigger.missing_since, directory.vanished_at) + patience
-            error = self._try_look(trigger, make=now >= made_again)
+            recreate_at = max(trigger.missing_since, directory.vanished_at) + patience
+            error = self._try_look(trigger, make=now >= recreate_at)
             if error is None:
                 yield None
-            elif error.errno == errno.ENOENT and now < made_again:
-                yield made_again
+            elif error.errno == errno.ENOENT and now < recreate_at:
+                yield recreate_at
             else:
                 refused.setdefault(error.strerror or "", []).append(trigger.path)
                 yield now
-        self._say(directory, refused)
+        self._log_refused(directory, refused)
 
-    def _say(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
-        """Log why triggers cannot be watched: once for each reason, as there may be thousands of triggers."""
+    def _log_refused(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
+        """Log once for each reason why triggers cannot be watched: there may be thousands of triggers."""
         for reason, paths in refused.items():
             others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
-            self._problems.failed((directory, reason), f"cannot watch: {reason}; retried", f"{paths[0]}{others}")
+            self._problems.failed((directory, reason), f"cannot watch: {reason}; retrying", f"{paths[0]}{others}")
             self._reasons.setdefault(directory, {})[reason] = paths[0]
         for reason, path in tuple(self._reasons.get(directory, {}).items()):
             if reason not in refused:
@@ -458,30 +386,24 @@ class Triggers:
                 del self._reasons[directory][reason]
 
     def expire(self) -> None:
-        """End the watches of files that were replaced `RETIREMENT` seconds ago."""
+        """End the watches of files that were replaced at least `RETIREMENT` seconds ago."""
         now = time.monotonic()
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
-                del self._by_wd[wd]  # A directory of a predecessor's configuration, which a reload uses again.
+                del self._by_wd[wd]  # A reload has added this directory of an earlier process again.
             else:
                 self._inotify.unwatch(wd)
 
     def next_expiry(self) -> float:
-        """Return the time for the next `expire` (time.monotonic()); infinity for never."""
+        """Return when to call `expire` next (time.monotonic()), or infinity."""
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:
-        """Return the replaced files that no event will report, as `follow` adds them."""
+        """Return notifications of replaced files that no event will report."""
         triggered = Triggered()
         self._count_replaced(triggered)
         return triggered
-
-
-def _happening(mask: int) -> Happening:
-    if mask & VANISHED:
-        return Happening.VANISHED
-    return Happening.MADE if mask & ino.IN_CREATE else Happening.MOVED_HERE
 
 
 def _is_directory(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Two cores as network namespaces, and the demonstration on them."""
+"""Simulated cores: network namespaces, Unix sockets or a QEMU guest, and the demonstration that uses them."""

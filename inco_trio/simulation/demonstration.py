@@ -1,4 +1,4 @@
-"""`inco-trio demo`: a real proxy between two cores that it creates, to see it work."""
+"""`inco-trio demo`: show a real proxy at work between two simulated cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from inco_trio.cores.watch import Watch
 from inco_trio.errors import IncoError, InvalidArgumentError, ResourceError
 from inco_trio.service.launch import Launched, Wait
 from inco_trio.signals import BUILTIN, Direction, Signal, builtin_signals
-from inco_trio.simulation.guest import Guest
 from inco_trio.simulation.screen import Output, Screen
 from inco_trio.simulation.stage import Stage, namespaces, qemu, sockets
 from inco_trio.simulation.traffic import Applications, Traffic, table, traffic_of, verdict
@@ -29,26 +27,22 @@ from inco_trio.simulation.world import may_make_namespaces, namespaces_refusal, 
 __all__ = ["Output", "ProxyError", "run_demo"]
 
 _DEVICE = "ihub-irq-dev"
-
 _ADDED = (
     ("ihub_crash_log_irq", Direction.OUTBOUND, "message_0_trig"),
     ("ihub_uart_irq", Direction.OUTBOUND, "message_1_trig"),
     ("ihub_type_b_irq", Direction.INBOUND, "message_2_state"),
 )
-"""The other signals of the board that the proxy carries."""
-
+"""The signals of the demonstration in addition to the built-in ones."""
 _ANSWERS = {
     "redun_notify_irq": "ihub_hwwd_irq",
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""How a guest of QEMU answers each outbound signal. Every signal occurs."""
-
+"""The answers of a QEMU guest to the outbound signals. Together they include every signal."""
 _READY_DEADLINE = 60.0
-"""Seconds. A start takes up to 2 s, so this only stops a hang."""
-
+"""Seconds until a wait for a process fails. A start takes up to 2 s, so this only stops a hang."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
-"""Sets up a stage in a directory. It waits with the given function, so that the demonstration can be stopped."""
+"""Sets up a stage in a directory. It waits with the given function, so that signals can stop the demonstration."""
 
 
 class ProxyError(IncoError):
@@ -71,7 +65,7 @@ def _play(waiter: Waiter, applications: Applications, traffic: Sequence[Traffic]
     screen = Screen(out, traffic)
     next_send = time.monotonic()
     while not all(one.over for one in traffic):
-        # The signals take turns: the one that was sent least is next.
+        # The signals take turns: the signal that was sent least often is next.
         idle = min((one for one in traffic if one.idle), key=lambda one: one.sent, default=None)
         if idle is not None and time.monotonic() >= next_send:
             applications.send(idle)
@@ -84,11 +78,11 @@ def _play(waiter: Waiter, applications: Applications, traffic: Sequence[Traffic]
 
 
 def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
-    """Wait until the proxy is ready. From now on, its end is an error. Raises ProxyError."""
+    """Wait until the proxy is ready. Afterwards, the end of the proxy is an error. Raises ProxyError."""
 
     def failed(what: str) -> ProxyError:
         sys.stderr.write(proxy.log)
-        return ProxyError(f"{what}; its log is above")
+        return ProxyError(f"{what} (see its log above)")
 
     def ended() -> None:
         raise failed(f"the proxy has ended with exit code {proxy.process.wait()}")
@@ -101,20 +95,13 @@ def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
 
 
 def _record(path: Path, control: str, log: Path) -> Launched:
-    """Start `inco-trio record` at the proxy. Raises ResourceError."""
+    """Start `inco-trio record` with the proxy. Raises ResourceError."""
     recording = Launched("record", path, "--control", control, log=log, ready=False)
-    said = recording.wait_log("inco-trio: ", _READY_DEADLINE) or ""
-    if "recording" not in said:
+    line = recording.wait_log("inco-trio: ", _READY_DEADLINE) or ""
+    if "recording" not in line:
         recording.close()
-        raise ResourceError(f"--record: {said.removeprefix('inco-trio: error: ')}")
+        raise ResourceError(f"--record: {line.removeprefix('inco-trio: error: ')}")
     return recording
-
-
-def _watch_end(waiter: Waiter, guest: Guest) -> None:
-    def ended() -> None:
-        raise guest.ended()
-
-    waiter.on(guest.fileno(), ended)
 
 
 def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: Path | None) -> int:
@@ -125,9 +112,8 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inco-trio-demo-")))
         stage = stack.enter_context(set_up(scratch, waiter.readable))
         if stage.guest is not None:
-            _watch_end(waiter, stage.guest)
+            waiter.on(stage.guest.fileno(), stage.guest.raise_ended)
         watch = stack.enter_context(contextlib.closing(Watch()))
-
         directory = scratch / "irq"
         config = scratch / "udrv.json"
         config.write_text(_udrv(directory))
@@ -140,10 +126,9 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
         out.write(f"{stage.about}; process {proxy.pid} is the proxy.\n")
         if stage.answers:
             answers = ", ".join(f"{name} by {answer}" for name, answer in stage.answers.items())
-            out.write(f"It answers {answers}.\nEach latency is that of a round trip.\n")
-        out.write(f"Sending {count} notifications of each of {len(traffic)} signals, {rate:g} a second in all:\n")
+            out.write(f"It answers {answers}.\nEach latency is a round-trip time.\n")
+        out.write(f"Sending {count} notifications of each of {len(traffic)} signals, {rate:g} per second in total:\n")
         out.flush()
-
         recording = None
         if record is not None:
             recording = _record(record, control, scratch / "record.log")
@@ -154,17 +139,16 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
         if recording is not None:
             recording.stop(signal.SIGINT)
             out.write(f"Recorded: {recording.log.rpartition('inco-trio: ')[2].rstrip()}\n")
-        # The proxy may need a moment to stop.
-        out.flush()
+        out.flush()  # Stopping the proxy takes a moment.
         return code
 
 
 def _choose(out: Output) -> _SetUp:
-    if not os.path.exists("/proc/self/ns/net"):  # noqa: PTH110 - not a path of the user
-        raise ResourceError("the demonstration creates network namespaces through /proc, which is not mounted here")
+    if not Path("/proc/self/ns/net").exists():
+        raise ResourceError("/proc is not mounted: the demonstration needs it to create network namespaces")
     refusal = namespaces_refusal()
     if refusal is not None:
-        out.write(f"Over a Unix socket, as this system forbids namespaces: {refusal}\n")
+        out.write(f"Using a Unix socket, because this system forbids namespaces: {refusal}\n")
         return sockets
     if not may_make_namespaces():
         new_user_namespace()
@@ -172,19 +156,19 @@ def _choose(out: Output) -> _SetUp:
 
 
 def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, record: Path | None = None) -> int:
-    """Send `count` notifications of each signal through a real proxy, `rate` per second in total; show this on `out`.
+    """Send `count` notifications of each signal through a real proxy, `rate` per second in total. Show them on `out`.
 
-    Record all of them to the file `record`, see `capture.recording`. Return the exit code: 0 only if all arrived, 1 if
-    not, 128 + n if stopped by signal n.
+    Record all of them to the file `record`. Return the exit code: 0 if all arrived, 1 if not, and 128 + n after the
+    process signal n.
 
-    A process that may not create network namespaces moves into a new user namespace and stays there; it must have a
-    single thread. If the system forbids that too, the link is a Unix socket. `with_qemu` makes core 1 a guest of QEMU,
-    behind a Unix socket.
+    A process that may not create network namespaces moves into a new user namespace and stays there. It must have only
+    one thread. If the system forbids user namespaces too, the link is a Unix socket. `with_qemu` makes core 1 a guest
+    of QEMU behind a Unix socket.
 
     Raises InvalidArgumentError, GuestError, ProxyError, ResourceError, and BrokenPipeError if `out` is a closed pipe.
     """
     if count < 1 or not 0 < rate < math.inf:
-        raise InvalidArgumentError("the demonstration needs a count of at least 1 and a rate above 0")
+        raise InvalidArgumentError("the demonstration needs a count of 1 or more and a rate above 0")
     set_up = functools.partial(qemu, answers=_ANSWERS) if with_qemu else _choose(out)
     try:
         return _demonstrate(set_up, count, rate, out, record)
@@ -193,4 +177,4 @@ def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, r
     except (BrokenPipeError, IncoError):
         raise
     except OSError as error:
-        raise ResourceError(f"the demonstration cannot go on: {error}") from error
+        raise ResourceError(f"the demonstration failed: {error}") from error

@@ -1,7 +1,6 @@
-"""A real second core: the firmware beside this file, in QEMU's RISC-V machine `virt`; see netns/core1/README.md.
+"""Core 1 as a QEMU guest: bare-metal firmware in the RISC-V machine `virt`; see netns/core1/README.md.
 
-Nothing here needs a privilege but a tap, nor an event loop: every wait is for a line of the serial output, an answer of
-QEMU's monitor or its end, and none is a thread.
+No event loop is needed, and no privilege except for a tap.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from inco_trio.errors import UnavailableError
 from inco_trio.linux.inotify import IN_MODIFY, Inotify
@@ -41,17 +39,15 @@ FIRMWARE = Path(__file__).with_name("firmware") / "core1.elf"
 MAC = "52:54:00:00:00:01"
 
 READY = "core1: ready"
-"""What our firmware says once its card is started."""
+"""The text that our firmware prints when its network card is started."""
 _DEADLINE = 300.0
-"""Seconds after which a wait is an error: it only stops a hang."""
-
-
+"""Seconds after which a wait fails. This only stops a hang."""
 _MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")
 _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
 
 
 class GuestError(UnavailableError):
-    """QEMU is not installed, refuses a command or has ended, or the guest does not do what the caller waits for."""
+    """QEMU is missing, has refused a command or has ended, or the guest does not do what the caller waits for."""
 
 
 class QemuNotFoundError(GuestError, FileNotFoundError):
@@ -59,9 +55,9 @@ class QemuNotFoundError(GuestError, FileNotFoundError):
 
 
 def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
-    """QEMU's card is the datagram socket `local`, which QEMU makes anew; its frames go to whoever is bound at `remote`.
+    """Return the QEMU network card with the datagram socket `local`, which sends frames to the socket at `remote`.
 
-    Needs QEMU 7.2. A datagram of 0 bytes ends QEMU's reception for good: send none.
+    QEMU creates `local`. This needs QEMU 7.2. Never send an empty datagram: QEMU would stop receiving for good.
     """
     return {
         "type": "dgram",
@@ -71,27 +67,27 @@ def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
 
 
 def tap_netdev(ifname: str) -> dict[str, Any]:
-    """QEMU's card is the far end of the tap `ifname`, which exists already."""
+    """Return the QEMU network card at the far end of the existing tap `ifname`."""
     return {"type": "tap", "ifname": ifname, "script": "no", "downscript": "no"}
 
 
 def parse_counters(line: str) -> dict[str, int]:
-    """The counters of a line that the firmware says when it is asked for a report."""
+    """Return the counters in a line that the firmware prints as a report."""
     return {name: int(value) for name, value in (word.split("=") for word in line.split() if "=" in word)}
 
 
-class Guest:
-    """Core 1 as a guest of QEMU; `with Guest(...) as guest:` returns once it is ready, and kills it at the end.
+class Guest(contextlib.AbstractContextManager["Guest"]):
+    """Core 1 as a guest of QEMU. `with Guest(...) as guest:` waits until the guest is ready, and kills QEMU at the end.
 
-    `netdev` is one of `unix_netdev` and `tap_netdev`. `command_line` holds the firmware's rules. `log` is a file that
-    gets what the firmware and QEMU say, appended. With `reboot=False`, QEMU ends when the guest resets itself or is
-    reset. QEMU runs in the network namespace `namespace`, where one is given. `wait` is for a program that has more to
-    wait for, as a signal of its user: what it raises ends the method, and at the start QEMU too.
+    `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` has the firmware's rules. The output of the
+    firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset. QEMU
+    runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must also
+    wait for other events. An exception of `wait` ends the calling method; during the start, QEMU is killed too.
 
-    QEMU ends with the thread that started it, whatever ends that (PR_SET_PDEATHSIG in prctl(2)). Where nothing else is
-    said, a method that cannot do its work within 20 s, or for want of a running QEMU, raises `GuestError`.
+    The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
+    if QEMU does not run, or does not act in time.
 
-    Another `firmware` says `ready` on its serial output once it is; another `program` has other `machine` arguments.
+    `firmware` must print `ready` on its serial output when it is ready. `program` and `machine` select another QEMU.
     """
 
     def __init__(
@@ -137,17 +133,17 @@ class Guest:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.kill()
 
     @property
     def log(self) -> str:
-        """All that the firmware and QEMU have said."""
+        """The output of the firmware and of QEMU."""
         return self._log.read_text(errors="replace")
 
     @property
     def pid(self) -> int:
-        """QEMU's process."""
+        """The process number of QEMU."""
         return self._running().pid
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -156,14 +152,12 @@ class Guest:
         return self._process
 
     def start(self) -> None:
-        """Start QEMU, and return once its monitor answers; the firmware is ready a moment later."""
+        """Start QEMU and return when its monitor answers. The firmware becomes ready later, see `wait_ready`."""
         if self._process is not None:
             raise GuestError(f"the guest is running already, as process {self._process.pid}")
         program = shutil.which(self._program)
         if program is None:
-            raise QemuNotFoundError(
-                f"{self._program} is not installed: install the package that has it (Debian: qemu-system-misc)"
-            )
+            raise QemuNotFoundError(f"{self._program} is not installed (Debian: install qemu-system-misc)")
         try:
             self._open(program)
             self._execute("qmp_capabilities")
@@ -202,7 +196,7 @@ class Guest:
             stderr=output,
             pass_fds=[monitor],
             preexec_fn=prepare,
-            # A group of its own: Ctrl-C is for the program that started it.
+            # Ctrl-C must only reach the program that started QEMU.
             process_group=0,
         )
 
@@ -213,18 +207,18 @@ class Guest:
             raise GuestError(f"QEMU has not ended within {_DEADLINE:g} s") from None
 
     def fileno(self) -> int:
-        """A descriptor that is readable once QEMU has ended."""
+        """Return a descriptor that is readable when QEMU has ended."""
         self._running()
         return self._end
 
-    def ended(self) -> GuestError:
-        """The error that tells of QEMU's end, which it waits for."""
+    def raise_ended(self) -> NoReturn:
+        """Wait until QEMU has ended, and raise GuestError with the exit code."""
         code = self._exit_code()
-        said = self.log.splitlines() or ["nothing"]
-        return GuestError(f"QEMU has ended with exit code {code}; the last that it said: {said[-1]}")
+        lines = self.log.splitlines() or ["nothing"]
+        raise GuestError(f"QEMU has ended with exit code {code}; its last output: {lines[-1]}") from None
 
     def _message(self, deadline: float) -> dict[str, Any]:
-        """The next message of the monitor, until the monotonic time `deadline`."""
+        """Return the next message of the monitor. Raise GuestError at the monotonic time `deadline`."""
         while b"\n" not in self._received:
             if not self._wait([self._monitor.fileno()], max(0.0, deadline - time.monotonic())):
                 raise GuestError(f"QEMU's monitor has not answered within {_DEADLINE:g} s")
@@ -232,29 +226,29 @@ class Guest:
             with contextlib.suppress(ConnectionError):
                 part = self._monitor.recv(65536)
             if not part:
-                raise self.ended()
+                self.raise_ended()
             self._received += part
         line, _, self._received = self._received.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
 
     def _execute(self, command: str) -> None:
-        """Have the monitor do something, and wait until it has; see QEMU's QMP reference manual."""
+        """Run a monitor command and wait for the answer; see QEMU's QMP reference manual."""
         self._running()
         deadline = time.monotonic() + _DEADLINE
         self._commands += 1
         try:
             self._monitor.sendall(json.dumps({"execute": command, "id": self._commands}).encode())
         except ConnectionError:
-            raise self.ended() from None
-        # Between them come a greeting, events, and answers that nobody has waited for long enough.
+            self.raise_ended()
+        # Skip the greeting, events, and late answers to commands whose wait was interrupted.
         while (answer := self._message(deadline)).get("id") != self._commands:
             pass
         if "error" in answer:
-            raise GuestError(f"QEMU's monitor refuses: {answer['error']['desc']}")
+            raise GuestError(f"QEMU's monitor refuses {command}: {answer['error']['desc']}")
 
     def wait_for(self, text: str) -> str:
-        """The next line with `text` in it, once it is there, after the last line that such a wait has returned."""
+        """Wait for a line with `text` in the output after the line that the last call returned. Return the line."""
         deadline = time.monotonic() + _DEADLINE
         self._running()
         while True:
@@ -266,45 +260,45 @@ class Guest:
                         self._seen = log.tell()
                         return line.decode(errors="replace").rstrip("\n")
             if ended:
-                raise self.ended()
+                self.raise_ended()
             left = max(0.0, deadline - time.monotonic())
             if not self._wait([self._changes.fd, self._end], left):
-                raise GuestError(f"the guest has not said {text!r} within {_DEADLINE:g} s; it said:\n{self.log}")
+                raise GuestError(f"the guest has not printed {text!r} within {_DEADLINE:g} s; output:\n{self.log}")
             self._changes.read_into(memoryview(bytearray(4096)))
 
     def wait_ready(self) -> None:
-        """Wait until the firmware has started its card, also after a reset; what it sends at boot it sends after."""
+        """Wait until the firmware has started its network card, after `start` or a reset. It sends nothing before."""
         self.wait_for(self._ready)
 
     def wait_counters(self) -> dict[str, int]:
-        """The counters of its next report, which a signal has asked for (`report_on=NAME`)."""
+        """Wait for the next report, which a signal has requested (`report_on=NAME`). Return the counters."""
         return parse_counters(self.wait_for("core1: counters"))
 
     def stop(self) -> None:
-        """Pause the guest; frames wait, as far as QEMU and its socket have room."""
+        """Pause the guest. Frames wait until the buffers of QEMU and of the socket are full."""
         self._execute("stop")
 
     def cont(self) -> None:
-        """Go on after `stop`."""
+        """Continue after `stop`."""
         self._execute("cont")
 
     def system_reset(self) -> None:
-        """Reset the guest at once, with all that it holds; `wait_ready` returns when it is there again."""
+        """Reset the guest, which loses all frames in its memory. `wait_ready` waits until it has booted."""
         self._execute("system_reset")
 
     def quit(self) -> int:
-        """End QEMU by its monitor; returns its exit code."""
+        """Stop QEMU by its monitor and return the exit code."""
         self._execute("quit")
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for QEMU's end; returns its exit code, negative for a signal."""
+        """Wait until QEMU has ended and return the exit code, negative for a signal."""
         code = self._exit_code()
         self.kill()
         return code
 
     def kill(self) -> None:
-        """End QEMU by SIGKILL, if it runs; `start` starts it again."""
+        """Kill QEMU if it is running (SIGKILL). `start` can start it again."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()

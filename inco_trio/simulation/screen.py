@@ -1,4 +1,4 @@
-"""What the demonstration shows while it sends."""
+"""The progress display of the demonstration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Output", "Screen"]
 
 
 class Output(Protocol):
-    """Where a demonstration is shown."""
+    """The text stream on which a demonstration is shown."""
 
     def write(self, text: str, /) -> object: ...
     def flush(self) -> object: ...
@@ -21,7 +21,7 @@ class Output(Protocol):
 
 
 class Screen:
-    """A line for each signal that changes in place; on anything but a terminal, one line each second."""
+    """On a terminal, updates one line per signal in place. Elsewhere, prints one line per second."""
 
     def __init__(self, out: Output, traffic: Sequence[Traffic]) -> None:
         self._out = out
@@ -29,10 +29,10 @@ class Screen:
         self._terminal = out.isatty()
         self._drawn = False
         self.next = time.monotonic() + (0.0 if self._terminal else 1.0)
-        """When to call `show` next: monotonic seconds."""
+        """When to call `show` next (time.monotonic())."""
 
     def show(self, *, last: bool = False) -> None:
-        """Show the counts, if it is time or the `last` time."""
+        """Show the counts if an update is due, or if this is the `last` call."""
         now = time.monotonic()
         if now < self.next and not last:
             return

@@ -1,4 +1,4 @@
-"""The two cores of the demonstration and the link between them, in one of three ways."""
+"""The two cores of the demonstration and their link: network namespaces, Unix sockets or a QEMU guest."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Stage:
     link: str
     """The address, for `inco-trio run`."""
     about: str
-    """What the demonstration prints about them."""
+    """A description for the output of the demonstration."""
     netns: int | None = None
     """The network namespace of core 0, or None for the current one."""
     peer: Peer | None = None
-    """Core 1, or None if that is `guest`, which answers by itself."""
+    """Core 1, or None if core 1 is `guest`."""
     guest: Guest | None = None
     answers: Mapping[str, str] = attrs.Factory(dict)
-    """The inbound signal by which `guest` answers each outbound one."""
+    """Maps each outbound signal to the answer of `guest`."""
 
 
 @contextlib.contextmanager
 def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
-    """Two network namespaces and a veth pair. Raises what `two_cores` raises."""
+    """Set up two network namespaces and a veth pair. Raises the errors of `two_cores`."""
     with two_cores() as cores, cores.peer() as peer:
         yield Stage(cores.link, f"Two cores (network namespaces), joined by {cores.link}", cores.core0.fd, peer)
 
@@ -45,13 +45,13 @@ def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
 def _address(local: Path, remote: Path) -> str:
     link = "unix:" + ",peer=".join(str(path).replace(",", ",,") for path in (local, remote))
     if fault := address_fault(link):
-        raise InvalidArgumentError(f"there can be no link in the directory for temporary files (TMPDIR): {fault}")
+        raise InvalidArgumentError(f"TMPDIR: the sockets of a link cannot be in this directory: {fault}")
     return link
 
 
 @contextlib.contextmanager
 def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
-    """Two Unix datagram sockets in `directory`, without privilege. Raises InvalidArgumentError for a long path."""
+    """Set up two Unix datagram sockets in `directory`. Raises InvalidArgumentError if the path is too long."""
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     with Peer(_address(core1, core0)) as peer:
@@ -60,14 +60,14 @@ def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
 
 @contextlib.contextmanager
 def qemu(directory: Path, wait: Wait, answers: Mapping[str, str]) -> Iterator[Stage]:
-    """Core 1 as a guest of QEMU, which has started; the link is a pair of Unix datagram sockets in `directory`.
+    """Start a guest of QEMU as core 1. The link is a pair of Unix datagram sockets in `directory`.
 
-    Raises GuestError, InvalidArgumentError if the path is too long, and what `wait` raises.
+    Raises GuestError, InvalidArgumentError if the path is too long, and the exceptions of `wait`.
     """
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     rules = "echo=" + ",".join(f"{name}:{answer}" for name, answer in answers.items())
-    # Start the proxy after the guest has started its card: QEMU loses frames that arrive earlier.
+    # The proxy must start after the guest's network card: QEMU loses frames that arrive earlier.
     with Guest(unix_netdev(core1, core0), rules, log=directory / "guest.log", wait=wait) as guest:
         about = f"Core 1 is RISC-V firmware in QEMU (process {guest.pid}), joined by a pair of Unix sockets"
         yield Stage(link, about, guest=guest, answers=answers)

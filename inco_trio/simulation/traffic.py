@@ -1,8 +1,8 @@
-"""The notifications of the demonstration: sending, seeing them arrive, and counting.
+"""Send, receive and count the notifications of the demonstration.
 
-A notification has arrived when core 1 has read its frame, or when inotify(7) has reported the close of its state file.
-With a guest of QEMU as core 1, a round trip counts: it ends with the close of the state file of the answer. At most one
-notification of a signal is under way, so that each arrival has one departure and a latency.
+A notification has arrived when core 1 has read the frame, or when inotify(7) has reported the close of the state file.
+If core 1 is a QEMU guest, round trips are counted: a trip ends with the close of the state file of the answer. At most
+one notification of a signal is under way at a time, so that each arrival belongs to one departure.
 """
 
 from __future__ import annotations
@@ -25,24 +25,23 @@ from inco_trio.simulation.waiter import Waiter
 __all__ = ["Applications", "Traffic", "duration", "quantile", "table", "traffic_of", "verdict"]
 
 _LOST_AFTER = 3.0
-"""Seconds. The proxy needs far less than a millisecond, but the machine may be busy."""
-
+"""Seconds after which a notification is lost. The proxy needs less than 1 ms, but the machine may be busy."""
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
 
 
 @attrs.define(eq=False)
 class Traffic:
-    """The notifications of one signal, or its round trips, which end with the signal `answer`."""
+    """The notifications of one signal, or its round trips, which end with the arrival of the signal `answer`."""
 
     signal: Signal
     wanted: int
     answer: Signal | None = None
     sent: int = 0
     latencies: list[int] = attrs.Factory(list)
-    """Of each one that arrived, in nanoseconds."""
+    """The latency of each arrived notification, in nanoseconds."""
     departed: int | None = None
-    """When the one under way was sent, as of time.monotonic_ns()."""
+    """When the notification under way was sent (time.monotonic_ns()), or None."""
     unexpected: int = 0
     lost: bool = False
 
@@ -75,14 +74,14 @@ class Traffic:
             self.departed = None
 
     def expire(self) -> None:
-        """Give up the signal after its first loss: a late arrival could not be told from the next one."""
+        """Stop the signal after its first loss: a late arrival would look like the arrival of the next notification."""
         if self.departed is not None and time.monotonic_ns() - self.departed > _LOST_AFTER * 1e9:
             self.departed = None
             self.lost = True
 
 
 class Applications:
-    """Both cores, except a guest: they send each notification and see it arrive."""
+    """The programs on both cores (except a guest) that send and receive the notifications."""
 
     def __init__(self, waiter: Waiter, peer: Peer | None, watch: Watch, traffic: Sequence[Traffic]) -> None:
         self._peer = peer
@@ -98,7 +97,7 @@ class Applications:
         """Send a notification. Raises OSError, IncoError."""
         one.depart()
         if one.signal.direction is Direction.INBOUND and self._peer is not None:
-            # What an absent proxy does not take is lost, and counted as lost.
+            # If the proxy is absent, the notification is lost and counted as lost.
             with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, TimeoutError):
                 self._peer.send(one.signal.name.encode())
         else:
@@ -116,7 +115,7 @@ class Applications:
 
 
 def traffic_of(stage: Stage, signals: Sequence[Signal], count: int) -> list[Traffic]:
-    """Return what is sent: each signal, or each one that a guest answers."""
+    """Return the traffic of each signal, or of each signal that a guest answers."""
     if stage.guest is None:
         return [Traffic(one, count) for one in signals]
     by_name = {one.name: one for one in signals}
@@ -124,7 +123,7 @@ def traffic_of(stage: Stage, signals: Sequence[Signal], count: int) -> list[Traf
 
 
 def duration(nanoseconds: float) -> str:
-    """Return a duration in the unit that fits."""
+    """Return a duration as text in a suitable unit."""
     if nanoseconds < 999.5e3:
         return f"{nanoseconds / 1e3:.0f} us"
     if nanoseconds < 999.5e6:
@@ -133,7 +132,7 @@ def duration(nanoseconds: float) -> str:
 
 
 def quantile(ordered: Sequence[int], part: float) -> int:
-    """Return the smallest value that `part` of all values do not exceed (nearest rank)."""
+    """Return the quantile `part` (0 to 1) of sorted values, by the nearest-rank method."""
     return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
 
 

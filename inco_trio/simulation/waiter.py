@@ -1,4 +1,4 @@
-"""The one place where the demonstration waits, so that a process signal can stop it only there."""
+"""The only place where the demonstration waits, so that a process signal can stop it only there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Stopped", "Waiter", "stoppable"]
 
 
 class Stopped(BaseException):
-    """The user stopped the demonstration by signal `number`. It is not an error, as KeyboardInterrupt is not."""
+    """The process signal `number` stopped the demonstration. Like KeyboardInterrupt, this is not an error."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -26,14 +26,11 @@ class Waiter:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self.close = self._selector.close
 
     def on(self, fd: int, ready: Callable[[], None]) -> None:
         """Call `ready` when `fd` is readable."""
         self._selector.register(fd, selectors.EVENT_READ, ready)
-
-    def off(self, fd: int) -> None:
-        """Stop to wait for `fd`."""
-        self._selector.unregister(fd)
 
     def wait(self, until: float) -> None:
         """Wait until a descriptor is readable, or until the monotonic time `until`."""
@@ -41,7 +38,7 @@ class Waiter:
             key.data()
 
     def readable(self, fds: Sequence[int], timeout: float) -> list[int]:
-        """Return which of `fds` are readable, once any descriptor is or after `timeout` seconds."""
+        """Wait until any descriptor is readable, for at most `timeout` seconds. Return which of `fds` are readable."""
         found: list[int] = []
         for fd in fds:
             self.on(fd, functools.partial(found.append, fd))
@@ -49,17 +46,13 @@ class Waiter:
             self.wait(time.monotonic() + timeout)
         finally:
             for fd in fds:
-                self.off(fd)
+                self._selector.unregister(fd)
         return found
-
-    def close(self) -> None:
-        """Close the selector."""
-        self._selector.close()
 
 
 @contextlib.contextmanager
 def stoppable(waiter: Waiter) -> Iterator[None]:
-    """Let SIGINT, SIGTERM and SIGHUP raise `Stopped` in `waiter.wait`, and only there: nothing is half done there."""
+    """Let SIGINT, SIGTERM and SIGHUP raise `Stopped` only in `waiter.wait`, where no operation is half done."""
     with wakeups((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)) as arrived:
 
         def stop() -> None:

@@ -1,9 +1,9 @@
-"""Two cores as network namespaces: the world of `inco-trio demo`, of the tests and of the benchmarks.
+"""Two cores as network namespaces, for `inco-trio demo`, the tests and the benchmarks.
 
-A namespace lives in a descriptor and nowhere else (network_namespaces(7)): whatever ends the process, also SIGKILL,
-takes the namespaces and their links with it. Every change of a link is made in a thread of its own that has entered the
-namespace, so the caller never leaves the one it is in. Making namespaces needs CAP_SYS_ADMIN, which everyone has in a
-user namespace of their own (user_namespaces(7)); see `may_make_namespaces` and `new_user_namespace`.
+Only descriptors keep these namespaces alive (network_namespaces(7)). When the process ends, even by SIGKILL, the kernel
+removes the namespaces and their links. Links are changed in a separate thread that enters the namespace, so the calling
+thread stays where it is. Creating namespaces needs CAP_SYS_ADMIN, which every user has in a new user namespace
+(user_namespaces(7)); see `may_make_namespaces` and `new_user_namespace`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -46,7 +45,7 @@ __all__ = [
 T = TypeVar("T")
 
 _LINK_DEADLINE = 120.0
-"""Seconds until a link that does not come up is an error. A veth pair needs milliseconds: this only stops a hang."""
+"""Seconds until a link must be up. A veth pair needs milliseconds, so this only stops a hang."""
 
 
 class NamespaceRefusedError(PermissionDeniedError):
@@ -55,32 +54,32 @@ class NamespaceRefusedError(PermissionDeniedError):
 
 def _refused(what: str, cause: OSError) -> NamespaceRefusedError:
     return NamespaceRefusedError(
-        f"cannot make a {what} namespace ({cause.strerror})",
-        "run as root, or allow it with the sysctls"
+        f"cannot create a {what} namespace ({cause.strerror})",
+        "run as root, or set those of these sysctls that this system has:"
         " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
-        " kernel.apparmor_restrict_unprivileged_userns=0, as far as this system has them",
+        " kernel.apparmor_restrict_unprivileged_userns=0",
     )
 
 
 def may_make_namespaces() -> bool:
-    """Whether this process holds the capabilities for network namespaces, their links and raw sockets."""
+    """Return whether this process has the capabilities for network namespaces, their links and raw sockets."""
     status = Path("/proc/self/status").read_text()
     held = int(status.partition("CapEff:")[2].split()[0], 16)
     return all(held >> capability & 1 for capability in (CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN))
 
 
 def new_user_namespace() -> None:
-    """Move this process, which must have a single thread, into a user namespace of its own, as its root.
+    """Move this process into a new user namespace, as its root. The process must have only one thread.
 
-    It keeps the rights of its user outside, and gains all capabilities over the namespaces that it makes. Call it
-    before all else here: for the kernel, a thread that was joined a moment ago may still be there.
+    Outside the namespace, the process keeps the rights of its user. It gets all capabilities over namespaces that it
+    creates. Call this function before the others of this module: the kernel may still count a thread that was joined.
 
-    Raises `NamespaceRefusedError`.
+    Raises NamespaceRefusedError.
     """
     user, group = os.geteuid(), os.getegid()
     try:
         unshare(CLONE_NEWUSER)
-        # Without privilege, gid_map is refused unless setgroups(2) is given up before (user_namespaces(7)).
+        # Without privilege, gid_map can be written only after setgroups(2) was disabled (user_namespaces(7)).
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
@@ -89,9 +88,9 @@ def new_user_namespace() -> None:
 
 
 def namespaces_refusal() -> str | None:
-    """What keeps this process, which must have a single thread, from network namespaces, or None.
+    """Return why this process cannot create network namespaces, or None. The process must have only one thread.
 
-    It is tried in a child: nobody can leave a user namespace that was made, but was refused its maps.
+    A child process tries it: a process cannot leave a new user namespace whose maps were refused.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -106,9 +105,9 @@ def namespaces_refusal() -> str | None:
             os._exit(0)
     os.close(write)
     with open(read, encoding="utf-8") as text:  # noqa: PTH123 - a descriptor
-        said = text.read()
+        reason = text.read()
     os.waitpid(child, 0)
-    return said or None
+    return reason or None
 
 
 def _in_thread(function: Callable[[], T]) -> T:
@@ -119,8 +118,8 @@ def _in_thread(function: Callable[[], T]) -> T:
 def _make_network() -> int:
     def make() -> int:
         unshare(CLONE_NEWNET)
-        # Router solicitations and multicast reports would be foreign frames on every link. /proc/sys can be
-        # read-only in a container, and IPv6 can be missing: then there is nothing to do, or it only costs noise.
+        # Without this, IPv6 would send router solicitations and multicast reports over the links. In a container,
+        # /proc/sys may be read-only; then these additional frames do no harm.
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -132,29 +131,29 @@ def _make_network() -> int:
 
 
 @attrs.frozen
-class Namespace:
-    """One network namespace without a name; it ends with its last descriptor, process and socket.
+class Namespace(contextlib.AbstractContextManager["Namespace"]):
+    """A network namespace without a name. It ends with its last descriptor, process and socket.
 
-    `Namespace()` makes one, `Namespace(fd)` adopts the descriptor of an existing one (`/proc/PID/ns/net`).
+    `Namespace()` creates one; `Namespace(fd)` takes over the descriptor of an existing one (`/proc/PID/ns/net`).
 
-    Raises `NamespaceRefusedError`.
+    Raises NamespaceRefusedError.
     """
 
     fd: int = attrs.field(factory=_make_network)
 
     @property
     def path(self) -> Path:
-        """A path that names the namespace in this process."""
+        """A path of the namespace that is valid in this process."""
         return Path(f"/proc/self/fd/{self.fd}")
 
     def enter(self) -> None:
-        """Move the calling thread into the namespace, for good; also as `preexec_fn` of a subprocess."""
+        """Move the calling thread into the namespace for good. Can be the `preexec_fn` of a subprocess."""
         set_network(self.fd)
 
     def run(self, function: Callable[[], T]) -> T:
-        """The result of `function()`, called in a thread inside; what it raises is raised here.
+        """Call `function` in a thread in the namespace and return its result. Exceptions are raised here.
 
-        Sockets and processes that are made inside stay inside.
+        Sockets and processes that `function` creates stay in the namespace.
         """
 
         def inside() -> T:
@@ -164,27 +163,24 @@ class Namespace:
         return _in_thread(inside)
 
     def close(self) -> None:
-        """Let go of the namespace."""
+        """Close the descriptor."""
         os.close(self.fd)
 
-    def __enter__(self) -> Namespace:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
 def _with_links(namespace: Namespace, change: Callable[[IPRoute], T]) -> T:
     def inside() -> T:
-        # Imported here since it takes longer than all the rest of the program. Opened here since it makes a
-        # socket for each thread that uses it, in the namespace of that thread.
+        # Import here, because importing pyroute2 takes longer than the rest of the program. Open IPRoute here,
+        # because its socket must be created in the namespace.
         from pyroute2 import IPRoute, NetlinkError
 
         try:
             with IPRoute() as links:
                 return change(links)
         except NetlinkError as error:
-            raise ResourceError(f"the kernel refuses a change of a link: {os.strerror(error.code)}") from error
+            raise ResourceError(f"cannot change a link: {os.strerror(error.code)}") from error
 
     return namespace.run(inside)
 
@@ -193,26 +189,22 @@ def _set_link(namespace: Namespace, name: str, **attributes: Any) -> None:
     _with_links(namespace, lambda links: links.link("set", ifname=name, **attributes))
 
 
-def _delete_link(namespace: Namespace, name: str) -> None:
-    _with_links(namespace, lambda links: links.link("del", ifname=name))
-
-
 def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
     _set_link(namespace, name, master=namespace.run(functools.partial(socket.if_nametoindex, bridge)))
 
 
 def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
-    """Join two namespaces by a veth pair, whose ends are down."""
+    """Join two namespaces by a veth pair. Both ends are down."""
     _with_links(
         a, lambda links: links.link("add", kind="veth", ifname=a_name, peer={"ifname": b_name, "net_ns_fd": b.fd})
     )
 
 
 def _wait_running(namespace: Namespace, name: str) -> None:
-    """Return once the kernel really sends through the link.
+    """Wait until the kernel sends frames through the link.
 
-    The end of a veth pair that was brought up first is started by the kernel's link watcher a moment later; until then
-    it drops without an error what is sent.
+    The kernel's link watcher starts the end of a veth pair that was brought up first a moment later. Until then, the
+    kernel drops frames without an error.
     """
 
     def wait(links: IPRoute) -> None:
@@ -232,8 +224,8 @@ def _wait_running(namespace: Namespace, name: str) -> None:
 class Cores:
     """Two cores and the link between them, which has the same name in both.
 
-    With `switch`, the link is the chain of the board's simulation: core 0's end leads into a bridge there, and the
-    bridge to core 1. Then core 1's end outlives a deletion of core 0's.
+    With `switch`, the link leads through a bridge in that namespace, as in the board's simulation. Then core 1's end
+    stays when core 0's end is deleted.
     """
 
     core0: Namespace
@@ -246,7 +238,7 @@ class Cores:
         return Peer(self.link, run=self.core1.run)
 
     def make_link(self) -> None:
-        """Make the link (again), and return once frames pass."""
+        """Create or recreate the link, and wait until frames pass."""
         if self.switch is None:
             veth(self.core0, self.link, self.core1, self.link)
             _set_link(self.core1, self.link, state="up")
@@ -257,15 +249,15 @@ class Cores:
         self.link_up()
 
     def delete_link(self) -> None:
-        """Delete core 0's end, and with it its other end."""
-        _delete_link(self.core0, self.link)
+        """Delete core 0's end, which also deletes the other end of the veth pair."""
+        _with_links(self.core0, lambda links: links.link("del", ifname=self.link))
 
     def link_down(self) -> None:
         """Take core 0's end down."""
         _set_link(self.core0, self.link, state="down")
 
     def link_up(self) -> None:
-        """Bring core 0's end up, and return once frames pass."""
+        """Bring core 0's end up, and wait until frames pass."""
         _set_link(self.core0, self.link, state="up")
         _wait_running(self.core0, self.link)
         if self.switch is not None:
@@ -284,11 +276,10 @@ class Cores:
 
 @contextlib.contextmanager
 def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores]:
-    """Two cores joined by a running veth pair whose both ends are called `link`.
+    """Create two cores, joined by a running veth pair. Both ends have the name `link`.
 
-    With `chain`, as on the board's simulation: link, veth, bridge, veth (there a tap), core 1.
-
-    Raises `NamespaceRefusedError`, and `ResourceError` where the kernel has no veth or bridge.
+    With `chain`, the link is a veth pair, a bridge and a second veth pair. The board's simulation has a tap instead of
+    the second pair. Raises NamespaceRefusedError, and ResourceError if the kernel has no veth or bridge.
     """
     with contextlib.ExitStack() as stack:
         core0, core1 = stack.enter_context(Namespace()), stack.enter_context(Namespace())

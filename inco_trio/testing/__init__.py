@@ -1,6 +1,6 @@
-"""A board under test: for tests of applications on core 0 and of firmware on core 1, without a board and without root.
+"""Test applications of core 0 and firmware of core 1 with a real proxy, without hardware and without root.
 
-The pytest plugin has the fixture `inco_board`; `open_board` is the same without pytest.
+The pytest plugin has the fixture `inco_board`; `open_board` does the same without pytest.
 """
 
 from __future__ import annotations
@@ -26,27 +26,19 @@ __all__ = [
     "open_board",
 ]
 
-_PLACE_OF = {
-    "Board": "testing.board",
-    "BoardCore0": "testing.board",
-    "BoardCore1": "testing.board",
-    "BoardFaults": "testing.board",
-    "Guest": "simulation.guest",
-    "GuestError": "simulation.guest",
-    "Happening": "testing.happenings",
-    "NotificationMissingError": "testing.happenings",
-    "BoardProxy": "testing.board",
+_MODULES = {
+    **dict.fromkeys(("Guest", "GuestError"), "simulation.guest"),
+    **dict.fromkeys(("Happening", "NotificationMissingError"), "testing.happenings"),
     "ProxyDiedError": "testing.carriers",
-    "open_board": "testing.board",
 }
 
 
 def __getattr__(name: str) -> object:
-    # Imported when first used: pytest loads the plugin wherever the package is installed.
-    if name not in _PLACE_OF:
+    # Import names when they are first used: pytest loads the plugin wherever the package is installed.
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value: object = getattr(importlib.import_module(f"inco_trio.{_PLACE_OF[name]}"), name)
+    value: object = getattr(importlib.import_module(f"inco_trio.{_MODULES.get(name, 'testing.board')}"), name)
     globals()[name] = value
     return value

@@ -29,7 +29,7 @@ __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "op
 T = TypeVar("T")
 
 TIMEOUT = 60.0
-"""Default timeout of `expect`, in seconds: it stops a hang and is long enough for a slow machine."""
+"""Default timeout of `expect` in seconds. It stops a hang and is long enough for a slow machine."""
 
 
 class _Core:
@@ -40,12 +40,12 @@ class _Core:
 
     @property
     def history(self) -> list[Happening]:
-        """What this core did and received until now, the oldest first."""
+        """The notifications that this core has sent and received until now, the oldest first."""
         self._board._settle()
         return self._board._rig.history.all(self.number)
 
     def count(self, name: str) -> int:
-        """Return how many notifications of a signal this core received or sent until now.
+        """Return how many notifications of a signal this core has sent or received until now.
 
         Raises InvalidArgumentError for an unknown name.
         """
@@ -54,10 +54,10 @@ class _Core:
         return sum(each.name == name for each in self.history)
 
     def expect(self, name: str, timeout: float = TIMEOUT) -> Happening:
-        """Wait for the next notification of a signal at this core that `expect` has not returned before.
+        """Return the next notification of a signal at this core that `expect` has not returned before.
 
-        It may have happened before the call. Raises NotificationMissingError, which is an AssertionError, after
-        `timeout` seconds or when the proxy has ended by itself, and InvalidArgumentError.
+        The notification may have arrived before the call. Raises InvalidArgumentError, and NotificationMissingError
+        (an AssertionError) after `timeout` seconds or if the proxy has ended by itself.
         """
         __tracebackhide__ = True
         self._check(name, timeout)
@@ -67,10 +67,10 @@ class _Core:
         __tracebackhide__ = True
         self._board._layout.signal(name)
         if not isinstance(timeout, int | float) or not 0 <= timeout <= threading.TIMEOUT_MAX:
-            raise InvalidArgumentError(f"timeout={timeout!r}: not a number of seconds, 0 or more")
+            raise InvalidArgumentError(f"timeout={timeout!r}: expected seconds, 0 or more")
 
     async def expect_async(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `expect`
-        """Do what `expect` does, in an event loop of Trio or asyncio."""
+        """Do what `expect` does in an event loop of Trio or asyncio."""
         __tracebackhide__ = True
         self._check(name, timeout)
         return await self._board._rig.history.wait_async(self.number, name, timeout)
@@ -83,17 +83,17 @@ class BoardCore0(_Core):
 
     @property
     def directory(self) -> Path:
-        """The directory of the built-in signals' registers."""
+        """The IRQ directory of the built-in signals."""
         return self._board._layout.signals[0].directory
 
     @property
     def config(self) -> Path:
-        """The path of the udrv.json, which names the directories of this board."""
+        """The path of this board's udrv.json."""
         return self._board._layout.config
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the test with UDRV_JSON_PATH, for a program under test."""
+        """The environment for a program under test: that of the test, with UDRV_JSON_PATH."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
@@ -113,32 +113,32 @@ class BoardCore0(_Core):
 
 
 class BoardCore1(_Core):
-    """Core 1, which is the test until it starts a guest."""
+    """Core 1: the test itself, until it starts a guest."""
 
     number = 1
 
     def send(self, name: str) -> None:
-        """Send an inbound signal. Raises InvalidArgumentError for an unknown name, and if core 1 is a guest."""
+        """Send an inbound signal. Raises InvalidArgumentError for an unknown name, or if core 1 is a guest."""
         __tracebackhide__ = True
         self._board._layout.signal(name, Direction.INBOUND)
-        self._played()
+        self._check_no_guest()
         self._board._engine.soon(self._board._rig.send_name, name)
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame as it is, even if no core would send it.
+        """Send a frame unchanged, even if it is invalid.
 
-        Raises InvalidArgumentError if it is not bytes, and if core 1 is a guest.
+        Raises InvalidArgumentError if `frame` is not bytes, or if core 1 is a guest.
         """
         __tracebackhide__ = True
-        self._played()
+        self._check_no_guest()
         if not isinstance(frame, bytes | bytearray | memoryview):
-            raise InvalidArgumentError(f"a frame is bytes, not {type(frame).__name__}")
+            raise InvalidArgumentError(f"frame: expected bytes, not {type(frame).__name__}")
         self._board._engine.soon(self._board._rig.send, bytes(frame))
 
-    def _played(self) -> None:
+    def _check_no_guest(self) -> None:
         __tracebackhide__ = True
         if self._board._guests:
-            raise InvalidArgumentError("core 1 is a guest: only its firmware sends")
+            raise InvalidArgumentError("core 1 is a guest: only its firmware can send")
 
 
 class BoardProxy:
@@ -153,33 +153,33 @@ class BoardProxy:
 
     @property
     def pid(self) -> int | None:
-        """Its process number; None while it does not run, or if it runs in the process of the test."""
+        """The process number, or None if the proxy is not running or runs in the process of the test."""
         return self._carrier.pid
 
     @property
     def log(self) -> str:
-        """All that it has logged."""
+        """The log of the proxy."""
         return self._carrier.log()
 
     @property
     def stats(self) -> Stats | None:
-        """Its counters; None if it does not run."""
+        """The counters, or None if the proxy is not running."""
         return self._carrier.stats()
 
     def start(self) -> None:
-        """Start it again. The test has stored its descriptors, as s6 or systemd would. Raises ProxyDiedError."""
+        """Start the proxy again. It inherits its descriptors, as under s6 or systemd. Raises ProxyDiedError."""
         self._board._call("the proxy is started", self._carrier.start)
 
     def stop(self) -> None:
-        """Stop it cleanly."""
+        """Stop the proxy cleanly."""
         self._board._call("the proxy is stopped", self._carrier.stop)
 
     def kill(self) -> None:
-        """Kill it (SIGKILL). Raises InvalidArgumentError if it runs in the process of the test."""
+        """Kill the proxy (SIGKILL). Raises InvalidArgumentError if it runs in the process of the test."""
         self._board._call("the proxy is killed", self._carrier.kill)
 
     def restart(self) -> None:
-        """Stop it cleanly and start it again."""
+        """Stop the proxy cleanly and start it again."""
         self.stop()
         self.start()
 
@@ -201,12 +201,10 @@ class BoardFaults:
         seed: int = 0,
         direction: Direction | str | None = None,
     ) -> None:
-        """Do this to frames on the link from now on: rates from 0 to 1, `delay` in seconds.
+        """Set the faults of the link: rates from 0 to 1, and a `delay` in seconds. Without arguments, end all faults.
 
-        `direction` is a Direction, or `inbound` or `outbound`; without it, both. Without arguments, end all of it. A
-        reordered frame arrives 50 ms late. The same `seed` does the same to the same frames.
-
-        Raises InvalidArgumentError.
+        `direction` is a Direction, `inbound` or `outbound` (default: both). A reordered frame arrives 50 ms late. With
+        the same `seed`, the same frames are affected. Raises InvalidArgumentError.
         """
         direction = None if direction is None else direction_of(direction)
         for each, lane in self._board._rig.lanes.items():
@@ -214,7 +212,7 @@ class BoardFaults:
                 lane.faults = FrameFaults(drop, double, reorder, corrupt, delay, seed)
 
     def link_down(self) -> None:
-        """Take the link down. The proxy keeps outbound notifications; what core 1 sends is lost."""
+        """Take the link down. The proxy keeps outbound notifications; notifications that core 1 sends are lost."""
         self._board._call("the link is taken down", self._board._rig.line_down)
 
     def link_up(self) -> None:
@@ -222,7 +220,7 @@ class BoardFaults:
         self._board._call("the link is brought up", self._board._rig.line_up)
 
     def replace_directory(self) -> None:
-        """Replace core 0's directory by a new, empty one, as a program does that recreates it."""
+        """Replace core 0's directory by a new, empty one, as another program might."""
         path = self._board.core0.directory
         self._board._rig.history.add(None, f"{path.name} is replaced by a new directory")
         new = path.with_name(f"{path.name}.new")
@@ -235,8 +233,8 @@ class Board:
     """A running proxy, with the test as both cores; `open_board` opens one.
 
     In an event loop, use `expect_async` instead of `expect`, and start and stop proxies in a thread:
-    `trio.to_thread.run_sync(board.proxy.restart)`. Everything else takes a few milliseconds at most. A board that has
-    ended raises ClosedError.
+    `trio.to_thread.run_sync(board.proxy.restart)`. Other calls take a few milliseconds at most. After the board has
+    ended, they raise ClosedError.
     """
 
     def __init__(self, of: Engine, plan: Plan, rig: Rig, resources: contextlib.ExitStack) -> None:
@@ -265,7 +263,7 @@ class Board:
 
     @property
     def directory(self) -> Path:
-        """The directory that contains all files of this board."""
+        """The directory with all files of this board."""
         return self._layout.directory
 
     @property
@@ -280,7 +278,7 @@ class Board:
 
     @property
     def history(self) -> list[Happening]:
-        """What happened at both cores and between them, in the order in which the test bench saw it."""
+        """The notifications at both cores and the events between them, in the order in which they were seen."""
         self._settle()
         return self._rig.history.all()
 
@@ -296,13 +294,13 @@ class Board:
     ) -> Iterator[Guest]:
         """Run a firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
-        Without `firmware`, it is the one of `inco-trio demo --qemu`. `program` is QEMU, and `machine` are its arguments
-        instead of those of the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
+        The default `firmware` is that of `inco-trio demo --qemu`. `program` is the QEMU program. `machine` replaces the
+        arguments for the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
         prints on its serial output when it is ready. Raises GuestError.
         """
         rig = self._rig
         if self._plan.cores is not None:
-            raise InvalidArgumentError("a guest needs the link of sockets: leave out link='interface'")
+            raise InvalidArgumentError("link='interface': a guest needs a link of sockets (leave this argument out)")
         self._engine.run(rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
@@ -315,11 +313,9 @@ class Board:
 
     @property
     def report(self) -> str:
-        """Both cores side by side in time, the counters and the log of the proxy, and the output of a guest."""
-        self._settle()
-        stats = self.proxy.stats
-        parts = [side_by_side(self._rig.history.all())]
-        if stats is not None:
+        """A timeline of both cores, the counters and the log of the proxy, and the output of guests."""
+        parts = [side_by_side(self.history)]
+        if (stats := self.proxy.stats) is not None:
             counted = " ".join(f"{name}={count}" for name, count in stats.as_dict().items() if count)
             parts.append(f"counters: {counted or 'all 0'}")
         parts.append(f"log of the proxy:\n{self.proxy.log.rstrip()}")
@@ -327,19 +323,17 @@ class Board:
         return "\n".join(parts)
 
     def record(self, path: Path) -> None:
-        """Write the frames on the link, as `inco-trio record` would. Raises PermissionDeniedError, ResourceError."""
-        self._settle()
-        registers = {signal.name: str(signal.path) for signal in self.signals}
-        record(path, self._rig.history.all(), registers, self.link)
+        """Record the frames on the link, as `inco-trio record` does. Raises PermissionDeniedError, ResourceError."""
+        record(path, self.history, {signal.name: str(signal.path) for signal in self.signals}, self.link)
 
     def failure(self) -> str | None:
-        """Return why the board cannot be used, such as a proxy that has ended by itself. Return each reason once."""
+        """Return a new reason why the board cannot be used, such as a proxy that has ended by itself, or None."""
         self._settle()
         before, self._reported = self._reported, self._rig.history.failure
         return None if self._reported == before else self._reported
 
     def close(self) -> None:
-        """Stop the proxy and remove its sockets; the files stay. Do nothing if the board has ended."""
+        """Stop the proxy and remove its sockets, but no other files. Do nothing if the board has ended."""
         _open.discard(self)
         self._open_rig = None
         self._resources.close()
@@ -371,16 +365,16 @@ def open_board(
     link: str = "unix",
     in_process: bool = False,
 ) -> Iterator[Board]:
-    """Open a board whose files are in `directory`, while the block runs.
+    """Open a board while the block runs, with its files in `directory`.
 
     `config` is the path or the content of a udrv.json; its devices get directories of this board. `signals` maps
-    further wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
-    network namespaces and a veth pair. The proxy is a process, or runs `in_process`.
+    additional wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
+    network namespaces and a veth pair. The proxy is a separate process unless `in_process`.
 
     Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
     """
     if link not in {"unix", "interface"}:
-        raise InvalidArgumentError(f"link={link!r}: neither 'unix' nor 'interface'")
+        raise InvalidArgumentError(f"link={link!r}: expected 'unix' or 'interface'")
     with contextlib.ExitStack() as resources:
         cores = resources.enter_context(two_cores()) if link == "interface" else None
         layout = make_layout(directory, config, signals)

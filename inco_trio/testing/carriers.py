@@ -1,4 +1,4 @@
-"""The proxy of a board under test: a process, or a part of the process of the test."""
+"""The proxy of a board under test, as a separate process or in the process of the test."""
 
 from __future__ import annotations
 
@@ -25,36 +25,45 @@ from inco_trio.testing.layout import Layout
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
 _READY = 120.0
-"""Seconds after which a process that is not ready is killed. This only stops a hang."""
+"""Seconds after which a process is killed if it is not ready. This only stops a hang."""
 _FDS_MAX = 16
 
 
 class ProxyDiedError(IncoError):
-    """The proxy under test could not be started. The text contains its log."""
+    """The proxy under test could not be started. The message contains its log."""
 
 
 class Carrier(Protocol):
-    """A proxy that a test starts and stops. All methods are called in the engine's thread."""
+    """A proxy that a test starts and stops. All methods run in the engine's thread."""
 
     @property
     def pid(self) -> int | None:
-        """Its process number, while it runs as a process."""
+        """The process number of a running separate process, or None."""
 
-    async def start(self) -> None: ...
-    async def stop(self) -> None: ...
-    async def kill(self) -> None: ...
-    async def look(self) -> None: ...
+    async def start(self) -> None:
+        """Start the proxy and wait until it is ready. Raises ProxyDiedError."""
+
+    async def stop(self) -> None:
+        """Stop the proxy cleanly."""
+
+    async def kill(self) -> None:
+        """Kill the proxy (SIGKILL)."""
+
+    async def look(self) -> None:
+        """Check whether the proxy has ended by itself."""
+
     def log(self) -> str:
-        """Return all that it has logged."""
+        """Return the log of the proxy."""
 
     def stats(self) -> Stats | None:
-        """Return its counters, or None if it does not answer."""
+        """Return the counters, or None if the proxy does not answer. A stopped proxy may return the last ones."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release all resources of a stopped proxy."""
 
 
 class Process:
-    """`inco-trio run` as a process. The test stores its descriptors, as systemd would (sd_notify(3), FDSTORE)."""
+    """`inco-trio run` as a process. This class stores its descriptors, as systemd does (sd_notify(3), FDSTORE)."""
 
     def __init__(self, engine: Engine, layout: Layout, link: str, history: History, netns: int | None) -> None:
         self._engine = engine
@@ -74,13 +83,11 @@ class Process:
 
     @property
     def pid(self) -> int | None:
-        """See `Carrier.pid`."""
         return None if self._launched is None else self._launched.pid
 
     async def start(self) -> None:
-        """Start it, and return once it is ready. Raises ProxyDiedError."""
         if self._launched is not None:
-            raise InvalidArgumentError(f"the proxy runs already, as process {self.pid}")
+            raise InvalidArgumentError(f"the proxy is running already, as process {self.pid}")
         self._take_notes()
         self._ended, self._expected = trio.Event(), False
         options = ("--config", self._layout.config, "--control", self._layout.socket("control.sock"), "--wait-link")
@@ -120,15 +127,12 @@ class Process:
             self._history.add(None, f"the proxy has ended, with exit code {code}")
 
     async def stop(self) -> None:
-        """Stop it (SIGTERM): it finishes its work."""
         await self._end(signal.SIGTERM)
 
     async def kill(self) -> None:
-        """Kill it (SIGKILL)."""
         await self._end(signal.SIGKILL)
 
     async def look(self) -> None:
-        """Notice whether it has ended by itself."""
         if self._launched is not None and self._launched.process.poll() is not None:
             await self._ended.wait()
 
@@ -163,11 +167,9 @@ class Process:
                     self._stored[lines["FDNAME"]] = fds[0]
 
     def log(self) -> str:
-        """See `Carrier.log`."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def stats(self) -> Stats | None:
-        """See `Carrier.stats`."""
         from inco_trio.control.client import Client
 
         with contextlib.suppress(IncoError), Client(self._layout.socket("control.sock")) as client:
@@ -176,7 +178,6 @@ class Process:
         return None
 
     def close(self) -> None:
-        """Release what is stored, once the process has ended."""
         self._scope.cancel()
         trio.lowlevel.notify_closing(self._notify)
         self._notify.close()
@@ -186,7 +187,7 @@ class Process:
 
 
 class InProcess:
-    """A proxy in the engine's loop. All boards of the process share one inotify instance."""
+    """A proxy in the engine's loop. All such proxies share one inotify instance."""
 
     pid = None
 
@@ -198,10 +199,9 @@ class InProcess:
         self._last: Stats | None = None
 
     async def start(self) -> None:
-        """Open it. Raises ProxyDiedError."""
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
-            raise InvalidArgumentError("the proxy runs already")
+            raise InvalidArgumentError("the proxy is running already")
         _Logs.of(self._name, self._lines)
         await boards.change({self._name: self._config})
         if (why := boards.proxies.not_open.get(self._name)) is not None:
@@ -209,7 +209,6 @@ class InProcess:
             raise ProxyDiedError(f"the proxy cannot be opened: {why}")
 
     async def stop(self) -> None:
-        """Stop it: it finishes its work."""
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
             self._last = self.stats()
@@ -217,29 +216,26 @@ class InProcess:
             _Logs.boards.pop(self._name, None)
 
     async def kill(self) -> None:
-        """Raises InvalidArgumentError."""
-        raise InvalidArgumentError("a proxy in the test's process cannot be killed: leave out --inco-trio-in-process")
+        raise InvalidArgumentError(
+            "a proxy in the process of the test cannot be killed (leave out --inco-trio-in-process)"
+        )
 
-    async def look(self) -> None:
-        """Do nothing: it does not end by itself."""
+    async def look(self) -> None: ...
 
     def log(self) -> str:
-        """See `Carrier.log`."""
         return "".join(f"{line}\n" for line in self._lines)
 
     def stats(self) -> Stats | None:
-        """See `Carrier.stats`. The last ones, if it is stopped."""
         boards = _boards.get(self._engine)
         if boards is None or self._name not in boards.configs:
             return self._last
         return boards.proxies.stats.get(self._name)
 
-    def close(self) -> None:
-        """Do nothing."""
+    def close(self) -> None: ...
 
 
 class _Boards:
-    """The proxies of the engine's loop."""
+    """The proxies in the engine's loop."""
 
     def __init__(self, proxies: Proxies) -> None:
         self.proxies = proxies
@@ -277,14 +273,14 @@ async def _boards_of(engine: Engine) -> _Boards:
 
 
 class _Logs(logging.Handler):
-    """Distributes log lines to the boards that they belong to."""
+    """Appends each log line to the log of the board that it belongs to."""
 
-    boards: dict[str, list[str]] = {}  # noqa: RUF012 - one for the process, as the logger is
+    boards: dict[str, list[str]] = {}  # noqa: RUF012 - shared in the process, like the logger
     _handler: _Logs | None = None
 
     @classmethod
     def of(cls, board: str, lines: list[str]) -> None:
-        """Append the lines of a board to `lines`."""
+        """Append the log lines of a board to `lines` from now on."""
         cls.boards[board] = lines
         if cls._handler is None:
             cls._handler = cls()
@@ -294,6 +290,6 @@ class _Logs(logging.Handler):
                 package.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line, if it belongs to a board."""
+        """Append a record to the lines of its board, if it has one."""
         if (lines := self.boards.get(board_name.get())) is not None:
             lines.append(f"{record.levelname.lower()}: {record.getMessage()}")

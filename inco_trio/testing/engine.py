@@ -1,6 +1,6 @@
-"""The thread that runs the boards of a test process: one Trio loop, which all boards share with its inotify instance.
+"""The thread that runs all boards of a test process in one Trio loop with one inotify instance.
 
-Tests call it from their own thread, in which any event loop may run.
+Tests call the engine from their own threads, in which any event loop may run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from inco_trio.links.opening import Surroundings
 __all__ = ["Engine", "engine", "stop_engine"]
 
 T = TypeVar("T")
+ENDED = "the boards of this process have ended"
 
 
 class Engine:
@@ -55,7 +56,7 @@ class Engine:
             self.around.close()
 
     def run(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run an async function in the thread and return its result. What it raises is raised here."""
+        """Run an async function in the thread and return its result. Exceptions are raised here."""
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         async def call() -> None:
@@ -64,34 +65,34 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - raised in the other thread
                 done.set_exception(error)
             except BaseException:
-                done.set_exception(IncoError("the boards of this process were ended"))
+                done.set_exception(IncoError(ENDED))
                 raise
 
         def begin() -> None:
             try:
                 self.nursery.start_soon(call)
             except RuntimeError:  # The nursery is closed.
-                done.set_exception(IncoError("the boards of this process were ended"))
+                done.set_exception(IncoError(ENDED))
 
         self.soon(begin)
         return done.result()
 
     def soon(self, function: Callable[..., object], *args: object) -> None:
-        """Call a function in the thread without waiting for it. Calls keep their order. Raises IncoError."""
+        """Call a function in the thread without waiting. Calls keep their order. Raises IncoError."""
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:
-            raise IncoError("the boards of this process were ended") from None
+            raise IncoError(ENDED) from None
 
     def stop(self) -> None:
-        """End the thread and the boards in it."""
+        """End the thread and its boards."""
         with contextlib.suppress(IncoError):
             self.soon(self.nursery.cancel_scope.cancel)
         self._thread.join()
 
     @property
     def running(self) -> bool:
-        """Whether its thread runs. A bug in the test bench ends it, and the boards in it."""
+        """Whether the thread is running. A bug in the test bench ends the thread and its boards."""
         return self._thread.is_alive()
 
 
@@ -100,7 +101,7 @@ _making = threading.Lock()
 
 
 def engine() -> Engine:
-    """Return the engine of this process, and start it when it is first needed. Raises ResourceError."""
+    """Return the engine of this process. The first call starts it. Raises ResourceError."""
     global _engine
     with _making:
         if _engine is None or not _engine.running:
@@ -110,7 +111,7 @@ def engine() -> Engine:
 
 
 def stop_engine() -> None:
-    """End the engine, if it runs. The next board starts another one."""
+    """End a running engine. The next board starts another one."""
     global _engine
     with _making:
         if _engine is not None:

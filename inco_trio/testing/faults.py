@@ -1,4 +1,4 @@
-"""What a bad wire does to frames, at rates and with a seed: it is the same each time."""
+"""Reproducible faults of a link: rates and a seed decide which frames are affected."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from inco_trio.errors import InvalidArgumentError
 __all__ = ["Fate", "FrameFaults"]
 
 LATE = 0.05
-"""Seconds by which a reordered frame comes after those that were behind it."""
-
+"""Additional delay of a reordered frame, in seconds."""
 Fate = tuple[float, bytes, str]
-"""Seconds until a frame comes, the frame, and what was done to it (empty: nothing)."""
-
+"""Seconds until a frame arrives, the frame, and a description of its faults (empty if it has none)."""
 RATES = ("drop", "double", "reorder", "corrupt")
 
 
 @attrs.define
 class FrameFaults:
-    """Each of `drop`, `double`, `reorder` and `corrupt` is a rate, 0 to 1; `delay` is in seconds, for each frame.
+    """`drop`, `double`, `reorder` and `corrupt` are rates from 0 to 1; `delay` is in seconds, for each frame.
 
-    A reordered frame comes 50 ms later than it would; of a corrupted one, one bit is turned.
-
-    Raises InvalidArgumentError.
+    A reordered frame arrives 50 ms later. A corrupted frame has one wrong bit. Raises InvalidArgumentError.
     """
 
     drop: float = 0.0
@@ -39,19 +35,19 @@ class FrameFaults:
     def __attrs_post_init__(self) -> None:
         for name in RATES:
             if not 0 <= getattr(self, name) <= 1:
-                raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: is no rate, which is a number from 0 to 1")
+                raise InvalidArgumentError(f"{name}={getattr(self, name)!r}: expected a rate from 0 to 1")
         if not 0 <= self.delay < float("inf"):
-            raise InvalidArgumentError(f"delay={self.delay!r}: is not a number of seconds, 0 or more")
-        self._random = random.Random(self.seed)  # noqa: S311 - the same each time on purpose
+            raise InvalidArgumentError(f"delay={self.delay!r}: expected seconds, 0 or more")
+        self._random = random.Random(self.seed)  # noqa: S311 - reproducible on purpose
 
     def fates(self, frame: bytes) -> list[Fate]:
-        """What becomes of a frame: nothing, one or two of it."""
-        # Always as many numbers, so that one rate does not change what another one does.
+        """Apply the faults to a frame. Return one fate, or two if the frame is duplicated."""
+        # Always draw the same number of random numbers, so that changing one rate does not affect the other faults.
         drop, double, reorder, corrupt, place = (self._random.random() for _ in range(5))
-        done = []
-        late = self.delay
         if drop < self.drop:
             return [(0.0, b"", "dropped")]
+        done = []
+        late = self.delay
         if reorder < self.reorder:
             late += LATE
             done.append("reordered")
@@ -63,5 +59,5 @@ class FrameFaults:
             done.append("corrupted")
         fates = [(late, frame, " and ".join(done))]
         if double < self.double:
-            fates.append((late, frame, "doubled"))
+            fates.append((late, frame, "duplicated"))
         return fates

@@ -1,4 +1,4 @@
-"""What happened at the two cores, in order. Tests wait for it from any thread or event loop."""
+"""The events at both cores of a board under test. Tests wait for events in any thread or event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Happening", "History", "NotificationMissingError"]
 
 
 class NotificationMissingError(AssertionError):
-    """A notification that a test expected did not arrive. The text lists what happened."""
+    """An expected notification did not arrive. The message lists the events at the core."""
 
 
 @attrs.frozen
@@ -27,11 +27,11 @@ class Happening:
     what: str
     """`triggers`, `sends` or `gets` for a notification; otherwise a description."""
     name: str
-    """The wire name; empty if there is none."""
+    """The wire name, or an empty string."""
     monotonic_ns: int
-    """When it was seen, as of time.monotonic_ns()."""
+    """When it was seen (time.monotonic_ns())."""
     time_ns: int
-    """The same, as of time.time_ns()."""
+    """The same time as time.time_ns()."""
     direction: Direction | None = None
     frame: bytes | None = None
 
@@ -42,7 +42,8 @@ class History:
     def __init__(self) -> None:
         self._happenings: list[Happening] = []
         self._taken: dict[tuple[int, str], int] = {}
-        self._failure: str | None = None
+        self.failure: str | None = None
+        """Why no more happenings are expected, or None."""
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], object]] = set()
 
@@ -58,19 +59,14 @@ class History:
         happening = Happening(core, what, name, time.monotonic_ns(), time.time_ns(), direction, frame)
         with self._lock:
             self._happenings.append(happening)
-        self._tell()
+        self._wake()
 
     def fail(self, failure: str | None) -> None:
-        """End all waits for this reason; None: wait again."""
-        self._failure = failure
-        self._tell()
+        """End current and later waits for this reason. With None, allow waits again."""
+        self.failure = failure
+        self._wake()
 
-    @property
-    def failure(self) -> str | None:
-        """Why nothing more can happen, or None."""
-        return self._failure
-
-    def _tell(self) -> None:
+    def _wake(self) -> None:
         with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:
@@ -82,7 +78,7 @@ class History:
             return [each for each in self._happenings if core is None or each.core == core]
 
     def take(self, core: int, name: str) -> Happening | None:
-        """Take the first notification of this name at a core that was not taken before, or return None."""
+        """Return the first notification of this name at a core that was not returned before, or None."""
         with self._lock:
             taken = self._taken.get((core, name), 0)
             for number, each in enumerate(self._happenings[taken:], taken):
@@ -102,32 +98,32 @@ class History:
                 self._listeners.discard(listener)
 
     def _missing(self, core: int, name: str, timeout: float) -> NotificationMissingError:
-        why = f"within {timeout:g} s" if self._failure is None else f"({self._failure})"
+        why = f"within {timeout:g} s" if self.failure is None else f"({self.failure})"
         came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing"
         return NotificationMissingError(f"{name}: did not arrive at core {core} {why}; events there: {came}")
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
-        """Wait for the next one and take it. Raises NotificationMissingError after `timeout` seconds."""
+        """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
         __tracebackhide__ = True  # pytest shows the line of the test.
         news = threading.Event()
         end = time.monotonic() + timeout
         with self._listening(news.set):
             while True:
                 news.clear()
-                failed = self._failure is not None
+                failed = self.failure is not None
                 if (found := self.take(core, name)) is not None:
                     return found
                 if failed or not news.wait(max(0.0, end - time.monotonic())):
                     raise self._missing(core, name, timeout)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
-        """Do the same in an event loop of Trio or asyncio, without blocking it."""
+        """Do what `wait` does without blocking the event loop of Trio or asyncio."""
         __tracebackhide__ = True
         end = time.monotonic() + timeout
         ring, wait_rung = _bell()
         with self._listening(ring):
             while True:
-                over = self._failure is not None or time.monotonic() >= end
+                over = self.failure is not None or time.monotonic() >= end
                 if (found := self.take(core, name)) is not None:
                     return found
                 if over:
@@ -136,7 +132,7 @@ class History:
 
 
 def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
-    """Return a function to call from any thread, and one that waits for that in this event loop, up to a timeout."""
+    """Return a function that rings from any thread, and one that waits in this event loop for the ring or a timeout."""
     import sniffio
 
     if sniffio.current_async_library() == "trio":

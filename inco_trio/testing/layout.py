@@ -1,4 +1,4 @@
-"""What a board under test is made of on disk: its udrv.json, register directories and sockets, all in one directory."""
+"""The files of a board under test: udrv.json, register directories and sockets, all in one directory."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ from inco_trio.signals import BUILTIN, Direction, Signal, direction_of
 __all__ = ["DEVICE", "Layout", "make_layout"]
 
 DEVICE = "ihub-irq-dev"
-"""The device of udrv.json whose directory has the built-in signals."""
+"""The device of udrv.json whose directory has the registers of the built-in signals."""
 LONGEST = "/control.sock"
 """The longest name of a socket."""
 
 
 @attrs.frozen
 class Layout:
-    """Paths, and the signals; all is made, but for the registers, which the proxy makes."""
+    """The paths and signals of a board. All files exist, except the registers, which the proxy creates."""
 
     directory: Path
     sockets: Path
-    """The same, or a short one in the directory for temporary files where that has too long a path (unix(7))."""
+    """`directory`, or a directory for temporary files if the path of `directory` is too long for sockets (unix(7))."""
     config: Path
     """The udrv.json."""
     signals: tuple[Signal, ...]
 
     def socket(self, name: str) -> Path:
-        """The path of a socket."""
         return self.sockets / name
 
     def address(self, local: str, peer: str) -> str:
-        """The address of a link between two of the sockets."""
+        """Return the address of the link between two sockets."""
         return "unix:" + ",peer=".join(str(self.socket(name)).replace(",", ",,") for name in (local, peer))
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
-        """The signal of that name. Raises InvalidArgumentError, which names those that there are."""
+        """Return the signal with this name, optionally of one `direction`. Raises InvalidArgumentError."""
         __tracebackhide__ = True  # pytest shows the line of the test.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
@@ -53,10 +52,10 @@ class Layout:
                 return signal
         kind = "a signal" if direction is None else f"an {direction.value} signal"
         names = ", ".join(signal.name for signal in known) or "none"
-        raise InvalidArgumentError(name, f"not {kind} of this board; there are: {names}")
+        raise InvalidArgumentError(name, f"not {kind} of this board (expected one of: {names})")
 
     def remove(self) -> None:
-        """Remove the directory of the sockets, if it is one of its own."""
+        """Remove the directory of the sockets, unless it is `directory`."""
         if self.sockets != self.directory:
             shutil.rmtree(self.sockets, ignore_errors=True)
 
@@ -64,15 +63,15 @@ class Layout:
 def make_layout(
     directory: Path, config: Path | str | Mapping[str, Any] | None, signals: Mapping[str, str] | None
 ) -> Layout:
-    """Make it in `directory`, which is made if it is missing. Raises ConfigError, InvalidArgumentError.
+    """Create the files in `directory`, which may be missing. Raises ConfigError, InvalidArgumentError.
 
-    `config` is a udrv.json, or what it would say; its devices get directories in here. `signals` maps further wire
-    names to `inbound` or `outbound`; their registers are called NAME_state and NAME_trig.
+    `config` is the path or the content of a udrv.json; its devices get directories in `directory`. `signals` maps
+    additional wire names to `inbound` or `outbound`; their registers are NAME_state and NAME_trig.
     """
     if not isinstance(config, Path | str | Mapping | None):
-        raise InvalidArgumentError(f"config={config!r}: is neither the path of a udrv.json nor a dict")
+        raise InvalidArgumentError(f"config={config!r}: expected the path of a udrv.json, or a dict")
     if not isinstance(signals, Mapping | None):
-        raise InvalidArgumentError(f"signals={signals!r}: is no dict of wire names to 'inbound' and 'outbound'")
+        raise InvalidArgumentError(f"signals={signals!r}: expected a dict of wire names to 'inbound' or 'outbound'")
     document = _document(config)
     devices = _tables(document, "file")
     for name, device in devices.items():
@@ -115,5 +114,5 @@ def _document(config: Path | str | Mapping[str, Any] | None) -> dict[str, Any]:
 def _tables(document: dict[str, Any], key: str) -> dict[str, Any]:
     found = document.setdefault(key, {})
     if not isinstance(found, dict):
-        raise ConfigError(key, "is no table")
+        raise ConfigError(key, "expected an object")
     return found

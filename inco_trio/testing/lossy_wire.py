@@ -1,4 +1,4 @@
-"""The wire between the proxy and core 1, which loses and bends what it is told to."""
+"""A link between the proxy and core 1 that drops and changes frames as `FrameFaults` says."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from inco_trio.testing.happenings import History
 __all__ = ["Lane"]
 
 PATIENCE = 1.0
-"""Seconds."""
+"""Maximum number of seconds that `Lane.settled` waits."""
 
 
 class Lane:
-    """One direction of the wire: frames come to `deliver` in the order in which they are due, one after the other.
+    """One direction of the link. Frames are passed to `deliver` in the order in which they are due, one at a time.
 
-    A frame that `deliver` refuses by LinkNotFoundError or ResourceError is lost, as on a wire that ends nowhere.
+    If `deliver` raises LinkNotFoundError or ResourceError, the frame is lost.
     """
 
     def __init__(self, direction: Direction, history: History, deliver: Callable[[bytes], Awaitable[None]]) -> None:
@@ -39,7 +39,7 @@ class Lane:
         self._delivering = False
 
     def put(self, frame: bytes) -> None:
-        """Let a frame go its way."""
+        """Send a frame: apply the faults and schedule the delivery."""
         for late, whole, done in self.faults.fates(frame):
             if done:
                 self._note(f"{done} on the wire", frame)
@@ -52,7 +52,7 @@ class Lane:
         self._history.add(None, what, "a frame" if name is None else name.decode("ascii"), self._direction)
 
     async def carry(self) -> None:
-        """Deliver, until cancelled."""
+        """Deliver frames until cancelled."""
         while True:
             due = self._due[0][0] if self._due else math.inf
             if due > trio.current_time():
@@ -70,7 +70,7 @@ class Lane:
                 self._rest.unpark_all()
 
     async def settled(self) -> None:
-        """Wait until nothing is due, or somebody has no room for what is."""
+        """Wait until no frame is due, or until `PATIENCE` is over because the receiver's queue is full."""
         with trio.move_on_after(PATIENCE):
             while self._delivering or (self._due and self._due[0][0] <= trio.current_time()):
                 await self._rest.park()

@@ -1,6 +1,6 @@
 """The pytest plugin: fixtures `inco_board` and `make_inco_board`, the marker `inco_trio`, the report of a failed test.
 
-pytest loads this module wherever the package is installed. It imports the rest of the package when it opens a board.
+pytest loads this module wherever the package is installed. The rest of the package is imported for the first board.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["MakeBoard", "inco_board", "make_inco_board"]
 
 MakeBoard = Callable[..., "Board"]
-"""Opens a board, with the arguments of `inco_trio.testing.open_board` except the directory."""
-
+"""Opens a board. The arguments are those of `inco_trio.testing.open_board`, without the directory."""
 MARKER = "inco_trio(config=None, signals=None, link='unix'): configure the board of this test, see inco_trio.testing"
 MISSING = "inco_trio_missing"
 RECORDING = "inco-trio.pcapng"
@@ -31,11 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--inco-trio-in-process",
         action="store_true",
-        help="run the proxies of boards in the process of the test, instead of as processes",
+        help="run the proxies of boards in the process of the test instead of separate processes",
     )
     parser.addini(
         MISSING,
-        "what to do with a test if QEMU or namespaces, which it needs, are missing: fail or skip",
+        "what to do with a test that needs QEMU or namespaces if they are missing: fail or skip",
         default="fail",
     )
 
@@ -43,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", MARKER)
     if config.getini(MISSING) not in {"fail", "skip"}:
-        raise pytest.UsageError(f"{MISSING} = {config.getini(MISSING)}: neither fail nor skip")
+        raise pytest.UsageError(f"{MISSING} = {config.getini(MISSING)}: expected fail or skip")
 
 
 def pytest_unconfigure() -> None:
@@ -58,7 +57,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def make_inco_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeBoard]:
-    """Open boards: `make_inco_board(signals={"door_irq": "inbound"})`. They are closed after the test."""
+    """Return a function that opens boards: `make_inco_board(signals={"door_irq": "inbound"})`."""
     from inco_trio.errors import IncoError
     from inco_trio.testing.board import open_board
 
@@ -81,16 +80,13 @@ def make_inco_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 @pytest.fixture
 def inco_board(request: pytest.FixtureRequest, make_inco_board: MakeBoard) -> Board:
-    """Open a board as the marker `inco_trio` configures it. The test is both cores."""
+    """Open a board, configured by the marker `inco_trio`. The test is both cores."""
     options: dict[str, Any] = {}
     for marker in reversed(list(request.node.iter_markers("inco_trio"))):
         if marker.args or not marker.kwargs.keys() <= {"config", "signals", "link"}:
-            pytest.fail("the marker inco_trio takes config=, signals= and link=, by name", pytrace=False)
+            pytest.fail("marker inco_trio: expected only the arguments config=, signals= and link=", pytrace=False)
         options |= marker.kwargs
     return make_inco_board(**options)
-
-
-# ------------------------------------------------------------------------------------------------------------ reports
 
 
 def _open_boards() -> frozenset[Board]:
@@ -102,7 +98,7 @@ def _open_boards() -> frozenset[Board]:
 
 
 def _is_missing(error: BaseException) -> bool:
-    """Return whether something is missing on this machine that a board needs."""
+    """Return whether the error means that this machine lacks QEMU or namespaces."""
     if "inco_trio.testing.board" not in sys.modules:
         return False
     from inco_trio.simulation.guest import QemuNotFoundError
@@ -112,7 +108,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
-    """Fail the test with the line of an error that is not its own, or skip it if pytest is configured so."""
+    """Fail the test with the error's text only. Skip it if a resource is missing and pytest is configured so."""
     if not _is_missing(error):
         pytest.fail(str(error), pytrace=False)
     if config.getini(MISSING) == "skip":
@@ -148,9 +144,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
         each.close()
     if leaked:
         where = ", ".join(str(each.directory) for each in leaked)
-        pytest.fail(
-            f"the test leaves a board open: {where}: use `with open_board(...)`, or make_inco_board", pytrace=False
-        )
+        pytest.fail(f"{where}: board left open (use `with open_board(...)` or make_inco_board)", pytrace=False)
 
 
 @contextlib.contextmanager
@@ -172,7 +166,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.failed:
         for each in sorted(_open_boards(), key=lambda board: board.directory):
             recording = each.directory / RECORDING
-            with contextlib.suppress(Exception):  # An error here must not hide why the test failed.
+            with contextlib.suppress(Exception):  # An error in the report must not hide why the test failed.
                 text = each.report
                 each.record(recording)
                 report.sections.append((f"inco-trio {each.directory.name}", f"{text}\nrecorded in {recording}"))

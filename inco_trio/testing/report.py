@@ -1,4 +1,4 @@
-"""What a person reads of a board's history, and what a tool reads."""
+"""Output of a board's history: a table for people, and a recording for tools."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from inco_trio.testing.happenings import Happening
 __all__ = ["record", "side_by_side"]
 
 SHOWN = 200
-"""Happenings that are shown, at most: the last ones."""
+"""Maximum number of happenings in the table: the last ones."""
 WIDTH = 36
 
 
 def side_by_side(happenings: Sequence[Happening]) -> str:
-    """A table: seconds since the first happening, and what core 0 and core 1 did and got."""
+    """Return a table with the seconds since the first happening and the happenings at core 0 and core 1."""
     if not happenings:
         return "nothing happened at either core"
     first = happenings[0].monotonic_ns
@@ -31,7 +31,7 @@ def side_by_side(happenings: Sequence[Happening]) -> str:
 
 
 def record(path: Path, happenings: Sequence[Happening], registers: Mapping[str, str], link: str) -> None:
-    """Write the frames of core 1, and what is neither core's as marks. Raises PermissionDeniedError, ResourceError."""
+    """Record the frames of core 1, and other events as marks. Raises PermissionDeniedError, ResourceError."""
     recorder = Recorder(path)
     for each in happenings:
         if each.core is None:

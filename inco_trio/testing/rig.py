@@ -1,11 +1,11 @@
-"""A board under test as it runs in the engine's thread."""
+"""The part of a board under test that runs in the engine's thread."""
 
 from __future__ import annotations
 
 import attrs
 import trio
 
-from inco_trio.cores.port import Port, open_port
+from inco_trio.cores.core1 import Port, open_port
 from inco_trio.errors import IncoError, LinkNotFoundError
 from inco_trio.frame import decode
 from inco_trio.signals import Direction, Signal
@@ -21,7 +21,7 @@ __all__ = ["Plan", "Rig"]
 
 @attrs.define(eq=False)
 class Plan:
-    """What a board consists of."""
+    """The configuration of a board."""
 
     layout: Layout
     link: str
@@ -55,7 +55,7 @@ class Rig:
             self.carrier = Process(of, plan.layout, link, self.history, None if core0 is None else core0.fd)
 
     async def open(self) -> None:
-        """Set it up; return once the proxy is ready. Raises IncoError."""
+        """Start all parts and wait until the proxy is ready. Raises IncoError."""
         for signal in self._plan.layout.signals:
             signal.directory.mkdir(parents=True, exist_ok=True)
         self._engine.watch.follow(self._plan.layout.signals, self._seen)
@@ -90,8 +90,6 @@ class Rig:
         finally:
             self._ended.set()
 
-    # ----------------------------------------------------------------------------------------------------- the link
-
     async def _hold_line(self, *, task_status: trio.TaskStatus[None]) -> None:
         plan = self._plan
         if plan.cores is None:
@@ -118,14 +116,14 @@ class Rig:
             await self._line_ended.wait()
 
     async def line_up(self) -> None:
-        """Bring it up again."""
+        """Bring the link up again."""
         if self._plan.cores is not None:
             await trio.to_thread.run_sync(self._plan.cores.link_up)
         elif self._port is None:
             await self._nursery.start(self._hold_line)
 
     def _from_core0(self, frame: bytes) -> None:
-        # The history contains what an application did before the frame that it caused.
+        # First read the events of applications, so that the history has a trigger before the frame that it caused.
         self._engine.watch.drain()
         self.lanes[Direction.OUTBOUND].put(frame)
 
@@ -159,7 +157,7 @@ class Rig:
             self.send(self._port.frame(name))
 
     async def attach_guest(self) -> None:
-        """Make a guest core 1."""
+        """Pass the frames of core 1 to and from a guest."""
 
         async def hold(*, task_status: trio.TaskStatus[None]) -> None:
             address = self._plan.layout.address("wire1", "guest")
@@ -178,7 +176,7 @@ class Rig:
             self.history.add(0, str(what))
 
     async def settle(self) -> None:
-        """Add to the history what the kernel has queued for us until now."""
+        """Read all events and frames that are queued now, and add them to the history."""
         await self.carrier.look()
         self._engine.watch.drain()
         if self._port is not None:

@@ -1,4 +1,4 @@
-"""Short names of the fixtures, for a top `conftest.py`: `pytest_plugins = ["inco_trio.testing.short_names"]`."""
+"""Short names of the fixtures. In the top `conftest.py`: `pytest_plugins = ["inco_trio.testing.short_names"]`."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def board(inco_board: Board) -> Board:
 
 @pytest.fixture
 def make_board(make_inco_board: MakeBoard) -> MakeBoard:
-    """Open boards: `make_inco_board`."""
+    """Return a function that opens boards: `make_inco_board`."""
     return make_inco_board

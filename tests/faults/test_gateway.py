@@ -212,7 +212,7 @@ class World:
         boots = set()
         while len(numbers) + merged < last:
             try:
-                told = self.reader.told.get(timeout=HANG)
+                told = self.reader.messages.get(timeout=HANG)
             except queue.Empty:
                 break
             if told.topic.split("/")[2] not in ("inbound", "outbound"):

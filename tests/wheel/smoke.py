@@ -1,6 +1,6 @@
-"""The built wheel in an environment that holds nothing else; run by `nox -s wheel`, which says where both are.
+"""Test the built wheel in an environment that contains nothing else; `nox -s wheel` sets the paths of both.
 
-Everything runs as a process of that environment, outside the checkout: what pytest itself can import plays no part.
+Each test runs a process of that environment outside the checkout, so pytest's own import path has no effect.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SAMPLE = HERE.parent / "data/udrv.json"
 
 
 def run(cwd: Path, *command: str | Path) -> str:
-    """Run a command with the environment's programs first on PATH; return its stdout, and fail if it fails."""
+    """Run a command with the environment's programs first on PATH; return its output, and require exit code 0."""
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -36,12 +36,12 @@ def run(cwd: Path, *command: str | Path) -> str:
         timeout=HANG,
         check=False,
     )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, f"{command}: exit code {done.returncode} (expected 0)\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout
 
 
-def test_wheel_holds_only_the_package() -> None:
+def test_wheel_contains_only_the_package() -> None:
     (wheel,) = DIST.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     version = wheel.name.split("-")[1]
@@ -51,14 +51,14 @@ def test_wheel_holds_only_the_package() -> None:
     assert "inco_trio/simulation/firmware/core1.elf" in names
 
 
-def test_sdist_holds_what_the_checks_need() -> None:
+def test_sdist_contains_the_files_that_the_checks_need() -> None:
     (sdist,) = DIST.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {".ci/run", "LICENSE", "README.md", "noxfile.py", "tests/wheel/smoke.py", "netns/__init__.py"} <= names
 
 
-def test_metadata(tmp_path: Path) -> None:
+def test_metadata_names_license_python_and_entry_points(tmp_path: Path) -> None:
     code = """
 import json, importlib.metadata
 wheel = importlib.metadata.distribution("inco-trio")
@@ -95,7 +95,7 @@ before = state()
 import inco_trio
 after = state()
 assert after == before, (before, after)
-assert not {"trio_asyncio", "pyroute2"} & set(sys.modules), "imported only where they are used"
+assert not {"trio_asyncio", "pyroute2"} & set(sys.modules), "the package imports an optional module"
 print(inco_trio.__file__)
 """
     (where,) = run(tmp_path, PYTHON, "-W", "error::SyntaxWarning", "-c", code).splitlines()
@@ -103,11 +103,11 @@ print(inco_trio.__file__)
 
 
 @pytest.mark.parametrize("command", [("inco-trio",), ("inco_proxy",), ("python", "-m", "inco_trio")], ids=" ".join)
-def test_help(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_each_command_prints_its_usage(tmp_path: Path, command: tuple[str, ...]) -> None:
     assert "usage: " in run(tmp_path, *command, "--help")
 
 
-def test_man_pages_and_completions_are_where_tools_look(tmp_path: Path) -> None:
+def test_man_pages_and_completions_are_installed_where_tools_search(tmp_path: Path) -> None:
     share = PYTHON.parent.parent / "share"
     for path in (
         "bash-completion/completions/inco-trio",
@@ -127,13 +127,13 @@ def test_check_accepts_the_sample(tmp_path: Path) -> None:
     assert all(name in table for name in ("redun_notify_irq", "ihub_hwwd_irq", "ihub_reset_irq", "typeb_failure_irq"))
 
 
-def test_program_of_a_user_type_checks(tmp_path: Path) -> None:
+def test_a_user_program_type_checks_against_the_wheel(tmp_path: Path) -> None:
     program = tmp_path / "user_program.py"
     program.write_bytes((HERE / "user_program.py").read_bytes())
     run(tmp_path, sys.executable, "-m", "mypy", "--strict", "--python-executable", PYTHON, program)
 
 
-def test_demo(tmp_path: Path) -> None:
+def test_demo_runs_from_the_wheel(tmp_path: Path) -> None:
     run(tmp_path, "inco-trio", "demo", "--count", "3")
 
 
@@ -147,13 +147,13 @@ def test_demo(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_an_extra_that_is_not_installed_is_named(tmp_path: Path, words: list[str], line: str) -> None:
+def test_error_names_the_extra_that_is_not_installed(tmp_path: Path, words: list[str], line: str) -> None:
     program = PYTHON.parent / "inco-trio"
     done = subprocess.run([program, *words], cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False)
     assert (done.returncode, done.stderr) == (69, f"inco-trio: error: {line}\n")
 
 
-def test_dashboard_and_alerts_are_in_the_wheel(tmp_path: Path) -> None:
+def test_wheel_contains_dashboard_and_alerts(tmp_path: Path) -> None:
     program = PYTHON.parent / "inco-trio"
     assert json.loads(run(tmp_path, program, "exporter", "--dashboard"))["title"] == "inco-trio"
     assert "IncoTrioFramesDropped" in run(tmp_path, program, "exporter", "--alerts")

@@ -1,4 +1,4 @@
-"""What somebody else writes on top of inco-trio: it is type-checked against the installed wheel, not run."""
+"""A user's program that imports inco-trio; a test type-checks it against the installed wheel and does not run it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import inco_trio
 
 
 async def answer(config: inco_trio.Config) -> int:
-    """Answer every reset request with a switch-over; return the number of frames seen."""
+    """Answer every reset request with a switch-over; return the number of received frames."""
     async with inco_trio.open_proxy(config) as proxy:
         with proxy.events() as events:
             async for notification in events:
@@ -20,7 +20,7 @@ async def answer(config: inco_trio.Config) -> int:
 
 
 async def serve(path: Path) -> None:
-    """Run the whole daemon as one task of a bigger program."""
+    """Run the whole daemon as one task of a larger program."""
     config = inco_trio.Config(link="rpmsg4000", signals=inco_trio.read_board(path).signals)
     async with trio.open_nursery() as nursery:
         await nursery.start(inco_trio.serve, config)

@@ -1,11 +1,11 @@
 /* Core 1 of the simulation: firmware for QEMU's RISC-V machine `virt`, without an operating system.
  *
- * It drives the virtio network card, takes the frames of the inter-core link (EtherType 0x8800, a signal's name padded
- * with NULs), and answers by the rules of its command line, which netns/core1/README.md explains. What it does it says
- * on the serial line. It sleeps (wfi) whenever there is nothing to do.
+ * The firmware drives the virtio network card, receives the frames of the inter-core link (EtherType 0x8800, a signal's
+ * name padded with NULs), and answers by the rules of its command line (see netns/core1/README.md). It reports its
+ * actions on the serial line, and sleeps (wfi) while it is idle.
  *
- * Nothing is lost: a receive buffer goes back into the ring only after its frame was acted upon, and a frame that finds
- * no room in the transmit ring waits for it, which in the end makes QEMU stop reading the link.
+ * No frame is lost: a receive buffer returns to the ring only after its frame was processed. If the transmit ring is
+ * full, a frame waits. Then the receive ring fills up, too, and QEMU stops reading the link.
  *
  * Addresses: hw/riscv/virt.c. virtio: "Virtual I/O Device (VIRTIO) Version 1.1", sections 2.6 (split virtqueues), 4.2
  * (MMIO), 5.1 (network device). Interrupts: the RISC-V PLIC specification. Device tree: Devicetree Specification, 5.
@@ -60,7 +60,7 @@ static uint64_t ticks(void)
     return *(volatile uint64_t *)MTIME;
 }
 
-/* GCC calls these two by itself. */
+/* GCC generates calls of these two functions. */
 void *memset(void *to, int byte, size_t size)
 {
     for (unsigned char *at = to; size--;)
@@ -76,7 +76,7 @@ void *memcpy(void *to, const void *from, size_t size)
     return to;
 }
 
-/* Text, which lies in the command line and is not terminated */
+/* Text in the command line, without a terminating NUL */
 
 struct text {
     const char *start;
@@ -95,7 +95,7 @@ static bool equal(struct text a, struct text b)
     return true;
 }
 
-/* Cut `text` at the first `separator`: returns what is before it and leaves what is after it. */
+/* Split `text` at the first `separator`: return the part before, and leave the part after it in `text`. */
 static struct text cut(struct text *text, char separator)
 {
     struct text before = {text->start, 0};
@@ -153,7 +153,7 @@ static void say_line(const char *words, struct text name)
     say("\n");
 }
 
-/* Say why, and end QEMU with exit code 1. */
+/* Print the reason, and end QEMU with exit code 1. */
 static _Noreturn void fail(const char *what, struct text where)
 {
     say("core1: error: ");
@@ -175,7 +175,7 @@ _Noreturn void trap(uint64_t mcause, uint64_t mepc)
         put(FINISHER, FINISHER_FAIL);
 }
 
-/* The rules: what each inbound name leads to */
+/* The rules: the actions for each inbound name */
 
 #define NAME_MAX 64
 #define RULES_MAX 256
@@ -279,7 +279,7 @@ static uint32_t big_endian(const void *at)
     return (uint32_t)byte[0] << 24 | (uint32_t)byte[1] << 16 | (uint32_t)byte[2] << 8 | byte[3];
 }
 
-/* The property `bootargs` of the device tree, which only the node `chosen` has; empty if there is none. */
+/* Return the property `bootargs` of the device tree, which only the node `chosen` has, or an empty text. */
 static struct text bootargs(const char *tree)
 {
     enum { BEGIN_NODE = 1, END_NODE, PROP, NOP, END = 9 };
@@ -314,7 +314,7 @@ static struct text bootargs(const char *tree)
 #define RING 128
 #define RX 0
 #define TX 1
-#define FLOOD_ROOM 32 /* what a flood leaves for the answers to what comes in meanwhile */
+#define FLOOD_ROOM 32 /* buffers that a flood leaves free for answers to frames that arrive meanwhile */
 
 #define HEADER 12 /* struct virtio_net_hdr, all zero: no offload was negotiated */
 #define FRAME_MIN 60
@@ -342,7 +342,7 @@ struct queue {
     struct { uint64_t addr; uint32_t len; uint16_t flags, next; } desc[RING] __attribute__((aligned(16)));
     struct { uint16_t flags, idx, ring[RING]; } avail;
     struct { uint16_t flags, idx; struct { uint32_t id, len; } ring[RING]; } used __attribute__((aligned(4)));
-    uint16_t seen; /* used.idx as far as it was dealt with */
+    uint16_t seen; /* the part of used.idx that was processed */
 };
 
 static volatile struct queue queues[2];
@@ -367,7 +367,7 @@ static void make_available(unsigned number, uint16_t id)
     queue->avail.idx++;
 }
 
-/* Tell the card of what was made available, if it wants to know. */
+/* Notify the card of available buffers, unless it has disabled notifications. */
 static void notify(unsigned number)
 {
     fence();
@@ -375,7 +375,7 @@ static void notify(unsigned number)
         put(card + QUEUE_NOTIFY, number);
 }
 
-/* Take back the buffers that were sent. */
+/* Take back the buffers of sent frames. */
 static void reclaim(void)
 {
     volatile struct queue *queue = &queues[TX];
@@ -388,10 +388,10 @@ static void reclaim(void)
     tx_stall_said = false;
 }
 
-/* Sleep until the card has something, or, with `for_room`, has sent something.
+/* Sleep until the card has received a frame or, with `for_room`, has sent one.
  *
- * Interrupts are never taken: wfi ends when one is pending, and it stays pending until it is claimed here. So nothing
- * is missed if, between this function and the next wfi, the rings are looked at.
+ * The firmware never takes interrupts: wfi ends when one is pending, and the interrupt stays pending until it is claimed
+ * here. So no event is missed if the caller checks the rings between this function and the next wfi.
  */
 static void sleep(bool for_room)
 {
@@ -436,14 +436,14 @@ static void send(struct text name)
         say_line("sent ", name);
 }
 
-/* Wait until all that was given to the card has left. */
+/* Wait until the card has sent all frames. */
 static void flush(void)
 {
     for (reclaim(); tx_room < RING; reclaim())
         sleep(true);
 }
 
-/* Send what the floods still have to send, one after the other, as far as there is room; true if they have more. */
+/* Send pending frames of the floods, one flood after the other, while there is room. Return whether frames are left. */
 static bool flood(void)
 {
     for (struct rule *rule = rules; rule < rules + rule_count; rule++) {
@@ -500,7 +500,7 @@ static void apply(struct rule *rule)
         for (;;)
             __asm__ volatile("wfi");
     case RESET:
-        /* What was sent is out before, so that it can be counted. */
+        /* First send all frames, so that an observer can count them. */
         flush();
         say_line("resets itself on ", rule->on);
         for (;;)
@@ -508,7 +508,7 @@ static void apply(struct rule *rule)
     }
 }
 
-/* The name that a frame carries; empty if it is malformed. */
+/* Return the name in a frame, or an empty text if the frame is malformed. */
 static struct text name_of(const uint8_t *frame, size_t size)
 {
     struct text name = {(const char *)frame + ETHERNET, size - ETHERNET};
@@ -545,7 +545,7 @@ static void handle(const uint8_t *frame, size_t size)
     bool known = false;
     for (size_t i = 0; i < rule_count; i++)
         known |= equal(rules[i].on, name);
-    /* Counted first, so that a report counts itself. */
+    /* Count the frame first, so that a report includes the frame that requested it. */
     if (known)
         counters.known++;
     else
