@@ -121,7 +121,7 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b", "--end", "core0", "--boards", "/x"], "exclude"),
         (["--end", "core0"], "--mqtt-link URL"),
-        (["--mqtt", "mqtt://me:word@h"], "user and password"),
+        (["--mqtt", "mqtt://me:word@h"], "has a user or password"),
         (["--mqtt", "mqtt://h", "--config", "/x"], "--config is for proxies"),
         (["--exporter", "nowhere"], "ADDRESS:PORT"),
         (["--mqtt", "mqtt://h", "--user", "no-such-user"], "no such user"),
