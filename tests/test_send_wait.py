@@ -488,7 +488,7 @@ def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     board.running()
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", board.link))
     assert code == 69
-    assert complaint.endswith("or name another path (core 1's path comes first here, then peer=CORE0)")
+    assert complaint.endswith("or use another path) (core 1's path comes first here, then peer=CORE0)")
 
 
 @pytest.mark.netns
@@ -531,7 +531,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan': expected a number of seconds, 0 or more"),
         (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1': expected a number of seconds, 0 or more"),
         (("send", "x", "--as", "core0", "l"), "--as core0: unknown core (expected core1)"),
-        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': is neither"),
+        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': neither unix:"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),
         (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config exclude each other"),

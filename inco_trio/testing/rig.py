@@ -133,9 +133,10 @@ class Rig:
         await self._port.send(frame)
 
     async def _to_core1(self, frame: bytes) -> None:
+        # Before the guest can answer.
+        self._note(1, "gets", frame, Direction.OUTBOUND)
         if self._guest is not None:
             await self._guest.send(frame)
-        self._note(1, "gets", frame, Direction.OUTBOUND)
 
     def _note(self, core: int, what: str, frame: bytes, direction: Direction) -> None:
         name = decode(frame)
