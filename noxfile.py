@@ -45,7 +45,7 @@ DEBIAN_PACKAGES = {
 }
 
 # Two tests run at a time, each with its own namespaces, directories and sockets. pytest prints the 10 slowest tests.
-TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "loadgroup", "--durations", "10")
+TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))

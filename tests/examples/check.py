@@ -5,6 +5,7 @@ An example's tests must pass unchanged. With a fault in the tested program, they
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -44,27 +45,44 @@ MISSING = ("did not arrive", "did not appear", "0 of 1 arrived")
 """What the tests say of a signal that is missing."""
 
 
-@pytest.fixture(
-    scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in sorted(FAULTS)]
-)
+@pytest.fixture(scope="session", params=sorted(FAULTS))
 def example(request: pytest.FixtureRequest) -> str:
     """Create the example's environment and return the example's name."""
     name: str = request.param
+    ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
+    # Tests in other processes use the same environment.
+    with (ENVIRONMENTS / f"{name}.lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.seek(0)
+        if lock.read() != (wanted := str(WHEEL.stat().st_mtime_ns)):
+            make_environment(name)
+            lock.truncate(0)
+            lock.write(wanted)
+    return name
+
+
+def make_environment(name: str) -> None:
     environment = ENVIRONMENTS / name
-    if not environment.exists():
-        subprocess.run(["uv", "venv", "--quiet", "--python", sys.executable, environment], check=True)
-    install = ["uv", "pip", "install", "--quiet", "--python", str(environment / "bin/python")]
-    subprocess.run([*install, "--reinstall", "--no-deps", str(WHEEL)], check=True)
+    subprocess.run(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, environment], check=True)
     # uv writes build files into the source directory, so it builds a copy.
-    shutil.copytree(EXAMPLES / name, environment / "source", dirs_exist_ok=True)
+    shutil.copytree(EXAMPLES / name, environment / "source")
     project = environment / "source/pyproject.toml"
     needs = [f"{WHEEL}[testing]"]
     if project.exists():
         needs += ["--group", f"{project}:test"]
         if "[project]" in project.read_text():
             needs.append(str(project.parent))
+    install = (
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--python",
+        environment / "bin/python",
+        "--reinstall-package",
+        "inco-trio",
+    )
     subprocess.run([*install, *needs], check=True)
-    return name
 
 
 def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.CompletedProcess[str]:
