@@ -84,12 +84,12 @@ def test_a_directory_that_cannot_be_opened_is_retried(board: Board) -> None:
     board.directory.rename(board.directory.with_name("old"))
     board.directory.touch()
     board.core1.send(b"in_a")
-    board.proxy.wait_log("cannot be opened")
+    board.proxy.wait_log("irq: cannot open: ")
     board.directory.unlink()
     board.directory.mkdir()
     wait_path(board.directory / "in_a_state")
     wait_content(board.directory / "in_a_state")
-    assert board.proxy.log.count("cannot be opened") == 1
+    assert board.proxy.log.count("irq: cannot open: ") == 1
     board.proxy.wait_log("irq: works again")
 
 
