@@ -50,7 +50,7 @@ TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations",
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
 
-# Namespaces and mounts need CAP_SYS_ADMIN; every user has it inside a new user namespace.
+# Namespaces and mounts need CAP_SYS_ADMIN, which every user has inside a new user namespace.
 AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--mount", "--map-current-user", "--keep-caps")
 
 
@@ -86,7 +86,7 @@ PYTHONS = find_pythons() or {"other": sys.executable}
 
 
 def install(session: nox.Session, *groups: str) -> None:
-    """Install the project in editable mode and dependency groups of pyproject.toml."""
+    """Install the project in editable mode, plus the given dependency groups from pyproject.toml."""
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
@@ -102,7 +102,7 @@ def need_programs(session: nox.Session) -> None:
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Ignore the exit code, as an update fails if any source fails. The check below decides.
+            # Ignore the exit code: `apt-get update` fails if any package source fails. The next check decides.
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
@@ -218,7 +218,7 @@ def examples(session: nox.Session) -> None:
     # Whether a test finds a fault does not depend on the Python version.
     which = () if session.python == next(iter(PYTHONS.values())) else ("-k", "passes")
     session.run(
-        # Four at a time, as a faulty example does nothing but wait for its deadline.
+        # Run four at a time: a failing example only waits for its deadline.
         *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *TWO_AT_A_TIME, "-n", "4"),
         *session.posargs,
         env={"INCO_TRIO_WHEEL": str(wheel), "INCO_TRIO_ENVIRONMENTS": str(work / "environments")},

@@ -1,7 +1,7 @@
 """Sphinx's configuration: `nox -s docs` builds the site from these pages, and fails on any warning.
 
-What can be known from the program is taken from it: help texts from the parser, built-in signals from their table, keys
-of files from the classes that read them, the library from its docstrings.
+Parts of the pages are generated from the program: help texts from the parser, built-in signals from their table, the
+keys of files from the classes that parse them, and the library reference from docstrings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["COLUMNS"] = "100"  # of the help texts
+os.environ["COLUMNS"] = "100"  # The width of the help texts.
 
 from docs.fields import hide_constructors, table
 from inco_trio import config
@@ -33,7 +33,7 @@ KEYS = {
     "gateway.json": GatewayConfig,
     "broker": Credentials,
 }
-"""What the pages call a table of a file, and the class that reads it."""
+"""The name that the pages use for each table of a file, and the class that parses the table."""
 
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
@@ -49,10 +49,10 @@ hide_constructors()
 
 
 class Help(Directive):
-    """The help of each command, as its users see it."""
+    """The output of `--help` for each command."""
 
     def run(self) -> list[nodes.Node]:
-        """A section for each command."""
+        """Return a section for each command."""
         sections: list[nodes.Node] = []
         commands = parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
         for each in (*(commands[name] for name in COMMANDS), drop_in_parser()):  # type: ignore[index]
@@ -64,10 +64,10 @@ class Help(Directive):
 
 
 class BuiltinSignals(Directive):
-    """The built-in signals, and where udrv.json moves them."""
+    """A table of the built-in signals, with the keys of udrv.json that change their registers."""
 
     def run(self) -> list[nodes.Node]:
-        """A table."""
+        """Return a table with a row for each signal."""
         rows = ["| signal | direction | key of its register | default |", "|---|---|---|---|"]
         for each in BUILTIN:
             key = f"misc.ihub_config_dev.regs.{each.reg}.reg"
@@ -76,27 +76,27 @@ class BuiltinSignals(Directive):
 
 
 class Keys(Directive):
-    """The keys of one table of a file, which is named in KEYS."""
+    """The keys of one table of a file. The argument is a key of KEYS."""
 
     required_arguments = 1
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        """A table."""
+        """Return a table with a row for each key."""
         cls = KEYS[self.arguments[0]]
         prefix = "" if cls in (BoardFile, GatewayConfig) else f"{self.arguments[0]}."
         return _parsed(self, table(cls, prefix), cls.__module__)
 
 
 def _parsed(directive: Directive, lines: list[str], source: str) -> list[nodes.Node]:
-    """The nodes of lines of Markdown."""
+    """Return the nodes for lines of Markdown."""
     node = nodes.section()
     directive.state.nested_parse(StringList(lines, source), directive.content_offset, node)
     return list(node.children)
 
 
 def setup(app: Sphinx) -> None:
-    """Add what the pages use."""
+    """Add the directives that the pages use."""
     app.add_directive("inco-help", Help)
     app.add_directive("inco-signals", BuiltinSignals)
     app.add_directive("inco-keys", Keys)

@@ -1,4 +1,4 @@
-"""What the pages show of classes: a row for each field of an attrs class, and which constructors are internal."""
+"""Document classes for the pages: a table row for each field of an attrs class, and which constructors to hide."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ OPENED: tuple[type, ...] = (
     *(inco_trio.testing.Board, inco_trio.testing.BoardCore0, inco_trio.testing.BoardCore1),
     *(inco_trio.testing.BoardProxy, inco_trio.testing.BoardFaults, inco_trio.testing.Guest),
 )
-"""Classes whose objects come from a function, such as `open_proxy`: a program does not call them."""
+"""Classes that user programs do not instantiate: a function such as `open_proxy` creates the objects."""
 
 
 def hide_constructors() -> None:
-    """Let Sphinx show no parameters of the classes in `OPENED`."""
+    """Hide the constructor parameters of the classes in `OPENED` from Sphinx."""
     for cls in OPENED:
         cls.__signature__ = inspect.Signature()  # type: ignore[attr-defined]
 
 
 def described(cls: type) -> dict[str, str]:
-    """What the class says of each field that it is given, in one line. Raises KeyError where it says nothing."""
+    """Return the docstring of each constructor field as one line. Raises KeyError if a field has none."""
     (found,) = (node for node in ast.walk(ast.parse(inspect.getsource(cls))) if isinstance(node, ast.ClassDef))
     said: dict[str, str] = {}
     for field, below in pairwise(found.body):
@@ -39,7 +39,7 @@ def described(cls: type) -> dict[str, str]:
 
 
 def table(cls: type, prefix: str = "") -> list[str]:
-    """The rows of a Markdown table: each key, after `prefix`, whether it is needed or its default, and what it is."""
+    """Return the lines of a Markdown table: each key after `prefix`, "required" or the default, and the description."""
     rows = ["| key | | |", "|---|---|---|"]
     said = described(cls)
     for field in attrs.fields(cls):

@@ -62,7 +62,7 @@ def core1(cores: Cores) -> Iterator[Peer]:
 
 
 class Canary:
-    """Reports the end of a network namespace (a descriptor): a veth pair that leads there ends with the namespace."""
+    """Detects when a network namespace is destroyed: a veth pair that leads into the namespace vanishes with it."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -71,7 +71,7 @@ class Canary:
         self._changes.bind((0, RTMGRP_LINK))
 
     def wait_gone(self) -> None:
-        """Wait until the namespace has ended."""
+        """Wait until the namespace has been destroyed."""
         while "canary" in (name for _, name in self._own.run(socket.if_nameindex)):
             if not select.select([self._changes], [], [], HANG)[0]:
                 pytest.fail("the namespace is still there")
@@ -84,7 +84,7 @@ class Canary:
 
 @pytest.fixture
 def canary() -> Iterator[Callable[[int], Canary]]:
-    """Return a function that watches a network namespace for its end: `canary(fd)`. It does not keep it alive."""
+    """Return a function: `canary(fd)` returns a `Canary` for a namespace and does not keep the namespace alive."""
     with ExitStack() as stack:
 
         def start(fd: int) -> Canary:
@@ -97,14 +97,14 @@ def canary() -> Iterator[Callable[[int], Canary]]:
 
 @pytest.fixture
 def nobody() -> list[str]:
-    """Return the start of a command that runs the rest as the user nobody, with access to Python and the project."""
+    """Return a command prefix that runs a program as the user nobody, with access to Python and the project."""
     project = Path(__file__).parents[1]
     return [sys.executable, str(project / "netns/unprivileged.py"), sys.prefix, sys.base_prefix, str(project), "--"]
 
 
 @pytest.fixture
 def irq_dir(tmp_path: Path) -> Path:
-    """Return the IRQ directory, which the proxy creates."""
+    """Return the path of the IRQ directory, which the proxy creates."""
     return tmp_path / "irq"
 
 
@@ -304,7 +304,7 @@ class Tcpdump:
 
 @pytest.fixture
 def tcpdump(cores: Cores) -> Iterator[Tcpdump]:
-    """Run tcpdump in core 1 on the link."""
+    """Run tcpdump on core 1's end of the link."""
     running = Tcpdump(cores.core1, cores.link)
     try:
         running.wait_listening()

@@ -1,9 +1,9 @@
-"""The only deadline of the tests."""
+"""The timeout that all tests use."""
 
 __all__ = ["HANG"]
 
 HANG = 600
-"""Seconds after which a wait fails its test. This only stops a hang: even a slow machine needs much less time.
+"""Seconds after which a wait fails its test. Only a hang reaches this limit, even on a slow machine.
 
 The `timeout` of pytest in pyproject.toml is longer, so that the wait fails first and reports what it waited for.
 """

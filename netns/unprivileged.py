@@ -1,10 +1,11 @@
 """Run a program as the user nobody: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
 This needs root or its capabilities. The user nobody must be able to read each PATH (an interpreter, a package), which
-may be below a directory that is closed to others, such as /root. In a new mount namespace (mount_namespaces(7)), an
-empty directory covers each closed directory, and contains only the PATH at its usual place.
+may be below a directory that is closed to others, such as /root. In a new mount namespace (mount_namespaces(7)), a
+tmpfs covers each closed directory and contains only the PATH, at its usual place.
 
-In a user namespace of an ordinary user, the user nobody is not mapped. There, the program runs without capabilities.
+In a user namespace of an ordinary user, the user nobody is not mapped. In that case, the program runs as the same user
+without capabilities.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from inco_trio.linux.process import clear_capabilities
 
 NOBODY = 65534
 
-# <linux/mount.h>
+# Constants of <linux/mount.h>.
 MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 1 << 18
@@ -61,7 +62,7 @@ def cover_run() -> None:
 
 
 def drop() -> None:
-    """Become the user nobody for good."""
+    """Become the user nobody permanently."""
     try:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)

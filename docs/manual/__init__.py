@@ -1,5 +1,5 @@
-"""The man pages and the completions of shells, made from the parser of `--help`.
+"""Generate the man pages and the shell completions from the argument parser.
 
-`python -m docs.manual` writes them; they are kept with the source, so that building a wheel needs neither the package
-nor shtab, and tests/test_manual.py says when they are old.
+`python -m docs.manual` writes the files. They are checked in, so that building a wheel needs neither the package nor
+shtab. tests/test_manual.py fails when they are out of date.
 """

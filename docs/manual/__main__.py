@@ -1,4 +1,4 @@
-"""`python -m docs.manual`: writes what is generated, and removes the files of commands that are gone."""
+"""Write the generated files, and delete the files of commands that no longer exist: `python -m docs.manual`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from docs.manual.generated import ROOT, generate, stale
 
 
 def main() -> None:
-    """Write what is stale, and nothing else."""
+    """Write or delete the stale files only."""
     wanted = generate()
     for path in map(type(ROOT), stale()):
         text = wanted.get(path)

@@ -1,4 +1,4 @@
-"""All files that are generated, and whether those on the disk are the same."""
+"""The texts of all generated files, and a check of the files on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMPLETION = Path("docs/completion")
 
 
 def generate() -> dict[Path, str]:
-    """Text by path, which is relative to ROOT; the same on each Python, and for each width of a terminal."""
+    """Return each text by its path relative to ROOT. The texts do not depend on Python or the terminal width."""
     pages = {**command_pages(parser()), **drop_in_page(drop_in_parser())}
     return {
         **{MAN / name: text for name, text in pages.items()},
@@ -25,7 +25,7 @@ def generate() -> dict[Path, str]:
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """The files below `root` that are missing, are not what `generate` gives, or are there for nothing."""
+    """Return the files below `root` that are missing, outdated or no longer needed."""
     wanted = generate()
     there = {path.relative_to(root) for directory in (MAN, COMPLETION) for path in (root / directory).glob("*")}
     old = {path for path in wanted.keys() & there if (root / path).read_text() != wanted[path]}

@@ -1,7 +1,7 @@
 """Man pages in roff, see man-pages(7) and groff_man(7).
 
-Written here and not by argparse-manpage, which gives what argparse has wrapped for a terminal, with a date, and joins
-the lines of the epilogs, where the exit codes and the examples are.
+argparse-manpage is not used, because it adds a date, keeps the line breaks that argparse inserts for a terminal, and
+joins the lines of the epilogs, which contain the exit codes and the examples.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
 CODES = "exit codes:"
 OF_A_COMMAND = {1, 3, 65}
-"""Exit codes that mean something of their own in some commands, which say so, and do not come from the others."""
+"""Exit codes that only some commands return. Each of these commands documents its own."""
 
 
 def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The page of `inco-trio` and one for each command: text by file name."""
+    """Return the page of `inco-trio` and a page for each command: text by file name."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = {"inco-trio.1": _page(parser, parser.description or "", ["inco_proxy"])}
     for command, sub in commands.choices.items():
@@ -32,7 +32,7 @@ def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def drop_in_page(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """The page of `inco_proxy`: text by file name."""
+    """Return the page of `inco_proxy`: text by file name."""
     summary = "carry inter-core interrupts, as the old program of that name"
     return {"inco_proxy.1": _page(parser, summary, ["inco-trio", "inco-trio-run"])}
 
@@ -42,7 +42,7 @@ def _name(command: str) -> str:
 
 
 def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
-    """The pages of the commands that the help of this one names."""
+    """Return the pages of the commands that the help of `command` mentions."""
     text = " ".join(filter(None, (sub.description, sub.epilog, *(action.help for action in sub._actions))))
     named = set(re.findall(r"inco-trio ([a-z][a-z0-9]*)", text))
     return [_name(other) for other in COMMANDS if other in named and other != command]
@@ -54,7 +54,7 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     words = _Words(parser)
     summary = summary[0].lower() + summary[1:].rstrip(".")
     lines = [
-        # No date and no version: the page is what the parser says.
+        # Leave out date and version, so that the page changes only with the parser.
         f'.TH "{_escaped(title.upper())}" 1 "" "inco\\-trio" "Manual of inco\\-trio"',
         *(".SH NAME", f"{_escaped(title)} \\- {_escaped(summary)}"),
         *(".SH SYNOPSIS", words.usage(parser)),
@@ -84,9 +84,9 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
 
 
 class _Notes:
-    """What an epilog says: paragraphs; `exit codes: 0 ..., 1 ...`; `example: ...`, or `examples:` and indented lines.
+    """The parts of an epilog: paragraphs, `exit codes: 0 ...`, and `example: ...` or `examples:` with indented lines.
 
-    A part ends at an empty line; the exit codes also at a line that points to the help of `inco-trio`.
+    An empty line ends a part. A line that ends in `--help` also ends the exit codes.
     """
 
     def __init__(self, epilog: str) -> None:
@@ -114,7 +114,7 @@ class _Notes:
 
 
 class _Words:
-    """Text as roff, in which the options of a parser are bold and its metavars are italic."""
+    """Converts text to roff, with the options of a parser in bold and its metavars in italics."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         named = {name for action in parser._actions for name in re.findall(r"[A-Z][A-Z0-9]*", _values(action))}
@@ -122,7 +122,7 @@ class _Words:
         self._special = re.compile(rf"`([^`]+)`|((?<![\w-])--?[a-z][a-z-]*)|\b((?:{metavars})\b)")
 
     def roff(self, text: str) -> str:
-        """Text in one line, with its fonts."""
+        """Return the text as one line of roff, with fonts."""
         made, end = "", 0
         for found in self._special.finditer(text):
             made += _escaped(text[end : found.start()])
@@ -132,19 +132,19 @@ class _Words:
         return made + _escaped(text[end:])
 
     def paragraph(self, text: str) -> list[str]:
-        """Its lines, short as a reader of roff expects them."""
+        """Return the text as lines of roff of at most 79 characters."""
         wrapped = textwrap.wrap(self.roff(" ".join(text.split())), 79, break_long_words=False, break_on_hyphens=False)
         return [_line(line) for line in wrapped]
 
     def head(self, action: argparse.Action) -> str:
-        """What stands above the help of an option or a positional."""
+        """Return the heading of an option or a positional argument."""
         values = _values(action)
         if not action.option_strings:
             return self.roff(values.strip("[]"))
         return self.roff(", ".join(f"{option} {values}".rstrip() for option in action.option_strings))
 
     def usage(self, parser: argparse.ArgumentParser) -> str:
-        """The own usage of the parser, or one that does not depend on the version of argparse."""
+        """Return the parser's own usage line, or a replacement that is the same in all versions of argparse."""
         usage = parser.usage
         if usage is None:
             positionals = [action for action in parser._actions if not action.option_strings]
@@ -159,7 +159,7 @@ def _in_usage(action: argparse.Action) -> str:
 
 
 def _values(action: argparse.Action) -> str:
-    """What is given to an option, or as a positional: `N`, `[SECONDS]`, `core1 LINK`, `{text,json}`."""
+    """Return the placeholder for the value of an argument: `N`, `[SECONDS]`, `core1 LINK`, `{text,json}`."""
     if action.nargs == 0:
         return ""
     if action.metavar is None and action.choices is not None:
@@ -183,16 +183,16 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def _codes(text: str) -> dict[int, str]:
-    """The exit codes of `exit codes: 0 clean, 2 usage`."""
+    """Parse a list of exit codes, such as `exit codes: 0 clean, 2 usage`."""
     text = " ".join(text.split()).removeprefix(CODES).partition(";")[0]
     return {int(code): what for code, what in re.findall(r"(?:^|,) (\d+) (.+?)(?=, \d+ |$)", text)}
 
 
 def _escaped(text: str) -> str:
-    """Characters that roff would show as others, or obey."""
+    """Escape the characters that roff would replace or interpret."""
     return text.translate(ESCAPES)
 
 
 def _line(text: str) -> str:
-    r"""A line of text: one that begins with a dot would be a request."""
+    r"""Escape a line that begins with a dot, which roff would interpret as a request."""
     return rf"\&{text}" if text.startswith(".") else text

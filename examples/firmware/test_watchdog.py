@@ -1,4 +1,4 @@
-"""The watchdog runs in QEMU as core 1; the tests are core 0."""
+"""Test the watchdog, which runs in QEMU as core 1; the tests act as core 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard beside a real proxy; the tests are core 1."""
+"""Test the guard next to a real proxy; the tests act as core 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GUARD = Path(__file__).with_name("guard.py")
 
 @pytest.fixture
 def starts(tmp_path: Path) -> Path:
-    """Return a file to which each service appends its process id."""
+    """Return a file to which each service appends its PID."""
     return tmp_path / "starts"
 
 
@@ -29,7 +29,7 @@ def guard(inco_board: Board, starts: Path) -> Iterator[subprocess.Popen[str]]:
         assert "sh runs as process" in process.stdout.readline()
         yield process
         if process.poll() is None:
-            # The guard stops its service and exits.
+            # Before a reset, the guard stops its service and exits.
             inco_board.core1.send("ihub_reset_irq")
         process.wait()
 
@@ -42,7 +42,7 @@ def test_the_watchdog_restarts_the_service(inco_board: Board, starts: Path) -> N
         assert inco_board.core0.count("ihub_hwwd_irq") == runs - 1
     inco_board.core1.send("ihub_reset_irq")
     inco_board.core1.expect("redun_notify_irq")
-    # The last service may have been stopped before it wrote its process id.
+    # The last service may have been stopped before it wrote its PID.
     services = [int(line) for line in starts.read_text().split()]
     assert 1 <= len(services) <= 4
     assert not [service for service in services if Path(f"/proc/{service}").exists()]

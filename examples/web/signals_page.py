@@ -18,11 +18,11 @@ from inco_trio import Config, UnknownSignalError, aio, builtin_signals
 
 PAGE = Path(__file__).with_name("page.html")
 PATIENCE = 2.0
-"""Seconds that a click waits for core 1."""
+"""Timeout in seconds for sending a signal to core 1 after a click."""
 
 
 class SignalsPage:
-    """The request handlers, for an open proxy."""
+    """The request handlers of the page. They use an open proxy."""
 
     def __init__(self, proxy: aio.Proxy) -> None:
         self._proxy = proxy
@@ -47,11 +47,11 @@ class SignalsPage:
                 self._notify()
 
     async def page(self, _: web.Request) -> web.FileResponse:
-        """GET /"""
+        """Handle GET /: return the page."""
         return web.FileResponse(PAGE)
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """GET /events: all rows, again after each change; a slow reader gets only the latest state."""
+        """Handle GET /events: send all rows now and after each change. A slow reader gets only the latest state."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         while not self._ended:
@@ -61,7 +61,7 @@ class SignalsPage:
         return response
 
     async def send(self, request: web.Request) -> web.Response:
-        """POST /send/NAME"""
+        """Handle POST /send/NAME: send the signal NAME."""
         try:
             async with asyncio.timeout(PATIENCE):  # The browser gets an answer even if core 1 is not running.
                 await self._proxy.send(request.match_info["name"])
@@ -78,7 +78,7 @@ class SignalsPage:
 
 
 async def main(link: str, irq_dir: str, port: str = "8080") -> None:
-    """Serve until SIGTERM or Ctrl-C."""
+    """Serve the page until SIGTERM or Ctrl-C."""
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -1,4 +1,4 @@
-"""The page in a real browser; `inco-trio send` and `wait` play core 1."""
+"""Test the page in a real browser; `inco-trio send` and `inco-trio wait` act as core 1."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 HANG = 300
-"""Timeout in seconds that only stops a hang."""
+"""Timeout in seconds. Only a hang reaches this limit."""
 PROGRAM = Path(__file__).with_name("signals_page.py")
 
 
 @attrs.define
 class Service:
-    """The program on a Unix socket link below `home`."""
+    """The program, on a `unix:` link whose sockets are below `home`."""
 
     home: Path
     port: str = "0"
@@ -100,7 +100,7 @@ def test_a_button_sends_its_signal(service: Service, browser: webdriver.Chrome) 
     wait_shown(browser, "#redun_notify_irq button", "send")
     assert len(browser.find_elements(By.TAG_NAME, "button")) == 1
     browser.find_element(By.CSS_SELECTOR, "#redun_notify_irq button").click()
-    # A signal sent while core 1 is not running waits for core 1.
+    # A signal that is sent while core 1 is not running stays queued until core 1 starts.
     service.core1("wait", "redun_notify_irq", "--timeout", str(HANG))
     wait_shown(browser, "#redun_notify_irq .count", "1")
 

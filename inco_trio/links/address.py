@@ -19,11 +19,11 @@ from inco_trio.linux.sockets import SOCKET_PATH_MAX
 __all__ = ["InterfaceAddress", "UnixAddress", "address_fault", "parse_address"]
 
 INTERFACE_MAX = 15
-"""The longest interface name, in bytes (IFNAMSIZ of net/if.h without the NUL)."""
+"""Maximum length of an interface name in bytes (IFNAMSIZ of net/if.h without the NUL)."""
 LABEL_MAX = 36
-"""The longest label of a socket, in bytes: s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
+"""Maximum length of a label in bytes, because s6-fdholder-getdump 2.11 crashes on identifiers of over 64 bytes."""
 UNIX = "unix:"
-# dev_valid_name() in the kernel's net/core/dev.c refuses these bytes; its isspace() is that of Latin-1.
+# dev_valid_name() in the kernel's net/core/dev.c refuses these bytes; its isspace() assumes Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -38,12 +38,12 @@ class InterfaceAddress:
 
     @property
     def label(self) -> str:
-        """The link's part of the names of services and stored descriptors. It has no slash."""
+        """The link's name without slashes, for the names of services and stored descriptors."""
         return self.name
 
     @property
     def explanation(self) -> str:
-        """The kind of the link and its requirements."""
+        """A description of the link and the privilege that it needs."""
         return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
@@ -61,7 +61,7 @@ class UnixAddress:
 
     @property
     def label(self) -> str:
-        """See `InterfaceAddress.label`. A long path is shortened to its last characters and a hash."""
+        """The path without slashes; see `InterfaceAddress.label`. A long path is shortened to its end and a hash."""
         whole = self.local.strip("/").replace("/", "-")
         if len(os.fsencode(whole)) <= LABEL_MAX:
             return whole
@@ -71,7 +71,6 @@ class UnixAddress:
 
     @property
     def explanation(self) -> str:
-        """See `InterfaceAddress.explanation`."""
         return (
             f"a Unix datagram socket at {self.local}, which needs no privilege; the other side, such as QEMU, is "
             f"bound at {self.peer}; the MAC address is {self.mac.hex(':')}"
@@ -85,7 +84,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
             return _parse_unix(text.removeprefix(UNIX))
         except ValueError as error:
             raise InvalidArgumentError(text, str(error)) from None
-    # The kernel accepts any bytes; Python only binds a packet socket to a name in UTF-8.
+    # The kernel accepts any bytes, but Python can bind a packet socket only to a name in UTF-8.
     try:
         raw = text.encode()
     except UnicodeEncodeError:

@@ -11,20 +11,20 @@ __all__ = ["Link", "LinkDownError"]
 
 
 class LinkDownError(OSError):
-    """The link accepts no frames now. A later change of the link may fix this."""
+    """The link accepts no frames at the moment. A later change of the link may fix this."""
 
 
 class Link(Protocol):
-    """Receives Ethernet frames and sends notifications. Only `async` methods wait.
+    """Receives Ethernet frames and sends notifications. Only `async` methods block.
 
-    The kernel queues received frames for the socket `fd`. A process that inherits the descriptor gets the queue.
+    The kernel queues received frames for the socket `fd`. A process that inherits the descriptor inherits the queue.
     """
 
     name: str
     fd: int
     """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Number of frames that the peer did not send. The link makes each of them malformed."""
+    """Number of frames from senders other than the peer. The link makes them malformed, so that they are ignored."""
 
     @property
     def running(self) -> bool:
@@ -32,7 +32,7 @@ class Link(Protocol):
 
     @property
     def fits(self) -> bool:
-        """Whether an inherited socket has the properties of a new one."""
+        """Whether an inherited socket can still be used for this link."""
 
     @property
     def description(self) -> str:
@@ -54,8 +54,8 @@ class Link(Protocol):
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         """Read queued frames, one into each of `rooms`, and return their original lengths.
 
-        A frame longer than `step` ends the batch, because the rooms overlap. An error also ends the batch. If nothing
-        was read, the OSError is raised, except when the link went down.
+        A frame longer than `step` ends the batch, because it extends into the next room. An error also ends the batch.
+        Raises OSError if nothing was read, unless the link went down.
         """
 
     def receive_one(self, room: memoryview) -> int:
@@ -71,16 +71,13 @@ class Link(Protocol):
         """Send a frame unchanged. Raises as `send` does."""
 
     async def wait_for_room(self) -> None:
-        """After BlockingIOError: wait until the queue may have room."""
+        """Wait until the send queue may have room again. Call this after `send` has raised BlockingIOError."""
 
     async def changed(self) -> None:
-        """Wait until `refresh` may find a change."""
+        """Wait until the link may have changed. The caller then calls `refresh`."""
 
     def dropped(self) -> int:
         """Return how many frames the kernel has dropped since the last call because the queue was full."""
 
     def close(self, *, remove: bool) -> None:
-        """Close the descriptors of this process. With `remove`, also delete the socket file.
-
-        The kernel keeps the queue while another process has the descriptor.
-        """
+        """Close the descriptors of this process. With `remove`, also delete the socket file."""

@@ -1,7 +1,4 @@
-"""Watch the paths of sockets for `unix:` links (inotify(7)).
-
-One descriptor serves all links of a process: a user may have few of them (fs.inotify.max_user_instances).
-"""
+"""Watch the socket paths of all `unix:` links with one inotify descriptor, because a user may open only a few."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ NAMES_CHANGED = ino.IN_CREATE | ino.IN_MOVED_TO | ino.IN_DELETE | ino.IN_MOVED_F
 MASK = NAMES_CHANGED | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 BUFFER = 4096
 TRIES = 3
-"""Attempts to watch a path that changes meanwhile. Events report further changes."""
+"""Maximum number of attempts to watch a path that keeps changing. After that, events report further changes."""
 
 
 @attrs.define(eq=False)
@@ -30,11 +27,11 @@ class Watched:
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """Pairs of a watch descriptor and a name in the watched directory."""
+    """For each path, the descriptor of the watched directory and the awaited entry in this directory."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """The places with the last name of a path. Their events do not change which directories must be watched."""
+    """The places whose entry is the socket itself. Their events do not change which directories must be watched."""
     moved: bool = True
-    """Whether a path may lead through other directories than before."""
+    """Whether a directory on one of the paths may have been replaced."""
     all_found: bool = False
     """Whether all paths can be watched."""
     changed: bool = False
@@ -52,7 +49,7 @@ class Names:
         self._waiting: set[Watched] = set()
 
     def watch(self, watched: Watched) -> bool:
-        """Watch the paths, or the lowest existing directories above. Return whether all paths can be watched."""
+        """Watch the paths, or their nearest existing ancestors. Return whether all paths can be watched."""
         if watched.moved:
             watched.moved = False
             ways = [self._way_to(path) for path in watched.paths]
@@ -64,7 +61,6 @@ class Names:
         return watched.all_found
 
     def forget(self, watched: Watched) -> None:
-        """Stop watching the paths."""
         self._move(watched, frozenset())
 
     def _move(self, watched: Watched, places: frozenset[tuple[int, bytes]]) -> None:
@@ -80,9 +76,9 @@ class Names:
                 self._inotify.unwatch(wd)
 
     def _way_to(self, path: Path) -> tuple[int, bytes, bool] | None:
-        """Watch the lowest possible directory of a path, and return its watch descriptor.
+        """Watch the nearest ancestor of a path that can be watched. Return None if there is none.
 
-        Also return the next name of the path, and whether this is the last name. None if no directory can be watched.
+        Return the watch descriptor, the next component of the path, and whether this is the last component.
         """
         found = None
         for _ in range(TRIES):
@@ -102,7 +98,7 @@ class Names:
 
     async def wait(self, watched: Watched) -> None:
         """Wait until something may have changed at one of the paths."""
-        # The first waiting task reads events for all tasks. When it leaves, another task takes over.
+        # The first waiting task reads events for all waiting tasks. When it leaves, another task takes over.
         while not watched.changed:
             watched.woken = trio.Event()
             try:
@@ -142,7 +138,7 @@ class Names:
 
 
 def _wake(groups: Iterable[set[Watched]], place: tuple[int, bytes] | None) -> None:
-    """Wake the waiting tasks because of a change at `place`, or anywhere if `place` is None."""
+    """Wake the tasks in `groups`, because `place` has changed. None means that any place may have changed."""
     for group in groups:
         for watched in group:
             watched.changed = True

@@ -25,7 +25,7 @@ class Surroundings:
         self._names: Names | None = None
 
     def names(self, asking: str) -> Names:
-        """Return the watcher of socket paths. Raises ResourceError, with the link `asking` as the subject."""
+        """Return the watcher of socket paths. Raises ResourceError that names the link `asking`."""
         from inco_trio.links.names import Names
 
         if self._names is None:
@@ -41,7 +41,7 @@ class Surroundings:
 
 
 def inside(netns: Path | None, asking: str) -> ExitStack:
-    """Do what `entered` does, for the link `asking`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
+    """Enter `netns` for the link `asking`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
     try:
         return entered(netns)
     except OSError as error:
@@ -62,14 +62,12 @@ def open_link(
     note: memoryview,
     around: Surroundings,
 ) -> tuple[Link, Link | None]:
-    """Return the link. Also return the link of the inherited descriptor `held` if that descriptor no longer fits.
+    """Return the link and, if the inherited descriptor `held` no longer fits, a second link for `held`.
 
-    `netns` is the network namespace of an interface (default: that of this process). `note` is 16 bytes of memory that
-    outlive the process together with the descriptor.
-
-    Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
+    `netns` is the network namespace of an interface (default: the current namespace). `note` is 16 bytes of memory that
+    outlive the process. Raises LinkNotFoundError, PermissionDeniedError, ResourceError.
     """
-    # Import only the needed kind of link: the time until a proxy is ready is an outage.
+    # Import only the module that is needed, so that the proxy starts faster.
     link: Link
     if isinstance(address, UnixAddress):
         from inco_trio.links.unix import UnixLink

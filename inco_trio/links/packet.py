@@ -27,7 +27,7 @@ __all__ = ["PacketLink"]
 logger = logging.getLogger(__name__)
 
 RECEIVE_BUFFER = 24 * 1024 * 1024
-"""Requested bytes, which the kernel doubles: room for 20,000 frames even if a driver uses 2.4 kB for each frame."""
+"""Requested size in bytes. The kernel doubles it: room for 20,000 frames even if a driver uses 2.4 kB per frame."""
 
 # Accept frames of our EtherType with the packet type (SKF_AD_PKTTYPE) host, broadcast or multicast (0 to 2). Refuse
 # frames for other hosts (a foreign VLAN, a promiscuous interface) and sent frames (3, 4). See the kernel's
@@ -42,13 +42,13 @@ FILTER = if_packet.program((
 ))  # fmt: skip
 
 DOWN = GONE | {errno.ENETDOWN}
-"""The interface is down or gone. A later change of an interface may fix this."""
+"""Error numbers if the interface is down or gone. A later change of the interface may fix this."""
 
 
 class PacketLink:
     """The `Link` of the interface `name`. Raises ResourceError.
 
-    The socket stays when the interface is deleted and recreated: `refresh` binds it again, with its queue and filter.
+    If the interface is deleted and recreated, `refresh` binds the same socket again, which keeps its queue and filter.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -131,10 +131,7 @@ class PacketLink:
         return LinkNotFoundError(self.name, f"no such interface (there are: {names})", "--wait-link waits for it")
 
     def refresh(self) -> bool:
-        """Bind the socket if necessary, and read address and state of the interface. Raises OSError (bind(2)).
-
-        Return whether the interface exists.
-        """
+        """Update address and state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
         if self._bound_address() is None:
             try:
@@ -160,7 +157,7 @@ class PacketLink:
         return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
 
     def _log_bridge(self, bridge: str) -> None:
-        """Log that the interface became the port of a bridge, which takes frames before our socket sees them."""
+        """Log when the interface joins or leaves a bridge, which takes frames before our socket receives them."""
         before, self._bridge = self._bridge, bridge
         if bridge and bridge != before:
             text = "%s: a port of the bridge %s, which takes all frames (use %s as the interface)"
@@ -178,7 +175,7 @@ class PacketLink:
         except BlockingIOError:
             pass
         except OSError as error:
-            # Return the frames that were read. A lasting error occurs again in the next call.
+            # Return the frames that were read. A persistent error occurs again in the next call.
             if not lengths:
                 self._not_down(error)
         return lengths
@@ -193,14 +190,14 @@ class PacketLink:
             return -1
 
     def _not_down(self, error: OSError) -> None:
-        # The kernel reports once that the link went down. The queue stays readable.
+        # The kernel reports only once that the link went down (ENETDOWN). The queue remains readable.
         if error.errno != errno.ENETDOWN:
             raise error
 
     def frame(self, name: str) -> bytes:
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # The interface has not existed yet.
+            if not self.mac:  # The interface has never existed.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame
@@ -223,7 +220,6 @@ class PacketLink:
         await trio.lowlevel.wait_writable(self.fd)
 
     async def changed(self) -> None:
-        """Wait until an interface of the network namespace changes."""
         await self._rtnetlink.wait()
 
     def dropped(self) -> int:

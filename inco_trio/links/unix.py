@@ -34,15 +34,15 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""Errors if no process at the peer's path can receive."""
+"""Error numbers of sendto(2) if no process at the peer's path can receive."""
 AFTERWARDS = (0.005, 0.02, 0.08)
-"""Seconds after an event when to check again: a socket's name appears an instant before the socket can receive."""
+"""Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
-"""Seconds between two checks if no event reports changes, as in an unreadable directory or when a process ends."""
+"""Seconds between checks when no event reports changes, such as in an unreadable directory or when a process ends."""
 PEEKED_MAX = 64
 """Maximum number of frames that `peek` returns; net.unix.max_dgram_qlen is usually less."""
 SENDERS_MAX = 64
-"""Maximum number of senders that are remembered."""
+"""Maximum number of senders in the cache `UnixLink._senders`."""
 IN_USE = "in use by a running process (stop that process, or use another path)"
 
 
@@ -51,10 +51,7 @@ def _new_socket() -> socket.socket:
 
 
 class UnixLink:
-    """The `Link` of the socket bound at `address.local`. `names` is shared, so the link does not close it.
-
-    `note` is 16 bytes that outlive the process together with the socket: device and inode of the socket file.
-    """
+    """The `Link` of the socket bound at `address.local`. `note` keeps device and inode of its file for a successor."""
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
         self.name = address.local
@@ -62,7 +59,7 @@ class UnixLink:
         self.mac = address.mac
         self.foreign = 0
         self.malformed = 0
-        """Number of the peer's frames that `peek` dropped."""
+        """Number of malformed frames from the peer that `peek` dropped."""
         self._address = address
         self._socket = sock
         self._bound = False
@@ -113,7 +110,7 @@ class UnixLink:
 
     @property
     def running(self) -> bool:
-        """Whether the socket is bound and a process is bound at the peer's path."""
+        """Whether our socket is bound and a process has bound a socket at the peer's path."""
         if self._closed or not self._ours:
             return False
         try:
@@ -131,9 +128,9 @@ class UnixLink:
         return self._refusal
 
     def refresh(self) -> bool:
-        """Bind the socket if its file is missing or was replaced. A socket that was bound before is replaced.
+        """Bind the socket if its file is missing or was replaced. Return whether the socket is bound.
 
-        Return whether the socket is bound. The frames of a replaced socket are received first.
+        A socket that was bound before is replaced by a new socket; its queued frames are received first.
         """
         self._all_watched = self._names.watch(self._watched)
         self._senders = {self._address.peer: True}
@@ -156,7 +153,7 @@ class UnixLink:
         return (found.st_dev, found.st_ino) == tuple(self._note)
 
     def _bind(self) -> None:
-        """Bind the socket, or a new socket if it was bound before. Raises IncoError."""
+        """Bind the socket. If it was bound before, bind a new socket instead. Raises IncoError."""
         try:
             self._clear_path()
             sock = _new_socket() if self._bound else self._socket
@@ -217,7 +214,7 @@ class UnixLink:
         except trio.ClosedResourceError:
             if self._closed:
                 raise
-            # A new socket has replaced this one. The caller reads both.
+            # `refresh` has replaced the socket. The caller reads the old and the new socket.
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         lengths: list[int] = []
@@ -256,8 +253,8 @@ class UnixLink:
     def peek(self) -> list[bytes]:
         """Return the oldest frames of the peer, which stay queued until `dequeue`. Raises OSError (unix(7)).
 
-        When the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted
-        (`foreign`, `malformed`).
+        If the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted in
+        `foreign` or `malformed`.
         """
         room = memoryview(bytearray(FRAME_MAX))
         while True:
@@ -286,7 +283,7 @@ class UnixLink:
 
     def dequeue(self) -> None:
         """Remove the oldest frame that `peek` returned from the queue."""
-        while not self._oldest.recv(1):  # An empty datagram may precede it.
+        while not self._oldest.recv(1):  # An empty datagram may precede the frame.
             self.malformed += 1
 
     @property
@@ -299,7 +296,7 @@ class UnixLink:
         return self._former[0] if self._former else self._socket
 
     def _meet(self, sender: object) -> bool:
-        """Return whether an unknown sender path leads to the peer, for example by a symlink. Remember the answer."""
+        """Return whether a new sender is the peer under another path, such as a symlink. Cache the result."""
         known = False
         if isinstance(sender, str) and sender.startswith("/"):
             try:
@@ -339,9 +336,9 @@ class UnixLink:
     async def wait_for_room(self) -> None:
         """Wait until the peer's queue has room, or the peer changes."""
         try:
-            # First wait for our send buffer, which holds the frames until the peer receives them.
+            # First wait until our send buffer has room: it holds each frame until the peer receives the frame.
             await trio.lowlevel.wait_writable(self.fd)
-            # Then wait for the peer's queue. poll(2) checks that queue only for a connected socket.
+            # Then wait until the peer's queue has room. poll(2) checks that queue only for a connected socket.
             with _new_socket() as self._room:
                 self._room.connect(self._address.peer)
                 await trio.lowlevel.wait_writable(self._room)
@@ -354,7 +351,7 @@ class UnixLink:
             self._room = None
 
     async def changed(self) -> None:
-        # If another process uses our path, no event reports its end.
+        # If another process uses our path, no event reports when that process ends.
         delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
         if delay is None:
             await self._names.wait(self._watched)

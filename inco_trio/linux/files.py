@@ -8,7 +8,7 @@ import stat
 __all__ = ["FILE_NAME_MAX", "is_path", "kind_of_file"]
 
 FILE_NAME_MAX = 255
-"""The longest file name, in bytes (NAME_MAX of limits.h)."""
+"""Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
 
 _KINDS = {
     stat.S_IFREG: "a file",

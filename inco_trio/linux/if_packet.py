@@ -21,10 +21,10 @@ PACKET_IGNORE_OUTGOING = 23
 SO_ATTACH_FILTER = SO_GET_FILTER = 26
 SO_LOCK_FILTER = 44
 GONE = frozenset({errno.ENODEV, errno.ENXIO})
-"""The interface does not exist any more."""
+"""Error numbers if the interface does not exist."""
 
 _INSTRUCTION = struct.Struct("=HBBI")
-"""struct sock_filter: the code, two jumps and a number."""
+"""struct sock_filter: the operation code, two jump offsets and an operand."""
 
 
 def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
@@ -35,10 +35,10 @@ def program(instructions: Iterable[tuple[int, int, int, int]]) -> bytes:
 def attach_filter(sock: socket.socket, code: bytes) -> None:
     """Let the kernel queue only frames that the filter accepts. The filter cannot be removed later. Raises OSError."""
     kept = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog has the number of instructions and their address.
+    # struct sock_fprog contains the number of instructions and their address.
     fprog = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(kept))
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
-    # A process that gets the descriptor cannot widen the filter.
+    # Lock the filter, so that a process that gets the descriptor cannot remove it.
     sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
 
 

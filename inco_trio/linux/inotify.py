@@ -61,7 +61,7 @@ def pack_event(wd: int, mask: int) -> bytes:
 
 
 def parse_events(data: bytes | memoryview) -> list[Event]:
-    """Return the events of a read(2), in order. An empty mask or incomplete event ends the used memory."""
+    """Return the events in `data`, in order. Stop at an empty mask or an incomplete event."""
     events = []
     unpack, head = EVENT.unpack_from, EVENT.size
     offset, end = 0, len(data)
@@ -97,7 +97,7 @@ class _Libc(pyinotify.INotifyWrapper):  # type: ignore[misc]  # pyinotify has no
     """The system calls for WatchManager. pyinotify's own wrapper would run ldconfig to find the C library."""
 
     def __init__(self) -> None:
-        """Do not load another copy of the C library."""
+        """Do nothing: the C library is already loaded."""
 
     def _get_errno(self) -> int:
         return ctypes.get_errno()
@@ -134,10 +134,9 @@ class Inotify:
         self._watches = _Watches(held)
         self.fd: int = self._watches.get_fd()
         self.read = 0
-        """Number of bytes that were read."""
+        """Total number of bytes read so far."""
 
     async def wait_readable(self) -> None:
-        """Wait until events may be queued."""
         import trio  # The import takes 0.1 s, and blocking programs do not need Trio.
 
         await trio.lowlevel.wait_readable(self.fd)
@@ -156,9 +155,9 @@ class Inotify:
         return int(wd)
 
     def unwatch(self, wd: int) -> None:
-        """End a watch, or forget one that the kernel has ended."""
+        """End a watch, or forget it if the kernel has already ended it."""
         if self._watches.get_watch(wd) is None:
-            # Only the kernel knows inherited watches.
+            # WatchManager does not know inherited watches.
             self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
         else:
             try:
@@ -173,7 +172,7 @@ class Inotify:
 
     @property
     def queued(self) -> int:
-        """Number of bytes of the unread events."""
+        """Number of bytes in the queue."""
         return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:
@@ -186,5 +185,5 @@ class Inotify:
         return length
 
     def close(self) -> None:
-        """Close the descriptor. Queue and watches stay while another process has the descriptor."""
+        """Close the descriptor. The queue and the watches persist as long as another process holds the descriptor."""
         os.close(self.fd)

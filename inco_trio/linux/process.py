@@ -32,6 +32,6 @@ def end_with_parent(parent: int) -> bool:
 
 
 def clear_capabilities() -> None:
-    """Drop the capabilities that execve(2) would keep, or give to root (capabilities(7)). Raises OSError."""
+    """Drop the capabilities that execve(2) would keep or grant to root (capabilities(7)). Raises OSError."""
     check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))

@@ -52,15 +52,12 @@ class Interface:
     port_of: str
     """The kind of `master`: "bridge", "bond"."""
     mtu: int
-    """The longest payload of a frame, in bytes."""
+    """Maximum payload of a frame in bytes."""
     address: bytes
 
 
 class Rtnetlink:
-    """A socket that reports changes of interfaces and describes them. Raises OSError (netlink(7)).
-
-    The socket belongs to the network namespace of the thread that opened it.
-    """
+    """A socket that describes the interfaces and reports when one of them changes. Raises OSError (netlink(7))."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
@@ -75,7 +72,7 @@ class Rtnetlink:
         return list(self._ask(NLM_F_DUMP, 0, b""))
 
     def interface(self, name: str = "", index: int = 0) -> Interface | None:
-        """Return the interface of that name or index, or None."""
+        """Return the interface with this name or index, or None if it does not exist."""
         value = name.encode() + b"\0"
         attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value if name else b""
         return next(self._ask(0, index, attribute), None)
@@ -87,7 +84,7 @@ class Rtnetlink:
         body = _INTERFACE.pack(0, 0, index, 0, 0) + attribute
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, number, 0) + body)
         while True:
-            # The kernel sends the first part before send(2) returns, and the next part whenever one is read.
+            # The kernel queues the first part of the answer before send(2) returns, and further parts after each read.
             for kind, answered, message in _messages(self._socket.recv(65536)):
                 if answered != number:
                     continue
@@ -103,12 +100,12 @@ class Rtnetlink:
             except BlockingIOError:
                 return
             except OSError as error:
-                # ENOBUFS means that the queue overflowed. Only the fact that something changed matters.
+                # ENOBUFS: the queue overflowed. Lost messages do not matter: they only say that something has changed.
                 if error.errno != errno.ENOBUFS:
                     raise
 
     async def wait(self) -> None:
-        """Wait for a change of any interface."""
+        """Wait until any interface changes."""
         await trio.lowlevel.wait_readable(self._socket.fileno())
         self._drain()
 
@@ -125,7 +122,7 @@ def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    """Return the attributes by type."""
+    """Return the attributes of a message by type."""
     found = {}
     while len(data) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(data)

@@ -9,13 +9,13 @@ __all__ = ["SOCKET_PATH_MAX", "SO_PEEK_OFF", "set_receive_buffer"]
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
 SOCKET_PATH_MAX = 107
-"""The longest path of a socket, in bytes (sun_path of unix(7) without its NUL)."""
+"""Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
 
 
 def set_receive_buffer(sock: socket.socket, size: int) -> None:
-    """Request a receive buffer of `size` bytes, which the kernel doubles.
+    """Request a receive buffer of `size` bytes; the kernel doubles this value.
 
-    Without CAP_NET_ADMIN in the first user namespace, net.core.rmem_max is the limit.
+    Without CAP_NET_ADMIN in the initial user namespace, the kernel caps `size` at net.core.rmem_max.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size)

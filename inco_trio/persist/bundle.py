@@ -1,8 +1,8 @@
-"""Many descriptors in one: s6-fdholder-getdump fails with several hundred, and the environment is small.
+"""Store many descriptors as one, because s6-fdholder-getdump fails with several hundred descriptors.
 
-The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages that no process receives (unix(7)). The fd
-store has this socket. A successor peeks at the messages (MSG_PEEK), which opens copies and leaves the queue unchanged.
-Later changes are appended as a line of text and a descriptor. When the queue is full, a new socket replaces it.
+The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages (unix(7)), and the fd store keeps the socket.
+A successor peeks at the messages (MSG_PEEK), which opens copies of the descriptors and leaves the queue unchanged.
+Later changes are appended as a line of text and a descriptor. When the queue is full, a new socket is stored instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STORED, REMOVED = b"+", b"-"
 
 
 class Bundle:
-    """An `FdStore` that uses only one descriptor of `outer`. `kept` has open copies of all stored descriptors."""
+    """An `FdStore` that stores only one descriptor in `outer`. `kept` has open copies of all stored descriptors."""
 
     def __init__(self, outer: FdStore) -> None:
         self.supervisor = outer.supervisor
@@ -103,7 +103,7 @@ class Bundle:
         self._entry = entry
 
     def close(self) -> None:
-        """Close the copies. The fd store still has the descriptors."""
+        """Close the copies of the descriptors. The fd store keeps its own."""
         for name in tuple(self.kept):
             self._forget(name)
         if self._entry is not None:

@@ -1,8 +1,8 @@
 """Fd stores, in which descriptors outlive the process: s6-fdholder-daemon, or the fd store of systemd.
 
 A descriptor is stored under its name and a number (`link.2`). A replacement is stored under the next number before the
-old descriptor is deleted, so the fd store always has one of them. After a crash, the higher number is the newer one.
-If the next number is taken already, a second process uses the same names.
+old descriptor is deleted, so the fd store always has one of them. After a crash, the higher number is the newer
+descriptor. If the next number is already taken, another process uses the same names.
 
 See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds(3).
 """
@@ -21,7 +21,7 @@ from inco_trio.notify import sd_notify
 __all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
 
 _TIMEOUT_MS = 5000
-"""The daemon answers within a millisecond or never. Without a limit, the tools of s6 would wait for ever."""
+"""Timeout of the s6 tools in milliseconds. The daemon normally answers within 1 ms."""
 _LISTEN_FDS_START = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 _Found = tuple[str, int, int]
@@ -115,7 +115,7 @@ class S6FdStore(_NumberedFdStore):
 
     def _drop(self, identifier: str) -> None:
         code, reason = self._run("s6-fdholder-delete", identifier, subprocess.DEVNULL)
-        # 1 means denied: the daemon has restarted and does not know the identifier, which we could delete otherwise.
+        # Exit code 1 means denied. We may delete our identifiers, so the daemon has restarted and lost this identifier.
         if code not in (0, 1):
             raise ResourceError(f"cannot delete {self._prefix}{identifier} from {self._socket}: {reason}")
 
@@ -156,7 +156,7 @@ class SystemdFdStore(_NumberedFdStore):
 
 
 def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
-    """Return the fd store of the supervisor: of s6 at the socket `fd_holder` if given, of systemd, or a NoFdStore.
+    """Return the fd store of s6 at the socket `fd_holder` if given, or else of systemd, or else a NoFdStore.
 
     Call this function once, before other descriptors are opened. Raises InvalidArgumentError.
     """
@@ -197,7 +197,7 @@ def _take_listen_fds() -> list[_Found]:
 
 
 def _numbered(entries: Iterable[tuple[str, int]]) -> list[_Found]:
-    """Return the entries whose identifiers have a name and a number. Close the descriptors of the others."""
+    """Return the entries whose identifiers have a name and a number. Close the descriptors of all other entries."""
     found = []
     for identifier, fd in entries:
         name, _, number = identifier.rpartition(".")

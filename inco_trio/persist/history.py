@@ -5,7 +5,7 @@ empty until a client asks for it. The ring has room for `KEPT` notifications. Ol
 number per signal remains.
 
 Layout: a page of numbers, a table of merged notifications for each direction, and the ring. Each number is updated
-after the data that it counts. If the process dies in between, a notification is stored twice or not yet.
+after the data that it counts. If the process dies in between, a notification is missing or is counted twice.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Record:
     """A notification in the ring."""
 
     sequence: int
-    """The number of the notification in the history, from 1."""
+    """The sequence number of the notification."""
     direction: Direction
     name: str
     time_ns: int
-    """When it was delivered or sent (time.time_ns())."""
+    """When the notification was delivered or sent (time.time_ns())."""
     monotonic_ns: int
-    """The same time as time.monotonic_ns()."""
+    """The same moment according to time.monotonic_ns()."""
 
 
 @attrs.frozen
@@ -67,27 +67,27 @@ class History:
 
     @property
     def boot(self) -> str:
-        """A random identifier of the numbering. A history that starts over gets a new one."""
+        """A random identifier of the history. A history that starts over gets a new identifier."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
     def sequence(self) -> int:
-        """The number of the last notification."""
+        """The sequence number of the last notification."""
         return self._numbers[_SEQUENCE]
 
     @property
     def acknowledged(self) -> int:
-        """The number of the last acknowledged notification."""
+        """The sequence number of the last acknowledged notification."""
         return self._numbers[_ACKNOWLEDGED]
 
     @property
     def floor(self) -> int:
-        """The number up to which all notifications are acknowledged or merged."""
+        """The sequence number up to which all notifications are acknowledged or merged."""
         return max(self._numbers[_ACKNOWLEDGED], self._numbers[_MERGED_TO])
 
     @property
     def merged_to(self) -> int:
-        """The number of the last merged notification."""
+        """The sequence number of the last merged notification."""
         return self._numbers[_MERGED_TO]
 
     @property
@@ -101,7 +101,7 @@ class History:
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:
-        """Start to keep notifications; the next one gets the number `sequence` + 1. Do nothing if started already."""
+        """Start to store notifications. The next one gets the number `sequence` + 1. No effect if already started."""
         if self.keeping:
             return
         self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
@@ -140,7 +140,7 @@ class History:
             numbers[_SEQUENCE] = sequence
 
     def _merge(self, sequence: int) -> int:
-        """Merge the oldest notification, which has the number `sequence`. Return `sequence`."""
+        """Merge the oldest notification, which has the sequence number `sequence`. Return `sequence`."""
         record = self._at(sequence)
         self._merged[record.direction is Direction.OUTBOUND][record.name.encode("ascii")] += 1
         self._numbers[_MERGED_TO] = sequence
@@ -153,7 +153,7 @@ class History:
         return Record(sequence, _DIRECTIONS[outbound], name.rstrip(b"\0").decode("ascii"), wall, monotonic)
 
     def after(self, sequence: int, most: int) -> list[Record]:
-        """Return up to `most` notifications after the number `sequence` from the ring."""
+        """Return up to `most` notifications from the ring that follow the sequence number `sequence`."""
         first = max(sequence, self.floor) + 1
         return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
 
@@ -164,7 +164,7 @@ class History:
                 yield Merged(direction, name.decode("ascii"), table[name])
 
     def acknowledge(self, sequence: int, merged: Sequence[Merged] = ()) -> None:
-        """Forget all notifications up to the number `sequence`, and the given merged ones."""
+        """Forget all notifications up to the sequence number `sequence`, and the given merged notifications."""
         for each in merged:
             table, name = self._merged[each.direction is Direction.OUTBOUND], each.name.encode("ascii")
             table[name] = max(0, table[name] - each.count)

@@ -1,13 +1,13 @@
 """The in-flight buffer: data that was read from the kernel but not processed yet, in a memfd that outlives the process.
 
-The kernel forgets a frame or an inotify event once it is read. If the process died before acting on it, the
-notification would be lost. So the proxy reads into this memory, which the fd store keeps (see `fdstore`), and blanks a
-part only after processing its content. A successor processes the remaining content again: delivery is at least once.
+The kernel forgets a frame or an inotify event once it is read. If the process died before acting on the data, the
+notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see `fdstore`), and
+blanks it only after processing the data. A successor processes the remaining data again: delivery is at least once.
 
-recv(2) and read(2) copy before they return, and a fatal signal does not interrupt the copying. So all data that left
-the kernel's queue is complete here. Frames and events delimit themselves in blank memory. Storing a length would take a
-second step, before which the process could die. Blank memory is zeros. In a bank of frames, 8 random bytes (the mark)
-end each step; only a frame that is longer than a step overwrites the mark.
+recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copying. All data that
+has left the kernel's queue is therefore complete in this memory. No length is stored, because the process could die
+first; the end of the data is visible because unused memory is blank, which means zeros. In a bank of frames, 8 random
+bytes (the mark) end each slot; only a frame that is too long for a slot overwrites the mark.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
 processes with many boards (`queue`, `proxy.share`); a history (`history`).
@@ -29,23 +29,23 @@ __all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "RING", "SHORT", "Bank", "Inflig
 
 MAGIC = b"inco-trio inflight 4, batches of %6d frames\n"
 MARK = 8
-"""Bytes of the mark after each frame."""
+"""Size of the mark after each frame, in bytes."""
 FRAME_STEP = 128
-"""Bytes from one frame of a bank to the next: few, so that a bank fits into the CPU cache."""
+"""Size of a slot of a bank in bytes, small enough that the bank fits into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""The longest frame that other frames may follow, in bytes. Our frames have up to 18 + 64 bytes."""
+"""Maximum length in bytes of a frame that fits into one slot. Our frames have at most 18 + 64 bytes."""
 FRAMES = 256
-"""Maximum number of frames in a batch: enough to make the cost of a hand-over small."""
+"""Maximum number of frames in a batch, large enough that the cost of a hand-over is small."""
 EVENT_BANK = 4 * PAGE
-"""Bytes of inotify events in one batch: 1024 events without a name."""
+"""Size of a bank of inotify events in bytes: 1,024 events without a name."""
 RING = 192 * PAGE
-"""Bytes of the ring of the history."""
+"""Size of the history's ring in bytes."""
 QUEUE = 256 * PAGE
-"""Bytes of the event queue: four times the 16,384 events that the kernel queues by default."""
+"""Size of the event queue in bytes: four times the 16,384 events that the kernel queues by default."""
 
 
 def _bank_of(frames: int) -> int:
-    """Return the bytes of a bank of frames, in whole pages."""
+    """Return the size of a bank of frames in bytes, rounded up to whole pages."""
     return -(-(FRAME_STEP * (frames - 1) + FRAME_MAX) // PAGE) * PAGE
 
 
@@ -55,35 +55,35 @@ BEFORE_HISTORY = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUE
 SIZE = BEFORE_HISTORY + HISTORY
 _NO_EVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
-"""The mark of all memory that this process creates."""
+"""The mark in all memory that this process creates."""
 
 
 @functools.cache
 def _no_frames(mark: bytes, frames: int) -> bytes:
-    """Return an empty bank of frames."""
+    """Return the content of an empty bank of frames."""
     return (bytes(SHORT) + mark) * (_bank_of(frames) // FRAME_STEP)
 
 
 class Bank:
-    """The memory of one batch of frames or events. It is blank while it is free."""
+    """The memory of one batch of frames or events. It is blank while it is unused."""
 
     def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
         self.view = view
         self._sequence = sequence
         self.blank = blank
-        """The content of free memory."""
+        """The content of unused memory."""
 
     @property
     def sequence(self) -> int:
-        """The number of the batch. Of two banks, the lower number is older."""
+        """The sequence number of the batch. Of two banks, the bank with the lower number is older."""
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the number of the batch. Call this before the first read."""
+        """Store the sequence number of the next batch. Call this before reading into the bank."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
-        """Blank the first `length` bytes, because their content is processed."""
+        """Blank the first `length` bytes, whose content has been processed."""
         self.view[:length] = self.blank[:length]
 
 
@@ -95,15 +95,15 @@ class Inflight:
     frames: tuple[Bank, Bank]
     events: tuple[Bank, Bank]
     pending: NumberTable
-    """Numbers of pending inbound notifications, by wire name."""
+    """The number of pending inbound notifications of each signal, by wire name."""
     watches: NumberTable
-    """Watch descriptors, by the key of the path (`registers.directory.watch_key`)."""
+    """Watch descriptors, by the key of the watched path (`registers.directory.watch_key`)."""
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """A page, two tables and a ring, see `history`."""
+    """The memory of the history: a page, two tables and a ring (see `persist.history`)."""
     note: memoryview
-    """16 bytes for the link, see `links.unix`."""
+    """16 bytes for the use of the link (see `links.unix`)."""
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
@@ -150,7 +150,7 @@ class Inflight:
         )
 
     def close(self) -> None:
-        """Close the descriptor. The memory exists as long as another process has a descriptor of it."""
+        """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
         # Deleting the last view unmaps the memory. Closing the map here would raise BufferError.
 
@@ -161,7 +161,7 @@ def _new_memory(magic: bytes, held: int | None) -> int:
     os.ftruncate(fd, SIZE)
     os.pwrite(fd, magic + _MARK, 0)
     if held is not None:
-        # Close `held` last, so that the new descriptor has another number: this is how callers notice the replacement.
+        # Close `held` last, so that the new descriptor gets a different number: callers compare the numbers.
         os.close(held)
     return fd
 
@@ -169,7 +169,7 @@ def _new_memory(magic: bytes, held: int | None) -> int:
 def frames_in(bank: Bank) -> list[bytes]:
     """Return the frames in a bank, without NUL padding, in order of arrival."""
     if bytes(bank.view) == bank.blank:
-        return []  # This is the common case. Skipping the scan saves time when many boards start.
+        return []  # Usually the bank is empty. Skipping the scan saves time when many boards start.
     frames, mark = [], bank.blank[SHORT:FRAME_STEP]
     for start in range(0, len(bank.view) - FRAME_MAX + 1, FRAME_STEP):
         step = bytes(bank.view[start : start + FRAME_STEP])

@@ -32,7 +32,7 @@ class EventQueue:
         return max(0, self._ends[1] - self._ends[0])
 
     def copy(self) -> bytes:
-        """Return a copy of the queued events. Other pages are not touched, because that would allocate memory."""
+        """Return a copy of the queued events, without touching unused pages, which would allocate memory."""
         place, length = self._ends[0] % len(self._room), len(self)
         behind = bytes(self._room[place : place + length])
         return behind + bytes(self._room[: length - len(behind)])
@@ -57,7 +57,7 @@ class EventQueue:
         self._ends[1] = end + len(events)
 
     def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
-        """Call `act` with the queued events. If it returns True, empty the queue. Return the processed bytes."""
+        """Call `act` with the queued events. If it returns True, empty the queue and return its former length."""
         length = len(self)
         if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
             return 0
@@ -65,7 +65,7 @@ class EventQueue:
         return length
 
     def read_into(self, buffer: memoryview) -> int:
-        """Move as many whole events as fit into `buffer`. Return the number of bytes."""
+        """Move as many whole events as fit into `buffer`. Return the number of bytes moved."""
         start, size = self._ends[0], len(self._room)
         available = min(len(self), len(buffer))
         place = start % size

@@ -55,7 +55,7 @@ class NumberTable:
                 index = self._free.pop()
             else:
                 index, self._end = self._end, self._end + 1
-            # Write the key first: if the process dies now, the entry has the number 0 and is unused.
+            # Write the key first: if the process dies before it writes the number, the entry is unused.
             self._keys[index * KEY : (index + 1) * KEY] = key.ljust(KEY, b"\0")
             self.places[key] = index
         self._numbers[index] = number

@@ -1,8 +1,7 @@
-"""Several boards in one process: one proxy per board, and one inotify descriptor for all.
+"""Several boards in one process: one proxy for each board, and one inotify descriptor for all boards.
 
-Each board has its own task, scope, counters and log prefix. If a board cannot be opened or fails, the fleet retries it
-after a pause and at each reload; the other boards are not affected. The next proxy of a board inherits the board's
-in-flight buffer and its share of the inotify queue.
+If a board cannot be opened or fails, the fleet retries it after a pause and at each reload. The other boards keep
+running. The next proxy of a board inherits the board's in-flight buffer and its share of the inotify queue.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ FRAMES_AT_ONCE = 16
 """Maximum number of frames that a board reads before other boards run."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""Seconds before opening a board is retried: the first pause and the longest."""
+"""PAUSE and PAUSE_MAX are the first and the longest pause before opening a board is retried, in seconds."""
 
 
 class _BoardStore:
-    """The part of a bundle that belongs to one board. Each proxy of the board inherits these descriptors."""
+    """The stored descriptors of one board, in the `Bundle` of all boards. Each new proxy of the board inherits them."""
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.inherited: dict[str, int] = {}
@@ -55,10 +54,7 @@ class _BoardStore:
         self._name = name
 
     def lend(self, inflight: int) -> None:
-        """Fill `inherited` for the next proxy: the in-flight buffer, and a copy of the link that the proxy may close.
-
-        Raises ResourceError.
-        """
+        """Fill `inherited` for the next proxy. The link is a duplicate that the proxy closes. Raises ResourceError."""
         self.inherited = {"inflight": inflight} if f"{self._name}/inflight" in self._bundle.kept else {}
         link = self._bundle.kept.get(f"{self._name}/link")
         if link is not None:
@@ -81,33 +77,33 @@ class _Kept:
     ground: Ground
     share: Share
     store: _BoardStore | None
-    """None if nothing outlives the process."""
+    """The board's descriptors in the fd store, or None if there is no fd store."""
 
 
 @attrs.frozen
 class _Plan:
-    """The changes of a reload."""
+    """The changes that a reload makes."""
 
     removed: list[_Board]
     moved: list[_Board]
-    """Boards that get another link or network namespace: their proxies are replaced."""
+    """Boards whose link or network namespace changes. Their proxies are replaced."""
     now: dict[str, Config]
-    """Boards to open or change that need nothing of `removed` and `moved`."""
+    """Boards to open or reload at once."""
     later: dict[str, Config]
-    """Boards to open or change after `removed` and `moved` have ended."""
+    """Boards to open once the boards in `removed` and `moved` have stopped: they use the same links or directories."""
     staying: Collection[str]
 
 
 @attrs.define(eq=False)
 class _Board:
-    """A board; `proxy` is None while it is not open."""
+    """A configured board. `proxy` is None while the board is not open."""
 
     name: str
     config: Config
     netns: tuple[int, int]
     proxy: Proxy | None = None
     problem: str = ""
-    """The last reason for which the board was not open."""
+    """Why the last attempt to open the board failed."""
     again: trio.Event = attrs.Factory(trio.Event)
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     ended: trio.Event = attrs.Factory(trio.Event)
@@ -116,8 +112,8 @@ class _Board:
 class Proxies(Mapping[str, Proxy]):
     """A mapping from board names to the open proxies of a process; `open_proxies` returns one.
 
-    The mapping changes while boards open and close. A configured board that is not open is missing: `proxies[name]`
-    raises BoardNotOpenError, a KeyError with the reason. `not_open` lists all such boards.
+    The mapping changes when a board opens or closes. If a configured board is not open, `proxies[name]` raises
+    BoardNotOpenError, which is a KeyError and contains the reason. `not_open` lists these boards.
     """
 
     def __init__(self, fd_store: FdStore, resources: ExitStack, listener: Listener | None = None) -> None:
@@ -171,7 +167,6 @@ class Proxies(Mapping[str, Proxy]):
         return board.proxy
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the open boards."""
         return iter([name for name, board in self._boards.items() if board.proxy is not None])
 
     def __len__(self) -> int:
@@ -184,16 +179,16 @@ class Proxies(Mapping[str, Proxy]):
 
     @property
     def not_open(self) -> Mapping[str, str]:
-        """The reasons for which boards are not open, by name."""
+        """The names of the configured boards that are not open, each with the reason."""
         return {name: board.problem for name, board in self._boards.items() if board.proxy is None}
 
     @property
     def stats(self) -> Mapping[str, Stats]:
-        """The counters of the open boards or, after the fleet has closed, of the boards that were open then."""
+        """The counters of each open board or, after the fleet has closed, of each board that was open at the end."""
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
-        """Replace the set of boards. Boards named in `keep` stay as they are, if they exist.
+        """Replace the set of boards. Existing boards that are named in `keep` do not change.
 
         New boards are opened, missing ones are stopped cleanly, and changed ones are reloaded. A board whose link
         changed gets a new proxy, which also sends notifications that were triggered before the change. Return the
@@ -240,7 +235,7 @@ class Proxies(Mapping[str, Proxy]):
         )
 
     async def _open_or_change(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
-        """Open new boards and change the others. Add the refused ones to `refused`."""
+        """Open new boards and reload existing ones. Add each board that is refused, with the error, to `refused`."""
         assert self._nursery is not None  # noqa: S101 - see `_start`
         started = []
         for name, config in configs.items():
@@ -296,7 +291,7 @@ class Proxies(Mapping[str, Proxy]):
             del self._boards[board.name]
 
     async def _replace(self, board: _Board, config: Config) -> None:
-        """Stop a board that gets another link. Its next proxy finishes the pending notifications."""
+        """Stop the proxy of a board whose link changes. The board's next proxy finishes the pending notifications."""
         if board.proxy is not None:
             board.proxy._expect_successor()
         if kept := self._kept.get(board.name):
@@ -307,7 +302,6 @@ class Proxies(Mapping[str, Proxy]):
         del self._boards[board.name]
 
     def _drop(self, name: str) -> None:
-        """Release the resources of a board that was removed."""
         kept = self._kept.pop(name)
         self._shared.end(kept.share)
         if kept.store is not None:
@@ -317,7 +311,7 @@ class Proxies(Mapping[str, Proxy]):
         kept.ground.inflight.close()
 
     async def _run_board(self, board: _Board, opened: trio.Event) -> None:
-        """Run the task of a board. Set `opened` after the first attempt to open the board."""
+        """Keep a board open until its scope is cancelled. Set `opened` after the first attempt to open the board."""
         board_name.set(board.name)
         pause = PAUSE
         try:
@@ -349,9 +343,9 @@ class Proxies(Mapping[str, Proxy]):
             kept.store.lend(kept.ground.inflight.fd)
         with ExitStack() as resources:
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
-            # Opening a board causes events. Those of thousands of boards would overflow the kernel's queue.
+            # Opening a board causes inotify events. Read them now, so that many boards do not overflow the queue.
             self._shared.drain()
-            # The reading task of all boards calls `finish_alone`. The context sets the log prefix of this board.
+            # The task that reads inotify for all boards calls `finish_alone`. The context sets this board's log prefix.
             run_here = contextvars.copy_context().run
             kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
             resources.callback(kept.share.leave)
@@ -369,10 +363,11 @@ class Proxies(Mapping[str, Proxy]):
 
 @asynccontextmanager
 async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
-    """Run a proxy for each board while the block runs. When the block ends or is cancelled, they stop cleanly.
+    """Run a proxy for each board while the block runs. Stop all proxies cleanly when it ends or is cancelled.
 
-    When the block starts, each board is open, or `Proxies.not_open` has the reason and the fleet retries to open the
-    board. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup as `open_proxy`.
+    When the block starts, each board is open, or `Proxies.not_open` has the reason and the fleet keeps trying to open
+    it. Raises ResourceError, ConfigError if boards share a link or directory, and ExceptionGroup under the same
+    conditions as `open_proxy`.
     """
     async with open_fleet(configs, NoFdStore()) as proxies:
         yield proxies
@@ -382,7 +377,7 @@ async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
 async def open_fleet(
     configs: Mapping[str, Config], fd_store: FdStore, keep: Collection[str] = (), listener: Listener | None = None
 ) -> AsyncIterator[Proxies]:
-    """Do what `open_proxies` does, with descriptors in `fd_store`. `listener` gets all events; `keep`: see `reload`."""
+    """Do what `open_proxies` does, and store descriptors in `fd_store`. For `keep`, see `Proxies.reload`."""
     if shared := refuse_shared(configs):
         raise ConfigError("", (f"{name}: {why}" for name, why in shared.items()))
     with ExitStack() as resources:

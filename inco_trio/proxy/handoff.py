@@ -1,4 +1,4 @@
-"""One direction of the proxy: the memory channel between the task that reads and the task that acts."""
+"""The memory channel from the task that reads notifications to the task that writes or sends them."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from inco_trio.proxy.supervise import Health
 __all__ = ["Batch", "Handoff"]
 
 Item = TypeVar("Item")
-"""One notification: the file to write or the signal to send."""
+"""The type of one notification: the state file to write, or the signal to send."""
 
 
 @attrs.define(eq=False)
 class Batch(Generic[Item]):
-    """Notifications in flight from one task to the next, in order."""
+    """Notifications on the way from the reading task to the acting task, in order."""
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """The banks that the items were read into, with the used lengths. Cleared once all items are finished."""
+    """The banks to clear once all items are finished, each with the length that the items use."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
-    """The watches to note once all items are finished, see `Triggered`."""
+    """The watches to store once all items are finished; see `Triggered.watches`."""
     drained: bool = True
     """Whether the kernel's queue was empty after the read."""
     frames: Sequence[bytes] = ()
-    """The frame of each item, if `Listener.wants_frames`."""
+    """The frame of each item. Empty unless `Listener.wants_frames` is set."""
     finished: trio.Event | None = None
-    """Set once all items are finished."""
+    """An event that is set once all items are finished."""
 
 
 class Handoff(Generic[Item]):
     """An unbuffered channel, and the batches that are not finished.
 
-    A task that cannot hand over does not read. The backlog thus stays in the kernel, where it is counted and outlives
-    the process. `report` is called with items and frames of every finished batch; `noted` is `Inflight.watches`.
+    The reading task waits until the acting task takes a batch. Meanwhile, the backlog stays in the kernel's queue,
+    which survives the process. `report` receives the items and frames of each finished batch.
     """
 
     def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
@@ -53,14 +53,14 @@ class Handoff(Generic[Item]):
         self.unfinished: set[Batch[Item]] = set()
 
     def begin(self, batch: Batch[Item]) -> Batch[Item]:
-        """Register a batch as in flight."""
+        """Register a batch as unfinished, and return it."""
         self.unfinished.add(batch)
         return batch
 
     def finish(self, batch: Batch[Item]) -> None:
         """Finish a batch: report its items, and clear its memory."""
         if batch.items:
-            # Report before the memory is cleared: a kill in between causes a duplicate report instead of a lost one.
+            # Report first: if the process is killed before it clears the memory, a report is repeated instead of lost.
             self.report(batch.items, batch.frames)
         for key, wd in batch.watches.items():
             self._noted[key] = wd
@@ -71,9 +71,9 @@ class Handoff(Generic[Item]):
         self.unfinished.discard(batch)
 
     async def hand_over(self, batch: Batch[Item]) -> None:
-        """Hand a batch to the next task. The call is shielded from cancellation: the kernel has forgotten the content.
+        """Hand a batch to the acting task, shielded from cancellation because the kernel no longer has the data.
 
-        When the call returns, all earlier batches are finished, because the next task takes one batch at a time.
+        When the call returns, all earlier batches are finished, because the acting task takes one batch at a time.
         """
         try:
             self._entry.send_nowait(batch)
@@ -85,11 +85,11 @@ class Handoff(Generic[Item]):
             if scope.cancelled_caught:
                 await self._refuse()
         except trio.ClosedResourceError:
-            # `abort` and `close` ran after the next task had taken the previous batch.
+            # `abort` and `close` ran after the acting task had taken the previous batch.
             await self._refuse()
 
     async def _refuse(self) -> NoReturn:
-        """Stop the reading task, which would overwrite batches in flight: raise Cancelled, or else ClosedError."""
+        """Raise Cancelled or ClosedError to stop the reading task, which would overwrite unfinished batches."""
         await trio.lowlevel.checkpoint()
         raise ClosedError("the proxy is closed") from None
 
@@ -126,10 +126,10 @@ class Handoff(Generic[Item]):
             self._reading.cancel()
 
     def close(self) -> None:
-        """Let the acting task return after it has finished the batches that it got."""
+        """Let the acting task return once it has finished its current batch."""
         self._entry.close()
 
     def abort(self) -> None:
-        """Abandon hand-overs in progress. The caller then cancels the tasks."""
+        """Cancel hand-overs that are waiting. The caller must then cancel the tasks."""
         for scope in self._handing:
             scope.cancel()

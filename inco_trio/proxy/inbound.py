@@ -22,19 +22,16 @@ from inco_trio.registers.states import StateFile, StateFiles
 __all__ = ["Inbound"]
 
 FORMS = 4
-"""Maximum number of cached frames per signal. They differ in their tags."""
+"""Maximum number of cached frames per signal, on average. Frames of one signal may differ in their VLAN tags."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
-"""A frame in a bank. The bytes after the addresses identify the frame: zeros and the mark follow a frame, padded or
-not, and a longer frame overwrites the mark."""
+"""One slot of a bank. The bytes after the MAC addresses are the key of the frame cache (`StateFiles.by_frame`). A frame
+that is too long for a slot overwrites the mark at its end, so its key is never in the cache."""
 
 logger = logging.getLogger(__name__)
 
 
 class Inbound:
-    """Reads frames into the in-flight buffer and writes the state files of their signals.
-
-    If a batch is limited to fewer than FRAMES frames, other tasks run after each batch. This lowers the maximum rate.
-    """
+    """Reads frames into the in-flight buffer and writes the state files of their signals."""
 
     def __init__(
         self,
@@ -57,12 +54,12 @@ class Inbound:
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The slots for the frames of a batch, by bank. Created on first use: many boards never have a batch."""
+        """The slots of each bank. Created on first use, because many boards only ever receive single frames."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
     def recover(self) -> None:
-        """Deliver the frames that a previous process had read but not finished."""
+        """Deliver the frames that an earlier process read but did not deliver."""
         known = self._states.known
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
@@ -73,12 +70,11 @@ class Inbound:
             bank.clear(len(bank.view))
 
     def drain(self, stale: Link) -> None:
-        """Deliver the frames that are queued in another link."""
+        """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced."""
         while batch := self._read(stale):
             self._deliver(batch)
 
     def count_dropped(self) -> None:
-        """Update the counters of dropped and foreign frames."""
         self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
@@ -110,7 +106,7 @@ class Inbound:
         return self._handoff.begin(batch)
 
     def _frames_of(self, files: Sequence[StateFile], view: memoryview, lengths: Sequence[int]) -> list[bytes]:
-        """Return the frame of each file. `view` has the frames as they were read into a bank."""
+        """Return the frame of each file in `files`. `view` contains all frames of the batch, including ignored ones."""
         names = [file.signal.name.encode() for file in files]
         frames: list[bytes] = []
         for number, length in enumerate(lengths):
@@ -120,7 +116,7 @@ class Inbound:
         return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
-        """Return the file of a frame. Count frames without a file."""
+        """Return the state file for the frame in `room`. If there is none, count the frame and return None."""
         file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
         return self._decode(room, length) if file is None else file
 
@@ -154,7 +150,7 @@ class Inbound:
         burst = False
         while batch := self._read(self._link):
             if len(self._handoff.unfinished) == 1 and (batch.drained or self._at_once < FRAMES):
-                # No other batch is in flight and the queue is empty, so a hand-over would only delay this batch.
+                # No other batch is unfinished, so a hand-over would only delay this batch.
                 self._deliver(batch)
                 if batch.drained:
                     break
@@ -166,7 +162,7 @@ class Inbound:
             self.count_dropped()
 
     def _receive_lone(self) -> bool:
-        """Read and deliver one frame without a hand-over while nothing is in flight. Return False if none is queued."""
+        """Read and deliver one frame without a hand-over. Return False if no frame is queued."""
         room = self._lone_room
         length = self._link.receive_one(room)
         if length < 0:

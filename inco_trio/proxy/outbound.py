@@ -22,7 +22,7 @@ from inco_trio.signals import Signal
 __all__ = ["Outbound"]
 
 EVENT_ROOM = 16 + 256
-"""Bytes of the largest inotify event. If the buffer has less room left after a read, more events may be queued."""
+"""Size of the largest inotify event in bytes. If a read leaves less space in the buffer, more events may be queued."""
 
 
 class Outbound:
@@ -46,7 +46,7 @@ class Outbound:
         self._counters = counters
         self._ignored = ignored
         self.failures: Counter[str] = Counter()
-        """Failed attempts to send a frame, by signal."""
+        """Number of failed attempts to send a frame, by signal name."""
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
@@ -54,7 +54,7 @@ class Outbound:
         self._waiting: set[trio.Event] = set()
 
     def recover(self) -> None:
-        """Recover events that a previous process had read but not finished. The task `triggers` hands them over."""
+        """Recover events that an earlier process read but did not finish. The task `triggers` hands them over."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -64,15 +64,12 @@ class Outbound:
         self._recovered.finished = trio.Event()
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
-        """Return a batch of the triggered signals, without the first `sent`."""
+        """Return a batch of the triggered signals, without the first `sent` signals."""
         self._counters.triggered += len(triggered.signals)
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
     async def send_found(self, found: Triggered) -> None:
-        """Send the notifications of replaced triggers that no event reported.
-
-        If the proxy closes before the hand-over, the watches are not noted, so a successor finds the triggers again.
-        """
+        """Send notifications of replaced triggers. If the proxy closes first, a successor finds the triggers again."""
         with contextlib.suppress(ClosedError):
             await self._handoff.hand_over(self._batch(found))
 
@@ -101,12 +98,11 @@ class Outbound:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - set by `recover`
-            await batch.finished.wait()  # The recovered events occupy both banks.
+            await batch.finished.wait()  # Until then, the recovered events occupy both banks.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
     def _begin_bank(self) -> None:
-        """Switch to the other bank, which is free."""
         self._bank = self._inflight.events[self._fills & 1]
         self._bank.begin(self._fills + 1)
 
@@ -120,7 +116,7 @@ class Outbound:
                 return
             last = length <= EVENT_BANK - EVENT_ROOM
             triggered = self._triggers.follow(parse_events(bank.view[:length]))
-            # If nothing else is in flight or queued, a hand-over would only delay these signals.
+            # If no other notification is unfinished or queued, a hand-over would only delay these signals.
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.items:
@@ -133,10 +129,7 @@ class Outbound:
                 return
 
     def finish_alone(self, events: memoryview, length: int) -> bool:
-        """If `events` is a single close of a trigger and nothing is in flight, send its frame at once.
-
-        Return whether the frame was sent. A hand-over would only delay the frame.
-        """
+        """If `events` is a single close of a trigger and no batch is unfinished, send the frame and return True."""
         if self._handoff.unfinished:
             return False
         signal = self._triggers.closed_alone(events, length)
@@ -173,7 +166,7 @@ class Outbound:
             health.well()
 
     async def _send(self, signal: Signal, health: Health) -> bool:
-        """Send one frame and wait until the link accepts the frame. Return False if the frame is too long for the link.
+        """Send one frame, waiting until the link accepts it. Return False if the frame is too long for the link.
 
         Raises OSError for other errors that waiting cannot fix.
         """
@@ -187,14 +180,14 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # Otherwise retry once: the link may have come up since the error occurred.
+                if before is changed:  # Otherwise retry at once: the link may have come up meanwhile.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     await changed.wait()
             except OSError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
-                    # ENOBUFS, for example, means that the queue of the device is full. No event reports free room.
+                    # For example, ENOBUFS: the device queue is full. No event reports when the queue has room again.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     with trio.move_on_after(health.backoff.next()):
                         await changed.wait()
@@ -210,6 +203,6 @@ class Outbound:
                 return True
 
     def link_changed(self) -> None:
-        """Wake the task `send`, which retries because the link has changed."""
+        """Let the task `send` retry, because the link has changed."""
         self._changed.set()
         self._changed = trio.Event()

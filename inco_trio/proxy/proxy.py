@@ -1,7 +1,7 @@
 """The proxy of one board and its tasks.
 
-Each task has its own shielded cancel scope, so that a stop can end the tasks in the order in which notifications flow.
-First the reading tasks read the rest of the kernel's queues and end; then the other tasks finish these notifications.
+Each task has its own shielded cancel scope, so that a stop can end the tasks in order: the reading tasks first read the
+rest of the kernel's queues and end; then the other tasks finish these notifications.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running
 logger = logging.getLogger(__name__)
 
 SHORTLY = 0.2
-"""Seconds that a stop may take if a successor can finish the rest."""
+"""Maximum seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
 @attrs.define
@@ -90,7 +90,7 @@ class Proxy:
 
     @property
     def status(self) -> Status:
-        """The current state."""
+        """The current state of the proxy."""
         parts = self._parts
         return Status(
             link=self.config.link,
@@ -204,7 +204,7 @@ class Proxy:
         return self._registers.next_restore() < math.inf
 
     def _expect_successor(self) -> None:
-        """Shorten the stop: another proxy with the same `Ground` finishes the pending notifications."""
+        """Stop sooner, because another proxy with the same `Ground` will finish the pending notifications."""
         self._successor = True
 
     def _keep_history(self) -> History:
@@ -290,7 +290,7 @@ class Proxy:
                     await registers.troubled.wait()
                 registers.troubled = trio.Event()
                 await in_turns(registers.restore())
-                # Do not await this task: a link that is down must not delay the restoring of registers.
+                # Send in the background: a link that is down must not delay the repair of registers.
                 if (found := registers.triggers.found()).signals:
                     nursery.start_soon(self._outbound.send_found, found)
                 health.well()
@@ -303,10 +303,10 @@ class Ground:
     inflight: Inflight
     inotify: Watcher
     fds: Mapping[str, int]
-    """The descriptors of `inflight` and `inotify` to store, by name."""
+    """The descriptors to put into the fd store, by name."""
     around: Surroundings
     leave_nothing: bool
-    """Whether no successor is expected: the link's socket file is removed at the end."""
+    """Whether to delete the link's socket file at the end, because no successor needs it."""
     listener: Listener | None = None
 
 
@@ -324,7 +324,7 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
-    """Do what `open_proxy` does, with descriptors in `fd_store` for a successor. `listener` receives all events."""
+    """Do what `open_proxy` does, and store descriptors in `fd_store`. `listener` receives all events."""
     with ExitStack() as resources:
         proxy = build(config, fd_store, _ground(fd_store, resources, listener), resources)
         async with running(proxy):
@@ -356,10 +356,10 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Open or inherit all resources and return the proxy. `resources` closes them.
+    """Open or inherit all resources and return the proxy. `resources` will close them.
 
-    The registers are opened first, so that triggers are watched from then on, and the link next. Notifications in
-    flight are finished before newer ones are read. Descriptors are stored last, because each replaces a stored one.
+    The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
+    before newer ones are read. Descriptors are stored last, because each one replaces a stored descriptor.
     """
     inherited = fd_store.inherited
     counters, inflight = Counters(), ground.inflight

@@ -1,12 +1,11 @@
-"""One inotify descriptor for many boards. A user may have 128 by default (fs.inotify.max_user_instances).
+"""One inotify descriptor for many boards: the kernel allows a user 128 by default (fs.inotify.max_user_instances).
 
-Each board has a `Share`, which works like an `Inotify`: a share has watches and its own queue in the in-flight buffer.
-The reader of the descriptor moves each event to the queues of the boards that watch the file or directory. So a slow
-board delays no other board.
+Each board has a `Share`, which has the same methods as an `Inotify` and queues events in the board's in-flight buffer.
+One task reads the descriptor and moves each event to the queue of every board that watches the file or directory.
 
-Two boards may watch the same directory, such as a common parent, and then share a watch descriptor. A board that ends
-such a watch gets IN_IGNORED at once. If the board watches the directory again before it has read IN_IGNORED, the new
-watch gets another number: the watch descriptor plus a multiple of `GENERATION`.
+Two boards that watch the same directory, such as a common parent, share a watch descriptor. If one of them ends its
+watch, it receives IN_IGNORED at once. If it watches the directory again before it has read IN_IGNORED, the new watch
+gets a different number: the watch descriptor plus a multiple of `GENERATION`.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ __all__ = ["GENERATION", "Share", "SharedInotify"]
 
 GENERATION = 1 << 27
 GENERATIONS = 16
-"""Maximum number of numbers for one watch descriptor."""
+"""How many different watch numbers one watch descriptor can have."""
 ALWAYS = ino.IN_IGNORED | ino.IN_UNMOUNT | ino.IN_Q_OVERFLOW
-"""Events that the kernel reports whatever the mask."""
+"""Events that the kernel reports even if a watch does not request them."""
 FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
 
 
 @attrs.define
 class _Watch:
-    """A watch of a board: its number and its events."""
+    """One board's watch: the number by which the board knows the watch, and the requested events."""
 
     number: int
     mask: int | None
-    """None for an inherited watch, whose mask only the kernel knows."""
+    """The requested events, or None for an inherited watch, whose mask only the kernel knows."""
 
     @property
     def wanted(self) -> int:
@@ -46,10 +45,10 @@ class _Watch:
 
 
 class SharedInotify:
-    """The descriptor. `bank` contains the events that are not yet moved to the queues of the boards."""
+    """The shared descriptor. `bank` contains events that were read but not yet moved to the queues of the boards."""
 
     def __init__(self, held: int | None, bank: Bank) -> None:
-        """Open a descriptor, or take over `held`. Raises OSError (inotify_init(2))."""
+        """Open a descriptor, or take over the inherited `held`. Raises OSError (inotify_init(2))."""
         self.inotify = Inotify(held)
         self._bank = bank
         self._watches: dict[int, dict[Share, _Watch]] = {}
@@ -65,13 +64,13 @@ class SharedInotify:
         """Add a share, with the inherited watches of its board."""
         self._shares.add(share)
         unread: list[bytes | memoryview] = [inflight.queue.copy(), *(bank.view for bank in inflight.events)]
-        # A watch whose IN_IGNORED is unread may still be stored.
+        # A stored watch may have ended already. Its IN_IGNORED is then among the unread events.
         share.given_up = {wd for events in unread for wd, mask, _ in parse_events(events) if mask & ino.IN_IGNORED}
         for number in {inflight.watches[key] for key in inflight.watches} - share.given_up:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
-        """Move the events that a previous process read. Call this after `share` was called for all its boards."""
+        """Move the events that an earlier process read but did not move. First call `share` for all of its boards."""
         self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
@@ -83,7 +82,7 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move at least the events that are queued now."""
+        """Move at least the events that are queued when the call starts."""
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
@@ -128,8 +127,8 @@ class SharedInotify:
             share.wake()
 
     def watch(self, share: Share, path: str, mask: int) -> int:
-        """Watch `path` for a board and return the number. Raises OSError."""
-        # IN_MASK_ADD keeps the events that other boards need.
+        """Watch `path` for a board and return the number of the watch. Raises OSError."""
+        # IN_MASK_ADD keeps the events that other boards have requested for the same inode.
         wd = self.inotify.watch(path, mask | ino.IN_MASK_ADD)
         watches = self._watches.setdefault(wd, {})
         watch = watches.get(share)
@@ -151,7 +150,7 @@ class SharedInotify:
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:
             return
-        # The path leads to another directory now. An event reports the change.
+        # The path now leads to another directory. An event will report the change.
         if found not in self._watches:
             self.inotify.unwatch(found)
         else:
@@ -159,7 +158,6 @@ class SharedInotify:
                 self.inotify.watch(path, watch.wanted | flags | ino.IN_MASK_ADD)
 
     def unwatch(self, share: Share, number: int) -> None:
-        """End a board's watch."""
         wd = number % GENERATION
         watches = self._watches.get(wd, {})
         watch = watches.get(share)
@@ -168,7 +166,7 @@ class SharedInotify:
         if len(watches) == 1:
             self.inotify.unwatch(wd)  # The kernel queues IN_IGNORED behind the other events.
             return
-        self.drain()  # Queue IN_IGNORED behind the other events, as the kernel does.
+        self.drain()  # Move the queued events first, so that IN_IGNORED comes last, as in the kernel's queue.
         if self._watches.get(wd, {}).pop(share, None) is None:
             return  # The queued events included the kernel's IN_IGNORED.
         share.given_up.add(number)
@@ -176,7 +174,6 @@ class SharedInotify:
         share.wake()
 
     def end(self, share: Share) -> None:
-        """End all watches of a removed board."""
         self._shares.discard(share)
         for wd, watches in tuple(self._watches.items()):
             if watches.pop(share, None) is not None and not watches:
@@ -185,25 +182,25 @@ class SharedInotify:
 
 
 class Share:
-    """The part of one board. The methods work like those of `Inotify`."""
+    """One board's share of the descriptor. Its methods work like the methods of `Inotify`."""
 
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared
         self.queue = queue
         self.given_up: set[int] = set()
-        """Ended watches whose IN_IGNORED is not read yet."""
+        """Numbers of ended watches whose IN_IGNORED the board has not read yet."""
         self._arrived = trio.Event()
         self._waiting = False
         self.read = 0
         self.finish_alone: Callable[[memoryview, int], bool] | None = None
-        """See `Outbound.finish_alone`. Waking a task of the board would take half the time of a single notification."""
+        """The board's `Outbound.finish_alone`. Calling it directly halves the time of a single notification."""
 
     @property
     def fd(self) -> int:
         return self._shared.inotify.fd
 
     def wake(self) -> None:
-        """Process the queued events here if possible; otherwise wake the board's task."""
+        """Process the queued events with `finish_alone` if possible; otherwise wake the board's task."""
         if self._waiting and self.finish_alone is not None and (done := self.queue.finish_alone(self.finish_alone)):
             self.read += done
         else:
@@ -240,5 +237,5 @@ class Share:
         return length
 
     def leave(self) -> None:
-        """Detach the proxy of this share, which has ended."""
+        """Detach the board's proxy, which has stopped."""
         self.finish_alone = None

@@ -1,4 +1,4 @@
-"""Restart of a failed task, with back-off."""
+"""Supervision of a task: restart the task after a failure, with back-off."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRANSIENT = frozenset({
     errno.ENOMEM, errno.ENOBUFS, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO, errno.EINTR,
     errno.ENETDOWN, errno.ENODEV, errno.ENXIO,
 })  # fmt: skip
-"""Errors after which a task is restarted. Any other error ends the proxy: it is a bug."""
+"""Error numbers after which a task is restarted. Any other error is a bug and ends the proxy."""
 
 
 class Health:
@@ -35,12 +35,12 @@ class Health:
         return self._problems.said(self.task)
 
     def failed(self, problem: str) -> None:
-        """Set the current problem. Log a new problem."""
+        """Set the current problem, and log it if it is new."""
         self.last_problem = problem
         self._problems.failed(self.task, problem)
 
     def well(self) -> None:
-        """Remove the current problem, because the task works again."""
+        """Clear the current problem: the task has recovered."""
         if self._problems.well(self.task):
             self.backoff.reset()
 

@@ -1,4 +1,4 @@
-"""Causes of missing notifications that raise no error. The daemon checks for them once, when it starts."""
+"""Find causes of missing notifications that do not raise an error. The daemon runs these checks when it starts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,11 @@ UNREPORTED = {
         "inotify does not report writes of other hosts",
     ),
 }
-"""Filesystems on which closing a trigger may cause no event (inotify(7), Limitations)."""
+"""Filesystem types on which inotify may not report that a trigger was closed, each with the reason (inotify(7))."""
 
 
 def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
-    """Yield a line for each filesystem without inotify and each process that holds a register open.
-
-    Processes that /proc hides from this user are skipped.
-    """
+    """Yield a line for each filesystem without inotify and each visible process that holds a register open."""
     signals = tuple(signals)
     for directory in dict.fromkeys(signal.directory for signal in signals):
         if problem := unreported(directory):
@@ -36,7 +33,7 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
 
 
 def unreported(path: Path) -> str | None:
-    """Return why inotify misses events in `path`, or None. If `path` is missing, check the directory above."""
+    """Return why inotify misses events in `path`, or None. If `path` is missing, check its nearest ancestor."""
     existing, kind = filesystem(path)
     if kind in UNREPORTED:
         return f"{existing}: on a filesystem of type {kind}: {UNREPORTED[kind]} (use a local filesystem, such as tmpfs)"
@@ -44,7 +41,7 @@ def unreported(path: Path) -> str | None:
 
 
 def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
-    """Return the part of `path` that exists and the type of its filesystem, or None. `root` contains /proc."""
+    """Return `path` or its nearest existing ancestor, and the filesystem type if known. `root` contains /proc."""
     try:
         while not path.exists() and path != path.parent:
             path = path.parent
@@ -65,7 +62,7 @@ def filesystem_type(mountinfo: str, device: int) -> str | None:
 
 
 def open_registers(signals: Iterable[Signal]) -> Iterator[tuple[Signal, int, str]]:
-    """Yield signal, process and consequence for each process that holds a register open and may miss notifications."""
+    """Yield the signal, the PID and the consequence for each process that holds a register open."""
     registers = {str(signal.path): signal for signal in signals}
     try:
         processes = [name for name in os.listdir("/proc") if name.isdecimal() and int(name) != os.getpid()]  # noqa: PTH208

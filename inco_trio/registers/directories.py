@@ -1,7 +1,7 @@
 """The IRQ directories of a signal table, and the watches on them.
 
-Each directory is held open, watched for changes of its file names, and reopened when another process replaces it. A
-directory that another process removed is recreated after `ABANDONED` or by a reload.
+Each directory is held open, watched for changes of its file names, and reopened when another process replaces it. If
+another process removes a directory, the proxy recreates it after `ABANDONED` seconds or at a reload.
 """
 
 from __future__ import annotations
@@ -37,21 +37,18 @@ GONE_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_UNMOUNT | ino.IN_IGNO
 
 @attrs.define
 class _Awaited:
-    """A directory that is watched for new names. `names` maps the next name of a path to the missing directories."""
+    """An ancestor that is watched for new entries. `names` maps awaited entries to the missing directories below."""
 
     path: Path
     names: dict[bytes, set[Directory]] = attrs.Factory(dict)
 
     def next_name(self, directory: Directory) -> bytes:
-        """Return the next name on the path to `directory`."""
+        """Return the next component of the path to `directory`."""
         return os.fsencode(directory.path.relative_to(self.path).parts[0])
 
 
 class Directories:
-    """The IRQ directories of a signal table, and the watches on them and on the directories above them.
-
-    `retries` has the directories in which an operation failed. It calls `announce` when a directory is added.
-    """
+    """The IRQ directories of a signal table, and the watches on them and their ancestors."""
 
     def __init__(self, inotify: Watcher, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
         self.by_path: dict[Path, Directory] = {}
@@ -65,12 +62,11 @@ class Directories:
         self._awaited: dict[int, _Awaited] = {}
 
     def add(self, path: Path) -> Directory:
-        """Add a directory without opening it."""
         directory = self.by_path[path] = Directory(path)
         return directory
 
     def open(self, directory: Directory, *, make: bool) -> None:
-        """Open the directory at the path, and watch it and the directories above. With `make`, create a missing one.
+        """Open the directory at its path, and watch it and its ancestors. With `make`, create a missing directory.
 
         Raises OSError, or UnfitFileError if the directory is already open under another path.
         """
@@ -106,7 +102,7 @@ class Directories:
         self._noted[key] = wd
 
     def _check_only_one(self, directory: Directory, wd: int) -> None:
-        """Raise UnfitFileError if another directory has the watch `wd`. If that directory was moved away, lose it."""
+        """Raise UnfitFileError if `wd` belongs to another path in the table, unless that directory was moved away."""
         other = self._by_wd.get(wd, directory)
         if other is not directory and other.wd == wd:
             if other.current:
@@ -118,14 +114,14 @@ class Directories:
             self.lose(other)
 
     def _watch_above(self, directory: Directory, *, waiting: bool) -> None:
-        """Watch the directories above for moves and removals. If `waiting`, watch the lowest one also for new names."""
+        """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries."""
         before, directory.above = directory.above, set()
         for parent in directory.path.parents:
             mask = SELF_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
             try:
                 wd = self._inotify.watch(str(parent), mask)
             except OSError:
-                continue  # This directory is missing too, or unreadable: then only a failed write reports a move.
+                continue  # This ancestor is missing or unreadable. If it is moved, only a failed write will show it.
             if waiting:
                 self._await(directory, wd, parent)
                 waiting = False
@@ -140,7 +136,7 @@ class Directories:
             self._await_no_more(directory)
 
     def _await(self, directory: Directory, wd: int, above: Path) -> None:
-        """Wait until a new name in `above` leads to a missing directory."""
+        """Let `follow` open a missing directory when the next component of its path appears in `above`."""
         if directory.awaited_in == wd:
             return
         self._await_no_more(directory)
@@ -163,10 +159,10 @@ class Directories:
                 self._watch_only_self(awaited.path, wd)
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
-        """Restrict the watch `wd`, of `path`, to events of the directory itself."""
+        """Restrict the watch `wd` on the directory `path` to moves and removals of the directory itself."""
         with contextlib.suppress(OSError):
             found = self._inotify.watch(str(path), SELF_MASK)
-            if found != wd:  # The path leads to another directory now.
+            if found != wd:  # The path now leads to another directory.
                 self._unwatch(found)
 
     def _watches_names(self, wd: int) -> bool:
@@ -174,17 +170,17 @@ class Directories:
         return directory is not None and directory.wd == wd
 
     def watches(self, wd: int) -> bool:
-        """Return whether `wd` watches an IRQ directory or a directory above one."""
+        """Return whether `wd` watches an IRQ directory or an ancestor of one."""
         return self._watches_names(wd) or bool(self._above.get(wd))
 
     def _unwatch(self, wd: int) -> None:
-        """End a watch unless it is still used. Its queued events are still read."""
+        """End a watch unless it is still needed. Events that are already queued will still be handled."""
         if not self.watches(wd):
             self._above.setdefault(wd, set())
             self._inotify.unwatch(wd)
 
     def lose(self, directory: Directory) -> None:
-        """Close a directory that is no longer at its path, and retry to open the path."""
+        """Close a directory that is no longer at its path, and schedule a retry to open the path."""
         if directory.missing_since is None:
             directory.missing_since = time.monotonic()
         directory.release()
@@ -194,7 +190,6 @@ class Directories:
         self.trouble(directory)
 
     def drop(self, directory: Directory) -> None:
-        """Remove a directory from the table."""
         del self.by_path[directory.path]
         self.retries.discard(directory)
         self._problems.forget(directory.path)
@@ -202,7 +197,7 @@ class Directories:
         self._await_no_more(directory)
         directory.release()
         former, directory.wd = directory.wd, 0
-        if former and self._above.get(former):  # This directory is above another one in the table.
+        if former and self._above.get(former):  # The directory is also an ancestor of another directory in the table.
             self._watch_only_self(directory.path, former)
         elif former:
             self._unwatch(former)
@@ -211,10 +206,7 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Forget the stored watches of paths that are not in the table and whose keys are not in `others`.
-
-        Return the watches to end in the kernel.
-        """
+        """Delete stored watches that neither the table nor `others` needs. Return those that the kernel must end."""
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
         stale = []
@@ -225,7 +217,7 @@ class Directories:
         return [wd for wd in stale if not self.watches(wd)]
 
     def follow(self, wd: int, mask: int, name: bytes) -> Directory | None:
-        """Handle one event. Return the directory in which `name` appeared or vanished. Raises KeyError if unknown."""
+        """Handle an event. Return the directory where `name` changed, or None. Raises KeyError if `wd` is unknown."""
         directory, below = self._by_wd.get(wd), self._above.get(wd)
         if directory is None and below is None:
             raise KeyError(wd)
@@ -238,7 +230,7 @@ class Directories:
                     for waiting in set[Directory]().union(*awaited.names.values()):
                         waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            # Only schedule the directories below: there may be thousands.
+            # Only schedule retries for the directories below, because there may be thousands of them.
             for other in below or ():
                 self.trouble(other)
             if directory is not None:
@@ -254,7 +246,7 @@ class Directories:
         return directory
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
-        """Reopen the directory if its path leads elsewhere. Log a failure once, and retry."""
+        """Reopen the directory if its path now leads to another one. Log a failure once, and schedule a retry."""
         if not self.has(directory) or directory.current:
             return
         if newly := directory.missing_since is None:
@@ -264,7 +256,7 @@ class Directories:
                 self.open(directory, make=make)
             except FileNotFoundError:
                 self._watch_above(directory, waiting=True)
-                # Retry: the directory may have reappeared before the watch above existed.
+                # Retry: the directory may have reappeared before its ancestor was watched.
                 self.open(directory, make=make)
         except FileNotFoundError:
             if newly:
@@ -282,17 +274,17 @@ class Directories:
         self.miss_states(directory)
 
     def look_at_all(self) -> None:
-        """Check all directories and files soon, because events may have been lost."""
+        """Schedule a check of all directories and files, because events may have been lost."""
         for directory in self.by_path.values():
             directory.making_in = 0
             self.miss_states(directory)
 
     def has(self, directory: Directory) -> bool:
-        """Return whether the table has this object. A replaced object of the same path does not count."""
+        """Return whether the table contains this object. Another object with the same path does not count."""
         return self.by_path.get(directory.path) is directory
 
     def trouble(self, directory: Directory) -> None:
-        """Schedule a retry in a directory."""
+        """Schedule a retry of failed operations in a directory."""
         if self.has(directory):
             self.retries.add(directory)
 

@@ -21,9 +21,9 @@ from inco_trio.registers.refusals import UnfitFileError
 __all__ = ["EMPTIED", "PATIENCE", "Directory", "proc_is_mounted", "temporary_name", "watch_key"]
 
 PATIENCE = 0.03
-"""Seconds until a deleted file is recreated: another process may be replacing the file."""
+"""Seconds to wait before recreating a deleted file, because another process may be about to replace it."""
 EMPTIED = 1.0
-"""Seconds until a deleted file is recreated in an empty directory, which is probably being removed."""
+"""Seconds to wait before recreating a deleted file in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 FILE_MODE = 0o666 | stat.S_IFREG
 TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
@@ -42,9 +42,9 @@ def temporary_name() -> str:
 
 @attrs.define(eq=False)
 class Directory:
-    """The directory at `path`; `fd` is -1 while it is not open.
+    """An IRQ directory. `fd` is -1 while the directory is not open.
 
-    Methods raise OSError, or UnfitFileError for a file that is not regular. They do not wait.
+    Methods do not block. They raise OSError, or UnfitFileError for a file that is not regular.
     """
 
     path: Path
@@ -52,30 +52,29 @@ class Directory:
     """The names of the state files."""
     fd: int = -1
     wd: int = 0
-    """The watch on the names in the directory; 0 is none."""
+    """The watch descriptor of the directory, or 0 if the directory is not watched."""
     identity: tuple[int, int] = (0, 0)
     above: set[int] = attrs.Factory(set)
-    """The watches on the directories above."""
+    """The watch descriptors of the ancestor directories."""
     opened: bool = False
     """Whether this process has opened the directory before."""
     awaited_in: int = 0
-    """While the directory is missing: the watch on the lowest existing directory above."""
+    """While the directory is missing, the watch descriptor of its nearest existing ancestor; otherwise 0."""
     missing_since: float | None = None
     """When the path was first found missing or could not be opened (time.monotonic())."""
     states_missing_since: float | None = None
     vanished_at: float = -math.inf
     """When a name in the directory was last deleted or moved away."""
     making_in: int = 0
-    """The directory's watch between the events of `temporary_name`: the proxy causes the events in between."""
+    """Equal to `wd` between the events for creating and deleting `temporary_name`, which the proxy causes; else 0."""
     retry_at: float = math.inf
-    """When to retry failed operations in the directory."""
     troubled_again: bool = False
-    """Whether another operation failed during the retry."""
+    """Whether another operation in the directory failed during the last retry."""
     backoff: Backoff = attrs.Factory(Backoff)
 
     @property
     def current(self) -> bool:
-        """Whether the path leads to the open directory."""
+        """Whether `path` still leads to the open directory."""
         try:
             found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
         except OSError:
@@ -84,7 +83,7 @@ class Directory:
 
     @property
     def patience(self) -> float:
-        """Seconds until a deleted file is recreated."""
+        """Seconds to wait before recreating a deleted file."""
         try:
             with os.scandir(self.path) as entries:
                 return PATIENCE if next(entries, None) is not None else EMPTIED
@@ -92,8 +91,8 @@ class Directory:
             return PATIENCE
 
     def name(self, register: str) -> str:
-        """Return a path of a file in the open directory. The path stays valid if the directory is moved."""
-        # Without /proc, the path may lead elsewhere: the caller checks afterwards whether the directory was replaced.
+        """Return a path to a file in the open directory that stays valid if the directory is moved."""
+        # Without /proc, the path may lead to another directory. The caller checks for this afterwards.
         return f"/proc/self/fd/{self.fd}/{register}" if proc_is_mounted() else str(self.path / register)
 
     def release(self) -> None:
@@ -103,7 +102,7 @@ class Directory:
             self.fd = -1
 
     def make_state(self, register: str) -> None:
-        """Create a state file unless it exists. The OSError has the path as `filename`."""
+        """Create a state file unless it exists. Raises OSError with the path as `filename`."""
         try:
             # Use mknod instead of open: closing the file would be a notification.
             os.mknod(register, FILE_MODE, dir_fd=self.fd)
@@ -114,7 +113,6 @@ class Directory:
             raise
 
     def check(self, register: str) -> None:
-        """Raise UnfitFileError if the file is not regular."""
         mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
         if not stat.S_ISREG(mode):
             raise UnfitFileError(
@@ -124,7 +122,7 @@ class Directory:
             )
 
     def watch_trigger(self, register: str, inotify: Watcher) -> int:
-        """Watch a trigger's file and return the watch descriptor. Return 0 if the file is missing."""
+        """Watch a trigger and return the watch descriptor, or 0 if the file is missing."""
         try:
             self.check(register)
             return inotify.watch(self.name(register), TRIGGER_MASK)
@@ -137,7 +135,7 @@ class Directory:
         Before the file becomes visible, it is watched and `note` is called with the watch descriptor.
         """
         temporary = temporary_name()
-        self._unlink(temporary)  # An earlier process with our PID may have died here; PIDs repeat in containers.
+        self._unlink(temporary)  # An earlier process with our PID may have left this file; PIDs repeat in containers.
         try:
             os.mknod(temporary, FILE_MODE, dir_fd=self.fd)
             wd = inotify.watch(self.name(temporary), TRIGGER_MASK)

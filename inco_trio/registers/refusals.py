@@ -1,4 +1,4 @@
-"""The errors of registers that cannot be opened."""
+"""Errors for registers that cannot be opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UnfitFileError(OSError):
 
 
 def refusal(error: OSError, what: object) -> IncoError:
-    """Return the IncoError for an OSError. `what` names the object if the error does not."""
+    """Return the IncoError for an OSError. `what` is the subject if the error contains no file name."""
     named = error.filename is not None and not str(error.filename).startswith("/proc/self/fd/")
     subject = error.filename if named else str(what)
     if isinstance(error, UnfitFileError):

@@ -29,21 +29,18 @@ __all__ = ["Registers"]
 
 @attrs.define
 class _New:
-    """The registers that another table adds, until `exchange` completes."""
+    """The registers that a new table adds. `exchange` collects them before it replaces the table."""
 
     directories: list[Directory] = attrs.Factory(list)
     triggers: list[Trigger] = attrs.Factory(list)
     files: list[StateFile] = attrs.Factory(list)
     signals: dict[Trigger, Signal] = attrs.Factory(dict)
     path: Path = Path("/")
-    """The path that is being opened."""
+    """The path that is being opened, for error messages."""
 
 
 class Registers:
-    """The registers of a signal table. `open` sets the first table, `reload` another.
-
-    `troubled` is set when an operation failed and `restore` must run.
-    """
+    """The registers of a signal table. `troubled` is set when an operation has failed and `restore` must run."""
 
     def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
         self._problems = problems = Problems()
@@ -55,10 +52,7 @@ class Registers:
         self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
 
     def open(self, table: SignalTable) -> None:
-        """Open the directories, create missing files and watch the triggers.
-
-        Raises IncoError. Inherited watches then stay for a successor.
-        """
+        """Open the directories, create missing files and watch the triggers. Raises IncoError."""
         for _ in self.exchange(table):
             pass
         self._opened = True
@@ -66,10 +60,10 @@ class Registers:
             self.triggers.ignore(wd)
 
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
-        """Replace the table, in steps. Registers in both tables do not change; new files cause no notification.
+        """Replace the table in steps. Registers that are in both tables do not change; new files cause no notification.
 
-        The steps open the new registers. If a register cannot be opened, IncoError is raised and nothing changes. The
-        last step replaces the table. Afterwards, `_drop_unneeded` closes the old registers.
+        Each step opens one register, and the last one replaces the table. If a register cannot be opened, IncoError is
+        raised and nothing changes. The caller then closes the old registers with `_drop_unneeded`.
         """
         new = _New()
         try:
@@ -95,7 +89,7 @@ class Registers:
         self.table = table
 
     def _prepare(self, signal: Signal, new: _New) -> None:
-        """Open the register of a signal and add new objects to `new`. Raises OSError."""
+        """Open the register of a signal, and its directory if that is new. Add them to `new`. Raises OSError."""
         new.path = signal.directory
         directory = self.directories.by_path.get(new.path)
         if directory is None:
@@ -124,7 +118,7 @@ class Registers:
                 yield
 
     def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
-        """Raise UnfitFileError if a file is both a state file and a trigger: each received frame would send another."""
+        """Raise UnfitFileError if a file is both a state file and a trigger, which would send back received frames."""
         try:
             if signal.path.lstat().st_nlink < 2:
                 return
@@ -137,7 +131,7 @@ class Registers:
     async def reload(self, table: SignalTable) -> None:
         """Replace the table and create missing directories. Raises IncoError, see `exchange`."""
         await in_turns(self.exchange(table))
-        # Shield the clean-up: the new table is in force already.
+        # Shield the clean-up, because the new table is already in use.
         with trio.CancelScope(shield=True):
             await in_turns(self._drop_unneeded())
         self.directories.forget_noted(self.triggers.keys())
@@ -155,7 +149,7 @@ class Registers:
         return self._problems.said(signal.path)
 
     def restore(self) -> Generator[None, None, None]:
-        """Run all retries that are due, in steps."""
+        """Run all retries that are due. Each step restores one trigger or writes a few pending notifications."""
         self.triggers.expire()
         for directory in self.directories.retries.due():
             started = time.monotonic()

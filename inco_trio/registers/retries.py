@@ -1,4 +1,4 @@
-"""The directories in which an operation failed, and when to retry."""
+"""The schedule of retries in directories where an operation failed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from inco_trio.registers.directory import Directory
 __all__ = ["FALLBACK", "Retries"]
 
 FALLBACK = 1.0
-"""Longest pause before a missing directory is looked for, in seconds: possibly no event reports its return."""
+"""Maximum seconds between two checks for a missing directory. Events do not always report that it reappeared."""
 
 
 class Retries:
-    """The directories to retry in. `announce` is called when a directory is added."""
+    """The directories in which to retry. `announce` is called when a directory is added."""
 
     def __init__(self, announce: Callable[[], None]) -> None:
         self.announce = announce
         self._troubled: set[Directory] = set()
 
     def add(self, directory: Directory) -> None:
-        """Schedule a retry in a directory."""
         directory.retry_at = time.monotonic()
         directory.troubled_again = True
         directory.backoff.reset()
@@ -30,11 +29,10 @@ class Retries:
         self.announce()
 
     def discard(self, directory: Directory) -> None:
-        """Stop retrying in a directory."""
         self._troubled.discard(directory)
 
     def due(self) -> Iterator[Directory]:
-        """Yield the directories to retry in now. Call `retried` after each."""
+        """Yield each directory whose retry is due. After retrying in it, call `retried`."""
         now = time.monotonic()
         for directory in tuple(self._troubled):
             if directory.retry_at <= now and directory in self._troubled:
@@ -46,7 +44,7 @@ class Retries:
         return min((directory.retry_at for directory in self._troubled), default=math.inf)
 
     def retried(self, directory: Directory, earliest: float | None, spent: float) -> None:
-        """Schedule the next retry, after one that took `spent` seconds. `earliest` is None if nothing is left to do."""
+        """Schedule the next retry after a retry that took `spent` seconds; `earliest` is None if all work is done."""
         if directory.troubled_again:
             # Another operation failed during the retry.
             directory.retry_at = time.monotonic() + directory.backoff.next()
@@ -54,6 +52,6 @@ class Retries:
             self._troubled.discard(directory)
             directory.retry_at = math.inf
         else:
-            # A retry that never succeeds takes at most a tenth of the time.
+            # Pause nine times as long as the retry took, so that retries use at most a tenth of the CPU time.
             pause = max(directory.backoff.next(), min(9 * spent, FALLBACK))
             directory.retry_at = max(earliest, time.monotonic() + pause)

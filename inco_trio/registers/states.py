@@ -1,7 +1,7 @@
 """State files: the files of inbound signals. For each notification, the proxy writes `1` and closes the file.
 
-A notification that cannot be written is pending. The in-flight buffer counts pending notifications by wire name. They
-are written later, before newer notifications of the same signal.
+A notification that cannot be written is pending. The in-flight buffer counts the pending notifications of each signal,
+which are written later and before newer notifications of the same signal.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 SLICE = 32
-"""Number of pending notifications that are written before other tasks run."""
+"""Maximum number of pending notifications that are written before other tasks run."""
 
 
 @attrs.define(eq=False)
@@ -37,22 +37,17 @@ class StateFile:
     signal: Signal
     directory: Directory
     fd: int = -1
-    """Open after a failed write (disk full): closing the file would be a notification for its watchers."""
+    """A descriptor that stays open after a failed write (disk full): closing the file would notify its watchers."""
     count: int = 0
-    """Number of writes."""
     last: int = 0
     """Time of the last write (time.time_ns())."""
     failures: int = 0
-    """Number of failed writes."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
 
     def write(self) -> None:
-        """Write one notification. Raises OSError.
-
-        A missing file is not created: another process may be removing the directory.
-        """
+        """Write one notification. Never create the file: its directory may be about to vanish. Raises OSError."""
         fd = self.fd
         if fd >= 0:
             self._check_still_there()
@@ -84,10 +79,10 @@ class StateFile:
 
 
 class StateFiles:
-    """The state files of a signal table. No method waits.
+    """The state files of a signal table. No method blocks.
 
-    `known` maps wire names to files. `by_frame` is the cache of `Inbound`: it maps short frames without their addresses
-    to files. The cache is here because it must be emptied when the table changes.
+    `known` maps wire names to files. `by_frame` is a cache for `Inbound` that maps short frames, without their MAC
+    addresses, to files. It is emptied when the table changes.
     """
 
     def __init__(self, directories: Directories, pending: NumberTable, problems: Problems, counters: Counters) -> None:
@@ -101,7 +96,7 @@ class StateFiles:
         self._counters = counters
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
-        """Return the file of a signal. Create a missing file. Raises OSError."""
+        """Return the state file of a signal, and create it if it is missing. Raises OSError."""
         file = self._files.get(signal.name)
         if file is None or file.signal != signal or file.directory is not directory:
             file = StateFile(signal, directory)
@@ -111,7 +106,7 @@ class StateFiles:
         return file
 
     def take(self, files: Iterable[StateFile]) -> None:
-        """Replace the files."""
+        """Use `files` instead of the files of the previous table."""
         before = self._files
         self._files = {file.signal.name: file for file in files}
         self._current = set(self._files.values())
@@ -139,21 +134,19 @@ class StateFiles:
         return sum(self._pending[name] for name in self._pending)
 
     def pending_of(self, name: str) -> int:
-        """Return the number of pending notifications of a signal."""
         return self._pending[name.encode()]
 
     def file_of(self, name: str) -> StateFile:
-        """Return the state file of a signal."""
         return self._files[name]
 
     def write(self, files: Sequence[StateFile]) -> None:
-        """Write each file, in order. Notifications that cannot be written become pending."""
+        """Write one notification to each file, in order. Notifications that cannot be written become pending."""
         if not self._current.issuperset(files):
             files = self._renewed(files)
         pending, unwritten = self._pending, []
         any_pending = bool(pending.places)
         for file in files:
-            # Pending notifications of the same signal come first.
+            # Do not write while older notifications of the same signal are pending.
             if not (any_pending and pending[file.signal.name.encode()]):
                 try:
                     file.write()
@@ -183,7 +176,7 @@ class StateFiles:
                 self._directories.look(directory)
 
     def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
-        """Replace the files of frames that were read before a reload by the current files of the same signals."""
+        """Replace files of the table before the last reload by the current files of the same signals."""
         renewed = [self._files[name] for file in files if (name := file.signal.name) in self._files]
         self._counters.unknown += len(files) - len(renewed)
         return renewed
@@ -197,7 +190,7 @@ class StateFiles:
             self._directories.trouble(file.directory)
 
     def _is_missing(self, file: StateFile, error: OSError) -> bool:
-        """Count a failed write. Return whether the file is missing; otherwise log the error."""
+        """Count a failed write, and return whether the file is missing. Log any other error."""
         self._counters.write_failures += 1
         file.failures += 1
         if error.errno == errno.ENOENT:
@@ -206,7 +199,7 @@ class StateFiles:
         return False
 
     def write_pending(self, directory: Directory) -> Iterator[bool]:
-        """Write the pending notifications of a directory. Yield after every few whether the writes succeed."""
+        """Write the pending notifications of a directory. After every few writes, yield whether they succeeded."""
         for file in tuple(self._files.values()):
             key = file.signal.name.encode()
             if file.directory is not directory or not self._pending[key]:

@@ -1,11 +1,11 @@
 """Triggers: the files of outbound signals. The proxy watches each file and follows every replacement.
 
-Each trigger's file has its own watch. IN_CLOSE_WRITE is the notification. IN_MODIFY separates two closes, which the
-kernel would merge otherwise (inotify(7)). The directory is watched only for changes of names: a watch for writes would
-also report the state files that the proxy writes.
+Each trigger has its own watch. IN_CLOSE_WRITE is the notification. IN_MODIFY is watched because it separates two
+closes, which the kernel would otherwise merge (inotify(7)). The directory is watched only for changes of file names: a
+watch for writes would also report the state files that the proxy writes.
 
-If another process replaces a trigger, by a rename or by recreating the file, this counts as one notification. Files
-that the proxy creates are watched before they become visible, so that no write is missed.
+If another process replaces a trigger, by a rename or by recreating the file, this counts as one notification. When the
+proxy creates a trigger, it watches the file before the file becomes visible, so that no write is missed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ __all__ = ["RETIREMENT", "Trigger", "Triggered", "Triggers"]
 logger = logging.getLogger(__name__)
 
 _WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
-"""Two events without a name, as a watch on a file reports them."""
+"""Two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of one file."""
 RETIREMENT = 1.0
-"""Seconds for which the watch of a replaced trigger stays: a process may still close the old file."""
+"""Seconds for which the old file of a replaced trigger stays watched, because a process may still close it."""
 
 
 @attrs.define(eq=False)
@@ -49,16 +49,16 @@ class Trigger:
     directory: Directory
     register: str
     signal: Signal | None = None
-    """None while the trigger is not in the table."""
+    """The signal, or None while the trigger is not in the table."""
     wd: int = 0
-    """The watch on the file; 0 is none. Set by `Triggers._set_watch`."""
+    """The watch descriptor of the file, or 0."""
     looked_in: int = 0
-    """The watch of the directory in which the file was found."""
+    """The `wd` of the directory in which the file was last found."""
     missing_since: float | None = None
     made_in: int = 0
-    """The watch of the directory in which the proxy created the file, until IN_CREATE is read."""
+    """The `wd` of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
     replaced: deque[int] = attrs.Factory(deque)
-    """For each replacement that was found: the position in the inotify stream after which no event reports it."""
+    """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
     path: Path = attrs.field(init=False)
     key: bytes = attrs.field(init=False)
 
@@ -69,19 +69,18 @@ class Trigger:
 
 @attrs.define
 class Triggered:
-    """The result of events: notifications to send, and watches to store after the notifications are sent."""
+    """Notifications to send, and watches to store after the notifications have been sent."""
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """Entries for `Inflight.watches`. Stored earlier, they would make a crash lose the notification of a new file."""
+    """Entries for `Inflight.watches`. If they were stored first, a crash before sending would lose notifications."""
 
     def extend(self, other: Triggered) -> None:
-        """Add another result."""
         self.signals += other.signals
         self.watches |= other.watches
 
     def add(self, trigger: Trigger, *, note: bool = False) -> None:
-        """Add one notification of `trigger`. With `note`, also add the trigger's watch."""
+        """Add one notification of `trigger` to `signals`. With `note`, also add the trigger's watch to `watches`."""
         if trigger.signal is not None:
             self.signals.append(trigger.signal)
             if note:
@@ -89,7 +88,7 @@ class Triggered:
 
 
 class Triggers:
-    """The triggers of a signal table. No method waits."""
+    """The triggers of a signal table. No method blocks."""
 
     def __init__(
         self, directories: Directories, inotify: Watcher, noted: NumberTable, problems: Problems, counters: Counters
@@ -106,7 +105,7 @@ class Triggers:
         self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
-        # The logged problems of each directory: reasons, each with a path.
+        # The reasons that were logged for each directory, each with the path of one trigger.
         self._reasons: dict[Directory, dict[str, Path]] = {}
 
     def add(self, directory: Directory, register: str) -> Trigger:
@@ -117,11 +116,10 @@ class Triggers:
         return trigger
 
     def keys(self) -> set[bytes]:
-        """Return the triggers' keys in `Inflight.watches`."""
         return {trigger.key for trigger in self.by_path.values()}
 
     def drop(self, trigger: Trigger) -> None:
-        """Remove a trigger from the table. Its queued events have no effect."""
+        """Remove a trigger from the table. Its events that are already queued have no effect."""
         trigger.signal = None
         trigger.replaced.clear()
         self._replaced.discard(trigger)
@@ -136,7 +134,7 @@ class Triggers:
             self._retire(trigger.wd)
 
     def ignore(self, wd: int) -> None:
-        """End a watch that an earlier process's configuration needed. Its queued events have no effect."""
+        """End an inherited watch that the configuration does not need. Its queued events have no effect."""
         if wd not in self._by_wd:
             self._by_wd[wd] = Trigger(Directory(Path("/")), "of an earlier process")
             self._retire(wd)
@@ -144,7 +142,7 @@ class Triggers:
     def look(self, trigger: Trigger, *, make: bool) -> None:
         """Watch the file at the path. With `make`, create a missing file.
 
-        A file that the proxy neither watched nor created is added to `replaced`. Raises OSError.
+        If another process has replaced the file, the replacement is added to `replaced`. Raises OSError.
         """
         directory, register = trigger.directory, trigger.register
         before = trigger.wd or self._noted[trigger.key]
@@ -174,7 +172,6 @@ class Triggers:
             self._replaced.add(trigger)
 
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
-        """Set the watch on the trigger's file."""
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
@@ -193,13 +190,13 @@ class Triggers:
         self._directories.retries.announce()
 
     def _miss(self, trigger: Trigger) -> None:
-        """Mark a trigger as missing and retry later."""
+        """Mark a trigger as missing, and schedule a retry."""
         if trigger.missing_since is None:
             trigger.missing_since = time.monotonic()
             self._directories.trouble(trigger.directory)
 
     def _try_look(self, trigger: Trigger, *, make: bool) -> OSError | None:
-        """Call `look`. If that fails, return the error and retry later."""
+        """Call `look`. If it fails, schedule a retry and return the error."""
         try:
             self.look(trigger, make=make)
         except OSError as error:
@@ -208,7 +205,7 @@ class Triggers:
         return None
 
     def follow(self, events: Iterable[Event]) -> Triggered:
-        """Turn events into notifications, in order. Add replaced files that no event will report. Raises nothing."""
+        """Turn events into notifications, in order. Add replaced files that no event will report. Never raises."""
         triggered = Triggered()
         by_wd, signals = self._by_wd, triggered.signals
         unknown = False
@@ -229,17 +226,14 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Notify once for all events: after a crash there can be hundreds.
+            # Send all triggers once for all unknown events, because a crash can leave hundreds of them.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
         return triggered
 
     def closed_alone(self, view: memoryview, length: int) -> Signal | None:
-        """Return the signal to send if the `length` bytes in `view` only report the write and close of one trigger.
-
-        Return None for other events, which `follow` handles.
-        """
+        """Return the signal if the first `length` bytes of `view` only report the close of one trigger, else None."""
         if length == _WRITTEN_AND_CLOSED.size:
             _, written, _, _, wd, mask, _, _ = _WRITTEN_AND_CLOSED.unpack_from(view)
         elif length == ino.EVENT.size:
@@ -265,7 +259,7 @@ class Triggers:
         self._notify_all(triggered)
         for trigger in self.by_path.values():
             trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.
-            # Do not postpone this: a file that was renamed to this path may not be watched yet.
+            # Do not postpone this: if a file was renamed to this path, it is not watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
 
@@ -279,7 +273,7 @@ class Triggers:
                 self._miss(trigger)
 
     def _follow_directory(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Handle an event of an IRQ directory or of a directory above."""
+        """Handle an event of an IRQ directory or of one of its ancestors."""
         try:
             directory = self._directories.follow(wd, mask, name)
         except KeyError:
@@ -294,7 +288,7 @@ class Triggers:
             directory.making_in = wd if mask & ino.IN_CREATE else 0
 
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
-        """Handle an event of an inherited watch on a directory that the configuration still has."""
+        """Handle an event of an unknown watch, which an earlier process added to a directory."""
         if mask & APPEARED and wd not in self._by_wd:
             # A process may have written the new file.
             for trigger in self.by_path.values():
@@ -302,12 +296,12 @@ class Triggers:
                     triggered.add(trigger)
 
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
-        """Handle an event of a trigger's name in the directory of the watch `wd`."""
+        """Handle an event of a trigger's file name in the directory that `wd` watches."""
         directory = trigger.directory
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd
         if wd != directory.wd:
-            # The path led to this directory before. A retry checks the current directory anyway.
+            # `wd` watches the directory that was at this path before. A retry checks the current directory anyway.
             if ours:
                 trigger.made_in = 0
             elif not vanished:
@@ -321,12 +315,12 @@ class Triggers:
             if not ours:
                 self._look_again(trigger, mask, triggered, always=not created)
         elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
-            # Look later: if the path has a new file by now, the queued event of that file counts it.
+            # Look later: if there already is a new file at the path, its own queued event counts it.
             trigger.made_in = 0
             self._miss(trigger)
 
     def _look_again(self, trigger: Trigger, mask: int, triggered: Triggered, *, always: bool) -> None:
-        """Watch the file that appeared. Notify if it is another file or is gone already, or if `always`."""
+        """Watch the file that appeared. Add a notification if it is new or already gone, or if `always` is set."""
         error = self._try_look(trigger, make=False)
         if another := bool(trigger.replaced):
             trigger.replaced.popleft()
@@ -340,7 +334,7 @@ class Triggers:
             triggered.add(trigger, note=another)
 
     def _count_replaced(self, triggered: Triggered) -> None:
-        """Add the replaced files that no unread event can report any more."""
+        """Add a notification for each replaced file that no unread event can still report."""
         for trigger in tuple(self._replaced):
             while trigger.replaced and trigger.replaced[0] <= self._inotify.read:
                 trigger.replaced.popleft()
@@ -351,7 +345,7 @@ class Triggers:
     def restore(self, directory: Directory) -> Iterator[float | None]:
         """Watch or create the missing triggers of a directory.
 
-        After each trigger, yield the earliest time of the next retry (time.monotonic()), or None if it is watched now.
+        After each trigger, yield the earliest time of its next retry (time.monotonic()), or None if it is now watched.
         """
         refused: dict[str, list[Path]] = {}
         patience = directory.patience
@@ -375,7 +369,7 @@ class Triggers:
         self._log_refused(directory, refused)
 
     def _log_refused(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
-        """Log once for each reason why triggers cannot be watched: there may be thousands of triggers."""
+        """Log each reason why triggers cannot be watched only once, because there may be thousands of triggers."""
         for reason, paths in refused.items():
             others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
             self._problems.failed((directory, reason), f"cannot watch: {reason}; retrying", f"{paths[0]}{others}")
@@ -391,7 +385,7 @@ class Triggers:
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
-                del self._by_wd[wd]  # A reload has added this directory of an earlier process again.
+                del self._by_wd[wd]  # A reload has added this directory, which an earlier process also watched.
             else:
                 self._inotify.unwatch(wd)
 
@@ -400,7 +394,7 @@ class Triggers:
         return min(self._retired.values(), default=math.inf)
 
     def found(self) -> Triggered:
-        """Return notifications of replaced files that no event will report."""
+        """Return the notifications of replaced files that no event will report."""
         triggered = Triggered()
         self._count_replaced(triggered)
         return triggered
