@@ -23,7 +23,7 @@ Done = tuple[int, bytes, bytes]
 
 
 def finished(command: Iterable[object], cwd: Path | None = None, **environment: str) -> Done:
-    """Return the exit code, standard output and standard error."""
+    """Run a command and return its exit code, standard output and standard error."""
     done = subprocess.run(
         [word if isinstance(word, bytes) else str(word) for word in command],
         stdin=subprocess.DEVNULL,
@@ -38,9 +38,6 @@ def finished(command: Iterable[object], cwd: Path | None = None, **environment: 
 
 def complaint(text: str) -> bytes:
     return b"inco-trio: error: " + text.encode() + b"\n"
-
-
-# -------------------------------------------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize(
@@ -73,7 +70,7 @@ def complaint(text: str) -> bytes:
 def test_every_command_checks_links_in_the_same_way(
     command: list[object], address: bytes, shown: str, tmp_path: Path
 ) -> None:
-    # Pass the option and its value as one word, because the value may begin with a dash.
+    # Pass the option and its value as one argument, because the value may begin with a dash.
     command = [*command[:-1], b"--iface=" + address] if command[-1] == "--iface" else [*command, address]
     assert finished(command, cwd=tmp_path, UDRV_JSON_PATH=SAMPLE) == (
         2,
@@ -186,9 +183,6 @@ def test_typing_errors_in_the_signal_table_are_refused(text: str, said: str, tmp
         code, out, err = finished([*RUN, *words, "--config", str(udrv)])
         assert (code, out) == (78, b"")
         assert err == complaint(f"{udrv}: {said}")
-
-
-# ------------------------------------------------------------------------------------------------ the scan directory
 
 
 def scan(directory: Path, *words: str) -> Done:
@@ -387,9 +381,6 @@ def test_an_unreadable_service_file_is_an_error(tmp_path: Path, nobody: list[str
     assert err == complaint(f"cannot read {scandir}/inco-trio-x/data/uid: Permission denied")
 
 
-# -------------------------------------------------------------------------------------- the system around the commands
-
-
 WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /proc && exec "$@"', "sh", *RUN]
 
 
@@ -442,7 +433,7 @@ def test_the_daemon_works_with_closed_or_full_streams(closed: str, cores: Cores,
         trigger(irq_dir / "message_6_trig")
         assert core1.receive()[14:] == b"redun_notify_irq"
         core1.send(b"ihub_reset_irq")
-        # No log line reached a file that took over the number of a closed stream.
+        # No file may get the descriptor number of a closed stream: log lines would be written to that file.
         for number in range(3):
             assert os.readlink(f"/proc/{running.pid}/fd/{number}").startswith(("/dev/", "pipe:", "/tmp/"))  # noqa: PTH115, S108
         running.terminate()
@@ -458,7 +449,7 @@ held = open(sys.argv[1], "w")
 print(flush=True)
 sys.stdin.read()
 """
-"""Hold a file open as a process whose name is not UTF-8 (PR_SET_NAME of prctl(2))."""
+"""A program that holds a file open and whose process name is not UTF-8 (PR_SET_NAME, prctl(2))."""
 
 
 @pytest.mark.netns
@@ -474,7 +465,7 @@ def test_the_warning_about_a_holder_escapes_a_process_name_that_is_not_utf8(
         assert holder.stdout.readline() == b"\n"
         running = proxy("--irq-dir", irq_dir, "--log-format", "text")
         said = running.wait_log(f"process {holder.pid}")
-        # The message is one line without terminal control characters.
+        # The warning must be one line without terminal control characters.
         assert said == (
             f"inco-trio: warning: {register}: process {holder.pid} (a\\xff\\x1b[2J\\nb) holds the file open for "
             "writing: only closing the file causes a notification"

@@ -1,4 +1,4 @@
-"""The outbound direction with a fake link: the handling of a lone trigger, step by step, on the real inotify."""
+"""Tests of the outbound direction with a fake link and the real inotify: how a lone trigger is handled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from netns.hang import HANG
 
 
 class FakeLink:
-    """A link that records each frame with the content of the in-flight buffer; it refuses frames while it is `down`."""
+    """A link that records each frame with the number of events in flight; it refuses frames while `down`."""
 
     fd = -1
 
@@ -44,7 +44,7 @@ class FakeLink:
 
 
 class World:
-    """Two triggers, a link, and the hand-off and tasks between them."""
+    """Two triggers and a link, with the hand-off and the tasks that connect them."""
 
     def __init__(self, irq: Path, ending: ExitStack) -> None:
         self.notify = Signal("redun_notify_irq", Direction.OUTBOUND, irq, "message_6_trig")
@@ -85,7 +85,7 @@ class World:
         return sum(len(parse_events(bank.view)) for bank in self.inflight.events)
 
     def run(self, *acts: Callable[[], None]) -> None:
-        """Run the tasks; call one of `acts` each time they all wait, and stop when they wait after the last one."""
+        """Run the tasks. Whenever all of them are blocked, call the next of `acts`; stop after the last one."""
 
         async def main() -> None:
             with trio.fail_after(HANG):
@@ -95,7 +95,7 @@ class World:
                     await wait_all_tasks_blocked()
                     for act in acts:
                         act()
-                        # Trio must run its loop once to see that the descriptor is readable.
+                        # Trio only notices a readable descriptor when its event loop runs again.
                         while self.inotify.queued:
                             await trio.lowlevel.checkpoint()
                         await wait_all_tasks_blocked()
@@ -179,11 +179,11 @@ def test_a_lone_close_of_a_trigger_outside_the_table_is_ignored(world: World) ->
 
 
 def test_no_close_counts_as_lone_while_a_replaced_trigger_is_uncounted(world: World) -> None:
-    """A replacement without an event is counted with the next events that are read."""
+    """If no event reports that a trigger was replaced, the proxy counts it with the next events that it reads."""
     new = world.notify.path.with_name("new")
     new.write_text("1")
     new.rename(world.notify.path)
-    world.queued()  # simulates lost events
+    world.queued()  # Discard the events, as if they had been lost.
     world.triggers.look(world.triggers.by_path[world.notify.path], make=False)
     write(world.uart)
     data = world.queued()

@@ -1,4 +1,4 @@
-"""The pages of docs/: every shell line and program on them runs, and everything they name exists."""
+"""Tests of the pages in docs/: every shell line and program on a page runs, and everything that a page names exists."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOT_RUN = {
     "serve(config)": "a picture",
     "host A ": "a picture",
 }
-"""Blocks that no test runs: their first characters and the reason."""
+"""The code blocks that no test runs: their first characters, and the reason."""
 RUN_BY = {
     ("api", ""): "test_api.py::test_the_examples_run",
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
@@ -71,13 +71,13 @@ RUN_BY = {
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
     ("troubleshooting", ""): "test_pages.py::test_the_commands_of_the_troubleshooting_page_print_what_it_shows",
 }
-"""The test that runs a block: by page and by the first characters of the block."""
+"""The test that runs each code block, by page and by the first characters of the block."""
 SHELL = {"&&", "||", "|", ">", "&", ";"}
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
 
 def blocks(language: str, *pages: str) -> list[tuple[str, str]]:
-    """Yield the page and text of each code block in a language, on all pages or on the given ones."""
+    """Return the page and text of each code block in `language`, on `pages` (default: all pages)."""
     paths = [DOCS / f"{page}.md" for page in pages] or sorted(DOCS.glob("*.md"))
     return [
         (path.stem, text)
@@ -97,7 +97,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program.chmod(0o755)
     ending = "trap 'for job in $(jobs -p); do kill $job; wait $job; done' EXIT"
     whole = f"set -e\n{ending}\n{script}"
-    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}"}
     with subprocess.Popen(
@@ -107,7 +107,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         try:
             out, err = shell.communicate(timeout=HANG)
         except subprocess.TimeoutExpired:
-            # End the background processes of the script, too.
+            # Also kill the background processes of the script.
             os.killpg(shell.pid, signal.SIGKILL)
             out, err = shell.communicate()
             raise AssertionError(f"the script does not end:\n{out}{err}") from None
@@ -139,18 +139,18 @@ SCENES = {
     """,
     "No permission": 'inco-trio() { setpriv --bounding-set=-net_raw --inh-caps=-net_raw inco-trio "$@"; }',
 }
-"""The setup commands before each section of the troubleshooting page."""
+"""The commands that set up the problem described in each section of the troubleshooting page."""
 
 
 @contextmanager
 def signalling(core1: Peer) -> Iterator[None]:
-    """Send two signals repeatedly from core 1: one in the table and one outside it."""
+    """Send two signals repeatedly from core 1 while the block runs. The signal table has only one of them."""
     stop = threading.Event()
 
     def send() -> None:
         for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
             core1.send(name)
-            if stop.wait(0.05):  # The pace of the load.
+            if stop.wait(0.05):  # Limit the rate of the signals.
                 return
 
     thread = threading.Thread(target=send)
@@ -182,7 +182,7 @@ def comparable(text: str) -> set[str]:
 def test_the_commands_of_the_troubleshooting_page_print_what_it_shows(
     cores: Cores, core1: Peer, tmp_path: Path
 ) -> None:
-    """The commands run one after another, beside a proxy that receives signals from core 1."""
+    """Run the commands of the page one after another, next to a proxy that receives signals from core 1."""
     script, shown = "exec 2>&1\n", list[str]()
     for section in re.split(r"^## ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]:
         script += SCENES[section.partition("\n")[0]] + "\n"
@@ -215,7 +215,7 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
     readme = next(code for page, code in all_blocks() if page == "README" and code.startswith("def test_"))
     for number, text in enumerate(tests):
         (tmp_path / f"test_{number}.py").write_text(text)
-    # The fixture of this page is tested by test_readme.
+    # The test in the README uses the fixture of this page, so join the two.
     fixture = tests[0].partition("\n\ndef test_")[0]
     (tmp_path / "test_readme.py").write_text(f"{fixture}\n\n\n{readme}\n")
     plugins = [f"-pno:{name}" for name in ("asyncio", "trio", "anyio", "cacheprovider")]
@@ -240,12 +240,12 @@ def test_the_tests_on_the_testing_page_pass(tmp_path: Path) -> None:
 
 
 def commands() -> list[list[str]]:
-    """Yield the inco-trio command lines of the README and pages, without redirections, pipes and comments."""
+    """Return the inco-trio command lines of the README and the pages, without redirections, pipes and comments."""
     code = re.findall(r"^    (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     code += "".join(text for _, text in blocks("sh")).replace("\\\n", " ").splitlines()
     found = []
     for line in code:
-        # Brackets enclose optional words.
+        # Remove optional words, which are in brackets.
         words = shlex.shlex(re.sub(r"\[.*?\]", "", line), posix=True, punctuation_chars=True)
         words.whitespace_split = True
         if line.startswith("inco-trio "):
@@ -274,7 +274,7 @@ def test_commands_in_the_prose_have_the_options_that_are_named(page: Path) -> No
     "page", [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem
 )
 def test_every_link_has_a_target(page: Path) -> None:
-    """Links must also work for a reader who has only the files, without the site."""
+    """Links must also work for a reader of the plain Markdown files, without the website."""
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         there = page.parent / path if path else page

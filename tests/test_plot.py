@@ -1,4 +1,4 @@
-"""`inco-trio plot`: exact numbers, and the text in the picture."""
+"""Tests of `inco-trio plot`: exact numbers, and the text in the picture."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_signal_names_are_drawn_literally(tmp_path: Path) -> None:
     said = comments(path.with_suffix(".svg"))
     assert {f"{formula} (inbound): 1", "x$^{$.pcapng: 3 notifications", r"$\frac$"} <= said
     assert r"bell\x07, escape\x1b, half \ud800" in said
-    assert "_hidden (inbound)" in said  # in the legend, where matplotlib omits labels that begin with an underscore
+    assert "_hidden (inbound)" in said  # matplotlib itself would omit a legend label that begins with "_"
 
 
 @pytest.mark.tools
@@ -239,8 +239,8 @@ def test_percentiles_of_more_values_than_are_sorted_at_once(monkeypatch: pytest.
 
 @pytest.mark.tools
 def test_a_million_notifications_take_little_memory() -> None:
-    # The limit is on top of imports and a first picture. 16 bytes per notification would be 16 MiB; a list, over 40
-    # MiB.
+    # Limit the growth after the imports and a first picture. Two arrays need 16 bytes per notification (16 MiB);
+    # a list of Python objects would need over 40 MiB.
     code = f"""
 import resource, tempfile
 from pathlib import Path
@@ -293,7 +293,7 @@ def test_ignored_frames_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.tools
 def test_a_failed_picture_leaves_no_file(night: Path) -> None:
     command = ["prlimit", "--fsize=100", sys.executable, "-m", "inco_trio", "plot", str(night)]
-    # The coverage tool writes files, too.
+    # Turn off the coverage tool: its data file would also exceed the file size limit.
     env = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=env)
     picture = night.with_suffix(".svg")

@@ -1,4 +1,4 @@
-"""The pytest plugin as its users run it: each test here starts another pytest."""
+"""Tests of the pytest plugin, as users run it: each test starts another pytest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUIET = ("-p", "no:cacheprovider", "-p", "no:randomly", "-W", "error")
 
 
 def run(pytester: pytest.Pytester, test: str, *options: str) -> pytest.RunResult:
-    """Run a file of tests."""
+    """Write `test` to a file and run pytest on this file."""
     pytester.makepyfile(test)
     plugins = ("-p", "no:asyncio", "-p", "no:trio", "-p", "no:anyio") if "-p" not in options else ()
     return pytester.runpytest_subprocess(*QUIET, *plugins, *options, timeout=HANG)
@@ -107,7 +107,7 @@ def test_a_missing_signal_shows_what_both_cores_did(pytester: pytest.Pytester) -
     assert recorded
     with open_recording(Path(recorded[1]), SignalTable(())) as recording:
         assert [each.signal for each in recording if isinstance(each, Entry)] == ["ihub_hwwd_irq"]
-    result.stdout.no_fnmatch_line("*happenings.py*")  # only the frames of the test itself
+    result.stdout.no_fnmatch_line("*happenings.py*")  # the traceback has only frames of the test itself
 
 
 def test_a_proxy_that_dies_fails_the_test(pytester: pytest.Pytester) -> None:

@@ -1,4 +1,4 @@
-"""Signals to the daemon at every stage of its life: a stop signal makes it exit with 0 and without a traceback."""
+"""Tests of Unix signals to the daemon at every stage of its life: a stop signal must lead to a clean exit with 0."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 sys.exit(main(sys.argv[3:]))
 """
-"""Send signals to this process when a module is about to be imported."""
+"""A program that runs inco-trio and sends signals to itself when a given module is about to be imported."""
 
 AT_CALL = """
 import importlib, os, signal, sys
@@ -50,7 +50,7 @@ def calling(*arguments, **named):
 setattr(owner, name, calling)
 sys.exit(main(sys.argv[3:]))
 """
-"""Send signals to this process when a function is called."""
+"""A program that runs inco-trio and sends signals to itself when a given function is called."""
 
 AT_THE_END = """
 import os, signal, sys
@@ -65,7 +65,7 @@ signal_numbers = [int(number) for number in sys.argv[2].split(",")]
 last = Last()
 sys.exit(main(sys.argv[3:]))
 """
-"""Send signals to this process while the interpreter shuts down."""
+"""A program that runs inco-trio and sends signals to itself while the interpreter shuts down."""
 
 
 def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str | Path) -> tuple[int, str]:
@@ -131,13 +131,10 @@ def test_a_stop_that_the_parent_blocked_before_exec_is_obeyed(number: signal.Sig
 
 
 def test_other_commands_die_of_sigint() -> None:
-    # A shell that runs the tests in the background may have set SIGINT to be ignored.
+    # Restore the handler of SIGINT: if a shell runs the tests in the background, SIGINT may be ignored.
     heeded = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script = heeded + AT_IMPORT.replace("sys.argv[3:]", "['check', '--config', '/dev/null']")
     assert run(script, "inco_trio.cli.check", [signal.SIGINT]) == (-signal.SIGINT, "")
-
-
-# ----------------------------------------------------------------------------------------------- while the daemon runs
 
 
 IN_CORE = """
@@ -157,11 +154,14 @@ for place in sys.argv[1].split(","):
     signal_at(place, int(sys.argv[2]))
 sys.exit(main(sys.argv[3:]))
 """
-"""Send a signal to this process when functions of the daemon are called."""
+"""A program that runs inco-trio and sends a signal to itself when given functions of the daemon are called."""
 
 
 def in_core(cores: Cores, places: str, number: signal.Signals, irq_dir: Path) -> str:
-    """Return the daemon's log when `number` is sent at these places; the daemon must exit with 0."""
+    """Run the daemon with the Unix signal `number` sent at each call of the functions `places`, and return its log.
+
+    The daemon must exit with 0.
+    """
     start = functools.partial(
         subprocess.run,
         [sys.executable, "-c", IN_CORE, places, str(int(number)), "run", cores.link, "--irq-dir", str(irq_dir)],
@@ -242,7 +242,7 @@ async def reload(self, config):
 inco_trio.proxy.proxy.Proxy.reload = reload
 sys.exit(main(sys.argv[1:]))
 """
-"""Hang in the reload, as the real one does while the link is down."""
+"""A program that runs inco-trio and hangs during a reload, as the real proxy does while the link is down."""
 
 
 @pytest.mark.netns

@@ -1,4 +1,4 @@
-"""The messages of the control socket: each message decodes to itself, and any other line causes one type of error."""
+"""Tests of the control socket's messages: a decoded message equals the encoded one; invalid lines raise one error."""
 
 from __future__ import annotations
 

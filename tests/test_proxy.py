@@ -1,4 +1,4 @@
-"""The running proxy, as a process or through the library, between two cores on the real kernel."""
+"""Tests of a running proxy, as a process and through the library, between two cores on the real kernel."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ Watch = Callable[[Path], Consumer]
 
 @pytest.fixture
 def udrv(tmp_path: Path, irq_dir: Path) -> Path:
-    """Return the configuration of a board with six signals."""
+    """Return the path of a configuration with six signals."""
     return write_udrv(tmp_path / "udrv.json", irq_dir)
 
 
@@ -68,7 +68,7 @@ def core0_mac(cores: Cores) -> bytes:
 
 @pytest.fixture
 def proxy(proxy: StartProxy) -> Iterator[StartProxy]:
-    """Start a proxy as the fixture `proxy` does; after the test, each one that still runs must stop cleanly."""
+    """Start proxies with the outer fixture `proxy`. After the test, each proxy that still runs must stop cleanly."""
     started: list[Running] = []
 
     def start(*arguments: str | Path, **how: Any) -> Running:
@@ -82,22 +82,19 @@ def proxy(proxy: StartProxy) -> Iterator[StartProxy]:
 
 
 def names(core1: Peer, count: int) -> list[bytes]:
-    """Return the payloads of the next frames that reach core 1."""
+    """Return the payloads of the next `count` frames that reach core 1."""
     return [core1.receive()[14:] for _ in range(count)]
 
 
 def room(running: Running) -> int:
-    """Return how many small frames fit into the proxy's receive queue in any case.
+    """Return a number of small frames that always fits into the proxy's receive queue.
 
-    Without CAP_NET_ADMIN, net.core.rmem_max limits the queue. The kernel doubles the size that it grants, and counts
-    less than 1 kB for a frame.
+    Without CAP_NET_ADMIN, net.core.rmem_max limits the queue. The kernel doubles the granted size, and charges less
+    than 1 kB for a small frame.
     """
     granted = re.search(r"receive buffer of (\d+) kB granted", running.log)
     assert granted is not None
     return 2 * int(granted[1])
-
-
-# --------------------------------------------------------------------------------------------------------------- frames
 
 
 def test_triggers_become_frames(
@@ -122,7 +119,7 @@ def test_frames_become_writes(
         assert tcpdump.packet() == frame(core1.mac, name.encode())
         assert consumer.path.read_text() == "1"
     assert [consumer.count for consumer in consumers.values()] == [1] * len(INBOUND)
-    # The proxy sends no received frame back, and its own writes trigger nothing.
+    # The proxy does not echo received frames, and its own writes do not trigger notifications.
     assert running.counters()["sent"] == 0
 
 
@@ -146,7 +143,7 @@ def test_a_frame_that_is_too_long_is_malformed(
     core1.send(b"ihub_reset_irq", pad=1700)
     core1.send(b"ihub_reset_irq")
     resets.wait(1)
-    # The same within a batch, whose buffer truncates the frame.
+    # Repeat this with a batch of frames, where the receive buffer truncates the long frame.
     os.kill(running.pid, signal.SIGSTOP)
     for pad in (0, 1700, 0):
         core1.send(b"ihub_reset_irq", pad=pad)
@@ -212,7 +209,7 @@ def test_garbage_changes_only_counters(
     counters = running.counters()
     assert counters["unknown"] >= 4
     assert counters["malformed"] >= 6
-    # Chance may have given a few raw frames our EtherType and a broadcast address.
+    # A few of the random raw frames may have our EtherType and a broadcast address by chance.
     assert 1 + len(lengths) + 10 <= counters["received"] <= 1 + 2 * len(lengths) + 10
     assert counters["unknown"] + counters["malformed"] == counters["received"] - 1
     assert counters["delivered"] == 1
@@ -243,9 +240,6 @@ def set_mtu(interface: str, mtu: int) -> None:
         links.link("set", ifname=interface, mtu=mtu)
 
 
-# ------------------------------------------------------------------------------------------------------------ bursts
-
-
 def test_1000_quick_triggers_make_1000_frames(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> None:
     running = proxy("--config", udrv)
 
@@ -264,7 +258,7 @@ def test_1000_quick_triggers_make_1000_frames(proxy: StartProxy, udrv: Path, irq
 def test_a_burst_of_20000_frames_loses_none(proxy: StartProxy, irq_dir: Path, core1: Peer, watch: Watch) -> None:
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
-    # Send one burst if the receive queue may be that large.
+    # Send all frames in one burst if they fit into the receive queue, otherwise in several bursts.
     for start in range(0, 20_000, room(running)):
         end = min(start + room(running), 20_000)
         for _ in range(start, end):
@@ -284,7 +278,7 @@ def test_a_burst_of_20000_frames_waits_for_a_slow_proxy(
     for _ in range(count):
         core1.send(b"ihub_reset_irq")
     os.kill(running.pid, signal.SIGCONT)
-    # Wait before the stop, which gives up after its deadline.
+    # Wait for all deliveries before the stop: a stopping proxy gives up at its deadline.
     resets.wait(count)
     assert running.stop() == 0
     counters = final_counters(running.log)
@@ -352,7 +346,7 @@ def test_a_start_changes_no_file_and_sends_nothing(
     trigger(irq_dir / "message_1_trig")
     assert names(core1, 1) == [b"ihub_uart_irq"]
     assert running.stop() == 0
-    # A second start changes nothing, either.
+    # A second start must not change any file, either.
     proxy("--config", udrv)
     trigger(irq_dir / "message_0_trig")
     assert names(core1, 1) == [b"ihub_crash_log_irq"]
@@ -370,9 +364,6 @@ def test_an_unconfigured_file_is_not_a_trigger(proxy: StartProxy, udrv: Path, ir
     trigger(irq_dir / "message_6_trig")
     assert names(core1, 1) == [b"redun_notify_irq"]
     assert running.counters()["triggered"] == 1
-
-
-# ------------------------------------------------------------------------------------------- link down, link deleted
 
 
 def test_notifications_triggered_while_the_link_is_down_are_sent_later(
@@ -402,7 +393,7 @@ def test_the_proxy_uses_a_recreated_link(
         cores.make_link()
         core1.rebind()
         running.wait_log("watch: works again", after=said)
-        # Frames sent before core 1 listened again are lost, so trigger again.
+        # The first frame is lost if it was sent before core 1 listened again, so trigger once more.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         core1.send(b"ihub_reset_irq")
@@ -421,9 +412,6 @@ def test_a_stop_gives_up_on_a_link_that_stays_down(proxy: StartProxy, cores: Cor
     unfinished = final_counters(running.log)["unfinished"]
     assert unfinished > 0
     assert f"stopped with {unfinished} notifications pending: they are lost" in running.log
-
-
-# ----------------------------------------------------------------------------------------------------- Unix signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -549,9 +537,6 @@ def test_counters_are_logged_on_sigusr1_and_on_exit(
     assert final_counters(running.log) == counters
 
 
-# ------------------------------------------------------------------------------------------------------- start and end
-
-
 def test_two_proxies_face_each_other(
     proxy: StartProxy, cores: Cores, udrv: Path, irq_dir: Path, tmp_path: Path, watch: Watch
 ) -> None:
@@ -584,7 +569,7 @@ def test_systemd_is_notified_once_link_and_watches_work(
         systemd.bind(str(tmp_path / "notify"))
         running = proxy("--irq-dir", irq_dir, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}, ready=False)
         assert systemd.recv(100) == b"READY=1"
-        # Link and watches must work now.
+        # After READY=1, the link and the watches must work.
         trigger(irq_dir / "message_6_trig")
         assert names(core1, 1) == [b"redun_notify_irq"]
         resets = watch(irq_dir / "message_4_state")
@@ -763,7 +748,7 @@ def test_the_old_command_is_a_drop_in_replacement(cores: Cores, udrv: Path, irq_
                 assert said[-1], said
             trigger(irq_dir / "message_6_trig")
             assert names(core1, 1) == [b"redun_notify_irq"]
-            # The old command logs one line for each notification.
+            # The drop-in command logs one line for each notification.
             assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
             running.terminate()
             assert running.wait(HANG) == 0
@@ -797,15 +782,12 @@ def test_a_process_that_holds_a_register_open_is_named(proxy: StartProxy, irq_di
     assert f"process {os.getpid()} " in line
 
 
-# --------------------------------------------------------------------------------------------------------- the library
-
-
 InCore0 = Callable[[Callable[[], Awaitable[None]]], None]
 
 
 @pytest.fixture
 def in_core0(cores: Cores) -> InCore0:
-    """Run an async function in core 0."""
+    """Return a function that runs an async function in core 0."""
 
     async def guarded(function: Callable[[], Awaitable[None]]) -> None:
         with trio.fail_after(HANG):
@@ -859,7 +841,7 @@ def test_send_returns_once_the_link_has_accepted_the_frame(in_core0: InCore0, co
         async with open_proxy(config) as proxy:
             for _ in range(3):
                 await proxy.send("redun_notify_irq")
-                # The link has accepted the frame already.
+                # `send` has returned, so the frame must already be in core 1's queue.
                 assert core1.receive(0)[14:] == b"redun_notify_irq"
             assert (proxy.stats.triggered, proxy.stats.sent) == (3, 3)
             for unknown in ("ihub_reset_irq", "stranger", "", "\u00fc"):
@@ -1099,7 +1081,7 @@ def test_a_returning_directory_with_a_written_trigger_counts(
         other.mkdir()
         trigger(other / "message_6_trig")
         irq_dir.rename(irq_dir.with_name("away"))
-        # Put a file in its place: the proxy cannot create the directory there, and no event reports when the file goes.
+        # Block the path with a file: the proxy cannot create the directory, and no event reports the file's removal.
         irq_dir.touch()
 
     def bring_back() -> None:
@@ -1211,7 +1193,7 @@ def test_a_send_cancelled_before_the_link_accepted_it_does_not_count(
                     senders.start_soon(proxy.send, "redun_notify_irq")
                 await wait_all_tasks_blocked()
                 senders.cancel_scope.cancel()
-            # The send task holds one of them and waits for the link.
+            # The send task already holds one notification and waits for the link; the other four are cancelled.
             assert proxy.stats.triggered == 1
             nursery.cancel_scope.cancel()
 
@@ -1245,7 +1227,7 @@ def test_a_proxy_that_waits_for_its_link_stores_all_descriptors(
 def test_writing_pending_notifications_yields_to_other_tasks(
     in_core0: InCore0, config: Config, irq_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Count writes between two turns of another task; times would depend on how busy the machine is.
+    # Count the writes between two turns of another task, because times depend on how busy the machine is.
     largest = 0
 
     async def others(proxy: Proxy) -> None:
@@ -1270,11 +1252,8 @@ def test_writing_pending_notifications_yields_to_other_tasks(
             nursery.cancel_scope.cancel()
 
     in_core0(main)
-    # Trio may run the proxy last in one round of its tasks and first in the next round.
+    # Allow two slices: Trio may run the proxy last in one round of its tasks and first in the next round.
     assert 0 < largest <= 2 * SLICE
-
-
-# ------------------------------------------------------------------------------------- restarts with stored descriptors
 
 
 def test_notifications_that_arrive_while_no_proxy_runs_are_delivered(
@@ -1330,7 +1309,7 @@ def test_the_next_proxy_finishes_what_a_killed_one_had_read(
         async with open_supervised(config, first):
             pass
         resets, hwwds = watch(irq_dir / "message_4_state"), watch(irq_dir / "message_5_state")
-        # Leave the buffers as a process does that is killed between reading and acting.
+        # Fill the buffers as if a process had been killed after it read frames and events, before it handled them.
         memory = Inflight.open(os.dup(first.kept["inflight"]))
         for number, name in enumerate((b"ihub_reset_irq", b"ihub_hwwd_irq", b"stranger", b"ihub_reset_irq")):
             whole = encode(name, core1.mac)
@@ -1365,7 +1344,7 @@ def test_descriptors_from_the_fd_store_are_checked(
         core1.send(b"ihub_reset_irq")
         holder = Cupboard({"link": foreign.detach(), "inflight": os.memfd_create("foreign")})
         async with open_supervised(config, holder) as proxy:
-            # The frame queued in the replaced socket is not lost.
+            # The frame that was queued in the replaced socket must not be lost.
             assert proxy.stats.delivered == 1
             assert "the inherited socket no longer matches the link and is replaced" in caplog.text
             with proxy.events() as events:

@@ -1,4 +1,4 @@
-"""The program does what the README shows."""
+"""Tests that the program does what the README shows."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_commands_create_their_environment(section: str, program: str) -> No
     assert run == f".venv/bin/{program}"
 
 
-# The session `unit` runs in a copy of the tree without .ci, so this test has a marker.
+# The nox session `unit` skips tests with this marker: it runs in a copy of the tree without .ci.
 @pytest.mark.tools
 def test_ci_runs_the_second_command_and_nothing_else() -> None:
     script = (Path(__file__).parents[1] / ".ci/run").read_text()
@@ -76,7 +76,7 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
         preexec_fn=cores.core0.enter,
     ) as process:
         try:
-            # The program does not answer what arrives before it listens, so send every 0.05 s.
+            # The program misses signals that arrive before it listens, so send one every 0.05 s until it answers.
             while not select.select([core1], [], [], 0.05)[0]:
                 core1.send(b"ihub_hwwd_irq")
                 assert process.poll() is None
@@ -120,7 +120,7 @@ def trigger_until_answered(irq: Path) -> None:
         while state.read_text() != "1":
             assert time.monotonic() < deadline, "core 1 has not answered"
             trigger(irq / "message_6_trig")
-            select.select([changes.fd], [], [], 0.2)  # Then notify core 1 again.
+            select.select([changes.fd], [], [], 0.2)  # Wait 0.2 s before the next attempt.
     finally:
         changes.close()
 
@@ -133,9 +133,8 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
     assert lines.count("\n") == 4
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
         Path(home).chmod(0o777)
-        # Use the Python and programs of this environment. They exit when their standard input closes, so none outlives
-        # this test.
-        # end of this test, so do they.
+        # Use the Python and the programs of this environment. They exit when their standard input closes, so that no
+        # process outlives this test.
         script = f"""
             export TMPDIR={home}
             python3() {{ exec {sys.executable} "$@"; }}

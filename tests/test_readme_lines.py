@@ -39,7 +39,7 @@ FRAME = b"ihub_hwwd_irq"
 
 
 class Shell:
-    """Runs command lines of the README on core 0, in a directory with the files that they name."""
+    """A shell on core 0 that runs command lines of the README, in a directory with the files that they name."""
 
     def __init__(self, cores: Cores, home: Path) -> None:
         self._cores, self.home = cores, home
@@ -54,7 +54,7 @@ class Shell:
         (home / "boards/b1.json").write_text(json.dumps(board))
 
     def _start(self, beginning: str) -> subprocess.Popen[str]:
-        """Return the README line that begins with `beginning`, with its paths moved into the directory."""
+        """Start the README line that begins with `beginning`, with its paths moved into the directory."""
         found = [line for line in self.left if line.startswith(beginning)]
         assert len(found) == 1, (beginning, found)
         self.left.remove(found[0])
@@ -64,7 +64,7 @@ class Shell:
         ):  # fmt: skip
             line = line.replace(there, f"{self.home}/{here}" if here != " irq" else here)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{self.home}/bin:{os.environ['PATH']}"}
-        # Hide the sockets of other proxies in /run, which may serve a link of the same name.
+        # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
         run = f"mkdir -p {self.home}/run; mount --bind {self.home}/run /run; exec {line}"
         return subprocess.Popen(
             ["unshare", "--mount", "/bin/sh", "-c", run], cwd=self.home, text=True, stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ class Shell:
         )  # fmt: skip
 
     def run(self, beginning: str, *codes: int) -> str:
-        """Run a line and return its output; its exit code must be one of `codes` (default: 0)."""
+        """Run a README line and return its output. Its exit code must be one of `codes` (default: 0)."""
         with self._start(beginning) as process:
             try:
                 out, _ = process.communicate(timeout=HANG)
@@ -85,7 +85,7 @@ class Shell:
 
     @contextmanager
     def running(self, beginning: str, sign: str) -> Iterator[list[str]]:
-        """Run a line in the background; yield its output up to `sign`. At the end send SIGINT and add the rest."""
+        """Run a README line in the background and yield its output up to `sign`; then send SIGINT and add the rest."""
         said: list[str] = []
         with self._start(beginning) as process:
             assert process.stdout is not None
@@ -102,11 +102,11 @@ class Shell:
 
 @contextmanager
 def signalling(core1: Peer) -> Iterator[None]:
-    """Send signals from core 1 repeatedly."""
+    """Send a signal from core 1 repeatedly while the block runs."""
     stop = threading.Event()
 
     def send() -> None:
-        while not stop.wait(0.05):  # The pace of the load.
+        while not stop.wait(0.05):  # Limit the rate of the signals.
             core1.send(FRAME)
 
     thread = threading.Thread(target=send)

@@ -1,4 +1,4 @@
-"""`inco-trio record` as its users run it, with a real daemon."""
+"""Tests of `inco-trio record`, as users run it, with a real daemon."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Running]]:
-    """Start `record` and wait until it receives every notification."""
+    """Yield a function that starts `record` and waits until it is listening."""
     with ExitStack() as stack:
 
         def started(*words: str | Path) -> Running:
@@ -47,7 +47,7 @@ def start() -> Iterator[Callable[..., Running]]:
 
 
 def finish(running: Running, number: signal.Signals = signal.SIGINT) -> str:
-    """Stop `record` and return its last line of output."""
+    """Stop `record` with a Unix signal and return its last line of output."""
     running.process.send_signal(number)
     out, err = running.process.communicate(timeout=HANG)
     assert (running.process.returncode, out) == (0, "")
@@ -198,7 +198,7 @@ def test_notifications_sent_before_the_proxy_ended_are_kept(
         board.trigger()
         peer.recv(2000)
     assert proxy.stop() == 0
-    # Stop both at the same time, as Ctrl-C does in a script that runs them.
+    # Interrupt `record`, too, as Ctrl-C does in a script that runs both programs.
     recording.process.send_signal(signal.SIGINT)
     recording.process.send_signal(signal.SIGCONT)
     _, err = recording.process.communicate(timeout=HANG)
@@ -217,7 +217,7 @@ def test_a_full_file_system_ends_the_recording_with_an_error(
     small, kept = tmp_path / "small", tmp_path / "kept"
     small.mkdir()
     kept.mkdir()
-    # The file system has four pages for at most two files: the header of a third file does not fit.
+    # The file system has four pages. Once it has two files, the header of a third file does not fit.
     command = [*COMMAND, "record", str(small / "f"), "--control", str(board.path), *rotation]
     script = f'mount -t tmpfs -o size=16384 inco-trio-test {small} && "$@"; code=$?; cp {small}/* {kept}; exit $code'
     with subprocess.Popen(
@@ -259,13 +259,13 @@ def test_a_replay_gives_the_same_counts(board: Board, start: Callable[..., Runni
             peer.recv(2000)
     assert first.end() == 0
     second = start(tmp_path / "second", "--control", board.path, "--count", "30")
-    # Replay as the applications of core 0; this test is core 1.
+    # Replay as the applications of core 0, while this test acts as core 1.
     replay(tmp_path / "first", "--irq-dir", board.irq, "--fast", "--wait", "0.1")
     for _ in range(10):
         peer.recv(2000)
     peer.close()
     Path(f"{board.home}/core1").unlink()
-    # Replay as core 1.
+    # Now replay the same recording as core 1.
     replay(tmp_path / "first", f"unix:{board.home}/core1,peer={board.home}/core0", "--fast", "--wait", "0.1")
     assert second.end() == 0
     assert Counter(names(tmp_path / "second")) == Counter(names(tmp_path / "first"))
@@ -302,7 +302,7 @@ def test_the_demo_can_be_recorded(tmp_path: Path) -> None:
 @pytest.mark.netns
 def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Peer, tmp_path: Path) -> None:
     command = [*COMMAND, "record", str(tmp_path / "f"), cores.link, "--count", "2"]
-    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None

@@ -1,7 +1,7 @@
-"""What is in flight when a process is killed: its successor finishes it in order and repeats no finished work.
+"""Tests of recovery: the successor of a killed process finishes its work in order and repeats no finished work.
 
-The link is a Unix socket whose other side is played by the test. A missing peer blocks all sending, so a test can end a
-proxy in the middle of its work, as a kill would.
+The link is a Unix socket, and the test acts as core 1. While core 1 has no socket, the proxy cannot send anything, so
+a test can stop the proxy in the middle of its work, as a kill would.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OUTBOUND = ["redun", "crash", "uart", "other"]
 
 
 class Board:
-    """A board whose link is the socket `core0` in a directory; the other side's socket is `core1`."""
+    """A board whose link is the socket `core0` in the directory `home`. The socket of core 1 is `core1`."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.irq = home, home / "irq"
@@ -59,13 +59,13 @@ class Board:
 
     @asynccontextmanager
     async def proxy(self) -> AsyncIterator[Proxy]:
-        """Yield a proxy that takes over from its predecessor; at the end of the block it leaves its unfinished work."""
+        """Yield a proxy that takes over from its predecessor. At the end of the block it leaves its unfinished work."""
         self.store = self.store.heir()
         async with open_supervised(self.config, self.store) as proxy:
             yield proxy
 
     async def leave(self) -> None:
-        """Run a proxy until it has nothing left to do."""
+        """Run a proxy until all its tasks are blocked."""
         async with self.proxy():
             await stuck()
 
@@ -75,7 +75,7 @@ class Board:
             await trio.sleep_forever()
 
     def memory(self) -> Inflight:
-        """Return the in-flight buffer while no proxy runs."""
+        """Return the in-flight buffer. Call this only while no proxy runs."""
         return Inflight.open(os.dup(self.store.kept["inflight"]))
 
     def peer(self) -> Peer:
@@ -83,7 +83,7 @@ class Board:
 
 
 class Peer:
-    """The other side of the link."""
+    """Core 1, at the other side of the link."""
 
     def __init__(self, path: Path) -> None:
         self._socket = trio.socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -99,7 +99,7 @@ class Peer:
         self._path.unlink()
 
     async def receive(self, count: int) -> list[str]:
-        """Return the next `count` names."""
+        """Return the signal names in the next `count` frames."""
         names: list[str] = []
         while len(names) < count:
             name = decode(await self._socket.recv(200))
@@ -112,7 +112,7 @@ class Peer:
             await self._socket.sendto(encode(name.encode(), MAC), str(self._path.with_name("core0")))
 
     async def all(self, last: str) -> list[str]:
-        """Return all names received up to and including `last`."""
+        """Return the signal names in all frames up to and including the next frame named `last`."""
         names = await self.receive(1)
         while names[-1] != last:
             names += await self.receive(1)
@@ -135,15 +135,15 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 class Writes:
-    """Record, in order, which files of a directory are closed after writing."""
+    """A record of the files in a directory that are closed after writing, in order."""
 
     def __init__(self, directory: Path) -> None:
         self._inotify = Inotify()
-        # An IN_MODIFY between two closes keeps the kernel from merging them.
+        # Also watch for IN_MODIFY: such an event between two close events keeps the kernel from merging them.
         self._inotify.watch(str(directory), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
     def names(self) -> list[str]:
-        """Return the names since the last call."""
+        """Return the signals whose state files were closed since the last call."""
         buffer = memoryview(bytearray(1 << 16))
         events = parse_events(buffer[: self._inotify.read_into(buffer)])
         closed = [event.name.decode() for event in events if event.mask & ino.IN_CLOSE_WRITE]
@@ -154,14 +154,11 @@ class Writes:
 
 
 def put(bank: Bank, sequence: int, names: list[str]) -> None:
-    """Put frames into a bank, as a process does that is killed before it writes their state files."""
+    """Put frames into a bank of the in-flight buffer, as if a process had been killed before it wrote state files."""
     bank.begin(sequence)
     for slot, name in enumerate(names):
         whole = encode(name.encode(), MAC)
         bank.view[slot * FRAME_STEP : slot * FRAME_STEP + len(whole)] = whole
-
-
-# ------------------------------------------------------------------------------------------------------------- inbound
 
 
 @pytest.mark.parametrize("older", [0, 1])
@@ -225,16 +222,13 @@ def test_a_crash_while_frames_are_recovered_loses_none(board: Board, after: int)
     killed(board, patch)
     assert writes.names() == [*older, *newer][:after]
     run(board.leave)
-    # The successor starts again at the beginning of the bank in which its predecessor was killed.
+    # The successor repeats the whole bank of frames that its predecessor was handling when it was killed.
     assert writes.names() == ([*older, *newer] if after < len(older) else newer)
     writes.close()
 
 
-# ------------------------------------------------------------------------------------------------------------ outbound
-
-
 async def leave_in_flight(board: Board, older: list[str], newer: list[str], first: int = 0) -> None:
-    """Leave the events of `older` and `newer` in the two banks, as a process killed before it sent any of them."""
+    """Leave events of `older` and `newer` in the two banks, as if a process had been killed before it sent a frame."""
     await board.leave()
     memory = board.memory()
     for sequence, names in ((19, older), (20, newer)):
@@ -246,7 +240,7 @@ async def leave_in_flight(board: Board, older: list[str], newer: list[str], firs
 
 
 async def until(true: Callable[[], bool]) -> None:
-    """Wait until `true` returns true."""
+    """Run other tasks until `true()` is true."""
     while not true():
         await trio.lowlevel.checkpoint()
 
@@ -271,7 +265,7 @@ def test_new_events_do_not_overwrite_recovered_ones(board: Board) -> None:
     async def main() -> None:
         await leave_in_flight(board, ["redun", "crash"], ["uart"])
         for _ in range(3):
-            # Without a peer, recovered events cannot be sent, so new events must stay in the kernel.
+            # Without a peer, the recovered notifications cannot be sent, so new events must stay in the kernel.
             async with board.proxy() as proxy:
                 board.trigger("other")
                 await stuck()
@@ -287,7 +281,7 @@ def test_a_crash_while_recovered_events_are_sent_loses_none(board: Board) -> Non
     async def main() -> None:
         await leave_in_flight(board, ["redun", "crash"] * 20, ["uart"])
         async with board.proxy() as proxy, board.peer():
-            # The peer's queue holds fewer than these.
+            # The peer's queue is too short for all of these notifications.
             board.trigger("other")
             await stuck()
             assert 0 < proxy.stats.sent < 41
@@ -318,9 +312,6 @@ def test_bank_sequence_numbers_continue_after_a_restart(board: Board) -> None:
     run(main)
 
 
-# ---------------------------------------------------------------------------------------------------------- registers
-
-
 def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Triggered] = []
 
@@ -336,9 +327,8 @@ def test_registers_are_restored_while_nothing_can_be_sent(board: Board, monkeypa
 
     async def main() -> None:
         async with board.proxy() as proxy, board.peer() as peer:
-            # Replace the directory and all triggers in it, which counts once for each trigger. Timing decides whether
-            # an event or a scan finds them.
-            # finds it is a matter of time.
+            # Replace the directory and all triggers in it, which counts once for each trigger. Whether an event or a
+            # scan finds the new triggers depends on timing.
             for number in range(100):
                 # Send more than fits into the peer's queue.
                 board.trigger(*["redun"] * 100)
@@ -370,7 +360,7 @@ def test_a_successor_knows_a_trigger_created_before_the_kill(board: Board, then:
                 if then != "nothing":
                     board.trigger("redun")
                 if then == "replaced":
-                    # The file of the first watch has lost its name, so looking at the path cannot identify the watch.
+                    # The file that was watched first has no name any more, so the path does not identify its watch.
                     (board.irq / "new").touch()
                     (board.irq / "new").rename(board.irq / "redun_trig")
                 kill_now()
@@ -381,8 +371,8 @@ def test_a_successor_knows_a_trigger_created_before_the_kill(board: Board, then:
         async with board.proxy(), board.peer() as peer:
             await stuck()
             board.trigger("other")
-            # If the successor did not know the watch or the creator of the file, it would send more notifications, to
-            # be safe.
+            # If the successor did not know the watch or the creator of the file, it would send additional
+            # notifications, to be safe.
             expected = {"other"} if then == "nothing" else {"redun", "other"}
             assert set(await peer.all(last="other")) == expected
 

@@ -1,4 +1,4 @@
-"""The registers: real directories, real files, real inotify."""
+"""Tests of the registers with real directories, real files and the real inotify."""
 
 from __future__ import annotations
 
@@ -88,12 +88,9 @@ def write(path: Path, text: str = "1") -> None:
 
 
 def remake(path: Path, text: str = "1") -> None:
-    """Replace a file by a rename, as careful writers do."""
+    """Replace a file atomically, by a rename."""
     path.with_name("new").write_text(text)
     path.with_name("new").rename(path)
-
-
-# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def test_missing_files_are_created_and_trigger_nothing(
@@ -144,7 +141,7 @@ def test_mode_follows_the_umask(start: StartWorld, notify: Signal, reset: Signal
 
 
 def test_a_temporary_file_of_a_killed_process_is_reused(start: StartWorld, irq: Path, notify: Signal) -> None:
-    # In a container, each start may have the same process id.
+    # In a container, the proxy may have the same PID after each start.
     irq.mkdir(parents=True)
     (irq / f".inco-trio.{os.getpid()}").touch()
     world = start(notify)
@@ -249,7 +246,7 @@ def test_a_filesystem_without_hard_links_works(
     def refuse(*_names: str, **_how: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    # vfat answers with EPERM (link(2)), but a vfat mount needs a block device.
+    # Simulate vfat, where link(2) fails with EPERM. A real vfat mount needs a block device.
     monkeypatch.setattr("os.link", refuse)
     world = start(notify)
     assert list(irq.iterdir()) == [notify.path]
@@ -295,11 +292,8 @@ def test_the_limit_of_inotify_instances_is_named() -> None:
     assert str(found) == "inotify: limit reached: raise fs.inotify.max_user_instances or ulimit -n"
 
 
-# ----------------------------------------------------------------------------------------------------- state registers
-
-
 def closes(path: Path) -> Callable[[], int]:
-    """Return a function that counts the closes after writing of a file."""
+    """Return a function that counts how often a file was closed after writing (IN_CLOSE_WRITE)."""
     inotify = Inotify()
     inotify.watch(str(path), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
 
@@ -335,7 +329,7 @@ def test_a_missing_state_file_is_recreated_and_then_written(
     world = start(reset, hwwd)
     reset.path.unlink()
     world.write(reset)
-    # The process that removed the file may be about to remove the directory.
+    # The proxy recreates the file only later: the process that removed the file may also remove the directory next.
     assert list(irq.iterdir()) == [hwwd.path]
     assert world.pending == {"ihub_reset_irq": 1}
     assert world.triggered() + world.later() == []
@@ -471,9 +465,6 @@ def test_a_removed_state_register_is_recreated(start: StartWorld, irq: Path, res
     assert not world.troubled
 
 
-# ------------------------------------------------------------------------------------------------------------ triggers
-
-
 def test_every_write_counts(start: StartWorld, notify: Signal) -> None:
     world = start(notify)
     for number in range(1000):
@@ -541,7 +532,7 @@ def test_several_renames_between_two_reads_count_each(start: StartWorld, notify:
     for _ in range(3):
         remake(notify.path)
     write(notify.path)
-    # The proxy did not watch the last file yet when it was written, so the rename stands for that write.
+    # The proxy did not watch the last file yet when it was written, so the rename and this write count as one.
     assert world.triggered() == ["redun_notify_irq"] * 3
     write(notify.path)
     assert world.triggered() == ["redun_notify_irq"]
@@ -691,9 +682,6 @@ def test_a_file_created_in_a_directory_no_longer_watched_triggers_by_its_name(
     world = start(notify)
     events = [Event(4711, mask, name) for name in (b"message_6_trig", b"stranger")]
     assert world.take(world.registers.triggers.follow(events)) == [notify.name]
-
-
-# --------------------------------------------------------------------------------------------------------- directories
 
 
 def test_a_replaced_directory_is_followed(
@@ -935,9 +923,6 @@ def test_an_unreadable_parent_directory_is_accepted(start: StartWorld, irq: Path
     assert world.triggered() == ["redun_notify_irq"]
 
 
-# -------------------------------------------------------------------------------------------------------------- reload
-
-
 def test_a_reload_keeps_pending_events_of_kept_signals(
     start: StartWorld, notify: Signal, uart: Signal, reset: Signal
 ) -> None:
@@ -1041,9 +1026,6 @@ def test_a_reload_with_impossible_registers_is_refused(
     assert world.events() == []
 
 
-# ------------------------------------------------------------------------------------------------------------ restarts
-
-
 def test_events_between_two_processes_are_found(start: StartWorld, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
     successor = world.again()
@@ -1062,7 +1044,7 @@ def test_a_trigger_replaced_between_two_processes_counts(
     assert successor.open() == ["redun_notify_irq"] * times
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
-    # The successor has recorded the new watch.
+    # The successor has recorded the new watch, so the next process reports nothing.
     assert successor.again().open() == []
 
 
@@ -1127,7 +1109,7 @@ def test_a_trigger_created_in_a_directory_that_was_then_replaced_counts(
     irq.rename(irq.with_name("first"))
     irq.mkdir()
     assert world.triggered() == []
-    # The application writes before the proxy would create the trigger; the process is killed before it reads the event.
+    # The application creates and writes the trigger. The proxy is killed before it reads the event of this write.
     write(notify.path)
     successor = world.again()
     irq.rename(irq.with_name("second"))
@@ -1148,7 +1130,7 @@ def test_watches_of_an_earlier_configuration_are_removed(start: StartWorld, noti
 
 def test_a_directory_of_an_earlier_configuration_triggers_nothing(start: StartWorld, irq: Path, notify: Signal) -> None:
     world = start(notify)
-    # Use a trigger of the same name in another directory.
+    # Configure a trigger of the same name in another directory.
     elsewhere = Signal("redun_notify_irq", OUT, irq.with_name("elsewhere"), notify.register)
     successor = world.again([elsewhere])
     assert successor.open() == []
@@ -1175,7 +1157,7 @@ def test_a_directory_of_an_earlier_configuration_that_is_configured_again_stays_
 
 def test_an_unrecorded_watch_may_be_any_trigger(start: StartWorld, irq: Path, notify: Signal, uart: Signal) -> None:
     world = start(notify, uart)
-    # Leave the state of a process that is killed after a rename, before it records the new file.
+    # Simulate a process that is killed after a rename, before it records the watch of the new file.
     remake(notify.path)
     world.registers.triggers.follow(world.events())
     write(notify.path)
@@ -1190,12 +1172,9 @@ def test_a_directory_configured_by_another_path_stays_watched(start: StartWorld,
     successor = world.again([alias])
     assert successor.open() == []
     assert successor.later() == []
-    # One inode has one watch: removing the watch of the old path would remove that of the new path.
+    # inotify has one watch per inode: if the old path's watch were removed, the new path would not be watched.
     write(notify.path)
     assert successor.triggered() == ["redun_notify_irq"]
-
-
-# -------------------------------------------------------------------------------------------------------- regressions
 
 
 @pytest.mark.parametrize("vanish", ["missing", "a directory"])
@@ -1263,7 +1242,7 @@ def test_two_triggers_that_are_one_file_are_refused(
     world = start(notify, uart)
     uart.path.unlink()
     uart.path.hardlink_to(notify.path)
-    # The proxy did not create this link: it writes nothing through the link, and reports the link.
+    # The proxy did not create this hard link: it must report the link, and write nothing through it.
     assert world.triggered() + world.restore() == []
     assert f"{uart.path}: cannot watch: the same file as {notify.path}; retrying" in caplog.text
     write(uart.path)
@@ -1293,7 +1272,7 @@ def test_a_missing_trigger_noticed_while_restoring_others_is_recreated(
     world = start(notify, uart)
     uart.path.unlink()
     assert world.triggered() == []
-    # The proxy reads the events only after it has looked for the other trigger and found this file there.
+    # The proxy finds this file at the path of the other trigger before it reads the events of the rename.
     notify.path.rename(uart.path)
     world.clock.now += PATIENCE
     world.restore()
@@ -1341,7 +1320,7 @@ def test_a_write_that_fails_while_its_directory_is_restored_is_retried(
     for _ in world.registers.restore():
         if world.pending:
             continue
-        # Another task has its turn.
+        # Let another task run.
         full = True
         world.write(hwwd)
     assert world.pending == {"ihub_hwwd_irq": 1}
@@ -1454,7 +1433,7 @@ def test_no_file_is_created_in_a_directory_that_is_being_emptied(
         path.touch()
     for path in (notify.path, uart.path, reset.path, *strangers):
         path.unlink()
-        # Each removal takes almost PATIENCE, and each one starts the waiting time again.
+        # After each removal, wait for less than PATIENCE: the next removal restarts the proxy's waiting time.
         clock.now += 0.8 * PATIENCE
         assert world.triggered() + world.restore() == []
         world.write(reset)
@@ -1469,7 +1448,7 @@ def test_a_found_trigger_waits_only_for_events_already_queued(start: StartWorld,
         write(uart.path)
     notify.path.unlink()
     write(notify.path)
-    # While more events arrive than the proxy reads, the queue is never empty.
+    # Events arrive faster than the proxy reads them, so the queue is never empty.
     successor.registers.open(successor.table)
     names: list[str] = []
     for _ in range(20):

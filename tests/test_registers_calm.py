@@ -32,7 +32,7 @@ states = st.tuples(st.sampled_from(DIRECTORIES), st.sampled_from(("a_state", "b_
 
 
 class Calm(RuleBasedStateMachine):
-    """The applications that write triggers and watch state files, and the registers between them."""
+    """A random walk of applications that write triggers and watch state files, and of the registers that they use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Calm(RuleBasedStateMachine):
         self.watched: dict[int, Path] = {}
         for name in DIRECTORIES:
             (self.home / name).mkdir()
-            # An IN_MODIFY between two closes keeps the kernel from merging them.
+            # Also watch for IN_MODIFY: such an event between two close events keeps the kernel from merging them.
             wd = self.consumer.watch(str(self.home / name), ino.IN_CLOSE_WRITE | ino.IN_MODIFY)
             self.watched[wd] = self.home / name
         self.patch = pytest.MonkeyPatch()
@@ -57,14 +57,14 @@ class Calm(RuleBasedStateMachine):
 
         self.patch.setattr("os.write", write_if_there_is_room)
         self.triggered: Counter[Path] = Counter()
-        """What was triggered and not yet reported when the queue was last empty."""
+        """How often each trigger must have been reported since the last `follow`."""
         self.reported: Counter[Path] = Counter()
         self.earlier: set[Path] = set()
-        """What was triggered since then while it was in no table, or in another one: it may be reported or not."""
+        """Triggers that were written since the last `follow` while not in the current table: a report is optional."""
         self.replaced: set[Path] = set()
-        """What was replaced since then: the new file is not watched yet."""
+        """Triggers that were replaced since the last `follow`: the proxy does not watch their new files yet."""
         self.dropped: set[Path] = set()
-        """Triggers that were removed from the table since then."""
+        """Triggers that were removed from the table since the last `follow`."""
         self.received: Counter[Path] = Counter()
         """Inbound notifications whose close has not been seen yet, by state file."""
         self.world = World(clock, self.table({("irq", "a_trig")}, {("irq", "a_state")}))
@@ -79,8 +79,6 @@ class Calm(RuleBasedStateMachine):
             self.consumer.close()
             self.patch.undo()
             shutil.rmtree(self.home)
-
-    # ----------------------------------------------------------------------------------------------------- helpers
 
     def table(
         self, outbound: set[tuple[str, str]], inbound: set[tuple[str, str]], *, renamed: bool = False
@@ -103,12 +101,12 @@ class Calm(RuleBasedStateMachine):
         return {signal.path for signal in self.world.table.outbound.values()}
 
     def watches(self) -> set[int]:
-        """Return the watches that the kernel has."""
+        """Return the watch descriptors that exist in the kernel."""
         lines = Path(f"/proc/self/fdinfo/{self.world.inotify.fd}").read_text().splitlines()
         return {int(line.split()[1].removeprefix("wd:"), 16) for line in lines if line.startswith("inotify wd:")}
 
     def needed(self) -> set[int]:
-        """Return the watches on registers and directories of the table, and on parent directories."""
+        """Return the watch descriptors of the table's triggers and directories, and of parent directories."""
         registers = self.world.registers
         return {
             *(trigger.wd for trigger in registers.triggers.by_path.values()),
@@ -132,8 +130,6 @@ class Calm(RuleBasedStateMachine):
                 self.earlier.add(path)
         for path in [path for path in self.received if path not in kept]:
             del self.received[path]
-
-    # --------------------------------------------------------------------------------------- what applications do
 
     @rule(place=triggers)
     def write(self, place: tuple[str, str]) -> None:
@@ -173,11 +169,9 @@ class Calm(RuleBasedStateMachine):
     def make_room(self) -> None:
         self.full = False
 
-    # -------------------------------------------------------------------------------------- what the registers do
-
     @rule()
     def follow(self) -> None:
-        """Check that each trigger was reported once, and that received notifications are written if there is room."""
+        """Check that each trigger was reported once and, unless the disk is full, that no notification is pending."""
         self.report(self.world.triggered())
         for _ in range(4):
             self.world.clock.now += 0.2
@@ -190,7 +184,7 @@ class Calm(RuleBasedStateMachine):
         assert self.full or self.received == Counter()
 
     def consume(self) -> None:
-        """Count each close of a state file as one notification; the rest must be pending."""
+        """Count each close of a state file as one notification; all other received notifications must be pending."""
         buffer = memoryview(bytearray(1 << 20))
         for event in parse_events(buffer[: self.consumer.read_into(buffer)]):
             path = self.watched[event.wd] / event.name.decode()
@@ -215,14 +209,14 @@ class Calm(RuleBasedStateMachine):
 
     @rule()
     def overflow(self) -> None:
-        """Check that each trigger is reported exactly once."""
+        """Let the kernel's event queue overflow. The proxy must then report each trigger exactly once."""
         self.follow()
         self.triggered.update(self.outbound)
         self.report(self.world.take(self.world.registers.triggers.follow([Event(-1, ino.IN_Q_OVERFLOW, b"")])))
 
     def rest(self) -> None:
         """Wait until no notification is pending and no replaced file is watched."""
-        # A restart, or a reload that removes the signal, closes a file that waits for room.
+        # A restart, or a reload that removes the signal, closes a state file whose write is waiting for disk space.
         self.make_room()
         self.follow()
         self.world.clock.now += RETIREMENT
@@ -234,8 +228,8 @@ class Calm(RuleBasedStateMachine):
         if self.world.pending:
             self.rest()
         elif self.dropped & {signal.path for signal in table}:
-            # After the proxy has created, dropped and re-added a file, it no longer expects the pending event of its
-            # creation.
+            # If a reload drops a file that the proxy has just created, and the next reload adds the file again, the
+            # proxy does not recognise the event of the creation as its own.
             self.follow()
         self.leave_out(table)
         self.report(self.world.reload(table))
@@ -244,9 +238,8 @@ class Calm(RuleBasedStateMachine):
     def restart(self, outbound: set[tuple[str, str]] | None, inbound: set[tuple[str, str]], *, rested: bool) -> None:
         """Let another process take over the stored descriptors, perhaps with another table."""
         triggers = self.world.registers.triggers
-        # The successor would report two things again, because it cannot know them: the trigger of a watch that is being
-        # removed, and who created a file that was replaced before the event of its creation was read.
-        # who made a file that is replaced before the event of that is read.
+        # The successor would report a trigger again in two cases: its watch is being removed, or the file was replaced
+        # before the proxy had read the event of its creation, so that the creator is unknown.
         known = triggers.by_path.values()
         unknown = set(triggers._by_wd) - {trigger.wd for trigger in known} or any(trigger.made_in for trigger in known)
         if rested or self.world.pending or unknown:
@@ -258,7 +251,7 @@ class Calm(RuleBasedStateMachine):
 
 
 def calm(steps: int, walks: int) -> None:
-    """Run `steps` steps in `walks` walks."""
+    """Run `steps` steps in total, divided into `walks` random walks."""
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,

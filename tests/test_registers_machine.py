@@ -1,7 +1,7 @@
-"""A random walk over everything that can happen to registers: a tmpfs, the real inotify and a simulated clock.
+"""A random walk over everything that can happen to registers, with a tmpfs, the real inotify and a simulated clock.
 
-After each step the data structures agree. At the end every trigger works, every state file is written, and each write
-of a trigger was reported at least once. The fault suite runs longer walks.
+After each step the data structures must agree. At the end every trigger must work, every state file must be written,
+and each write of a trigger must have been reported at least once. The fault suite runs longer walks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inco_trio.signals import Direction, Signal
 from tests.support_registers import Clock, World
 
 MEMORY_FILES = "/dev/shm"  # noqa: S108 - where IRQ directories are
-# One directory is inside another, and one is beside them.
+# Two of the directories are nested.
 DIRECTORIES = ("board", "board/irq", "other/irq")
 TRIGGERS = ("a_trig", "b_trig")
 STATES = ("a_state", "b_state")
@@ -38,10 +38,10 @@ directories = st.sampled_from(DIRECTORIES)
 
 
 class Walk(RuleBasedStateMachine):
-    """The applications that use the files, and the registers that follow."""
+    """A random walk of applications that change the files, and of the registers that follow the changes."""
 
     shared = False
-    """Whether another board watches directories by the same descriptor."""
+    """Whether another board watches directories with the same inotify descriptor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Walk(RuleBasedStateMachine):
         self.away: dict[str, list[Path]] = {}
         self.number = 0
         self.written: set[Path] = set()
-        """The triggers that were written and have not been reported since."""
+        """Triggers that have been written but not reported yet."""
         self.delivered = 0
         table = self.table({("board/irq", "a_trig"), ("other/irq", "a_trig")}, {("board/irq", "a_state")}, moved=False)
         beside = (self.home, *(self.home / directory for directory in DIRECTORIES)) if self.shared else None
@@ -70,8 +70,6 @@ class Walk(RuleBasedStateMachine):
             self.patch.undo()
             shutil.rmtree(self.home)
 
-    # ----------------------------------------------------------------------------------------------------- helpers
-
     def table(self, triggers: set[tuple[str, str]], states: set[tuple[str, str]], *, moved: bool) -> list[Signal]:
         """Return signals for these registers; `moved` gives them other names."""
         return [
@@ -86,20 +84,18 @@ class Walk(RuleBasedStateMachine):
         return self.home / place[0] / place[1]
 
     def take(self, names: list[str]) -> None:
-        """Record the names that were reported."""
+        """Remove the reported signals from `written`."""
         reported = {signal.path for signal in self.world.table.outbound.values() if signal.name in names}
         self.written -= reported
 
     def wrote(self, path: Path) -> None:
-        """Record that a trigger was written, if it is in the table."""
+        """Add a trigger that was written to `written`, if it is in the table."""
         if any(signal.path == path for signal in self.world.table.outbound.values()):
             self.written.add(path)
 
     @property
     def states(self) -> list[Signal]:
         return list(self.world.table.inbound.values())
-
-    # --------------------------------------------------------------------------------------------- what applications do
 
     @rule(place=places)
     def write(self, place: tuple[str, str]) -> None:
@@ -124,13 +120,13 @@ class Walk(RuleBasedStateMachine):
 
     @rule(place=places, other=places)
     def rename(self, place: tuple[str, str], other: tuple[str, str]) -> None:
-        # Follow first: after a rename and a reload, a pending write would be reported under the new name.
+        # Handle all events first: after a rename and a reload, an earlier write would be reported under the new name.
         self.follow()
         if place == other:
             return
         self.forget_unseen("/".join(place))
         with contextlib.suppress(OSError):
-            file = self.path(place).is_file()  # A directory in its place does not count as a written trigger.
+            file = self.path(place).is_file()  # A directory does not count as a written trigger.
             self.path(place).rename(self.path(other))
             if file:
                 self.wrote(self.path(other))
@@ -174,7 +170,7 @@ class Walk(RuleBasedStateMachine):
         (self.home / directory).mkdir(parents=True, exist_ok=True)
 
     def forget_unseen(self, gone: str) -> None:
-        """Discard writes to files that are removed before the proxy has looked at them; no event reports them."""
+        """Discard writes to files that are removed before the proxy has seen them: no event reports such writes."""
         watched, now = self.world.registers.directories, self.world.clock.now
         for path in tuple(self.written):
             directory = watched.by_path[path.parent]
@@ -182,8 +178,6 @@ class Walk(RuleBasedStateMachine):
             seen = directory.current and not (directory in watched.retries._troubled and directory.retry_at <= now)
             if path.is_relative_to(self.home / gone) and not seen:
                 self.written.discard(path)
-
-    # ------------------------------------------------------------------------------------------- what the registers do
 
     @rule()
     def follow(self) -> None:
@@ -196,7 +190,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(kept=st.integers(0, 20))
     def overflow(self, kept: int) -> None:
-        """Fill the kernel's queue: all events after the first `kept` ones are lost."""
+        """Simulate an overflow of the kernel's event queue: all events after the first `kept` events are lost."""
         events = [*self.world.events()[:kept], Event(-1, ino.IN_Q_OVERFLOW, b"")]
         self.take(self.world.take(self.world.registers.triggers.follow(events)))
 
@@ -238,8 +232,6 @@ class Walk(RuleBasedStateMachine):
                 with contextlib.suppress(OSError):
                     (self.home / directory / register).rmdir()
 
-    # ------------------------------------------------------------------------------------------------------- invariants
-
     @invariant()
     def structures_agree(self) -> None:
         registers = self.world.registers
@@ -280,7 +272,7 @@ class Walk(RuleBasedStateMachine):
         assert not troubled or self.world.troubled
 
     def settle(self) -> None:
-        """Stop all changes and wait until every delay has passed."""
+        """Unblock all files and wait until every timeout has expired."""
         self.unblock_all()
         for _ in range(3):
             self.take(self.world.after(1.5))
@@ -308,13 +300,13 @@ class Walk(RuleBasedStateMachine):
 
 
 class SharedWalk(Walk):
-    """The same walk beside another board of the same process."""
+    """The same walk, with another board in the same process."""
 
     shared = True
 
 
 def walk(steps: int, walks: int, machine: type[Walk] = Walk) -> None:
-    """Run `steps` steps in `walks` walks."""
+    """Run `steps` steps in total, divided into `walks` random walks."""
     once = settings(
         max_examples=walks,
         stateful_step_count=steps // walks,
@@ -331,7 +323,7 @@ def test_a_random_walk_loses_nothing(machine: type[Walk]) -> None:
 
 
 def test_an_overflow_hides_a_rename_from_a_removed_trigger_to_a_configured_one() -> None:
-    # Found by the long walk: the file had the watch of a trigger that was no longer in the table.
+    # Found by the long random walk: the file had the watch of a trigger that was no longer in the table.
     machine = Walk()
     machine.reload(moved=False, states=set(), triggers={("board", "a_trig")})
     machine.rename(place=("board/irq", "a_trig"), other=("board", "a_trig"))
@@ -343,7 +335,7 @@ def test_an_overflow_hides_a_rename_from_a_removed_trigger_to_a_configured_one()
 
 @pytest.mark.parametrize("kind", [Walk, SharedWalk])
 def test_a_file_removed_before_ours_is_created_counts(kind: type[Walk]) -> None:
-    # Found by the long walk: the proxy took the event of the application's file for that of its own file.
+    # Found by the long random walk: the proxy mistook an event of the application's file for one of its own file.
     machine = kind()
     machine.move_away(directory="board/irq")
     machine.follow()

@@ -1,4 +1,4 @@
-"""`inco-trio replay`: plays a recording to a real proxy."""
+"""Tests of `inco-trio replay`, which plays a recording to a real proxy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Watch = Callable[[Path], Consumer]
 
 
 class Here:
-    """Stands in for a namespace: runs everything in the current one."""
+    """A stand-in for a namespace that runs everything in the current namespace."""
 
     def run(self, start: Callable[[], Any]) -> Any:
         return start()
@@ -118,7 +118,7 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         finally:
             tcpdump.kill()
 
-    # As core 1, replay cannot trigger: it reports the skipped notifications.
+    # As core 1, `replay` cannot write triggers: it reports that all outbound notifications are missing.
     code, out, err = cores.core1.run(functools.partial(replay, path, cores.link, "--wait", "0.1"))
     assert (code, err) == (1, "")
     assert out == f"{IN}: {COUNT} sent\n{OUT}: 0 of {COUNT} came back, {COUNT} missing\n"
@@ -179,7 +179,7 @@ def test_truncated_recordings_and_unknown_signals_are_reported(tmp_path: Path) -
 def test_a_replay_without_permission_for_the_link_is_an_error(tmp_path: Path, nobody: list[str]) -> None:
     path = record(tmp_path / "f", IN)
     with path.open("rb") as file:
-        # Other users cannot reach the file by its path, but a descriptor works.
+        # The other user cannot open the file by its path, so pass an open descriptor.
         path.chmod(0o644)
         command = [*nobody, sys.executable, "-m", "inco_trio", "replay", f"/proc/self/fd/{file.fileno()}", "lo"]
         done = subprocess.run(

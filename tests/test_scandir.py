@@ -1,4 +1,4 @@
-"""The generated scan directory under a real s6-svscan, with a small stand-in for inco-trio, and the systemd unit."""
+"""Tests of the systemd unit, and of the scan directory under a real s6-svscan with a small stand-in for inco-trio."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ while True:
     if message == b"hang":
         signal.pause()
 """
-"""Stands in for inco-trio: stores a link and a start counter in the fd store, and reports everything that it does."""
+"""A stand-in for inco-trio that stores a link and a start counter in the fd store, and reports what it does."""
 
 STANDIN_IN_SH = """
 home=${4%/*}
@@ -73,7 +73,7 @@ else
 fi
 echo >&"$6" && exec sleep 1000
 """
-"""The same as a shell script, for a user who may be unable to run this Python: stores one pipe, reports on another."""
+"""A stand-in in sh, for a user who may be unable to run this Python. It stores one FIFO and reports to another one."""
 
 
 def another_user() -> str | None:
@@ -114,10 +114,10 @@ class Tree:
 
     @contextmanager
     def becoming_ready(self, interface: str) -> Iterator[None]:
-        """At the end of the block, wait until a service is ready; s6-svscan need not know the service at the start."""
+        """At the end of the block, wait until a service is ready. s6-svscan may discover it inside the block."""
         event = f"{self.service(interface)}/event"
         subprocess.run(["s6-mkfifodir", event], check=True)
-        # s6-ftrig-listen1 runs this program once it listens.
+        # s6-ftrig-listen1 runs `echo` once it listens.
         with subprocess.Popen(
             ["s6-ftrig-listen1", "-t", "20000", event, "U", "echo"], stdout=subprocess.PIPE
         ) as listener:
@@ -135,7 +135,7 @@ class Tree:
     def close(self) -> None:
         self._report.close()
         if self._process.poll() is None:
-            # The same as s6-svscanctl -t, which may fail at this point.
+            # SIGTERM has the same effect as s6-svscanctl -t, which may fail at this point.
             self._process.terminate()
             self._process.wait(HANG)
 
@@ -230,7 +230,7 @@ class TestUnderS6:
         tree.send("core0", f"exit {code}")
         tree.wait_down("core0")
         assert tree.state("core0") == {"up": "false", "wantedup": "false", "exitcode": str(code)}
-        # not -wU: s6-supervise may still report the earlier failure, which -wU would count as a new one
+        # Do not use -wU: s6-supervise may still report the earlier failure, which -wU would take for a new one.
         tree.svc("-u", "core0")
         assert tree.next_report() == "core0 started 2"
         tree.stop()
@@ -291,7 +291,7 @@ class TestUnderS6:
         if user:
             assert first == "user nobody 0000000000002000\n"
         tree.svc("-wD -d", "core0")
-        # This open succeeds only because the fd store holds the other end of the pipe.
+        # This open succeeds only because the fd store holds the reading end of the FIFO.
         fd = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK)
         os.write(fd, b"what came meanwhile\n")
         os.close(fd)
@@ -443,7 +443,7 @@ def test_a_package_installed_only_for_the_user_still_starts(tmp_path: Path, monk
 
 
 def directives(service: Service) -> list[str]:
-    """Return the directive names of a unit as systemd reads them; its read_line() ends lines at \\r, too."""
+    """Return the directive names of a unit as systemd reads them: its read_line() also ends a line at \\r."""
     unit = systemd_unit(service=service, user=None, program=["inco-trio"]).replace("\\\n", " ")
     lines = [line.strip() for line in re.split("[\n\r\0]", unit)]
     return [line.partition("=")[0] for line in lines if line and not line.startswith(("#", ";"))]

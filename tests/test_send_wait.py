@@ -1,4 +1,4 @@
-"""`inco-trio send` and `inco-trio wait`, as shell tests use them, with a real daemon and without one."""
+"""Tests of `inco-trio send` and `inco-trio wait`, as shell tests use them, with a real daemon and without one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-m", "inco_trio"]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Remove outside configuration, put `inco-trio` on PATH, and hide all proxies but the test's."""
+    """Remove the user's configuration, put `inco-trio` on PATH, and hide all proxies except that of the test."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
@@ -54,7 +54,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start a command whose --after command reports that it listens, and return it while it runs."""
+    """Yield a function that starts a command and returns its process once its --after command shows that it listens."""
     with ExitStack() as stack:
 
         def start(*words: str | Path) -> subprocess.Popen[str]:
@@ -80,7 +80,7 @@ def run(*words: str | Path, env: dict[str, str] | None = None) -> subprocess.Com
 
 
 def error(done: subprocess.CompletedProcess[str]) -> tuple[int, str]:
-    """Return the exit code and the single error line."""
+    """Return the exit code and the single line of standard error."""
     assert done.stdout == ""
     assert done.stderr.startswith("inco-trio: error: ")
     assert done.stderr.count("\n") == 1
@@ -93,9 +93,6 @@ def received(peer: socket.socket, count: int) -> list[bytes | None]:
 
 def core1_link(board: Board) -> str:
     return f"unix:{board.home}/core1,peer={board.home}/core0"
-
-
-# ----------------------------------------------------------------------------------------------- through the proxy
 
 
 def test_send_through_the_proxy(board: Board) -> None:
@@ -280,9 +277,6 @@ def test_a_missing_proxy_is_an_error(tmp_path: Path) -> None:
     assert (code, complaint) == (69, f"{tmp_path}/stale: no proxy listens there")
 
 
-# ------------------------------------------------------------------------------------------------- as an application
-
-
 def test_send_as_an_application(board: Board) -> None:
     peer = board.core1()
     board.running()
@@ -324,7 +318,7 @@ def test_wait_follows_replaced_files_and_directories(
     state.write_text("1")
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     state.unlink()
-    state.write_text("1")  # a new file
+    state.write_text("1")  # in a new file
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     # Replace the directory. Writes to the old directory must not count.
     other = tmp_path / "above/other"
@@ -339,7 +333,7 @@ def test_wait_follows_replaced_files_and_directories(
 
 
 def wait_until_counted(waiting: subprocess.Popen[str], state: Path) -> int:
-    """Write until `wait` has seen two notifications: nothing else shows when it follows a directory."""
+    """Write until `wait` has seen two notifications. Nothing else shows when it has found the new directory."""
     deadline = time.monotonic() + HANG
     while waiting.poll() is None:
         assert time.monotonic() < deadline
@@ -388,9 +382,6 @@ def test_a_trigger_that_is_not_a_regular_file_is_refused(tmp_path: Path, kind: s
         2,
         f"{path}: not a regular file",
     )
-
-
-# --------------------------------------------------------------------------------------------------------- as core 1
 
 
 def test_send_as_core1(board: Board, started: Callable[..., subprocess.Popen[str]]) -> None:
@@ -448,7 +439,7 @@ def test_core1_waits_for_the_after_command_too(tmp_path: Path) -> None:
         assert waiting.stdout.readline() == "listening\n"
         core0.sendto(encode(b"a_irq", MAC), f"{tmp_path}/core1")
         assert waiting.stdout.readline().endswith(" outbound a_irq\n")
-        fifo.write_text("")  # End the command only now.
+        fifo.write_text("")  # End the --after command only now.
         assert (waiting.wait(HANG), waiting.stderr and waiting.stderr.read()) == (0, "")
 
 
@@ -515,9 +506,6 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
     assert "wait-link" not in complaint
 
 
-# --------------------------------------------------------------------------------------------------- invalid arguments
-
-
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -551,9 +539,6 @@ def test_invalid_arguments_are_refused(words: tuple[str, ...], complaint: str) -
     assert "Traceback" not in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------- exit of the command
-
-
 @pytest.mark.parametrize("command", ["exit 3", "kill -TERM $$", "no-such-program"])
 def test_a_failed_after_command_gives_the_exit_code(tmp_path: Path, command: str) -> None:
     (tmp_path / "message_5_state").touch()
@@ -569,7 +554,7 @@ def test_wait_waits_for_the_after_command(tmp_path: Path) -> None:
     words = ("wait", "ihub_hwwd_irq", "--irq-dir", str(tmp_path), "-q", "--after")
     assert run(*words, f"echo 1 > {state}").returncode == 0
     assert run(*words, f"echo 1 > {state}; exec 1>&- 2>&-; read x < {tmp_path}/none; exit 4").returncode == 4
-    # The timeout stops the command, whether the notification arrived or not.
+    # The timeout stops the --after command, whether the notification arrived or not.
     os.mkfifo(tmp_path / "fifo")
     done = run(
         "wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--timeout", "0.5", "--after", f"exec cat {tmp_path}/fifo"
@@ -640,7 +625,7 @@ def test_ctrl_c_reports_how_many_were_sent(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Stands in for the module `time`."""
+    """A stand-in for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0

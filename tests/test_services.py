@@ -1,4 +1,4 @@
-"""Gateway and exporter as separate services: under a real s6, and as systemd units."""
+"""Tests of gateway and exporter as separate services: under a real s6, and as systemd units."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_gateway_runs_under_s6(tmp_path: Path, stack: ExitStack) -> None:
     done = s6(tmp_path / "scan", "--mqtt", broker.url, "--gateway", tmp_path / "gateway.json")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "scan/inco-trio-mqtt/run"
-    # Use only this proxy; others may run on this machine.
+    # Select the proxy of this test, because other proxies may run on this machine.
     run.write_text(run.read_text().replace(" --notification-fd", f" --control {board.path} --notification-fd"))
     service = running(stack, tmp_path / "scan", "mqtt")
     board.trigger()
@@ -96,7 +96,7 @@ def test_gateway_and_exporter_need_no_fd_store_and_no_rights(tmp_path: Path) -> 
     assert "+net_raw" not in run
     command = shlex.split(run.replace("\\\n", " ").splitlines()[-1])
     assert command[-7:] == ["inco-trio", "mqtt", "mqtt://h", "--notification-fd", "3", "--log-format", "text"]
-    # A proxy in the same tree has the fd store; the two services get no rights in it.
+    # A proxy in the same scan directory uses the fd store. The gateway and the exporter get no access to it.
     write_scandir(tmp_path, service=link_service("core0", Path("/dev/null")), user="nobody", program=["inco-trio"])
     rules = [path.read_text() for path in (tmp_path / "inco-trio-fdholder/data/rules").rglob("S6_FDHOLDER_STORE_REGEX")]
     assert not any("mqtt" in rule for rule in rules)
@@ -152,7 +152,7 @@ def test_an_invalid_gateway_configuration_is_a_warning(tmp_path: Path) -> None:
     ids=lambda service: service.label,
 )
 def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> None:
-    # Like a proxy, a bridge may bind its socket in any directory.
+    # A bridge, like a proxy, may bind its socket in any directory, so its exposure level is higher.
     exposure = 20 if service.is_client else 25
     kind = service.label.replace(" ", "-")
     unit = tmp_path / f"inco-trio-{kind}.service"

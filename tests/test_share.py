@@ -1,4 +1,4 @@
-"""One inotify descriptor shared by many boards, the queue of each board, and descriptors stored as a single bundle."""
+"""Tests of an inotify descriptor that many boards share, of each board's queue, and of descriptors in one bundle."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ from tests.support_proxy import Cupboard
 
 EVENT = bytes.fromhex("01000000 08000000 00000000 00000000")
 NAMED = bytes.fromhex("02000000 00010000 00000000 10000000") + b"a name".ljust(16, b"\0")
-
-
-# ------------------------------------------------------------------------------------------------------------ the queue
 
 
 def queue(size: int, memory: bytearray | None = None) -> EventQueue:
@@ -103,9 +100,6 @@ def test_a_lone_event_is_finished_in_place_or_stays_queued() -> None:
     assert len(events) == 0
 
 
-# ------------------------------------------------------------------------------------------------------- shared watches
-
-
 class Boards:
     def __init__(self, stack: ExitStack) -> None:
         self.shared = SharedInotify(None, Inflight.open().events[0])
@@ -144,7 +138,7 @@ def test_removing_a_shared_watch_is_reported_and_gives_a_new_number(boards: Boar
     (tmp_path / "a").touch()
     assert boards.received(one) == [Event(first, ino.IN_IGNORED, b""), Event(again, ino.IN_CREATE, b"a")]
     assert boards.received(other) == [Event(kept, ino.IN_CREATE, b"a")]
-    one.unwatch(first)  # a watch that has ended
+    one.unwatch(first)  # this watch no longer exists
     one.unwatch(again)
     other.unwatch(kept)
     assert boards.received(one) == [Event(again, ino.IN_IGNORED, b"")]
@@ -187,9 +181,6 @@ def test_watches_of_a_closed_board_and_unknown_watches_are_removed(boards: Board
     assert boards.shared.inotify.queued == 0
 
 
-# -------------------------------------------------------------------------------------- many descriptors in one bundle
-
-
 def inode(fd: int) -> int:
     return os.fstat(fd).st_ino
 
@@ -213,7 +204,7 @@ def test_any_number_of_descriptors_is_stored_as_one(tmp_path: Path) -> None:
     bundle.remove("unknown")
     bundle.close()
     assert list(holder.kept) == ["bundle"]
-    assert len(holder.stored) > 1  # The first socket was full.
+    assert len(holder.stored) > 1  # the first socket was full, so a new one replaced it
     for _ in range(2):
         holder = holder.heir()
         heir = Bundle(holder)

@@ -1,4 +1,4 @@
-"""Signals and their rules."""
+"""Tests of signals and of the rules for their names and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`inco-trio status` and `inco-trio monitor`, as their users run them, with a real daemon."""
+"""Tests of `inco-trio status` and `inco-trio monitor`, as users run them, with a real daemon."""
 
 from __future__ import annotations
 
@@ -65,9 +65,6 @@ def start() -> Iterator[Callable[..., Running]]:
             return running
 
         yield started
-
-
-# ----------------------------------------------------------------------------------------------------------- status
 
 
 def test_status_shows_boards_signals_and_counters(board: Board) -> None:
@@ -166,8 +163,8 @@ def test_a_live_status_fits_a_narrow_terminal(board: Board) -> None:
             while process.poll() is None:
                 process.send_signal(signal.SIGINT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(2)  # The pace of the interrupts.
-            with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
+                    process.wait(2)  # Wait before the next interrupt.
+            with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
                 while more := os.read(master, 4096):
                     shown += more
         except BaseException:
@@ -194,7 +191,7 @@ def on_a_terminal(*words: str | Path, **environment: str) -> bytes:
     with subprocess.Popen([*map(str, words)], stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
-        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any more
+        with contextlib.suppress(OSError):  # EIO: no process has the terminal open any longer
             while more := os.read(master, 4096):
                 shown += more
     os.close(master)
@@ -216,9 +213,6 @@ def test_status_uses_colours_on_a_terminal(board: Board) -> None:
     plain = on_a_terminal(sys.executable, "-c", hidden, *status)
     assert b"\x1b" not in plain
     assert b": up, open since" in plain
-
-
-# ---------------------------------------------------------------------------------------------------------- monitor
 
 
 def test_an_unknown_signal_is_reported_once(board: Board, start: Callable[..., Running]) -> None:
@@ -294,7 +288,7 @@ def test_a_closed_pipe_is_not_an_error(board: Board, start: Callable[..., Runnin
     ended = threading.Event()
 
     def keep_sending() -> None:
-        while not ended.wait(0.01):  # The pace of the load.
+        while not ended.wait(0.01):  # Limit the rate of the signals.
             board.inbound(peer)
 
     sender = threading.Thread(target=keep_sending)
@@ -314,7 +308,7 @@ def test_monitor_listens_on_the_interface_without_a_proxy(
 ) -> None:
     environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
     running = proxy("--irq-dir", tmp_path / "irq", "--control", "none")
-    # Hide the sockets of other proxies in /run, which may serve a link of the same name.
+    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     command = [*hidden, *COMMAND, "monitor", cores.link, "--json", "--count", "2"]
 
@@ -340,9 +334,6 @@ def test_monitor_listens_on_the_interface_without_a_proxy(
         ("notification", "outbound", "redun_notify_irq"),
     ]
     assert running.stop() == 0
-
-
-# ------------------------------------------------------------------------------------------------- finding the proxy
 
 
 @pytest.mark.parametrize("command", ["status", "monitor"])
@@ -417,7 +408,7 @@ def test_a_server_that_is_not_a_proxy_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Callable[[bytes], Path]]:
-    """Start a server that sends `said` to its first client and then nothing; returns the path of its socket."""
+    """Start servers: `server(said)` returns the path of a socket that sends only `said` to its first client."""
     with ExitStack() as stack:
 
         def start(said: bytes) -> Path:
@@ -486,7 +477,7 @@ def test_proxies_of_other_links_are_skipped(
 
 
 def test_silent_sockets_are_asked_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All connections are open at the same time, and no silent socket delays the others."""
+    """All connections must be open at the same time, so that no silent socket delays the others."""
     number = 5
     monkeypatch.setattr("inco_trio.control.client.runtime_directories", lambda: [tmp_path])
     monkeypatch.setattr("inco_trio.control.client.SEARCH", HANG)

@@ -1,4 +1,4 @@
-"""The standard streams of a command, as a child process receives them."""
+"""Tests of a command's standard streams, as a child process receives them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ def run(args):
 check.run = run
 raise SystemExit(main(["check"]))
 """
-"""A command that raises an unexpected exception."""
+"""A program that runs `inco-trio check`, which raises an unexpected exception."""
 
 
 def finished(
     command: Sequence[str], *, closed: Sequence[int] = (), out: str | None = None, **environment: str
 ) -> tuple[int, bytes, bytes]:
-    """Run a command with `closed` streams and standard output redirected to `out`; return exit code, output and
-    errors.
+    """Run a command with the descriptors `closed` closed and standard output redirected to the file `out`.
+
+    Return the exit code, standard output and standard error.
     """
     redirections = "".join(f" {fd}<&-" if fd == 0 else f" {fd}>&-" for fd in closed) + (f" >{out}" if out else "")
     done = subprocess.run(
@@ -119,7 +120,7 @@ def test_the_exit_code_is_right_when_stderr_cannot_be_written(
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "UDRV_JSON_PATH": str(SAMPLE)},
     )
     os.close(nowhere)
-    # The drop-in command logs to standard output.
+    # The drop-in command logs to standard output, not to standard error.
     assert done.returncode == code
     assert done.stdout.startswith(b"inco-trio: info: ") or done.stdout == b""
 
@@ -144,7 +145,7 @@ def test_an_unwritable_help_of_the_drop_in_is_an_error(help_option: str, unbuffe
 def test_closed_streams_do_not_cause_a_failure(closed: list[int], tmp_path: Path) -> None:
     code, _, err = finished(["s6", str(tmp_path / "scan"), "--config", str(SAMPLE)], closed=closed)
     assert (code, err) == (71 if 1 in closed else 0, b"")
-    # No output went into a file that took over the number of a closed stream.
+    # No output may go into a file that has got the descriptor number of a closed stream.
     service = tmp_path / "scan" / "inco-trio-rpmsg4000"
     assert (service / "run").read_text().startswith("#!/bin/sh\n")
     assert (service / "notification-fd").read_text() == "3\n"
@@ -159,7 +160,7 @@ def test_an_ascii_standard_output_works(command: list[str], tmp_path: Path) -> N
         assert out.isascii()
         assert b"/dir-\\xfc/message_4_state" in out
     else:
-        # The encoding of standard output does not change a unit.
+        # The encoding of standard output must not change the text of a unit.
         assert (code, out, err) == finished([*command, "--config", str(config)])
 
 

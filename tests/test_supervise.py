@@ -1,4 +1,4 @@
-"""The restart of tasks, on a simulated clock."""
+"""Tests of how tasks are restarted, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_cancellation_is_not_a_failure() -> None:
         await trio.sleep_forever()
 
     async def main() -> bool:
-        with trio.move_on_after(1) as scope:  # simulated time
+        with trio.move_on_after(1) as scope:  # one second of simulated time
             await supervise(Health("task"), task, stats)
         return scope.cancelled_caught
 

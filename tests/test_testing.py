@@ -1,4 +1,4 @@
-"""The test bench: boards on which a test plays both cores."""
+"""Tests of the test bench: boards on which a test acts as both cores."""
 
 from __future__ import annotations
 
@@ -38,9 +38,6 @@ UDRV = {
     "misc": {"inco_proxy": {"signals": {"eps_irq": {"direction": "inbound", "reg": "eps.state"}}}},
 }
 UDRV_BEFORE = copy.deepcopy(UDRV)
-
-
-# ------------------------------------------------------------------------------------------------------------- faults
 
 
 def test_no_fault_by_default() -> None:
@@ -84,9 +81,6 @@ def test_invalid_fault_rates_are_refused(options: dict[str, float], said: str) -
         FrameFaults(**options)  # type: ignore[arg-type]
 
 
-# ------------------------------------------------------------------------------------------------------------ history
-
-
 def test_each_notification_is_returned_once() -> None:
     history = History()
     for core, name in ((0, RESET), (1, RESET), (0, HWWD), (0, RESET)):
@@ -109,7 +103,7 @@ def test_each_notification_is_returned_once() -> None:
 
 
 def run(library: str, function: Callable[..., Coroutine[object, object, T]], *args: object) -> T:
-    """Return the result of an async function, run by one of the libraries."""
+    """Run an async function with `library` ("trio" or "asyncio") and return its result."""
     return trio.run(function, *args) if library == "trio" else asyncio.run(function(*args))
 
 
@@ -175,9 +169,6 @@ def test_a_loop_that_has_ended_is_not_woken() -> None:
     for bell in bells:
         bell()
     history.add(0, "gets", RESET)
-
-
-# ------------------------------------------------------------------------------------------------------------- layout
 
 
 def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
@@ -265,9 +256,6 @@ def test_both_cores_are_shown_side_by_side() -> None:
         history.add(1, "sends", RESET)
     lines = side_by_side(history.all()).splitlines()
     assert (len(lines), lines[1].strip()) == (202, "(103 before these)")
-
-
-# -------------------------------------------------------------------------------------------------------------- boards
 
 
 @pytest.fixture(params=[False, True], ids=["process", "in process"])

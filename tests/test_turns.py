@@ -1,4 +1,4 @@
-"""How much one board handles at once, so that other boards get their turn."""
+"""Tests of how many events one board handles before other boards get a turn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAME = encode(b"ihub_hwwd_irq", bytes(6))
 
 
 class Queue:
-    """Stands in for a link with a long queue."""
+    """A stand-in for a link with a long queue."""
 
     name, foreign = "a queue", 0
 

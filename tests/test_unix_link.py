@@ -1,4 +1,4 @@
-"""The Unix datagram link; the test plays the other side."""
+"""Tests of the Unix datagram link; the test acts as core 1."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FOREIGN = bytes.fromhex("02005e100099")
 
 
 class World:
-    """A directory for two sockets: ours, at `local`, and that of the other side, at `peer`."""
+    """A directory for two sockets: our socket at `local`, and that of core 1 at `peer`."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.local, self.peer = directory / "core0", directory / "core1"
@@ -45,7 +45,7 @@ class World:
         return UnixAddress(str(self.local), str(self.peer), MAC)
 
     def link(self) -> UnixLink:
-        """Return our side, not bound yet."""
+        """Return our link, which is not bound yet."""
         link = UnixLink.open(self.address, self.note, self.names)
         self._stack.callback(close, link)
         return link
@@ -56,7 +56,7 @@ class World:
         return link
 
     def other(self, path: Path | None = None, kind: int = socket.SOCK_DGRAM) -> socket.socket:
-        """Return a socket bound at the peer's path, at another path, or ("") not bound."""
+        """Return a socket that is bound at `path` (default: the path of core 1)."""
         sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         self._stack.callback(sock.close)
         sock.bind(str(self.peer if path is None else path))
@@ -93,13 +93,13 @@ def in_simulated_time(function: Callable[[], Awaitable[None]]) -> None:
 
 
 def receive(link: UnixLink, count: int = 100, step: int = ROOM) -> list[bytes | None]:
-    """Return the names in queued frames, up to `count` buffers."""
+    """Return the signal names in the queued frames, read into at most `count` buffers."""
     rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
     return [decode(room, length) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
 
 
 def names_of(sock: socket.socket) -> list[bytes | None]:
-    """Return the names in all frames sent to the other side."""
+    """Return the signal names in all frames that are queued at `sock`."""
     names = []
     while True:
         try:
@@ -109,13 +109,10 @@ def names_of(sock: socket.socket) -> list[bytes | None]:
 
 
 def fill(link: UnixLink) -> None:
-    """Send until the queue is full."""
+    """Send frames until the queue of core 1 is full."""
     with contextlib.suppress(BlockingIOError):
         while True:
             link.send("redun_notify_irq")
-
-
-# -------------------------------------------------------------------------------------------- frames in both directions
 
 
 def test_frames_are_sent_from_our_path_and_address(world: World) -> None:
@@ -150,7 +147,7 @@ def test_any_datagram_is_a_frame_or_malformed(world: World, datagram: bytes, nam
     for number in range(2):
         other.sendto(datagram, str(world.local))
         world.send(other, b"behind")
-        # Read one at a time, or as a batch, which ends at a frame longer than its step.
+        # Read one frame or a batch. A batch ends at a frame that is longer than the step between two frames.
         room = memoryview(bytearray(ROOM))
         read = [decode(room, link.receive_one(room))] if number else receive(link)
         assert read + receive(link) == [name, b"behind"]
@@ -166,7 +163,7 @@ def test_only_frames_of_the_peer_are_accepted(world: World, tmp_path: Path, capl
     nameless.close()
     room = memoryview(bytearray(ROOM))
     length = link.receive_one(room)
-    # A successor must not find a frame in the in-flight buffer, either.
+    # The buffer must not keep the rejected frame, either: a successor would find it in the in-flight buffer.
     assert (decode(room, length), decode(room)) == (None, None)
     assert receive(link) == [None, b"ihub_reset_irq", None]
     assert link.foreign == 3
@@ -192,9 +189,6 @@ def test_the_peer_may_be_bound_by_another_path(world: World, tmp_path: Path) -> 
     assert receive(link) == [b"ihub_reset_irq"]
     link.send("redun_notify_irq")
     assert names_of(other) == [b"redun_notify_irq"]
-
-
-# ------------------------------------------------------------------------------------------------------------- the peer
 
 
 def test_a_missing_peer_is_an_error(world: World) -> None:
@@ -248,7 +242,7 @@ def test_waiting_for_a_full_queue_does_not_spin(world: World) -> None:
                 assert sent < len(names) + 20
                 names += names_of(other)
             assert names == [b"number_%d" % number for number in range(100)]
-        # Nearly each wait ended with room for a frame.
+        # After nearly every wait, the queue had room for a frame.
         assert tries < 120
 
     run(main)
@@ -275,7 +269,7 @@ def test_waiting_for_room_ends_with_the_peer(world: World, end: str) -> None:
 
 
 def test_waiting_for_our_own_full_buffer_ends_when_the_peer_reads(world: World) -> None:
-    """Our own buffer fills up first where net.unix.max_dgram_qlen is large."""
+    """Our own send buffer fills up first if net.unix.max_dgram_qlen is large."""
 
     async def main() -> None:
         link, other = world.bound(), world.other()
@@ -339,7 +333,7 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
     async def main() -> None:
         link = world.bound()
         world.other()
-        # The events of both bound sockets, and the checks that follow them.
+        # First handle the events of the two new sockets, and the checks that follow these events.
         while await is_woken(link):
             link.refresh()
         # Another file in the directory wakes no waiter.
@@ -347,9 +341,6 @@ def test_the_link_sleeps_while_nothing_changes(world: World, tmp_path: Path) -> 
         assert not await is_woken(link)
 
     in_simulated_time(main)
-
-
-# ------------------------------------------------------------------------------------------------------------- our path
 
 
 def test_the_socket_file_of_a_crashed_process_is_replaced(world: World) -> None:
@@ -403,7 +394,7 @@ def test_a_place_where_no_socket_can_be_bound_is_an_error(world: World, at: str)
 
 
 def test_a_missing_permission_is_an_error(world: World, tmp_path: Path) -> None:
-    """Run in a child process, which cannot change its user back."""
+    """Run in a child process, because a process that gives up root cannot get it back."""
     world.local = tmp_path / "closed" / "core0"
     world.local.parent.mkdir(mode=0o700)
     child = os.fork()
@@ -447,7 +438,7 @@ def test_a_removed_or_replaced_path_is_bound_again(
                 await link.changed()
                 link.refresh()
         world.send(other, b"after")
-        # The frames queued before come first.
+        # The frames that were queued before the path changed come first.
         assert receive(link) == [b"before", b"after"]
         link.send("still")
         assert other.recvfrom(ROOM)[1] == str(world.local)
@@ -481,7 +472,7 @@ def test_a_path_whose_new_owner_crashed_is_taken_back(world: World) -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
         thief = world.other(world.local)
-        with trio.move_on_after(60):  # simulated time: the checks after the change are over by then
+        with trio.move_on_after(60):  # simulated time, longer than the checks that follow the change
             while not link.refresh():
                 await link.changed()
         thief.close()  # A crash closes the socket, too, and no event reports it.
@@ -526,9 +517,6 @@ def test_close_wakes_waiters(world: World) -> None:
         os.close(held)
 
     run(main)
-
-
-# --------------------------------------------------------------------------------------------------- inherited sockets
 
 
 def test_an_inherited_socket_keeps_its_queue(world: World) -> None:
@@ -594,9 +582,6 @@ def test_a_lack_of_descriptors_is_an_error(world: World) -> None:
             open_link(world.address, None, None, world.note, Surroundings())
         with pytest.raises(ResourceError, match="core0: cannot open a socket: Too many open files"):
             UnixLink.open(world.address, world.note, world.names)
-
-
-# --------------------------------------------------------------------------------- one inotify descriptor for all links
 
 
 def test_each_waiting_link_gets_only_its_own_changes(world: World, tmp_path: Path) -> None:

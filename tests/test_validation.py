@@ -1,4 +1,4 @@
-"""The validator of JSON files."""
+"""Tests of the validator for JSON files."""
 
 from __future__ import annotations
 

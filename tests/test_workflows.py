@@ -1,4 +1,4 @@
-"""The GitHub Actions workflow agrees with the project's metadata and README."""
+"""Tests that the GitHub Actions workflow agrees with the project's metadata and README."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# The session `unit` runs a copy of the tree without hidden directories, so these tests have a marker.
+# The nox session `unit` skips tests with this marker: it runs in a copy of the tree without hidden directories.
 pytestmark = pytest.mark.tools
 
 ROOT = Path(__file__).parents[1]

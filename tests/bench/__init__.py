@@ -1,1 +1,1 @@
-"""The benchmark: inco-trio beside a C program and beside the script that a Python user would write today."""
+"""The benchmark: inco-trio compared with a C program and with the script that a Python user would write today."""

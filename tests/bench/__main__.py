@@ -53,7 +53,7 @@ def _print(text: object, where: TextIO = sys.stdout) -> None:
 
 
 def _draw(results: Results, out: Path) -> None:
-    from .plots import draw  # a late import keeps matplotlib's memory and threads out of the measurements
+    from .plots import draw  # imported lazily to keep matplotlib's memory and threads out of the measurements
 
     for path in draw(results.series, out, in_words(results.runs[-1]["machine"])):
         _print(path)
@@ -64,7 +64,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program], results: Results) -> list[str]:
-    """Measure one figure after another, save each at once, and return the errors."""
+    """Run one measurement after another, save each result immediately, and return the errors."""
     begin, current = time.monotonic(), "bench"
     faults: list[str] = []
 

@@ -36,7 +36,7 @@ PROCESSES = 10
 
 
 class Place:
-    """A directory of `number` boards and the process that runs them; this program plays core 1 of board 0."""
+    """A directory of `number` boards and the process that runs them; this program acts as core 1 of board 0."""
 
     def __init__(self, home: Path, number: int, stack: ExitStack) -> None:
         self.home = home
@@ -55,7 +55,7 @@ class Place:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[tuple[int, float]]:
-        """Run the process; yield its pid and the seconds from its exec to readiness."""
+        """Run the process; yield its PID and the seconds from its exec to readiness."""
         reader, writer = os.pipe()
         command = [
             *PYTHON,
@@ -90,7 +90,7 @@ class Place:
                     process.kill()
 
     def inbound(self) -> float:
-        """Return the microseconds from a frame to the close of board 0's state file."""
+        """Return the microseconds from sending a frame to the close of board 0's state file."""
         begin = time.monotonic_ns()
         self.peer.sendto(FRAME, f"{self.home}/s/0.0")
         if not select.select([self._consumer.fd], [], [], HANG)[0]:
@@ -100,7 +100,7 @@ class Place:
         return (end - begin) / 1000
 
     def outbound(self) -> float:
-        """Return the microseconds from the close of board 0's trigger to its frame."""
+        """Return the microseconds from the close of board 0's trigger to the arrival of its frame."""
         trigger = os.open(f"{self.home}/irq/0/message_6_trig", os.O_WRONLY)
         os.write(trigger, b"1")
         begin = time.monotonic_ns()
@@ -109,20 +109,18 @@ class Place:
         return (time.monotonic_ns() - begin) / 1000
 
     def closed_loop(self, count: int) -> dict[str, list[float]]:
-        """Send `count` notifications each way, one at a time, and return their latencies."""
+        """Send `count` notifications in each direction, one at a time, and return their latencies."""
         taken: dict[str, list[float]] = {"inbound": [], "outbound": []}
         with _never_kept_waiting():
             for _ in range(count):
                 for way, measure in (("inbound", self.inbound), ("outbound", self.outbound)):
-                    time.sleep(GAP)  # The pace of the load.
+                    time.sleep(GAP)  # Limit the rate of the notifications.
                     taken[way].append(measure())
         return taken
 
     @contextlib.contextmanager
     def flooded(self, flood: Path, rates: list[float]) -> Iterator[None]:
-        """Flood board 1 with FLOOD_RATE frames a second, as far as its link accepts them; append the real rate to
-        `rates`.
-        """
+        """Flood board 1 with up to FLOOD_RATE frames per second, and append the accepted rate to `rates`."""
         paths = (f"{self.home}/s/1.1", f"{self.home}/s/1.0")
         command = [str(flood), *paths, str(FLOOD_RATE), FRAME.hex()]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -138,7 +136,7 @@ class Place:
 
 @contextlib.contextmanager
 def _never_kept_waiting() -> Iterator[None]:
-    """Run this process before all others, if permitted (sched(7)): its own wait for a CPU must not count."""
+    """Give this process real-time priority if permitted (sched(7)), so that its waits for a CPU do not count."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except PermissionError:
@@ -151,7 +149,7 @@ def _never_kept_waiting() -> Iterator[None]:
 
 
 def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) -> list[Figure]:
-    """Measure `number` boards and one board in turn, and return the figures."""
+    """Measure one board and `number` boards alternately, and return the figures."""
     samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     one, many = "1 board", f"{number:,} boards"
     rates: list[float] = []
@@ -167,9 +165,9 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                     samples["ready"][name].append(ready - imports)
                     place.closed_loop(50)
                     samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
-                    time.sleep(0.5)  # Leave out the last wake-ups of the load.
+                    time.sleep(0.5)  # Let the last wake-ups of the load pass.
                     before = switches(pid)
-                    time.sleep(idle)  # The time that is measured.
+                    time.sleep(idle)  # Count the wake-ups during this time.
                     samples["idle"][name].append(wake_ups(before, switches(pid)))
                     for way, taken in place.closed_loop(lone).items():
                         samples[way][name].append(quantile(taken, 0.5))

@@ -1,4 +1,4 @@
-"""A figure: samples of several programs, their ratio pair by pair, and the goal. No input or output."""
+"""The figures of the benchmark: samples of several programs, the ratios of paired runs, and the goal."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _RELATIONS: dict[str, Callable[[float, float], bool]] = {
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """Return the smallest of `values` that at least the share `q` (0 to 1) of them does not exceed (nearest rank)."""
+    """Return the quantile `q` (0 to 1) of `values` by the nearest-rank method."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
 
 
 @attrs.frozen
 class Goal:
-    """The bound that a figure is compared with; the benchmark reports the result and asserts nothing."""
+    """The bound that a figure is compared with. The benchmark only reports whether the figure meets its goal."""
 
     relation: Literal["<=", "<", ">=", "="]
     bound: float
     of: str = ""
-    """Text after the bound, such as "x C"."""
+    """Text that is printed after the bound, such as "x C"."""
 
     def met(self, value: float) -> bool:
         """Return whether `value` meets the bound."""
@@ -44,11 +44,11 @@ class Goal:
 
 @attrs.frozen
 class Figure:
-    """One line of the table.
+    """One row of the table.
 
-    `samples` holds one value per run in `unit` for each program. With `ratio` (two keys of `samples`), the figure is
-    the median of the ratios of paired runs. Without `ratio`, the figure is the median of the first program; with a goal
-    of equality, the worst value.
+    `samples` holds one value per run, in `unit`, for each program. With `ratio` (two keys of `samples`), the result is
+    the median of the ratios of paired runs. Without `ratio`, the result is the median of the first program. If the goal
+    is an equality, the result is the worst value instead of the median.
     """
 
     name: str
@@ -58,11 +58,11 @@ class Figure:
     ratio: tuple[str, str] | None = None
     note: str = ""
     faults: tuple[str, ...] = ()
-    """Losses where none are allowed: the benchmark then exits with an error."""
+    """Losses that are not allowed. They make the benchmark exit with an error."""
 
     @property
     def values(self) -> list[float]:
-        """Return the ratios of the pairs, or the first program's values."""
+        """Return the ratios of paired runs, or without `ratio` the first program's values."""
         if self.ratio is None:
             return list(next(iter(self.samples.values())))
         above, below = (self.samples[key] for key in self.ratio)
@@ -70,7 +70,7 @@ class Figure:
 
     @property
     def result(self) -> float:
-        """Return the value of the figure."""
+        """Return the median or, if the goal is an equality, the worst value."""
         goal = self.goal
         if goal is not None and goal.relation == "=":
             return max(self.values, key=lambda value: abs(value - goal.bound))
@@ -88,11 +88,11 @@ class Figure:
 
     @property
     def medians(self) -> dict[str, float]:
-        """Return the median of each program in `unit`."""
+        """Return each program's median, in `unit`."""
         return {program: statistics.median(values) for program, values in self.samples.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return samples and results for JSON."""
+        """Return the samples and results of this figure for JSON."""
         return {
             "name": self.name,
             "unit": self.unit,
@@ -109,7 +109,7 @@ class Figure:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Figure:
-        """Return the figure that `as_dict` described; `document` may have passed through JSON."""
+        """Return the figure from the result of `as_dict`, which may have passed through JSON."""
         goal, ratio = document["goal"], document["ratio_of"]
         return cls(
             name=document["name"],

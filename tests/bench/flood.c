@@ -3,7 +3,7 @@
  * usage: flood PATH TO RATE HEX
  *
  * The program binds its socket at PATH and sends the frame HEX to TO, RATE times a second. While TO has no room, it
- * waits, and then catches up. It prints a line when it starts. On SIGTERM it prints the number of frames per second
+ * waits; then it catches up. It prints a line when it starts. On SIGTERM it prints the number of frames per second
  * and exits.
  */
 #define _GNU_SOURCE

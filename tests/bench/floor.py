@@ -1,9 +1,9 @@
-"""The floor, the best that this design can reach: the shortest Trio program with the same system calls.
+"""The floor: the shortest Trio program with the same system calls, and so the best that this design can reach.
 
 usage: floor.py TABLE DIR IFACE NOTIFICATION_FD
 
 Modules of inco-trio set up sockets, watches and files, so that filter, buffer and masks are the same. The two loops
-keep none of inco-trio's promises: they store, retry, count, log and follow nothing.
+give none of inco-trio's guarantees: they do not store, retry, count or log notifications, and ignore replaced files.
 """
 
 import os

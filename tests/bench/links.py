@@ -1,4 +1,4 @@
-"""Many proxies in one process through the library: one `serve` for each link, each with its own directory.
+"""Run many proxies in one process through the library: one `serve` for each link, each with its own directory.
 
 usage: links.py DIR NOTIFICATION_FD IFACE...
 """

@@ -1,14 +1,15 @@
-/* The load generator: plays core 1 and the consumer on core 0. Start it in core 1's network namespace.
+/* The load generator: acts as core 1 and as the consumer on core 0. Start it in core 1's network namespace.
  *
  * usage: load TABLE DIR IFACE PID IN_COUNT IN_RATE OUT_COUNT OUT_RATE GAP_US NAP_US QUIET_MS SAMPLES
  *
  * Inbound: send IN_COUNT frames, IN_RATE a second (0: as fast as possible), with the inbound signals of TABLE in turn,
  * and count the closes after writing of the state registers. Outbound: open, write and close OUT_COUNT triggers, and
  * count the frames that arrive. Both may run at the same time. From 8,000 a second on, frames are sent in batches;
- * otherwise waiting would keep a CPU busy. With GAP_US the loop is closed, and rates are ignored: each notification is
- * sent GAP_US after the one before has arrived, and no process spins. Readers sleep NAP_US between two reads, so that
- * counting takes little CPU time from the program under test; use 0 for latencies. The run ends when everything has
- * arrived, or nothing has for QUIET_MS. PID is the program under test, whose CPU time is measured.
+ * waiting for each frame would keep a CPU busy. With GAP_US the loop is closed, and rates are ignored: each
+ * notification is sent GAP_US after the previous one has arrived, and no process spins. Readers sleep NAP_US between
+ * two reads, so that counting takes little CPU time from the program under test; use 0 for latencies. The run ends
+ * when everything has arrived, or when nothing has arrived for QUIET_MS. PID is the program under test, whose CPU time
+ * is measured.
  *
  * The program prints one line of JSON. SAMPLES ("-": none) receives one int64 for each inbound and then each outbound
  * notification: nanoseconds from just before send(2) or close(2) to the return of the reader's read, or -1 if it never
@@ -99,7 +100,7 @@ static void pull_triggers(struct flow *flow, long first, long count) {
     }
 }
 
-/* Sleep until one more notification has arrived, and then for the gap; return false if none arrives. */
+/* Wait until one more notification has arrived, then sleep for the gap. Return false if none arrives in time. */
 static bool wait_for_arrival(struct flow *flow) {
     struct timespec deadline = timespec_of(now() + quiet);
     while (sem_clockwait(&flow->arrived, CLOCK_MONOTONIC, &deadline)) {
@@ -112,7 +113,7 @@ static bool wait_for_arrival(struct flow *flow) {
     return true;
 }
 
-/* In an open loop, pace by absolute deadlines: a late notification does not delay the next ones. */
+/* In an open loop, send at absolute deadlines, so that a late notification does not delay the next ones. */
 static void *emit_all(void *argument) {
     struct flow *flow = argument;
     prctl(PR_SET_TIMERSLACK, 1);
@@ -138,7 +139,7 @@ static void note(struct flow *flow, int signal, int64_t when) {
         sem_post(&flow->arrived);
 }
 
-/* Give the counting threads priority, or the kernel's queue overflows; without permission it overflows more often. */
+/* Give the counting threads priority, so that the kernel's queue overflows less often; needs permission. */
 static void be_preferred(void) {
     if (nap)
         setpriority(PRIO_PROCESS, gettid(), -10);

@@ -38,5 +38,5 @@ def describe() -> dict[str, Any]:
 
 
 def in_words(machine: Mapping[str, Any]) -> str:
-    """Return the important parts of a description in half a line."""
+    """Shorten the description of a machine to its important parts, at most half a line."""
     return f"{machine['cpu']}, {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}"

@@ -1,4 +1,4 @@
-"""The measures of the benchmark: each function takes a `Bench` and returns lines of the table."""
+"""The measurements of the benchmark: each function takes a `Bench` and returns rows of the table."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ GAP_US = 500
 """Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
 
 ROUNDS = 10
-"""Turns of each program in each pair of a closed loop."""
+"""Number of turns that each program gets in each pair of a closed loop."""
 
 _BEHIND = 0.03
-"""Allowed delay as a share of a probe's length; over ten seconds this delay about fills a socket's queue."""
+"""Maximum delay of the last frame, as a share of a probe's length. In ten seconds, this would fill a queue."""
 
 
 @attrs.frozen
 class Size:
-    """How much is measured. Times are in seconds."""
+    """The size of the benchmark: numbers of runs and notifications, and lengths in seconds."""
 
     pairs: int
     script_pairs: int
-    """Pairs with the script, which is slow to measure and far from every goal."""
+    """Number of pairs that include the script, which is slow to measure and far from every goal."""
     lone: int
-    """Single notifications per latency run."""
+    """Number of single notifications per latency run."""
     burst: int
     probe: float
     sustain: float
     idle: float
     million: int
-    """Notifications of the memory figure."""
+    """Number of notifications in the memory measurement."""
     steady: float
-    """Length of a run at 1,000/s each way."""
+    """Length of a run with 1,000 notifications per second in each direction."""
     point: float
-    """Length of a point of the load curve."""
+    """Length of the run for one point of the load curve."""
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
     boards: int = 1000
@@ -91,7 +91,7 @@ SMOKE = Size(1, 1, 200, 5000, 0.3, 0.5, 0.5, 50_000, 0.5, 0.3, (3, 300), (1, 8),
 
 @attrs.frozen
 class Measured:
-    """The lines that a measure adds to the table, and the data of its plot."""
+    """The rows that one measurement adds to the table, and the data for its plot."""
 
     figures: Sequence[Figure]
     series: Any = None
@@ -99,7 +99,7 @@ class Measured:
 
 @attrs.frozen
 class Bench:
-    """What a measure works with."""
+    """The lab, the sizes and the other checkouts that a measurement uses."""
 
     lab: Lab
     size: Size
@@ -111,8 +111,9 @@ class Bench:
         self.lab.say(text)
 
     def turns(self, *programs: Program, script_pairs: int | None = None) -> Iterator[Program]:
-        """Yield each program once per pair (A/B/A/B); the script only in the first pairs, other checkouts after
-        inco-trio.
+        """Yield each program once per pair (A, B, A, B, ...), with the other checkouts directly after inco-trio.
+
+        The script is part of the first `script_pairs` pairs only.
         """
         scripts = self.size.script_pairs if script_pairs is None else script_pairs
         for pair in range(self.size.pairs):
@@ -122,7 +123,7 @@ class Bench:
                     yield program
 
     def with_beside(self, *programs: Program) -> list[Program]:
-        """Return these programs, with the other checkouts after inco-trio."""
+        """Return `programs`, with the other checkouts directly after inco-trio."""
         return [one for program in programs for one in ((program, *self.beside) if program is INCO else (program,))]
 
     def compare(
@@ -134,14 +135,14 @@ class Bench:
         note: str = "",
         faults: Sequence[str] = (),
     ) -> list[Figure]:
-        """Compare inco-trio with the floor, against the goal, and with the other programs, without a goal."""
+        """Return one row with the goal for inco-trio against the floor, and rows without a goal for the others."""
         against_floor = Figure(name, unit, samples, goal, (INCO.name, FLOOR.name), note, tuple(faults))
         return [against_floor, *self.report(name, unit, samples, C, *self.beside)]
 
     def report(
         self, name: str, unit: str, samples: Mapping[str, Sequence[float]], *rivals: Program
     ) -> Iterator[Figure]:
-        """Yield a line without a goal for each rival."""
+        """Yield a row without a goal that compares inco-trio with each rival."""
         for rival in rivals:
             both = {program.name: samples[program.name] for program in (INCO, rival)}
             yield Figure(f"{name}, against {rival.name}", unit, both, None, (INCO.name, rival.name))
@@ -159,7 +160,7 @@ def _script_note(size: Size, pairs: int | None = None) -> str:
 
 
 class _Losses:
-    """Collects losses where none are allowed, from the counts of the consumer and of the program."""
+    """The losses that are not allowed, from the counts of the consumer and of the program."""
 
     def __init__(self) -> None:
         self.lost = _samples()
@@ -224,7 +225,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
 
 
 def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], losses: _Losses) -> Measured:
-    """Return the lines for p50 and p99, and the distribution of all runs together."""
+    """Return the rows for p50 and p99, and the distribution of all runs together."""
     for program, flows in pairs.items():
         if not all(flow.latencies for flow in flows):
             raise BenchError(f"{program}: nothing arrived")
@@ -244,27 +245,27 @@ def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], los
 
 
 def inbound_closed_loop(bench: Bench) -> Measured:
-    """Measure from a frame sent to the close of the state file; the next frame follows 500 us after that."""
+    """Measure the time from sending a frame until the state file is closed. Send the next frame 500 us later."""
     return _closed_loop(bench, "inbound")
 
 
 def outbound_closed_loop(bench: Bench) -> Measured:
-    """Measure from the close of a trigger to the frame at core 1; the next trigger follows 500 us after that."""
+    """Measure the time from closing a trigger until its frame is at core 1. Write the next trigger 500 us later."""
     return _closed_loop(bench, "outbound")
 
 
 def inbound_latency(bench: Bench) -> Measured:
-    """Measure from a frame sent to the close of the state file, with frames 1 ms apart."""
+    """Measure the time from sending a frame until the state file is closed, with frames 1 ms apart."""
     return _latency(bench, "inbound")
 
 
 def outbound_latency(bench: Bench) -> Measured:
-    """Measure from the close of a trigger to the frame at core 1, with triggers 1 ms apart."""
+    """Measure the time from closing a trigger until its frame is at core 1, with triggers 1 ms apart."""
     return _latency(bench, "outbound")
 
 
 def control(bench: Bench) -> Measured:
-    """Measure latency at 1,000/s and start time, with a monitor and without a control socket."""
+    """Compare a proxy with a running monitor and one without a control socket: latency at 1,000/s and start time."""
     times, losses = _samples(), _Losses()
     latencies: dict[str, Samples] = {"inbound": _samples(), "outbound": _samples()}
     for pair in range(bench.size.pairs):
@@ -297,7 +298,7 @@ def control(bench: Bench) -> Measured:
 
 @contextlib.contextmanager
 def _monitor(path: Path) -> Iterator[None]:
-    """Run `inco-trio monitor` on the proxy with this control socket."""
+    """Run `inco-trio monitor` on the proxy with the control socket `path`."""
     command = [*PYTHON, "-m", "inco_trio", "monitor", "--control", str(path)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=MONITORED.environment
@@ -312,7 +313,7 @@ def _monitor(path: Path) -> Iterator[None]:
 
 
 def burst(bench: Bench) -> Measured:
-    """Measure 20,000 frames sent as fast as a C program can."""
+    """Measure losses and rate of 20,000 frames that a C program sends as fast as it can."""
     rates, losses = _samples(), _Losses()
     for program in bench.turns(INCO, FLOOR, C, SCRIPT):
         with bench.lab.running(program, TABLE) as run:
@@ -331,7 +332,7 @@ def burst(bench: Bench) -> Measured:
 
 
 def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float) -> Tried:
-    """Offer `rate` for `seconds`; the rate is kept if nothing is lost and the last frame is at most `behind` s late."""
+    """Send at `rate` for `seconds`. The rate is kept if no frame is lost and the last is at most `behind` s late."""
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
     except UncountedError:
@@ -342,12 +343,12 @@ def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float)
 
 
 def sustained(bench: Bench) -> Measured:
-    """Measure the highest inbound rate without a loss."""
+    """Measure the highest inbound rate at which no frame is lost."""
     rates = _samples()
     at_least: Counter[str] = Counter()
     size = bench.size
     for program in bench.turns(INCO, FLOOR, C, SCRIPT, script_pairs=1):
-        # Losses above the limit are expected here, so they are not faults.
+        # The search also tries rates that are too high, so losses are not faults.
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             earlier = rates[program.name]
@@ -372,7 +373,7 @@ def sustained(bench: Bench) -> Measured:
 
 
 def one_trigger(bench: Bench) -> Measured:
-    """Measure triggers at 50,000/s on one file: the kernel merges identical inotify events that are unread."""
+    """Count the frames for 50,000 triggers/s on one file, where the kernel merges identical unread inotify events."""
     frames, faults = _samples(), []
     for program in bench.turns(INCO, C, C_MODIFY, SCRIPT):
         with bench.lab.running(program, BUILTIN_TABLE) as run:
@@ -387,14 +388,14 @@ def one_trigger(bench: Bench) -> Measured:
 
 
 def many_signals(bench: Bench) -> Measured:
-    """Measure CPU time per notification against the number of signals: a burst inbound, 10,000/s outbound."""
+    """Measure CPU time per notification for several table sizes, with an inbound burst and 10,000/s outbound."""
     tables, losses = bench.size.tables, _Losses()
     inbound: dict[int, Samples] = {count: _samples() for count in tables}
     outbound: dict[int, Samples] = {count: _samples() for count in tables}
     for program in bench.turns(INCO, C_MODIFY, SCRIPT, script_pairs=1):
         for count in tables:
             with bench.lab.running(program, count) as run:
-                run.warm_up(max(500, count))  # write each register once, to allocate its memory
+                run.warm_up(max(500, count))  # Write each register once, to allocate its memory.
                 received = run.load(inbound=bench.size.burst)
                 sent = run.load(outbound=bench.size.burst // 2, out_rate=10_000)
             for flow in (received.inbound, sent.outbound):
@@ -429,9 +430,7 @@ def many_signals(bench: Bench) -> Measured:
 
 
 def many_links(bench: Bench) -> Measured:
-    """Measure one `serve` per link in one process: memory after traffic on each link, and the latency of a lone
-    frame.
-    """
+    """Measure many links in one process, with one `serve` each: memory after traffic, and latency of a lone frame."""
     numbers, programs = bench.size.links, bench.with_beside(INCO)
     memory: dict[int, Samples] = {number: _samples() for number in numbers}
     latency: dict[int, Samples] = {number: _samples() for number in numbers}
@@ -482,7 +481,7 @@ def _serving(bench: Bench, program: Program, links: Sequence[Cores]) -> Iterator
 
 
 def boards(bench: Bench) -> Measured:
-    """Measure many boards of a directory in one process (see boards.py)."""
+    """Measure one process that serves many boards of a directory (see boards.py)."""
     size = bench.size
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 
@@ -495,7 +494,7 @@ def idle(bench: Bench) -> Measured:
         with bench.lab.running(program, TABLE) as run:
             run.warm_up()
             before = switches(run.pid)
-            time.sleep(bench.size.idle)  # The time that is measured.
+            time.sleep(bench.size.idle)  # Count the wake-ups during this time.
             wakes[program.name].append(wake_ups(before, switches(run.pid)))
             counted = system_calls(run.pid, bench.size.idle, run.table.with_suffix(".strace"))
             if counted is not None:
@@ -512,7 +511,7 @@ IMPORT = "import trio"
 
 
 def start(bench: Bench) -> Measured:
-    """Measure from exec to readiness, beside `python -c "import trio"` to its exit and to the end of its import."""
+    """Measure the time from exec to readiness, and compare it with the import and exit of `python -c "import trio"`."""
     times = _samples()
     for pair in range(bench.size.pairs + 1):
         bench.say(f"pair {pair}/{bench.size.pairs}")
@@ -530,7 +529,7 @@ def start(bench: Bench) -> Measured:
         ended = time.monotonic() - begin
         with bench.lab.running(C, BUILTIN_TABLE) as run:
             bare = run.ready_s
-        if pair:  # the first pair fills the page cache
+        if pair:  # Leave out the first pair, which fills the page cache.
             for name, seconds in (ready | {IMPORT: ended, "its import only": imported, C.name: bare}).items():
                 times[name].append(1000 * seconds)
     goal = Goal("<=", 1.4, f"x {IMPORT}")
@@ -544,7 +543,7 @@ def start(bench: Bench) -> Measured:
 
 
 def memory(bench: Bench) -> Measured:
-    """Measure peak memory after a million notifications in bursts of 20,000, half of them each way."""
+    """Measure peak memory after a million notifications in bursts of 20,000, half of them in each direction."""
     peak, growth, losses = _samples(), _samples(), _Losses()
     command = [sys.executable, "-c", f"{IMPORT}; print(open('/proc/self/status').read())"]
     rounds = bench.size.million // (2 * bench.size.burst)
@@ -583,7 +582,7 @@ def memory(bench: Bench) -> Measured:
 
 
 def cpu(bench: Bench) -> Measured:
-    """Measure CPU time per notification at 1,000/s each way."""
+    """Measure CPU time per notification at 1,000/s in each direction."""
     costs, losses = _samples(), _Losses()
     count = round(1000 * bench.size.steady)
     for program in bench.turns(INCO, FLOOR, C, SCRIPT):
@@ -599,7 +598,7 @@ def cpu(bench: Bench) -> Measured:
 
 
 def load_curve(bench: Bench) -> Measured:
-    """Measure handled against offered load, for the plot."""
+    """Measure the handled rate for each offered rate, for the plot."""
     curve: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     for program in (INCO, C, SCRIPT):
         for rate in bench.size.loads:
@@ -617,14 +616,14 @@ def load_curve(bench: Bench) -> Measured:
 
 @attrs.frozen
 class Measure:
-    """A measure and its duration on a virtual machine with two CPUs: `fixed` seconds plus `pair` seconds per pair."""
+    """A measurement and its duration on a VM with two CPUs: `fixed` seconds plus `pair` seconds per pair."""
 
     run: Callable[[Bench], Measured]
     fixed: float
     pair: float
 
     def seconds(self, size: Size) -> float:
-        """Return the expected duration at full size."""
+        """Return the expected duration for `size`."""
         return self.fixed + self.pair * size.pairs
 
 

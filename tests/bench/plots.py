@@ -1,4 +1,4 @@
-"""The plots: latency distribution, handled against offered load, CPU time against the number of signals."""
+"""The plots: latency distribution, handled rate against offered rate, CPU time against the number of signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rivals import C_MODIFY, INCO, SCRIPT, C
 
 __all__ = ["draw"]
 
-# Okabe and Ito's palette for colour-blind readers; the lines also differ in their dashes.
+# Use Okabe and Ito's palette for colour-blind readers. The lines also differ in their dashes.
 _STYLES: dict[str, dict[str, Any]] = {
     INCO.name: {"color": "#0072B2", "linewidth": 2.4, "zorder": 3},
     C.name: {"color": "#333333", "linewidth": 1.8, "linestyle": (0, (5, 2)), "zorder": 2},
@@ -55,8 +55,8 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
         axes.plot(times, shares, **style)
         p50, p99 = times[len(times) // 2 - 1], times[len(times) * 99 // 100 - 1]
         axes.plot([p50, p99], [0.5, 0.99], "o", color=style["color"], markersize=5, zorder=4)
-        # The fastest program has its label on the left, the others on the right; the second label is lower, to leave
-        # room for the third.
+        # The label of the fastest program is on the left, and the other labels are on the right. The second label is
+        # lower, to leave room for the third.
         axes.annotate(
             f"{_LABELS[program]}\np50 {p50:,.0f} µs\np99 {p99:,.0f} µs",
             (p50, 0.5),
@@ -79,7 +79,7 @@ def _latency(axes: Axes, direction: str, programs: Mapping[str, Sequence[int]], 
 
 
 def _shown(programs: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Leave out the floor and other checkouts, whose lines would hide that of inco-trio."""
+    """Return `programs` without the floor and other checkouts, whose lines would hide the line of inco-trio."""
     return {program: quantiles for program, quantiles in programs.items() if program in _STYLES}
 
 
@@ -121,7 +121,7 @@ def _load(series: Mapping[str, Any]) -> Figure:
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[str, float, float]]) -> None:
-    """Name each line at its right end; move labels apart that would overlap."""
+    """Label each line at its right end, and move labels apart that would overlap."""
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     height = 13.0
     taken = -1e9
@@ -172,7 +172,7 @@ _PLOTS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Figure]]]
 
 
 def draw(series: Mapping[str, Any], where: Path, machine: str) -> list[Path]:
-    """Draw the plots that have data, as SVG and PNG, and return the files."""
+    """Draw the plots that have data, as SVG and PNG files, and return their paths."""
     drawn = []
     with mpl.rc_context({"font.size": 10, "svg.hashsalt": "inco-trio", "svg.fonttype": "none"}):
         for name, (needed, plot) in _PLOTS.items():

@@ -1,4 +1,4 @@
-"""What the kernel reports about a process: memory, wake-ups and system calls (proc(5), strace(1))."""
+"""Memory, wake-ups and system calls of a process, as the kernel reports them (proc(5), strace(1))."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def system_calls(pid: int, seconds: float, trace: Path) -> int | None:
         assert tracer.stderr is not None
         if "attached" not in tracer.stderr.readline():
             return None
-        time.sleep(_SETTLE)  # Leave out what the tracer itself causes.
+        time.sleep(_SETTLE)  # Leave out the effects of attaching strace.
         start = time.time()
-        time.sleep(seconds)  # The time that is measured.
+        time.sleep(seconds)  # Count the system calls during this time.
         end = time.time()
         tracer.send_signal(signal.SIGINT)
     times = (float(match[1]) for match in re.finditer(r"^\d+ +(\d+\.\d+) ", trace.read_text(), re.MULTILINE))

@@ -1,4 +1,4 @@
-/* The C program to compare inco-trio with: one epoll loop over the link's socket and inotify.
+/* The C program that inco-trio is compared with: one epoll loop over the link's socket and inotify.
  *
  * usage: reference TABLE DIR IFACE NOTIFICATION_FD RECEIVE_BUFFER [modify]
  *

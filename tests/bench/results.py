@@ -1,4 +1,4 @@
-"""The results of one run, or merged from several, as JSON; the table and the plots are made from them."""
+"""The results of one or several runs of the benchmark, as JSON. The table and the plots are made from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Results"]
 
 @attrs.frozen
 class Results:
-    """The runs (machine, arguments, sizes), and for each measure its run, duration, figures and series."""
+    """The runs (machine, arguments, sizes), and the run, duration, figures and plot data of each measurement."""
 
     runs: list[dict[str, Any]] = attrs.field(factory=list)
     measures: dict[str, dict[str, Any]] = attrs.field(factory=dict)
@@ -29,7 +29,7 @@ class Results:
         return cls(**json.loads((directory / "results.json").read_text()))
 
     def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:
-        """Add a measure of the last run; replaces an earlier one."""
+        """Add the results of a measurement in the last run. They replace earlier results of the same measurement."""
         self.measures[name] = {
             "run": len(self.runs) - 1,
             "seconds": round(seconds, 1),
@@ -38,13 +38,13 @@ class Results:
         }
 
     def figures(self, order: Sequence[str]) -> list[Figure]:
-        """Return the lines of the table in the order of their measures."""
+        """Return the rows of the table; `order` lists the measurements."""
         present = [self.measures[name] for name in order if name in self.measures]
         return [Figure.from_dict(figure) for measure in present for figure in measure["figures"]]
 
     @property
     def series(self) -> dict[str, Any]:
-        """Return the data of the plots by measure."""
+        """Return the data of the plots by measurement."""
         return {name: measure["series"] for name, measure in self.measures.items() if measure["series"] is not None}
 
     @property
@@ -61,7 +61,7 @@ class Results:
         return lines
 
     def save(self, directory: Path, order: Sequence[str]) -> None:
-        """Write results.json and results.md; if interrupted, keep the old files."""
+        """Write results.json and results.md. If interrupted, keep the old files."""
         texts = {
             "results.json": json.dumps(attrs.asdict(self, recurse=False), indent=1),
             "results.md": as_markdown(self.figures(order), self.origins),

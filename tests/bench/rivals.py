@@ -1,4 +1,4 @@
-"""The measured programs, each started in core 0 as its users would start it, and the load on them."""
+"""The measured programs, each started in core 0 as users would start it, and the load on them."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ PROJECT = HERE.parents[1]
 
 
 _NAP_US = 500
-"""Pause between two reads while the load generator counts; the inotify queue (16,384) lasts 27 ms at 600,000/s."""
+"""Pause between two reads of the load generator in us. At 600,000/s, the inotify queue (16,384) fills in 27 ms."""
 
 _QUIET_MS = 1000
-"""Notifications count as lost if none has arrived for this long."""
+"""A run ends when no notification has arrived for this many ms; the missing ones count as lost."""
 
 _REPEATS = 3
-"""Attempts at a run in which the load generator could not count all arrivals."""
+"""Maximum number of attempts at a run if the load generator cannot count all arrivals."""
 
 
 class BenchError(Exception):
@@ -66,14 +66,14 @@ class UncountedError(BenchError):
 
 @attrs.frozen
 class Program:
-    """A measured program, by its name in the table and the plots."""
+    """A measured program; `name` is its name in the table and the plots."""
 
     name: str
     reports_drops: bool = True
     checkout: Path | None = None
-    """For inco-trio: the project directory of its package."""
+    """For inco-trio: the project directory that contains its package."""
     control: str | None = None
-    """For inco-trio: the name of its control socket beside the table, or "none" (None: the default socket)."""
+    """For inco-trio: the file name of its control socket, or "none" (None: the default socket)."""
 
     def command(self, lab: Lab, directory: Path, table: Path, interface: str, fd: int) -> list[str]:
         """Return the command line to run with `environment`."""
@@ -107,7 +107,7 @@ SCRIPT = Program("script", reports_drops=False)
 
 
 def another(checkout: Path) -> Program:
-    """Return the inco-trio of another checkout, named by its commit if possible. Raise `BenchError` if it has none."""
+    """Return the inco-trio of `checkout`, labelled with its commit if known. Raise `BenchError` if there is none."""
     checkout = checkout.resolve()
     found = subprocess.run(
         [*PYTHON, "-c", "import inco_trio; print(inco_trio.__file__)"],
@@ -129,8 +129,8 @@ def another(checkout: Path) -> Program:
 class Flow:
     """The notifications of one direction.
 
-    `lost` and `extra` are counted per signal. `send_s` and `total_s` are seconds from the first sending to the last
-    sending and to the last arrival. `latencies` are nanoseconds of arrived notifications, if requested.
+    `lost` and `extra` are counted per signal. `send_s` and `total_s` are the seconds from the first send to the last
+    send and to the last arrival. `latencies` has the nanoseconds of all arrived notifications, if requested.
     """
 
     sent: int
@@ -143,11 +143,11 @@ class Flow:
 
     @property
     def rate(self) -> float:
-        """Return the notifications that arrived per second."""
+        """Return the number of notifications that arrived per second."""
         return self.seen / self.total_s if self.total_s else 0.0
 
     def __add__(self, other: Flow) -> Flow:
-        """Return two runs of one program as one."""
+        """Combine two runs of one program."""
         return Flow(
             self.sent + other.sent,
             self.seen + other.seen,
@@ -191,12 +191,12 @@ class Running:
         gap_us: int = 0,
         latencies: bool = False,
     ) -> Load:
-        """Send `inbound` and `outbound` notifications at rates per second (0: as fast as possible).
+        """Send `inbound` and `outbound` notifications at the given rates per second (0: as fast as possible).
 
-        With `gap_us` the loop is closed: each notification leaves `gap_us` after the one before has arrived. A run is
-        repeated, with a message, if the load generator could not count all arrivals.
+        With `gap_us` the loop is closed: each notification is sent `gap_us` after the previous one has arrived. If the
+        load generator cannot count all arrivals, print a message and repeat the run.
 
-        Raise `BenchError` if the load generator fails, and `UncountedError` if repeating does not help.
+        Raise `BenchError` if the load generator fails, and `UncountedError` if it cannot count in any of the runs.
         """
         samples = self.lab.scratch / "samples"
         amounts = (inbound, round(in_rate), outbound, round(out_rate))
@@ -217,7 +217,7 @@ class Running:
         )
 
     def warm_up(self, count: int = 500) -> None:
-        """Send `count` notifications each way, to fill caches and let the interpreter specialise before measuring."""
+        """Send `count` notifications in each direction, to fill caches and let the interpreter specialise its code."""
         self.load(inbound=count, in_rate=5000)
         self.load(outbound=count, out_rate=5000)
 
@@ -230,14 +230,14 @@ class Lab:
     build: Path
     scratch: Path
     pin: str
-    """"none", "split" (load on the first CPU, program on the second) or "together" (both on the first)."""
+    """CPU pinning: "none", "split" (load on the first CPU, program on the second) or "together" (both on the first)."""
     say: Callable[[str], None]
-    """Prints progress."""
+    """A function that prints progress."""
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, cores: Cores, pin: str, say: Callable[[str], None]) -> Iterator[Lab]:
-        """Build the C programs with the machine's cc."""
+        """Build the C programs with the machine's C compiler, and yield the lab."""
         shared = Path("/dev/shm")  # noqa: S108 (a tmpfs as /run on a board; the directory below it is private)
         with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as scratch:
             build = Path(scratch, "build")
@@ -270,8 +270,7 @@ class Lab:
 
     @contextlib.contextmanager
     def running(self, program: Program, count: int, cores: Cores | None = None) -> Iterator[Running]:
-        """Run `program` with a table of `count` signals on the lab's link or that of `cores`; yield once it is
-        ready.
+        """Run `program` with a table of `count` signals on the link of `cores` (default: of the lab); yield when ready.
 
         Raise `BenchError` if the program does not become ready or does not exit with 0.
         """
@@ -291,7 +290,7 @@ class Lab:
 
     @contextlib.contextmanager
     def links(self, number: int) -> Iterator[list[Cores]]:
-        """Add `number` links between the two cores."""
+        """Add `number` links between the two cores while the block runs."""
         links = [attrs.evolve(self.cores, link=f"rpmsg{index}") for index in range(number)]
         with contextlib.ExitStack() as made:
             for cores in links:
@@ -301,8 +300,9 @@ class Lab:
 
     @contextlib.contextmanager
     def place(self, count: int) -> Iterator[tuple[Path, Path]]:
-        """Yield an empty directory and a table of `count` signals; the same table for inco-trio is beside it as
-        .json.
+        """Yield an empty directory and the path of a table with `count` signals.
+
+        A .json file next to the table has the same signals for inco-trio.
         """
         with tempfile.TemporaryDirectory(dir=self.scratch) as place:
             directory, table = Path(place, "irq"), Path(place, "table.txt")
@@ -316,7 +316,7 @@ class Lab:
     def started(
         self, command: Callable[[int], list[str]], environment: Mapping[str, str], log: Path
     ) -> Iterator[tuple[int, float]]:
-        """Run the command for a notification fd; yield its pid and the seconds from exec to readiness."""
+        """Run `command(notification_fd)`; yield its PID and the seconds from exec to readiness."""
         reader, writer = os.pipe()
         argv = command(writer)
         process, start = self.spawn(argv, environment, writer, log)

@@ -1,4 +1,4 @@
-"""The search for the highest rate that a program sustains. The caller passes the functions that try a rate."""
+"""The search for the highest rate that a program sustains. The caller passes the functions that test a rate."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import attrs
 __all__ = ["RESOLUTION", "Found", "Outcome", "Tried", "highest_kept"]
 
 RESOLUTION = 1.05
-"""The search ends when the ratio of the bracket's ends is at most this."""
+"""The search ends when the upper end of the bracket is at most this multiple of its lower end."""
 
 _LOWER = 0.04
-"""Each full-length run with a loss lowers the rate by one step more; long runs near the limit gain no precision."""
+"""Step by which the rate is lowered after a full-length run with losses. Each further step is larger by this much."""
 
 _FIRST_STEP = 1.1
 _LAST_STEP = 2.0
 _REACHED = 0.98
-"""A generator has reached a rate if it sent at least this share of the rate."""
+"""The generator has reached a rate if it sent at least this share of the rate."""
 
 _REPEATS = 3
-"""Attempts at a probe whose rate was not reached, in case the generator had no CPU for a moment."""
+"""Maximum number of attempts at a probe whose rate was not reached, in case the generator briefly had no CPU."""
 
 _LEAST = 50.0
 
 
 class Outcome(enum.Enum):
-    """The result of trying a rate."""
+    """The result of testing a rate."""
 
     KEPT = enum.auto()
     LOST = enum.auto()
@@ -38,20 +38,20 @@ class Outcome(enum.Enum):
 
 @attrs.frozen
 class Tried:
-    """One try: its outcome, the rate at which the generator really sent, and the rate that was handled."""
+    """One attempt: its outcome, the rate the generator actually sent at, and the rate the program handled."""
 
     outcome: Outcome
     offered: float
     handled: float
 
     def reached(self, rate: float) -> bool:
-        """Return whether the generator really sent at `rate`."""
+        """Return whether the generator actually sent at `rate`."""
         return self.offered >= _REACHED * rate
 
 
 @attrs.frozen
 class Found:
-    """The sustained rate. With `at_least`, the load generator set the limit, not the program."""
+    """The sustained rate. If `at_least` is true, the load generator was the limit, not the program."""
 
     rate: float
     at_least: bool
@@ -60,9 +60,9 @@ class Found:
 def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tried], start: float) -> Found | None:
     """Return the highest rate without loss, to about 5 %, or None if there is none.
 
-    Short tries (`probe`) widen a bracket around `start` and then halve it. The rate found is then tried in full length
-    (`confirm`), and lowered by 4 %, 8 %, ... until nothing is lost. The rate that the generator really sent is what
-    counts.
+    Short runs (`probe`) widen a bracket around `start` and then halve it. Full-length runs (`confirm`) then test the
+    rate, and lower it by 4 %, 8 %, ... until nothing is lost. The result is the rate that the generator actually sent
+    at.
     """
     found = _bracket(probe, start)
     rate, at_least, lower = found.rate, found.at_least, 1.0
@@ -77,7 +77,7 @@ def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tri
 
 
 def _reaching(probe: Callable[[float], Tried], rate: float) -> Tried:
-    """Return the first probe that reached its rate, or the one that came nearest."""
+    """Return the first probe that reached its rate, or the probe that came nearest to its rate."""
     tries: list[Tried] = []
     while len(tries) < _REPEATS and not (tries and tries[-1].reached(rate)):
         tries.append(probe(rate))

@@ -22,7 +22,7 @@ class Entry:
 
 
 def signals(count: int) -> list[Entry]:
-    """Return `count` signals, the three built-in ones first; two of three are inbound."""
+    """Return `count` signals, beginning with the three built-in ones. Two thirds of the signals are inbound."""
     entries = [Entry(b.name, b.direction, b.register) for b in BUILTIN]
     for index in range(len(entries), count):
         direction, kind = (Direction.OUTBOUND, "trig") if index % 3 == 2 else (Direction.INBOUND, "state")
@@ -31,7 +31,7 @@ def signals(count: int) -> list[Entry]:
 
 
 def write_table(path: Path, entries: list[Entry]) -> None:
-    """Write lines of "name direction register"."""
+    """Write a table for the C programs, with lines of "name direction register"."""
     path.write_text("".join(f"{entry.name} {entry.direction.value} {entry.register}\n" for entry in entries))
 
 

@@ -1,4 +1,4 @@
-"""Parts of the benchmark that could be wrong unnoticed: its statistics, and what it reads about processes."""
+"""Tests of the benchmark where an error would go unnoticed: its statistics and its figures of processes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
     before = [switches(process.pid) for process in (waits, ticks)]
     calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
     assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-    # Without strace, no time has passed. The first read may return earlier ticks.
+    # Wait for ten ticks: without strace, no time has passed. The first read may return several earlier ticks.
     assert ticks.stdout is not None
     for _ in range(10):
         os.read(ticks.stdout.fileno(), 65536)
@@ -152,7 +152,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
 
 
 def _model(capacity: float, generator: float = 1e9, queue: float = 0.0) -> Callable[[float], Tried]:
-    """Return a program that handles `capacity` a second, under a generator that sends at most `generator` a second."""
+    """Return a model: the program handles `capacity` per second, and its generator sends at most `generator`."""
 
     def attempt(rate: float) -> Tried:
         offered = min(rate, generator)

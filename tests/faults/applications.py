@@ -1,8 +1,8 @@
 """The applications of core 0: they write triggers, read state registers, and replace, move or remove the files.
 
-As directories and files are replaced, a state register may be in several places in turn. A notification counts as
-delivered only where an application could find it: in a file that was at the register's path when, or after, the
-notification was sent.
+Directories and files are replaced, so a state register's path may lead to several files in turn. A notification counts
+as delivered only if an application could find it: in a file that was at the path when, or after, the notification was
+sent.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def write_config(path: Path, directory: Path, inbound: Iterable[str], outbound: 
 
 
 class Recorder(threading.Thread):
-    """Calls `read_queued` in a thread whenever `fd` is readable, until closed."""
+    """A thread that calls `read_queued` whenever `fd` is readable, until `close` is called."""
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(name=name)
@@ -60,7 +60,7 @@ class Recorder(threading.Thread):
         self.failure: BaseException | None = None
 
     def read_queued(self) -> None:
-        """Read everything that is queued."""
+        """Read everything that is queued at `fd`."""
         raise NotImplementedError
 
     def run(self) -> None:
@@ -75,7 +75,7 @@ class Recorder(threading.Thread):
                 self.changed.notify_all()
 
     def waited(self, happened: Callable[[], bool]) -> bool:
-        """Wait until `happened`, which is checked after each read; return False on timeout."""
+        """Wait until `happened()` is true; check after each read. Return False on timeout."""
         with self.changed:
             in_time = self.changed.wait_for(lambda: self.failure is not None or happened(), HANG)
         if self.failure is not None:
@@ -83,11 +83,11 @@ class Recorder(threading.Thread):
         return in_time
 
     def wait(self, happened: Callable[[], bool], otherwise: str) -> None:
-        """Wait until `happened`; fail with the message `otherwise` on timeout."""
+        """Wait until `happened()` is true. On timeout, fail with the message `otherwise`."""
         assert self.waited(happened), otherwise
 
     def close(self) -> None:
-        """End the thread; raise the error that ended it earlier."""
+        """End the thread. Raise the error if the thread has failed."""
         os.close(self._close)
         self.join()
         os.close(self._end)
@@ -97,12 +97,12 @@ class Recorder(threading.Thread):
 
 @attrs.define(eq=False)
 class _Place:
-    """A directory, or a single state register, that was at its path until `ended`."""
+    """A directory or a single state register that was at its original path until the time `ended`."""
 
     fd: int
     ended: float = float("inf")
     renamed: set[str] = attrs.Factory(set)
-    """Triggers that an application replaced here."""
+    """Triggers that an application has replaced in this directory."""
 
 
 def _reads_one(fd: int) -> bool:
@@ -110,7 +110,7 @@ def _reads_one(fd: int) -> bool:
 
 
 class Applications(Recorder):
-    """All applications of one IRQ directory; `closes` counts the writes of each register since `reset`."""
+    """All applications of one IRQ directory; `closes` counts the writes to each state register since `reset`."""
 
     def __init__(self, directory: Path, inbound: Iterable[str], outbound: Iterable[str]) -> None:
         self.directory = directory
@@ -140,8 +140,6 @@ class Applications(Recorder):
             os.close(place.fd)
         self._inotify.close()
 
-    # ----------------------------------------------------------------------------------- what applications do
-
     def trigger(self, name: str) -> None:
         """Write a trigger, as a shell's `echo 1 >` does."""
         with self._paths:
@@ -156,7 +154,7 @@ class Applications(Recorder):
             self._directories[-1].renamed.add(f"{name}_trig")
 
     def delivered(self, name: str, sent: float) -> bool:
-        """Return whether an application that waits for what was sent at `sent` finds a 1 in the state register."""
+        """Return whether an application finds a 1 in the state register for a notification sent at the time `sent`."""
         if any(place.ended >= sent and _reads_one(place.fd) for place in self._files.get(name, ())):
             return True
         return any(place.ended >= sent and self._reads_one(place.fd, name) for place in self._directories)
@@ -169,7 +167,7 @@ class Applications(Recorder):
                 return False
             fd = os.open(register, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
         except OSError:
-            # The register is missing, or being replaced.
+            # The register is missing, or it is being replaced.
             return False
         try:
             return stat.S_ISREG(os.fstat(fd).st_mode) and _reads_one(fd)
@@ -178,12 +176,11 @@ class Applications(Recorder):
 
     @staticmethod
     def mark() -> float:
-        """Return the current time, which `delivered` needs for what is sent next."""
+        """Return the current time. Pass it to `delivered` for the notifications that are sent next."""
         return time.monotonic()
 
     def reset(self, names: Iterable[str] = ()) -> None:
-        """Empty the state registers `names` (default: all), as an application does that has handled the
-        notifications.
+        """Empty the state registers `names` (default: all), as an application does after handling notifications.
 
         truncate(2) neither opens nor closes the file, so it causes no close event.
         """
@@ -203,10 +200,8 @@ class Applications(Recorder):
             os.close(place.fd)
             self._directories.remove(place)
 
-    # ----------------------------------------------------------------------------- what applications do to the files
-
     def _adopt(self) -> None:
-        """Wait for the directory at the path and follow it."""
+        """Wait until the IRQ directory exists, and watch it."""
         wait_path(self.directory)
         self._follow(self.directory)
 
@@ -220,7 +215,7 @@ class Applications(Recorder):
         return path.with_name(f"{path.name}.{self._aside}")
 
     def is_watched(self, inodes: set[int]) -> bool:
-        """Return whether `inodes` has the directory at the path and all its triggers that no application replaced."""
+        """Return whether `inodes` includes the IRQ directory and all its triggers that no application has replaced."""
         place = self._directories[-1]
         missing = self.triggers - place.renamed
         with os.scandir(self.directory) as files:
@@ -228,7 +223,7 @@ class Applications(Recorder):
         return os.fstat(place.fd).st_ino in inodes and missing <= watched
 
     def replace_directory(self) -> None:
-        """Exchange the directory at the path for an empty one in one step."""
+        """Replace the IRQ directory atomically by an empty one (renameat2(2))."""
         new = self._beside(self.directory)
         new.mkdir()
         current = self._directories[-1]
@@ -239,20 +234,20 @@ class Applications(Recorder):
             current.ended = time.monotonic()
 
     def move_away(self, path: Path) -> None:
-        """Rename the directory, or a directory above it, and create an empty one in its place."""
+        """Rename `path` (the IRQ directory or a parent directory), and create an empty IRQ directory again."""
         with self._paths:
             path.rename(self._beside(path))
             self._directories[-1].ended = time.monotonic()
-            # A reload would also make the proxy create the directory.
+            # The directory may exist already, because the proxy creates it during a reload.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
     def remove_directory(self) -> None:
-        """Remove the directory with its contents and create it again, empty."""
+        """Remove the IRQ directory with its contents, and create it again."""
         with self._paths:
             shutil.rmtree(self.directory)
             self._directories[-1].ended = time.monotonic()
-            # A reload would also make the proxy create the directory.
+            # The directory may exist already, because the proxy creates it during a reload.
             self.directory.mkdir(parents=True, exist_ok=True)
             self._adopt()
 
@@ -306,7 +301,7 @@ class Applications(Recorder):
 
 
 class Wire(Recorder):
-    """What core 1 sees: how often each name arrived."""
+    """A record of the frames that arrive at core 1; `seen` counts them by signal name."""
 
     def __init__(self, peer: Peer) -> None:
         super().__init__(peer.fileno(), "wire")
@@ -329,6 +324,6 @@ class Wire(Recorder):
                 self.order.append(name)
                 self.sources.add(frame[6:12])
         except OSError as error:
-            # No frame is left (TimeoutError), or the kernel reports a link that went down (ENETDOWN, once).
+            # No frame is left (TimeoutError), or the link went down: the kernel reports this once (ENETDOWN).
             if not isinstance(error, TimeoutError) and error.errno != errno.ENETDOWN:
                 raise

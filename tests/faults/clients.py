@@ -1,4 +1,4 @@
-"""Clients of the control socket that come and go during the soak: some read, some do not, and all are killed."""
+"""Clients of the control socket that start and end during the soak test: some never read, and all are killed."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "status, metrics": ("status", "--openmetrics"),
 }
 MANY = 6
-"""Number of clients at a time."""
+"""Number of clients that run at the same time."""
 LIFE = 2.0
-"""Longest life of a client in seconds."""
+"""Maximum lifetime of a client in seconds."""
 
 
 class Clients:
-    """Runs clients of the proxy at `control` in threads, for as long as the block runs."""
+    """Clients of the proxy at `control`, which threads start one after another while the block runs."""
 
     def __init__(self, control: Path, work: Path, seed: int) -> None:
         self.started: Counter[str] = Counter()
@@ -80,19 +80,19 @@ class Clients:
                 process.wait()
                 said.seek(0)
                 text = said.read()
-                # Python itself prints the traceback of an interrupt that arrives before our code runs.
+                # If SIGINT arrives before our code runs, Python itself prints a traceback.
                 if "Traceback" in text and (end != "interrupted" or "run_command" in text):
                     self.tracebacks.append(f"{kind}, {end}:\n{text}")
             with contextlib.suppress(OSError):
                 os.close(ours)
 
     def _read(self, fd: int, *, deaf: bool) -> None:
-        """Read a client's output for a while; if `deaf`, do not read, so that the client blocks."""
+        """Read a client's output for a while. If `deaf`, read nothing, so that the client blocks."""
         os.set_blocking(fd, False)
         begun = self._chance.uniform(0, LIFE)
         for _ in range(int(begun / 0.02) + 1):
             if not deaf:
                 with contextlib.suppress(BlockingIOError):
                     os.read(fd, 1 << 16)
-            if self._stop.wait(0.02):  # The pace of the reads.
+            if self._stop.wait(0.02):  # Limit the rate of the reads.
                 return

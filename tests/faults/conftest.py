@@ -1,4 +1,4 @@
-"""Marks every test of this directory, and provides a board and an unprivileged Python."""
+"""Fixtures for a board and an unprivileged Python, and the markers of all tests in this directory."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            # This timeout only stops a hang: the full form takes minutes.
+            # This timeout only stops a hang: a test of the full suite takes minutes.
             item.add_marker(pytest.mark.timeout(7200))
 
 
 @attrs.frozen
 class Board:
-    """A running proxy with the signals `in_a`, `in_b`, `out_a` and `out_b`, and both sides of it."""
+    """A running proxy with the signals `in_a`, `in_b`, `out_a` and `out_b`, its applications and its core 1."""
 
     proxy: Proxy
     cores: Cores
@@ -60,7 +60,7 @@ OUTBOUND = ("out_a", "out_b")
 
 @pytest.fixture
 def board_config(tmp_path: Path) -> Path:
-    """Write a udrv.json with the board's signals; the directory is `board/irq` beside it."""
+    """Write a udrv.json with the board's signals. The IRQ directory is `board/irq`, next to this file."""
     path = tmp_path / "udrv.json"
     write_config(path, tmp_path / "board/irq", INBOUND, OUTBOUND)
     return path
@@ -106,5 +106,5 @@ def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture
 def only_net_raw(python_runs_under: Callable[..., None]) -> None:
-    """Give the proxy only CAP_NET_RAW: file modes then apply to it, even as root."""
+    """Give the proxy only CAP_NET_RAW, so that file permissions apply to it even if it runs as root."""
     python_runs_under("setpriv", "--bounding-set=-all,+net_raw", "--inh-caps=-all,+net_raw")

@@ -1,4 +1,4 @@
-"""Changes of the link and of the kernel's queue in front of it."""
+"""Functions that change the link between the cores and inspect its state."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["command", "mac", "make_again", "wait_bound"]
 
 
 def command(cores: Cores, *words: str) -> str:
-    """Run `ip` or `tc` in core 0."""
+    """Run `ip` or `tc` in core 0, and return its output."""
     done = cores.core0.run(lambda: subprocess.run(words, check=True, capture_output=True, text=True))
     return done.stdout
 
 
 def make_again(cores: Cores, peer: Peer, before: Callable[[], None] = lambda: None) -> None:
-    """Recreate the deleted link. Core 1 listens, and `before` has run, before core 0 can send."""
+    """Recreate the deleted link. Core 0 can send only after core 1 listens and `before` has run."""
     veth(cores.core0, cores.link, cores.core1, cores.link)
     cores.core1.run(lambda: subprocess.run(["ip", "link", "set", cores.link, "up"], check=True))
     peer.rebind()

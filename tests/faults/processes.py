@@ -1,4 +1,4 @@
-"""What the kernel knows of a running proxy (CPU time, wake-ups, thread states), and faults in its system calls."""
+"""CPU time, wake-ups and thread states of a running proxy, and injected faults in its system calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Work", "injected", "wait_idle", "wait_stopped", "work"]
 
 @attrs.frozen
 class Work:
-    """CPU time and voluntary context switches of a process so far."""
+    """The CPU time and the voluntary context switches of a process since its start."""
 
     cpu_ns: int
     switches: int
@@ -28,7 +28,7 @@ class Work:
 
 
 def work(pid: int) -> Work:
-    """Return CPU time and voluntary context switches of all threads (proc_pid_status(5), sched-stats.rst)."""
+    """Return the CPU time and voluntary context switches of all threads (proc_pid_status(5), sched-stats.rst)."""
     cpu_ns = switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         cpu_ns += int((task / "schedstat").read_text().split()[0])
@@ -45,7 +45,7 @@ def states(pid: int) -> set[str]:
 def wait_idle(pid: int) -> None:
     """Wait until the process is idle; fail if it spins or polls.
 
-    A process with work to do is runnable, not asleep, even if a busy machine keeps it from a CPU.
+    A process with work to do is runnable, not asleep, even if it gets no CPU on a busy machine.
     """
     deadline = time.monotonic() + HANG
     before = work(pid)

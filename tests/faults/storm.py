@@ -1,8 +1,8 @@
 """The storm: send every signal once in both directions, while faults hit the proxy under a real s6-svscan.
 
 A notification is lost if it has not arrived within a generous time after the faults have stopped. It counts as sent
-only if the proxy could know of it. A frame counts once the kernel of core 0 has queued it for the link, where a witness
-socket sees it. A trigger counts once it was closed in the directory at its path.
+only if the proxy could notice it. An inbound frame counts once core 0's kernel has queued it for the link, where a
+witness socket sees it. A trigger counts once an application has closed it in the current IRQ directory.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from tests.faults.supervised import (
 __all__ = ["FAULTS", "MEMORY_FILES", "Report", "Storm"]
 
 MEMORY_FILES = "/dev/shm"  # noqa: S108 - only the parent of a directory made by tempfile
-"""A tmpfs, as on a board; on a disk it takes seconds to create 2,000 files."""
+"""A tmpfs, as on a board. On a disk, creating 2,000 files takes seconds."""
 
 
 class _Witness(Recorder):
-    """A second packet socket beside the proxy's: each frame that it sees has been queued for the link."""
+    """A second packet socket on the proxy's link: it sees each frame that the kernel has queued for the link."""
 
     def __init__(self, cores: Cores) -> None:
         self._cores = cores
-        # A socket stays in the network namespace in which it was created.
+        # Create the socket in core 0: it stays in the network namespace in which it was created.
         self._socket = cores.core0.run(functools.partial(socket.socket, socket.AF_PACKET, socket.SOCK_RAW, 0))
         self._socket.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
         self._socket.setblocking(False)
@@ -69,7 +69,7 @@ class _Witness(Recorder):
         except BlockingIOError:
             return
         except OSError as error:
-            # The kernel reports a link that went down once.
+            # The kernel reports once that the link went down.
             if error.errno != errno.ENETDOWN:
                 raise
 
@@ -80,7 +80,7 @@ class _Witness(Recorder):
 
 @attrs.define
 class Report:
-    """What a storm did, and its result."""
+    """The report of a storm: the notifications that were sent, lost or duplicated, and the faults."""
 
     seed: int
     rounds: int = 0
@@ -102,7 +102,7 @@ class Report:
         return len(self.lost_inbound) + len(self.lost_outbound)
 
     def summary(self, seconds: float) -> dict[str, object]:
-        """Return the report for JSON; memory is the last sample of each process sampled more than once."""
+        """Return the report for JSON. The first and last memory figures omit processes that were sampled only once."""
         ends = [looks[-1] for looks in self.lives.values() if len(looks) > 1]
         return {
             "seed": self.seed,
@@ -124,7 +124,7 @@ class Report:
 
 
 class Storm:
-    """A proxy with `count` signals each way under s6 in `cores`, with core 1 and the applications."""
+    """A proxy under s6 in `cores`, with `count` signals in each direction, its core 1 and its applications."""
 
     def __init__(self, cores: Cores, work: Path, *, count: int, seed: int) -> None:
         self.cores = cores
@@ -160,13 +160,11 @@ class Storm:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._resources.__exit__(kind, error, at)
 
-    # ------------------------------------------------------------------------------------------------------ traffic
-
     def round(self, faults: Sequence[str], *, interval: float, rate: float = 500.0) -> None:
-        """Send every signal once, `rate` a second each way, and inject one of `faults` at random every `interval`
-        seconds.
+        """Send every signal once, at `rate` signals per second in each direction, under faults.
 
-        Then let the proxy finish, and add the result to the report.
+        Inject a random fault from `faults` every `interval` seconds. Then let the proxy finish its pending work, and
+        add the result to the report.
         """
         self._begin = time.monotonic()
         self._injected: list[tuple[float, str]] = []
@@ -189,14 +187,14 @@ class Storm:
         order = self.random.sample(names, len(names))
         start = time.monotonic()
         for number, name in enumerate(order):
-            # The pace of the load.
+            # Limit the rate of the notifications.
             time.sleep(max(0.0, start + number / rate - time.monotonic()))
             with self._gates[way]:
                 send(name)
 
     def _send_inbound(self, name: str) -> None:
         if self.applications.delivered(name, 0.0):
-            # A late duplicate of the round before.
+            # Discard a late duplicate from the previous round.
             self.applications.reset([name])
         self._sent[name] = time.monotonic()
         self.peer.send(name.encode())
@@ -213,7 +211,7 @@ class Storm:
     def _rain(self, faults: Sequence[str], interval: float, traffic: Sequence[Future[None]]) -> None:
         due = time.monotonic() + interval
         while not all(future.done() for future in traffic):
-            # The pace of the faults.
+            # Limit the rate of the faults.
             time.sleep(min(0.05, max(0.0, due - time.monotonic())))
             self._look_at_memory()
             if time.monotonic() >= due and faults:
@@ -221,7 +219,7 @@ class Storm:
                 self.inject(self.random.choice(list(faults)))
 
     def _settle(self) -> None:
-        """Wait for all notifications in flight, and count."""
+        """Wait for all notifications in flight, and count the lost and the duplicate ones."""
         self.service.wait("U")
         lost_inbound = self._wait_all(self.inbound, self.applications, self._arrived_inbound)
         lost_outbound = self._wait_all(self.outbound, self.wire, lambda name: self.wire.seen[name] > 0)
@@ -251,16 +249,14 @@ class Storm:
         if pid is not None and (resident := resident_kib(pid)):
             self.report.lives.setdefault(pid, []).append(resident)
 
-    # ------------------------------------------------------------------------------------------------------- faults
-
     @property
     def service_pid(self) -> int | None:
-        """Return the proxy's process if inco-trio runs there already, else None."""
+        """Return the PID of the service's process if it is inco-trio already, else None."""
         pid = main_process(self.service.directory)
         return pid if pid > 0 and is_proxy(pid) else None
 
     def inject(self, fault: str) -> None:
-        """Inject one of FAULTS by name, and count it if it was possible."""
+        """Inject the fault `fault` from FAULTS, and count it if the injection succeeded."""
         at = time.monotonic()
         if FAULTS[fault](self):
             self._injected.append((at, fault))
@@ -268,16 +264,14 @@ class Storm:
 
     @property
     def story(self) -> str:
-        """Return the faults of this round and the times at which lost notifications were sent, in seconds from its
-        start.
-        """
+        """Return the timeline of this round in seconds: its faults, and when the lost notifications were sent."""
         lost = {*self.report.lost_inbound, *self.report.lost_outbound}
         events = [*self._injected, *((at, f"{name} was sent") for name, at in self._sent.items() if name in lost)]
         return "\n".join(f"{at - self._begin:8.3f} {what}" for at, what in sorted(events))
 
     @contextmanager
     def paused(self, *ways: str) -> Iterator[None]:
-        """Pause sending in these directions inside the block."""
+        """Pause the sending in the directions `ways` while the block runs."""
         with ExitStack() as stack:
             for way in ways:
                 stack.enter_context(self._gates[way])
@@ -298,7 +292,7 @@ class Storm:
         return running
 
     def _reload(self) -> bool:
-        # SIGHUP would kill a process that has not installed the handler of inco-trio yet.
+        # SIGHUP would kill a process that has not installed inco-trio's signal handler yet.
         if self.service_pid is None:
             return False
         self.service.control("-h")
@@ -321,7 +315,7 @@ class Storm:
         if pid is None:
             return False
         os.kill(pid, signal.SIGSTOP)
-        # Let a backlog gather.
+        # Let a backlog build up.
         time.sleep(self.random.uniform(0.05, 0.3))
         os.kill(pid, then)
         return True
@@ -349,10 +343,10 @@ class Storm:
         return True
 
     def _wait_watched(self) -> None:
-        """Wait until the proxy watches the directory at the path.
+        """Wait until the proxy watches the current IRQ directory.
 
-        The kernel reports only watched directories. Nothing could report events in a directory that is replaced before
-        the proxy watches it. The fd holder has the inotify descriptor whose watches count.
+        If a directory is replaced before the proxy watches it, no event reports the changes in this directory. The fd
+        holder has a copy of the proxy's inotify descriptor, which shows the watches.
         """
         holder = self.service.scandir / "inco-trio-fdholder"
         deadline = time.monotonic() + HANG
@@ -389,11 +383,11 @@ class Storm:
         return True
 
     def _block_registers(self) -> bool:
-        # A start at this moment would fail for good (exit code 78), as it should.
+        # Wait until the proxy is ready: it refuses to start with a blocked register (exit code 78), and stays down.
         self.service.wait("U")
         kinds = ("directory", "FIFO", "symlink")
         blocked = [self.applications.block_state(name, self.random.choice(kinds)) for name in self._some(self.inbound)]
-        time.sleep(self.random.uniform(0.0, 0.2))  # Let some notifications arrive meanwhile.
+        time.sleep(self.random.uniform(0.0, 0.2))  # Let some notifications arrive while the registers are blocked.
         for path in blocked:
             self.applications.unblock_state(path)
         return True
@@ -416,4 +410,4 @@ FAULTS: dict[str, Callable[[Storm], bool]] = {
     "registers removed": Storm._remove_registers,
     "registers blocked": Storm._block_registers,
 }
-"""All faults by name; each function returns whether the fault could be injected."""
+"""All faults by name. Each function injects its fault and returns whether this was possible."""

@@ -31,13 +31,13 @@ __all__ = [
 
 
 def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
-    """Run `inco-trio s6`."""
+    """Write the scan directory for a proxy on `link` with `inco-trio s6`."""
     command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
     subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:
-    """Wait until `path` exists, or until `ready`, which is checked after each change around the path."""
+    """Wait until `path` exists, or until `ready()` is true. Check again after each change around the path."""
     ready = ready or path.exists
     changes = Inotify()
     deadline = time.monotonic() + HANG
@@ -69,12 +69,12 @@ class Service:
 
     @property
     def log(self) -> str:
-        """Return the log; only the newest file, if s6-log has rotated."""
+        """Return the log of the service, or its newest file if s6-log has rotated the log."""
         current = self.directory / "log/main/current"
         return current.read_text(errors="replace") if current.exists() else ""
 
     def control(self, *options: str) -> None:
-        """Run s6-svc."""
+        """Run s6-svc with `options` on the service."""
         subprocess.run(["s6-svc", *options, str(self.directory)], check=True)
 
     def wait(self, state: str) -> None:
@@ -86,7 +86,7 @@ class Service:
         assert done.returncode == 0, f"{done.stderr}not {state} within {HANG:g} s; log:\n{self.log[-4000:]}"
 
     def wait_log(self, text: str, *, after: int = 0) -> str:
-        """Return the first log line that contains `text`, after the first `after` characters."""
+        """Wait for a line with `text` after the first `after` characters of the log, and return the line."""
 
         def found() -> list[str]:
             return [line for line in self.log[after:].splitlines() if text in line]
@@ -110,17 +110,17 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
         if kind is not None:
-            # pytest shows this text with the failure.
+            # pytest shows this output together with the failure.
             sys.stderr.write(f"log of the service:\n{self.log[-8000:]}")
 
 
 def main_process(service: Path) -> int:
-    """Return the process of a service directory (0 if none runs), from the file that s6-svstat reads."""
+    """Return the PID of a service's process (0 if none runs), from the file that s6-svstat reads."""
     try:
         status = (service / "supervise/status").read_bytes()
     except OSError:
         return 0
-    # Two TAI64N time stamps of 12 bytes each, then the process id (s6_svstatus_pack.c).
+    # The PID follows two TAI64N time stamps of 12 bytes each (s6_svstatus_pack.c).
     return int.from_bytes(status[24:32], "big")
 
 
@@ -135,7 +135,7 @@ def watched_inodes(pid: int) -> set[int]:
 
 
 def resident_kib(pid: int, what: str = "VmRSS") -> int:
-    """Return a value of proc_pid_status(5) in KiB; 0 if the process has ended."""
+    """Return the value `what` of proc_pid_status(5) in KiB, or 0 if the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -144,7 +144,7 @@ def resident_kib(pid: int, what: str = "VmRSS") -> int:
 
 
 def is_proxy(pid: int) -> bool:
-    """Return whether the process is inco-trio already, not the shell or s6 tool that executes it."""
+    """Return whether the process is already inco-trio, not the shell or s6 tool that becomes inco-trio by exec."""
     try:
         return b"inco_trio\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -152,5 +152,5 @@ def is_proxy(pid: int) -> bool:
 
 
 def environment_form() -> str:
-    """Return `short` or `full`: how much of the fault suite runs."""
+    """Return how much of the fault suite runs: `short` or `full`."""
     return os.environ.get("INCO_TRIO_FAULTS", "short")

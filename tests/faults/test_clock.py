@@ -1,4 +1,4 @@
-"""The system clock jumps, as on a board that gets the time only after its start."""
+"""Tests of a system clock that jumps, as on a board that gets the time only after its start."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_a_jump_of_the_system_clock_changes_no_delay(
     board = start_board()
     said = []
     for years in (20, -20, 0):
-        # Three delays run while the clock jumps: the watch on a replaced file ends after a second, missing registers
-        # are recreated, and a link is down.
+        # Three timeouts run while the clock jumps: one for the watch on a replaced file, one for the missing
+        # registers, and one for the link that is down.
         board.applications.trigger_by_rename("out_b")
         board.wire.wait(lambda: board.wire.order == ["out_b"], "the replaced trigger has not been sent")
         board.cores.link_down()
@@ -46,5 +46,5 @@ def test_a_jump_of_the_system_clock_changes_no_delay(
         after = len(board.proxy.log)
         board.proxy.counters()
         said.append(int(json.loads(board.proxy.log[after:].splitlines()[-1])["time"][:4]))
-    # The log must show the jumps.
+    # The time stamps in the log must show the jumps.
     assert said[0] - said[1] in (39, 40)

@@ -1,6 +1,4 @@
-"""The IRQ directory and its files are removed, replaced, moved, made unwritable, or replaced by another type of
-file.
-"""
+"""Tests in which the IRQ directory or its files are removed, replaced, moved, unwritable or of a wrong type."""
 
 from __future__ import annotations
 
@@ -37,7 +35,7 @@ def test_notifications_pass_after_a_directory_fault(board: Board, fault: Callabl
         board.works()
         sys.stdout.write(f"works {1e3 * (time.monotonic() - begin):.1f} ms after the directory exists again\n")
     assert "Traceback" not in board.proxy.log
-    # Only triggered signals have been sent.
+    # The proxy must have sent only the signal that was triggered.
     assert set(board.wire.order) == {"out_b"}
 
 
@@ -60,7 +58,7 @@ def test_a_new_directory_that_contains_triggers_counts_as_written(board: Board) 
 
 def test_a_directory_that_appears_without_an_event_counts_as_written(board: Board, tmp_path: Path) -> None:
     parent = board.directory.parent
-    # Stop the proxy, so that none of its delays ends between the two steps.
+    # Suspend the proxy, so that none of its timeouts expires between the two steps.
     wait_stopped(board.proxy.pid)
     parent.rename(tmp_path / "old")
     parent.symlink_to("nowhere")
@@ -72,7 +70,7 @@ def test_a_directory_that_appears_without_an_event_counts_as_written(board: Boar
     (tmp_path / "link").symlink_to(prepared.parent)
     (tmp_path / "link").rename(parent)
     board.wire.wait_seen("out_a")
-    # the proxy must create the file: an application that creates and writes the file may count twice
+    # Wait until the proxy has created the file: if an application creates and writes it, this may count twice.
     wait_path(board.directory / "out_b_trig")
     board.applications.trigger("out_b")
     board.wire.wait_seen("out_b")
@@ -80,7 +78,7 @@ def test_a_directory_that_appears_without_an_event_counts_as_written(board: Boar
 
 
 def test_a_directory_that_cannot_be_opened_is_retried(board: Board) -> None:
-    # Put a file where the directory was: nothing can be opened or created below it.
+    # Put a file where the directory was, so that the proxy can neither open nor create the directory.
     board.directory.rename(board.directory.with_name("old"))
     board.directory.touch()
     board.core1.send(b"in_a")
@@ -101,7 +99,7 @@ def test_the_proxy_does_not_hinder_removing_the_directory(board: Board, above: b
         while not stop.is_set():
             for _ in range(50):
                 board.core1.send(b"in_a")
-            # The pace of the load: the removal needs CPU time, too.
+            # Limit the rate of the frames, because removing the directory also needs CPU time.
             stop.wait(0.001)
 
     gone = board.directory.parent if above else board.directory
@@ -110,7 +108,7 @@ def test_the_proxy_does_not_hinder_removing_the_directory(board: Board, above: b
     try:
         for _ in range(5):
             shutil.rmtree(gone)
-            # Wait longer than the 0.03 s that the proxy gives an application to replace a file.
+            # Wait longer than the 0.03 s for which the proxy lets an application replace a file.
             stop.wait(0.3)
             board.directory.mkdir(parents=above)
             wait_content(board.directory / "in_a_state")
@@ -126,9 +124,6 @@ def wait_content(path: Path) -> None:
     wait_path(path, lambda: path.is_file() and path.read_bytes() == b"1")
 
 
-# --------------------------------------------------------------------------------------------------- state registers
-
-
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "symlink"])
 def test_a_blocked_state_register_loses_nothing(board: Board, kind: str, tmp_path: Path) -> None:
     blocked = board.applications.block_state("in_a", kind)
@@ -136,7 +131,7 @@ def test_a_blocked_state_register_loses_nothing(board: Board, kind: str, tmp_pat
     for _ in range(3):
         board.core1.send(b"in_a")
     board.proxy.wait_log("cannot write")
-    # Other signals are delivered meanwhile, and nothing was written to the target of the symlink.
+    # The proxy must still deliver other signals, and must not write to the target of the symlink.
     board.core1.send(b"in_b")
     board.applications.wait(lambda: board.applications.delivered("in_b", sent), "in_b has not been delivered")
     board.applications.unblock_state(blocked)
@@ -194,11 +189,8 @@ def test_a_read_only_directory_loses_nothing(only_net_raw: None, start_board: Ca
     board.proxy.wait_log("works again")
 
 
-# --------------------------------------------------------------------------------------------------------- triggers
-
-
 def next_frames(board: Board, *expected: str) -> None:
-    """Assert that exactly the frames `expected` were sent; the trigger of out_b marks the end."""
+    """Assert that exactly the frames `expected` were sent. A final trigger of out_b marks their end."""
     board.applications.trigger("out_b")
     wanted = [*expected, "out_b"]
     board.wire.wait(lambda: "out_b" in board.wire.order, "out_b has not been sent")
@@ -248,9 +240,6 @@ def test_a_trigger_replaced_by_another_type_of_file_is_retried(board: Board, mak
     assert board.proxy.log.count("cannot watch") == 1
 
 
-# ------------------------------------------------------------------------------------------------ reported at start
-
-
 def test_a_process_that_holds_registers_open_is_named(
     board_config: Path, start_board: Callable[..., Board], proxy: StartProxy
 ) -> None:
@@ -276,9 +265,6 @@ def test_a_filesystem_without_inotify_is_refused(proxy: StartProxy, place: str, 
     assert f"type {kind}" in running.log
     assert "Traceback" not in running.log
     assert len(running.log.splitlines()) == 1
-
-
-# ------------------------------------------------------------------------------------------------------- disk full
 
 
 @pytest.fixture

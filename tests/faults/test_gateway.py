@@ -1,6 +1,6 @@
-"""The gateway, a proxy under a real s6 and the broker are killed in turn under load: the broker must get everything.
+"""Test that the broker receives everything while the gateway, a proxy under s6 and the broker itself are killed.
 
-`INCO_TRIO_GATEWAY_SECONDS` sets the duration; `INCO_TRIO_SEED` repeats a run.
+`INCO_TRIO_GATEWAY_SECONDS` sets the duration. To repeat a run, set `INCO_TRIO_SEED` to its seed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tests.support_control import MAC, Client
 SIGNALS = [f"in_{number}_irq" for number in range(50)]
 TRIGGERS = [f"out_{number}_irq" for number in range(10)]
 FENCES = "in_fence_irq", "out_fence_irq"
-"""The last signal in each direction: once these are delivered and sent, so are all others."""
+"""The signals that are sent last, one in each direction. Once they have arrived, all others have arrived, too."""
 SECONDS = float(os.environ.get("INCO_TRIO_GATEWAY_SECONDS") or (8 if environment_form() == "short" else 60))
 
 
 class World:
-    """A board under s6 whose core 1 is played by the test, with a broker, a gateway and a reader."""
+    """A board under s6 with a broker, a gateway and a reader. The test acts as core 1 of the board."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.stack = home, stack
@@ -67,7 +67,7 @@ class World:
         self.gateway = self._gateway()
 
     def _find_control(self) -> Path:
-        """Return the control socket of the service's process."""
+        """Return the path of the control socket of the service's process."""
         pid = main_process(self.service.directory)
         for path in Path("/run/inco-trio").glob("*.sock"):
             with contextlib.suppress(OSError), ExitStack() as stack:
@@ -81,10 +81,8 @@ class World:
         gateway.wait_ready()
         return gateway
 
-    # ---------------------------------------------------------------------------------------------------- traffic
-
     def _send(self) -> None:
-        """Send signals from core 1, about 1,000 a second."""
+        """Send signals from core 1, about 1,000 per second."""
         for number in range(sys.maxsize):
             name = SIGNALS[number % len(SIGNALS)]
             while not self._calm.is_set() and not self._send_one(name):
@@ -97,13 +95,13 @@ class World:
         try:
             self.core1.sendto(encode(name.encode(), MAC), f"{self.home}/core0")
         except OSError:
-            time.sleep(0.01)  # The pace of the retries: the kernel does not report room in the queue of another socket.
+            time.sleep(0.01)  # Limit the rate of the retries: no event reports room in the other queue.
             return False
         self.sent[name] += 1
         return True
 
     def _trigger(self) -> None:
-        """Write triggers, about 100 a second, in turn, because the kernel merges identical events."""
+        """Write about 100 triggers per second. Use the files in turn, because the kernel merges identical events."""
         for number in range(sys.maxsize):
             name = TRIGGERS[number % len(TRIGGERS)]
             if self._calm.wait(0.01):
@@ -117,7 +115,7 @@ class World:
     def _take(self) -> None:
         """Read frames as core 1 until the test has read everything."""
         while not self._done.is_set():
-            if select.select([self.core1], [], [], 0.1)[0]:  # The pace of the checks of `_done`.
+            if select.select([self.core1], [], [], 0.1)[0]:  # Check `_done` at least every 0.1 s.
                 self.core1.recv(2048)
 
     @contextlib.contextmanager
@@ -139,8 +137,6 @@ class World:
             for thread in threads:
                 thread.join()
 
-    # ----------------------------------------------------------------------------------------------------- faults
-
     def kill_gateway(self) -> None:
         self.gateway.end(signal.SIGKILL)
         self.gateway = self._gateway()
@@ -151,7 +147,7 @@ class World:
 
     def freeze_gateway(self) -> None:
         self.gateway.process.send_signal(signal.SIGSTOP)
-        time.sleep(0.3)  # Let a backlog gather.
+        time.sleep(0.3)  # Let a backlog build up.
         self.gateway.process.send_signal(signal.SIGCONT)
 
     def kill_proxy(self) -> None:
@@ -166,17 +162,18 @@ class World:
         self._wait_ended(pid)
 
     def _wait_ended(self, pid: int) -> None:
-        """Wait until s6 has noticed that this process has ended."""
+        """Wait until s6 has noticed that the process `pid` has ended."""
         wait_path(self.service.directory / "supervise/status", lambda: main_process(self.service.directory) != pid)
 
     def stop_broker(self) -> None:
         self.broker.end()
-        time.sleep(0.3)  # Let a backlog gather.
+        time.sleep(0.3)  # Let a backlog build up.
         self.broker.start()
 
     def kill_broker(self) -> None:
-        """Kill the broker while it has nothing queued: mosquitto would lose what it acknowledged but did not
-        forward.
+        """Kill the broker while its queues are empty.
+
+        A killed mosquitto loses the messages that it has acknowledged but not forwarded.
         """
         self.gateway.process.send_signal(signal.SIGSTOP)
         self.reader.settle()
@@ -184,8 +181,6 @@ class World:
         self.broker.start()
         self.reader.settle()
         self.gateway.process.send_signal(signal.SIGCONT)
-
-    # ------------------------------------------------------------------------------------------------------ the end
 
     def last_sequence(self) -> int:
         """Return the sequence number of the last notification, once the proxy has handled all of them."""
@@ -199,11 +194,12 @@ class World:
             if all(each["count"] for each in board["signals"] if each["signal"] in FENCES):
                 return int(board["history"]["sequence"])
             assert time.monotonic() < deadline, board
-            time.sleep(0.01)  # The pace of the requests.
+            time.sleep(0.01)  # Limit the rate of the requests.
 
     def read_all(self) -> tuple[set[int], Counter[str], int, int]:
-        """Read until nothing is missing; return the numbers, the counts by signal, and how many were merged or
-        duplicates.
+        """Read from the broker until no notification is missing.
+
+        Return the sequence numbers, the counts by signal, and the numbers of merged and of duplicate notifications.
         """
         numbers: set[int] = set()
         counts: Counter[str] = Counter()
@@ -247,7 +243,7 @@ def test_nothing_is_lost_when_gateway_proxy_and_broker_are_killed(tmp_path: Path
                 fault = dice.choice(kinds)
                 fault()
                 world.faults[fault.__name__] += 1
-                time.sleep(0.5)  # The pace of the faults.
+                time.sleep(0.5)  # Limit the rate of the faults.
         world.service.wait("U")
         numbers, counts, merged, duplicates = world.read_all()
         lost = {name: sent - counts[name] for name, sent in world.sent.items() if counts[name] < sent}

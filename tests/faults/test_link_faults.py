@@ -1,4 +1,4 @@
-"""The link goes down and up, is deleted and recreated, refuses frames, or is missing."""
+"""Tests in which the link goes down and up, is deleted and recreated, refuses frames, or is missing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def no_carrier(board: Board) -> None:
     deadline = time.monotonic() + HANG
     while "state DOWN" not in command(board.cores, "ip", "-o", "link", "show", board.cores.link):
         assert time.monotonic() < deadline
-    # Until the proxy notices the lost carrier, too, the kernel accepts frames and drops them.
+    # The kernel accepts and drops frames until the proxy has noticed the lost carrier, so wait for that, too.
     client = client_of(board.proxy.pid)
     assert client is not None
     with client:
@@ -72,15 +72,15 @@ def deleted(board: Board) -> None:
 def test_no_busy_loop_while_nothing_can_be_sent(board: Board, fault: Callable[[Board], None]) -> None:
     fault(board)
     board.applications.trigger("out_a")
-    # The proxy has tried to send at least once, or knows that the link is down.
+    # Wait until the proxy has tried to send at least once, or knows that the link is down.
     board.proxy.wait_log("cannot send")
     wait_idle(board.proxy.pid)
     before = work(board.proxy.pid)
-    time.sleep(IDLE_STRETCH)  # measure: `wait_idle` misses a process that polls rarely
+    time.sleep(IDLE_STRETCH)  # Measure over a longer time, because `wait_idle` misses a process that polls rarely.
     done = work(board.proxy.pid) - before
     sys.stdout.write(f"{done}\n")
     assert done.switches <= 2
-    # A wake-up costs a different time on each machine; a busy loop would take a whole CPU.
+    # The limit is generous, because the cost of a wake-up depends on the machine. A busy loop would use a whole CPU.
     assert done.cpu_ns < IDLE_STRETCH * 1e9 / 50
 
 
@@ -111,14 +111,14 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
         board.works()
         board.wire.sources.clear()
     assert board.proxy.stop() == 0
-    # The log suppresses a message that repeats within a second, and later adds the number of suppressed ones.
+    # The log omits a message that repeats within a second; the next message gives the number of omitted ones.
     said = [json.loads(line) for line in board.proxy.log.splitlines() if "the interface is gone" in line]
     assert sum(1 + line.get("left_out", 0) for line in said) == 3
 
 
 def test_a_new_mac_address_is_used_at_once(board: Board) -> None:
     command(board.cores, "ip", "link", "set", board.cores.link, "address", "02:00:00:00:00:42")
-    board.proxy.counters()  # The proxy has read the address change before it answers.
+    board.proxy.counters()  # Before the proxy answers, it reads the address change.
     board.works()
     assert board.wire.sources == {bytes.fromhex("020000000042")}
 
@@ -144,13 +144,13 @@ def test_a_missing_link_is_an_error(cores: Cores, proxy: StartProxy, board_confi
 
 
 def test_a_full_device_queue_loses_nothing(board: Board) -> None:
-    # A queue without room: each send fails with ENOBUFS, and no event reports when there is room again.
+    # The queue has the length 0: each send fails with ENOBUFS, and no event reports when the queue has room.
     command(board.cores, "tc", "qdisc", "add", "dev", board.cores.link, "root", "pfifo", "limit", "0")
     sent = ["out_a", "out_b", "out_a"]
     for name in sent:
         board.applications.trigger(name)
     board.proxy.wait_log("No buffer space available")
-    # Do not use `del`: while the kernel installs another queue, it accepts frames and drops them.
+    # Do not use `tc qdisc del`: while the kernel installs another queue, it accepts frames and drops them.
     command(board.cores, "tc", "qdisc", "change", "dev", board.cores.link, "root", "pfifo", "limit", "100")
     board.wire.wait(lambda: len(board.wire.order) >= len(sent), "pending notifications have not been sent")
     assert board.wire.order == sent

@@ -1,4 +1,4 @@
-"""Queues overflow, limits are reached, and system calls fail."""
+"""Tests in which queues overflow, limits are reached, and system calls fail."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_lack_of_descriptors_at_start_is_an_error(
 def test_inotify_limits_at_start_are_named(
     python_runs_under: Callable[..., None], proxy: StartProxy, irq_dir: Path, setting: str, said: str
 ) -> None:
-    # A user namespace has its own limits (namespaces(7)).
+    # A user namespace has its own inotify limits (namespaces(7)).
     script = f'echo 0 > /proc/sys/user/{setting} && exec "$@"'
     python_runs_under("unshare", "--user", "--map-root-user", "sh", "-c", script, "sh")
     running = proxy("--irq-dir", irq_dir, ready=False)
@@ -159,7 +159,7 @@ def test_a_failed_read_in_a_batch_loses_nothing(board: Board) -> None:
     wait_stopped(board.proxy.pid)
     for _ in range(4):
         board.core1.send(b"in_a")
-    # The first read is for a lone frame; two frames of a batch have been read when the third read fails.
+    # The first read gets a lone frame. In the batch that follows, two reads succeed and the third read fails.
     with injected(board.proxy.pid, "recvfrom:error=ENOMEM:when=4"):
         os.kill(board.proxy.pid, signal.SIGCONT)
         board.core1.send(b"in_b")

@@ -1,4 +1,4 @@
-"""Long random walks over registers: 100,000 steps each in the full form."""
+"""Long random walks over registers: 100,000 steps each when the full fault suite runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_a_long_random_walk_loses_nothing(machine: type[Walk]) -> None:
     if environment_form() == "short":
         walk(steps=5000, walks=50, machine=machine)
     else:
-        # Some walks end early.
+        # Ask for more than 100,000 steps, because some walks end early.
         walk(steps=120_000, walks=1200, machine=machine)
 
 

@@ -1,4 +1,4 @@
-"""Restart, crash, stop and reload under a real s6-svscan: notifications wait in the kernel while no proxy runs."""
+"""Tests of restart, crash, stop and reload under s6-svscan. While no proxy runs, notifications wait in the kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANY = [f"in_{number:04}" for number in range(500)], [f"out_{number:04}" for num
 
 @attrs.frozen
 class Supervised:
-    """A proxy under s6 with core 1 and the applications."""
+    """A proxy under s6, with its core 1 and its applications."""
 
     service: Service
     config: Path
@@ -35,7 +35,7 @@ class Supervised:
     wire: Wire
 
     def end(self, how: str) -> None:
-        """Stop (`d`) or kill (`dk`) the proxy, and wait until s6 has noticed its end."""
+        """Stop (`d`) or kill (`dk`) the proxy, and wait until s6 has noticed that it has ended."""
         self.service.control(f"-{how}")
         self.service.wait("D")
 
@@ -45,7 +45,7 @@ class Supervised:
         self.service.wait("U")
 
     def arrived(self, inbound: list[str], outbound: list[str], since: float) -> None:
-        """Assert that all these signals arrive."""
+        """Assert that all signals of both lists arrive."""
         for name in inbound:
             delivered = functools.partial(self._is_delivered, name, since)
             self.applications.wait(delivered, f"{name} has not been delivered")
@@ -56,7 +56,7 @@ class Supervised:
         return self.applications.closes[name] > 0 and self.applications.delivered(name, since)
 
     def send_all(self, inbound: list[str], outbound: list[str]) -> float:
-        """Send each signal once, every third trigger by a rename; return the start time."""
+        """Send each signal once, every third trigger by a rename, and return the time of the start."""
         since = self.applications.mark()
         for name in inbound:
             self.core1.send(name.encode())
@@ -94,7 +94,8 @@ def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Super
     for _ in range(2):
         world.applications.reset()
         world.wire.seen.clear()
-        # A proxy killed while it records finished work, or files that it created, would repeat that work.
+        # Wait until the proxy is idle. If it is killed before it has recorded finished work or files that it
+        # created, its successor repeats this work.
         wait_idle(main_process(world.service.directory))
         world.end(how)
         since = world.send_all(*MANY)
@@ -107,7 +108,8 @@ def test_notifications_that_arrive_while_no_proxy_runs_are_kept(supervise: Super
 
 def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise) -> None:
     world = supervise(list(INBOUND), list(OUTBOUND))
-    # A proxy killed before it has read the events of its own files would send each trigger once.
+    # Wait until the proxy is idle. If it is killed before it has read the events of the files that it created, its
+    # successor sends each trigger once.
     wait_idle(main_process(world.service.directory))
     world.end("dk")
     world.applications.trigger_by_rename("out_a")
@@ -115,7 +117,7 @@ def test_a_rename_in_a_directory_that_was_then_moved_counts(supervise: Supervise
     directory.rename(directory.with_name("moved"))
     world.begin()
     world.wire.wait_seen("out_a")
-    # The old directory is not watched any more, so a rename in it must not count.
+    # The proxy no longer watches the old directory, so a rename in this directory must not count.
     wait_idle(main_process(world.service.directory))
     (directory.with_name("moved") / "new").touch()
     (directory.with_name("moved") / "new").rename(directory.with_name("moved") / "out_a_trig")
@@ -177,7 +179,7 @@ def test_a_restart_with_other_signals(supervise: Supervise) -> None:
     wait_path(world.applications.directory / "out_new_trig")
     since = world.send_all(["in_new", "in_b"], ["out_new", "out_b"])
     world.arrived(["in_new", "in_b"], ["out_new", "out_b"], since)
-    # The removed signal is ignored, and a new trigger file does not count as a notification.
+    # The removed signal must be ignored, and the creation of a new trigger must not count as a notification.
     assert not world.applications.delivered("in_old", 0.0)
     assert world.wire.seen["out_new"] == 1
 

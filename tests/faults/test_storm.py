@@ -1,4 +1,4 @@
-"""Every signal is sent exactly once while faults hit the proxy, and none may be lost."""
+"""Tests that send every signal exactly once while faults hit the proxy; no notification may be lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The unit that `inco-trio s6 --systemd` prints, under a real systemd: its user manager, which needs no boot."""
+"""Tests of the unit that `inco-trio s6 --systemd` prints, in a real systemd user manager, which needs no boot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.faults.supervised import wait_path
 INBOUND = [f"in_{number:03}" for number in range(300)]
 OUTBOUND = [f"out_{number:03}" for number in range(300)]
 
-# A user manager needs cgroups and a system booted with systemd. A mount namespace provides both.
+# A user manager needs cgroups and a system that was booted with systemd. The mount namespace simulates both.
 # When standard input closes, the script kills the whole cgroup.
 MANAGER = """
 mount -t tmpfs inco-trio-test /run
@@ -53,7 +53,7 @@ class Unit:
         runtime.mkdir(mode=0o700)
         command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", link, "--config", str(config)]
         (units / self.name).write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        # No journal runs here.
+        # No journal runs in the mount namespace, so the unit writes its log to a file.
         (units / f"{self.name}.d/log.conf").write_text(f"[Service]\nStandardError=append:{self._log}\n")
         for target in ("basic", "shutdown"):
             (units / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
@@ -97,7 +97,7 @@ class Unit:
 
 
 class Board:
-    """Both sides of the proxy that the unit runs."""
+    """The unit's proxy, with its core 1 and its applications."""
 
     def __init__(self, unit: Unit, core1: Peer, applications: Applications, wire: Wire) -> None:
         self.unit = unit
@@ -115,7 +115,7 @@ class Board:
             self._applications.trigger(name)
 
     def all_arrived(self) -> None:
-        """Wait until all of them have arrived."""
+        """Wait until all notifications have arrived."""
         closes, seen = self._applications.closes, self._wire.seen
         self._applications.wait(lambda: all(closes[name] for name in INBOUND), "not all have been delivered")
         self._wire.wait(lambda: all(seen[name] for name in OUTBOUND), "not all have been sent")
@@ -158,7 +158,7 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
         board.all_arrived()
         assert unit.property("NFileDescriptorStore") == "3"
     pids.append(int(unit.property("MainPID")))
-    # A kill and a restart give a new process; a reload keeps it.
+    # The kill and the restart each lead to a new process; the reload keeps the process.
     assert len(set(pids)) == 3
     unit.wait_log("reloaded")
 
