@@ -1,6 +1,6 @@
--- Shows the inter-core interrupts of an AMP board in Wireshark and tshark; installed by `inco-trio dissector --install`.
--- A frame of EtherType 0x8800 contains the name of a signal. Recordings of inco-trio also have frames of EtherType 0x88B5
--- with zero addresses, for notifications without a frame and for marks.
+-- A Wireshark dissector for the inter-core interrupts of an AMP board, installed by `inco-trio dissector --install`.
+-- A frame with EtherType 0x8800 contains the name of a signal. In recordings of inco-trio, frames with EtherType 0x88B5
+-- and zero addresses contain marks and notifications without a frame.
 
 local inco = Proto("inco", "Inter-core interrupt")
 
@@ -21,7 +21,7 @@ local comments = Field.new("frame.comment")
 local addresses = { Field.new("eth.dst"), Field.new("eth.src") }
 
 local NAME_MAX = 64
--- The proxy ignores longer frames. The limit also saves a scan of up to 200 kB of padding.
+-- The proxy ignores longer frames. The limit also avoids scanning up to 200 kB of padding.
 local FRAME_MAX = 1600
 local WAYS = { [1] = "inbound", [2] = "outbound" }
 local ARROWS = { inbound = "core 1 > core 0  ", outbound = "core 0 > core 1  " }
@@ -41,7 +41,7 @@ local function complain(tree, pinfo, fault, text)
     show(pinfo, nil, text)
 end
 
--- Return a frame's direction, from its flags, and its register, from its comment.
+-- Return the direction from a frame's flags, and the register from its comment.
 local function recorded(name)
     local flag, comment = flags(), comments()
     local way = flag and WAYS[flag.value]
@@ -110,7 +110,7 @@ end
 
 local ESCAPES = { b = "\b", f = "\f", n = "\n", r = "\r", t = "\t" }
 
--- Return the string of a key in a flat JSON object of strings, or nil.
+-- Return the value of `key` in a flat JSON object of strings, or nil if it has no such key.
 local function string_of(json, key)
     local _, start = json:find('"' .. key .. '": "', 1, true)
     if not start then
@@ -146,7 +146,7 @@ local function string_of(json, key)
     return nil
 end
 
--- Return whether both MAC addresses are zero, as in recordings.
+-- Return whether both MAC addresses are zero, as in packets that a recording adds.
 local function has_zero_addresses()
     for _, field in ipairs(addresses) do
         local address = field()

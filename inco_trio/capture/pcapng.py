@@ -20,7 +20,7 @@ __all__ = ["Interface", "Packet", "Reader", "interface_block", "packet_block", "
 SECTION, INTERFACE, PACKET = 0x0A0D0D0A, 1, 6
 BYTE_ORDER = 0x1A2B3C4D
 ETHERNET = 1
-"""LINKTYPE_ETHERNET."""
+"""The link type LINKTYPE_ETHERNET."""
 
 COMMENT, END = 1, 0
 IF_NAME, IF_TSRESOL, IF_TSOFFSET = 2, 9, 14
@@ -29,15 +29,15 @@ NANOSECONDS = 9
 BILLION = 10**9
 
 DIRECTIONS = {1: Direction.INBOUND, 2: Direction.OUTBOUND}
-"""The lowest two bits of epb_flags."""
+"""The direction of a packet by the lowest two bits of epb_flags."""
 _FLAGS = {direction: bits for bits, direction in DIRECTIONS.items()}
 
 BLOCK_MAX = 16 * 2**20
-"""Limit of the block size in bytes. Like libpcap, the reader treats a larger block as damage."""
+"""Maximum size of a block in bytes. Like libpcap, the reader treats a larger block as damage."""
 OPTION_MAX = 0xFFFF
-"""Limit of the size of an option in bytes."""
+"""Maximum size of an option in bytes."""
 
-# Magic numbers of classic pcap, with the units of the time fraction per second.
+# The magic numbers of classic pcap, with the number of time units per second.
 _CLASSIC = {0xA1B2C3D4: 10**6, 0xA1B23C4D: BILLION}
 
 
@@ -58,18 +58,18 @@ def _block(kind: int, body: bytes, options: bytes) -> bytes:
 
 
 def section_block(application: str) -> bytes:
-    """Return the section header of a file written by `application`: little-endian, of unspecified length."""
+    """Return the header of a little-endian section of unspecified length, written by `application`."""
     return _block(SECTION, struct.pack("<IHHq", BYTE_ORDER, 1, 0, -1), _text(SHB_USERAPPL, application))
 
 
 def interface_block(name: str) -> bytes:
-    """Return the block of an Ethernet interface with timestamps in nanoseconds."""
+    """Return the block that describes an Ethernet interface with timestamps in nanoseconds."""
     options = _text(IF_NAME, name) + _option(IF_TSRESOL, bytes([NANOSECONDS]))
     return _block(INTERFACE, struct.pack("<HHI", ETHERNET, 0, 0), options)
 
 
 def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction | None, comment: str = "") -> bytes:
-    """Return the block of a packet of interface `interface`, at `time_ns` nanoseconds since 1970 (0 to 2**64 - 1)."""
+    """Return the block of a packet on interface number `interface`. `time_ns` counts from 1970 (0 to 2**64 - 1)."""
     options = _text(COMMENT, comment) if comment else b""
     if direction is not None:
         options += _option(EPB_FLAGS, struct.pack("<I", _FLAGS[direction]))
@@ -79,19 +79,19 @@ def packet_block(interface: int, time_ns: int, data: bytes, direction: Direction
 
 @attrs.frozen
 class Interface:
-    """A capture interface of a file. `name` is empty if the file does not name it."""
+    """A capture interface in a file. `name` is empty if the file does not contain it."""
 
     name: str
     linktype: int
     units: int = 10**6
     """Time units per second."""
     offset: int = 0
-    """Seconds to add to the times."""
+    """Seconds to add to the timestamps."""
 
 
 @attrs.frozen
 class Packet:
-    """A packet: `time_ns` since 1970, the captured bytes, the original length, and the metadata of the file."""
+    """A captured packet. `time_ns` counts from 1970; `length` is the original length, even if `data` is truncated."""
 
     time_ns: int
     interface: Interface
@@ -102,21 +102,21 @@ class Packet:
 
 
 class _CutError(Exception):
-    """The file is truncated or damaged here."""
+    """The file is truncated or damaged at the current position."""
 
 
 class Reader:
-    """Iterate over the complete packets of a recording.
+    """An iterable of the complete packets in a recording.
 
     After the last packet, `cut` is the reason why the rest of the file could not be read, or None. `application` is
-    the program that wrote the file, if the file names it. Raises RecordingError if `file` is neither pcapng nor pcap.
+    the program that wrote the file, or "" if unknown. Raises RecordingError if `file` is neither pcapng nor pcap.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.application = ""
         self.cut: str | None = None
         self.position = 0
-        """Bytes read so far."""
+        """Number of bytes read so far."""
         self._file = file
         self._order = "<"
         self._interfaces: list[Interface] = []
@@ -192,7 +192,7 @@ class Reader:
         self.application = _string(self._options(body, 12).get(SHB_USERAPPL, b""))
 
     def _body(self, size: int, already: int) -> bytes:
-        """Return the rest of a block of `size` bytes, without the length at its end, which must be `size` too."""
+        """Return the rest of a block after its first `already` bytes, without the repeated length at the end."""
         if size % 4 or not already + 4 <= size <= BLOCK_MAX:
             raise self._damage(f"a block of {size} bytes")
         rest = self._read(size - already)
@@ -240,7 +240,7 @@ class Reader:
         )
 
     def _options(self, body: bytes, offset: int) -> dict[int, bytes]:
-        """Return the options from `offset` on by code. If a code is repeated, the first option counts."""
+        """Return the options that start at `offset`, by code. If a code is repeated, use its first option."""
         found: dict[int, bytes] = {}
         while offset < len(body):
             code, length = self._unpack("HH", body, offset)

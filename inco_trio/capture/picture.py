@@ -29,22 +29,22 @@ __all__ = ["draw"]
 
 BILLION = 10**9
 COLUMNS = 4000
-"""Distinct positions on a timeline. More would not be visible."""
+"""Maximum number of distinct positions on a timeline. More would not be visible."""
 ROWS = 40
-"""Limit of signals in the plot."""
+"""Maximum number of signals in the plot."""
 LINE_COLORS = "Dark2"
-"""Colours for signals. None of them stands for a direction."""
+"""Colours for signals, which differ from the colours for directions."""
 LINES = 8
-"""Limit of signals with a rate, which is the number of colours."""
+"""Maximum number of signals whose rate is plotted: the number of colours."""
 BINS = 200
-"""Limit of steps in a rate."""
+"""Maximum number of time steps in the plot of rates."""
 IN_BIN = 4
-"""Minimum of notifications per step for the most frequent signal. Shorter steps would show single notifications."""
+"""Minimum notifications of the most frequent signal per step. Shorter steps would show single notifications."""
 ANSWER_BINS = 100
 WIDE = 100
-"""Ratio of slowest to fastest answer above which the axis is logarithmic."""
+"""Ratio of the slowest to the fastest answer above which the axis is logarithmic."""
 MARKS_MAX = 20
-"""Limit of marks with text. If there are more, only their positions are shown."""
+"""Maximum number of marks with text. Further marks only show their positions."""
 COLORS = {Direction.INBOUND: "tab:blue", Direction.OUTBOUND: "tab:orange", None: "tab:gray"}
 
 
@@ -76,23 +76,23 @@ def draw(summary: Summary, title: str, path: Path) -> None:
         with file:
             file.write(drawn.getbuffer())
     except OSError:
-        path.unlink(missing_ok=True)  # An incomplete plot is useless.
+        path.unlink(missing_ok=True)  # Do not leave an incomplete plot.
         raise
 
 
 def _most_frequent(flows: list[Flow], most: int) -> list[Flow]:
-    """Return the `most` most frequent of `flows`, in their original order."""
+    """Return the `most` flows with the most notifications, in their original order."""
     chosen = sorted(range(len(flows)), key=lambda number: len(flows[number].times), reverse=True)[:most]
     return [flows[number] for number in sorted(chosen)]
 
 
 def _seconds(times: array[int], begin: int) -> NDArray[np.float64]:
-    # Subtract first: a float cannot represent nanoseconds since 1970.
+    # Subtract integers first: a float cannot represent nanoseconds since 1970 exactly.
     return (np.frombuffer(times, np.int64) - begin) / BILLION
 
 
 def _places(seconds: NDArray[np.float64], span: float) -> NDArray[np.float64]:
-    """Return the positions that are distinguishable in the plot."""
+    """Return the positions, merging those that would look the same in the plot."""
     if len(seconds) <= COLUMNS:
         return seconds
     return np.unique(np.rint(seconds / span * COLUMNS)) * (span / COLUMNS)

@@ -1,7 +1,7 @@
 """Play one side of a recording, and count the notifications of the other side.
 
-As core 1, it sends inbound notifications as frames on a link and receives outbound ones there. As core 0, it writes
-trigger files for outbound notifications and watches state files for inbound ones.
+As core 1, the player sends inbound notifications as frames on a link, and receives outbound notifications from the
+link. As core 0, it writes trigger files for outbound notifications and watches state files for inbound ones.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from inco_trio.signals import Direction, SignalTable
 __all__ = ["Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
-"""Seconds to wait for a link that went down."""
+"""Seconds to wait until a link that went down is up again."""
 TURN = 64
-"""Notifications that one task handles before other tasks run."""
+"""Number of notifications that one task handles before other tasks run."""
 
 
 @attrs.define
 class Side:
-    """The side to play: a core, the signals that it sends, and labels for the signals that arrive."""
+    """The side of a recording to play: a core, the signals that it sends, and labels for the signals that arrive."""
 
     core: Core0 | Core1
     direction: Direction
@@ -39,7 +39,7 @@ class Side:
     playable: Collection[str] | None = None
     """The signals that the side can send, or None for all."""
     labels: Mapping[str, str] | None = None
-    """The label of each signal that can arrive, or None if that is its name."""
+    """The label of each signal that can arrive. If None, every signal can arrive, and its name is its label."""
     _sent: bool = attrs.field(default=False, init=False)
 
     @property
@@ -48,13 +48,13 @@ class Side:
         return isinstance(self.core, Core0) and self.core.overflows > 0
 
     def label(self, signal: str) -> str | None:
-        """Return the label that counts an arriving signal, or None if the side cannot see the signal."""
+        """Return the label under which an arriving signal is counted, or None if this side cannot receive it."""
         return signal if self.labels is None else self.labels.get(signal)
 
     async def send(self, signal: str) -> bool:
         """Play one notification; return False if this side cannot send the signal. Raises IncoError.
 
-        Before the first notification, a link that is down is an error. Afterwards, wait for the link.
+        If the link is down, raise LinkNotFoundError before the first notification, but wait for the link afterwards.
         """
         if self.playable is not None and signal not in self.playable:
             return False
@@ -74,7 +74,7 @@ class Side:
 
     async def listen(self, came: Counter[str], *, task_status: trio.TaskStatus[None]) -> None:
         """Count the arriving notifications until cancelled. Raises IncoError."""
-        # Signals that share a state file also share a label: listen for one of them.
+        # Signals that share a state file also share a label: listen for only one of them.
         signals = None if self.labels is None else list({label: name for name, label in self.labels.items()}.values())
         with self.core.events(math.inf, signals=signals) as arrivals:
             task_status.started()
@@ -84,14 +84,14 @@ class Side:
 
 @asynccontextmanager
 async def core1(address: str) -> AsyncIterator[Side]:
-    """Play core 1 on the link `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
+    """Yield core 1 on the link at `address`. Raises LinkNotFoundError, PermissionDeniedError, ResourceError."""
     async with Core1(address) as core:
         yield Side(core, Direction.INBOUND)
 
 
 @asynccontextmanager
 async def applications(table: SignalTable) -> AsyncIterator[Side]:
-    """Play the applications. Raises ProxyNotFoundError for missing registers, PermissionDeniedError, ResourceError."""
+    """Yield core 0. Raises ProxyNotFoundError if registers are missing, PermissionDeniedError, ResourceError."""
     states: dict[Path, list[str]] = {}
     for signal in table.inbound.values():
         states.setdefault(signal.path, []).append(signal.name)
@@ -106,29 +106,29 @@ class Played:
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)
-    """The notifications of the other direction in the recording."""
+    """The recorded notifications of the other direction, which should come back."""
     came: Counter[str] = attrs.Factory(Counter)
     unknown: Counter[str] = attrs.Factory(Counter)
     """Notifications that were skipped because the direction or the register of the signal is unknown."""
     overflowed: bool = False
     position: int = 0
-    """Bytes of the recording that were read."""
+    """Number of bytes read from the recording so far."""
 
     @property
     def missing(self) -> Mapping[str, int]:
-        """Notifications of the recording that did not arrive."""
+        """Recorded notifications that did not arrive."""
         return self.expected - self.came
 
     @property
     def surplus(self) -> Mapping[str, int]:
-        """Notifications that arrived and are not in the recording."""
+        """Notifications that arrived but are not in the recording."""
         return self.came - self.expected
 
 
 async def play(side: Side, recording: Recording, played: Played, *, speed: float | None, wait: float) -> None:
-    """Play the recording and fill in `played`. `speed` 2 takes half the time, None plays as fast as possible.
+    """Play one direction of the recording, and count the notifications in `played`. Raises IncoError.
 
-    The recording contains both directions. Return `wait` seconds after its end. Raises IncoError.
+    A `speed` of 2 halves the time; None plays as fast as possible. Return `wait` seconds after the last notification.
     """
     async with trio.open_nursery() as nursery:
         await nursery.start(side.listen, played.came)

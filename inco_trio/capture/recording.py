@@ -1,11 +1,10 @@
 """Recordings of notifications: write pcapng files, and read the notifications of any capture.
 
-A recording has an Ethernet interface per link with the original frames, and an interface `registers` for notifications
-without a frame and for marks, such as a link that went down. The latter are frames with the EtherType 0x88B5, which
-IEEE 802 reserves for local experiments. Their payload is a JSON object: `signal`, `direction` and `register`, or
-`mark`. A Custom Block would need a number from IANA, and tshark would not show it. An interface of another link type,
-such as LINKTYPE_USER0, would make tcpdump reject the whole file, because libpcap supports one link type per file.
-The flags of a packet are its direction as core 0 sees it. The comment of a packet names signal and register.
+A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains marks,
+such as a link that went down, and notifications without a frame. Its packets have the EtherType 0x88B5, which IEEE 802
+reserves for local experiments, and contain a JSON object with `signal`, `direction` and `register`, or with `mark`.
+Custom Blocks and other link types are not used: tshark does not show the former, and libpcap refuses files with several
+link types. A packet's flags are its direction as core 0 sees it. Its comment contains the signal and the register.
 """
 
 from __future__ import annotations
@@ -31,28 +30,27 @@ __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 
 APPLICATION = "inco-trio"
 REGISTERS = "registers"
-"""The interface for notifications without a frame."""
+"""The name of the interface for notifications without a frame and for marks."""
 LOCAL_EXPERIMENT = 0x88B5
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
-# O_NONBLOCK: opening a FIFO without a reader would block, and no process signal would interrupt the wait.
+# Without O_NONBLOCK, opening a FIFO would block until it has a reader, and process signals would not interrupt it.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 
 class Recorder:
-    """Writes notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
+    """A writer of notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
 
-    Without limits there is one file. With `size_max` (bytes) or `seconds_max` there are several, with _00001 and so on
-    before the suffix. An entry that would exceed a limit starts a new file, and the oldest of more than `keep` files is
-    removed. Each entry is one write(2), so the file stays readable if the process is killed.
-
-    Raises PermissionDeniedError and ResourceError, which close the file. Earlier entries stay complete.
+    With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
+    numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. Each
+    entry is one write(2), so the file stays readable if the process is killed. Raises PermissionDeniedError and
+    ResourceError; after an error the file is closed, but complete up to the last entry.
     """
 
     def __init__(
         self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None
     ) -> None:
         self.written: list[Path] = []
-        """The existing files, oldest first."""
+        """The files that have not been removed, oldest first."""
         self.count = 0
         """The number of notifications in all files."""
         self._path = path
@@ -65,13 +63,12 @@ class Recorder:
 
     @property
     def path(self) -> Path:
-        """The current file."""
         return self.written[-1]
 
     def append(
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str
     ) -> None:
-        """Append a notification of a link; `frame` is None if it has none."""
+        """Append a notification of a link. `frame` is None if the notification has no frame."""
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if frame is None:
             content = {"signal": signal, "direction": direction.value, "register": register}
@@ -81,11 +78,10 @@ class Recorder:
         self.count += 1
 
     def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
-        """Append a received frame that is not a notification."""
+        """Append a received frame that the proxy ignored. `comment` is the reason."""
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
     def mark(self, time_ns: int, text: str) -> None:
-        """Append a mark."""
         self._append(time_ns, REGISTERS, _unframed({"mark": text}), None, text)
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
@@ -103,13 +99,13 @@ class Recorder:
         self._entries += 1
 
     def _blocks(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> bytes:
-        """Return the block of a packet, after that of its interface if the interface is new in the file."""
+        """Return the block of a packet. If the interface is new in the file, its block comes first."""
         number = self._interfaces.get(interface, len(self._interfaces))
         head = b"" if interface in self._interfaces else interface_block(interface)
         return head + packet_block(number, time_ns, data, direction, comment)
 
     def _is_full(self, time_ns: int, more: int) -> bool:
-        if not self._entries:  # A file has at least one entry, even if that exceeds a limit.
+        if not self._entries:  # A file has at least one entry, even if the entry exceeds a limit.
             return False
         if self._size_max is not None and self._size + more > self._size_max:
             return True
@@ -132,11 +128,11 @@ class Recorder:
         self._interfaces = {REGISTERS: 0}
         self._write(section_block(APPLICATION) + interface_block(REGISTERS))
         while self._keep is not None and len(self.written) > max(self._keep, 1):
-            with contextlib.suppress(OSError):  # Another process has removed it.
+            with contextlib.suppress(OSError):  # Another process has removed the file.
                 self.written.pop(0).unlink()
 
     def _begin(self, path: Path) -> None:
-        """Truncate the file, unless another process records to it."""
+        """Lock and truncate the file. Raises ResourceError if another process is recording to it."""
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             return
         try:
@@ -151,7 +147,7 @@ class Recorder:
     def _write(self, data: bytes) -> None:
         try:
             done = os.write(self._fd, data)
-            while done < len(data):  # A short write: the next write reports the error.
+            while done < len(data):  # After a short write, the next write(2) reports the error.
                 done += os.write(self._fd, data[done:])
         except OSError as error:
             with contextlib.suppress(OSError):  # ftruncate(2) fails for a pipe.
@@ -174,38 +170,36 @@ class Recorder:
 
 @attrs.frozen
 class Entry:
-    """A notification of a recording. If unknown, `direction` is None and `register` is empty."""
+    """A notification in a recording. If they are unknown, `direction` is None and `register` is empty."""
 
     time_ns: int
     signal: str
     direction: Direction | None
     register: str = ""
     ignored: bool = False
-    """Whether the recorded proxy ignored it."""
+    """Whether the proxy ignored this frame when it was recorded."""
 
 
 @attrs.frozen
 class Mark:
-    """An event that is not a notification: a link that went down, dropped frames, a restart."""
+    """An event that is not a notification, such as a link that went down, dropped frames or a restart."""
 
     time_ns: int
     text: str
 
 
 class Recording:
-    """Iterate over the notifications and marks of a capture, and skip everything else.
+    """An iterable of the notifications and marks in a capture. It skips all other packets.
 
-    The direction of a frame comes from the first available source: the flags of a recording of inco-trio, the signal in
-    `table`, or earlier frames from the same MAC address. Flags of other programs are ignored, because they describe the
-    view of the capturing machine, which may be core 1.
+    The direction of a frame comes from the first available source: the flags if inco-trio wrote the file, the signal in
+    `table`, or earlier frames from the same MAC address. The flags of other programs are ignored, because they describe
+    the view of the capturing machine, which may be core 1.
     """
 
     def __init__(self, file: BinaryIO, name: str, table: SignalTable) -> None:
         self.reader = Reader(file, name)
         self.size = os.fstat(file.fileno()).st_size
-        """The size of the file in bytes."""
         self.packets = 0
-        """The number of packets read."""
         self._table = table
         self._senders: dict[bytes, Direction] = {}
 
@@ -233,14 +227,14 @@ class Recording:
         else:
             self._senders[source] = direction
         text = name.decode("ascii")
-        # The comment of an ignored frame is the reason instead of the signal.
+        # The comment of an ignored frame is the reason why it was ignored, instead of the signal.
         recorded = packet.direction if ours else None
         ignored = recorded is not None and not packet.comment.startswith(_comment(recorded, text))
         return Entry(packet.time_ns, text, direction, ignored=ignored)
 
 
 def _comment(direction: Direction, signal: str) -> str:
-    """Return the start of the comment of a notification."""
+    """Return the text with which the comment of a notification starts."""
     return f"{direction.value} {signal}"
 
 
@@ -249,7 +243,7 @@ def _unframed(content: Mapping[str, str]) -> bytes:
 
 
 def _content(packet: Packet) -> Entry | Mark | None:
-    """Return the entry or mark that `_unframed` has encoded."""
+    """Return the entry or mark that `_unframed` encoded, or None if the packet is not valid."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):
@@ -266,7 +260,7 @@ def _content(packet: Packet) -> Entry | Mark | None:
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
     """Open the recording at `path`. Raises RecordingError, PermissionDeniedError."""
     try:
-        # O_NONBLOCK: opening a FIFO would block until another process opens it for writing.
+        # Without O_NONBLOCK, opening a FIFO would block until another process opens it for writing.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as error:
         raise from_os_error(error, path, f"cannot be read: {STRERROR}", otherwise=RecordingError) from error

@@ -19,7 +19,7 @@ BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
-"""Numbers to sort at once. A limit saves memory: Python integers take five times the memory of an array."""
+"""Maximum count of numbers to sort at once, because a sorted list takes five times the memory of an array."""
 
 
 @attrs.define
@@ -41,7 +41,7 @@ class Flow:
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
 
     def longest_gap(self) -> tuple[int, int] | None:
-        """Return start and length of the longest gap, in nanoseconds."""
+        """Return the start and length of the longest gap in nanoseconds, or None if there is no gap."""
         gaps = zip(self.intervals(), self.times, strict=False)
         gap, begin = max(gaps, default=(0, 0), key=lambda each: each[0])
         return (begin, gap) if gap > 0 else None
@@ -54,12 +54,11 @@ class Pair:
     signal: str
     answer: str
     taken: array[int] = attrs.Factory(lambda: array("q"))
-    """Nanoseconds."""
+    """The answer times in nanoseconds."""
     unanswered: int = 0
     _asked: int | None = None
 
     def take(self, entry: Entry) -> None:
-        """Add a notification."""
         if entry.signal == self.signal:
             self.unanswered += self._asked is not None
             self._asked = entry.time_ns
@@ -68,7 +67,7 @@ class Pair:
             self._asked = None
 
     def end(self) -> None:
-        """Count a last notification without an answer, at the end of the recording."""
+        """At the end of the recording, count the last notification as unanswered if it has no answer."""
         self.unanswered += self._asked is not None
         self._asked = None
 
@@ -79,13 +78,11 @@ class Pair:
 
 @attrs.define
 class Summary:
-    """The statistics of a recording."""
-
     pairs: Sequence[Pair] = ()
     flows: dict[tuple[str, Direction | None], Flow] = attrs.Factory(dict)
     marks: list[Mark] = attrs.Factory(list)
     ignored: int = 0
-    """Frames that the proxy ignored, which no flow counts."""
+    """Number of frames that the proxy ignored. No flow contains them."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""
@@ -104,7 +101,7 @@ class Summary:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Start and end, in nanoseconds since 1970."""
+        """Start and end of the recording, in nanoseconds since 1970."""
         times = [time for flow in self.flows.values() for time in (min(flow.times), max(flow.times))]
         times += [mark.time_ns for mark in self.marks]
         return min(times), max(times)
@@ -144,7 +141,7 @@ def _pair_numbers(pair: Pair) -> dict[str, object]:
 
 
 def _spread(values: Iterable[int]) -> dict[str, float] | None:
-    """Return the distribution of nanoseconds in seconds."""
+    """Return the distribution, in seconds, of durations in nanoseconds."""
     rest, parts = iter(values), []
     while some := sorted(islice(rest, AT_ONCE)):
         parts.append(array("q", some))
@@ -155,7 +152,7 @@ def _spread(values: Iterable[int]) -> dict[str, float] | None:
 
 
 def _quantile(parts: Sequence[array[int]], share: float) -> int:
-    """Return the smallest number that is at least as large as `share` of all numbers; each part is sorted."""
+    """Return the quantile `share` (0.5 is the median) of the numbers in all parts. Each part must be sorted."""
     rank = max(1, math.ceil(share * sum(map(len, parts))))
     low, high = min(part[0] for part in parts), max(part[-1] for part in parts)
     while low < high:

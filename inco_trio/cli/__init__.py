@@ -1,6 +1,6 @@
-"""The command line: one module per command. `parser` has the commands and the exit codes, `options` the shared options.
+"""The entry points of the command line. Each command has a module of its own in this package.
 
-This module only has the entry points. They record process signals for the daemon before they import anything else.
+The entry points of the daemon start to record process signals before they import anything else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def inco_proxy(arguments: Sequence[str] | None = None) -> int:
-    """Run `inco_proxy`, a command for start scripts of the predecessor of inco-trio; return its exit code."""
+    """Run `inco_proxy`, the command that start scripts of inco-trio's predecessor call; return its exit code."""
     process_signals.hold()
     from inco_trio.cli.parser import run_drop_in
 

@@ -17,7 +17,6 @@ from inco_trio.links.address import parse_address
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `check`."""
     sub.epilog = "example: inco-trio check --config udrv.json"
     options.configuration_argument(sub)
     sub.add_argument("--iface", metavar="LINK", help=f"also explain this link: {options.LINK_HELP}")
@@ -27,7 +26,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the options select; return the exit code. Raises ConfigError, UsageError."""
+    """Check the given files and print their contents; return the exit code. Raises ConfigError, UsageError."""
     if args.gateway is not None:
         return _check_gateway(args)
     if args.boards is not None:
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_gateway(args: argparse.Namespace) -> int:
-    """Print which signals a gateway may send to which boards. Raises ConfigError, PermissionDeniedError, UsageError."""
+    """Print the boards and permitted signals of a gateway. Raises ConfigError, PermissionDeniedError, UsageError."""
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):
@@ -73,7 +72,7 @@ def _check_gateway(args: argparse.Namespace) -> int:
 
 
 def _check_boards(directory: Path, *, as_json: bool) -> int:
-    """Print the valid boards. Raise ConfigError afterwards if others are invalid."""
+    """Print the valid boards, then raise ConfigError if other boards are invalid."""
     from inco_trio.board_files import read_boards
 
     boards = read_boards(directory)

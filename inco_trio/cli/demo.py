@@ -9,7 +9,6 @@ from inco_trio.cli.streams import output, writing
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `demo`."""
     sub.epilog = (
         "If user namespaces are not permitted, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
         "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50\n"
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Output:
-    """Standard output; write errors become ResourceError, see `streams.writing`."""
+    """A wrapper for standard output that raises ResourceError if a write fails."""
 
     def __init__(self) -> None:
         self._file = output()

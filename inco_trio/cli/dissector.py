@@ -15,11 +15,10 @@ from inco_trio.errors import STRERROR, from_os_error
 
 NAME = "inco_trio.lua"
 USUAL = Path(".local/lib/wireshark/plugins")
-"""Wireshark's default directory for a user's Lua plugins, below the home directory."""
+"""Wireshark's default directory for a user's Lua plugins, relative to the home directory."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `dissector`."""
     sub.epilog = (
         "Without options, it prints the dissector, a Lua program.\n"
         "example: inco-trio dissector --install\n"
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Replace a file atomically."""
+    """Atomically replace the contents of `path` with `text`."""
     fd, name = tempfile.mkstemp(prefix=".inco_trio", dir=path.parent)
     try:
         with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
@@ -62,9 +61,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _directory() -> Path:
-    """Return the directory of this user's Lua plugins, as reported by tshark if installed."""
+    """Return the directory for this user's Lua plugins: the one that tshark reports, or else Wireshark's default."""
     if (tshark := shutil.which("tshark")) is not None:
-        # Read bytes: a path may not be valid text.
+        # Read bytes, because a path need not be valid text.
         folders = subprocess.run([tshark, "-G", "folders"], capture_output=True, check=False).stdout
         for line in os.fsdecode(folders).split("\n"):
             what, _, where = line.partition(":")

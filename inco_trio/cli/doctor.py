@@ -21,14 +21,13 @@ from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
-"""The exit code for the worst result."""
+"""The exit code of the command, by the level of its worst result."""
 
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
-"""Green, yellow and red of ECMA-48, see console_codes(4)."""
+"""The terminal escape codes for green, yellow and red, see console_codes(4)."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `doctor`."""
     sub.epilog = (
         "It prints one line per check, with the command that fixes a problem, and changes nothing.\n"
         "Without --config, --irq-dir and $UDRV_JSON_PATH it does not check registers, without LINK no link.\n"
@@ -43,7 +42,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the results; return the exit code of the worst one. Raises UsageError."""
+    """Print the results; return the exit code of the worst result. Raises UsageError."""
     if args.boards is None:
         results = _one(args)
     else:
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     coloured = _coloured()
     for result in results:
         if result in seen:
-            continue  # The checks of the machine are repeated for each board.
+            continue  # Every board yields the same results for the machine: print them once.
         seen.add(result)
         worst = max(worst, result.level)
         if args.json:
@@ -69,13 +68,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _coloured() -> bool:
-    """Return whether standard output is a terminal whose user wants colours, see https://no-color.org."""
+    """Return whether standard output is a terminal and the environment permits colours, see https://no-color.org."""
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return wanted and sys.stdout is not None and sys.stdout.isatty()
 
 
 def _one(args: argparse.Namespace) -> Iterator[Result]:
-    """Return the results of one link. Raises UsageError before the first check."""
+    """Return the check results for one link. Raise UsageError before the first check if the arguments are invalid."""
     if args.irq_dir is not None and args.config is not None:
         raise UsageError("--irq-dir and --config exclude each other")
     if args.iface is not None:

@@ -1,4 +1,4 @@
-"""The exit codes of errors (sysexits.h), and the error of an invalid command line."""
+"""The exit codes of errors (sysexits.h), and the exception for an invalid command line."""
 
 from __future__ import annotations
 
@@ -31,5 +31,4 @@ CODES: dict[type[IncoError], int] = {
 
 
 def exit_code(error: IncoError) -> int:
-    """Return the exit code for an error."""
     return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_INTERNAL)

@@ -1,4 +1,4 @@
-"""`inco-trio exporter`: metrics for Prometheus. `metrics.http_server` does the work."""
+"""`inco-trio exporter`: serve metrics to Prometheus. `metrics.http_server` implements the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from inco_trio.service import process_signals
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `exporter`."""
     sub.epilog = f"example: inco-trio exporter --listen 127.0.0.1:9478\n{EXIT_CODES}"
     sub.add_argument("--listen", metavar="ADDRESS:PORT", default=options.LISTEN, help=f"default: {options.LISTEN}")
     options.add_clients_option(sub)

@@ -18,7 +18,6 @@ from inco_trio.signals import Direction
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `monitor`."""
     sub.epilog = (
         "example: inco-trio monitor --signal ihub_hwwd_irq --count 1\n"
         "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and shows frames only.\n" + EXIT_CODES
@@ -29,7 +28,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print events, up to `--count` notifications; return the exit code. Raises IncoError."""
+    """Print events until `--count` notifications are printed; return the exit code. Raises IncoError."""
     direction = direction_of(args)
     try:
         client = connect(args.link, args.control)
@@ -60,7 +59,7 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
 
 
 class _Lines:
-    """Formats events. A notification shows the time since the previous one of its signal."""
+    """A formatter for events. A notification's line has the time since the previous notification of the same signal."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, Direction, str], int] = {}

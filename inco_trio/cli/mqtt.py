@@ -1,4 +1,4 @@
-"""`inco-trio mqtt`: the gateway to an MQTT broker. `mqtt.gateway` does the work."""
+"""`inco-trio mqtt`: the gateway to an MQTT broker, which `mqtt.gateway` implements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from inco_trio.service import process_signals
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `mqtt`."""
     sub.epilog = (
         "example: inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json\n"
         f"SIGHUP reloads the configuration.\n{EXIT_CODES}"
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
         def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
             config = GatewayConfig() if path is None else read_gateway(path)
-            config.broker.read()  # Report mistakes in the credentials at once.
+            config.broker.read()  # Fail now if the credentials are invalid.
             return Gateway(broker, config, controls).run
 
         return run_service(

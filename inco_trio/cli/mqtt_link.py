@@ -1,4 +1,4 @@
-"""`inco-trio mqtt-link`: one side of a bridge between two hosts. `mqtt.bridge` does the work."""
+"""`inco-trio mqtt-link`: one side of a bridge between two hosts, which `mqtt.bridge` implements."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.service import process_signals
 
 ENDS = ("core0", "core1")
-"""The two sides of a bridge, each named after its core."""
+"""The names of the two sides of a bridge. Each side is named after its core."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `mqtt-link`."""
     sub.epilog = (
         "example: inco-trio mqtt-link mqtt://broker/lab/wire1 --link unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
         f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
             def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
                 config = GatewayConfig() if path is None else read_gateway(path)
-                config.broker.read()  # Report mistakes in the credentials at once.
+                config.broker.read()  # Fail now if the credentials are invalid.
                 return functools.partial(bridge.run, config.broker)
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_end(link: str) -> UnixAddress:
-    """Return the address of one side of a bridge. Raises UsageError."""
+    """Parse the address of the link of one side of a bridge. Raises UsageError."""
     try:
         address = parse_address(link)
     except InvalidArgumentError as error:
@@ -72,5 +71,5 @@ def check_end(link: str) -> UnixAddress:
 
 
 def bridge_label(address: UnixAddress) -> str:
-    """Return the name of the service and of its stored descriptors."""
+    """Return the label of a bridge, which names its service and its stored descriptors."""
     return f"wire-{address.label}"

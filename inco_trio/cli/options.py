@@ -18,26 +18,21 @@ from inco_trio.linux.files import is_path
 
 DIGITS_MAX = 12
 LINK = "rpmsg4000"
-"""The default link."""
 LISTEN = "127.0.0.1:9478"
-"""The default address of the exporter."""
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
 LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
-    """Parse a number of seconds above 0. Raises ArgumentTypeError."""
     return _number(text, "a number of seconds above 0", lowest=math.ulp(0))
 
 
 def seconds(text: str) -> float:
-    """Parse a number of seconds, 0 or more. Raises ArgumentTypeError."""
     return _number(text, "a number of seconds, 0 or more", lowest=0)
 
 
 def rate(text: str) -> float:
-    """Parse a rate per second, above 0. Raises ArgumentTypeError."""
     return _number(text, "a number above 0", lowest=math.ulp(0))
 
 
@@ -52,14 +47,13 @@ def _number(text: str, what: str, *, lowest: float) -> float:
 
 
 def positive(text: str) -> int:
-    """Parse an integer above 0. Raises ArgumentTypeError."""
     if not text.isdecimal() or len(text) > DIGITS_MAX or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected an integer above 0 with at most {DIGITS_MAX} digits")
     return int(text)
 
 
 def check_listen(text: str) -> tuple[str, int]:
-    """Return address and port of `ADDRESS:PORT`. Raises UsageError."""
+    """Parse `ADDRESS:PORT` and return both parts. Raises UsageError."""
     address, colon, port = text.rpartition(":")
     bare = address.removeprefix("[").removesuffix("]")
     if not colon or not bare or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
@@ -74,7 +68,6 @@ def check_link(address: str) -> None:
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
-    """Add `--config`."""
     sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
 
 
@@ -88,7 +81,7 @@ def config_path(args: argparse.Namespace) -> Path:
 
 
 def absolute(path: str | Path, option: str) -> Path:
-    """Return the absolute path in `option`. Raises UsageError if the path is invalid."""
+    """Return the value of `option` as an absolute path. Raises UsageError if the path is invalid."""
     path = path_of(path, option)
     try:
         return path.absolute()
@@ -97,8 +90,8 @@ def absolute(path: str | Path, option: str) -> Path:
 
 
 def path_of(text: str | Path, option: str) -> Path:
-    """Return the path in `option`. Raises UsageError if the path is invalid."""
-    # Path("") is the working directory.
+    """Return the value of `option` as a path. Raises UsageError if the path is invalid."""
+    # Refuse an empty path, because Path("") would be the working directory.
     if not str(text):
         raise UsageError(option, "the path is empty")
     if not is_path(str(text)):
@@ -107,7 +100,7 @@ def path_of(text: str | Path, option: str) -> Path:
 
 
 def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more") -> None:
-    """Add the options of every service; `verbose` is the help text of `-v`."""
+    """Add the options that all services have. `verbose` is the help text of `-v`."""
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     formats = ("text", "json")
     sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
@@ -115,7 +108,7 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
 
 
 def add_place(sub: argparse.ArgumentParser) -> None:
-    """Add the options that name a running proxy."""
+    """Add the options that select a running proxy."""
     sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
     sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the one running proxy)")
 
@@ -129,14 +122,14 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
 
 
 def add_clients_option(sub: argparse.ArgumentParser) -> None:
-    """Add `--control` of a service that connects to several proxies."""
+    """Add `--control` for a service that connects to several proxies."""
     sub.add_argument(
         "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
     )
 
 
 def control_paths(args: argparse.Namespace) -> list[Path] | None:
-    """Return the paths that `add_clients_option` collected, or None for all proxies. Raises UsageError."""
+    """Return the paths given with `--control`, or None for all proxies. Raises UsageError."""
     return None if args.control is None else [absolute(path, "--control") for path in args.control]
 
 
@@ -152,14 +145,14 @@ def needing(package: str, module: str, extra: str) -> Iterator[None]:
 
 
 def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
-    """Return the directory in `--boards`. Raises UsageError, also if an option in `excluded` is given."""
+    """Return the directory given with `--boards`. Raises UsageError if an option in `excluded` is given as well."""
     for option in excluded:
-        # None and False mean that an option is not given.
+        # An option that was not given has the value None or False.
         if getattr(args, option.strip("-").replace("-", "_").lower()) not in (None, False):
             raise UsageError(f"--boards and {option} exclude each other: a board's file names its link and registers")
     return absolute(args.boards, "--boards")
 
 
 def boards_label(directory: Path) -> str:
-    """Return the label of a directory of boards: the name of its service and of its stored descriptors."""
+    """Return the label of a directory of boards, which names its service and its stored descriptors."""
     return f"boards-{blake2b(os.fsencode(directory), digest_size=4).hexdigest()}"

@@ -1,9 +1,8 @@
-"""The commands, their exit codes, and the output of errors.
+"""The argument parsers of all commands, the exit codes, and the output of errors.
 
-The module of a command has `arguments`, which adds its options, and `run`, which returns the exit code. Only the module
-of the given command is imported, so that the daemon starts quickly. `nox -s generated` makes man pages and completions
-from the same parsers. See docs/manual/page.py for the format of an epilog, and docs/manual/completion.py
-for the completion of a metavar.
+The module of a command defines `arguments`, which adds the command's options to a parser, and `run`, which returns the
+exit code. The daemon starts quickly because only the given command's module is imported. `nox -s generated` generates
+the man pages and the shell completions from these parsers.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ COMMANDS = {
     "exporter": "export the metrics of all boards of this host to Prometheus",
     "s6": "write an s6 scan directory, or print a systemd unit",
 }
-"""The help text of each command. Its module has the same name, with `_` instead of `-`."""
+"""The help text of each command. The module of a command has the same name, with `_` instead of `-`."""
 
 EXIT_CODES = """\
 exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage, 3 `doctor` warns,
@@ -55,11 +54,11 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def run_drop_in(words: Sequence[str]) -> int:
-    """Run `inco_proxy` with the arguments `words`, with the log format of the former program."""
+    """Run `inco_proxy` with the arguments `words`. It logs like the program that it replaces."""
 
     def run() -> int:
         iface = _parsed(drop_in_parser(), words).iface
-        # `--`: the name of an interface may start with a dash.
+        # Insert `--`, because the name of an interface may start with a dash.
         return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
 
     return _ending(run)
@@ -71,7 +70,7 @@ def _ending(run: Callable[[], int]) -> int:
     try:
         return run()
     except BrokenPipeError:
-        return 0  # The reader has closed its end, as `head` does.
+        return 0  # The reader has closed the pipe, as `head` does.
     except (IncoError, MemoryError) as raised:
         error = raised if isinstance(raised, IncoError) else ResourceError("out of memory")
         streams.complain(error)
@@ -88,7 +87,7 @@ def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.N
     try:
         return parser.parse_args(words)
     except SystemExit:
-        streams.flush()  # what --help has printed
+        streams.flush()  # Write the buffered output of --help.
         raise
 
 
@@ -111,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Print the version. The import that finds the version is slow, so only this option does it."""
+    """The option that prints the version. It imports importlib.metadata itself, because that import is slow."""
 
     def __call__(self, asking: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -136,7 +135,7 @@ def drop_in_parser() -> _Parser:
 
 
 def parser(command: str | None = None) -> _Parser:
-    """Return the parser with the options of `command`, or of all commands if there is no such command."""
+    """Return the parser with the options of `command`, or with those of all commands if `command` is unknown."""
     made = _Parser(
         prog="inco-trio",
         description="Transfer inter-core interrupts between the cores of an AMP board or its simulation.",

@@ -25,11 +25,10 @@ FORMATS = (".svg", ".png")
 SHOWN = 0.5
 """Seconds between two progress messages on a terminal."""
 OFTEN = 1024
-"""Notifications between two looks at the clock."""
+"""Number of notifications between two checks whether to update the progress."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `plot`."""
     sub.epilog = (
         "The plot shows a timeline, the rate and the longest gap of each signal, and marks where the link went down\n"
         "or frames were dropped. --json works without matplotlib.\n"
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if draws:
         if _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
-        # Import before reading: reading a large recording takes long.
+        # Import matplotlib first, so that a failed import is reported before a long read.
         try:
             from inco_trio.capture.picture import draw
         except ImportError as error:
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _out(args: argparse.Namespace, path: Path) -> Path:
-    """Return the path of the output. Raises UsageError."""
+    """Return the path of the plot. Raises UsageError."""
     if args.out is None:
         return path.parent / f"{path.stem}{FORMATS[0]}"
     out = path_of(args.out, "--out")
@@ -88,12 +87,12 @@ def _out(args: argparse.Namespace, path: Path) -> Path:
 def _is_one_file(path: Path, out: Path) -> bool:
     try:
         return out.samefile(path)
-    except OSError:  # One of the files does not exist. Opening a missing recording reports that.
+    except OSError:  # One of the files does not exist. A missing recording is reported later.
         return False
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
-    """Return the signals with known directions. Raises UsageError, ConfigError."""
+    """Return the signal table, which has the direction of each signal. Raises UsageError, ConfigError."""
     if args.config is None:
         return SignalTable(builtin_signals(absolute(".", "FILE")))
     return SignalTable(read_board(config_path(args)).signals)

@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     from inco_trio.control.listen import Listening
 
 AGAIN = 0.2
-"""Seconds between two attempts to connect after the proxy has ended."""
+"""Seconds between two attempts to reconnect after the proxy has exited."""
 SHOWN = 0.5
-"""Seconds between two updates of the progress on a terminal."""
+"""Seconds between two progress updates on a terminal."""
 FAREWELL = 1.0
-"""Seconds that the proxy has to send the remaining events at the end."""
+"""Seconds to wait for the proxy's remaining events when the recording stops."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `record`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
         "Recording stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next proxy.\n"
@@ -53,7 +52,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Record until a limit or a stop signal; return the exit code. Raises IncoError."""
+    """Record until a limit is reached or a stop signal arrives; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
@@ -87,7 +86,7 @@ class _Stop:
         self._end = math.inf if duration is None else time.monotonic() + duration
 
     def wait(self, seconds: float, *others: _Proxy | Listening) -> bool:
-        """Wait until one of `others` is readable, or `seconds`; return whether the recording ends."""
+        """Wait up to `seconds` until one of `others` is readable; return whether to stop recording."""
         if not self._over:
             left = min(seconds, self._end - time.monotonic())
             ready, _, _ = select.select([self._sock, *others], [], [], None if left == math.inf else max(0, left))
@@ -96,7 +95,7 @@ class _Stop:
 
 
 class _Proxy:
-    """A connection to a proxy, which reconnects after the proxy restarts."""
+    """A connection to a proxy that reconnects after the proxy has restarted."""
 
     def __init__(self, client: Client, args: argparse.Namespace, stop: _Stop) -> None:
         self._client, self._args, self._stop = client, args, stop
@@ -114,7 +113,7 @@ class _Proxy:
         return self._client.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events that have arrived. If the proxy has ended, wait for the next one first."""
+        """Return the events that have arrived. If the proxy has exited, first wait until a new proxy runs."""
         try:
             return self._client.arrived()
         except ProxyNotFoundError as error:
@@ -130,11 +129,11 @@ class _Proxy:
             return [ended]
 
     def rest(self) -> Iterator[Event]:
-        """Yield the remaining events."""
+        """Yield the events that the proxy has not sent yet."""
         if self._gone:
             return
         with contextlib.suppress(IncoError):
-            with contextlib.suppress(IncoError):  # If the proxy has ended, its last events are still in the socket.
+            with contextlib.suppress(IncoError):  # If the proxy has exited, the socket still has its last events.
                 self._client.request(FlushRequest(), FAREWELL)
             for event in self._client.events(FAREWELL):
                 if event.event == "flushed":
@@ -165,7 +164,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
 
 
 def _events(source: _Proxy | Listening, stop: _Stop, recorder: Recorder) -> Iterator[Event]:
-    """Yield the events of `source` until `stop`, and show the progress."""
+    """Yield the events of `source` until the recording stops, and show the progress."""
     shows, shown = sys.stderr.isatty(), time.monotonic()
     while not stop.wait(SHOWN if shows else math.inf, source):
         yield from source.arrived()
@@ -182,7 +181,6 @@ def _show(text: str) -> None:
 
 
 def _write(recorder: Recorder, event: Event, name: str) -> None:
-    """Append an event to the recording."""
     time_ns, board = round(event.time * 1e9), event.board or name
     frame = None if event.frame is None else bytes.fromhex(event.frame)
     where = "" if board == name else f"{board}: "

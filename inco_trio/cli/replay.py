@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from inco_trio.capture.recording import Recording
 
 SLOW = 1.0
-"""Seconds until the command shows progress."""
+"""Seconds after which the command starts to show progress."""
 BETWEEN = 0.2
-"""Seconds between two updates of the progress."""
+"""Seconds between two progress updates."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `replay`."""
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
         "The direction of a frame comes from the flags of an inco-trio recording, the signal table, or other\n"
@@ -54,7 +53,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Replay the recording; return 0 if everything came back, else 1. Raises IncoError."""
+    """Replay the recording; return 0 if all expected notifications came back, else 1. Raises IncoError."""
     path = path_of(args.file, "FILE")
     _check(args)
     table = _table(args)
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Complete the arguments. Raises UsageError."""
+    """Set the default of `--as`. Raises UsageError if the arguments are not consistent."""
     if args.side is None:
         args.side = "core0" if args.link is None else "core1"
     if args.side == "core1" and args.link is None:
@@ -97,7 +96,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
-    """Return the signals that the arguments name. Raises UsageError, ConfigError."""
+    """Return the signal table that the arguments select. Raises UsageError, ConfigError."""
     if args.irq_dir is not None:
         return SignalTable(builtin_signals(absolute(args.irq_dir, "--irq-dir")))
     if args.side == "core1" and args.config is None and not os.environ.get("UDRV_JSON_PATH"):
@@ -147,7 +146,7 @@ async def _show_progress(played: Played, size: int) -> None:
 
 
 def _width() -> int:
-    # Progress is shown on standard error. 0 columns mean that its width is unknown.
+    # A terminal of unknown width reports 0 columns.
     return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
 
 

@@ -1,4 +1,4 @@
-"""`inco-trio run`: its options. `service.daemon` does the work."""
+"""`inco-trio run`: run the daemon, which `service.daemon` implements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `run`."""
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
         "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v\n"
@@ -41,7 +40,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the daemon until a stop signal arrives; return the exit code. Raises IncoError."""
     with process_signals.held():
-        # A stop signal may arrive during this import, which takes most of the start.
+        # A stop signal may arrive during this import, which takes up most of the startup time.
         from inco_trio.service.runner import run_service
 
         # `inco_proxy` replaces a program that logged each notification on standard output.

@@ -15,7 +15,6 @@ from inco_trio.service.systemd import systemd_unit
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `s6`."""
     sub.epilog = "example: inco-trio s6 /run/service --config /etc/udrv.json && s6-svscan /run/service"
     sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="scan directory")
     sub.add_argument("--iface", metavar="LINK", help=options.LINK_HELP)
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         remark("warning: an isolated Python (-I) does not find inco_trio, so the service runs without isolation")
     if args.systemd:
         unit = systemd_unit(service=service, user=args.user, program=program)
-        # As bytes, because paths may not be text, and the unit must not depend on the encoding of standard output.
+        # Print bytes: paths need not be valid text, and the unit must not depend on the encoding of standard output.
         say_bytes(os.fsencode(f"{unit}\n"))
         return 0
     if args.scandir is None:
@@ -85,7 +84,7 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
 
 
 def _bridge(args: argparse.Namespace) -> descriptions.Service:
-    """Return the service of one side of a bridge. Raises UsageError."""
+    """Return the service that runs one side of a bridge. Raises UsageError."""
     if args.iface is None or args.end is None:
         raise UsageError("--mqtt-link needs --iface unix:LOCAL,peer=REMOTE and --end core0 or core1")
     for name in ("boards", "mqtt", "exporter", "config"):

@@ -13,14 +13,13 @@ from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import remark, say
 
 AT_ONCE = 1000
-"""Notifications per request. The limit lets an interrupted `send` report roughly how many were sent."""
+"""Maximum number of notifications per request. An interrupted `send` thus knows roughly how many were sent."""
 SLEEP_MAX = 3600.0
 WHAT = "sent by core 0"
 HINT = "core 1 sends it (--as core1 LINK)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `send`."""
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = f"example: inco-trio send redun_notify_irq --count 100 --rate 50\n{EXIT_CODES}"
     signalling.add_ways(sub)
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Schedule:
-    """The times at which notifications are due: fixed intervals from the start on, however long a send takes."""
+    """The times at which notifications are due: at fixed intervals from the start, no matter how long a send takes."""
 
     def __init__(self, count: int, rate: float | None) -> None:
         self.sent = 0
@@ -64,16 +63,14 @@ class _Schedule:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the start."""
         return time.monotonic() - self._started
 
     @property
     def left(self) -> bool:
-        """Whether notifications remain to be sent."""
         return self.sent < self._count
 
     def due(self) -> int:
-        """Return how many notifications to send now."""
+        """Return the number of notifications to send now."""
         left = self._count - self.sent
         if self._rate is not None:
             left = int(min(left, self.seconds * self._rate + 1 - self.sent))
@@ -86,7 +83,7 @@ class _Schedule:
         return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX)
 
     def follow(self, send: Callable[[int], None]) -> None:
-        """Call `send` with the number of due notifications, until all are sent."""
+        """Call `send` with the number of notifications that are due, until all have been sent."""
         while self.left:
             if due := self.due():
                 send(due)
@@ -130,7 +127,7 @@ def _send_as_application(args: argparse.Namespace, schedule: _Schedule) -> str:
 
 def _send_as_core1(args: argparse.Namespace, schedule: _Schedule) -> str:
     link = signalling.link_of(args)
-    import trio  # Only here: importing trio takes longer than everything else.
+    import trio  # Imported lazily: importing trio takes longer than everything else.
 
     with signalling.alone():
         trio.run(_send_frames, link, args.signal, schedule)

@@ -24,7 +24,7 @@ OF_CORE_0 = ("irq_dir", "config")
 
 
 def add_ways(sub: argparse.ArgumentParser) -> None:
-    """Add SIGNAL, and the options that select a side: a client of the proxy, an application, or core 1."""
+    """Add SIGNAL, and the options that select a role: client of the proxy, application or core 1."""
     sub.add_argument("signal", metavar="SIGNAL", help="wire name of the signal")
     add_place(sub)
     sub.add_argument("--board", metavar="NAME", help="board, if the proxy serves several")
@@ -40,7 +40,7 @@ def add_ways(sub: argparse.ArgumentParser) -> None:
 
 
 def check_ways(args: argparse.Namespace) -> None:
-    """Raise UsageError if the options select more than one side."""
+    """Raise UsageError if the options select more than one role, see `add_ways`."""
     given = {
         "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in OF_THE_PROXY),
         "--irq-dir": args.irq_dir is not None,
@@ -58,20 +58,20 @@ def is_application(args: argparse.Namespace) -> bool:
 
 
 def check_known(name: str, known: Collection[str], other: Collection[str], what: str, hint: str) -> None:
-    """Raise UsageError if `name` is not in `known`. If it is in `other`, say that it is not `what`, and give `hint`."""
+    """Raise UsageError if `name` is not in `known`. If it is in `other`, the message contains `what` and `hint`."""
     if name in known:
         return
     if name in other:
         raise UsageError(name, f"is not {what}: {hint}")
     import difflib
 
-    # With a cut-off of 0, all names are listed, the closest one first.
+    # A cutoff of 0 selects all names. The most similar name comes first.
     there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
     raise UsageError(name, f"no such signal (there are: {', '.join(there) or 'none'})")
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
-    """Return the signal that the options name, which must have this direction. Raises IncoError."""
+    """Return the signal `args.signal`. Raises IncoError, also if the signal is unknown or has another direction."""
     signals: tuple[Signal, ...]
     if args.irq_dir is not None:
         signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
@@ -85,21 +85,21 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
 
 
 def board_of(client: Client, args: argparse.Namespace) -> str | None:
-    """Return the board named by --board or LINK, or None."""
+    """Return the board that --board or LINK names, or None if they name no board."""
     if args.board is None and args.link in client.greeting.boards and args.link != client.greeting.name:
         return str(args.link)
     return None if args.board is None else str(args.board)
 
 
 def signals_of(client: Client, board: str | None) -> tuple[dict[str, str], bool]:
-    """Return the directions of the signals by name, and whether all links are up."""
+    """Return the direction of each signal by name, and whether all links are up."""
     boards = [each.status for each in client.status(board) if each.status is not None]
     directions = {signal.signal: signal.direction.value for each in boards for signal in each.signals}
     return directions, all(each.running for each in boards)
 
 
 def remark_unknown(client: Client, args: argparse.Namespace) -> None:
-    """Print which of the signals in --signal the proxy does not know. The proxy ignores frames with these names."""
+    """Print a note for each signal in --signal that the proxy does not know."""
     if args.signal is None:
         return
     known, _ = signals_of(client, args.board)
@@ -114,12 +114,11 @@ def clock_time(event: Event) -> str:
 
 
 def direction_of(args: argparse.Namespace) -> Direction | None:
-    """Return the value of --direction."""
     return None if args.direction is None else Direction(args.direction)
 
 
 def may_listen(link: str | None) -> bool:
-    """Return whether `link` is an interface: `monitor` and `record` can listen to one without a proxy."""
+    """Return whether `link` is an interface, on which `monitor` and `record` can listen without a proxy."""
     return link is not None and not address_fault(link) and isinstance(parse_address(link), InterfaceAddress)
 
 
@@ -136,7 +135,7 @@ def link_of(args: argparse.Namespace) -> str:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Raise the only error of an exception group, as raised by a nursery, instead of the group."""
+    """If the block raises an exception group with a single error, as a nursery does, raise that error instead."""
     try:
         yield
     except BaseExceptionGroup as group:

@@ -20,12 +20,11 @@ from inco_trio.signals import Direction
 
 HEAD = ("", "signal", "count", "per second", "last", "pending", "failed", "register")
 NUMBERS = range(2, 7)
-"""The columns to align to the right."""
+"""The columns that are aligned to the right."""
 Boards = Sequence[BoardStatus]
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `status`."""
     sub.epilog = f"example: inco-trio status --watch\n{EXIT_CODES}"
     add_place(sub)
     sub.add_argument("--board", metavar="NAME", help="only this board")
@@ -77,7 +76,7 @@ def _shown(boards: Boards, args: argparse.Namespace, before: tuple[float, Boards
 
 
 def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None) -> Iterator[str]:
-    """Return the lines of a board. Rates are those since `past`, or since the board was opened."""
+    """Yield the lines of a board. Rates are averages since `past`, or since the board was opened."""
     status = board.status
     if status is None:
         yield f"{board.board}: not open: {board.problem}"
@@ -100,7 +99,6 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
 
 
 def _table(status: Status, seconds: float | None, past: Status | None, now: float) -> Iterator[str]:
-    """Return the table of the signals."""
     counts = {} if past is None else {each.signal: each.count for each in past.signals}
     period = seconds if counts and seconds else max(now - status.since, 1e-3)
     rows = [HEAD]

@@ -1,4 +1,4 @@
-"""The standard streams of a command, which may be closed or full, or may have an encoding that lacks characters."""
+"""Output to the standard streams, which may be closed or full, or may be unable to encode some characters."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from inco_trio.service.lines import printable
 
 
 def open_missing() -> None:
-    """Open /dev/null for closed standard streams. Otherwise the next file opened would get their number."""
+    """Open /dev/null in place of closed standard streams, so that no other file gets descriptor 0, 1 or 2."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
             with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
+                os.open(os.devnull, os.O_RDWR)  # open(2) uses the lowest free descriptor
     if sys.stderr is None:
-        # Otherwise argparse and print() would use standard output instead.
+        # Without a sys.stderr, argparse and print() would use standard output.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for the rest of the process
 
 
@@ -33,7 +33,7 @@ def output() -> TextIO:
 
 
 def say(*lines: str) -> None:
-    """Print `lines`, with escapes for characters that the encoding lacks. Raises as `writing` does."""
+    """Print `lines`. Escape characters that standard output cannot encode. Raises the errors of `writing`."""
     out = output()
     encoding = out.encoding or "utf-8"
     with writing():
@@ -41,7 +41,7 @@ def say(*lines: str) -> None:
 
 
 def say_bytes(text: bytes) -> None:
-    """Print `text` unchanged. Raises as `writing` does."""
+    """Print `text` unchanged. Raises the errors of `writing`."""
     with writing():
         output().flush()
         output().buffer.write(text)
@@ -49,7 +49,7 @@ def say_bytes(text: bytes) -> None:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Raise ResourceError for errors of standard output, except BrokenPipeError."""
+    """Convert the errors of standard output to ResourceError, except BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -59,14 +59,14 @@ def writing() -> Iterator[None]:
 
 
 def flush() -> None:
-    """Flush standard output. Raises as `writing` does."""
+    """Flush standard output. Raises the errors of `writing`."""
     if sys.stdout is not None:
         with writing():
             sys.stdout.flush()
 
 
 def settle() -> None:
-    """Discard unwritten output. Otherwise the interpreter retries at its end, and exits with code 120."""
+    """Discard output that cannot be written. Otherwise the interpreter retries at exit, and exits with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -84,7 +84,7 @@ def remark(text: str) -> None:
 
 
 def complain(error: IncoError) -> None:
-    """Print an error on standard error, one line per problem. If that fails, the exit code remains."""
+    """Print an error on standard error, one line per problem. If that fails, only the exit code reports the error."""
     with contextlib.suppress(OSError):
         for problem in getattr(error, "problems", (str(error),)):
             print(f"inco-trio: error: {printable(problem)}", file=sys.stderr)  # noqa: T201 - before and beside the log

@@ -1,4 +1,4 @@
-"""Output for a terminal: fitted to its size, and coloured if rich is installed (the extra `rich`)."""
+"""Terminal output, cut to the size of the terminal and coloured if rich is installed (the extra `rich`)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ STYLES = (
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Patterns and their styles in rich."""
+"""Regular expressions, each with the rich style for its matches."""
 
 
 def is_terminal() -> bool:
-    """Return whether standard output is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 def screen(lines: list[str]) -> str:
-    """Return text that shows `lines` from the top of the terminal, as many as fit."""
+    """Return text that clears the terminal and shows as many of `lines` as fit."""
     width, height = shutil.get_terminal_size()
     return CLEAR + "\n".join(painted(line[:width] for line in lines[: height - 1]))
 

@@ -27,11 +27,10 @@ if TYPE_CHECKING:
 
 EXIT_NOT_ARRIVED = 1
 UNINTERRUPTED = 1.0
-"""Timeout of one poll(2) in seconds. A process signal that arrives just before poll(2) does not interrupt it."""
+"""Maximum timeout of one poll(2) in seconds. A process signal that arrives just before the call does not end it."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    """Add the options of `wait`."""
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
@@ -49,14 +48,14 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; return 0 if all notifications arrived, 1 if not, or the exit code of a failed command. Raises IncoError."""
+    """Wait; return 0 if all notifications arrived, 1 if not, or a failed command's exit code. Raises IncoError."""
     signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
         raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = signalling.link_of(args)
-        import trio  # Only here: importing trio takes longer than everything else.
+        import trio  # Imported lazily: importing trio takes longer than everything else.
 
         with signalling.alone():
             trio.run(_hear_frames, link, waiting, args.send)
@@ -79,7 +78,7 @@ class _Source(Protocol):
 
 
 class _Waiting:
-    """The timeout, the number of notifications, and the command that runs meanwhile."""
+    """The state of a wait: its timeout, the number of missing notifications, and the command of `--after`."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -91,20 +90,20 @@ class _Waiting:
 
     @property
     def left(self) -> float:
-        """Seconds until the timeout."""
+        """Seconds left until the timeout."""
         return max(0.0, self._deadline - time.monotonic())
 
     @contextmanager
     def listening(self) -> Iterator[int | None]:
-        """Run the command while the block waits; yield its pidfd, which is readable once the command has ended."""
+        """Run the `--after` command during the block. Yield its pidfd, which is readable once the command has ended."""
         if self._args.timeout is not None:
             self._deadline = time.monotonic() + self._args.timeout
         if self._args.after is None:
             yield None
             return
         try:
-            # Its own process group lets the timeout end all of the command. A background group that reads from the
-            # terminal would be stopped.
+            # The process group lets the timeout end all processes of the command. Standard input is /dev/null, because
+            # the kernel stops background processes that read from the terminal.
             command = ["/bin/sh", "-c", self._args.after]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
         except (OSError, ValueError) as error:
@@ -132,7 +131,7 @@ class _Waiting:
             self.command_failed()
 
     def command_failed(self) -> bool:
-        """Return whether the command failed, and print its exit code if so. Call this once the command has ended."""
+        """Return whether the command failed, and print its exit code if so. The command must have ended."""
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
@@ -142,11 +141,10 @@ class _Waiting:
 
     @property
     def complete(self) -> bool:
-        """Whether all notifications arrived."""
         return not self._left
 
     def came(self, event: Event) -> bool:
-        """Print an event; return whether it was the last notification to wait for."""
+        """Print an event; return whether it was the last missing notification."""
         if event.event != "notification":
             remark(event.message)
             return False
@@ -160,7 +158,7 @@ class _Waiting:
         return self.complete
 
     def hear(self, source: _Source) -> None:
-        """Wait for the notifications of a source, which must be listening already."""
+        """Wait for notifications from `source`, which must already be listening."""
         poll = select.poll()
         poll.register(source.fileno(), select.POLLIN)
         with self.listening() as end:
@@ -179,7 +177,7 @@ class _Waiting:
                         return
 
     def exit_code(self) -> int:
-        """Return the exit code, and print how many notifications arrived if some did not."""
+        """Return the exit code. If notifications are missing, print how many arrived."""
         if self._code or self.complete:
             return self._code
         if not self._args.quiet:
@@ -189,7 +187,7 @@ class _Waiting:
 
 
 class _Proxy:
-    """The signal at a proxy. Raises IncoError."""
+    """A source of the notifications of one signal: a running proxy. Raises IncoError."""
 
     def __init__(self, client: Client, args: argparse.Namespace) -> None:
         board = signalling.board_of(client, args)
@@ -200,7 +198,7 @@ class _Proxy:
         self.fileno = client.fileno
 
     def arrived(self) -> list[Event]:
-        """See `_Source`. Raises ProxyNotFoundError once the proxy has ended."""
+        """See `_Source`. Raises ProxyNotFoundError once the proxy has exited."""
         found = []
         for event in self._client.arrived():
             if event.event == "notification":
@@ -212,7 +210,7 @@ class _Proxy:
 
 
 class _Register:
-    """The state file of a signal. Raises IncoError."""
+    """A source of the notifications of one signal: its state file. Raises IncoError."""
 
     def __init__(self, signal: Signal) -> None:
         from inco_trio.cores import watch
@@ -269,7 +267,7 @@ async def _hear_frames(link: str, waiting: _Waiting, send: str | None) -> None:
             waiting.listening() as end,
             trio.move_on_after(waiting.left),
         ):
-            # Leave the nursery first: `follow_command` waits for the descriptor that `listening` closes.
+            # The nursery must end before `listening` closes the descriptor that `follow_command` waits for.
             async with trio.open_nursery() as nursery:
                 if end is not None:
                     nursery.start_soon(follow_command, end, nursery)

@@ -1,5 +1,5 @@
-"""The checks of `inco-trio doctor`, which diagnose missing notifications from outside and change nothing.
+"""The checks of `inco-trio doctor`, which find the causes of missing notifications and change nothing.
 
-`result` has the result of a check, and `processes` reads descriptors from /proc. `machine`, `links`, `registers` and
-`proxies` have one function per check; `examination` calls them in order.
+`machine`, `links`, `register_files` and `proxies` contain the checks, one function each. `examination` calls them in
+order. `processes` reads the descriptors of all processes from /proc, and `result` defines the result of a check.
 """

@@ -1,4 +1,4 @@
-"""Run all checks in order."""
+"""All checks of `inco-trio doctor`, in order."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def examine(
 ) -> Iterator[Result]:
     """Check a link, if given, and the registers of `signals`.
 
-    `netns` is the network namespace of the interface. `configuration` is the file with the signals, and `start` the
-    command that starts the proxy (default: without options).
+    `netns` is the network namespace of the interface. `configuration` is the file that defines the signals. `start` is
+    the command that starts the proxy (default: `inco-trio run LINK`).
     """
     users = _NO_USERS
     if link is not None:
@@ -41,7 +41,7 @@ def examine(
             results, users = _unix(link, address, processes, start)
         else:
             try:
-                # A list: a generator would run in the namespace of its caller.
+                # Collect the results in the namespace: a generator would run in the caller's namespace.
                 with inside(netns, link):
                     results, users = _interface(address, processes, start)
             except IncoError as error:
@@ -54,7 +54,7 @@ def examine(
 
 
 def _table_since(pid: int) -> float | None:
-    """Return when the proxy of this process loaded its signal table, or None if the proxy does not answer."""
+    """Return when the proxy with this PID loaded its signal table, or None if the proxy does not answer."""
     client = client_of(pid)
     if client is None:
         return None
@@ -79,7 +79,7 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
 
 
 def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
-    from inco_trio.links.packet import RECEIVE_BUFFER  # Only here: `unix:` links do not need the import.
+    from inco_trio.links.packet import RECEIVE_BUFFER  # Imported lazily: `unix:` links do not need it.
 
     users = _NO_USERS
     found, state = links.interface(address.name)

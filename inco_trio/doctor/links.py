@@ -42,7 +42,7 @@ def interface(name: str) -> tuple[Interface | None, list[Result]]:
 
 
 def state(found: Interface, master: Interface | None) -> Iterator[Result]:
-    """Check that frames can pass the interface; `master` is the interface of which it is a port."""
+    """Check that frames can pass the interface; `master` is the bridge or other master device of the interface."""
     name = found.name
     if not found.up:
         yield fail("state", name, "the interface is down", f"ip link set dev {shlex.quote(name)} up")
@@ -67,8 +67,8 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
 def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
     """Check that frames stay in order, which receive packet steering and several receive queues can prevent.
 
-    Frames that several CPUs handle at the same time can be reordered. The sending CPU handles the frames of a virtual
-    interface unless rps_cpus names a CPU, and the scheduler may change the sending CPU.
+    Frames that several CPUs handle at the same time can be reordered. On a virtual interface, the sender's CPU handles
+    the frames unless rps_cpus selects a CPU, and the scheduler may move the sender to another CPU.
     """
     name = found.name
     place = root / "sys/class/net" / name
@@ -79,7 +79,7 @@ def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
     if _count(read(root / "sys/devices/system/cpu/online") or "0") == 1:
         yield ok("order", name, "this machine has one CPU: frames stay in order")
         return
-    # The frames of a VLAN are steered when the interface below it receives them.
+    # Frames of a VLAN are steered when the lower interface of the VLAN receives them.
     below = sorted(entry.name.removeprefix("lower_") for entry in place.glob("lower_*"))
     for steered in (name, *below):
         yield _steering(steered, root / "sys/class/net" / steered, found.name)
@@ -101,7 +101,7 @@ def _steering(name: str, place: Path, link: str) -> Result:
         text = f"rps_cpus is 0: the sending CPU handles {what}, which may be reordered when the sending CPU changes"
     else:
         return ok("order", name, f"one receive queue without steering: {what} stay in order")
-    if not masks:  # The kernel has no receive packet steering.
+    if not masks:  # The kernel was built without receive packet steering.
         fix = f"ethtool -L {shlex.quote(name)} combined 1" if len(queues) > 1 else None
     return warn("order", name, text, fix)
 
@@ -116,12 +116,12 @@ def bound(path: str) -> int:
     """Return 0 if a process receives datagrams at `path`, else the errno of connect(2). Nothing is sent."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
         code = probe.connect_ex(path)
-    # EPERM: the socket is connected to another peer.
+    # EPERM means that the socket exists, but is connected to another peer.
     return 0 if code == errno.EPERM else code
 
 
 def socket_path(address: UnixAddress) -> Iterator[Result]:
-    """Check that a proxy can bind its socket, or that a process has bound it. `proxies` reports which process."""
+    """Check that a proxy can bind the link's socket, or that a process has already bound it."""
     path = Path(address.local)
     quoted = shlex.quote(address.local)
     try:

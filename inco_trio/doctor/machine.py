@@ -15,19 +15,19 @@ __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue
 QUEUED_EVENTS = 16384
 """The kernel's default of fs.inotify.max_queued_events."""
 INSTANCES = 2
-"""inotify instances of a proxy: one for the triggers, one for the sockets of a `unix:` link."""
+"""Number of inotify instances of a proxy: one for the triggers, one for the sockets of a `unix:` link."""
 WATCHES = 64
-"""Enough inotify watches for a usual table: one per trigger, per directory and per parent directory."""
+"""Number of inotify watches for a typical signal table: one per trigger, directory and parent directory."""
 PLENTY = 0.9
-"""The share of a limit above which its use is reported."""
+"""Fraction of a limit above which the check warns."""
 DATAGRAMS = 10
 """The kernel's default of net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
-"""The uid_map of the first user namespace, see user_namespaces(7)."""
+"""The uid_map of the initial user namespace, see user_namespaces(7)."""
 
 
 def proc(processes: Processes) -> Iterator[Result]:
-    """Check that /proc is mounted; yield a result only if not."""
+    """Yield a warning if /proc is not mounted."""
     if not processes.mounted:
         text = "not mounted: cannot inspect processes, limits and filesystems"
         yield warn("proc", "/proc", text, "mount -t proc proc /proc")
@@ -45,7 +45,7 @@ def capability(link: str, root: Path = Path("/")) -> Iterator[Result]:
         text = "root does not have CAP_NET_RAW: start the container with --cap-add NET_RAW"
         yield fail("capability", link, text)
     else:
-        # Not setcap(8): file capabilities would have to be set on the Python interpreter.
+        # Do not suggest setcap(8): it would give the capability to every program that this Python runs.
         fix = (
             f"setpriv --reuid {uid} --regid {gid} --init-groups --inh-caps +net_raw --ambient-caps +net_raw "
             f"inco-trio run {link}"
@@ -61,7 +61,7 @@ def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -
     if "CapEff" not in status:
         return
     check, setting = "receive-buffer", "net.core.rmem_max"
-    # SO_RCVBUFFORCE needs the capability in the first user namespace (socket(7)).
+    # SO_RCVBUFFORCE needs CAP_NET_ADMIN in the initial user namespace (socket(7)).
     first = (read(place / "uid_map") or "").split() == FIRST_USER_NAMESPACE
     if first and int(status["CapEff"], 16) >> CAP_NET_ADMIN & 1:
         yield ok(check, setting, f"{who} has CAP_NET_ADMIN, and may exceed this limit")
@@ -77,10 +77,10 @@ def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -
 
 
 def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Path("/")) -> Iterator[Result]:
-    """Check how much the user of the proxy (default: this user) uses of the limits of inotify(7)."""
+    """Check how close the user of the proxy (default: this user) is to the inotify limits."""
     uid = os.geteuid() if proxy is None else proxy.uid
     own = [process for process in processes.all if process.uid == uid]
-    # `used` includes the instances and watches of a running proxy.
+    # A running proxy needs no more: `used` includes its instances and watches.
     needed = (0, 0) if proxy else (INSTANCES, WATCHES)
     used = (sum(process.instances for process in own), sum(len(process.watches) for process in own))
     for what, count, need in zip(("instances", "watches"), used, needed, strict=True):
@@ -90,7 +90,7 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
         if not limits:
             continue
         limit, setting = min(limits)
-        # At most: a descriptor that a proxy shares with its fd store counts twice, as /proc does not show sharing.
+        # An upper bound: a descriptor shared with the fd store counts twice, because /proc does not show sharing.
         found = f"uid {uid} uses at most {count} of {limit}"
         fix = f"sysctl -w {setting}={max(2 * limit, 2 * (count + need))}"
         if count + need > limit:

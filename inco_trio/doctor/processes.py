@@ -1,6 +1,6 @@
 """The sockets and inotify watches of all processes, read once from proc(5).
 
-`root` is the directory of /proc and /sys; tests write their own.
+The argument `root` is the directory that contains /proc and /sys. Tests pass a directory with their own files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
 _MINOR_BITS = 20
-"""fdinfo has device numbers in the format of the kernel (include/linux/kdev_t.h)."""
+"""The size of a minor number in the kernel's device numbers, which fdinfo contains (include/linux/kdev_t.h)."""
 
 
 def read(path: Path) -> str | None:
@@ -32,28 +32,28 @@ def read(path: Path) -> str | None:
 
 def lines_of(path: Path) -> list[str]:
     """Return the lines of a file of /proc, or an empty line if it cannot be read."""
-    # Not splitlines(): a name may contain other line separators.
+    # Do not use splitlines(): a process or file name may contain other line separators.
     return (read(path) or "").split("\n")
 
 
 def status_of(process: Path) -> dict[str, str]:
-    """Return the fields of the file `status` in a directory of /proc, or none if it cannot be read."""
+    """Return the fields of the file `status` in the /proc directory of a process, or {} if it cannot be read."""
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 
 @attrs.frozen
 class Process:
-    """A process and its relevant descriptors."""
+    """A process with its sockets and inotify watches."""
 
     pid: int
     name: str
     uid: int
-    """The effective user."""
+    """The effective user ID."""
     command: tuple[str, ...]
     started: float
-    """Seconds since 1970."""
+    """The start time in seconds since 1970."""
     sockets: frozenset[int]
-    """Inodes of sockets."""
+    """Inode numbers of the open sockets."""
     instances: int
     """The number of inotify descriptors."""
     watches: tuple[tuple[int, int], ...]
@@ -67,12 +67,12 @@ class Process:
 
     @property
     def is_holder(self) -> bool:
-        """Whether the process keeps descriptors of other processes."""
+        """Whether the process is an fd store, which keeps descriptors of other processes."""
         return self.name == "systemd" or self.name.startswith("s6-fdholder")
 
 
 def named(processes: list[Process]) -> str:
-    """Return process IDs and names as text."""
+    """Return the PIDs and names of processes as text."""
     return ", ".join(f"{process.pid} ({process.name})" for process in processes)
 
 
@@ -82,7 +82,7 @@ class Processes:
 
     all: tuple[Process, ...]
     unseen: bool
-    """Whether only root may inspect the descriptors of some processes."""
+    """Whether this user may not inspect the descriptors of some processes, but root may."""
     mounted: bool
     """Whether /proc is mounted."""
 
@@ -91,14 +91,14 @@ class Processes:
         return [process for process in self.all if inode in process.sockets]
 
     def watching(self, device: int, inode: int) -> list[Process]:
-        """Return the processes that watch a file or directory, without those that only keep descriptors."""
+        """Return the processes that watch a file or directory, except fd stores."""
         return [process for process in self.all if (device, inode) in process.watches and not process.is_holder]
 
 
 def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
-    """Return all processes below `root`/proc, except processes that end meanwhile.
+    """Return all processes below `root`/proc, except those that exit during the scan.
 
-    `booted` is the time of the boot in seconds since 1970 (default: that of this machine).
+    `booted` is the boot time in seconds since 1970 (default: the boot time of this machine).
     """
     if booted is None:
         booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -117,7 +117,7 @@ def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
         try:
             sockets, instances, watches = _descriptors(place)
         except PermissionError:
-            # Even root may not inspect some processes.
+            # Some processes cannot be inspected even by root.
             sockets, instances, watches, unseen = frozenset(), 0, (), os.geteuid() != 0
         except OSError:
             continue
@@ -138,7 +138,7 @@ def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
 
 
 def _descriptors(place: Path) -> tuple[frozenset[int], int, tuple[tuple[int, int], ...]]:
-    """Return sockets, the number of inotify descriptors, and watched files. Raises OSError."""
+    """Return the sockets, the number of inotify descriptors, and the watched files of a process. Raises OSError."""
     sockets: set[int] = set()
     instances = 0
     watches: list[tuple[int, int]] = []
@@ -146,7 +146,7 @@ def _descriptors(place: Path) -> tuple[frozenset[int], int, tuple[tuple[int, int
         try:
             target = str(fd.readlink())
         except FileNotFoundError:
-            continue  # The process has closed the descriptor meanwhile.
+            continue  # The process has just closed the descriptor.
         if match := _SOCKET.fullmatch(target):
             sockets.add(int(match[1]))
         elif _INOTIFY.fullmatch(target):
@@ -162,15 +162,15 @@ def _watches(fdinfo: str) -> Iterator[tuple[int, int]]:
 
 
 def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[int]:
-    """Return the inodes of the packet sockets of an interface and an EtherType in this network namespace."""
-    # thread-self: only this thread may be in the namespace.
+    """Return the inodes of the packet sockets for an interface and an EtherType in this network namespace."""
+    # Use thread-self, because only this thread may be in the network namespace.
     # Columns: sk, references, type, protocol, interface, running, memory, user, inode.
     rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
     return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:
-    """Return the inodes of the sockets of this network namespace that are bound at `path`."""
+    """Return the inodes of the sockets of this network namespace that are bound to `path`."""
     # Columns: num, references, protocol, flags, type, state, inode, path. The path may contain spaces.
     rows = (line.split(None, 7) for line in lines_of(root / "proc/thread-self/net/unix")[1:])
     return [int(row[6]) for row in rows if len(row) == 8 and row[7] == path]

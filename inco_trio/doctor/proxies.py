@@ -38,7 +38,7 @@ class Users:
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     unseen: int
-    """Sockets of processes that this user may not inspect."""
+    """Number of sockets of processes that this user may not inspect."""
 
     @property
     def proxy(self) -> Process | None:
@@ -51,7 +51,7 @@ class Users:
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
     """Return the processes with packet sockets of our EtherType on the interface `index`.
 
-    The predecessor of inco-trio opens a socket for all EtherTypes. Other programs with such sockets are left out.
+    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
     """
     inodes = packet_sockets(index, ETHERTYPE, root)
     for inode in packet_sockets(index, ETH_P_ALL, root):
@@ -61,7 +61,7 @@ def users_of_interface(index: int, processes: Processes, root: Path = Path("/"))
 
 
 def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
-    """Return the processes with the socket that is bound at the path of a `unix:` link."""
+    """Return the processes that hold the socket bound to the path of a `unix:` link."""
     return _users(unix_sockets(address.local, root), processes)
 
 
@@ -79,7 +79,7 @@ def _users(inodes: Iterable[int], processes: Processes) -> Users:
 
 
 def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
-    """Check that exactly one proxy serves the link; `start` is the command that starts one."""
+    """Check that exactly one proxy serves the link. `start` is the command that starts a proxy."""
     if users.unseen:
         text = "a process that this user may not inspect has a socket of this link; only root can see which one"
         yield warn("proxy", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
@@ -103,7 +103,7 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that there is at most one process, which `does` its work. With several proxies, each `harm`."""
+    """Check that only one process uses `subject`. `does` is its work; `harm` is what each of several proxies does."""
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
@@ -117,7 +117,7 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
 
 
 def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Result]:
-    """Check that an fd store has the socket of the proxy open too, so that a restart loses nothing."""
+    """Check that an fd store keeps the proxy's socket, so that no notifications are lost during a restart."""
     proxy = users.proxy
     if proxy is None:
         return
@@ -146,7 +146,7 @@ def _value_of(option: str, command: Sequence[str]) -> str | None:
 
 
 def configuration(path: Path, proxy: Process, read_at: float | None = None) -> Iterator[Result]:
-    """Check that a proxy has read its configuration since the file changed.
+    """Check that a proxy has read the current version of its configuration file.
 
     `read_at` is the time of the last read in seconds since 1970 (default: the start of the process).
     """

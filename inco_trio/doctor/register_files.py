@@ -57,7 +57,7 @@ def _register(signal: Signal) -> Iterator[Result]:
     try:
         status = path.lstat()
     except OSError:
-        return  # The proxy creates the file. The check of the directory reports other errors.
+        return  # Not an error here: the proxy creates a missing file, and `directory` reports other errors.
     if not stat.S_ISREG(status.st_mode):
         fix = f"rmdir {quoted}" if stat.S_ISDIR(status.st_mode) else f"rm {quoted}"
         yield fail("registers", path, f"{kind_of_file(status.st_mode)}, not a regular file: the proxy refuses it", fix)
@@ -71,7 +71,7 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     """Check that inotify reports writes in an IRQ directory.
 
     The check writes nothing, because other processes would see the file or notification. The type of the filesystem
-    shows whether another system can write there without an event. Opening the directory shows whether inotify works.
+    shows whether other hosts can write to it without an event. Opening the directory shows whether inotify works.
     """
     existing, kind = filesystem(path, root)
     if kind in UNREPORTED:
@@ -109,7 +109,7 @@ def _opening_is_reported(path: Path) -> bool:
 
 
 def held_open(signals: Iterable[Signal], proxies: Iterable[Process]) -> Iterator[Result]:
-    """Check that no other process holds a register open, which hides notifications."""
+    """Check that no other process holds a register open, because that hides notifications."""
     ours = {process.pid for process in proxies}
     for signal, pid, text in open_registers(signals):
         if pid not in ours:

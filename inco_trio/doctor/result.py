@@ -13,7 +13,7 @@ __all__ = ["Level", "Result", "fail", "ok", "permit", "warn"]
 
 
 class Level(enum.IntEnum):
-    """How bad a result is; a greater level is worse."""
+    """The severity of a result. A higher level is worse."""
 
     OK = 0
     WARN = 1
@@ -24,19 +24,16 @@ class Level(enum.IntEnum):
 
 @attrs.frozen
 class Result:
-    """The result of one check."""
-
     level: Level
     check: str
     """The name of the check, for scripts."""
     subject: str
-    """The interface, path or setting."""
+    """The interface, path or setting that was checked."""
     found: str
     fix: str | None = None
-    """The command that fixes the problem, for root where needed. If None, `found` says what to do."""
+    """The command that fixes the problem; it may need root. If it is None, `found` says what to do."""
 
     def as_dict(self) -> dict[str, str | None]:
-        """Return the JSON object of the result."""
         return {
             "level": self.level.name.lower(),
             "check": self.check,
@@ -46,22 +43,19 @@ class Result:
         }
 
     def __str__(self) -> str:
-        """Return all but the level in one line."""
+        """Return everything except the level in one line."""
         return f"{self.subject}: {self.found}" + ("" if self.fix is None else f": run: {self.fix}")
 
 
 def ok(check: str, subject: object, found: str) -> Result:
-    """Return a result without a problem."""
     return Result(Level.OK, check, str(subject), found)
 
 
 def warn(check: str, subject: object, found: str, fix: str | None = None) -> Result:
-    """Return a result of `Level.WARN`."""
     return Result(Level.WARN, check, str(subject), found, fix)
 
 
 def fail(check: str, subject: object, found: str, fix: str | None = None) -> Result:
-    """Return a result of `Level.FAIL`."""
     return Result(Level.FAIL, check, str(subject), found, fix)
 
 
@@ -71,5 +65,5 @@ def permit(path: Path, mode: str) -> str:
     try:
         owned = path.lstat().st_uid == uid
     except OSError:
-        owned = False  # The path has just been removed.
+        owned = False  # The path no longer exists.
     return f"chmod {mode} {quoted}" if owned else f"chown {uid} {quoted}"

@@ -21,21 +21,21 @@ __all__ = ["Boards", "serve"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Deadline in seconds for the greeting of a proxy: a stopped proxy must not delay the scrape."""
+"""Timeout in seconds for the greeting of a proxy, so that a suspended proxy does not delay the scrape."""
 ALL = 5.0
-"""Deadline in seconds for all proxies. By default, Prometheus waits for 10 seconds."""
+"""Timeout in seconds for all proxies. Prometheus waits 10 seconds for the response by default."""
 AT_ONCE = 256
-"""Limit of the proxies that are queried at once."""
+"""Maximum number of proxies that are queried concurrently."""
 CONNECTIONS_MAX = 256
-"""Limit of the HTTP connections; a further connection ends the oldest one."""
+"""Maximum number of HTTP connections. A further connection closes the oldest one."""
 REQUEST_MAX = 8192
-"""The longest request, in bytes."""
+"""Maximum size of a request in bytes."""
 REQUEST_PATIENCE = 5.0
-"""Deadline in seconds for a client to send its request, and again to read the response."""
+"""Timeout in seconds for receiving a request, and again for sending the response."""
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 Answer = tuple[BoardStatus, ...] | str | None
-"""The boards of a proxy, or why it does not answer; None for a stale socket."""
+"""The boards of a proxy, or the reason why the proxy does not answer, or None for a stale socket."""
 
 
 class Boards:
@@ -45,7 +45,7 @@ class Boards:
         self._controls = controls
         self._problems = Problems()
         self._names: dict[Path, str] = {}
-        """The last known name of each proxy, for a proxy that does not answer."""
+        """The last known name of each proxy, for use while the proxy does not answer."""
         self._asking = trio.Lock()
         self._metrics, self._number = "", 0
 
@@ -76,7 +76,7 @@ class Boards:
                 self._problems.failed(path, answer)
             else:
                 self._problems.well(path)
-            # Interfaces in two network namespaces may have one name, but the labels of series must differ.
+            # Interfaces in two network namespaces may have the same name, but metrics need different labels.
             name = self._names.get(path, str(path))
             reported.append(Reported(str(path) if name in names else name, None if isinstance(answer, str) else answer))
             names.add(name)
@@ -110,14 +110,13 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
 
 
 class _Scrapes:
-    """The HTTP connections. Each one has one request."""
+    """The HTTP connections. Each connection serves one request."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
         self._open: dict[trio.CancelScope, None] = {}
 
     async def answer(self, stream: trio.SocketStream) -> None:
-        """Answer one request and close the connection."""
         with trio.CancelScope() as scope:
             self._open[scope] = None
             if len(self._open) > CONNECTIONS_MAX:
@@ -139,7 +138,7 @@ class _Scrapes:
 
 
 async def _method(stream: trio.SocketStream) -> bytes:
-    """Return the method of a request; empty if the client sends no complete request."""
+    """Return the HTTP method of a request, or b'' if the client does not send a complete request."""
     request = b""
     while b"\r\n\r\n" not in request:
         data = await stream.receive_some(REQUEST_MAX)

@@ -29,7 +29,7 @@ COUNTERS = {
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
 }
-"""Name and help of the metric of each counter."""
+"""The name and help text of each counter's metric."""
 SIGNALS = {
     "count": ("notifications", "counter", "Notifications that were delivered or sent."),
     "failures": ("notification_failures", "counter", "Failed attempts to deliver or send a notification."),
@@ -41,12 +41,12 @@ HISTORY = {
     "merged": ("merged_notifications", "counter", "Notifications that were merged before they were acknowledged."),
     "followed": ("followed", "gauge", "Whether the board has a follower, such as the gateway to a broker."),
 }
-"""The metrics of a board that has had a follower."""
+"""Metrics that exist only for boards that have had a follower."""
 
 Samples = list[tuple[Mapping[str, str], float]]
-"""Labels and value of each sample."""
+"""The labels and the value of each sample."""
 Family = tuple[str, str, str, Samples]
-"""Name, type, help and samples of a metric."""
+"""The name, type, help text and samples of a metric."""
 
 
 @attrs.frozen
@@ -54,9 +54,9 @@ class Reported:
     """The status that one proxy reported."""
 
     proxy: str
-    """The label of the metrics."""
+    """The value of the label `proxy`."""
     boards: tuple[BoardStatus, ...] | None
-    """None if the proxy does not answer."""
+    """The status of each board, or None if the proxy does not answer."""
 
 
 def openmetrics(boards: Iterable[BoardStatus]) -> str:
@@ -65,7 +65,7 @@ def openmetrics(boards: Iterable[BoardStatus]) -> str:
 
 
 def openmetrics_of_proxies(reported: Iterable[Reported]) -> str:
-    """Return the metrics of several proxies, and of their boards with a label `proxy`."""
+    """Return the metrics of several proxies and of their boards, with the label `proxy`."""
     return _text(_of_proxies([*reported]))
 
 
@@ -120,6 +120,6 @@ def _lines(name: str, kind: str, text: str, samples: Samples) -> Iterator[str]:
 
 
 def _escaped(label: str) -> str:
-    """Return a label value with escapes. Board names and paths need not be UTF-8."""
+    """Escape a label value. Board names and paths need not be valid UTF-8."""
     text = label.encode(errors="backslashreplace").decode()
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,4 +1,4 @@
-"""The boards of a gateway: the events to publish, and the counts of those published."""
+"""The boards of a gateway, each with a queue of events to publish and counters of published events."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from inco_trio.control.protocol import BoardStatus, Event
 __all__ = ["BATCH", "Board"]
 
 BATCH = 256
-"""Limit of the notifications that are published at once."""
+"""Maximum number of notifications that are published concurrently."""
 
 
 @attrs.define(eq=False)
 class Board:
-    """A board and its queue of events, which wait until the broker has acknowledged them."""
+    """A board and its queue. Events stay in the queue until the broker has acknowledged them."""
 
     name: str
     source: Conversation | None = None
-    """The connection to the proxy of the board, also after the proxy closed the board."""
+    """The connection to the board's proxy, even if the proxy has closed the board."""
     is_open: bool = False
     """Whether the proxy has the board open."""
     running: bool | None = None
-    """Whether the link is up."""
+    """Whether the link is up, or None if unknown."""
     status: BoardStatus | None = None
     """The last status from the proxy."""
     published: int = 0
     """Notifications that the broker has acknowledged."""
     merged: int = 0
-    """The part of `published` that the proxy had merged."""
+    """How many of the `published` notifications the proxy had merged."""
     arrived: trio.Event = attrs.Factory(trio.Event)
-    """Set when events arrive."""
+    """Wakes `batch` when events arrive."""
     changed: trio.Event = attrs.Factory(trio.Event)
     _waiting: deque[Event] = attrs.Factory(deque)
     _last: tuple[str, int] = ("", 0)
-    """History and number of the last published notification."""
+    """The history (`Event.boot`) and sequence number of the last published notification."""
 
     def follow(self, source: Conversation) -> None:
-        """Take events from another connection, which repeats all events that are not acknowledged."""
+        """Take events from a new connection. The proxy repeats all unacknowledged events on it."""
         self.source, self.is_open = source, True
         self._waiting.clear()
         self.change()
 
     def leave(self, source: Conversation) -> None:
-        """Take no more events from a connection."""
+        """Stop taking events from a connection."""
         if self.source is source:
             self.source = self.running = None
             self.is_open = False
@@ -59,7 +59,7 @@ class Board:
         self.changed = trio.Event()
 
     def add(self, event: Event) -> None:
-        """Queue a notification, or merged ones, from the proxy."""
+        """Queue a notification or merged notifications from the proxy."""
         self._waiting.append(event)
         self.arrived.set()
 
@@ -69,7 +69,7 @@ class Board:
             self.arrived = trio.Event()
             await self.arrived.wait()
         number = min(len(self._waiting), BATCH)
-        # One number acknowledges all merged notifications, so publish them together.
+        # A single number acknowledges all merged notifications, so publish them together.
         while number < len(self._waiting) and self._waiting[number].event == "merged":
             number += 1
         return self.source, [self._waiting[n] for n in range(number)]
@@ -80,7 +80,7 @@ class Board:
         return event.event == "notification" and event.boot == boot and event.sequence <= number
 
     def done(self, source: Conversation | None, events: list[Event], new: list[Event]) -> None:
-        """Remove `events` that came from `source`; the broker has acknowledged those in `new`."""
+        """Remove `events` from the queue if they came from `source`. Count the events in `new` as published."""
         if self.source is source:
             for _ in events:
                 self._waiting.popleft()

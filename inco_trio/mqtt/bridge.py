@@ -3,12 +3,12 @@
 Each side publishes the frames of its local core to `<prefix>/<end>/frames`, and writes the frames of the other side to
 its local core. A message contains frames in order, and the number of the first frame:
 
-- A frame is dequeued from the link's socket after the broker has acknowledged it, with one message in flight. If the
-  process dies or loses the broker, it publishes the same frames with the same numbers again. The other side drops
-  frames that it has written already.
+- A frame is dequeued from the link's socket after the broker has acknowledged it. One message is in flight at a time.
+  If the process dies or the connection breaks, the same frames are published again with the same numbers. The other
+  side drops frames that it has already written.
 - A message is acknowledged to the broker after its frames have been written to the local core.
-- At most WINDOW frames are in flight; the other side reports its progress on request. If the other core reads nothing,
-  the broker's queue therefore does not overflow: the local core waits, as on a single host.
+- At most WINDOW frames are in flight; the other side reports its progress on request. If the other core does not read
+  its frames, the broker's queue therefore does not overflow: the local core waits, as on a single host.
 
 An fd store keeps the numbers together with the socket. Without an fd store, a new process starts a new numbering, and
 frames that were in flight arrive twice.
@@ -59,9 +59,9 @@ logger = logging.getLogger(__name__)
 SESSION = 86_400
 """Seconds for which the broker queues messages for a side that is offline."""
 AGAIN = 2.0
-"""Seconds until the bridge publishes a message again that the broker refused, or that had no subscriber."""
+"""Seconds until the next attempt to publish a message that the broker refused or that had no subscriber."""
 SUSPICION = 60.0
-"""Seconds within which a second sign of another process on this side counts as proof."""
+"""Seconds within which two indications of another process on this side count as proof."""
 
 
 @attrs.define
@@ -71,7 +71,6 @@ class Counts:
     published: int = 0
     """Frames of the local core that the broker has acknowledged."""
     written: int = 0
-    """Frames written to the local core."""
     duplicates: int = 0
     """Frames dropped because the bridge had written them before."""
     missed: int = 0
@@ -81,7 +80,7 @@ class Counts:
 
 
 class Bridge:
-    """The side of the core at `address.peer`. `ends` has the name of this side and the name of the other side."""
+    """One side of a bridge, for the core at `address.peer`. `ends` has the names of this side and of the other side."""
 
     def __init__(self, broker: Broker, ends: tuple[str, str], address: UnixAddress, fd_store: FdStore) -> None:
         self.counts = Counts()
@@ -91,12 +90,12 @@ class Bridge:
         self._resources = contextlib.ExitStack()
         self._problems = Problems()
         self._changed = trio.Event()
-        """Set and replaced when the link or the other side may have changed."""
+        """An event that is set and replaced whenever the link or the other side may have changed."""
         self._reported = trio.Event()
         self._instance = os.urandom(8).hex()
-        """Distinguishes this process from another process on the same side."""
+        """A random ID that distinguishes this process from another process on the same side."""
         self._suspected = -math.inf
-        """When a message last indicated another process on this side."""
+        """The time at which a message last indicated another process on this side."""
         self._announced = False
         """Whether the status `online` of this process was published."""
         self._other_is_online: bool | None = None
@@ -124,7 +123,7 @@ class Bridge:
                 self._fd_store.store(name, fd)
 
     def close(self) -> None:
-        """Close the link. Frames in its socket stay there if an fd store keeps the socket."""
+        """Close the link. If an fd store keeps the socket, the frames queued in the socket are kept."""
         self._resources.close()
 
     def log_statistics(self) -> None:
@@ -135,7 +134,7 @@ class Bridge:
             log_statistics(counts)
 
     async def run(self, credentials: Credentials, ready: Callable[[], None]) -> None:
-        """Transfer frames until cancelled. Raises SessionTakenError if another process is this side, and as `_open`."""
+        """Transfer frames until cancelled. Raises the errors of `_open`, and SessionTakenError for a second process."""
         if not self._is_open:
             self._open()
         async with plain_nursery() as nursery:
@@ -205,7 +204,7 @@ class Bridge:
             await self._publish_all(connection)
 
     async def _sort(self, connection: Connection, entry: trio.MemorySendChannel[Received]) -> None:
-        """Handle received messages, but pass frames to `entry`: reports of the other side must not wait behind them."""
+        """Handle received messages. Pass frames to `entry`, so that reports do not wait for writes of frames."""
         async for received in connection.received:
             if received.topic == self._topic(self._other, "frames"):
                 await entry.send(received)
@@ -238,14 +237,14 @@ class Bridge:
         if is_online is not self._other_is_online:
             self._other_is_online = is_online
             logger.info("%s: %s is %s", self._broker, self._other, "online" if is_online else "offline")
-            self._reported.set()  # Request a report again: not every broker reports a message without subscribers.
+            self._reported.set()  # Request a report again: the broker may have dropped the last request.
         self._change()
 
     def _is_taken(self, instance: str, state: str) -> bool:
-        """Return whether another process has taken this side, which not every broker reports."""
+        """Return whether another process has taken over this side. Not every broker reports this itself."""
         if not self._announced or instance == self._instance or state == "left":
             return False
-        # A single sign may come from a broker whose older state was restored.
+        # One indication is not enough: the broker may have restored an older state.
         before, self._suspected = self._suspected, trio.current_time()
         return self._suspected - before < SUSPICION
 
@@ -263,7 +262,7 @@ class Bridge:
                 await link.wait_readable()
                 continue
             if progress.number(link.queue):
-                continue  # A new socket has replaced the previous one, which was empty.
+                continue  # A new socket has replaced the previous socket, which was empty.
             await self._publish_batch(connection, Batch(progress.boot, progress.following, frames))
             for _ in frames:
                 progress.taken()
@@ -321,7 +320,7 @@ class Bridge:
             self._progress.wrote(batch.boot, number)
 
     async def _write(self, frame: bytes) -> None:
-        """Write a frame to the local core; wait until the core runs and its socket has room."""
+        """Write a frame to the local core. Wait until the core runs and its socket has room."""
         link, backoff = self._link, Backoff()
         while True:
             changed = self._changed
@@ -347,7 +346,7 @@ class Bridge:
 
 
 def _open_link(address: UnixAddress, held: int | None, note: memoryview, names: Names) -> UnixLink:
-    """Return the link, with the inherited socket if that is bound to the right address."""
+    """Return the link. It uses the inherited socket `held` if that is bound to the right address."""
     if held is not None:
         link = UnixLink.take(address, held, note, names)
         if link.fits:

@@ -1,4 +1,4 @@
-"""The messages of a bridge: batches of numbered frames, reports and status as MQTT payloads. No I/O."""
+"""The MQTT payloads of a bridge: batches of numbered frames, reports and status. This module does no I/O."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ class Batch:
     """Frames of one side, in order."""
 
     boot: bytes
-    """8 bytes that identify the numbering: each new socket starts a new numbering."""
+    """8 bytes that identify the numbering. Each new socket starts a new numbering."""
     first: int
     """The number of the first frame."""
     frames: Sequence[bytes]
     report: bool = False
-    """Whether the sender asks the other side to report the last number that it has written."""
+    """Whether the sender requests a report of the last number that the other side has written."""
 
     def encode(self) -> bytes:
-        """Return the MQTT payload of the batch."""
         parts = [_HEADER.pack(_MAGIC, self.boot, self.first, self.report)]
         for frame in self.frames:
             parts += _LENGTH.pack(len(frame)), frame

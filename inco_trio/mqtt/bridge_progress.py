@@ -1,4 +1,4 @@
-"""The numbers of both directions of a bridge, in a memfd that outlives the process if an fd store keeps it."""
+"""The frame numbers of both directions of a bridge, in a memfd that an fd store can keep during a restart."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
-"""Limit of the frames that are published but not reported as written. By default, mosquitto queues 1,000 messages."""
+"""Maximum number of published frames that are not reported as written. mosquitto queues 1,000 messages by default."""
 BOOTS_MAX = 16
-"""Numberings of the other side that are kept, because the broker may repeat messages of the latest ones."""
+"""Number of the other side's numberings that are kept. The broker may repeat messages of recent numberings."""
 _MAGIC = b"inco-trio bridge 1\n"
 
 
@@ -36,7 +36,7 @@ class Memory:
             os.ftruncate(fd, PAGE + TABLE)
             os.pwrite(fd, _MAGIC, 0)
             if held is not None:
-                os.close(held)  # Close only now: the new descriptor must get another number to be stored.
+                os.close(held)  # Close it last: the new descriptor must get a different number to be stored.
         view = memoryview(mmap.mmap(fd, PAGE + TABLE))
         return cls(fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:]))
 
@@ -46,7 +46,7 @@ class Memory:
 
 
 class Progress:
-    """The numbers of the frames that both directions have finished."""
+    """The numbers of the last frames that were finished in each direction."""
 
     _SENT, _WRITTEN, _LIMIT = b"sent:", b"written:", b"limit"
 
@@ -73,7 +73,7 @@ class Progress:
         return self.following <= self._numbers[self._LIMIT]
 
     def reported(self, number: int) -> None:
-        """Note that the other side has written all frames up to `number`."""
+        """Record that the other side has written all frames up to `number`."""
         if number < self.following:
             self._numbers[self._LIMIT] = max(self._numbers[self._LIMIT], number + WINDOW)
 
@@ -96,7 +96,7 @@ class Progress:
         return self._numbers[self._key(boot)]
 
     def wrote(self, boot: bytes, number: int) -> None:
-        """Note that the frame `number` was written."""
+        """Record that the frame `number` was written."""
         key = self._key(boot)
         self._numbers[key] = number
         if key not in self._boots:

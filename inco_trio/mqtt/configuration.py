@@ -23,7 +23,7 @@ PREFIX = "inco-trio"
 URL_EXPECTED = "mqtt://HOST[:PORT][/PREFIX]"
 STATUS_SECONDS_MAX = 86_400.0
 SECRET_MAX = 65_535
-"""The longest user name or password, in bytes (MQTT 5, 1.5.6)."""
+"""Maximum length of a user name or password, in bytes (MQTT 5, 1.5.6)."""
 
 
 @attrs.frozen
@@ -95,7 +95,7 @@ def parse_broker(url: str) -> Broker:
     except ValueError as error:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
     if parts.username is not None or parts.password is not None:
-        # The message does not contain the URL, because that may have a password.
+        # Do not show the URL, because it may contain a password.
         text = "has a user or password, which all users can see (use user_file and password_file of --config)"
         raise InvalidArgumentError("broker URL", text)
     prefix = unquote(parts.path).strip("/") or PREFIX
@@ -133,7 +133,7 @@ def read_gateway(path: Path) -> GatewayConfig:
 
 
 def _faults(config: GatewayConfig) -> list[str]:
-    """Return the mistakes in values of the right type."""
+    """Return the mistakes in a configuration whose values have the right types."""
     faults = []
     if config.boards is not None and not config.boards:
         faults.append("boards: an empty list (leave the key out for all boards)")

@@ -41,23 +41,23 @@ __all__ = [
 ]
 
 PATIENCE = 10.0
-"""Deadline in seconds for each answer of the broker."""
+"""Timeout in seconds for each answer of the broker."""
 KEEPALIVE = 30
 """Seconds without traffic after which paho pings the broker."""
 RECEIVE_MAX = 1000
-"""Limit of unacknowledged messages from the broker."""
+"""Maximum number of unacknowledged messages from the broker."""
 PACKET_MAX = 4 << 20
-"""Limit of the size of a packet from the broker, in bytes."""
+"""Maximum size of a packet from the broker, in bytes."""
 INFLIGHT_MAX = 1000
-"""Limit of unacknowledged messages to the broker, unless the broker's limit is lower."""
+"""Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
 FAREWELL = 1.0
-"""Deadline in seconds for sending DISCONNECT."""
+"""Timeout in seconds for sending DISCONNECT."""
 _UNHEARD = 0x10
 """Reason code: the topic has no subscribers."""
 _TAKEN = 0x8E
 """Reason code: another connection uses the same client identifier."""
 _FAILURE = 0x80
-"""Reason codes from this one on are failures (MQTT 5, 2.4)."""
+"""Reason codes of at least this value are failures (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157}
 """Reason codes of a CONNACK that may be temporary, such as a busy broker."""
 
@@ -128,9 +128,9 @@ class _Awaited:
     """The acknowledgements that one call waits for."""
 
     left: int
-    """How many are missing."""
+    """How many acknowledgements are missing."""
     reasons: list[str | None]
-    """Why the broker refused each message; None if it did not."""
+    """The reason why the broker refused each message, or None if it accepted the message."""
     heard: bool = False
     """Whether messages without subscribers count as refused."""
     done: trio.Event = attrs.Factory(trio.Event)
@@ -148,16 +148,16 @@ class Connection:
         self._write = trio.Event()
         self._answered = trio.Event()
         self.ended = trio.Event()
-        """Set when the connection is lost."""
+        """An event that is set when the connection is lost."""
         self._lost: IncoError | None = None
         self._window = 1
         """The broker's limit of unacknowledged packets."""
         self._room = trio.Event()
         self._number = 0
-        """Acknowledgements received."""
+        """Number of acknowledgements received so far."""
         self._awaited: dict[int, tuple[_Awaited, int]] = {}
         self._entry, self.received = trio.open_memory_channel[Received](RECEIVE_MAX + 1)
-        """Received messages; never more than RECEIVE_MAX."""
+        """The received messages. There are never more than RECEIVE_MAX."""
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_publish = self._on_acknowledged
@@ -176,7 +176,7 @@ class Connection:
         awaited = _Awaited(len(messages), [None] * len(messages), heard)
         for number, message in enumerate(messages):
             while len(self._awaited) >= self._window:
-                if self._room.is_set():  # Do not replace an event that other tasks are waiting for.
+                if self._room.is_set():  # Do not replace an event that other tasks wait for.
                     self._room = trio.Event()
                 await self._wait(self._room)
             properties = message.properties(PacketTypes.PUBLISH)
@@ -342,7 +342,7 @@ class Connection:
     async def _keep_alive(self) -> None:
         await self._answered.wait()
         while self._lost is None:
-            # paho replaces KEEPALIVE by the broker's Server Keep Alive. 0 means that neither side sends pings.
+            # paho replaces KEEPALIVE with the broker's Server Keep Alive. 0 means that neither side sends pings.
             await trio.sleep(self._client.keepalive / 6 or math.inf)
             self._client.loop_misc()
 
@@ -380,7 +380,7 @@ def _set_tcp_option(sock: Any, option: int) -> None:
 def _close(client: paho.Client) -> None:
     sock = client.socket()
     if sock is not None:
-        with contextlib.suppress(RuntimeError):  # An abandoned thread has no Trio.
+        with contextlib.suppress(RuntimeError):  # An abandoned thread runs outside Trio.
             trio.lowlevel.notify_closing(sock)
         client.on_socket_close = None
         sock.close()
@@ -399,14 +399,14 @@ async def open_connection(
 ) -> AsyncIterator[Connection]:
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
-    The broker keeps the session for `session` seconds after that; `clean` discards an earlier session. Raises
-    BrokerLostError and BrokerRefusedError. If the connection is lost while the block runs, the block is cancelled.
+    The broker keeps the session for another `session` seconds. `clean` discards an earlier session. If the connection
+    is lost, the block is cancelled. Raises BrokerLostError and BrokerRefusedError.
     """
     client = paho.Client(
         CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTv5, manual_ack=True, reconnect_on_failure=False
     )
     client.connect_timeout = patience
-    client.max_inflight_messages_set(INFLIGHT_MAX)  # Set the limit before the broker reports its own.
+    client.max_inflight_messages_set(INFLIGHT_MAX)  # This limit applies until the broker reports its own.
     client.max_queued_messages_set(0)
     _identify(client, broker, credentials)
     if will is not None:
@@ -466,7 +466,7 @@ async def _connect(client: paho.Client, broker: Broker, session: int, *, clean: 
     def connect() -> None:
         client.connect(broker.host, broker.port, KEEPALIVE, clean_start=clean, properties=properties)
         if (sock := client.socket()) is not None:
-            # Otherwise a packet would wait for the acknowledgement of the previous packet.
+            # Without TCP_NODELAY, each packet would wait until the previous one is acknowledged.
             _set_tcp_option(sock, socket.TCP_NODELAY)
         if abandoned:
             _close(client)

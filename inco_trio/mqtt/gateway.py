@@ -44,25 +44,25 @@ __all__ = ["Gateway"]
 logger = logging.getLogger(__name__)
 
 AT_START = 2.0
-"""Deadline in seconds for the answers of running proxies at the start. Slower proxies are followed later."""
+"""Timeout in seconds for the answers of running proxies at startup. Slower proxies are followed later."""
 LOOK_AGAIN = 0.5
 """Seconds between two searches for control sockets."""
 SESSION = 86_400
-"""Seconds for which the broker queues requests to send while no gateway is connected."""
+"""Seconds for which the broker queues send requests while no gateway is connected."""
 SHORT = 3.0
-"""A connection that lasts fewer seconds is short: another gateway may have taken the session back."""
+"""Seconds below which a connection is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
-"""Consecutive short connections that make the gateway report another gateway."""
+"""Number of consecutive short connections after which the log mentions another gateway."""
 SENDING_MAX = 16
-"""Limit of the signals of a board that are being sent at once."""
+"""Maximum number of send requests per board that are handled concurrently."""
 SEND_PATIENCE = 10.0
-"""Deadline in seconds for the link to accept a requested frame."""
+"""Timeout in seconds for the link to accept the frame of a send request."""
 REFUSED_AGAIN = 2.0
-"""Seconds until the next attempt after the broker has refused a message, or a proxy the gateway."""
+"""Seconds until the next attempt after the broker has refused a message or a proxy has refused the gateway."""
 
 
 class Gateway:
-    """Publishes the configured boards of the proxies at `controls`, or of all proxies on this host."""
+    """The publisher of the configured boards of the proxies at `controls`, or of all proxies on this host."""
 
     def __init__(self, broker: Broker, config: GatewayConfig, controls: Sequence[Path] | None = None) -> None:
         self._broker = broker
@@ -70,11 +70,11 @@ class Gateway:
         self._controls = controls
         self._boards: dict[str, Board] = {}
         self._proxies: dict[Path, trio.Event] = {}
-        """By socket path: set after the first attempt to follow the proxy."""
+        """By socket path, an event that is set after the first attempt to follow the proxy."""
         self._problems = Problems()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Publish until cancelled. Call `ready` once the proxies that run at the start are followed."""
+        """Publish until cancelled. Call `ready` once all proxies that are already running are followed."""
         async with trio.open_nursery() as nursery:
             await self._look(nursery)
             with trio.move_on_after(AT_START):
@@ -88,14 +88,14 @@ class Gateway:
                 await self._look(nursery)
 
     async def _look(self, nursery: trio.Nursery) -> None:
-        """Follow proxies whose control sockets are new."""
+        """Start following the proxies whose control sockets have just appeared."""
         for path in self._controls if self._controls is not None else await trio.to_thread.run_sync(sockets):
             if path not in self._proxies:
                 self._proxies[path] = trio.Event()
                 nursery.start_soon(self._follow, path, nursery)
 
     async def _follow(self, path: Path, nursery: trio.Nursery) -> None:
-        """Follow the proxy at `path` until the proxy ends."""
+        """Follow the proxy at `path` until it exits."""
         followed = self._proxies[path]
         try:
             await self._follow_once(path, nursery, followed)
@@ -133,7 +133,7 @@ class Gateway:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
         if board.source is source:
-            # The proxy has reopened the board. Keep the queue, which still has the last events of the old history.
+            # The proxy has reopened the board. Keep the queue, which has the last events of the old history.
             board.is_open = True
             board.change()
             return board
@@ -196,7 +196,7 @@ class Gateway:
                 begun = -math.inf
                 if short >= SHORT_ONES:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
-                # All boards share this key, because they usually have the same problem.
+                # All boards share this key, so that a problem of the broker is logged once.
                 self._problems.failed("broker", f"{what}; notifications wait, retrying", self._broker)
             await trio.sleep(backoff.next())
 
@@ -221,7 +221,7 @@ class Gateway:
             self._problems.well(board, board.name)
             board.done(source, events, new)
             if source is not None:
-                with contextlib.suppress(ProxyNotFoundError):  # The next proxy repeats what is not acknowledged.
+                with contextlib.suppress(ProxyNotFoundError):  # The next proxy repeats unacknowledged events.
                     await source.write(protocol.AcknowledgeRequest(board.name, events[-1].sequence, events[-1].boot))
 
     async def _publish_status(self, board: Board, topics: Topics, connection: Connection) -> None:
@@ -287,7 +287,7 @@ class Gateway:
         topic = received.response_topic
         assert topic is not None  # noqa: S101 - `_send` has checked it
         if topic == self._broker.prefix or topic.startswith(f"{self._broker.prefix}/"):
-            # Clients would take the answer for a message of a gateway, and a gateway for a request.
+            # A client could mistake the answer for a notification, and a gateway for a request.
             logger.warning("%s: response topic %s: must be outside of the prefix", received.topic, topic)
             return
         await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])

@@ -11,7 +11,7 @@ _OF_MQTT = frozenset("/+#%")
 
 
 def level(name: str) -> str:
-    """Return `name` as a topic level: as in a URL, `%` and two digits replace characters that a level cannot have."""
+    """Encode `name` as a topic level: replace each byte that a level cannot contain with `%XX`, as in a URL."""
     return "".join(
         char
         if char.isprintable() and char not in _OF_MQTT
@@ -21,7 +21,7 @@ def level(name: str) -> str:
 
 
 def name_of(level: str) -> str:
-    """Return the name that `level` has encoded."""
+    """Decode a topic level that `level` has encoded."""
     return unquote_to_bytes(level).decode(errors="surrogateescape")
 
 

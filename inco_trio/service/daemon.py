@@ -1,4 +1,4 @@
-"""The daemon `inco-trio run`: its boards, its control socket, and a diagnosis after the start."""
+"""The daemon `inco-trio run`: its boards, its control socket, and a diagnosis after startup."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Boards(Served, Protocol):
     """The boards of a daemon: a single board, or a directory of boards."""
 
     def open(self, fd_store: FdStore, listener: Listener | None) -> AbstractAsyncContextManager[None]:
-        """Open the proxies while the block runs. Raises IncoError."""
+        """Keep the proxies open while the block runs. Raises IncoError."""
 
     async def reload(self) -> None:
         """Reload the configuration. Raises IncoError if the new configuration is refused."""
@@ -85,15 +85,15 @@ class OneBoard:
 
 
 async def read_aside(read: Callable[[], _R]) -> _R:
-    """Return `read()`, called in a thread because reading files would delay notifications."""
+    """Call `read` in a thread, because reading files would delay notifications; return its result."""
     try:
         return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
-    except RuntimeError:  # No thread can be started. Reading in the event loop delays notifications, but works.
+    except RuntimeError:  # No thread can be started: read in the event loop.
         return read()
 
 
 class Daemon:
-    """The service of `boards`. `control` is the path of the control socket, "none", or None for the default path."""
+    """The daemon for `boards`. `control` is the path of the control socket, "none", or None for the default path."""
 
     def __init__(self, boards: Boards, label: str, control: str | None, fd_store: FdStore) -> None:
         self.name = boards.name
@@ -111,7 +111,7 @@ class Daemon:
 
     @asynccontextmanager
     async def _answering(self, background: trio.Nursery) -> AsyncIterator[Listener | None]:
-        """Serve the control socket while the block runs. The proxies run without it if it cannot be opened."""
+        """Serve the control socket while the block runs. If the socket cannot be opened, the proxies run without it."""
         with ExitStack() as resources:
             try:
                 listener = self._control_socket(resources)
@@ -131,7 +131,7 @@ class Daemon:
                     await control.closed.wait()
 
     def _control_socket(self, resources: ExitStack) -> socket.socket | None:
-        """Return the listening socket, or None if it is disabled or has no default path. Raises OSError."""
+        """Return the listening control socket, or None if it is disabled or has no default path. Raises OSError."""
         if self._control == "none":
             return None
         if self._control is not None:
@@ -146,7 +146,7 @@ class Daemon:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            # Interfaces in two network namespaces may have the same name. Remove the sockets of killed processes.
+            # An interface in another network namespace has the same name: use a path that contains our PID.
             for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
                 with contextlib.suppress(OSError):
                     if not place.is_live(left):
@@ -155,13 +155,13 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self) -> None:
-        # Not trio.to_thread: the end of its thread would wake the event loop.
+        # Do not use trio.to_thread, which wakes the event loop when its thread ends.
         with contextlib.suppress(RuntimeError):  # No thread can be started. The diagnosis is optional.
             threading.Thread(target=self._diagnose, daemon=True).start()
 
     def _diagnose(self) -> None:
-        """Log what may prevent notifications. Call this after readiness: reading all of /proc takes time."""
-        # Vanished files and a lack of descriptors only stop the diagnosis.
+        """Log conditions that may prevent notifications. Call this after readiness: reading /proc takes time."""
+        # A vanished file or a lack of descriptors ends the diagnosis, but not the daemon.
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):
                 logger.warning("%s", line)

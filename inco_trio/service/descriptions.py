@@ -33,7 +33,7 @@ __all__ = [
 PREFIX = "inco-trio-"
 _GATEWAY, _EXPORTER, _BRIDGE = "mqtt", "exporter", "wire-"
 _RESERVED = {"fdholder": "the fd store", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
-"""Labels that a link cannot have."""
+"""Labels that a link cannot have, because other services have them."""
 _NET_RAW = "AmbientCapabilities=CAP_NET_RAW\nCapabilityBoundingSet=CAP_NET_RAW\n"
 _NO_CAPABILITY = "AmbientCapabilities=\nCapabilityBoundingSet=\n"
 _RIGHTS_OF_INTERFACE = f"""\
@@ -47,7 +47,7 @@ _RIGHTS_OF_BOARDS = f"""\
 
 
 def find_program() -> list[str]:
-    """Return the command that starts this inco-trio again.
+    """Return the command that runs this installation of inco-trio.
 
     A service may have privileges, so -I isolates Python from the user's site directory, PYTHON* variables and the
     current directory. If inco_trio is not importable that way, -P isolates Python only from the current directory.
@@ -59,7 +59,6 @@ def find_program() -> list[str]:
 
 @cache
 def template(name: str) -> str:
-    """Return the text of a file in `templates`."""
     return resources.files(__package__).joinpath("templates", name).read_text()
 
 
@@ -68,19 +67,19 @@ class Service:
     """The description of a service."""
 
     label: str
-    """The name of the service, without the prefix, and of its stored descriptors."""
+    """The name of the service without the prefix. Its stored descriptors have the same name."""
     of: str
     """The purpose of the service, as text."""
     words: tuple[str, ...]
     """The command and its arguments."""
     warnings: tuple[str, ...] = ()
-    """Warnings about files that cannot be read now."""
+    """Warnings about configuration files that cannot be read at the moment."""
     rights: str = ""
     """The directives of a systemd unit that grant rights. Empty for clients of proxies, which need no fd store."""
     capability: str = ""
     """The capability to keep, as an argument of setpriv(1)."""
     namespaces: str = "yes"
-    """RestrictNamespaces= of a systemd unit."""
+    """The value of RestrictNamespaces= in a systemd unit."""
 
     @property
     def is_client(self) -> bool:
@@ -134,12 +133,12 @@ def account_of(user: str) -> pwd.struct_passwd:
     """Return the account of a user. Raises InvalidArgumentError."""
     try:
         return pwd.getpwnam(user)
-    except (KeyError, ValueError):  # ValueError: a NUL, or characters that a name cannot contain
+    except (KeyError, ValueError):  # ValueError: the name contains a NUL or another invalid character
         raise InvalidArgumentError(f"--user {user}: no such user") from None
 
 
 def _label(link: str) -> str:
-    """Return the name of the service of a link. Raises InvalidArgumentError if the link cannot have one."""
+    """Return the label of a link's service. Raises InvalidArgumentError if the link cannot have a service."""
     try:
         label = parse_address(link).label
     except InvalidArgumentError as error:

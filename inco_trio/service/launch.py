@@ -39,25 +39,25 @@ from inco_trio.service.launch import run_child
 del sys.path[0]
 sys.exit(run_child())
 """
-"""The child's program. It imports this copy of the package, installed or not."""
+"""The Python program of the child. It imports this copy of the package, even if the copy is not installed."""
 _OF_OUR_SUPERVISOR = {"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
 
 Wait = Callable[[Sequence[int], float], Sequence[int]]
-"""Waits until a descriptor is readable or a number of seconds has passed; returns the readable ones. May raise."""
+"""A function that waits for readable descriptors, with a timeout in seconds, and returns them. It may raise."""
 
 
 def wait_readable(fds: Sequence[int], timeout: float) -> Sequence[int]:
-    """Wait with select(2)."""
+    """Wait with select(2), as `Wait` describes."""
     return select.select(fds, [], [], timeout)[0]
 
 
 class Launched:
     """A running `inco-trio ARGUMENT...`, whose output is appended to the file `log`.
 
-    The process ends when the thread that started it ends (PR_SET_PDEATHSIG of prctl(2)), and does not get Ctrl-C.
+    The process ends when the thread that started it ends (PR_SET_PDEATHSIG of prctl(2)). Ctrl-C does not reach it.
     `netns` is a descriptor of its network namespace. `listen_fds` are passed as in sd_listen_fds(3). The process gets
-    the variables in `environment`, but not those of the caller's supervisor. `prefix` is a command that runs the rest
-    of the command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
+    the variables in `environment`, but none of the caller's supervisor. `prefix` is a command that runs the rest of the
+    command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Launched:
         self.is_ready = False
         inherited = dict(listen_fds or {})
         self.ready_fd, write_ready = os.pipe()
-        """Readable once the process is ready or has ended: call `see_ready` then."""
+        """A descriptor that is readable once the process is ready or has exited. Then call `see_ready`."""
         settings = {
             "parent": os.getpid(),
             "names": None if listen_fds is None else list(inherited),
@@ -103,26 +103,25 @@ class Launched:
             os.close(write_ready)
         self.pid = self.process.pid
         self.end_fd = os.pidfd_open(self.pid)
-        """Readable once the process has ended."""
+        """A pidfd, which is readable once the process has exited."""
 
     @property
     def log(self) -> str:
-        """The output so far."""
         return self._log.read_text(errors="replace")
 
     def see_ready(self) -> bool:
-        """Read `ready_fd`; return whether the process is ready. If not, it has ended, or does not report readiness."""
+        """Read `ready_fd`; return whether the process is ready. If not, it has exited or does not report readiness."""
         self.is_ready = self.is_ready or os.read(self.ready_fd, 1) == b"\n"
         return self.is_ready
 
     def wait_ready(self, timeout: float, wait: Wait = wait_readable) -> bool:
-        """Wait until the process is ready or has ended, `timeout` seconds at most; return whether it is ready."""
+        """Wait at most `timeout` seconds until the process is ready or has exited; return whether it is ready."""
         return bool(wait([self.ready_fd], timeout)) and self.see_ready()
 
     def wait_log(self, text: str, timeout: float, *, after: int = 0) -> str | None:
-        """Wait for a complete line with `text` in the log, and return the first one; skip `after` characters.
+        """Wait until the log has a complete line that contains `text` after the first `after` characters.
 
-        Return None if the process ends first, or after `timeout` seconds.
+        Return the first such line, or None if the process exits first or after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
         with contextlib.closing(Inotify()) as changes:
@@ -147,7 +146,6 @@ class Launched:
             return self.process.wait()
 
     def close(self) -> None:
-        """Stop the process if it runs, and close the descriptors."""
         self.stop()
         os.close(self.ready_fd)
         os.close(self.end_fd)
@@ -160,7 +158,7 @@ def _isolation() -> str:
 
 
 def run_child() -> int:
-    """Become the process that `Launched` describes; return its exit code. Raises OSError."""
+    """Run as the child process that `Launched` describes; return the exit code. Raises OSError."""
     settings = json.loads(os.environ.pop(_SETTINGS))
     if not end_with_parent(settings["parent"]):
         return 1
@@ -169,7 +167,7 @@ def run_child() -> int:
         os.close(settings["netns"])
     inherited, ready, arguments = settings["fds"], settings["ready"], sys.argv[2:]
     if inherited:
-        # The numbers that sd_listen_fds(3) prescribes may be in use: move all descriptors away first.
+        # The numbers that sd_listen_fds(3) requires may be in use: first move all descriptors out of the way.
         passed = [*inherited, *([] if ready is None else [ready])]
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in passed]
         for fd in passed:

@@ -10,23 +10,23 @@ __all__ = ["STANDARD_ERROR", "STANDARD_OUTPUT", "printable", "write_at_once"]
 STANDARD_OUTPUT = 1
 STANDARD_ERROR = 2
 PIECE = 4096
-"""PIPE_BUF of pipe(7): a pipe that is writable takes this many bytes without blocking."""
+"""PIPE_BUF (pipe(7)): a writable pipe accepts this many bytes without blocking."""
 
 
 def printable(text: str) -> str:
-    """Return `text` with escapes for line breaks and terminal controls, which paths and process names may contain."""
+    """Escape line breaks and terminal controls in `text`. Paths and process names may contain them."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def write_at_once(fd: int, data: bytes, patience_ms: int = 0) -> tuple[int, str | None]:
-    """Write `data` to `fd`, and wait at most `patience_ms` milliseconds until it is writable. Raises nothing.
+    """Write `data` to `fd`, and wait at most `patience_ms` milliseconds for it to become writable.
 
-    Return the number of bytes written, and the reason if some were not.
+    Never raise: return the number of bytes written and, if some were not, the reason.
     """
     written = 0
     try:
         while written < len(data):
-            # Not poll(2), which fails if the limit of open descriptors is 0.
+            # Do not use poll(2), which fails if the limit of open descriptors is 0.
             if not select.select((), (fd,), (), patience_ms / 1000)[1]:
                 return written, "the reader is too slow"
             written += os.write(fd, data[written : written + PIECE])

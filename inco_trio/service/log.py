@@ -1,10 +1,10 @@
 """The log on a standard stream: text, or one JSON object per line.
 
-Text has no timestamps, because the supervisor's logger adds them. The proxy never waits for the reader of its log. If
-the stream is full or closed, lines are lost; the next written line reports their number.
+Text has no timestamps, because the supervisor's logger adds them. The proxy does not wait for a slow reader of its log.
+If the stream is full or closed, lines are lost; the next line that can be written reports how many.
 
-A warning or error with the same cause, such as a link that goes up and down, is logged once per second: the first
-occurrence at once, then the latest one with the number of omitted lines, see `service.throttle`.
+Warnings and errors with the same cause, such as a link that goes up and down, are logged once per second: the first one
+immediately, then the latest one with the number of omitted lines, see `service.throttle`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["log_statistics", "set_up_logging"]
 logger = logging.getLogger(__name__)
 
 PATIENCE_MS = 10
-"""Milliseconds that a line waits for a slow reader. After one such timeout, lines no longer wait."""
+"""Maximum time in milliseconds to wait for a slow reader. After a lost line, do not wait until one succeeds."""
 
 
 class _Json(logging.Formatter):
@@ -55,7 +55,7 @@ class _Text(logging.Formatter):
 
 
 class _Lines(logging.Handler):
-    """Write each record to the descriptor `fd` at once, or drop it."""
+    """A handler that writes each record to the descriptor `fd`, or drops it if `fd` is not writable."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Lines(logging.Handler):
 
 
 def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR) -> None:
-    """Write the package's log to the descriptor `fd` as `text` or `json`; `verbose` adds each notification."""
+    """Write the package's log to the descriptor `fd` as `text` or `json`; `verbose` also logs each notification."""
     handler = _Lines(fd)
     handler.setFormatter(_Json() if log_format == "json" else _Text())
     package = logging.getLogger("inco_trio")
@@ -125,6 +125,5 @@ def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR) 
 
 
 def log_statistics(counters: dict[str, int]) -> None:
-    """Log the counters by name."""
     text = " ".join(f"{name}={count}" for name, count in counters.items())
     logger.info("statistics: %s", text, extra={"event": "statistics", "fields": counters})

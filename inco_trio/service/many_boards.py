@@ -43,7 +43,7 @@ class ManyBoards:
         async with open_fleet(self._boards.configs, fd_store, self._boards.refused, listener) as proxies:
             self._proxies = proxies
             self._log_open()
-            # Keep the garbage collector from scanning the objects created so far, which would delay all boards.
+            # Do not let the garbage collector scan all objects created so far: that would delay all boards.
             gc.freeze()
             gc.enable()
             yield
@@ -88,6 +88,6 @@ class ManyBoards:
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open descriptors to the maximum: a board needs four or five."""
+    """Raise the limit of open descriptors to its maximum, because each board needs four or five."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,8 +1,8 @@
 """The process signals of a service, from the start of the process to its end.
 
-The handlers record each signal until the runner takes it. A stop signal that arrives while modules are imported, or
-while the service is stopping, is therefore handled like any other. The command line imports this module first, so it
-imports almost nothing itself.
+The handlers record each signal until the runner takes it. A stop signal is therefore not lost if it arrives while
+modules are imported or while the service is stopping. The command line imports this module first, so this module
+imports almost nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ __all__ = ["STOPS", "end_by_interrupt", "held", "hold", "listening", "take", "wa
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HELD = (*STOPS, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 2
-"""Stop signals that end the process cleanly. One more ends it at once."""
+"""Number of stop signals that stop the process cleanly. The next one ends it immediately."""
 
 
 class _Held:
     def __init__(self) -> None:
-        # In order of arrival. A signal that arrives twice before it is taken counts once.
+        # The signals in order of arrival. A signal that arrives twice before `take` is recorded once.
         self.arrived: dict[int, None] = {}
         self.stops = 0
         self.tell: Callable[[], object] | None = None
 
     def arrive(self, number: int, _frame: object) -> None:
-        """Record a signal. This is the handler; it must not raise, because it may interrupt any code."""
+        """Record a signal. This is the signal handler: it must not raise, because it may interrupt any code."""
         if number in STOPS:
             self.stops += 1
             if self.stops > PATIENCE:
@@ -46,16 +46,16 @@ _held = _Held()
 
 
 def hold() -> None:
-    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on, instead of their default actions."""
+    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on, instead of taking their default actions."""
     for number in HELD:
         signal.signal(number, _held.arrive)
-    # The parent may have blocked the signals until now, so that none arrives before the handlers are set.
+    # The parent may have blocked the signals, so that none arrives before the handlers are set.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Record the signals while the block runs, and ignore them afterwards, while the interpreter ends."""
+    """Record the signals while the block runs. Ignore them afterwards, while the interpreter shuts down."""
     hold()
     try:
         yield
@@ -72,7 +72,7 @@ def take() -> list[int]:
 
 @contextmanager
 def listening(tell: Callable[[], object]) -> Iterator[None]:
-    """Call `tell` in the handler of each signal, and once at the start for earlier signals."""
+    """Call `tell` whenever a signal arrives, and once at the start for signals that arrived earlier."""
     _held.tell = tell
     try:
         tell()
@@ -98,6 +98,6 @@ def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
 
 
 def end_by_interrupt() -> None:
-    """End the process by SIGINT, like a program that does not handle it."""
+    """Kill this process with SIGINT, as if it had no handler for the signal."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

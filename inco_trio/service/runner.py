@@ -33,7 +33,7 @@ class Service(Protocol):
     """A service that `run_service` runs."""
 
     name: str
-    """The name in the log."""
+    """The name of the service in the log."""
 
     async def run(self, runner: Runner) -> None:
         """Work until cancelled. Call `runner.ready` once ready, and run `runner.follow_reloads`. Raises IncoError."""
@@ -42,7 +42,7 @@ class Service(Protocol):
         """Reload the configuration. Raises IncoError if the new configuration is refused."""
 
     def log_statistics(self) -> None:
-        """Log the counters, if there are any. Also called at the end."""
+        """Log the counters, if there are any. This is also called when the service ends."""
 
 
 def run_service(
@@ -60,7 +60,7 @@ def run_service(
         trio.run(Runner(service, notification_fd).run)
     except IncoError:
         raise
-    except Exception as error:  # Log the traceback, and return an exit code to the supervisor.
+    except Exception as error:  # Log the traceback, and exit with a code for the supervisor.
         if refused := _exhausted(error):
             raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
         logger.exception("internal error: please report this fault of inco-trio")
@@ -69,33 +69,33 @@ def run_service(
 
 
 def _exhausted(error: Exception) -> OSError | None:
-    """Return the cause if it is a system limit. Trio itself can hit such a limit too."""
+    """Return the cause of `error` if it is a system limit. Trio itself may reach such a limit, too."""
     cause = unwrapped(error, only=True)
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
 
 class Runner:
-    """Runs one service, and is the argument of its `run`."""
+    """The runner of one service, and the argument of `Service.run`."""
 
     background: trio.Nursery
-    """For tasks that run until the service has ended. A stop signal does not cancel them."""
+    """The nursery for tasks that run until the service has ended. A stop signal does not cancel them."""
 
     def __init__(self, service: Service, notification_fd: int | None) -> None:
         self._service = service
         self._notification_fd = notification_fd
         self._is_ready = trio.Event()
         self._stop = trio.CancelScope()
-        # One pending reload is enough: it reads the newest configuration.
+        # One pending reload is enough, because it reads the newest configuration.
         self._hang_up, self._hang_ups = trio.open_memory_channel[None](1)
 
     async def run(self) -> None:
-        """Run the service until a stop signal, or its failure, ends it."""
+        """Run the service until a stop signal arrives or the service fails."""
         failure: IncoError | None = None
         async with trio.open_nursery() as self.background:
             await self.background.start(self._follow_signals)
             try:
                 with self._stop:
-                    await trio.lowlevel.checkpoint_if_cancelled()  # If a stop signal has arrived, open nothing.
+                    await trio.lowlevel.checkpoint_if_cancelled()  # Do not start after a stop signal.
                     await self._service.run(self)
             except IncoError as error:
                 failure = error
@@ -115,7 +115,7 @@ class Runner:
             logger.info("%s: ready", self._service.name, extra={"event": "ready"})
 
     async def _follow_signals(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Handle process signals. `task_status.started` is called after earlier signals have been handled."""
+        """Handle process signals. Call `task_status.started` after earlier signals have been handled."""
         entry, arrivals = trio.open_memory_channel[None](1)
         token = trio.lowlevel.current_trio_token()
         with process_signals.listening(lambda: token.run_sync_soon(_send_once, entry, idempotent=True)):
@@ -156,7 +156,7 @@ Work = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 class Restarting:
-    """A service that restarts its work at each reload. `prepare` reads the configuration, and may raise IncoError."""
+    """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """The s6 scan directory that `inco-trio s6` writes.
 
-The services refer to each other by relative paths, so a scan directory can be copied or moved, and the limit of 107
-bytes for a socket address does not limit its path. See https://skarnet.org/software/s6/servicedir.html and
-https://skarnet.org/software/s6/s6-fdholderd.html (rules).
+The services refer to each other by relative paths. A scan directory can therefore be copied or moved, and its path may
+be longer than a socket address (107 bytes). See https://skarnet.org/software/s6/servicedir.html and, for the rules,
+https://skarnet.org/software/s6/s6-fdholderd.html.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MISPLACED = frozenset({
 def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
-    The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Only files that
-    differ are written. Return a line for each of them, and warnings. Raises InvalidArgumentError,
+    The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Write only
+    files that differ. Return a line for each written file, and the warnings. Raises InvalidArgumentError,
     PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
@@ -61,7 +61,7 @@ def write_scandir(directory: Path, *, service: Service, user: str | None, progra
 
 
 _Tree = dict[str, tuple[str, int]]
-"""Path below the scan directory to content and mode."""
+"""The content and mode of each file, by its path below the scan directory."""
 
 
 def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
@@ -77,15 +77,15 @@ def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tre
     name = PREFIX + service.label
     script = template("run-with-fd-store" if held else "run")
     run = script.format(holder=_FD_STORE, setpriv=setpriv, program=shlex.join(command))
-    # The rules of the fd store grant rights to this user.
+    # `_service_uids` reads this file to grant the user rights in the fd store.
     uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if held else {}
-    # log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.
+    # Write log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.
     return {
         f"{name}/log/run": (template("log-run"), 0o755),
         **uid,
         f"{name}/finish": (template("finish"), 0o755),
         f"{name}/notification-fd": ("3\n", 0o644),
-        # In milliseconds. inco-trio finishes accepted notifications within 5 s.
+        # Milliseconds until s6 kills the process. inco-trio finishes accepted notifications within 5 s.
         f"{name}/timeout-kill": ("10000\n", 0o644),
         f"{name}/run": (run, 0o755),
     }
@@ -106,7 +106,7 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
         path = service / "data/uid"
         try:
             path.lstat()
-            text = path.read_bytes().strip() if path.is_file() else b"none"  # reading a FIFO would block
+            text = path.read_bytes().strip() if path.is_file() else b"none"  # Reading a FIFO would block.
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
@@ -114,13 +114,13 @@ def _service_uids(directory: Path) -> tuple[dict[int, list[str]], list[Path]]:
         label = service.name.removeprefix(PREFIX)
         if re.fullmatch(rb"[0-9]{1,10}", text) and "\n" not in label:
             labels.setdefault(int(text), []).append(label)
-        elif text:  # Empty for a service without --user, which runs as the user of s6-svscan.
+        elif text:  # The file of a service without --user is empty.
             foreign.append(path)
     return labels, foreign
 
 
 def _rules(directory: Path, labels: dict[int, list[str]]) -> dict[str, str]:
-    """Return the access rules: root and the owner may do everything, a service user may only store own descriptors."""
+    """Return the fd store's access rules: full access for root and the owner, storing only for a service's user."""
     rules = {
         f"data/rules/uid/{uid}/env/S6_FDHOLDER_STORE_REGEX": f"^inco-trio/({'|'.join(map(_quote_for_regex, names))})/"
         for uid, names in labels.items()
@@ -155,16 +155,16 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
         new.chmod(mode)
         new.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # fails for the same reason
+        with contextlib.suppress(OSError):  # This may fail for the same reason.
             new.unlink(missing_ok=True)
-        # An error of write(2) has no file name.
+        # An error of write(2) does not contain the file name.
         error.filename = error.filename2 = str(path)
         raise
     return f"{'changed' if exists else 'created'} {path}"
 
 
 def _make_directory(path: Path) -> None:
-    """Create `path` and its parents with mode 755, whatever the umask is, for the users of the services."""
+    """Create `path` and its parents with mode 755 despite the umask, because service users need access."""
     if path.is_dir():
         return
     if path != path.parent:
@@ -174,7 +174,7 @@ def _make_directory(path: Path) -> None:
 
 
 def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
-    """Remove the rules of users that have no service any more."""
+    """Remove the rules of users that no longer have a service."""
     wanted = {path.split("/")[3] for path in rules}
     lines = []
     for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
@@ -190,5 +190,5 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
 
 
 def _quote_for_regex(text: str) -> str:
-    """Return `text` as a POSIX extended regular expression. re.escape would escape too much."""
+    """Escape `text` for a POSIX extended regular expression, in which re.escape() would escape too many characters."""
     return re.sub(r"[][.\\()*+?{}|^$]", r"\\\g<0>", text)

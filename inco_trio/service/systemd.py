@@ -40,17 +40,17 @@ def _directory(label: str) -> str:
 
 
 def _quote_text(text: str) -> str:
-    """Return `text` as one line without line breaks, NUL, backslash or %, which systemd would interpret."""
+    """Escape line breaks, NUL, backslashes and % in `text`, because systemd would interpret them."""
     return printable(text.replace("\\", "\\x5c")).replace("%", "%%")
 
 
 def _quote_word(text: str) -> str:
-    """Return `text` as one word of ExecStart=; see "Command lines" in systemd.service(5)."""
+    """Quote `text` as one word of ExecStart=; see "Command lines" in systemd.service(5)."""
     text = text.replace("%", "%%").replace("$", "$$")
     if re.fullmatch(r"[\w@%+=:,./$-]+", text, re.ASCII):
         return text
     text = text.replace("\\", "\\\\").replace('"', '\\"')
-    # A unit is UTF-8 text without control characters. C escapes stand for all other bytes.
+    # A unit is UTF-8 text without control characters. Write all other bytes as C escapes.
     return '"' + re.sub(r"[\0-\x1f\x7f\udc80-\udcff]", _escape, text) + '"'
 
 

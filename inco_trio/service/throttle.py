@@ -1,4 +1,4 @@
-"""The limit for repeated log lines: one line at once, then at most one summary per period for the same cause."""
+"""A rate limit for log lines with the same cause: the first line immediately, then at most one line per period."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 __all__ = ["PERIOD", "Throttle"]
 
 PERIOD = 1.0
-"""Seconds in which the same cause is logged once."""
+"""Minimum number of seconds between two log lines with the same cause."""
 
 
 @attrs.define
@@ -24,7 +24,7 @@ class _Cause:
 
 
 class Throttle:
-    """Decides which records are written now. It reads the clock `now`, and does no I/O."""
+    """A rate limiter that decides which records to write now and which to hold. `now` is the clock."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -39,11 +39,11 @@ class Throttle:
             self._causes[cause] = _Cause(now)
             return True
         found.held, found.number = (record, contextvars.copy_context()), found.number + 1
-        self._causes[cause] = found  # The last position: summaries are written in the order of the latest records.
+        self._causes[cause] = found  # Move to the end: `release` writes the latest record last.
         return False
 
     def release(self, write: Callable[[logging.LogRecord], None]) -> None:
-        """Write the held records, each in its context; `record.left_out` is the number of records that it replaces."""
+        """Write the held records, each in its context. Set `record.left_out` to the number of omitted records."""
         now = self._now()
         for found in self._causes.values():
             if found.held:
