@@ -1,6 +1,6 @@
-"""Scenarios with the proxy under s6 and a real second core, which the tests run on both kinds of link.
+"""Test scenarios with a proxy under s6 and a real core 1, for all kinds of link.
 
-Core 1 is a bare-metal guest of QEMU. The guest answers each outbound signal with an inbound signal.
+Core 1 is a bare-metal guest in QEMU. It answers outbound signals with inbound signals.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ FLOOD = 5_000  # Two events each: below the 16,384 of max_queued_events, so no s
 
 
 class Here:
-    """Stand in for the namespace that this process is already in."""
+    """A replacement for a `Namespace` that runs functions without changing the namespace."""
 
     def run(self, start: Callable[[], Any]) -> Any:
         return start()
 
 
 class Board:
-    """A board whose proxy runs under s6 in `core0`, and whose core 1 runs in QEMU on `netdev` in `core1`."""
+    """A board with a proxy under s6 in the namespace `core0`, and QEMU on `netdev` in the namespace `core1`."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Board:
         address = parse_address(link)
         self.round_trips = ROUND_TRIPS
         self.link_knows_its_peer = isinstance(address, UnixAddress)
-        """Whether the link is down while no process is at its other end."""
+        """Whether the proxy considers the link down while core 1 is not running."""
         self._netdev, self._core1 = netdev, core1
         self._stack = contextlib.ExitStack()
         inbound = {f"in_{number}": f"in_{number}_state" for number in range(SIGNALS)}
@@ -68,23 +68,23 @@ class Board:
         self.guest = self._stack.enter_context(self.boot())
 
     def boot(self) -> Guest:
-        """Return core 1. Signals 0 to 2 make it reset, flood and report; it echoes signals from 4 on."""
+        """Return core 1. It resets on out_0, floods on out_1, reports counters on out_2 and echoes out_4 and above."""
         return Guest(self._netdev, self._rules, log=self.home / "guest.log", namespace=self._core1)
 
     def consumer(self, number: int) -> Consumer:
-        """Return a consumer that waits for an inbound signal."""
+        """Return a consumer that waits for the inbound signal with this number."""
         made = Consumer(self.irq / f"in_{number}_state")
         self._stack.callback(made.close)
         return made
 
     def trigger(self, number: int, times: int = 1) -> None:
-        """Notify core 1 of an outbound signal."""
+        """Write to the trigger file of the outbound signal with this number."""
         for _ in range(times):
             trigger(self.irq / f"out_{number}_trig")
 
     @property
     def pid(self) -> int:
-        """The process id of the proxy, which changes with each restart."""
+        """The PID of the proxy, which changes with each restart."""
         return main_process(self.service.directory)
 
     def kill_proxy(self) -> None:
@@ -109,7 +109,7 @@ Scenario = Callable[[Board], None]
 
 
 def every_signal_passes_each_way(board: Board) -> None:
-    board.first.wait(1)  # sent at boot
+    board.first.wait(1)  # The guest sends in_3 at boot.
     consumers = {number: board.consumer(number) for number in range(4, SIGNALS)}
     for number in consumers:
         board.trigger(number)
@@ -123,7 +123,7 @@ def round_trips_survive_kills(board: Board) -> None:
         if number % (board.round_trips // KILLS) == board.round_trips // KILLS // 2:
             board.kill_proxy()
         board.trigger(4)
-        # Delivery is at least once: a notification in flight at the kill may arrive twice.
+        # Delivery is at least once: a notification that is in flight when the proxy is killed may arrive twice.
         consumer.wait_at_least(number + 1)
     extra = consumer.count - board.round_trips
     assert extra <= 2 * KILLS
@@ -174,11 +174,11 @@ def a_guest_that_is_started_again_is_found(board: Board) -> None:
         board.guest.wait_ready()
         board.first.wait(1 + starts)
         if board.link_knows_its_peer:
-            # The proxy sends all frames that it kept. QEMU drops the first if the guest has not yet started its card.
+            # The proxy sends all pending frames. QEMU drops the first if the guest has not started its card yet.
             arrived = board.counters()["known"] - 1
             assert arrived in (49, 50)
         else:
-            # The link accepted the frames, and the bridge had no port to forward them to.
+            # The link accepted the frames, but the network bridge dropped them because it had no port for core 1.
             assert consumer.count == received
             board.trigger(4, 50)
             arrived = 50

@@ -1,8 +1,9 @@
 """Measure many boards on one machine: a few proxy processes, one gateway for each process, and one mosquitto.
 
-`nox -s fleet -- --boards 500 --seconds 60`. This program plays the second cores, which send to their boards in turn. It
-looks for the highest total rate at which no notification is lost or waits longer than a second, and then measures at
-that rate. Latency is the time from the proxy's timestamp (when it closed the state file) to a reader at the broker.
+Run it with `nox -s fleet -- --boards 500 --seconds 60`. This program simulates core 1 of every board and sends to the
+boards in turn. It looks for the highest total rate at which no notification is lost or waits longer than a second, and
+then measures at that rate. Latency is the time from the proxy's timestamp (when it closed the state file) until a
+client of the broker receives the notification.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ FRAME = encode(b"ihub_hwwd_irq", MAC)
 HERTZ = os.sysconf("SC_CLK_TCK")
 RATES = (100, 200, 300, 400, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000)
 TRIAL = 8.0
-"""Seconds for which each rate is tried."""
+"""Duration in seconds of the trial of each rate."""
 BACKLOG = 1.0
-"""Seconds that notifications may wait for the broker."""
+"""Maximum time in seconds that a notification may wait for the broker."""
 
 
 @attrs.frozen
 class Used:
-    """Resources that processes have used."""
+    """CPU time and memory that processes have used."""
 
     seconds: float
     mib: float
 
     @classmethod
     def by(cls, *pids: int) -> Used:
-        """Return the total CPU seconds and the current resident memory of processes (proc_pid_stat(5))."""
+        """Return the total CPU time and the current proportional set size (PSS) of processes (proc_pid_stat(5))."""
         seconds = mib = 0.0
         for pid in pids:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -73,7 +74,7 @@ class Result:
     p50: float
     p99: float
     cpu: dict[str, float]
-    """Percent of one CPU, by kind of process."""
+    """CPU usage in percent of one CPU, by kind of process."""
     mib: dict[str, float]
 
     @property
@@ -88,7 +89,7 @@ class Result:
 
 
 def read(port: int, pipe: Connection) -> None:
-    """Read from the broker in a separate process, and report through `pipe` what arrived since the last report."""
+    """Run as a process that subscribes to the broker and reports through `pipe` what arrived since the last report."""
     from paho.mqtt import client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
@@ -124,7 +125,7 @@ def read(port: int, pipe: Connection) -> None:
 
 
 class Fleet:
-    """The proxies, the gateways, the broker and the simulated second cores."""
+    """Proxies, gateways and a broker, with a simulated core 1 for each board."""
 
     def __init__(self, home: Path, stack: ExitStack, boards: int, processes: int) -> None:
         self.paths: list[tuple[str, socket.socket]] = []
@@ -186,7 +187,7 @@ class Fleet:
         }  # fmt: skip
 
     def run(self, rate: int, seconds: float) -> Result:
-        """Send to all boards in turn, `rate` frames per second; wait until all have arrived or no more arrive."""
+        """Send `rate` frames per second to the boards in turn; wait until all have arrived or none arrives for 3 s."""
         self._pipe.send("report")
         self._pipe.recv()
         before, start = self._used(), time.monotonic()
@@ -197,7 +198,7 @@ class Fleet:
                 path, peer = self.paths[sent % len(self.paths)]
                 peer.sendto(FRAME, path)
                 sent += 1
-            time.sleep(max(0.0, start + sent / rate - time.monotonic()))  # The pace of the load.
+            time.sleep(max(0.0, start + sent / rate - time.monotonic()))  # Limit the load to `rate`.
         took = time.monotonic() - start
         after, backlog = self._used(), self.waiting()
         last = -1
@@ -218,7 +219,7 @@ class Fleet:
 
 
 class Lone:
-    """A board that measures the latency of single notifications."""
+    """A board on which the latency of single notifications is measured."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         home.mkdir()
@@ -232,7 +233,7 @@ class Lone:
         self._trigger = self.board.irq / "message_6_trig"
 
     def inbound(self) -> float:
-        """Return the seconds from a frame to the close of the state file."""
+        """Return the seconds from sending a frame until the state file is closed."""
         start = time.perf_counter()
         self.board.inbound(self._core1)
         select.select([self._changes.fd], [], [])
@@ -241,7 +242,7 @@ class Lone:
         return took
 
     def outbound(self) -> float:
-        """Return the seconds from the close of a trigger file to its frame."""
+        """Return the seconds from closing a trigger file until core 1 receives the frame."""
         with self._trigger.open("w") as trigger:
             trigger.write("1")
             start = time.perf_counter()
@@ -266,7 +267,7 @@ def local(home: Path, stack: ExitStack, rounds: int) -> str:
                 times = []
                 for _ in range(100):
                     times.append(measure())
-                    time.sleep(0.002)  # Each notification starts while no other is in flight.
+                    time.sleep(0.002)  # Let the proxy and the gateway finish one notification before the next.
                 medians[which].append(statistics.median(times))
         ratios = sorted(b / a for a, b in zip(*medians, strict=True))
         shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} .. {ratios[-1]:.2f})"
@@ -301,7 +302,7 @@ def table(boards: int, result: Result) -> str:
 
 
 def main() -> int:
-    """Print the table; return 1 if anything was lost at the rate that was found."""
+    """Print the table; return 1 if a notification was lost at the rate that the search found."""
     parser = argparse.ArgumentParser(description="A fleet of boards on one machine.")
     parser.add_argument("--boards", type=int, default=500)
     parser.add_argument("--processes", type=int, default=4)

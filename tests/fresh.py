@@ -21,10 +21,10 @@ SUITES = ("bookworm", "trixie", "sid")
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 HOMES = {"root": "/root", "user": "/home/user"}
 ISOLATED = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
-"""Command prefix: the program gets its own mounts and processes, which end with the program."""
+"""Command prefix that runs a program in new mount and PID namespaces, which are removed when the program ends."""
 
-# The kernel refuses to create a user namespace in a chroot (unshare(2), EPERM). It compares the process's root with the
-# root of the mount namespace, so the script moves the system there before chroot (pivot_root(2), switch_root(8)).
+# In a chroot, the kernel refuses to create a user namespace (unshare(2), EPERM), because the root of the process is not
+# the root of the mount namespace. So the script first makes the new system that root (pivot_root(2), switch_root(8)).
 ENTER = """
 set -e
 mount --bind . .
@@ -55,7 +55,7 @@ def readme_command(section: str) -> str:
 
 
 def find_mirror() -> str:
-    """Return the Debian mirror from INCO_TRIO_DEBIAN_MIRROR, or the first that apt uses."""
+    """Return the Debian mirror from INCO_TRIO_DEBIAN_MIRROR, or the first mirror that apt uses."""
     if mirror := os.environ.get("INCO_TRIO_DEBIAN_MIRROR"):
         return mirror
     # The label excludes the security archive, which debootstrap cannot use.
@@ -71,12 +71,12 @@ def pip_settings() -> dict[str, str]:
 
 
 def as_environment(listed: str) -> dict[str, str]:
-    """Convert the output of `pip config list` to environment variables, without package directories.
+    """Convert the output of `pip config list` to environment variables, without local package directories.
 
-    A new system does not have these directories, nor the files that their pages link to.
+    The new system has neither these directories nor the package files to which their index pages link.
     """
     settings = {}
-    # Later sections take precedence.
+    # A later section overrides an earlier one, as in pip.
     for section in ("global.", "install.", ":env:."):
         for line in listed.splitlines():
             key, _, value = line.partition("=")
@@ -87,7 +87,7 @@ def as_environment(listed: str) -> dict[str, str]:
 
 
 def is_directory(word: str) -> bool:
-    """Return whether a word of pip's configuration names a package directory."""
+    """Return whether a word of pip's configuration names a local package directory."""
     return word.startswith("file:") or (word.startswith("/") and Path(word).is_dir())
 
 
@@ -160,16 +160,16 @@ def session(suite: str, user: str) -> str:
 
 
 def check(suite: str, mirror: str, settings: dict[str, str]) -> None:
-    """Run both commands as each user on a new system of the suite."""
+    """Create a system of the suite, and run two commands of the README on it as each user."""
     # Do not use /tmp: it may be mounted nodev, and debootstrap creates device nodes.
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix=f"inco-trio-{suite}-") as directory:
-        # Only root can enter the temporary directory itself.
+        # Use a subdirectory, because only root can enter the temporary directory itself.
         system = System(Path(directory) / suite, settings)
         system.build(suite, mirror)
         for user, home in HOMES.items():
             sys.stdout.write(f"{suite}, as {user}\n")
             output = system.run(user, f"{home}/inco-trio", readme_command("Try it"))
-            # Where namespaces are refused, the demonstration uses sockets.
+            # Without permission to create namespaces, the demonstration falls back to a Unix socket.
             if "Two cores (network namespaces)" not in output:
                 raise SystemExit(f"{suite}, as {user}: the demonstration did not use network namespaces")
             system.run(user, f"{home}/inco-trio", readme_command("Tests"), NOXSESSION=session(suite, user))

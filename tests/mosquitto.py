@@ -51,7 +51,7 @@ class Certificates:
         subprocess.run(["openssl", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL)
 
     def sign(self, name: str, days: int = 2) -> tuple[Path, Path]:
-        """Return a certificate and key for `name`, an address or client name; a negative `days` makes it expired."""
+        """Return a certificate and key for an IP address or client name; it has expired if `days` is negative."""
         place = self._directory / name
         certificate, key, request = (place.with_suffix(f".{end}") for end in ("pem", "key", "csr"))
         self._openssl("req", "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request), *_KEY)
@@ -68,7 +68,7 @@ _KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 class Mosquitto:
-    """The broker; `lines` are added to its mosquitto.conf(5)."""
+    """A mosquitto broker; `lines` are added to its mosquitto.conf(5)."""
 
     def __init__(self, directory: Path, *lines: str, tls: bool = False, verbose: bool = True) -> None:
         self.directory = directory
@@ -104,12 +104,12 @@ class Mosquitto:
             except ConnectionRefusedError:
                 assert self.process.poll() is None, self.log
                 assert time.monotonic() < deadline, self.log
-                time.sleep(0.01)  # Mosquitto does not report when it starts to listen.
+                time.sleep(0.01)  # Poll, because mosquitto does not report when it starts to listen.
             else:
                 return self
 
     def end(self, number: int = signal.SIGTERM) -> None:
-        """End the broker with a signal, also if it is stopped."""
+        """End the broker with a signal, even if it is suspended by SIGSTOP."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.send_signal(number)
@@ -187,7 +187,7 @@ class Reader:
         self, topic: str, payload: bytes = b"", *, response: str | None = None, correlation: bytes | None = None,
         retain: bool = False,
     ) -> None:  # fmt: skip
-        """Publish at QoS 1."""
+        """Publish a message at QoS 1 and wait for the acknowledgement."""
         properties: Any = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         if response is not None:
             properties.ResponseTopic = response
@@ -197,7 +197,7 @@ class Reader:
         info.wait_for_publish(HANG)
 
     def next(self, wanted: Callable[[Message], bool] = lambda _: True) -> Message:
-        """Return the next message for which `wanted` is true, and drop the others."""
+        """Return the next message for which `wanted` is true, and discard the messages before it."""
         while True:
             message = self.messages.get(timeout=HANG)
             if wanted(message):
@@ -206,7 +206,7 @@ class Reader:
     def settle(self) -> None:
         """Wait until the broker has delivered all messages of publishers that have stopped.
 
-        The broker handles one packet of each client per turn, so after 30 turns without a message none is left.
+        The broker handles one packet of each client per turn, so no message is left after 30 turns without one.
         """
         quiet = 0
         while quiet < 30:
@@ -218,13 +218,13 @@ class Reader:
             quiet = quiet + 1 if self._number == before + 1 else 0
 
     def until_status(self, board: str, **fields: object) -> Message:
-        """Return the next status message of a board that has these values."""
+        """Return the next status message of a board that contains these fields and values."""
         return self.next(
             lambda message: message.topic == f"lab/{board}/status" and fields.items() <= message.body.items()
         )
 
     def notifications(self) -> Iterator[Message]:
-        """Yield the notifications among the messages, in order."""
+        """Yield only those messages that are notifications, in order."""
         while True:
             yield self.next(lambda message: message.topic.split("/")[2] in ("inbound", "outbound"))
 
@@ -235,7 +235,7 @@ class Reader:
 
 
 class Gateway:
-    """A real process of `inco-trio mqtt` or of another service."""
+    """A process that runs `inco-trio mqtt` or another service of inco-trio."""
 
     def __init__(self, log: Path, *words: str | Path, environment: Mapping[str, str] | None = None) -> None:
         self._log = log

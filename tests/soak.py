@@ -24,11 +24,11 @@ from tests.faults.clients import Clients
 from tests.faults.storm import FAULTS, MEMORY_FILES, Report, Storm
 
 INTERVAL = 0.7
-"""Seconds between two faults: more than 1,000 faults in half an hour, pauses between rounds included."""
+"""Seconds between two faults. Half an hour, including the pauses between rounds, has more than 1,000 faults."""
 
 
 def main() -> int:
-    """Run the soak; return 1 if anything was lost or a client printed a traceback."""
+    """Run the soak test; return 1 if anything was lost or a client printed a traceback."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0, metavar="N", help="duration in minutes (default: 30)")
     parser.add_argument(
@@ -46,7 +46,7 @@ def main() -> int:
     args = parser.parse_args()
     say(f"soak: {args.minutes:g} minutes, seed {args.seed}")
     begin = time.monotonic()
-    # A shell without a terminal may start this program with SIGINT ignored; both signals must end all child processes.
+    # A shell without a terminal may start this program with SIGINT ignored. SIGINT and SIGTERM must end all children.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     with (

@@ -1,4 +1,4 @@
-"""Drop capabilities of the calling thread (capabilities(7)), so that tests that run as root are refused access."""
+"""Drop capabilities of the calling thread (capabilities(7)), so that the kernel refuses access even to root."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _VERSION_3 = 0x20080522
 
 
 def _call(function: str, data: ctypes.Array[ctypes.c_char]) -> None:
-    # struct __user_cap_header_struct: the version and pid 0, which is the calling thread.
+    # struct __user_cap_header_struct: the version, and PID 0 for the calling thread.
     header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0))
     check(getattr(libc, function)(header, data), function)
 
 
 @contextlib.contextmanager
 def without_capability(number: int) -> Iterator[None]:
-    """Remove a capability (0 to 31) from the effective set inside the block; has no effect for an ordinary user."""
+    """Remove a capability (0 to 31) from the effective set inside the block. This does nothing for an ordinary user."""
     # Two struct __user_cap_data_struct (effective, permitted, inheritable), low 32 bits first.
     before = ctypes.create_string_buffer(24)
     _call("capget", before)

@@ -1,4 +1,4 @@
-"""Helpers for tests of the control socket: a board with a daemon, and a client on a plain socket."""
+"""Helpers for tests of the control socket: a board with a proxy process, and a client on a plain socket."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Client:
         return self.read()
 
     def until(self, **wanted: object) -> dict[str, Any]:
-        """Return the next event that has these values."""
+        """Return the next event that contains these fields and values; discard the events before it."""
         while True:
             event = self.read()
             if wanted.items() <= event.items():
@@ -60,7 +60,7 @@ class Client:
         self.sock.close()
 
     def at_end(self) -> bool:
-        """Wait until the proxy closes the connection, ignoring remaining data; return True."""
+        """Discard all data until the proxy closes the connection; return True."""
         with contextlib.suppress(ConnectionResetError):
             while self._file.read(1 << 16):
                 pass
@@ -68,7 +68,7 @@ class Client:
 
 
 class Board:
-    """A board on a `unix:` link with its daemon; the test plays the second core."""
+    """A board on a `unix:` link with its proxy process; the test acts as core 1."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.irq, self.path = home, home / "irq", home / "run/control.sock"

@@ -16,20 +16,20 @@ FIRST = "         0          0 4294967295"
 
 
 class Tree:
-    """A root directory that starts with an empty /proc."""
+    """A fake root directory, initially with an empty /proc."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "proc").mkdir(parents=True)
 
     def put(self, path: str, text: str) -> None:
-        """Write a file."""
+        """Write a file at `path` below the fake root directory."""
         file = self.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
     def status(self, who: str, uid: int = 0, capabilities: int = 0) -> None:
-        """Write the status file of a process or of `self`."""
+        """Write /proc/WHO/status, where `who` is a PID or `self`."""
         text = f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t7\t7\t7\t7\nCapEff:\t{capabilities:016x}\n"
         self.put(f"proc/{who}/status", text)
 
@@ -45,7 +45,7 @@ class Tree:
         fds: Mapping[int, str] | None = None,
         watches: Mapping[int, str] | None = None,
     ) -> None:
-        """Write the files of a process that started `seconds` after boot, has `fds` and watches `watches`."""
+        """Write the /proc files of a process that started `seconds` after boot, with its descriptors and watches."""
         self.status(str(pid), uid, capabilities)
         ticks = seconds * os.sysconf("SC_CLK_TCK")
         self.put(f"proc/{pid}/stat", f"{pid} (a ) b) S {' '.join(['1'] * 18)} {ticks} 0\n")
@@ -71,5 +71,5 @@ def process(
     instances: int = 0,
     watches: tuple[tuple[int, int], ...] = (),
 ) -> Process:
-    """Return a Process as the doctor would read it."""
+    """Return a `Process` object as the doctor would read it from /proc."""
     return Process(pid, name, uid, tuple(command.split()), started, frozenset(sockets), instances, watches)

@@ -19,17 +19,17 @@ INBOUND = {
     "ihub_hwwd_irq": "message_5_state",
     "ihub_type_b_irq": "message_2_state",
 }
-"""Wire name to register of the signals from core 1 to core 0."""
+"""Map from wire name to register of the signals from core 1 to core 0."""
 OUTBOUND = {
     "redun_notify_irq": "message_6_trig",
     "ihub_crash_log_irq": "message_0_trig",
     "ihub_uart_irq": "message_1_trig",
 }
-"""Wire name to register of the signals from core 0 to core 1."""
+"""Map from wire name to register of the signals from core 0 to core 1."""
 
 
 class Cupboard:
-    """An fd store in this process; `heir` returns a store that passes the descriptors to the next proxy."""
+    """An fd store in this process. `heir` returns a second store, from which the next proxy inherits descriptors."""
 
     supervisor: str | None = "a test"
 
@@ -74,7 +74,7 @@ def write_udrv(
 
 
 def trigger(path: Path) -> None:
-    """Write to a trigger file and close it, like an application."""
+    """Write to a trigger file and close it, as an application does."""
     with path.open("w") as register:
         register.write("1")
 
@@ -100,7 +100,7 @@ def sockets_of(pid: int) -> set[str]:
     """Return the open sockets of a process as `socket:[INODE]`."""
     found = set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        # The process has closed this descriptor since the directory was listed.
+        # The process may have closed the descriptor since the directory was listed.
         with contextlib.suppress(FileNotFoundError):
             found.add(str(entry.readlink()))
     return {link for link in found if link.startswith("socket:")}

@@ -1,4 +1,4 @@
-"""Helpers that test the registers without a proxy."""
+"""Helpers for tests of the registers without a proxy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Clock", "World"]
 
 
 class Clock:
-    """Stand in for the module `time`, so that a test can advance the time."""
+    """A replacement for the module `time` whose clock the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -37,13 +37,13 @@ class Clock:
         return round(self.now * 1e9)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Replace the module `time` in the modules of the registers."""
+        """Replace the module `time` in the modules of `inco_trio.registers`."""
         for module in ("directories", "directory", "registers", "retries", "states", "triggers"):
             monkeypatch.setattr(f"inco_trio.registers.{module}.time", self, raising=False)
 
 
 class BoardShare(Share):
-    """One board's share of an inotify descriptor with which another board also watches directories."""
+    """One board's share of an inotify descriptor. Another board watches directories with the same descriptor."""
 
     def __init__(self, held: int | None, inflight: Inflight, watched: tuple[Path, ...]) -> None:
         self._others = (Inflight.open(), Inflight.open())
@@ -66,7 +66,7 @@ class BoardShare(Share):
 
 
 class World:
-    """Registers of one signal table and their descriptors; `again` returns a successor that inherits both.
+    """The registers of a signal table. `again` returns a successor that inherits the inotify and in-flight descriptors.
 
     `shared` lists directories that another board watches with the same inotify descriptor; None means no sharing.
     """
@@ -106,18 +106,18 @@ class World:
         return parse_events(buffer[: self.inotify.read_into(buffer)])
 
     def take(self, triggered: Triggered) -> list[str]:
-        """Return the names of the triggered signals, and record their watches as after sending."""
+        """Return the names of the triggered signals, and record their watches, as the proxy does after sending."""
         for key, wd in triggered.watches.items():
             self.inflight.watches[key] = wd
         return [signal.name for signal in triggered.signals]
 
     def open(self) -> list[str]:
-        """Open the registers; return the signals that opening and the queued events trigger."""
+        """Open the registers; return the names of the signals that this and the queued events trigger."""
         self.registers.open(self.table)
         return self.triggered()
 
     def triggered(self) -> list[str]:
-        """Return the signals that the queued events trigger, until the queue is empty."""
+        """Read the events until the queue is empty; return the names of the signals that they trigger."""
         names: list[str] = []
         while True:
             events = self.events()
@@ -130,7 +130,7 @@ class World:
         return self.registers.next_restore() < math.inf
 
     def restore(self) -> list[str]:
-        """Run the retries that are due, and the retries that are due 10 ms later."""
+        """Run the retries that are due now and 10 ms later; return the names of the signals that they trigger."""
         names = []
         for _ in range(2):
             for _step in self.registers.restore():
@@ -140,11 +140,11 @@ class World:
         return names
 
     def later(self) -> list[str]:
-        """Let all grace periods for files expire; return the signals that this triggers."""
+        """Let all grace periods for files expire; return the names of the signals that this triggers."""
         return self.after(RETIREMENT + EMPTIED)
 
     def after(self, seconds: float) -> list[str]:
-        """Advance the time; return the signals that retries and queued events trigger."""
+        """Advance the clock; return the names of the signals that retries and queued events trigger."""
         names = []
         for _ in range(4):
             self.clock.now += seconds

@@ -1,4 +1,4 @@
-"""Cancel a Trio program, or an asyncio program with Trio in a second thread, at each of its steps."""
+"""Helpers that cancel a Trio program, or an asyncio program with Trio in a second thread, at each of its steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Steps = Literal["turns of the loop", "steps of Trio"]
 
 
 class CancelAt(trio.abc.Instrument):
-    """Cancel `scope` before task step number `step`, counted over all tasks; 0 means never."""
+    """An instrument that cancels `scope` before task step number `step`, counted over all tasks; 0 means never."""
 
     def __init__(self, step: int) -> None:
         self.scope = trio.CancelScope()
@@ -48,7 +48,7 @@ class _AtEachStep(trio.abc.Instrument):
 
 @contextmanager
 def at_each_step(act: Callable[[], None]) -> Iterator[None]:
-    """Call `act` before each step of a task while the block runs."""
+    """Call `act` before each step of any Trio task while the block runs."""
     instrument = _AtEachStep(act)
     trio.lowlevel.add_instrument(instrument)
     try:
@@ -58,7 +58,7 @@ def at_each_step(act: Callable[[], None]) -> Iterator[None]:
 
 
 class _Selector(selectors.PollSelector):
-    """The selector of an asyncio loop that asks `turns` before each turn."""
+    """A selector for an asyncio loop that lets `turns` run Trio before each turn of the loop."""
 
     def __init__(self, turns: Turns) -> None:
         super().__init__()
@@ -69,17 +69,17 @@ class _Selector(selectors.PollSelector):
 
 
 class Turns(trio.abc.Instrument):
-    """Run an asyncio loop and the Trio of a `Beside` in turn, so that only one of the two threads runs at a time.
+    """A scheduler of an asyncio loop and the Trio thread of a `Beside`: only one of the two threads runs at a time.
 
-    Before each turn of the loop, Trio runs until all of its tasks wait. A blocking call in the loop's thread also lets
-    Trio run. Trio's clock stands still. The order of the steps therefore does not depend on the speed of the threads.
+    Before each turn of the loop, Trio runs until all of its tasks wait. Trio also runs while the loop's thread is
+    blocked in a call. Trio's clock stands still, so the order of the steps does not depend on the threads' speed.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._free = False
-        """Set after a wait has failed; the threads then end without taking turns."""
+        """Whether a wait has failed; the threads then run to their end without taking turns."""
         self._trio_ended = False
         self._keeper: trio.lowlevel.Task | None = None
         self._act: Callable[[], bool] | None = None
@@ -87,7 +87,7 @@ class Turns(trio.abc.Instrument):
         self._kind: Steps = "turns of the loop"
         self._left = 0
         self._held = False
-        """Whether Trio is held at the step at which the loop must call `_act`."""
+        """Whether Trio is suspended at the step at which the loop must call `_act`."""
         self._acted = False
         self._feed: Callable[[], None] | None = None
 
@@ -104,8 +104,6 @@ class Turns(trio.abc.Instrument):
 
         monkeypatch.setattr(aio_thread, "Future", Answer)
 
-    # -------------------------------------------------------------------------------------------- the loop's thread
-
     def run(self, main: Coroutine[Any, Any, None]) -> None:
         """Run `main` like `asyncio.run`."""
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Selector(self))) as runner:
@@ -118,11 +116,11 @@ class Turns(trio.abc.Instrument):
         act: Callable[[asyncio.Task[object]], bool] = asyncio.Task.cancel,
         check: Callable[[], object] = lambda: None,
     ) -> int:
-        """Run `once()` repeatedly and call `act` one step later each time; return the number of runs with `act`.
+        """Run `once()` repeatedly and call `act` one step later in each run; return the number of successful calls.
 
-        The last run is the one in which `act` returns False or `once()` ends before that step. By default, `act`
-        cancels the task of `once()`. If `act` is due at a step of Trio, the loop runs until it waits before Trio
-        takes that step. `check` is called after each run.
+        The last run is the one in which `act` returns False, or in which `once()` ends before `act` is due. By default,
+        `act` cancels the task of `once()`. If `act` is due at a step of Trio, Trio waits with this step until the loop
+        has handled the effects of `act`. Call `check` after each run.
         """
         for number in count():
             task = asyncio.create_task(once())
@@ -130,7 +128,7 @@ class Turns(trio.abc.Instrument):
             await asyncio.wait({task})
             self._act = None
             check()
-            # A task may return if it finished its work before the cancellation arrived.
+            # The task returns normally if it finished its work before the cancellation arrived.
             if not (self._acted and task.cancelled()):
                 await task
             if not self._acted:
@@ -139,7 +137,7 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def feeding(self, feed: Callable[[], None]) -> Iterator[None]:
-        """Call `feed` before each of Trio's turns; `feed` must cause an event in Trio."""
+        """Call `feed` before each of Trio's turns; `feed` must cause an event that wakes Trio."""
         self._feed = feed
         try:
             yield
@@ -147,7 +145,7 @@ class Turns(trio.abc.Instrument):
             self._feed = None
 
     def next(self, timeout: float | None, select: Callable[[float | None], T]) -> T:
-        """Let Trio run, and return the result of `select` afterwards."""
+        """Let Trio run, then return the result of `select`."""
         if self._free:
             return select(timeout)
         if self._held:
@@ -155,7 +153,7 @@ class Turns(trio.abc.Instrument):
             if found or timeout == 0:
                 return found
             self._held = False
-        # `_act` is called before or after the loop sees what Trio reports in this turn.
+        # Count one step before Trio runs and one after it, so that `_act` is called at both moments.
         due = self._reached("turns of the loop")
         if not due:
             if self._feed is not None:
@@ -175,7 +173,7 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def _trio_running(self) -> Iterator[None]:
-        """Let Trio run during the block and until all of its tasks wait or a step holds Trio."""
+        """Let Trio run during the block, and afterwards until all of its tasks wait or a step suspends Trio."""
         threads = [thread for thread in threading.enumerate() if thread.name.startswith("inco-trio ")]
         if self._free or not threads:
             yield
@@ -194,7 +192,7 @@ class Turns(trio.abc.Instrument):
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
-        """Let Trio run in the middle of a turn, in which the loop cannot call `_act`."""
+        """Let Trio run while the loop's thread blocks in the middle of a turn and cannot call `_act`."""
         act, self._act = self._act, None
         with self._trio_running():
             yield
@@ -205,12 +203,10 @@ class Turns(trio.abc.Instrument):
         self._free = True
         self._go.release()
 
-    # --------------------------------------------------------------------------------------------------- Trio's thread
-
     def _run_trio(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run `main` like `trio.run`, in turns with the loop."""
+        """Run `main` like `trio.run`, and take turns with the loop."""
 
-        # Trio must also take turns while it shuts down after a system task has failed.
+        # The shield lets Trio take turns even while it shuts down after a system task has failed.
         keeping = trio.CancelScope(shield=True)
 
         async def kept() -> None:

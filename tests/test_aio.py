@@ -1,7 +1,7 @@
 """Tests of asyncio code inside a Trio program, on the real kernel and with a real MQTT broker.
 
 Importing trio-asyncio changes asyncio for the whole process. Each `scenario` therefore runs in its own process,
-`python -m tests.test_aio`. The tests of `aio.open_proxy` are in test_aio_proxy.
+`python -m tests.test_aio`. The tests of `aio.open_proxy` are in test_aio_proxy.py.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ NOTIFY = "redun_notify_irq"
 
 
 def python(filters: list[str]) -> list[str]:
-    """Return the start of a Python command with pytest's warning filters."""
+    """Return the first words of a Python command line that uses pytest's warning filters."""
     return [sys.executable, *(part for line in filters for part in ("-W", line))]
 
 
 @attrs.frozen
 class World:
-    """The board of a scenario, which runs in core 0's namespace."""
+    """The configuration and core 1 of a scenario, which runs in core 0's namespace."""
 
     config: Config
     core1: Peer
@@ -80,7 +80,7 @@ def scenario(function: Scenario) -> Callable[[pytest.Config, Cores, Path], None]
 
 
 def play(name: str, core0: str, core1: str, link: str, irq_dir: str) -> None:
-    """Run a scenario in this process."""
+    """Run the scenario `name` in this process."""
     cores = Cores(Namespace(int(core0)), Namespace(int(core1)), link)
     with cores.peer() as peer:
         cores.core0.enter()
@@ -213,7 +213,7 @@ async def test_main_can_send_and_return_a_value(world: World) -> None:
 
 @scenario
 async def test_cancelled_wait_for_an_event_loses_no_event(world: World) -> None:
-    """Cancel the wait one turn of the loop later each time, until the event arrives before the cancellation."""
+    """Cancel the wait one turn of the loop later in each run, until the event arrives before the cancellation."""
     from inco_trio import aio
 
     async def main(proxy: aio.AsyncioProxy) -> int:
@@ -323,9 +323,6 @@ async def test_cancelled_error_of_main_reaches_the_caller(world: World) -> None:
             await aio.run(proxy, main)
 
 
-# ------------------------------------------------------------------------------------------- the documented programs
-
-
 def documented(word: str, directory: Path) -> Path:
     """Write the program of docs/asyncio.md whose first line contains `word` to a file; return its path."""
     text = (PROJECT / "docs/asyncio.md").read_text()
@@ -343,7 +340,7 @@ def received(core1: Peer) -> bytes:
 
 
 class Program:
-    """A running program whose output shows when it is ready."""
+    """A running program that prints a text when it is ready."""
 
     def __init__(self, namespace: Namespace, command: list[str]) -> None:
         self.process = namespace.run(
@@ -369,7 +366,7 @@ class Program:
 
 @pytest.fixture
 def start(cores: Cores) -> Iterator[Callable[..., Program]]:
-    """Start a program in core 0: `start(*command)`."""
+    """Yield a function that starts a program in core 0's namespace: `start(*command)`."""
     with ExitStack() as stack:
 
         def start(*command: str | Path) -> Program:
@@ -382,7 +379,7 @@ def start(cores: Cores) -> Iterator[Callable[..., Program]]:
 
 @pytest.fixture
 def mqtt(cores: Cores, start: Callable[..., Program], tmp_path: Path) -> Iterator[Client]:
-    """Start a broker in core 0; yield a client whose `userdata` is the queue of received messages."""
+    """Start a broker in core 0's namespace; yield a client whose `userdata` is the queue of received messages."""
     mosquitto = shutil.which("mosquitto", path=os.environ["PATH"] + ":/usr/sbin")
     assert mosquitto, "mosquitto: not found (install the package mosquitto)"
     configuration = tmp_path / "mosquitto.conf"

@@ -49,11 +49,11 @@ MAC = bytes.fromhex("020000000001")
 
 
 class World:
-    """A board whose core 1 the test plays with plain sockets, without the asyncio loop."""
+    """A board; the test acts as core 1, with plain sockets that do not use the asyncio loop."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        # Without a deadline, the proxy loses nothing when it stops, even on a slow machine.
+        # Without a stop deadline, the proxy finishes all pending notifications when it stops, even on a slow machine.
         self.config = Config(
             f"unix:{home}/core0,peer={home}/core1", builtin_signals(home / "irq"), stop_deadline=math.inf
         )
@@ -79,7 +79,7 @@ class World:
         return name.decode()
 
     def count(self) -> int:
-        """Return the number of signals that core 1 has received."""
+        """Return the number of signals that core 1 has received so far."""
         try:
             while True:
                 self.core1.recv(200, socket.MSG_DONTWAIT)
@@ -88,7 +88,7 @@ class World:
             return self.came
 
     def trigger(self) -> None:
-        """Write to the trigger file like an application."""
+        """Write to the trigger file as an application does."""
         (self.home / "irq/message_6_trig").write_text("1")
 
 
@@ -102,14 +102,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 def descriptors() -> set[str]:
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
-        # iterdir() lists the descriptor that it uses itself, which is closed now.
+        # iterdir() also lists its own descriptor, which is closed by now.
         with contextlib.suppress(FileNotFoundError):
             found.add(f"{entry.name} {entry.readlink()}")
     return found
 
 
 def alive() -> tuple[set[str], set[str]]:
-    """Return the threads and descriptors; ignore the mapped memory, which the garbage collector frees."""
+    """Return the names of threads and descriptors, except the memfds that the garbage collector closes later."""
     kept = {each for each in descriptors() if "memfd:inco-trio" not in each}
     return {thread.name for thread in threading.enumerate()}, kept
 
@@ -141,9 +141,6 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Iterator[Turns]:
     turns.free()
 
 
-# ---------------------------------------------------------------------------------------------------- normal operation
-
-
 def test_notifications_pass_in_both_directions(world: World) -> None:
     async def main() -> None:
         policy = type(asyncio.get_running_loop())
@@ -173,7 +170,7 @@ def test_a_busy_loop_does_not_delay_the_proxy(world: World) -> None:
         async with aio.open_proxy(world.config) as proxy:
             for _ in range(100):
                 world.trigger()
-                # This call blocks the loop.
+                # receive() blocks the loop's thread.
                 assert world.receive() == NOTIFY
             assert (await proxy.stats()).sent == 100
 
@@ -181,7 +178,7 @@ def test_a_busy_loop_does_not_delay_the_proxy(world: World) -> None:
 
 
 def test_reading_counters_does_not_block_the_loop(world: World) -> None:
-    """The loop runs other tasks while the proxy's thread is busy."""
+    """Read the counters while the proxy's thread is busy; the loop still runs other tasks."""
 
     async def main() -> None:
         async with aio.open_proxy(world.config) as proxy:
@@ -214,7 +211,7 @@ def test_several_proxies_run_in_one_loop(tmp_path: Path) -> None:
             async with asyncio.TaskGroup() as tasks:
                 waiting = [tasks.create_task(proxy.wait_for(name)) for name in (RESET, HWWD)]
                 with proxy.events() as events:
-                    # The proxy handles requests in order, so both tasks wait by now.
+                    # The proxy handles requests in order: once it has sent NOTIFY, both tasks are waiting.
                     await proxy.send(NOTIFY)
                     assert (await anext(events)).signal.name == NOTIFY
                 world.send(RESET, HWWD)
@@ -285,9 +282,6 @@ def test_reload_adds_a_signal_and_refuses_another_link(world: World) -> None:
             assert proxy.config is other
 
     run(main)
-
-
-# -------------------------------------------------------------------------------------------------------------- events
 
 
 def names(notifications: list[Notification]) -> list[str]:
@@ -406,9 +400,6 @@ def test_readers_of_one_stream_share_its_events(world: World) -> None:
     run(main)
 
 
-# ------------------------------------------------------------------------------------------------------ failed opening
-
-
 def test_errors_while_opening_are_raised_unchanged(world: World) -> None:
     async def main() -> None:
         missing = attrs.evolve(world.config, link=f"unix:{world.home}/no/core0,peer={world.home}/core1")
@@ -464,9 +455,6 @@ def test_failure_to_start_a_thread_is_an_error(world: World, monkeypatch: pytest
                 pass
 
     run(main)
-
-
-# ---------------------------------------------------------------------------------------------------- end of the block
 
 
 @pytest.mark.parametrize("error", [ValueError("block"), SystemExit(7), KeyboardInterrupt()], ids=repr)
@@ -535,7 +523,7 @@ def test_a_failing_task_cancels_the_block(world: World, fail: Callable[[aio.Prox
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:
-                # The proxy's other tasks still run.
+                # The proxy's other tasks are still running.
                 await proxy.send(NOTIFY)
                 world.trigger()
                 ended.append("cancelled")
@@ -605,7 +593,7 @@ def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
         async with aio.open_proxy(world.config) as proxy:
             task = asyncio.current_task()
             assert task is not None
-            # The cancellation is raised where the block waits, or at the end of the block.
+            # asyncio raises the cancellation at the block's next await, or when the block ends.
             task.cancel()
             if error is ExceptionGroup:
                 fail(proxy)
@@ -628,7 +616,7 @@ def test_an_error_that_replaces_a_cancellation_does_not_swallow_it(
 
 @pytest.mark.parametrize("waits", ["never", "before", "after"])
 def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) -> None:
-    """Trio only crashes because of a bug in it or in inco-trio. The loop takes a turn at each step of Trio."""
+    """Crash Trio, as only a bug in Trio or inco-trio can. The loop takes a turn at each step of Trio."""
 
     async def broken() -> None:
         raise RuntimeError("broken")
@@ -646,7 +634,7 @@ def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) 
     async def once() -> None:
         raised = await raised_by(block)
         if waits == "after" or (waits == "before" and raised.type is ExceptionGroup):
-            # With "before", wait_for() may end with ClosedError before the block is cancelled.
+            # If `waits` is "before", wait_for() may raise ClosedError before the block is cancelled.
             assert raised.type is ExceptionGroup
             assert raised.group_contains(ClosedError)
             assert raised.group_contains(trio.TrioInternalError)
@@ -661,7 +649,7 @@ def test_a_crash_of_trio_ends_the_block(world: World, turns: Turns, waits: str) 
 
 
 def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
-    """The garbage collector closes a coroutine like this after the loop has ended."""
+    """After the loop has ended, the garbage collector closes unfinished coroutines in the same way."""
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(lambda _loop, _context: None)
     entered = asyncio.Event()
@@ -674,7 +662,7 @@ def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
 
     opening, entering = block(), block()
     tasks = [loop.create_task(opening)]
-    # Run one turn: the loop learns only in the next turn that the proxy is open.
+    # Run one turn. The loop learns only in the next turn that the proxy is open.
     loop.call_soon(loop.stop)
     loop.run_forever()
     opening.close()
@@ -685,9 +673,6 @@ def test_closing_the_coroutine_stops_the_proxy(world: World) -> None:
     loop.close()
     assert world.count() == 1
     assert not (world.home / "core0").exists()
-
-
-# ------------------------------------------------------------------------------------------- cancellation at each step
 
 
 Cut = Callable[..., Awaitable[int]]
@@ -713,7 +698,7 @@ def test_open_and_close_can_be_cancelled_at_each_step(world: World, cut: Cut, tu
         def check() -> None:
             assert alive() == before
             assert not (world.home / "core0").exists()
-            # The explicit send may be cancelled before or after the frame leaves.
+            # Each trigger sends one frame. The call of send() may be cancelled before or after its frame is sent.
             assert triggered <= world.count() <= 2 * triggered
 
         before = alive()
@@ -778,7 +763,7 @@ def test_events_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Tur
         seen: list[int] = []
 
         async def once() -> None:
-            # anext() does not wait while fetched events are left.
+            # anext() cannot be cancelled while it returns events that were already fetched, so read these first.
             assert isinstance(events, aio._Events)
             while events._fetched:
                 seen.append((await anext(events)).sequence)
@@ -798,7 +783,7 @@ def test_events_can_be_cancelled_at_each_step(world: World, cut: Cut, turns: Tur
 def test_reload_can_be_cancelled_at_each_step(
     world: World, cut: Cut, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With TURN 0, the reload yields to other tasks after each signal.
+    # With TURN = 0, the reload yields to other tasks after each signal.
     monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     more = tuple(Signal(f"more{n}", Direction.OUTBOUND, world.home / "more", f"more{n}") for n in range(5))
     other = attrs.evolve(world.config, signals=world.config.signals[1:] + more)
@@ -820,9 +805,6 @@ def test_reload_can_be_cancelled_at_each_step(
         assert world.count() == 0
 
     run(main, turns.run)
-
-
-# --------------------------------------------------------------------------------------------------- whole programs
 
 
 PROGRAM = """
@@ -852,7 +834,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("way", ["Ctrl-C", "abandoned"])
 def test_a_program_ended_by_ctrl_c_or_without_running_its_loop_stops_cleanly(world: World, way: str) -> None:
-    """Neither way of ending loses a pending notification or hangs."""
+    """Neither way of ending the program hangs or loses a pending notification."""
     program = PROGRAM + ("asyncio.run(main())" if way == "Ctrl-C" else ABANDONED)
     with subprocess.Popen(
         [sys.executable, "-c", program, str(world.home)],

@@ -1,4 +1,4 @@
-"""Each public name is exported with its types, shows no internals, and has an example on docs/api.md that runs."""
+"""Tests that each public name is exported with its types, hides internals, and has a working example in docs/api.md."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEMBERS = {
 
 
 def marks(program: str) -> list[pytest.MarkDecorator]:
-    """Return the marks of an example: QEMU, or once only, because trio-asyncio does not support each Python."""
+    """Return the marks of an example: `qemu`, or `tools` for trio-asyncio, which not every Python version supports."""
     if "Guest" in program:
         return [pytest.mark.qemu]
     return [pytest.mark.tools] if "on_notification" in program else []
@@ -62,7 +62,7 @@ def test_the_examples_run(pytestconfig: pytest.Config, tmp_path: Path, program: 
 
 
 def used(program: str) -> Iterator[tuple[str, str]]:
-    """Yield what a program imports from inco_trio and then uses: the module, and the name."""
+    """Yield the module and the name for each imported name that a program uses."""
     tree = ast.parse(program)
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in ast.walk(tree):
@@ -93,7 +93,7 @@ def test_internals_are_not_public(cls: type) -> None:
 
 
 def parts(hint: object) -> Iterator[type]:
-    """Yield the classes of inco_trio in a type."""
+    """Yield the classes of inco_trio that occur in a type hint."""
     if isinstance(hint, type) and hint.__module__.partition(".")[0] == "inco_trio":
         yield hint
     for part in typing.get_args(hint):
@@ -101,12 +101,12 @@ def parts(hint: object) -> Iterator[type]:
 
 
 def constructed(value: object) -> bool:
-    """Return whether a program creates objects of a public class itself."""
+    """Return whether `value` is a public class that user programs instantiate themselves."""
     return isinstance(value, type) and not issubclass(value, Exception | enum.Enum) and value not in OPENED
 
 
 def callables(value: object) -> Iterator[Callable[..., object]]:
-    """Yield the public functions of a public name: itself, or the methods and getters of a class."""
+    """Yield the functions of a public name: the function itself, or the public methods and getters of a class."""
     if isinstance(value, types.FunctionType):
         yield value
         return

@@ -46,7 +46,7 @@ def in_trio(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
 
 
 class Place:
-    """A directory with the registers and sockets of boards; the test plays core 1 of each board."""
+    """A directory with the registers and sockets of boards; the test acts as core 1 of each board."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home = home
@@ -96,9 +96,6 @@ async def until(condition: Callable[[], bool]) -> None:
 async def wait_handled(proxies: Proxies, name: str, count: int) -> None:
     """Wait until a board has sent and delivered `count` notifications in total."""
     await until(lambda: proxies[name].stats.sent + proxies[name].stats.delivered >= count)
-
-
-# -------------------------------------------------------------------------------------------------- directory of boards
 
 
 def write(directory: Path, files: Mapping[str, object]) -> Path:
@@ -220,11 +217,11 @@ def test_boards_that_share_a_link_or_directory_are_refused(place: Place) -> None
 
 def test_an_open_board_keeps_its_link_and_directory(place: Place) -> None:
     now = place.configs("a", "b", "c")
-    # b stays open although its file is now unreadable; d must not use b's link.
+    # Board b stays open although its file is now unreadable; board d must not use b's link.
     assert refuse_shared({"a": now["a"], "d": now["b"]}, now) == {
         "d": f"the link {place.home}/b.0 is already used by the board b"
     }
-    # a must not take b's link; a therefore keeps the link that c wants.
+    # Board a must not take b's link, so it keeps its own link, which board c must not take.
     refused = refuse_shared({"a": now["b"], "b": now["b"], "c": now["a"]}, {name: now[name] for name in "ab"})
     assert refused == {
         "a": f"the link {place.home}/b.0 is already used by the board b",
@@ -238,9 +235,6 @@ def test_a_directory_of_10000_boards_is_read(tmp_path: Path) -> None:
     directory = write(tmp_path / "boards", {f"b{i}": {"link": f"i{i}", "irq_dir": f"/x/{i}"} for i in range(10_000)})
     boards = read_boards(directory)
     assert (len(boards.configs), boards.refused) == (10_000, {})
-
-
-# -------------------------------------------------------------------------------------------------------------- proxies
 
 
 @in_trio
@@ -303,7 +297,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         monkeypatch.setattr(broken._inbound._states, "write", fail)
         place.interrupt("a", peers["a"])
         await until(lambda: "a" in proxies and proxies["a"] is not broken)
-        # The new proxy delivers what was in flight, as after a crash.
+        # The new proxy delivers the notification that was in flight, as it does after a crash.
         await wait_handled(proxies, "a", 1)
         assert place.state("a") == "1"
         assert proxies["b"] is fine
@@ -319,7 +313,7 @@ async def test_a_reload_adds_removes_and_changes_boards(place: Place) -> None:
         before = proxies["b"]
         more = (*place.config("b").signals, Signal("more", Direction.OUTBOUND, place.home / "b", "more_trig"))
         configs = place.configs("c") | {"b": Config(place.config("b").link, more)}
-        # A board sends what was triggered before it is removed.
+        # A board sends its pending notifications before it is removed.
         place.trigger("a")
         assert await proxies.reload(configs) == {}
         assert await received(peers["a"]) == b"redun_notify_irq"
@@ -330,12 +324,12 @@ async def test_a_reload_adds_removes_and_changes_boards(place: Place) -> None:
         assert await received(peers["b"]) == b"more"
         place.trigger("c")
         assert await received(peers["c"]) == b"redun_notify_irq"
-        # The watches of the removed board were removed.
+        # The proxies no longer watch the trigger file of the removed board a.
         place.trigger("a")
         place.trigger("b")
         assert await received(peers["b"]) == b"redun_notify_irq"
         assert before.stats.unknown == 0
-        # The removed board is added again.
+        # Board a can be added again.
         assert await proxies.reload(configs | place.configs("a")) == {}
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
@@ -393,7 +387,7 @@ async def test_changing_the_link_loses_no_triggered_notification(place: Place, a
 @in_trio
 async def test_a_slowly_closing_board_does_not_delay_others(place: Place) -> None:
     async with open_proxies(place.configs("slow")) as proxies:
-        place.trigger("slow")  # The peer does not exist yet.
+        place.trigger("slow")  # The socket of core 1 does not exist yet.
         await until(lambda: proxies["slow"].stats.triggered == 1)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(proxies.reload, place.configs("new"))
@@ -423,7 +417,7 @@ async def test_a_refused_reload_changes_nothing(place: Place) -> None:
         refused = await proxies.reload({"a": bad, "b": place.config("b")})
         assert list(refused) == ["a"]
         assert await proxies.reload(place.configs("a") | {"c": twice, "b": place.config("b")}) != {}
-        # A board whose file is refused stays open.
+        # A board whose file is refused is in `keep`, so it stays open.
         assert await proxies.reload(place.configs("b"), keep=["a"]) == {}
         for name, peer in peers.items():
             place.trigger(name)
@@ -452,7 +446,7 @@ async def test_the_parent_directory_is_watched_for_each_board(place: Place) -> N
         for name, peer in peers.items():
             (place.home / name).rename(place.home / f"{name}.away")
             (place.home / name).mkdir()
-            # A trigger file that another process creates is a notification.
+            # If another process creates the trigger file, this counts as a notification.
             (place.home / name / "message_6_trig").write_text("1")
             assert await received(peer) == b"redun_notify_irq"
 
@@ -474,7 +468,7 @@ async def test_a_successor_inherits_the_stored_descriptors(place: Place) -> None
             assert place.state(name) == "1"
         assert sorted(heir.kept) == ["bundle", "inflight", "inotify"]
         assert heir.stored == ["bundle"]
-        # The inherited notifications are not sent again.
+        # The new proxies do not send the inherited notifications a second time.
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
         assert proxies["a"].stats.sent == 2

@@ -27,11 +27,11 @@ from tests.faults.supervised import Service, main_process, wait_path
 
 FRAME = encode(b"ihub_hwwd_irq", bytes.fromhex("020000000001"))
 MANY = 300
-"""More boards than s6-fdholder-getdump can pass descriptors for."""
+"""A number of boards that needs more descriptors than s6-fdholder-getdump can pass."""
 
 
 class Boards:
-    """A directory of boards on `unix:` links; the test plays core 1 of each board."""
+    """A directory of boards on `unix:` links; the test acts as core 1 of each board."""
 
     def __init__(self, home: Path, stack: ExitStack) -> None:
         self.home, self.directory = home, home / "boards"
@@ -63,7 +63,7 @@ class Boards:
         peer.sendto(FRAME, f"{self.home}/{name}.0")
 
     def delivered(self, name: str) -> None:
-        """Wait until the proxy has delivered the interrupt to the state file."""
+        """Wait until the proxy has written the notification to the state file."""
         state = self.home / name / "message_5_state"
         wait_path(state, lambda: state.exists() and state.read_text() == "1")
 
@@ -127,7 +127,7 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
         boards.trigger(name)
         assert decode(peers[name].recv(200)) == b"redun_notify_irq"
     assert not Path(f"{boards.home}/b.0").exists()
-    # If the boards directory is missing, the boards stay open.
+    # If the boards directory is missing at a reload, the boards stay open.
     boards.directory.rename(boards.home / "away")
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
@@ -151,7 +151,7 @@ def test_the_proxy_raises_the_soft_limit_of_descriptors(boards: Boards, daemon: 
     assert decode(peer.recv(200)) == b"redun_notify_irq"
     watching = 0
     for descriptor in Path(f"/proc/{proxy.pid}/fdinfo").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # The diagnosis opens and closes descriptors meanwhile.
+        with contextlib.suppress(FileNotFoundError):  # The proxy may have closed this descriptor.
             watching += "inotify wd:" in descriptor.read_text()
     assert watching == 2
 
@@ -234,7 +234,7 @@ def test_a_board_uses_an_interface_in_another_network_namespace(
         assert decode(core1.receive()) == b"redun_notify_irq"
         core1.send(b"ihub_hwwd_irq")
         boards.delivered("board")
-        # The process itself and the other board stay in their network namespace.
+        # The proxy process and the board `other` stay in the network namespace in which the proxy was started.
         assert Path(f"/proc/{proxy.pid}/ns/net").samefile("/proc/self/ns/net")
         boards.trigger("other")
         assert decode(peer.recv(200)) == b"redun_notify_irq"
@@ -250,7 +250,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")
-        service.control("-O")  # Do not restart the service after its end.
+        service.control("-O")  # Do not restart the service when it ends.
         pid = main_process(service.directory)
         # Wait until the proxy has read the events of the trigger files that it created itself. The successor of a proxy
         # that was killed before cannot tell who created these files, and sends a frame for each.
@@ -265,7 +265,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
         for name, peer in peers.items():
             assert decode(peer.recv(200)) == b"redun_notify_irq"
             boards.delivered(name)
-        # Each arrives exactly once, as nothing was in flight when the proxy was killed.
+        # Each notification arrives exactly once, because none was in flight when the proxy was killed.
         for peer in peers.values():
             peer.setblocking(False)
             with pytest.raises(BlockingIOError):

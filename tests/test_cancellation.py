@@ -1,4 +1,4 @@
-"""Cancel a proxy at each of its steps: no notification is lost and no resource is leaked."""
+"""Tests that cancel a proxy at each of its steps: no notification is lost and no resource is leaked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Peer:
         return True
 
     def arrived(self) -> Counter[str]:
-        """Count the frames and the closes of the state file since the last call."""
+        """Count the frames received and the closes of the state file since the last call, by signal."""
         came: Counter[str] = Counter()
         while True:
             try:
@@ -57,7 +57,7 @@ def open_files() -> set[str]:
     gc.collect()
     found = set()
     for path in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the descriptor that iterdir() uses
+        with contextlib.suppress(FileNotFoundError):  # iterdir()'s own descriptor is closed by now.
             found.add(f"{path.name} {path.readlink()}")
     return found
 
@@ -78,14 +78,14 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
 def test_cancelling_a_proxy_at_each_step_loses_nothing(
     peer: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # With TURN 0, the reload yields to other tasks after each signal.
+    # With TURN = 0, the reload yields to other tasks after each signal.
     monkeypatch.setattr("inco_trio.nurseries.TURN", 0.0)
     config = Config(f"unix:{tmp_path}/core0,peer={tmp_path}/core1", builtin_signals(tmp_path / "irq"))
     fewer = attrs.evolve(config, signals=tuple(s for s in config.signals if s.name in (RESET, NOTIFY)))
     trigger = tmp_path / "irq/message_6_trig"
 
     def play(cancel: CancelAt) -> tuple[Counter[str], Counter[str]]:
-        """Run the program; return which signals must arrive and which may arrive."""
+        """Run the program; return the signals that must arrive and the signals that may arrive."""
         must: Counter[str] = Counter()
         may: Counter[str] = Counter()
 
@@ -196,7 +196,7 @@ def test_a_task_that_outlives_its_proxy_reads_to_the_end_of_its_events(tmp_path:
                     await core1.send(RESET)
                     await events.receive()
             inner.cancel_scope.cancel()
-        # The inner task was cancelled before its proxy closed, so only the outer task appended.
+        # The inner task was cancelled before its proxy closed, so only the outer task appended to `told`.
         assert told == ["delivered", "the proxy closed"]
 
     trio.run(main)

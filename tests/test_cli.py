@@ -46,7 +46,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int | str | N
         code: int | str | None
         try:
             code = command(list(map(str, arguments)))
-        except SystemExit as end:  # argparse
+        except SystemExit as end:  # argparse exits after a usage error.
             code = end.code
         return (code, *capsys.readouterr())
 
@@ -132,7 +132,7 @@ def test_wrong_arguments_of_inco_proxy_print_the_usage(say: Say, arguments: tupl
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_contradictory_arguments_are_one_error_line(arguments: tuple[str, ...], complaint: str) -> None:
-    # Run a separate process, because `run` changes the signal handlers.
+    # Use a separate process, because the command `run` changes the signal handlers.
     done = finished(sys.executable, "-m", "inco_trio", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"inco-trio: error: {complaint}\n")
 
@@ -301,7 +301,7 @@ def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[
     assert imported & unwanted == set()
 
 
-# Coverage cannot measure these failures in a child process, so the commands run in this process.
+# The following tests run the command in this process, because coverage cannot measure these failures in a child.
 
 
 def test_a_removed_working_directory_is_an_error(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Check that no test depends on a clock: each wait is HANG, simulated, or has its reason in a comment."""
+"""Tests that no test depends on a clock: each timeout is HANG or simulated, or a comment gives its reason."""
 
 from __future__ import annotations
 

@@ -71,9 +71,6 @@ def entry(direction: str, reg: str) -> dict[str, str]:
     return {"direction": direction, "reg": reg}
 
 
-# Accepted files
-
-
 def test_the_sample_board_is_read() -> None:
     directory = Path("/tmp/inco-trio/devdata/dev")  # noqa: S108 - a path in the sample; the test creates no file
     assert read_board(SAMPLE) == Board(
@@ -110,7 +107,7 @@ def test_one_missing_reg_has_one_note() -> None:
 @pytest.mark.parametrize("builtin", BUILTIN, ids=lambda b: b.name)
 def test_a_reg_moves_its_builtin_signal(builtin: Any) -> None:
     board = parse(changed(((*REGS, builtin.reg), {"reg": "other.a.b"})))
-    moved = Signal(builtin.name, builtin.direction, Path("/other"), "a.b")  # a register name may contain dots
+    moved = Signal(builtin.name, builtin.direction, Path("/other"), "a.b")  # A register name may contain dots.
     assert board.signals == tuple(moved if s.name == builtin.name else s for s in builtin_signals(IRQ))
 
 
@@ -169,8 +166,6 @@ def test_unusual_numbers_in_the_rest_are_ignored(text: bytes) -> None:
 def test_a_byte_order_mark_is_skipped() -> None:
     assert parse_board(b"\xef\xbb\xbf" + SAMPLE.read_bytes(), "u.json") == read_board(SAMPLE)
 
-
-# Refused files
 
 DEVICE = ("file", "ihub-irq-dev")
 HWWD = (*REGS, "ihub_hwwd_irq")
@@ -409,9 +404,6 @@ def test_other_files_are_refused(text: bytes, problem: str) -> None:
     assert found.startswith(problem)
 
 
-# Files
-
-
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
     """Run the block as the user nobody, because root may read every file."""
@@ -485,9 +477,7 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-# Random input
-
-anytime = settings(deadline=None)  # the duration of an example depends on the machine
+anytime = settings(deadline=None)  # The duration of an example depends on the machine.
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 values = st.recursive(
@@ -584,9 +574,6 @@ def test_a_valid_board_gives_exactly_its_signals(board: tuple[dict[str, Any], li
     found = parse(document)
     assert list(found.signals) == expected
     assert len(found.notes) == len([b for b in BUILTIN if b.name not in document["misc"]["inco_proxy"]["signals"]])
-
-
-# Arguments of a proxy
 
 
 def test_config_has_defaults() -> None:

@@ -35,9 +35,6 @@ def board(tmp_path: Path) -> Iterator[Board]:
         yield Board(tmp_path, stack)
 
 
-# ----------------------------------------------------------------------------------------------------------- requests
-
-
 def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     peer = board.core1()
     proxy = board.running()
@@ -135,7 +132,7 @@ def test_a_monitor_receives_frames_on_request(board: Board) -> None:
     other.ask({"request": "monitor"})
     padded = FRAME.ljust(60, b"\0")
     tagged = FRAME[:12] + bytes.fromhex("81000001") + FRAME[12:]
-    proxy.process.send_signal(signal.SIGSTOP)  # The stopped proxy will read all frames in one batch.
+    proxy.process.send_signal(signal.SIGSTOP)  # The suspended proxy will read all frames in one batch.
     sent = [padded, b"short", FRAME, encode(b"unlisted", MAC), tagged, FRAME.ljust(300, b"\0"), padded]
     for frame in sent:
         board.inbound(peer, frame)
@@ -160,7 +157,7 @@ def test_a_monitor_receives_notifications_of_the_shutdown(board: Board) -> None:
     monitor = board.client()
     monitor.ask({"request": "monitor"})
     proxy.process.send_signal(signal.SIGSTOP)
-    for _ in range(8):  # Few enough to fit into the queue of core 1.
+    for _ in range(8):  # Eight frames fit into the queue of core 1's socket.
         board.trigger()
     proxy.process.send_signal(signal.SIGTERM)
     proxy.process.send_signal(signal.SIGCONT)
@@ -247,9 +244,6 @@ def test_one_socket_serves_many_boards(board: Board) -> None:
         event = told.until(event="notification")
         assert (event["board"], event["sequence"]) == (name, 1)
     assert mine.until(event="notification")["board"] == "b"
-
-
-# -------------------------------------------------------------------------------------------------- misbehaving clients
 
 
 def test_a_slow_monitor_loses_events_and_receives_their_number(board: Board) -> None:
@@ -395,13 +389,10 @@ def _others_read(board: Board, nobody: list[str]) -> None:
 
     assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
     assert "PermissionError" in ask().stderr
-    board.path.chmod(0o666)  # Stands for a group of which the user is a member.
+    board.path.chmod(0o666)  # Has the same effect as if the user were a member of the socket's group.
     status, send = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
     assert send.startswith('{"error": "not-permitted"')
-
-
-# ---------------------------------------------------------------------------------------------- path of the socket
 
 
 def test_the_socket_of_a_crashed_proxy_is_replaced(board: Board) -> None:
@@ -501,7 +492,7 @@ def test_the_status_says_that_the_link_does_not_exist_yet(board: Board) -> None:
 
 
 def test_the_mode_is_set_before_the_path_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attacker who owns the directory replaces the socket by a symlink directly after bind(2)."""
+    """Replace the socket with a symlink directly after bind(2), as an attacker who owns the directory could do."""
     victim, path = tmp_path / "victim", tmp_path / "x.sock"
     victim.touch(0o600)
     modes = []
@@ -541,14 +532,11 @@ def _sockets(pid: int) -> list[str]:
     return [words[7] for words in lines if len(words) > 7 and words[6] in inodes]
 
 
-# ---------------------------------------------------------------------------------------------------------- followers
-
-
 def test_a_follower_receives_all_it_did_not_acknowledge(board: Board) -> None:
     peer = board.core1()
     board.running()
     name = f"{board.home}/core0"
-    board.trigger()  # This happens before the first follower exists.
+    board.trigger()  # This notification precedes the first follower.
     first = board.client()
     follow = first.ask({"request": "follow"})["follow"]
     boot = follow[name]["boot"]

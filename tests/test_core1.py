@@ -1,6 +1,6 @@
-"""Run the scenarios with a real second core over a Unix socket and over the network of a board's simulation.
+"""Run the scenarios of tests/core1.py over a Unix socket and over the network of a simulated board.
 
-That network consists of core 0's interface, a veth pair, a bridge and QEMU's tap.
+The network consists of core 0's interface, a veth pair, a bridge and QEMU's tap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run the core 1 scenarios with a proxy and a QEMU guest that are only connected through a broker."""
+"""Run the scenarios of tests/core1.py with a proxy and a QEMU guest that are connected through an MQTT broker."""
 
 from __future__ import annotations
 

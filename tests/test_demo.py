@@ -115,7 +115,7 @@ def limited(limit: str, value: int, command: list[str]) -> list[str]:
     [
         ("user", True, "a user namespace (No space left on device)"),
         ("net", False, "a network namespace (No space left on device)"),
-        # A user without capabilities may create the user namespace, but the kernel refuses to write its uid map.
+        # A user without capabilities may create the user namespace, but the kernel refuses a write to its uid map.
         ("net", True, "a user namespace (Operation not permitted)"),
     ],
     ids=["user", "network", "maps"],
@@ -179,7 +179,7 @@ def test_temporary_directory_too_long_for_a_socket_is_one_error_line(tmp_path: P
 
 @pytest.mark.netns
 def test_proxy_that_cannot_start_is_an_error() -> None:
-    # The demonstration itself uses the only inotify instance.
+    # The demonstration itself uses the only permitted inotify instance, so the proxy gets none.
     code, said, complaints = finish(limited("max_inotify_instances", 1, DEMO))
     assert (code, said) == (70, "")
     reason, verdict = complaints.splitlines()
@@ -188,7 +188,7 @@ def test_proxy_that_cannot_start_is_an_error() -> None:
 
 
 class Running:
-    """A demonstration that is sending, and its child processes; the last child is the proxy."""
+    """A demonstration that is sending, with its child processes. The last child is the proxy."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -249,7 +249,7 @@ def running(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_qemu(scratch: Path) -> Iterator[Running]:
-    """Yield a demonstration with QEMU, whose process is the first child."""
+    """Yield a demonstration with QEMU; the QEMU process is its first child."""
     started = start(scratch, [*DEMO, "--qemu"])
     assert len(started.children) == 2
     yield started
@@ -258,7 +258,7 @@ def running_qemu(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def running_sockets(scratch: Path) -> Iterator[Running]:
-    """Yield a demonstration over a Unix socket, because namespaces are forbidden."""
+    """Yield a demonstration that may not create network namespaces and therefore uses a Unix socket."""
     started = start(scratch, limited("max_net_namespaces", 0, DEMO))
     yield started
     started.close()
@@ -266,7 +266,7 @@ def running_sockets(scratch: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def canaries(running: Running, canary: Callable[[int], Canary]) -> list[Canary]:
-    """Return canaries that detect when the namespaces of both cores have ended."""
+    """Return a canary for each core's network namespace, which detects when the namespace is destroyed."""
     seen = {}
     for path in Path(f"/proc/{running.process.pid}/fd").iterdir():
         if str(path.readlink()).startswith("net:"):

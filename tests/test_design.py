@@ -1,4 +1,4 @@
-"""The page docs/design.md describes the package as it is: its modules, its layers, and where to read."""
+"""Tests that docs/design.md matches the package: its modules, its layers, and the files to read for each question."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-"""The packages and modules of inco_trio, from the bottom up. Each imports only from itself and from lower layers."""
+"""The layers of inco_trio's packages and modules, lowest first. Each imports only from itself and from lower layers."""
 LAYER_OF = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
 QUESTIONS = 10
 FILES_OF_A_RELOAD = 5
 FILES = 3
-"""The most files to read for any other question."""
+"""Maximum number of files to read for a question that is not about a reload."""
 
 
 def dotted(path: Path) -> str:
-    """Return the name of a module below inco_trio: `proxy.fleet`; that of a package is the package's."""
+    """Return a module's dotted name below inco_trio, such as `proxy.fleet`; that of `proxy/__init__.py` is `proxy`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -48,7 +48,7 @@ MODULES = {dotted(path): path for path in PACKAGE.rglob("*.py")}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Yield the modules of inco_trio that are imported when `tree` is executed, not for type checking only."""
+    """Yield the inco_trio modules that `tree` imports when it is executed, without imports for type checking only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             continue
@@ -86,7 +86,7 @@ def test_imports_go_down() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    # Raises CycleError, whose text has the modules.
+    # If modules import each other, prepare() raises a CycleError that names them.
     graphlib.TopologicalSorter({name: others - {name} for name, others in IMPORTS.items()}).prepare()
 
 
@@ -96,18 +96,18 @@ def test_no_two_modules_have_the_same_name() -> None:
 
 
 def section(title: str) -> str:
-    """Return the text of a section of the page."""
+    """Return the text of a section of docs/design.md."""
     return PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
 def rows(title: str) -> list[list[str]]:
-    """Return the cells of the table of a section, without its head."""
+    """Return the cells of a section's table, row by row, without the header row."""
     lines = re.findall(r"^\| (.*) \|$", section(title), re.MULTILINE)
     return [re.split(r" \| ", line) for line in lines[1:]]
 
 
 def paths(text: str) -> list[str]:
-    """Return the paths in a text, which are in backticks and end in the suffix of a file or in a slash."""
+    """Return the paths in a text: words in backticks that end with a file suffix or a slash."""
     return re.findall(r"`((?:[\w.-]+/)*[\w.-]+(?:\.(?:py|lua|md|c)|/))`", text)
 
 

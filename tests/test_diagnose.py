@@ -44,7 +44,7 @@ def test_an_ordinary_directory_has_no_warning(tmp_path: Path) -> None:
 
 
 def test_the_daemon_warns_about_a_shared_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The test cannot mount a shared filesystem, so it declares this directory's filesystem to be one.
+    # The test cannot mount a shared filesystem, so it makes the diagnosis treat this directory's filesystem as shared.
     kind = filesystem_type(Path("/proc/self/mountinfo").read_text(), tmp_path.stat().st_dev)
     assert kind is not None
     monkeypatch.setitem(UNREPORTED, kind, UNREPORTED["9p"])

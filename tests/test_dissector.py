@@ -33,7 +33,7 @@ def dissector(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def tshark(home: Path, file: Path, *fields: str) -> list[list[str]]:
     """Return the fields of each frame of a file, decoded by the dissector that is installed in `home`.
 
-    tshark does not print Lua errors of the dissector on stderr; they appear in the tree of the frame.
+    tshark does not print Lua errors of the dissector on stderr; they appear in the packet tree of the frame.
     """
     command = ["tshark", "-r", str(file), "-T", "fields", "-E", "occurrence=l", "-e", "_ws.lua.error"]
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_foreign_frames_are_decoded_like_in_the_proxy(home: Path) -> None:
     recorder = Recorder(home / "f")
     for payload in payloads:
         recorder.ignored(1, "", HEAD + ETHERTYPE + payload, "rpmsg4000")
-    # Any program may use the EtherType for local experiments.
+    # Any program may use EtherType 0x88b5, which is reserved for local experiments.
     recorder.ignored(1, "", HEAD + b"\x88\xb5" + b'{"signal": "a"}', "rpmsg4000")
     recorder.close()
     shown = tshark(home, home / "f", "inco.signal", "_ws.expert.message", "_ws.col.Protocol")
@@ -154,7 +154,7 @@ def test_truncated_frames_are_not_named(home: Path) -> None:
 
 @pytest.mark.tools
 def test_only_valid_comments_of_recordings_are_used(home: Path) -> None:
-    """The comment of a signal without a frame must have a wire name and a direction."""
+    """The comment that records a signal without a frame must contain a wire name and a direction."""
     told: list[tuple[dict[str, str], tuple[str, str, str]]] = [
         ({"signal": "a", "direction": "inbound", "register": "r"}, ("a", "inbound", "r")),
         ({"signal": "a", "direction": "sideways", "register": "r"}, ("a", "", "r")),

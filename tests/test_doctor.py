@@ -42,16 +42,13 @@ def tree(tmp_path: Path) -> Tree:
 
 
 def only(results: Iterable[Result]) -> tuple[str, str, str | None]:
-    """Return level, text and command of the only result."""
+    """Return the level, the text and the fix of the only result."""
     (result,) = results
     return result.level.name.lower(), f"{result.subject}: {result.found}", result.fix
 
 
 def everyone(*found: Process, unseen: bool = False) -> Processes:
     return Processes(found, unseen, mounted=True)
-
-
-# --------------------------------------------------------------------------------------------------------- processes
 
 
 def test_processes_are_read_with_sockets_and_watches(tree: Tree) -> None:
@@ -111,7 +108,7 @@ def test_missing_proc_is_a_warning(tmp_path: Path) -> None:
         "/proc: not mounted: cannot inspect processes, limits and filesystems",
         "mount -t proc proc /proc",
     )
-    # The checks that need /proc are skipped.
+    # Without /proc, the doctor skips the checks that need it.
     for found in (
         machine.capability("l0", tmp_path),
         machine.receive_buffer(None, 5, tmp_path),
@@ -154,9 +151,6 @@ def test_an_fd_store_is_recognized_by_its_name(name: str, holder: bool) -> None:
     assert process(1, name=name).is_holder is holder
 
 
-# ----------------------------------------------------------------------------------------------------------- machine
-
-
 @pytest.mark.parametrize(
     ("uid", "capabilities", "level", "text", "fix"),
     [
@@ -185,7 +179,7 @@ def test_missing_cap_net_raw_is_a_fault(
     ("capabilities", "uid_map", "limit", "level", "fix"),
     [
         (NET_ADMIN, FIRST, "100", "ok", None),
-        # CAP_NET_ADMIN of a user namespace is not sufficient.
+        # CAP_NET_ADMIN in a user namespace does not lift the limit net.core.rmem_max.
         (NET_ADMIN, "0 1000 1", "100", "warn", "sysctl -w net.core.rmem_max=101"),
         (NET_RAW, FIRST, "100", "warn", "sysctl -w net.core.rmem_max=101"),
         (NET_RAW, FIRST, "101", "ok", None),
@@ -234,17 +228,17 @@ def test_inotify_limits_are_compared_with_their_use(tree: Tree) -> None:
             None,
         ),
     ]
-    # A proxy needs 2 more instances and 64 more watches.
+    # A new proxy needs 2 inotify instances and 64 watches.
     limits(tree, 10, 99, 100)
     assert [(level, fix) for level, _, fix in found()] == [
         ("WARN", "sysctl -w fs.inotify.max_user_instances=20"),
         ("FAIL", "sysctl -w fs.inotify.max_user_watches=200"),
         ("WARN", "sysctl -w fs.inotify.max_queued_events=16384"),
     ]
-    # A running proxy already has its instances and watches; the limit of its user counts.
+    # A running proxy already has its instances and watches. The doctor checks the usage of the proxy's user.
     assert [level for level, _, _ in found(processes.all[0])] == ["OK", "OK", "WARN"]
     assert [level for level, _, _ in found(processes.all[2])] == ["FAIL", "FAIL", "WARN"]
-    # The limit of the user namespace counts if it is lower.
+    # The limit of the user namespace applies if it is lower.
     tree.put("proc/sys/user/max_inotify_instances", "2147483647")
     tree.put("proc/sys/user/max_inotify_watches", "50")
     assert [fix for _, _, fix in found()][:2] == [
@@ -260,9 +254,6 @@ def test_short_unix_queue_is_a_warning(tree: Tree, length: str, level: str) -> N
     assert found[0] == level
     assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames are queued")
     assert found[2] == (None if level == "ok" else "sysctl -w net.unix.max_dgram_qlen=10")
-
-
-# ------------------------------------------------------------------------------------------------------------- links
 
 
 def interface(
@@ -318,7 +309,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-1", ["0", "0"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0", "1"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0"], False, "warn", "rps_cpus is 0: the sending CPU handles", ALL_CPUS),
-        # The kernel does not support RPS.
+        # A kernel without RPS (receive packet steering) has no file rps_cpus.
         ("0-1", [None, None], True, "warn", "2 receive queues", "ethtool -L l0 combined 1"),
         ("0-1", [None], True, "ok", "one receive queue", None),
         ("0-1", [None], False, "warn", "rps_cpus is 0", None),
@@ -389,7 +380,7 @@ def datagram(path: Path) -> socket.socket:
 
 
 def run_fix(found: tuple[str, str, str | None]) -> None:
-    """Run the command that fixes the fault."""
+    """Run the fix of a result."""
     assert found[2] is not None
     subprocess.run(["sh", "-c", found[2]], check=True, timeout=HANG)
 
@@ -433,7 +424,7 @@ def test_the_peer_path_is_checked(tmp_path: Path) -> None:
     assert only(links.peer(address)) == missing
     with datagram(path) as sock:
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
-        # A connected socket accepts frames from one sender only.
+        # A connected socket accepts frames from one sender only, but still counts as bound.
         sock.connect(str(path))
         assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
     assert "no process is bound to it (Connection refused)" in only(links.peer(address))[1]
@@ -442,9 +433,6 @@ def test_the_peer_path_is_checked(tmp_path: Path) -> None:
         stream.bind(str(path))
         text = f"{path}: does not receive frames: Protocol wrong type for socket"
         assert only(links.peer(address)) == ("fail", text, None)
-
-
-# --------------------------------------------------------------------------------------------------------- registers
 
 
 def test_the_registers_directory_is_checked(tmp_path: Path) -> None:
@@ -607,8 +595,6 @@ def test_an_unwatched_trigger_is_a_fault(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(register_files.watched(signals, process(3))) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- proxies
-
 PROXY = process(30, "inco-trio run l0", name="inco-trio", sockets=(77,), started=5)
 SECOND = process(20, "inco-trio run l0", name="inco-trio", sockets=(78,), started=6)
 LISTENER = process(40, "python3 listen.py", name="python3", sockets=(79,))
@@ -639,7 +625,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     processes = everyone(PROXY, HOLDER)
     assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert proxies.users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
-    # Sockets for all EtherTypes are ignored, except those of inco_proxy.
+    # The doctor ignores packet sockets for all EtherTypes, except those of inco_proxy.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
     assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
@@ -748,7 +734,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
         process(n, command, started=n, watches=(place(path),))
         for n, command in ((3, "inco-trio run l0"), (4, "inco_proxy l1"), (5, "tail -f x"))
     )
-    # An fd store holds the proxy's own watches, and the doctor itself watches the file.
+    # The doctor ignores the fd store, which holds the proxy's own watches, and its own process.
     aside = (
         process(6, name="s6-fdholderd", watches=(place(path),)),
         process(os.getpid(), watches=(place(path),)),
@@ -771,13 +757,10 @@ def test_a_configuration_newer_than_the_proxy_is_a_warning(tmp_path: Path) -> No
     assert only(proxies.configuration(path, process(3, started=101))) == ("ok", text, None)
     level, _, fix = only(proxies.configuration(path, process(3, started=99)))
     assert (level, fix) == ("warn", "kill -HUP 3")
-    # The proxy reports when it read the file.
+    # `read_at` is the time at which the proxy read the file, as reported by the proxy.
     assert only(proxies.configuration(path, process(3, started=99), read_at=101))[0] == "ok"
     level, text, _ = only(proxies.configuration(path, process(3, started=50), read_at=99))
     assert (level, text) == ("warn", f"{path}: changed after process 3 read it")
-
-
-# ------------------------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture(autouse=True)
@@ -795,7 +778,7 @@ def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
-    """Return the list of results that the next command reports instead of examining this machine."""
+    """Return a list whose results the doctor reports instead of examining the machine."""
     results: list[Result] = []
     monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(results))
     return results
@@ -891,12 +874,12 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
         (f"{boards}/two.json", "ok"),
         (f"{boards}/three.json", "fail"),
     }
-    # A result that is the same for all boards is reported once.
+    # The doctor reports a result that is the same for all boards only once.
     assert [entry["subject"] for entry in found].count("net.unix.max_dgram_qlen") == 1
 
 
 def shown(tmp_path: Path, **environment: str) -> bytes:
-    """Return what a terminal of 20 columns receives, including colours."""
+    """Return the output of the doctor on a terminal of 20 columns, including colours."""
     ours, theirs = pty.openpty()
     # struct winsize for TIOCSWINSZ: rows and columns first.
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))

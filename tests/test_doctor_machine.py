@@ -45,7 +45,7 @@ while len(found) < 5:
     subprocess.run(["sh", "-ec", result["fix"]], check=True, stdout=subprocess.DEVNULL)
 print(json.dumps(found))
 """
-"""A program that runs a set-up, then repeats the doctor and its fix until the result is ok; prints all results."""
+"""A program that runs a set-up command, then the doctor and its fix until the result is ok. It prints all results."""
 
 
 def driven(
@@ -75,7 +75,7 @@ def of(found: list[Found], check: str) -> Found:
 
 
 def fix(core: Namespace, result: Found) -> None:
-    """Run the printed command."""
+    """Run the fix that the doctor printed."""
     command = ["sh", "-ec", result["fix"]]
     core.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.DEVNULL))
 
@@ -89,13 +89,10 @@ ROOT = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == F
 IN_MOUNTS = ["unshare", "--mount"]
 
 
-# ---------------------------------------------------------------------------------------------------------- the machine
-
-
 def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     around = ["unshare", "--mount", "--pid", "--fork"]
     setup = "mount -t tmpfs inco-trio-test /proc"
-    # After the mount, the warning disappears.
+    # Run the doctor before and after /proc is mounted.
     command = [*around, "sh", "-ec", setup + '; "$@" || mount -t proc proc /proc; "$@"', "sh"]
     command += [sys.executable, "-m", "inco_trio", "doctor", cores.link]
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
@@ -103,7 +100,7 @@ def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     assert done.stderr == b""
     assert first.startswith("warn /proc: not mounted: ")
     assert first.endswith(": run: mount -t proc proc /proc")
-    # The checks that do not need /proc still run.
+    # Without /proc, the doctor still runs the checks that do not need it.
     assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
     assert not any(line.startswith("warn /proc") for line in rest)
     assert any("fs.inotify.max_user_instances" in line for line in rest)
@@ -136,7 +133,7 @@ def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) ->
     path = Path("/proc/sys/net/core/rmem_max")
     limit = cores.core0.run(lambda: int(path.read_text()) if path.exists() else None)
     result = of(doctor(cores.core0, cores.link, around=nobody), "receive-buffer")
-    # A test must not change this machine-wide limit. Linux 6.1 hides it in other network namespaces.
+    # Do not change this machine-wide limit. Linux 6.1 shows it only in the initial network namespace.
     if limit is None:
         assert (result["level"], result["fix"]) == ("warn", None)
         assert result["found"].startswith("cannot be read here")
@@ -188,9 +185,6 @@ def test_the_fix_lengthens_the_queue_of_unix_sockets(cores: Cores, tmp_path: Pat
     setting, link = "net.unix.max_dgram_qlen", f"unix:{tmp_path}/a,peer={tmp_path}/b"
     found = driven(cores.core0, f"sysctl -qw {setting}=3", "unix-queue", setting, link)
     assert levels(found) == ["warn", "ok"]
-
-
-# ---------------------------------------------------------------------------------------------------------- interfaces
 
 
 def wait_running(cores: Cores) -> None:
@@ -256,7 +250,7 @@ def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
 def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
     sysfs = "mount -t sysfs sysfs /sys"
     if not ROOT:
-        # The kernel does not let a user namespace set rps_cpus.
+        # The kernel refuses writes to rps_cpus from a user namespace.
         around = [*IN_MOUNTS, "sh", "-c", f'{sysfs} && exec "$@"', "sh"]
         assert of(doctor(cores.core0, cores.link, around=around), "order")["level"] == "warn"
         return
@@ -288,9 +282,6 @@ def test_a_board_in_another_network_namespace_is_checked(cores: Cores, tmp_path:
     assert of(doctor(cores.core1, "--boards", tmp_path), "state")["found"] == "the interface is down"
 
 
-# ----------------------------------------------------------------------------------------------------------- registers
-
-
 def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: list[str]) -> None:
     irq_dir.mkdir()
     around = [*nobody[:2], str(irq_dir), *nobody[2:]]
@@ -310,9 +301,6 @@ def test_registers_on_proc_are_a_fault(cores: Cores) -> None:
     result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
     assert (result["level"], result["fix"]) == ("fail", None)
     assert "is on a filesystem of type proc: inotify reports nothing there" in result["found"]
-
-
-# ------------------------------------------------------------------------------------------------------------- proxies
 
 
 def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
@@ -402,7 +390,7 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
             if result["check"] == "proxy":
                 assert result["level"] == "ok"
                 assert result["found"].startswith(f"only process {main_process(service.directory)} ")
-        # While the proxy is down, only the fd store has the socket.
+        # While the proxy is down, only the fd store holds the socket of the link.
         service.control("-d")
         service.wait("D")
         found = doctor(cores.core0, cores.link, "--config", udrv)

@@ -165,7 +165,7 @@ def test_stopped_proxies_time_out_in_parallel(bench: Bench, monkeypatch: pytest.
 
 
 def test_duplicate_and_unusual_names_are_distinguished(bench: Bench) -> None:
-    """Two network namespaces may have interfaces, and thus proxies, of the same name."""
+    """Two network namespaces may have interfaces, and thus proxies, with the same name."""
     odd = ["eth0", "eth0", 'a"b\\c', "\N{SNOWMAN}", "line\nbreak"]
     paths = []
     for number, name in enumerate(odd):
@@ -202,7 +202,7 @@ def test_a_foreign_process_at_a_socket_does_not_delay_others(bench: Bench, lines
 
 
 def test_concurrent_scrapes_share_one_query(tmp_path: Path) -> None:
-    """100 concurrent scrapes open one connection to the proxy."""
+    """100 concurrent scrapes open only one connection to the proxy."""
     path, number = tmp_path / "x.sock", 100
     connections = 0
 
@@ -211,7 +211,7 @@ def test_concurrent_scrapes_share_one_query(tmp_path: Path) -> None:
         connections += 1
         await stream.send_all(GREETING)
         await stream.receive_some(4096)
-        # All scrapes wait by now.
+        # Answer only when all scrapes are waiting.
         await trio.testing.wait_all_tasks_blocked()
         await stream.send_all(b'{"status": []}\n')
 
@@ -259,7 +259,7 @@ def test_idle_connections_are_limited_and_closed(tmp_path: Path, monkeypatch: py
                 answer = b"".join([chunk async for chunk in scrape])
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
             assert answer.endswith(b"# EOF\n")
-            # The limit closed the oldest connection; the deadline closes the others.
+            # The connection limit closed the oldest connection; the request deadline closes the others.
             assert await idle[0].receive_some() == b""
             clock.jump(http_server.REQUEST_PATIENCE)
             for stream in (*idle, *half):
@@ -304,9 +304,6 @@ def test_hundreds_of_boards_are_exported(bench: Bench) -> None:
     bench.exporter(control)
     samples = bench.samples()
     assert {labels["board"] for labels, value in samples["inco_trio_open"] if value} == {f"b{n}" for n in range(300)}
-
-
-# ------------------------------------------------------------------------------------------- dashboard and alerts
 
 
 def exported(bench: Bench) -> Samples:
@@ -373,12 +370,12 @@ GONE = 'inco_trio_start_time_seconds{proxy="p",board="b",link="l"}'
 FOUND = "inco_trio_proxies"
 FIRES = "{value: 1, labels: '{}'}"
 QUIET = {
-    "IncoTrioProxyGone": (GONE, "1x9 stale _x10"),  # The series of an exporter that ended.
+    "IncoTrioProxyGone": (GONE, "1x9 stale _x10"),  # The series ends because the exporter has stopped.
     "IncoTrioProxyGone over a restart": (GONE, "1x9 _x1 2x10", FOUND, "1x20"),
     "IncoTrioRestarts": (GONE, "0x10 1x10"),
     "IncoTrioGatewaySilent": ('inco_trio_followed{proxy="p",board="b",link="l"}', "1x20"),
 }
-"""Series for which no alert may fire."""
+"""Input series for which no alert may fire."""
 CASES = {
     "IncoTrioProxySilent": ('inco_trio_proxy_up{proxy="p"}', "0x20"),
     "IncoTrioProxyGone": (GONE, "1x9 stale _x10", FOUND, "1x20"),
@@ -420,9 +417,6 @@ def test_each_alert_fires_for_its_fault(tmp_path: Path) -> None:
         ["promtool", "test", "rules", str(tmp_path / "test.yml")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-# --------------------------------------------------------------------------------------------- examples and arguments
 
 
 def test_the_commands_of_the_page_run(tmp_path: Path) -> None:

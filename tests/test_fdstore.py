@@ -1,4 +1,4 @@
-"""Tests of the fd stores: s6 with the real s6-fdholder-daemon, systemd with a socket that plays systemd."""
+"""Tests of the fd stores: s6 with the real s6-fdholder-daemon, systemd with a socket that simulates systemd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print(json.dumps({
     "environment": [name for name in os.environ if name.startswith(("S6_FD", "LISTEN_"))],
 }))
 """
-"""A successor that prints as JSON which descriptors it has inherited and which are left over."""
+"""The program of a successor: it prints as JSON which descriptors it has inherited and which are left over."""
 
 
 def memfd(content: str) -> int:
@@ -53,7 +53,7 @@ def memfd(content: str) -> int:
 
 @pytest.fixture
 def fds() -> Iterator[dict[str, int]]:
-    """Return three descriptors that are recognizable by their content."""
+    """Yield three memfds that can be recognized by their content."""
     made = {name: memfd(name) for name in ("one", "two", "foreign")}
     yield made
     for fd in made.values():
@@ -228,7 +228,7 @@ for prefix in ("inco-trio/a/", "inco-trio/aa/"):
             capture_output=True,
             text=True,
         )
-        # The owner of the scan directory may also store descriptors of other services.
+        # A service's user may store descriptors of this service only; the scan directory's owner, of all services.
         assert done.stdout == f"inco-trio/a/ kept\ninco-trio/aa/ {'refused' if account else 'kept'}\n"
         assert "inco-trio/a/link.2" in daemon.identifiers()
 
@@ -259,7 +259,7 @@ def test_a_descriptor_that_was_closed_in_transit_is_an_error(identifier: str, mo
 
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Yield a socket that plays systemd's notification socket."""
+    """Yield a socket that simulates systemd's notification socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(HANG)
         manager.bind(f"{tmp_path}/notify")

@@ -1,4 +1,4 @@
-"""Tests of the control socket's Trio client, also with other processes listening at the path."""
+"""Tests of the Trio client of the control socket, also with servers that are not proxies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINK = b'{"event": "link", "running": true, "time": 1.5}\n'
 def conversing(
     tmp_path: Path, answers: list[bytes], talk: Callable[[Conversation], object], clock: MockClock | None = None
 ) -> None:
-    """Run a server that sends one answer at the start and one for each line it receives, and then ends."""
+    """Run `talk` with a server that sends one answer at the start and one for each line it receives, and then ends."""
     path = tmp_path / "control.sock"
 
     async def serve(listener: trio.SocketListener) -> None:
@@ -70,7 +70,7 @@ def test_events_before_and_after_an_answer_are_kept(tmp_path: Path) -> None:
 
 
 async def _twice(conversation: Conversation) -> None:
-    # The server sends the second half of the answer after another line.
+    # The server sends the second half of the answer only after the client has sent another line.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_more, conversation)
         await status(conversation)

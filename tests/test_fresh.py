@@ -1,4 +1,4 @@
-"""Tests of how tests/fresh.py finds pip settings and the mirror; the session `fresh` tests the rest."""
+"""Tests of how tests/fresh.py finds pip settings and the mirror; the nox session `fresh` tests the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of core 1 as a guest of QEMU on a Unix datagram link; the test plays core 0."""
+"""Tests of core 1 as a QEMU guest on a Unix datagram link; the tests act as core 0."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ Boot = Callable[..., Guest]
 
 @pytest.fixture
 def boot(host: Host, tmp_path: Path) -> Iterator[Boot]:
-    """Return `boot(command_line, reboot=True)`, which starts a guest on `host`'s link and waits until it is ready."""
+    """Yield `boot(command_line, reboot=True)`, which starts a guest on `host`'s link and waits until it is ready."""
     with contextlib.ExitStack() as stack:
 
         def start(command_line: str = "", *, reboot: bool = True) -> Guest:
@@ -206,7 +206,7 @@ def test_unread_echoes_block_the_sender_and_are_not_lost(boot: Boot, host: Host)
     host.socket.setblocking(False)
     echoes = sent = 0
     while sent < 20_000:
-        # Fill the link: its queue, the guest's two rings and the queue back.
+        # Fill all buffers of the link: the queue to the guest, the guest's two rings, and the queue from the guest.
         with contextlib.suppress(BlockingIOError):
             while sent < 20_000:
                 host.send(b"a")
@@ -383,7 +383,7 @@ with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX, s
 @pytest.mark.netns
 def test_the_guest_works_behind_a_tap(tmp_path: Path) -> None:
     with Namespace() as switch:
-        # ip-tuntap(8) creates a persistent tap before QEMU starts, as a bridge needs it.
+        # Create a persistent tap before QEMU starts, because a bridge needs it in advance (ip-tuntap(8)).
         make = "ip tuntap add tap_rpmsg mode tap && ip link set tap_rpmsg up"
         switch.run(lambda: subprocess.run(["sh", "-c", make], check=True))
         with switch.run(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)) as link:
@@ -510,5 +510,5 @@ def test_the_firmware_is_built_reproducibly_from_its_source(tmp_path: Path) -> N
     first = built(tmp_path / "first")
     assert first == built(tmp_path / "a second one, with a longer name")
     shipped = FIRMWARE.read_bytes()
-    # Another compiler version generates other bytes.
+    # Only the same compiler version generates the same bytes.
     assert compiler(first) != compiler(shipped) or first == shipped

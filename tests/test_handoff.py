@@ -1,4 +1,4 @@
-"""Tests of the channel between the two tasks of one direction."""
+"""Tests of `Handoff`, the channel between the two tasks that handle one direction."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESET, HWWD, NOTIFY = builtin_signals(Path("/irq"))
 
 
 class Recorder(Bank):
-    """A bank that only records that it was cleared."""
+    """An in-flight buffer that only records that it was cleared."""
 
     def __init__(self, name: str, done: list[str]) -> None:
         super().__init__(memoryview(bytearray(7)), memoryview(bytearray(8)), bytes(7))
@@ -66,7 +66,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def run(main: Callable[[], Coroutine[object, object, None]]) -> None:
-    """Run `main`, and fail if it waits forever."""
+    """Run `main`, and fail if it never ends."""
 
     async def guarded() -> None:
         with trio.fail_after(HANG):
@@ -103,7 +103,7 @@ def test_batches_are_handed_over_in_order_one_at_a_time(world: World) -> None:
     async def act() -> None:
         async for batch in world.handoff.exit:
             taken.append(batch)
-            await trio.sleep(1)  # Simulated time.
+            await trio.sleep(1)  # MockClock simulates this second.
             world.handoff.finish(batch)
 
     async def main() -> None:
@@ -142,7 +142,7 @@ def test_an_aborted_hand_over_ends_with_its_task(world: World) -> None:
 
 
 def test_a_hand_over_after_an_abort_ends_with_its_task(world: World) -> None:
-    """The abort comes after the first batch was taken, so the task hands over the next one on a closed channel."""
+    """Abort after the first batch was taken, so that the task hands over the second batch on a closed channel."""
 
     async def hand_over_two() -> None:
         await world.handoff.hand_over(world.batch("first", NOTIFY))
@@ -203,7 +203,7 @@ def test_a_closed_channel_accepts_no_batch(world: World) -> None:
 
 def test_an_offer_can_be_withdrawn(world: World) -> None:
     async def main() -> None:
-        with trio.move_on_after(1) as scope:  # Simulated time.
+        with trio.move_on_after(1) as scope:  # MockClock simulates this second.
             await world.handoff.offer(world.batch("first", NOTIFY))
         assert scope.cancelled_caught
         assert world.handoff.unfinished == set()

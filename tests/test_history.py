@@ -29,7 +29,7 @@ FEW = 6
 
 
 class Walk(RuleBasedStateMachine):
-    """A board with successive followers, a small history limit and an even smaller read-ahead."""
+    """A random walk with successive followers of a board, a small history limit and an even smaller read-ahead."""
 
     steady = False
     """Whether the walk has only one follower and one process."""
@@ -78,7 +78,7 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady or self.follower is None)
     @rule()
     def follow(self) -> None:
-        """Start another follower; it may receive again what the last one did not acknowledge."""
+        """Start another follower, which may receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged = []
         self.follower = Follower()
@@ -87,13 +87,13 @@ class Walk(RuleBasedStateMachine):
     @precondition(lambda self: not self.steady)
     @rule()
     def restart(self) -> None:
-        """Let another process take over the memory."""
+        """Open the history again, as a new process does that inherits its memory."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged, self.follower = [], None
         other = Inflight.open(os.dup(self.inflight.fd))
         os.close(self.inflight.fd)
         self.inflight, self.history = other, History(other.history)
-        self.history.begin(7)  # Has no effect, as the history has already begun.
+        self.history.begin(7)  # Has no effect, because the history has already begun.
 
     @precondition(lambda self: self.follower is not None)
     @rule()
@@ -112,7 +112,7 @@ class Walk(RuleBasedStateMachine):
         assert self.follower is not None
         done, self.unacknowledged = self.unacknowledged[:number], self.unacknowledged[number:]
         while done and self.unacknowledged and self.unacknowledged[0].event == "merged":
-            done.append(self.unacknowledged.pop(0))  # The merged events are acknowledged together.
+            done.append(self.unacknowledged.pop(0))  # Successive merged events are acknowledged together.
         for event in done:
             name = str(event.signal)
             if event.event == "merged":
@@ -136,7 +136,7 @@ class Walk(RuleBasedStateMachine):
 
 
 class SteadyWalk(Walk):
-    """The same walk with one follower, which receives nothing twice."""
+    """A random walk with a single follower, which receives nothing twice."""
 
     steady = True
 
@@ -163,7 +163,7 @@ def test_an_ended_history_is_empty() -> None:
 
 
 def test_a_replaced_history_is_read_to_its_end_first() -> None:
-    """A board that is removed and added again starts a new history; the rest of the old one is not lost."""
+    """A board that is removed and added again starts a new history; the rest of the old history is not lost."""
 
     async def main() -> list[tuple[str, int]]:
         follower = Follower()

@@ -1,4 +1,4 @@
-"""Tests of the in-flight buffer: a process finds what its predecessor left in the memory."""
+"""Tests of the in-flight buffer: a process recovers the data that its predecessor left in the memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def memory() -> Iterator[Inflight]:
 
 @pytest.fixture
 def successor(memory: Inflight) -> Iterator[Callable[[], Inflight]]:
-    """Return a function that maps the same memory again, like a successor."""
+    """Yield a function that maps the same memory again, as a successor does."""
     with ExitStack() as stack:
 
         def start() -> Inflight:
@@ -82,7 +82,7 @@ def test_new_memory_is_empty(memory: Inflight) -> None:
 
 
 def test_new_memory_allocates_few_pages(memory: Inflight) -> None:
-    # The kernel has only allocated the pages with marks between the frames and one page for each table.
+    # The kernel has allocated only the pages that hold the marks between frames, and one page for each table.
     assert os.fstat(memory.fd).st_blocks * 512 <= sum(len(bank.view) for bank in memory.frames) + 4096 * 4
 
 
@@ -123,7 +123,7 @@ def test_a_long_frame_is_recovered_completely(
     memory: Inflight, successor: Callable[[], Inflight], length: int, slot: int, fill: bytes
 ) -> None:
     bank = memory.frames[0]
-    # The frame also fills the slots of the following frames.
+    # The frame is so long that it also fills the following slots.
     whole = (b"head" + fill * 124 + b"a part" + fill * FRAME_MAX)[: length - 1] + b"e"
     for number in range(slot):
         bank.view[number * FRAME_STEP : number * FRAME_STEP + 5] = b"short"

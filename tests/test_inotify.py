@@ -1,4 +1,4 @@
-"""Tests of the decoder of inotify events, and of descriptor and watches on the real kernel."""
+"""Tests of the decoder of inotify events, and of inotify descriptors and watches on the real kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of write_at_once: how much is written, and the reason if not all."""
+"""Tests of write_at_once: how many bytes are written, and the reason if some are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inco_trio.service.lines import PIECE, write_at_once
 
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
-    """Yield a pipe whose buffer holds four pieces."""
+    """Yield a pipe whose buffer holds 4 * PIECE bytes."""
     reader, writer = os.pipe()
     assert fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4 * PIECE) == 4 * PIECE
     yield reader, writer

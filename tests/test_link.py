@@ -35,7 +35,7 @@ StartLink = Callable[[], PacketLink]
 
 
 def close(link: PacketLink) -> None:
-    """Close the link's sockets outside Trio; `PacketLink.close` notifies waiting Trio tasks."""
+    """Close the link's sockets outside Trio. `PacketLink.close` needs Trio, because it notifies waiting tasks."""
     link._socket.close()
     link._rtnetlink.close()
 
@@ -88,7 +88,7 @@ def run(function: Callable[[], Awaitable[None]]) -> None:
 
 
 def receive(link: PacketLink, count: int = 100, step: int = ROOM) -> list[bytes]:
-    """Return queued frames that fit into `count` buffers of ROOM bytes."""
+    """Return at most `count` queued frames, each read into a buffer of ROOM bytes."""
     rooms = [memoryview(bytearray(ROOM)) for _ in range(count)]
     return [bytes(room[:length]) for room, length in zip(rooms, link.receive_into(rooms, step), strict=False)]
 
@@ -134,9 +134,9 @@ def test_a_batch_ends_with_a_frame_longer_than_its_step(link: PacketLink, core1:
 
 
 WITHOUT_OPTION = ("linux.if_packet.PACKET_IGNORE_OUTGOING", 9999)
-"""Kernels before 4.20 do not support this option."""
+"""A patch that simulates a kernel before 4.20, which does not support the option PACKET_IGNORE_OUTGOING."""
 WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
-"""A filter that accepts every frame."""
+"""A patch that replaces the filter with one that accepts every frame."""
 
 
 @pytest.mark.parametrize("without", [WITHOUT_OPTION, WITHOUT_FILTER], ids=["the filter", "the option"])
@@ -212,9 +212,6 @@ def test_a_failed_opening_leaks_no_descriptor(cores: Cores, monkeypatch: pytest.
     cores.core0.run(start)
 
 
-# ------------------------------------------------------------------------------------- state changes of the interface
-
-
 def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> None:
     link = opened()
     assert (link.mac, link.running) == (b"", False)
@@ -233,7 +230,7 @@ def test_refresh_updates_mac_and_running(opened: StartLink, cores: Cores) -> Non
 def test_no_carrier_is_not_running(link: PacketLink, cores: Cores, watcher: Rtnetlink) -> None:
     async def main() -> None:
         cores.core1.run(other_end_down)
-        # The kernel reports the change asynchronously.
+        # The kernel reports the loss of the carrier asynchronously.
         while link.refresh() and link.running:
             await watcher.wait()
 
@@ -321,9 +318,6 @@ def test_error_names_the_missing_interface_and_existing_ones(cores: Cores) -> No
     assert exit_code(error) == 69
 
 
-# --------------------------------------------------------------------------------------------------- inherited sockets
-
-
 def packet_socket(interface: str = "", protocol: int = ETHERTYPE) -> socket.socket:
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     if interface:
@@ -388,9 +382,6 @@ def test_a_socket_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: py
     close(wide)
 
 
-# ------------------------------------------------------------------------------------------------------------- bridges
-
-
 def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture) -> None:
     from pyroute2 import IPRoute
 
@@ -419,15 +410,12 @@ def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: p
     assert caplog.messages[1:] == [f"{cores.link}: no longer a port of the bridge br0"]
 
 
-# ------------------------------------------------------------------------------------------------- interface watcher
-
-
 def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> None:
     async def main() -> None:
         for happen in (cores.link_down, cores.link_up, cores.delete_link, cores.make_link):
             happen()
             await watcher.wait()
-        # No change is left in the queue.
+        # The watcher has no further changes in its queue.
         with trio.move_on_after(0) as scope:
             await watcher.wait()
         assert scope.cancelled_caught

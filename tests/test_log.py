@@ -65,7 +65,7 @@ def test_omitted_lines_are_summarized_after_a_second(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("inco_trio.service.throttle.PERIOD", 0.5)
     ours, theirs = os.pipe()
     set_up_logging(log_format, verbose=False, fd=theirs)
-    # The last line of each cause shows the current state.
+    # The summary prints the last line for each cause, so that the log ends with the current state.
     for _ in range(2):
         logger.warning("down")
         logger.info("up", extra={"event": "works"})
@@ -129,9 +129,6 @@ def test_a_second_set_up_replaces_the_first(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "inco-trio: info: once\n"
 
 
-# ------------------------------------------------------------------------------------------------- unwritable logs
-
-
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     """Yield a full pipe."""
@@ -179,7 +176,7 @@ def test_lost_lines_are_counted_in_the_next_written_line(
 def test_a_partial_line_is_ended_before_the_next_line(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     set_up_logging("text", verbose=False, fd=writer)
-    # Make room for one page, which is shorter than the line.
+    # Make room for one page; the line is longer.
     os.read(reader, 4096)
     logger.info("x" * 10000)
     torn = drain(reader)

@@ -110,7 +110,7 @@ Complete = Callable[[Path, str], set[str]]
 
 
 def in_bash(cwd: Path, line: str) -> set[str]:
-    """Return bash's completions of `line`, by calling its function like readline."""
+    """Return bash's completions of `line` by calling the completion function as readline does."""
     words = line.split(" ")
     script = f"""
         . {BASH}
@@ -185,7 +185,7 @@ def in_zsh(cwd: Path, line: str) -> set[str]:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return a PATH directory like pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
+    """Return a PATH directory as pipx creates it: `inco-trio` is a symlink into the wheel's environment."""
     environment = tmp_path / "environment"
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     for source, where in wheel["shared-data"].items():

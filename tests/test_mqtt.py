@@ -51,8 +51,8 @@ class Bench:
     def kill_broker(self, gateway: Gateway, reader: Reader) -> None:
         """Kill and restart the broker.
 
-        A killed mosquitto loses messages that it acknowledged but did not deliver, so the broker first delivers all.
-        It also loses its sessions, so the reader reconnects before the gateway continues.
+        A killed mosquitto loses messages that it has acknowledged but not delivered, so first wait until it has
+        delivered all messages. It also loses its sessions, so the reader reconnects before the gateway continues.
         """
         gateway.process.send_signal(signal.SIGSTOP)
         reader.settle()
@@ -137,7 +137,7 @@ def test_only_permitted_signals_are_sent(bench: Bench) -> None:
     assert ask("%2B") == "not-permitted"
     reader.publish(
         send + "redun_notify_irq", response=send + "redun_notify_irq"
-    )  # The gateway does not answer to a send topic.
+    )  # The gateway publishes no answer if the response topic is a send topic.
     assert b"redun_notify_irq" in peer.recv(2048)
     assert ask("ihub_hwwd_irq") == "not-permitted"
     assert bench.board.status()["counters"]["sent"] == 3
@@ -199,7 +199,7 @@ def test_the_command_of_the_page_runs(bench: Bench) -> None:
     reader = bench.reader()
     gateway = bench.gateway()
     reader.until_status(bench.name, state="online")
-    # A refused reload changes nothing; a successful reload continues without a loss.
+    # A refused reload changes nothing; a successful reload loses no notification.
     (bench.home / "gateway.json").write_text('{"boards": []}')
     gateway.process.send_signal(signal.SIGHUP)
     while "reload refused" not in gateway.log:
@@ -239,7 +239,7 @@ def test_boards_can_be_added_and_removed(bench: Bench) -> None:
         for name in ("b2", "b3"):
             peer.sendto(FRAME, f"{bench.home}/{name}-0")
         assert next(reader.notifications()).topic == "lab/b3/inbound/ihub_hwwd_irq"
-        # Notifications from just before the removal of a board still arrive, although the broker is down.
+        # Notifications that precede the removal of a board still arrive after the broker has been down.
         bench.broker.end()
         for _ in range(200):
             peer.sendto(FRAME, f"{bench.home}/b3-0")

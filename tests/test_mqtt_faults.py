@@ -1,4 +1,4 @@
-"""Tests of brokers that refuse, do not answer or are other servers: one error line each, and no loss."""
+"""Tests of brokers that refuse the client, fail or do not answer: each is one error line, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -65,9 +65,6 @@ def at(port: int, *, tls: bool = False) -> Broker:
     return Broker("127.0.0.1", port, tls, "lab")
 
 
-# ------------------------------------------------------------------------------------------------------ certificates
-
-
 def test_certificates_are_checked_on_both_sides(tmp_path: Path, stack: ExitStack) -> None:
     ours, others = Certificates(tmp_path / "ours"), Certificates(tmp_path / "others")
     of_broker, of_client = ours.sign("127.0.0.1"), ours.sign("host1")
@@ -108,9 +105,6 @@ def test_an_expired_certificate_is_refused(tmp_path: Path, stack: ExitStack) -> 
 def test_tls_to_a_broker_without_tls_is_an_error(tmp_path: Path, stack: ExitStack) -> None:
     broker = start(stack, Mosquitto(tmp_path / "broker", "allow_anonymous true"))
     assert "TLS" in str(refusal(at(broker.port, tls=True), Credentials()))
-
-
-# ---------------------------------------------------------------------------------------------------------- identity
 
 
 def with_password(tmp_path: Path, stack: ExitStack, *acl: str) -> tuple[Mosquitto, Credentials]:
@@ -166,9 +160,6 @@ def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitSta
     assert gateway.log.count("the broker refuses") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------ silence
-
-
 def test_unreachable_broker_is_an_error() -> None:
     assert "cannot be reached" in str(refusal(at(free_port()), Credentials()))
     assert "no such host" in str(refusal(Broker("nowhere.invalid", 1, False, "lab"), Credentials()))
@@ -198,7 +189,7 @@ def test_a_broker_that_closes_the_connection_is_an_error() -> None:
 
 
 def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], None]) -> None:
-    """Play a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings."""
+    """Act as a broker that sends a Server Keep Alive, acknowledges `lab/x` and reports pings."""
     sock, _ = server.accept()
     with sock:
         sock.settimeout(HANG)
@@ -208,13 +199,13 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
             if packet == b"\xc0\0":
                 sock.sendall(b"\xd0\0")
                 trio.from_thread.run_sync(pinged)
-            elif packet[0] == 0x32:  # PUBLISH at QoS 1; the packet identifier follows the topic
+            elif packet[0] == 0x32:  # PUBLISH at QoS 1; the packet identifier follows the topic.
                 sock.sendall(b"\x40\x02" + packet[9:11])
 
 
 @pytest.mark.parametrize("seconds", [1, 0])
 def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With KEEPALIVE, the client would not ping before the test ends (paho.mqtt.python#905)."""
+    """With the client's own KEEPALIVE, it would not ping before the test ends (paho.mqtt.python#905)."""
     monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:
@@ -353,9 +344,6 @@ def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitS
     assert trio.run(receive, 1) == [b"0", b"1", b"2"]
     assert trio.run(receive, 0) == [b"1", b"2", b"3"]
     assert trio.run(receive, 0) == [b"1", b"2", b"3"]
-
-
-# ---------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def frame(number: int) -> bytes:
 
 
 class Core:
-    """A core that the test plays with a socket."""
+    """A core that the test simulates with a socket."""
 
     def __init__(self, path: Path, bridge: Path) -> None:
         self.path, self.bridge = path, bridge
@@ -109,7 +109,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def counters(bridge: Gateway, published: int = 0) -> dict[str, int]:
-    """Return the counters that a bridge logs at SIGUSR1, once `published` frames have been acknowledged."""
+    """Return the counters that a bridge logs on SIGUSR1, once `published` frames have been acknowledged."""
     for times in itertools.count(bridge.log.count("statistics: ") + 1):
         bridge.process.send_signal(signal.SIGUSR1)
         bridge.wait_log("statistics: ", times)
@@ -158,7 +158,7 @@ def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
 
 
 def test_the_position_request_is_repeated(bench: Bench) -> None:
-    """Another subscriber hides from this side that the other side has not subscribed."""
+    """The test's own subscription hides from core 0's side that core 1's side has not subscribed."""
     reader = Reader(bench.broker)
     bench.stack.callback(reader.close)
     bench.bridge(0)
@@ -180,7 +180,7 @@ def test_the_broker_keeps_frames_for_a_stopped_side(bench: Bench) -> None:
 
 
 def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
-    """The sender must wait before the broker's queue of 1,000 messages or any other queue overflows."""
+    """The sender must block before the broker's queue of 1,000 messages or any other queue overflows."""
     bench.joined()
     here, there = bench.cores
     total = 3000
@@ -201,7 +201,7 @@ def test_a_core_that_does_not_read_overflows_no_queue(bench: Bench) -> None:
 
 
 def test_repeated_restarts_without_state_overflow_no_queue(bench: Bench) -> None:
-    """Without an fd store, each restart resets the sequence numbers, while the other side is stopped."""
+    """Without an fd store, each restart resets the sequence numbers. The other side is not running meanwhile."""
     bridge, away = bench.joined()
     bench.cores[0].send(frame(0))
     assert bench.cores[1].receive() == frame(0)
@@ -340,7 +340,7 @@ def test_an_inherited_socket_with_another_path_is_replaced(tmp_path: Path, caplo
 
 @pytest.mark.parametrize("topic", TOPICS)
 def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
-    """The ACL lacks one of the topics to which a side publishes."""
+    """The ACL lacks one of the topics to which core 1's side publishes."""
     acl = bench.home / "acl"
     allowed = [f"topic readwrite lab/wire/{end}/{name}" for end in ("core0", "core1") for name in TOPICS]
     acl.write_text("\n".join(line for line in allowed if line != f"topic readwrite lab/wire/core1/{topic}") + "\n")
@@ -504,7 +504,7 @@ def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> Non
         threading.Event().wait(choice.random() / 2)
     assert kills
     for flow in flows:
-        # Each kill may duplicate a frame that was being written and one that was not yet acknowledged.
+        # Each kill may duplicate two frames: one that was being written and one that was not yet acknowledged.
         assert flow.check() <= 2 * kills
     assert "Traceback" not in running.log
     assert "never came" not in running.log

@@ -25,13 +25,13 @@ PYTEST = ("pytest", "-x", "-p", "no:cacheprovider")
 
 @attrs.frozen
 class Fault:
-    """A line of a program, and a wrong line that replaces it."""
+    """A line of a program, and the faulty line that replaces it."""
 
     file: str
     right: str
     wrong: str
     missing: str
-    """The signal that no longer arrives."""
+    """The signal that does not arrive because of the fault."""
 
 
 FAULTS = {
@@ -42,7 +42,7 @@ FAULTS = {
 }
 COMMANDS = {"shell": ("./test.sh",)}
 MISSING = ("did not arrive", "did not appear", "0 of 1 arrived")
-"""What the tests say of a signal that is missing."""
+"""Texts with which the examples' tests report a missing signal."""
 
 
 @pytest.fixture(scope="session", params=sorted(FAULTS))
@@ -93,7 +93,7 @@ def run(name: str, tmp_path: Path, fault: Fault | None = None) -> subprocess.Com
         text = (home / fault.file).read_text()
         assert text.count(fault.right) == 1
         (home / fault.file).write_text(text.replace(fault.right, fault.wrong))
-        # The signal never arrives, whatever the deadline: a shorter one only ends the test sooner.
+        # The signal never arrives, so a shorter deadline only ends the test sooner.
         for file in home.glob("test*"):
             file.write_text(
                 file.read_text().replace("HANG = 300", "HANG = 60").replace("--timeout 300", "--timeout 60")

@@ -240,7 +240,7 @@ async def sides_of_a_board(board: testing.Board) -> None:
     core1.send("ihub_hwwd_irq")
     core1.send_frame(b"")
     assert_type(core0.expect("ihub_hwwd_irq", 1), testing.Happening)
-    assert_type(await core1.expect_async("redun_notify_irq", timeout=1.5), testing.Happening)  # Never runs.
+    assert_type(await core1.expect_async("redun_notify_irq", timeout=1.5), testing.Happening)  # This file is not run.
     assert_type(core1.count("redun_notify_irq"), int)
     for happening in core1.history:
         assert_type(happening.core, int | None)

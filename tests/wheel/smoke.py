@@ -1,6 +1,6 @@
-"""Test the built wheel in an environment that contains nothing else; `nox -s wheel` sets the paths of both.
+"""Test the built wheel in an environment without other packages, which `nox -s wheel` creates.
 
-Each test runs a process of that environment outside the checkout, so pytest's own import path has no effect.
+Each test runs the environment's Python outside the checkout, so pytest's own import path has no effect.
 """
 
 from __future__ import annotations
