@@ -8,12 +8,12 @@ As a library::
             async for event in events:
                 print(event.signal.name)
 
-`inco_trio.cli` is the command line, `inco_trio.aio` the API for asyncio.
+`inco_trio.cli` is the command line; `inco_trio.aio` is the asyncio API.
 """
 
 from __future__ import annotations
 
-# Stands for typing.TYPE_CHECKING: importing typing takes longer than importing this module.
+# Replaces typing.TYPE_CHECKING, because importing typing takes longer than importing this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board
@@ -70,7 +70,7 @@ __all__ = [
     "serve",
 ]
 
-# Each module is imported when one of its names is first used (PEP 562): `inco-trio check` does not need Trio.
+# Each module is imported when one of its names is first used (PEP 562). `inco-trio check` never imports Trio.
 _NAMES_OF = {
     "config": ("Board", "Config", "read_board"),
     "cores.core": ("Arrival",),
@@ -83,7 +83,7 @@ _NAMES_OF = {
     "proxy_status": ("SignalStatus", "Stats", "Status", "TaskStatus"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-"""The module of each name in `__all__`, except for those of the module `errors`."""
+"""The module of each name in `__all__`. Names of the module `errors` are left out."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Growing pauses between attempts."""
+"""Exponential backoff between attempts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Pauses in seconds that grow up to CAP, with random variation. CAP also bounds how long recovery takes."""
+    """Exponential backoff with jitter: pauses in seconds, which double up to CAP. CAP also limits the recovery time."""
 
     FIRST = 0.005
     CAP = 0.08
@@ -17,10 +17,10 @@ class Backoff:
         self._pause = self.FIRST
 
     def next(self) -> float:
-        pause = self._pause * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
+        pause = self._pause * random.uniform(0.8, 1.2)  # noqa: S311 - not for cryptography
         self._pause = min(self._pause * 2, self.CAP)
         return pause
 
     def reset(self) -> None:
-        """Return to the first pause, after a success."""
+        """Start again with the shortest pause, after a successful attempt."""
         self._pause = self.FIRST

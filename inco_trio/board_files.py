@@ -1,4 +1,4 @@
-"""Board files: each `NAME.json` in a directory configures one board.
+"""Board files: each `NAME.json` in a directory configures one board. Two examples:
 
 {"link": "unix:/run/b1/core0,peer=/run/b1/core1", "config": "/etc/b1/udrv.json"}
 {"link": "rpmsg4000", "irq_dir": "/run/b2/irq", "netns": "b2"}
@@ -51,7 +51,7 @@ class BoardFile:
     config: Annotated[str | None, ABSOLUTE_PATH] = None
     """The absolute path of a udrv.json."""
     irq_dir: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The absolute path of the directory of the built-in signals."""
+    """The absolute path of the directory for the registers of the built-in signals."""
     netns: Annotated[str | None, NETNS_RULE] = None
     """The network namespace of the interface: a name under /run/netns, or an absolute path."""
 
@@ -62,13 +62,13 @@ class Boards:
 
     configs: Mapping[str, Config]
     refused: Mapping[str, IncoError]
-    """The error of each invalid file, by board. Its subject is the path of the file."""
+    """The errors of invalid files, by board name. The subject of each error is the path of the file."""
     notes: Mapping[str, tuple[str, ...]]
-    """See `config.Board.notes`."""
+    """The notes of each board, see `config.Board.notes`."""
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Return the boards of a directory. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
+    """Return the boards in `directory`. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
@@ -90,7 +90,7 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
 
 
 def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
-    """Return the board that a file describes, and its notes. Raises IncoError."""
+    """Return the configuration and the notes of the board that a file describes. Raises IncoError."""
     if not NAME.fullmatch(name):
         rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
         raise ConfigError(path, f"a board's name has {rule}")
@@ -101,15 +101,15 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     if file and file.netns is not None and file.link.startswith("unix:"):
         table.fault("netns", "not allowed for a unix: link (leave it out)")
     table.finish(str(path))
-    assert file is not None  # noqa: S101 - there are no mistakes
+    assert file is not None  # noqa: S101 - `finish` raises if there are mistakes
     netns = None if file.netns is None else NETNS / file.netns
     board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
-    # A board with `wait_link` does not stop the other boards while its link is missing.
+    # With `wait_link`, a missing link does not keep the other boards from starting.
     return Config(file.link, board.signals, wait_link=True, netns=netns), board.notes
 
 
 def claims(config: Config) -> dict[object, str]:
-    """Return the link and the directories of a board, which no other board may use, and a description of each."""
+    """Return the link and directories that no other board may use, each with a description."""
     address = config.address
     if isinstance(address, UnixAddress):
         claimed: dict[object, str] = {os.path.realpath(address.local): f"the link {address.local}"}
@@ -121,9 +121,9 @@ def claims(config: Config) -> dict[object, str]:
 
 
 def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] | None = None) -> dict[str, str]:
-    """Return why boards are refused: they share a link or a directory with another board.
+    """Return the boards that are refused because they share a link or a directory, and why.
 
-    `running` has the current configurations: they have priority, and a refused board keeps its current one.
+    `running` contains the current configurations. They have priority, and a refused board keeps its current one.
     """
     running = running or {}
     refused: dict[str, str] = {}
@@ -133,7 +133,7 @@ def refuse_shared(configs: Mapping[str, Config], running: Mapping[str, Config] |
             if name not in configs or name in refused:
                 taken |= dict.fromkeys(claims(config), name)
         more: dict[str, str] = {}
-        # Unchanged boards first, then those that change.
+        # Unchanged boards come first, then changed boards, then new ones.
         order = {name: (name not in running, running.get(name) != configs[name], name) for name in configs}
         for name in sorted(configs.keys() - refused.keys(), key=order.__getitem__):
             claimed = claims(configs[name])

@@ -1,7 +1,6 @@
 """The configuration of one proxy (`Config`), and a board's udrv.json (`Board`).
 
-A udrv.json describes every device of the board. The proxy reads two places and one optional table, and ignores the
-rest:
+A udrv.json describes every device of the board. The proxy reads only these keys:
 
     file.<device>.path                      the directory of a file device; ihub-irq-dev is required
     misc.ihub_config_dev.regs.<reg>.reg     "<device>.<register>" of a built-in signal
@@ -23,7 +22,7 @@ from inco_trio.validation import ABSOLUTE_PATH, RULES, InvalidValueError, Rule, 
 __all__ = ["Board", "Config", "parse_board", "read_board", "read_udrv"]
 
 UDRV_SIZE_MAX = 16 << 20
-"""The largest udrv.json that is read, in bytes: it describes every device of a board."""
+"""Maximum size of a udrv.json, in bytes."""
 IRQ_DEVICE = "ihub-irq-dev"
 FILE = "file"
 REGS = "misc.ihub_config_dev.regs"
@@ -42,12 +41,12 @@ class Config:
     wait_link: bool = False
     """Wait for a missing link instead of failing at start."""
     stop_deadline: float = 5.0
-    """Seconds that a clean stop may take to finish what was accepted."""
+    """Maximum number of seconds for finishing pending notifications during a clean stop."""
     netns: Path | None = None
-    """The network namespace (a file as in /run/netns) of the interface; None is that of this process."""
+    """The path of the interface's network namespace, such as /run/netns/b2; None for that of this process."""
 
     address: InterfaceAddress | UnixAddress = attrs.field(init=False, eq=False, repr=False)
-    """`link`, parsed."""
+    """The parsed `link`."""
 
     def __attrs_post_init__(self) -> None:
         problems = [f"signal {signal.name}: {why}" for signal, why in clashes(self.signals)]
@@ -55,13 +54,13 @@ class Config:
             object.__setattr__(self, "address", parse_address(self.link))
         except InvalidArgumentError as error:
             problems.append(f"link {self.link!r}: {error.reason}")
-        if not self.stop_deadline >= 0:  # `< 0` would let NaN pass
+        if not self.stop_deadline >= 0:  # `stop_deadline < 0` would accept NaN
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
         if problems:
             raise ConfigError("", problems)
 
     def same_link(self, other: Config) -> bool:
-        """Return whether both have the same link."""
+        """Return whether both configurations use the same link."""
         return (self.address, self.netns) == (other.address, other.netns)
 
 
@@ -70,26 +69,23 @@ class Board:
     """The content of a board's udrv.json."""
 
     signals: tuple[Signal, ...]
-    """The built-in signals first, then those of the signals table, in its order."""
+    """The built-in signals, followed by those of the signals table in the order of the file."""
     notes: tuple[str, ...]
-    """One line for each default that applies."""
+    """One line for each missing key that is replaced by its default."""
 
 
 def read_board(path: Path | str) -> Board:
-    """Return the board that the udrv.json at `path` describes. Raises ConfigError with every mistake, ResourceError."""
+    """Read the udrv.json at `path`. Raises ConfigError, which lists every mistake, and ResourceError."""
     return parse_board(read_udrv(path), str(path))
 
 
 def read_udrv(path: Path | str) -> bytes:
-    """Return the content of a udrv.json. Raises as `validation.read_file`."""
+    """Return the content of a udrv.json. Raises the errors of `validation.read_file`."""
     return read_file(path, UDRV_SIZE_MAX)
 
 
 def parse_board(text: bytes, source: str) -> Board:
-    """Return the board that `text`, the content of a udrv.json, describes.
-
-    Raises ConfigError with every mistake, each line beginning with `source`.
-    """
+    """Parse the content of a udrv.json. Raises ConfigError, which lists every mistake after the file name `source`."""
     document = parse_table(text, source)
     notes: list[str] = []
     found = list(_find(document, notes))
@@ -106,7 +102,7 @@ def parse_board(text: bytes, source: str) -> Board:
 
 @attrs.frozen
 class _Address:
-    """A register as the file names it: "<device>.<register>"."""
+    """A register, as it is written in a udrv.json: "<device>.<register>"."""
 
     device: str
     register: str
@@ -124,28 +120,28 @@ ADDRESS = Rule((str,), "<device>.<register>", lambda text: "." in text, _to_addr
 
 @attrs.frozen
 class _Device:
-    """An entry of `file`."""
+    """An entry of the table `file` in a udrv.json."""
 
     path: Path
-    """The directory, absolute, and by one path only. It is made with its parents if it is missing."""
+    """The absolute path of the directory. Use the same path everywhere. The proxy creates a missing directory."""
 
 
 @attrs.frozen
 class _Reg:
-    """An entry of `misc.ihub_config_dev.regs`."""
+    """An entry of the table `misc.ihub_config_dev.regs` in a udrv.json."""
 
     reg: _Address
-    """`"<device>.<register>"`: the register is a file name in the device's directory, all after the first dot."""
+    """`"<device>.<register>"`: the text after the first dot is the name of a file in the device's directory."""
 
 
 @attrs.frozen
 class _Entry:
-    """An entry of `misc.inco_proxy.signals`, under its wire name. Other keys are refused."""
+    """An entry of `misc.inco_proxy.signals`, whose key is the wire name. Unknown keys in the entry are an error."""
 
     direction: Direction
-    """`"inbound"`, from core 1 to core 0, or `"outbound"`."""
+    """`"inbound"` (core 1 to core 0) or `"outbound"` (core 0 to core 1)."""
     reg: _Address
-    """`"<device>.<register>"`, as above."""
+    """`"<device>.<register>"`, in the same form as for the built-in signals."""
 
 
 @attrs.frozen
@@ -160,7 +156,7 @@ class _Found:
 
 def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
     regs, ours, signals = document.walk(REGS), document.walk(OURS), document.walk(SIGNALS)
-    # In our own tables, an unknown key is a typing error.
+    # Only inco-trio uses these tables, so an unknown key in them is a typing error.
     ours.only(["signals"])
     signals.only(signals.values)
     builtins = {builtin.name: builtin for builtin in BUILTIN}
@@ -183,11 +179,11 @@ def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
 
 
 def _directories(document: Table, found: list[_Found]) -> dict[str, Path]:
-    """Return the directory of each device that is used and valid."""
+    """Return the directory of each device that is used. Leave out devices with mistakes."""
     files = document.table(FILE)
     if files is None:
         return {}
-    # A board has this one, even if no signal uses it.
+    # IRQ_DEVICE is required, even if no signal uses it.
     devices = {IRQ_DEVICE: "", **{f.address.device: f.where for f in reversed(found)}}
     directories = {}
     for device, first_use in devices.items():

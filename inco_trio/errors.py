@@ -1,7 +1,6 @@
-"""The errors of inco-trio.
+"""The errors of inco-trio. The text of an error is "SUBJECT: REASON", where the subject is the object that failed.
 
-Each error has a `subject`, the object that failed, and a `reason`; its text is one line, "SUBJECT: REASON". Errors also
-derive from the built-in class that fits. Invalid frames from core 1 raise no error: the proxy counts them.
+Most errors also derive from a built-in class. Invalid frames from core 1 raise no error: the proxy counts them.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ __all__ = [
 ]
 
 STRERROR = "{strerror}"
-"""Stands for the kernel's text in the reasons of `from_os_error`."""
+"""Placeholder for the kernel's error text in the reasons of `from_os_error`."""
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with the `remedy`."""
+    """Base of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with `remedy`."""
 
     def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
         self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)
@@ -51,7 +50,7 @@ class InvalidArgumentError(IncoError, ValueError):
 class ConfigError(IncoError, ValueError):
     """The configuration is invalid: `ConfigError(subject, reasons)`, or `ConfigError(reason)`.
 
-    `problems` has one line for each mistake: the subject, usually a path, and the key path.
+    `problems` has one line for each mistake. Each line starts with the subject (usually a path) and the key path.
     """
 
     def __init__(self, subject: str | os.PathLike[str], reasons: str | Iterable[str] | None = None) -> None:
@@ -84,7 +83,7 @@ class ProtocolError(ProxyNotFoundError):
 
 
 class BoardNotOpenError(UnavailableError, KeyError):
-    """A configured board has no open proxy now."""
+    """A configured board has no open proxy at the moment."""
 
     __str__ = Exception.__str__
 
@@ -102,7 +101,7 @@ class ResourceError(IncoError):
 
 
 class UnknownSignalError(IncoError, LookupError):
-    """The signal table has no outbound signal of that name."""
+    """The signal table has no signal of this name and direction."""
 
 
 class ClosedError(IncoError):
@@ -118,11 +117,11 @@ def from_os_error(
 ) -> IncoError:
     """Return the IncoError for an OSError.
 
-    Each case has error numbers, and the class and the reason for them. Other numbers become PermissionDeniedError if
-    the kernel denies access, else `otherwise`, both with `reason`. "{strerror}" in a reason is the kernel's text.
+    Each case lists error numbers, and the class and reason to use for them. Other numbers become PermissionDeniedError
+    if the kernel denied access, or else the class `otherwise`. Both then have the reason `reason`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) fails with one error number for two limits, and the kernel's text names the wrong one.
+        # inotify_init(2) returns EMFILE for either of two limits, but the kernel's text only mentions open files.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
@@ -133,7 +132,7 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return KeyboardInterrupt, else the first error, of nested groups. `only` keeps a group of several errors."""
+    """Return KeyboardInterrupt or else the first error of nested groups. `only` keeps a group of several errors."""
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

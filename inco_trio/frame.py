@@ -17,17 +17,17 @@ __all__ = [
 ]
 
 ETHERTYPE = 0x8800
-"""The protocol of the inter-core link."""
+"""The EtherType of the inter-core link."""
 BROADCAST = b"\xff" * 6
-"""The destination of every frame."""
+"""The destination MAC address of every frame."""
 HEADER_LENGTH = 14
-"""Bytes before the payload: destination, source, EtherType (packet(7))."""
+"""Length of the header in bytes: destination, source and EtherType (packet(7))."""
 NAME_MAX = 64
-"""The longest wire name, in bytes."""
+"""Maximum length of a wire name, in bytes."""
 ADDRESSES = 12
-"""Bytes of the two addresses at the beginning of a frame."""
+"""Length of the two addresses at the beginning of a frame, in bytes."""
 FRAME_MAX = 1600
-"""The longest valid frame, in bytes: more than a tag, a header and the usual MTU of 1,500."""
+"""Maximum length of a valid frame, in bytes: more than an 802.1Q tag, a header and the usual MTU of 1,500."""
 
 _TYPE = ETHERTYPE.to_bytes(2, "big")
 _VLAN = b"\x81\x00"
@@ -41,7 +41,7 @@ def is_wire_name(name: bytes) -> bool:
 
 
 def encode(name: bytes, source: bytes) -> bytes:
-    """Return the unpadded frame of a wire name, from the 6-byte MAC address `source`. Raises ValueError."""
+    """Return the frame for a wire name, unpadded. `source` is the MAC address of the sender. Raises ValueError."""
     if len(source) != len(BROADCAST):
         raise ValueError(f"{source!r} is not a MAC address")
     if not is_wire_name(name):

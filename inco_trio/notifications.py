@@ -33,41 +33,38 @@ class Notification:
 
     signal: Signal
     sequence: int
-    """The number among all notifications of the proxy, from 1."""
+    """Sequence number among all notifications of the proxy, starting at 1."""
     monotonic_ns: int
-    """When it was delivered or sent, by time.monotonic_ns()."""
+    """When the notification was delivered or sent (time.monotonic_ns())."""
     time_ns: int
-    """When it was delivered or sent, by time.time_ns()."""
+    """The same time as time.time_ns()."""
 
     @property
     def direction(self) -> Direction:
-        """The direction of its signal."""
+        """The direction of the signal."""
         return self.signal.direction
 
 
 class Listener(Protocol):
-    """Receives all events of a proxy at once, for the board `problems.board_name`. No method may wait or raise."""
+    """Receives each event of the board `problems.board_name` immediately. Methods must not block or raise."""
 
     wants_frames: bool
-    """Whether `carried` needs the frames."""
+    """Whether the method `carried` needs the frames."""
 
     def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """Take notifications that were delivered or sent; `sequence` is the number of the first one.
-
-        `frames` has the received frame of each one, or is empty if the frames are not wanted or unknown.
-        """
+        """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown."""
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
-        """Take a frame that was ignored or given up. `reason` is the name of the counter that counts it."""
+        """Handle a frame that was ignored or discarded. `reason` is the name of the counter for such frames."""
 
     def link_changed(self, running: bool) -> None:
-        """Note that the link came up or went down."""
+        """Handle a link that has come up or gone down."""
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """Note that the proxy is being opened; `keep` is its `Events.keep`."""
+        """Handle the start of the proxy. `keep` is the `Events.keep` method of the proxy."""
 
     def ended(self) -> None:
-        """Note that the proxy has closed."""
+        """Handle the end of the proxy."""
 
 
 class Deaf:
@@ -82,26 +79,26 @@ class Deaf:
 
 
 class Events:
-    """Passes notifications to event streams and to the listener. The proxy never waits for them."""
+    """Passes notifications on to event streams and to the listener, without waiting for their readers."""
 
     def __init__(self, counters: Counters, history: History, listener: Listener | None = None) -> None:
         self.history = history
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
-        """Frames that the link accepted, by wire name. Each state file counts its own writes."""
+        """Number of frames that the link accepted, by wire name. Inbound signals are counted by their `StateFile`."""
         self.sent_last: dict[str, int] = {}
-        """When the last frame was accepted, by wire name and time.time_ns()."""
+        """When the link accepted the last frame (time.time_ns()), by wire name."""
         self._counters = counters
-        # Continue the numbers of a history that a previous process began.
+        # Continue the numbering of a history that a previous process began.
         self._sequence = history.sequence if history.keeping else 0
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
-        """Report that state files were written for these frames, or that their notifications are pending."""
+        """Report inbound notifications, whose state files were written or whose writes are pending."""
         self.carried(list(map(_signal_of, files)), frames)
 
     def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = ()) -> None:
-        """Report that the link accepted frames."""
+        """Report outbound notifications whose frames the link accepted."""
         now = time.time_ns()
         for signal in signals:
             self.sent[signal.name] += 1
@@ -132,13 +129,13 @@ class Events:
                     break
 
     def keep(self) -> History:
-        """Store notifications in the history from now on; return the history."""
+        """Store all new notifications in the history, and return the history."""
         self.history.begin(self._sequence)
         return self.history
 
     @contextmanager
     def open(self, buffer: float, wanted: Wanted) -> Iterator[trio.MemoryReceiveChannel[Notification]]:
-        """Open a stream of the notifications of `wanted` signals from now on."""
+        """Open a stream of new notifications whose signals `wanted` accepts."""
         entry, stream = trio.open_memory_channel[Notification](buffer)
         self._entries[entry] = wanted
         try:

@@ -1,4 +1,4 @@
-"""Readiness: a newline on a descriptor for s6, datagrams on `$NOTIFY_SOCKET` for systemd.
+"""Readiness reports: a newline on a descriptor for s6, and datagrams to `$NOTIFY_SOCKET` for systemd.
 
 See https://skarnet.org/software/s6/notifywhenup.html and sd_notify(3).
 """
@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_notification_fd(fd: int) -> None:
-    """Check that `fd` is writable, and make it close-on-exec. Raises InvalidArgumentError.
-
-    Call this before anything else is opened. Otherwise a wrong number could match one of our own descriptors.
-    """
+    """Check `fd` and make it close-on-exec. Call this before opening other descriptors. Raises InvalidArgumentError."""
     if fd <= 2:
         raise InvalidArgumentError(f"--notification-fd {fd}: 0, 1 and 2 are the standard streams (3 is customary)")
     try:
@@ -37,7 +34,7 @@ def check_notification_fd(fd: int) -> None:
 
 
 def notify_ready(notification_fd: int | None) -> None:
-    """Report readiness to s6, on `notification_fd`, and to systemd. Close `notification_fd`."""
+    """Report readiness to s6 on `notification_fd`, which is then closed, and to systemd."""
     if notification_fd is not None:
         try:
             os.write(notification_fd, b"\n")
@@ -49,15 +46,12 @@ def notify_ready(notification_fd: int | None) -> None:
 
 
 def notify_stopping() -> None:
-    """Report to systemd that the service is stopping. s6 has no such report."""
+    """Report to systemd that the service is stopping. s6 has no equivalent."""
     _tell_systemd("STOPPING=1")
 
 
 def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
-    """Send `state` (lines of NAME=value) with descriptors to `$NOTIFY_SOCKET`. Do nothing if it is not set.
-
-    Raises OSError.
-    """
+    """Send `state` (lines of NAME=value) and descriptors to `$NOTIFY_SOCKET`, if it is set. Raises OSError."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

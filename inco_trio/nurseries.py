@@ -1,4 +1,4 @@
-"""Nurseries that raise errors as the caller expects them, and long work that lets other tasks run."""
+"""Helpers for Trio: nurseries that raise errors unwrapped, and long work that lets other tasks run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TURN = 0.004
 
 
 async def in_turns(steps: Generator[object, None, None]) -> None:
-    """Run all of `steps`. Let other tasks run between two steps every few milliseconds."""
+    """Run all `steps`, and let other tasks run every few milliseconds."""
     with contextlib.closing(steps):
         end = time.monotonic() + TURN
         for _ in steps:
@@ -43,9 +43,9 @@ async def plain_nursery() -> AsyncIterator[trio.Nursery]:
 async def starting_and_stopping(
     start: Callable[[trio.Nursery], None], stop: Callable[[], Awaitable[None]]
 ) -> AsyncIterator[None]:
-    """Run the tasks of `start` while the block runs. When the block ends, await `stop`, shielded.
+    """Run tasks, started by `start`, while the block runs. When it ends, await `stop`, shielded from cancellation.
 
-    An exception of the block is raised unchanged, an exception of a task in an ExceptionGroup.
+    An exception of the block is raised unchanged. Exceptions of tasks are raised in an ExceptionGroup.
     """
     failure: BaseException | None = None
     try:
@@ -54,7 +54,7 @@ async def starting_and_stopping(
                 start(nursery)
                 yield
             except BaseException as error:  # noqa: BLE001
-                # Raised again below, because the nursery would wrap it in a group.
+                # Raise the error below, outside the nursery, which would wrap it in a group.
                 cancelled, failure = _split_cancelled(error)
                 if cancelled is not None:
                     raise cancelled from None
@@ -70,7 +70,7 @@ async def starting_and_stopping(
 
 
 def _split_cancelled(error: BaseException) -> tuple[BaseException | None, BaseException | None]:
-    """Return the cancellation in `error`, which the nursery must receive, and the rest."""
+    """Split `error` into the cancellation, which must be re-raised to the nursery, and all other errors."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(trio.Cancelled)
     return (error, None) if isinstance(error, trio.Cancelled) else (None, error)

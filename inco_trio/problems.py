@@ -1,4 +1,4 @@
-"""The current problems, which are logged when they change, and the board that a log line is about."""
+"""The current problems, which are logged when they change, and the board to which a log line belongs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Problems", "board_name", "working_for"]
 logger = logging.getLogger(__name__)
 
 board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
-"""The board that the current task works for, if the process serves several. The log prints it."""
+"""The board that the current task serves, if the process serves several boards. Log lines name it."""
 
 
 @contextlib.contextmanager
 def working_for(board: str) -> Iterator[None]:
-    """Name `board` in log lines while the block runs."""
+    """Add the name `board` to log lines while the block runs."""
     token = board_name.set(board)
     try:
         yield
@@ -32,22 +32,22 @@ class Problems:
         self._current: dict[object, str] = {}
 
     def failed(self, key: object, problem: str, what: object = None, event: str = "problem") -> None:
-        """Set the problem of `key`. If it has changed, log it after `what` (default: the key)."""
+        """Set the problem of `key`. If it has changed, log it with the prefix `what` (default: the key)."""
         if self._current.get(key) != problem:
             self._current[key] = problem
             logger.warning("%s: %s", key if what is None else what, problem, extra={"event": event})
 
     def well(self, key: object, what: object = None) -> bool:
-        """Remove the problem of `key` and log that `key` works again. Return whether `key` had a problem."""
+        """Clear the problem of `key` and log the recovery. Return whether `key` had a problem."""
         if self._current.pop(key, None) is None:
             return False
         logger.info("%s: works again", key if what is None else what, extra={"event": "works"})
         return True
 
     def said(self, key: object) -> str | None:
-        """Return the current problem of `key`."""
+        """Return the current problem of `key`, or None."""
         return self._current.get(key)
 
     def forget(self, key: object) -> None:
-        """Remove the problem of `key` without logging."""
+        """Clear the problem of `key` without logging."""
         self._current.pop(key, None)

@@ -1,4 +1,4 @@
-"""The state and the counters of a proxy: `Status` and `Stats` of one moment, `Counters` while it runs."""
+"""The state and counters of a proxy. `Status` and `Stats` are snapshots; `Counters` changes while the proxy runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Counters:
     received: int = 0
     """Frames read from the link."""
     delivered: int = 0
-    """State files written, one for each known inbound frame."""
+    """Writes of state files, one for each frame of an inbound signal."""
     triggered: int = 0
     """Outbound notifications accepted from trigger files and from `Proxy.send`."""
     sent: int = 0
@@ -26,25 +26,25 @@ class Counters:
     malformed: int = 0
     """Frames without a valid wire name."""
     foreign: int = 0
-    """Datagrams that another process than the peer sent to a `unix:` link. They also count as malformed."""
+    """Datagrams that a process other than the peer sent to a `unix:` link. They also count as malformed."""
     dropped: int = 0
     """Frames that the kernel dropped because the receive queue was full (PACKET_STATISTICS, packet(7))."""
     overflowed: int = 0
-    """Overflows of the inotify queue (IN_Q_OVERFLOW, inotify(7)). After each, every trigger file sends one frame."""
+    """Overflows of the inotify queue (inotify(7)). After each one, the proxy sends a frame for every trigger file."""
     write_failures: int = 0
     """Failed attempts to write a state file. The proxy keeps the notification and retries."""
     send_failures: int = 0
-    """Failed attempts to send a frame. The proxy keeps the notification and retries, except for `unsendable` ones."""
+    """Failed attempts to send a frame. The proxy keeps the notification and retries, unless it is `unsendable`."""
     unsendable: int = 0
     """Outbound notifications that were discarded because the link can never send their frame (EMSGSIZE)."""
     unfinished: int = 0
-    """Notifications accepted but not finished when the proxy closed. A proxy that inherits them finishes them."""
+    """Notifications that were still pending when the proxy closed. A proxy that inherits them finishes them."""
     recovered: int = 0
     """Notifications that a previous process had read but not delivered, and that this process delivered."""
     events_lost: int = 0
     """Events that a slow reader of an event stream missed. The notifications themselves were delivered or sent."""
     restarts: int = 0
-    """Restarts of a failed task."""
+    """Restarts of failed tasks."""
 
     def snapshot(self) -> Stats:
         return Stats(**attrs.asdict(self))
@@ -52,17 +52,17 @@ class Counters:
 
 @attrs.frozen
 class Stats(Counters):
-    """The counts of one moment, see `Counters`."""
+    """A snapshot of the counters, see `Counters`."""
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name."""
         return attrs.asdict(self)
 
 
-# attrs creates these classes at each start of a proxy, in half the time without slots and repr.
+# attrs builds these classes at every proxy start. Omitting slots and repr halves the time.
 @attrs.frozen(slots=False, repr=False)
 class SignalStatus:
-    """One signal."""
+    """The state of one signal."""
 
     signal: str
     direction: Direction
@@ -75,26 +75,26 @@ class SignalStatus:
     failures: int
     """Failed attempts to write the state file or to send the frame."""
     pending: int
-    """Notifications that could not be written yet."""
+    """Number of notifications whose state file could not be written yet."""
     problem: str | None
-    """Why the signal does not work now."""
+    """Why the signal does not work at the moment, or None."""
 
 
 @attrs.frozen(slots=False, repr=False)
 class TaskStatus:
-    """One task of the proxy."""
+    """The state of one task of the proxy."""
 
     task: str
     restarts: int
     problem: str | None
-    """The current problem."""
+    """The current problem, or None."""
     last_problem: str | None
-    """The last problem, even if it is fixed."""
+    """The last problem, even if it has been fixed, or None."""
 
 
 @attrs.frozen(slots=False, repr=False)
 class Status:
-    """One proxy."""
+    """The state of one proxy."""
 
     link: str
     """The address of the link."""
@@ -105,9 +105,9 @@ class Status:
     running: bool
     """Whether the link is up and has a carrier or a peer."""
     description: str
-    """The address of the link, and its receive buffer or its peer."""
+    """The address of the link, with the size of its receive buffer or with its peer."""
     descriptors: str | None
-    """The fd store that keeps the descriptors over a restart: `s6-fdholder`, `systemd` or None."""
+    """The fd store that keeps the descriptors across a restart: `s6-fdholder`, `systemd` or None."""
     counters: Stats
     signals: tuple[SignalStatus, ...]
     tasks: tuple[TaskStatus, ...]

@@ -37,7 +37,7 @@ class Direction(enum.Enum):
 
 
 def direction_of(direction: Direction | str) -> Direction:
-    """Return the direction `inbound` or `outbound`. Raises InvalidArgumentError for another value."""
+    """Convert `inbound` or `outbound` to a Direction. Raises InvalidArgumentError for any other value."""
     try:
         return Direction(direction)
     except ValueError:
@@ -45,14 +45,14 @@ def direction_of(direction: Direction | str) -> Direction:
 
 
 def name_fault(name: str) -> str | None:
-    """Return why `name` is not a wire name, or None."""
+    """Return why `name` is not a valid wire name, or None if it is valid."""
     if name.isascii() and is_wire_name(name.encode("ascii")):
         return None
     return f"a wire name is 1 to {NAME_MAX} printable ASCII characters without spaces"
 
 
 def register_fault(register: str) -> str | None:
-    """Return why `register` is not a file name, or None."""
+    """Return why `register` is not a valid file name, or None if it is valid."""
     if register in {"", ".", ".."} or "/" in register or not is_path(register):
         return f"{register!r} is not a file name"
     length = len(os.fsencode(register))
@@ -61,7 +61,7 @@ def register_fault(register: str) -> str | None:
 
 @attrs.frozen
 class Signal:
-    """One named inter-core interrupt.
+    """A named inter-core interrupt.
 
     `name` is the wire name, 1 to 64 printable ASCII characters without spaces; `register` is a file name in
     `directory`. Raises ConfigError if one of these values is invalid.
@@ -84,7 +84,7 @@ class Signal:
 
 @attrs.frozen
 class BuiltinSignal:
-    """A signal that every board has. udrv.json may move its register."""
+    """A signal that every board has. A udrv.json may select another register for it."""
 
     name: str
     direction: Direction
@@ -109,7 +109,7 @@ def builtin_signals(directory: Path) -> tuple[Signal, ...]:
 def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
     """Yield each signal that conflicts with an earlier one, and why.
 
-    A wire name belongs to one signal, a trigger to one outbound signal; inbound signals may share a state register.
+    Two signals may not have the same wire name. Only inbound signals may share a register.
     Directories are compared as text: symlinks are not followed.
     """
     names: set[str] = set()
@@ -118,7 +118,7 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is in the table twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, which differ from one in POSIX, but not on Linux.
+        # normpath keeps two leading slashes, because POSIX allows a special meaning for them. Linux has none.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):

@@ -1,7 +1,4 @@
-"""JSON from other programs and from people: bounded reading, rules for values, and mistakes with their key paths.
-
-Every mistake is one line: `b1.json: link: missing (expected an interface name or unix:LOCAL,peer=REMOTE)`.
-"""
+"""Validation of JSON from users and other programs: file size limits, rules for values, and mistakes by key path."""
 
 from __future__ import annotations
 
@@ -31,14 +28,14 @@ __all__ = ["ABSOLUTE_PATH", "NAMES", "RULES", "SIZE_MAX", "InvalidValueError", "
            "read_file", "structure"]  # fmt: skip
 
 SIZE_MAX = 1 << 20
-"""The largest file that is read by default, in bytes."""
+"""Default maximum size of a file, in bytes."""
 REPORTED_MAX = 20
-"""Mistakes of one file that are reported; the others are counted."""
+"""Maximum number of mistakes that are listed for one file. Further mistakes are only counted."""
 SHOWN_MAX = 60
-"""Characters of a wrong value that a mistake shows."""
+"""Maximum number of characters of an invalid value in a message."""
 NUMBER_MAX = 1 << 64
 TIME_MAX = 1 << 34
-"""The latest time that is accepted, in seconds since 1970: its nanoseconds fit in 64 bits."""
+"""Latest valid time, in seconds since 1970. In nanoseconds, it still fits in 64 bits."""
 _T = TypeVar("_T")
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
@@ -46,16 +43,17 @@ _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 def read_file(path: Path | str, size_max: int = SIZE_MAX) -> bytes:
     """Return the content of a regular file, without waiting for another process to write it.
 
-    Raises ConfigError for another kind of file, or one that is too large or cannot be read, and ResourceError.
+    Raises ConfigError if the file is not a regular file, is too large or cannot be read. Raises ResourceError if a
+    limit on open files or memory is reached.
     """
     if not is_path(str(path)):
         raise ConfigError(path, "cannot be read: the path has a NUL byte or an unpaired surrogate")
     try:
-        # Before the file is opened, as opening can start a device; and after that, as the file may have been replaced.
+        # Check before open(2), which can start a device, and again afterwards: the path may have been replaced.
         _check_regular(path, os.stat(path))  # noqa: PTH116 - `path` may be text
         with open(path, "rb", opener=_open_at_once) as file:
             _check_regular(path, os.fstat(file.fileno()))
-            # The size of a file in /proc is 0. read() returns None where it would have to wait.
+            # Do not use st_size, which is 0 for files in /proc. read() returns None if it would block.
             content = file.read(size_max + 1) or b""
     except OSError as error:
         kind = ResourceError if error.errno in _EXHAUSTED else ConfigError
@@ -73,12 +71,12 @@ def _check_regular(path: Path | str, status: os.stat_result) -> None:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    # O_NONBLOCK: opening a FIFO would wait for a writer.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 class _Repeating(dict[str, object]):
-    """A JSON object with repeated keys; the last value of each is valid."""
+    """A JSON object with repeated keys. The last value of each key is used."""
 
     repeated: frozenset[str] = frozenset()
 
@@ -92,12 +90,12 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class InvalidValueError(ValueError):
-    """A value does not obey its rule. The text says why."""
+    """A value does not obey its rule. The text of the exception says why."""
 
 
 @attrs.frozen
 class Rule:
-    """What a JSON value must be. `convert` returns what it stands for, or raises InvalidValueError."""
+    """A rule for a JSON value. `convert` returns the Python value, or raises InvalidValueError."""
 
     types: tuple[type, ...]
     expected: str
@@ -105,7 +103,7 @@ class Rule:
     convert: Callable[[Any], Any] = lambda value: value
 
     def __call__(self, value: object, _: object = None) -> Any:
-        """Return what a value stands for. Raises InvalidValueError."""
+        """Check and convert a value. Raises InvalidValueError."""
         is_typed = type(value) in self.types
         if is_typed and self.is_valid(value):
             return self.convert(value)
@@ -136,23 +134,23 @@ RULES: dict[type, Rule] = {
     list: Rule((list,), "a list"),
     dict: Rule((dict, _Repeating), "a table"),
 }
-"""The rules for values that have no special one."""
+"""The default rule for each type."""
 NAMES = Rule((list,), "a list of strings", lambda value: all(isinstance(each, str) for each in value))
-# A daemon has no meaningful working directory.
+# Relative paths are refused, because a daemon has no meaningful working directory.
 ABSOLUTE_PATH = Rule((str,), "an absolute path", lambda value: value.startswith("/"), _path)
 
 
 def structure(value: object, kind: type[_T], problems: list[str], where: str = "") -> _T | None:
-    """Return JSON's `value` as an attrs class, or None after adding its mistakes to `problems`.
+    """Convert a JSON value to the attrs class `kind`. If it is invalid, add mistakes to `problems` and return None.
 
-    `Annotated` gives a field a special rule. Unknown keys are ignored.
+    A rule in the `Annotated` type of a field replaces the default rule. Unknown keys are ignored.
     """
     import cattrs
 
     try:
         return _converter().structure(value, kind)
     except (cattrs.BaseValidationError, InvalidValueError) as error:
-        # NUL separates mistake and path: both show values and keys with repr().
+        # A NUL separates the mistake from the path. Neither contains a NUL, because repr() escapes it.
         for line in cattrs.transform_error(error, "\0", _describe):
             what, _, path = line.partition(" @ \0")
             place = (where + re.sub(r"\['([\w*-]+)'\]", r".\1", path)).removeprefix(".")
@@ -173,7 +171,7 @@ def _special_rule(kind: Any) -> Rule | None:
 
 @functools.cache
 def _converter() -> cattrs.Converter:
-    # Imported here: `inco-trio run` starts earlier without it.
+    # Import cattrs lazily: `inco-trio run` starts faster without it.
     import cattrs
     from cattrs.gen import make_dict_structure_fn
 
@@ -203,26 +201,23 @@ def _converter() -> cattrs.Converter:
 
 @attrs.frozen
 class Table:
-    """A JSON object at the key path `where`. Its methods add the mistakes that they find to `problems`.
-
-    A repeated or unknown key is a mistake only if it is asked for, or if `only` names the keys.
-    """
+    """A JSON object at the key path `where`. Its methods add mistakes to `problems`."""
 
     values: dict[str, object]
     where: str = ""
     problems: list[str] = attrs.Factory(list)
 
     def path(self, key: str) -> str:
-        """Return the key path of a key; a key that is not a plain word is quoted."""
+        """Return the key path of a key. Quote a key that is not a plain word."""
         shown = key if is_wire_name(key.encode(errors="replace")) and key.isascii() else repr(key)
         return f"{self.where}.{shown}" if self.where else shown
 
     def fault(self, key: str, what: str) -> None:
-        """Add a mistake."""
+        """Add a mistake in the value of a key."""
         self.problems.append(f"{self.path(key)}: {what}")
 
     def only(self, keys: Iterable[str]) -> None:
-        """Add unknown and repeated keys."""
+        """Add a mistake for each key that is not in `keys`, and for each repeated key."""
         known = tuple(keys)
         for key in self.values:
             if key not in known:
@@ -235,7 +230,7 @@ class Table:
             self.fault(key, "given more than once")
 
     def value(self, key: str, rule: Rule) -> Any:
-        """Return the value of a key; None if it is missing or does not obey the rule."""
+        """Return the value of a key. If it is missing or breaks the rule, add a mistake and return None."""
         self._check_once(key)
         try:
             return rule(self.values[key])
@@ -246,19 +241,19 @@ class Table:
         return None
 
     def table(self, key: str) -> Table | None:
-        """Return a table, empty if it is missing; None if it has another type."""
+        """Return the table at a key. It is empty if the key is missing, and None if the value is not a table."""
         value = self.value(key, RULES[dict]) if key in self.values else {}
         return None if value is None else Table(value, self.path(key), self.problems)
 
     def walk(self, path: str) -> Table:
-        """Return the table at the end of a dotted key path; empty if it is missing or not a table."""
+        """Return the table at a dotted key path. It is empty if it is missing or not a table."""
         table: Table | None = self
         for key in path.split("."):
             table = None if table is None else table.table(key)
         return table or Table({}, path, self.problems)
 
     def structure(self, kind: type[_T]) -> _T | None:
-        """Return this table as an attrs class that has all its keys; None if there are mistakes."""
+        """Convert this table to the attrs class `kind`. Unknown keys are mistakes. Return None for a mistake."""
         self.only(field.name for field in attrs.fields(kind))  # type: ignore[arg-type]
         return structure(self.values, kind, self.problems, self.where)
 
@@ -271,9 +266,9 @@ class Table:
 
 
 def parse_table(text: bytes, source: str) -> Table:
-    """Return the JSON object `text`; integers are floats. Raises ConfigError, with `source` as its subject."""
+    """Parse a JSON object. Integers become floats. Raises ConfigError with the subject `source`."""
     try:
-        # int() refuses very long numbers, none of which matters here.
+        # Parse integers as floats, because int() refuses very long numbers. No key needs exact integers.
         document = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_object, parse_int=float)
         return Table(RULES[dict](document))
     except UnicodeDecodeError as error:

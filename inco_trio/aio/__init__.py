@@ -1,8 +1,8 @@
 """The proxy for asyncio code.
 
 `open_proxy` is for asyncio programs: the proxy runs in its own thread beside the asyncio loop. `on_notification` and
-`run` are for asyncio code in a Trio program. They import trio-asyncio on first use, which replaces the event loop
-policy of asyncio in the whole process.
+`run` are for asyncio code in a Trio program. On first use, they import trio-asyncio. This import replaces the event
+loop policy of asyncio in the whole process.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ __all__ = ["AsyncioProxy", "Proxy", "on_notification", "open_proxy", "run"]
 T = TypeVar("T")
 
 BATCH = 64
-"""Limit of the notifications that are passed to the asyncio loop at once."""
+"""Maximum number of notifications that are passed to the asyncio loop at once."""
 
 
 def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
     """Run a proxy in its own thread while the block runs, and stop the proxy cleanly when the block ends.
 
-    A busy asyncio loop therefore never delays a notification. The errors are those of `inco_trio.open_proxy`.
+    A busy asyncio loop therefore never delays a notification. Raises the errors of `inco_trio.open_proxy`.
     """
     return _Opening(config)
 
 
 class _Opening(AbstractAsyncContextManager["Proxy"]):
-    """Not a generator: before Python 3.13, closing a coroutine does not close what an asynchronous generator awaits."""
+    """A class, because before Python 3.13 closing a coroutine does not close what an asynchronous generator awaits."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -56,7 +56,7 @@ class _Opening(AbstractAsyncContextManager["Proxy"]):
 
 
 class Proxy:
-    """A running proxy for an asyncio program, to be used in the loop in which `open_proxy` opened it.
+    """A running proxy for an asyncio program. Use it only in the loop in which `open_proxy` opened it.
 
     When a method raises `asyncio.CancelledError`, the cancelled operation has ended.
     """
@@ -66,7 +66,7 @@ class Proxy:
 
     @property
     def config(self) -> Config:
-        """The configuration from the start or from the last reload."""
+        """The configuration with which the proxy was opened or last reloaded."""
         return self._proxy.config
 
     async def stats(self) -> Stats:
@@ -89,12 +89,12 @@ class Proxy:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | str | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """Open a stream of notifications from now on, for `signals` (default: all) and `direction` (default: both).
+        """Open a stream of new notifications, for `signals` (default: all) and `direction` (default: both).
 
-        The loop receives notifications in batches of at most 64. The proxy never waits for the reader: a reader that
-        falls behind by more than `buffer` and a batch misses notifications, which `Stats.events_lost` counts. A
-        cancelled `anext`, for example by `asyncio.timeout`, loses no notification. The stream ends when the proxy
-        closes. Raises ClosedError if the proxy is already closed, and UnknownSignalError.
+        The loop receives notifications in batches of at most 64. The proxy never waits for the reader. A reader that
+        falls behind by more than `buffer` and one batch misses notifications; `Stats.events_lost` counts them. If
+        `anext` is cancelled, for example by `asyncio.timeout`, no notification is lost. The stream ends when the proxy
+        closes. Raises UnknownSignalError, and ClosedError if the proxy is already closed.
         """
         stream = _Events(self._beside, int(min(buffer, BATCH)))
         self._beside.ask(lambda: stream.open(self._proxy.events(buffer, signals=signals, direction=direction)))
@@ -119,7 +119,7 @@ class _Events(AsyncIterator[Notification]):
         self._beside, self._batch = beside, batch
         self._stack = ExitStack()
         self._closed = False
-        # The Trio thread appends, the asyncio thread removes. A cancelled reader leaves its batch to the next reader.
+        # The Trio thread appends, the asyncio thread removes. If a reader is cancelled, the next one gets its batch.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
@@ -139,14 +139,14 @@ class _Events(AsyncIterator[Notification]):
             await self._beside.call(self._receive)
         except ClosedError:
             if not self._closed:
-                # The last notifications have arrived once Trio has ended.
+                # Wait until Trio has ended and `_end` has fetched the last notifications.
                 await self._beside.ended()
         return bool(self._fetched) or self._closed
 
     # The Trio thread calls the following methods.
 
     def open(self, events: AbstractContextManager[trio.MemoryReceiveChannel[Notification]]) -> None:
-        """Use Trio's stream until `close` is called or the proxy closes."""
+        """Read from Trio's stream until `close` is called or the proxy closes."""
         self._stream = self._stack.enter_context(events)
         self._beside.at_the_end.add(self._end)
 
@@ -161,7 +161,7 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     async def _receive(self) -> None:
-        """Wait for a notification, and take it together with the notifications queued behind it."""
+        """Wait for a notification, and fetch it together with those that are queued after it."""
         try:
             self._fetched.append(await self._stream.receive())
         except (trio.EndOfChannel, trio.ClosedResourceError):
@@ -175,7 +175,7 @@ class _Events(AsyncIterator[Notification]):
 
 
 def _import_trio_asyncio() -> Any:
-    """Return trio-asyncio. Raise ImportError if it does not work with this Python."""
+    """Import trio-asyncio. Raises ImportError if it does not work with this Python version."""
     try:
         import trio_asyncio
     except AttributeError as error:
@@ -212,7 +212,7 @@ class AsyncioProxy:
     def events(
         self, buffer: float = 1024, *, signals: Collection[str] | None = None, direction: Direction | None = None
     ) -> Iterator[AsyncIterator[Notification]]:
-        """Open a stream of notifications with the filters of `Proxy.events`. A cancelled `anext` loses none."""
+        """Open a stream of notifications with the filters of `Proxy.events`. Cancelling `anext` loses none."""
         with self._proxy.events(buffer, signals=signals, direction=direction) as stream:
             yield _AsyncioEvents(stream)
 
@@ -220,7 +220,7 @@ class AsyncioProxy:
 class _AsyncioEvents(AsyncIterator[Notification]):
     def __init__(self, stream: trio.MemoryReceiveChannel[Notification]) -> None:
         self._stream = stream
-        # A reader that is cancelled between the fetch and its next step leaves the notification to the next reader.
+        # If a reader is cancelled after the fetch but before it resumes, the next reader gets the notification.
         self._fetched: deque[Notification] = deque()
 
     async def __anext__(self) -> Notification:
@@ -242,11 +242,11 @@ async def on_notification(
     buffer: int = 1024,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Await the asyncio `callback` for each notification, one after the other, until the proxy closes.
+    """Await the asyncio `callback` for each notification, one at a time, until the proxy closes.
 
-    `on_notification` calls `task_status.started` once it receives every notification. It then misses notifications only
-    while the callback is `buffer` of them behind, see `Proxy.events`. An exception of the callback is raised unchanged.
-    Raises ImportError if trio-asyncio does not work with this Python.
+    `task_status.started` is called once the stream is open. After that, notifications are missed only if the callback
+    falls `buffer` notifications behind, see `Proxy.events`. An exception of the callback is raised unchanged.
+    Raises ImportError if trio-asyncio does not work with this Python version.
     """
 
     async def call() -> None:
@@ -261,8 +261,8 @@ async def on_notification(
 async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[T]]) -> T:
     """Run the asyncio function `main` and return its result. An exception of `main` is raised unchanged.
 
-    If no trio-asyncio loop is open, `main` runs in its own loop. Asyncio tasks that are left when `main` ends are then
-    cancelled, as by `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python.
+    If no trio-asyncio loop is open, `main` runs in a new loop. When `main` ends, the remaining tasks of this loop are
+    cancelled, as by `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python version.
     """
 
     async def call() -> T:
@@ -276,7 +276,7 @@ async def _in_loop(function: Callable[[], Awaitable[T]]) -> T:
     trio_asyncio = _import_trio_asyncio()
     if trio_asyncio.current_loop.get() is not None:
         return await function()
-    # Keep the exception away from the nurseries of the loop, which would wrap it in groups.
+    # Raise the exception outside the loop, whose nurseries would wrap it in groups.
     failures: list[BaseException] = []
     try:
         async with trio_asyncio.open_loop():

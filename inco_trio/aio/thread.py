@@ -1,7 +1,4 @@
-"""A proxy whose Trio runs in its own thread beside an asyncio loop, so that a busy loop does not delay the proxy.
-
-The two threads communicate only by `run_sync_soon` and `call_soon_threadsafe`.
-"""
+"""A proxy in a Trio thread, which calls asyncio by `call_soon_threadsafe`; asyncio calls Trio by `run_sync_soon`."""
 
 from __future__ import annotations
 
@@ -34,12 +31,11 @@ class _Call(Generic[T]):
     ended: asyncio.Future[None]
     scope: trio.CancelScope = attrs.Factory(trio.CancelScope)
     results: list[T] = attrs.Factory(list)
-    """The result of the function, if it returned."""
+    """Contains the result once the function has returned."""
     error: Exception = attrs.Factory(lambda: ClosedError("the proxy is closed"))
     """The exception of the function, or why the function was not called."""
 
     def result(self) -> T:
-        """Return the result of the function, or raise its exception."""
         if not self.results:
             raise self.error
         return self.results[0]
@@ -63,7 +59,7 @@ class Beside:
         self._ending = self._over = self._block_cancelled = False
         self._failure: BaseException | None = None
         self.at_the_end: set[Callable[[], None]] = set()
-        """Functions that the Trio thread calls once the proxy is closed and no call runs any more."""
+        """Functions that the Trio thread calls once the proxy is closed and all calls have ended."""
 
     async def __aenter__(self) -> Beside:
         task = asyncio.current_task()
@@ -73,7 +69,7 @@ class Beside:
             self._thread.start()
         except RuntimeError as error:
             raise ResourceError(self._config.link, f"cannot start a thread: {error}") from error
-        # The thread is a daemon: at exit, Python would wait for another thread even if the loop was dropped.
+        # The thread is a daemon: at exit, Python would wait for any other thread, even if the loop was dropped.
         atexit.register(self._abandon)
         try:
             await asyncio.wait({self._opened})
@@ -113,9 +109,9 @@ class Beside:
         raise BaseExceptionGroup("the proxy and the block that used it failed", [error, self._failure]) from None
 
     async def call(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of a Trio function, or raise its exception; ClosedError once Trio has ended.
+        """Run a Trio function in the Trio thread and return its result. Raises ClosedError once Trio has ended.
 
-        A cancellation also cancels the Trio function, and is raised once the function has ended.
+        If the caller is cancelled, the Trio function is cancelled too. The cancellation is raised once it has ended.
         """
         call = _Call(function, self._loop.create_future())
         self._in_trio(self._start, call)
@@ -133,7 +129,7 @@ class Beside:
         return call.result()
 
     def ask(self, function: Callable[[], T]) -> T:
-        """Run a plain function in the Trio thread and block until it returns. Once Trio has ended, call it directly."""
+        """Run a plain function in the Trio thread and block until it returns. If Trio has ended, call it directly."""
         answer: Future[T] = Future()
 
         def run() -> None:
@@ -171,7 +167,7 @@ class Beside:
             raise ClosedError("the proxy is closed") from None
 
     async def _stop(self) -> asyncio.CancelledError | None:
-        """Stop the proxy and its thread, even if cancelled; return the cancellation."""
+        """Stop the proxy and its thread, even if the caller is cancelled. Return the cancellation, or None."""
         self._end()
         cancelled = None
         try:
@@ -183,18 +179,18 @@ class Beside:
                 except asyncio.CancelledError as error:
                     cancelled = error
         finally:
-            # The thread has ended, except after a second Ctrl-C or if the loop was dropped.
+            # This only blocks after a second Ctrl-C or if the loop was dropped. Otherwise the thread has ended.
             self._join()
         return cancelled
 
     def _abandon(self) -> None:
-        """Stop the proxy and its thread without a loop."""
+        """Stop the proxy and its thread when no event loop is running."""
         self._end()
         self._join()
 
     def _end(self) -> None:
         self._ending = True
-        # Without a token, `_main` has not started yet and will check `_ending`.
+        # If there is no token, `_main` has not started yet and will check `_ending` itself.
         if self._token is not None:
             with contextlib.suppress(ClosedError):
                 self._in_trio(self._end_block)
@@ -237,7 +233,7 @@ class Beside:
         async with trio.open_nursery() as self._calls:
             try:
                 await self._keep_open()
-            except Exception as error:  # noqa: BLE001 - the asyncio thread raises the error, and calls end by themselves
+            except Exception as error:  # noqa: BLE001 - the asyncio thread raises the error; calls still end
                 self._failure = error
             self._over = True
         for function in tuple(self.at_the_end):

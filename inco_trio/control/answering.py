@@ -1,4 +1,4 @@
-"""The connections to the control socket: requests, responses, and events. See docs/control.md."""
+"""Connections to the control socket: requests, responses and events. See docs/control.md."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SEND_MAX = 1_000_000
-"""Limit of the notifications that one request sends."""
+"""Maximum number of notifications that one request sends."""
 
 
 class Connection:
-    """The connection of a client. All connections share one `feed`."""
+    """The connection to one client. All connections share one `feed`."""
 
     def __init__(self, stream: trio.SocketStream, peer: Peer, feed: Feed, boot: str) -> None:
         self.peer = peer
@@ -39,7 +39,7 @@ class Connection:
         """Whether the client has closed its socket completely, not only for writing."""
         fd = self._stream.socket.fileno()
         if fd < 0:
-            return True  # This process is closing the connection.
+            return True  # This process has already closed the connection.
         poll = select.poll()
         poll.register(fd, 0)
         return bool(poll.poll(0))
@@ -106,7 +106,7 @@ class Connection:
                 case protocol.ForgetRequest():
                     value = self._forget(request)
             await self._write(protocol.encode_response(request, value, tag))
-            # Start only now, because the client expects the response before the events.
+            # Start the events only now, because the client expects the response first.
             if isinstance(request, (protocol.MonitorRequest, protocol.FollowRequest)) and self._monitor is not None:
                 nursery.start_soon(self._run_monitor, self._monitor)
             elif isinstance(request, protocol.FlushRequest) and self._monitor is not None:
@@ -123,7 +123,7 @@ class Connection:
             if request.board in (None, name) and proxy is not None:
                 history = self._history(name, proxy._history())
                 boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
-                await trio.lowlevel.checkpoint()  # A process may serve a thousand boards.
+                await trio.lowlevel.checkpoint()  # Let other tasks run: there may be 1,000 boards.
         return boards
 
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
@@ -164,7 +164,7 @@ class Connection:
         self._feed.add(self._monitor)
 
     def _follow(self, request: protocol.FollowRequest) -> dict[str, protocol.Followed]:
-        """Follow the boards; return the position of each open one in its history."""
+        """Start to follow boards. Return the current position in the history of each open board."""
         self._check_permitted("follow")
         self._check_monitor(wanted=False)
         for other in self._feed.followers():
@@ -192,7 +192,7 @@ class Connection:
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
-        """End the histories of boards without a follower; return these boards."""
+        """End the histories of boards that have no follower. Return the names of these boards."""
         self._check_permitted("forget")
         followed = {board for follower in self._feed.followers() for board in follower.cursors}
         forgotten = []

@@ -29,11 +29,11 @@ __all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "client_of", "conn
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
-"""Limit in seconds of one select(2), because a signal that arrives just before the call does not interrupt it."""
+"""Maximum duration of one select(2), in seconds. A signal that arrives just before the call does not interrupt it."""
 PATIENCE = 10.0
-"""Deadline in seconds for the greeting and for each response."""
+"""Timeout for the greeting and for each response, in seconds."""
 SEARCH = 3.0
-"""Deadline in seconds for the greetings of all proxies, if the user did not name a proxy."""
+"""Timeout for the greetings of all proxies, in seconds, if the user did not name a proxy."""
 AGAIN = 0.02
 """Seconds until the next attempt to connect to a socket whose backlog is full."""
 ERRORS: dict[str, type[IncoError]] = {
@@ -41,11 +41,11 @@ ERRORS: dict[str, type[IncoError]] = {
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""The exception for an error code of the proxy; other codes become InvalidArgumentError."""
+"""The exceptions for error codes of the proxy. Other codes become InvalidArgumentError."""
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
-    """Connect a non-blocking socket; return False while the backlog of the proxy is full. Raises IncoError.
+    """Connect a non-blocking socket. Return False if the backlog of the proxy is full. Raises IncoError.
 
     If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError.
     """
@@ -65,17 +65,17 @@ def dial(sock: socket.socket, path: Path) -> bool:
 
 
 class Channel:
-    """The base of both clients: the received lines and the errors of the proxy at `path`. Raises ProtocolError."""
+    """Base class of both clients, with received lines and error handling. Methods raise ProtocolError."""
 
     def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
         self._is_subject = is_subject
-        """Whether errors that the proxy reports get the path as their subject."""
+        """Whether errors that the proxy reports have the path as their subject."""
         self._received = protocol.LineBuffer(protocol.REPLY_MAX)
         self._lines: deque[bytes] = deque()
 
     def _feed(self, data: bytes) -> None:
-        """Take received bytes. Raises ProxyNotFoundError at the end of the connection."""
+        """Store received bytes. Raises ProxyNotFoundError at the end of the connection."""
         if not data:
             raise self._ended()
         self._received.feed(data)
@@ -83,7 +83,7 @@ class Channel:
             self._lines += self._received.lines()
 
     def _next_greeting(self) -> Greeting:
-        """Take the greeting. Raises IncoError if the proxy refuses the client."""
+        """Return the greeting. Raises IncoError if the proxy refuses the client."""
         with self._obeying():
             greeting = protocol.decode_greeting(self._lines.popleft())
         if isinstance(greeting, Response):
@@ -150,7 +150,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._sock.close()
 
     def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
-        """Return the response to a request within `patience` seconds. Raises IncoError if the proxy refuses it."""
+        """Send a request, and return the response within `patience` seconds. Raises IncoError if it is refused."""
         deadline = math.inf if patience is None else time.monotonic() + patience
         try:
             self._sock.settimeout(patience)
@@ -164,11 +164,10 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self._checked(reply, request)
 
     def status(self, board: str | None = None, patience: float = PATIENCE) -> tuple[BoardStatus, ...]:
-        """Return the status of all boards or of one."""
         return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
-        """Yield the events of a monitor until the proxy ends, or until none arrives within `patience` seconds."""
+        """Yield the events of a monitor until the proxy ends, or until no event arrives for `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
@@ -194,12 +193,12 @@ class Client(Channel, AbstractContextManager["Client"]):
         return events
 
     def wait(self, seconds: float) -> None:
-        """Sleep. Raises ProxyNotFoundError if the proxy ends in the meantime."""
+        """Sleep for `seconds`. Raises ProxyNotFoundError if the proxy ends in the meantime."""
         if select.select([self._sock], [], [], seconds)[0]:
             self._read_event(time.monotonic() + seconds)
 
     def _read_event(self, deadline: float) -> Response | None:
-        """Wait for a reply, and store an event or return a response."""
+        """Wait for one line. If it is a response, return it. If it is an event, store it."""
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
             return reply
@@ -207,7 +206,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return None
 
     def _await_line(self, deadline: float) -> None:
-        """Wait for a whole line until the deadline, which partial data does not extend."""
+        """Wait for a complete line until the deadline. Partial data does not extend the deadline."""
         while not self._lines:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -224,7 +223,7 @@ class Client(Channel, AbstractContextManager["Client"]):
 
 
 def connect(link: str | None, control: str | None) -> Client:
-    """Connect to the proxy of `link`, or with the socket `control`, or to the only running proxy. Raises IncoError."""
+    """Connect to the proxy of `link`, to the proxy at `control`, or to the only running proxy. Raises IncoError."""
     if control is not None:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
@@ -247,7 +246,7 @@ def connect(link: str | None, control: str | None) -> Client:
 
 
 def client_of(pid: int) -> Client | None:
-    """Return a client of the proxy with the process id `pid`, or None if no socket of that proxy is found."""
+    """Connect to the proxy with the PID `pid`. Return None if its control socket is not found."""
     clients, _ = _answering()
     mine = next((client for client in clients if client.greeting.pid == pid), None)
     _close(clients, mine)
@@ -266,7 +265,7 @@ def _answering() -> tuple[list[Client], list[IncoError]]:
     if len(paths) < 2:
         found = [_attempt(path) for path in paths]
     else:
-        # Import only here, because most hosts have one proxy.
+        # Import ThreadPoolExecutor lazily, because most hosts have only one proxy.
         from concurrent.futures import ThreadPoolExecutor
 
         with ThreadPoolExecutor(len(paths)) as threads:
@@ -282,7 +281,7 @@ def _attempt(path: Path) -> Client | IncoError:
 
 
 def sockets() -> list[Path]:
-    """Return the control sockets of this host, also stale ones. Each systemd unit has its socket in a subdirectory."""
+    """Return all control sockets of this host, even stale ones. Sockets of systemd units are in subdirectories."""
     return [
         path
         for directory in runtime_directories()
@@ -295,5 +294,5 @@ def _is_called(client: Client, link: str) -> bool:
         called = parse_address(link).name
     except ValueError:
         called = link
-    names = (called, link, os.path.abspath(link))  # noqa: PTH100 - no symlinks
+    names = (called, link, os.path.abspath(link))  # noqa: PTH100 - do not resolve symlinks
     return client.greeting.name in names or link in client.greeting.boards

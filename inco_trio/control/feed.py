@@ -1,7 +1,4 @@
-"""The listener that passes all events of the proxies on to monitors and followers.
-
-The listener never waits: it queues events for each client, and the client's task encodes and writes them.
-"""
+"""The listener that passes the events of proxies on to monitors and followers. It never waits for a client."""
 
 from __future__ import annotations
 
@@ -33,10 +30,10 @@ class Served(Protocol):
     name: str
 
     def proxies(self) -> Mapping[str, Proxy]:
-        """Return the open proxies by the names of their boards."""
+        """Return the open proxies, by board name."""
 
     def not_open(self) -> Mapping[str, str]:
-        """Return why the other boards are not open."""
+        """Return the reasons why other boards are not open, by board name."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -46,7 +43,7 @@ class Batch:
     board: str
     signals: Sequence[Signal]
     sequence: int
-    """The number of the first notification."""
+    """Sequence number of the first notification."""
     frames: Sequence[bytes]
     """The frame of each notification, or empty if the frames are unknown."""
     time_ns: int
@@ -63,12 +60,10 @@ class Feed:
         self._log = _LogTap(self)
 
     def add(self, monitor: Monitor) -> None:
-        """Pass all events on to a monitor."""
         self.monitors.add(monitor)
         self._changed()
 
     def remove(self, monitor: Monitor) -> None:
-        """Pass no more events on to a monitor."""
         self.monitors.discard(monitor)
         self._changed()
 
@@ -91,7 +86,7 @@ class Feed:
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
-        # Frames are unknown if the proxy read them before a monitor asked for frames, or is not open yet.
+        # Frames are unknown if the proxy is not open yet, or read them before a monitor asked for frames.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
         return [proxy._frame(signal.name) for signal in signals]
@@ -117,7 +112,7 @@ class Feed:
 
     @property
     def _board(self) -> str:
-        """The board for which the current task works."""
+        """The board that the current task serves."""
         return board_name.get() or self.served.name
 
     def _event(self, kind: str, **fields: object) -> Event:
@@ -134,7 +129,7 @@ class Feed:
 
 
 class _LogTap(logging.Handler):
-    """A log handler that offers log records as events while monitors exist."""
+    """A log handler that passes log records on to the monitors as events."""
 
     def __init__(self, feed: Feed) -> None:
         super().__init__(logging.INFO)
@@ -143,7 +138,7 @@ class _LogTap(logging.Handler):
         self._thread = 0
 
     def attach(self, *, listening: bool) -> None:
-        """Add this handler to the log, or remove it."""
+        """Add this handler to the package's logger, or remove it."""
         package = logging.getLogger("inco_trio")
         if listening and self not in package.handlers:
             self._token, self._thread = trio.lowlevel.current_trio_token(), threading.get_ident()

@@ -1,4 +1,4 @@
-"""A Trio client of the control socket, for programs that do other work at the same time."""
+"""A Trio client of the control socket, for programs that run other tasks at the same time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Conversation(Channel):
         return [self._next() for _ in range(len(self._lines))]
 
     async def request(self, request: Request) -> Response:
-        """Return the response to a request; no other task may read. Raises IncoError if the proxy refuses it."""
+        """Send a request and return the response. No other task may read. Raises IncoError if it is refused."""
         events: list[Event | Response] = []
         with trio.move_on_after(PATIENCE):
             await self.write(request)
@@ -71,8 +71,8 @@ async def converse(path: Path, patience: float = PATIENCE) -> AsyncIterator[tupl
         conversation = Conversation(path, stream)
         greeting: Greeting | None = None
         with trio.move_on_after(patience):
-            # EAGAIN means a full backlog, but Trio would take EAGAIN for a connection in progress.
-            while not dial(sock, path):  # noqa: ASYNC110 - the kernel does not report room in a backlog
+            # connect(2) returns EAGAIN if the backlog is full. Trio would mistake this for a connection in progress.
+            while not dial(sock, path):  # noqa: ASYNC110 - no event reports space in a backlog
                 await trio.sleep(AGAIN)
             await conversation._await_line()
             greeting = conversation._next_greeting()

@@ -1,4 +1,4 @@
-"""A monitor of an interface without a proxy: each frame of both directions is an event."""
+"""Monitor an interface without a proxy: each frame in either direction becomes an event."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILTER = (
 
 
 class Listening(contextlib.AbstractContextManager["Listening"]):
-    """The frames on an interface, filtered as by a monitor; the host's own frames are outbound. Raises IncoError."""
+    """Captures the frames on an interface. Frames that this host sends are outbound. Raises IncoError."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface
@@ -36,7 +36,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
             raise PermissionDeniedError(interface, "no proxy answers, and listening needs CAP_NET_RAW") from error
         try:
             attach_filter(self._sock, program(_FILTER))
-            # Only sockets for every EtherType receive copies of the frames that this host sends.
+            # Only sockets that are bound to ETH_P_ALL receive copies of the frames that this host sends.
             self._sock.bind((interface, ETH_P_ALL))
         except OSError as error:
             self._sock.close()
@@ -68,7 +68,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         return events
 
     def rest(self) -> Iterator[Event]:
-        """Yield the events that have arrived, at the end of a recording."""
+        """Yield the last events at the end of a recording."""
         yield from self.arrived()
 
     def _receive(self, flags: int) -> Iterator[Event]:

@@ -1,8 +1,4 @@
-"""The two kinds of clients that receive events.
-
-A `Monitor` receives events from now on, and misses events if it reads too slowly. A `Follower` receives every
-notification of its boards.
-"""
+"""Clients that receive events. A slow `Monitor` misses some; a `Follower` receives all notifications of its boards."""
 
 from __future__ import annotations
 
@@ -20,14 +16,13 @@ from inco_trio.signals import Direction
 __all__ = ["Follower", "Monitor"]
 
 WAITING_MAX = 8192
-"""Limit of the events that wait for a client."""
+"""Maximum number of events that are queued for one client."""
 PIECE = 128
-"""Limit of the events that are encoded at once."""
+"""Maximum number of events that are encoded at once."""
 PAUSE = 0.1
-"""Seconds between two writes to a follower that is up to date. Each write wakes other processes, which would compete
-with the next notification."""
+"""Seconds between writes to an up-to-date follower. Each write wakes its process, which delays notifications."""
 AHEAD = 1024
-"""Limit of the notifications of a board that a follower receives beyond the last acknowledged one."""
+"""Maximum number of unacknowledged notifications that a follower receives for each board."""
 
 
 @attrs.define(eq=False)
@@ -48,11 +43,9 @@ class Monitor:
     _ending: trio.Event = attrs.Factory(trio.Event)
 
     def carried(self, batch: Batch) -> None:
-        """Queue notifications for the client."""
         self._put(batch, len(batch.signals))
 
     def offer(self, event: Event) -> None:
-        """Queue another event for the client."""
         self._put(event, 1)
 
     def _put(self, what: Batch | Event, number: int) -> None:
@@ -66,19 +59,19 @@ class Monitor:
         self._arrived.set()
 
     def flush(self) -> None:
-        """Queue the event `flushed` behind all earlier events, even above the limit."""
+        """Queue the event `flushed` after all earlier events, even if the queue is full."""
         self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
 
     def end(self) -> None:
-        """Let `take` return no lines once no events wait."""
+        """Let `take` return no lines once the queue is empty."""
         self._ended = True
         self._arrived.set()
         self._ending.set()
 
     async def take(self) -> bytes:
-        """Wait for events and return the lines of some of them; return no lines after the end."""
+        """Wait for events, and return some of them as lines. Return no lines after `end`."""
         while True:
             lines: list[str] = []
             while self._waiting and len(lines) < PIECE:
@@ -99,11 +92,11 @@ class Monitor:
         """Wait before the next `take`."""
 
     def _stored(self) -> Iterator[Event]:
-        """Return events from a history."""
+        """Yield events from the histories that a follower reads."""
         yield from ()
 
     def _wanted(self, what: Batch | Event) -> Iterator[Event]:
-        """Return the events that the filters accept."""
+        """Yield the events that the filters accept."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
                 yield what
@@ -117,7 +110,7 @@ class Monitor:
                 )  # fmt: skip
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
-        """Return whether the filters accept an event; None stands for an event without a direction or signal."""
+        """Return whether the filters accept an event. None means that the event has no direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
@@ -129,16 +122,16 @@ class _Cursor:
 
     history: History
     sent: int
-    """The number of the last notification that the follower received."""
+    """Sequence number of the last notification that the follower received."""
     records: deque[Record] = attrs.Factory(deque)
     """Notifications that the follower received and has not acknowledged."""
     merged: Sequence[Merged] = ()
     """Merged notifications that the follower received and has not acknowledged."""
     merged_to: int = 0
-    """The number that acknowledges `merged`."""
+    """Sequence number with which the follower acknowledges `merged`."""
 
     def take(self, room: int, board: str) -> Iterator[Event]:
-        """Return the next events of the history, at most `room` notifications."""
+        """Yield the next events of the history, at most `room` notifications."""
         history, boot = self.history, self.history.boot
         self.sent = max(self.sent, history.floor)
         if not self.merged and (merged := self._merged()):
@@ -157,13 +150,13 @@ class _Cursor:
             )  # fmt: skip
 
     def rest(self, board: str) -> Iterator[Event]:
-        """Return all remaining events, because another history replaces this one."""
+        """Yield all remaining events before another history replaces this one."""
         while self.sent < self.history.sequence:
             self.records.clear()
             yield from self.take(AHEAD, board)
 
     def _merged(self) -> list[Merged]:
-        """Return the merged notifications that the follower did not receive before they were merged."""
+        """Return the notifications that were merged before the follower received them."""
         sent = Counter((r.direction, r.name) for r in self.records if r.sequence <= self.history.merged_to)
         return [
             attrs.evolve(each, count=count)
@@ -176,7 +169,7 @@ class _Cursor:
         done: list[Merged] = []
         while self.records and self.records[0].sequence <= sequence:
             record = self.records.popleft()
-            if record.sequence <= self.history.merged_to:  # It was merged after the follower received it.
+            if record.sequence <= self.history.merged_to:  # It was merged after being sent to the follower.
                 done.append(Merged(record.direction, record.name, 1))
         if self.merged and sequence >= self.merged_to:
             done += self.merged
@@ -190,20 +183,20 @@ class Follower(Monitor):
     """A monitor that receives and acknowledges all notifications of its boards, from their histories."""
 
     boards: Collection[str] | None = None
-    """The boards to follow; None: all."""
+    """The boards to follow (default: all)."""
     process: int = 0
-    """The process id of the client."""
+    """The PID of the client."""
     gone: Callable[[], bool] = bool
-    """Whether the client has closed its connection."""
+    """Returns whether the client has closed its connection."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
-    """The boards that may have more events, in round-robin order."""
+    """The boards whose histories may have unsent events, in round-robin order."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards
 
     def begin(self, board: str, history: History) -> None:
-        """Start at the oldest notification of a history, after the rest of the history that it replaces."""
+        """Start at the oldest notification of `history`. First queue the rest of the history that it replaces."""
         if (before := self.cursors.get(board)) is not None:
             for event in before.rest(board):
                 self._put(event, 1)
@@ -228,7 +221,7 @@ class Follower(Monitor):
                 await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
-        """Acknowledge notifications of a board up to `sequence`; return the last one accepted."""
+        """Acknowledge notifications of a board up to `sequence`. Return the last acknowledged number."""
         done = self.cursors[board].acknowledge(sequence)
         self._turn_of(board)
         return done

@@ -1,4 +1,4 @@
-"""The path of the control socket: its default, and how a socket is bound, replaced if stale, and removed."""
+"""The path of the control socket: choose a default path, bind the socket, replace a stale one, and remove it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MODE = 0o660
 
 
 def runtime_directories() -> list[Path]:
-    """Return the directories of root and of this user for control sockets."""
+    """Return the directories in which root and this user keep control sockets."""
     bases = dict.fromkeys(("/run", os.environ.get("XDG_RUNTIME_DIR")))
     return [Path(base, "inco-trio") for base in bases if base]
 
 
 def default_path(label: str) -> Path | None:
-    """Return the socket path of a proxy named `label`; None for a user without a runtime directory."""
+    """Return the default socket path of a proxy named `label`, or None for a user without a runtime directory."""
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR")
     if not base:
         return None
@@ -53,10 +53,10 @@ def is_live(path: Path) -> bool:
 
 
 def bind(path: Path) -> socket.socket:
-    """Return a socket that listens at `path`. Raises OSError, EADDRINUSE if another process listens at `path`."""
+    """Return a socket that listens at `path`. Raises OSError (EADDRINUSE if another process listens)."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Two processes must not replace a stale path at the same time. Start even if the lock is not available.
+        # The lock keeps two processes from replacing a stale path at once. If locking fails, continue without it.
         with contextlib.suppress(OSError):
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(FileNotFoundError):
@@ -65,8 +65,8 @@ def bind(path: Path) -> socket.socket:
             path.unlink()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            # bind(2) creates the path with the mode of the socket, less the umask. chmod(2) of the path would be a
-            # race, because the owner of the directory may replace the path by a symlink.
+            # bind(2) creates the path with the mode of the socket, minus the umask. A chmod(2) after bind(2) would be
+            # a race, because the owner of the directory may replace the path with a symlink.
             os.fchmod(made.fileno(), MODE)
             umask = os.umask(0o777 & ~MODE)
             try:

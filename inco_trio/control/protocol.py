@@ -1,8 +1,8 @@
 """The messages of the control socket and their JSON lines, without I/O. docs/control.md documents them.
 
-The server decodes requests and encodes responses and events; clients do the reverse. A decoder accepts any bytes and
-raises `MessageError` for all that the protocol does not allow. It ignores unknown keys, which may come from a newer
-proxy. Clients decode with cattrs; the server, which must not wait for its import, decodes requests by their rules.
+The server decodes requests and encodes responses and events; clients do the reverse. Decoders raise `MessageError` for
+lines that the protocol does not allow. They ignore unknown keys, which a newer version may send. Clients decode with
+cattrs. The server uses the rules in `_KEYS` instead, because importing cattrs would delay its other work.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = [
 ]  # fmt: skip
 
 PROTOCOL = 1
-"""The version of the protocol. It grows with each change that a client must know."""
+"""The protocol version. It is increased with each change that clients must know about."""
 LINE_MAX = 65_536
-"""Limit for the bytes of a client's line."""
+"""Maximum length of a line from a client, in bytes."""
 REPLY_MAX = 1 << 25
-"""Limit for the bytes of a proxy's line: the status of 5,000 boards needs 20 MB."""
+"""Maximum length of a line from a proxy, in bytes. The status of 5,000 boards needs 20 MB."""
 _T = TypeVar("_T")
 
 
 class MessageError(ValueError):
-    """A line that the protocol does not allow. The text says why."""
+    """A line that the protocol does not allow. The text of the exception says why."""
 
 
 class RequestError(Exception):
-    """A request that the server refuses: a code of docs/control.md, a message, and the request's `id`."""
+    """The server refused a request: an error code from docs/control.md, a message, and the `id` of the request."""
 
     def __init__(self, error: str, message: str, tag: Mapping[str, object] | None = None) -> None:
         super().__init__(message)
@@ -50,7 +50,7 @@ class RequestError(Exception):
 
 
 class LineBuffer:
-    """Received bytes, cut into lines of at most `limit` bytes."""
+    """Splits received bytes into lines of at most `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -58,11 +58,10 @@ class LineBuffer:
         self._searched = 0
 
     def feed(self, data: bytes) -> None:
-        """Append received bytes."""
         self._data += data
 
     def lines(self) -> Iterator[bytes]:
-        """Take all complete lines. Raises MessageError for a line above the limit, complete or not."""
+        """Remove and yield all complete lines. Raises MessageError if a line, even an incomplete one, is too long."""
         while 0 <= (end := self._data.find(b"\n", self._searched)) <= self._limit:
             line = bytes(self._data[:end])
             del self._data[: end + 1]
@@ -101,7 +100,7 @@ class MonitorRequest:
 
 @attrs.frozen(slots=False)
 class FlushRequest:
-    """Report `flushed` behind all earlier events."""
+    """Report the event `flushed` after all earlier events."""
 
 
 @attrs.frozen(slots=False)
@@ -113,7 +112,7 @@ class FollowRequest:
 
 @attrs.frozen(slots=False)
 class AcknowledgeRequest:
-    """Delete the notifications of a board up to a number from its history."""
+    """Delete the notifications up to the number `sequence` from the history of a board."""
 
     board: str
     sequence: int
@@ -122,7 +121,7 @@ class AcknowledgeRequest:
 
 @attrs.frozen(slots=False)
 class ForgetRequest:
-    """End the histories that have no follower."""
+    """End the histories of boards that have no follower."""
 
     boards: Collection[str] | None = None
 
@@ -140,7 +139,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "acknowledge": (AcknowledgeRequest, "acknowledged"),
     "forget": (ForgetRequest, "forgotten"),
 }
-"""Type and key of the response by the name of the request."""
+"""The class of each request and the key of its response, by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
 _KEYS: dict[str, Rule] = {
@@ -155,13 +154,12 @@ _NAMES = {kind: (name, key) for name, (kind, key) in _REQUESTS.items()}
 
 
 def encode_request(request: Request) -> bytes:
-    """Return the line of a request."""
     fields = {key: value for key, value in vars(request).items() if value is not None}
     return _line({"request": _NAMES[type(request)][0]} | fields)
 
 
 def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
-    """Return the request of a line, and its `id` for the response. Raises RequestError."""
+    """Decode a request. Also return its `id`, which the response must repeat. Raises RequestError."""
     try:
         message = _object(line)
     except MessageError as error:
@@ -174,7 +172,7 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
     except InvalidValueError as error:
         raise RequestError("unknown-request", f"request: {error}", tag) from None
     fields = Table(message)
-    # null stands for the default, where there is one.
+    # Treat null as a missing key if the field has a default.
     used = [each for each in attrs.fields(kind) if each.default is attrs.NOTHING or message.get(each.name) is not None]
     request = kind(**{each.name: fields.value(each.name, _KEYS[each.name]) for each in used})
     if fields.problems:
@@ -183,54 +181,54 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
 
 
 def _is_flat(value: object) -> bool:
-    """Return whether a value has at most one level of lists or objects: encoding a deep one may fail."""
+    """Return whether lists and objects in a value are not nested. Encoding a deeply nested value may fail."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return not any(isinstance(each, (list, dict)) for each in inner)
 
 
 @attrs.frozen(slots=False)
 class Greeting:
-    """The first line of a proxy."""
+    """The first line that a proxy sends."""
 
     name: str
     pid: int
     boot: str
-    """A random name of the process."""
+    """A random identifier of the process."""
     boards: tuple[str, ...]
-    """The open boards."""
+    """The names of the open boards."""
     protocol: int = PROTOCOL
 
 
 @attrs.frozen(slots=False)
 class HistoryStatus:
-    """The notifications of a board that a follower has not acknowledged."""
+    """The state of the history of a board."""
 
     boot: str
     sequence: int
     acknowledged: int
     waiting: int
-    """How many are not acknowledged."""
+    """Number of notifications that are not acknowledged."""
     merged: int
-    """How many were merged since the history began."""
+    """Number of notifications that were merged since the history began."""
     followed: bool
 
 
 @attrs.frozen(slots=False)
 class BoardStatus:
-    """A board in the status of a process."""
+    """The status of one board."""
 
     board: str
     problem: str = ""
-    """Why it is not open."""
+    """Why the board is not open."""
     status: Status | None = None
-    """The status of its proxy; None if the board is not open."""
+    """The status of the board's proxy; None if the board is not open."""
     history: HistoryStatus | None = None
-    """None if the board never had a follower."""
+    """The history, or None if the board never had a follower."""
 
 
 @attrs.frozen(slots=False)
 class Followed:
-    """How far the history of a board is when a follower begins."""
+    """The state of the history of a board when a follower starts."""
 
     boot: str
     acknowledged: int
@@ -239,7 +237,7 @@ class Followed:
 
 @attrs.frozen(slots=False)
 class Response:
-    """A proxy's response: an error, or a value of the type of the request."""
+    """The response of a proxy: an error, or the value for the type of the request."""
 
     status: tuple[BoardStatus, ...] = ()
     sent: int = 0
@@ -251,47 +249,44 @@ class Response:
     keys: frozenset[str] = frozenset()
 
     def check(self, request: Request) -> None:
-        """Raise MessageError if this is not the response to that request."""
+        """Raise MessageError if this response does not belong to `request`."""
         name, key = _NAMES[type(request)]
         if key not in self.keys:
             raise MessageError(f"the response to {name} lacks {key}")
 
 
 def encode_greeting(greeting: Greeting) -> bytes:
-    """Return the line of a greeting."""
     return _line(greeting)
 
 
 def encode_response(request: Request, value: object, tag: Mapping[str, object]) -> bytes:
-    """Return the line of the response to a request with that `id`."""
+    """Encode the response to `request`. `tag` contains the `id` of the request."""
     return _line({**tag, _NAMES[type(request)][1]: value})
 
 
 def encode_error(error: RequestError) -> bytes:
-    """Return the line of an error."""
     return _line({**error.tag, "error": error.error, "message": error.message})
 
 
 def encode_board(board: BoardStatus) -> str:
-    """Return the JSON of one board, for `encode_status`."""
+    """Encode the status of one board, for `encode_status`."""
     fields: dict[str, object] = {"board": board.board, "open": board.status is not None}
     fields |= {"problem": board.problem} if board.status is None else {**vars(board.status), "history": board.history}
     return _json(fields)
 
 
 def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
-    """Return the line of a status of encoded boards: encoding all of them at once would take long."""
+    """Join encoded boards into a response. The caller encodes them one by one, so that other tasks can run."""
     return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
-    """Return the JSON object of a board."""
     message: dict[str, object] = json.loads(encode_board(board))
     return message
 
 
 def decode_greeting(line: bytes) -> Greeting | Response:
-    """Return the greeting of a line, or the error that a proxy sent instead. Raises MessageError."""
+    """Decode a greeting, or the error that a proxy sent instead. Raises MessageError."""
     message = _object(line)
     if "error" in message:
         return _response(message)
@@ -304,7 +299,7 @@ def decode_greeting(line: bytes) -> Greeting | Response:
 
 
 def decode_reply(line: bytes) -> Event | Response:
-    """Return the event or the response of a line. Raises MessageError."""
+    """Decode an event or a response. Raises MessageError."""
     message = _object(line)
     if "event" not in message:
         return _response(message)
@@ -318,7 +313,7 @@ def _response(message: dict[str, object]) -> Response:
     if isinstance(boards := message.get("status"), list):
         for each in boards:
             if isinstance(each, dict):
-                # BoardStatus has the keys of an open board's status in an object of its own.
+                # In the JSON, the status of a board is not a separate object. BoardStatus has a field for it.
                 each["status"] = None if each.get("open") is False else dict(each)
     return attrs.evolve(_structured(message, Response), keys=frozenset(message))
 
@@ -328,12 +323,12 @@ _HEXADECIMAL = Rule((str,), "hexadecimal digits", lambda text: re.fullmatch("([0
 
 @attrs.frozen(slots=False)
 class Event:
-    """An event; each kind uses some of the fields."""
+    """An event. Each kind of event uses only some of the fields."""
 
     event: str
     board: str = ""
     time: float = 0.0
-    """Seconds since 1970."""
+    """The time in seconds since 1970."""
     monotonic_ns: int = 0
     direction: Direction | None = None
     signal: str | None = None
@@ -348,15 +343,15 @@ class Event:
     level: str = ""
     message: str = ""
     text: str = attrs.field(default="", eq=False)
-    """The line from which it was decoded."""
+    """The received line, or an empty string for an event that was not received."""
 
     def json(self) -> str:
-        """Return the line that was received, or else the JSON of this event with its frame."""
+        """Return the received line. If the event was not received, return its JSON, including the frame."""
         return self.text or encode_event(self, frames=True).rstrip("\n")
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:
-    """Return an event of this moment."""
+    """Create an event with the current time."""
     return Event(event, board, time.time(), time.monotonic_ns(), **fields)
 
 
@@ -367,11 +362,11 @@ _REQUIRED = {
     "link": ("running", "time"),
     "lost": ("count",),
 }
-"""The keys that each event of a kind must have."""
+"""The keys that an event must have, by kind of event."""
 
 
 def encode_event(event: Event, *, frames: bool = False) -> str:
-    """Return the line of an event; with `frames` it has the frame, or null."""
+    """Encode an event as a line. With `frames`, include the frame, or null if the frame is unknown."""
     fields = {key: value for key, value in vars(event).items() if value}
     fields.pop("text", None)
     if event.direction is not None:
@@ -395,7 +390,7 @@ def _line(message: object) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON has for a part of a message, whose own parts json.dumps passes later."""
+    """Convert one object for json.dumps, which then calls this function for the parts of the result."""
     if attrs.has(type(value)):
         return attrs.asdict(value, recurse=False)
     return value.value if isinstance(value, Enum) else list(value)
@@ -407,7 +402,7 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _object(line: bytes) -> dict[str, object]:
-    """Return the object of a line. Raises MessageError."""
+    """Parse a line that must be a JSON object. Raises MessageError."""
     try:
         message = json.loads(line.decode(), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 CLIENTS_MAX = 256
 RESERVED = 32
-"""Connections that only root and the user of the proxy may use."""
+"""Number of connections that are reserved for root and the user of the proxy."""
 USER_MAX = 64
-"""Limit of the connections of another user."""
+"""Maximum number of connections of any other user."""
 ACCEPT_AGAIN = 0.1
 """Seconds until the next attempt to accept a client."""
 FAREWELL = 0.1
-"""Seconds at the end in which clients may read their queued events."""
+"""Seconds that clients have to read their queued events when the server closes."""
 _UCRED = struct.Struct("iII")
-"""struct ucred (unix(7)): process, user, group."""
+"""struct ucred (unix(7)): PID, user and group."""
 
 
 @attrs.frozen(eq=False, repr=False)
 class Peer:
-    """The process at the other end of a connection."""
+    """The client process of a connection."""
 
     process: int
     user: int
@@ -78,7 +78,7 @@ class Control:
             self.closed.set()
 
     def close(self) -> None:
-        """End `serve` after clients had FAREWELL seconds to read their queued events."""
+        """End `serve` after clients have had FAREWELL seconds to read their queued events."""
         self._accepting.cancel()
         self._ending.deadline = trio.current_time() + FAREWELL
         for client in self._clients:
@@ -100,7 +100,7 @@ class Control:
                 clients.start_soon(self._serve_client, stream)
 
     async def _serve_client(self, stream: trio.SocketStream) -> None:
-        # Import with the first client, because most proxies never have one.
+        # Import the module lazily, because most proxies never have a client.
         from inco_trio.control.answering import Connection
 
         client = Connection(stream, Peer.of(stream), self.feed, self._boot)
@@ -119,7 +119,7 @@ class Control:
             self._clients.discard(client)
 
     def _refusal(self, client: Connection) -> str | None:
-        """Return why the quotas exclude a client, after ending clients that have closed their connections."""
+        """Return why the quotas exclude a client, or None. First end the connections that clients have closed."""
         if self._over_quota(client, self._clients) is None:
             return None
         gone = {other for other in self._clients if other.gone}

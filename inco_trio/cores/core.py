@@ -1,4 +1,4 @@
-"""The common part of `Core0` and `Core1`: streams of arriving notifications."""
+"""The base class of `Core0` and `Core1`, with streams of arriving notifications."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Arrival:
     name: str
     """The wire name of the signal."""
     sequence: int
-    """The number of this notification among all that arrived, from 1."""
+    """Sequence number of this notification among all arrivals, starting at 1."""
     monotonic_ns: int
     """When the notification was read (time.monotonic_ns())."""
     time_ns: int
     """The same time as time.time_ns()."""
     frame: bytes = b""
-    """The frame; empty at core 0."""
+    """The received frame. It is empty at core 0."""
 
 
 @asynccontextmanager
@@ -55,7 +55,7 @@ class Core:
 
     def __init__(self, title: str) -> None:
         self.lost = 0
-        """Number of notifications that did not fit into a stream."""
+        """Number of notifications that a stream missed because its buffer was full."""
         self._title = title
         self._sequence = 0
         self._streams: dict[trio.MemorySendChannel[Arrival], Collection[str] | None] = {}
@@ -101,12 +101,12 @@ class Core:
     ) -> Iterator[trio.MemoryReceiveChannel[Arrival]]:
         """Open a stream of new notifications, optionally limited to some `signals`.
 
-        Each stream gets each notification. A reader that falls more than `buffer` notifications behind misses some;
-        `lost` counts them. The stream ends when this core is closed. Raises ClosedError if this core is not open, and
-        the errors of `send` for a wrong name.
+        Every stream receives every notification. A reader that falls more than `buffer` notifications behind misses
+        some; `lost` counts them. The stream ends when this core is closed. Raises ClosedError if this core is not
+        open, and the errors of `send` for an invalid name.
         """
         self._check_open()
-        if isinstance(signals, str):  # A str is a collection too, but of characters.
+        if isinstance(signals, str):  # A str is also a collection, of characters.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         for name in signals or ():
             self._check_name(name)
@@ -121,8 +121,8 @@ class Core:
     async def wait_for(self, name: str) -> Arrival:
         """Wait for the next notification of a signal.
 
-        Earlier notifications do not count. To wait for the answer to an action, open `events` before the action.
-        Raises the errors of `events`, and ClosedError if this core is closed meanwhile.
+        Earlier notifications are ignored. To wait for the answer to an action, open `events` before the action.
+        Raises the errors of `events`, and ClosedError if this core is closed in the meantime.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for arrival in events:

@@ -16,10 +16,10 @@ __all__ = ["Core0"]
 
 
 class Core0(Core):
-    """The applications of core 0 while the block runs: `async with Core0(builtin_signals(Path("/run/irq"))) as core0:`.
+    """The applications of core 0, in a block `async with Core0(builtin_signals(Path("/run/irq"))) as core0:`.
 
-    Entering raises ProxyNotFoundError if a directory is missing, PermissionDeniedError and ResourceError. A later error
-    cancels the block and is raised in an ExceptionGroup.
+    Entering the block raises PermissionDeniedError, ResourceError, and ProxyNotFoundError if a directory is missing. A
+    later error cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, signals: Iterable[Signal]) -> None:

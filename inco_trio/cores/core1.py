@@ -1,7 +1,4 @@
-"""Core 1 as a program: the other side of a proxy's link, for tests, tools and simulations.
-
-`Core1` sends and receives notifications. `Port` is the open link below it, which also passes frames without a name.
-"""
+"""Core 1 as a program. `Core1` sends and receives notifications. Its `Port` also passes frames without a valid name."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ __all__ = ["Core1", "Port", "open_port"]
 TURN = 64
 """Maximum number of frames that are read before other tasks run."""
 FULL = 0.001
-"""Seconds between two attempts to send while the interface's queue is full: no event reports room (packet(7))."""
+"""Seconds between attempts to send while the interface's queue is full: no event reports free space (packet(7))."""
 
 
 class Port:
@@ -60,14 +57,14 @@ class Port:
                 return
 
     def receive(self) -> bool:
-        """Report queued frames without waiting. Return whether more may be queued. Raises ResourceError."""
+        """Pass on queued frames without waiting. Return whether more frames may be queued. Raises ResourceError."""
         room = memoryview(bytearray(FRAME_MAX + 1))
         try:
             for _ in range(TURN):
                 length = self._link.receive_one(room)
                 if length < 0:
                     return False
-                # A longer frame is truncated here. It is malformed anyway.
+                # A frame longer than FRAME_MAX is truncated here. It is malformed anyway.
                 self._arrived(bytes(room[:length]))
         except OSError as error:
             raise ResourceError(self._link.name, f"cannot receive: {error.strerror}") from error
@@ -96,10 +93,7 @@ def _refresh(link: Link) -> bool:
 async def open_port(
     address: str, arrived: Callable[[bytes], None], *, netns: Path | None = None, around: Surroundings | None = None
 ) -> AsyncIterator[Port]:
-    """Open core 1's end of a link while the block runs, and call `arrived` with each received frame.
-
-    For arguments and errors, see `Core1`. `around` has resources that all links of a program share.
-    """
+    """Open core 1's end of a link while the block runs, and pass received frames to `arrived`. See `Core1`."""
     parsed = parse_address(address)
     async with AsyncExitStack() as resources:
         if around is None:
@@ -117,13 +111,13 @@ async def open_port(
 
 
 class Core1(Core):
-    """Core 1 on a link while the block runs: `async with Core1("unix:/tmp/core1,peer=/tmp/core0") as core1:`.
+    """Core 1 on a link, in a block `async with Core1("unix:/tmp/core1,peer=/tmp/core0") as core1:`.
 
-    `link` is an address; of two sockets, core 1's path comes first. An interface is looked up in the network namespace
-    at the path `netns`, or in the current one.
+    `link` is the address of the link. For a pair of sockets, core 1's path comes first. An interface is looked up in
+    the network namespace at the path `netns`, or in the current one.
 
-    Entering raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError and
-    ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
+    Entering the block raises InvalidArgumentError for an invalid address, LinkNotFoundError, PermissionDeniedError
+    and ResourceError. A later error cancels the block and is raised in an ExceptionGroup.
     """
 
     def __init__(self, link: str, *, netns: Path | None = None) -> None:

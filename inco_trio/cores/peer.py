@@ -1,4 +1,4 @@
-"""Core 1 for blocking code: a plain socket. It shares no code with the proxy's links, which it tests."""
+"""Core 1 for blocking code, as a plain socket. It tests the proxy's links, so it shares no code with them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ __all__ = ["Peer"]
 BUFFER = 16 * 2**20
 """Size of the receive buffer in bytes: a burst of 20,000 small frames fits."""
 PATIENCE = 1.0
-"""Seconds after which sending into a full socket fails."""
+"""Timeout for sending while the peer's queue is full, in seconds."""
 
 
 class Peer(contextlib.AbstractContextManager["Peer"]):
-    """Core 1's end of the link with the address `link`; of two sockets, core 1's path comes first.
+    """Core 1's end of the link with the address `link`. For a pair of sockets, core 1's path comes first.
 
-    `run` calls a function in core 1's network namespace and returns the result. `fileno` makes a Peer usable with
-    select(2).
+    `run` calls a function in core 1's network namespace and returns the result.
     """
 
     def __init__(self, link: str, *, run: Callable[[Callable[[], Any]], Any] = lambda function: function()) -> None:
@@ -52,7 +51,7 @@ class Peer(contextlib.AbstractContextManager["Peer"]):
 
     @property
     def mac(self) -> bytes:
-        """The MAC address of the frames that core 1 sends."""
+        """The source MAC address of the frames that core 1 sends."""
         if isinstance(self._address, UnixAddress):
             return self._address.mac
         address: bytes = self._socket.getsockname()[4]
@@ -62,7 +61,7 @@ class Peer(contextlib.AbstractContextManager["Peer"]):
         return self._socket.fileno()
 
     def rebind(self) -> None:
-        """Bind again to an interface that was deleted and recreated. Queued frames are kept."""
+        """Bind again to an interface that was recreated. Queued frames are kept."""
         self._run(lambda: self._socket.bind((self._address.name, ETHERTYPE)))
 
     def send(self, name: bytes, pad: int = 0) -> None:

@@ -20,10 +20,10 @@ __all__ = ["OverflowedError", "Report", "Watch", "register_error", "trigger"]
 Report = Callable[[Signal | IncoError], None]
 """Called with the signal of each notification, or with an error if notifications may be missing."""
 
-# IN_MASK_ADD is needed because a directory with registers may be the parent of another one.
+# IN_MASK_ADD is needed because a directory with registers may be the parent of another such directory.
 _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
 _PARENT = _PATH | ino.IN_CREATE
-# IN_MODIFY separates two closes, which the kernel would otherwise merge while they are unread (inotify(7)).
+# IN_MODIFY events separate close events, which the kernel would otherwise merge while unread (inotify(7)).
 _DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
 _CLOSE_WRITE = ino.IN_CLOSE_WRITE
 _WRITES = ino.IN_CLOSE_WRITE | ino.IN_MODIFY
@@ -36,11 +36,7 @@ class OverflowedError(ResourceError):
 
 
 def trigger(path: Path) -> None:
-    """Open a trigger file, write `1` and close the file. Do not create a missing file: that is the task of the proxy.
-
-    Raises ProxyNotFoundError if the file is missing, InvalidArgumentError if it is not a regular file,
-    PermissionDeniedError and ResourceError.
-    """
+    """Open an existing trigger file, write `1` and close the file. Raises the errors of `register_error`."""
     try:
         fd = os.open(path, _FLAGS)
         try:
@@ -71,16 +67,16 @@ class _Directory:
     wd: int = -1
     """The watch on the directory, or -1 while the directory is missing."""
     parent_wd: int = -1
-    """The watch on the nearest existing directory above."""
+    """The watch on the nearest ancestor directory that exists."""
     child: bytes = b""
-    """The name in that directory that leads to `path`."""
+    """The name in this ancestor directory that leads to `path`."""
 
 
 class Watch:
-    """Watch registers by inotify(7). `fileno` makes a Watch usable with select(2). Raises ResourceError.
+    """Watches registers with inotify(7). Programs can wait for `fileno` with select(2). Raises ResourceError.
 
-    A notification is a close of the state file or trigger file after it was opened for writing. For triggers, a rename
-    to the path of the file is also a notification. Replaced directories are watched again.
+    A notification is the close of a state file or trigger file that was open for writing. A rename to the path of a
+    trigger file is also a notification. Replaced directories are watched again.
     """
 
     def __init__(self) -> None:
@@ -97,10 +93,7 @@ class Watch:
         return self._inotify.fd
 
     def follow(self, signals: Iterable[Signal], report: Report, *, missing_ok: bool = False) -> None:
-        """Report new notifications of these signals.
-
-        Raises the errors of `trigger` if a directory cannot be watched, or is missing (unless `missing_ok`).
-        """
+        """Report new notifications of these signals. Directories must exist, unless `missing_ok`. Raises IncoError."""
         directories: dict[Path, _Directory] = {}
         for signal in signals:
             directory = directories.setdefault(signal.directory, _Directory(signal.directory, report))
@@ -124,14 +117,14 @@ class Watch:
                 self._inotify.unwatch(wd)
 
     def _look(self, directory: _Directory) -> None:
-        """Watch the directory at the path and the nearest existing directory above."""
+        """Watch the directory, if it exists, and its nearest existing ancestor."""
         before = {directory.wd, directory.parent_wd}
         directory.wd = directory.parent_wd = -1
         path = directory.path
         try:
             for parent in path.parents:
                 try:
-                    # Watch the parent first, so that the kernel reports a directory that appears in between.
+                    # Watch the ancestor first, so that an event reports a directory that appears in between.
                     directory.parent_wd = self._inotify.watch(str(parent), _PARENT)
                     break
                 except (*_ABSENT, PermissionError):
@@ -152,10 +145,10 @@ class Watch:
         await self._inotify.wait_readable()
 
     def drain(self) -> None:
-        """Report queued notifications without waiting. Exceptions of `report` are raised here."""
+        """Report queued notifications without waiting. Exceptions of `report` are passed on to the caller."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
-                if mask & _WRITES:  # Check for writes first: a flood of writes must not overflow the queue.
+                if mask & _WRITES:  # Handle writes first and fast: many writes must not overflow the queue.
                     if mask & _CLOSE_WRITE:
                         for directory in self._directories.get(wd, ()):
                             for signal in directory.signals.get(name, ()) if wd == directory.wd else ():

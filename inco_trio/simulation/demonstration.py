@@ -38,11 +38,11 @@ _ANSWERS = {
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""The answers of a QEMU guest to the outbound signals. Together they include every signal."""
+"""Outbound signals and the answers of a QEMU guest to them. Together they include every signal."""
 _READY_DEADLINE = 60.0
-"""Seconds until a wait for a process fails. A start takes up to 2 s, so this only stops a hang."""
+"""Timeout for waiting on a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
-"""Sets up a stage in a directory. It waits with the given function, so that signals can stop the demonstration."""
+"""Sets up a stage in a directory. Waits only with the given `Wait`, so that signals can stop the demonstration."""
 
 
 class ProxyError(IncoError):
@@ -54,7 +54,6 @@ def _signals(directory: Path) -> list[Signal]:
 
 
 def _udrv(directory: Path) -> str:
-    """Return the text of a udrv.json with the signals of `_signals`."""
     regs = {builtin.reg: {"reg": f"{_DEVICE}.{builtin.register}"} for builtin in BUILTIN}
     added = {name: {"direction": way.value, "reg": f"{_DEVICE}.{register}"} for name, way, register in _ADDED}
     misc = {"ihub_config_dev": {"regs": regs}, "inco_proxy": {"signals": added}}
@@ -95,7 +94,7 @@ def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
 
 
 def _record(path: Path, control: str, log: Path) -> Launched:
-    """Start `inco-trio record` with the proxy. Raises ResourceError."""
+    """Start `inco-trio record` for the proxy. Raises ResourceError."""
     recording = Launched("record", path, "--control", control, log=log, ready=False)
     line = recording.wait_log("inco-trio: ", _READY_DEADLINE) or ""
     if "recording" not in line:
@@ -139,7 +138,7 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
         if recording is not None:
             recording.stop(signal.SIGINT)
             out.write(f"Recorded: {recording.log.rpartition('inco-trio: ')[2].rstrip()}\n")
-        out.flush()  # Stopping the proxy takes a moment.
+        out.flush()  # Show the result now: stopping the proxy takes a moment.
         return code
 
 
@@ -158,12 +157,12 @@ def _choose(out: Output) -> _SetUp:
 def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, record: Path | None = None) -> int:
     """Send `count` notifications of each signal through a real proxy, `rate` per second in total. Show them on `out`.
 
-    Record all of them to the file `record`. Return the exit code: 0 if all arrived, 1 if not, and 128 + n after the
-    process signal n.
+    Record the notifications to the file `record`, if given. Return the exit code: 0 if all notifications arrived, 1 if
+    not, and 128 + n after the process signal n.
 
     A process that may not create network namespaces moves into a new user namespace and stays there. It must have only
-    one thread. If the system forbids user namespaces too, the link is a Unix socket. `with_qemu` makes core 1 a guest
-    of QEMU behind a Unix socket.
+    one thread. If the system forbids user namespaces too, the link is a Unix socket. With `with_qemu`, core 1
+    is a QEMU guest behind a Unix socket.
 
     Raises InvalidArgumentError, GuestError, ProxyError, ResourceError, and BrokenPipeError if `out` is a closed pipe.
     """

@@ -1,7 +1,4 @@
-"""Core 1 as a QEMU guest: bare-metal firmware in the RISC-V machine `virt`; see netns/core1/README.md.
-
-No event loop is needed, and no privilege except for a tap.
-"""
+"""Core 1 as a QEMU guest: bare-metal firmware in the RISC-V machine `virt`; see netns/core1/README.md."""
 
 from __future__ import annotations
 
@@ -39,9 +36,9 @@ FIRMWARE = Path(__file__).with_name("firmware") / "core1.elf"
 MAC = "52:54:00:00:00:01"
 
 READY = "core1: ready"
-"""The text that our firmware prints when its network card is started."""
+"""The text that our firmware prints when it has started its network card."""
 _DEADLINE = 300.0
-"""Seconds after which a wait fails. This only stops a hang."""
+"""Timeout of each wait, in seconds. Only a hang reaches this limit."""
 _MACHINE = ("-machine", "virt", "-m", "16", "-bios", "none", "-global", "virtio-mmio.force-legacy=false")
 _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio")
 
@@ -55,9 +52,9 @@ class QemuNotFoundError(GuestError, FileNotFoundError):
 
 
 def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
-    """Return the QEMU network card with the datagram socket `local`, which sends frames to the socket at `remote`.
+    """Return the options of a QEMU network card with the datagram socket `local`, which sends to `remote`.
 
-    QEMU creates `local`. This needs QEMU 7.2. Never send an empty datagram: QEMU would stop receiving for good.
+    QEMU creates `local`. Requires QEMU 7.2 or later. Never send an empty datagram: QEMU would stop receiving for good.
     """
     return {
         "type": "dgram",
@@ -67,25 +64,25 @@ def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
 
 
 def tap_netdev(ifname: str) -> dict[str, Any]:
-    """Return the QEMU network card at the far end of the existing tap `ifname`."""
+    """Return the options of a QEMU network card that is connected to the existing tap `ifname`."""
     return {"type": "tap", "ifname": ifname, "script": "no", "downscript": "no"}
 
 
 def parse_counters(line: str) -> dict[str, int]:
-    """Return the counters in a line that the firmware prints as a report."""
+    """Parse the counters in a report line of the firmware."""
     return {name: int(value) for name, value in (word.split("=") for word in line.split() if "=" in word)}
 
 
 class Guest(contextlib.AbstractContextManager["Guest"]):
-    """Core 1 as a guest of QEMU. `with Guest(...) as guest:` waits until the guest is ready, and kills QEMU at the end.
+    """Core 1 as a QEMU guest. `with Guest(...) as guest:` waits until the guest is ready, and kills QEMU at the end.
 
-    `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` has the firmware's rules. The output of the
-    firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset. QEMU
-    runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must also
-    wait for other events. An exception of `wait` ends the calling method; during the start, QEMU is killed too.
+    `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The output
+    of the firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
+    QEMU runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must
+    also wait for other events. An exception of `wait` ends the calling method. During the start, it also kills QEMU.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
-    if QEMU does not run, or does not act in time.
+    if QEMU is not running or does not respond in time.
 
     `firmware` must print `ready` on its serial output when it is ready. `program` and `machine` select another QEMU.
     """
@@ -143,7 +140,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
 
     @property
     def pid(self) -> int:
-        """The process number of QEMU."""
+        """The PID of QEMU."""
         return self._running().pid
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -218,7 +215,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         raise GuestError(f"QEMU has ended with exit code {code}; its last output: {lines[-1]}") from None
 
     def _message(self, deadline: float) -> dict[str, Any]:
-        """Return the next message of the monitor. Raise GuestError at the monotonic time `deadline`."""
+        """Return the next message from the QEMU monitor. Raises GuestError if none arrives before `deadline`."""
         while b"\n" not in self._received:
             if not self._wait([self._monitor.fileno()], max(0.0, deadline - time.monotonic())):
                 raise GuestError(f"QEMU's monitor has not answered within {_DEADLINE:g} s")
@@ -248,7 +245,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             raise GuestError(f"QEMU's monitor refuses {command}: {answer['error']['desc']}")
 
     def wait_for(self, text: str) -> str:
-        """Wait for a line with `text` in the output after the line that the last call returned. Return the line."""
+        """Wait for an output line that contains `text`, after the line that the last call returned. Return it."""
         deadline = time.monotonic() + _DEADLINE
         self._running()
         while True:
@@ -267,15 +264,15 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             self._changes.read_into(memoryview(bytearray(4096)))
 
     def wait_ready(self) -> None:
-        """Wait until the firmware has started its network card, after `start` or a reset. It sends nothing before."""
+        """Wait until the firmware has started its network card, after `start` or a reset."""
         self.wait_for(self._ready)
 
     def wait_counters(self) -> dict[str, int]:
-        """Wait for the next report, which a signal has requested (`report_on=NAME`). Return the counters."""
+        """Wait for the next report of the firmware, which a signal requests (`report_on=NAME`). Return the counters."""
         return parse_counters(self.wait_for("core1: counters"))
 
     def stop(self) -> None:
-        """Pause the guest. Frames wait until the buffers of QEMU and of the socket are full."""
+        """Pause the guest. Frames are queued until the buffers of QEMU and of the socket are full."""
         self._execute("stop")
 
     def cont(self) -> None:
@@ -287,7 +284,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         self._execute("system_reset")
 
     def quit(self) -> int:
-        """Stop QEMU by its monitor and return the exit code."""
+        """Stop QEMU through its monitor and return the exit code."""
         self._execute("quit")
         return self.wait()
 

@@ -21,7 +21,7 @@ class Output(Protocol):
 
 
 class Screen:
-    """On a terminal, updates one line per signal in place. Elsewhere, prints one line per second."""
+    """Updates one line per signal in place on a terminal. Otherwise, prints one line per second."""
 
     def __init__(self, out: Output, traffic: Sequence[Traffic]) -> None:
         self._out = out

@@ -23,7 +23,7 @@ class Stage:
     """Two cores and their link."""
 
     link: str
-    """The address, for `inco-trio run`."""
+    """The address of the link, for `inco-trio run`."""
     about: str
     """A description for the output of the demonstration."""
     netns: int | None = None
@@ -60,10 +60,7 @@ def sockets(directory: Path, _wait: Wait) -> Iterator[Stage]:
 
 @contextlib.contextmanager
 def qemu(directory: Path, wait: Wait, answers: Mapping[str, str]) -> Iterator[Stage]:
-    """Start a guest of QEMU as core 1. The link is a pair of Unix datagram sockets in `directory`.
-
-    Raises GuestError, InvalidArgumentError if the path is too long, and the exceptions of `wait`.
-    """
+    """Start a QEMU guest as core 1, linked by Unix sockets in `directory`. Raises GuestError, InvalidArgumentError."""
     core0, core1 = directory / "core0", directory / "core1"
     link = _address(core0, core1)
     rules = "echo=" + ",".join(f"{name}:{answer}" for name, answer in answers.items())

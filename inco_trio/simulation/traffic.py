@@ -1,8 +1,8 @@
 """Send, receive and count the notifications of the demonstration.
 
 A notification has arrived when core 1 has read the frame, or when inotify(7) has reported the close of the state file.
-If core 1 is a QEMU guest, round trips are counted: a trip ends with the close of the state file of the answer. At most
-one notification of a signal is under way at a time, so that each arrival belongs to one departure.
+With a QEMU guest as core 1, round trips are counted. A round trip ends when the state file of the answer is closed.
+Each signal has at most one notification in flight, so that each arrival belongs to one departure.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from inco_trio.simulation.waiter import Waiter
 __all__ = ["Applications", "Traffic", "duration", "quantile", "table", "traffic_of", "verdict"]
 
 _LOST_AFTER = 3.0
-"""Seconds after which a notification is lost. The proxy needs less than 1 ms, but the machine may be busy."""
+"""Seconds after which a notification counts as lost. The proxy needs less than 1 ms, but the machine may be busy."""
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
 
 
 @attrs.define(eq=False)
 class Traffic:
-    """The notifications of one signal, or its round trips, which end with the arrival of the signal `answer`."""
+    """Notifications of one signal, or its round trips. A round trip ends when the signal `answer` arrives."""
 
     signal: Signal
     wanted: int
@@ -41,7 +41,7 @@ class Traffic:
     latencies: list[int] = attrs.Factory(list)
     """The latency of each arrived notification, in nanoseconds."""
     departed: int | None = None
-    """When the notification under way was sent (time.monotonic_ns()), or None."""
+    """When the notification in flight was sent (time.monotonic_ns()), or None."""
     unexpected: int = 0
     lost: bool = False
 
@@ -97,7 +97,7 @@ class Applications:
         """Send a notification. Raises OSError, IncoError."""
         one.depart()
         if one.signal.direction is Direction.INBOUND and self._peer is not None:
-            # If the proxy is absent, the notification is lost and counted as lost.
+            # If the proxy is not running, the notification counts as lost.
             with contextlib.suppress(ConnectionRefusedError, FileNotFoundError, TimeoutError):
                 self._peer.send(one.signal.name.encode())
         else:
@@ -123,7 +123,7 @@ def traffic_of(stage: Stage, signals: Sequence[Signal], count: int) -> list[Traf
 
 
 def duration(nanoseconds: float) -> str:
-    """Return a duration as text in a suitable unit."""
+    """Format a duration in a suitable unit."""
     if nanoseconds < 999.5e3:
         return f"{nanoseconds / 1e3:.0f} us"
     if nanoseconds < 999.5e6:
@@ -150,7 +150,7 @@ def table(traffic: Sequence[Traffic]) -> str:
 
 
 def verdict(traffic: Sequence[Traffic]) -> tuple[str, int]:
-    """Return the last line and the exit code."""
+    """Return the last line of the output and the exit code."""
     sent = sum(one.sent for one in traffic)
     latencies = sorted(latency for one in traffic for latency in one.latencies)
     unexpected = sum(one.unexpected for one in traffic)

@@ -1,4 +1,4 @@
-"""The only place where the demonstration waits, so that a process signal can stop it only there."""
+"""The waits of the demonstration. A process signal can stop the demonstration only during a wait."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
 
 class Waiter:
-    """Waits for descriptors."""
+    """Waits for readable descriptors and calls the functions that are registered for them."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()

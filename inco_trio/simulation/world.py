@@ -1,9 +1,9 @@
 """Two cores as network namespaces, for `inco-trio demo`, the tests and the benchmarks.
 
 Only descriptors keep these namespaces alive (network_namespaces(7)). When the process ends, even by SIGKILL, the kernel
-removes the namespaces and their links. Links are changed in a separate thread that enters the namespace, so the calling
-thread stays where it is. Creating namespaces needs CAP_SYS_ADMIN, which every user has in a new user namespace
-(user_namespaces(7)); see `may_make_namespaces` and `new_user_namespace`.
+removes the namespaces and their links. A separate thread enters the namespace to change links, so the calling thread
+stays in its own namespace. Creating namespaces needs CAP_SYS_ADMIN, which every user has in a new user namespace
+(user_namespaces(7)). See `may_make_namespaces` and `new_user_namespace`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
 T = TypeVar("T")
 
 _LINK_DEADLINE = 120.0
-"""Seconds until a link must be up. A veth pair needs milliseconds, so this only stops a hang."""
+"""Timeout for a link to come up, in seconds. A veth pair needs milliseconds, so only a hang reaches this limit."""
 
 
 class NamespaceRefusedError(PermissionDeniedError):
@@ -69,11 +69,10 @@ def may_make_namespaces() -> bool:
 
 
 def new_user_namespace() -> None:
-    """Move this process into a new user namespace, as its root. The process must have only one thread.
+    """Move this process, which must have only one thread, into a new user namespace as root.
 
-    Outside the namespace, the process keeps the rights of its user. It gets all capabilities over namespaces that it
-    creates. Call this function before the others of this module: the kernel may still count a thread that was joined.
-
+    The process gets all capabilities over namespaces that it creates. Outside of them, it keeps the rights of its user.
+    Call this function before the others of this module, because the kernel may still count a thread that was joined.
     Raises NamespaceRefusedError.
     """
     user, group = os.geteuid(), os.getegid()
@@ -90,7 +89,7 @@ def new_user_namespace() -> None:
 def namespaces_refusal() -> str | None:
     """Return why this process cannot create network namespaces, or None. The process must have only one thread.
 
-    A child process tries it: a process cannot leave a new user namespace whose maps were refused.
+    A child process makes the attempt, because a process cannot leave a user namespace whose maps were refused.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -104,7 +103,7 @@ def namespaces_refusal() -> str | None:
         finally:
             os._exit(0)
     os.close(write)
-    with open(read, encoding="utf-8") as text:  # noqa: PTH123 - a descriptor
+    with open(read, encoding="utf-8") as text:  # noqa: PTH123 - `read` is a descriptor
         reason = text.read()
     os.waitpid(child, 0)
     return reason or None
@@ -118,8 +117,8 @@ def _in_thread(function: Callable[[], T]) -> T:
 def _make_network() -> int:
     def make() -> int:
         unshare(CLONE_NEWNET)
-        # Without this, IPv6 would send router solicitations and multicast reports over the links. In a container,
-        # /proc/sys may be read-only; then these additional frames do no harm.
+        # Disable IPv6, which would send router solicitations and multicast reports over the links. In a container,
+        # /proc/sys may be read-only. The additional frames then do no harm.
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -132,11 +131,10 @@ def _make_network() -> int:
 
 @attrs.frozen
 class Namespace(contextlib.AbstractContextManager["Namespace"]):
-    """A network namespace without a name. It ends with its last descriptor, process and socket.
+    """An unnamed network namespace. The kernel destroys it after its last descriptor, process and socket.
 
-    `Namespace()` creates one; `Namespace(fd)` takes over the descriptor of an existing one (`/proc/PID/ns/net`).
-
-    Raises NamespaceRefusedError.
+    `Namespace()` creates a namespace, or raises NamespaceRefusedError. `Namespace(fd)` takes over a descriptor of an
+    existing namespace (`/proc/PID/ns/net`).
     """
 
     fd: int = attrs.field(factory=_make_network)
@@ -147,11 +145,11 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
         return Path(f"/proc/self/fd/{self.fd}")
 
     def enter(self) -> None:
-        """Move the calling thread into the namespace for good. Can be the `preexec_fn` of a subprocess."""
+        """Move the calling thread into the namespace permanently. Can be the `preexec_fn` of a subprocess."""
         set_network(self.fd)
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call `function` in a thread in the namespace and return its result. Exceptions are raised here.
+        """Call `function` in a thread in the namespace, and return its result or raise its exception.
 
         Sockets and processes that `function` creates stay in the namespace.
         """
@@ -163,7 +161,6 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
         return _in_thread(inside)
 
     def close(self) -> None:
-        """Close the descriptor."""
         os.close(self.fd)
 
     def __exit__(self, *raised: object) -> None:
@@ -172,8 +169,8 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
 
 def _with_links(namespace: Namespace, change: Callable[[IPRoute], T]) -> T:
     def inside() -> T:
-        # Import here, because importing pyroute2 takes longer than the rest of the program. Open IPRoute here,
-        # because its socket must be created in the namespace.
+        # Imported lazily: pyroute2 takes longer to import than the rest of the program. IPRoute is opened in this
+        # thread, because its socket must be in the namespace.
         from pyroute2 import IPRoute, NetlinkError
 
         try:
@@ -194,18 +191,14 @@ def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
 
 
 def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
-    """Join two namespaces by a veth pair. Both ends are down."""
+    """Connect two namespaces with a veth pair. Both of its ends are down."""
     _with_links(
         a, lambda links: links.link("add", kind="veth", ifname=a_name, peer={"ifname": b_name, "net_ns_fd": b.fd})
     )
 
 
 def _wait_running(namespace: Namespace, name: str) -> None:
-    """Wait until the kernel sends frames through the link.
-
-    The kernel's link watcher starts the end of a veth pair that was brought up first a moment later. Until then, the
-    kernel drops frames without an error.
-    """
+    """Wait until the kernel's link watcher has activated the link. Until then, the kernel silently drops frames."""
 
     def wait(links: IPRoute) -> None:
         deadline = time.monotonic() + _LINK_DEADLINE
@@ -222,10 +215,10 @@ def _wait_running(namespace: Namespace, name: str) -> None:
 
 @attrs.frozen
 class Cores:
-    """Two cores and the link between them, which has the same name in both.
+    """Two cores and the link between them, which has the same name in both namespaces.
 
-    With `switch`, the link leads through a bridge in that namespace, as in the board's simulation. Then core 1's end
-    stays when core 0's end is deleted.
+    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. Core 1's end
+    then remains when core 0's end is deleted.
     """
 
     core0: Namespace
@@ -276,7 +269,7 @@ class Cores:
 
 @contextlib.contextmanager
 def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores]:
-    """Create two cores, joined by a running veth pair. Both ends have the name `link`.
+    """Create two cores, connected by a running veth pair. Both ends have the name `link`.
 
     With `chain`, the link is a veth pair, a bridge and a second veth pair. The board's simulation has a tap instead of
     the second pair. Raises NamespaceRefusedError, and ResourceError if the kernel has no veth or bridge.

@@ -34,7 +34,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    # Import names when they are first used: pytest loads the plugin wherever the package is installed.
+    # Import names only when they are used, because pytest loads this package in every test run.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

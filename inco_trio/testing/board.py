@@ -1,4 +1,4 @@
-"""A board under test: a real proxy, with the test as both cores."""
+"""A board under test: a real proxy, while the test acts as both cores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Board", "BoardCore0", "BoardCore1", "BoardFaults", "BoardProxy", "op
 T = TypeVar("T")
 
 TIMEOUT = 60.0
-"""Default timeout of `expect` in seconds. It stops a hang and is long enough for a slow machine."""
+"""Default timeout of `expect` in seconds. Only a hang reaches it, even on a slow machine."""
 
 
 class _Core:
@@ -45,10 +45,7 @@ class _Core:
         return self._board._rig.history.all(self.number)
 
     def count(self, name: str) -> int:
-        """Return how many notifications of a signal this core has sent or received until now.
-
-        Raises InvalidArgumentError for an unknown name.
-        """
+        """Return how many notifications of a signal this core has sent or received. Raises InvalidArgumentError."""
         __tracebackhide__ = True
         self._board._layout.signal(name)
         return sum(each.name == name for each in self.history)
@@ -70,7 +67,7 @@ class _Core:
             raise InvalidArgumentError(f"timeout={timeout!r}: expected seconds, 0 or more")
 
     async def expect_async(self, name: str, timeout: float = TIMEOUT) -> Happening:  # noqa: ASYNC109 - as `expect`
-        """Do what `expect` does in an event loop of Trio or asyncio."""
+        """Wait as `expect` does, without blocking the event loop of Trio or asyncio."""
         __tracebackhide__ = True
         self._check(name, timeout)
         return await self._board._rig.history.wait_async(self.number, name, timeout)
@@ -93,7 +90,7 @@ class BoardCore0(_Core):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for a program under test: that of the test, with UDRV_JSON_PATH."""
+        """The environment for a program under test: the environment of the test, plus UDRV_JSON_PATH."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
@@ -102,10 +99,7 @@ class BoardCore0(_Core):
         return self._board._layout.signal(name).path
 
     def trigger(self, name: str) -> None:
-        """Write the trigger file of an outbound signal, as an application does.
-
-        Raises InvalidArgumentError for an unknown name, and ProxyNotFoundError if the file is missing.
-        """
+        """Write the trigger file of an outbound signal. Raises InvalidArgumentError, ProxyNotFoundError."""
         __tracebackhide__ = True
         path = self._board._layout.signal(name, Direction.OUTBOUND).path
         self._board._check_open()
@@ -125,10 +119,7 @@ class BoardCore1(_Core):
         self._board._engine.soon(self._board._rig.send_name, name)
 
     def send_frame(self, frame: bytes) -> None:
-        """Send a frame unchanged, even if it is invalid.
-
-        Raises InvalidArgumentError if `frame` is not bytes, or if core 1 is a guest.
-        """
+        """Send a frame unchanged, even if it is invalid. Raises InvalidArgumentError if core 1 is a guest."""
         __tracebackhide__ = True
         self._check_no_guest()
         if not isinstance(frame, bytes | bytearray | memoryview):
@@ -153,7 +144,7 @@ class BoardProxy:
 
     @property
     def pid(self) -> int | None:
-        """The process number, or None if the proxy is not running or runs in the process of the test."""
+        """The PID, or None if the proxy is not running or runs inside the test process."""
         return self._carrier.pid
 
     @property
@@ -167,7 +158,7 @@ class BoardProxy:
         return self._carrier.stats()
 
     def start(self) -> None:
-        """Start the proxy again. It inherits its descriptors, as under s6 or systemd. Raises ProxyDiedError."""
+        """Start the proxy again. It inherits the stored descriptors, as under s6 or systemd. Raises ProxyDiedError."""
         self._board._call("the proxy is started", self._carrier.start)
 
     def stop(self) -> None:
@@ -175,7 +166,7 @@ class BoardProxy:
         self._board._call("the proxy is stopped", self._carrier.stop)
 
     def kill(self) -> None:
-        """Kill the proxy (SIGKILL). Raises InvalidArgumentError if it runs in the process of the test."""
+        """Kill the proxy (SIGKILL). Raises InvalidArgumentError if it runs inside the test process."""
         self._board._call("the proxy is killed", self._carrier.kill)
 
     def restart(self) -> None:
@@ -185,7 +176,7 @@ class BoardProxy:
 
 
 class BoardFaults:
-    """Faults that a test causes."""
+    """Faults that a test can inject."""
 
     def __init__(self, board: Board) -> None:
         self._board = board
@@ -220,7 +211,7 @@ class BoardFaults:
         self._board._call("the link is brought up", self._board._rig.line_up)
 
     def replace_directory(self) -> None:
-        """Replace core 0's directory by a new, empty one, as another program might."""
+        """Replace core 0's directory with a new, empty directory, as another program might."""
         path = self._board.core0.directory
         self._board._rig.history.add(None, f"{path.name} is replaced by a new directory")
         new = path.with_name(f"{path.name}.new")
@@ -230,11 +221,11 @@ class BoardFaults:
 
 
 class Board:
-    """A running proxy, with the test as both cores; `open_board` opens one.
+    """A running proxy, while the test acts as both cores. `open_board` opens a board.
 
     In an event loop, use `expect_async` instead of `expect`, and start and stop proxies in a thread:
-    `trio.to_thread.run_sync(board.proxy.restart)`. Other calls take a few milliseconds at most. After the board has
-    ended, they raise ClosedError.
+    `trio.to_thread.run_sync(board.proxy.restart)`. Other calls take a few milliseconds at most. After the
+    board has been closed, all calls raise ClosedError.
     """
 
     def __init__(self, of: Engine, plan: Plan, rig: Rig, resources: contextlib.ExitStack) -> None:
@@ -294,7 +285,7 @@ class Board:
     ) -> Iterator[Guest]:
         """Run a firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
-        The default `firmware` is that of `inco-trio demo --qemu`. `program` is the QEMU program. `machine` replaces the
+        `firmware` defaults to that of `inco-trio demo --qemu`. `program` is the QEMU program. `machine` replaces the
         arguments for the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
         prints on its serial output when it is ready. Raises GuestError.
         """
@@ -327,13 +318,13 @@ class Board:
         record(path, self.history, {signal.name: str(signal.path) for signal in self.signals}, self.link)
 
     def failure(self) -> str | None:
-        """Return a new reason why the board cannot be used, such as a proxy that has ended by itself, or None."""
+        """Return why the board has failed since the last call, such as a proxy that ended by itself, or None."""
         self._settle()
         before, self._reported = self._reported, self._rig.history.failure
         return None if self._reported == before else self._reported
 
     def close(self) -> None:
-        """Stop the proxy and remove its sockets, but no other files. Do nothing if the board has ended."""
+        """Stop the proxy and remove its sockets, but no other files. Do nothing if the board is already closed."""
         _open.discard(self)
         self._open_rig = None
         self._resources.close()
@@ -352,7 +343,6 @@ _opening = threading.Lock()
 
 
 def open_boards() -> frozenset[Board]:
-    """Return the open boards of this process."""
     return frozenset(_open)
 
 
@@ -367,7 +357,7 @@ def open_board(
 ) -> Iterator[Board]:
     """Open a board while the block runs, with its files in `directory`.
 
-    `config` is the path or the content of a udrv.json; its devices get directories of this board. `signals` maps
+    `config` is the path or the content of a udrv.json; its devices get directories below `directory`. `signals` maps
     additional wire names to `inbound` or `outbound`. `link` is `unix`, which needs no privilege, or `interface`: two
     network namespaces and a veth pair. The proxy is a separate process unless `in_process`.
 

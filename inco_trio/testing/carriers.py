@@ -1,4 +1,4 @@
-"""The proxy of a board under test, as a separate process or in the process of the test."""
+"""The proxy of a board under test, as a separate process or inside the test process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from inco_trio.testing.layout import Layout
 __all__ = ["Carrier", "InProcess", "Process", "ProxyDiedError"]
 
 _READY = 120.0
-"""Seconds after which a process is killed if it is not ready. This only stops a hang."""
+"""Seconds after which a process that is not ready is killed. Only a hang reaches this limit."""
 _FDS_MAX = 16
 
 
@@ -38,7 +38,7 @@ class Carrier(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """The process number of a running separate process, or None."""
+        """The PID of a running separate process, or None."""
 
     async def start(self) -> None:
         """Start the proxy and wait until it is ready. Raises ProxyDiedError."""
@@ -56,14 +56,14 @@ class Carrier(Protocol):
         """Return the log of the proxy."""
 
     def stats(self) -> Stats | None:
-        """Return the counters, or None if the proxy does not answer. A stopped proxy may return the last ones."""
+        """Return the counters, or None if the proxy does not answer. After a stop, may return the last ones."""
 
     def close(self) -> None:
         """Release all resources of a stopped proxy."""
 
 
 class Process:
-    """`inco-trio run` as a process. This class stores its descriptors, as systemd does (sd_notify(3), FDSTORE)."""
+    """`inco-trio run` as a separate process. This class is its fd store, as systemd is (sd_notify(3), FDSTORE)."""
 
     def __init__(self, engine: Engine, layout: Layout, link: str, history: History, netns: int | None) -> None:
         self._engine = engine
@@ -273,7 +273,7 @@ async def _boards_of(engine: Engine) -> _Boards:
 
 
 class _Logs(logging.Handler):
-    """Appends each log line to the log of the board that it belongs to."""
+    """Appends each log line to the log of its board."""
 
     boards: dict[str, list[str]] = {}  # noqa: RUF012 - shared in the process, like the logger
     _handler: _Logs | None = None
@@ -290,6 +290,5 @@ class _Logs(logging.Handler):
                 package.setLevel(logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record to the lines of its board, if it has one."""
         if (lines := self.boards.get(board_name.get())) is not None:
             lines.append(f"{record.levelname.lower()}: {record.getMessage()}")

@@ -1,7 +1,4 @@
-"""The thread that runs all boards of a test process in one Trio loop with one inotify instance.
-
-Tests call the engine from their own threads, in which any event loop may run.
-"""
+"""The thread that runs all boards of a test process in one Trio loop. Tests call it from their own threads."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ ENDED = "the boards of this process have ended"
 
 
 class Engine:
-    """The running thread; `engine` returns the only one."""
+    """The thread of all boards. `engine` returns the only instance."""
 
     def __init__(self) -> None:
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -56,13 +53,13 @@ class Engine:
             self.around.close()
 
     def run(self, function: Callable[..., Awaitable[T]], *args: object) -> T:
-        """Run an async function in the thread and return its result. Exceptions are raised here."""
+        """Run an async function in the thread and return its result, or raise its exception."""
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         async def call() -> None:
             try:
                 done.set_result(await function(*args))
-            except Exception as error:  # noqa: BLE001 - raised in the other thread
+            except Exception as error:  # noqa: BLE001 - the calling thread raises the error
                 done.set_exception(error)
             except BaseException:
                 done.set_exception(IncoError(ENDED))
@@ -92,7 +89,7 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether the thread is running. A bug in the test bench ends the thread and its boards."""
+        """Whether the thread is running. A bug in this package can end the thread and its boards."""
         return self._thread.is_alive()
 
 
@@ -111,7 +108,7 @@ def engine() -> Engine:
 
 
 def stop_engine() -> None:
-    """End a running engine. The next board starts another one."""
+    """Stop the engine if it is running. The next board starts a new one."""
     global _engine
     with _making:
         if _engine is not None:

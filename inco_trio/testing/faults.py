@@ -19,7 +19,7 @@ RATES = ("drop", "double", "reorder", "corrupt")
 
 @attrs.define
 class FrameFaults:
-    """`drop`, `double`, `reorder` and `corrupt` are rates from 0 to 1; `delay` is in seconds, for each frame.
+    """Faults of a link: `drop`, `double`, `reorder` and `corrupt` are rates from 0 to 1. `delay` is in seconds.
 
     A reordered frame arrives 50 ms later. A corrupted frame has one wrong bit. Raises InvalidArgumentError.
     """
@@ -42,7 +42,7 @@ class FrameFaults:
 
     def fates(self, frame: bytes) -> list[Fate]:
         """Apply the faults to a frame. Return one fate, or two if the frame is duplicated."""
-        # Always draw the same number of random numbers, so that changing one rate does not affect the other faults.
+        # Always draw five random numbers, so that changing one rate does not affect the other faults.
         drop, double, reorder, corrupt, place = (self._random.random() for _ in range(5))
         if drop < self.drop:
             return [(0.0, b"", "dropped")]

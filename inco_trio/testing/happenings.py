@@ -29,7 +29,7 @@ class Happening:
     name: str
     """The wire name, or an empty string."""
     monotonic_ns: int
-    """When it was seen (time.monotonic_ns())."""
+    """When the happening was seen (time.monotonic_ns())."""
     time_ns: int
     """The same time as time.time_ns()."""
     direction: Direction | None = None
@@ -37,7 +37,7 @@ class Happening:
 
 
 class History:
-    """Happenings in the order in which they were seen. One thread adds to it; any thread may read it and wait."""
+    """Happenings in the order in which they were seen. One thread adds happenings; any thread may wait for them."""
 
     def __init__(self) -> None:
         self._happenings: list[Happening] = []
@@ -55,14 +55,13 @@ class History:
         direction: Direction | None = None,
         frame: bytes | None = None,
     ) -> None:
-        """Add a happening with the current time."""
         happening = Happening(core, what, name, time.monotonic_ns(), time.time_ns(), direction, frame)
         with self._lock:
             self._happenings.append(happening)
         self._wake()
 
     def fail(self, failure: str | None) -> None:
-        """End current and later waits for this reason. With None, allow waits again."""
+        """Let current and later waits fail with this reason. None allows waits again."""
         self.failure = failure
         self._wake()
 
@@ -73,7 +72,7 @@ class History:
             listener()
 
     def all(self, core: int | None = None) -> list[Happening]:
-        """Return the happenings at a core, or all."""
+        """Return the happenings at a core, or all happenings."""
         with self._lock:
             return [each for each in self._happenings if core is None or each.core == core]
 
@@ -104,7 +103,7 @@ class History:
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
-        __tracebackhide__ = True  # pytest shows the line of the test.
+        __tracebackhide__ = True  # Let pytest show the line of the test.
         news = threading.Event()
         end = time.monotonic() + timeout
         with self._listening(news.set):
@@ -117,7 +116,7 @@ class History:
                     raise self._missing(core, name, timeout)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
-        """Do what `wait` does without blocking the event loop of Trio or asyncio."""
+        """Wait as `wait` does, without blocking the event loop of Trio or asyncio."""
         __tracebackhide__ = True
         end = time.monotonic() + timeout
         ring, wait_rung = _bell()
@@ -132,7 +131,7 @@ class History:
 
 
 def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
-    """Return a function that rings from any thread, and one that waits in this event loop for the ring or a timeout."""
+    """Return a function that any thread may call, and one that waits in this event loop for a call or a timeout."""
     import sniffio
 
     if sniffio.current_async_library() == "trio":
@@ -157,7 +156,7 @@ def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
             event.clear()
 
     def ring() -> None:
-        with contextlib.suppress(RuntimeError):  # The loop has ended.
+        with contextlib.suppress(RuntimeError):  # The event loop has ended.
             wake()
 
     return ring, wait_rung

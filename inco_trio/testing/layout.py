@@ -22,7 +22,7 @@ __all__ = ["DEVICE", "Layout", "make_layout"]
 DEVICE = "ihub-irq-dev"
 """The device of udrv.json whose directory has the registers of the built-in signals."""
 LONGEST = "/control.sock"
-"""The longest name of a socket."""
+"""The longest file name of a socket in the board's directory."""
 
 
 @attrs.frozen
@@ -31,9 +31,9 @@ class Layout:
 
     directory: Path
     sockets: Path
-    """`directory`, or a directory for temporary files if the path of `directory` is too long for sockets (unix(7))."""
+    """The directory of the sockets: a temporary one if the path of `directory` is too long for sockets (unix(7))."""
     config: Path
-    """The udrv.json."""
+    """The path of the udrv.json."""
     signals: tuple[Signal, ...]
 
     def socket(self, name: str) -> Path:
@@ -45,7 +45,7 @@ class Layout:
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
         """Return the signal with this name, optionally of one `direction`. Raises InvalidArgumentError."""
-        __tracebackhide__ = True  # pytest shows the line of the test.
+        __tracebackhide__ = True  # Let pytest show the line of the test.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
             if signal.name == name:
@@ -63,7 +63,7 @@ class Layout:
 def make_layout(
     directory: Path, config: Path | str | Mapping[str, Any] | None, signals: Mapping[str, str] | None
 ) -> Layout:
-    """Create the files in `directory`, which may be missing. Raises ConfigError, InvalidArgumentError.
+    """Create the files of a board in `directory`, which may be missing. Raises ConfigError, InvalidArgumentError.
 
     `config` is the path or the content of a udrv.json; its devices get directories in `directory`. `signals` maps
     additional wire names to `inbound` or `outbound`; their registers are NAME_state and NAME_trig.

@@ -18,14 +18,11 @@ from inco_trio.testing.happenings import History
 __all__ = ["Lane"]
 
 PATIENCE = 1.0
-"""Maximum number of seconds that `Lane.settled` waits."""
+"""Timeout of `Lane.settled`, in seconds."""
 
 
 class Lane:
-    """One direction of the link. Frames are passed to `deliver` in the order in which they are due, one at a time.
-
-    If `deliver` raises LinkNotFoundError or ResourceError, the frame is lost.
-    """
+    """One direction of the link. It delivers frames one at a time. If `deliver` raises IncoError, the frame is lost."""
 
     def __init__(self, direction: Direction, history: History, deliver: Callable[[bytes], Awaitable[None]]) -> None:
         self.faults = FrameFaults()
@@ -70,7 +67,7 @@ class Lane:
                 self._rest.unpark_all()
 
     async def settled(self) -> None:
-        """Wait until no frame is due, or until `PATIENCE` is over because the receiver's queue is full."""
+        """Wait until no frame is due, but not longer than PATIENCE: the receiver's queue may be full."""
         with trio.move_on_after(PATIENCE):
             while self._delivering or (self._due and self._due[0][0] <= trio.current_time()):
                 await self._rest.park()

@@ -1,7 +1,4 @@
-"""The pytest plugin: fixtures `inco_board` and `make_inco_board`, the marker `inco_trio`, the report of a failed test.
-
-pytest loads this module wherever the package is installed. The rest of the package is imported for the first board.
-"""
+"""The pytest plugin. pytest loads it in every run, so the rest of the package is imported only for the first board."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["MakeBoard", "inco_board", "make_inco_board"]
 
 MakeBoard = Callable[..., "Board"]
-"""Opens a board. The arguments are those of `inco_trio.testing.open_board`, without the directory."""
+"""A function that opens a board. Its arguments are those of `inco_trio.testing.open_board`, without the directory."""
 MARKER = "inco_trio(config=None, signals=None, link='unix'): configure the board of this test, see inco_trio.testing"
 MISSING = "inco_trio_missing"
 RECORDING = "inco-trio.pcapng"
@@ -80,7 +77,7 @@ def make_inco_board(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 @pytest.fixture
 def inco_board(request: pytest.FixtureRequest, make_inco_board: MakeBoard) -> Board:
-    """Open a board, configured by the marker `inco_trio`. The test is both cores."""
+    """Open a board, configured by the marker `inco_trio`. The test acts as both cores."""
     options: dict[str, Any] = {}
     for marker in reversed(list(request.node.iter_markers("inco_trio"))):
         if marker.args or not marker.kwargs.keys() <= {"config", "signals", "link"}:
@@ -108,7 +105,7 @@ def _is_missing(error: BaseException) -> bool:
 
 
 def _refuse(config: pytest.Config, error: BaseException) -> NoReturn:
-    """Fail the test with the error's text only. Skip it if a resource is missing and pytest is configured so."""
+    """Fail the test with the error's text only, or skip it if `inco_trio_missing` is set to skip."""
     if not _is_missing(error):
         pytest.fail(str(error), pytrace=False)
     if config.getini(MISSING) == "skip":

@@ -11,12 +11,12 @@ from inco_trio.testing.happenings import Happening
 __all__ = ["record", "side_by_side"]
 
 SHOWN = 200
-"""Maximum number of happenings in the table: the last ones."""
+"""Maximum number of happenings in the table. Older ones are left out."""
 WIDTH = 36
 
 
 def side_by_side(happenings: Sequence[Happening]) -> str:
-    """Return a table with the seconds since the first happening and the happenings at core 0 and core 1."""
+    """Return a table of the happenings at core 0 and core 1, with the seconds since the first one."""
     if not happenings:
         return "nothing happened at either core"
     first = happenings[0].monotonic_ns
@@ -31,7 +31,7 @@ def side_by_side(happenings: Sequence[Happening]) -> str:
 
 
 def record(path: Path, happenings: Sequence[Happening], registers: Mapping[str, str], link: str) -> None:
-    """Record the frames of core 1, and other events as marks. Raises PermissionDeniedError, ResourceError."""
+    """Record the frames at core 1. Other events become marks. Raises PermissionDeniedError, ResourceError."""
     recorder = Recorder(path)
     for each in happenings:
         if each.core is None:

@@ -108,7 +108,6 @@ class Rig:
             self._line_ended.set()
 
     async def line_down(self) -> None:
-        """Take the link down."""
         if self._plan.cores is not None:
             await trio.to_thread.run_sync(self._plan.cores.link_down)
         elif self._port is not None:
@@ -116,14 +115,13 @@ class Rig:
             await self._line_ended.wait()
 
     async def line_up(self) -> None:
-        """Bring the link up again."""
         if self._plan.cores is not None:
             await trio.to_thread.run_sync(self._plan.cores.link_up)
         elif self._port is None:
             await self._nursery.start(self._hold_line)
 
     def _from_core0(self, frame: bytes) -> None:
-        # First read the events of applications, so that the history has a trigger before the frame that it caused.
+        # Read the applications' events first, so that the history lists a trigger before the frame it caused.
         self._engine.watch.drain()
         self.lanes[Direction.OUTBOUND].put(frame)
 
@@ -133,7 +131,7 @@ class Rig:
         await self._port.send(frame)
 
     async def _to_core1(self, frame: bytes) -> None:
-        # Before the guest can answer.
+        # Note the frame before the guest can answer it.
         self._note(1, "gets", frame, Direction.OUTBOUND)
         if self._guest is not None:
             await self._guest.send(frame)
@@ -158,7 +156,7 @@ class Rig:
             self.send(self._port.frame(name))
 
     async def attach_guest(self) -> None:
-        """Pass the frames of core 1 to and from a guest."""
+        """Forward core 1's frames to a guest, and send the guest's frames."""
 
         async def hold(*, task_status: trio.TaskStatus[None]) -> None:
             address = self._plan.layout.address("wire1", "guest")

@@ -1,4 +1,4 @@
-"""Short names of the fixtures. In the top `conftest.py`: `pytest_plugins = ["inco_trio.testing.short_names"]`."""
+"""Short names of the fixtures, enabled in `conftest.py`: `pytest_plugins = ["inco_trio.testing.short_names"]`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["board", "make_board"]
 
 @pytest.fixture
 def board(inco_board: Board) -> Board:
-    """Open a board: `inco_board`."""
+    """Open a board. This is a short name for `inco_board`."""
     return inco_board
 
 
 @pytest.fixture
 def make_board(make_inco_board: MakeBoard) -> MakeBoard:
-    """Return a function that opens boards: `make_inco_board`."""
+    """Return a function that opens boards. This is a short name for `make_inco_board`."""
     return make_inco_board
