@@ -49,7 +49,7 @@ class BoardFile:
     link: Annotated[str, LINK_RULE]
     """The address of the link: an interface, or `unix:LOCAL,peer=REMOTE`."""
     config: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The absolute path of the board's udrv.json."""
+    """The absolute path of a udrv.json."""
     irq_dir: Annotated[str | None, ABSOLUTE_PATH] = None
     """The absolute path of the directory for the registers of the built-in signals."""
     netns: Annotated[str | None, NETNS_RULE] = None
