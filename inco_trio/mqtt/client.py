@@ -1,0 +1,424 @@
+"""An MQTT 5 client for Trio. `session.Session` implements the protocol; this module connects, sends and receives.
+
+A lost connection is not restored, and its messages are not kept: the caller knows which messages were not acknowledged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+import socket
+import ssl
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import mqtt5
+import trio
+
+from inco_trio.backoff import Backoff
+from inco_trio.errors import IncoError
+from inco_trio.mqtt.configuration import Broker, Credentials
+from inco_trio.mqtt.session import (
+    PACKET_MAX,
+    RECEIVE_MAX,
+    BrokerLostError,
+    BrokerRefusedError,
+    ConnectionBrokenError,
+    Limits,
+    Message,
+    Receipts,
+    Received,
+    Refusal,
+    RetainRefusedError,
+    Session,
+)
+
+__all__ = ["BrokerBackoff", "Connection", "open_connection"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Timeout in seconds for each answer of the broker."""
+KEEPALIVE = 30
+"""Seconds within which the client sends a packet, unless the broker asks for another time."""
+FAREWELL = 1.0
+"""Timeout in seconds for sending DISCONNECT."""
+CHUNK = 1 << 16
+"""Maximum number of bytes that are sent or received at once."""
+
+
+class BrokerBackoff(Backoff):
+    """Pauses before reconnecting to the broker. They grow until a connection has lasted for `CAP` seconds."""
+
+    FIRST = 0.1
+    CAP = 5.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._connected = math.inf
+
+    def connected(self) -> None:
+        """Record that the broker has accepted a connection. It may still refuse what follows."""
+        self._connected = trio.current_time()
+
+    def lost(self) -> float:
+        """Return the pause after a failed attempt or a lost connection."""
+        if trio.current_time() - self._connected >= self.CAP:
+            self.reset()
+        self._connected = math.inf
+        return self.next()
+
+
+class Connection:
+    """A connection that `open_connection` has opened."""
+
+    def __init__(self, broker: Broker, stream: trio.abc.Stream, session: Session, patience: float) -> None:
+        self.publishes_will = True
+        """Whether the broker publishes the last will when this connection ends normally."""
+        self.ended = trio.Event()
+        """An event that is set when the connection is lost."""
+        self._broker, self._stream, self._session, self._patience = broker, stream, session, patience
+        self._lost: IncoError | None = None
+        self._answered = trio.Event()
+        self._room = trio.Event()
+        self._flushing = False
+        self._is_cut = False
+        """Whether a packet may have been sent only in part."""
+        self._is_pinging = False
+        self._progress = self._last_sent = trio.current_time()
+        """When the broker last answered or accepted data, and when the client last sent data."""
+        self._entry, self.received = trio.open_memory_channel[Received](math.inf)
+        """The received messages. There are never more than `session.RECEIVE_MAX`."""
+
+    @property
+    def limits(self) -> Limits:
+        """What the broker allows."""
+        assert self._session.limits is not None  # noqa: S101 - `open_connection` has waited for it
+        return self._session.limits
+
+    @property
+    def session_present(self) -> bool:
+        """Whether the broker has continued an earlier session."""
+        return self.limits.session_present
+
+    async def publish(self, messages: Sequence[Message], *, heard: bool = False) -> list[Refusal | None]:
+        """Publish the messages in order at QoS 1, and wait until the broker has acknowledged all of them.
+
+        Return for each message why it was not published, or None. With `heard`, a message without subscribers counts as
+        refused, if the broker reports that (MQTT 5, 3.4.2.1). Raises BrokerLostError if the connection ends.
+        """
+        self._check()
+        session, receipts = self._session, Receipts(len(messages), [None] * len(messages), heard)
+        self._expect()
+        for number, message in enumerate(messages):
+            while not session.has_room:
+                await self._flush()
+                if not session.has_room:
+                    await self._wait_for_room()
+            session.publish(message, receipts, number)
+        await self._flush()
+        if receipts.left:
+            await receipts.done.wait()
+            self._check()
+        return receipts.refusals
+
+    async def _wait_for_room(self) -> None:
+        if self._room.is_set():  # Do not replace an event that other tasks wait for.
+            self._room = trio.Event()
+        await self._room.wait()
+        self._check()
+
+    async def subscribe(self, topics: Sequence[str]) -> None:
+        """Subscribe to the topics at QoS 1. Raises BrokerRefusedError, BrokerLostError."""
+        self._check()
+        receipts = Receipts(len(topics), [None] * len(topics))
+        self._expect()
+        self._session.subscribe(topics, receipts)
+        await self._flush()
+        await receipts.done.wait()
+        self._check()
+        refused = [f"{topic}: {why}" for topic, why in zip(topics, receipts.refusals, strict=True) if why is not None]
+        if refused:
+            raise BrokerRefusedError(self._broker, f"refuses the subscription to {', '.join(refused)}")
+
+    async def acknowledge(self, received: Received) -> None:
+        """Acknowledge a received message, so that the broker does not repeat it. Do nothing if the connection ended."""
+        if self._lost is None:
+            self._session.acknowledge(received)
+            await self._flush()
+
+    def _expect(self) -> None:
+        """Start the time limit of the broker, unless it already has to answer."""
+        if not self._session.is_waiting and not self._flushing:
+            self._progress = trio.current_time()
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def _lose(self, error: IncoError) -> None:
+        """End the connection, and wake all waiting tasks with the reason."""
+        if self._lost is None:
+            self._lost = error
+        for event in (self._answered, self._room, self.ended):
+            event.set()
+        self._session.abandon()
+
+    async def _flush(self) -> None:
+        """Send the packets of all tasks, unless another task is already sending them."""
+        session = self._session
+        if self._flushing:
+            return
+        self._expect()
+        self._flushing = True
+        try:
+            while session.out and self._lost is None:
+                data = bytes(session.out[:CHUNK])
+                del session.out[:CHUNK]
+                self._is_cut = True
+                await self._stream.send_all(data)
+                self._is_cut = False
+                self._progress = self._last_sent = trio.current_time()
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            self._lose(self._broke(error))
+        finally:
+            self._flushing = False
+
+    async def run(self) -> None:
+        """Receive packets and send pings until the connection is lost."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch)
+            try:
+                await self._flush()
+                await self._receive()
+            except IncoError as error:
+                self._lose(error)
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                self._lose(self._broke(error))
+            nursery.cancel_scope.cancel()
+
+    async def _receive(self) -> None:
+        session, entry, is_warned = self._session, self._entry, False
+        while self._lost is None:
+            # The broker may wait for a TCP acknowledgement before it sends more.
+            _transport(self._stream).setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            data = await self._stream.receive_some(CHUNK)
+            if not data:
+                self._lose(self._hung_up())
+                return
+            if session.feed(data):
+                self._progress = trio.current_time()
+                self._is_pinging = False
+                self._room.set()
+            if session.limits is not None:
+                self._answered.set()
+            while session.received:
+                entry.send_nowait(session.received.popleft())
+            if session.dropped and not is_warned:
+                is_warned = True
+                logger.warning("%s: dropped messages at QoS 0, because %d messages wait", self._broker, RECEIVE_MAX)
+
+    async def _watch(self) -> None:
+        """Send pings. Lose the connection if the broker does not answer for `patience` seconds."""
+        session = self._session
+        while self._lost is None:
+            now, deadline = trio.current_time(), math.inf
+            if session.is_waiting or self._flushing or self._is_pinging:
+                deadline = self._progress + self._patience
+                if now >= deadline:
+                    waits = "accepted the connection but does not answer"
+                    what = waits if session.limits is None else f"does not answer for {self._patience:g} s"
+                    self._lose(BrokerLostError(self._broker, what))
+                    return
+            if session.limits is not None and session.limits.keep_alive and not (self._flushing or self._is_pinging):
+                # Ping after half of the time limit, so that a delay does not exceed it.
+                ping = self._last_sent + session.limits.keep_alive / 2
+                if now >= ping:
+                    session.ping()
+                    await self._flush()
+                    self._is_pinging = True
+                    continue
+                deadline = min(deadline, ping)
+            with trio.move_on_at(min(deadline, now + self._patience)):
+                await (self._answered if session.limits is None else self.ended).wait()
+
+    def _broke(self, error: Exception) -> IncoError:
+        cause = error.__cause__
+        if isinstance(cause, ssl.SSLError):
+            return BrokerLostError(self._broker, f"the TLS connection failed: {cause.reason or cause} ({self._hint()})")
+        if self._session.limits is None:
+            return self._hung_up()
+        return ConnectionBrokenError(self._broker, f"the connection broke{'' if cause is None else f': {cause}'}")
+
+    def _hung_up(self) -> BrokerLostError:
+        if self._session.limits is not None:
+            return ConnectionBrokenError(self._broker, "the connection broke")
+        return BrokerLostError(self._broker, f"ended the connection without an answer ({self._hint()})")
+
+    def _hint(self) -> str:
+        return "does it need a client certificate, or another one?" if self._broker.tls else "does it need TLS?"
+
+    async def answered(self) -> None:
+        """Wait for the CONNACK of the broker."""
+        await self._answered.wait()
+        self._check()
+
+    async def end(self) -> None:
+        """Send DISCONNECT and close the connection."""
+        session = self._session
+        if self.publishes_will and session.goodbye == mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION:
+            session.goodbye = mqtt5.DisconnectReasonCode.DISCONNECT_WITH_WILL_MESSAGE
+        with trio.move_on_after(FAREWELL, shield=True):
+            if session.limits is not None and not self._is_cut and not self._flushing:
+                session.disconnect()
+                with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await self._stream.send_all(bytes(session.out))
+            await self._stream.aclose()
+
+
+def _transport(stream: Any) -> Any:
+    """Return the TCP socket of a stream."""
+    return (stream.transport_stream if isinstance(stream, trio.SSLStream) else stream).socket
+
+
+@asynccontextmanager
+async def open_connection(
+    broker: Broker,
+    credentials: Credentials,
+    client_id: str,
+    *,
+    will: Message | None = None,
+    session: int = 0,
+    clean: bool = False,
+    patience: float = PATIENCE,
+) -> AsyncIterator[Connection]:
+    """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
+
+    The broker keeps the session for another `session` seconds. `clean` discards an earlier session. If the connection
+    is lost, the block is cancelled. A broker without retained messages gets a last will that is not retained. Raises
+    BrokerLostError and BrokerRefusedError.
+    """
+    identity = credentials.read()
+    connect = functools.partial(
+        mqtt5.ConnectPacket, client_id, username=identity.user,
+        password=None if identity.password is None else identity.password.encode(), clean_start=clean,
+        keep_alive=KEEPALIVE, session_expiry_interval=session, receive_max=RECEIVE_MAX, max_packet_size=PACKET_MAX,
+    )  # fmt: skip
+    try:
+        async with _connected(broker, credentials, connect(will=_will(will)), patience) as connection:
+            yield connection
+            return
+    except RetainRefusedError:
+        if will is None or not will.retain:
+            raise
+    will = attrs.evolve(will, retain=False)
+    async with _connected(broker, credentials, connect(will=_will(will)), patience) as connection:
+        yield connection
+
+
+def _will(message: Message | None) -> mqtt5.Will | None:
+    if message is None:
+        return None
+    qos = mqtt5.QoS.AT_LEAST_ONCE
+    return mqtt5.Will(message.topic, payload=message.payload, qos=qos, retain=message.retain)
+
+
+@asynccontextmanager
+async def _connected(
+    broker: Broker, credentials: Credentials, connect: mqtt5.ConnectPacket, patience: float
+) -> AsyncIterator[Connection]:
+    stream = await _open_stream(broker, credentials, patience)
+    connection = Connection(broker, stream, Session(broker, connect), patience)
+    failure: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.run)
+            try:
+                await connection.answered()
+                with trio.CancelScope() as scope:
+                    nursery.start_soon(_cancel_once, connection.ended, scope)
+                    yield connection
+                connection._check()
+            except BaseException as error:
+                if isinstance(error, trio.Cancelled):
+                    raise
+                failure = error
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        await connection.end()
+    if failure is not None:
+        raise failure
+
+
+async def _cancel_once(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+async def _open_stream(broker: Broker, credentials: Credentials, patience: float) -> trio.abc.Stream:
+    """Connect to the broker, with TLS if its URL asks for it. Raises BrokerLostError, BrokerRefusedError."""
+    context = _context(broker, credentials) if broker.tls else None
+    tcp: trio.SocketStream | None = None
+    try:
+        with trio.fail_after(2 * patience):
+            tcp = await trio.open_tcp_stream(broker.host, broker.port)
+            if context is None:
+                return tcp
+            stream = trio.SSLStream(tcp, context, server_hostname=broker.host, https_compatible=True)
+            await stream.do_handshake()
+            return stream
+    except BaseException as error:
+        if tcp is not None:
+            await trio.aclose_forcefully(tcp)
+        if isinstance(error, (OSError, trio.BrokenResourceError, trio.TooSlowError, ssl.SSLError, ValueError)):
+            raise _connect_error(broker, error) from error
+        raise
+
+
+def _connect_error(broker: Broker, error: Exception) -> IncoError:
+    cause = error.__cause__ if isinstance(error, trio.BrokenResourceError) else error
+    if isinstance(cause, OSError) and isinstance(cause.__cause__, BaseExceptionGroup):
+        # Trio has tried several addresses. The first error is that of the preferred address.
+        cause = cause.__cause__.exceptions[0]
+    match cause:
+        case ssl.SSLCertVerificationError():
+            return BrokerRefusedError(broker, f"its certificate is not valid: {cause.verify_message}")
+        case ssl.SSLError():
+            return BrokerLostError(broker, f"the TLS handshake failed: {cause.reason or cause}")
+        case socket.gaierror():
+            return BrokerLostError(broker, f"no such host: {cause.strerror}")
+        case trio.TooSlowError() | TimeoutError():
+            return BrokerLostError(broker, "does not answer")
+        case ConnectionResetError() | None if broker.tls:
+            return BrokerLostError(broker, "reset the connection (is it without TLS?)")
+    return BrokerLostError(broker, f"cannot be reached: {getattr(cause, 'strerror', None) or cause}")
+
+
+def _context(broker: Broker, credentials: Credentials) -> ssl.SSLContext:
+    """Return the TLS context for the certificate files. Raises BrokerRefusedError if one of them is not valid."""
+    files = (credentials.ca_file, credentials.certificate_file, credentials.key_file)
+    try:
+        return _load_context(files, tuple(None if file is None else _version(file) for file in files))
+    except (OSError, ValueError) as error:
+        raise BrokerRefusedError(broker, f"cannot use the certificate files: {error}") from error
+
+
+def _version(file: str) -> tuple[int, int]:
+    """Return what changes when a file is replaced or written."""
+    status = Path(file).stat()
+    return status.st_mtime_ns, status.st_ino
+
+
+@functools.lru_cache(maxsize=1)  # All boards of a gateway use the same files, and reading the CA file takes long.
+def _load_context(files: tuple[str | None, str | None, str | None], _versions: object) -> ssl.SSLContext:
+    ca_file, certificate_file, key_file = files
+    context = ssl.create_default_context(cafile=ca_file)
+    if certificate_file is not None:
+        context.load_cert_chain(certificate_file, key_file, password=lambda: b"")
+    return context
