@@ -16,8 +16,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import IncoError
-from inco_trio.mqtt.client import Connection, open_connection
 from inco_trio.mqtt.configuration import Broker, Credentials
+from inco_trio.mqtt.connection import Connection, open_connection
 from inco_trio.mqtt.session import BrokerLostError, BrokerRefusedError, Message
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
@@ -207,7 +207,7 @@ def with_keep_alive(server: socket.socket, seconds: int, pinged: Callable[[], No
 @pytest.mark.parametrize("seconds", [1, 0])
 def test_the_client_obeys_a_server_keep_alive(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the client's own KEEPALIVE, it would not ping before the test ends (paho.mqtt.python#905)."""
-    monkeypatch.setattr("inco_trio.mqtt.client.KEEPALIVE", 60_000)
+    monkeypatch.setattr("inco_trio.mqtt.connection.KEEPALIVE", 60_000)
 
     async def main() -> None:
         pinged = trio.Event()

@@ -36,8 +36,8 @@ from inco_trio.links.opening import Surroundings
 from inco_trio.links.unix import UnixLink
 from inco_trio.mqtt.bridge_codec import Batch, decode_report, decode_status, encode_report, encode_status
 from inco_trio.mqtt.bridge_progress import Memory, Progress
-from inco_trio.mqtt.client import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.configuration import Broker, Credentials
+from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.session import (
     PUBLISH_OVERHEAD,
     RECEIVE_MAX,

@@ -26,8 +26,8 @@ from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Event, Response
 from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.mqtt.backlog import Board
-from inco_trio.mqtt.client import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
+from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.session import (
     BrokerLostError,
     BrokerRefusedError,
