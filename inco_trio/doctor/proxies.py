@@ -114,7 +114,7 @@ def counters(board: BoardStatus) -> Iterator[Result]:
     faults = []
     for signal in status.signals:
         if signal.problem is not None or signal.pending:
-            text = f"{signal.signal}: {signal.problem or 'notifications wait to be written'} ({signal.pending} pending)"
+            text = f"{signal.signal}: {signal.problem or 'notifications wait'} ({signal.pending} pending)"
             faults.append(fail("signal", signal.register, text))
     faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
     for name, count in status.counters.as_dict().items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
@@ -92,6 +93,7 @@ class Proxy:
     def status(self) -> Status:
         """The current state of the proxy."""
         parts = self._parts
+        unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
             since=self._since,
@@ -100,14 +102,14 @@ class Proxy:
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
             counters=self.stats,
-            signals=tuple(self._signal_status(signal) for signal in self._registers.table),
+            signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
             tasks=tuple(
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
         )
 
-    def _signal_status(self, signal: Signal) -> SignalStatus:
+    def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
         events, states = self._parts.events, self._registers.states
         pending = 0
         if signal.direction is Direction.INBOUND:
@@ -115,6 +117,7 @@ class Proxy:
             count, last, failures = file.count, file.last, file.failures
         else:
             count, last = events.sent[signal.name], events.sent_last.get(signal.name, 0)
+            pending = waiting[signal.name]
             failures = self._outbound.failures[signal.name]
         return SignalStatus(
             signal=signal.name,
@@ -377,9 +380,8 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     events = Events(counters, History(inflight.history), ground.listener)
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
-    outbound = Outbound(
-        handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener.ignored
-    )
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener)
+    registers.states.delivered_late = events.written_late
     events.listener.opened(events.keep)
     inbound.recover()
     outbound.recover()
