@@ -25,6 +25,7 @@ DEBIAN_PACKAGES = {
     "chromium": ("chromium",),
     "execlineb": ("execline",),
     "fish": ("fish",),
+    "inotifywait": ("inotify-tools",),
     "ip": ("iproute2",),
     "man": ("man-db",),
     "make": ("make",),
