@@ -46,23 +46,39 @@ class StateFile:
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
 
-    def write(self) -> None:
-        """Write one notification. Never create the file: its directory may be about to vanish. Raises OSError."""
+    def write(self, *, checked: bool = False) -> None:
+        """Write one notification. Raises OSError.
+
+        Never create the file: its directory may be about to vanish. `checked` means that the caller has just checked
+        the file, in a directory that only trusted users can change.
+        """
         fd = self.fd
         if fd >= 0:
             self._check_still_there()
             fd, self.fd = self.fd, -1
         if fd < 0:
-            directory = self.directory.fd
-            if directory < 0:
-                raise FileNotFoundError(errno.ENOENT, "the directory is missing")
-            fd = os.open(self._register, WRITE_FLAGS, dir_fd=directory)
+            fd = self._open(checked=checked)
         try:
             os.write(fd, b"1")
         except OSError:
             self.fd = fd
             raise
         os.close(fd)
+
+    def _open(self, *, checked: bool) -> int:
+        directory = self.directory
+        if directory.fd < 0:
+            raise FileNotFoundError(errno.ENOENT, "the directory is missing")
+        if not checked or directory.shared:
+            directory.check(self._register)  # Check before open(2), which has effects on some devices.
+        fd = os.open(self._register, WRITE_FLAGS, dir_fd=directory.fd)
+        if directory.shared:
+            try:
+                directory.check(self._register, fd)  # Another user may have replaced the file before open(2).
+            except OSError:
+                os.close(fd)
+                raise
+        return fd
 
     def _check_still_there(self) -> None:
         try:
@@ -71,6 +87,10 @@ class StateFile:
             there = None
         if there is None or not os.path.samestat(os.fstat(self.fd), there):
             self.close()
+
+    def count_written(self, number: int) -> None:
+        self.count += number
+        self.last = time.time_ns()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -143,13 +163,17 @@ class StateFiles:
         """Write one notification to each file, in order. Notifications that cannot be written become pending."""
         if not self._current.issuperset(files):
             files = self._renewed(files)
-        pending, unwritten = self._pending, []
+        if len(files) == 1 and not self._pending.places:
+            self._write_alone(files[0])
+            return
+        pending, unwritten, checked = self._pending, [], set[StateFile]()
         any_pending = bool(pending.places)
         for file in files:
             # Do not write while older notifications of the same signal are pending.
             if not (any_pending and pending[file.signal.name.encode()]):
                 try:
-                    file.write()
+                    file.write(checked=file in checked)
+                    checked.add(file)
                     continue
                 except OSError as error:
                     self._failed(file, error)
@@ -159,14 +183,12 @@ class StateFiles:
         if len(unwritten) == len(files):
             return
         self._counters.delivered += len(files) - len(unwritten)
-        now = time.time_ns()
         written = Counter(files)
         for file in unwritten:
             written[file] -= 1
         for file, number in written.items():
             if number:
-                file.count += number
-                file.last = now
+                file.count_written(number)
         for directory in {file.directory for file in written}:
             if not directory.current:
                 # The directory was replaced meanwhile: the writes may have gone to the old directory.
@@ -174,6 +196,20 @@ class StateFiles:
                     if file.directory is directory and number:
                         pending[file.signal.name.encode()] += number
                 self._directories.look(directory)
+
+    def _write_alone(self, file: StateFile) -> None:
+        """Do what `write` does for one file while nothing is pending, in half the time."""
+        try:
+            file.write()
+        except OSError as error:
+            self._failed(file, error)
+            self._pending[file.signal.name.encode()] += 1
+            return
+        self._counters.delivered += 1
+        file.count_written(1)
+        if not file.directory.current:
+            self._pending[file.signal.name.encode()] += 1
+            self._directories.look(file.directory)
 
     def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
         """Replace files of the table before the last reload by the current files of the same signals."""
@@ -212,8 +248,7 @@ class StateFiles:
                 # If the directory was replaced, the writes may have gone to the old directory.
                 if written and directory.current:
                     self._counters.delivered += written
-                    file.count += written
-                    file.last = time.time_ns()
+                    file.count_written(written)
                     self._pending[key] -= written
                 yield not refused
                 if refused:
@@ -224,7 +259,7 @@ class StateFiles:
     def _write_some(self, file: StateFile, number: int) -> tuple[int, bool]:
         for written in range(number):
             try:
-                file.write()
+                file.write(checked=written > 0)
             except OSError as error:
                 if self._is_missing(file, error) and file.directory.states_missing_since is None:
                     self._directories.miss_states(file.directory)
