@@ -75,7 +75,7 @@ class SignalStatus:
     failures: int
     """Failed attempts to write the state file or to send the frame."""
     pending: int
-    """Number of notifications whose state file could not be written yet."""
+    """Number of accepted notifications whose state file was not written, or whose frame was not sent yet."""
     problem: str | None
     """Why the signal does not work at the moment, or None."""
 

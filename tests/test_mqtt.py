@@ -116,7 +116,7 @@ def test_only_permitted_signals_are_sent(bench: Bench) -> None:
     peer = bench.board.core1()
     bench.proxy()
     reader = Reader(bench.broker, "answers/#")
-    bench.gateway(send={"*": ["redun_notify_irq"]})
+    gateway = bench.gateway(send={"*": ["redun_notify_irq"]}, response_prefix="answers")
     watching = Reader(bench.broker, name="watching")
     watching.until_status(bench.name, state="online")
     send = f"lab/{bench.name}/send/"
@@ -141,6 +141,7 @@ def test_only_permitted_signals_are_sent(bench: Bench) -> None:
     assert b"redun_notify_irq" in peer.recv(2048)
     assert ask("ihub_hwwd_irq") == "not-permitted"
     assert bench.board.status()["counters"]["sent"] == 3
+    assert gateway.log.count("response topic outside of 'answers': sent no response") == 1
     for each in (reader, watching):
         each.close()
 

@@ -106,6 +106,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         ({"boards": []}, "boards: an empty list"),
         ({"boards": ["a"], "send": {"b": ["*"]}}, "send.b: not a served board"),
         ({"send": {"*": ["two words"]}}, "send.*: 'two words': a wire name"),
+        ({"response_prefix": "a/+"}, "response_prefix: 'a/+' contains '+'"),
+        ({"response_prefix": ""}, "response_prefix: '' has an empty level"),
+        ({"response_prefix": "/a"}, "response_prefix: '/a' has an empty level"),
         ({"broker": {"ca_file": "ca.pem"}}, "broker.ca_file: 'ca.pem' (expected an absolute path)"),
         ({"broker": {"key_file": "/key"}}, "broker: certificate_file or key_file is missing"),
         ({"broker": {"password_file": "/word"}}, "broker: password_file needs user_file"),
@@ -120,6 +123,21 @@ def test_invalid_values_are_refused(tmp_path: Path, config: object, line: str) -
         read_gateway(path)
     assert str(refused.value).startswith(f"{path}: {line}")
     assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize("prefix", ["lab", "lab/host1", "lab/host1/b1/send"])
+def test_responses_cannot_be_requests_of_the_gateway(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(json.dumps({"response_prefix": prefix}))
+    with pytest.raises(ConfigError, match="overlaps the prefix 'lab/host1'"):
+        read_gateway(path).check_response_prefix(parse_broker("mqtt://h/lab/host1"))
+
+
+@pytest.mark.parametrize("prefix", ["lab/host", "lab/host11", "responses"])
+def test_responses_may_have_another_prefix(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "gateway.json"
+    path.write_text(json.dumps({"response_prefix": prefix}))
+    read_gateway(path).check_response_prefix(parse_broker("mqtt://h/lab/host1"))
 
 
 def test_user_and_password_are_read_from_files(tmp_path: Path) -> None:
@@ -143,6 +161,13 @@ def test_error_names_a_missing_credential_file(tmp_path: Path) -> None:
     with pytest.raises(IncoError, match="nowhere") as refused:
         Credentials(user_file=str(tmp_path / "nowhere")).read()
     assert isinstance(refused.value, ConfigError | PermissionDeniedError)
+
+
+@pytest.mark.parametrize("board", ["b1", "/run/b1/core0", "ä", "\udcff", "x" * 1000])
+def test_client_ids_suit_every_broker(board: str) -> None:
+    """MQTT 5, 3.1.3.1: brokers must accept 23 bytes; some brokers refuse `/` and `:`."""
+    assert re.fullmatch("[0-9a-zA-Z-]{1,23}", Topics("lab", board).client_id)
+    assert Topics("lab", board).client_id != Topics("lab", f"{board}x").client_id
 
 
 @pytest.mark.parametrize("name", ["b1", "/run/b1/core0", "a+b#c%d", "ä", "\udcff", "\n", "$SYS", "", "a b"])

@@ -17,7 +17,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.errors import IncoError
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.mqtt.connection import BrokerLostError, BrokerRefusedError, Connection, Message, open_connection
+from inco_trio.mqtt.connection import Connection, open_connection
+from inco_trio.mqtt.session import BrokerLostError, BrokerRefusedError, Message
 from netns.hang import HANG
 from tests.faults.processes import wait_stopped
 from tests.mosquitto import Certificates, Gateway, Mosquitto, Reader, free_port
@@ -149,15 +150,15 @@ def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitSta
     gateway.wait_ready()
     board.trigger()
     board.trigger()
-    while "the broker refuses" not in gateway.log:
-        assert gateway.process.poll() is None
+    for text in ("the broker refuses notifications", "/status: the broker refuses to publish"):
+        gateway.wait_log(text)
     assert "Traceback" not in gateway.log
     assert board.status()["history"]["waiting"] == 2
     (tmp_path / "acl").write_text("user reader\ntopic readwrite #\nuser gateway\ntopic readwrite lab/#\n")
     assert broker.process is not None
     broker.process.send_signal(signal.SIGHUP)
     assert [told.body["sequence"] for _, told in zip(range(2), reader.notifications(), strict=False)] == [1, 2]
-    assert gateway.log.count("the broker refuses") == 1
+    assert gateway.log.count("the broker refuses notifications") == 1
 
 
 def test_unreachable_broker_is_an_error() -> None:
@@ -333,7 +334,7 @@ def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitS
                 return []
             received = [await connection.received.receive() for _ in range(3)]
             for each in received[:acknowledged]:
-                each.acknowledge()
+                await connection.acknowledge(each)
             # The broker's acknowledgement shows that it has read the earlier packets.
             await connection.publish([Message("other", b"")])
             return [each.payload for each in received]

@@ -24,7 +24,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the gateway until a stop signal arrives; return the exit code. Raises IncoError."""
     with process_signals.held():
-        with needing("paho-mqtt", "paho", "mqtt"):
+        with needing("mqtt5", "mqtt5", "mqtt"):
             from inco_trio.mqtt.gateway import Gateway
         from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
         from inco_trio.service.runner import Restarting, run_service
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
         def prepare() -> Callable[[Callable[[], None]], Awaitable[None]]:
             config = GatewayConfig() if path is None else read_gateway(path)
+            config.check_response_prefix(broker)
             config.broker.read()  # Fail now if the credentials are invalid.
             return Gateway(broker, config, controls).run
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Run one side of the bridge until a stop signal arrives; return the exit code. Raises IncoError."""
     with process_signals.held():
         address = check_end(args.link)
-        with needing("paho-mqtt", "paho", "mqtt"):
+        with needing("mqtt5", "mqtt5", "mqtt"):
             from inco_trio.mqtt.bridge import Bridge
         from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
         from inco_trio.persist.fdstore import fd_store_from_environment

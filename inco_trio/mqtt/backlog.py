@@ -23,6 +23,8 @@ class Board:
     name: str
     source: Conversation | None = None
     """The connection to the board's proxy, even if the proxy has closed the board."""
+    owners: set[Conversation] = attrs.Factory(set)
+    """The connections to all proxies that have the board open. Normally there is at most one."""
     is_open: bool = False
     """Whether the proxy has the board open."""
     running: bool | None = None
@@ -48,6 +50,7 @@ class Board:
 
     def leave(self, source: Conversation) -> None:
         """Stop taking events from a connection."""
+        self.owners.discard(source)
         if self.source is source:
             self.source = self.running = None
             self.is_open = False

@@ -28,6 +28,7 @@ import trio
 
 from inco_trio.backoff import Backoff
 from inco_trio.errors import IncoError, ResourceError
+from inco_trio.frame import FRAME_MAX
 from inco_trio.links.address import UnixAddress
 from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names
@@ -36,19 +37,21 @@ from inco_trio.links.unix import UnixLink
 from inco_trio.mqtt.bridge_codec import Batch, decode_report, decode_status, encode_report, encode_status
 from inco_trio.mqtt.bridge_progress import Memory, Progress
 from inco_trio.mqtt.configuration import Broker, Credentials
-from inco_trio.mqtt.connection import (
+from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
+from inco_trio.mqtt.session import (
+    PUBLISH_OVERHEAD,
     RECEIVE_MAX,
-    BrokerBackoff,
     BrokerLostError,
     BrokerRefusedError,
-    Connection,
+    Limits,
     Message,
     Received,
+    Refusal,
     SessionTakenError,
-    open_connection,
 )
+from inco_trio.mqtt.topics import client_id
 from inco_trio.nurseries import plain_nursery
-from inco_trio.persist.fdstore import FdStore
+from inco_trio.persist.fdstore import FdStore, inherited_fd
 from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
@@ -77,6 +80,8 @@ class Counts:
     """Frames of the other side that the broker acknowledged but never delivered."""
     malformed: int = 0
     """Messages that are not from a bridge, and datagrams of the local core that are not frames."""
+    too_large: int = 0
+    """Frames dropped because they are larger than the broker's Maximum Packet Size."""
 
 
 class Bridge:
@@ -108,12 +113,14 @@ class Bridge:
         inherited, around = self._fd_store.inherited, Surroundings()
         self._resources.callback(around.close)
         try:
-            memory = Memory.open(inherited.get("memory"))
+            memory = Memory.open(inherited_fd(inherited, "memory"))
         except OSError as error:
             raise ResourceError(f"cannot create a memfd: {error.strerror}") from error
         self._resources.callback(memory.close)
         self._progress = Progress(memory.numbers)
-        self._link = _open_link(self._address, inherited.get("link"), memory.note, around.names(self._address.name))
+        self._link = _open_link(
+            self._address, inherited_fd(inherited, "link"), memory.note, around.names(self._address.name)
+        )
         self._resources.callback(lambda: self._link.close(remove=self._fd_store.supervisor is None))
         if not self._link.refresh():
             raise self._link.missing()
@@ -166,24 +173,41 @@ class Bridge:
         """Connect to the broker, and reconnect whenever the connection is lost."""
         backoff = BrokerBackoff()
         will = self._status("offline")
-        client_id = f"inco-trio:{self._broker.prefix}/{self._end}"
+        name = client_id(f"{self._broker.prefix}/{self._end}")
         while True:
             try:
-                async with open_connection(
-                    self._broker, credentials, client_id, will=will, session=SESSION
-                ) as connection:
+                async with open_connection(self._broker, credentials, name, will=will, session=SESSION) as connection:
+                    backoff.connected()
                     self._problems.well("broker", self._broker)
                     logger.info("%s: connected as %s", self._broker, self._end)
                     if self._announced and not connection.session_present:
                         what = "discarded the session of this side: queued messages may be lost"
                         logger.warning("%s: %s", self._broker, what)
-                    backoff.reset()
+                    self._check_limits(connection.limits)
                     await self._exchange(connection)
             except SessionTakenError:
                 raise
             except (BrokerLostError, BrokerRefusedError) as error:
                 self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
-            await trio.sleep(backoff.next())
+            await trio.sleep(backoff.lost())
+
+    def _check_limits(self, limits: Limits) -> None:
+        """Report what the broker does not allow, although the bridge needs it."""
+        size, longest = limits.maximum_packet_size, Batch(bytes(8), 1, [bytes(FRAME_MAX)]).encode()
+        needed = PUBLISH_OVERHEAD + len(self._topic(self._end, "frames").encode()) + len(longest)
+        faults = {
+            "size": f"allows packets of {size} bytes, but the longest frames need {needed}"
+            if size is not None and size < needed else None,
+            "expiry": f"keeps frames only for {limits.session_expiry} s while a side is offline"
+            if limits.session_expiry < SESSION else None,
+            "retain": "keeps no retained messages: a side does not learn whether the other one is online"
+            if not limits.retain_available else None,
+        }  # fmt: skip
+        for key, fault in faults.items():
+            if fault is None:
+                self._problems.forget(("broker", key))
+            else:
+                self._problems.failed(("broker", key), f"the broker {fault}", self._broker)
 
     def _status(self, state: str) -> Message:
         return Message(self._topic(self._end, "status"), encode_status(state, self._instance), retain=True)
@@ -226,7 +250,7 @@ class Bridge:
                         raise SessionTakenError(self._broker, reason)
             except ValueError:
                 self._refuse(received)
-            received.acknowledge()
+            await connection.acknowledge(received)
 
     def _refuse(self, received: Received) -> None:
         self.counts.malformed += 1
@@ -263,30 +287,46 @@ class Bridge:
                 continue
             if progress.number(link.queue):
                 continue  # A new socket has replaced the previous socket, which was empty.
-            await self._publish_batch(connection, Batch(progress.boot, progress.following, frames))
+            while frames and not await self._publish_batch(
+                connection, Batch(progress.boot, progress.following, frames)
+            ):
+                if len(frames) == 1:
+                    # Drop the frame without counting a number, so that the other side does not report a gap.
+                    link.dequeue()
+                    self.counts.too_large += 1
+                frames = frames[: len(frames) // 2]
             for _ in frames:
                 progress.taken()
                 link.dequeue()
             self.counts.published += len(frames)
 
-    async def _publish_batch(self, connection: Connection, batch: Batch) -> None:
-        await self._publish(connection, Message(self._topic(self._end, "frames"), batch.encode()), heard=True)
+    async def _publish_batch(self, connection: Connection, batch: Batch) -> bool:
+        """Publish a batch; retry while the broker refuses it. Return False if it is too large for the broker."""
+        message = Message(self._topic(self._end, "frames"), batch.encode())
+        refusal = await self._publish(connection, message, heard=True)
+        if refusal is not None and len(batch.frames) == 1:
+            text = f"dropped a frame of {len(batch.frames[0])} bytes (counter too_large): {refusal}"
+            self._problems.failed("too large", text, self._link.name)
+        return refusal is None
 
-    async def _publish(self, connection: Connection, message: Message, *, heard: bool = False) -> None:
-        """Publish a message; retry while the broker refuses it or, with `heard`, while its topic has no subscriber."""
+    async def _publish(self, connection: Connection, message: Message, *, heard: bool = False) -> Refusal | None:
+        """Publish a message; retry while the broker refuses it or, with `heard`, while its topic has no subscriber.
+
+        Return the refusal of a message that is too large for the broker.
+        """
         logged = False
         while True:
             changed = self._changed
-            (refused,) = await connection.publish([message], heard=heard)
-            if refused is None:
+            (refusal,) = await connection.publish([message], heard=heard)
+            if refusal is None or refusal.is_too_large:
                 self._problems.well(message.topic)
-                return
-            if "subscribers" in refused:
+                return refusal
+            if refusal.is_unheard:
                 if not logged:
                     logger.info("%s: %s has never been online; frames wait", self._broker, self._other)
                 logged = True
             else:
-                self._problems.failed(message.topic, f"the broker refuses to publish: {refused}; frames wait, retrying")
+                self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; frames wait, retrying")
             with trio.move_on_after(AGAIN):
                 await changed.wait()
 
@@ -302,7 +342,7 @@ class Bridge:
                 if batch.report:
                     report = encode_report(batch.boot, self._progress.written(batch.boot))
                     await self._publish(connection, Message(self._topic(self._end, "written"), report))
-            received.acknowledge()
+            await connection.acknowledge(received)
 
     async def _write_batch(self, batch: Batch) -> None:
         last = self._progress.written(batch.boot)

@@ -81,10 +81,23 @@ class GatewayConfig:
     """The boards to serve (default: all)."""
     send: Mapping[str, Annotated[list[str], NAMES]] = attrs.Factory(dict)
     """The signals that MQTT clients may send, by board; `*` stands for every board or every signal."""
+    response_prefix: str | None = None
+    """The gateway publishes responses to topics below this prefix, and to no other topics (default: no responses)."""
     status_seconds: Annotated[float, SECONDS] = 10.0
     """Seconds between two queries of the counters."""
     broker: Credentials = Credentials()
     """The credentials for the broker and the trusted CA: absolute paths of files."""
+
+    def check_response_prefix(self, broker: Broker) -> None:
+        """Raise ConfigError if a response could be taken for a message of a gateway, or for a request to one."""
+        if self.response_prefix is None:
+            return
+        responses, gateway = f"{self.response_prefix}/", f"{broker.prefix}/"
+        if responses.startswith(gateway) or gateway.startswith(responses):
+            text = (
+                f"{self.response_prefix!r} overlaps the prefix {broker.prefix!r} of the gateway (expected another one)"
+            )
+            raise ConfigError("response_prefix", text)
 
 
 def parse_broker(url: str) -> Broker:
@@ -99,15 +112,13 @@ def parse_broker(url: str) -> Broker:
         text = "has a user or password, which all users can see (use user_file and password_file of --config)"
         raise InvalidArgumentError("broker URL", text)
     prefix = unquote(parts.path).strip("/") or PREFIX
-    is_bad_prefix = prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix)
+    prefix_problem = _prefix_fault(prefix)
     faults = {
         f"unknown scheme (expected {URL_EXPECTED}, or mqtts:// for TLS)": parts.scheme not in {"mqtt", "mqtts"},
         f"the host is missing (expected {URL_EXPECTED})": not parts.hostname,
         "port 0 is not valid (expected 1 to 65535)": port == 0,
         f"contains '?' or '#' (expected {URL_EXPECTED})": "?" in url or "#" in url,
-        f"the prefix {prefix!r} contains '+', '#' or a control character, or starts with '$'": is_bad_prefix,
-        f"the prefix {prefix!r} has an empty level": "" in prefix.split("/"),
-        "the prefix is longer than 1,000 bytes": len(prefix.encode(errors="replace")) > 1000,
+        f"the prefix {prefix!r} {prefix_problem}": prefix_problem is not None,
     }
     for fault, is_present in faults.items():
         if is_present:
@@ -115,6 +126,15 @@ def parse_broker(url: str) -> Broker:
     tls = parts.scheme == "mqtts"
     assert parts.hostname is not None  # noqa: S101 - a missing host is a fault
     return Broker(parts.hostname, port or (8883 if tls else 1883), tls, prefix)
+
+
+def _prefix_fault(prefix: str) -> str | None:
+    """Return why topics cannot be below `prefix`, or None."""
+    if prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix):
+        return "contains '+', '#' or a control character, or starts with '$'"
+    if "" in prefix.split("/"):
+        return "has an empty level"
+    return "is longer than 1,000 bytes" if len(prefix.encode(errors="replace")) > 1000 else None
 
 
 def read_gateway(path: Path) -> GatewayConfig:
@@ -142,6 +162,8 @@ def _faults(config: GatewayConfig) -> list[str]:
         faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]
         if config.boards is not None and board != "*" and board not in config.boards:
             faults.append(f"send.{board}: not a served board (expected one of boards, or *)")
+    if config.response_prefix is not None and (fault := _prefix_fault(config.response_prefix)):
+        faults.append(f"response_prefix: {config.response_prefix!r} {fault}")
     credentials = config.broker
     if (credentials.certificate_file is None) != (credentials.key_file is None):
         faults.append("broker: certificate_file or key_file is missing (expected both or neither)")

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import attrs
 import trio
 
 from inco_trio.control import protocol
@@ -26,14 +27,15 @@ from inco_trio.control.protocol import Event, Response
 from inco_trio.errors import IncoError, ProxyNotFoundError
 from inco_trio.mqtt.backlog import Board
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
-from inco_trio.mqtt.connection import (
-    BrokerBackoff,
+from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
+from inco_trio.mqtt.session import (
     BrokerLostError,
     BrokerRefusedError,
-    Connection,
+    ConnectionBrokenError,
+    Limits,
     Message,
     Received,
-    open_connection,
+    SessionTakenError,
 )
 from inco_trio.mqtt.topics import Topics
 from inco_trio.nurseries import plain_nursery
@@ -53,12 +55,12 @@ SHORT = 3.0
 """Seconds below which a connection is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
 """Number of consecutive short connections after which the log mentions another gateway."""
-SENDING_MAX = 16
-"""Maximum number of send requests per board that are handled concurrently."""
 SEND_PATIENCE = 10.0
 """Timeout in seconds for the link to accept the frame of a send request."""
 REFUSED_AGAIN = 2.0
 """Seconds until the next attempt after the broker has refused a message or a proxy has refused the gateway."""
+TWO_PROXIES = 1.0
+"""Seconds for which two proxies must have the same board before the log mentions it. One of them may be ending."""
 
 
 class Gateway:
@@ -125,6 +127,7 @@ class Gateway:
             finally:
                 for board in mine:
                     board.leave(source)
+                    self._compare(board)
 
     def _have(self, name: str, source: Conversation, nursery: trio.Nursery) -> Board:
         """Return the board `name` of a proxy. Start the task of the board if the board is new."""
@@ -132,15 +135,28 @@ class Gateway:
         if board is None:
             board = self._boards[name] = Board(name)
             nursery.start_soon(self._serve, board, name=name)
+        board.owners.add(source)
+        if len(board.owners) > 1:
+            nursery.start_soon(self._compare_later, board)
         if board.source is source:
             # The proxy has reopened the board. Keep the queue, which has the last events of the old history.
             board.is_open = True
             board.change()
             return board
-        if board.source is not None:
-            logger.warning("%s: two proxies have a board with this name: publishing the later one", name)
         board.follow(source)
         return board
+
+    async def _compare_later(self, board: Board) -> None:
+        await trio.sleep(TWO_PROXIES)
+        self._compare(board)
+
+    def _compare(self, board: Board) -> None:
+        """Report whether more than one proxy has a board of this name open."""
+        if len(board.owners) > 1:
+            text = "two proxies have a board with this name: publishing only the one that opened it last"
+            self._problems.failed((board, "owners"), text, board.name)
+        else:
+            self._problems.well((board, "owners"), board.name)
 
     def _hear(self, reply: Event | Response, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
         if isinstance(reply, Response):
@@ -156,6 +172,9 @@ class Gateway:
                 mine.append(opened)
             return
         board = self._boards.get(reply.board)
+        if board is not None and reply.event == "closed":
+            board.owners.discard(source)
+            self._compare(board)
         if board is None or board.source is not source:
             return
         if reply.event in ("notification", "merged"):
@@ -178,46 +197,65 @@ class Gateway:
         """Publish a board until cancelled. Reconnect whenever the connection to the broker is lost."""
         topics, backoff = Topics(self._broker.prefix, board.name), BrokerBackoff()
         will = Message(topics.status, _json({"state": "offline"}), retain=True)
-        client_id = f"inco-trio:{topics.status.removesuffix('/status')}"
         begun, short = -math.inf, 0
         while True:
             try:
                 async with open_connection(
-                    self._broker, self._config.broker, client_id, will=will, session=SESSION
+                    self._broker, self._config.broker, topics.client_id, will=will, session=SESSION
                 ) as connection:
                     begun = trio.current_time()
+                    backoff.connected()
                     if self._problems.well("broker", self._broker):
                         logger.info("%s: reconnected", self._broker)
-                    backoff.reset()
+                    self._check_limits(board, connection.limits)
                     await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefusedError) as error:
                 what = error.reason
-                short = short + 1 if trio.current_time() - begun < SHORT else 0
+                is_taken = isinstance(error, (SessionTakenError, ConnectionBrokenError))
+                short = short + 1 if is_taken and trio.current_time() - begun < SHORT else 0
                 begun = -math.inf
                 if short >= SHORT_ONES:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
                 # All boards share this key, so that a problem of the broker is logged once.
                 self._problems.failed("broker", f"{what}; notifications wait, retrying", self._broker)
-            await trio.sleep(backoff.next())
+            await trio.sleep(backoff.lost())
+
+    def _check_limits(self, board: Board, limits: Limits) -> None:
+        """Report which functions of the gateway the broker does not support."""
+        faults = {
+            "retain": "keeps no retained messages: subscribers receive the status only when it changes"
+            if not limits.retain_available else None,
+            "expiry": f"keeps requests only for {limits.session_expiry} s while the gateway is away"
+            if self._sendable(board) and limits.session_expiry < SESSION else None,
+        }  # fmt: skip
+        for key, fault in faults.items():
+            if fault is None:
+                self._problems.forget(("broker", key))
+            else:
+                self._problems.failed(("broker", key), f"the broker {fault}", self._broker)
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
         async with plain_nursery() as nursery:
             nursery.start_soon(self._publish_status, board, topics, connection)
             nursery.start_soon(self._publish, board, topics, connection)
+            nursery.start_soon(self._send_all, board, topics, connection)
             if self._sendable(board):
-                await connection.subscribe([topics.sends])
-                nursery.start_soon(self._send_all, board, topics, connection)
+                nursery.start_soon(self._subscribe, board, topics, connection)
 
     async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish the events of a board, and acknowledge them to the proxy once the broker has acknowledged them."""
         while True:
             source, events = await board.batch()
             new = [event for event in events if not board.is_duplicate(event)]
-            refusals = await connection.publish([_notification(topics, event) for event in new])
-            if refused := next((why for why in refusals if why is not None), None):
-                self._problems.failed(board, f"the broker refuses to publish: {refused}; retrying", board.name)
-                await trio.sleep(REFUSED_AGAIN)
-                continue
+            left = new
+            while left:
+                refusals = await connection.publish([_notification(topics, event) for event in left])
+                left = [event for event, refusal in zip(left, refusals, strict=True) if refusal is not None]
+                if left:
+                    refused = next(refusal for refusal in refusals if refusal is not None)
+                    what = f"the broker refuses notifications: {refused}; they wait, retrying"
+                    self._problems.failed(board, what, board.name)
+                    await trio.sleep(REFUSED_AGAIN)
             self._problems.well(board, board.name)
             board.done(source, events, new)
             if source is not None:
@@ -229,39 +267,57 @@ class Gateway:
         published: dict[str, bytes] = {}
         while True:
             changed = board.changed
-            now = {topics.status: _json(_status(board))}
+            now = {topics.status: _json(_status(board, connection.limits))}
             if board.status is not None:
                 status = protocol.to_json(board.status)
                 keys = ("counters", "signals", "history", "since")
                 now[topics.counters] = _json({key: status.get(key) for key in keys})
             new = [Message(topic, body, retain=True) for topic, body in now.items() if published.get(topic) != body]
-            await connection.publish(new)
-            published |= now
-            await changed.wait()
+            again = math.inf
+            for message, refusal in zip(new, await connection.publish(new), strict=True):
+                if refusal is None:
+                    self._problems.well(message.topic)
+                elif refusal.is_too_large:
+                    self._problems.failed(message.topic, f"not published: {refusal}")
+                else:
+                    self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; retrying")
+                    again = REFUSED_AGAIN
+                    continue
+                published[message.topic] = message.payload
+            with trio.move_on_after(again):
+                await changed.wait()
 
     def _sendable(self, board: Board) -> frozenset[str]:
         """Return the signals of a board that MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
-    async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Answer the requests of MQTT clients to send signals."""
-        limit = trio.CapacityLimiter(SENDING_MAX)
-        async with trio.open_nursery() as nursery:
-            async for received in connection.received:
-                await limit.acquire_on_behalf_of(received)
-                nursery.start_soon(self._send, board, topics, connection, received, limit)
+    async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> None:
+        """Subscribe to the requests of MQTT clients. Retry while the broker refuses it."""
+        signals, backoff = self._sendable(board), BrokerBackoff()
+        filters = [topics.sends]
+        if not connection.limits.wildcard_subscriptions:
+            filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
+            if "*" in signals:
+                text = "the broker allows no wildcards: name each signal in the configuration instead of *"
+                self._problems.failed((board, "wildcards"), text, board.name)
+        while filters:
+            try:
+                await connection.subscribe(filters)
+            except BrokerRefusedError as error:
+                self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
+                await trio.sleep(backoff.next())
+            else:
+                self._problems.well((board, "send"), board.name)
+                return
 
-    async def _send(
-        self, board: Board, topics: Topics, connection: Connection, received: Received, limit: trio.CapacityLimiter
-    ) -> None:
-        try:
-            answer = await self._try_to_send(board, topics.signal_of(received.topic), received)
-            received.acknowledge()
-            if received.response_topic is not None:
-                await self._answer(connection, received, answer)
-        finally:
-            limit.release_on_behalf_of(received)
+    async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
+        """Handle the requests of MQTT clients to send signals, in the broker's order."""
+        async for received in connection.received:
+            response = await self._try_to_send(board, topics.signal_of(received.topic), received)
+            # Acknowledge the request last: if the connection breaks before, the broker repeats the request.
+            await self._respond(board, connection, received, response)
+            await connection.acknowledge(received)
 
     async def _try_to_send(self, board: Board, signal: str, received: Received) -> dict[str, object]:
         allowed = self._sendable(board)
@@ -283,23 +339,33 @@ class Gateway:
                 return _error("closed", str(error))
         return _error("closed", f"the link did not accept the frame within {SEND_PATIENCE:g} s, but may do so later")
 
-    async def _answer(self, connection: Connection, received: Received, answer: Mapping[str, object]) -> None:
-        topic = received.response_topic
-        assert topic is not None  # noqa: S101 - `_send` has checked it
-        if topic == self._broker.prefix or topic.startswith(f"{self._broker.prefix}/"):
-            # A client could mistake the answer for a notification, and a gateway for a request.
-            logger.warning("%s: response topic %s: must be outside of the prefix", received.topic, topic)
+    async def _respond(
+        self, board: Board, connection: Connection, received: Received, response: Mapping[str, object]
+    ) -> None:
+        topic, prefix = received.response_topic, self._config.response_prefix
+        if topic is None:
             return
-        await connection.publish([Message(topic, _json(answer), correlation=received.correlation)])
+        key = (board, "response")
+        if prefix is None or not topic.startswith(f"{prefix}/"):
+            # Otherwise a client could use the permissions of the gateway to publish to any topic.
+            where = "response_prefix is not configured" if prefix is None else f"response topic outside of {prefix!r}"
+            self._problems.failed(key, f"{where}: sent no response", board.name)
+            return
+        (refusal,) = await connection.publish([Message(topic, _json(response), correlation=received.correlation)])
+        if refusal is None:
+            self._problems.forget(key)
+        else:
+            self._problems.failed(key, f"the broker refuses to publish a response: {refusal}", board.name)
 
 
-def _status(board: Board) -> dict[str, object]:
+def _status(board: Board, limits: Limits) -> dict[str, object]:
     state = "online" if board.is_open else "no proxy"
     history = None if board.status is None else board.status.history
     status = None if board.status is None else board.status.status
     return {
         "state": state, "running": board.running, "published": board.published, "merged": board.merged,
         "waiting": None if history is None else history.waiting, "link": None if status is None else status.link,
+        "broker": attrs.asdict(limits),
     }  # fmt: skip
 
 

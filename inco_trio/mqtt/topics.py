@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from urllib.parse import unquote_to_bytes
 
-__all__ = ["Topics", "level", "name_of"]
+__all__ = ["Topics", "client_id", "level", "name_of"]
 
 _OF_MQTT = frozenset("/+#%")
 """Characters with a meaning in a topic filter (MQTT 5, 4.7), and the escape character."""
@@ -25,11 +27,21 @@ def name_of(level: str) -> str:
     return unquote_to_bytes(level).decode(errors="surrogateescape")
 
 
+def client_id(topic: str) -> str:
+    """Return the client identifier of the process that publishes below `topic`.
+
+    It has 23 letters, digits and `-`, because brokers may refuse longer ones and other characters (MQTT 5, 3.1.3.1).
+    """
+    digest = hashlib.sha256(topic.encode(errors="surrogateescape")).digest()
+    return f"inco-trio-{base64.b32encode(digest).decode()[:13].lower()}"
+
+
 class Topics:
     """The topics of one board."""
 
     def __init__(self, prefix: str, board: str) -> None:
         self._board = f"{prefix}/{level(board)}"
+        self.client_id = client_id(self._board)
         self.status = f"{self._board}/status"
         self.counters = f"{self._board}/counters"
         self._send = f"{self._board}/send/"
@@ -38,6 +50,9 @@ class Topics:
 
     def notification(self, direction: str, signal: str) -> str:
         return f"{self._board}/{direction}/{level(signal)}"
+
+    def send(self, signal: str) -> str:
+        return f"{self._send}{level(signal)}"
 
     def signal_of(self, topic: str) -> str:
         """Return the signal in a topic that matches `sends`."""

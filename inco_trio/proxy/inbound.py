@@ -64,10 +64,7 @@ class Inbound:
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
             self._counters.recovered += len(files)
-            self._states.write(files)
-            if files:
-                self._handoff.report(files, ())
-            bank.clear(len(bank.view))
+            self._deliver(Batch(files, ((bank, len(bank.view)),)))
 
     def drain(self, stale: Link) -> None:
         """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced."""
@@ -169,8 +166,13 @@ class Inbound:
             return False
         file = self._file_of(room, length)
         if file is not None:
-            self._states.write((file,))
-            self._handoff.report((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
+            outcomes = self._states.write((file,))
+            frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
+            if outcomes is None:
+                self._handoff.report((file,), frames, 0)
+            else:
+                self._report_undelivered(batch := Batch([file], frames=frames), outcomes)
+                self._handoff.finish(batch)
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True
@@ -182,5 +184,21 @@ class Inbound:
             health.well()
 
     def _deliver(self, batch: Batch[StateFile]) -> None:
-        self._states.write(batch.items)
+        if (outcomes := self._states.write(batch.items)) is not None:
+            self._report_undelivered(batch, outcomes)
         self._handoff.finish(batch)
+
+    def _report_undelivered(self, batch: Batch[StateFile], outcomes: Sequence[str | None]) -> None:
+        """Report notifications that were not delivered, and remove them from `batch`. See `StateFiles.write`."""
+        files, frames = batch.items, batch.frames
+        for outcome, group in itertools.groupby(range(len(files)), outcomes.__getitem__):
+            numbers = list(group)
+            some = [frames[number] for number in numbers] if frames else []
+            if outcome is None:
+                for number in numbers:
+                    self._listener.ignored("unknown", files[number].signal.name, frames[number] if frames else None)
+            elif outcome:
+                self._listener.pending([files[number].signal for number in numbers], outcome, some)
+        delivered = [number for number, outcome in enumerate(outcomes) if outcome == ""]
+        batch.items = [files[number] for number in delivered]
+        batch.frames = [frames[number] for number in delivered] if frames else ()

@@ -140,10 +140,10 @@ def test_demo_runs_from_the_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["mqtt", "mqtt://127.0.0.1"], "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'"),
+        (["mqtt", "mqtt://127.0.0.1"], "mqtt5 is not installed: pip install 'inco-trio[mqtt]'"),
         (
             ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
-            "paho-mqtt is not installed: pip install 'inco-trio[mqtt]'",
+            "mqtt5 is not installed: pip install 'inco-trio[mqtt]'",
         ),
     ],
 )

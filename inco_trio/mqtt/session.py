@@ -1,0 +1,413 @@
+"""One connection to an MQTT 5 broker without I/O: packets, acknowledgements, and the limits that the broker announces.
+
+The codec mqtt5 encodes and decodes packets. A `Session` appends packets to `out`, and the caller sends them. The caller
+passes received bytes to `feed`. Publishing always uses QoS 1. Topic aliases are used as far as the broker allows.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import mqtt5
+import trio
+
+from inco_trio.errors import PermissionDeniedError, UnavailableError
+
+__all__ = [
+    "PUBLISH_OVERHEAD",
+    "RECEIVE_MAX",
+    "BrokerLostError",
+    "BrokerRefusedError",
+    "ConnectionBrokenError",
+    "Limits",
+    "Message",
+    "Receipts",
+    "Received",
+    "Refusal",
+    "RetainRefusedError",
+    "Session",
+    "SessionTakenError",
+]
+
+RECEIVE_MAX = 1000
+"""Maximum number of unacknowledged messages from the broker."""
+PACKET_MAX = 4 << 20
+"""Maximum size of a packet from the broker, in bytes."""
+INFLIGHT_MAX = 1000
+"""Maximum number of unacknowledged messages to the broker, unless the broker's limit is lower."""
+PUBLISH_OVERHEAD = 13
+"""Maximum size of a PUBLISH packet without its topic and payload, in bytes: lengths, packet identifier and alias."""
+_PUBLISH_PACKET_MAX = (1 << 28) - 1
+"""Maximum size of a packet in bytes, if the broker announces no limit (MQTT 5, 1.5.5)."""
+_FAILURE = 0x80
+"""Reason codes of at least this value are failures (MQTT 5, 2.4)."""
+_UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
+"""Reason codes of a CONNACK that may be temporary, such as a busy broker."""
+_RETAIN_NOT_SUPPORTED = 0x9A
+_QOS = mqtt5.QoS.AT_LEAST_ONCE
+
+
+class BrokerLostError(UnavailableError):
+    """The broker is unreachable, ended the connection, or does not answer."""
+
+
+class ConnectionBrokenError(BrokerLostError):
+    """The connection ended without a reason from the broker."""
+
+
+class SessionTakenError(BrokerLostError):
+    """Another process uses the client identifier of this connection."""
+
+
+class BrokerRefusedError(PermissionDeniedError):
+    """The broker refuses the connection or a subscription, or its certificate is not valid."""
+
+
+class RetainRefusedError(BrokerRefusedError):
+    """The broker refuses a connection whose last will is a retained message."""
+
+
+@attrs.frozen
+class Message:
+    """A message to publish."""
+
+    topic: str
+    payload: bytes
+    retain: bool = False
+    correlation: bytes | None = None
+    expiry: int | None = None
+    """Seconds for which the broker keeps the message."""
+
+
+@attrs.frozen(eq=False)
+class Received:
+    """A received message. Until it is acknowledged, the broker repeats it on each new connection."""
+
+    topic: str
+    payload: bytes
+    retain: bool
+    response_topic: str | None
+    correlation: bytes | None
+    packet: int | None
+    """The packet identifier, or None for a message that needs no acknowledgement."""
+
+
+@attrs.frozen
+class Limits:
+    """What the broker announced in its CONNACK (MQTT 5, 3.2.2.3)."""
+
+    client_id: str
+    """The client identifier that the broker assigned, or else the one that was requested."""
+    session_present: bool
+    """Whether the broker has continued an earlier session."""
+    session_expiry: int
+    """Seconds for which the broker keeps the session after the connection has ended."""
+    keep_alive: int
+    """Seconds within which the client must send a packet; 0 if there is no limit."""
+    receive_maximum: int
+    """How many unacknowledged messages the broker accepts."""
+    maximum_packet_size: int | None
+    """Maximum size of a packet in bytes, or None if there is no limit."""
+    maximum_qos: int
+    retain_available: bool
+    topic_alias_maximum: int
+    wildcard_subscriptions: bool
+    shared_subscriptions: bool
+
+
+@attrs.frozen
+class Refusal:
+    """Why a message was not published."""
+
+    reason: str
+    is_too_large: bool = False
+    """Whether the message is larger than the broker's Maximum Packet Size. The message was not sent."""
+    is_unheard: bool = False
+    """Whether the topic has no subscribers."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@attrs.define(eq=False)
+class Receipts:
+    """The acknowledgements that one call waits for."""
+
+    left: int
+    """How many acknowledgements are missing."""
+    refusals: list[Refusal | None]
+    """For each message, why it was not published, or None if the broker accepted it."""
+    heard: bool = False
+    """Whether messages without subscribers count as refused."""
+    done: trio.Event = attrs.Factory(trio.Event)
+
+    def settle(self, number: int, refusal: Refusal | None) -> None:
+        """Record the result of a message."""
+        if refusal is not None:
+            self.refusals[number] = refusal
+        self.left -= 1
+        if not self.left:
+            self.done.set()
+
+
+class Session:
+    """The state of one connection. `subject` names the broker in errors."""
+
+    def __init__(self, subject: object, connect: mqtt5.ConnectPacket) -> None:
+        self.out = bytearray(connect.write())
+        """Packets that the caller must send."""
+        self.limits: Limits | None = None
+        """The limits of the broker, once it has accepted the connection."""
+        self.received: deque[Received] = deque()
+        """Received messages that the caller has not taken."""
+        self.dropped = 0
+        """Number of QoS 0 messages that were dropped because RECEIVE_MAX messages waited."""
+        self.goodbye = mqtt5.DisconnectReasonCode.NORMAL_DISCONNECTION
+        """The reason code for DISCONNECT."""
+        self._subject, self._connect = subject, connect
+        self._data = bytearray()
+        self._window = 0
+        self._awaited: dict[int, tuple[Receipts, int, str]] = {}
+        """By packet identifier: the receipts, the number of the message in them, and the topic."""
+        self._subscribing: dict[int, tuple[Receipts, Sequence[str]]] = {}
+        self._last_id = 0
+        self._aliases: dict[str, int] = {}
+        self._known_aliases: set[str] = set()
+        """The topics whose alias the broker has acknowledged."""
+        self._unacknowledged: set[int] = set()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the broker accepts another message before it acknowledges one."""
+        return len(self._awaited) < self._window
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the broker has to answer."""
+        return bool(self._awaited or self._subscribing) or self.limits is None
+
+    def abandon(self) -> None:
+        """Wake all callers that wait for acknowledgements, because the connection has ended."""
+        for receipts, _, _ in self._awaited.values():
+            receipts.done.set()
+        for receipts, _ in self._subscribing.values():
+            receipts.done.set()
+
+    def publish(self, message: Message, receipts: Receipts, number: int) -> None:
+        """Append a message to `out`. If it cannot be sent, settle it in `receipts`. Call this only if `has_room`."""
+        assert self.limits is not None  # noqa: S101 - messages are published once the broker has answered
+        topic, alias = message.topic, None
+        if self.limits.topic_alias_maximum:
+            alias = self._alias(topic)
+        packet_id = self._next_id()
+        limit = self.limits.maximum_packet_size or _PUBLISH_PACKET_MAX
+        if len(message.payload) >= limit:
+            receipts.settle(number, _too_large(len(message.payload), limit))
+            return
+        try:
+            packet = mqtt5.PublishPacket(
+                "" if alias is not None and topic in self._known_aliases else topic, message.payload, qos=_QOS,
+                retain=message.retain and self.limits.retain_available, packet_id=packet_id, topic_alias=alias,
+                correlation_data=message.correlation, message_expiry_interval=message.expiry,
+            ).write()  # fmt: skip
+        except ValueError as error:
+            receipts.settle(number, Refusal(f"MQTT does not allow this topic: {error}"))
+            return
+        if len(packet) > limit:
+            receipts.settle(number, _too_large(len(packet), limit))
+            return
+        self._awaited[packet_id] = receipts, number, topic
+        self.out += packet
+
+    def _alias(self, topic: str) -> int | None:
+        """Return the alias of a topic, or None if the broker allows no more aliases."""
+        assert self.limits is not None  # noqa: S101 - see `publish`
+        alias = self._aliases.get(topic)
+        if alias is None and len(self._aliases) < self.limits.topic_alias_maximum:
+            alias = self._aliases[topic] = len(self._aliases) + 1
+        return alias
+
+    def _next_id(self) -> int:
+        """Return an unused packet identifier. One is always free, because fewer than INFLIGHT_MAX are in use."""
+        while True:
+            self._last_id = self._last_id % 0xFFFF + 1
+            if self._last_id not in self._awaited and self._last_id not in self._subscribing:
+                return self._last_id
+
+    def subscribe(self, topics: Sequence[str], receipts: Receipts) -> None:
+        """Append a subscription to the topics at QoS 1 to `out`. Each topic has its own refusal in `receipts`."""
+        packet_id = self._next_id()
+        filters = [mqtt5.TopicFilter(topic, max_qos=_QOS, retain_as_published=False) for topic in topics]
+        packet = mqtt5.SubscribePacket(packet_id, filters).write()
+        limit = None if self.limits is None else self.limits.maximum_packet_size
+        if limit is not None and len(packet) > limit:
+            receipts.refusals[:] = [_too_large(len(packet), limit)] * len(topics)
+            receipts.done.set()
+            return
+        self._subscribing[packet_id] = receipts, topics
+        self.out += packet
+
+    def acknowledge(self, received: Received) -> None:
+        """Append the acknowledgement of a received message to `out`. Further calls do nothing."""
+        if received.packet in self._unacknowledged:
+            self._unacknowledged.remove(received.packet)
+            self.out += mqtt5.PubAckPacket(received.packet).write()
+
+    def ping(self) -> None:
+        self.out += mqtt5.PingReqPacket().write()
+
+    def disconnect(self) -> None:
+        self.out += mqtt5.DisconnectPacket(reason_code=self.goodbye).write()
+
+    def feed(self, data: bytes | bytearray) -> int:
+        """Handle received bytes; return the number of complete packets. Raises BrokerLostError, BrokerRefusedError."""
+        self._data += data
+        place = number = 0
+        while (end := self._end_of_packet(place)) is not None:
+            self._handle(self._decode(bytes(self._data[place:end])))
+            place, number = end, number + 1
+        if place:
+            del self._data[:place]
+        return number
+
+    def _end_of_packet(self, place: int) -> int | None:
+        """Return where the packet at `place` ends, or None if it is incomplete. Raises BrokerLostError."""
+        length = shift = 0
+        for index in range(place + 1, min(place + 5, len(self._data))):
+            byte = self._data[index]
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                end = index + 1 + length
+                if end - place > PACKET_MAX:
+                    self.goodbye = mqtt5.DisconnectReasonCode.PACKET_TOO_LARGE
+                    text = f"sent a packet of {end - place} bytes, but was allowed only {PACKET_MAX}"
+                    raise BrokerLostError(self._subject, text)
+                return end if end <= len(self._data) else None
+        if shift == 28:
+            raise self._malformed("the length of a packet is not valid")
+        return None
+
+    def _decode(self, packet: bytes) -> mqtt5.Packet:
+        try:
+            return mqtt5.read(memoryview(packet))[0]
+        except (ValueError, IndexError) as error:
+            raise self._malformed(str(error)) from error
+        except BaseException as error:
+            # The codec panics if a text is not UTF-8 (mqtt5 0.8). pyo3 derives its PanicException from BaseException.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise self._malformed("a text is not UTF-8") from error
+
+    def _malformed(self, reason: str) -> BrokerLostError:
+        self.goodbye = mqtt5.DisconnectReasonCode.MALFORMED_PACKET
+        return BrokerLostError(self._subject, f"sent what is not MQTT 5: {reason}")
+
+    def _handle(self, packet: mqtt5.Packet) -> None:
+        match packet:
+            case mqtt5.PubAckPacket():
+                self._on_puback(packet)
+            case mqtt5.PublishPacket():
+                self._on_publish(packet)
+            case mqtt5.SubAckPacket() if packet.packet_id in self._subscribing:
+                self._on_suback(packet)
+            case mqtt5.ConnAckPacket() if self.limits is None:
+                self._on_connack(packet)
+            case mqtt5.DisconnectPacket():
+                self._on_disconnect(packet)
+            case mqtt5.PingRespPacket():
+                pass
+            case _:
+                self.goodbye = mqtt5.DisconnectReasonCode.PROTOCOL_ERROR
+                kind = type(packet).__name__.removesuffix("Packet").upper()
+                raise BrokerLostError(self._subject, f"sent an unexpected packet ({kind})")
+
+    def _on_puback(self, packet: mqtt5.PubAckPacket) -> None:
+        receipts, number, topic = self._awaited.pop(packet.packet_id, (None, 0, ""))
+        if receipts is None:
+            return
+        refusal, code = None, packet.reason_code.value
+        if code >= _FAILURE:
+            refusal = Refusal(_text(packet))
+        else:
+            if topic in self._aliases:
+                self._known_aliases.add(topic)
+            if code and receipts.heard:
+                refusal = Refusal(_text(packet), is_unheard=True)
+        receipts.settle(number, refusal)
+
+    def _on_suback(self, packet: mqtt5.SubAckPacket) -> None:
+        receipts, topics = self._subscribing.pop(packet.packet_id)
+        for number, (_, reason) in enumerate(zip(topics, packet.reason_codes, strict=False)):
+            if reason.value >= _FAILURE:
+                receipts.refusals[number] = Refusal(_text(packet, reason))
+            elif reason.value < _QOS.value:
+                receipts.refusals[number] = Refusal("the broker grants only QoS 0, at which messages may be lost")
+        receipts.done.set()
+
+    def _on_publish(self, packet: mqtt5.PublishPacket) -> None:
+        packet_id = packet.packet_id
+        if packet_id is None:
+            if len(self.received) >= RECEIVE_MAX:
+                self.dropped += 1
+                return
+        elif packet.qos == mqtt5.QoS.EXACTLY_ONCE:
+            self.goodbye = mqtt5.DisconnectReasonCode.QOS_NOT_SUPPORTED
+            raise BrokerLostError(self._subject, "sent a message at QoS 2, although QoS 1 was requested")
+        else:
+            self._unacknowledged.add(packet_id)
+            if len(self._unacknowledged) > RECEIVE_MAX:
+                self.goodbye = mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED
+                text = f"sent more than {RECEIVE_MAX} unacknowledged messages, the limit that it was given"
+                raise BrokerLostError(self._subject, text)
+        self.received.append(
+            Received(
+                packet.topic, packet.payload, packet.retain, packet.response_topic, packet.correlation_data, packet_id
+            )
+        )
+
+    def _on_connack(self, packet: mqtt5.ConnAckPacket) -> None:
+        code, connect = packet.reason_code.value, self._connect
+        if code >= _FAILURE:
+            kind: type[BrokerLostError | BrokerRefusedError] = BrokerRefusedError
+            if code in _UNREACHABLE:
+                kind = BrokerLostError
+            elif code == _RETAIN_NOT_SUPPORTED:
+                kind = RetainRefusedError
+            raise kind(self._subject, f"refuses the connection: {_text(packet)}{_elsewhere(packet)}")
+        expiry, keep_alive = packet.session_expiry_interval, packet.server_keep_alive
+        self.limits = Limits(
+            packet.assigned_client_id or connect.client_id, packet.session_present,
+            connect.session_expiry_interval if expiry is None else expiry,
+            connect.keep_alive if keep_alive is None else keep_alive,
+            packet.receive_max, packet.max_packet_size, packet.max_qos.value, packet.retain_available,
+            packet.topic_alias_max, packet.wildcard_subscription_available, packet.shared_subscription_available,
+        )  # fmt: skip
+        self._window = min(INFLIGHT_MAX, packet.receive_max)
+        if packet.max_qos == mqtt5.QoS.AT_MOST_ONCE:
+            text = "allows only QoS 0, at which messages may be lost (allow QoS 1 in the broker's configuration)"
+            raise BrokerRefusedError(self._subject, text)
+
+    def _on_disconnect(self, packet: mqtt5.DisconnectPacket) -> None:
+        if packet.reason_code == mqtt5.DisconnectReasonCode.SESSION_TAKEN_OVER:
+            text = f"another process uses the client identifier {self._connect.client_id!r}: stop one of them"
+            raise SessionTakenError(self._subject, text)
+        raise BrokerLostError(self._subject, f"ended the connection: {_text(packet)}{_elsewhere(packet)}")
+
+
+def _too_large(size: int, limit: int) -> Refusal:
+    return Refusal(f"its packet has {size} bytes, and the broker allows {limit}", is_too_large=True)
+
+
+def _text(packet: Any, reason: Any = None) -> str:
+    """Return the reason code of a packet in words, with the broker's explanation if there is one."""
+    code = packet.reason_code if reason is None else reason
+    words: str = code.name.replace("_", " ").capitalize()
+    return f"{words} ({packet.reason_str!r})" if packet.reason_str else words
+
+
+def _elsewhere(packet: mqtt5.ConnAckPacket | mqtt5.DisconnectPacket) -> str:
+    return f" (use {packet.server_reference!r})" if packet.server_reference else ""
