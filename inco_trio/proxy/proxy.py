@@ -23,7 +23,7 @@ from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
@@ -353,9 +353,9 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
-        inflight = Inflight.open(inherited.get("inflight"))
+        inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited.get("inotify"))
+        inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
@@ -377,7 +377,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
     link.expect(registers.table.inbound)
     if not link.refresh():
