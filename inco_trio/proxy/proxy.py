@@ -23,7 +23,7 @@ from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
@@ -75,6 +75,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -187,7 +188,13 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            self._link.expect({*self._registers.table.inbound, *table.inbound})
+            try:
+                await self._registers.reload(table)
+            finally:
+                self._link.expect(self._registers.table.inbound)
             self.config = config
             self._table_since = time.time()
 
@@ -346,9 +353,9 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
-        inflight = Inflight.open(inherited.get("inflight"))
+        inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited.get("inotify"))
+        inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
@@ -370,8 +377,9 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
