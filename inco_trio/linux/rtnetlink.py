@@ -24,9 +24,11 @@ RTM_GETLINK = 18
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
+IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_INFO_SLAVE_KIND = 4
+IFLA_LINK_NETNSID = 37
 NLA_TYPE_MASK = 0x3FFF
 
 # struct nlmsghdr: length, type, flags, sequence, port. struct ifinfomsg: family, type, index, flags, change.
@@ -54,6 +56,8 @@ class Interface:
     mtu: int
     """Maximum payload of a frame in bytes."""
     address: bytes
+    below: int = 0
+    """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
 
 
 class Rtnetlink:
@@ -146,4 +150,5 @@ def _parse(message: bytes) -> Interface:
         port_of.rstrip(b"\0").decode("ascii", "replace"),
         int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
         attributes.get(IFLA_ADDRESS, b""),
+        0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
     )

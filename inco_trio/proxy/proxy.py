@@ -75,6 +75,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -187,7 +188,13 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            self._link.expect({*self._registers.table.inbound, *table.inbound})
+            try:
+                await self._registers.reload(table)
+            finally:
+                self._link.expect(self._registers.table.inbound)
             self.config = config
             self._table_since = time.time()
 
@@ -372,6 +379,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
