@@ -503,7 +503,7 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     assert code == 1
     pending = of(found, "signal")
     assert (pending["level"], pending["subject"]) == ("fail", f"{irq}/message_4_state")
-    assert pending["found"].startswith("ihub_reset_irq: cannot write: Is a directory; ")
+    assert pending["found"].startswith("ihub_reset_irq: cannot write: not a regular file but a directory; ")
     assert pending["found"].endswith(" (1 pending)")
     counted = [each["found"] for each in found if each["check"] == "counters"]
     assert len(counted) == 2

@@ -24,10 +24,12 @@ RTM_GETLINK = 18
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
+IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
 IFLA_INFO_KIND = 1
 IFLA_INFO_SLAVE_KIND = 4
+IFLA_LINK_NETNSID = 37
 NLA_TYPE_MASK = 0x3FFF
 
 # struct nlmsghdr: length, type, flags, sequence, port. struct ifinfomsg: family, type, index, flags, change.
@@ -60,6 +62,8 @@ class Interface:
     address: bytes
     kind: str = ""
     """The kind of a virtual interface, such as "vlan" or "veth"."""
+    below: int = 0
+    """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
 
     @property
     def is_taken(self) -> bool:
@@ -166,4 +170,5 @@ def _parse(message: bytes) -> Interface:
         int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
         attributes.get(IFLA_ADDRESS, b""),
         kinds.get(IFLA_INFO_KIND, ""),
+        0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
     )
