@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ def test_a_jump_of_the_wall_clock_disturbs_nothing(board: Board, cores: Cores, y
     started = time.monotonic()
     time.clock_settime(time.CLOCK_REALTIME, time.time() + years * YEAR)
     board.exchange()
-    status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json").splitlines()[0])
+    status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json"))[0]
     # The board was started before this check, less than the time since boot ago.
     assert 0 <= status["uptime"] <= started + HOUR
 
@@ -43,8 +42,7 @@ HOUR = 3600
 def test_a_suspended_machine_loses_nothing(board: Board) -> None:
     for name in ("ihub_reset_irq", "ihub_hwwd_irq"):
         board.core1.send(name.encode())
-    done = subprocess.run(["rtcwake", "-m", "freeze", "-s", "2"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["rtcwake", "-m", "mem", "-s", "5"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert os.getpid()
     board.applications.wait_for(lambda: len(board.applications.seen) == 2)
     board.exchange()

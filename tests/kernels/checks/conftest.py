@@ -128,7 +128,7 @@ class Board:
 
     def next_frame(self) -> str:
         """Return the signal of the next frame that core 1 receives."""
-        return self.core1.receive()[14:].rstrip(b"\0").decode()
+        return self.core1.receive(HANG)[14:].rstrip(b"\0").decode()
 
     def recovers(self, cores: Cores) -> None:
         """Bring the link up, and check that the trigger written without it is sent, and that notifications pass."""
