@@ -29,7 +29,9 @@ PROGRAM = [sys.executable, "-m", "inco_trio"]
 
 
 def s6(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, "s6", *map(str, words)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*COMMAND, "s6", "--user", "root", *map(str, words)], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -l boards -xka "(__fish_co
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l lock-memory -d 'keep all used memory in RAM (needs ulimit -l unlimited)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-format -xka "text json" -d 'text (default) or json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s v -l verbose -d 'log each notification'
@@ -205,7 +206,8 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt-link -x -d 'write o
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l end -xka "core0 core1" -d 'the core at this side of the bridge: core0 or core1'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'configuration of the gateway or bridge'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l exporter -x -d 'write the exporter instead of a proxy (default: 127.0.0.1:9478)'
-complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER; a proxy keeps only CAP_NET_RAW'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER (default for root: inco-trio; root: --user root)'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l lock-memory -d 'let the proxy lock its memory (see `run`)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a systemd unit instead'
 complete -c inco-trio -n '_shtab_inco_trio_using s6; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_directories)" -d 'scan directory'
 complete -c inco-trio -n 'string match -q core1 -- (commandline -opc)[-1]' -xka "(__fish_print_interfaces)"

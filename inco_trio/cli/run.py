@@ -34,6 +34,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    sub.add_argument(
+        "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
+    )
     options.add_service_options(sub, verbose="log each notification")
 
 
@@ -54,6 +57,10 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     from inco_trio.persist.fdstore import fd_store_from_environment
     from inco_trio.service.daemon import Daemon, OneBoard
 
+    if args.lock_memory:
+        from inco_trio.service.privileges import keep_in_memory
+
+        keep_in_memory()
     if args.fd_holder is not None:
         options.path_of(args.fd_holder, "--fd-holder")
     if args.control not in (None, "none"):

@@ -1,4 +1,4 @@
-"""Processes: capabilities(7) and prctl(2), with the constants of <linux/capability.h> and <linux/prctl.h>."""
+"""Processes: capabilities(7), prctl(2) and mlockall(2), with the constants of the kernel's headers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = ["clear_capabilities", "end_with_parent"]
+__all__ = ["clear_capabilities", "end_with_parent", "lock_memory"]
 
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
@@ -20,6 +20,10 @@ PR_SET_SECUREBITS = 28
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 SECBIT_NOROOT_LOCKED = 0b11
+
+MCL_CURRENT = 1
+MCL_FUTURE = 2
+MCL_ONFAULT = 4
 
 
 def end_with_parent(parent: int) -> bool:
@@ -35,3 +39,11 @@ def clear_capabilities() -> None:
     """Drop the capabilities that execve(2) would keep or grant to root (capabilities(7)). Raises OSError."""
     check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
     check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))
+
+
+def lock_memory() -> None:
+    """Keep all pages that the process uses in memory, now and later (mlockall(2)). Raises OSError.
+
+    MCL_ONFAULT does not allocate unused pages, because most of an in-flight buffer is unused.
+    """
+    check(libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))

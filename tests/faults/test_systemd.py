@@ -51,7 +51,19 @@ class Unit:
         units, runtime = directory / "units", directory / "run"
         (units / f"{self.name}.d").mkdir(parents=True)
         runtime.mkdir(mode=0o700)
-        command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", link, "--config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "inco_trio",
+            "s6",
+            "--systemd",
+            "--user",
+            "root",
+            "--iface",
+            link,
+            "--config",
+            str(config),
+        ]
         (units / self.name).write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         # No journal runs in the mount namespace, so the unit writes its log to a file.
         (units / f"{self.name}.d/log.conf").write_text(f"[Service]\nStandardError=append:{self._log}\n")
