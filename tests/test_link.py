@@ -20,7 +20,7 @@ from inco_trio.cli.exit_codes import exit_code
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.frame import ETHERTYPE, encode
 from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG

@@ -76,10 +76,10 @@ if [ -n "$S6_FD_0" ]; then
   echo "user read $waiting" >"$home/said"
 else
   exec 5<>"$home/fifo"
-  s6-fdholder-store "$8" "inco-trio/$2/link.1" <&5
+  s6-fdholder-store "$9" "inco-trio/$2/link.1" <&5
   echo "user $(id -un) $(sed -n '/^CapEff/s/.*\\t//p' /proc/self/status)" >"$home/said"
 fi
-echo >&"$6" && exec sleep 1000
+echo >&"$7" && exec sleep 1000
 """
 """A stand-in in sh, for a user who may be unable to run this Python. It stores one FIFO and reports to another one."""
 
@@ -419,7 +419,7 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == []
 
     def test_an_unknown_user_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user$"):
+        with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user \(create it with [^\n]*\)$"):
             changes(tmp_path, user="nobodyelse")
 
     def test_a_directory_that_cannot_be_created_is_one_error_line(self, tmp_path: Path) -> None:
@@ -530,9 +530,9 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
         (SERVICES["proxy of a socket"], "yes", "read-only"),
         (link_service("unix:/tmp/a,peer=/run/b", Path("/dev/null")), "no", "read-only"),
         (link_service("unix:/run/a,peer=/home/u/b", Path("/dev/null")), "yes", "no"),
-        (link_service("a", Path("/var/tmp/u.json")), "no", "read-only"),
+        (link_service("a", Path("/var/tmp/u.json")), "no", "read-only"),  # noqa: S108 - not a file
         (bridge_service("mqtt://h/w", "unix:/run/a,peer=/run/user/7/b", "core0", None), "yes", "no"),
-        (gateway_service("mqtt://h/lab", Path("/tmp/g.json")), "no", "read-only"),
+        (gateway_service("mqtt://h/lab", Path("/tmp/g.json")), "no", "read-only"),  # noqa: S108 - not a file
     ],
 )
 def test_a_unit_sees_the_directories_that_its_service_uses(service: Service, tmp: str, home: str) -> None:
@@ -588,7 +588,9 @@ class TestSystemdUnit:
             user=None,
             program=["/usr/bin/inco-trio"],
         )
-        command = '/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --log-format text'
+        command = (
+            '/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --wait-link --log-format text'
+        )
         assert re.search(rf"^ExecStart={re.escape(command)} --control %t/[^ ]+$", unit, re.MULTILINE)
         assert "interrupts on rpmsg%%1\n" in unit
 

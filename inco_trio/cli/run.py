@@ -15,6 +15,8 @@ from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
 
@@ -29,11 +31,12 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without a configuration file")
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    sub.add_argument("--keep-privileges", action="store_true", help="keep all capabilities after the start")
     sub.add_argument(
         "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
     )
@@ -55,12 +58,11 @@ def run(args: argparse.Namespace) -> int:
 def _daemon(args: argparse.Namespace) -> Daemon:
     """Return the daemon that the arguments describe. Raises IncoError."""
     from inco_trio.persist.fdstore import fd_store_from_environment
+    from inco_trio.service import privileges
     from inco_trio.service.daemon import Daemon, OneBoard
 
     if args.lock_memory:
-        from inco_trio.service.privileges import keep_in_memory
-
-        keep_in_memory()
+        privileges.keep_in_memory()
     if args.fd_holder is not None:
         options.path_of(args.fd_holder, "--fd-holder")
     if args.control not in (None, "none"):
@@ -78,7 +80,15 @@ def _daemon(args: argparse.Namespace) -> Daemon:
             args.irq_dir = options.absolute(args.irq_dir, "--irq-dir")
         boards = OneBoard(functools.partial(_load, args))
         label = boards.label
-    return Daemon(boards, label, args.control, fd_store_from_environment(args.fd_holder, label))
+    fd_store = fd_store_from_environment(args.fd_holder, label)
+    if args.keep_privileges:
+        return Daemon(boards, label, args.control, fd_store)
+
+    def restrict(configs: Collection[Config]) -> None:
+        needed = privileges.needed_capabilities(configs, grows=args.boards is not None, locked=args.lock_memory)
+        privileges.drop_capabilities(needed)
+
+    return Daemon(boards, label, args.control, fd_store, restrict)
 
 
 def _load(args: argparse.Namespace) -> Config:

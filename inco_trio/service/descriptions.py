@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pwd
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 import attrs
 
 from inco_trio.board_files import read_boards
-from inco_trio.config import read_board
+from inco_trio.config import read_board, read_udrv
 from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 
@@ -122,7 +124,9 @@ def link_service(link: str, config: Path) -> Service:
     words = ("run", link, "--config", str(config), "--wait-link")
     of, label = f"inter-core interrupts on {link}", _label(link)
     paths = [config]
-    warnings = _warnings(lambda: paths.extend(signal.directory for signal in read_board(config).signals))
+    warnings = _warnings(lambda: read_udrv(config))
+    with contextlib.suppress(IncoError):
+        paths += [signal.directory for signal in read_board(config).signals]
     check = ("check", "--config", str(config))
     address = parse_address(link)
     if isinstance(address, UnixAddress):
@@ -137,7 +141,9 @@ def boards_service(directory: Path, label: str) -> Service:
     words = ("run", "--boards", str(directory))
     of = f"inter-core interrupts of the boards in {directory}"
     paths = [directory]
-    warnings = _warnings(lambda: paths.extend(_paths_of_boards(directory)))
+    warnings = _warnings(lambda: os.scandir(directory).close())
+    with contextlib.suppress(IncoError):
+        paths += _paths_of_boards(directory)
     check = ("check", "--boards", str(directory))
     return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, "net", tuple(paths), check)
 
