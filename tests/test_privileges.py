@@ -115,7 +115,7 @@ def test_a_proxy_of_an_interface_keeps_cap_net_raw(cores: Cores, tmp_path: Path)
 def test_an_escape_keeps_all_capabilities(tmp_path: Path) -> None:
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
-        proxy = board.running("--keep-privileges")
+        proxy = board.running("--sandbox", "none")
         assert effective(proxy.pid) == OURS
         assert status_of(proxy.pid)["NoNewPrivs"] == "0"
 

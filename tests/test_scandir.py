@@ -518,7 +518,7 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
         if line.startswith("✗"):
             assert f"`{line.split()[1]}`" in page, f"docs/supervision.md does not explain: {line}"
     verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # systemd 252 does not know FileDescriptorStorePreserve=, which is there since 254.
+    # systemd knows FileDescriptorStorePreserve= since version 254.
     unexpected = [line for line in verified.stderr.splitlines() if "FileDescriptorStorePreserve" not in line]
     assert not [line for line in unexpected if str(unit) in line]
 
@@ -527,17 +527,23 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("service", "tmp", "home"),
     [
-        (SERVICES["proxy of a socket"], "yes", "read-only"),
-        (link_service("unix:/tmp/a,peer=/run/b", Path("/dev/null")), "no", "read-only"),
+        (SERVICES["proxy of a socket"], "yes", "yes"),
+        (link_service("unix:/tmp/a,peer=/run/b", Path("/dev/null")), "no", "yes"),
         (link_service("unix:/run/a,peer=/home/u/b", Path("/dev/null")), "yes", "no"),
-        (link_service("a", Path("/var/tmp/u.json")), "no", "read-only"),  # noqa: S108 - not a file
+        (link_service("a", Path("/var/tmp/u.json")), "no", "yes"),  # noqa: S108 - not a file
         (bridge_service("mqtt://h/w", "unix:/run/a,peer=/run/user/7/b", "core0", None), "yes", "no"),
-        (gateway_service("mqtt://h/lab", Path("/tmp/g.json")), "no", "read-only"),  # noqa: S108 - not a file
+        (gateway_service("mqtt://h/lab", Path("/tmp/g.json")), "no", "yes"),  # noqa: S108 - not a file
     ],
 )
 def test_a_unit_sees_the_directories_that_its_service_uses(service: Service, tmp: str, home: str) -> None:
     unit = systemd_unit(service=service, user="inco-trio", program=["/usr/bin/true"]).splitlines()
     assert {f"PrivateTmp={tmp}", f"ProtectHome={home}"} <= set(unit)
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_program_in_a_home_directory_is_readable() -> None:
+    unit = systemd_unit(service=SERVICES["exporter"], user="inco-trio", program=["/home/u/bin/inco-trio"])
+    assert "ProtectHome=read-only" in unit.splitlines()
 
 
 @pytest.mark.usefixtures("installed")
@@ -601,10 +607,12 @@ class TestSystemdUnit:
         both = "CAP_NET_RAW CAP_NET_ADMIN"
         assert {"User=nobody", f"AmbientCapabilities={both}", f"CapabilityBoundingSet={both}"} <= set(unit)
 
-    def test_a_socket_needs_no_capability_and_boards_may_have_namespaces(self) -> None:
+    def test_a_socket_needs_no_capability_and_boards_may_have_namespaces(self, tmp_path: Path) -> None:
+        (tmp_path / "b1.json").write_text(json.dumps({"link": "a", "netns": "b1", "irq_dir": "/run/irq"}))
         for service, said in (
+            (boards_service(tmp_path, "boards-1"), "RestrictNamespaces=net"),
             (link_service("unix:/a,peer=/b", Path("/dev/null")), "RestrictAddressFamilies=AF_UNIX"),
-            (boards_service(Path("/etc/boards"), "boards-1"), "RestrictNamespaces=net"),
+            (boards_service(Path("/etc/boards"), "boards-1"), "RestrictNamespaces=yes"),
         ):
             unit = systemd_unit(service=service, user="nobody", program=["inco-trio"]).splitlines()
             assert said in unit

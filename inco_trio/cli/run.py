@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SANDBOX = ("off", "none")
+SANDBOX_HELP = "off: drop capabilities (default); none: keep everything"
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v\n"
-        f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
+        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v   "
+        f"(SIGHUP reloads, SIGUSR1 logs the counters)\n{EXIT_CODES}"
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
@@ -36,7 +39,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
-    sub.add_argument("--keep-privileges", action="store_true", help="keep all capabilities after the start")
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, default=SANDBOX[0], help=SANDBOX_HELP)
     sub.add_argument(
         "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
     )
@@ -81,7 +84,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         boards = OneBoard(functools.partial(_load, args))
         label = boards.label
     fd_store = fd_store_from_environment(args.fd_holder, label)
-    if args.keep_privileges:
+    if args.sandbox == "none":
         return Daemon(boards, label, args.control, fd_store)
 
     def restrict(configs: Collection[Config]) -> None:

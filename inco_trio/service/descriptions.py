@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 
 from inco_trio.board_files import read_boards
-from inco_trio.config import read_board, read_udrv
+from inco_trio.config import Config, read_board, read_udrv
 from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 
@@ -140,19 +140,21 @@ def boards_service(directory: Path, label: str) -> Service:
     directory = directory.absolute()
     words = ("run", "--boards", str(directory))
     of = f"inter-core interrupts of the boards in {directory}"
-    paths = [directory]
+    paths, namespaces = [directory], "yes"
     warnings = _warnings(lambda: os.scandir(directory).close())
     with contextlib.suppress(IncoError):
-        paths += _paths_of_boards(directory)
+        configs = read_boards(directory).configs.values()
+        paths += [path for config in configs for path in _paths_of(config)]
+        if any(config.netns is not None for config in configs):
+            namespaces = "net"
     check = ("check", "--boards", str(directory))
-    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, "net", tuple(paths), check)
+    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, namespaces, tuple(paths), check)
 
 
-def _paths_of_boards(directory: Path) -> Iterator[Path]:
-    for config in read_boards(directory).configs.values():
-        yield from {signal.directory for signal in config.signals}
-        if isinstance(config.address, UnixAddress):
-            yield from (Path(config.address.local), Path(config.address.peer))
+def _paths_of(config: Config) -> Iterator[Path]:
+    yield from {signal.directory for signal in config.signals}
+    if isinstance(config.address, UnixAddress):
+        yield from (Path(config.address.local), Path(config.address.peer))
 
 
 def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:

@@ -47,7 +47,7 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
         reload=reload,
         user=_quote_text(user or "root"),
         private_tmp="no" if _uses(service, program, "/tmp", "/var/tmp") else "yes",  # noqa: S108 - not a file
-        protect_home="no" if _uses(service, (), "/home", "/root", "/run/user") else "read-only",
+        protect_home=_home(service, program),
         calls=calls,
         directives=directives,
     )
@@ -55,6 +55,14 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
 
 def _command(*words: str) -> str:
     return " ".join(map(_quote_word, words))
+
+
+def _home(service: Service, program: Sequence[str]) -> str:
+    """Return the value of ProtectHome=. The registers must be writable, and the program readable."""
+    homes = ("/home", "/root", "/run/user")
+    if _uses(service, (), *homes):
+        return "no"
+    return "read-only" if _uses(service, program, *homes) else "yes"
 
 
 def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
