@@ -497,13 +497,6 @@ SERVICES = {
 }
 
 
-@pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the package appear to be installed outside of /tmp, as it is on a board."""
-    monkeypatch.setattr("inco_trio.service.systemd.__file__", "/usr/lib/python3/inco_trio/service/systemd.py")
-
-
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("name", SERVICES)
 def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Path) -> None:
     unit = tmp_path / "x.service"
@@ -523,7 +516,6 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
     assert not [line for line in unexpected if str(unit) in line]
 
 
-@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
     ("service", "tmp", "home"),
     [
@@ -540,13 +532,20 @@ def test_a_unit_sees_the_directories_that_its_service_uses(service: Service, tmp
     assert {f"PrivateTmp={tmp}", f"ProtectHome={home}"} <= set(unit)
 
 
-@pytest.mark.usefixtures("installed")
 def test_a_program_in_a_home_directory_is_readable() -> None:
     unit = systemd_unit(service=SERVICES["exporter"], user="inco-trio", program=["/home/u/bin/inco-trio"])
     assert "ProtectHome=read-only" in unit.splitlines()
 
 
-@pytest.mark.usefixtures("installed")
+def test_the_python_of_a_virtual_environment_is_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "base_prefix", "/home/u/python")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    unit = systemd_unit(
+        service=SERVICES["exporter"], user="inco-trio", program=[sys.executable, "-I", "-m", "inco_trio"]
+    )
+    assert {"ProtectHome=read-only", "PrivateTmp=no"} <= set(unit.splitlines())
+
+
 def test_a_unit_sees_the_directories_of_the_configured_registers(tmp_path: Path) -> None:
     (tmp_path / "b1.json").write_text(json.dumps({"link": "unix:/run/a,peer=/run/b", "irq_dir": "/home/irq"}))
     unit = systemd_unit(service=boards_service(tmp_path, "boards-1"), user="inco-trio", program=["/usr/bin/true"])

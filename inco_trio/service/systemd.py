@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -67,7 +68,10 @@ def _home(service: Service, program: Sequence[str]) -> str:
 
 def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
     """Return whether the service or the program uses files below one of the directories."""
-    used = [*service.paths, *map(Path, program[:1]), *([Path(__file__)] if program else [])]
+    used = [*service.paths, *map(Path, program[:1])]
+    if program[:1] == [sys.executable]:
+        used += [Path(sys.prefix), Path(sys.base_prefix), Path(__file__)]
+    used += [path.resolve() for path in used]  # The Python of a virtual environment is a symlink.
     return any(path.is_relative_to(directory) for path in used for directory in directories)
 
 

@@ -175,6 +175,10 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
     unit.wait_log("reloaded")
 
     (tmp_path / "udrv.json").write_text("{")
+    assert unit.control("reload") != 0
+    assert int(unit.property("MainPID")) == pids[-1]
+    board.send_all()
+    board.all_arrived()
     assert unit.control("restart") != 0
     assert unit.property("ActiveState") == "failed"
     assert unit.property("ExecMainStatus") == "78"
