@@ -206,7 +206,7 @@ def run_unit(session: nox.Session, *args: str) -> None:
         words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools", *args)
         # No line of the package depends on the Python version, so measure coverage on one.
         if is_first(session):
-            run_pytest(session, *words, data=session.name)
+            run_pytest(session, *words, data="unit")
         else:
             session.run("pytest", *words, *TWO_AT_A_TIME, *session.posargs)
 

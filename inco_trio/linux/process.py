@@ -1,13 +1,15 @@
-"""Processes: prctl(2) and mlockall(2), with the constants of the kernel's headers."""
+"""Processes: prctl(2), mlockall(2) and user_namespaces(7), with the constants of the kernel's headers."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+from pathlib import Path
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = ["end_with_parent", "lock_memory"]
+__all__ = ["end_with_parent", "lock_memory", "overflow_uid"]
 
 PR_SET_PDEATHSIG = 1
 
@@ -31,3 +33,12 @@ def lock_memory() -> None:
     MCL_ONFAULT does not allocate unused pages, because most of an in-flight buffer is unused.
     """
     check(libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
+
+
+@functools.cache
+def overflow_uid() -> int:
+    """Return the user ID that stands for all users who are not mapped in this user namespace; usually also `nobody`."""
+    try:
+        return int(Path("/proc/sys/fs/overflowuid").read_text())
+    except OSError:
+        return 65534  # DEFAULT_OVERFLOWUID of the kernel, if /proc is not mounted.

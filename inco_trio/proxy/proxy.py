@@ -76,6 +76,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -189,7 +190,15 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            former = self._registers.table
+            self._link.expect({*former.inbound, *table.inbound}, former.outbound)
+            try:
+                await self._registers.reload(table)
+            finally:
+                table = self._registers.table
+                self._link.expect(table.inbound, table.outbound)
             self.config = config
             self._table_since = time.time()
 
@@ -374,6 +383,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound, registers.table.outbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
