@@ -278,7 +278,8 @@ class Gateway:
                 if refusal is None:
                     self._problems.well(message.topic)
                 elif refusal.is_too_large:
-                    self._problems.failed(message.topic, f"not published: {refusal}")
+                    if self._problems.said(message.topic) is None:  # Log it only once, although the size changes.
+                        self._problems.failed(message.topic, f"not published: {refusal}")
                 else:
                     self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; retrying")
                     again = REFUSED_AGAIN
