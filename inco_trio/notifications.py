@@ -51,8 +51,14 @@ class Listener(Protocol):
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
 
-    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
-        """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown."""
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int) -> None:
+        """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
+
+        `since` is the time from which they were pending (time.monotonic_ns()), or 0.
+        """
+
+    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
+        """Handle notifications that the proxy accepted, but cannot deliver or send yet."""
 
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """Handle a frame that was ignored or discarded. `reason` is the name of the counter for such frames."""
@@ -75,7 +81,7 @@ class Deaf:
     def carried(self, *_: object) -> None:
         """Ignore an event."""
 
-    ignored = link_changed = opened = ended = carried
+    pending = ignored = link_changed = opened = ended = carried
 
 
 class Events:
@@ -93,23 +99,27 @@ class Events:
         self._sequence = history.sequence if history.keeping else 0
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
-    def written(self, files: Sequence[StateFile], frames: Sequence[bytes]) -> None:
-        """Report inbound notifications, whose state files were written or whose writes are pending."""
-        self.carried(list(map(_signal_of, files)), frames)
+    def written(self, files: Sequence[StateFile], frames: Sequence[bytes] = (), since: int = 0) -> None:
+        """Report inbound notifications whose state files were written. `since`: see `Listener.carried`."""
+        self.carried(list(map(_signal_of, files)), frames, since)
 
-    def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = ()) -> None:
+    def written_late(self, files: Sequence[StateFile], since: int) -> None:
+        """Report inbound notifications that were written after they had been pending."""
+        self.written(files, (), since)
+
+    def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = (), since: int = 0) -> None:
         """Report outbound notifications whose frames the link accepted."""
         now = time.time_ns()
         for signal in signals:
             self.sent[signal.name] += 1
             self.sent_last[signal.name] = now
-        self.carried(signals, frames)
+        self.carried(signals, frames, since)
 
-    def carried(self, signals: Sequence[Signal], frames: Sequence[bytes]) -> None:
+    def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> None:
         """Report notifications that were delivered or sent."""
         if self.history.keeping:
             self.history.append(signals)
-        self.listener.carried(signals, self._sequence + 1, frames)
+        self.listener.carried(signals, self._sequence + 1, frames, since)
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:

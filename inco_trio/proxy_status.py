@@ -22,9 +22,9 @@ class Counters:
     sent: int = 0
     """Frames that the link accepted."""
     unknown: int = 0
-    """Well-formed frames whose name is not an inbound signal of the table."""
+    """Well-formed frames whose name is not an inbound signal of the table. Estimated by a sample during a flood."""
     malformed: int = 0
-    """Frames without a valid wire name."""
+    """Frames without a valid wire name. Estimated by a sample during a flood."""
     foreign: int = 0
     """Datagrams that a process other than the peer sent to a `unix:` link. They also count as malformed."""
     dropped: int = 0
@@ -75,7 +75,7 @@ class SignalStatus:
     failures: int
     """Failed attempts to write the state file or to send the frame."""
     pending: int
-    """Number of notifications whose state file could not be written yet."""
+    """Number of accepted notifications whose state file was not written, or whose frame was not sent yet."""
     problem: str | None
     """Why the signal does not work at the moment, or None."""
 

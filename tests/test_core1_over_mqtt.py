@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,9 +29,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
             stack.callback(bridge.close)
             bridge.wait_ready()
         link = f"unix:{tmp_path}/core0,peer={near}"
-        made = stack.enter_context(Board(tmp_path, link, unix_netdev(tmp_path / "guest", far)))
-        made.round_trips = int(os.environ.get("INCO_TRIO_ROUND_TRIPS", "2000"))
-        yield made
+        yield stack.enter_context(Board(tmp_path, link, unix_netdev(tmp_path / "guest", far)))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

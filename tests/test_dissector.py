@@ -189,3 +189,20 @@ def test_random_frames_do_not_make_the_dissector_fail(home: Path) -> None:
         recorder.ignored(1, chance.choice(["", "inbound b", "outbound name /x"]), bytes(12) + bytes(data), "rpmsg4000")
     recorder.close()
     assert len(tshark(home, home / "f", "frame.number", "inco.signal")) == 3000
+
+
+@pytest.mark.tools
+def test_pending_notifications_are_distinguished(home: Path) -> None:
+    frame = encode(b"a", MAC)
+    recorder = Recorder(home / "f")
+    recorder.append(1, Direction.INBOUND, "a", "/irq/a", frame, "rpmsg4000", pending="cannot write: Is a directory")
+    recorder.append(2, Direction.INBOUND, "a", "/irq/a", None, "rpmsg4000", delay=1.5)
+    recorder.append(3, Direction.OUTBOUND, "b", "/irq/b", None, "rpmsg4000", pending="Network is down")
+    recorder.append(4, Direction.OUTBOUND, "b", "/irq/b", encode(b"b", MAC), "rpmsg4000", delay=0.25)
+    recorder.close()
+    assert tshark(home, home / "f", "inco.signal", "inco.register", "inco.pending", "frame.comment") == [
+        ["a", "/irq/a", "cannot write: Is a directory", "inbound a /irq/a [pending: cannot write: Is a directory]"],
+        ["a", "/irq/a", "", "inbound a /irq/a [after 1.500000 s]"],
+        ["b", "/irq/b", "Network is down", "outbound b /irq/b [pending: Network is down]"],
+        ["b", "/irq/b", "", "outbound b /irq/b [after 0.250000 s]"],
+    ]

@@ -41,9 +41,7 @@ class World:
         self.done: list[str] = []
         self.handled: list[list[Signal]] = []
         self.inflight = Inflight.open()
-        self.handoff = Handoff[Signal](
-            self.inflight.watches, lambda signals, _frames: self.handled.append(list(signals))
-        )
+        self.handoff = Handoff[Signal](self.inflight.watches, lambda signals, *_: self.handled.append(list(signals)))
 
     def batch(self, name: str, *signals: Signal) -> Batch[Signal]:
         return self.handoff.begin(Batch(list(signals), ((Recorder(name, self.done), 7),)))

@@ -60,7 +60,7 @@ class World:
         self.link = FakeLink(self.inflight)
         self.carried: list[str] = []
         self.handoff = Handoff[Signal](
-            self.inflight.watches, lambda signals, _frames: self.carried.extend(signal.name for signal in signals)
+            self.inflight.watches, lambda signals, *_: self.carried.extend(signal.name for signal in signals)
         )
         self.outbound = Outbound(
             self.handoff, cast(Link, self.link), self.triggers, self.inotify, self.inflight, self.counters

@@ -43,6 +43,15 @@ NOT_RUN = {
 """The code blocks that no test runs: their first characters, and the reason."""
 RUN_BY = {
     ("api", ""): "test_api.py::test_the_examples_run",
+    ("application", "/* Print"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "gcc "): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "watching"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "#!/bin/sh"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", '"""Print'): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "inco-trio wait"): "test_send_wait.py",
+    ("application", "int fd"): "test_application.py::test_each_trigger_makes_one_notification",
+    ("application", "echo 1"): "test_application.py::test_each_trigger_makes_one_notification",
+    ("application", "Path("): "test_application.py::test_each_trigger_makes_one_notification",
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_command_of_the_page_runs",

@@ -62,6 +62,8 @@ def test_the_numbers_are_exact(night: Path) -> None:
                 "signal": OUT,
                 "direction": "outbound",
                 "count": 3,
+                "pending": 0,
+                "delay": None,
                 "rate": 0.75,
                 "interval": {"min": 1, "p50": 1, "p90": 1, "p99": 1, "max": 1},
                 "longest_gap": {"from": 0, "seconds": 1},
@@ -70,6 +72,8 @@ def test_the_numbers_are_exact(night: Path) -> None:
                 "signal": IN,
                 "direction": "inbound",
                 "count": 3,
+                "pending": 0,
+                "delay": None,
                 "rate": 0.75,
                 "interval": {"min": 0, "p50": 0, "p90": 2.25, "p99": 2.25, "max": 2.25},
                 "longest_gap": {"from": 0.25, "seconds": 2.25},
@@ -359,3 +363,19 @@ def test_progress_is_shown_on_a_terminal(night: Path, monkeypatch: pytest.Monkey
     os.close(master)
     assert shown.startswith("\r\x1b[K")
     assert " %\r\x1b[K" in shown
+
+
+def test_pending_notifications_are_counted_and_plotted(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    frame = encode(IN.encode(), MAC)
+    recorder.append(SECOND, Direction.INBOUND, IN, "/r", frame, "x", pending="cannot write: Is a directory")
+    recorder.append(3 * SECOND, Direction.INBOUND, IN, "/r", None, "x", delay=2.0)
+    recorder.append(4 * SECOND, Direction.OUTBOUND, OUT, "/r", None, "x", pending="Network is down")
+    recorder.close()
+    done = plot(tmp_path / "f", "--json", "--out", tmp_path / "f.svg")
+    found = json.loads(done.stdout)
+    assert (found["from"], found["to"]) == (1, 4)
+    signals = {each["signal"]: (each["count"], each["pending"], each["delay"]) for each in found["signals"]}
+    two = dict.fromkeys(("min", "p50", "p90", "p99", "max"), 2)
+    assert signals == {IN: (1, 1, two), OUT: (0, 1, None)}
+    assert f"{OUT} (outbound): 0, 1 pending (x)" in (tmp_path / "f.svg").read_text()

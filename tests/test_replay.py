@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -206,3 +207,22 @@ def test_progress_fits_into_20_columns(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{OUT}: 2 sent\n")
     assert "%, 1 sent" in shown
     assert max(map(len, shown.split("\r"))) < 20
+
+
+@pytest.mark.parametrize("side", ["core0", "core1"])
+def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: str) -> None:
+    """A recording has it twice: as core 1 or an application caused it, and as the proxy delivered or sent it."""
+    recorder = Recorder(tmp_path / "f")
+    recorder.append(1, Direction.INBOUND, IN, "", encode(IN.encode(), MAC), "x", pending="cannot write: Is a directory")
+    recorder.append(2, Direction.OUTBOUND, OUT, "", None, "x", pending="Network is down")
+    recorder.append(3, Direction.INBOUND, IN, "", None, "x", delay=1e-9)
+    recorder.append(4, Direction.OUTBOUND, OUT, "", encode(OUT.encode(), MAC), "x", delay=2e-9)
+    recorder.close()
+    played, expected = (IN, OUT) if side == "core1" else (OUT, IN)
+    irq = tmp_path / "irq"
+    proxy = Proxy(None, [f"unix:{tmp_path}/0,peer={tmp_path}/1", "--irq-dir", str(irq)], {}, tmp_path / "log")
+    with contextlib.closing(proxy):
+        proxy.wait_ready()
+        where = [f"unix:{tmp_path}/1,peer={tmp_path}/0"] if side == "core1" else ["--irq-dir", irq]
+        code, out, _ = replay(tmp_path / "f", *where, "--wait", "0.1")
+    assert (code, out) == (1, f"{played}: 1 sent\n{expected}: 0 of 1 came back, 1 missing\n")

@@ -612,3 +612,51 @@ def test_invalid_options_are_refused(words: tuple[str, ...], text: str) -> None:
     done = run(*words)
     assert done.returncode == 2
     assert text in done.stderr
+
+
+def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: Callable[..., Running]) -> None:
+    peer = board.core1()
+    board.running()
+    state = board.irq / "message_5_state"
+    state.unlink()
+    state.mkdir()
+    with ExitStack() as stack:
+        client = Client(board.path, stack)
+        client.ask({"request": "monitor"})
+        monitor = start("monitor", "--control", board.path)
+        monitor.listening()
+        board.inbound(peer)
+        pending = client.until(event="pending")
+        assert (pending["signal"], pending["direction"]) == ("ihub_hwwd_irq", "inbound")
+        assert (pending["register"], pending["reason"]) == (str(state), "cannot write: Is a directory")
+        board.inbound(peer, encode(b"ihub_reset_irq", MAC))
+        # The other signal is delivered meanwhile, and the pending one is not.
+        assert client.until(event="notification")["signal"] == "ihub_reset_irq"
+        state.rmdir()
+        late = client.until(event="notification")
+        assert late["signal"] == "ihub_hwwd_irq"
+        assert late["delay"] == pytest.approx((late["monotonic_ns"] - pending["monotonic_ns"]) / 1e9, abs=0.1)
+        shown = ""
+        while "was pending for" not in shown:
+            shown += monitor.line()
+    assert "in  ihub_hwwd_irq pending: cannot write: Is a directory\n" in shown
+    assert shown.index("in  ihub_reset_irq\n") < shown.index("in  ihub_hwwd_irq (was pending for ")
+
+
+def test_a_trigger_is_pending_while_the_link_is_down(board: Board) -> None:
+    board.running()
+    with ExitStack() as stack:
+        client = Client(board.path, stack)
+        client.ask({"request": "monitor"})
+        board.trigger()
+        pending = client.until(event="pending")
+        assert (pending["signal"], pending["direction"]) == ("redun_notify_irq", "outbound")
+        (signal,) = [each for each in board.status()["signals"] if each["signal"] == "redun_notify_irq"]
+        assert (signal["count"], signal["pending"]) == (0, 1)
+        peer = board.core1()
+        sent = client.until(event="notification")
+        assert (sent["signal"], sent["sequence"]) == ("redun_notify_irq", 1)
+        assert sent["delay"] > 0
+        peer.recv(2000)
+        board.trigger()
+        assert "delay" not in client.until(event="notification")

@@ -9,7 +9,7 @@ _shtab_inco_trio_subparsers=(run check doctor status monitor record send wait de
 
 _shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --fd-holder --control --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
-_shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json)
+_shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --json --openmetrics)
 _shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --json)
 _shtab_inco_trio_record_option_strings=(-h --help --control --board --signal --direction --count --duration --size --period --keep)
@@ -104,6 +104,8 @@ _shtab_inco_trio_check___json_nargs=0
 _shtab_inco_trio_doctor__h_nargs=0
 _shtab_inco_trio_doctor___help_nargs=0
 _shtab_inco_trio_doctor___json_nargs=0
+_shtab_inco_trio_doctor__q_nargs=0
+_shtab_inco_trio_doctor___quiet_nargs=0
 _shtab_inco_trio_status__h_nargs=0
 _shtab_inco_trio_status___help_nargs=0
 _shtab_inco_trio_status___watch_nargs='?'

@@ -7,9 +7,10 @@ local inco = Proto("inco", "Inter-core interrupt")
 local signal = ProtoField.string("inco.signal", "Signal")
 local direction = ProtoField.string("inco.direction", "Direction", "As core 0 sees it")
 local register = ProtoField.string("inco.register", "Register", "The file of the signal on core 0")
+local pending = ProtoField.string("inco.pending", "Pending", "Why it could not be delivered or sent at this time")
 local mark = ProtoField.string("inco.mark", "Mark", "An event that is not a notification")
 local padding = ProtoField.bytes("inco.padding", "Padding")
-inco.fields = { signal, direction, register, mark, padding }
+inco.fields = { signal, direction, register, pending, mark, padding }
 
 local malformed = ProtoExpert.new("inco.malformed", "No wire name", expert.group.MALFORMED, expert.severity.WARN)
 local incomplete =
@@ -58,8 +59,17 @@ local function add_recorded(tree, way, file)
     if way then
         tree:add(direction, way):set_generated()
     end
-    if file and file ~= "" then
+    if not file then
+        return
+    end
+    -- The comment of a notification that was pending ends with the reason, or with the delay.
+    local reason = file:match("%[pending: (.+)%]$")
+    file = file:gsub(" ?%[pending: .+%]$", ""):gsub(" ?%[after [%d.]+ s%]$", "")
+    if file ~= "" then
         tree:add(register, file):set_generated()
+    end
+    if reason then
+        tree:add(pending, reason):set_generated()
     end
 end
 
@@ -173,6 +183,10 @@ function beside.dissector(buffer, pinfo, root)
         way = ARROWS[way] and way
         tree:add(signal, name):set_generated()
         add_recorded(tree, way, string_of(json, "register"))
+        local reason = string_of(json, "pending")
+        if reason then
+            tree:add(pending, reason):set_generated()
+        end
         show(pinfo, way, name .. " (without a frame)")
     else
         tree:add(mark, happened):set_generated()

@@ -102,11 +102,16 @@ def _timeline(axis: Axes, flows: list[Flow], begin: int, span: float) -> None:
     for row, flow in enumerate(flows):
         places = _places(_seconds(flow.times, begin), span)
         axis.plot(places, np.full(len(places), row), "|", color=COLORS[flow.direction], markersize=12)
+        waiting = _places(_seconds(flow.pending, begin), span)
+        axis.plot(waiting, np.full(len(waiting), row), "x", color="tab:red", markersize=5)
         if (gap := flow.longest_gap()) is not None:
             start, length = (gap[0] - begin) / BILLION, gap[1] / BILLION
             axis.plot([start, start + length], [row - 0.4] * 2, color="tab:gray", linewidth=1, solid_capstyle="butt")
             axis.annotate(f"{length:.3g} s", (start + length / 2, row - 0.38), fontsize=6, ha="center", va="bottom")
-    axis.set_yticks(range(len(flows)), [f"{flow.label}: {len(flow.times)}" for flow in flows])
+    labels = [
+        f"{flow.label}: {len(flow.times)}" + f", {len(flow.pending)} pending (x)" * bool(flow.pending) for flow in flows
+    ]
+    axis.set_yticks(range(len(flows)), labels)
     axis.set_ylim(len(flows) - 0.4, -0.6)
     axis.set_xlim(-0.01 * span, 1.01 * span)
 

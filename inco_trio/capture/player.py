@@ -145,6 +145,9 @@ async def play(side: Side, recording: Recording, played: Played, *, speed: float
                 await trio.lowlevel.checkpoint()
             if isinstance(entry, Mark):
                 continue
+            # A notification that was pending is recorded twice: when it was accepted, and when it was delivered.
+            if entry.delay if entry.direction is side.direction else entry.pending:
+                continue
             if entry.direction is side.direction:
                 counted = played.sent if await side.send(entry.signal) else played.unknown
                 counted[entry.signal] += 1

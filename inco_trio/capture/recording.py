@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,6 +33,8 @@ APPLICATION = "inco-trio"
 REGISTERS = "registers"
 """The name of the interface for notifications without a frame and for marks."""
 LOCAL_EXPERIMENT = 0x88B5
+_STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
+"""The end of the comment of a notification that was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
 # Without O_NONBLOCK, opening a FIFO would block until it has a reader, and process signals would not interrupt it.
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
@@ -66,16 +69,23 @@ class Recorder:
         return self.written[-1]
 
     def append(
-        self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str
-    ) -> None:
-        """Append a notification of a link. `frame` is None if the notification has no frame."""
+        self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
+        *, pending: str = "", delay: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments."""
+        content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         comment = f"{_comment(direction, signal)} {register}".rstrip()
+        if pending:
+            content["pending"] = pending
+            comment += f" [pending: {pending}]"
+        elif delay:
+            content["delay"] = delay
+            comment += f" [after {max(delay, 1e-6):.6f} s]"
         if frame is None:
-            content = {"signal": signal, "direction": direction.value, "register": register}
             self._append(time_ns, REGISTERS, _unframed(content), direction, comment)
         else:
             self._append(time_ns, link, frame, direction, comment)
-        self.count += 1
+        self.count += not pending
 
     def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
         """Append a received frame that the proxy ignored. `comment` is the reason."""
@@ -178,6 +188,10 @@ class Entry:
     register: str = ""
     ignored: bool = False
     """Whether the proxy ignored this frame when it was recorded."""
+    pending: str = ""
+    """Why the proxy could not deliver or send the notification at this time. A later entry follows when it could."""
+    delay: float = 0.0
+    """The number of seconds for which the notification was pending before this time."""
 
 
 @attrs.frozen
@@ -229,8 +243,13 @@ class Recording:
         text = name.decode("ascii")
         # The comment of an ignored frame is the reason why it was ignored, instead of the signal.
         recorded = packet.direction if ours else None
-        ignored = recorded is not None and not packet.comment.startswith(_comment(recorded, text))
-        return Entry(packet.time_ns, text, direction, ignored=ignored)
+        if recorded is None:
+            return Entry(packet.time_ns, text, direction)
+        if not packet.comment.startswith(_comment(recorded, text)):
+            return Entry(packet.time_ns, text, direction, ignored=True)
+        state = _STATE.search(packet.comment)
+        pending, delay = ("", "") if state is None else state.groups("")
+        return Entry(packet.time_ns, text, direction, pending=pending, delay=float(delay or 0))
 
 
 def _comment(direction: Direction, signal: str) -> str:
@@ -238,7 +257,7 @@ def _comment(direction: Direction, signal: str) -> str:
     return f"{direction.value} {signal}"
 
 
-def _unframed(content: Mapping[str, str]) -> bytes:
+def _unframed(content: Mapping[str, object]) -> bytes:
     return _UNFRAMED + json.dumps(content).encode() + b"\n"
 
 
@@ -249,8 +268,10 @@ def _content(packet: Packet) -> Entry | Mark | None:
         if isinstance(content.get("mark"), str):
             return Mark(packet.time_ns, content["mark"])
         signal, register = content["signal"], content["register"]
-        if is_wire_name(signal.encode("ascii")) and isinstance(register, str):
-            return Entry(packet.time_ns, signal, packet.direction, register)
+        pending, delay = content.get("pending", ""), content.get("delay", 0.0)
+        valid = isinstance(register, str) and isinstance(pending, str) and isinstance(delay, int | float)
+        if valid and is_wire_name(signal.encode("ascii")):
+            return Entry(packet.time_ns, signal, packet.direction, register, pending=pending, delay=float(delay))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None

@@ -29,7 +29,11 @@ class Flow:
     signal: str
     direction: Direction | None
     times: array[int] = attrs.Factory(lambda: array("q"))
-    """Times in nanoseconds since 1970, in the order of the recording."""
+    """Times in nanoseconds since 1970 of the deliveries, in the order of the recording."""
+    pending: array[int] = attrs.Factory(lambda: array("q"))
+    """When notifications became pending. `times` contains them a second time, when they were delivered or sent."""
+    delays: array[int] = attrs.Factory(lambda: array("q"))
+    """How long delivered notifications had been pending, in nanoseconds."""
 
     @property
     def label(self) -> str:
@@ -95,14 +99,20 @@ class Summary:
         key = each.signal, each.direction
         if key not in self.flows:
             self.flows[key] = Flow(*key)
+        if each.pending:
+            self.flows[key].pending.append(each.time_ns)
+            return
         self.flows[key].times.append(each.time_ns)
+        if each.delay:
+            self.flows[key].delays.append(round(each.delay * BILLION))
         for pair in self.pairs:
             pair.take(each)
 
     @property
     def span(self) -> tuple[int, int]:
         """Start and end of the recording, in nanoseconds since 1970."""
-        times = [time for flow in self.flows.values() for time in (min(flow.times), max(flow.times))]
+        series = [series for flow in self.flows.values() for series in (flow.times, flow.pending) if series]
+        times = [time for series in series for time in (min(series), max(series))]
         times += [mark.time_ns for mark in self.marks]
         return min(times), max(times)
 
@@ -124,6 +134,8 @@ class Summary:
             "signal": flow.signal,
             "direction": None if flow.direction is None else flow.direction.value,
             "count": len(flow.times),
+            "pending": len(flow.pending),
+            "delay": _spread(flow.delays),
             "rate": len(flow.times) / (span_ns / BILLION) if span_ns else None,
             "interval": _spread(flow.intervals()),
             "longest_gap": None if gap is None else {"from": gap[0] / BILLION, "seconds": gap[1] / BILLION},

@@ -80,6 +80,10 @@ class _Lines:
                 yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal}"
                 if last is not None:
                     yield f"+{(now - last) / 1e9:.6f} s"
+                if event.delay:
+                    yield f"(was pending for {event.delay:.6f} s)"
+            case Event(event="pending", direction=Direction() as direction, signal=str() as signal):
+                yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal} pending: {event.reason}"
             case Event(event="ignored"):
                 yield f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
             case Event(event="link"):

@@ -185,8 +185,9 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
     frame = None if event.frame is None else bytes.fromhex(event.frame)
     where = "" if board == name else f"{board}: "
     match event:
-        case Event(event="notification", direction=Direction() as direction, signal=str() as signal_name):
-            recorder.append(time_ns, direction, signal_name, event.register or "", frame, board)
+        case Event(event="notification" | "pending", direction=Direction() as direction, signal=str() as signal):
+            register = event.register or ""
+            recorder.append(time_ns, direction, signal, register, frame, board, pending=event.reason, delay=event.delay)
         case Event(event="ignored"):
             text = f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
             if frame is None:

@@ -38,16 +38,25 @@ class Served(Protocol):
 
 @attrs.frozen(eq=False, repr=False)
 class Batch:
-    """Notifications that were delivered or sent together."""
+    """Notifications that were delivered or sent together, or that became pending together."""
 
     board: str
     signals: Sequence[Signal]
     sequence: int
-    """Sequence number of the first notification."""
+    """Sequence number of the first notification; 0 for pending notifications."""
     frames: Sequence[bytes]
     """The frame of each notification, or empty if the frames are unknown."""
     time_ns: int
     monotonic_ns: int
+    since: int = 0
+    """When the notifications became pending (time.monotonic_ns()), or 0."""
+    reason: str = ""
+    """Why pending notifications cannot be delivered or sent."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the events."""
+        return "pending" if self.reason else "notification"
 
 
 class Feed:
@@ -76,13 +85,23 @@ class Feed:
 
         return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
 
-    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes]) -> None:
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int) -> None:
         if self.monitors:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
-            batch = Batch(self._board, tuple(signals), sequence, frames, time.time_ns(), time.monotonic_ns())
-            for monitor in self.monitors:
-                monitor.carried(batch)
+            self._put(signals, sequence, frames, since=since)
+
+    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
+        if self.monitors:
+            self._put(signals, 0, frames, reason=reason)
+
+    def _put(
+        self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int = 0, reason: str = ""
+    ) -> None:
+        now = time.time_ns(), time.monotonic_ns()
+        batch = Batch(self._board, tuple(signals), sequence, frames, *now, since, reason)
+        for monitor in self.monitors:
+            monitor.carried(batch)
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)

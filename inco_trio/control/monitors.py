@@ -104,9 +104,10 @@ class Monitor:
         for number, signal in enumerate(what.signals):
             if self._accepts(signal.direction, signal.name):
                 yield Event(
-                    "notification", what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
-                    str(signal.path), what.sequence + number,
+                    what.kind, what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
+                    str(signal.path), what.sequence and what.sequence + number,
                     frame=what.frames[number].hex() if self.frames and what.frames else None,
+                    reason=what.reason, delay=(what.monotonic_ns - what.since) / 1e9 if what.since else 0.0,
                 )  # fmt: skip
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
@@ -208,7 +209,10 @@ class Follower(Monitor):
         self._arrived.set()
 
     def carried(self, batch: Batch) -> None:
-        if batch.board in self.cursors:
+        if batch.reason:
+            if self.follows(batch.board):
+                self._put(batch, len(batch.signals))
+        elif batch.board in self.cursors:
             self._turn_of(batch.board)
 
     def offer(self, event: Event) -> None:

@@ -8,6 +8,7 @@ cattrs. The server uses the rules in `_KEYS` instead, because importing cattrs w
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -318,6 +319,7 @@ def _response(message: dict[str, object]) -> Response:
     return attrs.evolve(_structured(message, Response), keys=frozenset(message))
 
 
+_DURATION = Rule((int, float), "a number of seconds", lambda value: 0 <= value < math.inf, float)
 _HEXADECIMAL = Rule((str,), "hexadecimal digits", lambda text: re.fullmatch("([0-9a-fA-F]{2})*", text) is not None)
 
 
@@ -338,6 +340,8 @@ class Event:
     """The history to which `sequence` belongs."""
     frame: Annotated[str, _HEXADECIMAL] | None = None
     reason: str = ""
+    delay: Annotated[float, _DURATION] = 0.0
+    """The number of seconds for which a delivered notification was pending, or 0."""
     running: bool = False
     count: int = 0
     level: str = ""
@@ -357,6 +361,7 @@ def event_now(event: str, board: str = "", **fields: Any) -> Event:
 
 _REQUIRED = {
     "notification": ("direction", "signal", "sequence", "time"),
+    "pending": ("direction", "signal", "reason", "time"),
     "merged": ("direction", "signal", "sequence", "board", "boot", "count"),
     "ignored": ("reason", "time"),
     "link": ("running", "time"),
@@ -376,7 +381,7 @@ def encode_event(event: Event, *, frames: bool = False) -> str:
     elif event.event == "ignored":
         fields["signal"] = event.signal
     fields.pop("frame", None)
-    if frames and event.event in ("notification", "ignored"):
+    if frames and event.event in ("notification", "pending", "ignored"):
         fields["frame"] = event.frame
     return json.dumps(fields) + "\n"
 

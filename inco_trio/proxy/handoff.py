@@ -32,6 +32,8 @@ class Batch(Generic[Item]):
     """Whether the kernel's queue was empty after the read."""
     frames: Sequence[bytes] = ()
     """The frame of each item. Empty unless `Listener.wants_frames` is set."""
+    pending_since: int = 0
+    """When the items were reported as pending (time.monotonic_ns()), or 0."""
     finished: trio.Event | None = None
     """An event that is set once all items are finished."""
 
@@ -40,10 +42,10 @@ class Handoff(Generic[Item]):
     """An unbuffered channel, and the batches that are not finished.
 
     The reading task waits until the acting task takes a batch. Meanwhile, the backlog stays in the kernel's queue,
-    which survives the process. `report` receives the items and frames of each finished batch.
+    which survives the process. `report` receives `items`, `frames` and `pending_since` of each finished batch.
     """
 
-    def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes]], None]) -> None:
+    def __init__(self, noted: NumberTable, report: Callable[[Sequence[Item], Sequence[bytes], int], None]) -> None:
         self._entry, self.exit = trio.open_memory_channel[Batch[Item]](0)
         self._noted = noted
         self.report = report
@@ -61,7 +63,7 @@ class Handoff(Generic[Item]):
         """Finish a batch: report its items, and clear its memory."""
         if batch.items:
             # Report first: if the process is killed before it clears the memory, a report is repeated instead of lost.
-            self.report(batch.items, batch.frames)
+            self.report(batch.items, batch.frames, batch.pending_since)
         for key, wd in batch.watches.items():
             self._noted[key] = wd
         for bank, length in batch.banks:

@@ -14,6 +14,7 @@ from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.links.link import Link
 from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
+from inco_trio.proxy.flood import Flood
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
 from inco_trio.proxy_status import Counters
@@ -48,6 +49,9 @@ class Inbound:
         self._inflight = inflight
         self._counters = counters
         self._listener = listener or Deaf()
+        self._flood = Flood(link)
+        self.filter = self._flood.filter
+        """The task that ends the filtering of a flood of ignored frames."""
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
@@ -64,10 +68,7 @@ class Inbound:
         for bank in sorted(self._inflight.frames, key=lambda bank: bank.sequence):
             files = [known[name] for name in map(decode, frames_in(bank)) if name in known]
             self._counters.recovered += len(files)
-            self._states.write(files)
-            if files:
-                self._handoff.report(files, ())
-            bank.clear(len(bank.view))
+            self._deliver(Batch(files, ((bank, len(bank.view)),)))
 
     def drain(self, stale: Link) -> None:
         """Deliver the frames that are still queued in `stale`, an inherited link that is being replaced."""
@@ -123,18 +124,25 @@ class Inbound:
     def _decode(self, room: memoryview, length: int) -> StateFile | None:
         name = decode(room, length)
         if name is None:
-            self._counters.malformed += 1
+            self._counters.malformed += self._stands_for(room[:length])
             self._ignore("malformed", None, room, length)
             return None
         known, by_frame = self._states.known, self._states.by_frame
         file = known.get(name)
         if file is None:
-            self._counters.unknown += 1
+            self._counters.unknown += self._stands_for(room[:length])
             logger.debug("%s: unknown signal", name.decode())
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
         return file
+
+    def _stands_for(self, frame: memoryview) -> int:
+        """Return how many ignored frames `frame` represents."""
+        frames = self._link.stands_for(frame)
+        self._counters.received += frames - 1
+        self._flood.ignored(frames)
+        return frames
 
     def _ignore(self, reason: str, name: str | None, room: memoryview, length: int) -> None:
         frame = bytes(room[:length]) if self._listener.wants_frames else None
@@ -169,8 +177,13 @@ class Inbound:
             return False
         file = self._file_of(room, length)
         if file is not None:
-            self._states.write((file,))
-            self._handoff.report((file,), (bytes(room[:length]),) if self._listener.wants_frames else ())
+            outcomes = self._states.write((file,))
+            frames = (bytes(room[:length]),) if self._listener.wants_frames else ()
+            if outcomes is None:
+                self._handoff.report((file,), frames, 0)
+            else:
+                self._report_undelivered(batch := Batch([file], frames=frames), outcomes)
+                self._handoff.finish(batch)
         self._counters.received += 1
         self._inflight.frames[0].clear(min(length, FRAME_MAX))
         return True
@@ -182,5 +195,21 @@ class Inbound:
             health.well()
 
     def _deliver(self, batch: Batch[StateFile]) -> None:
-        self._states.write(batch.items)
+        if (outcomes := self._states.write(batch.items)) is not None:
+            self._report_undelivered(batch, outcomes)
         self._handoff.finish(batch)
+
+    def _report_undelivered(self, batch: Batch[StateFile], outcomes: Sequence[str | None]) -> None:
+        """Report notifications that were not delivered, and remove them from `batch`. See `StateFiles.write`."""
+        files, frames = batch.items, batch.frames
+        for outcome, group in itertools.groupby(range(len(files)), outcomes.__getitem__):
+            numbers = list(group)
+            some = [frames[number] for number in numbers] if frames else []
+            if outcome is None:
+                for number in numbers:
+                    self._listener.ignored("unknown", files[number].signal.name, frames[number] if frames else None)
+            elif outcome:
+                self._listener.pending([files[number].signal for number in numbers], outcome, some)
+        delivered = [number for number, outcome in enumerate(outcomes) if outcome == ""]
+        batch.items = [files[number] for number in delivered]
+        batch.frames = [frames[number] for number in delivered] if frames else ()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections import Counter
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
 
 import trio
 
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
+from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
@@ -21,6 +24,8 @@ from inco_trio.signals import Signal
 
 __all__ = ["Outbound"]
 
+LATE = 0.1
+"""Seconds after which a notification that waits for room in a queue is reported as pending."""
 EVENT_ROOM = 16 + 256
 """Size of the largest inotify event in bytes. If a read leaves less space in the buffer, more events may be queued."""
 
@@ -36,7 +41,7 @@ class Outbound:
         inotify: Watcher,
         inflight: Inflight,
         counters: Counters,
-        ignored: Callable[[str, str | None, bytes | None], None] = lambda *_: None,
+        listener: Listener | None = None,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -44,7 +49,7 @@ class Outbound:
         self._inotify = inotify
         self._inflight = inflight
         self._counters = counters
-        self._ignored = ignored
+        self._listener = listener or Deaf()
         self.failures: Counter[str] = Counter()
         """Number of failed attempts to send a frame, by signal name."""
         self._changed = trio.Event()
@@ -52,6 +57,12 @@ class Outbound:
         self._bank = inflight.events[self._fills & 1]
         self._recovered: Batch[Signal] | None = None
         self._waiting: set[trio.Event] = set()
+        self._sending: Batch[Signal] = Batch([])
+        """The batch of the task `send`, whose items are in `_sent`, in `_rest` or reported as sent."""
+        self._sent: list[Signal] = []
+        self._rest: deque[Signal] = deque()
+        self._delay = ""
+        """Why the link accepts no frames at the moment."""
 
     def recover(self) -> None:
         """Recover events that an earlier process read but did not finish. The task `triggers` hands them over."""
@@ -120,6 +131,8 @@ class Outbound:
             sent = 0 if self._handoff.unfinished or not last else self._send_now(triggered.signals)
             batch = self._batch(triggered, sent=sent, banks=((bank, length),))
             if batch.items:
+                if self._delay:
+                    self._report_pending(batch)
                 self._fills += 1
                 await self._handoff.hand_over(batch)
                 self._begin_bank()
@@ -141,7 +154,7 @@ class Outbound:
             return False  # The task `send` handles errors.
         self._counters.triggered += 1
         self._counters.sent += 1
-        self._handoff.report((signal,), ())
+        self._handoff.report((signal,), (), 0)
         return True
 
     def _send_now(self, signals: Sequence[Signal]) -> int:
@@ -155,15 +168,34 @@ class Outbound:
             pass  # The task `send` handles errors.
         self._counters.sent += sent
         if sent:
-            self._handoff.report(signals[:sent], ())
+            self._handoff.report(signals[:sent], (), 0)
         return sent
 
     async def send(self, health: Health) -> None:
         """Run the task that sends frames."""
         async for batch in self._handoff.exit:
-            batch.items = [signal for signal in batch.items if await self._send(signal, health)]
+            self._sending, self._sent, self._rest = batch, [], deque(batch.items)
+            while self._rest:
+                if await self._send(self._rest[0], health):
+                    self._sent.append(self._rest[0])
+                self._rest.popleft()
+            batch.items = self._sent
             self._handoff.finish(batch)
             health.well()
+
+    def _delayed(self, reason: str) -> None:
+        """Report the rest of the batch that the task `send` is sending as pending, and what it has sent as sent."""
+        batch = self._sending
+        if self._sent:
+            self._handoff.report(self._sent, (), batch.pending_since)
+        self._sent, batch.items = [], list(self._rest)
+        self._delay = reason
+        self._report_pending(batch)
+
+    def _report_pending(self, batch: Batch[Signal]) -> None:
+        if not batch.pending_since:
+            batch.pending_since = time.monotonic_ns()
+            self._listener.pending(batch.items, self._delay, ())
 
     async def _send(self, signal: Signal, health: Health) -> bool:
         """Send one frame, waiting until the link accepts it. Return False if the frame is too long for the link.
@@ -171,17 +203,23 @@ class Outbound:
         Raises OSError for other errors that waiting cannot fix.
         """
         changed = None
+        late_at = math.inf
         while True:
             before, changed = changed, self._changed
             try:
                 self._link.send(signal.name)
             except BlockingIOError:
-                await self._link.wait_for_room()
+                with trio.move_on_after(LATE) as short:
+                    await self._link.wait_for_room()
+                if short.cancelled_caught:
+                    self._delayed("the other side does not read: the queue of the link is full")
+                    await self._link.wait_for_room()
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if before is changed:  # Otherwise retry at once: the link may have come up meanwhile.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
+                    self._delayed(error.strerror)
                     await changed.wait()
             except OSError as error:
                 self._counters.send_failures += 1
@@ -189,16 +227,20 @@ class Outbound:
                 if error.errno in TRANSIENT:
                     # For example, ENOBUFS: the device queue is full. No event reports when the queue has room again.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
+                    late_at = min(late_at, trio.current_time() + LATE)
+                    if trio.current_time() >= late_at:
+                        self._delayed(str(error.strerror))
                     with trio.move_on_after(health.backoff.next()):
                         await changed.wait()
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
                     self._counters.unsendable += 1
-                    self._ignored("unsendable", signal.name, None)
+                    self._listener.ignored("unsendable", signal.name, None)
                     return False
                 else:
                     raise
             else:
+                self._delay = ""
                 self._counters.sent += 1
                 return True
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
@@ -22,7 +23,7 @@ from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
@@ -74,6 +75,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -92,6 +94,7 @@ class Proxy:
     def status(self) -> Status:
         """The current state of the proxy."""
         parts = self._parts
+        unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
             since=self._since,
@@ -100,14 +103,14 @@ class Proxy:
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
             counters=self.stats,
-            signals=tuple(self._signal_status(signal) for signal in self._registers.table),
+            signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
             tasks=tuple(
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
         )
 
-    def _signal_status(self, signal: Signal) -> SignalStatus:
+    def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
         events, states = self._parts.events, self._registers.states
         pending = 0
         if signal.direction is Direction.INBOUND:
@@ -115,6 +118,7 @@ class Proxy:
             count, last, failures = file.count, file.last, file.failures
         else:
             count, last = events.sent[signal.name], events.sent_last.get(signal.name, 0)
+            pending = waiting[signal.name]
             failures = self._outbound.failures[signal.name]
         return SignalStatus(
             signal=signal.name,
@@ -184,7 +188,13 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            self._link.expect({*self._registers.table.inbound, *table.inbound})
+            try:
+                await self._registers.reload(table)
+            finally:
+                self._link.expect(self._registers.table.inbound)
             self.config = config
             self._table_since = time.time()
 
@@ -343,9 +353,9 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
-        inflight = Inflight.open(inherited.get("inflight"))
+        inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited.get("inotify"))
+        inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
@@ -367,8 +377,9 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
@@ -377,9 +388,8 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     events = Events(counters, History(inflight.history), ground.listener)
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
     inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
-    outbound = Outbound(
-        handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener.ignored
-    )
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener)
+    registers.states.delivered_late = events.written_late
     events.listener.opened(events.keep)
     inbound.recover()
     outbound.recover()

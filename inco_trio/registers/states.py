@@ -10,8 +10,8 @@ import errno
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
@@ -26,6 +26,8 @@ __all__ = ["StateFile", "StateFiles"]
 
 logger = logging.getLogger(__name__)
 
+RUNS = 64
+"""Maximum number of times that a file stores for its pending notifications."""
 SLICE = 32
 """Maximum number of pending notifications that are written before other tasks run."""
 
@@ -42,6 +44,10 @@ class StateFile:
     last: int = 0
     """Time of the last write (time.time_ns())."""
     failures: int = 0
+    reason: str = "older notifications are pending"
+    """Why the last write failed."""
+    runs: deque[list[int]] = attrs.Factory(deque)
+    """When notifications became pending (time.monotonic_ns()), and how many, oldest first."""
     _register: bytes = attrs.field(
         init=False, default=attrs.Factory(lambda file: os.fsencode(file.signal.register), takes_self=True)
     )
@@ -63,6 +69,28 @@ class StateFile:
             self.fd = fd
             raise
         os.close(fd)
+
+    def pend(self) -> None:
+        """Store the time of a notification that becomes pending."""
+        now = time.monotonic_ns()
+        if self.runs and (self.runs[-1][0] == now or len(self.runs) == RUNS):
+            self.runs[-1][1] += 1
+        else:
+            self.runs.append([now, 1])
+
+    def unpend(self, number: int) -> Iterator[tuple[int, int]]:
+        """Forget the oldest `number` pending notifications. Yield their times and numbers, or the time 0 if unknown."""
+        while number and self.runs:
+            since, there = self.runs[0]
+            some = min(number, there)
+            number -= some
+            if some == there:
+                self.runs.popleft()
+            else:
+                self.runs[0][1] -= some
+            yield since, some
+        if number:
+            yield 0, number
 
     def _check_still_there(self) -> None:
         try:
@@ -94,6 +122,8 @@ class StateFiles:
         self._pending = pending
         self._problems = problems
         self._counters = counters
+        self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
+        """Called after pending notifications were written, with the time since when they were pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""
@@ -139,13 +169,17 @@ class StateFiles:
     def file_of(self, name: str) -> StateFile:
         return self._files[name]
 
-    def write(self, files: Sequence[StateFile]) -> None:
-        """Write one notification to each file, in order. Notifications that cannot be written become pending."""
+    def write(self, files: Sequence[StateFile]) -> list[str | None] | None:
+        """Write one notification to each file, in order. Notifications that cannot be written become pending.
+
+        Return None if all were written. Otherwise return for each file "" if it was written, the reason if it is
+        pending, or None if the table no longer contains its signal.
+        """
         if not self._current.issuperset(files):
-            files = self._renewed(files)
+            return self._write_renewed(files)
         pending, unwritten = self._pending, []
         any_pending = bool(pending.places)
-        for file in files:
+        for number, file in enumerate(files):
             # Do not write while older notifications of the same signal are pending.
             if not (any_pending and pending[file.signal.name.encode()]):
                 try:
@@ -154,32 +188,43 @@ class StateFiles:
                 except OSError as error:
                     self._failed(file, error)
             pending[file.signal.name.encode()] += 1
+            file.pend()
             any_pending = True
-            unwritten.append(file)
+            unwritten.append(number)
         if len(unwritten) == len(files):
-            return
+            return [file.reason for file in files]
         self._counters.delivered += len(files) - len(unwritten)
         now = time.time_ns()
         written = Counter(files)
-        for file in unwritten:
-            written[file] -= 1
+        for number in unwritten:
+            written[files[number]] -= 1
         for file, number in written.items():
             if number:
                 file.count += number
                 file.last = now
-        for directory in {file.directory for file in written}:
-            if not directory.current:
-                # The directory was replaced meanwhile: the writes may have gone to the old directory.
-                for file, number in written.items():
-                    if file.directory is directory and number:
-                        pending[file.signal.name.encode()] += number
-                self._directories.look(directory)
+        replaced = {directory for directory in {file.directory for file in written} if not directory.current}
+        if not unwritten and not replaced:
+            return None
+        outcomes: list[str | None] = [""] * len(files)
+        for number in unwritten:
+            outcomes[number] = files[number].reason
+        for number, file in enumerate(files):
+            if file.directory in replaced and not outcomes[number]:
+                # The directory was replaced meanwhile: the write may have gone to the old directory.
+                pending[file.signal.name.encode()] += 1
+                file.pend()
+                outcomes[number] = "its directory was replaced"
+        for directory in replaced:
+            self._directories.look(directory)
+        return outcomes
 
-    def _renewed(self, files: Sequence[StateFile]) -> list[StateFile]:
-        """Replace files of the table before the last reload by the current files of the same signals."""
-        renewed = [self._files[name] for file in files if (name := file.signal.name) in self._files]
-        self._counters.unknown += len(files) - len(renewed)
-        return renewed
+    def _write_renewed(self, files: Sequence[StateFile]) -> list[str | None]:
+        """Write to the current files of the signals of `files`, some of which are from before the last reload."""
+        renewed = [self._files.get(file.signal.name) for file in files]
+        known = [file for file in renewed if file is not None]
+        self._counters.unknown += len(files) - len(known)
+        outcomes = iter(self.write(known) or [""] * len(known))
+        return [None if file is None else next(outcomes) for file in renewed]
 
     def _failed(self, file: StateFile, error: OSError) -> None:
         """Count and log a failed write, and schedule a retry."""
@@ -194,7 +239,9 @@ class StateFiles:
         self._counters.write_failures += 1
         file.failures += 1
         if error.errno == errno.ENOENT:
+            file.reason = "the file or its directory is missing"
             return True
+        file.reason = f"cannot write: {error.strerror}"
         self._problems.failed(file.signal.path, f"cannot write: {error.strerror}; notifications are kept and retried")
         return False
 
@@ -214,6 +261,8 @@ class StateFiles:
                     self._counters.delivered += written
                     file.count += written
                     file.last = time.time_ns()
+                    for since, number in file.unpend(written):
+                        self.delivered_late([file] * number, since)
                     self._pending[key] -= written
                 yield not refused
                 if refused:
