@@ -190,11 +190,13 @@ class Proxy:
             self._check_open()
             table = SignalTable(config.signals)
             # During the reload, frames of the old and of the new table must pass a filter.
-            self._link.expect({*self._registers.table.inbound, *table.inbound})
+            former = self._registers.table
+            self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
                 await self._registers.reload(table)
             finally:
-                self._link.expect(self._registers.table.inbound)
+                table = self._registers.table
+                self._link.expect(table.inbound, table.outbound)
             self.config = config
             self._table_since = time.time()
 
@@ -379,7 +381,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
-    link.expect(registers.table.inbound)
+    link.expect(registers.table.inbound, registers.table.outbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
