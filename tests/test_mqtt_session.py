@@ -297,16 +297,21 @@ def test_the_end_of_the_connection_wakes_all_callers() -> None:
 
 
 class RefusingConnection:
-    """Refuses a number of subscriptions."""
+    """Refuses a number of subscriptions, and ends when the gateway has subscribed and published its status."""
 
     def __init__(self, refusals: int, limits: Limits) -> None:
         self.limits, self._refusals = limits, refusals
-        self.filters: list[list[str]] = []
+        self.calls: list[list[str]] = []
+        self.received = trio.open_memory_channel[Any](0)[1]
 
     async def subscribe(self, filters: list[str]) -> None:
-        self.filters.append(filters)
-        if len(self.filters) <= self._refusals:
+        self.calls.append(filters)
+        if len(self.calls) <= self._refusals:
             raise BrokerRefusedError("broker", "refuses the subscription")
+
+    async def publish(self, messages: list[Message]) -> list[None]:
+        self.calls += [[message.topic] for message in messages]
+        return [None] * len(messages)
 
 
 @pytest.mark.parametrize(
@@ -316,16 +321,18 @@ class RefusingConnection:
 def test_the_gateway_retries_a_refused_subscription(
     wildcards: bool, filters: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """It publishes its status after the first attempt."""
     limits = opened(wildcard_subscription_available=wildcards).limits
     assert limits is not None
     connection: Any = RefusingConnection(3, limits)
     gateway = Gateway(parse_broker("mqtt://h/lab"), GatewayConfig(send={"b1": ["c", "a/b", "*"]}))
 
     async def main() -> None:
-        await gateway._subscribe(Board("b1"), Topics("lab", "b1"), connection)
+        with trio.move_on_after(60):  # The time of a simulated clock.
+            await gateway._exchange(Board("b1"), Topics("lab", "b1"), connection)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
-    assert connection.filters == [filters] * 4
+    assert connection.calls == [filters, ["lab/b1/status"], filters, filters, filters]
     assert caplog.text.count("signals cannot be sent, retrying") == 1
     assert ("name each signal in the configuration instead of *" in caplog.text) is not wildcards
 

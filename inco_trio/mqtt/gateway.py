@@ -241,11 +241,15 @@ class Gateway:
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
         async with plain_nursery() as nursery:
-            nursery.start_soon(self._publish_status, board, topics, connection)
             nursery.start_soon(self._publish, board, topics, connection)
             nursery.start_soon(self._send_all, board, topics, connection)
-            if self._sendable(board):
-                nursery.start_soon(self._subscribe, board, topics, connection)
+            # Subscribe before the status says `online`: the broker drops requests without a subscription.
+            is_subscribed = await self._subscribe(board, topics, connection)
+            nursery.start_soon(self._publish_status, board, topics, connection)
+            backoff = BrokerBackoff()
+            while not is_subscribed:
+                await trio.sleep(backoff.next())
+                is_subscribed = await self._subscribe(board, topics, connection)
 
     async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish the events of a board, and acknowledge them to the proxy once the broker has acknowledged them."""
@@ -298,24 +302,23 @@ class Gateway:
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
-    async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Subscribe to the requests of MQTT clients. Retry while the broker refuses it."""
-        signals, backoff = self._sendable(board), BrokerBackoff()
-        filters = [topics.sends]
-        if not connection.limits.wildcard_subscriptions:
+    async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> bool:
+        """Subscribe to the requests of MQTT clients. Return False if the broker refuses it."""
+        signals, filters = self._sendable(board), [topics.sends]
+        if signals and not connection.limits.wildcard_subscriptions:
             filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
             if "*" in signals:
                 text = "the broker allows no wildcards: name each signal in the configuration instead of *"
                 self._problems.failed((board, "wildcards"), text, board.name)
-        while filters:
-            try:
-                await connection.subscribe(filters)
-            except BrokerRefusedError as error:
-                self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
-                await trio.sleep(backoff.next())
-            else:
-                self._problems.well((board, "send"), board.name)
-                return
+        if not (signals and filters):
+            return True
+        try:
+            await connection.subscribe(filters)
+        except BrokerRefusedError as error:
+            self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
+            return False
+        self._problems.well((board, "send"), board.name)
+        return True
 
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Handle the requests of MQTT clients to send signals, in the broker's order."""
