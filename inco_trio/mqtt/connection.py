@@ -59,11 +59,10 @@ class BrokerBackoff(Backoff):
     the pause before them.
     """
 
-    FIRST = 0.1
     CAP = 5.0
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(first=0.1)
         self._connected = math.inf
         self._last_pause = 0.0
 
