@@ -161,7 +161,12 @@ class Fleet:
         stack.callback(self._sender.close)
         self._stack = stack
         broker = Mosquitto(
-            home / "broker", "allow_anonymous true", "max_queued_messages 0", "log_type error", verbose=False
+            home / "broker",
+            "allow_anonymous true",
+            "max_queued_messages 0",
+            "max_inflight_messages 1000",
+            "log_type error",
+            verbose=False,
         )
         stack.callback(broker.end)
         self.broker = broker.start()
@@ -335,12 +340,13 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=int, help="use only this total rate of all boards")
+    parser.add_argument("--rounds", type=int, default=60, help="pairs of rounds for the local path (default 60)")
     parser.add_argument("--local", action="store_true", help="measure only the local path, with and without a gateway")
     args = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16_384)), hard))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as home, ExitStack() as stack:
-        say(local(Path(home), stack, 60))
+        say(local(Path(home), stack, args.rounds))
         if args.local:
             return 0
         fleet = Fleet(Path(home), stack, args.boards, args.processes)
