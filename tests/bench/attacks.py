@@ -38,7 +38,7 @@ def flood(payload: bytes, link: str) -> Iterator[None]:
             for _ in range(BLOCK):
                 sock.send(head + payload)
             due += BLOCK / RATE
-            time.sleep(max(0.0, due - time.monotonic()))
+            time.sleep(max(0.0, due - time.monotonic()))  # the rate of the attack
             yield
 
 
@@ -63,7 +63,7 @@ def listeners(control: str) -> Iterator[None]:
             stack.enter_context(connected(control)).sendall(b'{"request": "monitor", "frames": true}\n')
         while True:
             yield
-            time.sleep(1)
+            time.sleep(1)  # the attack consists of reading nothing
 
 
 def lines(control: str) -> Iterator[None]:
