@@ -25,7 +25,7 @@ from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.result import Level, Result, hidden, permit
 from inco_trio.links.address import UnixAddress, parse_address
-from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED

@@ -25,7 +25,7 @@ from inco_trio.frame import ETHERTYPE, decode, encode
 from inco_trio.links.name_filter import SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG

@@ -20,6 +20,7 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
+from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
@@ -108,6 +109,7 @@ class Proxy:
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
+            capabilities=tuple(names_of(held_capabilities())),
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
