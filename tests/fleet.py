@@ -232,11 +232,12 @@ class Fleet:
                 sent += 1
             time.sleep(max(0.0, start + sent / rate - time.monotonic()))  # Limit the load to `rate`.
         took = time.monotonic() - start
-        after, backlog = self._used(), self.waiting()
+        backlog = self.waiting()
         last = -1
         while (count := self._ask("count")) < sent and count != last:
             last = count
             time.sleep(3)  # If nothing arrives for 3 s, the measurement ends.
+        after = self._used()  # What is published after the last frame also belongs to this run.
         received, duplicates, latencies = self._ask("report")
         return Result(
             rate, took, sent, received, duplicates, backlog,
