@@ -20,7 +20,9 @@ WAITING_MAX = 8192
 PIECE = 128
 """Maximum number of events that are encoded at once."""
 PAUSE = 0.07
-"""Seconds between writes to a follower, unless more than a piece waits. Each write wakes its process and the broker."""
+"""Maximum pause in seconds between writes to a follower. Each write wakes its process, which delays notifications."""
+PAUSE_EACH = 0.005
+"""Seconds of pause for each notification of the last write. A notification that comes alone therefore rarely waits."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
 
@@ -214,8 +216,8 @@ class Follower(Monitor):
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
-    _is_full: bool = False
-    """Whether the last piece was full, so that more events may wait."""
+    _pause: float = 0.0
+    """Seconds until the next write; 0 after a full piece, because more events may wait."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards
@@ -244,8 +246,8 @@ class Follower(Monitor):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        if not self._is_full:
-            with trio.move_on_after(PAUSE):
+        if self._pause:
+            with trio.move_on_after(self._pause):
                 await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
@@ -268,4 +270,4 @@ class Follower(Monitor):
             number += cursor.sent - before
             if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None
-        self._is_full = number >= PIECE or len(self._waiting) >= PIECE
+        self._pause = 0.0 if number >= PIECE else min(PAUSE, number * PAUSE_EACH)
