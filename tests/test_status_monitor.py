@@ -628,7 +628,10 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
         board.inbound(peer)
         pending = client.until(event="pending")
         assert (pending["signal"], pending["direction"]) == ("ihub_hwwd_irq", "inbound")
-        assert (pending["register"], pending["reason"]) == (str(state), "cannot write: not a regular file but a directory")
+        assert (pending["register"], pending["reason"]) == (
+            str(state),
+            "cannot write: not a regular file but a directory",
+        )
         board.inbound(peer, encode(b"ihub_reset_irq", MAC))
         # The other signal is delivered meanwhile, and the pending one is not.
         assert client.until(event="notification")["signal"] == "ihub_reset_irq"

@@ -34,6 +34,7 @@ from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskSt
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
+from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
@@ -192,7 +193,7 @@ class Proxy:
             # During the reload, frames of the old and of the new table must pass a filter.
             self._link.expect({*self._registers.table.inbound, *table.inbound})
             try:
-                await self._registers.reload(table)
+                await self._registers.reload(table, Trust(config.owner, config.group))
             finally:
                 self._link.expect(self._registers.table.inbound)
             self.config = config
@@ -373,7 +374,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     """
     inherited = fd_store.inherited
     counters, inflight = Counters(), ground.inflight
-    registers = Registers(ground.inotify, inflight, counters)
+    registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
