@@ -325,6 +325,23 @@ def fleet(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz_short(session: nox.Session) -> None:
+    """Run each fuzz target for a few seconds."""
+    run_fuzz(session, "--runs", "200")
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz everything that reads data of other programs: `nox -s fuzz -- --minutes 60` runs longer than 10 minutes."""
+    run_fuzz(session)
+
+
+def run_fuzz(session: nox.Session, *args: str) -> None:
+    install(session, "test", "fuzz")
+    session.run("python", "-m", "tests.fuzz", *args, *session.posargs)
+
+
+@nox.session
 def bench_smoke(session: nox.Session) -> None:
     """Run the quick form of the benchmark, which gives no valid figures."""
     run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
