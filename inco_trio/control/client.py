@@ -311,7 +311,7 @@ def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
 
         with ThreadPoolExecutor(len(paths)) as threads:
             found = list(threads.map(_attempt, paths))
-    clients = {}
+    clients: dict[str, Client] = {}
     for each in found:
         if isinstance(each, Client) and clients.setdefault(each.greeting.boot, each) is not each:
             each.close()  # Two paths lead to the same proxy.
