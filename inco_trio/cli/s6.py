@@ -8,6 +8,7 @@ from inco_trio.cli import options, service
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
+    sub.usage = "%(prog)s [OPTION ...] [SCANDIR]"
     sub.epilog = "Use `inco-trio service` in new scripts.\nexample: inco-trio s6 /run/service --config /etc/udrv.json"
     sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="scan directory")
     sub.add_argument("--iface", metavar="LINK", help=options.LINK_HELP)
