@@ -111,3 +111,5 @@ class Status:
     counters: Stats
     signals: tuple[SignalStatus, ...]
     tasks: tuple[TaskStatus, ...]
+    capabilities: tuple[str, ...] = ()
+    """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""

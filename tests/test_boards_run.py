@@ -183,12 +183,12 @@ def test_datagrams_of_any_size_are_counted_as_malformed(boards: Boards, daemon: 
         (
             ["run", "rpmsg0", "--boards", "/x"],
             2,
-            "--boards and IFACE exclude each other: a board's file names its link",
+            "--boards and LINK exclude each other: a board's file names its link",
         ),
         (["run", "--boards", "/x", "--irq-dir", "/y"], 2, "--boards and --irq-dir exclude each other: a board's file "),
         (["run", "--boards", "/x", "--wait-link"], 2, "--boards and --wait-link exclude each other: a board's file "),
         (["check", "--boards", "/x", "--config", "/y"], 2, "--boards and --config exclude each other: a board's file "),
-        (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and --iface exclude each other: a board's file "),
+        (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and LINK exclude each other: a board's file "),
     ],
 )
 def test_invalid_arguments_are_one_error_line(tmp_path: Path, words: list[str], code: int, line: str) -> None:
@@ -246,7 +246,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     names = [f"b{number}" for number in range(MANY)]
     boards.add(*names)
     peers = {name: boards.peer(name) for name in names}
-    done = command("s6", boards.home / "scan", "--boards", boards.directory)
+    done = command("s6", boards.home / "scan", "--user", "root", "--boards", boards.directory)
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")

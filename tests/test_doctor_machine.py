@@ -212,7 +212,7 @@ def test_a_working_interface_is_ok(cores: Cores) -> None:
         ("capability", f"this user (uid {os.geteuid()}) has CAP_NET_RAW"),
         ("state", "the interface is up and has a carrier"),
         ("mtu", "MTU 1500 is large enough"),
-        ("bridge", "is not a port of a bridge"),
+        ("master", "no bridge, bond or other master device takes its frames"),
     ):
         result = of(found, check)
         assert (result["level"], result["subject"]) == ("ok", cores.link)
@@ -246,9 +246,9 @@ def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
 def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
     setup = f"ip link add br0 type bridge; ip link set dev br0 up; ip link set dev {cores.link} master br0"
     cores.core0.run(lambda: subprocess.run(["sh", "-ec", setup], check=True))
-    result = of(doctor(cores.core0, cores.link), "bridge")
+    result = of(doctor(cores.core0, cores.link), "master")
     assert (result["level"], result["fix"]) == ("fail", "inco-trio run br0")
-    assert of(doctor(cores.core0, "br0"), "bridge")["level"] == "ok"
+    assert of(doctor(cores.core0, "br0"), "master")["level"] == "ok"
 
 
 def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
@@ -264,9 +264,7 @@ def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
     assert found[0]["fix"] == sysfs
     assert found[1]["found"].startswith("rps_cpus is 0: ")
     every = f"{sysfs}; echo 3 > /sys/class/net/{cores.link}/queues/rx-0/rps_cpus"
-    found = driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)
-    assert levels(found) == ["warn", "ok"]
-    assert found[0]["found"].startswith("rps_cpus is 3: several CPUs handle its frames")
+    assert levels(driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)) == ["ok"]
 
 
 def test_a_missing_network_namespace_is_a_fault(cores: Cores, tmp_path: Path) -> None:
@@ -494,11 +492,12 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
 
 def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:
     link, irq = unix_link(tmp_path, "l"), tmp_path / "irq"
-    send = f"{sys.executable} -m inco_trio send --as core1 unix:{tmp_path}/l.1,peer={tmp_path}/l.0"
+    send = f"{sys.executable} -m inco_trio send"
+    as_core1 = f"unix:{tmp_path}/l.1,peer={tmp_path}/l.0 --as core1"
     setup = f"""
         rm {irq}/message_4_state; mkdir {irq}/message_4_state
-        {send} unknown_irq
-        {send} ihub_reset_irq
+        {send} unknown_irq {as_core1}
+        {send} ihub_reset_irq {as_core1}
         until {sys.executable} -m inco_trio status --json | grep -q '"pending": 1'; do :; done
     """
     code, found = survey(cores.core0, tmp_path, (link, "--irq-dir", irq), setup=setup)

@@ -8,11 +8,13 @@ import os
 import resource
 import socket
 import struct
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -23,9 +25,9 @@ from inco_trio.frame import ETHERTYPE, decode, encode
 from inco_trio.links.name_filter import SAMPLE
 from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
 from inco_trio.linux import bpf
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.rtnetlink import Rtnetlink
-from inco_trio.simulation.world import Cores, Peer
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
+from inco_trio.linux.rtnetlink import Interface, Rtnetlink
+from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
 from tests.support_bpf import accepted
 from tests.support_capabilities import without_capability
@@ -163,7 +165,7 @@ def test_own_frames_are_not_received(
 def test_frames_that_the_kernel_hands_to_a_vlan_are_rejected(link: PacketLink, random: int) -> None:
     """The kernel first offers a VLAN's frame to the sockets of the parent, with the VLAN as the interface."""
     index = link._index
-    link.expect({b"ihub_reset_irq"})
+    link.expect({b"ihub_reset_irq"}, ())
     for restricted in (False, True):
         link.restrict(restricted)
         code = instructions(link)
@@ -180,7 +182,7 @@ def instructions(link: PacketLink) -> list[bpf.Instruction]:
 
 
 def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: PacketLink, core1: Peer) -> None:
-    link.expect({b"ihub_reset_irq", b"ihub_hwwd_irq"})
+    link.expect({b"ihub_reset_irq", b"ihub_hwwd_irq"}, ())
     assert link.restrict(True)
     for number in range(20 * SAMPLE):
         core1.send(b"unknown_%d" % number)
@@ -197,13 +199,13 @@ def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: Packet
 
 
 def test_new_names_replace_the_names_of_a_restricted_link(link: PacketLink, core1: Peer) -> None:
-    link.expect({b"former"})
+    link.expect({b"former"}, ())
     link.restrict(True)
     core1.send(b"former")
-    link.expect({b"former", b"new"})
+    link.expect({b"former", b"new"}, ())
     core1.send(b"former")
     core1.send(b"new")
-    link.expect({b"new"})
+    link.expect({b"new"}, ())
     core1.send(b"new")
     link.restrict(False)
     core1.send(b"any")
@@ -213,7 +215,7 @@ def test_new_names_replace_the_names_of_a_restricted_link(link: PacketLink, core
 
 def test_a_filter_for_more_names_than_the_kernel_accepts_compares_less(link: PacketLink, core1: Peer) -> None:
     names = {b"signal_%04d" % number for number in range(2000)}
-    link.expect(names)
+    link.expect(names, ())
     assert link.restrict(True)
     for name in (b"signal_0000", b"signal_1999", b"signal_1xxx"):
         core1.send(name)
@@ -234,7 +236,7 @@ def test_a_link_that_cannot_be_restricted_receives_everything(
         attach(sock, code)
 
     monkeypatch.setattr(bpf, "attach_filter", refuse)
-    link.expect({b"known"})
+    link.expect({b"known"}, ())
     assert not link.restrict(True)
     core1.send(b"unknown")
     assert [decode(frame) for frame in receive(link)] == [b"unknown"]
@@ -245,7 +247,7 @@ def test_frames_from_before_the_restriction_stand_for_themselves(link: PacketLin
     unknown = memoryview(encode(b"unknown", bytes(6)))
     core1.send(b"unknown")
     core1.send(b"unknown")
-    link.expect({b"known"})
+    link.expect({b"known"}, ())
     assert link.restrict(True)
     assert len(receive(link, 1)) == 1
     assert link.stands_for(unknown) == 1
@@ -451,12 +453,12 @@ def test_an_unbound_socket_fits(opened: StartLink, cores: Cores) -> None:
 def test_an_inherited_socket_with_a_filter_for_other_names_is_reused(
     link: PacketLink, cores: Cores, core1: Peer
 ) -> None:
-    link.expect({b"former"})
+    link.expect({b"former"}, ())
     assert link.restrict(True)
     core1.send(b"former")
     heir = cores.core0.run(lambda: PacketLink.take(cores.link, os.dup(link.fd)))
     assert heir.fits
-    heir.expect({b"new"})
+    heir.expect({b"new"}, ())
     assert heir.refresh()
     core1.send(b"new")
     core1.send(b"any")
@@ -520,6 +522,105 @@ def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: p
         enslave("")
         assert link.refresh()
     assert caplog.messages[1:] == [f"{cores.link}: no longer a port of the bridge br0"]
+
+
+def test_a_renamed_interface_is_not_followed(link: PacketLink, cores: Cores, core1: Peer) -> None:
+    core1.send(b"before")
+    rename(cores, cores.link, "other0")
+    assert not link.refresh()
+    assert link.absence == "the interface is gone or was renamed"
+    core1.send(b"meanwhile")
+    rename(cores, "other0", cores.link)
+    assert link.refresh()
+    core1.send(b"after")
+    assert [decode(frame) for frame in receive(link) + receive(link)] == [b"before", b"after"]
+
+
+def test_another_interface_that_gets_the_name_is_used(link: PacketLink, cores: Cores, core1: Peer) -> None:
+    rename(cores, cores.link, "other0")
+    veth(cores.core0, cores.link, cores.core0, "peer0")
+    change(cores, cores.link, state="up")
+    change(cores, "peer0", state="up")
+    assert link.refresh()
+    core1.send(b"meanwhile")
+    with cores.core0.run(lambda: Peer("peer0")) as peer:
+        peer.send(b"after")
+    assert [decode(frame) for frame in receive(link) + receive(link)] == [b"after"]
+
+
+def rename(cores: Cores, former: str, name: str) -> None:
+    change(cores, former, state="down")
+    command = ["ip", "link", "set", "dev", former, "name", name]
+    cores.core0.run(lambda: subprocess.run(command, check=True))
+    change(cores, name, state="up")
+
+
+def test_an_alternative_name_is_accepted(cores: Cores, core1: Peer) -> None:
+    command = ["ip", "link", "property", "add", "dev", cores.link, "altname", "alternative"]
+    cores.core0.run(lambda: subprocess.run(command, check=True))
+    link = cores.core0.run(lambda: PacketLink.open("alternative"))
+    assert link.refresh()
+    core1.send(b"name")
+    assert [decode(frame) for frame in receive(link)] == [b"name"]
+    close(link)
+
+
+class FakeRtnetlink(Rtnetlink):
+    """Describes the link as a port of `master`, or as a VLAN."""
+
+    def __init__(self, master: str = "", kind: str = "", port_of: str = "") -> None:
+        super().__init__()
+        self.master, self.kind, self.port_of = master, kind, port_of
+
+    def interface(self, name: str = "", index: int = 0) -> Interface | None:
+        found = super().interface(name or "lo")
+        assert found is not None
+        if index:
+            return attrs.evolve(found, name=self.master)
+        return attrs.evolve(found, master=7 if self.master else 0, port_of=self.port_of, kind=self.kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("bond", "a port of the bond m0, which takes all frames (use m0 as the interface)"),
+        ("team", "a port of the team m0, which takes all frames (use m0 as the interface)"),
+        ("openvswitch", "a port of the openvswitch m0, which takes all frames (use m0 as the interface)"),
+        ("", "a port of the master device m0, which takes all frames (use m0 as the interface)"),
+        ("vrf", None),
+    ],
+)
+def test_every_kind_of_master_that_takes_frames_is_named(
+    link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture, kind: str, text: str | None
+) -> None:
+    link._rtnetlink.close()
+    link._rtnetlink = cores.core0.run(lambda: FakeRtnetlink("m0", port_of=kind))
+    assert link.refresh()
+    assert link.refresh()
+    assert caplog.messages == ([] if text is None else [f"{cores.link}: {text}"])
+
+
+def test_names_that_are_too_short_for_a_vlan_are_warned_of(
+    link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture
+) -> None:
+    link.expect((), {b"a"})
+    assert link.refresh()
+    assert caplog.messages == []
+    link._rtnetlink.close()
+    link._rtnetlink = cores.core0.run(lambda: FakeRtnetlink(kind="vlan"))
+    for _ in range(2):
+        assert link.refresh()
+    fault = "the kernel may drop frames with a name of one character on a VLAN (use a longer name)"
+    assert caplog.messages == [f"{cores.link}: a: {fault}"]
+    link.expect((), {b"ab"})
+    link.expect((), {b"c", b"b", b"bc"})
+    assert caplog.messages[1:] == [f"{cores.link}: b, c: {fault}"]
+
+
+def test_the_kind_of_an_interface_is_read(watcher: Rtnetlink, cores: Cores) -> None:
+    found = watcher.interface(cores.link)
+    assert found is not None
+    assert (found.kind, found.port_of, found.is_taken) == ("veth", "", False)
 
 
 def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> None:

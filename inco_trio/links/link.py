@@ -61,8 +61,8 @@ class Link(Protocol):
     def receive_one(self, room: memoryview) -> int:
         """Read one frame into `room`; return its length, or -1 if none is queued. Raises as `receive_into` does."""
 
-    def expect(self, names: Collection[bytes]) -> None:
-        """Set the names of the inbound signals. `restrict` lets their frames pass."""
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        """Set the names of the signals. `restrict` lets frames of inbound signals pass."""
 
     def restrict(self, on: bool) -> bool:
         """Let the kernel drop frames that carry none of the expected names, except for a random sample, or stop that.

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import trio
 
@@ -21,7 +21,7 @@ from inco_trio.links.link import LinkDownError
 from inco_trio.linux import bpf, if_packet
 from inco_trio.linux.bpf import Instruction
 from inco_trio.linux.if_packet import GONE, SOL_PACKET
-from inco_trio.linux.rtnetlink import Rtnetlink
+from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 from inco_trio.linux.sockets import set_receive_buffer
 
 __all__ = ["PacketLink"]
@@ -54,6 +54,17 @@ def _from_interface(index: int) -> tuple[Instruction, ...]:
     return (bpf.JUMP_IF_EQUAL, 1, 0, index), bpf.REJECT
 
 
+def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
+    """Return which of the names the kernel may not send on this interface, and why, or None.
+
+    Without transmit offload, the kernel drops a tagged frame with one byte of payload.
+    """
+    short = sorted(name.decode() for name in names if len(name) == 1) if interface.kind == "vlan" else []
+    if not short:
+        return None
+    return f"{', '.join(short)}: the kernel may drop frames with a name of one character on a VLAN (use a longer name)"
+
+
 DOWN = GONE | {errno.ENETDOWN}
 """Error numbers if the interface is down or gone. A later change of the interface may fix this."""
 
@@ -77,12 +88,15 @@ class PacketLink:
         self._socket = sock
         self._index = 0
         self._names: Collection[bytes] = ()
+        self._outbound: Collection[bytes] = ()
         self._depth: int | None = None
         """How many bytes of a name the filter compares, or None if it accepts all names."""
         self._sampled = False
         """Whether the queue contains only frames that the present filter has accepted."""
         self._frames: dict[str, bytes] = {}
-        self._bridge = ""
+        self._master = ""
+        self._interface: Interface | None = None
+        self._too_short: str | None = None
         # Cache the bound methods: looking them up costs time for each frame.
         self._recv_into = sock.recv_into
         self._send = sock.send
@@ -143,7 +157,7 @@ class PacketLink:
 
     @property
     def absence(self) -> str:
-        return "the interface is gone" if self.mac else "no such interface yet"
+        return "the interface is gone or was renamed" if self.mac else "no such interface yet"
 
     def missing(self) -> LinkNotFoundError:
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
@@ -153,34 +167,42 @@ class PacketLink:
         """Update address and state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
         interface = self._rtnetlink.interface(self.name)
-        if interface is not None and interface.index != self._index:
-            self._index = interface.index
+        # If the interface was renamed, the socket is still bound to it. With index 0, the filter rejects its frames.
+        index = 0 if interface is None else interface.index
+        if index != self._index:
+            self._index = index
             self.restrict(self._depth is not None)
-        if self._bound_address() is None:
+        if interface is None:
+            return False
+        if self._bound_address(interface) is None:
             try:
                 self._socket.bind((self.name, ETHERTYPE))
             except OSError as error:
                 if error.errno not in GONE:
                     raise
                 return False
-        mac = self._bound_address()
-        if mac is None or interface is None:
-            return False  # The interface appeared or was removed just now. Its event is still to come.
+        mac = self._bound_address(interface)
+        if mac is None:
+            return False  # The interface was removed or replaced just now. Its event is still to come.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
         self.running = interface.running
-        bridge = self._rtnetlink.interface(index=interface.master) if interface.port_of == "bridge" else None
-        self._log_bridge("" if bridge is None else bridge.name)
+        master = self._rtnetlink.interface(index=interface.master) if interface.is_taken else None
+        self._log_master("" if master is None else f"{interface.master_kind} {master.name}")
+        self._interface = interface
+        self._warn_of_short_names()
         return True
 
-    def _bound_address(self) -> bytes | None:
+    def _bound_address(self, interface: Interface) -> bytes | None:
         """Return the address of the interface, or None if the socket is not bound to it."""
         name, protocol, _, _, address = self._socket.getsockname()
-        return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
+        # `self.name` may be an alternative name of the interface.
+        return address[:6].ljust(6, b"\0") if name == interface.name and protocol == ETHERTYPE else None
 
-    def expect(self, names: Collection[bytes]) -> None:
-        self._names = names
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        self._names, self._outbound = inbound, outbound
+        self._warn_of_short_names()
         if self._depth is not None:
             self.restrict(True)
 
@@ -205,14 +227,21 @@ class PacketLink:
         known = name_filter.accepts(bytes(frame[HEADER_LENGTH:]), self._names, self._depth)
         return 1 if known else name_filter.SAMPLE
 
-    def _log_bridge(self, bridge: str) -> None:
-        """Log when the interface joins or leaves a bridge, which takes frames before our socket receives them."""
-        before, self._bridge = self._bridge, bridge
-        if bridge and bridge != before:
-            text = "%s: a port of the bridge %s, which takes all frames (use %s as the interface)"
-            logger.warning(text, self.name, bridge, bridge)
-        elif before and not bridge:
-            logger.info("%s: no longer a port of the bridge %s", self.name, before)
+    def _warn_of_short_names(self) -> None:
+        if self._interface is None:
+            return
+        before, self._too_short = self._too_short, too_short(self._interface, self._outbound)
+        if self._too_short not in (None, before):
+            logger.warning("%s: %s", self.name, self._too_short)
+
+    def _log_master(self, master: str) -> None:
+        """Log when the interface joins or leaves a bridge, bond or other master, which takes the received frames."""
+        before, self._master = self._master, master
+        if master and master != before:
+            text = "%s: a port of the %s, which takes all frames (use %s as the interface)"
+            logger.warning(text, self.name, master, master.rpartition(" ")[2])
+        elif before and not master:
+            logger.info("%s: no longer a port of the %s", self.name, before)
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         lengths: list[int] = []

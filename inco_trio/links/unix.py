@@ -314,7 +314,7 @@ class UnixLink:
             self._senders[sender] = known
         return known
 
-    def expect(self, names: Collection[bytes]) -> None:
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
         """Do nothing: only the peer can send frames, and its queue is short."""
 
     def restrict(self, on: bool) -> bool:  # noqa: ARG002 - see `expect`

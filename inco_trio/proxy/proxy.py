@@ -20,6 +20,7 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
+from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
@@ -109,6 +110,7 @@ class Proxy:
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
+            capabilities=tuple(names_of(held_capabilities())),
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
@@ -191,11 +193,13 @@ class Proxy:
             self._check_open()
             table = SignalTable(config.signals)
             # During the reload, frames of the old and of the new table must pass a filter.
-            self._link.expect({*self._registers.table.inbound, *table.inbound})
+            former = self._registers.table
+            self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
                 await self._registers.reload(table, Trust(config.owner, config.group))
             finally:
-                self._link.expect(self._registers.table.inbound)
+                table = self._registers.table
+                self._link.expect(table.inbound, table.outbound)
             self.config = config
             self._table_since = time.time()
 
@@ -380,7 +384,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
-    link.expect(registers.table.inbound)
+    link.expect(registers.table.inbound, registers.table.outbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()
