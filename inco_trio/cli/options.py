@@ -17,6 +17,9 @@ from inco_trio.links.address import address_fault
 from inco_trio.linux.files import is_path
 
 DIGITS_MAX = 12
+UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+"""The length of each unit of time, in seconds."""
+HISTORY_MAX = 65_536
 LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
@@ -25,7 +28,13 @@ LINK_HELP = f"interface (default: {LINK}), or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
-    return _number(text, "a number of seconds above 0", lowest=math.ulp(0))
+    found = re.fullmatch(r"(?s)(.+?)(ms|s|m|h|d)", text)
+    number, unit = (text, "s") if found is None else found.groups()
+    try:
+        return UNITS[unit] * _number(number, "", lowest=math.ulp(0))
+    except argparse.ArgumentTypeError:
+        what = "a number of seconds above 0, or a number with one of the units ms, s, m, h, d"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {what}") from None
 
 
 def seconds(text: str) -> float:
@@ -44,6 +53,12 @@ def _number(text: str, what: str, *, lowest: float) -> float:
     if not lowest <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
     return number
+
+
+def history_size(text: str) -> int:
+    if not text.isdecimal() or len(text) > DIGITS_MAX or int(text) > HISTORY_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to {HISTORY_MAX}")
+    return int(text)
 
 
 def positive(text: str) -> int:

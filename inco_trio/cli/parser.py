@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "diagnose missing notifications",
     "status": "show the state and the counters of a running proxy",
     "monitor": "show each notification as it happens",
+    "history": "show the last notifications and events, also from before a crash",
     "record": "write each notification with its frame to a file",
     "send": "send a signal through the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",

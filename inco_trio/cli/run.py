@@ -34,6 +34,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    sub.add_argument(
+        "--history", type=options.history_size, metavar="N",
+        help="keep the last N notifications of each board for `history` (default: 4096; 0: none)",
+    )  # fmt: skip
     options.add_service_options(sub, verbose="log each notification")
 
 
@@ -63,7 +67,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         from inco_trio.service.many_boards import ManyBoards
 
         directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
-        boards, label = ManyBoards(directory), options.boards_label(directory)
+        boards, label = ManyBoards(directory, args.history), options.boards_label(directory)
     else:
         args.iface = options.LINK if args.iface is None else args.iface
         options.check_link(args.iface)
@@ -86,4 +90,4 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    return Config(args.iface, board.signals, wait_link=args.wait_link)
+    return Config(args.iface, board.signals, wait_link=args.wait_link, history=args.history)

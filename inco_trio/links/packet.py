@@ -21,6 +21,7 @@ from inco_trio.linux import if_packet
 from inco_trio.linux.if_packet import GONE, SOL_PACKET
 from inco_trio.linux.rtnetlink import Rtnetlink
 from inco_trio.linux.sockets import set_receive_buffer
+from inco_trio.problems import report
 
 __all__ = ["PacketLink"]
 
@@ -56,7 +57,7 @@ class PacketLink:
         self.fd = sock.fileno()
         self.mac = b""
         self.running = False
-        self.foreign = 0
+        self.foreign = self.downs = 0
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         set_receive_buffer(sock, RECEIVE_BUFFER)
         self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
@@ -146,7 +147,7 @@ class PacketLink:
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
-        self.running = interface.running
+        self.running, self.downs = interface.running, interface.downs
         bridge = self._rtnetlink.interface(index=interface.master) if interface.port_of == "bridge" else None
         self._log_bridge("" if bridge is None else bridge.name)
         return True
@@ -160,10 +161,10 @@ class PacketLink:
         """Log when the interface joins or leaves a bridge, which takes frames before our socket receives them."""
         before, self._bridge = self._bridge, bridge
         if bridge and bridge != before:
-            text = "%s: a port of the bridge %s, which takes all frames (use %s as the interface)"
-            logger.warning(text, self.name, bridge, bridge)
+            text = f"a port of the bridge {bridge}, which takes all frames (use {bridge} as the interface)"
+            report(logger, logging.WARNING, f"{self.name}: {text}")
         elif before and not bridge:
-            logger.info("%s: no longer a port of the bridge %s", self.name, before)
+            report(logger, logging.INFO, f"{self.name}: no longer a port of the bridge {before}")
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         lengths: list[int] = []

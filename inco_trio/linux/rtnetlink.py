@@ -26,6 +26,7 @@ IFLA_IFNAME = 3
 IFLA_MTU = 4
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
+IFLA_CARRIER_DOWN_COUNT = 48
 IFLA_INFO_SLAVE_KIND = 4
 NLA_TYPE_MASK = 0x3FFF
 
@@ -54,6 +55,8 @@ class Interface:
     mtu: int
     """Maximum payload of a frame in bytes."""
     address: bytes
+    downs: int = 0
+    """How often the carrier has gone down."""
 
 
 class Rtnetlink:
@@ -146,4 +149,5 @@ def _parse(message: bytes) -> Interface:
         port_of.rstrip(b"\0").decode("ascii", "replace"),
         int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
         attributes.get(IFLA_ADDRESS, b""),
+        int.from_bytes(attributes.get(IFLA_CARRIER_DOWN_COUNT, b""), "little"),
     )

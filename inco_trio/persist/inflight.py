@@ -10,7 +10,7 @@ first; the end of the data is visible because unused memory is blank, which mean
 bytes (the mark) end each slot; only a frame that is too long for a slot overwrites the mark.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`history`).
+processes with many boards (`queue`, `proxy.share`); a history (`history`); the flight recorder (`recorder`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import attrs
 
 from inco_trio.frame import FRAME_MAX
 from inco_trio.persist.queue import EventQueue
+from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
 __all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "RING", "SHORT", "Bank", "Inflight", "frames_in"]
 
-MAGIC = b"inco-trio inflight 4, batches of %6d frames\n"
+MAGIC = b"inco-trio inflight 5, batches of %6d frames\n"
 MARK = 8
 """Size of the mark after each frame, in bytes."""
 FRAME_STEP = 128
@@ -52,7 +53,8 @@ def _bank_of(frames: int) -> int:
 FRAME_BANK = _bank_of(FRAMES)
 HISTORY = PAGE + 2 * TABLE + RING
 BEFORE_HISTORY = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
-SIZE = BEFORE_HISTORY + HISTORY
+BEFORE_RECORDER = BEFORE_HISTORY + HISTORY
+SIZE = BEFORE_RECORDER + AREA
 _NO_EVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
 """The mark in all memory that this process creates."""
@@ -102,6 +104,8 @@ class Inflight:
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
     """The memory of the history: a page, two tables and a ring (see `persist.history`)."""
+    recorder: memoryview
+    """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
     """16 bytes for the use of the link (see `links.unix`)."""
     at_once: int
@@ -142,7 +146,8 @@ class Inflight:
             pending=NumberTable(view[offset : offset + TABLE]),
             watches=NumberTable(view[offset + TABLE : offset + 2 * TABLE]),
             queue=EventQueue(view[offset + 2 * TABLE : BEFORE_HISTORY]),
-            history=view[BEFORE_HISTORY:],
+            history=view[BEFORE_HISTORY:BEFORE_RECORDER],
+            recorder=view[BEFORE_RECORDER:],
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,

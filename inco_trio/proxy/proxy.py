@@ -26,6 +26,8 @@ from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.recorder import KEPT, Recorder
+from inco_trio.problems import noted_by, noting, report
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -35,6 +37,7 @@ from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
+from inco_trio.wall_clock import WallClock
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -78,7 +81,10 @@ class Proxy:
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
-        self._since = self._table_since = time.time()
+        self._clock = WallClock()
+        self._since = self._table_since = time.monotonic_ns()
+        self._down_at = 0
+        """When the link went down for the last time, or 0 (time.monotonic_ns(), as the other times here)."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -86,21 +92,27 @@ class Proxy:
     def stats(self) -> Stats:
         """The current counters."""
         if not self._closed:
-            self._inbound.count_dropped()
+            with noted_by(self._parts.events.note):
+                self._inbound.count_dropped()
         return self._counters.snapshot()
 
     @property
     def status(self) -> Status:
         """The current state of the proxy."""
         parts = self._parts
+        self._clock.refresh()
+        recorder = parts.events.recorder
         unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
-            since=self._since,
-            table_since=self._table_since,
+            since=self._clock.seconds(self._since),
+            table_since=self._clock.seconds(self._table_since),
+            uptime=(time.monotonic_ns() - self._since) / 1e9,
             running=self._link.running and not self._closed,
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
+            last_down=self._clock.seconds(self._down_at) if self._down_at else None,
+            recorded=None if recorder is None else recorder.status(),
             counters=self.stats,
             signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
             tasks=tuple(
@@ -124,7 +136,7 @@ class Proxy:
             direction=signal.direction,
             register=str(signal.path),
             count=count,
-            last=last / 1e9 if last else None,
+            last=self._clock.seconds(last) if last else None,
             failures=failures,
             pending=pending,
             problem=self._registers.problem(signal),
@@ -187,9 +199,11 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            with noted_by(self._parts.events.note):
+                await self._registers.reload(SignalTable(config.signals))
             self.config = config
-            self._table_since = time.time()
+            self._table_since = time.monotonic_ns()
+            self._parts.events.note("reloaded", f"reloaded: {len(config.signals)} signals", logging.INFO)
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
@@ -214,6 +228,9 @@ class Proxy:
         """Keep new notifications until a client acknowledges them."""
         return self._parts.events.keep()
 
+    def _recorder(self) -> Recorder | None:
+        return self._parts.events.recorder
+
     def _history(self) -> History:
         return self._parts.events.history
 
@@ -222,6 +239,7 @@ class Proxy:
             nursery.start_soon(self._run_task, name, task, name=f"{self._link.name}: {name}")
 
     async def _run_task(self, name: str, task: Callable[[Health], Awaitable[None]]) -> None:
+        noting.set(self._parts.events.note)
         try:
             with self._scopes[name]:
                 await supervise(self._health[name], task, self._counters)
@@ -253,18 +271,20 @@ class Proxy:
         self._counters.unfinished = self._registers.states.pending + sum(
             len(batch.items) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
+        text = "stopped"
         if unfinished := self._counters.unfinished:
-            if isinstance(self._parts.fd_store, NoFdStore) and not self._successor:
-                logger.warning("%s: stopped with %d notifications pending: they are lost", self._link.name, unfinished)
-            else:
-                logger.info("%s: stopped with %d notifications pending: kept", self._link.name, unfinished)
-        self._inbound.count_dropped()
+            is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
+            text += f" with {unfinished} notifications pending: {'they are lost' if is_lost else 'kept'}"
+            logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
+        with noted_by(self._parts.events.note):
+            self._inbound.count_dropped()
+        self._parts.events.note("stopped", text, logging.INFO)
         self._parts.events.close()
 
     async def _watch(self, health: Health) -> None:
         """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
-        running = False
+        running, since, downs = False, time.monotonic_ns(), link.downs
         while True:
             stored = link.fd
             if link.refresh():
@@ -273,15 +293,39 @@ class Proxy:
             elif self._present.is_set():
                 health.failed(f"{link.absence}: waiting for it")
             before, running = running, link.running
-            if running is not before:
-                self._parts.events.listener.link_changed(running)
+            missed = running and before and link.downs > downs
+            if running is not before or missed:
+                self._note_link(running, max(1, link.downs - downs), since, missed=missed)
+                since = time.monotonic_ns()
+            downs = link.downs
             if link.fd != stored:
                 try:
                     self._parts.fd_store.store("link", link.fd)
                 except IncoError as error:
-                    logger.warning("%s: frames that arrive during a restart will be lost: %s", link.name, error)
+                    text = f"{link.name}: frames that arrive during a restart will be lost: {error}"
+                    report(logger, logging.WARNING, text)
             self._outbound.link_changed()
             await link.changed()
+
+    def _note_link(self, running: bool, times: int, since: int, *, missed: bool) -> None:
+        """Log, count and report that the link came up or went down.
+
+        `since` is the time of the last change. If the link went down and came up again before the proxy noticed,
+        `missed` is set, and `times` is how often it did.
+        """
+        seconds = (time.monotonic_ns() - since) / 1e9
+        if missed or not running:
+            self._counters.link_downs += times
+            self._down_at = time.monotonic_ns()
+        if missed:
+            text = f"link went down and came up again at once ({times} times)"
+        elif running:
+            text = f"link came up after {seconds:.1f} s" if self._down_at else "link is up"
+        else:
+            text = f"link went down after {seconds:.1f} s"
+        if self._down_at:
+            logger.warning("%s: %s", self._link.name, text, extra={"event": "link"})
+        self._parts.events.link_changed(running, text)
 
     async def _restore(self, health: Health) -> None:
         """Run the task that retries failed operations on the registers."""
@@ -311,6 +355,8 @@ class Ground:
     leave_nothing: bool
     """Whether to delete the link's socket file at the end, because no successor needs it."""
     listener: Listener | None = None
+    recorded: int = KEPT
+    """How many notifications a new flight recorder keeps by default."""
 
 
 @asynccontextmanager
@@ -359,13 +405,28 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Open or inherit all resources and return the proxy. `resources` will close them.
+    """Open or inherit all resources and return the proxy. `resources` will close them. Raises IncoError."""
+    counters, recorder = Counters(), None
+    if config.history != 0:
+        recorder = Recorder(ground.inflight.recorder, config.history, ground.recorded)
+    events = Events(counters, History(ground.inflight.history), ground.listener, recorder)
+    with noted_by(events.note):
+        proxy = _build(config, fd_store, ground, resources, counters, events)
+    if recorder is not None:
+        recorder.note_start()
+    return proxy
+
+
+def _build(
+    config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack, counters: Counters, events: Events
+) -> Proxy:
+    """Do the work of `build`.
 
     The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
     before newer ones are read. Descriptors are stored last, because each one replaces a stored descriptor.
     """
     inherited = fd_store.inherited
-    counters, inflight = Counters(), ground.inflight
+    inflight = ground.inflight
     registers = Registers(ground.inotify, inflight, counters)
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
@@ -377,10 +438,9 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
             raise link.missing()
         logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
-    events = Events(counters, History(inflight.history), ground.listener)
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
-    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener)
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events)
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events)
     registers.states.delivered_late = events.written_late
     events.listener.opened(events.keep)
     inbound.recover()

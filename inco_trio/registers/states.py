@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio.persist.tables import NumberTable
-from inco_trio.problems import Problems
+from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import WRITE_FLAGS, Directory
@@ -42,7 +42,7 @@ class StateFile:
     """A descriptor that stays open after a failed write (disk full): closing the file would notify its watchers."""
     count: int = 0
     last: int = 0
-    """Time of the last write (time.time_ns())."""
+    """Time of the last write (time.monotonic_ns())."""
     failures: int = 0
     reason: str = "older notifications are pending"
     """Why the last write failed."""
@@ -155,7 +155,8 @@ class StateFiles:
                 self._directories.trouble(found.directory)
                 continue
             number, self._pending[key] = self._pending[key], 0
-            logger.warning("%s: no longer configured: %d pending notifications dropped", key.decode(), number)
+            text = f"{key.decode()}: no longer configured: {number} pending notifications dropped"
+            report(logger, logging.WARNING, text, "dropped", number)
             self._counters.unknown += number
 
     @property
@@ -194,7 +195,7 @@ class StateFiles:
         if len(unwritten) == len(files):
             return [file.reason for file in files]
         self._counters.delivered += len(files) - len(unwritten)
-        now = time.time_ns()
+        now = time.monotonic_ns()
         written = Counter(files)
         for number in unwritten:
             written[files[number]] -= 1
@@ -260,7 +261,7 @@ class StateFiles:
                 if written and directory.current:
                     self._counters.delivered += written
                     file.count += written
-                    file.last = time.time_ns()
+                    file.last = time.monotonic_ns()
                     for since, number in file.unpend(written):
                         self.delivered_late([file] * number, since)
                     self._pending[key] -= written
