@@ -25,6 +25,7 @@ DEBIAN_PACKAGES = {
     "chromium": ("chromium",),
     "execlineb": ("execline",),
     "fish": ("fish",),
+    "inotifywait": ("inotify-tools",),
     "ip": ("iproute2",),
     "man": ("man-db",),
     "make": ("make",),
@@ -63,6 +64,9 @@ SAME_ON_EACH_PYTHON = (
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
+
+# Without .pyc files, each of the tests' many processes would compile its imports again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Namespaces and mounts need CAP_SYS_ADMIN, which every user has inside a new user namespace.
 AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--mount", "--map-current-user", "--keep-caps")

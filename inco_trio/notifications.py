@@ -13,7 +13,7 @@ from typing import Protocol
 import attrs
 import trio
 
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.persist.recorder import Recorder
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from inco_trio.doctor.processes import Process
+from inco_trio.linux.processes import Process
 
 __all__ = ["BOOTED", "FIRST", "Tree", "process"]
 
@@ -28,10 +28,10 @@ class Tree:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
-    def status(self, who: str, uid: int = 0, capabilities: int = 0) -> None:
+    def status(self, who: str, uid: int = 0, capabilities: int = 0, parent: int = 0) -> None:
         """Write /proc/WHO/status, where `who` is a PID or `self`."""
-        text = f"Name:\tx\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t7\t7\t7\t7\nCapEff:\t{capabilities:016x}\n"
-        self.put(f"proc/{who}/status", text)
+        text = f"Name:\tx\nPPid:\t{parent}\nUid:\t{uid}\t{uid}\t{uid}\t{uid}\nGid:\t7\t7\t7\t7\n"
+        self.put(f"proc/{who}/status", f"{text}CapEff:\t{capabilities:016x}\n")
 
     def process(
         self,
@@ -44,9 +44,10 @@ class Tree:
         seconds: int = 1,
         fds: Mapping[int, str] | None = None,
         watches: Mapping[int, str] | None = None,
+        parent: int = 0,
     ) -> None:
         """Write the /proc files of a process that started `seconds` after boot, with its descriptors and watches."""
-        self.status(str(pid), uid, capabilities)
+        self.status(str(pid), uid, capabilities, parent)
         ticks = seconds * os.sysconf("SC_CLK_TCK")
         self.put(f"proc/{pid}/stat", f"{pid} (a ) b) S {' '.join(['1'] * 18)} {ticks} 0\n")
         self.put(f"proc/{pid}/comm", f"{name}\n")

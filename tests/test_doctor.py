@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import socket
 import struct
 import subprocess
@@ -14,19 +15,21 @@ import sys
 import termios
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, register_files
-from inco_trio.doctor.processes import Process, Processes, look, packet_sockets, unix_sockets
-from inco_trio.doctor.proxies import Users
-from inco_trio.doctor.result import Level, Result, permit
+from inco_trio.doctor.result import Level, Result, hidden, permit
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
@@ -623,15 +626,15 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     assert unix_sockets("/x/a", tree.root) == [77]
     assert unix_sockets("/x/a b", tree.root) == [78]
     processes = everyone(PROXY, HOLDER)
-    assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
-    assert proxies.users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
+    assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+    assert users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
     # The doctor ignores packet sockets for all EtherTypes, except those of inco_proxy.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
-    assert proxies.users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
+    assert users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
     address = parse_address("unix:/x/a,peer=/x/b")
     assert isinstance(address, UnixAddress)
-    assert proxies.users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), 0)
+    assert users_of_socket(address, everyone(PROXY, HOLDER), tree.root) == Users((PROXY,), (), (HOLDER,), 0)
 
 
 @pytest.mark.parametrize(
@@ -650,7 +653,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
             Users((PROXY, SECOND), (LISTENER,), (), 0),
             "fail",
             "2 proxies: 30 (inco-trio), 20 (inco-trio): each receives each frame",
-            "kill 20",
+            "kill 30",
         ),
         (
             Users((PROXY,), (LISTENER,), (), 0),
@@ -661,13 +664,14 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
         (
             Users((), (), (), 1),
             "warn",
-            "a process that this user may not inspect has a socket of this link; only root can see which one",
-            "sudo inco-trio doctor l0",
+            "which process has a socket of l0",
+            None,
         ),
     ],
 )
 def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, fix: str | None) -> None:
-    assert only(proxies.users_of_link("l0", users)) == (level, f"l0: {text}", fix)
+    subject = "" if users.unseen else "l0"
+    assert only(proxies.users_of_link("l0", users)) == (level, f"{subject}: {text}", fix)
 
 
 @pytest.mark.parametrize(
@@ -678,8 +682,8 @@ def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, 
             Users((PROXY,), (), (), 0),
             True,
             "warn",
-            "this user cannot see whether an fd store keeps its socket while the proxy restarts",
-            "sudo inco-trio doctor l0",
+            "whether an fd store keeps the socket of l0 while the proxy restarts",
+            None,
         ),
         (
             Users((), (LISTENER,), (), 0),
@@ -714,7 +718,52 @@ def test_each_link_needs_exactly_one_proxy(users: Users, level: str, text: str, 
 def test_a_missing_fd_store_is_reported(users: Users, unseen: bool, level: str, text: str, fix: str | None) -> None:
     found = only(proxies.descriptors("l0", users, everyone(unseen=unseen)))
     assert (found[0], found[2]) == (level, fix)
-    assert found[1].startswith(f"l0: {text}")
+    assert found[1].partition(": ")[2].startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("parent", "cgroup", "stop"),
+    [
+        ({"name": "s6-supervise", "cwd": "/run/service/inco-trio l0"}, "0::/", "s6-svc -d '/run/service/inco-trio l0'"),
+        ({"name": "s6-supervise", "command": "s6-supervise inco-trio-l0"}, "0::/", "s6-svc -d inco-trio-l0"),
+        ({"name": "runsv", "cwd": "/etc/service/irq"}, "0::/", "sv down /etc/service/irq"),
+        ({"name": "supervise", "cwd": "/service/irq"}, "0::/", "svc -d /service/irq"),
+        ({"name": "systemd"}, "0::/system.slice/inco-trio-l0.service", "systemctl stop inco-trio-l0.service"),
+        (
+            {"name": "systemd"},
+            "12:cpu:/\n1:name=systemd:/system.slice/inco@a.service",
+            "systemctl stop inco@a.service",
+        ),
+        (
+            {"name": "systemd", "pid": 7},
+            "0::/user.slice/user-5.slice/user@5.service/app.slice/inco.service",
+            "systemctl --user stop inco.service",
+        ),
+        # A login shell and cron are also in a unit of systemd, but nothing restarts their children.
+        ({"name": "systemd"}, "0::/user.slice/user-5.slice/session-1.scope", "kill 30"),
+        ({"name": "cron", "pid": 7}, "0::/system.slice/cron.service", "kill 30"),
+        ({"name": "bash", "pid": 7}, "0::/", "kill 30"),
+    ],
+)
+def test_the_command_of_the_supervisor_stops_a_process(
+    tree: Tree, parent: dict[str, Any], cgroup: str, stop: str
+) -> None:
+    above = parent.get("pid", 1)
+    tree.process(above, parent.get("command", "init"), name=parent["name"])
+    if "cwd" in parent:
+        (tree.root / f"proc/{above}/cwd").symlink_to(parent["cwd"])
+    tree.process(30, "inco_proxy l0", parent=above)
+    tree.put("proc/30/cgroup", f"{cgroup}\n")
+    (found,) = [each for each in look(tree.root, BOOTED).all if each.pid == 30]
+    assert found.stop == stop
+
+
+def test_the_proxy_without_supervisor_is_superfluous_otherwise_the_oldest() -> None:
+    young, old = process(4, "inco_proxy l0", started=4), process(3, "inco_proxy l0", started=3)
+    assert superfluous([young, old]) == old
+    watched = attrs.evolve(old, supervised="s6-svc -d /run/service/a")
+    assert superfluous([young, watched]) == young
+    assert superfluous([attrs.evolve(young, supervised="systemctl stop b"), watched]).stop == "s6-svc -d /run/service/a"
 
 
 def test_the_fd_store_check_needs_exactly_one_proxy() -> None:
@@ -742,7 +791,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(four, three, *aside))) == (
         "fail",
         f"{tmp_path}: 2 proxies: 3 (program), 4 (program): each sends each notification",
-        "kill 4",
+        "kill 3",
     )
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, other)))[0] == "warn"
     assert only(proxies.users_of_directory(tmp_path, signals, everyone(three, *aside)))[0] == "ok"
@@ -780,22 +829,43 @@ def run(*words: object, **more: object) -> subprocess.CompletedProcess[bytes]:
 def quiet(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Return a list whose results the doctor reports instead of examining the machine."""
     results: list[Result] = []
-    monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(results))
+    monkeypatch.setattr("inco_trio.doctor.survey.survey", lambda *_, **__: iter(results))
+    monkeypatch.setattr("inco_trio.doctor.examination.examine", lambda *_, **__: iter(()))
     return results
 
 
 OK = Result(Level.OK, "mtu", "l0", "MTU 1500")
 WARN = Result(Level.WARN, "order", "l0", "two queues", "ethtool")
+DOWN = Result(Level.FAIL, "state", "l1", "down")
 FAIL = Result(Level.FAIL, "state", "a\nb\x1b", "down")
 
 
 @pytest.mark.parametrize(
     ("results", "code", "said"),
     [
-        ([], 0, ""),
-        ([OK], 0, "ok   l0: MTU 1500\n"),
-        ([OK, WARN, OK], 3, "ok   l0: MTU 1500\nwarn l0: two queues: run: ethtool\n"),
-        ([FAIL, WARN], 1, "fail a\\nb\\x1b: down\nwarn l0: two queues: run: ethtool\n"),
+        ([], 0, "no problems, 0 checks ok\n"),
+        ([OK], 0, "ok   l0: MTU 1500\nno problems, 1 check ok\n"),
+        (
+            [OK, WARN, OK],
+            3,
+            "warn l0: two queues: run: ethtool\nok   l0: MTU 1500\nno problems, 1 warning, 1 check ok\n",
+        ),
+        (
+            [OK, WARN, FAIL, DOWN],
+            1,
+            """\
+fail a\\nb\\x1b: down
+fail l1: down
+warn l0: two queues: run: ethtool
+ok   l0: MTU 1500
+2 problems, 1 warning, 1 check ok
+""",
+        ),
+        (
+            [FAIL, WARN],
+            1,
+            "fail a\\nb\\x1b: down\nwarn l0: two queues: run: ethtool\n1 problem, 1 warning, 0 checks ok\n",
+        ),
     ],
 )
 def test_each_result_is_a_line_and_the_worst_sets_the_exit_code(
@@ -804,10 +874,27 @@ def test_each_result_is_a_line_and_the_worst_sets_the_exit_code(
     quiet += results
     assert main(["doctor"]) == code
     assert capsys.readouterr() == (said, "")
+    *lines, _summary = said.splitlines()
+    assert main(["doctor", "--quiet"]) == code
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if not line.startswith("ok")]
     assert main(["doctor", "--json"]) == code
     found = json.loads(capsys.readouterr().out)
-    assert [entry["level"] for entry in found] == [line.split()[0] for line in said.splitlines()]
-    assert all(set(entry) == {"level", "check", "subject", "found", "fix"} for entry in found)
+    assert found["version"] == 1
+    levels = [entry["level"] for entry in found["results"]]
+    assert levels == [line.split()[0] for line in lines]
+    assert (found["problems"], found["warnings"], found["ok"]) == tuple(map(levels.count, ("fail", "warn", "ok")))
+    assert all(set(entry) == {"level", "check", "subject", "found", "fix"} for entry in found["results"])
+
+
+def test_what_this_user_may_not_see_is_one_line(
+    quiet: list[Result], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet += [hidden("which process has a socket of l0"), OK, hidden("the status of the proxy at /run/a.sock")]
+    monkeypatch.setattr(shutil, "which", lambda _: "/opt/my env/bin/inco-trio")
+    assert main(["doctor", "--quiet"]) == 3
+    seen = "which process has a socket of l0; the status of the proxy at /run/a.sock"
+    again = "run: sudo '/opt/my env/bin/inco-trio' doctor"
+    assert capsys.readouterr().out == f"warn uid {os.geteuid()}: may not see {seen}: {again}\n"
 
 
 def test_each_level_has_its_own_exit_code() -> None:
@@ -835,7 +922,7 @@ def test_a_refused_configuration_does_not_stop_other_checks(tmp_path: Path) -> N
     udrv = tmp_path / "u.json"
     done = run("--config", udrv)
     assert (done.returncode, done.stderr) == (1, b"")
-    assert done.stdout.startswith(b"fail %b: cannot be read: No such file or directory\n" % bytes(udrv))
+    assert b"fail %b: cannot be read: No such file or directory\n" % bytes(udrv) in done.stdout
     assert b" fs.inotify.max_user_instances: " in done.stdout
     udrv.write_text('{"file": {}, "misc": {"inco_proxy": {"signals": {"a b": {}}}}}')
     lines = run(env={**os.environ, "UDRV_JSON_PATH": str(udrv)}).stdout.decode().splitlines()
@@ -843,7 +930,7 @@ def test_a_refused_configuration_does_not_stop_other_checks(tmp_path: Path) -> N
     assert len(refused) > 1
     udrv.write_text(json.dumps({"file": {"ihub-irq-dev": {"path": str(tmp_path / "irq")}}}))
     done = run("--config", udrv)
-    assert done.stdout.startswith(b"ok   %b: valid, 3 signals\n" % bytes(udrv))
+    assert b"ok   %b: valid, 3 signals\n" % bytes(udrv) in done.stdout
     assert b"warn %b/irq: does not exist" % bytes(tmp_path) in done.stdout
 
 
@@ -851,7 +938,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     done = run("--boards", boards)
     assert done.returncode == 1
-    assert done.stdout.endswith(b"the directory of boards cannot be read: No such file or directory\n")
+    assert b"the directory of boards cannot be read: No such file or directory\n" in done.stdout
     boards.mkdir()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -859,7 +946,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
         (boards / f"{name}.json").write_text(json.dumps({"link": link, "irq_dir": f"{tmp_path / name}"}))
     (boards / "three.json").write_text("{}")
     done = run("--boards", boards, "--json")
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["results"]
     assert done.returncode == 1
     assert {entry["subject"] for entry in found if entry["check"] == "directory"} == {
         f"{tmp_path}/one",
@@ -911,7 +998,7 @@ def test_lines_are_not_wrapped_and_colours_can_be_disabled(tmp_path: Path) -> No
 def test_a_closed_standard_output_is_ignored_and_a_full_one_an_error(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = run(stdout=write, stderr=subprocess.PIPE, capture_output=False)
+    done = run("--irq-dir", tmp_path, stdout=write, stderr=subprocess.PIPE, capture_output=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
     with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device

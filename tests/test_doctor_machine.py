@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import re
 import select
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 
 from inco_trio.doctor import machine
 from inco_trio.links.packet import RECEIVE_BUFFER
+from inco_trio.linux.processes import look
 from inco_trio.linux.rtnetlink import RTMGRP_LINK, Rtnetlink
 from inco_trio.simulation.world import Cores, Namespace
 from netns.fixtures import Proxy, StartProxy
@@ -37,7 +40,7 @@ found = []
 subprocess.run(["sh", "-ec", setup], check=True)
 while len(found) < 5:
     done = subprocess.run([sys.executable, "-m", "inco_trio", "doctor", *words, "--json"], stdout=subprocess.PIPE)
-    results = json.loads(done.stdout)
+    results = json.loads(done.stdout)["results"]
     (result,) = [result for result in results if (result["check"], result["subject"]) == (check, subject)]
     found.append(result)
     if result["level"] == "ok" or result["fix"] is None:
@@ -62,7 +65,7 @@ def doctor(core: Namespace, *words: object, around: Sequence[str] = ()) -> list[
     """Run the doctor and return all results."""
     command = [*around, sys.executable, "-m", "inco_trio", "doctor", *map(str, words), "--json"]
     done = core.run(lambda: subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE))
-    found: list[Found] = json.loads(done.stdout)
+    found: list[Found] = json.loads(done.stdout)["results"]
     worst = {result["level"] for result in found}
     assert done.returncode == (1 if "fail" in worst else 3 if "warn" in worst else 0)
     return found
@@ -96,14 +99,15 @@ def test_missing_proc_is_a_warning_until_it_is_mounted(cores: Cores) -> None:
     command = [*around, "sh", "-ec", setup + '; "$@" || mount -t proc proc /proc; "$@"', "sh"]
     command += [sys.executable, "-m", "inco_trio", "doctor", cores.link]
     done = cores.core0.run(lambda: subprocess.run(command, check=False, timeout=HANG, capture_output=True))
-    first, *rest = done.stdout.decode().splitlines()
+    lines = done.stdout.decode().splitlines()
+    end = next(number for number, line in enumerate(lines) if line.endswith(" ok"))
     assert done.stderr == b""
-    assert first.startswith("warn /proc: not mounted: ")
+    (first,) = [line for line in lines[:end] if line.startswith("warn /proc: not mounted: ")]
     assert first.endswith(": run: mount -t proc proc /proc")
     # Without /proc, the doctor still runs the checks that do not need it.
-    assert f"ok   {cores.link}: the interface is up and has a carrier" in rest[:3]
-    assert not any(line.startswith("warn /proc") for line in rest)
-    assert any("fs.inotify.max_user_instances" in line for line in rest)
+    assert f"ok   {cores.link}: the interface is up and has a carrier" in lines[:end]
+    assert not any(line.startswith("warn /proc") for line in lines[end:])
+    assert any("fs.inotify.max_user_instances" in line for line in lines[end:])
 
 
 def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: list[str]) -> None:
@@ -312,11 +316,11 @@ def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, t
     assert result["level"] == "ok"
     assert result["found"].startswith(f"only process {one.pid} (python")
     assert of(found, "descriptors")["level"] == "warn"
-    two = proxy("--irq-dir", tmp_path / "two")
+    proxy("--irq-dir", tmp_path / "two")
     result = of(doctor(cores.core0, cores.link), "proxy")
-    assert (result["level"], result["fix"]) == ("fail", f"kill {two.pid}")
+    assert (result["level"], result["fix"]) == ("fail", f"kill {one.pid}")
     fix(cores.core0, result)
-    assert two.wait() == 0
+    assert one.wait() == 0
     assert of(doctor(cores.core0, cores.link), "proxy")["level"] == "ok"
 
 
@@ -324,10 +328,11 @@ def test_a_proxy_of_another_user_needs_root_to_inspect(
     cores: Cores, proxy: StartProxy, irq_dir: Path, nobody: list[str]
 ) -> None:
     running = proxy("--irq-dir", irq_dir)
-    result = of(doctor(cores.core0, cores.link, around=nobody), "proxy")
     if os.geteuid() == 0:
-        assert (result["level"], result["fix"]) == ("warn", f"sudo inco-trio doctor {cores.link}")
-        assert result["found"].startswith("a process that this user may not inspect has a socket of this link")
+        result = of(doctor(cores.core0, cores.link, around=nobody), "permission")
+        assert result["level"] == "warn"
+        assert re.fullmatch(f"sudo /.*inco-trio doctor {cores.link}", result["fix"])
+        assert f"which process has a socket of {cores.link}" in result["found"]
     assert of(doctor(cores.core0, cores.link), "proxy")["found"].startswith(f"only process {running.pid} ")
 
 
@@ -340,16 +345,16 @@ def test_the_fix_ends_the_second_proxy_of_a_directory(
     try:
         two.wait_ready()
         found = [result for result in doctor(cores.core0, link, "--irq-dir", irq_dir) if result["check"] == "proxy"]
-        assert [(result["subject"], result["level"]) for result in found] == [(link, "ok"), (str(irq_dir), "fail")]
-        assert found[1]["found"].startswith("2 proxies: ")
-        assert found[1]["fix"] == f"kill {two.pid}"
-        fix(cores.core0, found[1])
-        assert two.wait() == 0
+        assert [(result["subject"], result["level"]) for result in found] == [(str(irq_dir), "fail"), (link, "ok")]
+        assert found[0]["found"].startswith("2 proxies: ")
+        assert found[0]["fix"] == f"kill {one.pid}"
+        fix(cores.core0, found[0])
+        assert one.wait() == 0
+        result = of(doctor(cores.core0, "--irq-dir", irq_dir), "proxy")
+        assert result["level"] == "ok"
+        assert result["found"].startswith(f"only process {two.pid} ")
     finally:
         two.close()
-    result = of(doctor(cores.core0, "--irq-dir", irq_dir), "proxy")
-    assert result["level"] == "ok"
-    assert result["found"].startswith(f"only process {one.pid} ")
 
 
 def test_the_fix_reloads_a_changed_configuration(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
@@ -398,3 +403,138 @@ def test_the_fd_store_of_s6_is_found(cores: Cores, tmp_path: Path) -> None:
         assert result["level"] == "warn"
         assert result["found"].startswith("no proxy serves this link; ")
         assert "(s6-fdholder" in result["found"]
+        # A proxy without a supervisor is the one to stop: s6 would restart the other one.
+        service.control("-u")
+        service.wait("U")
+        stray = Proxy(cores.core0, [cores.link, "--irq-dir", str(tmp_path / "two")], {}, tmp_path / "stray.log")
+        try:
+            stray.wait_ready()
+            result = of(doctor(cores.core0, cores.link), "proxy")
+            assert (result["level"], result["fix"]) == ("fail", f"kill {stray.pid}")
+        finally:
+            stray.close()
+        # The fix stops a supervised proxy for good.
+        (own,) = [each for each in look().all if each.pid == main_process(service.directory)]
+        assert own.stop == f"s6-svc -d {service.directory}"
+        subprocess.run(["sh", "-ec", own.stop], check=True, timeout=HANG)
+        service.wait("D")
+
+
+SURVEYED = """
+import json, subprocess, sys
+from contextlib import ExitStack
+from pathlib import Path
+from inco_trio.service.launch import Launched
+from netns.hang import HANG
+home, proxies, setup = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+subprocess.run(["mount", "-t", "tmpfs", "inco-trio-test", "/run/inco-trio"], check=True)
+with ExitStack() as stack:
+    for number, words in enumerate(proxies):
+        running = Launched("run", *words, log=home / f"{number}.log")
+        stack.callback(running.close)
+        assert running.wait_ready(HANG), running.log
+    subprocess.run(["sh", "-ec", setup], check=True, stdout=subprocess.DEVNULL)
+    sys.exit(subprocess.run([sys.executable, "-m", "inco_trio", "doctor", "--json"]).returncode)
+"""
+"""A program that starts proxies, runs a set-up command and then the doctor without arguments."""
+
+
+def survey(core: Namespace, home: Path, *proxies: Sequence[object], setup: str = "") -> tuple[int, list[Found]]:
+    """Run SURVEYED in a PID namespace, in which no other proxies exist. Return the exit code and the results."""
+    given = json.dumps([list(map(str, words)) for words in proxies])
+    command = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", sys.executable, "-c", SURVEYED]
+    command += [str(home), given, setup]
+    done = core.run(lambda: subprocess.run(command, check=False, timeout=HANG, stdout=subprocess.PIPE))
+    return done.returncode, json.loads(done.stdout)["results"]
+
+
+def unix_link(home: Path, name: str) -> str:
+    return f"unix:{home}/{name}.0,peer={home}/{name}.1"
+
+
+def test_without_arguments_a_missing_proxy_is_a_problem(cores: Cores, tmp_path: Path) -> None:
+    code, found = survey(cores.core0, tmp_path)
+    assert (code, found[0]["level"], found[0]["check"]) == (1, "fail", "proxy")
+    assert found[0]["found"].startswith("no proxy is running: start one with `inco-trio run LINK --config FILE`")
+
+
+def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp_path: Path) -> None:
+    boards = tmp_path / "boards"
+    boards.mkdir()
+    link, one, two = cores.link, unix_link(tmp_path, "one"), unix_link(tmp_path, "two")
+    for name in ("b1", "b2"):
+        board = {"link": unix_link(tmp_path, name), "irq_dir": str(tmp_path / name)}
+        (boards / f"{name}.json").write_text(json.dumps(board))
+    _, found = survey(
+        cores.core0,
+        tmp_path,
+        (link, "--irq-dir", tmp_path / "irq"),
+        (one, "--irq-dir", tmp_path / "one"),
+        # The second proxy of the directory has no control socket.
+        (two, "--irq-dir", tmp_path / "one", "--control", "none"),
+        # This control socket is not in one of the usual directories.
+        ("--boards", boards, "--control", tmp_path / "c.sock"),
+    )
+    served = {each["subject"] for each in found if each["check"] == "proxy" and each["level"] == "ok"}
+    places = {unix_link(tmp_path, name) for name in ("b1", "b2", "one", "two")}
+    assert served == {link, *places, *(f"{tmp_path}/{name}" for name in ("irq", "b1", "b2"))}
+    (double,) = [each for each in found if each["check"] == "proxy" and each["level"] == "fail"]
+    assert double["subject"] == f"{tmp_path}/one"
+    assert double["found"].startswith("2 proxies: ")
+    silent = of(found, "control")
+    assert (silent["level"], silent["found"]) == ("warn", "no control socket answers: its counters are unknown")
+    assert {each["subject"] for each in found if each["check"] == "counters"} == {link, f"{tmp_path}/one.0", "b1", "b2"}
+    # Files that the proxies use are found by the command line.
+    assert {each["subject"] for each in found if each["check"] == "reload"} == {
+        f"{boards}/b1.json",
+        f"{boards}/b2.json",
+    }
+    assert [level for level, _ in groupby(levels(found))] == ["fail", "warn", "ok"]
+
+
+def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:
+    link, irq = unix_link(tmp_path, "l"), tmp_path / "irq"
+    send = f"{sys.executable} -m inco_trio send --as core1 unix:{tmp_path}/l.1,peer={tmp_path}/l.0"
+    setup = f"""
+        rm {irq}/message_4_state; mkdir {irq}/message_4_state
+        {send} unknown_irq
+        {send} ihub_reset_irq
+        until {sys.executable} -m inco_trio status --json | grep -q '"pending": 1'; do :; done
+    """
+    code, found = survey(cores.core0, tmp_path, (link, "--irq-dir", irq), setup=setup)
+    assert code == 1
+    pending = of(found, "signal")
+    assert (pending["level"], pending["subject"]) == ("fail", f"{irq}/message_4_state")
+    assert pending["found"].startswith("ihub_reset_irq: cannot write: Is a directory; ")
+    assert pending["found"].endswith(" (1 pending)")
+    counted = [each["found"] for each in found if each["check"] == "counters"]
+    assert len(counted) == 2
+    assert counted[0].startswith("unknown: 1 frames had a name that is no inbound signal: compare `inco-trio monitor`")
+    assert re.match("write_failures: [1-9][0-9]* attempts to write a state file failed", counted[1])
+
+
+def test_a_second_proxy_warns_and_names_the_first(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
+    one = proxy("--irq-dir", tmp_path / "irq")
+    two = proxy("--irq-dir", tmp_path / "irq")
+    for subject, what in (
+        (cores.link, "serves this link, too: each proxy receives each frame"),
+        (tmp_path / "irq", "watches its triggers, too: each proxy sends each notification"),
+    ):
+        line = json.loads(two.wait_log(what))
+        assert line["level"] == "warning"
+        assert re.fullmatch(rf"{subject}: process {one.pid} \(python.*\) {what}: run: kill {one.pid}", line["message"])
+    assert "too: each" not in one.log
+
+
+def test_a_proxy_beside_one_of_another_user_names_it_by_its_command_line(
+    cores: Cores, proxy: StartProxy, nobody: list[str], tmp_path: Path
+) -> None:
+    one = proxy("--irq-dir", tmp_path / "irq")
+    program = f"""
+from inco_trio.links.address import InterfaceAddress
+from inco_trio.service.rivals import rivals
+print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
+"""
+    command = [*nobody, sys.executable, "-c", program]
+    done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
+    assert f"{cores.link}: process {one.pid} (python" in done.stdout

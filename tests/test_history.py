@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inco_trio.control.feed import Batch
 from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event
-from inco_trio.persist import history as room
-from inco_trio.persist.history import History
+from inco_trio.persist import followed as room
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.signals import Direction, Signal
 

@@ -43,6 +43,15 @@ NOT_RUN = {
 """The code blocks that no test runs: their first characters, and the reason."""
 RUN_BY = {
     ("api", ""): "test_api.py::test_the_examples_run",
+    ("application", "/* Print"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "gcc "): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "watching"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "#!/bin/sh"): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", '"""Print'): "test_application.py::test_a_program_reports_each_notification_of_a_burst",
+    ("application", "inco-trio wait"): "test_send_wait.py",
+    ("application", "int fd"): "test_application.py::test_each_trigger_makes_one_notification",
+    ("application", "echo 1"): "test_application.py::test_each_trigger_makes_one_notification",
+    ("application", "Path("): "test_application.py::test_each_trigger_makes_one_notification",
     ("metrics", "inco-trio exporter"): "test_exporter.py::test_the_commands_of_the_page_run",
     ("metrics", "scrape_configs"): "test_exporter.py::test_the_configuration_of_the_page_is_valid",
     ("mqtt", "inco-trio mqtt"): "test_mqtt.py::test_the_command_of_the_page_runs",
@@ -63,6 +72,11 @@ RUN_BY = {
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
+    (
+        "control",
+        '{"request": "history"}',
+    ): "test_history_command.py::test_the_history_has_what_happened_before_it_was_asked",
+    ("control", "inco-trio history"): "test_history_command.py::test_the_history_has_what_happened_before_it_was_asked",
     ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_receives_all_it_did_not_acknowledge",
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("first-steps", "import inco_trio"): "test_pages.py::test_the_programs_on_the_pages_run",

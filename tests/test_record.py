@@ -127,7 +127,9 @@ def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Runn
     recording = start(tmp_path / "f", "--control", board.path)
     peer.close()
     Path(f"{board.home}/core1").unlink()
-    while not any(isinstance(each, Mark) and each.text.startswith("link went down") for each in everything(tmp_path / "f")):
+    while not any(
+        isinstance(each, Mark) and each.text.startswith("the link went down") for each in everything(tmp_path / "f")
+    ):
         assert recording.process.poll() is None
     assert finish(recording).startswith("inco-trio: 0 notifications in ")
 

@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --keep --link --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter s6
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --keep --link --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --send --signal --since --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -66,6 +66,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -l boards -xka "(__fish_co
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l history -x -d 'keep the last N notifications of each board for `history` (default: 4096; 0: none)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-format -xka "text json" -d 'text (default) or json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s v -l verbose -d 'log each notification'
@@ -82,8 +83,9 @@ complete -c inco-trio -n '_shtab_inco_trio_using doctor' -s h -l help -d 'show t
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l irq-dir -xka "(__fish_complete_directories)" -d 'check the built-in signals in DIR, without a configuration file'
 complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l boards -xka "(__fish_complete_directories)" -d 'directory of boards, one per file DIR/NAME.json'
-complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l json -d 'print the results as a JSON list'
-complete -c inco-trio -n '_shtab_inco_trio_using doctor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'interface, or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using doctor' -l json -d 'print the results as JSON'
+complete -c inco-trio -n '_shtab_inco_trio_using doctor' -s q -l quiet -d 'print only problems and warnings'
+complete -c inco-trio -n '_shtab_inco_trio_using doctor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'interface, or unix:LOCAL,peer=REMOTE (default: all)'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a status -d 'Show the state and the counters of a running proxy.'
 complete -c inco-trio -n '_shtab_inco_trio_using status' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using status' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of the proxy (default: the one running proxy)'
@@ -101,6 +103,15 @@ complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l direction -xka "inb
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l count -x -d 'stop after N notifications'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l json -d 'print the JSON lines of the proxy, see docs/control.md'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'proxy of this link, or of this directory of boards'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a history -d 'Show the last notifications and events, also from before a crash.'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of the proxy (default: the one running proxy)'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l board -x -d 'only this board'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l since -x -d 'only the last TIME, such as 10m or 2h'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l signal -xka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'only this signal (repeatable)'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l direction -xka "inbound outbound" -d 'only this direction'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l json -d 'print a JSON object for each line, see docs/control.md'
+complete -c inco-trio -n '_shtab_inco_trio_using history; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'proxy of this link, or of this directory of boards'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a record -d 'Write each notification with its frame to a file.'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of the proxy (default: the one running proxy)'

@@ -34,7 +34,8 @@ async def guard(command: list[str], board: Path) -> None:
     with INotify() as inotify:
         interrupts = {}
         for name in ("ihub_hwwd_irq", "ihub_reset_irq"):
-            watch = inotify.add_watch(signals[name].directory, flags.CLOSE_WRITE)
+            # Without the MODIFY events between them, the kernel merges close events that are not read yet.
+            watch = inotify.add_watch(signals[name].directory, flags.CLOSE_WRITE | flags.MODIFY)
             interrupts[watch, signals[name].register] = name
         async with trio.open_nursery() as nursery:
 
@@ -47,7 +48,10 @@ async def guard(command: list[str], board: Path) -> None:
             while True:
                 await trio.lowlevel.wait_readable(inotify)
                 for event in inotify.read(timeout=0):
-                    name = interrupts.get((event.wd, event.name), "")
+                    closed = event.mask & flags.CLOSE_WRITE
+                    name = interrupts.get((event.wd, event.name), "") if closed else ""
+                    if event.mask & flags.Q_OVERFLOW:
+                        name = "ihub_hwwd_irq"  # Interrupts may be missing: a restart is the safe answer.
                     if name:
                         await stop(service)
                     if name == "ihub_hwwd_irq":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,3 +62,13 @@ def test_a_killed_proxy_loses_nothing(inco_board: Board) -> None:
     inco_board.proxy.start()
     inco_board.core1.expect("redun_notify_irq")
     assert inco_board.core0.count("ihub_hwwd_irq") == 1
+
+
+def test_each_interrupt_of_a_burst_is_answered(inco_board: Board, guard: subprocess.Popen[str]) -> None:
+    guard.send_signal(signal.SIGSTOP)
+    for _ in range(5):
+        inco_board.core1.send("ihub_hwwd_irq")
+        inco_board.core0.expect("ihub_hwwd_irq")
+    guard.send_signal(signal.SIGCONT)
+    for _ in range(5):
+        inco_board.core1.expect("redun_notify_irq")

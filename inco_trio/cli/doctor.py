@@ -6,7 +6,9 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,31 +16,36 @@ from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.streams import say
 from inco_trio.doctor.machine import proc
-from inco_trio.doctor.processes import look
-from inco_trio.doctor.result import Level, Result, fail, ok
+from inco_trio.doctor.result import Level, Result, fail, ok, summarize
 from inco_trio.errors import IncoError
+from inco_trio.linux.processes import look
 from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
 """The exit code of the command, by the level of its worst result."""
 
+NAMES = {Level.FAIL: "problems", Level.WARN: "warnings", Level.OK: "ok"}
+"""The keys of the numbers of results in the JSON, by level."""
+VERSION = 1
+"""The version of the JSON. It is increased when the meaning of a key changes."""
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
 """The terminal escape codes for green, yellow and red, see console_codes(4)."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "It prints one line per check, with the command that fixes a problem, and changes nothing.\n"
-        "Without --config, --irq-dir and $UDRV_JSON_PATH it does not check registers, without LINK no link.\n"
-        "exit codes: 0 no problems, 1 failures, 3 only warnings\n\n"
+        "Without arguments it examines all running proxies and their boards. It prints problems first, with the\n"
+        "commands that fix them, and changes nothing.\n"
+        "exit codes: 0 no problems, 1 problems, 3 only warnings\n\n"
         "example: inco-trio doctor rpmsg4000 --config /etc/udrv.json"
     )
-    sub.add_argument("iface", nargs="?", metavar="LINK", help="interface, or unix:LOCAL,peer=REMOTE")
+    sub.add_argument("iface", nargs="?", metavar="LINK", help="interface, or unix:LOCAL,peer=REMOTE (default: all)")
     options.configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="check the built-in signals in DIR, without a configuration file")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
-    sub.add_argument("--json", action="store_true", help="print the results as a JSON list")
+    sub.add_argument("--json", action="store_true", help="print the results as JSON")
+    sub.add_argument("-q", "--quiet", action="store_true", help="print only problems and warnings")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,24 +54,39 @@ def run(args: argparse.Namespace) -> int:
         results = _one(args)
     else:
         results = _boards(options.boards_directory(args, "IFACE", "--config", "--irq-dir"))
-    worst = Level.OK
-    found: list[dict[str, str | None]] = []
-    seen: set[Result] = set()
-    coloured = _coloured()
-    for result in results:
-        if result in seen:
-            continue  # Every board yields the same results for the machine: print them once.
-        seen.add(result)
-        worst = max(worst, result.level)
-        if args.json:
-            found.append(result.as_dict())
-        else:
+    found = summarize(results, _as_root(args))
+    counts = Counter(result.level for result in found)
+    if args.json:
+        summary = {name: counts[level] for level, name in NAMES.items()}
+        say(json.dumps({"version": VERSION, **summary, "results": [result.as_dict() for result in found]}, indent=2))
+    else:
+        coloured = _coloured()
+        for result in found:
+            if args.quiet and result.level is Level.OK:
+                continue
             word = f"{result.level.name.lower():4}"
             head = f"\033[{_COLOURS[result.level]}m{word}\033[m" if coloured else word
             say(f"{head} {printable(str(result))}")
-    if args.json:
-        say(json.dumps(found, indent=2))
-    return EXITS[worst]
+        if not args.quiet:
+            say(_summary(counts))
+    return EXITS[max(counts, default=Level.OK)]
+
+
+def _summary(counts: Counter[Level]) -> str:
+    """Return a line such as `2 problems, 1 warning, 15 checks ok`."""
+    problems, warnings = counts[Level.FAIL], counts[Level.WARN]
+    parts = [f"{problems or 'no'} problem{'' if problems == 1 else 's'}"]
+    parts += [f"{warnings} warning{'' if warnings == 1 else 's'}"] if warnings else []
+    return ", ".join([*parts, f"{counts[Level.OK]} check{'' if counts[Level.OK] == 1 else 's'} ok"])
+
+
+def _as_root(args: argparse.Namespace) -> str:
+    """Return the command that repeats this examination as root. Its path is absolute: sudo(8) has its own PATH."""
+    program = shutil.which("inco-trio")
+    words = [program] if program else [sys.executable, "-m", "inco_trio"]
+    given = {"--config": args.config, "--irq-dir": args.irq_dir, "--boards": args.boards}
+    chosen = [word for option, value in given.items() if value is not None for word in (option, value)]
+    return shlex.join(["sudo", *words, "doctor", *([] if args.iface is None else [args.iface]), *chosen])
 
 
 def _coloured() -> bool:
@@ -87,10 +109,15 @@ def _one(args: argparse.Namespace) -> Iterator[Result]:
 
 
 def _examined(link: str | None, directory: Path | None, config: Path | None) -> Iterator[Result]:
+    from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
+    from inco_trio.doctor.survey import survey
 
     processes = look()
     yield from proc(processes)
+    answers = ask(processes)
+    if link is None and directory is None:
+        yield from survey(processes, answers)
     signals: tuple[Signal, ...] = ()
     start = f"inco-trio run {shlex.quote(link or '')}"
     if directory is not None:
@@ -106,15 +133,17 @@ def _examined(link: str | None, directory: Path | None, config: Path | None) -> 
             yield from _refused(config, error)
         else:
             yield ok("configuration", config, f"valid, {len(signals)} signals")
-    yield from examine(link, signals, processes, configuration=config, start=start)
+    yield from examine(link, signals, processes, answers, configuration=config, start=start)
 
 
 def _boards(directory: Path) -> Iterator[Result]:
     from inco_trio.board_files import read_boards
+    from inco_trio.doctor.answers import ask
     from inco_trio.doctor.examination import examine
 
     processes = look()
     yield from proc(processes)
+    answers = ask(processes)
     try:
         boards = read_boards(directory)
     except IncoError as error:
@@ -126,7 +155,8 @@ def _boards(directory: Path) -> Iterator[Result]:
     for name, board in boards.configs.items():
         file = directory / f"{name}.json"
         yield ok("configuration", file, f"valid, {len(board.signals)} signals")
-        yield from examine(board.link, board.signals, processes, netns=board.netns, configuration=file, start=start)
+        places = {"netns": board.netns, "configuration": file}
+        yield from examine(board.link, board.signals, processes, answers, **places, start=start)
 
 
 def _refused(path: Path, error: IncoError) -> Iterator[Result]:

@@ -94,7 +94,7 @@ class Lines:
                 yield f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
                 yield from _repeated(event)
             case Event(event="link"):
-                yield event.message or f"link {'came up' if event.running else 'went down'}"
+                yield event.message or f"the link {'came up' if event.running else 'went down'}"
             case Event(event="lost"):
                 yield f"{event.count} events lost: they arrived faster than they could be printed"
             case _:

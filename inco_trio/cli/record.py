@@ -195,7 +195,9 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
             else:
                 recorder.ignored(time_ns, text, frame, board)
         case Event(event="link"):
-            recorder.mark(time_ns, f"{where}{event.message or ('link came up' if event.running else 'link went down')}")
+            recorder.mark(
+                time_ns, f"{where}{event.message or ('the link came up' if event.running else 'the link went down')}"
+            )
         case Event(event="lost"):
             recorder.mark(time_ns, f"{event.count} events were lost here: they arrived too fast")
         case _:

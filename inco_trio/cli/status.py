@@ -87,12 +87,6 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     stored = "not stored" if status.descriptors is None else f"stored in {status.descriptors}"
     yield f"{board.board}: {state}, descriptors {stored}"
     yield f"  {status.link}: {status.description}"
-    if status.last_down is not None:
-        ago = _duration(max(0.0, now - status.last_down))
-        yield f"  link went down {status.counters.link_downs} times, last {ago} ago"
-    if (recorded := status.recorded) is not None and recorded.since is not None:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(recorded.since))
-        yield f"  history since {since} ({_duration(max(0.0, now - recorded.since))}), {recorded.events} events"
     yield from _table(status, seconds, past, now)
     for each in status.signals:
         if each.problem:
@@ -100,8 +94,14 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     for task in status.tasks:
         if task.problem or task.restarts:
             yield f"  {task.task}: restarted {task.restarts} times; {task.problem or f'last: {task.last_problem}'}"
+    if status.last_down is not None:
+        ago = _duration(max(0.0, now - status.last_down))
+        yield f"  the link went down {status.counters.link_downs} times, last {ago} ago"
     if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
         yield f"  counters: {counters}"
+    if (recorded := status.recorded) is not None and recorded.since is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(recorded.since))
+        yield f"  history since {since} ({_duration(max(0.0, now - recorded.since))}), {recorded.events} events"
 
 
 def _table(status: Status, seconds: float | None, past: Status | None, now: float) -> Iterator[str]:

@@ -15,7 +15,7 @@ from inco_trio.control.past import past_events
 from inco_trio.control.protocol import RequestError
 from inco_trio.control.server import Peer
 from inco_trio.errors import ClosedError, UnknownSignalError
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.proxy.proxy import Proxy
 from inco_trio.signals import Direction
 

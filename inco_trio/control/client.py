@@ -6,9 +6,10 @@ import math
 import os
 import select
 import socket
+import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from inco_trio.errors import (
 )
 from inco_trio.links.address import parse_address
 
-__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "client_of", "connect", "dial", "sockets"]
+__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "answering", "client_of", "connect", "dial", "sockets"]
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
@@ -36,6 +37,8 @@ SEARCH = 3.0
 """Timeout for the greetings of all proxies, in seconds, if the user did not name a proxy."""
 AGAIN = 0.02
 """Seconds until the next attempt to connect to a socket whose backlog is full."""
+_UCRED = struct.Struct("iII")
+"""struct ucred (unix(7)): PID, user and group."""
 ERRORS: dict[str, type[IncoError]] = {
     "not-permitted": PermissionDeniedError,
     "closed": ProxyNotFoundError,
@@ -137,6 +140,12 @@ class Client(Channel, AbstractContextManager["Client"]):
             self._sock.close()
             raise
 
+    @property
+    def pid(self) -> int:
+        """The PID of the proxy as this process sees it (SO_PEERCRED, unix(7)), even from another PID namespace."""
+        credentials = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        return int(_UCRED.unpack(credentials)[0]) or self.greeting.pid
+
     def _dial(self, deadline: float) -> None:
         while not dial(self._sock, self.path):
             if time.monotonic() >= deadline:
@@ -228,7 +237,7 @@ def connect(link: str | None, control: str | None) -> Client:
         if link is not None:
             raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
         return Client(Path(control))
-    clients, errors = _answering()
+    clients, errors = answering(sockets())
     found = [client for client in clients if link is None or _is_called(client, link)]
     only = found[0] if len(found) == 1 else None
     _close(clients, only)
@@ -247,7 +256,7 @@ def connect(link: str | None, control: str | None) -> Client:
 
 def client_of(pid: int) -> Client | None:
     """Connect to the proxy with the PID `pid`. Return None if its control socket is not found."""
-    clients, _ = _answering()
+    clients, _ = answering(sockets())
     mine = next((client for client in clients if client.greeting.pid == pid), None)
     _close(clients, mine)
     return mine
@@ -259,9 +268,8 @@ def _close(clients: list[Client], kept: Client | None) -> None:
             client.close()
 
 
-def _answering() -> tuple[list[Client], list[IncoError]]:
-    """Connect to all control sockets of this host concurrently."""
-    paths = sockets()
+def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
+    """Connect to the control sockets at `paths` concurrently. Also return the errors of those that do not answer."""
     if len(paths) < 2:
         found = [_attempt(path) for path in paths]
     else:

@@ -13,7 +13,7 @@ import attrs
 import trio
 
 from inco_trio.notifications import Times
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.problems import board_name
 from inco_trio.proxy.proxy import Proxy
 from inco_trio.signals import Direction, Signal

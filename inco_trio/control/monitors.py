@@ -10,7 +10,7 @@ import trio
 
 from inco_trio.control.feed import Batch
 from inco_trio.control.protocol import Event, encode_event, event_now
-from inco_trio.persist.history import History, Merged, Record
+from inco_trio.persist.followed import History, Merged, Record
 from inco_trio.signals import Direction
 
 __all__ = ["Follower", "Monitor"]

@@ -1,5 +1,5 @@
 """The checks of `inco-trio doctor`, which find the causes of missing notifications and change nothing.
 
 `machine`, `links`, `register_files` and `proxies` contain the checks, one function each. `examination` calls them in
-order. `processes` reads the descriptors of all processes from /proc, and `result` defines the result of a check.
+order. `result` defines the result of a check.
 """

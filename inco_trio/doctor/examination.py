@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from inco_trio.control.client import client_of
 from inco_trio.doctor import links, machine, proxies, register_files
-from inco_trio.doctor.processes import Processes
-from inco_trio.doctor.proxies import Users
+from inco_trio.doctor.answers import Answers
 from inco_trio.doctor.result import Result, fail
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
+from inco_trio.linux.processes import Processes
+from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
 
 __all__ = ["examine"]
@@ -24,6 +24,7 @@ def examine(
     link: str | None,
     signals: Sequence[Signal],
     processes: Processes,
+    answers: Answers,
     *,
     netns: Path | None = None,
     configuration: Path | None = None,
@@ -31,8 +32,9 @@ def examine(
 ) -> Iterator[Result]:
     """Check a link, if given, and the registers of `signals`.
 
-    `netns` is the network namespace of the interface. `configuration` is the file that defines the signals. `start` is
-    the command that starts the proxy (default: `inco-trio run LINK`).
+    `answers` contains what the running proxies report. `netns` is the network namespace of the interface.
+    `configuration` is the file that defines the signals. `start` is the command that starts the proxy (default:
+    `inco-trio run LINK`).
     """
     users = _NO_USERS
     if link is not None:
@@ -49,25 +51,17 @@ def examine(
         yield from results
     yield from machine.inotify_limits(processes, users.proxy)
     yield from _registers(signals, processes, users)
+    boards = answers.of(users.proxy)
+    for board in boards:
+        if board.status is not None and board.status.link == link:
+            yield from proxies.counters(board)
     if configuration is not None and users.proxy is not None:
-        yield from proxies.configuration(configuration, users.proxy, _table_since(users.proxy.pid))
-
-
-def _table_since(pid: int) -> float | None:
-    """Return when the proxy with this PID loaded its signal table, or None if the proxy does not answer."""
-    client = client_of(pid)
-    if client is None:
-        return None
-    with client:
-        try:
-            boards = client.status()
-        except IncoError:
-            return None
-    return min((board.status.table_since for board in boards if board.status is not None), default=None)
+        read_at = min((board.status.table_since for board in boards if board.status is not None), default=None)
+        yield from proxies.configuration(configuration, users.proxy, read_at)
 
 
 def _unix(link: str, address: UnixAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
-    users = proxies.users_of_socket(address, processes)
+    users = users_of_socket(address, processes)
     results = [
         *links.socket_path(address),
         *links.peer(address),
@@ -85,7 +79,7 @@ def _interface(address: InterfaceAddress, processes: Processes, start: str | Non
     found, state = links.interface(address.name)
     results = [*machine.capability(address.name), *state]
     if found is not None:
-        users = proxies.users_of_interface(found.index, processes)
+        users = users_of_interface(found.index, processes)
         results += [
             *links.order(found),
             *proxies.users_of_link(address.name, users, start),

@@ -10,11 +10,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from inco_trio.doctor.processes import read
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.frame import NAME_MAX
 from inco_trio.links.address import UnixAddress
 from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.processes import read
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 
 __all__ = ["bound", "interface", "order", "peer", "socket_path", "state"]

@@ -8,98 +8,42 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import attrs
+from inco_trio.control.protocol import BoardStatus
+from inco_trio.doctor.result import Result, fail, hidden, ok, warn
+from inco_trio.linux.processes import Process, Processes, named
+from inco_trio.service.rivals import Users, superfluous, watchers
+from inco_trio.signals import Signal
 
-from inco_trio.doctor.processes import Process, Processes, named, packet_sockets, unix_sockets
-from inco_trio.doctor.result import Result, fail, ok, warn
-from inco_trio.frame import ETHERTYPE
-from inco_trio.links.address import UnixAddress
-from inco_trio.linux.if_packet import ETH_P_ALL
-from inco_trio.signals import Direction, Signal
+__all__ = ["configuration", "counters", "descriptors", "users_of_directory", "users_of_link", "value_of"]
 
-__all__ = [
-    "Users",
-    "configuration",
-    "descriptors",
-    "users_of_directory",
-    "users_of_interface",
-    "users_of_link",
-    "users_of_socket",
-]
-
-
-@attrs.frozen
-class Users:
-    """The processes that have sockets of a link open."""
-
-    proxies: tuple[Process, ...]
-    """Processes whose command runs a proxy, the oldest first."""
-    others: tuple[Process, ...]
-    """Other processes, such as programs that use the library or only listen."""
-    holders: tuple[Process, ...]
-    unseen: int
-    """Number of sockets of processes that this user may not inspect."""
-
-    @property
-    def proxy(self) -> Process | None:
-        """The process that serves the link, if there is exactly one candidate."""
-        if len(self.proxies) == 1:
-            return self.proxies[0]
-        return self.others[0] if not self.proxies and len(self.others) == 1 else None
-
-
-def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
-    """Return the processes with packet sockets of our EtherType on the interface `index`.
-
-    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
-    """
-    inodes = packet_sockets(index, ETHERTYPE, root)
-    for inode in packet_sockets(index, ETH_P_ALL, root):
-        if any(process.is_proxy for process in processes.with_socket(inode)):
-            inodes.append(inode)
-    return _users(inodes, processes)
-
-
-def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
-    """Return the processes that hold the socket bound to the path of a `unix:` link."""
-    return _users(unix_sockets(address.local, root), processes)
-
-
-def _users(inodes: Iterable[int], processes: Processes) -> Users:
-    found: dict[int, Process] = {}
-    unseen = 0
-    for inode in inodes:
-        with_it = processes.with_socket(inode)
-        found |= {process.pid: process for process in with_it}
-        unseen += not with_it
-    ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
-    users = [process for process in ordered if not process.is_holder]
-    proxies, others = [tuple(process for process in users if process.is_proxy is ours) for ours in (True, False)]
-    return Users(proxies, others, tuple(process for process in ordered if process.is_holder), unseen)
+COUNTERS = {
+    "dropped": "frames were dropped because the receive queue was full: raise net.core.rmem_max",
+    "unknown": "frames had a name that is no inbound signal: compare `inco-trio monitor` with `inco-trio check`",
+    "malformed": "frames had no valid wire name: `inco-trio monitor` shows them",
+    "overflowed": "inotify overflows, each with a frame for every trigger: raise fs.inotify.max_queued_events",
+    "write_failures": "attempts to write a state file failed: the log has the reason",
+    "send_failures": "attempts to send a frame failed: the log has the reason",
+    "unsendable": "notifications were discarded: the link can never send frames of that size",
+    "link_downs": "times the link went down: `inco-trio history` shows when",
+    "restarts": "restarts of a failed task: the log has the reason",
+}
+"""What a counter means, for each counter that should be 0."""
 
 
 def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
     """Check that exactly one proxy serves the link. `start` is the command that starts a proxy."""
     if users.unseen:
-        text = "a process that this user may not inspect has a socket of this link; only root can see which one"
-        yield warn("proxy", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
+        yield hidden(f"which process has a socket of {link}")
     yield from _check_alone(link, (*users.proxies, *users.others), "serves the link", "receives each frame")
     if not users.unseen and not users.proxies and not users.others:
-        kept = f"; {named(list(users.holders))} keeps notifications for the next proxy" if users.holders else ""
+        kept = f"; {named(users.holders)} keeps notifications for the next proxy" if users.holders else ""
         yield warn("proxy", link, f"no proxy serves this link{kept}", start or f"inco-trio run {shlex.quote(link)}")
 
 
 def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Processes) -> Iterator[Result]:
     """Check that no two proxies watch the trigger files of a directory."""
-    found: dict[int, Process] = {}
-    for signal in signals:
-        if signal.direction is Direction.OUTBOUND:
-            try:
-                status = signal.path.lstat()
-            except OSError:
-                continue
-            found |= {p.pid: p for p in processes.watching(status.st_dev, status.st_ino) if p.pid != os.getpid()}
-    yield from _check_alone(str(directory), found.values(), "watches its triggers", "sends each notification")
+    found = [process for process in watchers(signals, processes) if process.pid != os.getpid()]
+    yield from _check_alone(str(directory), found, "watches its triggers", "sends each notification")
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
@@ -108,7 +52,7 @@ def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: st
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
         text = f"{len(proxies)} proxies: {named(proxies)}: each {harm}"
-        yield fail("proxy", subject, text, f"kill {proxies[-1].pid}")
+        yield fail("proxy", subject, text, superfluous(proxies).stop)
     elif len(everyone) > 1:
         text = f"several processes use it: {named(everyone)}: if two are proxies, each {harm}"
         yield warn("proxy", subject, text)
@@ -122,21 +66,20 @@ def descriptors(link: str, users: Users, processes: Processes) -> Iterator[Resul
     if proxy is None:
         return
     if users.holders:
-        yield ok("descriptors", link, f"process {named(list(users.holders))} keeps its socket while the proxy restarts")
+        yield ok("descriptors", link, f"process {named(users.holders)} keeps its socket while the proxy restarts")
     elif processes.unseen:
-        text = "this user cannot see whether an fd store keeps its socket while the proxy restarts"
-        yield warn("descriptors", link, text, f"sudo inco-trio doctor {shlex.quote(link)}")
-    elif _value_of("--fd-holder", proxy.command) is not None:
+        yield hidden(f"whether an fd store keeps the socket of {link} while the proxy restarts")
+    elif value_of("--fd-holder", proxy.command) is not None:
         text = f"process {proxy.pid} was started with --fd-holder, but no fd store has its socket: see the proxy's log"
         yield fail("descriptors", link, text)
     else:
         text = "no fd store keeps its socket: notifications that arrive while the proxy restarts are lost"
-        config = _value_of("--config", proxy.command)
+        config = value_of("--config", proxy.command)
         option = "" if config is None else f" --config {shlex.quote(config)}"
         yield warn("descriptors", link, text, f"inco-trio s6 /run/service --iface {shlex.quote(link)}{option}")
 
 
-def _value_of(option: str, command: Sequence[str]) -> str | None:
+def value_of(option: str, command: Sequence[str]) -> str | None:
     """Return the value of an option in a command line, or None."""
     for word, following in pairwise([*command, ""]):
         name, equals, value = word.partition("=")
@@ -160,3 +103,21 @@ def configuration(path: Path, proxy: Process, read_at: float | None = None) -> I
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
         yield ok("reload", path, f"process {proxy.pid} has read the current version")
+
+
+def counters(board: BoardStatus) -> Iterator[Result]:
+    """Check the current problems and the counters that a proxy reports for a board."""
+    status = board.status
+    if status is None:
+        yield fail("board", board.board, f"not open: {board.problem}")
+        return
+    faults = []
+    for signal in status.signals:
+        if signal.problem is not None or signal.pending:
+            text = f"{signal.signal}: {signal.problem or 'notifications wait'} ({signal.pending} pending)"
+            faults.append(fail("signal", signal.register, text))
+    faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
+    for name, count in status.counters.as_dict().items():
+        if count and name in COUNTERS:
+            faults.append(warn("counters", board.board, f"{name}: {count} {COUNTERS[name]}"))
+    yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since it was opened")]

@@ -10,9 +10,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from inco_trio.doctor.processes import Process
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.processes import Process
 from inco_trio.registers.diagnose import UNREPORTED, filesystem, open_registers
 from inco_trio.signals import Direction, Signal
 

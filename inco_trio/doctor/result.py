@@ -5,11 +5,16 @@ from __future__ import annotations
 import enum
 import os
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import attrs
 
-__all__ = ["Level", "Result", "fail", "ok", "permit", "warn"]
+__all__ = ["Level", "Result", "fail", "hidden", "ok", "permit", "summarize", "warn"]
+
+
+_HIDDEN = "permission"
+"""The name of the checks that need more rights than this user has."""
 
 
 class Level(enum.IntEnum):
@@ -57,6 +62,23 @@ def warn(check: str, subject: object, found: str, fix: str | None = None) -> Res
 
 def fail(check: str, subject: object, found: str, fix: str | None = None) -> Result:
     return Result(Level.FAIL, check, str(subject), found, fix)
+
+
+def hidden(what: str) -> Result:
+    """Return the result of a check that needs more rights. `summarize` joins all of these results."""
+    return warn(_HIDDEN, "", what)
+
+
+def summarize(results: Iterable[Result], again: str) -> list[Result]:
+    """Return each result once, the worst first, with one result for all `hidden` ones.
+
+    `again` is the command that repeats the examination as root.
+    """
+    unique = list(dict.fromkeys(results))
+    shown = [result for result in unique if result.check != _HIDDEN]
+    if unseen := [result.found for result in unique if result.check == _HIDDEN]:
+        shown.append(warn(_HIDDEN, f"uid {os.geteuid()}", f"may not see {'; '.join(unseen)}", again))
+    return sorted(shown, key=lambda result: -result.level)
 
 
 def permit(path: Path, mode: str) -> str:

@@ -23,8 +23,8 @@ from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore
-from inco_trio.persist.history import History
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
 from inco_trio.problems import noted_by, noting, report
@@ -284,7 +284,8 @@ class Proxy:
     async def _watch(self, health: Health) -> None:
         """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
-        running, since, downs = False, time.monotonic_ns(), link.downs
+        running: bool | None = None
+        since, downs = time.monotonic_ns(), link.downs
         while True:
             stored = link.fd
             if link.refresh():
@@ -293,9 +294,8 @@ class Proxy:
             elif self._present.is_set():
                 health.failed(f"{link.absence}: waiting for it")
             before, running = running, link.running
-            missed = running and before and link.downs > downs
-            if running is not before or missed:
-                self._note_link(running, max(1, link.downs - downs), since, missed=missed)
+            if running is not before or (running and link.downs > downs):
+                self._note_link(before, running, max(1, link.downs - downs), since)
                 since = time.monotonic_ns()
             downs = link.downs
             if link.fd != stored:
@@ -307,23 +307,25 @@ class Proxy:
             self._outbound.link_changed()
             await link.changed()
 
-    def _note_link(self, running: bool, times: int, since: int, *, missed: bool) -> None:
-        """Log, count and report that the link came up or went down.
+    def _note_link(self, before: bool | None, running: bool, times: int, since: int) -> None:
+        """Log, count and report that the link came up or went down. `since` is the time of the last change.
 
-        `since` is the time of the last change. If the link went down and came up again before the proxy noticed,
-        `missed` is set, and `times` is how often it did.
+        `before` is None at the start. If the link was and is running, it went down and came up again `times` times
+        before the proxy looked.
         """
         seconds = (time.monotonic_ns() - since) / 1e9
-        if missed or not running:
+        if before:
             self._counters.link_downs += times
             self._down_at = time.monotonic_ns()
-        if missed:
-            text = f"link went down and came up again at once ({times} times)"
-        elif running:
-            text = f"link came up after {seconds:.1f} s" if self._down_at else "link is up"
+        if before and running:
+            text = f"the link went down and came up again at once ({times} times)"
+        elif before:
+            text = f"the link went down after {seconds:.1f} s"
+        elif before is None:
+            text = f"the link is {'up' if running else 'down'}"
         else:
-            text = f"link went down after {seconds:.1f} s"
-        if self._down_at:
+            text = f"the link came up after {seconds:.1f} s"
+        if before is not None:
             logger.warning("%s: %s", self._link.name, text, extra={"event": "link"})
         self._parts.events.link_changed(running, text)
 
@@ -392,9 +394,9 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
-        inflight = Inflight.open(inherited.get("inflight"))
+        inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited.get("inotify"))
+        inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
@@ -431,7 +433,7 @@ def _build(
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
     if not link.refresh():
         if not config.wait_link:

@@ -165,3 +165,9 @@ class Daemon:
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):
                 logger.warning("%s", line)
+            # Import the module lazily, because the start of the daemon needs it last.
+            from inco_trio.service.rivals import rivals
+
+            configs = [proxy.config for proxy in [*self._boards.proxies().values()]]
+            for line in rivals([(config.address, config.netns, config.signals) for config in configs]):
+                logger.warning("%s", line)

@@ -7,17 +7,37 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import attrs
 
-__all__ = ["Process", "Processes", "lines_of", "look", "named", "packet_sockets", "read", "status_of", "unix_sockets"]
+__all__ = [
+    "Process",
+    "Processes",
+    "interfaces_of",
+    "is_proxy_command",
+    "is_same_mount_namespace",
+    "lines_of",
+    "listening_sockets",
+    "look",
+    "named",
+    "packet_sockets",
+    "read",
+    "status_of",
+    "unix_sockets",
+]
 
 _SOCKET = re.compile(r"socket:\[([0-9]+)\]")
 _INOTIFY = re.compile(r"(anon_inode:)?\[?inotify\]?")
 _WATCH = re.compile(r"^inotify wd:[0-9a-f]+ ino:([0-9a-f]+) sdev:([0-9a-f]+) ", re.MULTILINE)
+_S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc -d"}
+"""The command that stops a service, by the name of the supervising process. It takes the service's directory."""
+_LISTENS = 0x10000
+"""__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 _MINOR_BITS = 20
 """The size of a minor number in the kernel's device numbers, which fdinfo contains (include/linux/kdev_t.h)."""
 
@@ -58,12 +78,18 @@ class Process:
     """The number of inotify descriptors."""
     watches: tuple[tuple[int, int], ...]
     """Device and inode of each watched file."""
+    supervised: str = ""
+    """The command with which a supervisor stops the process, or an empty string if no supervisor restarts it."""
 
     @property
     def is_proxy(self) -> bool:
         """Whether the command of the process runs a proxy of inco-trio or its predecessor."""
-        words = [os.path.basename(word) for word in self.command]  # noqa: PTH119 - a word need not be a path
-        return "inco_proxy" in words[:2] or ("run" in words and not {"inco-trio", "inco_trio"}.isdisjoint(words))
+        return is_proxy_command(self.command)
+
+    @property
+    def stop(self) -> str:
+        """The command that stops the process for good. A supervisor would restart a process after kill(1)."""
+        return self.supervised or f"kill {self.pid}"
 
     @property
     def is_holder(self) -> bool:
@@ -71,7 +97,13 @@ class Process:
         return self.name == "systemd" or self.name.startswith("s6-fdholder")
 
 
-def named(processes: list[Process]) -> str:
+def is_proxy_command(command: Sequence[str]) -> bool:
+    """Return whether a command line runs a proxy of inco-trio or its predecessor."""
+    words = [os.path.basename(word) for word in command]  # noqa: PTH119 - a word need not be a path
+    return "inco_proxy" in words[:2] or ("run" in words and not {"inco-trio", "inco_trio"}.isdisjoint(words))
+
+
+def named(processes: Sequence[Process]) -> str:
     """Return the PIDs and names of processes as text."""
     return ", ".join(f"{process.pid} ({process.name})" for process in processes)
 
@@ -95,8 +127,10 @@ class Processes:
         return [process for process in self.all if (device, inode) in process.watches and not process.is_holder]
 
 
-def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
-    """Return all processes below `root`/proc, except those that exit during the scan.
+def look(
+    root: Path = Path("/"), booted: float | None = None, wanted: Callable[[Sequence[str]], bool] = lambda _: True
+) -> Processes:
+    """Return the processes below `root`/proc whose command is `wanted`, except those that exit during the scan.
 
     `booted` is the boot time in seconds since 1970 (default: the boot time of this machine).
     """
@@ -110,6 +144,9 @@ def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
     found, unseen = [], False
     for number in numbers:
         place = proc / str(number)
+        command = tuple((read(place / "cmdline") or "").rstrip("\0").split("\0"))
+        if not wanted(command):
+            continue
         status = status_of(place)
         times = (read(place / "stat") or "").rpartition(")")[2].split()
         if "Uid" not in status or len(times) < 20:
@@ -126,15 +163,35 @@ def look(root: Path = Path("/"), booted: float | None = None) -> Processes:
                 pid=number,
                 name=(read(place / "comm") or ""),
                 uid=int(status["Uid"].split()[1]),
-                command=tuple((read(place / "cmdline") or "").rstrip("\0").split("\0")),
+                command=command,
                 # Field 22 of proc_pid_stat(5). `times` starts with field 3.
                 started=booted + int(times[19]) / os.sysconf("SC_CLK_TCK"),
                 sockets=sockets,
                 instances=instances,
                 watches=watches,
+                supervised=_supervisor(place, status["PPid"].strip()) if is_proxy_command(command) else "",
             )
         )
     return Processes(tuple(found), unseen, bool(numbers))
+
+
+def _supervisor(place: Path, parent: str) -> str:
+    """Return the command with which the supervisor of a process stops it, or an empty string without a supervisor."""
+    above = place.parent / parent
+    name = read(above / "comm") or ""
+    if stop := _S6_STYLE.get(name):
+        try:
+            service = str((above / "cwd").readlink())  # The supervisor works in the service directory.
+        except OSError:  # This user may not inspect the supervisor. Its last argument is the name of the service.
+            service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
+        return f"{stop} {shlex.quote(service)}"
+    # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit.
+    groups = [line for line in lines_of(place / "cgroup") if line.startswith("0::") or ":name=systemd:" in line]
+    units = [unit for group in groups if (unit := group.rpartition("/")[2]).endswith(".service")]
+    if name != "systemd" or not units:
+        return ""
+    manager = "systemctl" if parent == "1" else "systemctl --user"
+    return f"{manager} stop {shlex.quote(units[0])}"
 
 
 def _descriptors(place: Path) -> tuple[frozenset[int], int, tuple[tuple[int, int], ...]]:
@@ -167,6 +224,37 @@ def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[i
     # Columns: sk, references, type, protocol, interface, running, memory, user, inode.
     rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
     return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
+
+
+def interfaces_of(process: Process, root: Path = Path("/")) -> list[str]:
+    """Return the names of the interfaces that the packet sockets of a process are bound to.
+
+    Call this in the network namespace of the process.
+    """
+    rows = (line.split() for line in lines_of(root / f"proc/{process.pid}/net/packet")[1:])
+    indexes = dict.fromkeys(int(row[4]) for row in rows if len(row) == 9 and int(row[8]) in process.sockets)
+    names = dict(socket.if_nameindex())
+    return [names[index] for index in indexes if index in names]
+
+
+def listening_sockets(process: Process, root: Path = Path("/")) -> list[Path]:
+    """Return the paths at which a process listens, for connections from this process."""
+    rows = (line.split(None, 7) for line in lines_of(root / f"proc/{process.pid}/net/unix")[1:])
+    paths = [
+        row[7]
+        for row in rows
+        if len(row) == 8 and int(row[3], 16) & _LISTENS and int(row[6]) in process.sockets and row[7].startswith("/")
+    ]
+    above = Path("/") if is_same_mount_namespace(process, root) else root / f"proc/{process.pid}/root"
+    return [above / path.lstrip("/") for path in paths]
+
+
+def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
+    """Return whether a process sees the same files as this one. If that is unknown, return True."""
+    try:
+        return (root / f"proc/{process.pid}/ns/mnt").samefile(root / "proc/self/ns/mnt")
+    except OSError:
+        return True
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:

@@ -1,0 +1,145 @@
+"""The processes that use a link or an IRQ directory, to find a second proxy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+
+from inco_trio.errors import IncoError
+from inco_trio.frame import ETHERTYPE
+from inco_trio.links.address import InterfaceAddress, UnixAddress
+from inco_trio.links.opening import inside
+from inco_trio.linux.if_packet import ETH_P_ALL
+from inco_trio.linux.processes import (
+    Process,
+    Processes,
+    is_proxy_command,
+    look,
+    named,
+    packet_sockets,
+    unix_sockets,
+)
+from inco_trio.signals import Direction, Signal
+
+__all__ = [
+    "Users",
+    "rivals",
+    "superfluous",
+    "users_of",
+    "users_of_interface",
+    "users_of_socket",
+    "watchers",
+]
+
+
+@attrs.frozen
+class Users:
+    """The processes that have sockets of a link open."""
+
+    proxies: tuple[Process, ...]
+    """Processes whose command runs a proxy, the oldest first."""
+    others: tuple[Process, ...]
+    """Other processes, such as programs that use the library or only listen."""
+    holders: tuple[Process, ...]
+    unseen: int
+    """Number of sockets of processes that this user may not inspect."""
+
+    @property
+    def proxy(self) -> Process | None:
+        """The process that serves the link, if there is exactly one candidate."""
+        if len(self.proxies) == 1:
+            return self.proxies[0]
+        return self.others[0] if not self.proxies and len(self.others) == 1 else None
+
+
+def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
+    """Return the processes with packet sockets of our EtherType on the interface `index`.
+
+    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
+    """
+    inodes = packet_sockets(index, ETHERTYPE, root)
+    for inode in packet_sockets(index, ETH_P_ALL, root):
+        if any(process.is_proxy for process in processes.with_socket(inode)):
+            inodes.append(inode)
+    return _users(inodes, processes)
+
+
+def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Path("/")) -> Users:
+    """Return the processes that hold the socket bound to the path of a `unix:` link."""
+    return _users(unix_sockets(address.local, root), processes)
+
+
+def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> Users:
+    """Return the processes that use a link of this thread's network namespace. If it is missing, there are none."""
+    if isinstance(address, UnixAddress):
+        return users_of_socket(address, processes)
+    try:
+        return users_of_interface(socket.if_nametoindex(address.name), processes)
+    except OSError:
+        return Users((), (), (), 0)
+
+
+def _users(inodes: Iterable[int], processes: Processes) -> Users:
+    found: dict[int, Process] = {}
+    unseen = 0
+    for inode in inodes:
+        with_it = processes.with_socket(inode)
+        found |= {process.pid: process for process in with_it}
+        unseen += not with_it
+    ordered = sorted(found.values(), key=lambda process: (process.started, process.pid))
+    users = [process for process in ordered if not process.is_holder]
+    proxies, others = [tuple(process for process in users if process.is_proxy is ours) for ours in (True, False)]
+    return Users(proxies, others, tuple(process for process in ordered if process.is_holder), unseen)
+
+
+def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
+    """Return the processes that watch a trigger file of `signals`."""
+    found: dict[int, Process] = {}
+    for signal in signals:
+        if signal.direction is Direction.OUTBOUND:
+            try:
+                status = signal.path.lstat()
+            except OSError:
+                continue
+            found |= {process.pid: process for process in processes.watching(status.st_dev, status.st_ino)}
+    return [*found.values()]
+
+
+def superfluous(proxies: Iterable[Process]) -> Process:
+    """Return which of several proxies to stop: one without a supervisor, otherwise the oldest one."""
+    return min(proxies, key=lambda process: (bool(process.supervised), process.started, process.pid))
+
+
+def rivals(
+    boards: Iterable[tuple[InterfaceAddress | UnixAddress, Path | None, Iterable[Signal]]],
+) -> Iterator[str]:
+    """Yield a line for each other proxy that serves a link or a directory of this process.
+
+    `boards` contains the link, the network namespace and the signals of each board.
+    """
+    processes = look(wanted=is_proxy_command)
+    if all(process.pid == os.getpid() for process in processes.all):
+        return
+    for address, netns, signals in boards:
+        try:
+            with inside(netns, address.name):
+                users = users_of(address, processes)
+        except IncoError:
+            continue  # The network namespace no longer exists, or this user may not enter it.
+        serving = list(users.proxies)
+        if users.unseen:
+            # This user may not inspect the process that has the socket. Every user may read its command line.
+            serving += [process for process in processes.all if address.name in process.command and not process.sockets]
+        yield from _line(address.name, serving, "serves this link, too: each proxy receives each frame")
+        for directory in dict.fromkeys(signal.directory for signal in signals):
+            watching = watchers((signal for signal in signals if signal.directory == directory), processes)
+            yield from _line(str(directory), watching, "watches its triggers, too: each proxy sends each notification")
+
+
+def _line(subject: str, proxies: Sequence[Process], what: str) -> Iterator[str]:
+    if others := [process for process in proxies if process.pid != os.getpid()]:
+        yield f"{subject}: process {named(others)} {what}: run: {superfluous(proxies).stop}"
