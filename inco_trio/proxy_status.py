@@ -100,6 +100,8 @@ class RecorderStatus:
 
     boot: str
     """A random identifier of the recorder, which survives a restart if the recorder does."""
+    sequence: int
+    """The sequence number of the last notification."""
     since: float | None
     """When its oldest record was written, in seconds since 1970, or None if it is empty."""
     notifications: int

@@ -119,6 +119,8 @@ complete -c inco-trio -n '_shtab_inco_trio_using record' -l board -x -d 'only th
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l signal -xka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'only this signal (repeatable)'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l direction -xka "inbound outbound" -d 'only this direction'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l count -x -d 'stop after N notifications'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l past -d 'write what `history` shows, without frames, and end'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l since -x -d 'with --past: only the last TIME'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l duration -x -d 'stop after SECONDS'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l size -x -d 'start FILE_00002 and so on at this size'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l period -x -d 'start another file after SECONDS'

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -33,6 +34,8 @@ APPLICATION = "inco-trio"
 REGISTERS = "registers"
 """The name of the interface for notifications without a frame and for marks."""
 LOCAL_EXPERIMENT = 0x88B5
+COUNT_MAX = 1 << 20
+"""Maximum number of notifications that one packet stands for."""
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
 """The end of the comment of a notification that was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
@@ -70,9 +73,12 @@ class Recorder:
 
     def append(
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
-        *, pending: str = "", delay: float = 0.0,
+        *, pending: str = "", delay: float = 0.0, count: int = 1,
     ) -> None:  # fmt: skip
-        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments."""
+        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments.
+
+        A `count` above 1 stands for that many notifications at one time, without frames.
+        """
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if pending:
@@ -81,11 +87,14 @@ class Recorder:
         elif delay:
             content["delay"] = delay
             comment += f" [after {max(delay, 1e-6):.6f} s]"
+        if count > 1:
+            content["count"] = count
+            comment = f"{comment}, {count} times"
         if frame is None:
             self._append(time_ns, REGISTERS, _unframed(content), direction, comment)
         else:
             self._append(time_ns, link, frame, direction, comment)
-        self.count += not pending
+        self.count += 0 if pending else count
 
     def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
         """Append a received frame that the proxy ignored. `comment` is the reason."""
@@ -215,18 +224,21 @@ class Recording:
         self.size = os.fstat(file.fileno()).st_size
         self.packets = 0
         self._table = table
+        self._count = 1
         self._senders: dict[bytes, Direction] = {}
 
     def __iter__(self) -> Iterator[Entry | Mark]:
         for packet in self.reader:
             self.packets += 1
             if packet.interface.linktype == ETHERNET and (entry := self._entry(packet)):
-                yield entry
+                yield from itertools.repeat(entry, self._count)
 
     def _entry(self, packet: Packet) -> Entry | Mark | None:
+        self._count = 1
         ours = self.reader.application == APPLICATION
         if ours and packet.data.startswith(_UNFRAMED):
-            return _content(packet)
+            entry, self._count = _content(packet)
+            return entry
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
             return None
@@ -261,20 +273,22 @@ def _unframed(content: Mapping[str, object]) -> bytes:
     return _UNFRAMED + json.dumps(content).encode() + b"\n"
 
 
-def _content(packet: Packet) -> Entry | Mark | None:
-    """Return the entry or mark that `_unframed` encoded, or None if the packet is not valid."""
+def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
+    """Return the entry or mark that `_unframed` encoded, and for how many it stands, or None if it is not valid."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):
-            return Mark(packet.time_ns, content["mark"])
+            return Mark(packet.time_ns, content["mark"]), 1
         signal, register = content["signal"], content["register"]
         pending, delay = content.get("pending", ""), content.get("delay", 0.0)
+        count = content.get("count", 1)
         valid = isinstance(register, str) and isinstance(pending, str) and isinstance(delay, int | float)
-        if valid and is_wire_name(signal.encode("ascii")):
-            return Entry(packet.time_ns, signal, packet.direction, register, pending=pending, delay=float(delay))
+        if valid and isinstance(count, int) and 0 < count <= COUNT_MAX and is_wire_name(signal.encode("ascii")):
+            entry = Entry(packet.time_ns, signal, packet.direction, register, pending=pending, delay=float(delay))
+            return entry, count
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return None
+    return None, 1
 
 
 @contextlib.contextmanager

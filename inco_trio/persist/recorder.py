@@ -311,7 +311,7 @@ class Recorder:
         oldest += [each.monotonic_ns for each in itertools.islice(self.notes(), 1)]
         self.check_clock()
         since = self._clock.seconds(min(oldest)) if oldest else None
-        return RecorderStatus(self.boot, since, notifications, events, self._kept)
+        return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
 
     def notifications(self) -> Iterator[Recorded]:
         """Yield the recorded notifications, oldest first. Raises ValueError for invalid memory."""

@@ -326,7 +326,9 @@ class Proxy:
         else:
             text = f"the link came up after {seconds:.1f} s"
         if before is not None:
-            logger.warning("%s: %s", self._link.name, text, extra={"event": "link"})
+            # Core 1 may start after the proxy: that is not worth a warning.
+            level = logging.WARNING if self._down_at else logging.INFO
+            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
         self._parts.events.link_changed(running, text)
 
     async def _restore(self, health: Health) -> None:
