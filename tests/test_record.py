@@ -436,5 +436,5 @@ def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> N
     assert done.stderr == f"inco-trio: {FLOOD + 1} notifications of the history of {board.home}/core0 in {file}\n"
     assert counts(file) == {IN: FLOOD, OUT: 1}
     assert file.stat().st_size < 200 * FLOOD
-    done = subprocess.run([*command, "--signal", OUT, "--since", "1h"], capture_output=True, timeout=HANG, check=False)
+    subprocess.run([*command, "--signal", OUT, "--since", "1h"], capture_output=True, timeout=HANG, check=True)
     assert counts(file) == {OUT: 1}

@@ -60,6 +60,9 @@ class Monitor:
 
     def flush(self) -> None:
         """Queue the event `flushed` after all earlier events, even if the queue is full."""
+        if self._lost:
+            self._waiting.append(event_now("lost", count=self._lost))
+            self._number, self._lost = self._number + 1, 0
         self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
