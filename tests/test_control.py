@@ -632,12 +632,36 @@ def test_notifications_beyond_the_limit_are_merged_by_signal(board: Board) -> No
         ({"request": "follow", "boards": "x"}, "invalid"),
         ({"request": "follow", "boards": [1]}, "invalid"),
         ({"request": "acknowledge", "board": "x", "sequence": 1}, "invalid"),
+        ({"request": "acknowledge-all", "positions": []}, "invalid"),
         ({"request": "forget", "boards": {}}, "invalid"),
     ],
 )
 def test_invalid_follower_requests_are_refused(board: Board, request_: dict[str, object], error: str) -> None:
     board.running()
     assert board.client().ask(request_)["error"] == error
+
+
+def test_a_follower_may_receive_and_acknowledge_notifications_in_batches(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    name, client = f"{board.home}/core0", board.client()
+    boot = client.ask({"request": "follow", "batches": True})["follow"][name]["boot"]
+    number = 300
+    for _ in range(number):
+        board.inbound(peer)
+    board.trigger()
+    told: list[tuple[int, str, str]] = []
+    while len(told) < number + 1:
+        batch = client.until(event="notifications", board=name, boot=boot)
+        for sequence, (index, time_, monotonic_ns) in enumerate(batch["items"], batch["sequence"]):
+            assert time_ > 0
+            assert monotonic_ns > 0
+            told.append((sequence, *batch["signals"][index]))
+    assert sorted(signal for _, _, signal in told) == ["ihub_hwwd_irq"] * number + ["redun_notify_irq"]
+    assert [sequence for sequence, *_ in told] == [*range(1, number + 2)]
+    positions = [[name, boot, 200], ["missing", boot, 1], [name, "other", 250]]
+    assert client.ask({"request": "acknowledge-all", "positions": positions}) == {"acknowledged": 1}
+    assert board.status()["history"]["acknowledged"] == 200
 
 
 def test_invalid_acknowledgements_are_refused(board: Board) -> None:

@@ -23,6 +23,7 @@ from inco_trio.simulation.world import Cores
 from .attacks import ATTACKS, FROM_CORE1
 from .boards import boards_figures
 from .figures import Figure, Goal, quantile
+from .gateway import gateway_figures
 from .processes import memory_kib, switches, system_calls, wake_ups
 from .rivals import (
     C_MODIFY,
@@ -579,6 +580,14 @@ def boards(bench: Bench) -> Measured:
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 
 
+def gateway(bench: Bench) -> Measured:
+    """Measure the gateway to an MQTT broker (see gateway.py)."""
+    size = bench.size
+    return Measured(
+        gateway_figures(bench.lab.scratch, size.pairs, min(size.burst, 8000), max(20, size.lone // 60), bench.say)
+    )
+
+
 def idle(bench: Bench) -> Measured:
     """Measure wake-ups and system calls without traffic."""
     wakes, calls = _samples(), _samples()
@@ -734,6 +743,7 @@ MEASURES: dict[str, Measure] = {
     "many-signals": Measure(many_signals, 25, 18),
     "many-links": Measure(many_links, 0, 22),
     "boards": Measure(boards, 110, 0),
+    "gateway": Measure(gateway, 0, 15),
     "idle": Measure(idle, 65, 0),
     "start": Measure(start, 1, 1.2),
     "memory": Measure(memory, 0, 18),
