@@ -76,7 +76,7 @@ def test_the_status_contains_current_problems(board: Board) -> None:
     signals = {each["signal"]: each for each in board.status()["signals"]}
     assert signals["ihub_hwwd_irq"]["pending"] == 1
     assert signals["ihub_hwwd_irq"]["failures"] >= 1
-    assert "Is a directory" in signals["ihub_hwwd_irq"]["problem"]
+    assert "not a regular file but a directory" in signals["ihub_hwwd_irq"]["problem"]
     (board.irq / "message_5_state").rmdir()
     watching.until(event="notification", signal="ihub_hwwd_irq")
     peer.close()
@@ -279,6 +279,8 @@ def test_an_endless_line_closes_only_its_connection(board: Board) -> None:
     assert client.at_end()
     assert board.status()["open"]
     assert "Traceback" not in proxy.log
+    assert f"closed the connection of a client of user {os.getuid()}" in proxy.log
+    assert f"a line is longer than {LINE_MAX} bytes" in proxy.log
 
 
 def test_split_and_pipelined_requests_are_answered_in_order(board: Board) -> None:
@@ -311,12 +313,15 @@ def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -
             client.sock.shutdown(socket.SHUT_WR)
         refused = Client(board.path, stack)
         assert refused.greeting["error"] == "busy"
+        assert Client(board.path, stack).greeting["error"] == "busy"
         for client in clients[:2]:
             client._file.close()
             client.sock.close()
         assert "protocol" in Client(board.path, stack).greeting
     assert board.status()["open"]
+    said = f"control: refused a client of user {os.getuid()} (pid {os.getpid()}): {CLIENTS_MAX} clients are connected"
     assert proxy.stop() == 0
+    assert proxy.log.count(said) == proxy.log.count("refused a client") == 1
 
 
 def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:

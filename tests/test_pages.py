@@ -28,6 +28,7 @@ from inco_trio.testing.happenings import History
 from inco_trio.testing.report import side_by_side
 from netns.hang import HANG
 from tests.support_control import Board
+from tests.support_proxy import ADD_USER
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -110,7 +111,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         program.chmod(0o755)
     ending = "trap 'for job in $(jobs -p); do kill $job; wait $job; done' EXIT"
-    whole = f"set -e\n{ending}\n{script}"
+    whole = f"set -e\n{ADD_USER}{ending}\n{script}"
     # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}"}

@@ -18,6 +18,7 @@ import pytest
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
 from tests.faults.supervised import wait_path
+from tests.support_proxy import ADD_USER
 
 pytestmark = pytest.mark.netns
 
@@ -65,7 +66,7 @@ class Shell:
             line = line.replace(there, f"{self.home}/{here}" if here != " irq" else here)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{self.home}/bin:{os.environ['PATH']}"}
         # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
-        run = f"mkdir -p {self.home}/run; mount --bind {self.home}/run /run; exec {line}"
+        run = f"mkdir -p {self.home}/run; mount --bind {self.home}/run /run; {ADD_USER}exec {line}"
         return subprocess.Popen(
             ["unshare", "--mount", "/bin/sh", "-c", run], cwd=self.home, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, preexec_fn=self._cores.core0.enter, env={**environment, "HOME": str(self.home)},

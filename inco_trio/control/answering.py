@@ -35,6 +35,8 @@ class Connection:
         self._reading = trio.CancelScope()
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
+        self.fault = ""
+        """Why this side has closed the connection, or "" if the client has not exceeded a limit."""
 
     @property
     def gone(self) -> bool:
@@ -82,6 +84,7 @@ class Connection:
                     if line.strip():
                         await self._answer(line, nursery)
             except protocol.MessageError as error:
+                self.fault = str(error)
                 await self._write(protocol.encode_error(RequestError("too-long", str(error))))
                 self._end_monitor()
                 return

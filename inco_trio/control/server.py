@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from inco_trio.control.feed import Feed, Served
+from inco_trio.linux.process import overflow_uid
+from inco_trio.linux.sockets import peer_of
 from inco_trio.problems import Problems
 from inco_trio.proxy.supervise import TRANSIENT
 
@@ -31,8 +32,6 @@ ACCEPT_AGAIN = 0.1
 """Seconds until the next attempt to accept a client."""
 FAREWELL = 0.1
 """Seconds that clients have to read their queued events when the server closes."""
-_UCRED = struct.Struct("iII")
-"""struct ucred (unix(7)): PID, user and group."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -44,14 +43,16 @@ class Peer:
 
     @classmethod
     def of(cls, stream: trio.SocketStream) -> Peer:
-        """Return the peer that the kernel reports (SO_PEERCRED, unix(7))."""
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        return cls(*_UCRED.unpack(credentials)[:2])
+        """Return the peer that the kernel reports."""
+        return cls(*peer_of(stream.socket))
 
     @property
     def is_owner(self) -> bool:
-        """Whether the peer runs as root or as the user of this process."""
-        return self.user in (0, os.geteuid())
+        """Whether the peer runs as root or as the user of this process.
+
+        The overflow user ID never counts: in a user namespace, every unmapped user has it.
+        """
+        return self.user in (0, os.geteuid()) and self.user != overflow_uid()
 
 
 class Control:
@@ -65,6 +66,8 @@ class Control:
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         self._boot = os.urandom(8).hex()
         self._clients: set[Connection] = set()
+        self._limits = Problems()
+        """The limits that each user has reached, so that a flood is logged once."""
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
 
     async def serve(self) -> None:
@@ -108,15 +111,28 @@ class Control:
         try:
             async with stream:
                 if refusal := self._refusal(client):
+                    self._report(client, "refused a client", refusal)
                     await client.refuse(refusal)
                 else:
                     await client.run()
+                    if client.fault:
+                        self._report(client, "closed the connection of a client", client.fault)
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # The client has closed the connection.
         except* Exception:
             logger.exception("control socket: internal error: this is a bug in inco-trio, please report it")
         finally:
             self._clients.discard(client)
+            if not any(other.peer.user == client.peer.user for other in self._clients):
+                for what in ("refused a client", "closed the connection of a client"):
+                    self._limits.forget((client.peer.user, what))
+
+    def _report(self, client: Connection, what: str, reason: str) -> None:
+        """Log a limit that a user has reached, once until the user has no clients."""
+        peer = client.peer
+        if self._limits.said((peer.user, what)) is None:
+            text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
+            self._limits.failed((peer.user, what), text, "control")
 
     def _refusal(self, client: Connection) -> str | None:
         """Return why the quotas exclude a client, or None. First end the connections that clients have closed."""

@@ -10,7 +10,7 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 
 import trio
@@ -46,6 +46,7 @@ class NamespaceLink:
         self._identity = ABSENT
         self._names, self._watched = names, Watched((netns,))
         self._opened = trio.Event()
+        self._expected: tuple[Collection[bytes], Collection[bytes]] = (), ()
         self._refused = ""
         self._closed = False
         self._downs_before = self._downs_at_start = 0
@@ -112,7 +113,9 @@ class NamespaceLink:
             return
         try:
             with entered(self._netns):
-                self._use(PacketLink.open(self.name))
+                inner = PacketLink.open(self.name)
+            inner.expect(*self._expected)
+            self._use(inner)
         except OSError as error:
             # EINVAL: the file exists, but the namespace is not mounted there yet.
             is_early = error.errno in (errno.EINVAL, errno.ENOENT)
@@ -156,6 +159,17 @@ class NamespaceLink:
                 return length
             self._former.pop(0).close()
         return -1 if self._inner is None else self._inner.receive_one(room)
+
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        self._expected = inbound, outbound
+        if self._inner is not None:
+            self._inner.expect(inbound, outbound)
+
+    def restrict(self, on: bool) -> bool:
+        return self._inner is not None and self._inner.restrict(on)
+
+    def stands_for(self, frame: memoryview) -> int:
+        return 1 if self._inner is None else self._inner.stands_for(frame)
 
     def _running(self) -> PacketLink:
         """Return the inner link. Raises LinkDownError if the namespace is gone."""

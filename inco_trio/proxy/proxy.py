@@ -20,6 +20,7 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
+from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
@@ -78,6 +79,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -119,6 +121,7 @@ class Proxy:
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
+            capabilities=tuple(names_of(held_capabilities())),
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
@@ -199,8 +202,16 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            with noted_by(self._parts.events.note):
-                await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            former = self._registers.table
+            self._link.expect({*former.inbound, *table.inbound}, former.outbound)
+            try:
+                with noted_by(self._parts.events.note):
+                    await self._registers.reload(table)
+            finally:
+                table = self._registers.table
+                self._link.expect(table.inbound, table.outbound)
             self.config = config
             self._table_since = time.monotonic_ns()
             self._parts.events.note("reloaded", f"reloaded: {len(config.signals)} signals", logging.INFO)
@@ -440,6 +451,7 @@ def _build(
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound, registers.table.outbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()

@@ -87,6 +87,9 @@ class ManyBoards:
     def signals(self) -> Collection[Signal]:
         return [signal for config in self._boards.configs.values() for signal in config.signals]
 
+    def configs(self) -> Collection[Config]:
+        return self._boards.configs.values()
+
     def proxies(self) -> Mapping[str, Proxy]:
         return {} if self._proxies is None else {name: self._proxies[name] for name in self._proxies}
 

@@ -20,6 +20,7 @@ import attrs
 
 from inco_trio.simulation.world import Cores
 
+from .attacks import ATTACKS, FROM_CORE1
 from .boards import boards_figures
 from .figures import Figure, Goal, quantile
 from .processes import memory_kib, switches, system_calls, wake_ups
@@ -348,6 +349,62 @@ def _monitor(path: Path) -> Iterator[None]:
             process.terminate()
 
 
+def attacks(bench: Bench) -> Measured:
+    """Compare the latency at 1,000/s under each attack with the latency of the same proxy before the attack."""
+    latencies: dict[str, dict[str, Samples]] = {
+        name: {way: _samples() for way in ("inbound", "outbound")} for name in ATTACKS
+    }
+    faults: dict[str, list[str]] = defaultdict(list)
+    for pair in range(bench.size.pairs):
+        for name in ATTACKS:
+            bench.say(f"pair {pair + 1}/{bench.size.pairs}: {name}")
+            with bench.lab.running(MONITORED, TABLE) as run:
+                run.warm_up()
+                for state in ("no attack", "attack"):
+                    with _attack(bench, run, name) if state == "attack" else contextlib.nullcontext():
+                        load = run.load(inbound=bench.size.lone, in_rate=1000, latencies=True)
+                        back = run.load(outbound=bench.size.lone, out_rate=1000, latencies=True)
+                    for way, flow in (("inbound", load.inbound), ("outbound", back.outbound)):
+                        latencies[name][way][state].append(quantile(flow.latencies, 0.99) / 1000)
+                        if flow.lost:
+                            faults[name].append(f"{state}: {flow.lost} {way} lost")
+            if run.dropped:
+                faults[name].append(f"{run.dropped} dropped")
+    both = ("attack", "no attack")
+    return Measured(
+        [
+            Figure(
+                f"{way} latency, p99, {name}",
+                "us",
+                samples,
+                None,
+                both,
+                "",
+                tuple(faults[name]) if way == "inbound" else (),
+            )
+            for name, ways in latencies.items()
+            for way, samples in ways.items()
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _attack(bench: Bench, run: Running, name: str) -> Iterator[None]:
+    """Attack the proxy, see `attacks.ATTACKS`."""
+    control = run.table.with_name("control.sock")
+    command = [*PYTHON, "-m", "tests.bench.attacks", name, run.cores.link, str(run.directory), str(control)]
+    namespace = run.cores.core1 if name in FROM_CORE1 else run.cores.core0
+    start = functools.partial(subprocess.Popen[bytes], command, stdout=subprocess.PIPE, env=MONITORED.environment)
+    with namespace.run(start) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise BenchError(f"{name}: the attack has failed")
+            yield
+        finally:
+            process.kill()
+
+
 def burst(bench: Bench) -> Measured:
     """Measure losses and rate of 20,000 frames that a C program sends as fast as it can."""
     rates, losses = _samples(), _Losses()
@@ -670,6 +727,7 @@ MEASURES: dict[str, Measure] = {
     "outbound-latency": Measure(outbound_latency, 18, 12),
     "control": Measure(control, 2, 14),
     "recorder": Measure(recorder, 12, 14),
+    "attacks": Measure(attacks, 0, 120),
     "burst": Measure(burst, 9, 3),
     "sustained": Measure(sustained, 60, 45),
     "one-trigger": Measure(one_trigger, 12, 4),
