@@ -26,12 +26,13 @@ class Link(Protocol):
     foreign: int
     """Number of frames from senders other than the peer. The link makes them malformed, so that they are ignored."""
 
-    downs: int
-    """How often the kernel saw the carrier of the link go down, as of the last `refresh`."""
-
     @property
     def running(self) -> bool:
         """Whether the link is up and has a carrier or a peer."""
+
+    @property
+    def downs(self) -> int:
+        """How often the kernel saw the carrier of the link go down, as of the last `refresh`."""
 
     @property
     def fits(self) -> bool:

@@ -311,7 +311,10 @@ class Proxy:
             downs = link.downs
             if link.fd != stored:
                 try:
-                    self._parts.fd_store.store("link", link.fd)
+                    if link.fd < 0:
+                        self._parts.fd_store.remove("link")
+                    else:
+                        self._parts.fd_store.store("link", link.fd)
                 except IncoError as error:
                     text = f"{link.name}: frames that arrive during a restart will be lost: {error}"
                     report(logger, logging.WARNING, text)
