@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
@@ -30,8 +29,8 @@ SANDBOX_HELP = "off (default), on, log, or none (keep all capabilities)"
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v   "
-        f"(SIGHUP reloads, SIGUSR1 logs the counters)\n{EXIT_CODES}"
+        "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v\n"
+        "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
