@@ -492,11 +492,12 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
 
 def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:
     link, irq = unix_link(tmp_path, "l"), tmp_path / "irq"
-    send = f"{sys.executable} -m inco_trio send --as core1 unix:{tmp_path}/l.1,peer={tmp_path}/l.0"
+    send = f"{sys.executable} -m inco_trio send"
+    as_core1 = f"unix:{tmp_path}/l.1,peer={tmp_path}/l.0 --as core1"
     setup = f"""
         rm {irq}/message_4_state; mkdir {irq}/message_4_state
-        {send} unknown_irq
-        {send} ihub_reset_irq
+        {send} unknown_irq {as_core1}
+        {send} ihub_reset_irq {as_core1}
         until {sys.executable} -m inco_trio status --json | grep -q '"pending": 1'; do :; done
     """
     code, found = survey(cores.core0, tmp_path, (link, "--irq-dir", irq), setup=setup)

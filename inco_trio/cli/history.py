@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from inco_trio.cli.monitor import Lines
-from inco_trio.cli.options import add_place, number_of_seconds
+from inco_trio.cli.options import add_color, add_place, number_of_seconds
 from inco_trio.cli.signalling import board_of, direction_of
 from inco_trio.cli.streams import remark, say
 from inco_trio.cli.terminal import painted
@@ -29,6 +29,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="only the last TIME, such as 10m or 2h")
     sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
     sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
+    add_color(sub)
     sub.add_argument("--json", action="store_true", help="print a JSON object for each line, see docs/control.md")
 
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         say(*(event.json() for event in events))
         return 0
     remark(f"{len(events)} lines of the history of {', '.join(past.board for past in pasts) or client.greeting.name}")
-    say(*painted([printable(line) for line in _lines(events, boards=len(pasts))]))
+    say(*painted([printable(line) for line in _lines(events, boards=len(pasts))], args.color))
     return 0
 
 

@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
 
 logger = logging.getLogger(__name__)
 
-SANDBOX = ("off", "none")
-SANDBOX_HELP = "off: drop capabilities (default); none: keep everything"
+SANDBOX = ("off", "on", "log", "none")
+SANDBOX_HELP = "off (default), on, log, or none (keep all capabilities)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v   "
-        f"(SIGHUP reloads, SIGUSR1 logs the counters)\n{EXIT_CODES}"
+        "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v\n"
+        "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
@@ -91,9 +91,15 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     if args.sandbox == "none":
         return Daemon(boards, label, args.control, fd_store)
 
-    def restrict(configs: Collection[Config]) -> None:
-        needed = privileges.needed_capabilities(configs, grows=args.boards is not None, locked=args.lock_memory)
+    def restrict(configs: Collection[Config], control_path: Path | None) -> None:
+        grows = args.boards is not None
+        needed = privileges.needed_capabilities(configs, grows=grows, locked=args.lock_memory)
         privileges.drop_capabilities(needed)
+        if args.sandbox in ("on", "log"):
+            from inco_trio.service.sandbox import enter_sandbox
+
+            has_fd_holder, log = args.fd_holder is not None, args.sandbox == "log"
+            enter_sandbox(configs, control=control_path, grows=grows, has_fd_holder=has_fd_holder, log=log)
 
     return Daemon(boards, label, args.control, fd_store, restrict)
 
