@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import time
 
-__all__ = ["TOLERANCE_NS", "WallClock"]
+__all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
 
 TOLERANCE_NS = 10**9
 """Smallest step of the wall clock that counts as setting it, in nanoseconds. NTP slews both clocks alike."""
+
+
+def step_text(step_ns: int) -> str:
+    """Return a sentence about a wall clock that was set."""
+    return f"the wall clock was set {'forward' if step_ns > 0 else 'back'} by {abs(step_ns) / 1e9:.1f} s"
 
 
 class WallClock:

@@ -17,8 +17,9 @@ import json
 import os
 import re
 import stat
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,7 @@ from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, 
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
+from inco_trio.wall_clock import TOLERANCE_NS, WallClock, step_text
 
 __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 
@@ -59,8 +61,9 @@ class Recorder:
     """
 
     def __init__(
-        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None
-    ) -> None:
+        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.written: list[Path] = []
         """The files that have not been removed, oldest first."""
         self.count = 0
@@ -70,7 +73,9 @@ class Recorder:
         self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
         self._fd = -1
         self._number = 0
-        self._size = self._entries = self._first_ns = 0
+        self._size = self._entries = 0
+        self._clock, self._begun = clock, 0.0
+        self._wall_clock: WallClock | None = None
         self._open()
 
     @property
@@ -106,19 +111,29 @@ class Recorder:
         """Append a received frame that the proxy ignored. `comment` is the reason."""
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
-    def mark(self, time_ns: int, text: str) -> None:
-        self._append(time_ns, REGISTERS, _unframed({"mark": text}), None, text)
+    def mark(self, time_ns: int, text: str, step_ns: int = 0) -> None:
+        """Append a mark. `step_ns` is by how much the wall clock was set just before."""
+        content: dict[str, object] = {"mark": text} | ({"step_ns": step_ns} if step_ns else {})
+        self._append(time_ns, REGISTERS, _unframed(content), None, text)
+
+    def follow_clock(self, time_ns: int, monotonic_ns: int) -> None:
+        """Append a mark if the wall clock was set since the last call. Both times are of the next entry."""
+        if self._wall_clock is None:
+            self._wall_clock = WallClock()
+            self._wall_clock.offset = time_ns - monotonic_ns
+        elif step := self._wall_clock.step(time_ns, monotonic_ns):
+            self.mark(time_ns, step_text(step), step)
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
         if self._fd < 0:
             raise ResourceError(self.path, "is closed")
         blocks = self._blocks(time_ns, interface, data, direction, comment)
-        if self._is_full(time_ns, len(blocks)):
+        if self._is_full(len(blocks)):
             self.close()
             self._open()
             blocks = self._blocks(time_ns, interface, data, direction, comment)
         if not self._entries:
-            self._first_ns = time_ns
+            self._begun = self._clock()
         self._write(blocks)
         self._interfaces.setdefault(interface, len(self._interfaces))
         self._entries += 1
@@ -129,12 +144,12 @@ class Recorder:
         head = b"" if interface in self._interfaces else interface_block(interface)
         return head + packet_block(number, time_ns, data, direction, comment)
 
-    def _is_full(self, time_ns: int, more: int) -> bool:
+    def _is_full(self, more: int) -> bool:
         if not self._entries:  # A file has at least one entry, even if the entry exceeds a limit.
             return False
         if self._size_max is not None and self._size + more > self._size_max:
             return True
-        return self._seconds_max is not None and time_ns - self._first_ns >= self._seconds_max * 10**9
+        return self._seconds_max is not None and self._clock() - self._begun >= self._seconds_max
 
     def _open(self) -> None:
         self._number += 1
@@ -225,6 +240,8 @@ class Mark:
 
     time_ns: int
     text: str
+    step_ns: int = 0
+    """By how many nanoseconds the wall clock was set here."""
 
 
 class Recording:
@@ -244,6 +261,7 @@ class Recording:
         """The number of packets that were skipped, by reason."""
         self._table = table
         self._count = 1
+        self._step_ns = self._last_ns = 0
         self._senders: dict[bytes, Direction] = {}
 
     @property
@@ -256,9 +274,24 @@ class Recording:
         for packet in self.reader:
             self.packets += 1
             if entry := self._entry(packet):
-                yield from itertools.repeat(entry, self._count)
+                yield from self._in_order(entry)
             else:
                 self.left_out[_reason(packet)] += 1
+
+    def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
+        """Yield an entry with the time of a clock that nobody set: durations must not depend on that."""
+        if isinstance(entry, Mark):
+            self._step_ns += entry.step_ns
+        time_ns = entry.time_ns - self._step_ns
+        if (back := self._last_ns - time_ns) > TOLERANCE_NS:
+            # No mark says that the clock was set: another program recorded this, or it joined recordings.
+            self._step_ns -= back
+            time_ns = self._last_ns
+            yield Mark(time_ns, f"the times of the packets go back by {back / 1e9:.1f} s")
+        self._last_ns = max(self._last_ns, time_ns)
+        if self._step_ns:
+            entry = attrs.evolve(entry, time_ns=time_ns)
+        yield from itertools.repeat(entry, self._count)
 
     def _entry(self, packet: Packet) -> Entry | Mark | None:
         self._count = 1
@@ -325,7 +358,8 @@ def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):
-            return Mark(packet.time_ns, content["mark"]), 1
+            step = content.get("step_ns", 0)
+            return Mark(packet.time_ns, content["mark"], step if type(step) is int else 0), 1
         signal, register = content["signal"], content["register"]
         pending, delay = content.get("pending", ""), content.get("delay", 0.0)
         count = content.get("count", 1)

@@ -241,6 +241,8 @@ def _show(text: str) -> None:
 def _write(recorder: Recorder, event: Event, name: str) -> None:
     time_ns, board = round(event.time * 1e9), event.board or name
     frame = None if event.frame is None else bytes.fromhex(event.frame)
+    if event.monotonic_ns:
+        recorder.follow_clock(time_ns, event.monotonic_ns)
     where = "" if board == name else f"{board}: "
     match event:
         case Event(event="notification" | "pending", direction=Direction() as direction, signal=str() as signal):

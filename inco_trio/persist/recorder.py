@@ -23,7 +23,7 @@ import attrs
 from inco_trio.frame import is_wire_name
 from inco_trio.proxy_status import RecorderStatus
 from inco_trio.signals import Direction, Signal
-from inco_trio.wall_clock import WallClock
+from inco_trio.wall_clock import WallClock, step_text
 
 __all__ = ["AREA", "EVENTS_SHARE", "KEPT", "KEPT_MAX", "KINDS", "Note", "Recorded", "Recorder"]
 
@@ -242,8 +242,7 @@ class Recorder:
 
     def _note_step(self, wall: int, monotonic: int) -> None:
         if step := self._clock.step(wall, monotonic):
-            way = "forward" if step > 0 else "back"
-            self.note("clock", f"the wall clock was set {way} by {abs(step) / 1e9:.1f} s", state=1)
+            self.note("clock", step_text(step), state=1)
 
     def check_clock(self) -> None:
         """Record that the wall clock was set, if it was."""
