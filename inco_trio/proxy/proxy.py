@@ -37,6 +37,7 @@ from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskSt
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
+from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 from inco_trio.wall_clock import WallClock
 
@@ -208,7 +209,7 @@ class Proxy:
             self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
                 with noted_by(self._parts.events.note):
-                    await self._registers.reload(table)
+                    await self._registers.reload(table, Trust(config.owner, config.group))
             finally:
                 table = self._registers.table
                 self._link.expect(table.inbound, table.outbound)
@@ -445,7 +446,7 @@ def _build(
     """
     inherited = fd_store.inherited
     inflight = ground.inflight
-    registers = Registers(ground.inotify, inflight, counters)
+    registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
