@@ -23,7 +23,7 @@ from inco_trio.control.protocol import LINE_MAX
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
-from inco_trio.persist.history import KEPT
+from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.support_control import FRAME, MAC, Board, Client
@@ -60,7 +60,7 @@ def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
     assert (status["open"], status["running"], status["descriptors"], status["link"]) == (True, True, None, board.link)
     assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
-    assert [task["problem"] for task in status["tasks"]] == [None] * 6
+    assert [task["problem"] for task in status["tasks"]] == [None] * 7
 
 
 def test_the_status_contains_current_problems(board: Board) -> None:

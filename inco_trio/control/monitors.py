@@ -10,7 +10,7 @@ import trio
 
 from inco_trio.control.feed import Batch
 from inco_trio.control.protocol import Event, Notifications, encode_event, encode_notifications, event_now
-from inco_trio.persist.history import History, Merged, Record
+from inco_trio.persist.followed import History, Merged, Record
 from inco_trio.signals import Direction
 
 __all__ = ["Follower", "Monitor"]
@@ -19,8 +19,10 @@ WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
 """Maximum number of events that are encoded at once."""
-PAUSE = 0.05
-"""Seconds between writes to an up-to-date follower. Each write wakes its process, which delays notifications."""
+PAUSE = 0.07
+"""Maximum pause in seconds between writes to a follower. Each write wakes its process, which delays notifications."""
+PAUSE_EACH = 0.005
+"""Seconds of pause for each notification of the last write. A notification that comes alone therefore rarely waits."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
 
@@ -60,6 +62,9 @@ class Monitor:
 
     def flush(self) -> None:
         """Queue the event `flushed` after all earlier events, even if the queue is full."""
+        if self._lost:
+            self._waiting.append(event_now("lost", count=self._lost))
+            self._number, self._lost = self._number + 1, 0
         self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
@@ -77,7 +82,7 @@ class Monitor:
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
-                lines += (encode_event(event, frames=self.frames) for event in self._wanted(what))
+                lines += self._wanted(what)
             if self._lost and not self._waiting:
                 lines.append(encode_event(event_now("lost", count=self._lost)))
                 self._lost = 0
@@ -95,26 +100,40 @@ class Monitor:
         """Yield lines with events from the histories that a follower reads."""
         yield from ()
 
-    def _wanted(self, what: Batch | Event) -> Iterator[Event]:
-        """Yield the events that the filters accept."""
+    def _wanted(self, what: Batch | Event) -> Iterator[str]:
+        """Yield the events that the filters accept, as lines."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
-                yield what
+                yield encode_event(what, frames=self.frames)
             return
-        for number, signal in enumerate(what.signals):
+        for signal, line in zip(what.signals, _lines(what, self.frames), strict=True):
             if self._accepts(signal.direction, signal.name):
-                yield Event(
-                    what.kind, what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
-                    str(signal.path), what.sequence and what.sequence + number,
-                    frame=what.frames[number].hex() if self.frames and what.frames else None,
-                    reason=what.reason, delay=(what.monotonic_ns - what.since) / 1e9 if what.since else 0.0,
-                )  # fmt: skip
+                yield line
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
         """Return whether the filters accept an event. None means that the event has no direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
+
+
+def _lines(batch: Batch, frames: bool) -> list[str]:
+    """Return the events of a batch as lines, and keep them for other monitors."""
+    lines = batch.lines.get(frames)
+    if lines is None:
+        lines = batch.lines[frames] = [
+            encode_event(
+                Event(
+                    batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
+                    str(signal.path), batch.sequence and batch.sequence + number,
+                    frame=batch.frames[number].hex() if frames and batch.frames else None,
+                    reason=batch.reason, delay=(batch.monotonic_ns - batch.since) / 1e9 if batch.since else 0.0,
+                ),
+                frames=frames,
+            )
+            for number, signal in enumerate(batch.signals)
+        ]  # fmt: skip
+    return lines
 
 
 @attrs.define
@@ -214,6 +233,8 @@ class Follower(Monitor):
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
+    _pause: float = 0.0
+    """Seconds until the next write; 0 after a full piece, because more events may wait."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards
@@ -242,8 +263,8 @@ class Follower(Monitor):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        if not self._behind and not self._waiting:
-            with trio.move_on_after(PAUSE):
+        if self._pause:
+            with trio.move_on_after(self._pause):
                 await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
@@ -266,3 +287,4 @@ class Follower(Monitor):
             number += cursor.sent - before
             if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None
+        self._pause = 0.0 if number >= PIECE else min(PAUSE, number * PAUSE_EACH)
