@@ -65,6 +65,9 @@ SAME_ON_EACH_PYTHON = (
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
 os.environ["PATH"] += os.pathsep + os.pathsep.join(("/usr/sbin", "/sbin"))
 
+# Without .pyc files, each of the tests' many processes would compile its imports again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Namespaces and mounts need CAP_SYS_ADMIN, which every user has inside a new user namespace.
 AS_ROOT = () if os.geteuid() == 0 else ("unshare", "--user", "--mount", "--map-current-user", "--keep-caps")
 
@@ -203,7 +206,7 @@ def run_unit(session: nox.Session, *args: str) -> None:
         words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools", *args)
         # No line of the package depends on the Python version, so measure coverage on one.
         if is_first(session):
-            run_pytest(session, *words, data=session.name)
+            run_pytest(session, *words, data="unit")
         else:
             session.run("pytest", *words, *TWO_AT_A_TIME, *session.posargs)
 

@@ -8,19 +8,20 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Exponential backoff with jitter: pauses in seconds, which double up to CAP. CAP also limits the recovery time."""
+    """Exponential backoff with jitter: pauses in seconds, which grow up to CAP. CAP also limits the recovery time."""
 
     FIRST = 0.005
     CAP = 0.08
 
-    def __init__(self) -> None:
-        self._pause = self.FIRST
+    def __init__(self, first: float = FIRST, factor: float = 2) -> None:
+        self._first = self._pause = first
+        self._factor = factor
 
     def next(self) -> float:
         pause = self._pause * random.uniform(0.8, 1.2)  # noqa: S311 - not for cryptography
-        self._pause = min(self._pause * 2, self.CAP)
+        self._pause = min(self._pause * self._factor, self.CAP)
         return pause
 
     def reset(self) -> None:
         """Start again with the shortest pause, after a successful attempt."""
-        self._pause = self.FIRST
+        self._pause = self._first

@@ -9,11 +9,19 @@ import fcntl
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 
 from inco_trio.errors import InvalidArgumentError
 
-__all__ = ["check_notification_fd", "notify_ready", "notify_stopping", "sd_notify"]
+__all__ = [
+    "check_notification_fd",
+    "notify_ready",
+    "notify_reloaded",
+    "notify_reloading",
+    "notify_stopping",
+    "sd_notify",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,17 @@ def notify_ready(notification_fd: int | None) -> None:
     _tell_systemd("READY=1")
 
 
+def notify_reloading() -> None:
+    """Report to systemd that a reload begins. A unit with Type=notify-reload waits for `notify_reloaded`."""
+    _tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+
+def notify_reloaded(problem: str | None) -> None:
+    """Report to systemd that a reload has ended, and why it was refused. `systemctl status` shows the reason."""
+    status = "" if problem is None else f"reload refused, keeping the old configuration: {problem}"
+    _tell_systemd(f"READY=1\nSTATUS={status}")
+
+
 def notify_stopping() -> None:
     """Report to systemd that the service is stopping. s6 has no equivalent."""
     _tell_systemd("STOPPING=1")
@@ -59,7 +78,7 @@ def sd_notify(state: str, fds: Sequence[int] = ()) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(address)
-        socket.send_fds(sock, [state.encode()], fds)
+        socket.send_fds(sock, [state.encode(errors="replace")], fds)
 
 
 def _tell_systemd(state: str) -> None:
@@ -67,4 +86,5 @@ def _tell_systemd(state: str) -> None:
     try:
         sd_notify(state)
     except OSError as error:
-        logger.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", state, os.environ["NOTIFY_SOCKET"], error)
+        what = state.partition("\n")[0]
+        logger.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", what, os.environ["NOTIFY_SOCKET"], error)

@@ -22,9 +22,9 @@ class Counters:
     sent: int = 0
     """Frames that the link accepted."""
     unknown: int = 0
-    """Well-formed frames whose name is not an inbound signal of the table."""
+    """Well-formed frames whose name is not an inbound signal of the table. Estimated by a sample during a flood."""
     malformed: int = 0
-    """Frames without a valid wire name."""
+    """Frames without a valid wire name. Estimated by a sample during a flood."""
     foreign: int = 0
     """Datagrams that a process other than the peer sent to a `unix:` link. They also count as malformed."""
     dropped: int = 0
@@ -111,3 +111,5 @@ class Status:
     counters: Stats
     signals: tuple[SignalStatus, ...]
     tasks: tuple[TaskStatus, ...]
+    capabilities: tuple[str, ...] = ()
+    """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""

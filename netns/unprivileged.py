@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
+from inco_trio.linux.capabilities import clear_capabilities
 from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNS, unshare
-from inco_trio.linux.process import clear_capabilities
 
 NOBODY = 65534
 

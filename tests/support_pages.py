@@ -30,6 +30,7 @@ import attrs
 
 from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
+from tests.support_proxy import ADD_USER
 
 __all__ = [
     "DOCS",
@@ -144,7 +145,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o mode=755 inco-trio-test /run && exec "$@"', "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
     with subprocess.Popen(
-        [*hidden, "/bin/bash", "-c", f"set -e\n{ENDING}\n{script}"],
+        [*hidden, "/bin/bash", "-c", f"set -e\n{ADD_USER}{ENDING}\n{script}"],
         cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=cores.core0.enter, env=environment, process_group=0,
     ) as shell:  # fmt: skip

@@ -28,6 +28,13 @@ OUTBOUND = {
 """Map from wire name to register of the signals from core 0 to core 1."""
 
 
+ADD_USER = """
+{ cat /etc/passwd; echo inco-trio:x:2147:2147::/:/usr/sbin/nologin; } > passwd.test
+mount --bind passwd.test /etc/passwd
+"""
+"""Shell lines that add the user inco-trio inside a mount namespace."""
+
+
 class Cupboard:
     """An fd store in this process. `heir` returns a second store, from which the next proxy inherits descriptors."""
 

@@ -246,7 +246,7 @@ def test_many_boards_lose_nothing_in_a_crash_under_s6(boards: Boards) -> None:
     names = [f"b{number}" for number in range(MANY)]
     boards.add(*names)
     peers = {name: boards.peer(name) for name in names}
-    done = command("s6", boards.home / "scan", "--boards", boards.directory)
+    done = command("s6", boards.home / "scan", "--user", "root", "--boards", boards.directory)
     assert (done.returncode, done.stderr) == (0, "")
     with Service(Here(), boards.home / "scan", boards_label(boards.directory)) as service:  # type: ignore[arg-type]
         service.wait("U")

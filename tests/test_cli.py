@@ -232,10 +232,10 @@ def test_a_closed_standard_output_is_not_an_error() -> None:
 
 def test_a_scan_directory_is_written_once(say: Say, tmp_path: Path) -> None:
     scandir = tmp_path / "service"
-    code, out, _ = say("s6", scandir, "--config", SAMPLE)
+    code, out, _ = say("s6", scandir, "--user", "root", "--config", SAMPLE)
     assert code == 0
     assert str(scandir) in out
-    assert say("s6", scandir, "--config", SAMPLE) == (0, "nothing changed\n", "")
+    assert say("s6", scandir, "--user", "root", "--config", SAMPLE) == (0, "nothing changed\n", "")
 
 
 def test_a_systemd_unit_is_printed(say: Say) -> None:

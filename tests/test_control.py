@@ -76,7 +76,7 @@ def test_the_status_contains_current_problems(board: Board) -> None:
     signals = {each["signal"]: each for each in board.status()["signals"]}
     assert signals["ihub_hwwd_irq"]["pending"] == 1
     assert signals["ihub_hwwd_irq"]["failures"] >= 1
-    assert "Is a directory" in signals["ihub_hwwd_irq"]["problem"]
+    assert "not a regular file but a directory" in signals["ihub_hwwd_irq"]["problem"]
     (board.irq / "message_5_state").rmdir()
     watching.until(event="notification", signal="ihub_hwwd_irq")
     peer.close()

@@ -25,12 +25,12 @@ from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, register_files
 from inco_trio.doctor.result import Level, Result, hidden, permit
 from inco_trio.links.address import UnixAddress, parse_address
-from inco_trio.linux.process import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
-from inco_trio.signals import builtin_signals
+from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
 from tests.support_capabilities import without_capability
 from tests.support_doctor import BOOTED, FIRST, Tree, process
@@ -260,9 +260,16 @@ def test_short_unix_queue_is_a_warning(tree: Tree, length: str, level: str) -> N
 
 
 def interface(
-    name: str = "l0", *, up: bool = True, running: bool = True, master: int = 0, port_of: str = "", mtu: int = 1500
+    name: str = "l0",
+    *,
+    up: bool = True,
+    running: bool = True,
+    master: int = 0,
+    port_of: str = "",
+    mtu: int = 1500,
+    kind: str = "",
 ) -> Interface:
-    return Interface(4, name, up, running, master, port_of, mtu, MAC)
+    return Interface(4, name, up, running, master, port_of, mtu, MAC, kind)
 
 
 BRIDGE = interface("br0")
@@ -280,21 +287,40 @@ BRIDGE = interface("br0")
             [("MTU 63: too small (signal names", "ip link set dev l0 mtu 1500")],
         ),
         (interface(mtu=64), None, []),
-        (interface(master=5, port_of="bond"), BRIDGE, []),
+        (interface(master=5, port_of="vrf"), interface("red"), []),
+        (interface(master=5, port_of="bond"), interface("b0"), [("is a port of the bond b0, wh", "inco-trio run b0")]),
+        (
+            interface(master=5, port_of="openvswitch"),
+            interface("ovs-system"),
+            [("is a port of the openvswitch ovs-system, which takes its frames", "inco-trio run ovs-system")],
+        ),
+        (interface(master=5), interface("m"), [("is a port of the master device m, which", "inco-trio run m")]),
         (interface(master=5, port_of="bridge"), BRIDGE, [("is a port of the bridge br0, which", "inco-trio run br0")]),
         (interface(master=5, port_of="bridge"), None, [("is a port of the bridge in another network names", None)]),
         (interface("a;b", up=False), None, [("the interface is down", "ip link set dev 'a;b' up")]),
     ],
 )
-def test_interface_state_mtu_and_bridge_are_checked(
+def test_interface_state_mtu_and_master_are_checked(
     found: Interface, master: Interface | None, said: list[tuple[str, str | None]]
 ) -> None:
     results = list(links.state(found, master))
-    assert [result.check for result in results] == ["state", "mtu", "bridge"]
+    assert [result.check for result in results] == ["state", "mtu", "master"]
     faults = [result for result in results if result.level is not Level.OK]
     assert all(result.level is Level.FAIL for result in faults)
     assert [result.fix for result in faults] == [fix for _, fix in said]
     assert all(result.found.startswith(text) for result, (text, _) in zip(faults, said, strict=True))
+
+
+def test_a_name_that_is_too_short_for_a_vlan_is_a_warning() -> None:
+    signals = [
+        Signal("a", Direction.OUTBOUND, Path("/irq"), "a"),
+        Signal("ab", Direction.OUTBOUND, Path("/irq"), "ab"),
+        Signal("b", Direction.INBOUND, Path("/irq"), "b"),
+    ]
+    assert list(links.short_names(interface(kind="veth"), signals)) == []
+    level, text, _ = only(links.short_names(interface(kind="vlan"), signals))
+    assert level == "warn"
+    assert text.startswith("l0: a: the kernel may drop frames with a name of one character on a VLAN")
 
 
 ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
@@ -307,7 +333,10 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-3", ["2"], False, "ok", "one CPU handles its frames", None),
         ("0-3", ["00000000,00000002", "00000000,00000002"], True, "ok", "one CPU handles its frames", None),
         ("0,2", ["0"], True, "ok", "one receive queue without steering", None),
-        ("0-1", ["3"], True, "warn", "rps_cpus is 3: several CPUs", ALL_CPUS),
+        # All frames of one EtherType have the same hash, by which the kernel selects one of the CPUs.
+        ("0-1", ["3"], True, "ok", "one CPU handles its frames", None),
+        ("0-3", ["f", "f"], False, "ok", "one CPU handles its frames", None),
+        ("0-3", ["3", "f"], True, "warn", "rps_cpus is 3, f: several CPUs", ALL_CPUS),
         ("0-63", ["1", "1,00000000"], True, "warn", "rps_cpus is 1, 1,00000000: several CPUs", ALL_CPUS),
         ("0-1", ["0", "0"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
         ("0-1", ["0", "1"], True, "warn", "2 receive queues: several CPUs", ALL_CPUS),
@@ -339,12 +368,12 @@ def test_the_interface_below_a_vlan_is_checked(tree: Tree) -> None:
     for name in ("rpmsg4000", "eth_rpmsg"):
         tree.put(f"sys/class/net/{name}/ifindex", "4\n")
         tree.put(f"sys/class/net/{name}/address", f"{MAC.hex(':')}\n")
-        tree.put(f"sys/class/net/{name}/queues/rx-0/rps_cpus", "1\n" if name == "rpmsg4000" else "3\n")
+        tree.put(f"sys/class/net/{name}/queues/rx-0/rps_cpus", "1\n" if name == "rpmsg4000" else "0\n")
     (tree.root / "sys/class/net/rpmsg4000/lower_eth_rpmsg").symlink_to("../eth_rpmsg")
     own, below = links.order(interface("rpmsg4000"), tree.root)
     assert (own.level, own.subject) == (Level.OK, "rpmsg4000")
     assert (below.level, below.subject) == (Level.WARN, "eth_rpmsg")
-    assert "several CPUs handle the frames of rpmsg4000" in below.found
+    assert "the sending CPU handles the frames of rpmsg4000" in below.found
     assert below.fix == "echo 1 | tee /sys/class/net/eth_rpmsg/queues/rx-*/rps_cpus"
 
 

@@ -212,7 +212,7 @@ def test_a_working_interface_is_ok(cores: Cores) -> None:
         ("capability", f"this user (uid {os.geteuid()}) has CAP_NET_RAW"),
         ("state", "the interface is up and has a carrier"),
         ("mtu", "MTU 1500 is large enough"),
-        ("bridge", "is not a port of a bridge"),
+        ("master", "no bridge, bond or other master device takes its frames"),
     ):
         result = of(found, check)
         assert (result["level"], result["subject"]) == ("ok", cores.link)
@@ -246,9 +246,9 @@ def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
 def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
     setup = f"ip link add br0 type bridge; ip link set dev br0 up; ip link set dev {cores.link} master br0"
     cores.core0.run(lambda: subprocess.run(["sh", "-ec", setup], check=True))
-    result = of(doctor(cores.core0, cores.link), "bridge")
+    result = of(doctor(cores.core0, cores.link), "master")
     assert (result["level"], result["fix"]) == ("fail", "inco-trio run br0")
-    assert of(doctor(cores.core0, "br0"), "bridge")["level"] == "ok"
+    assert of(doctor(cores.core0, "br0"), "master")["level"] == "ok"
 
 
 def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
@@ -264,9 +264,7 @@ def test_the_fix_pins_receive_queues_to_one_cpu(cores: Cores) -> None:
     assert found[0]["fix"] == sysfs
     assert found[1]["found"].startswith("rps_cpus is 0: ")
     every = f"{sysfs}; echo 3 > /sys/class/net/{cores.link}/queues/rx-0/rps_cpus"
-    found = driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)
-    assert levels(found) == ["warn", "ok"]
-    assert found[0]["found"].startswith("rps_cpus is 3: several CPUs handle its frames")
+    assert levels(driven(cores.core0, every, "order", cores.link, cores.link, around=IN_MOUNTS)) == ["ok"]
 
 
 def test_a_missing_network_namespace_is_a_fault(cores: Cores, tmp_path: Path) -> None:
@@ -505,7 +503,7 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     assert code == 1
     pending = of(found, "signal")
     assert (pending["level"], pending["subject"]) == ("fail", f"{irq}/message_4_state")
-    assert pending["found"].startswith("ihub_reset_irq: cannot write: Is a directory; ")
+    assert pending["found"].startswith("ihub_reset_irq: cannot write: not a regular file but a directory; ")
     assert pending["found"].endswith(" (1 pending)")
     counted = [each["found"] for each in found if each["check"] == "counters"]
     assert len(counted) == 2

@@ -257,6 +257,61 @@ def test_a_descriptor_that_was_closed_in_transit_is_an_error(identifier: str, mo
         fd_store_from_environment("/run/s", "a")
 
 
+@pytest.mark.parametrize("value", ["abc", "-1", "", "1 ", "0x1", "\u0661", "1" * 30, "99999999999"])
+@pytest.mark.parametrize("name", ["S6_FD#", "S6_FD_0"])
+def test_an_invalid_number_of_s6_is_one_error_line(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, text in (
+        {"S6_FD#": "1", "S6_FDID_0": "inco-trio/a/link.1", "S6_FD_0": "1000000"} | {name: value}
+    ).items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(InvalidArgumentError) as caught:
+        fd_store_from_environment("/run/s", "a")
+    supervisor = "(let the supervisor start inco-trio directly)"
+    assert str(caught.value) == f"${name}: {value!r} is not a number of descriptors {supervisor}"
+
+
+@pytest.mark.parametrize("missing", ["S6_FDID_0", "S6_FD_0"])
+def test_a_missing_variable_of_s6_is_one_error_line(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": "inco-trio/a/link.1"}.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(InvalidArgumentError, match=r"^(\$S6_FD_0|descriptor 1000000): [^\n]*$"):
+        fd_store_from_environment("/run/s", "a")
+
+
+@pytest.mark.parametrize("value", ["zz", "-1", "", "3.5", "9" * 5000])
+def test_an_invalid_number_of_systemd_is_one_error_line(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"NOTIFY_SOCKET": "/n", "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": value}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(InvalidArgumentError, match=r"^\$LISTEN_FDS: [^\n]* is not a number of descriptors [^\n]*$"):
+        fd_store_from_environment(None, "a")
+
+
+@pytest.mark.parametrize(
+    "names", ["", ":::::", "link", "link.", "link.9" * 100, ".1", "a.b.c\udcff.1", f"link.{'9' * 5000}"]
+)
+def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "NOTIFY_SOCKET": "/n",
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": "2147483647",
+        "LISTEN_FDNAMES": names,
+    }
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text)
+    # The first descriptor after those of this process is the first one that is not open.
+    monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
+        fd_store_from_environment(None, "a")
+
+
+@pytest.mark.parametrize("pid", ["zz", "-1", "", "1", "9" * 30])
+def test_the_descriptors_of_another_process_are_ignored(pid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"NOTIFY_SOCKET": "/n", "LISTEN_PID": pid, "LISTEN_FDS": "zz", "FDSTORE": "1"}.items():
+        monkeypatch.setenv(name, text)
+    assert fd_store_from_environment(None, "a").inherited == {}
+
+
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """Yield a socket that simulates systemd's notification socket."""

@@ -7,28 +7,35 @@ import functools
 import os
 import resource
 import socket
+import struct
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from inco_trio.cli.exit_codes import exit_code
 from inco_trio.errors import PermissionDeniedError, ResourceError
-from inco_trio.frame import ETHERTYPE, encode
-from inco_trio.links.packet import FILTER, RECEIVE_BUFFER, PacketLink
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
-from inco_trio.linux.rtnetlink import Rtnetlink
-from inco_trio.simulation.world import Cores, Peer
+from inco_trio.frame import ETHERTYPE, decode, encode
+from inco_trio.links.name_filter import SAMPLE
+from inco_trio.links.packet import HEAD, RECEIVE_BUFFER, PacketLink
+from inco_trio.linux import bpf
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
+from inco_trio.linux.rtnetlink import Interface, Rtnetlink
+from inco_trio.simulation.world import Cores, Peer, veth
 from netns.hang import HANG
+from tests.support_bpf import accepted
 from tests.support_capabilities import without_capability
 
 pytestmark = pytest.mark.netns
 
 SO_DETACH_FILTER = 27
+PACKET_OTHERHOST = 3
 ROOM = 200
 
 StartLink = Callable[[], PacketLink]
@@ -135,7 +142,7 @@ def test_a_batch_ends_with_a_frame_longer_than_its_step(link: PacketLink, core1:
 
 WITHOUT_OPTION = ("linux.if_packet.PACKET_IGNORE_OUTGOING", 9999)
 """A patch that simulates a kernel before 4.20, which does not support the option PACKET_IGNORE_OUTGOING."""
-WITHOUT_FILTER = ("links.packet.FILTER", FILTER[-16:-8] * (len(FILTER) // 8))
+WITHOUT_FILTER = ("links.packet.HEAD", (bpf.ACCEPT,))
 """A patch that replaces the filter with one that accepts every frame."""
 
 
@@ -146,7 +153,7 @@ def test_own_frames_are_not_received(
     with monkeypatch.context() as patch:
         patch.setattr(f"inco_trio.{without[0]}", without[1])
         link = cores.core0.run(functools.partial(PacketLink.open, cores.link))
-    assert link.refresh()
+        assert link.refresh()
     link.send("redun_notify_irq")
     assert core1.receive() == encode(b"redun_notify_irq", link.mac)
     core1.send(b"ihub_reset_irq")
@@ -154,9 +161,109 @@ def test_own_frames_are_not_received(
     close(link)
 
 
-def test_the_filter_cannot_be_detached(link: PacketLink) -> None:
-    with socket.socket(fileno=os.dup(link.fd)) as other, pytest.raises(PermissionError):
+@pytest.mark.parametrize("random", range(2))
+def test_frames_that_the_kernel_hands_to_a_vlan_are_rejected(link: PacketLink, random: int) -> None:
+    """The kernel first offers a VLAN's frame to the sockets of the parent, with the VLAN as the interface."""
+    index = link._index
+    link.expect({b"ihub_reset_irq"}, ())
+    for restricted in (False, True):
+        link.restrict(restricted)
+        code = instructions(link)
+        frame = encode(b"ihub_reset_irq", bytes(6))
+        assert accepted(code, frame, interface=index, random=random)
+        assert not accepted(code, frame, interface=index + 1, random=random)
+        assert not accepted(code, frame, interface=index, kind=PACKET_OTHERHOST, random=random)
+        assert not accepted(code, frame, interface=index, tagged=0x8100, random=random)
+
+
+def instructions(link: PacketLink) -> list[bpf.Instruction]:
+    """Return the filter that the kernel has attached to the socket."""
+    return [(a, b, c, d) for a, b, c, d in struct.iter_unpack("=HBBI", bpf.filter_of(link._socket))]
+
+
+def test_a_restricted_link_receives_the_expected_names_and_a_sample(link: PacketLink, core1: Peer) -> None:
+    link.expect({b"ihub_reset_irq", b"ihub_hwwd_irq"}, ())
+    assert link.restrict(True)
+    for number in range(20 * SAMPLE):
+        core1.send(b"unknown_%d" % number)
+        if not number % SAMPLE:
+            core1.send(b"ihub_reset_irq")
+            core1.send(b"ihub_hwwd_irq", pad=46)
+    names = [decode(frame) for frame in receive(link, 20 * SAMPLE)]
+    expected = [b"ihub_reset_irq", b"ihub_hwwd_irq"] * 20
+    assert [name for name in names if name in expected] == expected
+    sample = [name for name in names if name is not None and name.startswith(b"unknown_")]
+    assert len(names) == len(sample) + len(expected)
+    # The probability of no frame, and of more than five times the mean of 20, is below 1e-8.
+    assert 0 < len(sample) < 100
+
+
+def test_new_names_replace_the_names_of_a_restricted_link(link: PacketLink, core1: Peer) -> None:
+    link.expect({b"former"}, ())
+    link.restrict(True)
+    core1.send(b"former")
+    link.expect({b"former", b"new"}, ())
+    core1.send(b"former")
+    core1.send(b"new")
+    link.expect({b"new"}, ())
+    core1.send(b"new")
+    link.restrict(False)
+    core1.send(b"any")
+    names = [decode(frame) for frame in receive(link)]
+    assert names == [b"former", b"former", b"new", b"new", b"any"]
+
+
+def test_a_filter_for_more_names_than_the_kernel_accepts_compares_less(link: PacketLink, core1: Peer) -> None:
+    names = {b"signal_%04d" % number for number in range(2000)}
+    link.expect(names, ())
+    assert link.restrict(True)
+    for name in (b"signal_0000", b"signal_1999", b"signal_1xxx"):
+        core1.send(name)
+    assert [decode(frame) for frame in receive(link)] == [b"signal_0000", b"signal_1999", b"signal_1xxx"]
+    assert receive(link) == []
+    assert link.stands_for(memoryview(encode(b"signal_1xxx", bytes(6)))) == 1
+    assert link.stands_for(memoryview(encode(b"stranger", bytes(6)))) == SAMPLE
+
+
+def test_a_link_that_cannot_be_restricted_receives_everything(
+    link: PacketLink, core1: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach = bpf.attach_filter
+
+    def refuse(sock: socket.socket, code: bytes) -> None:
+        if bpf.program([(bpf.LOAD_WORD, 0, 0, bpf.RANDOM)]) in code:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        attach(sock, code)
+
+    monkeypatch.setattr(bpf, "attach_filter", refuse)
+    link.expect({b"known"}, ())
+    assert not link.restrict(True)
+    core1.send(b"unknown")
+    assert [decode(frame) for frame in receive(link)] == [b"unknown"]
+    assert link.stands_for(memoryview(encode(b"unknown", bytes(6)))) == 1
+
+
+def test_frames_from_before_the_restriction_stand_for_themselves(link: PacketLink, core1: Peer) -> None:
+    unknown = memoryview(encode(b"unknown", bytes(6)))
+    core1.send(b"unknown")
+    core1.send(b"unknown")
+    link.expect({b"known"}, ())
+    assert link.restrict(True)
+    assert len(receive(link, 1)) == 1
+    assert link.stands_for(unknown) == 1
+    assert len(receive(link, 2)) == 1
+    assert link.stands_for(unknown) == 1
+    assert receive(link) == []
+    assert link.stands_for(unknown) == SAMPLE
+    link.restrict(False)
+    assert link.stands_for(unknown) == 1
+
+
+def test_a_socket_without_a_filter_does_not_fit(link: PacketLink) -> None:
+    assert link.fits
+    with socket.socket(fileno=os.dup(link.fd)) as other:
         other.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+    assert not link.fits
 
 
 def test_the_granted_buffer_size_is_reported(link: PacketLink) -> None:
@@ -343,12 +450,20 @@ def test_an_unbound_socket_fits(opened: StartLink, cores: Cores) -> None:
     close(heir)
 
 
-def test_a_socket_with_a_longer_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet.FILTER", bytes(80) + FILTER[-16:-8])
-        longer = cores.core0.run(functools.partial(PacketLink.open, cores.link))
-    assert not longer.fits
-    close(longer)
+def test_an_inherited_socket_with_a_filter_for_other_names_is_reused(
+    link: PacketLink, cores: Cores, core1: Peer
+) -> None:
+    link.expect({b"former"}, ())
+    assert link.restrict(True)
+    core1.send(b"former")
+    heir = cores.core0.run(lambda: PacketLink.take(cores.link, os.dup(link.fd)))
+    assert heir.fits
+    heir.expect({b"new"}, ())
+    assert heir.refresh()
+    core1.send(b"new")
+    core1.send(b"any")
+    assert [decode(frame) for frame in receive(heir)] == [b"former", b"new", b"any"]
+    close(heir)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +490,8 @@ def test_a_socket_of_another_link_does_not_fit(link: PacketLink) -> None:
 
 def test_a_socket_with_a_wider_filter_does_not_fit(cores: Cores, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("inco_trio.links.packet.FILTER", FILTER[-16:-8])
+        patch.setattr("inco_trio.links.packet.HEAD", (bpf.ACCEPT, *HEAD))
         wide = cores.core0.run(functools.partial(PacketLink.open, cores.link))
-        assert wide.fits
     assert not wide.fits
     close(wide)
 
@@ -408,6 +522,105 @@ def test_the_bridge_of_a_port_is_named(link: PacketLink, cores: Cores, caplog: p
         enslave("")
         assert link.refresh()
     assert caplog.messages[1:] == [f"{cores.link}: no longer a port of the bridge br0"]
+
+
+def test_a_renamed_interface_is_not_followed(link: PacketLink, cores: Cores, core1: Peer) -> None:
+    core1.send(b"before")
+    rename(cores, cores.link, "other0")
+    assert not link.refresh()
+    assert link.absence == "the interface is gone or was renamed"
+    core1.send(b"meanwhile")
+    rename(cores, "other0", cores.link)
+    assert link.refresh()
+    core1.send(b"after")
+    assert [decode(frame) for frame in receive(link) + receive(link)] == [b"before", b"after"]
+
+
+def test_another_interface_that_gets_the_name_is_used(link: PacketLink, cores: Cores, core1: Peer) -> None:
+    rename(cores, cores.link, "other0")
+    veth(cores.core0, cores.link, cores.core0, "peer0")
+    change(cores, cores.link, state="up")
+    change(cores, "peer0", state="up")
+    assert link.refresh()
+    core1.send(b"meanwhile")
+    with cores.core0.run(lambda: Peer("peer0")) as peer:
+        peer.send(b"after")
+    assert [decode(frame) for frame in receive(link) + receive(link)] == [b"after"]
+
+
+def rename(cores: Cores, former: str, name: str) -> None:
+    change(cores, former, state="down")
+    command = ["ip", "link", "set", "dev", former, "name", name]
+    cores.core0.run(lambda: subprocess.run(command, check=True))
+    change(cores, name, state="up")
+
+
+def test_an_alternative_name_is_accepted(cores: Cores, core1: Peer) -> None:
+    command = ["ip", "link", "property", "add", "dev", cores.link, "altname", "alternative"]
+    cores.core0.run(lambda: subprocess.run(command, check=True))
+    link = cores.core0.run(lambda: PacketLink.open("alternative"))
+    assert link.refresh()
+    core1.send(b"name")
+    assert [decode(frame) for frame in receive(link)] == [b"name"]
+    close(link)
+
+
+class FakeRtnetlink(Rtnetlink):
+    """Describes the link as a port of `master`, or as a VLAN."""
+
+    def __init__(self, master: str = "", kind: str = "", port_of: str = "") -> None:
+        super().__init__()
+        self.master, self.kind, self.port_of = master, kind, port_of
+
+    def interface(self, name: str = "", index: int = 0) -> Interface | None:
+        found = super().interface(name or "lo")
+        assert found is not None
+        if index:
+            return attrs.evolve(found, name=self.master)
+        return attrs.evolve(found, master=7 if self.master else 0, port_of=self.port_of, kind=self.kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("bond", "a port of the bond m0, which takes all frames (use m0 as the interface)"),
+        ("team", "a port of the team m0, which takes all frames (use m0 as the interface)"),
+        ("openvswitch", "a port of the openvswitch m0, which takes all frames (use m0 as the interface)"),
+        ("", "a port of the master device m0, which takes all frames (use m0 as the interface)"),
+        ("vrf", None),
+    ],
+)
+def test_every_kind_of_master_that_takes_frames_is_named(
+    link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture, kind: str, text: str | None
+) -> None:
+    link._rtnetlink.close()
+    link._rtnetlink = cores.core0.run(lambda: FakeRtnetlink("m0", port_of=kind))
+    assert link.refresh()
+    assert link.refresh()
+    assert caplog.messages == ([] if text is None else [f"{cores.link}: {text}"])
+
+
+def test_names_that_are_too_short_for_a_vlan_are_warned_of(
+    link: PacketLink, cores: Cores, caplog: pytest.LogCaptureFixture
+) -> None:
+    link.expect((), {b"a"})
+    assert link.refresh()
+    assert caplog.messages == []
+    link._rtnetlink.close()
+    link._rtnetlink = cores.core0.run(lambda: FakeRtnetlink(kind="vlan"))
+    for _ in range(2):
+        assert link.refresh()
+    fault = "the kernel may drop frames with a name of one character on a VLAN (use a longer name)"
+    assert caplog.messages == [f"{cores.link}: a: {fault}"]
+    link.expect((), {b"ab"})
+    link.expect((), {b"c", b"b", b"bc"})
+    assert caplog.messages[1:] == [f"{cores.link}: b, c: {fault}"]
+
+
+def test_the_kind_of_an_interface_is_read(watcher: Rtnetlink, cores: Cores) -> None:
+    found = watcher.interface(cores.link)
+    assert found is not None
+    assert (found.kind, found.port_of, found.is_taken) == ("veth", "", False)
 
 
 def test_the_watcher_wakes_for_each_change(watcher: Rtnetlink, cores: Cores) -> None:

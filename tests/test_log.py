@@ -40,6 +40,37 @@ def test_text_lines_name_level_and_message(capfd: pytest.CaptureFixture[str]) ->
     ]
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_journal_gets_priorities(log_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.pipe()
+    found = os.fstat(theirs)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+    set_up_logging(log_format, verbose=True, fd=theirs)
+    logger.error("one")
+    logger.warning("two")
+    logger.info("three")
+    logger.debug("four")
+    logger.error("five", exc_info=ValueError("six"))
+    os.close(theirs)
+    with open(ours) as lines:  # noqa: PTH123 - a file descriptor
+        said = lines.read().splitlines()
+    assert [line[:3] for line in said[:4]] == ["<3>", "<4>", "<6>", "<7>"]
+    assert {line[:3] for line in said[4:]} == {"<3>"}
+    assert len(said) == 5 if log_format == "json" else len(said) == 6
+
+
+@pytest.mark.parametrize("value", ["", "1:2", "x", None])
+def test_another_stream_has_no_priorities(
+    value: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", value or "")
+    if value is None:
+        monkeypatch.delenv("JOURNAL_STREAM")
+    set_up_logging("text", verbose=False)
+    logger.warning("two")
+    assert capfd.readouterr().err == "inco-trio: warning: two\n"
+
+
 def test_the_same_cause_is_logged_once_per_second(capfd: pytest.CaptureFixture[str]) -> None:
     set_up_logging("text", verbose=False)
     for number in range(5):

@@ -474,7 +474,18 @@ def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> Non
     scan, services = bench.home / "scan", []
     for end in (0, 1):
         link = f"unix:{bench.home}/wire{end},peer={bench.home}/core{end}"
-        words = ["s6", str(scan), "--mqtt-link", f"{bench.broker.url}/wire", "--iface", link, "--end", f"core{end}"]
+        words = [
+            "s6",
+            str(scan),
+            "--user",
+            "root",
+            "--mqtt-link",
+            f"{bench.broker.url}/wire",
+            "--iface",
+            link,
+            "--end",
+            f"core{end}",
+        ]
         subprocess.run([*COMMAND, *words], check=True, capture_output=True)
         services.append(scan / f"inco-trio-{bridge_label(parse_address(link))}")  # type: ignore[arg-type]
     running = Service(Here(), scan, services[0].name.removeprefix("inco-trio-"))  # type: ignore[arg-type]

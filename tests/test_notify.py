@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from inco_trio.errors import InvalidArgumentError
-from inco_trio.notify import check_notification_fd, notify_ready, notify_stopping
+from inco_trio.notify import check_notification_fd, notify_ready, notify_reloaded, notify_reloading, notify_stopping
 from netns.hang import HANG
 
 
@@ -35,6 +36,35 @@ def test_systemd_gets_ready_and_stopping(abstract: bool, tmp_path: Path, monkeyp
         notify_ready(None)
         notify_stopping()
         assert [manager.recv(100), manager.recv(100)] == [b"READY=1", b"STOPPING=1"]
+
+
+def test_systemd_learns_the_result_of_a_reload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(HANG)
+        manager.bind(f"{tmp_path}/notify")
+        before = time.monotonic_ns() // 1000
+        notify_reloading()
+        reloading, clock = manager.recv(100).decode().splitlines()
+        assert reloading == "RELOADING=1"
+        # systemd ignores a READY=1 that is older than this time.
+        assert before <= int(clock.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
+        notify_reloaded(None)
+        assert manager.recv(100) == b"READY=1\nSTATUS="
+        notify_reloaded("u.json: \udcff")
+        assert manager.recv(100) == b"READY=1\nSTATUS=reload refused, keeping the old configuration: u.json: ?"
+
+
+@pytest.mark.parametrize("address", ["", "x" * 200, "relative", "@" * 200, "vsock:2:1", "/proc/self/x", "\udcff"])
+def test_an_unusable_notify_socket_is_one_warning(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify_reloading()
+    assert [line.startswith("cannot report RELOADING=1 to $NOTIFY_SOCKET (") for line in caplog.messages] == [
+        True
+    ] * bool(address)
+    assert not any("\n" in line for line in caplog.messages)
 
 
 def test_without_a_supervisor_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

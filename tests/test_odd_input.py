@@ -62,7 +62,7 @@ def complaint(text: str) -> bytes:
         [*RUN, "run", "--irq-dir", "irq", "--wait-link", "--log-format", "json", "--"],
         [Path(sys.executable).with_name("inco_proxy"), "--"],
         [*RUN, "doctor", "--irq-dir", "irq", "--"],
-        [*RUN, "s6", "scan", "--config", SAMPLE, "--iface"],
+        [*RUN, "s6", "scan", "--user", "root", "--config", SAMPLE, "--iface"],
         [*RUN, "s6", "--systemd", "--config", SAMPLE, "--iface"],
     ],
     ids=["run", "wait", "inco_proxy", "doctor", "s6", "systemd"],
@@ -116,7 +116,7 @@ def test_an_empty_path_is_refused(words: list[str], option: str, tmp_path: Path)
             "--irq-dir irq: the working directory was removed (use an absolute path)",
         ),
         (
-            ["s6", "scan", "--config", SAMPLE],
+            ["s6", "scan", "--user", "root", "--config", SAMPLE],
             2,
             "SCANDIR scan: the working directory was removed (use an absolute path)",
         ),
@@ -137,7 +137,7 @@ def test_absolute_paths_work_in_a_removed_directory(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     leave = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh"]
     program = Path(sys.executable).with_name("inco-trio")
-    for words in (["check", "--config", SAMPLE], ["s6", tmp_path / "scan", "--config", SAMPLE]):
+    for words in (["check", "--config", SAMPLE], ["s6", tmp_path / "scan", "--user", "root", "--config", SAMPLE]):
         (tmp_path / "gone").mkdir(exist_ok=True)
         code, out, err = finished([*leave, program, *words], cwd=tmp_path / "gone")
         assert (code, err) == (0, b"")
@@ -186,7 +186,19 @@ def test_typing_errors_in_the_signal_table_are_refused(text: str, said: str, tmp
 
 
 def scan(directory: Path, *words: str) -> Done:
-    code, out, err = finished([*RUN, "s6", str(directory), "--iface", "core0", "--config", SAMPLE, *words])
+    code, out, err = finished(
+        [
+            *RUN,
+            "s6",
+            str(directory),
+            *([] if "--user" in words else ["--user", "root"]),
+            "--iface",
+            "core0",
+            "--config",
+            SAMPLE,
+            *words,
+        ]
+    )
     return code, out.replace(b"%b/" % os.fsencode(directory), b""), err.replace(b"%b/" % os.fsencode(directory), b"")
 
 
@@ -312,7 +324,7 @@ def mounted(options: str, script: str, tmp_path: Path, *words: str | Path) -> Do
     return finished(["unshare", "--mount", "sh", "-c", setup, "sh", *words], cwd=tmp_path)
 
 
-IN_M = [*RUN, "s6", "m/scan", "--iface", "core0", "--config", SAMPLE]
+IN_M = [*RUN, "s6", "m/scan", "--user", "root", "--iface", "core0", "--config", SAMPLE]
 
 
 @pytest.mark.netns
@@ -374,7 +386,7 @@ def test_an_unreadable_service_file_is_an_error(tmp_path: Path, nobody: list[str
     for path in (scandir, *scandir.parents):
         if path.is_relative_to("/tmp/"):  # noqa: S108 - pytest's directories, for the user nobody
             path.chmod(0o755)
-    words = ["s6", str(scandir), "--iface", "core0", "--config", "/dev/null"]
+    words = ["s6", str(scandir), "--user", "root", "--iface", "core0", "--config", "/dev/null"]
     command = [*nobody[:2], str(scandir), *nobody[2:], *RUN, *words]
     code, _, err = finished(command)
     assert code == 77
@@ -386,7 +398,7 @@ WITHOUT_PROC = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test
 
 @pytest.mark.netns
 def test_commands_work_without_proc(tmp_path: Path) -> None:
-    for words in (["check"], ["s6", "--systemd"], ["s6", str(tmp_path / "scan")]):
+    for words in (["check"], ["s6", "--systemd"], ["s6", str(tmp_path / "scan"), "--user", "root"]):
         code, out, err = finished([*WITHOUT_PROC, *words, "--config", SAMPLE])
         assert (code, err) == (0, b"")
         assert out

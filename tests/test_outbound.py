@@ -12,13 +12,13 @@ from typing import cast
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import EVENT, Inotify, parse_events
 from inco_trio.persist.inflight import Inflight
-from inco_trio.proxy.handoff import Handoff
+from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.outbound import Outbound
 from inco_trio.proxy.supervise import Health
 from inco_trio.proxy_status import Counters
@@ -202,3 +202,42 @@ def test_the_lone_path_agrees_with_the_full_path(world: World) -> None:
             assert world.triggers.follow(parse_events(data)).signals == [signal]
             lone += 1
     assert lone == 2 + 3 * 2
+
+
+class SlowLink(FakeLink):
+    """A link whose queue holds one frame, which leaves after `duration` seconds."""
+
+    def __init__(self, inflight: Inflight, duration: float) -> None:
+        super().__init__(inflight)
+        self.duration = duration
+        self.free_at = 0.0
+
+    def send(self, name: str) -> None:
+        if trio.current_time() < self.free_at:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        super().send(name)
+        self.free_at = trio.current_time() + self.duration
+
+
+@pytest.mark.parametrize("duration", [0.002, 0.0058, 0.03])
+def test_a_queue_of_one_frame_takes_at_most_twice_the_time_of_the_link(world: World, duration: float) -> None:
+    link = SlowLink(world.inflight, duration)
+    world.outbound._link = cast(Link, link)
+
+    async def main() -> float:
+        with trio.fail_after(HANG):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(world.outbound.send, Health("send"))
+                started = trio.current_time()
+                # One batch, as after a burst of triggers.
+                batch = Batch([world.notify] * 500, finished=trio.Event())
+                await world.handoff.hand_over(world.handoff.begin(batch))
+                assert batch.finished is not None
+                await batch.finished.wait()
+                nursery.cancel_scope.cancel()
+        return trio.current_time() - started
+
+    # The clock of the test only advances while all tasks wait.
+    took = trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert len(link.sent) == 500
+    assert took <= 2 * 500 * duration

@@ -89,6 +89,7 @@ def test_the_numbers_are_exact(night: Path) -> None:
             }
         ],
         "ignored": 0,
+        "left_out": {},
         "marks": [{"time": 4, "text": "the link went down"}],
     }
     assert sorted(path.name for path in night.parent.iterdir()) == ["night.pcapng"]

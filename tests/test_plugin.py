@@ -21,7 +21,7 @@ pytestmark = pytest.mark.tools
 pytest_plugins = ["pytester"]
 
 ASYNCIO_AUTO = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_fixture_loop_scope=function")
-QUIET = ("-p", "no:cacheprovider", "-p", "no:randomly", "-W", "error")
+QUIET = ("-p", "no:cacheprovider", "-p", "no:randomly", "-p", "no:hypothesispytest", "-W", "error")
 
 
 def run(pytester: pytest.Pytester, test: str, *options: str) -> pytest.RunResult:

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 import termios
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 
-from inco_trio.capture.recording import Recorder
+from inco_trio.capture.pcapng import interface_block, packet_block, section_block
+from inco_trio.capture.recording import Entry, Mark, Recorder, open_recording
 from inco_trio.frame import encode
-from inco_trio.signals import Direction
+from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Consumer, Proxy, StartProxy
 from netns.hang import HANG
@@ -104,6 +106,7 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         str(2 * COUNT),
         "-w",
         str(path),
+        "ether proto 0x8800",
     ]
     start = functools.partial(subprocess.Popen[str], command, stderr=subprocess.PIPE, text=True)
     with cores.core1.run(start) as tcpdump:
@@ -226,3 +229,82 @@ def test_a_notification_that_was_pending_is_played_once(tmp_path: Path, side: st
         where = [f"unix:{tmp_path}/1,peer={tmp_path}/0"] if side == "core1" else ["--irq-dir", irq]
         code, out, _ = replay(tmp_path / "f", *where, "--wait", "0.1")
     assert (code, out) == (1, f"{played}: 1 sent\n{expected}: 0 of 1 came back, 1 missing\n")
+
+
+def entries(path: Path) -> list[Entry | Mark]:
+    with open_recording(path, SignalTable(())) as recording:
+        return list(recording)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Return a recording with each kind of entry."""
+    recorder = Recorder(tmp_path / "mixed.pcapng")
+    recorder.append(10**9, Direction.INBOUND, "a_irq", "/irq/a", encode(b"a_irq", MAC), "l0")
+    recorder.append(2 * 10**9, Direction.OUTBOUND, "b_irq", "/irq/b", None, "l0")
+    recorder.mark(3 * 10**9, "the link went down")
+    recorder.append(4 * 10**9, Direction.INBOUND, "a_irq", "/irq/a", encode(b"a_irq", MAC), "l0", pending="no room")
+    recorder.ignored(5 * 10**9, "ignored: unknown signal c_irq", encode(b"c_irq", MAC), "l0")
+    recorder.close()
+    return recorder.path
+
+
+@pytest.mark.parametrize(
+    "command", ["mergecap -w OUT IN", "mergecap -a -w OUT IN", "editcap IN OUT", "tshark -r IN -w OUT"]
+)
+def test_recordings_are_recognized_after_other_programs_rewrote_them(mixed: Path, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out.pcapng"
+    words = [{"IN": str(mixed), "OUT": str(out)}.get(word, word) for word in command.split()]
+    subprocess.run(words, check=True, timeout=HANG, stderr=subprocess.DEVNULL)
+    assert entries(out) == entries(mixed)
+    assert [type(entry).__name__ for entry in entries(out)] == ["Entry", "Entry", "Mark", "Entry", "Entry"]
+
+
+def test_a_classic_pcap_of_a_recording_keeps_directions_and_marks(mixed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pcap"
+    subprocess.run(["editcap", "-F", "nsecpcap", str(mixed), str(out)], check=True, timeout=HANG)
+    kept = [entry for entry in entries(out) if isinstance(entry, Mark) or entry.signal == "b_irq"]
+    assert kept == entries(mixed)[1:3]
+
+
+def test_a_replay_that_plays_nothing_fails(mixed: Path, tmp_path: Path) -> None:
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    (irq / "message_6_trig").touch()
+    code, out, err = replay(mixed, "--irq-dir", irq, "--wait", "0", "--json")
+    assert (code, json.loads(out)["sent"]) == (65, {})
+    assert err == f"inco-trio: error: {mixed}: nothing was played: the file contains nothing that core0 sends\n"
+
+
+def test_packets_that_a_replay_leaves_out_are_counted_by_reason(tmp_path: Path) -> None:
+    path, frame = tmp_path / "f", encode(IN.encode(), MAC)
+    packets = [
+        *[frame] * 2,
+        *[frame[:12] + b"\x08\x00" + frame[14:]] * 3,
+        frame[:14] + b"a name with spaces",
+        bytes(12) + b"\x88\xb5{",
+    ]
+    blocks = [section_block("other"), interface_block("l0")]
+    blocks += [packet_block(0, number, packet, None) for number, packet in enumerate(packets)]
+    short = bytearray(packet_block(0, 9, frame, None))
+    short[24:28] = (100).to_bytes(4, "little")  # The original length: the capture kept only the start of the packet.
+    other = bytearray(interface_block("can0"))
+    other[8] = 227  # LINKTYPE_CAN_SOCKETCAN
+    path.write_bytes(b"".join([*blocks, short, other, packet_block(1, 10, frame, None)]))
+    link = f"unix:{tmp_path}/1,peer={tmp_path}/0"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as core0:
+        core0.bind(f"{tmp_path}/0")
+        code, out, _ = replay(path, link, "--wait", "0")
+        notes = [line for line in out.splitlines() if line.startswith("note: ")]
+        _, out, _ = replay(path, link, "--wait", "0", "--json")
+    assert (code, notes) == (
+        0,
+        [
+            "note: 1 packet left out: on an interface that is not Ethernet",
+            "note: 1 packet left out: truncated by the capture",
+            "note: 1 packet left out: with a damaged note of inco-trio",
+            "note: 3 packets left out: with another EtherType than 0x8800",
+            "note: 1 packet left out: without a valid wire name",
+        ],
+    )
+    assert sum(json.loads(out)["left_out"].values()) == 7

@@ -20,7 +20,15 @@ from pathlib import Path
 import pytest
 
 from inco_trio.errors import InvalidArgumentError, PermissionDeniedError
-from inco_trio.service.descriptions import Service, boards_service, bridge_service, find_program, link_service
+from inco_trio.service.descriptions import (
+    Service,
+    boards_service,
+    bridge_service,
+    exporter_service,
+    find_program,
+    gateway_service,
+    link_service,
+)
 from inco_trio.service.scandir import write_scandir
 from inco_trio.service.systemd import systemd_unit
 from inco_trio.simulation.world import Cores, Namespace, Peer
@@ -32,7 +40,7 @@ import os, signal, socket, sys
 from inco_trio.persist.fdstore import fd_store_from_environment
 from inco_trio.notify import check_notification_fd, notify_ready
 
-run, interface, _, config, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]
+run, interface, _, config, _, _, notification_fd, _, holder_socket, *log_format = sys.argv[1:]
 check_notification_fd(int(notification_fd))
 holder = fd_store_from_environment(holder_socket, interface)
 home = os.path.dirname(config)
@@ -68,10 +76,10 @@ if [ -n "$S6_FD_0" ]; then
   echo "user read $waiting" >"$home/said"
 else
   exec 5<>"$home/fifo"
-  s6-fdholder-store "$8" "inco-trio/$2/link.1" <&5
+  s6-fdholder-store "$9" "inco-trio/$2/link.1" <&5
   echo "user $(id -un) $(sed -n '/^CapEff/s/.*\\t//p' /proc/self/status)" >"$home/said"
 fi
-echo >&"$6" && exec sleep 1000
+echo >&"$7" && exec sleep 1000
 """
 """A stand-in in sh, for a user who may be unable to run this Python. It stores one FIFO and reports to another one."""
 
@@ -272,7 +280,7 @@ class TestUnderS6:
         subprocess.run(["s6-svscanctl", "-a", str(tree.scandir)], check=True)
         assert tree.next_report() == "other started 1"
 
-    def test_another_user_keeps_one_capability_and_stored_descriptors(self, tree: Tree) -> None:
+    def test_another_user_keeps_two_capabilities_and_stored_descriptors(self, tree: Tree) -> None:
         user = another_user()
         fifos = [tree.home / "fifo", tree.home / "said"]
         for fifo in fifos:
@@ -289,7 +297,7 @@ class TestUnderS6:
 
         first = heard()
         if user:
-            assert first == "user nobody 0000000000002000\n"
+            assert first == "user nobody 0000000000003000\n"
         tree.svc("-wD -d", "core0")
         # This open succeeds only because the fd store holds the reading end of the FIFO.
         fd = os.open(fifos[0], os.O_WRONLY | os.O_NONBLOCK)
@@ -411,7 +419,7 @@ class TestFiles:
         assert list(tmp_path.iterdir()) == []
 
     def test_an_unknown_user_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user$"):
+        with pytest.raises(InvalidArgumentError, match=r"^--user nobodyelse: no such user \(create it with [^\n]*\)$"):
             changes(tmp_path, user="nobodyelse")
 
     def test_a_directory_that_cannot_be_created_is_one_error_line(self, tmp_path: Path) -> None:
@@ -479,6 +487,105 @@ def test_each_unit_has_its_own_runtime_directory() -> None:
     assert len(found) == 3
 
 
+SERVICES = {
+    "proxy of an interface": link_service("rpmsg4000", Path("/dev/null")),
+    "proxy of a socket": link_service("unix:/run/a,peer=/run/b", Path("/dev/null")),
+    "boards": boards_service(Path("/etc/boards"), "boards-1"),
+    "gateway": gateway_service("mqtt://h/lab/host1", None),
+    "bridge": bridge_service("mqtt://h/wire", "unix:/run/a,peer=/run/b", "core0", None),
+    "exporter": exporter_service("127.0.0.1:9478"),
+}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Path) -> None:
+    unit = tmp_path / "x.service"
+    unit.write_text(systemd_unit(service=SERVICES[name], user="inco-trio", program=["/usr/bin/true"]))
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit)]
+    rated = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Overall exposure level for .*: ([0-9.]+)", rated)
+    assert found is not None
+    assert float(found[1]) <= 1.5, rated
+    page = (Path(__file__).parents[1] / "docs/supervision.md").read_text().replace("\\|", "|")
+    for line in rated.splitlines():
+        if line.startswith("✗"):
+            assert f"`{line.split()[1]}`" in page, f"docs/supervision.md does not explain: {line}"
+    verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    # systemd knows FileDescriptorStorePreserve= since version 254.
+    unexpected = [line for line in verified.stderr.splitlines() if "FileDescriptorStorePreserve" not in line]
+    assert not [line for line in unexpected if str(unit) in line]
+
+
+@pytest.mark.parametrize(
+    ("service", "tmp", "home"),
+    [
+        (SERVICES["proxy of a socket"], "yes", "yes"),
+        (link_service("unix:/tmp/a,peer=/run/b", Path("/dev/null")), "no", "yes"),
+        (link_service("unix:/run/a,peer=/home/u/b", Path("/dev/null")), "yes", "no"),
+        (link_service("a", Path("/var/tmp/u.json")), "no", "yes"),  # noqa: S108 - not a file
+        (bridge_service("mqtt://h/w", "unix:/run/a,peer=/run/user/7/b", "core0", None), "yes", "no"),
+        (gateway_service("mqtt://h/lab", Path("/tmp/g.json")), "no", "yes"),  # noqa: S108 - not a file
+    ],
+)
+def test_a_unit_sees_the_directories_that_its_service_uses(service: Service, tmp: str, home: str) -> None:
+    unit = systemd_unit(service=service, user="inco-trio", program=["/usr/bin/true"]).splitlines()
+    assert {f"PrivateTmp={tmp}", f"ProtectHome={home}"} <= set(unit)
+
+
+def test_a_program_in_a_home_directory_is_readable() -> None:
+    unit = systemd_unit(service=SERVICES["exporter"], user="inco-trio", program=["/home/u/bin/inco-trio"])
+    assert "ProtectHome=read-only" in unit.splitlines()
+
+
+def test_the_python_of_a_virtual_environment_is_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "base_prefix", "/home/u/python")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    unit = systemd_unit(
+        service=SERVICES["exporter"], user="inco-trio", program=[sys.executable, "-I", "-m", "inco_trio"]
+    )
+    assert {"ProtectHome=read-only", "PrivateTmp=no"} <= set(unit.splitlines())
+
+
+def test_a_unit_sees_the_directories_of_the_configured_registers(tmp_path: Path) -> None:
+    (tmp_path / "b1.json").write_text(json.dumps({"link": "unix:/run/a,peer=/run/b", "irq_dir": "/home/irq"}))
+    unit = systemd_unit(service=boards_service(tmp_path, "boards-1"), user="inco-trio", program=["/usr/bin/true"])
+    assert {"PrivateTmp=no", "ProtectHome=no"} <= set(unit.splitlines())
+
+
+def test_a_unit_waits_for_its_link_and_reports_a_refused_reload() -> None:
+    unit = systemd_unit(service=link_service("a", Path("/u.json")), user="inco-trio", program=["/usr/bin/inco-trio"])
+    assert " --wait-link " in unit
+    assert "\nTimeoutStartSec=infinity\n" in unit
+    check = "ExecReload=/usr/bin/inco-trio check --config /u.json\n"
+    assert f"{check}ExecReload=kill -HUP $MAINPID\n" in unit
+    boards = systemd_unit(service=SERVICES["boards"], user="inco-trio", program=["/usr/bin/inco-trio"])
+    check = "ExecReload=/usr/bin/inco-trio check --boards /etc/boards\n"
+    assert f"ExecReload=kill -HUP $MAINPID\n{check}" in boards
+    assert "TimeoutStartSec" not in boards
+
+
+def test_a_unit_of_root_names_no_account() -> None:
+    for user in (None, "root"):
+        unit = systemd_unit(service=SERVICES["boards"], user=user, program=["/usr/bin/inco-trio"])
+        assert "\nUser=root\n" in unit
+        assert "useradd" not in unit
+    unit = systemd_unit(service=SERVICES["boards"], user="inco-trio", program=["/usr/bin/inco-trio"])
+    assert "\nUser=inco-trio\n" in unit
+    assert "\n#   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin inco-trio\n" in unit
+
+
+def test_memory_is_locked_only_on_request(tmp_path: Path) -> None:
+    service, program = SERVICES["proxy of a socket"], ["/usr/bin/inco-trio"]
+    assert "MEMLOCK" not in systemd_unit(service=service, user=None, program=program)
+    unit = systemd_unit(service=service, user=None, program=program, options=["--lock-memory"])
+    assert "\nLimitMEMLOCK=infinity\n" in unit
+    assert " --lock-memory " in unit
+    for options, lines in ((), 0), (("--lock-memory",), 1):
+        write_scandir(tmp_path / "scan", service=service, user=None, program=program, options=options)
+        (run,) = (tmp_path / "scan").glob("inco-trio-*a*/run")
+        assert run.read_text().count("\nulimit -l unlimited\n") == lines
+
+
 class TestSystemdUnit:
     def test_the_command_is_quoted_for_systemd(self) -> None:
         unit = systemd_unit(
@@ -486,7 +593,9 @@ class TestSystemdUnit:
             user=None,
             program=["/usr/bin/inco-trio"],
         )
-        command = '/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --log-format text'
+        command = (
+            '/usr/bin/inco-trio run rpmsg%%1 --config "/etc/a b/100%%/$$HOME/\\"x\\"\\\\" --wait-link --log-format text'
+        )
         assert re.search(rf"^ExecStart={re.escape(command)} --control %t/[^ ]+$", unit, re.MULTILINE)
         assert "interrupts on rpmsg%%1\n" in unit
 
@@ -494,18 +603,20 @@ class TestSystemdUnit:
         unit = systemd_unit(
             service=link_service("a", Path("/dev/null")), user="nobody", program=["inco-trio"]
         ).splitlines()
-        assert {"User=nobody", "AmbientCapabilities=CAP_NET_RAW", "CapabilityBoundingSet=CAP_NET_RAW"} <= set(unit)
+        both = "CAP_NET_RAW CAP_NET_ADMIN"
+        assert {"User=nobody", f"AmbientCapabilities={both}", f"CapabilityBoundingSet={both}"} <= set(unit)
 
-    def test_a_socket_needs_no_capability_and_boards_may_have_namespaces(self) -> None:
+    def test_a_socket_needs_no_capability_and_boards_may_have_namespaces(self, tmp_path: Path) -> None:
+        (tmp_path / "b1.json").write_text(json.dumps({"link": "a", "netns": "b1", "irq_dir": "/run/irq"}))
         for service, said in (
+            (boards_service(tmp_path, "boards-1"), "RestrictNamespaces=net"),
             (link_service("unix:/a,peer=/b", Path("/dev/null")), "RestrictAddressFamilies=AF_UNIX"),
-            (boards_service(Path("/etc/boards"), "boards-1"), "RestrictNamespaces=net"),
+            (boards_service(Path("/etc/boards"), "boards-1"), "RestrictNamespaces=yes"),
         ):
             unit = systemd_unit(service=service, user="nobody", program=["inco-trio"]).splitlines()
             assert said in unit
-            assert ("CapabilityBoundingSet=CAP_NET_RAW" in unit) == (service.label == "boards-1")
+            assert ("CapabilityBoundingSet=CAP_NET_RAW CAP_NET_ADMIN" in unit) == (service.label == "boards-1")
 
     def test_invalid_input_is_refused(self) -> None:
-        for interface, user in (("a b", None), ("a", "nobodyelse")):
-            with pytest.raises(InvalidArgumentError):
-                systemd_unit(service=link_service(interface, Path("/dev/null")), user=user, program=["inco-trio"])
+        with pytest.raises(InvalidArgumentError):
+            systemd_unit(service=link_service("a b", Path("/dev/null")), user=None, program=["inco-trio"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -477,9 +478,50 @@ def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     assert code == 69
     assert complaint.startswith(f"{board.home}/core1: takes no frames now: no process is at {board.home}/core0")
     board.running()
-    code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", board.link))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(f"{board.home}/other")
+        code, complaint = error(
+            run("send", "ihub_hwwd_irq", "--as", "core1", f"unix:{board.home}/other,peer={board.home}/core0")
+        )
     assert code == 69
     assert complaint.endswith("or use another path) (core 1's path comes first here, then peer=CORE0)")
+
+
+@pytest.mark.parametrize("command", ["send", "wait"])
+def test_the_socket_of_core0_is_refused_for_core1(board: Board, command: str) -> None:
+    pid = board.running().pid
+    code, complaint = error(run(command, "ihub_hwwd_irq", "--as", "core1", board.link))
+    assert code == 2
+    assert complaint.startswith(f"{board.link}: this is core 0's end of the link: process {pid} (")
+    assert complaint.endswith(f" serves it, and receives nothing sent on it: use {core1_link(board)}")
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    "words",
+    [("send", "a_irq", "--as", "core1"), ("wait", "a_irq", "--as", "core1"), ("replay", "a.pcapng")],
+    ids=" ".join,
+)
+def test_the_interface_of_core0_is_refused_for_core1(
+    cores: Cores, proxy: StartProxy, irq_dir: Path, words: tuple[str, ...]
+) -> None:
+    running = proxy("--irq-dir", irq_dir)
+    # This pair has both ends in one network namespace.
+    pair = ["ip", "link", "add", "near0", "type", "veth", "peer", "name", "far0"]
+    cores.core0.run(lambda: subprocess.run(pair, check=True))
+    near = Proxy(cores.core0, ["near0", "--irq-dir", f"{irq_dir}-near"], {}, irq_dir.with_name("near.log"))
+    try:
+        near.wait_ready()
+        for link, pid, use in (
+            (cores.link, running.pid, "core 1's interface, which may be in another network namespace"),
+            ("near0", near.pid, "core 1's interface far0"),
+        ):
+            code, complaint = error(cores.core0.run(functools.partial(run, *words, link)))
+            assert code == 2
+            assert complaint.startswith(f"{link}: this is core 0's end of the link: process {pid} (")
+            assert complaint.endswith(f" serves it, and receives nothing sent on it: use {use}")
+    finally:
+        near.close()
 
 
 @pytest.mark.netns

@@ -628,7 +628,10 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
         board.inbound(peer)
         pending = client.until(event="pending")
         assert (pending["signal"], pending["direction"]) == ("ihub_hwwd_irq", "inbound")
-        assert (pending["register"], pending["reason"]) == (str(state), "cannot write: Is a directory")
+        assert (pending["register"], pending["reason"]) == (
+            str(state),
+            "cannot write: not a regular file but a directory",
+        )
         board.inbound(peer, encode(b"ihub_reset_irq", MAC))
         # The other signal is delivered meanwhile, and the pending one is not.
         assert client.until(event="notification")["signal"] == "ihub_reset_irq"
@@ -639,7 +642,7 @@ def test_a_pending_notification_is_not_shown_as_delivered(board: Board, start: C
         shown = ""
         while "was pending for" not in shown:
             shown += monitor.line()
-    assert "in  ihub_hwwd_irq pending: cannot write: Is a directory\n" in shown
+    assert "in  ihub_hwwd_irq pending: cannot write: not a regular file but a directory\n" in shown
     assert shown.index("in  ihub_reset_irq\n") < shown.index("in  ihub_hwwd_irq (was pending for ")
 
 

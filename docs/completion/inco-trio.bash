@@ -7,7 +7,7 @@
 
 _shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6)
 
-_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --fd-holder --control --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
 _shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --json --openmetrics)
@@ -22,7 +22,7 @@ _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_mqtt_link_option_strings=(-h --help --link --end --config --fd-holder --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
-_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --systemd)
+_shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --lock-memory --systemd)
 _shtab_inco_trio_option_strings=(-h --help -V --version)
 
 _shtab_inco_trio_run_pos_0_COMPGEN=_inco_trio_links
@@ -78,6 +78,7 @@ _shtab_inco_trio_s6___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6___user_COMPGEN=_inco_trio_users
 
+_shtab_inco_trio_run___sandbox_choices=(off none)
 _shtab_inco_trio_run___log_format_choices=(text json)
 _shtab_inco_trio_monitor___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_monitor___direction_choices=(inbound outbound)
@@ -96,6 +97,7 @@ _shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
 _shtab_inco_trio_run___wait_link_nargs=0
+_shtab_inco_trio_run___lock_memory_nargs=0
 _shtab_inco_trio_run__v_nargs=0
 _shtab_inco_trio_run___verbose_nargs=0
 _shtab_inco_trio_check__h_nargs=0
@@ -159,6 +161,7 @@ _shtab_inco_trio_exporter___verbose_nargs=0
 _shtab_inco_trio_s6__h_nargs=0
 _shtab_inco_trio_s6___help_nargs=0
 _shtab_inco_trio_s6___exporter_nargs='?'
+_shtab_inco_trio_s6___lock_memory_nargs=0
 _shtab_inco_trio_s6___systemd_nargs=0
 _shtab_inco_trio_pos_0_nargs=A...
 _shtab_inco_trio__h_nargs=0

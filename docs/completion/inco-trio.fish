@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --keep --link --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --keep --link --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --sandbox --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -61,19 +61,21 @@ complete -c inco-trio -n _shtab_inco_trio_using -s V -l version -d 'print the ve
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a run -d 'Run the proxy until SIGTERM or SIGINT.'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
-complete -c inco-trio -n '_shtab_inco_trio_using run' -l irq-dir -xka "(__fish_complete_directories)" -d 'use the built-in signals in DIR, without a configuration file'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l irq-dir -xka "(__fish_complete_directories)" -d 'use the built-in signals in DIR, without udrv.json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l boards -xka "(__fish_complete_directories)" -d 'directory of boards, one per file DIR/NAME.json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l sandbox -xka "off none" -d 'off: drop capabilities (default); none: keep everything'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l lock-memory -d 'keep all used memory in RAM (needs ulimit -l unlimited)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-format -xka "text json" -d 'text (default) or json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s v -l verbose -d 'log each notification'
-complete -c inco-trio -n '_shtab_inco_trio_using run; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using run; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'interface (default rpmsg4000) or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a check -d 'Validate the configuration and print the signal table.'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
-complete -c inco-trio -n '_shtab_inco_trio_using check' -l iface -xka "(__fish_print_interfaces)" -d 'also explain this link: interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using check' -l iface -xka "(__fish_print_interfaces)" -d 'also explain this link: interface (default rpmsg4000) or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l boards -xka "(__fish_complete_directories)" -d 'directory of boards, one per file DIR/NAME.json'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'check the configuration of `inco-trio mqtt`'
 complete -c inco-trio -n '_shtab_inco_trio_using check' -l json -d 'print the table as JSON'
@@ -197,7 +199,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l log-format -xka "t
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a s6 -d 'Write an s6 scan directory, or print a systemd unit.'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -s h -l help -d 'show this help message and exit'
-complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default: rpmsg4000), or unix:LOCAL,peer=REMOTE'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l iface -xka "(__fish_print_interfaces)" -d 'interface (default rpmsg4000) or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l boards -xka "(__fish_complete_directories)" -d 'directory of boards, one per file DIR/NAME.json'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt -x -d 'write the gateway to the broker at URL instead of a proxy'
@@ -205,7 +207,8 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -l mqtt-link -x -d 'write o
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l end -xka "core0 core1" -d 'the core at this side of the bridge: core0 or core1'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l gateway -xka "(__fish_complete_path (commandline -ct))" -d 'configuration of the gateway or bridge'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l exporter -x -d 'write the exporter instead of a proxy (default: 127.0.0.1:9478)'
-complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER; a proxy keeps only CAP_NET_RAW'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l user -xka "(__fish_complete_users)" -d 'run as USER (default for root: inco-trio; root: --user root)'
+complete -c inco-trio -n '_shtab_inco_trio_using s6' -l lock-memory -d 'let the proxy lock its memory (see `run`)'
 complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a systemd unit instead'
 complete -c inco-trio -n '_shtab_inco_trio_using s6; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_directories)" -d 'scan directory'
 complete -c inco-trio -n 'string match -q core1 -- (commandline -opc)[-1]' -xka "(__fish_print_interfaces)"

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -24,7 +25,7 @@ import attrs
 
 from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, packet_block, section_block
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
-from inco_trio.frame import ADDRESSES, HEADER_LENGTH, decode, is_wire_name
+from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
 
 __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
@@ -203,33 +204,41 @@ class Mark:
 
 
 class Recording:
-    """An iterable of the notifications and marks in a capture. It skips all other packets.
+    """An iterable of the notifications and marks in a capture. It skips all other packets, and counts them.
 
-    The direction of a frame comes from the first available source: the flags if inco-trio wrote the file, the signal in
-    `table`, or earlier frames from the same MAC address. The flags of other programs are ignored, because they describe
-    the view of the capturing machine, which may be core 1.
+    The direction of a frame comes from the first available source: the flags if inco-trio recorded the packet, the
+    signal in `table`, or earlier frames from the same MAC address. The flags of other programs are ignored: they
+    describe the view of the capturing machine, which may be core 1. Programs such as mergecap(1) replace the header of
+    a file but keep its packets, so the comment of each packet tells whether inco-trio recorded it.
     """
 
     def __init__(self, file: BinaryIO, name: str, table: SignalTable) -> None:
         self.reader = Reader(file, name)
         self.size = os.fstat(file.fileno()).st_size
         self.packets = 0
+        self.left_out: Counter[str] = Counter()
+        """The number of packets that were skipped, by reason."""
         self._table = table
         self._senders: dict[bytes, Direction] = {}
 
     def __iter__(self) -> Iterator[Entry | Mark]:
         for packet in self.reader:
             self.packets += 1
-            if packet.interface.linktype == ETHERNET and (entry := self._entry(packet)):
+            if entry := self._entry(packet):
                 yield entry
+            else:
+                self.left_out[_reason(packet)] += 1
 
     def _entry(self, packet: Packet) -> Entry | Mark | None:
-        ours = self.reader.application == APPLICATION
-        if ours and packet.data.startswith(_UNFRAMED):
+        if packet.interface.linktype != ETHERNET:
+            return None
+        if packet.data.startswith(_UNFRAMED):
             return _content(packet)
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
             return None
+        text = name.decode("ascii")
+        ours = self.reader.application == APPLICATION or _is_recorded(packet, text)
         direction = packet.direction if ours else None
         if direction is None and name in self._table.inbound:
             direction = Direction.INBOUND
@@ -240,7 +249,6 @@ class Recording:
             direction = self._senders.get(source)
         else:
             self._senders[source] = direction
-        text = name.decode("ascii")
         # The comment of an ignored frame is the reason why it was ignored, instead of the signal.
         recorded = packet.direction if ours else None
         if recorded is None:
@@ -250,6 +258,24 @@ class Recording:
         state = _STATE.search(packet.comment)
         pending, delay = ("", "") if state is None else state.groups("")
         return Entry(packet.time_ns, text, direction, pending=pending, delay=float(delay or 0))
+
+
+def _is_recorded(packet: Packet, signal: str) -> bool:
+    """Return whether a packet has the direction and the comment that `Recorder` writes for a frame."""
+    if packet.direction is None:
+        return False
+    return packet.comment.startswith((_comment(packet.direction, signal), "ignored: "))
+
+
+def _reason(packet: Packet) -> str:
+    """Return why a packet is neither a notification nor a mark."""
+    if packet.interface.linktype != ETHERNET:
+        return "on an interface that is not Ethernet"
+    if packet.data.startswith(_UNFRAMED):
+        return "with a damaged note of inco-trio"
+    if packet.data[ADDRESSES:HEADER_LENGTH] != ETHERTYPE.to_bytes(2, "big"):
+        return f"with another EtherType than 0x{ETHERTYPE:04X}"
+    return "truncated by the capture" if len(packet.data) < packet.length else "without a valid wire name"
 
 
 def _comment(direction: Direction, signal: str) -> str:
@@ -271,7 +297,8 @@ def _content(packet: Packet) -> Entry | Mark | None:
         pending, delay = content.get("pending", ""), content.get("delay", 0.0)
         valid = isinstance(register, str) and isinstance(pending, str) and isinstance(delay, int | float)
         if valid and is_wire_name(signal.encode("ascii")):
-            return Entry(packet.time_ns, signal, packet.direction, register, pending=pending, delay=float(delay))
+            direction = packet.direction or Direction(content["direction"])
+            return Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     return None

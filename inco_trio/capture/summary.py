@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import attrs
@@ -87,6 +87,8 @@ class Summary:
     marks: list[Mark] = attrs.Factory(list)
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
+    left_out: Mapping[str, int] = attrs.Factory(dict)
+    """The number of other packets in the recording, by the reason why they are no notifications."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""
@@ -125,6 +127,7 @@ class Summary:
             "signals": [self._flow_numbers(flow, end - begin) for flow in self.flows.values()],
             "pairs": [_pair_numbers(pair) for pair in self.pairs],
             "ignored": self.ignored,
+            "left_out": dict(self.left_out),
             "marks": [{"time": mark.time_ns / BILLION, "text": mark.text} for mark in self.marks],
         }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, config_path, configuration_argument, path_of
+from inco_trio.cli.signalling import left_out
 from inco_trio.cli.streams import remark, say
 from inco_trio.config import read_board
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
@@ -108,6 +109,9 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
         _follow(recording, summary, path)
         if recording.reader.cut is not None:
             remark(f"{path}: {recording.reader.cut}: only the part before that is plotted")
+        for note in left_out(recording):
+            remark(f"{path}: {note}")
+    summary.left_out = recording.left_out
     if summary.ignored:
         remark(f"{path}: {summary.ignored} frames that the proxy ignored are not plotted")
     for pair in summary.pairs:

@@ -7,14 +7,16 @@ import json
 import math
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, check_link, config_path, configuration_argument, path_of
+from inco_trio.cli.signalling import check_core1, left_out
 from inco_trio.cli.streams import say
 from inco_trio.config import read_board
-from inco_trio.errors import unwrapped
+from inco_trio.errors import RecordingError, unwrapped
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
 
@@ -66,12 +68,14 @@ def run(args: argparse.Namespace) -> int:
         side: AbstractAsyncContextManager[Side] = core1(args.link) if args.side == "core1" else applications(table)
         _play(args, side, recording, played)
         cut = recording.reader.cut
-    notes = [] if cut is None else [f"{path}: {cut}: everything before that was played"]
-    if not played.sent:
-        notes.append(f"nothing was played: {path} contains nothing that {args.side} sends")
+        notes = left_out(recording)
+    if cut is not None:
+        notes.append(f"{path}: {cut}: everything before that was played")
     if played.overflowed:
         notes.append("the inotify queue overflowed: the counts are too low")
-    _report(args, path, played, notes)
+    _report(args, path, played, recording.left_out, notes)
+    if not played.sent:
+        raise RecordingError(path, f"nothing was played: the file contains nothing that {args.side} sends")
     return 1 if played.missing or played.overflowed else 0
 
 
@@ -85,6 +89,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--as core0 writes triggers and takes no LINK: give --irq-dir or --config")
     if args.link is not None:
         check_link(args.link)
+        check_core1(args.link)
     if args.irq_dir is not None and args.config is not None:
         raise UsageError("--irq-dir and --config exclude each other")
     if args.fast and args.speed is not None:
@@ -150,7 +155,7 @@ def _width() -> int:
     return max(os.get_terminal_size(sys.stderr.fileno()).columns or 80, 2) - 1
 
 
-def _report(args: argparse.Namespace, path: Path, played: Played, notes: list[str]) -> None:
+def _report(args: argparse.Namespace, path: Path, played: Played, skipped: Mapping[str, int], notes: list[str]) -> None:
     if args.json:
         result = {
             "file": str(path),
@@ -161,6 +166,7 @@ def _report(args: argparse.Namespace, path: Path, played: Played, notes: list[st
             "missing": played.missing,
             "surplus": played.surplus,
             "unknown": played.unknown,
+            "left_out": skipped,
             "notes": notes,
         }
         say(json.dumps(result, indent=2))

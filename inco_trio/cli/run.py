@@ -15,25 +15,34 @@ from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
 
 logger = logging.getLogger(__name__)
 
+SANDBOX = ("off", "none")
+SANDBOX_HELP = "off: drop capabilities (default); none: keep everything"
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v\n"
-        f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
+        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v   "
+        f"(SIGHUP reloads, SIGUSR1 logs the counters)\n{EXIT_CODES}"
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without a configuration file")
+    sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, default=SANDBOX[0], help=SANDBOX_HELP)
+    sub.add_argument(
+        "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
+    )
     options.add_service_options(sub, verbose="log each notification")
 
 
@@ -52,8 +61,11 @@ def run(args: argparse.Namespace) -> int:
 def _daemon(args: argparse.Namespace) -> Daemon:
     """Return the daemon that the arguments describe. Raises IncoError."""
     from inco_trio.persist.fdstore import fd_store_from_environment
+    from inco_trio.service import privileges
     from inco_trio.service.daemon import Daemon, OneBoard
 
+    if args.lock_memory:
+        privileges.keep_in_memory()
     if args.fd_holder is not None:
         options.path_of(args.fd_holder, "--fd-holder")
     if args.control not in (None, "none"):
@@ -71,7 +83,15 @@ def _daemon(args: argparse.Namespace) -> Daemon:
             args.irq_dir = options.absolute(args.irq_dir, "--irq-dir")
         boards = OneBoard(functools.partial(_load, args))
         label = boards.label
-    return Daemon(boards, label, args.control, fd_store_from_environment(args.fd_holder, label))
+    fd_store = fd_store_from_environment(args.fd_holder, label)
+    if args.sandbox == "none":
+        return Daemon(boards, label, args.control, fd_store)
+
+    def restrict(configs: Collection[Config]) -> None:
+        needed = privileges.needed_capabilities(configs, grows=args.boards is not None, locked=args.lock_memory)
+        privileges.drop_capabilities(needed)
+
+    return Daemon(boards, label, args.control, fd_store, restrict)
 
 
 def _load(args: argparse.Namespace) -> Config:

@@ -31,7 +31,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         const=options.LISTEN,
         help=f"write the exporter instead of a proxy (default: {options.LISTEN})",
     )
-    sub.add_argument("--user", help="run as USER; a proxy keeps only CAP_NET_RAW")
+    sub.add_argument("--user", help=f"run as USER (default for root: {descriptions.USER}; root: --user root)")
+    sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")
 
 
@@ -41,15 +42,21 @@ def run(args: argparse.Namespace) -> int:
     program = descriptions.find_program()
     if "-I" not in program:
         remark("warning: an isolated Python (-I) does not find inco_trio, so the service runs without isolation")
+    user = descriptions.USER if args.user is None and os.geteuid() == 0 else args.user
+    extra = ["--lock-memory"] if args.lock_memory else []
+    if extra and service.words[0] != "run":
+        raise UsageError("--lock-memory is for proxies")
     if args.systemd:
-        unit = systemd_unit(service=service, user=args.user, program=program)
+        if args.user is not None:
+            descriptions.account_of(args.user)
+        unit = systemd_unit(service=service, user=user, program=program, options=extra)
         # Print bytes: paths need not be valid text, and the unit must not depend on the encoding of standard output.
         say_bytes(os.fsencode(f"{unit}\n"))
         return 0
     if args.scandir is None:
         raise UsageError("SCANDIR: missing (expected a directory to write, or --systemd)")
     directory = options.absolute(args.scandir, "SCANDIR")
-    changes = write_scandir(directory, service=service, user=args.user, program=program)
+    changes = write_scandir(directory, service=service, user=user, program=program, options=extra)
     say(*(changes or ["nothing changed"]))
     return 0
 

@@ -12,10 +12,11 @@ from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import add_place, check_link, config_path, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.errors import unwrapped
-from inco_trio.links.address import InterfaceAddress, address_fault, parse_address
+from inco_trio.links.address import InterfaceAddress, UnixAddress, address_fault, parse_address
 from inco_trio.signals import Direction, Signal, builtin_signals, name_fault
 
 if TYPE_CHECKING:
+    from inco_trio.capture.recording import Recording
     from inco_trio.control.client import Client
     from inco_trio.control.protocol import Event
 
@@ -130,7 +131,38 @@ def link_of(args: argparse.Namespace) -> str:
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")
+    check_core1(link)
     return str(link)
+
+
+def check_core1(link: str) -> None:
+    """Raise UsageError if a proxy of this machine serves `link`: it does not receive what core 0 itself sends there."""
+    from inco_trio.linux.processes import named
+    from inco_trio.service.rivals import serving
+
+    address = parse_address(link)
+    if proxies := serving(address):
+        text = f"this is core 0's end of the link: process {named(proxies)} serves it, and receives nothing sent on it"
+        raise UsageError(link, f"{text}: use {_core1_of(address)}")
+
+
+def _core1_of(address: InterfaceAddress | UnixAddress) -> str:
+    """Return core 1's end of the link whose end on core 0 is `address`, as text."""
+    if isinstance(address, UnixAddress):
+        local, peer = (path.replace(",", ",,") for path in (address.local, address.peer))
+        return f"unix:{peer},peer={local}"
+    from inco_trio.linux.rtnetlink import Rtnetlink
+
+    rtnetlink = Rtnetlink()
+    try:
+        own = rtnetlink.interface(address.name)
+        other = rtnetlink.interface(index=own.below) if own is not None and own.below else None
+    finally:
+        rtnetlink.close()
+    # The two ends of a veth pair name each other. A VLAN and its lower interface do not.
+    if own is not None and other is not None and other.below == own.index:
+        return f"core 1's interface {other.name}"
+    return "core 1's interface, which may be in another network namespace"
 
 
 @contextmanager
@@ -140,3 +172,9 @@ def alone() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise unwrapped(group, only=True) from None
+
+
+def left_out(recording: Recording) -> list[str]:
+    """Return a note for each kind of packets that a recording contains but that are no notifications."""
+    counts = sorted(recording.left_out.items())
+    return [f"{count} packet{'' if count == 1 else 's'} left out: {reason}" for reason, count in counts]

@@ -86,7 +86,7 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(now - status.since)})"
     stored = "not stored" if status.descriptors is None else f"stored in {status.descriptors}"
     yield f"{board.board}: {state}, descriptors {stored}"
-    yield f"  {status.link}: {status.description}"
+    yield f"  {status.link}: {status.description}, capabilities: {' '.join(status.capabilities) or 'none'}"
     yield from _table(status, seconds, past, now)
     for each in status.signals:
         if each.problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import select
@@ -25,6 +26,8 @@ from inco_trio.errors import (
     ResourceError,
 )
 from inco_trio.links.address import parse_address
+from inco_trio.linux.process import overflow_uid
+from inco_trio.linux.sockets import peer_of
 
 __all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "answering", "client_of", "connect", "dial", "sockets"]
 
@@ -50,7 +53,8 @@ ERRORS: dict[str, type[IncoError]] = {
 def dial(sock: socket.socket, path: Path) -> bool:
     """Connect a non-blocking socket. Return False if the backlog of the proxy is full. Raises IncoError.
 
-    If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError.
+    If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError. Raises
+    PermissionDeniedError if an untrusted user listens there.
     """
     try:
         sock.connect(os.fspath(path))
@@ -64,7 +68,19 @@ def dial(sock: socket.socket, path: Path) -> bool:
         raise ProxyNotFoundError(path, "no proxy listens there") from error
     except OSError as error:
         raise ProxyNotFoundError(path, f"cannot connect: {error.strerror or error}") from error
+    _check_server(sock, path)
     return True
+
+
+def _check_server(sock: socket.socket, path: Path) -> None:
+    """Check that the user who listens is root, this user, or the owner of the directory. Raises IncoError."""
+    _, user = peer_of(sock)
+    trusted = {0, os.geteuid()}
+    with contextlib.suppress(OSError):
+        trusted.add(path.parent.stat().st_uid)
+    if user not in trusted - {overflow_uid()}:
+        text = f"uid {user} listens there, who is neither root nor this user nor the owner of {path.parent}"
+        raise PermissionDeniedError(path, f"{text} (remove the socket, or run this command as that user)")
 
 
 class Channel:

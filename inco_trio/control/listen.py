@@ -9,16 +9,17 @@ from collections.abc import Collection, Iterator
 from inco_trio.control.protocol import Event, event_now
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ProxyNotFoundError, ResourceError
 from inco_trio.frame import ETHERTYPE, FRAME_MAX, decode
-from inco_trio.linux.if_packet import ETH_P_ALL, GONE, PACKET_OUTGOING, attach_filter, program
+from inco_trio.linux import bpf
+from inco_trio.linux.if_packet import ETH_P_ALL, GONE, PACKET_OUTGOING
 from inco_trio.signals import Direction
 
 __all__ = ["Listening"]
 
 _FILTER = (
-    (0x28, 0, 0, 0xFFFFF000),  # ldh [protocol]
-    (0x15, 0, 1, ETHERTYPE),  # jeq #0x8800
-    (0x06, 0, 0, 0xFFFF),  # ret #65535
-    (0x06, 0, 0, 0),  # ret #0
+    (bpf.LOAD_HALF, 0, 0, bpf.PROTOCOL),
+    (bpf.JUMP_IF_EQUAL, 1, 0, ETHERTYPE),
+    bpf.REJECT,
+    bpf.ACCEPT,
 )
 
 
@@ -35,7 +36,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         except PermissionError as error:
             raise PermissionDeniedError(interface, "no proxy answers, and listening needs CAP_NET_RAW") from error
         try:
-            attach_filter(self._sock, program(_FILTER))
+            bpf.attach_filter(self._sock, bpf.program(_FILTER))
             # Only sockets that are bound to ETH_P_ALL receive copies of the frames that this host sends.
             self._sock.bind((interface, ETH_P_ALL))
         except OSError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import struct
 from typing import TYPE_CHECKING
 
 import attrs
 import trio
 
 from inco_trio.control.feed import Feed, Served
+from inco_trio.linux.process import overflow_uid
+from inco_trio.linux.sockets import peer_of
 from inco_trio.problems import Problems
 from inco_trio.proxy.supervise import TRANSIENT
 
@@ -31,8 +32,6 @@ ACCEPT_AGAIN = 0.1
 """Seconds until the next attempt to accept a client."""
 FAREWELL = 0.1
 """Seconds that clients have to read their queued events when the server closes."""
-_UCRED = struct.Struct("iII")
-"""struct ucred (unix(7)): PID, user and group."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -44,14 +43,16 @@ class Peer:
 
     @classmethod
     def of(cls, stream: trio.SocketStream) -> Peer:
-        """Return the peer that the kernel reports (SO_PEERCRED, unix(7))."""
-        credentials = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        return cls(*_UCRED.unpack(credentials)[:2])
+        """Return the peer that the kernel reports."""
+        return cls(*peer_of(stream.socket))
 
     @property
     def is_owner(self) -> bool:
-        """Whether the peer runs as root or as the user of this process."""
-        return self.user in (0, os.geteuid())
+        """Whether the peer runs as root or as the user of this process.
+
+        The overflow user ID never counts: in a user namespace, every unmapped user has it.
+        """
+        return self.user in (0, os.geteuid()) and self.user != overflow_uid()
 
 
 class Control:

@@ -45,7 +45,7 @@ def examine(
             try:
                 # Collect the results in the namespace: a generator would run in the caller's namespace.
                 with inside(netns, link):
-                    results, users = _interface(address, processes, start)
+                    results, users = _interface(address, processes, start, signals)
             except IncoError as error:
                 results = [fail("netns", link, error.reason)]
         yield from results
@@ -72,7 +72,9 @@ def _unix(link: str, address: UnixAddress, processes: Processes, start: str | No
     return results, users
 
 
-def _interface(address: InterfaceAddress, processes: Processes, start: str | None) -> tuple[list[Result], Users]:
+def _interface(
+    address: InterfaceAddress, processes: Processes, start: str | None, signals: Sequence[Signal]
+) -> tuple[list[Result], Users]:
     from inco_trio.links.packet import RECEIVE_BUFFER  # Imported lazily: `unix:` links do not need it.
 
     users = _NO_USERS
@@ -81,6 +83,7 @@ def _interface(address: InterfaceAddress, processes: Processes, start: str | Non
     if found is not None:
         users = users_of_interface(found.index, processes)
         results += [
+            *links.short_names(found, signals),
             *links.order(found),
             *proxies.users_of_link(address.name, users, start),
             *proxies.descriptors(address.name, users, processes),

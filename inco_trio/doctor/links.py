@@ -7,7 +7,7 @@ import os
 import shlex
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
@@ -16,8 +16,9 @@ from inco_trio.links.address import UnixAddress
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import read
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
+from inco_trio.signals import Direction, Signal
 
-__all__ = ["bound", "interface", "order", "peer", "socket_path", "state"]
+__all__ = ["bound", "interface", "order", "peer", "short_names", "socket_path", "state"]
 
 MTU = 1500
 """The default MTU of Ethernet, in bytes."""
@@ -55,13 +56,23 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
         yield fail("mtu", name, text, f"ip link set dev {shlex.quote(name)} mtu {MTU}")
     else:
         yield ok("mtu", name, f"MTU {found.mtu} is large enough")
-    if found.port_of == "bridge":
-        bridge = "in another network namespace" if master is None else master.name
+    if found.is_taken:
+        device = "in another network namespace" if master is None else master.name
         fix = None if master is None else f"inco-trio run {shlex.quote(master.name)}"
-        text = f"is a port of the bridge {bridge}, which receives its frames: use the bridge as the link"
-        yield fail("bridge", name, text, fix)
+        kind = found.master_kind
+        text = f"is a port of the {kind} {device}, which takes its frames: use the {kind} as the link"
+        yield fail("master", name, text, fix)
     else:
-        yield ok("bridge", name, "is not a port of a bridge")
+        yield ok("master", name, "no bridge, bond or other master device takes its frames")
+
+
+def short_names(found: Interface, signals: Iterable[Signal]) -> Iterator[Result]:
+    """Check that the kernel sends the frames of all outbound signals."""
+    from inco_trio.links.packet import too_short  # Imported lazily: `unix:` links do not need it.
+
+    outbound = (signal.name.encode() for signal in signals if signal.direction is Direction.OUTBOUND)
+    if fault := too_short(found, outbound):
+        yield warn("name", found.name, fault)
 
 
 def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
@@ -91,9 +102,10 @@ def _steering(name: str, place: Path, link: str) -> Result:
     cpus = [int(mask.replace(",", "") or "0", 16) for mask in masks]
     fix: str | None = f"echo 1 | tee {shlex.quote(f'/sys/class/net/{name}')}/queues/rx-*/rps_cpus"
     what = "its frames" if name == link else f"the frames of {link}"
-    if len(set(cpus)) == 1 and cpus[0].bit_count() == 1:
+    if len(set(cpus)) == 1 and cpus[0]:
+        # The kernel selects the CPU by a hash of the frame, and all frames of our EtherType have the same hash.
         return ok("order", name, f"one CPU handles {what}: they stay in order")
-    if any(mask.bit_count() > 1 for mask in cpus) or len(set(cpus) - {0}) > 1:
+    if len(set(cpus) - {0}) > 1:
         text = f"rps_cpus is {', '.join(masks)}: several CPUs handle {what}, which may be reordered"
     elif len(queues) > 1:
         text = f"{len(queues)} receive queues: several CPUs handle {what}, which may be reordered"

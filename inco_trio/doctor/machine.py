@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from inco_trio.doctor.result import Result, fail, ok, warn
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW
 from inco_trio.linux.processes import Process, Processes, read, status_of
 
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from inco_trio.errors import IncoError
@@ -60,6 +60,18 @@ class Link(Protocol):
 
     def receive_one(self, room: memoryview) -> int:
         """Read one frame into `room`; return its length, or -1 if none is queued. Raises as `receive_into` does."""
+
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        """Set the names of the signals. `restrict` lets frames of inbound signals pass."""
+
+    def restrict(self, on: bool) -> bool:
+        """Let the kernel drop frames that carry none of the expected names, except for a random sample, or stop that.
+
+        Return whether the kernel drops such frames now.
+        """
+
+    def stands_for(self, frame: memoryview) -> int:
+        """Return how many frames a received frame represents: more than 1 if it belongs to a sample; see `restrict`."""
 
     def frame(self, name: str) -> bytes:
         """Return the frame that `send` sends for a notification."""

@@ -10,16 +10,18 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import trio
 
 from inco_trio.errors import LinkNotFoundError, PermissionDeniedError, ResourceError
-from inco_trio.frame import ETHERTYPE, encode
+from inco_trio.frame import ETHERTYPE, HEADER_LENGTH, encode
+from inco_trio.links import name_filter
 from inco_trio.links.link import LinkDownError
-from inco_trio.linux import if_packet
+from inco_trio.linux import bpf, if_packet
+from inco_trio.linux.bpf import Instruction
 from inco_trio.linux.if_packet import GONE, SOL_PACKET
-from inco_trio.linux.rtnetlink import Rtnetlink
+from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 from inco_trio.linux.sockets import set_receive_buffer
 
 __all__ = ["PacketLink"]
@@ -29,17 +31,39 @@ logger = logging.getLogger(__name__)
 RECEIVE_BUFFER = 24 * 1024 * 1024
 """Requested size in bytes. The kernel doubles it: room for 20,000 frames even if a driver uses 2.4 kB per frame."""
 
-# Accept frames of our EtherType with the packet type (SKF_AD_PKTTYPE) host, broadcast or multicast (0 to 2). Refuse
-# frames for other hosts (a foreign VLAN, a promiscuous interface) and sent frames (3, 4). See the kernel's
-# Documentation/networking/filter.rst.
-FILTER = if_packet.program((
-    (0x28, 0, 0, 0xFFFFF000),  # ldh [protocol]
-    (0x15, 0, 3, ETHERTYPE),  # jeq #0x8800
-    (0x28, 0, 0, 0xFFFFF004),  # ldh [packet type]
-    (0x25, 1, 0, 2),  # jgt #2
-    (0x06, 0, 0, 0xFFFF),  # ret #65535
-    (0x06, 0, 0, 0),  # ret #0
-))  # fmt: skip
+HEAD: tuple[Instruction, ...] = (
+    # Only frames of our EtherType.
+    (bpf.LOAD_HALF, 0, 0, bpf.PROTOCOL),
+    (bpf.JUMP_IF_EQUAL, 1, 0, ETHERTYPE),
+    bpf.REJECT,
+    # Only the packet types host, broadcast and multicast (0 to 2): no frames for other hosts (a VLAN that does not
+    # exist here, a promiscuous interface) and no sent frames (3, 4).
+    (bpf.LOAD_HALF, 0, 0, bpf.PACKET_TYPE),
+    (bpf.JUMP_IF_GREATER, 0, 1, 2),
+    bpf.REJECT,
+    # Only frames of the interface itself. The kernel also offers the frames that it hands to a VLAN, bond or team above
+    # the interface. The operand of the comparison, the interface's index, follows.
+    (bpf.LOAD_WORD, 0, 0, bpf.INTERFACE),
+)
+"""The beginning of each filter. All filters start with the same `HEAD_CODE`."""
+HEAD_CODE = bpf.program(HEAD)
+
+
+def _from_interface(index: int) -> tuple[Instruction, ...]:
+    """Return the end of a filter's beginning: reject frames unless they are from the interface `index`."""
+    return (bpf.JUMP_IF_EQUAL, 1, 0, index), bpf.REJECT
+
+
+def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
+    """Return which of the names the kernel may not send on this interface, and why, or None.
+
+    Without transmit offload, the kernel drops a tagged frame with one byte of payload.
+    """
+    short = sorted(name.decode() for name in names if len(name) == 1) if interface.kind == "vlan" else []
+    if not short:
+        return None
+    return f"{', '.join(short)}: the kernel may drop frames with a name of one character on a VLAN (use a longer name)"
+
 
 DOWN = GONE | {errno.ENETDOWN}
 """Error numbers if the interface is down or gone. A later change of the interface may fix this."""
@@ -48,7 +72,7 @@ DOWN = GONE | {errno.ENETDOWN}
 class PacketLink:
     """The `Link` of the interface `name`. Raises ResourceError.
 
-    If the interface is deleted and recreated, `refresh` binds the same socket again, which keeps its queue and filter.
+    If the interface is deleted and recreated, `refresh` binds the same socket again, which keeps its queue.
     """
 
     def __init__(self, sock: socket.socket, name: str) -> None:
@@ -62,8 +86,17 @@ class PacketLink:
         self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
         """The size of the receive buffer that the kernel granted, in bytes."""
         self._socket = sock
+        self._index = 0
+        self._names: Collection[bytes] = ()
+        self._outbound: Collection[bytes] = ()
+        self._depth: int | None = None
+        """How many bytes of a name the filter compares, or None if it accepts all names."""
+        self._sampled = False
+        """Whether the queue contains only frames that the present filter has accepted."""
         self._frames: dict[str, bytes] = {}
-        self._bridge = ""
+        self._master = ""
+        self._interface: Interface | None = None
+        self._too_short: str | None = None
         # Cache the bound methods: looking them up costs time for each frame.
         self._recv_into = sock.recv_into
         self._send = sock.send
@@ -87,7 +120,7 @@ class PacketLink:
         except OSError as error:
             raise ResourceError(name, f"cannot open a packet socket: {error.strerror}") from error
         try:
-            if_packet.attach_filter(sock, FILTER)
+            bpf.attach_filter(sock, bpf.program((*HEAD, *_from_interface(0), bpf.ACCEPT)))
             with contextlib.suppress(OSError):
                 # Do not receive our own frames. Before Linux 4.20, only the filter drops them.
                 sock.setsockopt(SOL_PACKET, if_packet.PACKET_IGNORE_OUTGOING, 1)
@@ -105,14 +138,14 @@ class PacketLink:
 
     @property
     def fits(self) -> bool:
-        """Whether the socket has our filter and is not bound to another interface."""
+        """Whether the socket has one of our filters and is not bound to another interface."""
         try:
             bound, protocol = self._socket.getsockname()[:2]
             return (
                 self._socket.family == socket.AF_PACKET
                 and bound in ("", self.name)
                 and protocol in (0, ETHERTYPE)
-                and if_packet.filter_of(self._socket, len(FILTER)) == FILTER
+                and bpf.filter_of(self._socket).startswith(HEAD_CODE)
             )
         except (OSError, ValueError):
             return False
@@ -124,7 +157,7 @@ class PacketLink:
 
     @property
     def absence(self) -> str:
-        return "the interface is gone" if self.mac else "no such interface yet"
+        return "the interface is gone or was renamed" if self.mac else "no such interface yet"
 
     def missing(self) -> LinkNotFoundError:
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
@@ -133,37 +166,82 @@ class PacketLink:
     def refresh(self) -> bool:
         """Update address and state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
-        if self._bound_address() is None:
+        interface = self._rtnetlink.interface(self.name)
+        # If the interface was renamed, the socket is still bound to it. With index 0, the filter rejects its frames.
+        index = 0 if interface is None else interface.index
+        if index != self._index:
+            self._index = index
+            self.restrict(self._depth is not None)
+        if interface is None:
+            return False
+        if self._bound_address(interface) is None:
             try:
                 self._socket.bind((self.name, ETHERTYPE))
             except OSError as error:
                 if error.errno not in GONE:
                     raise
                 return False
-        mac, interface = self._bound_address(), self._rtnetlink.interface(self.name)
-        if mac is None or interface is None:
-            return False  # The interface was removed just now.
+        mac = self._bound_address(interface)
+        if mac is None:
+            return False  # The interface was removed or replaced just now. Its event is still to come.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
         self.running = interface.running
-        bridge = self._rtnetlink.interface(index=interface.master) if interface.port_of == "bridge" else None
-        self._log_bridge("" if bridge is None else bridge.name)
+        master = self._rtnetlink.interface(index=interface.master) if interface.is_taken else None
+        self._log_master("" if master is None else f"{interface.master_kind} {master.name}")
+        self._interface = interface
+        self._warn_of_short_names()
         return True
 
-    def _bound_address(self) -> bytes | None:
+    def _bound_address(self, interface: Interface) -> bytes | None:
         """Return the address of the interface, or None if the socket is not bound to it."""
         name, protocol, _, _, address = self._socket.getsockname()
-        return address[:6].ljust(6, b"\0") if name == self.name and protocol == ETHERTYPE else None
+        # `self.name` may be an alternative name of the interface.
+        return address[:6].ljust(6, b"\0") if name == interface.name and protocol == ETHERTYPE else None
 
-    def _log_bridge(self, bridge: str) -> None:
-        """Log when the interface joins or leaves a bridge, which takes frames before our socket receives them."""
-        before, self._bridge = self._bridge, bridge
-        if bridge and bridge != before:
-            text = "%s: a port of the bridge %s, which takes all frames (use %s as the interface)"
-            logger.warning(text, self.name, bridge, bridge)
-        elif before and not bridge:
-            logger.info("%s: no longer a port of the bridge %s", self.name, before)
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        self._names, self._outbound = inbound, outbound
+        self._warn_of_short_names()
+        if self._depth is not None:
+            self.restrict(True)
+
+    def restrict(self, on: bool) -> bool:
+        # Each filter that compares less needs less memory, which net.core.optmem_max limits.
+        for depth in name_filter.DEPTHS if on else ():
+            with contextlib.suppress(OSError):
+                self._attach(depth)
+                return True
+        self._attach(None)
+        return False
+
+    def _attach(self, depth: int | None) -> None:
+        names = (bpf.ACCEPT,) if depth is None else name_filter.name_filter(self._names, depth)
+        bpf.attach_filter(self._socket, bpf.program((*HEAD, *_from_interface(self._index), *names)))
+        self._depth = depth
+        self._sampled = False
+
+    def stands_for(self, frame: memoryview) -> int:
+        if self._depth is None or not self._sampled:
+            return 1
+        known = name_filter.accepts(bytes(frame[HEADER_LENGTH:]), self._names, self._depth)
+        return 1 if known else name_filter.SAMPLE
+
+    def _warn_of_short_names(self) -> None:
+        if self._interface is None:
+            return
+        before, self._too_short = self._too_short, too_short(self._interface, self._outbound)
+        if self._too_short not in (None, before):
+            logger.warning("%s: %s", self.name, self._too_short)
+
+    def _log_master(self, master: str) -> None:
+        """Log when the interface joins or leaves a bridge, bond or other master, which takes the received frames."""
+        before, self._master = self._master, master
+        if master and master != before:
+            text = "%s: a port of the %s, which takes all frames (use %s as the interface)"
+            logger.warning(text, self.name, master, master.rpartition(" ")[2])
+        elif before and not master:
+            logger.info("%s: no longer a port of the %s", self.name, before)
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         lengths: list[int] = []
@@ -173,7 +251,8 @@ class PacketLink:
                 if length > step:
                     break
         except BlockingIOError:
-            pass
+            # Frames that this call has read may be older than the filter.
+            self._sampled = self._sampled or not lengths
         except OSError as error:
             # Return the frames that were read. A persistent error occurs again in the next call.
             if not lengths:
@@ -184,6 +263,7 @@ class PacketLink:
         try:
             return self._recv_into(room, 0, socket.MSG_TRUNC)
         except BlockingIOError:
+            self._sampled = True
             return -1
         except OSError as error:
             self._not_down(error)

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -313,6 +313,15 @@ class UnixLink:
         if len(self._senders) < SENDERS_MAX:
             self._senders[sender] = known
         return known
+
+    def expect(self, inbound: Collection[bytes], outbound: Collection[bytes]) -> None:
+        """Do nothing: only the peer can send frames, and its queue is short."""
+
+    def restrict(self, on: bool) -> bool:  # noqa: ARG002 - see `expect`
+        return False
+
+    def stands_for(self, frame: memoryview) -> int:  # noqa: ARG002 - see `expect`
+        return 1
 
     def frame(self, name: str) -> bytes:
         frame = self._frames.get(name)

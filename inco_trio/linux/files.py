@@ -1,11 +1,11 @@
-"""Files: their kinds (inode(7)) and the limits of their names."""
+"""Files: their kinds (inode(7)), the limits of their names, and their mounts (proc_pid_fdinfo(5))."""
 
 from __future__ import annotations
 
 import os
 import stat
 
-__all__ = ["FILE_NAME_MAX", "is_path", "kind_of_file"]
+__all__ = ["FILE_NAME_MAX", "is_path", "kind_of_file", "mount_id"]
 
 FILE_NAME_MAX = 255
 """Maximum length of a file name in bytes (NAME_MAX of limits.h)."""
@@ -32,3 +32,9 @@ def is_path(text: str) -> bool:
         return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
+
+
+def mount_id(fd: int) -> int:
+    """Return the ID of the mount on which a descriptor was opened. Raises OSError if /proc is not mounted."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as lines:  # noqa: PTH123 - faster than Path.open
+        return next(int(value) for name, _, value in (line.partition(b":") for line in lines) if name == b"mnt_id")

@@ -1,25 +1,21 @@
-"""Processes: capabilities(7) and prctl(2), with the constants of <linux/capability.h> and <linux/prctl.h>."""
+"""Processes: prctl(2), mlockall(2) and user_namespaces(7), with the constants of the kernel's headers."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+from pathlib import Path
 
 from inco_trio.linux.libc import check, libc
 
-__all__ = ["clear_capabilities", "end_with_parent"]
-
-CAP_DAC_OVERRIDE = 1
-CAP_DAC_READ_SEARCH = 2
-CAP_NET_ADMIN = 12
-CAP_NET_RAW = 13
-CAP_SYS_ADMIN = 21
+__all__ = ["end_with_parent", "lock_memory", "overflow_uid"]
 
 PR_SET_PDEATHSIG = 1
-PR_SET_SECUREBITS = 28
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_CLEAR_ALL = 4
-SECBIT_NOROOT_LOCKED = 0b11
+
+MCL_CURRENT = 1
+MCL_FUTURE = 2
+MCL_ONFAULT = 4
 
 
 def end_with_parent(parent: int) -> bool:
@@ -31,7 +27,18 @@ def end_with_parent(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def clear_capabilities() -> None:
-    """Drop the capabilities that execve(2) would keep or grant to root (capabilities(7)). Raises OSError."""
-    check(libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0))
-    check(libc.prctl(PR_SET_SECUREBITS, SECBIT_NOROOT_LOCKED, 0, 0, 0))
+def lock_memory() -> None:
+    """Keep all pages that the process uses in memory, now and later (mlockall(2)). Raises OSError.
+
+    MCL_ONFAULT does not allocate unused pages, because most of an in-flight buffer is unused.
+    """
+    check(libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
+
+
+@functools.cache
+def overflow_uid() -> int:
+    """Return the user ID that stands for all users who are not mapped in this user namespace; usually also `nobody`."""
+    try:
+        return int(Path("/proc/sys/fs/overflowuid").read_text())
+    except OSError:
+        return 65534  # DEFAULT_OVERFLOWUID of the kernel, if /proc is not mounted.

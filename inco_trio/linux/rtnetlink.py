@@ -24,15 +24,21 @@ RTM_GETLINK = 18
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
+IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_LINKINFO = 18
+IFLA_INFO_KIND = 1
 IFLA_INFO_SLAVE_KIND = 4
+IFLA_LINK_NETNSID = 37
 NLA_TYPE_MASK = 0x3FFF
 
 # struct nlmsghdr: length, type, flags, sequence, port. struct ifinfomsg: family, type, index, flags, change.
 _HEADER = struct.Struct("=IHHII")
 _INTERFACE = struct.Struct("=BxHiII")
 _ATTRIBUTE = struct.Struct("=HH")
+
+PASSIVE_MASTERS = frozenset({"vrf", "batadv"})
+"""Kinds of masters that leave the frames of other protocols to their ports: a VRF uses IP, batman-adv its EtherType."""
 
 IFF_UP = 0x1
 IFF_UP_AND_RUNNING = IFF_UP | 0x40
@@ -48,12 +54,26 @@ class Interface:
     running: bool
     """Whether the interface is up and has a carrier."""
     master: int
-    """The index of the bridge or bond that the interface is a port of, or 0."""
+    """The index of the bridge, bond or other master device that the interface is a port of, or 0."""
     port_of: str
-    """The kind of `master`: "bridge", "bond"."""
+    """The kind of `master`, such as "bridge", "bond" or "openvswitch", or "" if the kernel does not tell it."""
     mtu: int
     """Maximum payload of a frame in bytes."""
     address: bytes
+    kind: str = ""
+    """The kind of a virtual interface, such as "vlan" or "veth"."""
+    below: int = 0
+    """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the master takes the frames that arrive at this interface."""
+        return bool(self.master) and self.port_of not in PASSIVE_MASTERS
+
+    @property
+    def master_kind(self) -> str:
+        """The kind of the master in words."""
+        return self.port_of or "master device"
 
 
 class Rtnetlink:
@@ -136,14 +156,19 @@ def _attributes(data: bytes) -> dict[int, bytes]:
 def _parse(message: bytes) -> Interface:
     _family, _type, index, flags, _change = _INTERFACE.unpack_from(message)
     attributes = _attributes(message[_INTERFACE.size :])
-    port_of = _attributes(attributes.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_SLAVE_KIND, b"")
+    kinds = {
+        number: value.rstrip(b"\0").decode("ascii", "replace")
+        for number, value in _attributes(attributes.get(IFLA_LINKINFO, b"")).items()
+    }
     return Interface(
         index,
         os.fsdecode(attributes.get(IFLA_IFNAME, b"").rstrip(b"\0")),
         bool(flags & IFF_UP),
         flags & IFF_UP_AND_RUNNING == IFF_UP_AND_RUNNING,
         int.from_bytes(attributes.get(IFLA_MASTER, b""), "little"),
-        port_of.rstrip(b"\0").decode("ascii", "replace"),
+        kinds.get(IFLA_INFO_SLAVE_KIND, ""),
         int.from_bytes(attributes.get(IFLA_MTU, b""), "little"),
         attributes.get(IFLA_ADDRESS, b""),
+        kinds.get(IFLA_INFO_KIND, ""),
+        0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
     )

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import socket
+import struct
+from typing import Protocol
 
-__all__ = ["SOCKET_PATH_MAX", "SO_PEEK_OFF", "set_receive_buffer"]
+__all__ = ["SOCKET_PATH_MAX", "SO_PEEK_OFF", "peer_of", "set_receive_buffer"]
 
 SO_RCVBUFFORCE = 33
 SO_PEEK_OFF = 42
 SOCKET_PATH_MAX = 107
 """Maximum length of a socket path in bytes (sun_path of unix(7) without the NUL)."""
+
+_UCRED = struct.Struct("iII")
+"""struct ucred (unix(7)): PID, user and group."""
+
+
+class _Socket(Protocol):
+    """A socket of the standard library or of Trio."""
+
+    def getsockopt(self, level: int, option: int, length: int, /) -> bytes: ...
+
+
+def peer_of(sock: _Socket) -> tuple[int, int]:
+    """Return the PID and the user of the process that connected or listens at the other end (SO_PEERCRED, unix(7))."""
+    process, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return process, user
 
 
 def set_receive_buffer(sock: socket.socket, size: int) -> None:

@@ -51,7 +51,7 @@ from inco_trio.mqtt.session import (
 )
 from inco_trio.mqtt.topics import client_id
 from inco_trio.nurseries import plain_nursery
-from inco_trio.persist.fdstore import FdStore
+from inco_trio.persist.fdstore import FdStore, inherited_fd
 from inco_trio.problems import Problems
 from inco_trio.service.log import log_statistics
 
@@ -113,12 +113,14 @@ class Bridge:
         inherited, around = self._fd_store.inherited, Surroundings()
         self._resources.callback(around.close)
         try:
-            memory = Memory.open(inherited.get("memory"))
+            memory = Memory.open(inherited_fd(inherited, "memory"))
         except OSError as error:
             raise ResourceError(f"cannot create a memfd: {error.strerror}") from error
         self._resources.callback(memory.close)
         self._progress = Progress(memory.numbers)
-        self._link = _open_link(self._address, inherited.get("link"), memory.note, around.names(self._address.name))
+        self._link = _open_link(
+            self._address, inherited_fd(inherited, "link"), memory.note, around.names(self._address.name)
+        )
         self._resources.callback(lambda: self._link.close(remove=self._fd_store.supervisor is None))
         if not self._link.refresh():
             raise self._link.missing()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import re
 
 import attrs
 
+from inco_trio.persist.memory import check_memory, new_memory
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
 __all__ = ["WINDOW", "Memory", "Progress"]
 
 WINDOW = 256
 """Maximum number of published frames that are not reported as written. mosquitto queues 1,000 messages by default."""
+NUMBER_MAX = 1 << 62
+"""Maximum number of a frame in valid memory."""
 BOOTS_MAX = 16
 """Number of the other side's numberings that are kept. The broker may repeat messages of recent numberings."""
-_MAGIC = b"inco-trio bridge 1\n"
+_MAGIC = b"inco-trio bridge 2\n"
+_KEY = re.compile(rb"sent:([0-9a-f]{16}:[0-9]+)?|written:[0-9a-f]*|limit")
+
+logger = logging.getLogger(__name__)
 
 
 @attrs.define
@@ -28,17 +36,31 @@ class Memory:
 
     @classmethod
     def open(cls, held: int | None) -> Memory:
-        """Map the inherited descriptor `held` if it has this format, otherwise a new memfd. Raises OSError."""
-        if held is not None and os.pread(held, len(_MAGIC), 0) == _MAGIC and os.fstat(held).st_size == PAGE + TABLE:
-            fd = held
-        else:
-            fd = os.memfd_create("inco-trio bridge", os.MFD_CLOEXEC)
-            os.ftruncate(fd, PAGE + TABLE)
-            os.pwrite(fd, _MAGIC, 0)
-            if held is not None:
-                os.close(held)  # Close it last: the new descriptor must get a different number to be stored.
+        """Map the inherited descriptor `held` if it is valid. Otherwise log the reason and map a new memfd.
+
+        Raises OSError.
+        """
+        if held is not None:
+            try:
+                check_memory(held, PAGE + TABLE, _MAGIC)
+                return cls._map_memory(held)
+            except ValueError as error:
+                logger.warning(
+                    "bridge: cannot use the stored frame numbers (%s): numbering frames anew; "
+                    "frames may be delivered twice", error
+                )  # fmt: skip
+        fd = new_memory("inco-trio bridge", PAGE + TABLE, _MAGIC)
+        if held is not None:
+            os.close(held)  # Close it last: the new descriptor must get a different number to be stored.
+        return cls._map_memory(fd)
+
+    @classmethod
+    def _map_memory(cls, fd: int) -> Memory:
+        """Map the memory. Raises OSError. Raises ValueError with the reason if the content is invalid."""
         view = memoryview(mmap.mmap(fd, PAGE + TABLE))
-        return cls(fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:]))
+        return cls(
+            fd, view[PAGE - 16 : PAGE], NumberTable(view[PAGE:], NUMBER_MAX, lambda key: bool(_KEY.fullmatch(key)))
+        )
 
     def close(self) -> None:
         """Close the descriptor. The mapping lasts until its last view is deleted."""

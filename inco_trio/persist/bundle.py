@@ -7,22 +7,30 @@ Later changes are appended as a line of text and a descriptor. When the queue is
 
 from __future__ import annotations
 
+import array
+import errno
+import logging
 import os
+import re
 import socket
 from collections.abc import Sequence
 
 from inco_trio.errors import STRERROR, from_os_error
 from inco_trio.linux.sockets import SO_PEEK_OFF
-from inco_trio.persist.fdstore import FdStore
+from inco_trio.persist.fdstore import FdStore, inherited_fd
 
 __all__ = ["Bundle"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "bundle"
 MESSAGE_FDS = 250
 """Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
-MESSAGE_SIZE = 1 << 16
+READ_SIZE = 1 << 18
+"""More bytes than one message can have. The kernel would return the descriptors again with the rest of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
 STORED, REMOVED = b"+", b"-"
+_LINES = re.compile(rb"(?:[+-][^\0\n]+\n)*")
 
 
 class Bundle:
@@ -32,7 +40,7 @@ class Bundle:
         self.supervisor = outer.supervisor
         self._outer = outer
         self.kept: dict[str, int] = {}
-        held = outer.inherited.get(NAME)
+        held = inherited_fd(outer.inherited, NAME)
         if held is not None:
             with socket.socket(fileno=os.dup(held)) as former:
                 self._look(former)
@@ -40,22 +48,31 @@ class Bundle:
         self._renew()
 
     def _look(self, former: socket.socket) -> None:
-        """Open copies of the queued descriptors."""
-        former.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
-        flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-        while True:
-            try:
-                text, fds, _, _ = socket.recv_fds(former, MESSAGE_SIZE, MESSAGE_FDS, flags)
-            except BlockingIOError:
+        """Open copies of the queued descriptors. If the queue is invalid, log that and take none.
+
+        Raises ResourceError.
+        """
+        fds: list[int] = []
+        try:
+            text = _peek(former, fds)
+            if not _LINES.fullmatch(text) or sum(line.startswith(STORED) for line in text.splitlines()) != len(fds):
+                logger.warning(
+                    "fd store: the stored bundle of descriptors is invalid: starting without it; "
+                    "notifications that it keeps are lost"
+                )
                 return
-            if not text:
-                return
-            following = iter(fds)
-            for line in text.splitlines():
+            for line in text.split(b"\n")[:-1]:
                 name = os.fsdecode(line[1:])
                 self._forget(name)
                 if line.startswith(STORED):
-                    self.kept[name] = next(following)
+                    self.kept[name] = fds.pop(0)
+        except OSError as error:
+            raise from_os_error(error, "cannot take over the stored descriptors", FULL) from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+        for name in tuple(self.kept):
+            inherited_fd(self.kept, name)
 
     def store(self, name: str, fd: int) -> None:
         try:
@@ -108,3 +125,29 @@ class Bundle:
             self._forget(name)
         if self._entry is not None:
             self._entry.close()
+
+
+def _peek(queue: socket.socket, fds: list[int]) -> bytes:
+    """Return the queued text, and add copies of the queued descriptors to `fds`. Raises OSError (recvmsg(2)).
+
+    `socket.recv_fds` cannot be used: it ignores its flags, so it would remove the messages (python/cpython#128881).
+    """
+    queue.setsockopt(socket.SOL_SOCKET, SO_PEEK_OFF, 0)
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+    room = socket.CMSG_SPACE(MESSAGE_FDS * array.array("i").itemsize)
+    text = b""
+    while True:
+        try:
+            data, ancillary, received, _ = queue.recvmsg(READ_SIZE, room, flags)
+        except BlockingIOError:  # Another process still has the other end of the socket.
+            return text
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found = array.array("i")
+                found.frombytes(content[: len(content) - len(content) % found.itemsize])
+                fds += found
+        if received & socket.MSG_CTRUNC:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        if not data:
+            return text
+        text += data

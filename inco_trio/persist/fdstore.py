@@ -9,21 +9,31 @@ See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import socket as sockets
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from inco_trio.errors import InvalidArgumentError, ResourceError
 from inco_trio.notify import sd_notify
 
-__all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment"]
+__all__ = ["FdStore", "NoFdStore", "S6FdStore", "SystemdFdStore", "fd_store_from_environment", "inherited_fd"]
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_MS = 5000
 """Timeout of the s6 tools in milliseconds. The daemon normally answers within 1 ms."""
 _LISTEN_FDS_START = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
+_FD_MAX = (1 << 31) - 1
+_LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
+"""Family and type of the sockets that a link may use."""
+_SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
 _Found = tuple[str, int, int]
 """Name, number and descriptor of an entry."""
 
@@ -44,6 +54,31 @@ class FdStore(Protocol):
 
     def remove(self, name: str) -> None:
         """Delete `name` if it is stored. Raises as `store` does."""
+
+
+def inherited_fd(fds: dict[str, int], name: str) -> int | None:
+    """Return the inherited descriptor `name`. If it is of the wrong kind, log that, close and remove it."""
+    fd = fds.get(name)
+    if fd is None or _is_right_kind(name.rpartition("/")[2], fd):
+        return fd
+    logger.warning("fd store: the stored descriptor %s is of the wrong kind: starting without it", name)
+    os.close(fds.pop(name))
+    return None
+
+
+def _is_right_kind(name: str, fd: int) -> bool:
+    if name == "inotify":
+        try:
+            return str(Path(f"/proc/self/fd/{fd}").readlink()) == "anon_inode:inotify"
+        except OSError:
+            return True  # /proc is not mounted.
+    if name not in _SOCKETS:
+        return True  # `persist.memory` checks a memfd.
+    try:
+        with sockets.socket(fileno=os.dup(fd)) as sock:
+            return (sock.family, sock.type) in _SOCKETS[name]
+    except OSError:
+        return False
 
 
 class NoFdStore:
@@ -168,19 +203,28 @@ def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
 
 
 def _take_dump(socket: str, prefix: str) -> list[_Found]:
-    count = os.environ.pop("S6_FD#", None)
-    if count is None:
+    if "S6_FD#" not in os.environ:
         raise InvalidArgumentError(
             f"--fd-holder {socket}: S6_FD# is not in the environment (start inco-trio directly through "
             f"`s6-fdholder-getdump {socket} inco-trio run ...`; a shell in between drops that variable)"
         )
     entries = []
-    for i in range(int(count)):
+    for i in range(_take_number("S6_FD#")):
         os.environ.pop(f"S6_FDLIMIT_{i}", None)
-        identifier, fd = os.environ.pop(f"S6_FDID_{i}"), int(os.environ.pop(f"S6_FD_{i}"))
+        identifier, fd = os.environ.pop(f"S6_FDID_{i}", ""), _take_number(f"S6_FD_{i}")
         # An identifier without the prefix becomes "", so that `_numbered` closes its descriptor.
         entries.append((identifier.removeprefix(prefix) if identifier.startswith(prefix) else "", fd))
     return _numbered(entries)
+
+
+def _take_number(variable: str) -> int:
+    """Remove a variable from the environment and return its value. Raises InvalidArgumentError if it is no number."""
+    text = os.environ.pop(variable, "")
+    if re.fullmatch("[0-9]{1,10}", text) and int(text) <= _FD_MAX:
+        return int(text)
+    raise InvalidArgumentError(
+        f"${variable}", f"{text!r} is not a number of descriptors (let the supervisor start inco-trio directly)"
+    )
 
 
 def _listen_fds_are_ours() -> bool:
@@ -191,20 +235,20 @@ def _take_listen_fds() -> list[_Found]:
     if not _listen_fds_are_ours():
         return []
     del os.environ["LISTEN_PID"]
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":") + [""] * count
-    return _numbered((names[i], _LISTEN_FDS_START + i) for i in range(count))
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    fds = range(_LISTEN_FDS_START, _LISTEN_FDS_START + _take_number("LISTEN_FDS"))
+    return _numbered((names[i] if i < len(names) else "", fd) for i, fd in enumerate(fds))
 
 
 def _numbered(entries: Iterable[tuple[str, int]]) -> list[_Found]:
     """Return the entries whose identifiers have a name and a number. Close the descriptors of all other entries."""
     found = []
     for identifier, fd in entries:
-        name, _, number = identifier.rpartition(".")
+        numbered = re.fullmatch(r"(.+)\.([0-9]{1,18})", identifier, re.DOTALL)
         try:
-            if name and number.isdecimal():
+            if numbered:
                 os.set_inheritable(fd, False)
-                found.append((name, int(number), fd))
+                found.append((numbered[1], int(numbered[2]), fd))
             else:
                 os.close(fd)
         except OSError:

@@ -17,19 +17,25 @@ from collections.abc import Iterator, Sequence
 
 import attrs
 
-from inco_trio.persist.inflight import RING
+from inco_trio.frame import is_wire_name
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["KEPT", "History", "Merged", "Record"]
+__all__ = ["HISTORY", "KEPT", "History", "Merged", "Record"]
 
 _RECORD = struct.Struct("=QQB7x64s8x")
 """A notification: wall clock and CLOCK_MONOTONIC in ns, the direction, and the wire name."""
+RING = 192 * PAGE
+"""Size of the ring in bytes."""
+HISTORY = PAGE + 2 * TABLE + RING
+"""Size of the memory of a history in bytes."""
 KEPT = RING // _RECORD.size
 """Number of notifications that fit into the ring."""
 _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
 """Indexes of the numbers in the first page."""
+NUMBER_MAX = 1 << 62
+"""Maximum number in valid memory."""
 
 
 @attrs.frozen
@@ -56,14 +62,30 @@ class Merged:
 
 
 class History:
-    """The history in `view`, see `Inflight.history`."""
+    """The history in `view`, see `Inflight.history`. Raises ValueError if a table in the memory is invalid."""
 
     def __init__(self, view: memoryview) -> None:
         self._numbers = view[:PAGE].cast("Q")
-        self._merged = tuple(NumberTable(view[PAGE + n * TABLE : PAGE + (n + 1) * TABLE]) for n in range(2))
+        tables = (view[PAGE + n * TABLE : PAGE + (n + 1) * TABLE] for n in range(2))
+        self._merged = tuple(NumberTable(table, NUMBER_MAX, is_wire_name) for table in tables)
         self._ring = view[PAGE + 2 * TABLE :]
         self.keeping = bool(self._numbers[_KEEPING])
         """Whether a client has asked for the history."""
+
+    def check(self) -> None:
+        """Check the numbers and the notifications in inherited memory. Raises ValueError with the reason."""
+        if not self.keeping:
+            return
+        sequence, floor = self.sequence, self.floor
+        if (
+            not self._numbers[_BASE] <= floor <= sequence <= floor + KEPT
+            or max(sequence, self.merged_ever) > NUMBER_MAX
+        ):
+            raise ValueError("the history has invalid numbers")
+        for number in range(floor + 1, sequence + 1):
+            wall, monotonic, direction, name = self._record(number)
+            if max(wall, monotonic) > NUMBER_MAX or direction >= len(_DIRECTIONS) or not is_wire_name(name):
+                raise ValueError("the history has an invalid notification")
 
     @property
     def boot(self) -> str:
@@ -148,9 +170,13 @@ class History:
         return sequence
 
     def _at(self, sequence: int) -> Record:
+        wall, monotonic, outbound, name = self._record(sequence)
+        return Record(sequence, _DIRECTIONS[outbound], name.decode("ascii"), wall, monotonic)
+
+    def _record(self, sequence: int) -> tuple[int, int, int, bytes]:
         place = (sequence - self._numbers[_BASE] - 1) % KEPT
-        wall, monotonic, outbound, name = _RECORD.unpack_from(self._ring, place * _RECORD.size)
-        return Record(sequence, _DIRECTIONS[outbound], name.rstrip(b"\0").decode("ascii"), wall, monotonic)
+        wall, monotonic, direction, name = _RECORD.unpack_from(self._ring, place * _RECORD.size)
+        return wall, monotonic, direction, name.rstrip(b"\0")
 
     def after(self, sequence: int, most: int) -> list[Record]:
         """Return up to `most` notifications from the ring that follow the sequence number `sequence`."""

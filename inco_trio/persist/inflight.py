@@ -16,18 +16,23 @@ processes with many boards (`queue`, `proxy.share`); a history (`history`).
 from __future__ import annotations
 
 import functools
+import logging
 import mmap
 import os
 
 import attrs
 
-from inco_trio.frame import FRAME_MAX
+from inco_trio.frame import FRAME_MAX, is_wire_name
+from inco_trio.persist.history import HISTORY, History
+from inco_trio.persist.memory import check_memory, new_memory
 from inco_trio.persist.queue import EventQueue
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
-__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "RING", "SHORT", "Bank", "Inflight", "frames_in"]
+__all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "SHORT", "Bank", "Inflight", "frames_in"]
 
-MAGIC = b"inco-trio inflight 4, batches of %6d frames\n"
+logger = logging.getLogger(__name__)
+
+MAGIC = b"inco-trio inflight 5, batches of %6d frames\n"
 MARK = 8
 """Size of the mark after each frame, in bytes."""
 FRAME_STEP = 128
@@ -38,8 +43,12 @@ FRAMES = 256
 """Maximum number of frames in a batch, large enough that the cost of a hand-over is small."""
 EVENT_BANK = 4 * PAGE
 """Size of a bank of inotify events in bytes: 1,024 events without a name."""
-RING = 192 * PAGE
-"""Size of the history's ring in bytes."""
+SEQUENCE_MAX = 1 << 62
+"""Maximum sequence number of a batch in valid memory."""
+WATCH_MAX = (1 << 31) - 1
+"""Maximum number of a watch: the kernel uses an int."""
+PENDING_MAX = 1 << 40
+"""Maximum number of pending notifications of a signal in valid memory: eight months at 50,000 per second."""
 QUEUE = 256 * PAGE
 """Size of the event queue in bytes: four times the 16,384 events that the kernel queues by default."""
 
@@ -50,7 +59,6 @@ def _bank_of(frames: int) -> int:
 
 
 FRAME_BANK = _bank_of(FRAMES)
-HISTORY = PAGE + 2 * TABLE + RING
 BEFORE_HISTORY = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
 SIZE = BEFORE_HISTORY + HISTORY
 _NO_EVENTS = bytes(EVENT_BANK)
@@ -111,21 +119,38 @@ class Inflight:
 
     @classmethod
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
-        """Map the inherited descriptor `held` if its memory has this layout; otherwise map new memory.
+        """Map the inherited descriptor `held` if its memory is valid. Otherwise log the reason and map new memory.
 
         `at_once` is the maximum number of frames in a batch. With fewer than FRAMES, the rest of a bank uses no memory.
         Raises OSError (memfd_create(2), mmap(2)).
         """
         magic = MAGIC % at_once
-        inherited = held is not None and os.fstat(held).st_size == SIZE and os.pread(held, len(magic), 0) == magic
-        fd = held if held is not None and inherited else _new_memory(magic, held)
+        if held is not None:
+            try:
+                check_memory(held, SIZE, magic)
+                return cls._map_memory(held, at_once, inherited=True)
+            except ValueError as error:
+                logger.warning(
+                    "in-flight buffer: cannot use the stored memory (%s): starting with an empty buffer; "
+                    "notifications in the stored memory are lost", error
+                )  # fmt: skip
+        fd = new_memory("inco-trio", SIZE, magic + _MARK)
+        if held is not None:
+            # Close `held` last, so that the new descriptor gets a different number: callers compare the numbers.
+            os.close(held)
+        return cls._map_memory(fd, at_once, inherited=False)
+
+    @classmethod
+    def _map_memory(cls, fd: int, at_once: int, *, inherited: bool) -> Inflight:
+        """Map the memory. Raises ValueError if the content is invalid, or OSError after closing `fd`."""
         try:
             memory = mmap.mmap(fd, SIZE)
         except BaseException:
             os.close(fd)
             raise
         view = memoryview(memory)
-        no_frames = _no_frames(bytes(view[len(magic) : len(magic) + MARK]), at_once)
+        mark = len(MAGIC % at_once)
+        no_frames = _no_frames(bytes(view[mark : mark + MARK]), at_once)
         banks = []
         offset = PAGE
         for number, (blank, size) in enumerate(2 * [(no_frames, FRAME_BANK)] + 2 * [(_NO_EVENTS, EVENT_BANK)]):
@@ -135,14 +160,19 @@ class Inflight:
         if not inherited:
             for bank in banks[:2]:
                 bank.clear(len(bank.view))
+        elif max(bank.sequence for bank in banks) > SEQUENCE_MAX:
+            raise ValueError("a batch has an invalid number")
+        history = view[BEFORE_HISTORY:]
+        if inherited:
+            History(history).check()
         return cls(
             fd,
             frames=(banks[0], banks[1]),
             events=(banks[2], banks[3]),
-            pending=NumberTable(view[offset : offset + TABLE]),
-            watches=NumberTable(view[offset + TABLE : offset + 2 * TABLE]),
+            pending=NumberTable(view[offset : offset + TABLE], PENDING_MAX, is_wire_name),
+            watches=NumberTable(view[offset + TABLE : offset + 2 * TABLE], WATCH_MAX),
             queue=EventQueue(view[offset + 2 * TABLE : BEFORE_HISTORY]),
-            history=view[BEFORE_HISTORY:],
+            history=history,
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,
@@ -153,17 +183,6 @@ class Inflight:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
         # Deleting the last view unmaps the memory. Closing the map here would raise BufferError.
-
-
-def _new_memory(magic: bytes, held: int | None) -> int:
-    """Create a memfd, and close `held`."""
-    fd = os.memfd_create("inco-trio", os.MFD_CLOEXEC)
-    os.ftruncate(fd, SIZE)
-    os.pwrite(fd, magic + _MARK, 0)
-    if held is not None:
-        # Close `held` last, so that the new descriptor gets a different number: callers compare the numbers.
-        os.close(held)
-    return fd
 
 
 def frames_in(bank: Bank) -> list[bytes]:

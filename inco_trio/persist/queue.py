@@ -10,17 +10,38 @@ from inco_trio.persist.tables import PAGE
 __all__ = ["OVERFLOW", "EventQueue"]
 
 OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
+POSITION_MAX = 1 << 62
+"""Maximum position in valid memory. A position is the number of bytes that were ever queued."""
 
 
 class EventQueue:
-    """A ring of whole inotify events. The first page contains the positions of the start and the end of the queue."""
+    """A ring of whole inotify events. The first page contains the positions of the start and the end of the queue.
+
+    Raises ValueError if the memory does not contain whole events.
+    """
 
     def __init__(self, view: memoryview) -> None:
         self._ends = view[:16].cast("Q")
         self._room = view[PAGE:]
         self._overflowed = False
-        if not len(self):
+        if max(self._ends[0], self._ends[1]) > POSITION_MAX:
+            raise ValueError("the event queue has invalid positions")
+        if len(self):
+            self._check()
+        else:
             self._begin_again()
+
+    def _check(self) -> None:
+        if len(self) > len(self._room):
+            raise ValueError("the event queue has invalid positions")
+        events, offset = self.copy(), 0
+        while offset + EVENT.size <= len(events):
+            _wd, mask, _cookie, length = EVENT.unpack_from(events, offset)
+            offset += EVENT.size + length
+            if not mask:
+                break
+        if offset != len(events):
+            raise ValueError("the event queue has an incomplete event")
 
     def _begin_again(self) -> None:
         # Reset the end first: if the process dies between the two stores, the negative length reads as empty.

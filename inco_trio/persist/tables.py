@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 __all__ = ["KEY", "PAGE", "TABLE", "NumberTable"]
 
@@ -16,9 +16,12 @@ TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 
 
 class NumberTable:
-    """Maps keys (1 to 64 bytes, no trailing NUL) to numbers from 1 in shared memory. A missing key has the number 0."""
+    """Maps keys (1 to 64 bytes, no trailing NUL) to numbers from 1 in shared memory. A missing key has the number 0.
 
-    def __init__(self, view: memoryview) -> None:
+    Raises ValueError if the memory has duplicate keys, a key that `is_key` refuses, or a number above `largest`.
+    """
+
+    def __init__(self, view: memoryview, largest: int = (1 << 63) - 1, is_key: Callable[[bytes], bool] = bool) -> None:
         self._keys = view
         self._numbers = view[RECORDS * KEY : RECORDS * RECORD].cast("Q")
         self.places: dict[bytes, int] = {}
@@ -27,11 +30,15 @@ class NumberTable:
         self._end = 0
         # Entries have no gaps, so the first empty key ends the table.
         while self._end < RECORDS and (key := self._key(self._end)):
-            if self._numbers[self._end]:
+            if number := self._numbers[self._end]:
+                if key in self.places or number > largest or not is_key(key):
+                    raise ValueError(f"a table has an invalid entry: {key!r}, {number}")
                 self.places[key] = self._end
             else:
                 self._free.append(self._end)
             self._end += 1
+        if self._end == RECORDS and not self._free:
+            raise ValueError("a table is full")
 
     def _key(self, index: int) -> bytes:
         return bytes(self._keys[index * KEY : (index + 1) * KEY]).rstrip(b"\0")

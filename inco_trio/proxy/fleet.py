@@ -24,7 +24,7 @@ from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
 from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
-from inco_trio.persist.fdstore import FdStore, NoFdStore
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.inflight import Inflight
 from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
@@ -130,9 +130,9 @@ class Proxies(Mapping[str, Proxy]):
         self._around = Surroundings()
         resources.callback(self._around.close)
         try:
-            memory = Inflight.open(whole.get("inflight"))
+            memory = Inflight.open(inherited_fd(whole, "inflight"))
             resources.callback(memory.close)
-            self._shared = SharedInotify(whole.get("inotify"), memory.events[0])
+            self._shared = SharedInotify(inherited_fd(whole, "inotify"), memory.events[0])
             resources.callback(self._shared.inotify.close)
         except OSError as error:
             raise refusal(error, "shared memory") from error
@@ -151,9 +151,12 @@ class Proxies(Mapping[str, Proxy]):
         """Open or inherit the resources of a board. Raises ResourceError."""
         held = self._bundle.kept.get(f"{name}/inflight") if self._bundle is not None else None
         try:
-            inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
+            with working_for(name):
+                inflight = Inflight.open(held if held is None else os.dup(held), FRAMES_AT_ONCE)
         except OSError as error:
             raise refusal(error, "shared memory") from error
+        if self._bundle is not None and not inflight.inherited:
+            self._bundle.remove(f"{name}/inflight")  # Store the new memory, so that the next process inherits that.
         share = self._shared.share(inflight)
         fds = {"inflight": inflight.fd}
         ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener)

@@ -14,6 +14,7 @@ from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.links.link import Link
 from inco_trio.notifications import Deaf, Listener
 from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
+from inco_trio.proxy.flood import Flood
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
 from inco_trio.proxy_status import Counters
@@ -48,6 +49,9 @@ class Inbound:
         self._inflight = inflight
         self._counters = counters
         self._listener = listener or Deaf()
+        self._flood = Flood(link)
+        self.filter = self._flood.filter
+        """The task that ends the filtering of a flood of ignored frames."""
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
@@ -120,18 +124,25 @@ class Inbound:
     def _decode(self, room: memoryview, length: int) -> StateFile | None:
         name = decode(room, length)
         if name is None:
-            self._counters.malformed += 1
+            self._counters.malformed += self._stands_for(room[:length])
             self._ignore("malformed", None, room, length)
             return None
         known, by_frame = self._states.known, self._states.by_frame
         file = known.get(name)
         if file is None:
-            self._counters.unknown += 1
+            self._counters.unknown += self._stands_for(room[:length])
             logger.debug("%s: unknown signal", name.decode())
             self._ignore("unknown", name.decode(), room, length)
         elif length <= SHORT and len(by_frame) < FORMS * len(known):
             by_frame[room[ADDRESSES:FRAME_STEP].tobytes()] = file
         return file
+
+    def _stands_for(self, frame: memoryview) -> int:
+        """Return how many ignored frames `frame` represents."""
+        frames = self._link.stands_for(frame)
+        self._counters.received += frames - 1
+        self._flood.ignored(frames)
+        return frames
 
     def _ignore(self, reason: str, name: str | None, room: memoryview, length: int) -> None:
         frame = bytes(room[:length]) if self._listener.wants_frames else None

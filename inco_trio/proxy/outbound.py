@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import trio
 
+from inco_trio.backoff import Backoff
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
@@ -52,6 +53,8 @@ class Outbound:
         self._listener = listener or Deaf()
         self.failures: Counter[str] = Counter()
         """Number of failed attempts to send a frame, by signal name."""
+        # A device whose queue holds one frame is then retried soon after the frame has left, whatever its speed.
+        self._room = Backoff(first=0.0005, factor=1.4)
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
         self._bank = inflight.events[self._fills & 1]
@@ -230,7 +233,7 @@ class Outbound:
                     late_at = min(late_at, trio.current_time() + LATE)
                     if trio.current_time() >= late_at:
                         self._delayed(str(error.strerror))
-                    with trio.move_on_after(health.backoff.next()):
+                    with trio.move_on_after(self._room.next()):
                         await changed.wait()
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
@@ -242,6 +245,7 @@ class Outbound:
             else:
                 self._delay = ""
                 self._counters.sent += 1
+                self._room.reset()
                 return True
 
     def link_changed(self) -> None:

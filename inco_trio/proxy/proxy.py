@@ -20,10 +20,11 @@ from inco_trio.config import Config
 from inco_trio.errors import ClosedError, ConfigError, IncoError, UnknownSignalError
 from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
+from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
-from inco_trio.persist.fdstore import FdStore, NoFdStore
+from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.proxy.handoff import Handoff
@@ -75,6 +76,7 @@ class Proxy:
             "watch": self._watch,
             "restore": self._restore,
             "receive": parts.inbound.receive,
+            "filter": parts.inbound.filter,
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
@@ -107,6 +109,7 @@ class Proxy:
                 TaskStatus(name, health.restarts, health.problem, health.last_problem)
                 for name, health in self._health.items()
             ),
+            capabilities=tuple(names_of(held_capabilities())),
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:
@@ -187,7 +190,15 @@ class Proxy:
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
-            await self._registers.reload(SignalTable(config.signals))
+            table = SignalTable(config.signals)
+            # During the reload, frames of the old and of the new table must pass a filter.
+            former = self._registers.table
+            self._link.expect({*former.inbound, *table.inbound}, former.outbound)
+            try:
+                await self._registers.reload(table)
+            finally:
+                table = self._registers.table
+                self._link.expect(table.inbound, table.outbound)
             self.config = config
             self._table_since = time.time()
 
@@ -346,9 +357,9 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
     try:
-        inflight = Inflight.open(inherited.get("inflight"))
+        inflight = Inflight.open(inherited_fd(inherited, "inflight"))
         resources.callback(inflight.close)
-        inotify = Inotify(inherited.get("inotify"))
+        inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
@@ -370,8 +381,9 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 
-    link, stale = open_link(config.address, config.netns, inherited.get("link"), inflight.note, ground.around)
+    link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)
     resources.callback(lambda: link.close(remove=ground.leave_nothing))
+    link.expect(registers.table.inbound, registers.table.outbound)
     if not link.refresh():
         if not config.wait_link:
             raise link.missing()

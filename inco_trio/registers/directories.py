@@ -95,6 +95,7 @@ class Directories:
         directory.opened = True
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
+        directory.devices = {found.st_dev}
         self._by_wd[wd] = directory
         if former not in (0, wd):
             self._by_wd.setdefault(former, directory)

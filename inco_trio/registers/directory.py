@@ -14,7 +14,7 @@ import attrs
 
 from inco_trio.backoff import Backoff
 from inco_trio.linux import inotify as ino
-from inco_trio.linux.files import kind_of_file
+from inco_trio.linux.files import kind_of_file, mount_id
 from inco_trio.linux.inotify import Watcher
 from inco_trio.registers.refusals import UnfitFileError
 
@@ -25,6 +25,9 @@ PATIENCE = 0.03
 EMPTIED = 1.0
 """Seconds to wait before recreating a deleted file in an empty directory, which is probably being removed."""
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+TEMPORARY = ".inco-trio."
+KIND = stat.S_IFMT(0xFFFF)
+"""The bits of `st_mode` that are the kind of a file."""
 FILE_MODE = 0o666 | stat.S_IFREG
 TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
 
@@ -37,7 +40,7 @@ def watch_key(path: Path) -> bytes:
 
 def temporary_name() -> str:
     """Return the name that a new trigger has until it is watched."""
-    return f".inco-trio.{os.getpid()}"
+    return f"{TEMPORARY}{os.getpid()}"
 
 
 @attrs.define(eq=False)
@@ -54,6 +57,10 @@ class Directory:
     wd: int = 0
     """The watch descriptor of the directory, or 0 if the directory is not watched."""
     identity: tuple[int, int] = (0, 0)
+    shared: bool = False
+    """Whether a user other than root and the proxy's own user may change the names in the directory."""
+    devices: set[int] = attrs.Factory(set)
+    """The device numbers of files on the directory's filesystem. An overlayfs may have several."""
     above: set[int] = attrs.Factory(set)
     """The watch descriptors of the ancestor directories."""
     opened: bool = False
@@ -71,12 +78,13 @@ class Directory:
     troubled_again: bool = False
     """Whether another operation in the directory failed during the last retry."""
     backoff: Backoff = attrs.Factory(Backoff)
+    _path: bytes = attrs.field(init=False, default=attrs.Factory(lambda self: os.fsencode(self.path), takes_self=True))
 
     @property
     def current(self) -> bool:
         """Whether `path` still leads to the open directory."""
         try:
-            found = os.stat(self.path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
+            found = os.stat(self._path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
         except OSError:
             return False
         return (found.st_dev, found.st_ino) == self.identity
@@ -112,14 +120,45 @@ class Directory:
             error.filename = str(self.path / register)
             raise
 
-    def check(self, register: str) -> None:
-        mode = os.stat(register, dir_fd=self.fd, follow_symlinks=False).st_mode
-        if not stat.S_ISREG(mode):
-            raise UnfitFileError(
-                self.path / register,
-                f"not a regular file but {kind_of_file(mode)}",
-                "remove it, or use another register",
-            )
+    def check(self, register: str | bytes, opened: int | None = None) -> None:
+        """Check that a register is a regular file with one name, on the directory's filesystem.
+
+        `opened` is a descriptor of the register. Without it, the name is checked.
+        """
+        found = os.stat(register, dir_fd=self.fd, follow_symlinks=False) if opened is None else os.fstat(opened)
+        if found.st_mode & KIND != stat.S_IFREG or found.st_nlink != 1 or found.st_dev not in self.devices:
+            self._check_unusual(os.fsdecode(register), found)
+
+    def _check_unusual(self, register: str, found: os.stat_result) -> None:
+        path = self.path / register
+        if not stat.S_ISREG(found.st_mode):
+            what = f"not a regular file but {kind_of_file(found.st_mode)}"
+            raise UnfitFileError(path, what, "remove it, or use another register")
+        if found.st_nlink > 1 and not self._unlink_temporaries(found):
+            remedy = "replace it by a new file, or remove its other names"
+            raise UnfitFileError(path, f"has {found.st_nlink} names (hard links)", remedy)
+        if found.st_dev not in self.devices:
+            if not self._is_on_same_mount(register):
+                raise UnfitFileError(path, "not on the filesystem of its directory", "unmount it")
+            self.devices.add(found.st_dev)
+
+    def _unlink_temporaries(self, found: os.stat_result) -> bool:
+        """Remove the second name of a trigger that a killed proxy left. Return whether one name is left."""
+        names = 0
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.name(".")):
+                if entry.name.startswith(TEMPORARY) and entry.inode() == found.st_ino:
+                    self._unlink(entry.name)
+                    names += 1
+        return found.st_nlink - names == 1
+
+    def _is_on_same_mount(self, register: str) -> bool:
+        """Return whether a register is on the directory's mount. An overlayfs has a device number for each layer."""
+        fd = os.open(register, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            return mount_id(fd) == mount_id(self.fd)
+        finally:
+            os.close(fd)
 
     def watch_trigger(self, register: str, inotify: Watcher) -> int:
         """Watch a trigger and return the watch descriptor, or 0 if the file is missing."""

@@ -19,7 +19,7 @@ from inco_trio.proxy_status import Counters
 from inco_trio.registers.diagnose import unreported
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import Directory
-from inco_trio.registers.refusals import UnfitFileError, refusal
+from inco_trio.registers.refusals import refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
 from inco_trio.signals import Direction, Signal, SignalTable
@@ -69,7 +69,6 @@ class Registers:
         try:
             for signal in table:
                 self._prepare(signal, new)
-                self._refuse_both_ways(signal, table)
                 yield
         except BaseException as error:
             if self._opened:
@@ -116,17 +115,6 @@ class Registers:
             if path not in needed:
                 self.directories.drop(directory)
                 yield
-
-    def _refuse_both_ways(self, signal: Signal, table: SignalTable) -> None:
-        """Raise UnfitFileError if a file is both a state file and a trigger, which would send back received frames."""
-        try:
-            if signal.path.lstat().st_nlink < 2:
-                return
-            for other in table:
-                if other.direction is not signal.direction and other.path.samefile(signal.path):
-                    raise UnfitFileError(signal.path, f"the same file as {other.path}", "remove one of the two names")
-        except FileNotFoundError:
-            pass  # The directory is missing now.
 
     async def reload(self, table: SignalTable) -> None:
         """Replace the table and create missing directories. Raises IncoError, see `exchange`."""

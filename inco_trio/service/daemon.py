@@ -50,6 +50,9 @@ class Boards(Served, Protocol):
     def signals(self) -> Collection[Signal]:
         """Return the signals of all boards."""
 
+    def configs(self) -> Collection[Config]:
+        """Return the configuration of each board, including boards that are not open."""
+
 
 class OneBoard:
     """A single board, with the configuration that `load` returns. `load` may raise IncoError."""
@@ -77,6 +80,9 @@ class OneBoard:
     def signals(self) -> Collection[Signal]:
         return self._config.signals
 
+    def configs(self) -> Collection[Config]:
+        return [self._config]
+
     def proxies(self) -> Mapping[str, Proxy]:
         return {} if self._proxy is None else {self.name: self._proxy}
 
@@ -93,20 +99,35 @@ async def read_aside(read: Callable[[], _R]) -> _R:
 
 
 class Daemon:
-    """The daemon for `boards`. `control` is the path of the control socket, "none", or None for the default path."""
+    """The daemon for `boards`. `control` is the path of the control socket, "none", or None for the default path.
 
-    def __init__(self, boards: Boards, label: str, control: str | None, fd_store: FdStore) -> None:
+    Once the boards are open, `restrict` drops what the daemon no longer needs.
+    """
+
+    def __init__(
+        self,
+        boards: Boards,
+        label: str,
+        control: str | None,
+        fd_store: FdStore,
+        restrict: Callable[[Collection[Config]], None] = lambda _: None,
+    ) -> None:
         self.name = boards.name
         self.reload, self.log_statistics = boards.reload, boards.log_statistics
         self._boards = boards
         self._label = label
         self._control = control
         self._fd_store = fd_store
+        self._restrict = restrict
 
     async def run(self, runner: Runner) -> None:
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
+            # The diagnosis must inspect processes of other users. Its thread therefore starts with all capabilities.
+            is_ready = threading.Event()
+            self._start_diagnosis(is_ready)
+            self._restrict(self._boards.configs())
             runner.ready()
-            self._start_diagnosis()
+            is_ready.set()
             await runner.follow_reloads()
 
     @asynccontextmanager
@@ -154,13 +175,14 @@ class Daemon:
             other = path.with_name(f"{path.stem}-{os.getpid()}.sock")
             return resources.enter_context(place.listening(other))
 
-    def _start_diagnosis(self) -> None:
+    def _start_diagnosis(self, is_ready: threading.Event) -> None:
         # Do not use trio.to_thread, which wakes the event loop when its thread ends.
         with contextlib.suppress(RuntimeError):  # No thread can be started. The diagnosis is optional.
-            threading.Thread(target=self._diagnose, daemon=True).start()
+            threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 
-    def _diagnose(self) -> None:
-        """Log conditions that may prevent notifications. Call this after readiness: reading /proc takes time."""
+    def _diagnose(self, is_ready: threading.Event) -> None:
+        """Log conditions that may prevent notifications, after readiness because reading /proc takes time."""
+        is_ready.wait()
         # A vanished file or a lack of descriptors ends the diagnosis, but not the daemon.
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):

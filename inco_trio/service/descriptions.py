@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 import attrs
 
-from inco_trio.config import read_udrv
+from inco_trio.board_files import read_boards
+from inco_trio.config import Config, read_board, read_udrv
 from inco_trio.errors import IncoError, InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 
 __all__ = [
     "PREFIX",
+    "USER",
     "Service",
     "account_of",
     "boards_service",
@@ -34,16 +37,25 @@ PREFIX = "inco-trio-"
 _GATEWAY, _EXPORTER, _BRIDGE = "mqtt", "exporter", "wire-"
 _RESERVED = {"fdholder": "the fd store", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
 """Labels that a link cannot have, because other services have them."""
-_NET_RAW = "AmbientCapabilities=CAP_NET_RAW\nCapabilityBoundingSet=CAP_NET_RAW\n"
+USER = "inco-trio"
+"""The system user of services that root sets up."""
+_OF_INTERFACES = "CAP_NET_RAW CAP_NET_ADMIN"
+_PACKETS = f"""\
+AmbientCapabilities={_OF_INTERFACES}
+CapabilityBoundingSet={_OF_INTERFACES}
+RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX
+IPAddressDeny=any"""
 _NO_CAPABILITY = "AmbientCapabilities=\nCapabilityBoundingSet=\n"
 _RIGHTS_OF_INTERFACE = f"""\
-# With CAP_NET_ADMIN in both lines, the receive buffer may exceed net.core.rmem_max during a restart.
-{_NET_RAW}RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
-_RIGHTS_OF_SOCKET = f"{_NO_CAPABILITY}RestrictAddressFamilies=AF_UNIX"
+# CAP_NET_ADMIN lets the receive buffer exceed net.core.rmem_max. The proxy drops it once the buffer is set.
+{_PACKETS}"""
+_RIGHTS_OF_SOCKET = f"{_NO_CAPABILITY}RestrictAddressFamilies=AF_UNIX\nIPAddressDeny=any\nPrivateNetwork=yes"
 _RIGHTS_OF_BRIDGE = f"{_NO_CAPABILITY}RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX"
 _RIGHTS_OF_BOARDS = f"""\
-# CAP_NET_RAW is for boards with interfaces. Boards with a network namespace also need CAP_SYS_ADMIN in both lines.
-{_NET_RAW}RestrictAddressFamilies=AF_PACKET AF_NETLINK AF_UNIX"""
+# The capabilities are for interfaces. Boards with a network namespace also need CAP_SYS_ADMIN in both lines.
+{_PACKETS}"""
+_OF_USER = ",+net_raw,+net_admin"
+"""The capabilities of `_PACKETS`, as an argument of setpriv(1)."""
 
 
 def find_program() -> list[str]:
@@ -80,6 +92,10 @@ class Service:
     """The capability to keep, as an argument of setpriv(1)."""
     namespaces: str = "yes"
     """The value of RestrictNamespaces= in a systemd unit."""
+    paths: tuple[Path, ...] = ()
+    """The files and directories that the service uses, as far as they are known now."""
+    check: tuple[str, ...] = ()
+    """The command and its arguments that validate the configuration before a reload."""
 
     @property
     def is_client(self) -> bool:
@@ -93,7 +109,8 @@ def gateway_service(url: str, config: Path | None) -> Service:
 
     words = ("mqtt", url) if config is None else ("mqtt", url, "--config", str(config.absolute()))
     warnings = () if config is None else _warnings(lambda: read_gateway(config))
-    return Service(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings)
+    paths = () if config is None else (config.absolute(),)
+    return Service(_GATEWAY, f"gateway to {parse_broker(url)}", words, warnings, paths=paths)
 
 
 def exporter_service(listen: str) -> Service:
@@ -103,20 +120,41 @@ def exporter_service(listen: str) -> Service:
 
 def link_service(link: str, config: Path) -> Service:
     """Describe the proxy of a link, with the registers of the udrv.json `config`. Raises InvalidArgumentError."""
-    words = ("run", link, "--config", str(config.absolute()))
-    of = f"inter-core interrupts on {link}"
-    label, warnings = _label(link), _warnings(lambda: read_udrv(config))
-    if isinstance(parse_address(link), UnixAddress):
-        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET)
-    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, ",+net_raw")
+    config = config.absolute()
+    words = ("run", link, "--config", str(config), "--wait-link")
+    of, label = f"inter-core interrupts on {link}", _label(link)
+    paths = [config]
+    warnings = _warnings(lambda: read_udrv(config))
+    with contextlib.suppress(IncoError):
+        paths += [signal.directory for signal in read_board(config).signals]
+    check = ("check", "--config", str(config))
+    address = parse_address(link)
+    if isinstance(address, UnixAddress):
+        paths += [Path(address.local), Path(address.peer)]
+        return Service(label, of, words, warnings, _RIGHTS_OF_SOCKET, paths=tuple(paths), check=check)
+    return Service(label, of, words, warnings, _RIGHTS_OF_INTERFACE, _OF_USER, paths=tuple(paths), check=check)
 
 
 def boards_service(directory: Path, label: str) -> Service:
     """Describe the proxies of all boards in a directory."""
-    words = ("run", "--boards", str(directory.absolute()))
+    directory = directory.absolute()
+    words = ("run", "--boards", str(directory))
     of = f"inter-core interrupts of the boards in {directory}"
+    paths, namespaces = [directory], "yes"
     warnings = _warnings(lambda: os.scandir(directory).close())
-    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, ",+net_raw", "net")
+    with contextlib.suppress(IncoError):
+        configs = read_boards(directory).configs.values()
+        paths += [path for config in configs for path in _paths_of(config)]
+        if any(config.netns is not None for config in configs):
+            namespaces = "net"
+    check = ("check", "--boards", str(directory))
+    return Service(label, of, words, warnings, _RIGHTS_OF_BOARDS, _OF_USER, namespaces, tuple(paths), check)
+
+
+def _paths_of(config: Config) -> Iterator[Path]:
+    yield from {signal.directory for signal in config.signals}
+    if isinstance(config.address, UnixAddress):
+        yield from (Path(config.address.local), Path(config.address.peer))
 
 
 def bridge_service(url: str, link: str, end: str, config: Path | None) -> Service:
@@ -126,7 +164,10 @@ def bridge_service(url: str, link: str, end: str, config: Path | None) -> Servic
     of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
     warnings = () if config is None else _warnings(lambda: read_gateway(config))
     options = () if config is None else ("--config", str(config.absolute()))
-    return Service(_BRIDGE + _label(link), of, (*words, *options), warnings, _RIGHTS_OF_BRIDGE)
+    address = parse_address(link)
+    sockets = (Path(address.local), Path(address.peer)) if isinstance(address, UnixAddress) else ()
+    paths = sockets if config is None else (*sockets, config.absolute())
+    return Service(_BRIDGE + _label(link), of, (*words, *options), warnings, _RIGHTS_OF_BRIDGE, paths=paths)
 
 
 def account_of(user: str) -> pwd.struct_passwd:
@@ -134,7 +175,8 @@ def account_of(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(user)
     except (KeyError, ValueError):  # ValueError: the name contains a NUL or another invalid character
-        raise InvalidArgumentError(f"--user {user}: no such user") from None
+        remedy = "create it with `useradd --system`, or choose --user root"
+        raise InvalidArgumentError(f"--user {user}: no such user ({remedy})") from None
 
 
 def _label(link: str) -> str:

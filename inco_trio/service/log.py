@@ -1,6 +1,7 @@
 """The log on a standard stream: text, or one JSON object per line.
 
-Text has no timestamps, because the supervisor's logger adds them. The proxy does not wait for a slow reader of its log.
+Text has no timestamps, because the supervisor's logger adds them. In systemd's journal, each line
+has its priority (sd-daemon(3)). The proxy does not wait for a slow reader of its log.
 If the stream is full or closed, lines are lost; the next line that can be written reports how many.
 
 Warnings and errors with the same cause, such as a link that goes up and down, are logged once per second: the first one
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 
@@ -23,6 +25,8 @@ __all__ = ["log_statistics", "set_up_logging"]
 
 logger = logging.getLogger(__name__)
 
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
+"""The priorities of syslog(3), by the lowest level of the logging module that has them."""
 PATIENCE_MS = 10
 """Maximum time in milliseconds to wait for a slow reader. After a lost line, do not wait until one succeeds."""
 
@@ -60,6 +64,7 @@ class _Lines(logging.Handler):
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
+        self._is_journal = _is_journal(fd)
         self._lost = 0
         self._torn = False
         self._complained = fd == STANDARD_ERROR
@@ -111,7 +116,20 @@ class _Lines(logging.Handler):
                 write_at_once(STANDARD_ERROR, f"inco-trio: warning: log lines are lost: {reason}\n".encode())
 
     def _line(self, record: logging.LogRecord) -> bytes:
-        return f"{self.format(record)}\n".encode(errors="backslashreplace")
+        text = self.format(record)
+        if self._is_journal:
+            priority = next(number for level, number in _PRIORITIES if record.levelno >= level)
+            text = "\n".join(f"<{priority}>{line}" for line in text.splitlines())
+        return f"{text}\n".encode(errors="backslashreplace")
+
+
+def _is_journal(fd: int) -> bool:
+    """Return whether `fd` is the stream to systemd's journal that $JOURNAL_STREAM names (systemd.exec(5))."""
+    try:
+        found = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR) -> None:

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from inco_trio.board_files import Boards, read_boards
+from inco_trio.config import Config
 from inco_trio.errors import IncoError
 from inco_trio.notifications import Listener
 from inco_trio.persist.fdstore import FdStore
@@ -79,6 +80,9 @@ class ManyBoards:
 
     def signals(self) -> Collection[Signal]:
         return [signal for config in self._boards.configs.values() for signal in config.signals]
+
+    def configs(self) -> Collection[Config]:
+        return self._boards.configs.values()
 
     def proxies(self) -> Mapping[str, Proxy]:
         return {} if self._proxies is None else {name: self._proxies[name] for name in self._proxies}

@@ -28,6 +28,7 @@ from inco_trio.signals import Direction, Signal
 __all__ = [
     "Users",
     "rivals",
+    "serving",
     "superfluous",
     "users_of",
     "users_of_interface",
@@ -130,14 +131,30 @@ def rivals(
                 users = users_of(address, processes)
         except IncoError:
             continue  # The network namespace no longer exists, or this user may not enter it.
-        serving = list(users.proxies)
-        if users.unseen:
-            # This user may not inspect the process that has the socket. Every user may read its command line.
-            serving += [process for process in processes.all if address.name in process.command and not process.sockets]
-        yield from _line(address.name, serving, "serves this link, too: each proxy receives each frame")
+        yield from _line(
+            address.name, _serving(address, users, processes), "serves this link, too: each proxy receives each frame"
+        )
         for directory in dict.fromkeys(signal.directory for signal in signals):
             watching = watchers((signal for signal in signals if signal.directory == directory), processes)
             yield from _line(str(directory), watching, "watches its triggers, too: each proxy sends each notification")
+
+
+def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
+    """Return the proxies that serve a link of this thread's network namespace."""
+    processes = look(wanted=is_proxy_command)
+    return _serving(address, users_of(address, processes), processes)
+
+
+def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
+    found = list(users.proxies)
+    if users.unseen:
+        # This user may not inspect the process that has the socket. Every user may read its command line.
+        found += [each for each in processes.all if not each.sockets and _names(address.name, each.command)]
+    return found
+
+
+def _names(link: str, command: Sequence[str]) -> bool:
+    return any(word == link or word.startswith(f"unix:{link},") for word in command)
 
 
 def _line(subject: str, proxies: Sequence[Process], what: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Protocol
 import trio
 
 from inco_trio.errors import IncoError, ResourceError, unwrapped
-from inco_trio.notify import check_notification_fd, notify_ready, notify_stopping
+from inco_trio.notify import check_notification_fd, notify_ready, notify_reloaded, notify_reloading, notify_stopping
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import set_up_logging
@@ -144,11 +144,15 @@ class Runner:
         """Reload the configuration at each SIGHUP, one reload at a time, once the service is ready."""
         await self._is_ready.wait()
         async for _ in self._hang_ups:
+            notify_reloading()
+            refused: list[str] = []
             try:
                 await self._service.reload()
             except IncoError as error:
-                for problem in str(error).splitlines():
+                refused = str(error).splitlines()
+                for problem in refused:
                     logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - the user's mistake
+            notify_reloaded(refused[0] if refused else None)
 
 
 Work = Callable[[Callable[[], None]], Awaitable[None]]

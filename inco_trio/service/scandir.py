@@ -30,17 +30,19 @@ _MISPLACED = frozenset({
 """Errors that are caused by the path that the user gave."""
 
 
-def write_scandir(directory: Path, *, service: Service, user: str | None, program: Sequence[str]) -> list[str]:
+def write_scandir(
+    directory: Path, *, service: Service, user: str | None, program: Sequence[str], options: Sequence[str] = ()
+) -> list[str]:
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
-    The service runs `program` as `user` (default: the user of s6-svscan), with CAP_NET_RAW at most. Write only
-    files that differ. Return a line for each written file, and the warnings. Raises InvalidArgumentError,
-    PermissionDeniedError, ResourceError.
+    The service runs `program` with additional `options` as `user` (default, and "root": the user of s6-svscan). Another
+    user gets the capabilities that the service needs. Write only files that differ. Return a line for each written
+    file, and the warnings. Raises InvalidArgumentError, PermissionDeniedError, ResourceError.
     """
     lines = list(service.warnings)
     try:
         _make_directory(directory)
-        lines += _write_tree(directory, _service(service, user, program))
+        lines += _write_tree(directory, _service(service, user, program, options))
         if service.is_client:
             return lines
         uids, foreign = _service_uids(directory)
@@ -64,8 +66,8 @@ _Tree = dict[str, tuple[str, int]]
 """The content and mode of each file, by its path below the scan directory."""
 
 
-def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tree:
-    account = None if user is None else account_of(user)
+def _service(service: Service, user: str | None, program: Sequence[str], options: Sequence[str]) -> _Tree:
+    account = None if user in (None, "root") else account_of(user)
     held = not service.is_client
     setpriv = ""
     if account:
@@ -73,10 +75,11 @@ def _service(service: Service, user: str | None, program: Sequence[str]) -> _Tre
             user=shlex.quote(account.pw_name), gid=account.pw_gid, capability=service.capability
         )
     store = ("--fd-holder", f"../{_FD_STORE}/s") if held else ()
-    command = [*program, *service.words, "--notification-fd", "3", *store, "--log-format", "text"]
+    command = [*program, *service.words, *options, "--notification-fd", "3", *store, "--log-format", "text"]
     name = PREFIX + service.label
     script = template("run-with-fd-store" if held else "run")
-    run = script.format(holder=_FD_STORE, setpriv=setpriv, program=shlex.join(command))
+    limits = "ulimit -l unlimited\n" if "--lock-memory" in options else ""
+    run = script.format(holder=_FD_STORE, limits=limits, setpriv=setpriv, program=shlex.join(command))
     # `_service_uids` reads this file to grant the user rights in the fd store.
     uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if held else {}
     # Write log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.

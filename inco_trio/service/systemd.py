@@ -4,32 +4,75 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
 
-from inco_trio.service.descriptions import PREFIX, Service, account_of, template
+from inco_trio.service.descriptions import PREFIX, Service, template
 from inco_trio.service.lines import printable
 
 __all__ = ["systemd_unit"]
 
+_OF_SANDBOX = ("capset", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
+"""System calls that @privileged excludes, or that @system-service lacks."""
 
-def systemd_unit(*, service: Service, user: str | None, program: Sequence[str]) -> str:
-    """Return a unit that runs `service` as `user` (default: root) with `program`. Raises InvalidArgumentError."""
-    command = " ".join(map(_quote_word, (*program, *service.words, "--log-format", "text")))
-    directives = template("client.directives")
+
+def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], options: Sequence[str] = ()) -> str:
+    """Return a unit that runs `service` as `user` (default: root) with `program` and additional `options`."""
+    command = _command(*program, *service.words, *options, "--log-format", "text")
+    reload = "ExecReload=kill -HUP $MAINPID\n"
+    directives, calls = template("client.directives"), ""
     if not service.is_client:
-        directives = template("held.directives").format(rights=service.rights, namespaces=service.namespaces)
+        limits = ["LimitMEMLOCK=infinity\n"] if "--lock-memory" in options else []
+        if "--wait-link" in service.words:
+            limits.append("# The start waits for a link that does not exist yet.\nTimeoutStartSec=infinity\n")
+        directives = template("held.directives").format(
+            rights=service.rights, namespaces=service.namespaces, limits="".join(limits)
+        )
         if service.words[0] == "run":
             directory = _directory(service.label)
             directives += template("runtime.directives").format(directory=directory)
             command += f" --control %t/inco-trio/{directory}/control.sock"
+            # The proxy drops capabilities and restricts itself.
+            calls = f"SystemCallFilter={' '.join(_OF_SANDBOX)}\n"
+    if service.check:
+        check = f"ExecReload={_command(*program, *service.check)}\n"
+        # A directory of boards is reloaded although some of its files are invalid.
+        reload = reload + check if "--boards" in service.check else check + reload
     return template("unit.service").format(
         name=printable(PREFIX + service.label),
+        account=template("account.comment").format(user=printable(user)) if user not in (None, "root") else "",
         of=_quote_text(service.of),
         program=command,
-        user=_quote_text("root" if user is None else account_of(user).pw_name),
+        reload=reload,
+        user=_quote_text(user or "root"),
+        private_tmp="no" if _uses(service, program, "/tmp", "/var/tmp") else "yes",  # noqa: S108 - not a file
+        protect_home=_home(service, program),
+        calls=calls,
         directives=directives,
     )
+
+
+def _command(*words: str) -> str:
+    return " ".join(map(_quote_word, words))
+
+
+def _home(service: Service, program: Sequence[str]) -> str:
+    """Return the value of ProtectHome=. The registers must be writable, and the program readable."""
+    homes = ("/home", "/root", "/run/user")
+    if _uses(service, (), *homes):
+        return "no"
+    return "read-only" if _uses(service, program, *homes) else "yes"
+
+
+def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
+    """Return whether the service or the program uses files below one of the directories."""
+    used = [*service.paths, *map(Path, program[:1])]
+    if program[:1] == [sys.executable]:
+        used += [Path(sys.prefix), Path(sys.base_prefix), Path(__file__)]
+    used += [path.resolve() for path in used]  # The Python of a virtual environment is a symlink.
+    return any(path.is_relative_to(directory) for path in used for directory in directories)
 
 
 def _directory(label: str) -> str:

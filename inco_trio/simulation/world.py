@@ -23,8 +23,8 @@ import attrs
 
 from inco_trio.cores.peer import Peer
 from inco_trio.errors import PermissionDeniedError, ResourceError
+from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
 from inco_trio.linux.netns import CLONE_NEWNET, CLONE_NEWUSER, set_network, unshare
-from inco_trio.linux.process import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
 from inco_trio.linux.rtnetlink import RTMGRP_LINK
 
 if TYPE_CHECKING:

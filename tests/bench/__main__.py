@@ -29,7 +29,7 @@ def _arguments() -> argparse.Namespace:
         description="Measure, print the table, write JSON, Markdown and plots.",
         epilog=f"figures: {', '.join(MEASURES)}",
     )
-    parser.add_argument("--smoke", action="store_true", help="only check that the benchmark works (two minutes)")
+    parser.add_argument("--smoke", action="store_true", help="only check that the benchmark works (one minute)")
     parser.add_argument("--only", metavar="FIGURE,...", help="only these figures")
     parser.add_argument("--merge", action="store_true", help="keep the other figures in --out")
     parser.add_argument("--pairs", type=int, help=f"pairs a figure (default {FULL.pairs}, smoke {SMOKE.pairs})")

@@ -53,9 +53,6 @@ BUILTIN_TABLE = 3
 GAP_US = 500
 """Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
 
-ROUNDS = 10
-"""Number of turns that each program gets in each pair of a closed loop."""
-
 _BEHIND = 0.03
 """Maximum delay of the last frame, as a share of a probe's length. In ten seconds, this would fill a queue."""
 
@@ -82,11 +79,13 @@ class Size:
     tables: tuple[int, ...] = (3, 30, 300, 3000)
     links: tuple[int, ...] = (1, 8, 64)
     boards: int = 1000
+    rounds: int = 10
+    """Number of turns that each program gets in each pair of a closed loop."""
     loads: tuple[int, ...] = (500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 150_000, 200_000, 300_000)
 
 
 FULL = Size(10, 3, 3000, 20_000, 1.0, 10.0, 10.0, 1_000_000, 3.0, 2.0)
-SMOKE = Size(1, 1, 50, 2000, 0.1, 0.2, 0.2, 20_000, 0.2, 0.1, (3, 30), (1, 2), 8, (500, 5000))
+SMOKE = Size(1, 1, 50, 2000, 0.1, 0.2, 0.2, 8000, 0.2, 0.1, (3, 30), (1, 2), 8, 2, (500, 5000))
 
 
 @attrs.frozen
@@ -195,7 +194,7 @@ def _latency(bench: Bench, direction: Direction) -> Measured:
 
 
 def _closed_loop(bench: Bench, direction: Direction) -> Measured:
-    count, losses = bench.size.lone // ROUNDS, _Losses()
+    count, losses = bench.size.lone // bench.size.rounds, _Losses()
     pairs: dict[str, list[Flow]] = defaultdict(list)
     for pair in range(bench.size.pairs):
         bench.say(f"pair {pair + 1}/{bench.size.pairs}")
@@ -210,7 +209,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
             }
             for run in runs.values():
                 run.warm_up()
-            for number in range(ROUNDS):
+            for number in range(bench.size.rounds):
                 for program in programs if number % 2 else reversed(programs):
                     if direction == "inbound":
                         flow = runs[program].load(inbound=count, gap_us=GAP_US, latencies=True).inbound

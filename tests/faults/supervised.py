@@ -32,8 +32,9 @@ __all__ = [
 
 def write_scandir(scandir: Path, link: str, config: Path, *options: str) -> None:
     """Write the scan directory for a proxy on `link` with `inco-trio s6`."""
+    user = [] if "--user" in options else ["--user", "root"]
     command = [sys.executable, "-m", "inco_trio", "s6", str(scandir), "--iface", link, "--config", str(config)]
-    subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, *user, *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def wait_path(path: Path, ready: Callable[[], bool] | None = None) -> None:

@@ -51,7 +51,19 @@ class Unit:
         units, runtime = directory / "units", directory / "run"
         (units / f"{self.name}.d").mkdir(parents=True)
         runtime.mkdir(mode=0o700)
-        command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", link, "--config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "inco_trio",
+            "s6",
+            "--systemd",
+            "--user",
+            "root",
+            "--iface",
+            link,
+            "--config",
+            str(config),
+        ]
         (units / self.name).write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         # No journal runs in the mount namespace, so the unit writes its log to a file.
         (units / f"{self.name}.d/log.conf").write_text(f"[Service]\nStandardError=append:{self._log}\n")
@@ -163,6 +175,10 @@ def test_the_unit_loses_nothing_on_kill_restart_and_reload(board: Board, tmp_pat
     unit.wait_log("reloaded")
 
     (tmp_path / "udrv.json").write_text("{")
+    assert unit.control("reload") != 0
+    assert int(unit.property("MainPID")) == pids[-1]
+    board.send_all()
+    board.all_arrived()
     assert unit.control("restart") != 0
     assert unit.property("ActiveState") == "failed"
     assert unit.property("ExecMainStatus") == "78"

@@ -1,0 +1,70 @@
+"""Socket filters: classic BPF, see the kernel's Documentation/networking/filter.rst and <linux/filter.h>."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+from collections.abc import Iterable
+
+from inco_trio.linux.libc import check, libc
+
+__all__ = ["Instruction", "attach_filter", "filter_of", "program"]
+
+Instruction = tuple[int, int, int, int]
+"""The operation code, the jump offsets if a comparison is true and false, and the operand."""
+
+LOAD_WORD = 0x20
+LOAD_HALF = 0x28
+LOAD_BYTE = 0x30
+LOAD_LENGTH = 0x80
+AND = 0x54
+JUMP = 0x05
+JUMP_IF_EQUAL = 0x15
+JUMP_IF_GREATER = 0x25
+JUMP_IF_GREATER_OR_EQUAL = 0x35
+RETURN = 0x06
+
+_ANCILLARY = 0xFFFFF000
+"""SKF_AD_OFF: loads above this offset read data about the frame instead of its bytes."""
+PROTOCOL = _ANCILLARY + 0
+PACKET_TYPE = _ANCILLARY + 4
+INTERFACE = _ANCILLARY + 8
+RANDOM = _ANCILLARY + 56
+
+ACCEPT: Instruction = (RETURN, 0, 0, 0xFFFF)
+REJECT: Instruction = (RETURN, 0, 0, 0)
+SHORT_JUMP = 0xFF
+"""Maximum offset of a conditional jump, in instructions."""
+INSTRUCTIONS_MAX = 4096
+"""Maximum length of a filter (BPF_MAXINSNS)."""
+
+SO_ATTACH_FILTER = SO_GET_FILTER = 26
+
+_INSTRUCTION = struct.Struct("=HBBI")
+"""struct sock_filter: an `Instruction`."""
+
+
+def program(instructions: Iterable[Instruction]) -> bytes:
+    """Return the machine code of a filter."""
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
+
+
+def attach_filter(sock: socket.socket, code: bytes) -> None:
+    """Let the kernel queue only frames that the filter accepts. A former filter is replaced atomically. Raises OSError.
+
+    Attaching fails with ENOMEM if the filter needs more memory than net.core.optmem_max.
+    """
+    kept = ctypes.create_string_buffer(code, len(code))
+    # struct sock_fprog contains the number of instructions and their address.
+    fprog = struct.pack("HP", len(code) // _INSTRUCTION.size, ctypes.addressof(kept))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, fprog)
+
+
+def filter_of(sock: socket.socket) -> bytes:
+    """Return the attached filter, or b"" if the socket has none. Raises OSError."""
+    # SO_GET_FILTER counts instructions instead of bytes, so socket.getsockopt would truncate the answer.
+    code = ctypes.create_string_buffer(INSTRUCTIONS_MAX * _INSTRUCTION.size)
+    length = ctypes.c_uint(INSTRUCTIONS_MAX)
+    check(libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, code, ctypes.byref(length)))
+    return code.raw[: length.value * _INSTRUCTION.size]

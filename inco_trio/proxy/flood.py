@@ -1,0 +1,54 @@
+"""Floods of unknown or malformed frames, which the kernel then drops before they fill the receive queue."""
+
+from __future__ import annotations
+
+import time
+
+import trio
+
+from inco_trio.links.link import Link
+from inco_trio.proxy.supervise import Health
+
+__all__ = ["FLOOD", "Flood"]
+
+FLOOD = 1000
+"""Maximum number of ignored frames per second that the proxy reads. A queue of the default size holds 256 frames."""
+CALM = 5.0
+"""Seconds between checks whether a flood has ended."""
+
+
+class Flood:
+    """Restricts the link while it receives more than FLOOD ignored frames per second."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._ignored = 0
+        self._counted_until = 0.0
+        self._restricted = trio.Event()
+
+    def ignored(self, frames: int) -> None:
+        """Count ignored frames, and restrict the link if there are too many in a second."""
+        self._ignored += frames
+        if self._ignored <= FLOOD or self._restricted.is_set():
+            return
+        now = time.monotonic()
+        if now >= self._counted_until:
+            self._ignored, self._counted_until = frames, now + 1
+        elif self._link.restrict(True):
+            self._restricted.set()
+
+    async def filter(self, health: Health) -> None:
+        """Run the task that ends the restriction after the flood."""
+        while True:
+            await self._restricted.wait()
+            health.failed(
+                f"more than {FLOOD} unknown or malformed frames per second: the kernel drops them; "
+                "the proxy reads and counts a random sample"
+            )
+            while self._restricted.is_set():
+                before = self._ignored
+                await trio.sleep(CALM)
+                if self._ignored - before < FLOOD:
+                    self._link.restrict(False)
+                    self._ignored, self._restricted = 0, trio.Event()
+            health.well()

@@ -1,0 +1,67 @@
+"""What a running daemon may do: its memory limit, its capabilities and its sandbox."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Collection
+
+from inco_trio.config import Config
+from inco_trio.errors import ResourceError
+from inco_trio.links.address import InterfaceAddress
+from inco_trio.linux import capabilities as cap
+from inco_trio.linux.process import lock_memory
+
+__all__ = ["drop_capabilities", "keep_in_memory", "needed_capabilities"]
+
+logger = logging.getLogger(__name__)
+
+_FILES = frozenset({cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER})
+"""Capabilities of a proxy that writes into directories of other users."""
+
+
+def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: bool) -> frozenset[int]:
+    """Return the capabilities that proxies may need while they run. With `grows`, a reload may add boards;
+    with `locked`, the memory is locked.
+
+    CAP_NET_RAW opens a packet socket for an interface. CAP_NET_ADMIN sets its receive buffer, which only a reload does
+    again. CAP_SYS_ADMIN enters a network namespace. CAP_IPC_LOCK locks memory beyond the limit.
+    """
+    needed = set(_FILES)
+    if grows:
+        needed |= {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}
+    if any(isinstance(config.address, InterfaceAddress) for config in configs):
+        needed.add(cap.CAP_NET_RAW)
+    if any(config.netns is not None for config in configs):
+        needed |= {cap.CAP_SYS_ADMIN, cap.CAP_NET_ADMIN}
+    if locked and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        needed.add(cap.CAP_IPC_LOCK)
+    return frozenset(needed)
+
+
+def drop_capabilities(needed: Collection[int]) -> None:
+    """Keep only the `needed` capabilities, and forbid new privileges. If the kernel refuses, log that and continue."""
+    try:
+        cap.no_new_privileges()
+        cap.keep_capabilities(needed)
+    except OSError as error:
+        logger.warning("cannot drop capabilities (%s): the proxy keeps them", error.strerror)
+
+
+def keep_in_memory() -> None:
+    """Lock the memory of the process. Raises ResourceError.
+
+    With a finite limit, the kernel would refuse memory later, while notifications flow.
+    """
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK) != unlimited and cap.CAP_IPC_LOCK not in cap.held_capabilities():
+        remedy = "set `ulimit -l unlimited`, or LimitMEMLOCK=infinity in the unit"
+        raise ResourceError("--lock-memory", f"cannot lock memory (its size is limited): {remedy}")
+    try:
+        lock_memory()
+    except OSError as error:
+        remedy = "start without --lock-memory"
+        raise ResourceError("--lock-memory", f"cannot lock memory ({error.strerror}): {remedy}") from error

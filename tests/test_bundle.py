@@ -1,0 +1,215 @@
+"""Tests of the bundle of descriptors: reading it leaves it unchanged, and an invalid bundle is reported."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import ResourceError
+from inco_trio.persist.bundle import MESSAGE_FDS, Bundle
+from tests.support_proxy import Cupboard
+
+INVALID = (
+    "fd store: the stored bundle of descriptors is invalid: starting without it; notifications that it keeps are lost"
+)
+
+KILLED = """
+import os, sys
+from inco_trio.persist.bundle import Bundle
+from tests.support_proxy import Cupboard
+
+class Killed(Cupboard):
+    def store(self, name, fd):
+        os._exit(9)
+
+Bundle(Killed({"bundle": int(sys.argv[1])}))
+"""
+"""A successor that is killed after it has read the bundle, and before it has stored another one."""
+
+
+def contents(bundle: Bundle) -> dict[str, str]:
+    return {name: os.pread(fd, 100, 0).decode() for name, fd in bundle.kept.items()}
+
+
+def open_descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def memfd(stack: ExitStack) -> Callable[[str], int]:
+    def make(content: str) -> int:
+        fd = os.memfd_create(content)
+        stack.callback(os.close, fd)
+        os.write(fd, content.encode())
+        return fd
+
+    return make
+
+
+@pytest.fixture
+def filled(stack: ExitStack, memfd: Callable[[str], int]) -> Cupboard:
+    """Return an fd store with the bundle of a process that has ended."""
+    store = Cupboard()
+    stack.callback(store.close)
+    bundle = Bundle(store)
+    for name in ("b1/inflight", "b1/history", "b2/inflight"):
+        bundle.store(name, memfd(name))
+    bundle.remove("b1/history")
+    bundle.store("b2/inflight", memfd("newer"))
+    bundle.close()
+    return store
+
+
+EXPECTED = {"b1/inflight": "b1/inflight", "b2/inflight": "newer"}
+
+
+def test_two_successors_read_the_same_bundle(filled: Cupboard) -> None:
+    held = filled.heir().kept["bundle"]
+    for _ in range(2):
+        store = Cupboard({"bundle": held})
+        heir = Bundle(store)
+        assert contents(heir) == EXPECTED
+        assert not any(os.get_inheritable(fd) for fd in heir.kept.values())
+        heir.close()
+        os.close(store.kept["bundle"])
+    os.close(held)
+
+
+def test_a_successor_that_is_killed_before_it_stores_a_bundle_loses_no_descriptor(filled: Cupboard) -> None:
+    for _ in range(2):
+        fd = filled.kept["bundle"]
+        done = subprocess.run([sys.executable, "-c", KILLED, str(fd)], pass_fds=[fd], check=False)
+        assert done.returncode == 9
+    heir = Bundle(filled.heir())
+    assert contents(heir) == EXPECTED
+    heir.close()
+
+
+def test_a_bundle_whose_writer_still_runs_is_read_without_waiting(memfd: Callable[[str], int]) -> None:
+    store = Cupboard()
+    running = Bundle(store)
+    running.store("b1/inflight", memfd("b1/inflight"))
+    heir = Bundle(store.heir())
+    assert contents(heir) == {"b1/inflight": "b1/inflight"}
+    heir.close()
+    running.close()
+    store.close()
+
+
+def test_superseded_descriptors_are_closed(filled: Cupboard, memfd: Callable[[str], int]) -> None:
+    before = open_descriptors()
+    heir = Bundle(filled.heir())
+    heir.close()
+    # What stays open are the two copies of the bundle that the test's fd store holds.
+    assert open_descriptors() <= before + 1
+
+
+def invalid(kind: str, stack: ExitStack, fd: int) -> int:
+    """Return the descriptor of an invalid bundle."""
+    entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    stack.enter_context(entry)
+    stack.enter_context(queue)
+    messages: dict[str, list[tuple[bytes, list[int]]]] = {
+        "no sign": [(b"b1/inflight\n", [fd])],
+        "no line end": [(b"+b1/inflight", [fd])],
+        "an empty name": [(b"+\n", [fd])],
+        "a NUL byte": [(b"+a\0b\n", [fd])],
+        "too few descriptors": [(b"+b1/inflight\n+b1/link\n", [fd])],
+        "too many descriptors": [(b"+b1/inflight\n", [fd, fd])],
+        "a descriptor for a removal": [(b"-b1/inflight\n", [fd])],
+        "random bytes": [(bytes(range(256)), [])],
+    }
+    for text, fds in messages[kind]:
+        socket.send_fds(entry, [text], fds)
+    return queue.fileno()
+
+
+KINDS = [
+    "no sign", "no line end", "an empty name", "a NUL byte", "too few descriptors", "too many descriptors",
+    "a descriptor for a removal", "random bytes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_invalid_bundle_is_reported_and_replaced(
+    kind: str, stack: ExitStack, memfd: Callable[[str], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Cupboard({"bundle": invalid(kind, stack, memfd("content"))})
+    before = open_descriptors()
+    heir = Bundle(store)
+    assert heir.kept == {}
+    assert caplog.messages == [INVALID]
+    heir.close()
+    assert open_descriptors() == before
+    caplog.clear()
+    following = Bundle(store.heir())
+    assert (following.kept, caplog.messages) == ({}, [])
+    following.close()
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "datagrams", "network"])
+def test_a_bundle_of_the_wrong_kind_is_reported(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    held = {
+        "file": lambda: os.open("/dev/null", os.O_RDWR),
+        "datagrams": lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach(),
+        "network": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).detach(),
+    }[kind]()
+    store = Cupboard({"bundle": held})
+    heir = Bundle(store)
+    assert heir.kept == {}
+    assert caplog.messages == ["fd store: the stored descriptor bundle is of the wrong kind: starting without it"]
+    heir.close()
+    store.close()
+
+
+def test_a_stored_link_of_the_wrong_kind_is_reported(
+    memfd: Callable[[str], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Cupboard()
+    bundle = Bundle(store)
+    bundle.store("b1/link", memfd("no socket"))
+    bundle.close()
+    heir = Bundle(store.heir())
+    assert heir.kept == {}
+    assert caplog.messages == ["fd store: the stored descriptor b1/link is of the wrong kind: starting without it"]
+    heir.close()
+    store.close()
+
+
+def test_too_low_a_limit_of_descriptors_is_an_error_that_keeps_the_bundle(memfd: Callable[[str], int]) -> None:
+    store = Cupboard()
+    bundle = Bundle(store)
+    content = memfd("content")
+    for number in range(MESSAGE_FDS):
+        bundle.store(f"b{number}/inflight", content)
+    bundle.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    heir = store.heir()
+    before = open_descriptors()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + 20, hard))
+        with pytest.raises(ResourceError, match=r"^cannot take over the stored descriptors: [^\n]*raise ulimit -n$"):
+            Bundle(heir)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_descriptors() == before
+    following = Bundle(heir)
+    assert len(following.kept) == MESSAGE_FDS
+    following.close()
+    heir.close()
+    store.close()

@@ -1,0 +1,347 @@
+"""Tests of an in-flight buffer with arbitrary content: a proxy uses it, or reports it and starts with an empty one."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from inco_trio.config import Config
+from inco_trio.linux.inotify import Inotify, pack_event, parse_events
+from inco_trio.mqtt.bridge_progress import Memory, Progress
+from inco_trio.persist.history import History
+from inco_trio.persist.inflight import (
+    BEFORE_HISTORY,
+    EVENT_BANK,
+    FRAME_BANK,
+    FRAME_STEP,
+    FRAMES,
+    MAGIC,
+    SIZE,
+    Inflight,
+    frames_in,
+)
+from inco_trio.persist.memory import new_memory
+from inco_trio.persist.queue import POSITION_MAX
+from inco_trio.persist.tables import KEY, PAGE, TABLE
+from inco_trio.proxy.proxy import open_supervised
+from inco_trio.signals import Direction, Signal
+from netns.hang import HANG
+from tests.support_proxy import Cupboard, trigger
+
+REFUSED = "in-flight buffer: cannot use the stored memory ("
+IN, OUT = Direction.INBOUND, Direction.OUTBOUND
+NUMBERS = KEY * 65536
+"""Offset of the numbers in a table."""
+
+
+def filled() -> Inflight:
+    """Return memory in which every part is used."""
+    memory = Inflight.open()
+    for number, bank in enumerate(memory.frames):
+        bank.begin(number + 1)
+        bank.view[:40] = b"\xff" * 12 + b"\x88\x00" + b"first".ljust(26, b"\0")
+        bank.view[FRAME_STEP : FRAME_STEP + 3] = b"bad"
+    for number, bank in enumerate(memory.events):
+        bank.begin(number + 1)
+        bank.view[:16] = pack_event(3, 8)
+    memory.pending[b"first"] = 2
+    memory.pending[b"gone"] = 1
+    memory.watches[b"k" * 64] = 7
+    memory.queue.append(pack_event(5, 8) * 3)
+    history = History(memory.history)
+    history.begin(5)
+    history.append([Signal("first", IN, Path("/run"), "a"), Signal("second", OUT, Path("/run"), "b")] * 3)
+    history._merge(history.floor + 1)
+    return memory
+
+
+def parts() -> dict[str, int]:
+    """Return the offset of each part whose content the proxy interprets."""
+    after_events = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK
+    return {
+        "header": 0,
+        "sequences": PAGE - 48,
+        "frames": PAGE,
+        "pending keys": after_events,
+        "pending numbers": after_events + NUMBERS,
+        "watches": after_events + TABLE,
+        "watch numbers": after_events + TABLE + NUMBERS,
+        "queue": after_events + 2 * TABLE,
+        "queued events": after_events + 2 * TABLE + PAGE,
+        "history": BEFORE_HISTORY,
+        "merged keys": BEFORE_HISTORY + PAGE,
+        "merged numbers": BEFORE_HISTORY + PAGE + NUMBERS,
+        "ring": BEFORE_HISTORY + PAGE + 2 * TABLE,
+    }
+
+
+def changed(write: Callable[[mmap.mmap, dict[str, int]], None]) -> int:
+    """Return a descriptor of filled memory after `write` has changed it."""
+    memory = filled()
+    fd = os.dup(memory.fd)
+    write(memory._map, parts())
+    memory.close()
+    return fd
+
+
+def use(memory: Inflight) -> None:
+    """Do with the memory what a proxy, its gateway and its status do."""
+    for bank in (*memory.frames, *memory.events):
+        bank.begin(bank.sequence + 1)
+    for bank in memory.frames:
+        assert all(frames_in(bank))
+    for bank in memory.events:
+        parse_events(bank.view)
+    for name in memory.pending:
+        assert name.decode("ascii")
+        memory.pending[name] -= 1
+    for key in memory.watches:
+        assert 0 < memory.watches[key] < 1 << 31
+        memory.watches[key] = 0
+    memory.watches[b"new"] = 1
+    buffer = memoryview(bytearray(4096))
+    while len(memory.queue):
+        assert memory.queue.read_into(buffer) > 0
+    memory.queue.append(pack_event(1, 8))
+    history = History(memory.history)
+    history.begin(0)
+    history.append([Signal("third", IN, Path("/run"), "c")])
+    merged = list(history.merged())
+    assert history.waiting >= 1
+    assert history.after(0, 1 << 20)[-1].name == "third"
+    assert all(record.time_ns / 1e9 < 1 << 63 for record in history.after(0, 1 << 20))
+    history.acknowledge(history.sequence, merged)
+    assert history.waiting == 0
+
+
+PLACES = st.sampled_from(sorted(parts()))
+SMALL = st.binary(min_size=1, max_size=24)
+NUMBER = st.sampled_from([0, 1, 2, 255, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1]).map(
+    lambda n: n.to_bytes(8, "little")
+)
+
+
+@settings(deadline=None, max_examples=2000, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
+@example([("queue", 8, (2**63).to_bytes(8, "little"))])
+def test_mutated_memory_is_used_or_replaced(mutations: list[tuple[str, int, bytes]]) -> None:
+    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+        for place, offset, data in mutations:
+            start = at[place] + offset
+            whole[start : start + len(data)] = data
+
+    held = changed(write)
+    found = Inflight.open(held)
+    assert found.inherited is (found.fd == held)
+    use(found)
+    found.close()
+
+
+def number_at(place: str, offset: int, number: int) -> Callable[[mmap.mmap, dict[str, int]], None]:
+    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+        struct.pack_into("<Q", whole, at[place] + offset, number)
+
+    return write
+
+
+def bytes_at(place: str, offset: int, data: bytes) -> Callable[[mmap.mmap, dict[str, int]], None]:
+    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+        whole[at[place] + offset : at[place] + offset + len(data)] = data
+
+    return write
+
+
+INVALID = [
+    (number_at("sequences", 16, 2**64 - 1), "a batch has an invalid number"),
+    (number_at("sequences", 40, 2**63), "a batch has an invalid number"),
+    (bytes_at("pending keys", 0, b"\xff"), r"a table has an invalid entry: b'\xffirst', 2"),
+    (bytes_at("pending keys", KEY, b"first".ljust(KEY, b"\0")), "a table has an invalid entry: b'first', 1"),
+    (number_at("pending numbers", 0, 2**41), f"a table has an invalid entry: b'first', {2**41}"),
+    (number_at("watch numbers", 0, 2**31), f"a table has an invalid entry: {b'k' * 64!r}, {2**31}"),
+    (number_at("queue", 8, 2**62), "the event queue has invalid positions"),
+    (number_at("queue", 0, POSITION_MAX), None),
+    (number_at("queue", 8, 40), "the event queue has an incomplete event"),
+    (number_at("queued events", 8, 2**63), "the event queue has an incomplete event"),
+    (bytes_at("queued events", 4, bytes(4)), "the event queue has an incomplete event"),
+    (number_at("history", 3 * 8, 2**63), "the history has invalid numbers"),
+    (number_at("history", 2 * 8, 2**64 - 1), "the history has invalid numbers"),
+    (number_at("history", 6 * 8, 2**63), "the history has invalid numbers"),
+    (number_at("ring", 96 + 16, 2), "the history has an invalid notification"),
+    (number_at("ring", 96, 2**64 - 1), "the history has an invalid notification"),
+    (bytes_at("ring", 96 + 24, b"\x80"), "the history has an invalid notification"),
+    (bytes_at("merged keys", 0, b"\n"), "a table has an invalid entry: "),
+]
+
+
+@pytest.mark.parametrize(("write", "reason"), INVALID)
+def test_the_reason_is_logged_in_one_line(
+    write: Callable[[mmap.mmap, dict[str, int]], None], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = Inflight.open(changed(write))
+    use(found)
+    assert found.inherited is (reason is None)
+    assert [REFUSED + reason in line for line in caplog.messages] == [True] if reason else caplog.messages == []
+    found.close()
+
+
+def test_a_full_table_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+        for index in range(65536):
+            struct.pack_into("<Q", whole, at["watches"] + index * KEY, index + 1)
+            struct.pack_into("<Q", whole, at["watch numbers"] + index * 8, 1)
+
+    found = Inflight.open(changed(write))
+    assert not found.inherited
+    assert REFUSED + "a table is full)" in caplog.text
+    found.close()
+
+
+def test_the_size_of_the_memory_cannot_change() -> None:
+    memory = Inflight.open()
+    for size in (0, SIZE - 1, SIZE + 1):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(memory.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    memory.close()
+
+
+def unsealed() -> int:
+    fd = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    os.pwrite(fd, MAGIC % FRAMES, 0)
+    return fd
+
+
+def read_only() -> int:
+    fd = new_memory("read-only", SIZE, MAGIC % FRAMES)
+    reopened = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    os.close(fd)
+    return reopened
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (unsealed, "not a sealed memfd"),
+        (read_only, "not writable"),
+        (lambda: os.pipe()[0], "not a sealed memfd"),
+        (lambda: os.open("/", os.O_RDONLY), "not a sealed memfd"),
+        (lambda: new_memory("old", SIZE, b"inco-trio inflight 4"), "written by another version"),
+        (lambda: new_memory("small", SIZE - PAGE, MAGIC % FRAMES), "written by another version"),
+    ],
+)
+def test_another_file_is_replaced(make: Callable[[], int], reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    held = make()
+    found = Inflight.open(held)
+    assert not found.inherited
+    assert [f"{REFUSED}{reason})" in line for line in caplog.messages] == [True]
+    found.close()
+
+
+async def run_proxy(tmp_path: Path, store: Cupboard, name: str) -> None:
+    """Run a proxy on a `unix:` link that inherits from `store`, and send a notification each way."""
+    directory = tmp_path / "irq"
+    signals = (Signal("first", IN, directory, "state"), Signal("second", OUT, directory, "trig"))
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as core1, trio.fail_after(HANG):
+        await trio.Path(f"{tmp_path}/{name}.peer").unlink(missing_ok=True)
+        await core1.bind(f"{tmp_path}/{name}.peer")
+        config = Config(f"unix:{tmp_path}/{name},peer={tmp_path}/{name}.peer", signals)
+        async with open_supervised(config, store) as proxy:
+            with proxy.events() as events:
+                await core1.sendto(b"\xff" * 6 + bytes(6) + b"\x88\x00first", f"{tmp_path}/{name}")
+                trigger(directory / "trig")
+                left = {"first", "second"}
+                while left:
+                    left.discard((await events.receive()).signal.name)
+            assert proxy.status.signals
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(mutations=st.lists(st.tuples(PLACES, st.integers(0, 96), SMALL | NUMBER), min_size=1, max_size=4))
+def test_a_proxy_runs_with_mutated_memory(
+    tmp_path_factory: pytest.TempPathFactory, mutations: list[tuple[str, int, bytes]]
+) -> None:
+    def write(whole: mmap.mmap, at: dict[str, int]) -> None:
+        for place, offset, data in mutations:
+            whole[at[place] + offset : at[place] + offset + len(data)] = data
+
+    store = Cupboard({"inflight": changed(write)})
+    trio.run(run_proxy, tmp_path_factory.mktemp("proxy"), store, "a")
+    store.close()
+
+
+def test_invalid_memory_is_not_inherited_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    store = Cupboard({"inflight": changed(number_at("queue", 8, 40))})
+    trio.run(run_proxy, tmp_path, store, "a")
+    assert [REFUSED in line for line in caplog.messages].count(True) == 1
+    assert "inflight" in store.stored
+    caplog.clear()
+    heir = store.heir()
+    trio.run(run_proxy, tmp_path, heir, "a")
+    assert REFUSED not in caplog.text
+    assert "inflight" not in heir.stored
+    heir.close()
+
+
+@pytest.mark.parametrize("name", ["link", "inotify"])
+def test_a_stored_descriptor_of_the_wrong_kind_is_reported(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Cupboard({name: os.open("/dev/null", os.O_RDWR)})
+    trio.run(run_proxy, tmp_path, store, "a")
+    assert f"fd store: the stored descriptor {name} is of the wrong kind: starting without it" in caplog.messages
+    assert name in store.stored
+    store.close()
+
+
+def test_inotify_is_accepted_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inotify = Inotify()
+    monkeypatch.setattr(Path, "readlink", lambda _: (_ for _ in ()).throw(FileNotFoundError()))
+    store = Cupboard({"inotify": inotify.fd})
+    trio.run(run_proxy, tmp_path, store, "a")
+    assert "inotify" not in store.stored
+    store.close()
+
+
+NUMBERING = b"sent:0123456789abcdef:7"
+
+
+@pytest.mark.parametrize(
+    ("keys", "valid"),
+    [
+        ([NUMBERING, b"written:0123456789abcdef", b"limit"], True),
+        ([b"sent:xyz:7"], False),
+        ([b"sent:0123456789abcdef"], False),
+        ([b"written:0g"], False),
+        ([b"other"], False),
+    ],
+)
+def test_the_frame_numbers_of_a_bridge_are_checked(
+    keys: list[bytes], valid: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = Memory.open(None)
+    for key in keys:
+        memory.numbers[key] = 3
+    held = os.dup(memory.fd)
+    memory.close()
+    found = Memory.open(held)
+    assert (found.fd == held) is valid
+    assert [line.startswith("bridge: cannot use the stored frame numbers (") for line in caplog.messages] == [True] * (
+        not valid
+    )
+    progress = Progress(found.numbers)
+    progress.number(1)
+    assert len(progress.boot) == 8
+    found.close()

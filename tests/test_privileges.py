@@ -1,0 +1,197 @@
+"""Tests of what a running daemon may do: its locked memory, its capabilities and its sandbox."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trio
+
+from inco_trio.config import Config
+from inco_trio.errors import ResourceError
+from inco_trio.linux import capabilities as cap
+from inco_trio.proxy.proxy import open_proxy
+from inco_trio.service import privileges
+from inco_trio.service.privileges import drop_capabilities, needed_capabilities
+from inco_trio.signals import builtin_signals
+from inco_trio.simulation.world import Cores
+from netns.fixtures import Proxy
+from netns.hang import HANG
+from tests.support_control import COMMAND, Board
+
+LOCKED = "--lock-memory: cannot lock memory (its size is limited): set `ulimit -l unlimited`"
+
+
+def status_of(pid: int, task: str = "") -> dict[str, str]:
+    """Return the fields of /proc/PID/status, or those of one of its threads."""
+    lines = Path(f"/proc/{pid}/task/{task}/status" if task else f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def test_a_limit_of_locked_memory_is_one_error_line(tmp_path: Path) -> None:
+    command = [*COMMAND, "run", f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", str(tmp_path), "--lock-memory"]
+    script = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+    limited = ["setpriv", "--bounding-set=-all", sys.executable, "-c", script, *command]
+    done = subprocess.run(limited, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        71, f"inco-trio: error: {LOCKED}, or LimitMEMLOCK=infinity in the unit\n"
+    )  # fmt: skip
+
+
+def test_used_memory_is_locked_and_unused_memory_is_not_allocated(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        peer = board.core1()
+        proxy = board.running("--lock-memory")
+        status = status_of(proxy.pid)
+        locked, size = (int(status[name].split()[0]) for name in ("VmLck", "VmSize"))
+        # The kernel counts whole mappings as locked. The difference is the vdso and the like.
+        assert locked > size * 0.9
+        # The in-flight buffer has 20 MB, of which only the used pages are in memory.
+        assert int(status["RssShmem"].split()[0]) < 4096
+        board.trigger()
+        assert peer.recv(100)
+
+
+def bits(*capabilities: int) -> int:
+    return sum(1 << capability for capability in capabilities)
+
+
+def effective(pid: int) -> int:
+    """Return the capabilities of a process, once all of its threads have the same."""
+    deadline = time.monotonic() + HANG
+    while True:
+        found = {status_of(pid, task.name)["CapEff"] for task in Path(f"/proc/{pid}/task").iterdir()}
+        if len(found) == 1:
+            return int(found.pop(), 16)
+        assert time.monotonic() < deadline, found
+        time.sleep(0.01)  # The diagnosis thread ends on its own.
+
+
+OURS = int(status_of(os.getpid())["CapEff"], 16)
+
+
+def test_a_proxy_of_a_socket_keeps_no_network_capability(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        peer = board.core1()
+        proxy = board.running()
+        kept = OURS & bits(cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER)
+        assert effective(proxy.pid) == kept
+        status = status_of(proxy.pid)
+        assert [int(status[name], 16) for name in ("CapPrm", "CapInh", "CapAmb")] == [kept, 0, 0]
+        assert status["NoNewPrivs"] == "1"
+        if OURS:
+            assert int(status["CapBnd"], 16) == 0
+        assert board.status()["capabilities"] == cap.names_of({n for n in range(64) if kept >> n & 1})
+        board.trigger()
+        assert peer.recv(100)
+        proxy.process.send_signal(signal.SIGHUP)
+        proxy.wait_log("reloaded")
+
+
+@pytest.mark.netns
+def test_a_proxy_of_an_interface_keeps_cap_net_raw(cores: Cores, tmp_path: Path) -> None:
+    command = [cores.link, "--irq-dir", str(tmp_path / "irq"), "--control", str(tmp_path / "s")]
+    proxy = Proxy(cores.core0, command, {}, tmp_path / "log")
+    try:
+        proxy.wait_ready()
+        assert effective(proxy.pid) == OURS & bits(cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_NET_RAW)
+    finally:
+        proxy.close()
+
+
+def test_an_escape_keeps_all_capabilities(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        proxy = board.running("--sandbox", "none")
+        assert effective(proxy.pid) == OURS
+        assert status_of(proxy.pid)["NoNewPrivs"] == "0"
+
+
+def config(tmp_path: Path, link: str, netns: str | None = None) -> Config:
+    return Config(link, builtin_signals(tmp_path), netns=None if netns is None else Path(netns))
+
+
+FILES = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER}
+
+
+@pytest.mark.parametrize(
+    ("links", "grows", "locked", "expected"),
+    [
+        ([("unix:/a,peer=/b", None)], False, False, set()),
+        ([("rpmsg4000", None)], False, False, {cap.CAP_NET_RAW}),
+        ([("unix:/a,peer=/b", None)], True, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}),
+        ([], True, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}),
+        ([("a", "/run/netns/b")], False, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN, cap.CAP_SYS_ADMIN}),
+        ([("unix:/a,peer=/b", None)], False, True, {cap.CAP_IPC_LOCK}),
+    ],
+)
+def test_the_kept_capabilities_depend_on_the_features(
+    links: list[tuple[str, str | None]],
+    grows: bool,
+    locked: bool,
+    expected: set[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, 4096))
+    configs = [config(tmp_path, *link) for link in links]
+    assert needed_capabilities(configs, grows=grows, locked=locked) == FILES | expected
+    if locked:
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+        assert needed_capabilities(configs, grows=grows, locked=locked) == FILES
+
+
+def test_a_refusal_of_the_kernel_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse() -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(cap, "no_new_privileges", refuse)
+    drop_capabilities(())
+    assert caplog.messages == ["cannot drop capabilities (Operation not permitted): the proxy keeps them"]
+
+
+def test_memory_that_cannot_be_locked_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(privileges, "lock_memory", refuse)
+    monkeypatch.setattr(cap, "held_capabilities", lambda: frozenset({cap.CAP_IPC_LOCK}))
+    with pytest.raises(ResourceError) as caught:
+        privileges.keep_in_memory()
+    reason = "cannot lock memory (Cannot allocate memory): start without --lock-memory"
+    assert str(caught.value) == f"--lock-memory: {reason}"
+
+
+def test_capabilities_have_names() -> None:
+    assert cap.names_of({13, 12, 40, 41, 63}) == [
+        "CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_CHECKPOINT_RESTORE", "CAP_41", "CAP_63"
+    ]  # fmt: skip
+    assert len(cap.NAMES) == 41
+
+
+def test_the_library_keeps_the_capabilities_of_its_program(tmp_path: Path) -> None:
+    async def main() -> None:
+        before = status_of(os.getpid())
+        async with open_proxy(config(tmp_path, f"unix:{tmp_path}/a,peer={tmp_path}/b")):
+            pass
+        after = status_of(os.getpid())
+        assert [before[name] for name in ("CapEff", "CapBnd", "NoNewPrivs")] == [
+            after[name] for name in ("CapEff", "CapBnd", "NoNewPrivs")
+        ]
+
+    trio.run(main)
