@@ -129,9 +129,11 @@ def scripts(page: str) -> list[Script]:
 
 
 def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script in `home` on core 0, as a user who has installed inco-trio would. /etc/ is a directory in `home`."""
+    """Run a script on core 0, as root who has installed inco-trio would. The programs are in `home`.
+
+    The script runs in a new directory below an empty /run, where each user may read. /etc/ in the script is there, too.
+    """
     (home / "bin").mkdir()
-    (home / "etc").mkdir()
     for name, arguments in (
         ("python3", ""),
         ("inco-trio", "-m inco_trio"),
@@ -140,13 +142,14 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         program = home / "bin" / name
         program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
         program.chmod(0o755)
-    script = re.sub(r"--timeout \d+", f"--timeout {HANG}", script).replace("/etc/", f"{home}/etc/")
+    script = re.sub(r"--timeout \d+", f"--timeout {HANG}", script).replace("/etc/", "/run/etc/")
     # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
-    hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o mode=755 inco-trio-test /run && exec "$@"', "sh"]
+    enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
+    hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
     with subprocess.Popen(
         [*hidden, "/bin/bash", "-c", f"set -e\n{ADD_USER}{ENDING}\n{script}"],
-        cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=cores.core0.enter, env=environment, process_group=0,
     ) as shell:  # fmt: skip
         try:
@@ -159,7 +162,7 @@ def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[st
         except BaseException:
             os.killpg(shell.pid, signal.SIGKILL)
             raise
-    out = out.replace(f"{home}/etc/", "/etc/")
+    out = out.replace("/run/etc/", "/etc/")
     return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
 
 
