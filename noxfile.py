@@ -248,6 +248,37 @@ def wheel(session: nox.Session) -> None:
     )
 
 
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Build the files of a release in dist/: twice with the same result, checked, audited and with an SBOM."""
+    session.install(*nox.project.dependency_groups(PROJECT, "release"))
+    work, dist = Path(session.virtualenv.location).resolve() / "work", Path("dist").resolve()
+    for place in (work, dist):
+        shutil.rmtree(place, ignore_errors=True)
+    # The files contain no other time than that of the commit.
+    session.env["SOURCE_DATE_EPOCH"] = str(session.run("git", "log", "-1", "--format=%ct", external=True, silent=True))
+    for place in (dist, work / "again"):
+        session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(place))
+    for file in sorted(dist.iterdir()):
+        if file.read_bytes() != (work / "again" / file.name).read_bytes():
+            session.error(f"{file.name}: the second build differs: the build is not reproducible")
+    session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
+    # The audit and the SBOM cover what a user installs, without the tools of this session.
+    (wheel,) = dist.glob("*.whl")
+    python = str(work / "clean/bin/python")
+    session.run("uv", "venv", "--quiet", str(work / "clean"))
+    extras = ",".join(PROJECT["project"]["optional-dependencies"])
+    session.run("uv", "pip", "install", "--quiet", "--python", python, f"{wheel}[{extras}]")
+    installed = work / "requirements.txt"
+    lines = session.run("uv", "pip", "freeze", "--python", python, "--exclude-editable", silent=True)
+    installed.write_text("".join(f"{line}\n" for line in str(lines).splitlines() if "inco-trio" not in line))
+    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
+    session.run(
+        *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
+        *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
+    )
+
+
 @nox.session
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
@@ -327,6 +358,23 @@ def fleet(session: nox.Session) -> None:
     need_programs(session)
     install(session, "test")
     session.run("python", "-m", "tests.fleet", *session.posargs)
+
+
+@nox.session
+def fuzz_short(session: nox.Session) -> None:
+    """Run each fuzz target for a few seconds."""
+    run_fuzz(session, "--runs", "200")
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz everything that reads data of other programs: `nox -s fuzz -- --minutes 60` runs longer than 10 minutes."""
+    run_fuzz(session)
+
+
+def run_fuzz(session: nox.Session, *args: str) -> None:
+    install(session, "test", "fuzz")
+    session.run("python", "-m", "tests.fuzz", *args, *session.posargs)
 
 
 @nox.session

@@ -254,7 +254,7 @@ import logging
 assert {n: signal.getsignal(n) for n in signal.valid_signals()} == before
 assert threading.active_count() == 1
 assert not logging.getLogger("inco_trio").handlers
-assert not {"trio_asyncio", "pyroute2", "cattrs"} & set(sys.modules)
+assert not {"trio_asyncio", "cattrs"} & set(sys.modules)
 print(sorted(inco_trio.__all__) == inco_trio.__all__)
 """
     done = finished(sys.executable, "-c", script)
@@ -270,7 +270,7 @@ finally:
     print(*sorted(sys.modules), file=sys.stderr)
 """
 
-NEVER = {"asyncio", "pyroute2", "trio_asyncio", "inco_trio.aio", "inco_trio.cli.demo", "inco_trio.simulation"}
+NEVER = {"asyncio", "trio_asyncio", "inco_trio.aio", "inco_trio.cli.demo", "inco_trio.simulation"}
 NOT_FOR_RUN = {"cattrs", "email", "importlib.metadata", "inco_trio.cli.check", "inco_trio.cli.s6"}
 NOT_FOR_OTHERS = {"inco_trio.service.daemon", "inco_trio.proxy.proxy", "inco_trio.registers", "pyinotify", "trio"}
 

@@ -78,7 +78,7 @@ _shtab_inco_trio_s6___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6___user_COMPGEN=_inco_trio_users
 
-_shtab_inco_trio_run___sandbox_choices=(off none)
+_shtab_inco_trio_run___sandbox_choices=(off on log none)
 _shtab_inco_trio_run___log_format_choices=(text json)
 _shtab_inco_trio_monitor___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_monitor___direction_choices=(inbound outbound)

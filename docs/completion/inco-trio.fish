@@ -66,7 +66,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -l boards -xka "(__fish_co
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'
-complete -c inco-trio -n '_shtab_inco_trio_using run' -l sandbox -xka "off none" -d 'off: drop capabilities (default); none: keep everything'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l sandbox -xka "off on log none" -d 'off (default), on, log, or none (keep all capabilities)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l lock-memory -d 'keep all used memory in RAM (needs ulimit -l unlimited)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-format -xka "text json" -d 'text (default) or json'

@@ -16,14 +16,15 @@ from inco_trio.signals import builtin_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
 
 logger = logging.getLogger(__name__)
 
-SANDBOX = ("off", "none")
-SANDBOX_HELP = "off: drop capabilities (default); none: keep everything"
+SANDBOX = ("off", "on", "log", "none")
+SANDBOX_HELP = "off (default), on, log, or none (keep all capabilities)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -87,9 +88,15 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     if args.sandbox == "none":
         return Daemon(boards, label, args.control, fd_store)
 
-    def restrict(configs: Collection[Config]) -> None:
-        needed = privileges.needed_capabilities(configs, grows=args.boards is not None, locked=args.lock_memory)
+    def restrict(configs: Collection[Config], control_path: Path | None) -> None:
+        grows = args.boards is not None
+        needed = privileges.needed_capabilities(configs, grows=grows, locked=args.lock_memory)
         privileges.drop_capabilities(needed)
+        if args.sandbox in ("on", "log"):
+            from inco_trio.service.sandbox import enter_sandbox
+
+            has_fd_holder, log = args.fd_holder is not None, args.sandbox == "log"
+            enter_sandbox(configs, control=control_path, grows=grows, has_fd_holder=has_fd_holder, log=log)
 
     return Daemon(boards, label, args.control, fd_store, restrict)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
-from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Request, Response
+from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
 from inco_trio.errors import (
     IncoError,
     InvalidArgumentError,
@@ -109,7 +109,7 @@ class Channel:
             raise self._refusal(greeting)
         return greeting
 
-    def _next(self) -> Event | Response:
+    def _next(self) -> Reply:
         with self._obeying():
             return protocol.decode_reply(self._lines.popleft())
 
@@ -227,6 +227,9 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
             return reply
+        with self._obeying():
+            if not isinstance(reply, Event):
+                raise MessageError("the event notifications was not requested")
         self._events.append(reply)
         return None
 

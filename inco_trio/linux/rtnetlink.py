@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import select
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 
 import attrs
@@ -16,20 +18,27 @@ __all__ = ["Interface", "Rtnetlink"]
 
 RTMGRP_LINK = 1
 NLM_F_REQUEST = 0x1
+NLM_F_ACK = 0x4
 NLM_F_DUMP = 0x300
+NLM_F_CREATE_EXCL = 0x600
 NLMSG_ERROR = 2
 NLMSG_DONE = 3
 RTM_NEWLINK = 16
+RTM_DELLINK = 17
 RTM_GETLINK = 18
 IFLA_ADDRESS = 1
 IFLA_IFNAME = 3
 IFLA_MTU = 4
 IFLA_LINK = 5
 IFLA_MASTER = 10
+IFLA_OPERSTATE = 16
 IFLA_LINKINFO = 18
 IFLA_INFO_KIND = 1
+IFLA_INFO_DATA = 2
 IFLA_INFO_SLAVE_KIND = 4
+IFLA_NET_NS_FD = 28
 IFLA_LINK_NETNSID = 37
+VETH_INFO_PEER = 1
 NLA_TYPE_MASK = 0x3FFF
 
 # struct nlmsghdr: length, type, flags, sequence, port. struct ifinfomsg: family, type, index, flags, change.
@@ -42,6 +51,7 @@ PASSIVE_MASTERS = frozenset({"vrf", "batadv"})
 
 IFF_UP = 0x1
 IFF_UP_AND_RUNNING = IFF_UP | 0x40
+IF_OPER_UP = 6
 
 
 @attrs.frozen
@@ -64,6 +74,8 @@ class Interface:
     """The kind of a virtual interface, such as "vlan" or "veth"."""
     below: int = 0
     """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
+    activated: bool = False
+    """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
 
     @property
     def is_taken(self) -> bool:
@@ -93,16 +105,48 @@ class Rtnetlink:
 
     def interface(self, name: str = "", index: int = 0) -> Interface | None:
         """Return the interface with this name or index, or None if it does not exist."""
-        value = name.encode() + b"\0"
-        attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), IFLA_IFNAME) + value if name else b""
-        return next(self._ask(0, index, attribute), None)
+        return next(self._ask(0, index, _name(name) if name else b""), None)
 
-    def _ask(self, flags: int, index: int, attribute: bytes) -> Iterator[Interface]:
+    def add_veth(self, name: str, peer: str, peer_netns: int) -> None:
+        """Create a veth pair, whose other end `peer` is in the network namespace of the descriptor `peer_netns`."""
+        other = _INTERFACE.pack(0, 0, 0, 0, 0) + _name(peer) + _attribute(IFLA_NET_NS_FD, struct.pack("=I", peer_netns))
+        self._change(RTM_NEWLINK, name, _new("veth", _attribute(VETH_INFO_PEER, other)), flags=NLM_F_CREATE_EXCL)
+
+    def add_bridge(self, name: str) -> None:
+        self._change(RTM_NEWLINK, name, _new("bridge", b""), flags=NLM_F_CREATE_EXCL)
+
+    def set_up(self, name: str, up: bool) -> None:
+        self._change(RTM_NEWLINK, name, b"", up=up)
+
+    def set_master(self, name: str, master: int) -> None:
+        """Make the interface a port of the bridge with the index `master`."""
+        self._change(RTM_NEWLINK, name, _attribute(IFLA_MASTER, struct.pack("=I", master)))
+
+    def delete(self, name: str) -> None:
+        self._change(RTM_DELLINK, name, b"")
+
+    def _change(self, kind: int, name: str, attributes: bytes, *, flags: int = 0, up: bool | None = None) -> None:
+        interface = _INTERFACE.pack(0, 0, 0, IFF_UP if up else 0, 0 if up is None else IFF_UP)
+        number = self._request(kind, NLM_F_ACK | flags, interface + _name(name) + attributes)
+        while True:
+            for answer, answered, message in _messages(self._socket.recv(65536)):
+                # The kernel also reports the change itself, and uses the number of the request for that.
+                if (answer, answered) == (NLMSG_ERROR, number):
+                    code = -int.from_bytes(message[:4], sys.byteorder, signed=True)
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    return
+
+    def _request(self, kind: int, flags: int, body: bytes) -> int:
+        """Send a request and return its number."""
         # Discard queued messages: they are older than the answer and may leave no room for it.
         self._drain()
         number = next(self._numbers)
-        body = _INTERFACE.pack(0, 0, index, 0, 0) + attribute
-        self._socket.send(_HEADER.pack(_HEADER.size + len(body), RTM_GETLINK, NLM_F_REQUEST | flags, number, 0) + body)
+        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags, number, 0) + body)
+        return number
+
+    def _ask(self, flags: int, index: int, attribute: bytes) -> Iterator[Interface]:
+        number = self._request(RTM_GETLINK, flags, _INTERFACE.pack(0, 0, index, 0, 0) + attribute)
         while True:
             # The kernel queues the first part of the answer before send(2) returns, and further parts after each read.
             for kind, answered, message in _messages(self._socket.recv(65536)):
@@ -129,8 +173,27 @@ class Rtnetlink:
         await trio.lowlevel.wait_readable(self._socket.fileno())
         self._drain()
 
+    def wait_blocking(self, timeout: float) -> bool:
+        """Wait as `wait` does, but block the thread; return False after `timeout` seconds."""
+        return bool(select.select([self._socket], [], [], timeout)[0])
+
     def close(self) -> None:
         self._socket.close()
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    length = _ATTRIBUTE.size + len(value)
+    return _ATTRIBUTE.pack(length, kind) + value + bytes(-length % 4)
+
+
+def _name(name: str) -> bytes:
+    return _attribute(IFLA_IFNAME, name.encode() + b"\0")
+
+
+def _new(kind: str, data: bytes) -> bytes:
+    """Return the attribute that selects the kind of a new interface."""
+    info = _attribute(IFLA_INFO_KIND, kind.encode())
+    return _attribute(IFLA_LINKINFO, info + (_attribute(IFLA_INFO_DATA, data) if data else b""))
 
 
 def _messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
@@ -171,4 +234,5 @@ def _parse(message: bytes) -> Interface:
         attributes.get(IFLA_ADDRESS, b""),
         kinds.get(IFLA_INFO_KIND, ""),
         0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
+        attributes.get(IFLA_OPERSTATE) == bytes([IF_OPER_UP]),
     )

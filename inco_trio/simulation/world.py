@@ -9,15 +9,13 @@ stays in its own namespace. Creating namespaces needs CAP_SYS_ADMIN, which every
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import attrs
 
@@ -25,10 +23,7 @@ from inco_trio.cores.peer import Peer
 from inco_trio.errors import PermissionDeniedError, ResourceError
 from inco_trio.linux.capabilities import CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
 from inco_trio.linux.netns import CLONE_NEWNET, CLONE_NEWUSER, set_network, unshare
-from inco_trio.linux.rtnetlink import RTMGRP_LINK
-
-if TYPE_CHECKING:
-    from pyroute2 import IPRoute
+from inco_trio.linux.rtnetlink import Rtnetlink
 
 __all__ = [
     "Cores",
@@ -167,48 +162,41 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
         self.close()
 
 
-def _with_links(namespace: Namespace, change: Callable[[IPRoute], T]) -> T:
-    def inside() -> T:
-        # Imported lazily: pyroute2 takes longer to import than the rest of the program. IPRoute is opened in this
-        # thread, because its socket must be in the namespace.
-        from pyroute2 import IPRoute, NetlinkError
-
+def _with_links(namespace: Namespace, change: Callable[[Rtnetlink], None]) -> None:
+    def inside() -> None:
+        # The socket belongs to the namespace of the thread that opens it.
+        links = Rtnetlink()
         try:
-            with IPRoute() as links:
-                return change(links)
-        except NetlinkError as error:
-            raise ResourceError(f"cannot change a link: {os.strerror(error.code)}") from error
+            change(links)
+        except OSError as error:
+            raise ResourceError(f"cannot change a link: {error.strerror}") from error
+        finally:
+            links.close()
 
-    return namespace.run(inside)
+    namespace.run(inside)
 
 
-def _set_link(namespace: Namespace, name: str, **attributes: Any) -> None:
-    _with_links(namespace, lambda links: links.link("set", ifname=name, **attributes))
+def _set_up(namespace: Namespace, name: str, up: bool = True) -> None:
+    _with_links(namespace, lambda links: links.set_up(name, up))
 
 
 def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
-    _set_link(namespace, name, master=namespace.run(functools.partial(socket.if_nametoindex, bridge)))
+    _with_links(namespace, lambda links: links.set_master(name, socket.if_nametoindex(bridge)))
 
 
 def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
     """Connect two namespaces with a veth pair. Both of its ends are down."""
-    _with_links(
-        a, lambda links: links.link("add", kind="veth", ifname=a_name, peer={"ifname": b_name, "net_ns_fd": b.fd})
-    )
+    _with_links(a, lambda links: links.add_veth(a_name, b_name, b.fd))
 
 
 def _wait_running(namespace: Namespace, name: str) -> None:
     """Wait until the kernel's link watcher has activated the link. Until then, the kernel silently drops frames."""
 
-    def wait(links: IPRoute) -> None:
+    def wait(links: Rtnetlink) -> None:
         deadline = time.monotonic() + _LINK_DEADLINE
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as changes:
-            changes.bind((0, RTMGRP_LINK))
-            index = socket.if_nametoindex(name)
-            while links.get_links(index)[0].get("operstate") != "UP":
-                if not select.select([changes], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    raise ResourceError(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
-                changes.recv(65536)
+        while not ((link := links.interface(name)) and link.activated):
+            if not links.wait_blocking(max(0.0, deadline - time.monotonic())):
+                raise ResourceError(f"link {name} has not come up within {_LINK_DEADLINE:g} s")
 
     _with_links(namespace, wait)
 
@@ -234,36 +222,36 @@ class Cores:
         """Create or recreate the link, and wait until frames pass."""
         if self.switch is None:
             veth(self.core0, self.link, self.core1, self.link)
-            _set_link(self.core1, self.link, state="up")
+            _set_up(self.core1, self.link)
         else:
             veth(self.core0, self.link, self.switch, "eth_rpmsg")
             _enslave(self.switch, "eth_rpmsg", "br_rpmsg")
-            _set_link(self.switch, "eth_rpmsg", state="up")
+            _set_up(self.switch, "eth_rpmsg")
         self.link_up()
 
     def delete_link(self) -> None:
         """Delete core 0's end, which also deletes the other end of the veth pair."""
-        _with_links(self.core0, lambda links: links.link("del", ifname=self.link))
+        _with_links(self.core0, lambda links: links.delete(self.link))
 
     def link_down(self) -> None:
         """Take core 0's end down."""
-        _set_link(self.core0, self.link, state="down")
+        _set_up(self.core0, self.link, False)
 
     def link_up(self) -> None:
         """Bring core 0's end up, and wait until frames pass."""
-        _set_link(self.core0, self.link, state="up")
+        _set_up(self.core0, self.link)
         _wait_running(self.core0, self.link)
         if self.switch is not None:
             _wait_running(self.switch, "eth_rpmsg")
         _wait_running(self.core1, self.link)
 
     def _make_switch(self, switch: Namespace) -> None:
-        _with_links(switch, lambda links: links.link("add", kind="bridge", ifname="br_rpmsg"))
-        _set_link(switch, "br_rpmsg", state="up")
+        _with_links(switch, lambda links: links.add_bridge("br_rpmsg"))
+        _set_up(switch, "br_rpmsg")
         veth(switch, "tap_rpmsg", self.core1, self.link)
         _enslave(switch, "tap_rpmsg", "br_rpmsg")
-        _set_link(switch, "tap_rpmsg", state="up")
-        _set_link(self.core1, self.link, state="up")
+        _set_up(switch, "tap_rpmsg")
+        _set_up(self.core1, self.link)
         _wait_running(switch, "tap_rpmsg")
 
 
@@ -279,7 +267,7 @@ def two_cores(link: str = "rpmsg4000", *, chain: bool = False) -> Iterator[Cores
         switch = stack.enter_context(Namespace()) if chain else None
         cores = Cores(core0, core1, link, switch)
         for core in (core0, core1):
-            _set_link(core, "lo", state="up")
+            _set_up(core, "lo")
         if switch is not None:
             cores._make_switch(switch)
         cores.make_link()
