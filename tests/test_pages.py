@@ -61,6 +61,9 @@ RUN_BY = {
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_receives_all_it_did_not_acknowledge",
+    ("control", '{"event": "notifications"'): (
+        "test_control.py::test_a_follower_may_receive_and_acknowledge_notifications_in_batches"
+    ),
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("testing", ""): "test_pages.py::test_the_tests_on_the_testing_page_pass",
 }
