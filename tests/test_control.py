@@ -60,7 +60,7 @@ def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
     assert (status["open"], status["running"], status["descriptors"], status["link"]) == (True, True, None, board.link)
     assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
-    assert [task["problem"] for task in status["tasks"]] == [None] * 6
+    assert [task["problem"] for task in status["tasks"]] == [None] * 7
 
 
 def test_the_status_contains_current_problems(board: Board) -> None:

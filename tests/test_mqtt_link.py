@@ -90,7 +90,7 @@ class Bench:
 
     def words(self, end: int) -> list[str]:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
-        return ["mqtt-link", f"{self.broker.url}/wire", "--link", link, "--end", f"core{end}"]
+        return ["mqtt-link", f"{self.broker.url}/wire", link, "--end", f"core{end}"]
 
     def bridge(self, end: int) -> Gateway:
         bridge = Gateway(self.home / f"wire{end}.log", *self.words(end))
@@ -575,12 +575,12 @@ def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> Non
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["mqtt://h", "--link", "eth0", "--end", "core0"], "a bridge joins Unix sockets"),
-        (["mqtt://h", "--link", "unix:/a", "--end", "core0"], "peer=REMOTE is missing"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core2"], "invalid choice: 'core2'"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b"], "--end"),
-        (["http://h", "--link", "unix:/a,peer=/b", "--end", "core0"], "mqtt://"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
+        (["mqtt://h", "eth0", "--end", "core0"], "a bridge joins Unix sockets"),
+        (["mqtt://h", "unix:/a", "--end", "core0"], "peer=REMOTE is missing"),
+        (["mqtt://h", "unix:/a,peer=/b", "--end", "core2"], "invalid choice: 'core2'"),
+        (["mqtt://h", "unix:/a,peer=/b"], "--end"),
+        (["http://h", "unix:/a,peer=/b", "--end", "core0"], "mqtt://"),
+        (["mqtt://h", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
     ],
 )
 def test_invalid_arguments_are_refused(words: list[str], text: str) -> None:
@@ -595,7 +595,7 @@ def test_an_unusable_socket_path_is_an_error(tmp_path: Path) -> None:
     taken.write_text("")
     for path, code in ((tmp_path / "missing/wire", 69), (taken, 69)):
         done = subprocess.run(
-            [*COMMAND, *words, "--link", f"unix:{path},peer={tmp_path}/core"],
+            [*COMMAND, *words, f"unix:{path},peer={tmp_path}/core"],
             capture_output=True,
             text=True,
             check=False,

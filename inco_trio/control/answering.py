@@ -19,6 +19,9 @@ from inco_trio.signals import Direction
 
 __all__ = ["Connection"]
 
+SHARE = 0.001
+"""Seconds that a monitor waits after each write, for each other monitor. However many monitors there are, all of them
+together then make about 1,000 writes per second, so that they do not delay notifications."""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
@@ -242,6 +245,8 @@ class Connection:
             while lines := await monitor.take():
                 await self._write(lines)
                 await monitor.pause()
+                if others := len(self._feed.monitors) - 1:
+                    await trio.sleep(others * SHARE)
         finally:
             self._feed.remove(monitor)
 

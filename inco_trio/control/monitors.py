@@ -77,7 +77,7 @@ class Monitor:
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
-                lines += (encode_event(event, frames=self.frames) for event in self._wanted(what))
+                lines += self._wanted(what)
             if self._lost and not self._waiting:
                 lines.append(encode_event(event_now("lost", count=self._lost)))
                 self._lost = 0
@@ -95,26 +95,40 @@ class Monitor:
         """Yield lines with events from the histories that a follower reads."""
         yield from ()
 
-    def _wanted(self, what: Batch | Event) -> Iterator[Event]:
-        """Yield the events that the filters accept."""
+    def _wanted(self, what: Batch | Event) -> Iterator[str]:
+        """Yield the events that the filters accept, as lines."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
-                yield what
+                yield encode_event(what, frames=self.frames)
             return
-        for number, signal in enumerate(what.signals):
+        for signal, line in zip(what.signals, _lines(what, self.frames), strict=True):
             if self._accepts(signal.direction, signal.name):
-                yield Event(
-                    what.kind, what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
-                    str(signal.path), what.sequence and what.sequence + number,
-                    frame=what.frames[number].hex() if self.frames and what.frames else None,
-                    reason=what.reason, delay=(what.monotonic_ns - what.since) / 1e9 if what.since else 0.0,
-                )  # fmt: skip
+                yield line
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
         """Return whether the filters accept an event. None means that the event has no direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
+
+
+def _lines(batch: Batch, frames: bool) -> list[str]:
+    """Return the events of a batch as lines, and keep them for other monitors."""
+    lines = batch.lines.get(frames)
+    if lines is None:
+        lines = batch.lines[frames] = [
+            encode_event(
+                Event(
+                    batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
+                    str(signal.path), batch.sequence and batch.sequence + number,
+                    frame=batch.frames[number].hex() if frames and batch.frames else None,
+                    reason=batch.reason, delay=(batch.monotonic_ns - batch.since) / 1e9 if batch.since else 0.0,
+                ),
+                frames=frames,
+            )
+            for number, signal in enumerate(batch.signals)
+        ]  # fmt: skip
+    return lines
 
 
 @attrs.define
