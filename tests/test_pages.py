@@ -171,7 +171,8 @@ def test_the_parser_accepts_every_command_line(words: list[str]) -> None:
 
 
 def test_every_command_appears_on_a_page() -> None:
-    assert {words[0] for words in commands()} == set(COMMANDS)
+    # `s6` is the earlier name of `service s6`.
+    assert {words[0] for words in commands()} == COMMANDS.keys() - {"s6"}
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.stem)
