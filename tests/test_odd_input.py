@@ -475,7 +475,7 @@ def test_the_warning_about_a_holder_escapes_a_process_name_that_is_not_utf8(
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"\n"
-        running = proxy("--irq-dir", irq_dir, "--log-format", "text")
+        running = proxy("--irq-dir", irq_dir, "--log-format", "text", "--log-timestamps", "never")
         said = running.wait_log(f"process {holder.pid}")
         # The warning must be one line without terminal control characters.
         assert said == (
@@ -497,6 +497,7 @@ def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     (irq_dir / "message_6_trig").chmod(0o222)
     address = f"unix:{irq_dir}/a,peer={irq_dir}/b"
     command = [*nobody[:2], str(irq_dir), *nobody[2:], *RUN, "run", address, "--irq-dir", str(irq_dir)]
+    command += ["--log-timestamps", "never"]
     code, _, err = finished(command)
     (line,) = [line for line in err.decode().splitlines() if not line.startswith(LOGGED.decode())]
     assert code == 77
