@@ -116,7 +116,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
     assert result["fix"].endswith(f" inco-trio run {cores.link}")
     if not ROOT:
         return  # setpriv cannot switch to another user here.
-    # The user nobody may be unable to run this Python, so a script prints the capabilities that it received.
+    # The ordinary user may be unable to run this Python, so a script prints the capabilities that it received.
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         program = Path(home, "inco-trio")
@@ -130,7 +130,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
         tree.put("proc/self/status", given)
         (after,) = machine.capability(cores.link, tree.root)
     assert after.level.name == "OK"
-    assert after.found == f"this user (uid {pwd.getpwnam('nobody').pw_uid}) has CAP_NET_RAW"
+    assert after.found == f"this user (uid {pwd.getpwnam('daemon').pw_uid}) has CAP_NET_RAW"
 
 
 def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) -> None:

@@ -239,7 +239,7 @@ def test_the_commands_of_the_readme_enable_completion(
     ("line", "offered"),
     [
         ("inco-trio r", {command for command in COMMANDS if command.startswith("r")}),
-        ("inco-trio run --irq", {"--irq-dir"}),
+        ("inco-trio run --irq", {"--irq-dir", "--irq-owner"}),
         ("inco-trio run --log-format ", {"text", "json"}),
         ("inco-trio run l", {"lo"}),
         ("inco-trio check l", {"lo"}),

@@ -7,7 +7,7 @@
 
 _shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
-_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format --log-timestamps -v --verbose)
+_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --irq-owner --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format --log-timestamps -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --boards --gateway --example --json)
 _shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet --color)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --color --json --openmetrics)

@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --sandbox --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --irq-owner --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --sandbox --send --signal --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -63,6 +63,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -s h -l help -d 'show this
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l irq-dir -xka "(__fish_complete_directories)" -d 'use the built-in signals in DIR, without udrv.json'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l boards -xka "(__fish_complete_directories)" -d 'directory of boards, one per file DIR/NAME.json'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l irq-owner -x -d 'also trust IRQ directories of USER, and let members of GROUP write to them'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'

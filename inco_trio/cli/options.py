@@ -17,6 +17,7 @@ from inco_trio.cli.streams import standard_input
 from inco_trio.errors import ConfigError, ProgramNotFoundError
 from inco_trio.links.address import address_fault
 from inco_trio.linux.files import is_path
+from inco_trio.linux.users import find_owner
 
 if TYPE_CHECKING:
     from inco_trio.config import Board
@@ -86,6 +87,18 @@ def check_link(address: str) -> None:
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
+
+
+def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
+    help_text = "also trust IRQ directories of USER, and let members of GROUP write to them"
+    sub.add_argument("--irq-owner", metavar="USER[:GROUP]", type=_irq_owner, help=help_text)
+
+
+def _irq_owner(text: str) -> tuple[int | None, int | None]:
+    try:
+        return find_owner(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def config_path(args: argparse.Namespace) -> Path:

@@ -36,6 +36,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     options.configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
+    options.irq_owner_argument(sub)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
@@ -74,7 +75,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     if args.boards is not None:
         from inco_trio.service.many_boards import ManyBoards
 
-        directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
+        directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--irq-owner", "--wait-link")
         boards, label = ManyBoards(directory), options.boards_label(directory)
     else:
         args.iface = options.LINK if args.iface is None else args.iface
@@ -112,4 +113,5 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    return Config(args.iface, board.signals, wait_link=args.wait_link)
+    owner, group = args.irq_owner or (None, None)
+    return Config(args.iface, board.signals, wait_link=args.wait_link, owner=owner, group=group)
