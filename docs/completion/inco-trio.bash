@@ -5,14 +5,15 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
+_shtab_inco_trio_subparsers=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
-_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --irq-owner --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format --log-timestamps -v --verbose)
+_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --irq-owner --wait-link --fd-holder --control --history --sandbox --lock-memory --notification-fd --log-format --log-timestamps -v --verbose)
 _shtab_inco_trio_check_option_strings=(-h --help --config --boards --gateway --example --json)
 _shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet --color)
 _shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --color --json --openmetrics)
 _shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --color --json)
-_shtab_inco_trio_record_option_strings=(-h --help --control --board --signal --direction --count --duration --size --period --keep)
+_shtab_inco_trio_history_option_strings=(-h --help --control --board --since --signal --direction --color --json)
+_shtab_inco_trio_record_option_strings=(-h --help --control --board --signal --direction --count --past --since --duration --size --period --keep)
 _shtab_inco_trio_send_option_strings=(-h --help --control --board --irq-dir --config --as --count --rate --timeout --json -q --quiet)
 _shtab_inco_trio_wait_option_strings=(-h --help --control --board --irq-dir --config --as --count --timeout --after --send --json -q --quiet)
 _shtab_inco_trio_demo_option_strings=(-h --help --qemu --record --count --rate)
@@ -45,6 +46,8 @@ _shtab_inco_trio_status_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_status___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_monitor_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_monitor___control_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_history_pos_0_COMPGEN=_inco_trio_links
+_shtab_inco_trio_history___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_record_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_record_pos_1_COMPGEN=_inco_trio_links
 _shtab_inco_trio_record___control_COMPGEN=_shtab_compgen_files
@@ -92,6 +95,9 @@ _shtab_inco_trio_status___color_choices=(auto always never)
 _shtab_inco_trio_monitor___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_monitor___direction_choices=(inbound outbound)
 _shtab_inco_trio_monitor___color_choices=(auto always never)
+_shtab_inco_trio_history___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
+_shtab_inco_trio_history___direction_choices=(inbound outbound)
+_shtab_inco_trio_history___color_choices=(auto always never)
 _shtab_inco_trio_record___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_record___direction_choices=(inbound outbound)
 _shtab_inco_trio_send_pos_0_choices=(redun_notify_irq)
@@ -109,8 +115,8 @@ _shtab_inco_trio_exporter___log_timestamps_choices=(auto always never)
 _shtab_inco_trio_service_pos_0_choices=(s6 systemd)
 _shtab_inco_trio_service___end_choices=(core0 core1)
 _shtab_inco_trio_s6___end_choices=(core0 core1)
-_shtab_inco_trio_help_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
+_shtab_inco_trio_help_pos_0_choices=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -135,8 +141,12 @@ _shtab_inco_trio_status___openmetrics_nargs=0
 _shtab_inco_trio_monitor__h_nargs=0
 _shtab_inco_trio_monitor___help_nargs=0
 _shtab_inco_trio_monitor___json_nargs=0
+_shtab_inco_trio_history__h_nargs=0
+_shtab_inco_trio_history___help_nargs=0
+_shtab_inco_trio_history___json_nargs=0
 _shtab_inco_trio_record__h_nargs=0
 _shtab_inco_trio_record___help_nargs=0
+_shtab_inco_trio_record___past_nargs=0
 _shtab_inco_trio_send__h_nargs=0
 _shtab_inco_trio_send___help_nargs=0
 _shtab_inco_trio_send___json_nargs=0

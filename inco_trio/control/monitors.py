@@ -10,7 +10,7 @@ import trio
 
 from inco_trio.control.feed import Batch
 from inco_trio.control.protocol import Event, Notifications, encode_event, encode_notifications, event_now
-from inco_trio.persist.history import History, Merged, Record
+from inco_trio.persist.followed import History, Merged, Record
 from inco_trio.signals import Direction
 
 __all__ = ["Follower", "Monitor"]
@@ -60,6 +60,9 @@ class Monitor:
 
     def flush(self) -> None:
         """Queue the event `flushed` after all earlier events, even if the queue is full."""
+        if self._lost:
+            self._waiting.append(event_now("lost", count=self._lost))
+            self._number, self._lost = self._number + 1, 0
         self._waiting.append(event_now("flushed"))
         self._number += 1
         self._arrived.set()
