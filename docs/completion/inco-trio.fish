@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --past --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -184,6 +184,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_t
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'play core 1 on this interface or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a plot -d 'Plot a recording: timelines, rates, gaps, answer times, faults.'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l past -xka "(__fish_print_interfaces)" -d 'plot what `history` shows of the proxy of LINK (default: the only proxy), instead of FILE'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'output, .svg or .png (default: FILE with the suffix .svg)'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l pair -x -d 'measure the time from SIGNAL to ANSWER; may be repeated'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
