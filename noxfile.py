@@ -303,6 +303,17 @@ def netns(session: nox.Session) -> None:
     run_pytest(session, "tests", "-m", "netns or s6 or qemu or tools", data="netns", root=True)
 
 
+@nox.session(default=False)
+def mosquitto13(session: nox.Session) -> None:
+    """Run the MQTT tests with the mosquitto of Debian 13, which is downloaded and unpacked."""
+    need_programs(session)
+    install(session, "test")
+    place = Path(session.virtualenv.location, "debian13")
+    program = session.run("python", "-m", "tests.debian13", str(place), silent=True, stderr=None)
+    tests = sorted(str(path) for path in Path("tests").glob("test_mqtt*.py"))
+    run_pytest(session, *tests, data="mosquitto13", root=True, INCO_TRIO_MOSQUITTO=str(program).strip())
+
+
 @nox.session
 def faults_short(session: nox.Session) -> None:
     """Run the quick form of the fault suite."""
