@@ -186,7 +186,8 @@ class Bridge:
                     self._check_limits(connection.limits)
                     await self._exchange(connection)
             except SessionTakenError:
-                raise
+                text = f"another process is also {self._end}: stop one of them"
+                raise SessionTakenError(self._broker, text) from None
             except (BrokerLostError, BrokerRefusedError) as error:
                 self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
                 pause = backoff.lost(error)
@@ -247,8 +248,7 @@ class Bridge:
                     elif received.retain and self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
-                        reason = f"another process is also {self._end}: stop one of them"
-                        raise SessionTakenError(self._broker, reason)
+                        raise SessionTakenError(self._broker, "the retained status names another process")
             except ValueError:
                 self._refuse(received)
             await connection.acknowledge(received)
