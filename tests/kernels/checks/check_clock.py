@@ -31,7 +31,7 @@ def test_a_jump_of_the_wall_clock_disturbs_nothing(board: Board, cores: Cores, y
     started = time.monotonic()
     time.clock_settime(time.CLOCK_REALTIME, time.time() + years * YEAR)
     board.exchange()
-    status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json"))[0]
+    status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json"))["boards"][0]
     # The board was started before this check, less than the time since boot ago.
     assert 0 <= status["uptime"] <= started + HOUR
 

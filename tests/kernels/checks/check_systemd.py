@@ -109,7 +109,7 @@ class Board:
 def unit() -> Iterator[None]:
     """Install the unit, and remove it after the check."""
     write_config(CONFIG, DIRECTORY, INBOUND, OUTBOUND)
-    command = [sys.executable, "-m", "inco_trio", "s6", "--systemd", "--iface", LINK, "--config", str(CONFIG)]
+    command = [sys.executable, "-m", "inco_trio", "service", "systemd", LINK, "--config", str(CONFIG), "--user", "root"]
     path = Path("/etc/systemd/system") / UNIT
     path.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     systemctl("daemon-reload")
@@ -184,7 +184,7 @@ def test_stop_and_start_lose_nothing_since_systemd_254(board: Board) -> None:
 
 def test_a_unit_without_its_link_waits_and_does_not_restart(unit: None) -> None:
     systemctl("start", "--no-block", UNIT)
-    wait_journal("wait")
+    wait_journal("waiting")
     assert systemctl("show", "--value", "--property", "NRestarts", UNIT) == "0"
     assert systemctl("show", "--value", "--property", "ActiveState", UNIT) == "activating"
 
