@@ -22,6 +22,9 @@ from tests.fresh import find_mirror
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / "build/kernels"
 COPIED = ("tests", "netns", "pyproject.toml")
+NO_LOGIN = "systemd.mask=serial-getty@ttyS0.service"
+"""Kernel parameter: a login prompt would hang up the terminal to which the checks write (vhangup(2))."""
+
 TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
 
 PACKAGES = (
@@ -138,7 +141,7 @@ def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator
         *("qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-accel", "tcg", "-smp", "1", "-monitor", "none"),
         *("-m", str(start.memory), "-nodefaults", "-display", "none", "-no-reboot"),
         *("-kernel", kernel, "-initrd", initrd),
-        *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 {start.append}"),
+        *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 {NO_LOGIN} {start.append}"),
         *("-drive", f"file={image},if=virtio,format=raw,cache=unsafe"),
         *("-serial", f"file:{console_of(name, start)}", "-serial", f"file:{report}"),
     ]
