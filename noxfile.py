@@ -243,6 +243,37 @@ def wheel(session: nox.Session) -> None:
     )
 
 
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Build the files of a release in dist/: twice with the same result, checked, audited and with an SBOM."""
+    session.install(*nox.project.dependency_groups(PROJECT, "release"))
+    work, dist = Path(session.virtualenv.location).resolve() / "work", Path("dist").resolve()
+    for place in (work, dist):
+        shutil.rmtree(place, ignore_errors=True)
+    # The files contain no other time than that of the commit.
+    session.env["SOURCE_DATE_EPOCH"] = str(session.run("git", "log", "-1", "--format=%ct", external=True, silent=True))
+    for place in (dist, work / "again"):
+        session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(place))
+    for file in sorted(dist.iterdir()):
+        if file.read_bytes() != (work / "again" / file.name).read_bytes():
+            session.error(f"{file.name}: the second build differs: the build is not reproducible")
+    session.run("twine", "check", "--strict", *map(str, dist.iterdir()))
+    # The audit and the SBOM cover what a user installs, without the tools of this session.
+    (wheel,) = dist.glob("*.whl")
+    python = str(work / "clean/bin/python")
+    session.run("uv", "venv", "--quiet", str(work / "clean"))
+    extras = ",".join(PROJECT["project"]["optional-dependencies"])
+    session.run("uv", "pip", "install", "--quiet", "--python", python, f"{wheel}[{extras}]")
+    installed = work / "requirements.txt"
+    lines = session.run("uv", "pip", "freeze", "--python", python, "--exclude-editable", silent=True)
+    installed.write_text("".join(f"{line}\n" for line in str(lines).splitlines() if "inco-trio" not in line))
+    session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
+    session.run(
+        *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
+        *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
+    )
+
+
 @nox.session
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
@@ -363,6 +394,40 @@ def run_bench(session: nox.Session, *args: str) -> None:
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
+
+
+@nox.session(default=False)
+def deb(session: nox.Session) -> None:
+    """Build the Debian package of each suite, and check it in a booted system: `nox -s deb -- bookworm`; needs root."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-u", "-m", "packages.deb", *session.posargs)
+
+
+@nox.session(default=False)
+def bundle(session: nox.Session) -> None:
+    """Build the offline bundle in dist/, with the wheels of all dependencies, and install it without a network."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-m", "packages.bundle")
+
+
+@nox.session(default=False)
+def yocto(session: nox.Session) -> None:
+    """Check the Yocto recipes with oelint-adv."""
+    session.install(*nox.project.dependency_groups(PROJECT, "yocto"))
+    recipes = sorted(map(str, Path("packages/yocto").glob("*.bb")))
+    session.run("oelint-adv", "--quiet", "--release", "scarthgap", "--exit-zero=false", *recipes)
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Write the newest versions of the dependencies to packages/requirements.txt, for the packages above."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run(
+        *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--upgrade"),
+        *("--no-annotate", "--custom-compile-command", "nox -s lock", "--generate-hashes"),
+        *("--extra", "mqtt", "--extra", "rich", "pyproject.toml", "packages/requirements.in"),
+        *("--output-file", "packages/requirements.txt"),
+    )
 
 
 @nox.session(default=False)

@@ -18,6 +18,7 @@ from inco_trio.config import Board, Config, read_board
 from inco_trio.errors import ConfigError, IncoError
 from inco_trio.links.address import UnixAddress, address_fault
 from inco_trio.linux.files import is_path
+from inco_trio.linux.users import find_owner
 from inco_trio.signals import builtin_signals
 from inco_trio.validation import ABSOLUTE_PATH, InvalidValueError, Rule, parse_table, read_file
 
@@ -42,6 +43,17 @@ NETNS_RULE = Rule(
 )
 
 
+def _owner(text: str) -> str:
+    try:
+        find_owner(text)
+    except ValueError as error:
+        raise InvalidValueError(str(error)) from None
+    return text
+
+
+OWNER_RULE = Rule((str,), "USER, USER:GROUP or :GROUP", convert=_owner)
+
+
 @attrs.frozen
 class BoardFile:
     """The keys of a board file. Exactly one of `config` and `irq_dir` is required."""
@@ -54,6 +66,8 @@ class BoardFile:
     """The absolute path of the directory for the registers of the built-in signals."""
     netns: Annotated[str | None, NETNS_RULE] = None
     """The network namespace of the interface: a name under /run/netns, or an absolute path."""
+    irq_owner: Annotated[str | None, OWNER_RULE] = None
+    """`USER[:GROUP]`: the user who may own the IRQ directory besides root, and the group that may write to it."""
 
 
 @attrs.frozen
@@ -105,7 +119,8 @@ def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
     netns = None if file.netns is None else NETNS / file.netns
     board = Board(builtin_signals(Path(file.irq_dir or "")), ()) if file.config is None else read_board(file.config)
     # With `wait_link`, a missing link does not keep the other boards from starting.
-    return Config(file.link, board.signals, wait_link=True, netns=netns), board.notes
+    owner, group = (None, None) if file.irq_owner is None else find_owner(file.irq_owner)
+    return Config(file.link, board.signals, wait_link=True, netns=netns, owner=owner, group=group), board.notes
 
 
 def claims(config: Config) -> dict[object, str]:

@@ -44,6 +44,10 @@ class Config:
     """Maximum number of seconds for finishing pending notifications during a clean stop."""
     netns: Path | None = None
     """The path of the interface's network namespace, such as /run/netns/b2; None for that of this process."""
+    owner: int | None = None
+    """The user ID that may own IRQ directories, besides root and the user of this process."""
+    group: int | None = None
+    """The group ID that may write to IRQ directories."""
 
     address: InterfaceAddress | UnixAddress = attrs.field(init=False, eq=False, repr=False)
     """The parsed `link`."""

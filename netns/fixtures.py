@@ -97,7 +97,7 @@ def canary() -> Iterator[Callable[[int], Canary]]:
 
 @pytest.fixture
 def nobody() -> list[str]:
-    """Return a command prefix that runs a program as the user nobody, with access to Python and the project."""
+    """Return a command prefix that runs a program as an ordinary user, with access to Python and the project."""
     project = Path(__file__).parents[1]
     return [sys.executable, str(project / "netns/unprivileged.py"), sys.prefix, sys.base_prefix, str(project), "--"]
 

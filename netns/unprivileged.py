@@ -1,10 +1,10 @@
-"""Run a program as the user nobody: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
+"""Run a program as an ordinary user: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
-This needs root or its capabilities. The user nobody must be able to read each PATH (an interpreter, a package), which
+This needs root or its capabilities. The ordinary user must be able to read each PATH (an interpreter, a package), which
 may be below a directory that is closed to others, such as /root. In a new mount namespace (mount_namespaces(7)), a
 tmpfs covers each closed directory and contains only the PATH, at its usual place.
 
-In a user namespace of an ordinary user, the user nobody is not mapped. In that case, the program runs as the same user
+In a user namespace of an ordinary user, an ordinary user is not mapped. In that case, the program runs as the same user
 without capabilities.
 """
 
@@ -19,7 +19,8 @@ from inco_trio.linux.capabilities import clear_capabilities
 from inco_trio.linux.libc import check, libc
 from inco_trio.linux.netns import CLONE_NEWNS, unshare
 
-NOBODY = 65534
+ORDINARY = 1
+"""The user ID of `daemon`. The proxy does not trust `nobody`, whose ID stands for all unmapped users."""
 
 # Constants of <linux/mount.h>.
 MS_BIND = 0x1000
@@ -62,13 +63,13 @@ def cover_run() -> None:
 
 
 def drop() -> None:
-    """Become the user nobody permanently."""
+    """Become an ordinary user permanently."""
     try:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(ORDINARY, ORDINARY, ORDINARY)
+        os.setresuid(ORDINARY, ORDINARY, ORDINARY)
     except OSError:
-        # The user nobody is not mapped: keep the user, and drop the capabilities.
+        # The ordinary user is not mapped: keep the user, and drop the capabilities.
         clear_capabilities()
 
 

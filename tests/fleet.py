@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import mqtt5
 
 from inco_trio.frame import encode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
@@ -34,7 +35,27 @@ from tests.support_control import MAC, Board, Client
 
 FRAME = encode(b"ihub_hwwd_irq", MAC)
 HERTZ = os.sysconf("SC_CLK_TCK")
-RATES = (100, 200, 300, 400, 600, 800, 1000, 1300, 1600, 2000, 2500, 3000, 4000, 5000, 6000, 8000, 10_000)
+RATES = (
+    100,
+    200,
+    300,
+    400,
+    600,
+    800,
+    1000,
+    1300,
+    1600,
+    2000,
+    2500,
+    3000,
+    4000,
+    5000,
+    6000,
+    8000,
+    10_000,
+    12_000,
+    14_000,
+)
 TRIAL = 8.0
 """Duration in seconds of the trial of each rate."""
 BACKLOG = 1.0
@@ -90,38 +111,44 @@ class Result:
 
 def read(port: int, pipe: Connection) -> None:
     """Run as a process that subscribes to the broker and reports through `pipe` what arrived since the last report."""
-    from paho.mqtt import client as paho
-    from paho.mqtt.enums import CallbackAPIVersion
-
     seen: set[tuple[str, int]] = set()
-    counts = {"duplicates": 0}
+    duplicates = 0
     latencies: list[float] = []
-
-    def on_message(_client: object, _data: object, message: paho.MQTTMessage) -> None:
-        now = time.time()
-        body = json.loads(message.payload)
-        key = (message.topic, body["sequence"])
-        if key in seen:
-            counts["duplicates"] += 1
-        else:
-            seen.add(key)
-            latencies.append(now - body["time"])
-
-    client = paho.Client(CallbackAPIVersion.VERSION2, "fleet-reader", protocol=paho.MQTTv5)
-    client.on_message = on_message
-    client.on_subscribe = lambda *_: pipe.send("ready")
-    client.on_connect = lambda client, *_: client.subscribe("lab/+/inbound/+", qos=1)
-    client.connect("127.0.0.1", port)
-    client.loop_start()
-    while (question := pipe.recv()) != "end":
-        if question == "count":
-            pipe.send(len(seen))
-        else:
-            pipe.send((len(seen), counts["duplicates"], sorted(latencies)))
-            seen.clear()
-            latencies.clear()
-            counts["duplicates"] = 0
-    client.loop_stop()
+    broker = socket.create_connection(("127.0.0.1", port))
+    filters = [mqtt5.TopicFilter("lab/+/inbound/+", max_qos=mqtt5.QoS.AT_LEAST_ONCE)]
+    broker.sendall(mqtt5.ConnectPacket("fleet-reader").write() + mqtt5.SubscribePacket(1, filters).write())
+    data = b""
+    while True:
+        ready = select.select([broker.fileno(), pipe.fileno()], [], [])[0]
+        if broker.fileno() in ready:
+            data += broker.recv(1 << 18)
+            now, place, acknowledgements = time.time(), 0, bytearray()
+            while True:
+                try:
+                    packet, length = mqtt5.read(memoryview(data)[place:])
+                except IndexError:
+                    break
+                place += length
+                if isinstance(packet, mqtt5.SubAckPacket):
+                    pipe.send("ready")
+                elif isinstance(packet, mqtt5.PublishPacket):
+                    assert packet.packet_id is not None
+                    acknowledgements += mqtt5.PubAckPacket(packet.packet_id).write()
+                    body = json.loads(packet.payload)
+                    key = (packet.topic, body["sequence"])
+                    duplicates += key in seen
+                    seen.add(key)
+                    latencies.append(now - body["time"])
+            data = data[place:]
+            broker.sendall(acknowledgements)
+        if pipe.fileno() in ready:
+            if pipe.recv() == "count":
+                pipe.send(len(seen))
+            else:
+                pipe.send((len(seen), duplicates, sorted(latencies)))
+                seen.clear()
+                latencies.clear()
+                duplicates = 0
 
 
 class Fleet:
@@ -134,7 +161,12 @@ class Fleet:
         stack.callback(self._sender.close)
         self._stack = stack
         broker = Mosquitto(
-            home / "broker", "allow_anonymous true", "max_queued_messages 0", "log_type error", verbose=False
+            home / "broker",
+            "allow_anonymous true",
+            "max_queued_messages 0",
+            "max_inflight_messages 1000",
+            "log_type error",
+            verbose=False,
         )
         stack.callback(broker.end)
         self.broker = broker.start()
@@ -308,12 +340,13 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--rate", type=int, help="use only this total rate of all boards")
+    parser.add_argument("--rounds", type=int, default=60, help="pairs of rounds for the local path (default 60)")
     parser.add_argument("--local", action="store_true", help="measure only the local path, with and without a gateway")
     args = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16_384)), hard))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as home, ExitStack() as stack:
-        say(local(Path(home), stack, 60))
+        say(local(Path(home), stack, args.rounds))
         if args.local:
             return 0
         fleet = Fleet(Path(home), stack, args.boards, args.processes)

@@ -27,6 +27,9 @@ from tests.faults.supervised import wait_path
 
 __all__ = ["Certificates", "Message", "Mosquitto", "Reader", "free_port"]
 
+PROGRAM = os.environ.get("INCO_TRIO_MOSQUITTO", "mosquitto")
+"""The broker; `tests/debian13.py` provides another version."""
+
 
 def free_port() -> int:
     """Return a TCP port that is unused on loopback."""
@@ -94,7 +97,7 @@ class Mosquitto:
         """Start or restart the broker, and return once it accepts connections."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["mosquitto", *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
+                [PROGRAM, *self._verbose, "-c", str(self.directory / "mosquitto.conf")],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         deadline = time.monotonic() + HANG

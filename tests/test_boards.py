@@ -149,7 +149,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
         ({"link": LINK, "irq_dir": "x"}, ["irq_dir: 'x' (expected an absolute path)"]),
         (
             {"link": LINK, "irq_dir": "/x", "iface": "y"},
-            ["iface: unknown key (expected one of link, config, irq_dir, netns)"],
+            ["iface: unknown key (expected one of link, config, irq_dir, netns, irq_owner)"],
         ),
         ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
         ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing (expected the "]),
@@ -538,3 +538,14 @@ async def test_20_boards_start_without_filling_the_inotify_queue(place: Place, m
     async with open_proxies(place.configs(*(f"b{number}" for number in range(20)))) as proxies:
         assert len(proxies) == 20
     assert (len(queued), max(queued)) == (20, 0)
+
+
+def test_a_board_file_may_name_the_owner_of_its_directory(tmp_path: Path) -> None:
+    entry = {"link": "a", "irq_dir": "/run/a", "irq_owner": "12:13"}
+    (tmp_path / "a.json").write_text(json.dumps(entry))
+    (tmp_path / "b.json").write_text(
+        json.dumps(entry | {"link": "b", "irq_dir": "/run/b", "irq_owner": "no such user"})
+    )
+    boards = read_boards(tmp_path)
+    assert (boards.configs["a"].owner, boards.configs["a"].group) == (12, 13)
+    assert str(boards.refused["b"]) == f"{tmp_path}/b.json: irq_owner: 'no such user': no such user or group"

@@ -183,12 +183,12 @@ def test_datagrams_of_any_size_are_counted_as_malformed(boards: Boards, daemon: 
         (
             ["run", "rpmsg0", "--boards", "/x"],
             2,
-            "--boards and IFACE exclude each other: a board's file names its link",
+            "--boards and LINK exclude each other: a board's file names its link",
         ),
         (["run", "--boards", "/x", "--irq-dir", "/y"], 2, "--boards and --irq-dir exclude each other: a board's file "),
         (["run", "--boards", "/x", "--wait-link"], 2, "--boards and --wait-link exclude each other: a board's file "),
         (["check", "--boards", "/x", "--config", "/y"], 2, "--boards and --config exclude each other: a board's file "),
-        (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and --iface exclude each other: a board's file "),
+        (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and LINK exclude each other: a board's file "),
     ],
 )
 def test_invalid_arguments_are_one_error_line(tmp_path: Path, words: list[str], code: int, line: str) -> None:

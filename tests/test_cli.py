@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -9,13 +10,20 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from inco_trio.cli import check, inco_proxy, main
-from inco_trio.cli.parser import COMMANDS
+from inco_trio.cli.doctor import EXITS
+from inco_trio.cli.exit_codes import CODES, EXIT_INTERNAL
+from inco_trio.cli.options import number_of_seconds, rate, seconds, size
+from inco_trio.cli.parser import COMMANDS, EXIT_CODES, GROUPS
+from inco_trio.cli.send import EXIT_NOT_SENT
+from inco_trio.cli.wait import EXIT_COMMAND, EXIT_NOT_ARRIVED
+from inco_trio.config import UDRV_SIZE_MAX
 from inco_trio.service import process_signals
 from netns.hang import HANG
 from tests.support_proxy import write_udrv
@@ -78,10 +86,86 @@ def test_help_fits_a_screen_and_has_an_example(say: Say, command: str) -> None:
 def test_help_names_the_commands(say: Say) -> None:
     code, out, _ = say("--help")
     assert code == 0
-    assert all(re.search(rf"^    {command}\s", out, re.MULTILINE) for command in COMMANDS)
-    assert "exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage," in out
-    # The help has one line for each command and at most 16 others.
-    assert len(out.splitlines()) <= len(COMMANDS) + 16
+    grouped = [command for commands in GROUPS.values() for command in commands]
+    assert sorted([*grouped, "s6", "help"]) == sorted(COMMANDS)
+    assert all(re.search(rf"^  {command} .*{re.escape(COMMANDS[command])}$", out, re.MULTILINE) for command in grouped)
+    assert all(f"\n{purpose}:\n" in out for purpose in GROUPS)
+    # The help has one line for each command and at most 18 others.
+    assert len(out.splitlines()) <= len(grouped) + 18
+    for words in ((), ("help",)):
+        assert say(*words) == (0, out, "")
+
+
+def test_help_explains_a_command_and_the_exit_codes(say: Say) -> None:
+    assert say("help", "send") == say("send", "--help")
+    code, out, err = say("help", "exit-codes")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [f"{number:3}  {meaning}" for number, meaning in EXIT_CODES.items()]
+    assert {*CODES.values(), EXIT_INTERNAL, 0, *EXITS.values(), EXIT_NOT_ARRIVED, EXIT_COMMAND, EXIT_NOT_SENT, 130} == {
+        *EXIT_CODES
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("stat",), "inco-trio: error: unknown command 'stat': did you mean status?"),
+        (("xyz",), "inco-trio: error: unknown command 'xyz'"),
+        (("status", "--jso"), "inco-trio status: error: unrecognized arguments: --jso: did you mean --json?"),
+        (("status", "--watcj=1"), "inco-trio status: error: unrecognized arguments: --watcj=1: did you mean --watch?"),
+        (("record", "x", "--xyz"), "inco-trio record: error: unrecognized arguments: --xyz"),
+        (("help", "exit"), "inco-trio help: error: argument TOPIC: invalid choice: 'exit'"),
+        (
+            ("send", "redun_notif_irq", "--irq-dir", "/x"),
+            "inco-trio: error: redun_notif_irq: no such signal (expected one of: redun_notify_irq); did you mean redun",
+        ),
+    ],
+)
+def test_similar_words_are_suggested(say: Say, words: tuple[str, ...], complaint: str) -> None:
+    code, out, err = say(*words)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(complaint)
+    # A usage error shows the usage of the command.
+    assert len(err.splitlines()) == 1 or err.startswith(f"usage: {complaint.partition(':')[0]} ")
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "value"),
+    [
+        (seconds, "0", 0),
+        (seconds, "1.5", 1.5),
+        (seconds, "1e-3", 1e-3),
+        (number_of_seconds, "250ms", 0.25),
+        (number_of_seconds, "10s", 10),
+        (number_of_seconds, "5m", 300),
+        (number_of_seconds, "2h", 7200),
+        (number_of_seconds, "1.5d", 129600),
+        (rate, "2k", 2000),
+        (size, "100", 100),
+        (size, "500k", 500_000),
+        (size, "10M", 10_000_000),
+        (size, "1Gi", 2**30),
+    ],
+)
+def test_numbers_have_units(read: Callable[[str], float], text: str, value: float) -> None:
+    assert read(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "s", "1x", "1 s", "-1s", "nan", "inf", "1.2.3", "0x10", "1e999", "1S"])
+def test_other_units_are_refused(text: str) -> None:
+    for read in (seconds, number_of_seconds, rate, size):
+        with pytest.raises(ArgumentTypeError, match=re.escape(f"{text!r}: expected a ")):
+            read(text)
+
+
+def test_the_example_configuration_is_valid(say: Say, tmp_path: Path) -> None:
+    code, out, err = say("check", "--example")
+    assert (code, err) == (0, "")
+    (tmp_path / "u.json").write_text(out)
+    code, out, err = say("check", "--config", tmp_path / "u.json")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 5
+    assert "note: " not in out
 
 
 def test_help_of_inco_proxy_has_an_example(say: Say) -> None:
@@ -93,7 +177,6 @@ def test_help_of_inco_proxy_has_an_example(say: Say) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        (),
         ("nonsense",),
         ("run", "--nonsense"),
         ("run", "rpmsg4000", "surplus"),
@@ -122,7 +205,7 @@ def test_wrong_arguments_of_inco_proxy_print_the_usage(say: Say, arguments: tupl
         (("run",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
         (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
-        (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected a directory to write, or --systemd)"),
+        (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected the scan directory to write)"),
         (("demo", "--count", "0"), "the demonstration needs a count of 1 or more and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
@@ -161,6 +244,7 @@ UNIX_EXPLANATION = (
 )
 
 
+@pytest.mark.parametrize("option", [(), ("--iface",)], ids=["argument", "former option"])
 @pytest.mark.parametrize(
     ("link", "explanation"),
     [
@@ -171,11 +255,11 @@ UNIX_EXPLANATION = (
         ),
     ],
 )
-def test_check_explains_a_link(say: Say, link: str, explanation: str) -> None:
-    code, out, err = say("check", "--config", SAMPLE, "--iface", link)
+def test_check_explains_a_link(say: Say, link: str, explanation: str, option: tuple[str, ...]) -> None:
+    code, out, err = say("check", "--config", SAMPLE, *option, link)
     assert (code, err) == (0, "")
     assert f"link: {explanation}" in out.splitlines()
-    _, out, _ = say("check", "--config", SAMPLE, "--iface", link, "--json")
+    _, out, _ = say("check", "--config", SAMPLE, *option, link, "--json")
     assert json.loads(out)["link"] == explanation
 
 
@@ -190,7 +274,7 @@ def test_check_prints_json(say: Say, tmp_path: Path) -> None:
     code, out, _ = say("check", "--config", udrv, "--json")
     assert code == 0
     found = json.loads(out)
-    assert {"name": "b_irq", "direction": "outbound", "register": "/irq/b_trig"} in found["signals"]
+    assert {"signal": "b_irq", "direction": "outbound", "register": "/irq/b_trig"} in found["signals"]
     assert [signal["direction"] for signal in found["signals"]] == ["inbound"] * 3 + ["outbound"] * 2
     regs = ("ihub_reset_irq", "ihub_hwwd_irq", "redun_notify_trig")
     assert [note.partition(" is missing")[0] for note in found["notes"]] == [
@@ -243,6 +327,21 @@ def test_a_systemd_unit_is_printed(say: Say) -> None:
     assert code == 0
     assert "[Service]" in out
     assert "rpmsg16" in out
+
+
+def test_service_writes_what_s6_writes(say: Say, tmp_path: Path) -> None:
+    unit = say("s6", "--systemd", "--iface", "rpmsg16", "--config", SAMPLE)
+    assert say("service", "systemd", "rpmsg16", "--config", SAMPLE) == unit
+    options = ("--config", SAMPLE, *(("--user", "root") if os.geteuid() == 0 else ()))
+    code, out, _ = say("service", "s6", tmp_path / "scan", "rpmsg16", *options)
+    assert code == 0
+    assert f"created {tmp_path}/scan/inco-trio-rpmsg16/run" in out
+    assert say("s6", tmp_path / "scan", "--iface", "rpmsg16", *options) == (0, "nothing changed\n", "")
+    for words, said in (
+        (("systemd", "a", "b"), "a: `service systemd` prints a unit and takes no SCANDIR"),
+        (("s6",), "SCANDIR: missing (expected the scan directory to write)"),
+    ):
+        assert say("service", *words, "--config", SAMPLE) == (2, "", f"inco-trio: error: {said}\n")
 
 
 def test_importing_the_package_has_no_side_effect() -> None:
@@ -302,6 +401,24 @@ def test_a_command_imports_only_what_it_needs(command: list[str], unwanted: set[
 
 
 # The following tests run the command in this process, because coverage cannot measure these failures in a child.
+
+
+def test_a_configuration_can_be_standard_input(say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SAMPLE.read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert say("check", "--config", "-") == say("check", "--config", SAMPLE)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    code, _, err = say("check", "--config", "-")
+    assert code == 78
+    assert err.startswith("inco-trio: error: standard input: ")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" " * (UDRV_SIZE_MAX + 1))))
+    assert say("check", "--config", "-")[0] == 78
+    monkeypatch.setattr(sys, "stdin", None)
+    assert say("check", "--config", "-") == (71, "", "inco-trio: error: standard input is closed\n")
+    said = "--config -: this command reads its configuration from a file only"
+    assert say("service", "systemd", "--config", "-") == (2, "", f"inco-trio: error: {said}\n")
+    said = "--record -: must be a path: it cannot be standard input or standard output"
+    assert say("demo", "--record", "-") == (2, "", f"inco-trio: error: {said}\n")
 
 
 def test_a_removed_working_directory_is_an_error(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def test_the_socket_greets_and_reports_the_status(board: Board) -> None:
     assert signals["ihub_hwwd_irq"]["register"] == f"{board.irq}/message_5_state"
     assert (status["open"], status["running"], status["descriptors"], status["link"]) == (True, True, None, board.link)
     assert (status["counters"]["received"], status["counters"]["sent"]) == (1, 2)
-    assert [task["problem"] for task in status["tasks"]] == [None] * 6
+    assert [task["problem"] for task in status["tasks"]] == [None] * 7
 
 
 def test_the_status_contains_current_problems(board: Board) -> None:
@@ -279,6 +279,8 @@ def test_an_endless_line_closes_only_its_connection(board: Board) -> None:
     assert client.at_end()
     assert board.status()["open"]
     assert "Traceback" not in proxy.log
+    assert f"closed the connection of a client of user {os.getuid()}" in proxy.log
+    assert f"a line is longer than {LINE_MAX} bytes" in proxy.log
 
 
 def test_split_and_pipelined_requests_are_answered_in_order(board: Board) -> None:
@@ -311,12 +313,15 @@ def test_clients_beyond_the_limit_are_refused_until_others_leave(board: Board) -
             client.sock.shutdown(socket.SHUT_WR)
         refused = Client(board.path, stack)
         assert refused.greeting["error"] == "busy"
+        assert Client(board.path, stack).greeting["error"] == "busy"
         for client in clients[:2]:
             client._file.close()
             client.sock.close()
         assert "protocol" in Client(board.path, stack).greeting
     assert board.status()["open"]
+    said = f"control: refused a client of user {os.getuid()} (pid {os.getpid()}): {CLIENTS_MAX} clients are connected"
     assert proxy.stop() == 0
+    assert proxy.log.count(said) == proxy.log.count("refused a client") == 1
 
 
 def test_a_client_that_disconnects_midway_does_no_harm(board: Board) -> None:
@@ -627,12 +632,36 @@ def test_notifications_beyond_the_limit_are_merged_by_signal(board: Board) -> No
         ({"request": "follow", "boards": "x"}, "invalid"),
         ({"request": "follow", "boards": [1]}, "invalid"),
         ({"request": "acknowledge", "board": "x", "sequence": 1}, "invalid"),
+        ({"request": "acknowledge-all", "positions": []}, "invalid"),
         ({"request": "forget", "boards": {}}, "invalid"),
     ],
 )
 def test_invalid_follower_requests_are_refused(board: Board, request_: dict[str, object], error: str) -> None:
     board.running()
     assert board.client().ask(request_)["error"] == error
+
+
+def test_a_follower_may_receive_and_acknowledge_notifications_in_batches(board: Board) -> None:
+    peer = board.core1()
+    board.running()
+    name, client = f"{board.home}/core0", board.client()
+    boot = client.ask({"request": "follow", "batches": True})["follow"][name]["boot"]
+    number = 300
+    for _ in range(number):
+        board.inbound(peer)
+    board.trigger()
+    told: list[tuple[int, str, str]] = []
+    while len(told) < number + 1:
+        batch = client.until(event="notifications", board=name, boot=boot)
+        for sequence, (index, time_, monotonic_ns) in enumerate(batch["items"], batch["sequence"]):
+            assert time_ > 0
+            assert monotonic_ns > 0
+            told.append((sequence, *batch["signals"][index]))
+    assert sorted(signal for _, _, signal in told) == ["ihub_hwwd_irq"] * number + ["redun_notify_irq"]
+    assert [sequence for sequence, *_ in told] == [*range(1, number + 2)]
+    positions = [[name, boot, 200], ["missing", boot, 1], [name, "other", 250]]
+    assert client.ask({"request": "acknowledge-all", "positions": positions}) == {"acknowledged": 1}
+    assert board.status()["history"]["acknowledged"] == 200
 
 
 def test_invalid_acknowledgements_are_refused(board: Board) -> None:

@@ -24,7 +24,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
         near, far = tmp_path / "near", tmp_path / "far"
         ends = {"core0": (near, tmp_path / "core0"), "core1": (far, tmp_path / "guest")}
         for end, (local, peer) in ends.items():
-            words = ["mqtt-link", f"{broker.url}/wire", "--link", f"unix:{local},peer={peer}", "--end", end]
+            words = ["mqtt-link", f"{broker.url}/wire", f"unix:{local},peer={peer}", "--end", end]
             bridge = Gateway(tmp_path / f"{end}.log", *words)
             stack.callback(bridge.close)
             bridge.wait_ready()

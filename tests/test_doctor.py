@@ -934,7 +934,7 @@ def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str]
     for words, said in (
         (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config exclude each other"),
         (["--boards", "a", "--config", "b"], "--boards and --config exclude each other: a board's file names its link"),
-        (["l0", "--boards", "a"], "--boards and IFACE exclude each other"),
+        (["l0", "--boards", "a"], "--boards and LINK exclude each other"),
         (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),

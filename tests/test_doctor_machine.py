@@ -116,7 +116,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
     assert result["fix"].endswith(f" inco-trio run {cores.link}")
     if not ROOT:
         return  # setpriv cannot switch to another user here.
-    # The user nobody may be unable to run this Python, so a script prints the capabilities that it received.
+    # The ordinary user may be unable to run this Python, so a script prints the capabilities that it received.
     with tempfile.TemporaryDirectory() as home:
         Path(home).chmod(0o755)
         program = Path(home, "inco-trio")
@@ -130,7 +130,7 @@ def test_the_fix_gives_an_ordinary_user_the_capability(cores: Cores, nobody: lis
         tree.put("proc/self/status", given)
         (after,) = machine.capability(cores.link, tree.root)
     assert after.level.name == "OK"
-    assert after.found == f"this user (uid {pwd.getpwnam('nobody').pw_uid}) has CAP_NET_RAW"
+    assert after.found == f"this user (uid {pwd.getpwnam('daemon').pw_uid}) has CAP_NET_RAW"
 
 
 def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) -> None:
@@ -492,11 +492,12 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
 
 def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_path: Path) -> None:
     link, irq = unix_link(tmp_path, "l"), tmp_path / "irq"
-    send = f"{sys.executable} -m inco_trio send --as core1 unix:{tmp_path}/l.1,peer={tmp_path}/l.0"
+    send = f"{sys.executable} -m inco_trio send"
+    as_core1 = f"unix:{tmp_path}/l.1,peer={tmp_path}/l.0 --as core1"
     setup = f"""
         rm {irq}/message_4_state; mkdir {irq}/message_4_state
-        {send} unknown_irq
-        {send} ihub_reset_irq
+        {send} unknown_irq {as_core1}
+        {send} ihub_reset_irq {as_core1}
         until {sys.executable} -m inco_trio status --json | grep -q '"pending": 1'; do :; done
     """
     code, found = survey(cores.core0, tmp_path, (link, "--irq-dir", irq), setup=setup)

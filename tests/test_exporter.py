@@ -240,7 +240,9 @@ def test_concurrent_scrapes_share_one_query(tmp_path: Path) -> None:
     assert connections == 1
 
 
-def test_idle_connections_are_limited_and_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_limited_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(http_server, "CONNECTIONS_MAX", 20)
     clock = trio.testing.MockClock()
 
@@ -262,6 +264,7 @@ def test_idle_connections_are_limited_and_closed(tmp_path: Path, monkeypatch: py
             # The connection limit closed the oldest connection; the request deadline closes the others.
             assert await idle[0].receive_some() == b""
             clock.jump(http_server.REQUEST_PATIENCE)
+            assert caplog.messages.count("connections: more than 20: the oldest ones are closed") == 1
             for stream in (*idle, *half):
                 assert await stream.receive_some() == b""
                 await stream.aclose()

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from inco_trio.control.feed import Batch
 from inco_trio.control.monitors import Follower
-from inco_trio.control.protocol import Event
+from inco_trio.control.protocol import Event, Notifications, decode_reply
 from inco_trio.persist import history as room
 from inco_trio.persist.history import History
 from inco_trio.persist.inflight import Inflight
@@ -26,6 +26,20 @@ SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
 FEW = 6
+
+
+def single_events(line: str) -> list[Event]:
+    """Return the events of one line; the event `notifications` stands for several."""
+    reply = decode_reply(line.encode())
+    if isinstance(reply, Event):
+        return [reply]
+    assert isinstance(reply, Notifications)
+    return [
+        Event(
+            "notification", reply.board, time, monotonic_ns, *reply.signals[index], sequence=sequence, boot=reply.boot
+        )
+        for sequence, (index, time, monotonic_ns) in enumerate(reply.items, reply.sequence)
+    ]  # fmt: skip
 
 
 class Walk(RuleBasedStateMachine):
@@ -53,7 +67,7 @@ class Walk(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.follower is None:
-            self.follow()
+            self.follow(batches=True)
         while self.history.waiting:
             self.read()
             self.acknowledge(len(self.unacknowledged))
@@ -76,12 +90,12 @@ class Walk(RuleBasedStateMachine):
             self.follower.carried(Batch(BOARD, signals, 0, (), 0, 0))
 
     @precondition(lambda self: not self.steady or self.follower is None)
-    @rule()
-    def follow(self) -> None:
+    @rule(batches=st.booleans())
+    def follow(self, batches: bool) -> None:
         """Start another follower, which may receive unacknowledged notifications a second time."""
         self.killed |= bool(self.unacknowledged)
         self.unacknowledged = []
-        self.follower = Follower()
+        self.follower = Follower(batches=batches)
         self.follower.begin(BOARD, self.history)
 
     @precondition(lambda self: not self.steady)
@@ -99,7 +113,7 @@ class Walk(RuleBasedStateMachine):
     @rule()
     def read(self) -> None:
         assert self.follower is not None
-        events = list(self.follower._stored())
+        events = [event for line in self.follower._stored() for event in single_events(line)]
         numbers = [event.sequence for event in events if event.event == "notification"]
         assert numbers == sorted(set(numbers))
         for event in events:

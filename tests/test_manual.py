@@ -71,7 +71,7 @@ def test_an_epilog_becomes_sections_and_is_escaped_for_roff() -> None:
         ".SH DESCRIPTION\nWhat it does.\n.PP\nFirst words, more of them.\n",
         ".PP\nLast words with \\fBcode \\-\\-x\\fR in them.\n",
         ".TP\n\\fB\\-\\-level\\fR [\\fIN\\fR]\nup to \\fIN\\fR of 100% (default: 3)\n",
-        ".B 1\nbad, or worse\n.TP\n.B 2\nusage\n.TP\n.B 9\nboth\n",
+        ".B 1\nbad, or worse\n.TP\n.B 2\ninvalid arguments\n.TP\n.B 9\nboth\n",
         ".EX\n\\&.run \\(aqa\\(aq \\en\nsecond \\-\\-one\n.EE\n",
     ):
         assert part in page
@@ -239,13 +239,14 @@ def test_the_commands_of_the_readme_enable_completion(
     ("line", "offered"),
     [
         ("inco-trio r", {command for command in COMMANDS if command.startswith("r")}),
-        ("inco-trio run --irq", {"--irq-dir"}),
+        ("inco-trio run --irq", {"--irq-dir", "--irq-owner"}),
         ("inco-trio run --log-format ", {"text", "json"}),
         ("inco-trio run l", {"lo"}),
-        ("inco-trio check --iface l", {"lo"}),
+        ("inco-trio check l", {"lo"}),
+        ("inco-trio send ", {"redun_notify_irq"}),
         ("inco-trio wait ", SIGNALS),
         ("inco-trio wait --as cor", {"core1"}),
-        ("inco-trio wait --as core1 l", {"lo"}),
+        ("inco-trio wait ihub_hwwd_irq l", {"lo"}),
         ("inco-trio monitor --signal ihub_h", {"ihub_hwwd_irq"}),
         ("inco-trio check --config ud", {"udrv.json"}),
         ("inco-trio run --irq-dir i", {"irq/"}),

@@ -16,55 +16,14 @@ from inco_trio.mqtt.configuration import parse_broker
 from inco_trio.mqtt.topics import level
 from netns.fixtures import Proxy
 from netns.hang import HANG
-from tests.mosquitto import Gateway, Mosquitto, Reader
+from tests.mosquitto import Gateway, Reader
 from tests.support_control import FRAME, Board
+from tests.support_mqtt import Bench
 
 pytestmark = pytest.mark.tools
 
 PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
 README = Path(__file__).parents[1] / "README.md"
-
-
-class Bench:
-    """A broker, a board with its proxy, and a gateway that connects them."""
-
-    def __init__(self, home: Path, stack: ExitStack) -> None:
-        self.home, self.stack = home, stack
-        self.board = Board(home, stack)
-        self.broker = Mosquitto(home / "broker", "allow_anonymous true", f"persistence_location {home}/broker/",
-                                "persistence true", "max_queued_messages 0")  # fmt: skip
-        stack.callback(self.broker.end)
-        self.name = level(f"{home}/core0")
-
-    def proxy(self) -> Proxy:
-        return self.board.running()
-
-    def gateway(self, **config: object) -> Gateway:
-        file = self.home / "gateway.json"
-        file.write_text(json.dumps(config))
-        words = ("mqtt", self.broker.url, "--control", self.board.path, "--config", file)
-        gateway = Gateway(self.home / "gateway.log", *words)
-        self.stack.callback(gateway.close)
-        gateway.wait_ready()
-        return gateway
-
-    def kill_broker(self, gateway: Gateway, reader: Reader) -> None:
-        """Kill and restart the broker.
-
-        A killed mosquitto loses messages that it has acknowledged but not delivered, so first wait until it has
-        delivered all messages. It also loses its sessions, so the reader reconnects before the gateway continues.
-        """
-        gateway.process.send_signal(signal.SIGSTOP)
-        reader.settle()
-        self.broker.end(signal.SIGKILL)
-        self.broker.start()
-        reader.settle()
-        gateway.process.send_signal(signal.SIGCONT)
-
-    def reader(self) -> Reader:
-        reader = Reader(self.broker)
-        self.stack.callback(reader.close)
-        return reader
 
 
 @pytest.fixture

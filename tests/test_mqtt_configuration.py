@@ -12,6 +12,7 @@ import pytest
 from inco_trio.errors import ConfigError, IncoError, InvalidArgumentError, PermissionDeniedError
 from inco_trio.mqtt.configuration import Credentials, GatewayConfig, Identity, parse_broker, read_gateway
 from inco_trio.mqtt.topics import Topics, level, name_of
+from inco_trio.signals import Direction
 from tests.support_control import COMMAND
 
 PAGE = Path(__file__).parents[1] / "docs/mqtt.md"
@@ -176,7 +177,7 @@ def test_a_board_name_stays_one_topic_level(name: str) -> None:
     assert name_of(level(name)) == name
     topics = Topics("lab", "x/y")
     assert topics.signal_of(topics.sends.removesuffix("+") + level(name)) == name
-    assert topics.notification("inbound", name).count("/") == 3
+    assert topics.notification(Direction.INBOUND, name).count("/") == 3
 
 
 def test_check_prints_what_a_gateway_may_send(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -26,6 +28,7 @@ from inco_trio.mqtt.bridge import Bridge, _open_link
 from inco_trio.mqtt.bridge_codec import Batch
 from inco_trio.mqtt.bridge_progress import WINDOW
 from inco_trio.mqtt.configuration import parse_broker
+from inco_trio.mqtt.session import Limits
 from inco_trio.persist.fdstore import NoFdStore
 from netns.fixtures import Consumer, Proxy
 from netns.hang import HANG
@@ -74,10 +77,10 @@ class Core:
 class Bench:
     """A broker and two cores whose bridge is not running yet."""
 
-    def __init__(self, home: Path, stack: ExitStack) -> None:
+    def __init__(self, home: Path, stack: ExitStack, *lines: str) -> None:
         self.home, self.stack = home, stack
         self.broker = Mosquitto(
-            home / "broker", "allow_anonymous true", f"persistence_location {home}/broker/", "persistence true"
+            home / "broker", *lines, "allow_anonymous true", f"persistence_location {home}/broker/", "persistence true"
         )
         stack.callback(self.broker.end)
         self.broker.start()
@@ -87,7 +90,7 @@ class Bench:
 
     def words(self, end: int) -> list[str]:
         link = f"unix:{self.home}/wire{end},peer={self.home}/core{end}"
-        return ["mqtt-link", f"{self.broker.url}/wire", "--link", link, "--end", f"core{end}"]
+        return ["mqtt-link", f"{self.broker.url}/wire", link, "--end", f"core{end}"]
 
     def bridge(self, end: int) -> Gateway:
         bridge = Gateway(self.home / f"wire{end}.log", *self.words(end))
@@ -147,6 +150,54 @@ def test_malformed_and_foreign_datagrams_are_counted(bench: Bench) -> None:
     assert [there.receive() for _ in range(3)] == [frame(n) for n in (1, 2, 3)]
     told = counters(bridges[0], 3)
     assert (told["published"], told["malformed"], told["foreign"]) == (3, 6, 1)
+
+
+def test_a_frame_that_is_larger_than_the_brokers_packets_does_not_block_others(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, stack, "max_packet_size 700")
+        bridges = bench.joined()
+        here, there = bench.cores
+        # While the bridge is stopped, frames wait, so that it reads several of them at once.
+        os.kill(bridges[0].process.pid, signal.SIGSTOP)
+        small = [frame(number) + bytes(200) for number in range(6)]
+        for data in (*small[:4], bytes(1500), small[4], bytes(1400), small[5]):
+            here.send(data)
+        os.kill(bridges[0].process.pid, signal.SIGCONT)
+        assert [there.receive() for _ in small] == small
+        told = counters(bridges[0], len(small))
+        assert (told["published"], told["too_large"]) == (len(small), 2)
+        assert counters(bridges[1])["missed"] == 0
+        assert "dropped a frame of 1500 bytes (counter too_large): its packet has " in bridges[0].log
+        for bridge in bridges:
+            assert "the broker allows packets of 700 bytes, but the longest frames need " in bridge.log
+
+
+def test_the_longest_frame_fits_into_the_packets_that_the_bridge_asks_for(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        bench = Bench(tmp_path, stack, "max_packet_size 700")
+        bench.bridge(0).wait_log("the longest frames need ")
+        (needed,) = {int(number) for number in re.findall(r"frames need (\d+)", (tmp_path / "wire0.log").read_text())}
+    home = tmp_path / "again"
+    home.mkdir()
+    with ExitStack() as stack:
+        bench = Bench(home, stack, f"max_packet_size {needed}")
+        bridges = bench.joined()
+        bench.cores[0].send(bytes(FRAME_MAX))
+        assert bench.cores[1].receive() == bytes(FRAME_MAX)
+        assert "the longest frames need" not in bridges[0].log
+
+
+def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    address = parse_address(f"unix:{tmp_path}/wire,peer={tmp_path}/core")
+    assert isinstance(address, UnixAddress)
+    bridge = Bridge(parse_broker("mqtt://127.0.0.1"), ("core0", "core1"), address, NoFdStore())
+    limits = Limits("id", False, 60, 30, 20, None, 2, False, 0, True, True)
+    bridge._check_limits(limits)
+    assert "keeps frames only for 60 s while a side is offline" in caplog.text
+    assert "keeps no retained messages" in caplog.text
+    caplog.clear()
+    bridge._check_limits(attrs.evolve(limits, session_expiry=86_400, retain_available=True))
+    assert caplog.text == ""
 
 
 def test_frames_wait_for_a_side_that_was_never_started(bench: Bench) -> None:
@@ -524,12 +575,12 @@ def test_nothing_is_lost_under_s6_when_any_process_restarts(bench: Bench) -> Non
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["mqtt://h", "--link", "eth0", "--end", "core0"], "a bridge joins Unix sockets"),
-        (["mqtt://h", "--link", "unix:/a", "--end", "core0"], "peer=REMOTE is missing"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core2"], "invalid choice: 'core2'"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b"], "--end"),
-        (["http://h", "--link", "unix:/a,peer=/b", "--end", "core0"], "mqtt://"),
-        (["mqtt://h", "--link", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
+        (["mqtt://h", "eth0", "--end", "core0"], "a bridge joins Unix sockets"),
+        (["mqtt://h", "unix:/a", "--end", "core0"], "peer=REMOTE is missing"),
+        (["mqtt://h", "unix:/a,peer=/b", "--end", "core2"], "invalid choice: 'core2'"),
+        (["mqtt://h", "unix:/a,peer=/b"], "--end"),
+        (["http://h", "unix:/a,peer=/b", "--end", "core0"], "mqtt://"),
+        (["mqtt://h", "unix:/a,peer=/b", "--end", "core0", "--fd-holder", "/x"], "S6_FD#"),
     ],
 )
 def test_invalid_arguments_are_refused(words: list[str], text: str) -> None:
@@ -544,7 +595,7 @@ def test_an_unusable_socket_path_is_an_error(tmp_path: Path) -> None:
     taken.write_text("")
     for path, code in ((tmp_path / "missing/wire", 69), (taken, 69)):
         done = subprocess.run(
-            [*COMMAND, *words, "--link", f"unix:{path},peer={tmp_path}/core"],
+            [*COMMAND, *words, f"unix:{path},peer={tmp_path}/core"],
             capture_output=True,
             text=True,
             check=False,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from inco_trio.control import protocol
 from inco_trio.control.protocol import (
+    AcknowledgeAllRequest,
     AcknowledgeRequest,
     BoardStatus,
     Event,
@@ -28,6 +29,7 @@ from inco_trio.control.protocol import (
     LineBuffer,
     MessageError,
     MonitorRequest,
+    Notifications,
     Request,
     RequestError,
     Response,
@@ -36,6 +38,7 @@ from inco_trio.control.protocol import (
     decode_greeting,
     decode_reply,
     decode_request,
+    encode_notifications,
 )
 from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
@@ -52,6 +55,7 @@ REQUESTS: list[tuple[Request, object, Response]] = [
     (FlushRequest(), True, Response()),
     (FollowRequest(frozenset({"b"})), {"b": Followed("5f", 1, 3)}, Response(follow={"b": Followed("5f", 1, 3)})),
     (AcknowledgeRequest("b", 3, "5f"), 3, Response(acknowledged=3)),
+    (AcknowledgeAllRequest([["b", "5f", 3]]), 1, Response(acknowledged=1)),  # type: ignore[list-item]
     (ForgetRequest(), ["b"], Response(forgotten=("b",))),
 ]
 EVENTS = [
@@ -106,7 +110,16 @@ def test_unknown_keys_and_events_are_accepted() -> None:
     assert decode_reply(b'{"event": "new", "more": [1], "time": 1}') == Event("new", time=1)
 
 
+def test_notifications_round_trip() -> None:
+    signals = ((Direction.INBOUND, "a"), (Direction.OUTBOUND, "b"))
+    batch = Notifications("b1", "5f0c", 7, signals, [(0, 1.5, 3), (1, 2.5, 4), (0, 3.5, 5)])
+    decoded = decode_reply(encode_notifications(batch).encode())
+    assert isinstance(decoded, Notifications)
+    assert attrs.evolve(decoded, signals=tuple(decoded.signals)) == batch
+
+
 DEEP = b"[" * 100_000
+BATCH = b'{"event": "notifications", "board": "b", "boot": "5f", "sequence": 1, "signals": %s, "items": %s}'
 
 
 @pytest.mark.parametrize(
@@ -133,6 +146,16 @@ DEEP = b"[" * 100_000
         (b'{"status": [{"open": false}]}', r"status\[0\]\.board: missing"),
         (b'{"follow": {"b": 1}}', r"follow\.b: a number \(expected a table\)"),
         (b'{"sent": true}', "sent: a boolean \\(expected a whole number"),
+        (b'{"event": "notifications"}', "the event notifications is not valid: null"),
+        (BATCH % (b"[]", b"[[0, 1.5, 2]]"), "an item with values out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[-1, 1.5, 2]]"), "an item with values out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1e999, 2]]"), "an item with values out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1, 2]]"), "an item with values of other types"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1.5, true]]"), "an item with values of other types"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1.5]]"), "the event notifications is not valid"),
+        (BATCH % (b'[["up", "x"]]', b"[]"), "expected inbound or outbound"),
+        (BATCH % (b"[1]", b"[]"), "the event notifications is not valid"),
+        (BATCH % (b"[]", b"1"), "the event notifications is not valid"),
         (b'{"forgotten": [1]}', r"forgotten\[0\]: a number \(expected a string\)"),
     ],
 )
@@ -162,6 +185,8 @@ def test_greetings_of_other_programs_are_refused(line: bytes, text: str) -> None
         (b'{"request": "send", "signal": null}', "signal: null (expected a string)"),
         (b'{"request": "send", "signal": 1}', "signal: a number (expected a string)"),
         (b'{"request": "send", "signal": "x", "count": 1e1}', "count: a number (expected a whole number"),
+        (b'{"request": "acknowledge-all", "positions": [["b1", 1]]}', "positions: a list (expected a list of lists"),
+        (b'{"request": "follow", "batches": 1}', "batches: a number (expected true or false)"),
         (b'{"request": "monitor", "direction": "up"}', "direction: 'up' (expected inbound or outbound)"),
         (b'{"request": "monitor", "signals": [1]}', "signals: a list (expected a list of strings)"),
         (b'{"request": "monitor", "frames": "%s"}' % (b"x" * 99), f"frames: '{'x' * 59}... (expected true or false)"),

@@ -320,7 +320,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
         (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: otherwise there is one file"),
-        (("FILE", "--duration", "0"), 2, "'0': expected a number of seconds above 0"),
+        (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),
     ],
 )
@@ -339,3 +339,36 @@ def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 71
     assert done.stderr == f"inco-trio: error: {tmp_path}: cannot be written: Is a directory\n"
+
+
+def test_recording_ends_when_the_reader_of_its_pipe_has_gone(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    board.running()
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    running = start(tmp_path / "fifo", "--control", board.path)
+    os.close(reader)
+    _, err = running.process.communicate(timeout=HANG)
+    assert running.process.returncode == 0
+    assert err == f"inco-trio: 0 notifications in {tmp_path}/fifo\n"
+
+
+def test_standard_output_is_recorded_until_its_reader_ends(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    board.running()
+    peer = board.core1()
+    running = start("-", "--control", board.path)
+    board.inbound(peer)
+    assert running.process.stdout is not None
+    with subprocess.Popen(
+        ["tshark", "-l", "-c", "1", "-r", "-"], stdin=running.process.stdout, stdout=subprocess.PIPE, text=True
+    ) as shark:
+        running.process.stdout.close()
+        out, _ = shark.communicate(timeout=HANG)
+    assert "0x8800" in out
+    assert running.process.wait(HANG) == 0
+    done = subprocess.run([*COMMAND, "record", "-", "--size", "1M"], capture_output=True, text=True, check=False)
+    said = "inco-trio: error: FILE -: standard output cannot be split (omit --size and --period)\n"
+    assert (done.returncode, done.stderr) == (2, said)

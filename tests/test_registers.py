@@ -229,7 +229,7 @@ def test_a_missing_permission_is_named_in_the_error(
 
 def test_an_unreadable_directory_is_refused(start: StartWorld, irq: Path, notify: Signal) -> None:
     irq.mkdir(parents=True)
-    irq.chmod(0o333)
+    irq.chmod(0o300)
     world = start(notify, opened=False)
     with (
         without_capability(CAP_DAC_OVERRIDE),
@@ -699,8 +699,8 @@ def test_a_directory_replaced_while_it_is_opened_is_followed(
     world = start(notify, opened=False)
     really_open = Directories._open
 
-    def late(directories: Directories, directory: Directory) -> None:
-        really_open(directories, directory)
+    def late(directories: Directories, directory: Directory, *, make: bool) -> None:
+        really_open(directories, directory, make=make)
         patch.undo()
         # The parent directory is renamed before the proxy watches it, so no event reports the rename.
         irq.parent.rename(tmp_path / "above")

@@ -148,8 +148,8 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
         (("f", "x", "--as", "core0"), 2, "--as core0 writes triggers and takes no LINK: give --irq-dir or --config"),
         (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed exclude each other"),
-        (("f", "x", "--speed", "0"), 2, "--speed 0: expected a number above 0"),
-        (("f", "x", "--wait", "nan"), 2, "--wait nan: expected a number of seconds, 0 or more"),
+        (("f", "x", "--speed", "0"), 2, "argument --speed: '0': expected a number above 0"),
+        (("f", "x", "--wait", "nan"), 2, "argument --wait: 'nan': expected a duration, 0 or more"),
         (("f", "--irq-dir", "a", "--config", "b"), 2, "--irq-dir and --config exclude each other"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -160,7 +160,8 @@ def test_an_invalid_recording_is_an_error(tmp_path: Path, arguments: tuple[str, 
     home = str(tmp_path)
     words = [f"{home}/{arguments[0]}", *(word.replace("HOME", home) for word in arguments[1:])]
     ended, out, err = replay(*words)
-    assert (ended, out, len(err.splitlines())) == (code, "", 1)
+    assert (ended, out) == (code, "")
+    assert len(err.splitlines()) == 1 or err.startswith("usage: inco-trio replay")
     assert said.replace("HOME", home) in err
 
 
@@ -265,6 +266,19 @@ def test_a_classic_pcap_of_a_recording_keeps_directions_and_marks(mixed: Path, t
     subprocess.run(["editcap", "-F", "nsecpcap", str(mixed), str(out)], check=True, timeout=HANG)
     kept = [entry for entry in entries(out) if isinstance(entry, Mark) or entry.signal == "b_irq"]
     assert kept == entries(mixed)[1:3]
+
+
+def test_a_replay_reads_standard_input(mixed: Path, tmp_path: Path) -> None:
+    irq = tmp_path / "irq"
+    irq.mkdir()
+    for name in ("message_6_trig", "message_4_state", "message_5_state"):
+        (irq / name).touch()
+    path = record(tmp_path / "f", OUT)
+    command = [sys.executable, "-m", "inco_trio", "replay", "-", "--irq-dir", str(irq), "--wait", "0"]
+    done = subprocess.run(command, input=path.read_bytes(), capture_output=True, check=False, timeout=HANG)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{OUT}: 1 sent\n".encode(), b"")
+    done = subprocess.run(command, input=b"", capture_output=True, check=False, timeout=HANG)
+    assert (done.returncode, done.stderr) == (65, b"inco-trio: error: standard input: not a recording: empty\n")
 
 
 def test_a_replay_that_plays_nothing_fails(mixed: Path, tmp_path: Path) -> None:

@@ -202,11 +202,14 @@ def test_send_reports_a_link_that_is_down_and_waits(board: Board) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("send", "redun_notfy_irq"), "redun_notfy_irq: no such signal (there are: redun_notify_irq)"),
-        (("send", "ihub_hwwd_irq"), "ihub_hwwd_irq: is not sent by core 0: core 1 sends it (--as core1 LINK)"),
+        (
+            ("send", "redun_notfy_irq"),
+            "redun_notfy_irq: no such signal (expected one of: redun_notify_irq); did you mean redun_notify",
+        ),
+        (("send", "ihub_hwwd_irq"), "ihub_hwwd_irq: is not sent by core 0: core 1 sends it (LINK --as core1)"),
         (
             ("wait", "ihub_hwd_irq"),
-            "ihub_hwd_irq: no such signal (there are: ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq)",
+            "ihub_hwd_irq: no such signal (expected one of: ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq); did",
         ),
         (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': unknown (there are: {home}/core0)"),
     ],
@@ -214,7 +217,9 @@ def test_send_reports_a_link_that_is_down_and_waits(board: Board) -> None:
 )
 def test_an_unknown_signal_or_board_is_an_error(board: Board, words: tuple[str, ...], complaint: str) -> None:
     board.running()
-    assert error(run(*words, "--control", board.path)) == (2, complaint.format(home=board.home))
+    code, said = error(run(*words, "--control", board.path))
+    assert code == 2
+    assert said.startswith(complaint.format(home=board.home))
 
 
 def test_send_and_wait_choose_a_board(board: Board) -> None:
@@ -460,7 +465,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
-        "--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'",
+        "--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'",
     )
 
 
@@ -469,7 +474,7 @@ def test_core1_times_out_or_reports_a_failed_command(tmp_path: Path) -> None:
     done = run("wait", "a_irq", "--as", "core1", link, "--timeout", "0.01")
     assert (done.returncode, done.stderr) == (1, "inco-trio: a_irq: 0 of 1 arrived within 0.01 s\n")
     done = run("wait", "a_irq", "--as", "core1", link, "--after", "exit 5")
-    assert (done.returncode, done.stderr) == (5, "inco-trio: the command of --after failed: exit code 5\n")
+    assert (done.returncode, done.stderr) == (4, "inco-trio: the command of --after failed: exit code 5\n")
     assert not (tmp_path / "core1").exists()
 
 
@@ -485,6 +490,25 @@ def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
         )
     assert code == 69
     assert complaint.endswith("or use another path) (core 1's path comes first here, then peer=CORE0)")
+
+
+def test_send_stops_at_its_timeout(board: Board) -> None:
+    board.running()  # Without core 1, the proxy accepts no more notifications than it can hold.
+    result = run(
+        "send", "redun_notify_irq", "--control", board.path, "--count", "100000", "--timeout", "0.1s", "--json"
+    )
+    assert result.returncode == 1
+    said = json.loads(result.stdout)
+    assert (said["version"], said["where"]) == (1, "timeout")
+    assert said["sent"] < 100000
+    assert result.stderr.endswith(f"redun_notify_irq: {said['sent']} of 100000 were sent\n")
+    # As core 1 and as an application, --rate makes the command wait.
+    board.core1()
+    for words in (("--irq-dir", board.irq), ("--as", "core1", f"unix:{board.home}/c,peer={board.home}/core1")):
+        done = run("send", "redun_notify_irq", *words, "--count", "9", "--rate", "1e-3", "--timeout", "10ms")
+        assert (done.returncode, done.stdout) == (1, "")
+        # A slow start may use up the time before the first notification.
+        assert re.fullmatch("inco-trio: redun_notify_irq: [01] of 9 were sent\n", done.stderr)
 
 
 @pytest.mark.parametrize("command", ["send", "wait"])
@@ -554,19 +578,25 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("send", "x", "--count", "0"), "argument --count: '0': expected an integer above 0 with at most 12 digits"),
         (("send", "x", "--count", "-1"), "argument --count: '-1': expected an integer above 0 with at most 12 digits"),
         (("send", "x", "--count", "9" * 5000), ": expected an integer above 0 with at most 12 digits"),
-        (("send", "x", "--rate", "0"), "argument --rate: '0': expected a number above 0"),
-        (("send", "x", "--rate", "nan"), "argument --rate: 'nan': expected a number above 0"),
-        (("send", "x", "--rate", "inf"), "argument --rate: 'inf': expected a number above 0"),
-        (("send", "x", "--rate", "many"), "argument --rate: 'many': expected a number above 0"),
-        (("wait", "x", "--timeout", "nan"), "argument --timeout: 'nan': expected a number of seconds, 0 or more"),
-        (("wait", "x", "--timeout", "-1"), "argument --timeout: '-1': expected a number of seconds, 0 or more"),
+        (("send", "x", "--rate", "0"), "argument --rate: '0': expected a number above 0, such as 50 or 2k"),
+        (("send", "x", "--rate", "nan"), "argument --rate: 'nan': expected a number above 0, such as 50 or 2k"),
+        (("send", "x", "--rate", "inf"), "argument --rate: 'inf': expected a number above 0, such as 50 or 2k"),
+        (("send", "x", "--rate", "many"), "argument --rate: 'many': expected a number above 0, such as 50 or 2k"),
+        (
+            ("wait", "x", "--timeout", "nan"),
+            "argument --timeout: 'nan': expected a duration, 0 or more, such as",
+        ),
+        (
+            ("wait", "x", "--timeout", "-1"),
+            "argument --timeout: '-1': expected a duration, 0 or more, such as",
+        ),
         (("send", "x", "--as", "core0", "l"), "--as core0: unknown core (expected core1)"),
         (("send", "x", "--as", "core1", "a/b"), "link 'a/b': neither unix:"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
-        (("send", "x", "l", "--as", "core1", "l"), "a proxy (LINK, --control, --board) and --as exclude each other"),
+        (("send", "x", "l", "--as", "core1", "l"), "unrecognized arguments: l"),
         (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config exclude each other"),
         (("wait", "x", "--irq-dir", ""), "--irq-dir: the path is empty"),
-        (("send", "x", "--irq-dir", "/a"), "x: no such signal (there are: redun_notify_irq)"),
+        (("send", "x", "--irq-dir", "/a"), "x: no such signal (expected one of: redun_notify_irq)"),
         (
             ("wait", "redun_notify_irq", "--irq-dir", "/a"),
             "redun_notify_irq: is not received by core 0: core 1 receives",
@@ -582,12 +612,12 @@ def test_invalid_arguments_are_refused(words: tuple[str, ...], complaint: str) -
 
 
 @pytest.mark.parametrize("command", ["exit 3", "kill -TERM $$", "no-such-program"])
-def test_a_failed_after_command_gives_the_exit_code(tmp_path: Path, command: str) -> None:
+def test_a_failed_after_command_fails_wait_too(tmp_path: Path, command: str) -> None:
     (tmp_path / "message_5_state").touch()
     done = run("wait", "ihub_hwwd_irq", "--irq-dir", tmp_path, "--after", command)
-    expected = {"exit 3": 3, "kill -TERM $$": 143, "no-such-program": 127}[command]
-    assert done.returncode == expected
-    assert done.stderr.endswith(f"inco-trio: the command of --after failed: exit code {expected}\n")
+    how = {"exit 3": "exit code 3", "kill -TERM $$": "signal 15", "no-such-program": "exit code 127"}[command]
+    assert done.returncode == 4
+    assert done.stderr.endswith(f"inco-trio: the command of --after failed: {how}\n")
 
 
 def test_wait_waits_for_the_after_command(tmp_path: Path) -> None:

@@ -21,20 +21,20 @@ from typing import Any
 
 import attrs
 import pytest
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families
 
 from inco_trio.cli.monitor import _Lines
 from inco_trio.cli.status import _board_lines, _duration
 from inco_trio.control.client import Client as AskingClient
-from inco_trio.control.client import client_of, connect, sockets
+from inco_trio.control.client import client_of, connect, sockets, wait_for_end
 from inco_trio.control.protocol import REPLY_MAX, BoardStatus, Event, MonitorRequest
 from inco_trio.errors import ProxyNotFoundError, ResourceError
 from inco_trio.frame import encode
-from inco_trio.metrics.openmetrics import openmetrics
+from inco_trio.metrics.openmetrics import textfile
 from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
 from inco_trio.signals import Direction
 from inco_trio.simulation.world import Cores, Peer
-from netns.fixtures import StartProxy
+from netns.fixtures import Proxy, StartProxy
 from netns.hang import HANG
 from tests.support_control import COMMAND, MAC, Board, Client, Running
 from tests.support_proxy import frame
@@ -82,7 +82,7 @@ def test_status_shows_boards_signals_and_counters(board: Board) -> None:
     first, second, head, *rows = done.stdout.splitlines()
     assert re.fullmatch(rf"{board.home}/core0: up, open since [-\d]+ [:\d]+ \(.* m?s\), descriptors not stored", first)
     assert second.startswith(f"  {board.link}: address ")
-    assert head.split() == ["signal", "count", "per", "second", "last", "pending", "failed", "register"]
+    assert head.split() == ["signal", "count", "per", "second", "last", "pending", "failures", "register"]
     cells = [row.split() for row in rows]
     assert [(row[0], row[1], row[2], row[-1]) for row in cells[:3]] == [
         ("in", "ihub_reset_irq", "0", f"{board.irq}/message_4_state"),
@@ -112,7 +112,9 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
         client.ask({"request": "monitor"})
         board.inbound(peer)
         client.until(event="notification")
-    (status,) = json.loads(run("status", "--control", board.path, "--json").stdout)
+    shown = json.loads(run("status", "--control", board.path, "--json").stdout)
+    (status,) = shown["boards"]
+    assert shown["version"] == 1
     assert status["counters"]["received"] == 1
     text = run("status", "--control", board.path, "--openmetrics").stdout
     families = {family.name: family for family in text_string_to_metric_families(text)}
@@ -120,7 +122,7 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
     assert (sample.name, sample.value, sample.labels) == (
         "inco_trio_received_frames_total",
         1.0,
-        {"board": f"{board.home}/core0", "link": board.link},
+        {"proxy": f"{board.home}/core0", "board": f"{board.home}/core0", "link": board.link},
     )
     counts = {sample.labels["signal"]: sample.value for sample in families["inco_trio_notifications"].samples}
     assert counts == {"ihub_hwwd_irq": 1, "ihub_reset_irq": 0, "redun_notify_irq": 0}
@@ -130,7 +132,7 @@ def test_status_as_json_and_openmetrics(board: Board) -> None:
 
 
 def test_labels_of_any_kind_are_escaped() -> None:
-    text = openmetrics([BoardStatus('a"b\\c\nd\udcff', "x")])
+    text = textfile({"p": [BoardStatus('a"b\\c\nd\udcff', "x")]})
     families = {family.name: family for family in text_string_to_metric_families(text)}
     (sample,) = families["inco_trio_open"].samples
     assert (sample.labels["board"], sample.value) == ('a"b\\c\nd\\udcff', 0.0)
@@ -140,7 +142,7 @@ def test_status_watch_repeats_until_the_proxy_ends(board: Board, start: Callable
     peer = board.core1()
     proxy = board.running()
     watching = start("status", "--control", board.path, "--watch", "0.05", "--json")
-    while json.loads(watching.line())[0]["counters"]["received"] == 0:
+    while json.loads(watching.line())["boards"][0]["counters"]["received"] == 0:
         if peer:
             board.inbound(peer)
     assert proxy.stop() == 0
@@ -362,12 +364,60 @@ def test_the_proxy_of_a_link_is_found(board: Board, tmp_path: Path) -> None:
     board.path = proxies / "a.sock"
     board.running()
     for link in (board.link, f"{board.home}/core0"):
-        (status,) = json.loads(run("status", link, "--json", env=environment).stdout)
+        (status,) = json.loads(run("status", link, "--json", env=environment).stdout)["boards"]
         assert status["link"] == board.link
     (proxies / "b.sock").symlink_to(board.path)
-    done = run("status", env=environment)
-    assert done.returncode == 2
-    assert f"(--control {proxies}/b.sock)" in done.stderr
+    # Two paths of one socket are one proxy.
+    assert run("status", env=environment).stdout.count("open since") == 1
+    assert len(json.loads(run("status", "--json", env=environment).stdout)["boards"]) == 1
+
+
+def test_status_shows_all_proxies_and_other_commands_need_one(board: Board, tmp_path: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    (tmp_path / "inco-trio").mkdir()
+    board.path = tmp_path / "inco-trio/a.sock"
+    board.running()
+    links = [board.link, f"unix:{tmp_path}/o0,peer={tmp_path}/o1"]
+    other = Proxy(
+        None,
+        [links[1], "--irq-dir", str(tmp_path / "other"), "--control", str(tmp_path / "inco-trio/b.sock")],
+        {},
+        tmp_path / "other.log",
+    )
+    try:
+        other.wait_ready()
+        boards = json.loads(run("status", "--json", env=environment).stdout)["boards"]
+        assert [each["link"] for each in boards] == links
+        assert run("status", env=environment).stdout.count("open since") == 2
+        assert [
+            json.loads(run("status", "--board", each["board"], "--json", env=environment).stdout)["boards"][0]["link"]
+            for each in boards
+        ] == links
+        done = run("status", "--board", "x", env=environment)
+        assert (done.returncode, "board 'x': unknown" in done.stderr) == (2, True)
+        text = run("status", "--openmetrics", env=environment).stdout
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        proxies = [sample.labels["proxy"] for sample in families["inco_trio_sent_frames"].samples]
+        assert proxies == [f"{board.home}/core0", f"{tmp_path}/o0"]
+        # node_exporter and promtool use the same parser.
+        linted = subprocess.run(
+            ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False, timeout=HANG
+        )
+        assert "error while" not in linted.stderr
+        assert linted.returncode in (0, 3), linted.stderr
+        done = run("monitor", env=environment)
+        assert done.returncode == 2
+        assert f"2 proxies answer: name one of {board.home}/core0 (--control {board.path})" in done.stderr
+        start = [*COMMAND, "status", "--watch", "0.05", "--json"]
+        with subprocess.Popen(start, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}) as watching:
+            assert watching.stdout is not None
+            assert len(json.loads(watching.stdout.readline())["boards"]) == 2
+            assert other.stop() == 0
+            for _ in watching.stdout:
+                pass
+        assert watching.returncode == 69
+    finally:
+        other.close()
 
 
 def test_a_server_that_is_not_a_proxy_is_an_error(tmp_path: Path) -> None:
@@ -440,7 +490,7 @@ def test_events_that_come_before_the_answer_are_kept(server: Callable[[bytes], P
     with AskingClient(server(GREETING + event + b'{"monitor": true}\n')) as client:
         client.request(MonitorRequest())
         assert next(client.events(0.05)) == Event("link", time=1.5, running=True)
-        client.wait(0.01)
+        wait_for_end([client], 0.01)
 
 
 def test_the_sockets_of_systemd_units_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -578,7 +628,7 @@ def test_a_board_is_described_in_words() -> None:
     status = Status("b", 1.0, 1.0, True, "d", "systemd", Stats(), (signal,), (task,))
     past = attrs.evolve(status, signals=(attrs.evolve(signal, count=5),))
     first, _, _, row, problem, restarted = _board_lines(BoardStatus("b", "", status), 2.0, past)
-    assert first.endswith("descriptors stored in systemd")
+    assert first.endswith("descriptors stored by systemd")
     assert row.split()[:4] == ["in", "s", "9", "2"]
     assert row.split()[-3:] == ["2", "3", "/s"]
     assert problem == "  s: /s: cannot write"
@@ -599,9 +649,9 @@ def test_events_are_described_in_words() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("status", "--watch", "0"), "'0': expected a number of seconds above 0"),
-        (("status", "--watch", "nan"), "'nan': expected a number of seconds above 0"),
-        (("status", "--watch", "x"), "'x': expected a number of seconds above 0"),
+        (("status", "--watch", "0"), "'0': expected a duration above 0"),
+        (("status", "--watch", "nan"), "'nan': expected a duration above 0"),
+        (("status", "--watch", "x"), "'x': expected a duration above 0"),
         (("monitor", "--count", "0"), "'0': expected an integer above 0"),
         (("monitor", "--count", "9" * 5000), "expected an integer above 0"),
         (("monitor", "--direction", "up"), "invalid choice: 'up'"),

@@ -5,24 +5,26 @@
 #    source ~/.local/share/bash_completion/inco-trio
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
-_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6)
+_shtab_inco_trio_subparsers=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
-_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format -v --verbose)
-_shtab_inco_trio_check_option_strings=(-h --help --config --iface --boards --gateway --json)
-_shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet)
-_shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --json --openmetrics)
-_shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --json)
+_shtab_inco_trio_run_option_strings=(-h --help --config --irq-dir --boards --irq-owner --wait-link --fd-holder --control --sandbox --lock-memory --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_check_option_strings=(-h --help --config --boards --gateway --example --json)
+_shtab_inco_trio_doctor_option_strings=(-h --help --config --irq-dir --boards --json -q --quiet --color)
+_shtab_inco_trio_status_option_strings=(-h --help --control --board --watch --color --json --openmetrics)
+_shtab_inco_trio_monitor_option_strings=(-h --help --control --board --signal --direction --count --color --json)
 _shtab_inco_trio_record_option_strings=(-h --help --control --board --signal --direction --count --duration --size --period --keep)
-_shtab_inco_trio_send_option_strings=(-h --help --control --board --irq-dir --config --as --count --rate --json -q --quiet)
+_shtab_inco_trio_send_option_strings=(-h --help --control --board --irq-dir --config --as --count --rate --timeout --json -q --quiet)
 _shtab_inco_trio_wait_option_strings=(-h --help --control --board --irq-dir --config --as --count --timeout --after --send --json -q --quiet)
 _shtab_inco_trio_demo_option_strings=(-h --help --qemu --record --count --rate)
 _shtab_inco_trio_replay_option_strings=(-h --help --as --irq-dir --config --speed --fast --wait --json)
 _shtab_inco_trio_plot_option_strings=(-h --help --out --pair --config --json)
 _shtab_inco_trio_dissector_option_strings=(-h --help --install)
 _shtab_inco_trio_mqtt_option_strings=(-h --help --config --control --notification-fd --log-format -v --verbose)
-_shtab_inco_trio_mqtt_link_option_strings=(-h --help --link --end --config --fd-holder --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_mqtt_link_option_strings=(-h --help --end --config --fd-holder --notification-fd --log-format -v --verbose)
 _shtab_inco_trio_exporter_option_strings=(-h --help --listen --control --dashboard --alerts --notification-fd --log-format -v --verbose)
+_shtab_inco_trio_service_option_strings=(-h --help --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --lock-memory)
 _shtab_inco_trio_s6_option_strings=(-h --help --iface --config --boards --mqtt --mqtt-link --end --gateway --exporter --user --lock-memory --systemd)
+_shtab_inco_trio_help_option_strings=(-h --help)
 _shtab_inco_trio_option_strings=(-h --help -V --version)
 
 _shtab_inco_trio_run_pos_0_COMPGEN=_inco_trio_links
@@ -31,8 +33,8 @@ _shtab_inco_trio_run___irq_dir_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_run___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_run___fd_holder_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_run___control_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_check_pos_0_COMPGEN=_inco_trio_links
 _shtab_inco_trio_check___config_COMPGEN=_shtab_compgen_files
-_shtab_inco_trio_check___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_check___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_check___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_doctor_pos_0_COMPGEN=_inco_trio_links
@@ -50,12 +52,10 @@ _shtab_inco_trio_send_pos_1_COMPGEN=_inco_trio_links
 _shtab_inco_trio_send___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_send___irq_dir_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_send___config_COMPGEN=_shtab_compgen_files
-_shtab_inco_trio_send___as_COMPGEN=_inco_trio_core1
 _shtab_inco_trio_wait_pos_1_COMPGEN=_inco_trio_links
 _shtab_inco_trio_wait___control_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_wait___irq_dir_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_wait___config_COMPGEN=_shtab_compgen_files
-_shtab_inco_trio_wait___as_COMPGEN=_inco_trio_core1
 _shtab_inco_trio_wait___after_COMPGEN=_inco_trio_programs
 _shtab_inco_trio_demo___record_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_replay_pos_0_COMPGEN=_shtab_compgen_files
@@ -67,10 +67,16 @@ _shtab_inco_trio_plot___out_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_plot___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt___control_COMPGEN=_shtab_compgen_files
-_shtab_inco_trio_mqtt_link___link_COMPGEN=_inco_trio_links
+_shtab_inco_trio_mqtt_link_pos_1_COMPGEN=_inco_trio_links
 _shtab_inco_trio_mqtt_link___config_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_mqtt_link___fd_holder_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_exporter___control_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_service_pos_1_COMPGEN=_shtab_compgen_dirs
+_shtab_inco_trio_service_pos_2_COMPGEN=_inco_trio_links
+_shtab_inco_trio_service___config_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_service___boards_COMPGEN=_shtab_compgen_dirs
+_shtab_inco_trio_service___gateway_COMPGEN=_shtab_compgen_files
+_shtab_inco_trio_service___user_COMPGEN=_inco_trio_users
 _shtab_inco_trio_s6_pos_0_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___iface_COMPGEN=_inco_trio_links
 _shtab_inco_trio_s6___config_COMPGEN=_shtab_compgen_files
@@ -78,21 +84,29 @@ _shtab_inco_trio_s6___boards_COMPGEN=_shtab_compgen_dirs
 _shtab_inco_trio_s6___gateway_COMPGEN=_shtab_compgen_files
 _shtab_inco_trio_s6___user_COMPGEN=_inco_trio_users
 
-_shtab_inco_trio_run___sandbox_choices=(off none)
+_shtab_inco_trio_run___sandbox_choices=(off on log none)
 _shtab_inco_trio_run___log_format_choices=(text json)
+_shtab_inco_trio_doctor___color_choices=(auto always never)
+_shtab_inco_trio_status___color_choices=(auto always never)
 _shtab_inco_trio_monitor___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_monitor___direction_choices=(inbound outbound)
+_shtab_inco_trio_monitor___color_choices=(auto always never)
 _shtab_inco_trio_record___signal_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
 _shtab_inco_trio_record___direction_choices=(inbound outbound)
-_shtab_inco_trio_send_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
+_shtab_inco_trio_send_pos_0_choices=(redun_notify_irq)
+_shtab_inco_trio_send___as_choices=(core1)
 _shtab_inco_trio_wait_pos_0_choices=(ihub_hwwd_irq ihub_reset_irq redun_notify_irq)
+_shtab_inco_trio_wait___as_choices=(core1)
 _shtab_inco_trio_replay___as_choices=(core0 core1)
 _shtab_inco_trio_mqtt___log_format_choices=(text json)
 _shtab_inco_trio_mqtt_link___end_choices=(core0 core1)
 _shtab_inco_trio_mqtt_link___log_format_choices=(text json)
 _shtab_inco_trio_exporter___log_format_choices=(text json)
+_shtab_inco_trio_service_pos_0_choices=(s6 systemd)
+_shtab_inco_trio_service___end_choices=(core0 core1)
 _shtab_inco_trio_s6___end_choices=(core0 core1)
-_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter s6)
+_shtab_inco_trio_help_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes)
+_shtab_inco_trio_pos_0_choices=(run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help)
 
 _shtab_inco_trio_run__h_nargs=0
 _shtab_inco_trio_run___help_nargs=0
@@ -102,6 +116,7 @@ _shtab_inco_trio_run__v_nargs=0
 _shtab_inco_trio_run___verbose_nargs=0
 _shtab_inco_trio_check__h_nargs=0
 _shtab_inco_trio_check___help_nargs=0
+_shtab_inco_trio_check___example_nargs=0
 _shtab_inco_trio_check___json_nargs=0
 _shtab_inco_trio_doctor__h_nargs=0
 _shtab_inco_trio_doctor___help_nargs=0
@@ -120,13 +135,11 @@ _shtab_inco_trio_record__h_nargs=0
 _shtab_inco_trio_record___help_nargs=0
 _shtab_inco_trio_send__h_nargs=0
 _shtab_inco_trio_send___help_nargs=0
-_shtab_inco_trio_send___as_nargs=2
 _shtab_inco_trio_send___json_nargs=0
 _shtab_inco_trio_send__q_nargs=0
 _shtab_inco_trio_send___quiet_nargs=0
 _shtab_inco_trio_wait__h_nargs=0
 _shtab_inco_trio_wait___help_nargs=0
-_shtab_inco_trio_wait___as_nargs=2
 _shtab_inco_trio_wait___json_nargs=0
 _shtab_inco_trio_wait__q_nargs=0
 _shtab_inco_trio_wait___quiet_nargs=0
@@ -158,11 +171,17 @@ _shtab_inco_trio_exporter___dashboard_nargs=0
 _shtab_inco_trio_exporter___alerts_nargs=0
 _shtab_inco_trio_exporter__v_nargs=0
 _shtab_inco_trio_exporter___verbose_nargs=0
+_shtab_inco_trio_service__h_nargs=0
+_shtab_inco_trio_service___help_nargs=0
+_shtab_inco_trio_service___exporter_nargs='?'
+_shtab_inco_trio_service___lock_memory_nargs=0
 _shtab_inco_trio_s6__h_nargs=0
 _shtab_inco_trio_s6___help_nargs=0
 _shtab_inco_trio_s6___exporter_nargs='?'
 _shtab_inco_trio_s6___lock_memory_nargs=0
 _shtab_inco_trio_s6___systemd_nargs=0
+_shtab_inco_trio_help__h_nargs=0
+_shtab_inco_trio_help___help_nargs=0
 _shtab_inco_trio_pos_0_nargs=A...
 _shtab_inco_trio__h_nargs=0
 _shtab_inco_trio___help_nargs=0
@@ -173,9 +192,6 @@ _shtab_inco_trio___version_nargs=0
 # Custom Preamble
 _inco_trio_links() {
   compgen -W "$(ls /sys/class/net)" -- "$1"
-}
-_inco_trio_core1() {
-  compgen -W "core1 $(ls /sys/class/net)" -- "$1"
 }
 _inco_trio_users() {
   compgen -u -- "$1"

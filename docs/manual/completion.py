@@ -11,7 +11,7 @@ from pathlib import Path
 
 import shtab
 
-from inco_trio.signals import builtin_signals
+from inco_trio.signals import Direction, builtin_signals
 
 __all__ = ["complete"]
 
@@ -20,21 +20,9 @@ __all__ = ["complete"]
 LINKS = {"bash": "_inco_trio_links", "zsh": "_net_interfaces", "fish": "(__fish_print_interfaces)"}
 USERS = {"bash": "_inco_trio_users", "zsh": "_users", "fish": "(__fish_complete_users)"}
 PROGRAMS = {"bash": "_inco_trio_programs", "zsh": "_command_names -e", "fish": "(__fish_complete_command)"}
-# `--as core1 LINK` takes two words. Bash calls the same function for both; for fish, shtab supports only the first.
-CORE1 = {
-    "bash": "_inco_trio_core1",
-    "zsh": f"(core1):LINK:{LINKS['zsh']}",
-    "fish": "core1",
-}
-FISH = f"""\
-complete -c inco-trio -n 'string match -q core1 -- (commandline -opc)[-1]' -xka "{LINKS["fish"]}"
-"""
 BASH = """\
 _inco_trio_links() {
   compgen -W "$(ls /sys/class/net)" -- "$1"
-}
-_inco_trio_core1() {
-  compgen -W "core1 $(ls /sys/class/net)" -- "$1"
 }
 _inco_trio_users() {
   compgen -u -- "$1"
@@ -55,24 +43,25 @@ COMPLETE = {
     "USER": USERS,
 }
 """How to complete a word, by metavar. Words with other metavars are not completed."""
-SIGNALS = sorted(signal.name for signal in builtin_signals(Path("/")))
+SIGNALS = {signal.name: signal.direction for signal in builtin_signals(Path("/"))}
 """The built-in signals. A configuration may contain more signals, which only its proxy knows."""
 
 
 def complete(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Return the text of each completion script by file name. Changes the parser."""
-    for action in _actions(parser):
-        if action.metavar == ("core1", "LINK"):
-            action.metavar = "core1"
-            action.complete = CORE1  # type: ignore[attr-defined] # where shtab looks
+    for command, action in _actions(parser):
+        if action.metavar == "core1":
+            action.choices = ["core1"]
         elif action.dest == "signal":
-            action.choices = SIGNALS
+            # `send` without --as accepts only outbound signals.
+            outbound = command.endswith(" send")
+            action.choices = sorted(name for name in SIGNALS if not outbound or SIGNALS[name] is Direction.OUTBOUND)
         elif (metavar := action.metavar or action.dest.upper()) in COMPLETE and action.nargs != argparse.PARSER:
             action.complete = COMPLETE[str(metavar)]  # type: ignore[attr-defined]
     return {
         "inco-trio.bash": _text(shtab.complete(parser, "bash", preamble=BASH)),
         "_inco-trio": _text(shtab.complete(parser, "zsh")),
-        "inco-trio.fish": _text(shtab.complete(parser, "fish") + FISH),
+        "inco-trio.fish": _text(shtab.complete(parser, "fish")),
     }
 
 
@@ -81,10 +70,10 @@ def _text(script: str) -> str:
     return "\n".join(line.rstrip() for line in script.splitlines()) + "\n"
 
 
-def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yield the actions of the parser and of its commands."""
+def _actions(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """Yield the actions of the parser and of its commands, each with the name of its command."""
     for action in parser._actions:
-        yield action
+        yield parser.prog, action
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 yield from _actions(sub)

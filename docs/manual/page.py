@@ -18,7 +18,7 @@ __all__ = ["command_pages", "drop_in_page"]
 ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"})
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
 CODES = "exit codes:"
-OF_A_COMMAND = {1, 3, 65}
+OF_A_COMMAND = {1, 3, 4, 65}
 """Exit codes that only some commands return. Each of these commands documents its own."""
 
 
@@ -62,14 +62,13 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     ]
     for paragraph in notes.paragraphs:
         lines += [".PP", *words.paragraph(paragraph)]
-    codes = _codes(EXIT_CODES)
+    codes = EXIT_CODES
     if any(isinstance(action, argparse._SubParsersAction) for action in parser._actions):
         lines.append(".SH COMMANDS")
         for command, what in COMMANDS.items():
             lines += [".TP", f".BR {_escaped(_name(command))} (1)", *words.paragraph(what)]
     else:
-        own = {} if EXIT_CODES in (parser.epilog or "") else _codes(notes.codes)
-        codes = {code: what for code, what in codes.items() if code not in OF_A_COMMAND} | own
+        codes = {code: what for code, what in codes.items() if code not in OF_A_COMMAND} | _codes(notes.codes)
     lines.append(".SH OPTIONS")
     for action in sorted(parser._actions, key=lambda action: bool(action.option_strings)):
         if action.help not in (None, argparse.SUPPRESS) and not isinstance(action, argparse._SubParsersAction):
@@ -94,7 +93,7 @@ class _Notes:
         self.codes = ""
         self.examples: list[str] = []
         part = None
-        for line in epilog.replace(EXIT_CODES, f"{EXIT_CODES}\n").splitlines():
+        for line in epilog.splitlines():
             if example := EXAMPLE.match(line):
                 part = "examples"
                 rest = line[example.end() :]

@@ -33,6 +33,9 @@ __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 APPLICATION = "inco-trio"
 REGISTERS = "registers"
 """The name of the interface for notifications without a frame and for marks."""
+STREAM = Path("-")
+"""The path that stands for standard input or standard output."""
+_STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
 """The end of the comment of a notification that was pending."""
@@ -43,6 +46,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 class Recorder:
     """A writer of notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
+
+    The path `-` is standard output. If the file is a pipe whose reader has gone, raise BrokenPipeError.
 
     With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
     numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. Each
@@ -128,12 +133,13 @@ class Recorder:
         if (self._size_max, self._seconds_max) != (None, None):
             path = path.with_name(f"{path.stem}_{self._number:05}{path.suffix}")
         try:
-            self._fd = os.open(path, _NEW, 0o666)
+            self._fd = os.dup(_STANDARD_OUTPUT) if self._path == STREAM else os.open(path, _NEW, 0o666)
         except OSError as error:
             fifo = ((errno.ENXIO,), ResourceError, "cannot be written: no process reads from it")
             raise from_os_error(error, path, f"cannot be written: {STRERROR}", fifo) from error
         os.set_blocking(self._fd, True)
-        self._begin(path)
+        if self._path != STREAM:
+            self._begin(path)
         self.written.append(path)
         self._size = self._entries = 0
         self._interfaces = {REGISTERS: 0}
@@ -160,9 +166,13 @@ class Recorder:
             done = os.write(self._fd, data)
             while done < len(data):  # After a short write, the next write(2) reports the error.
                 done += os.write(self._fd, data[done:])
+        except BrokenPipeError:
+            self.close()
+            raise
         except OSError as error:
             with contextlib.suppress(OSError):  # ftruncate(2) fails for a pipe.
-                os.ftruncate(self._fd, self._size)
+                if self._path != STREAM:  # Standard output may have had other content before.
+                    os.ftruncate(self._fd, self._size)
             self.close()
             if not self._size and len(self.written) > 1:  # A file without its header is not a recording.
                 with contextlib.suppress(OSError):
@@ -171,6 +181,11 @@ class Recorder:
                 self.path, f"{error.strerror}: the recording ends after {self.count} notifications, which are kept"
             ) from error
         self._size += len(data)
+
+    @property
+    def pipe(self) -> int | None:
+        """The descriptor of the file if it is a pipe. select(2) reports it as readable once its reader has gone."""
+        return self._fd if self._fd >= 0 and stat.S_ISFIFO(os.fstat(self._fd).st_mode) else None
 
     def close(self) -> None:
         """Close the file. Do nothing if it is closed already."""
@@ -220,6 +235,12 @@ class Recording:
         """The number of packets that were skipped, by reason."""
         self._table = table
         self._senders: dict[bytes, Direction] = {}
+
+    @property
+    def progress(self) -> str:
+        """How much has been read, as text."""
+        position = self.reader.position
+        return f"{100 * position // self.size} %" if self.size else f"{position // 1000} kB"
 
     def __iter__(self) -> Iterator[Entry | Mark]:
         for packet in self.reader:
@@ -306,7 +327,11 @@ def _content(packet: Packet) -> Entry | Mark | None:
 
 @contextlib.contextmanager
 def open_recording(path: Path, table: SignalTable) -> Iterator[Recording]:
-    """Open the recording at `path`. Raises RecordingError, PermissionDeniedError."""
+    """Open the recording at `path`; `-` is standard input. Raises RecordingError, PermissionDeniedError."""
+    if path == STREAM:
+        with open(os.dup(_STANDARD_INPUT), "rb") as file:  # noqa: PTH123 - a descriptor
+            yield Recording(file, "standard input", table)
+        return
     try:
         # Without O_NONBLOCK, opening a FIFO would block until another process opens it for writing.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib import resources
 from pathlib import Path
 
 import attrs
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.streams import say
-from inco_trio.config import read_board
+from inco_trio.cli.streams import say, say_bytes
 from inco_trio.errors import ConfigError
 from inco_trio.links.address import parse_address
 
@@ -19,21 +19,27 @@ from inco_trio.links.address import parse_address
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "example: inco-trio check --config udrv.json"
     options.configuration_argument(sub)
-    sub.add_argument("--iface", metavar="LINK", help=f"also explain this link: {options.LINK_HELP}")
+    sub.add_argument("iface", nargs="?", metavar="LINK", help="also explain this link")
+    sub.add_argument("--iface", dest="former_iface", help=argparse.SUPPRESS)
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
+    sub.add_argument("--example", action="store_true", help="print a complete udrv.json as an example")
     sub.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the given files and print their contents; return the exit code. Raises ConfigError, UsageError."""
+    if args.example:
+        say_bytes(resources.files("inco_trio").joinpath("example.json").read_bytes())
+        return 0
+    args.iface = args.former_iface if args.iface is None else args.iface
     if args.gateway is not None:
         return _check_gateway(args)
     if args.boards is not None:
-        return _check_boards(options.boards_directory(args, "--config", "--iface"), as_json=args.json)
-    board = read_board(options.config_path(args))
+        return _check_boards(options.boards_directory(args, "--config", "IFACE"), as_json=args.json)
+    board = options.configured_board(args)
     rows = [
-        {"name": s.name, "direction": s.direction.value, "register": str(s.path)}
+        {"signal": s.name, "direction": s.direction.value, "register": str(s.path)}
         for s in sorted(board.signals, key=lambda s: s.direction.value)
     ]
     link = {}
@@ -41,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
         options.check_link(args.iface)
         link["link"] = parse_address(args.iface).explanation
     if args.json:
-        lines = [json.dumps({**link, "signals": rows, "notes": list(board.notes)}, indent=2)]
+        lines = [json.dumps({"version": 1, **link, "signals": rows, "notes": list(board.notes)}, indent=2)]
     else:
-        widths = [max(len(row[key]) for row in rows) for key in ("name", "direction")]
-        lines = [f"{row['name']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
+        widths = [max(len(row[key]) for row in rows) for key in ("signal", "direction")]
+        lines = [f"{row['signal']:{widths[0]}}  {row['direction']:{widths[1]}}  {row['register']}" for row in rows]
         lines += [f"link: {explanation}" for explanation in link.values()]
         lines += [f"note: {note}" for note in board.notes]
     say(*lines)
@@ -56,11 +62,11 @@ def _check_gateway(args: argparse.Namespace) -> int:
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):
-        raise UsageError("--gateway and --config, --iface or --boards exclude each other")
+        raise UsageError("--gateway and --config, LINK or --boards exclude each other")
     config = read_gateway(options.absolute(args.gateway, "--gateway"))
     config.broker.read()
     if args.json:
-        say(json.dumps(attrs.asdict(config), indent=2))
+        say(json.dumps({"version": 1, **attrs.asdict(config)}, indent=2))
         return 0
     say(f"boards: {', '.join(config.boards) if config.boards else 'all'}")
     for board, signals in config.send.items():
@@ -82,7 +88,7 @@ def _check_boards(directory: Path, *, as_json: bool) -> int:
     ]
     refused = {name: str(error).splitlines() for name, error in boards.refused.items()}
     if as_json:
-        say(json.dumps({"boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
+        say(json.dumps({"version": 1, "boards": rows, "refused": refused, "notes": boards.notes}, indent=2))
     else:
         width = max((len(str(row["name"])) for row in rows), default=0)
         for row in rows:

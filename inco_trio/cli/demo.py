@@ -12,7 +12,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "If user namespaces are not permitted, the link is a Unix socket. --qemu needs QEMU for RISC-V\n"
         "(Debian: qemu-system-misc).\n\nexample: inco-trio demo --qemu --count 50\n"
-        "exit codes: 0 all notifications arrived, 1 some were lost; see inco-trio --help"
+        "exit codes: 0 all notifications arrived, 1 some were lost"
     )
     sub.add_argument(
         "--qemu",

@@ -22,7 +22,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "Without options, it prints the dissector, a Lua program.\n"
         "example: inco-trio dissector --install\n"
-        "exit codes: 0 success, 71 out of resources, 77 no permission; see inco-trio --help"
+        "exit codes: 0 success, 71 out of resources, 77 no permission"
     )
     sub.add_argument("--install", action="store_true", help="install the dissector for this user's Wireshark")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.streams import say
+from inco_trio.cli.terminal import wants_color
 from inco_trio.doctor.machine import proc
 from inco_trio.doctor.result import Level, Result, fail, ok, summarize
 from inco_trio.errors import IncoError
@@ -46,6 +47,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only problems and warnings")
+    options.add_color(sub)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         summary = {name: counts[level] for level, name in NAMES.items()}
         say(json.dumps({"version": VERSION, **summary, "results": [result.as_dict() for result in found]}, indent=2))
     else:
-        coloured = _coloured()
+        coloured = wants_color(args.color)
         for result in found:
             if args.quiet and result.level is Level.OK:
                 continue
@@ -87,12 +89,6 @@ def _as_root(args: argparse.Namespace) -> str:
     given = {"--config": args.config, "--irq-dir": args.irq_dir, "--boards": args.boards}
     chosen = [word for option, value in given.items() if value is not None for word in (option, value)]
     return shlex.join(["sudo", *words, "doctor", *([] if args.iface is None else [args.iface]), *chosen])
-
-
-def _coloured() -> bool:
-    """Return whether standard output is a terminal and the environment permits colours, see https://no-color.org."""
-    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return wanted and sys.stdout is not None and sys.stdout.isatty()
 
 
 def _one(args: argparse.Namespace) -> Iterator[Result]:

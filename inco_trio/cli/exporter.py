@@ -7,13 +7,12 @@ import functools
 from importlib import resources
 
 from inco_trio.cli import options
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.epilog = f"example: inco-trio exporter --listen 127.0.0.1:9478\n{EXIT_CODES}"
+    sub.epilog = "example: inco-trio exporter --listen 127.0.0.1:9478"
     sub.add_argument("--listen", metavar="ADDRESS:PORT", default=options.LISTEN, help=f"default: {options.LISTEN}")
     options.add_clients_option(sub)
     sub.add_argument("--dashboard", action="store_true", help="print a Grafana dashboard and exit")

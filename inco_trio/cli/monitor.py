@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 
-from inco_trio.cli.options import add_place, add_selection
-from inco_trio.cli.parser import EXIT_CODES
+from inco_trio.cli.options import add_color, add_place, add_selection
 from inco_trio.cli.signalling import clock_time, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import flush, remark, say
 from inco_trio.cli.terminal import painted
@@ -20,10 +19,11 @@ from inco_trio.signals import Direction
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "example: inco-trio monitor --signal ihub_hwwd_irq --count 1\n"
-        "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and shows frames only.\n" + EXIT_CODES
+        "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and shows frames only."
     )
     add_place(sub)
     add_selection(sub)
+    add_color(sub)
     sub.add_argument("--json", action="store_true", help="print the JSON lines of the proxy, see docs/control.md")
 
 
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
     left, shown = args.count, _Lines()
     for event in events:
-        say(*([event.json()] if args.json else painted([printable(shown.line(event))])))
+        say(*([event.json()] if args.json else painted([printable(shown.line(event))], args.color)))
         flush()
         if left is not None and event.event == "notification":
             left -= 1

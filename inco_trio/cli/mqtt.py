@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Awaitable, Callable
 
 from inco_trio.cli.options import absolute, add_clients_option, add_service_options, control_paths, needing
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "example: inco-trio mqtt mqtts://broker.example.org/lab/host1 --config /etc/inco-trio/gateway.json\n"
-        f"SIGHUP reloads the configuration.\n{EXIT_CODES}"
+        "SIGHUP reloads the configuration."
     )
     sub.add_argument("url", metavar="URL", help="broker: mqtt://HOST[:PORT][/PREFIX], or mqtts:// for TLS")
     sub.add_argument("--config", metavar="FILE", help="permitted signals and MQTT credentials")

@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.options import absolute, add_service_options, needing, path_of
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.errors import InvalidArgumentError
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.service import process_signals
@@ -19,11 +18,12 @@ ENDS = ("core0", "core1")
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "example: inco-trio mqtt-link mqtt://broker/lab/wire1 --link unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
-        f"SIGHUP reloads the configuration, SIGUSR1 logs the counters.\n{EXIT_CODES}"
+        "example: inco-trio mqtt-link mqtt://broker/lab/wire1 unix:/run/b1/wire,peer=/run/b1/core0 --end core0\n"
+        "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("url", metavar="URL", help="topic prefix of the bridge: mqtt[s]://HOST[:PORT]/PREFIX")
-    sub.add_argument("--link", metavar="LINK", required=True, help="link of this side: unix:LOCAL,peer=REMOTE")
+    sub.add_argument("link", nargs="?", metavar="LINK", help="link of this side: unix:LOCAL,peer=REMOTE")
+    sub.add_argument("--link", dest="former_link", help=argparse.SUPPRESS)
     sub.add_argument("--end", metavar="CORE", choices=ENDS, required=True, help="the core at REMOTE: core0 or core1")
     sub.add_argument("--config", metavar="FILE", help="MQTT credentials, as for `mqtt`")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
@@ -33,7 +33,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run one side of the bridge until a stop signal arrives; return the exit code. Raises IncoError."""
     with process_signals.held():
-        address = check_end(args.link)
+        address = check_end(args.former_link if args.link is None else args.link)
         with needing("mqtt5", "mqtt5", "mqtt"):
             from inco_trio.mqtt.bridge import Bridge
         from inco_trio.mqtt.configuration import GatewayConfig, parse_broker, read_gateway
@@ -59,14 +59,16 @@ def run(args: argparse.Namespace) -> int:
         return run_service(make, args.notification_fd, args.log_format, args.verbose)
 
 
-def check_end(link: str) -> UnixAddress:
+def check_end(link: str | None) -> UnixAddress:
     """Parse the address of the link of one side of a bridge. Raises UsageError."""
+    if link is None:
+        raise UsageError("LINK: missing (expected unix:LOCAL,peer=REMOTE)")
     try:
         address = parse_address(link)
     except InvalidArgumentError as error:
-        raise UsageError(f"--link {link!r}", error.reason) from None
+        raise UsageError(f"link {link!r}", error.reason) from None
     if not isinstance(address, UnixAddress):
-        raise UsageError(f"--link {link!r}: a bridge joins Unix sockets (expected unix:LOCAL,peer=REMOTE)")
+        raise UsageError(f"link {link!r}: a bridge joins Unix sockets (expected unix:LOCAL,peer=REMOTE)")
     return address
 
 

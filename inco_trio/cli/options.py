@@ -7,16 +7,28 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.errors import ProgramNotFoundError
+from inco_trio.cli.streams import standard_input
+from inco_trio.errors import ConfigError, ProgramNotFoundError
 from inco_trio.links.address import address_fault
 from inco_trio.linux.files import is_path
+from inco_trio.linux.users import find_owner
+
+if TYPE_CHECKING:
+    from inco_trio.config import Board
 
 DIGITS_MAX = 12
+STREAM = "-"
+"""The file argument that stands for standard input or standard output."""
+_DURATIONS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+"""The seconds of each unit of a duration."""
+_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+"""The multiple that each suffix of a number means."""
 LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
@@ -25,21 +37,27 @@ LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=REMOTE"
 
 
 def number_of_seconds(text: str) -> float:
-    return _number(text, "a number of seconds above 0", lowest=math.ulp(0))
+    return _number(text, "a duration above 0, such as 1.5, 10s, 5m or 2h", _DURATIONS, lowest=math.ulp(0))
 
 
 def seconds(text: str) -> float:
-    return _number(text, "a number of seconds, 0 or more", lowest=0)
+    return _number(text, "a duration, 0 or more, such as 1.5, 10s, 5m or 2h", _DURATIONS, lowest=0)
 
 
 def rate(text: str) -> float:
-    return _number(text, "a number above 0", lowest=math.ulp(0))
+    return _number(text, "a number above 0, such as 50 or 2k", _MULTIPLES, lowest=math.ulp(0))
 
 
-def _number(text: str, what: str, *, lowest: float) -> float:
+def size(text: str) -> int:
+    """Return a number of bytes."""
+    return int(_number(text, "a number of bytes above 0, such as 500k, 10M or 1Gi", _MULTIPLES, lowest=1))
+
+
+def _number(text: str, what: str, units: Mapping[str, float], *, lowest: float) -> float:
+    found = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)([A-Za-z]*)", text)
     try:
-        number = float(text)
-    except ValueError:
+        number = float(found[1]) * units[found[2]] if found else math.nan
+    except (KeyError, ValueError):
         number = math.nan
     if not lowest <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
@@ -71,17 +89,45 @@ def configuration_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
 
 
+def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
+    help_text = "also trust IRQ directories of USER, and let members of GROUP write to them"
+    sub.add_argument("--irq-owner", metavar="USER[:GROUP]", type=_irq_owner, help=help_text)
+
+
+def _irq_owner(text: str) -> tuple[int | None, int | None]:
+    try:
+        return find_owner(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def config_path(args: argparse.Namespace) -> Path:
     """Return the path of the configuration. Raises UsageError if none is given."""
     if args.config is not None:
+        if args.config == STREAM:
+            raise UsageError("--config -: this command reads its configuration from a file only")
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
         return Path(named)
     raise UsageError("no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)")
 
 
+def configured_board(args: argparse.Namespace) -> Board:
+    """Read the configuration, which `--config -` takes from standard input. Raises UsageError, ConfigError."""
+    from inco_trio.config import UDRV_SIZE_MAX, parse_board, read_board
+
+    if args.config != STREAM:
+        return read_board(config_path(args))
+    text = standard_input().read(UDRV_SIZE_MAX + 1)
+    if len(text) > UDRV_SIZE_MAX:
+        raise ConfigError("standard input", f"cannot be read: it is larger than {UDRV_SIZE_MAX >> 20} MiB")
+    return parse_board(text, "standard input")
+
+
 def absolute(path: str | Path, option: str) -> Path:
     """Return the value of `option` as an absolute path. Raises UsageError if the path is invalid."""
+    if path == STREAM:
+        raise UsageError(f"{option} -: must be a path: it cannot be standard input or standard output")
     path = path_of(path, option)
     try:
         return path.absolute()
@@ -111,6 +157,14 @@ def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that select a running proxy."""
     sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
     sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the one running proxy)")
+
+
+def add_color(sub: argparse.ArgumentParser) -> None:
+    """Add `--color`."""
+    sub.add_argument(
+        "--color", metavar="WHEN", choices=("auto", "always", "never"), default="auto",
+        help="colours: auto (default: only on a terminal), always or never; see NO_COLOR and FORCE_COLOR",
+    )  # fmt: skip
 
 
 def add_selection(sub: argparse.ArgumentParser) -> None:
@@ -149,7 +203,8 @@ def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
     for option in excluded:
         # An option that was not given has the value None or False.
         if getattr(args, option.strip("-").replace("-", "_").lower()) not in (None, False):
-            raise UsageError(f"--boards and {option} exclude each other: a board's file names its link and registers")
+            other = "LINK" if option == "IFACE" else option
+            raise UsageError(f"--boards and {other} exclude each other: a board's file names its link and registers")
     return absolute(args.boards, "--boards")
 
 

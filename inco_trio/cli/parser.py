@@ -12,8 +12,8 @@ import contextlib
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from inco_trio.cli import streams
 from inco_trio.cli.exit_codes import EXIT_INTERNAL, exit_code
@@ -38,26 +38,50 @@ COMMANDS = {
     "mqtt": "publish the notifications of this host's proxies to an MQTT broker",
     "mqtt-link": "bridge a `unix:` link to another host over an MQTT broker",
     "exporter": "export the metrics of all boards of this host to Prometheus",
-    "s6": "write an s6 scan directory, or print a systemd unit",
+    "service": "write an s6 scan directory, or print a systemd unit",
+    "s6": "write services like `service`, with the former options",
+    "help": "explain the commands, one command or the exit codes",
 }
 """The help text of each command. The module of a command has the same name, with `_` instead of `-`."""
 
-EXIT_CODES = """\
-exit codes: 0 success, 1 notifications are missing or `doctor` found a fault, 2 usage, 3 `doctor` warns,
-65 not a recording, 69 missing program or device (such as the link), 70 internal error,
-71 out of resources (descriptors, inotify limits, memory, disk), 77 no permission, 78 invalid configuration"""
+GROUPS = {
+    "run": ("run", "check", "service"),
+    "see": ("status", "monitor", "doctor"),
+    "drive": ("send", "wait", "replay", "demo"),
+    "record": ("record", "plot", "dissector"),
+    "connect": ("mqtt", "mqtt-link", "exporter"),
+}
+"""The commands by purpose, as the help shows them. `s6` is missing: `service` replaces it."""
+
+EXIT_CODES = {
+    0: "success",
+    1: "notifications are missing (`send`, `wait`, `replay`, `demo`), or `doctor` found a problem",
+    2: "invalid arguments",
+    3: "`doctor` found only warnings",
+    4: "the command of `wait --after` failed",
+    65: "the file is not a recording, or it contains nothing to use",
+    69: "a required program, device, interface or proxy is missing",
+    70: "internal error",
+    71: "a resource limit is reached: descriptors, inotify limits, memory, disk",
+    77: "no permission",
+    78: "invalid configuration, or a register or directory that cannot be used",
+    130: "interrupted by Ctrl-C (SIGINT)",
+}
+"""The meaning of each exit code. `docs/commands.md` has the same table."""
+TOPICS = ("exit-codes",)
+"""What `inco-trio help` explains beside the commands."""
 
 
 def run_command(words: Sequence[str]) -> int:
     """Run `inco-trio` with the arguments `words`; return the exit code. Raises SystemExit like argparse."""
-    return _ending(lambda: _run(_parsed(parser(words[0] if words else None), words)))
+    return _ending(lambda: _run(parse(words)))
 
 
 def run_drop_in(words: Sequence[str]) -> int:
     """Run `inco_proxy` with the arguments `words`. It logs like the program that it replaces."""
 
     def run() -> int:
-        iface = _parsed(drop_in_parser(), words).iface
+        iface = _parsed(drop_in_parser().parse_args, words).iface
         # Insert `--`, because the name of an interface may start with a dash.
         return _run(parser("run").parse_args(["run", "--", iface]), drop_in=True)
 
@@ -83,12 +107,34 @@ def _ending(run: Callable[[], int]) -> int:
         streams.settle()
 
 
-def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of `inco-trio`. Raises SystemExit like argparse."""
+    words = list(words) or ["help"]
+    if words[0] not in COMMANDS:
+        if not words[0].startswith("-"):
+            parser("help").error(f"unknown command {words[0]!r}{_suggestion(words[0], COMMANDS)}")
+        return _parsed(parser("help").parse_args, words)
+    made = parser(words[0])
+    (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
+    sub: argparse.ArgumentParser = commands.choices[words[0]]
+    # Options may stand between the arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot mix them after `--`.
+    return _parsed(sub.parse_args if "--" in words else sub.parse_intermixed_args, words[1:])
+
+
+def _parsed(parse: Callable[[Sequence[str]], argparse.Namespace], words: Sequence[str]) -> argparse.Namespace:
     try:
-        return parser.parse_args(words)
+        return parse(words)
     except SystemExit:
         streams.flush()  # Write the buffered output of --help.
         raise
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `: did you mean ...?` with the known words that are similar to `word`, or an empty string."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known))
+    return f": did you mean {' or '.join(found)}?" if found else ""
 
 
 def _run(args: argparse.Namespace, *, drop_in: bool = False) -> int:
@@ -99,7 +145,16 @@ def _run(args: argparse.Namespace, *, drop_in: bool = False) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that raises ResourceError if its help text cannot be written."""
+    """A parser that suggests similar options, and that raises ResourceError if its help text cannot be written."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        _, _, words = message.partition("unrecognized arguments: ")
+        option = next((word for word in words.split() if word.startswith("--")), None)
+        super().error(message + (_suggestion(option.partition("=")[0], self._option_string_actions) if option else ""))
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         if message and file is not None and file is sys.stdout:
@@ -107,6 +162,20 @@ class _Parser(argparse.ArgumentParser):
                 file.write(message)
         else:
             super()._print_message(message, file)
+
+
+class _Commands(_Parser):
+    """The parser of all commands. Its help shows the commands by purpose, in the epilog."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, (), ())
+        formatter.add_text(self.description)
+        formatter.start_section("options")
+        formatter.add_arguments(action for action in self._actions if action.option_strings)
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
 
 class _Version(argparse.Action):
@@ -128,31 +197,35 @@ def drop_in_parser() -> _Parser:
             "Like `inco-trio run IFACE`, but logs to standard output.\n"
             "example: UDRV_JSON_PATH=/etc/udrv.json inco_proxy rpmsg4000"
         ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    made.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
     made.add_argument("iface", metavar="IFACE", help="network interface of the inter-core link")
     return made
 
 
 def parser(command: str | None = None) -> _Parser:
     """Return the parser with the options of `command`, or with those of all commands if `command` is unknown."""
-    made = _Parser(
+    made = _Commands(
         prog="inco-trio",
+        usage="%(prog)s [OPTION ...] COMMAND ...",
         description="Transfer inter-core interrupts between the cores of an AMP board or its simulation.",
-        epilog=f"Try it: inco-trio demo\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_grouped()}\n\nTry it: inco-trio demo",
     )
     made.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = made.add_subparsers(metavar="COMMAND", required=True)
+    commands = made.add_subparsers(prog="inco-trio", metavar="COMMAND", required=True, parser_class=_Parser)
     for name, summary in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if command == name or command not in COMMANDS:
             module = importlib.import_module(f"inco_trio.cli.{name.replace('-', '_')}")
             module.arguments(sub)
             sub.set_defaults(run=module.run)
     return made
+
+
+def _grouped() -> str:
+    """Return the commands, grouped by purpose."""
+    lines = []
+    for purpose, names in GROUPS.items():
+        lines += [f"{purpose}:", *(f"  {name:10} {COMMANDS[name]}" for name in names)]
+    lines += ["", "inco-trio help COMMAND explains a command, inco-trio help exit-codes the exit codes."]
+    return "\n".join(lines)

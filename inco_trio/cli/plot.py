@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import absolute, config_path, configuration_argument, path_of
+from inco_trio.cli.options import absolute, configuration_argument, configured_board, path_of
 from inco_trio.cli.signalling import left_out
 from inco_trio.cli.streams import remark, say
-from inco_trio.config import read_board
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
@@ -34,8 +33,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "The plot shows a timeline, the rate and the longest gap of each signal, and marks where the link went down\n"
         "or frames were dropped. --json works without matplotlib.\n"
         "example: inco-trio plot night.pcapng --pair redun_notify_irq ihub_hwwd_irq\n"
-        "exit codes: 0 success, 65 not a recording, 69 matplotlib not installed, 71 disk full, 77 no permission;\n"
-        "see inco-trio --help"
+        "exit codes: 0 success, 65 not a recording, 69 matplotlib not installed, 71 disk full, 77 no permission"
     )
     sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
     sub.add_argument("--out", metavar="FILE", help="output, .svg or .png (default: FILE with the suffix .svg)")
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             raise ProgramNotFoundError(f"matplotlib is not installed ({error}): {hint}") from error
     summary = _read(path, _table(args), args.pair)
     if args.json:
-        say(json.dumps({"file": str(path), **summary.numbers()}, indent=2))
+        say(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
     if draws:
         total = sum(len(flow.times) for flow in summary.flows.values())
         try:
@@ -96,7 +94,7 @@ def _table(args: argparse.Namespace) -> SignalTable:
     """Return the signal table, which has the direction of each signal. Raises UsageError, ConfigError."""
     if args.config is None:
         return SignalTable(builtin_signals(absolute(".", "FILE")))
-    return SignalTable(read_board(config_path(args)).signals)
+    return SignalTable(configured_board(args).signals)
 
 
 def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summary:
@@ -136,7 +134,7 @@ def _follow(recording: Recording, summary: Summary, path: Path) -> None:
         summary.take(each)
         if shows and number % OFTEN == 0 and time.monotonic() - shown > SHOWN:
             shown = time.monotonic()
-            sys.stderr.write(f"\r\x1b[K{100 * recording.reader.position // max(recording.size, 1)} %")
+            sys.stderr.write(f"\r\x1b[K{recording.progress}")
             sys.stderr.flush()
     if shows:
         sys.stderr.write("\r\x1b[K")

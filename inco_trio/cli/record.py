@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import add_place, add_selection, number_of_seconds, path_of, positive
+from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_seconds, path_of, positive, size
 from inco_trio.cli.signalling import direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
@@ -39,15 +39,15 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "Recording stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next proxy.\n"
         "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and records frames only.\n"
-        "example: inco-trio record night.pcapng --size 100000000 --keep 10\n"
-        "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission; see inco-trio --help"
+        "example: inco-trio record night.pcapng --size 100M --keep 10\n"
+        "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
-    sub.add_argument("file", metavar="FILE", help="pcapng file to write; an existing file is replaced")
+    sub.add_argument("file", metavar="FILE", help="pcapng file to write, which is replaced, or - for standard output")
     add_place(sub)
     add_selection(sub)
-    sub.add_argument("--duration", type=number_of_seconds, metavar="SECONDS", help="stop after SECONDS")
-    sub.add_argument("--size", type=positive, metavar="BYTES", help="start FILE_00002 and so on at this size")
-    sub.add_argument("--period", type=number_of_seconds, metavar="SECONDS", help="start another file after SECONDS")
+    sub.add_argument("--duration", type=number_of_seconds, metavar="TIME", help="stop after TIME, such as 10m")
+    sub.add_argument("--size", type=size, metavar="BYTES", help="start FILE_00002 and so on at this size, such as 10M")
+    sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start another file after TIME (1h)")
     sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
 
 
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     path = path_of(args.file, "FILE")
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
+    if args.file == STREAM and (args.size or args.period):
+        raise UsageError("FILE -: standard output cannot be split (omit --size and --period)")
     with process_signals.wakeups(process_signals.STOPS) as stops, contextlib.ExitStack() as stack:
         stop = _Stop(stops, args.duration)
         source = stack.enter_context(_source(args, stop))
@@ -64,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
         recorder = Recorder(path, size_max=args.size, seconds_max=args.period, keep=args.keep)
         stack.callback(recorder.close)
+        stop.pipe = recorder.pipe
         remark(f"recording {source.name} to {recorder.path}")
         try:
             for event in _events(source, stop, recorder):
@@ -78,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Stop:
-    """The conditions that end the recording: SIGINT, SIGTERM or a deadline. They never interrupt a write."""
+    """The conditions that end the recording: a signal, a deadline or a closed pipe. They never interrupt a write."""
 
     def __init__(self, sock: socket.socket, duration: float | None) -> None:
+        self.pipe: int | None = None
+        """The pipe that is written, if any. Recording stops once its reader has gone."""
         self._sock = sock
         self._over = False
         self._end = math.inf if duration is None else time.monotonic() + duration
@@ -89,8 +94,9 @@ class _Stop:
         """Wait up to `seconds` until one of `others` is readable; return whether to stop recording."""
         if not self._over:
             left = min(seconds, self._end - time.monotonic())
-            ready, _, _ = select.select([self._sock, *others], [], [], None if left == math.inf else max(0, left))
-            self._over = self._sock in ready or time.monotonic() >= self._end
+            ends = [self._sock] if self.pipe is None else [self._sock, self.pipe]
+            ready, _, _ = select.select([*ends, *others], [], [], None if left == math.inf else max(0, left))
+            self._over = any(end in ready for end in ends) or time.monotonic() >= self._end
         return self._over
 
 

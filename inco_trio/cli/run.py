@@ -9,33 +9,34 @@ from typing import TYPE_CHECKING
 
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.parser import EXIT_CODES
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR, STANDARD_OUTPUT
 from inco_trio.signals import builtin_signals
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+    from pathlib import Path
 
     from inco_trio.config import Config
     from inco_trio.service.daemon import Boards, Daemon
 
 logger = logging.getLogger(__name__)
 
-SANDBOX = ("off", "none")
-SANDBOX_HELP = "off: drop capabilities (default); none: keep everything"
+SANDBOX = ("off", "on", "log", "none")
+SANDBOX_HELP = "off (default), on, log, or none (keep all capabilities)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
     sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /dev/shm/irq -v   "
-        f"(SIGHUP reloads, SIGUSR1 logs the counters)\n{EXIT_CODES}"
+        "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v\n"
+        "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
+    options.irq_owner_argument(sub)
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
@@ -74,7 +75,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     if args.boards is not None:
         from inco_trio.service.many_boards import ManyBoards
 
-        directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--wait-link")
+        directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--irq-owner", "--wait-link")
         boards, label = ManyBoards(directory), options.boards_label(directory)
     else:
         args.iface = options.LINK if args.iface is None else args.iface
@@ -87,9 +88,15 @@ def _daemon(args: argparse.Namespace) -> Daemon:
     if args.sandbox == "none":
         return Daemon(boards, label, args.control, fd_store)
 
-    def restrict(configs: Collection[Config]) -> None:
-        needed = privileges.needed_capabilities(configs, grows=args.boards is not None, locked=args.lock_memory)
+    def restrict(configs: Collection[Config], control_path: Path | None) -> None:
+        grows = args.boards is not None
+        needed = privileges.needed_capabilities(configs, grows=grows, locked=args.lock_memory)
         privileges.drop_capabilities(needed)
+        if args.sandbox in ("on", "log"):
+            from inco_trio.service.sandbox import enter_sandbox
+
+            has_fd_holder, log = args.fd_holder is not None, args.sandbox == "log"
+            enter_sandbox(configs, control=control_path, grows=grows, has_fd_holder=has_fd_holder, log=log)
 
     return Daemon(boards, label, args.control, fd_store, restrict)
 
@@ -106,4 +113,5 @@ def _load(args: argparse.Namespace) -> Config:
         board = read_board(options.config_path(args))
     for note in board.notes:
         logger.info("%s", note)
-    return Config(args.iface, board.signals, wait_link=args.wait_link)
+    owner, group = args.irq_owner or (None, None)
+    return Config(args.iface, board.signals, wait_link=args.wait_link, owner=owner, group=group)

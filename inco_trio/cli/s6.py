@@ -1,102 +1,25 @@
-"""`inco-trio s6`: write an s6 scan directory, or print a systemd unit."""
+"""`inco-trio s6`: the former form of `inco-trio service`."""
 
 from __future__ import annotations
 
 import argparse
-import os
 
-from inco_trio.cli import options
-from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.mqtt_link import ENDS, check_end
-from inco_trio.cli.streams import remark, say, say_bytes
-from inco_trio.service import descriptions
-from inco_trio.service.scandir import write_scandir
-from inco_trio.service.systemd import systemd_unit
+from inco_trio.cli import options, service
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.epilog = "example: inco-trio s6 /run/service --config /etc/udrv.json && s6-svscan /run/service"
+    sub.usage = "%(prog)s [OPTION ...] [SCANDIR]"
+    sub.epilog = "Use `inco-trio service` in new scripts.\nexample: inco-trio s6 /run/service --config /etc/udrv.json"
     sub.add_argument("scandir", nargs="?", metavar="SCANDIR", help="scan directory")
     sub.add_argument("--iface", metavar="LINK", help=options.LINK_HELP)
-    options.configuration_argument(sub)
-    sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
-    sub.add_argument("--mqtt", metavar="URL", help="write the gateway to the broker at URL instead of a proxy")
-    sub.add_argument("--mqtt-link", metavar="URL", help="write one side of the bridge at URL, with --iface and --end")
-    sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core at this side of the bridge: core0 or core1")
-    sub.add_argument("--gateway", metavar="FILE", help="configuration of the gateway or bridge")
-    sub.add_argument(
-        "--exporter",
-        metavar="ADDR",
-        nargs="?",
-        const=options.LISTEN,
-        help=f"write the exporter instead of a proxy (default: {options.LISTEN})",
-    )
-    sub.add_argument("--user", help=f"run as USER (default for root: {descriptions.USER}; root: --user root)")
-    sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
+    service.add_options(sub)
     sub.add_argument("--systemd", action="store_true", help="print a systemd unit instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the scan directory, or print the unit; return the exit code. Raises IncoError."""
-    service = _service(args)
-    program = descriptions.find_program()
-    if "-I" not in program:
-        remark("warning: an isolated Python (-I) does not find inco_trio, so the service runs without isolation")
-    user = descriptions.USER if args.user is None and os.geteuid() == 0 else args.user
-    extra = ["--lock-memory"] if args.lock_memory else []
-    if extra and service.words[0] != "run":
-        raise UsageError("--lock-memory is for proxies")
+    args.supervisor = "systemd" if args.systemd else "s6"
     if args.systemd:
-        if args.user is not None:
-            descriptions.account_of(args.user)
-        unit = systemd_unit(service=service, user=user, program=program, options=extra)
-        # Print bytes: paths need not be valid text, and the unit must not depend on the encoding of standard output.
-        say_bytes(os.fsencode(f"{unit}\n"))
-        return 0
-    if args.scandir is None:
-        raise UsageError("SCANDIR: missing (expected a directory to write, or --systemd)")
-    directory = options.absolute(args.scandir, "SCANDIR")
-    changes = write_scandir(directory, service=service, user=user, program=program, options=extra)
-    say(*(changes or ["nothing changed"]))
-    return 0
-
-
-def _service(args: argparse.Namespace) -> descriptions.Service:
-    """Return the service that the arguments describe. Raises UsageError."""
-    if args.gateway is not None and args.mqtt is None and args.mqtt_link is None:
-        raise UsageError("--gateway needs --mqtt URL or --mqtt-link URL")
-    if args.mqtt_link is not None:
-        return _bridge(args)
-    if args.end is not None:
-        raise UsageError("--end needs --mqtt-link URL")
-    kinds = {name: getattr(args, name) for name in ("iface", "boards", "mqtt", "exporter")}
-    named = [f"--{name}" for name, value in kinds.items() if value is not None]
-    if len(named) > 1 and set(named) != {"--iface", "--boards"}:
-        raise UsageError(f"{' and '.join(named)} exclude each other: a call writes one service")
-    if (args.mqtt or args.exporter) is not None and args.config is not None:
-        raise UsageError(f"--config and {named[0]} exclude each other: --config is for proxies")
-    if args.mqtt is not None:
-        return descriptions.gateway_service(
-            args.mqtt, None if args.gateway is None else options.absolute(args.gateway, "--gateway")
-        )
-    if args.exporter is not None:
-        options.check_listen(args.exporter)
-        return descriptions.exporter_service(args.exporter)
-    if args.boards is not None:
-        boards = options.boards_directory(args, "--iface", "--config")
-        return descriptions.boards_service(boards, options.boards_label(boards))
-    link = options.LINK if args.iface is None else args.iface
-    options.check_link(link)
-    return descriptions.link_service(link, options.absolute(options.config_path(args), "--config"))
-
-
-def _bridge(args: argparse.Namespace) -> descriptions.Service:
-    """Return the service that runs one side of a bridge. Raises UsageError."""
-    if args.iface is None or args.end is None:
-        raise UsageError("--mqtt-link needs --iface unix:LOCAL,peer=REMOTE and --end core0 or core1")
-    for name in ("boards", "mqtt", "exporter", "config"):
-        if getattr(args, name) is not None:
-            raise UsageError(f"--mqtt-link and --{name} exclude each other: a call writes one service")
-    check_end(args.iface)
-    config = None if args.gateway is None else options.absolute(args.gateway, "--gateway")
-    return descriptions.bridge_service(args.mqtt_link, args.iface, args.end, config)
+        # `service systemd` takes the link as its first argument.
+        args.scandir, args.iface = args.iface, None
+    return service.run(args)

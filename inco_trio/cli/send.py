@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 
 from inco_trio.cli import signalling
-from inco_trio.cli.options import positive, rate
-from inco_trio.cli.parser import EXIT_CODES
+from inco_trio.cli.options import number_of_seconds, positive, rate
 from inco_trio.cli.streams import remark, say
+from inco_trio.errors import ProxyNotFoundError
 
 AT_ONCE = 1000
 """Maximum number of notifications per request. An interrupted `send` thus knows roughly how many were sent."""
 SLEEP_MAX = 3600.0
+EXIT_NOT_SENT = 1
 WHAT = "sent by core 0"
-HINT = "core 1 sends it (--as core1 LINK)"
+HINT = "core 1 sends it (LINK --as core1)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
-    sub.epilog = f"example: inco-trio send redun_notify_irq --count 100 --rate 50\n{EXIT_CODES}"
+    sub.epilog = "example: inco-trio send redun_notify_irq --count 100 --rate 50"
     signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
     sub.add_argument(
         "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
     )
+    sub.add_argument("--timeout", type=number_of_seconds, metavar="TIME", help="exit with 1 after TIME, such as 10s")
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
@@ -34,7 +37,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Send the notifications; return the exit code. Raises IncoError."""
     signalling.check_ways(args)
-    schedule = _Schedule(args.count, args.rate)
+    schedule = _Schedule(args.count, args.rate, args.timeout)
+    in_time = True
     try:
         if args.core1 is not None:
             where = _send_as_core1(args, schedule)
@@ -42,28 +46,44 @@ def run(args: argparse.Namespace) -> int:
             where = _send_as_application(args, schedule)
         else:
             where = _send_through_proxy(args, schedule)
+    except TimeoutError:
+        where, in_time = "timeout", False
     finally:
-        if 0 < schedule.sent < args.count:
+        if schedule.sent < args.count and (schedule.sent or not in_time):
             remark(f"{args.signal}: {schedule.sent} of {args.count} were sent")
     if args.json:
-        say(json.dumps({"signal": args.signal, "sent": schedule.sent, "where": where, "seconds": schedule.seconds}))
-    elif not args.quiet:
+        result = {"signal": args.signal, "sent": schedule.sent, "where": where, "seconds": schedule.seconds}
+        say(json.dumps({"version": 1, **result}))
+    elif in_time and not args.quiet:
         say(f"{args.signal}: {schedule.sent} sent, {where}, in {schedule.seconds:.3f} s")
-    return 0
+    return 0 if in_time else EXIT_NOT_SENT
 
 
 class _Schedule:
-    """The times at which notifications are due: at fixed intervals from the start, no matter how long a send takes."""
+    """The times at which notifications are due: at fixed intervals from the start, no matter how long a send takes.
 
-    def __init__(self, count: int, rate: float | None) -> None:
+    `check` raises TimeoutError `timeout` seconds after the start.
+    """
+
+    def __init__(self, count: int, rate: float | None, timeout: float | None = None) -> None:
         self.sent = 0
         self._count = count
         self._rate = rate
+        self._timeout = math.inf if timeout is None else timeout
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._started
+
+    @property
+    def patience(self) -> float:
+        """The seconds until the timeout."""
+        return max(0.0, self._timeout - self.seconds)
+
+    def check(self) -> None:
+        if not self.patience:
+            raise TimeoutError
 
     @property
     def left(self) -> bool:
@@ -80,11 +100,12 @@ class _Schedule:
         """Return the seconds until the next notification is due."""
         if self._rate is None:
             return 0
-        return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX)
+        return min(max(0, self.sent / self._rate - self.seconds), SLEEP_MAX, self.patience)
 
     def follow(self, send: Callable[[int], None]) -> None:
         """Call `send` with the number of notifications that are due, until all have been sent."""
         while self.left:
+            self.check()
             if due := self.due():
                 send(due)
                 self.sent += due
@@ -106,7 +127,12 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
             remark("the link is down, or core 1 is not running: the proxy sends it later")
 
         def send(count: int) -> None:
-            client.request(SendRequest(args.signal, count, board), patience=None)
+            patience = None if args.timeout is None else schedule.patience
+            try:
+                client.request(SendRequest(args.signal, count, board), patience)
+            except ProxyNotFoundError:
+                schedule.check()  # At the timeout, the proxy has not answered yet. Otherwise it has ended.
+                raise
 
         schedule.follow(send)
         return f"through {board or client.greeting.name}"
@@ -140,9 +166,12 @@ async def _send_frames(link: str, name: str, schedule: _Schedule) -> None:
     from inco_trio.cores.core1 import Core1
 
     async with Core1(link) as core1:
-        while schedule.left:
-            if schedule.due():
-                await core1.send(name)
-                schedule.sent += 1
-            else:
-                await trio.sleep(schedule.pause())
+        with trio.move_on_after(schedule.patience):
+            while schedule.left:
+                if schedule.due():
+                    await core1.send(name)
+                    schedule.sent += 1
+                else:
+                    await trio.sleep(schedule.pause())
+    if schedule.left:
+        raise TimeoutError

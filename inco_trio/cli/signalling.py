@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import add_place, check_link, config_path, path_of
+from inco_trio.cli.options import add_place, check_link, configured_board, path_of
 from inco_trio.cli.streams import remark
 from inco_trio.errors import unwrapped
 from inco_trio.links.address import InterfaceAddress, UnixAddress, address_fault, parse_address
@@ -32,18 +32,16 @@ def add_ways(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--irq-dir", metavar="DIR", help="act as an application that uses the built-in registers in DIR")
     sub.add_argument("--config", metavar="FILE", help="act as an application that uses the registers of this udrv.json")
     sub.add_argument(
-        "--as",
-        dest="core1",
-        nargs=2,
-        metavar=("core1", "LINK"),
-        help="act as core 1 on an interface or unix:CORE1,peer=CORE0",
+        "--as", dest="core1", metavar="core1", help="act as core 1 on LINK, an interface or unix:CORE1,peer=CORE0"
     )
 
 
 def check_ways(args: argparse.Namespace) -> None:
     """Raise UsageError if the options select more than one role, see `add_ways`."""
+    # With --as, LINK is the link of core 1.
+    of_the_proxy = OF_THE_PROXY if args.core1 is None else OF_THE_PROXY[1:]
     given = {
-        "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in OF_THE_PROXY),
+        "a proxy (LINK, --control, --board)": any(getattr(args, name) is not None for name in of_the_proxy),
         "--irq-dir": args.irq_dir is not None,
         "--config": args.config is not None,
         "--as": args.core1 is not None,
@@ -68,7 +66,9 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
 
     # A cutoff of 0 selects all names. The most similar name comes first.
     there = difflib.get_close_matches(name, known, n=len(known) or 1, cutoff=0)
-    raise UsageError(name, f"no such signal (there are: {', '.join(there) or 'none'})")
+    similar = difflib.get_close_matches(name, known)
+    hint = f"; did you mean {' or '.join(similar)}?" if similar else ""
+    raise UsageError(name, f"no such signal (expected one of: {', '.join(there) or 'none'}){hint}")
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
@@ -77,9 +77,7 @@ def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) 
     if args.irq_dir is not None:
         signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
     else:
-        from inco_trio.config import read_board
-
-        signals = read_board(config_path(args)).signals
+        signals = configured_board(args).signals
     right = {signal.name: signal for signal in signals if signal.direction.value == direction}
     check_known(args.signal, right, [signal.name for signal in signals], what, hint)
     return right[args.signal]
@@ -124,10 +122,12 @@ def may_listen(link: str | None) -> bool:
 
 
 def link_of(args: argparse.Namespace) -> str:
-    """Return the link of `--as core1 LINK`. Raises UsageError, also if `args.signal` is not a wire name."""
-    who, link = args.core1
-    if who != "core1":
-        raise UsageError(f"--as {who}: unknown core (expected core1)")
+    """Return the link of core 1. Raises UsageError, also if `args.signal` is not a wire name."""
+    link = args.link
+    if args.core1 != "core1":
+        raise UsageError(f"--as {args.core1}: unknown core (expected core1)")
+    if link is None:
+        raise UsageError("--as core1 needs the LINK of core 1")
     check_link(link)
     if fault := name_fault(args.signal):
         raise UsageError(f"{args.signal!r}: {fault}")

@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import add_place, number_of_seconds
-from inco_trio.cli.parser import EXIT_CODES
+from inco_trio.cli.options import add_color, add_place, number_of_seconds
 from inco_trio.cli.streams import flush, say
 from inco_trio.cli.terminal import is_terminal, painted, screen
-from inco_trio.control.client import connect
+from inco_trio.control.client import Client, connect, connect_all, wait_for_end
 from inco_trio.control.protocol import BoardStatus, to_json
+from inco_trio.errors import InvalidArgumentError
 from inco_trio.proxy_status import Status
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 
-HEAD = ("", "signal", "count", "per second", "last", "pending", "failed", "register")
+HEAD = ("", "signal", "count", "per second", "last", "pending", "failures", "register")
+STORED = {None: "not stored", "s6-fdholder": "stored in s6-fdholder", "systemd": "stored by systemd"}
+"""How the fd store is described."""
+LAST = HEAD.index("last")
+LAST_WIDTH = len("59 min ago")
+"""The width of the column `last`, so that the columns do not move when an age gets longer."""
 NUMBERS = range(2, 7)
 """The columns that are aligned to the right."""
-Boards = Sequence[BoardStatus]
+Proxies = Mapping[str, Sequence[BoardStatus]]
+"""The boards of each proxy."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
-    sub.epilog = f"example: inco-trio status --watch\n{EXIT_CODES}"
+    sub.epilog = "example: inco-trio status --watch"
     add_place(sub)
     sub.add_argument("--board", metavar="NAME", help="only this board")
     sub.add_argument(
-        "--watch", nargs="?", const=1.0, type=number_of_seconds, metavar="SECONDS",
-        help="repeat every SECONDS (default: 1), with rates since the previous output",
+        "--watch", nargs="?", const=1.0, type=number_of_seconds, metavar="TIME",
+        help="repeat every TIME (default: 1s), with rates since the previous output",
     )  # fmt: skip
+    add_color(sub)
     how = sub.add_mutually_exclusive_group()
     how.add_argument("--json", action="store_true", help="print one line of JSON, see docs/control.md")
     how.add_argument(
-        "--openmetrics", action="store_true", help="print OpenMetrics text, as for node_exporter's textfile collector"
+        "--openmetrics", action="store_true", help="print metrics for the textfile collector of node_exporter"
     )
 
 
@@ -43,36 +51,54 @@ def run(args: argparse.Namespace) -> int:
     """Print the status; return the exit code. Raises IncoError."""
     if args.watch is not None and args.openmetrics:
         raise UsageError("--watch and --openmetrics exclude each other")
-    with connect(args.link, args.control) as client:
+    with contextlib.ExitStack() as stack:
+        clients = [connect(args.link, args.control)] if args.link or args.control else connect_all()
+        for client in clients:
+            stack.enter_context(client)
         if args.watch is None:
-            boards = client.status(args.board)
-            lines = [*_shown(boards, args, None)]
-            say(*(lines if args.json or args.openmetrics else painted(lines)))
+            lines = [*_shown(_ask(clients, args.board), args, None)]
+            say(*(lines if args.json or args.openmetrics else painted(lines, args.color)))
             return 0
-        before: tuple[float, Boards] | None = None
+        before: tuple[float, Proxies] | None = None
         while True:
-            boards, now = client.status(args.board), time.monotonic()
-            lines = [*_shown(boards, args, before and (now - before[0], before[1]))]
+            proxies, now = _ask(clients, args.board), time.monotonic()
+            lines = [*_shown(proxies, args, before and (now - before[0], before[1]))]
             if is_terminal() and not args.json:
-                say(screen(lines))
+                say(screen(lines, args.color))
             else:
                 say(*lines)
             flush()
-            before = now, boards
-            client.wait(args.watch)
+            before = now, proxies
+            wait_for_end(clients, args.watch)
 
 
-def _shown(boards: Boards, args: argparse.Namespace, before: tuple[float, Boards] | None) -> Iterator[str]:
+def _ask(clients: Sequence[Client], board: str | None) -> Proxies:
+    """Return the status of each proxy that has the board. Raises IncoError if none has it."""
+    found, errors = {}, []
+    for client in clients:
+        try:
+            name = client.greeting.name
+            # Two proxies have the same name if their interfaces are in different network namespaces.
+            found[str(client.path) if name in found else name] = client.status(board)
+        except InvalidArgumentError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _shown(proxies: Proxies, args: argparse.Namespace, before: tuple[float, Proxies] | None) -> Iterator[str]:
     if args.json:
-        yield json.dumps([to_json(board) for board in boards])
+        yield json.dumps({"version": 1, "boards": [to_json(board) for boards in proxies.values() for board in boards]})
     elif args.openmetrics:
-        from inco_trio.metrics.openmetrics import openmetrics
+        from inco_trio.metrics.openmetrics import textfile
 
-        yield openmetrics(boards).rstrip("\n")
+        yield textfile(proxies).rstrip("\n")
     else:
-        past = {} if before is None else {board.board: board.status for board in before[1]}
-        for board in boards:
-            yield from map(printable, _board_lines(board, before and before[0], past.get(board.board)))
+        for name, boards in proxies.items():
+            past = {} if before is None else {board.board: board.status for board in before[1].get(name, ())}
+            for board in boards:
+                yield from map(printable, _board_lines(board, before and before[0], past.get(board.board)))
 
 
 def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None) -> Iterator[str]:
@@ -84,7 +110,7 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     now = time.time()
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.since))
     state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(now - status.since)})"
-    stored = "not stored" if status.descriptors is None else f"stored in {status.descriptors}"
+    stored = STORED.get(status.descriptors, f"stored by {status.descriptors}")
     yield f"{board.board}: {state}, descriptors {stored}"
     yield f"  {status.link}: {status.description}, capabilities: {' '.join(status.capabilities) or 'none'}"
     yield from _table(status, seconds, past, now)
@@ -109,6 +135,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
         numbers = (str(each.count), f"{rate:.3g}", last, str(each.pending), str(each.failures))
         rows.append((way, each.signal, *numbers, each.register))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[LAST] = max(widths[LAST], LAST_WIDTH)
     for row in rows:
         cells = [
             cell.rjust(width) if column in NUMBERS else cell.ljust(width)

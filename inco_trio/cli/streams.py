@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from inco_trio.errors import IncoError, ResourceError
 from inco_trio.service.lines import printable
@@ -30,6 +30,13 @@ def output() -> TextIO:
     if sys.stdout is None:
         raise ResourceError("standard output is closed")
     return sys.stdout
+
+
+def standard_input() -> BinaryIO:
+    """Return standard input. Raises ResourceError if it was closed at the start."""
+    if sys.stdin is None:
+        raise ResourceError("standard input is closed")
+    return sys.stdin.buffer
 
 
 def say(*lines: str) -> None:

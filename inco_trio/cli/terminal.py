@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -12,28 +13,37 @@ STYLES = (
     (r"(?<=: )up\b|\bthe link came up\b|\bworks again\b|^ok\b", "green"),
     (r"(?<=: )(down|not open)\b|\bthe link went down\b|^fail\b|\b\d+ dropped\b|\bevents lost\b", "bold red"),
     (r"\bnot stored\b|\bignored: .*|^warn\b|\b(warning|error): .*|\brestarted .*", "yellow"),
-    (r"(?<=\s)in(?=\s+\S+_irq\b)", "cyan"),
-    (r"(?<=\s)out(?=\s+\S+_irq\b)", "magenta"),
+    (r"^(?: +|[\d:.]+ (?:\S+: )?)(?P<cyan>in) ", ""),
+    (r"^(?: +|[\d:.]+ (?:\S+: )?)(?P<magenta>out) ", ""),
     (r"\bnever\b", "dim"),
     (r"^ +signal +count .*", "underline"),
 )
-"""Regular expressions, each with the rich style for its matches."""
+"""Regular expressions, each with the rich style for its matches. A named group has the style of its name."""
 
 
 def is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def screen(lines: list[str]) -> str:
+def screen(lines: list[str], when: str) -> str:
     """Return text that clears the terminal and shows as many of `lines` as fit."""
     width, height = shutil.get_terminal_size()
-    return CLEAR + "\n".join(painted(line[:width] for line in lines[: height - 1]))
+    return CLEAR + "\n".join(painted((line[:width] for line in lines[: height - 1]), when))
 
 
-def painted(lines: Iterable[str]) -> list[str]:
-    """Return `lines`, in colours if rich is installed, the terminal supports them and NO_COLOR is not set."""
+def wants_color(when: str) -> bool:
+    """Return whether output is coloured if `--color` is `when`. See https://no-color.org and https://force-color.org."""
+    if when != "auto":
+        return when == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (is_terminal() and os.environ.get("TERM") != "dumb")
+
+
+def painted(lines: Iterable[str], when: str) -> list[str]:
+    """Return `lines`, in colours if rich is installed and `--color` is `always` or permits them."""
     lines = list(lines)
-    if not is_terminal():
+    if not wants_color(when):
         return lines
     try:
         # Imported here because the import is slow and only terminals need it.
@@ -41,12 +51,12 @@ def painted(lines: Iterable[str]) -> list[str]:
         from rich.text import Text
     except ImportError:
         return lines
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_terminal=True, no_color=False)
     shown = []
     for line in lines:
         text = Text(line)
         for pattern, style in STYLES:
-            text.highlight_regex(pattern, style)
+            text.highlight_regex(pattern, style or None)
         with console.capture() as captured:
             console.print(text, end="", soft_wrap=True)
         shown.append(captured.get())

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from inco_trio.signals import Signal
 
 EXIT_NOT_ARRIVED = 1
+EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
 """Maximum timeout of one poll(2) in seconds. A process signal that arrives just before the call does not end it."""
 
@@ -34,11 +35,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = (
         "example: inco-trio wait ihub_hwwd_irq --timeout 5 --after 'inco-trio send redun_notify_irq'\n"
-        "exit codes: 0 it arrived, 1 it did not arrive in time, that of COMMAND if it failed; see inco-trio --help"
+        "exit codes: 0 it arrived, 1 it did not arrive in time, 4 COMMAND failed"
     )
     signalling.add_ways(sub)
     sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
-    sub.add_argument("--timeout", type=seconds, metavar="S", help="exit with 1 after S seconds (default: never)")
+    sub.add_argument("--timeout", type=seconds, metavar="TIME", help="exit with 1 after TIME, such as 10s")
     sub.add_argument(
         "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
@@ -48,10 +49,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Wait; return 0 if all notifications arrived, 1 if not, or a failed command's exit code. Raises IncoError."""
+    """Wait; return 0 if all notifications arrived, 1 if not, 4 if the command failed. Raises IncoError."""
     signalling.check_ways(args)
     if args.send is not None and args.core1 is None:
-        raise UsageError("--send needs --as core1 LINK: otherwise use --after 'inco-trio send SIGNAL'")
+        raise UsageError("--send needs LINK --as core1: otherwise use --after 'inco-trio send SIGNAL'")
     waiting = _Waiting(args)
     if args.core1 is not None:
         link = signalling.link_of(args)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         with signalling.alone():
             trio.run(_hear_frames, link, waiting, args.send)
     elif signalling.is_application(args):
-        signal = signalling.register_of(args, "inbound", "received by core 0", "core 1 receives it (--as core1 LINK)")
+        signal = signalling.register_of(args, "inbound", "received by core 0", "core 1 receives it (LINK --as core1)")
         with _Register(signal) as register:
             waiting.hear(register)
     else:
@@ -135,8 +136,9 @@ class _Waiting:
         assert self._process is not None  # noqa: S101 - see `listening`
         code = self._process.wait()
         if code:
-            self._code = code if code > 0 else 128 - code
-            remark(f"the command of --after failed: exit code {self._code}")
+            self._code = EXIT_COMMAND
+            how = f"exit code {code}" if code > 0 else f"signal {-code}"
+            remark(f"the command of --after failed: {how}")
         return bool(code)
 
     @property

@@ -19,6 +19,9 @@ from inco_trio.signals import Direction
 
 __all__ = ["Connection"]
 
+SHARE = 0.001
+"""Seconds that a monitor waits after each write, for each other monitor. However many monitors there are, all of them
+together then make about 1,000 writes per second, so that they do not delay notifications."""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
@@ -33,6 +36,8 @@ class Connection:
         self._reading = trio.CancelScope()
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
+        self.fault = ""
+        """Why this side has closed the connection, or "" if the client has not exceeded a limit."""
 
     @property
     def gone(self) -> bool:
@@ -80,6 +85,7 @@ class Connection:
                     if line.strip():
                         await self._answer(line, nursery)
             except protocol.MessageError as error:
+                self.fault = str(error)
                 await self._write(protocol.encode_error(RequestError("too-long", str(error))))
                 self._end_monitor()
                 return
@@ -103,6 +109,8 @@ class Connection:
                     value = self._follow(request)
                 case protocol.AcknowledgeRequest():
                     value = self._acknowledge(request)
+                case protocol.AcknowledgeAllRequest():
+                    value = self._acknowledge_all(request)
                 case protocol.ForgetRequest():
                     value = self._forget(request)
             await self._write(protocol.encode_response(request, value, tag))
@@ -171,7 +179,9 @@ class Connection:
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
                 raise RequestError("busy", f"process {other.process} already follows; a board has only one follower")
-        follower = Follower(boards=request.boards, process=self.peer.process, gone=lambda: self.gone)
+        follower = Follower(
+            boards=request.boards, batches=request.batches, process=self.peer.process, gone=lambda: self.gone
+        )
         self._monitor = follower
         self._feed.add(follower)
         for name, proxy in self._served.proxies().items():
@@ -182,9 +192,23 @@ class Connection:
             for name, c in follower.cursors.items()
         }
 
-    def _acknowledge(self, request: protocol.AcknowledgeRequest) -> int:
-        if not isinstance(follower := self._monitor, Follower):
+    def _follower(self) -> Follower:
+        if not isinstance(self._monitor, Follower):
             raise RequestError("invalid", "this connection does not follow")
+        return self._monitor
+
+    def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
+        """Acknowledge notifications of several boards. Ignore histories that have ended. Return how many were valid."""
+        follower, number = self._follower(), 0
+        for board, boot, sequence in request.positions:
+            cursor = follower.cursors.get(board)
+            if cursor is not None and cursor.history.boot == boot:
+                follower.acknowledge(board, sequence)
+                number += 1
+        return number
+
+    def _acknowledge(self, request: protocol.AcknowledgeRequest) -> int:
+        follower = self._follower()
         if request.board not in follower.cursors:
             raise RequestError("unknown-board", f"board {request.board!r} is not followed")
         if request.boot not in (None, follower.cursors[request.board].history.boot):
@@ -221,6 +245,8 @@ class Connection:
             while lines := await monitor.take():
                 await self._write(lines)
                 await monitor.pause()
+                if others := len(self._feed.monitors) - 1:
+                    await trio.sleep(others * SHARE)
         finally:
             self._feed.remove(monitor)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from inco_trio.control import protocol
 from inco_trio.control.place import runtime_directories
-from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Request, Response
+from inco_trio.control.protocol import BoardStatus, Event, Greeting, MessageError, Reply, Request, Response
 from inco_trio.errors import (
     IncoError,
     InvalidArgumentError,
@@ -29,7 +29,10 @@ from inco_trio.links.address import parse_address
 from inco_trio.linux.process import overflow_uid
 from inco_trio.linux.sockets import peer_of
 
-__all__ = ["AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "answering", "client_of", "connect", "dial", "sockets"]
+__all__ = [
+    "AGAIN", "CHUNK", "PATIENCE", "Channel", "Client", "answering", "client_of", "connect", "connect_all", "dial",
+    "sockets", "wait_for_end",
+]  # fmt: skip
 
 CHUNK = 1 << 16
 UNINTERRUPTED = 1.0
@@ -109,7 +112,7 @@ class Channel:
             raise self._refusal(greeting)
         return greeting
 
-    def _next(self) -> Event | Response:
+    def _next(self) -> Reply:
         with self._obeying():
             return protocol.decode_reply(self._lines.popleft())
 
@@ -217,16 +220,14 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._events.clear()
         return events
 
-    def wait(self, seconds: float) -> None:
-        """Sleep for `seconds`. Raises ProxyNotFoundError if the proxy ends in the meantime."""
-        if select.select([self._sock], [], [], seconds)[0]:
-            self._read_event(time.monotonic() + seconds)
-
     def _read_event(self, deadline: float) -> Response | None:
         """Wait for one line. If it is a response, return it. If it is an event, store it."""
         self._await_line(deadline)
         if isinstance(reply := self._next(), Response):
             return reply
+        with self._obeying():
+            if not isinstance(reply, Event):
+                raise MessageError("the event notifications was not requested")
         self._events.append(reply)
         return None
 
@@ -262,12 +263,31 @@ def connect(link: str | None, control: str | None) -> Client:
     if found:
         named = ", ".join(f"{client.greeting.name} (--control {client.path})" for client in found)
         raise InvalidArgumentError(f"{len(found)} proxies answer: name one of {named}")
+    raise _none_answers(errors, "no running proxy" if link is None else f"no proxy of {link}")
+
+
+def connect_all() -> list[Client]:
+    """Connect to all proxies of this host. Raises IncoError if none answers."""
+    clients, errors = answering(sockets())
+    if not clients:
+        raise _none_answers(errors, "no running proxy")
+    return clients
+
+
+def wait_for_end(clients: Sequence[Client], seconds: float) -> None:
+    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy ends in the meantime."""
+    deadline = time.monotonic() + seconds
+    for client in select.select(clients, [], [], seconds)[0]:
+        client._read_event(deadline)
+
+
+def _none_answers(errors: Sequence[IncoError], wanted: str) -> IncoError:
+    """Return the error for a proxy that was not found. Problems of running proxies come first."""
     for error in errors:
         if not isinstance(error, ProxyNotFoundError):
-            raise error
-    wanted = "no running proxy" if link is None else f"no proxy of {link}"
+            return error
     places = " or ".join(map(str, runtime_directories()))
-    raise ProxyNotFoundError(f"{wanted} answers in {places}: start one, or name its socket with --control PATH")
+    return ProxyNotFoundError(f"{wanted} answers in {places}: start one, or name its socket with --control PATH")
 
 
 def client_of(pid: int) -> Client | None:
@@ -294,7 +314,11 @@ def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
 
         with ThreadPoolExecutor(len(paths)) as threads:
             found = list(threads.map(_attempt, paths))
-    return [each for each in found if isinstance(each, Client)], [each for each in found if isinstance(each, IncoError)]
+    clients: dict[str, Client] = {}
+    for each in found:
+        if isinstance(each, Client) and clients.setdefault(each.greeting.boot, each) is not each:
+            each.close()  # Two paths lead to the same proxy.
+    return [*clients.values()], [each for each in found if isinstance(each, IncoError)]
 
 
 def _attempt(path: Path) -> Client | IncoError:

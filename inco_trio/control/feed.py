@@ -52,6 +52,8 @@ class Batch:
     """When the notifications became pending (time.monotonic_ns()), or 0."""
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
+    lines: dict[bool, list[str]] = attrs.field(factory=dict, init=False)
+    """The events as lines, without and with frames. The first monitor that needs them encodes them for all others."""
 
     @property
     def kind(self) -> str:

@@ -10,9 +10,12 @@ from pathlib import Path
 import trio
 
 from inco_trio.control.client import AGAIN, CHUNK, PATIENCE, Channel, dial
-from inco_trio.control.protocol import Event, Greeting, Request, Response, encode_request
+from inco_trio.control.protocol import AcknowledgeAllRequest, Greeting, Reply, Request, Response, encode_request
 
 __all__ = ["Conversation", "converse"]
+
+POSITIONS_MAX = 100
+"""Maximum number of boards in one request, which keeps its line shorter than `protocol.LINE_MAX`."""
 
 
 class Conversation(Channel):
@@ -22,7 +25,10 @@ class Conversation(Channel):
         super().__init__(path, is_subject=True)
         self._stream = stream
         self._writing = trio.Lock()
-        self._ahead: list[Event | Response] = []
+        self._ahead: list[Reply] = []
+        self._positions: dict[str, tuple[str, int]] = {}
+        """By board, the history and number up to which notifications will be acknowledged."""
+        self._has_positions = trio.Event()
 
     async def write(self, request: Request) -> None:
         """Send a request, without waiting for the response."""
@@ -32,7 +38,22 @@ class Conversation(Channel):
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise self._ended() from error
 
-    async def read(self) -> list[Event | Response]:
+    def acknowledge(self, board: str, boot: str, sequence: int) -> None:
+        """Let `send_acknowledgements` acknowledge the notifications of a board."""
+        self._positions[board] = boot, sequence
+        self._has_positions.set()
+
+    async def send_acknowledgements(self) -> None:
+        """Send acknowledgements until cancelled, those of several boards in one request."""
+        while True:
+            await self._has_positions.wait()
+            self._has_positions = trio.Event()
+            positions = [(board, *position) for board, position in self._positions.items()]
+            self._positions.clear()
+            for start in range(0, len(positions), POSITIONS_MAX):
+                await self.write(AcknowledgeAllRequest(positions[start : start + POSITIONS_MAX]))
+
+    async def read(self) -> list[Reply]:
         """Wait for responses and events, and return those that have arrived."""
         if self._ahead:
             replies, self._ahead = self._ahead, []
@@ -42,7 +63,7 @@ class Conversation(Channel):
 
     async def request(self, request: Request) -> Response:
         """Send a request and return the response. No other task may read. Raises IncoError if it is refused."""
-        events: list[Event | Response] = []
+        events: list[Reply] = []
         with trio.move_on_after(PATIENCE):
             await self.write(request)
             while True:

@@ -9,7 +9,7 @@ import attrs
 import trio
 
 from inco_trio.control.feed import Batch
-from inco_trio.control.protocol import Event, encode_event, event_now
+from inco_trio.control.protocol import Event, Notifications, encode_event, encode_notifications, event_now
 from inco_trio.persist.history import History, Merged, Record
 from inco_trio.signals import Direction
 
@@ -19,7 +19,7 @@ WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
 """Maximum number of events that are encoded at once."""
-PAUSE = 0.1
+PAUSE = 0.05
 """Seconds between writes to an up-to-date follower. Each write wakes its process, which delays notifications."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
@@ -77,11 +77,11 @@ class Monitor:
             while self._waiting and len(lines) < PIECE:
                 what = self._waiting.popleft()
                 self._number -= len(what.signals) if isinstance(what, Batch) else 1
-                lines += (encode_event(event, frames=self.frames) for event in self._wanted(what))
+                lines += self._wanted(what)
             if self._lost and not self._waiting:
                 lines.append(encode_event(event_now("lost", count=self._lost)))
                 self._lost = 0
-            lines += map(encode_event, self._stored())
+            lines += self._stored()
             if lines or (self._ended and not self._waiting):
                 return "".join(lines).encode()
             if not self._waiting:
@@ -91,30 +91,44 @@ class Monitor:
     async def pause(self) -> None:
         """Wait before the next `take`."""
 
-    def _stored(self) -> Iterator[Event]:
-        """Yield events from the histories that a follower reads."""
+    def _stored(self) -> Iterator[str]:
+        """Yield lines with events from the histories that a follower reads."""
         yield from ()
 
-    def _wanted(self, what: Batch | Event) -> Iterator[Event]:
-        """Yield the events that the filters accept."""
+    def _wanted(self, what: Batch | Event) -> Iterator[str]:
+        """Yield the events that the filters accept, as lines."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
-                yield what
+                yield encode_event(what, frames=self.frames)
             return
-        for number, signal in enumerate(what.signals):
+        for signal, line in zip(what.signals, _lines(what, self.frames), strict=True):
             if self._accepts(signal.direction, signal.name):
-                yield Event(
-                    what.kind, what.board, what.time_ns / 1e9, what.monotonic_ns, signal.direction, signal.name,
-                    str(signal.path), what.sequence and what.sequence + number,
-                    frame=what.frames[number].hex() if self.frames and what.frames else None,
-                    reason=what.reason, delay=(what.monotonic_ns - what.since) / 1e9 if what.since else 0.0,
-                )  # fmt: skip
+                yield line
 
     def _accepts(self, direction: Direction | None, name: str | None) -> bool:
         """Return whether the filters accept an event. None means that the event has no direction or signal."""
         return (self.direction is None or direction in (None, self.direction)) and (
             self.signals is None or name is None or name in self.signals
         )
+
+
+def _lines(batch: Batch, frames: bool) -> list[str]:
+    """Return the events of a batch as lines, and keep them for other monitors."""
+    lines = batch.lines.get(frames)
+    if lines is None:
+        lines = batch.lines[frames] = [
+            encode_event(
+                Event(
+                    batch.kind, batch.board, batch.time_ns / 1e9, batch.monotonic_ns, signal.direction, signal.name,
+                    str(signal.path), batch.sequence and batch.sequence + number,
+                    frame=batch.frames[number].hex() if frames and batch.frames else None,
+                    reason=batch.reason, delay=(batch.monotonic_ns - batch.since) / 1e9 if batch.since else 0.0,
+                ),
+                frames=frames,
+            )
+            for number, signal in enumerate(batch.signals)
+        ]  # fmt: skip
+    return lines
 
 
 @attrs.define
@@ -133,22 +147,42 @@ class _Cursor:
 
     def take(self, room: int, board: str) -> Iterator[Event]:
         """Yield the next events of the history, at most `room` notifications."""
-        history, boot = self.history, self.history.boot
-        self.sent = max(self.sent, history.floor)
+        yield from self._take_merged(board)
+        for record in self._next(room):
+            yield Event(
+                "notification", board, record.time_ns / 1e9, record.monotonic_ns, record.direction, record.name,
+                sequence=record.sequence, boot=self.history.boot,
+            )  # fmt: skip
+
+    def take_batch(self, room: int, board: str) -> Iterator[str]:
+        """Yield the same events as lines, with all notifications in one line."""
+        yield from map(encode_event, self._take_merged(board))
+        if records := self._next(room):
+            numbers: dict[tuple[Direction, str], int] = {}
+            items = [
+                (numbers.setdefault((each.direction, each.name), len(numbers)), each.time_ns / 1e9, each.monotonic_ns)
+                for each in records
+            ]
+            batch = Notifications(board, self.history.boot, records[0].sequence, tuple(numbers), items)
+            yield encode_notifications(batch)
+
+    def _take_merged(self, board: str) -> Iterator[Event]:
+        self.sent = max(self.sent, self.history.floor)
         if not self.merged and (merged := self._merged()):
-            self.merged, self.merged_to = merged, history.floor
+            self.merged, self.merged_to = merged, self.history.floor
             for each in merged:
                 yield Event(
                     "merged", board, direction=each.direction, signal=each.name, count=each.count,
-                    sequence=self.merged_to, boot=boot,
+                    sequence=self.merged_to, boot=self.history.boot,
                 )  # fmt: skip
-        for record in history.after(self.sent, min(room, AHEAD - len(self.records))):
-            self.sent = record.sequence
-            self.records.append(record)
-            yield Event(
-                "notification", board, record.time_ns / 1e9, record.monotonic_ns, record.direction, record.name,
-                sequence=record.sequence, boot=boot,
-            )  # fmt: skip
+
+    def _next(self, room: int) -> list[Record]:
+        """Return the next notifications of the history, which the follower must acknowledge."""
+        records = self.history.after(self.sent, min(room, AHEAD - len(self.records)))
+        if records:
+            self.sent = records[-1].sequence
+            self.records += records
+        return records
 
     def rest(self, board: str) -> Iterator[Event]:
         """Yield all remaining events before another history replaces this one."""
@@ -185,6 +219,8 @@ class Follower(Monitor):
 
     boards: Collection[str] | None = None
     """The boards to follow (default: all)."""
+    batches: bool = False
+    """Whether one line may report several notifications."""
     process: int = 0
     """The PID of the client."""
     gone: Callable[[], bool] = bool
@@ -230,14 +266,17 @@ class Follower(Monitor):
         self._turn_of(board)
         return done
 
-    def _stored(self) -> Iterator[Event]:
+    def _stored(self) -> Iterator[str]:
         number = 0
         while self._behind and number < PIECE:
             board = next(iter(self._behind))
             del self._behind[board]
             cursor = self.cursors[board]
-            for event in cursor.take(PIECE - number, board):
-                number += 1
-                yield event
+            before, room = cursor.sent, PIECE - number
+            if self.batches:
+                yield from cursor.take_batch(room, board)
+            else:
+                yield from map(encode_event, cursor.take(room, board))
+            number += cursor.sent - before
             if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None

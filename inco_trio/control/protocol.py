@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -22,11 +22,12 @@ from inco_trio.signals import Direction
 from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, structure
 
 __all__ = [
-    "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeRequest", "BoardStatus", "Event", "FlushRequest",
-    "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryStatus", "LineBuffer", "MessageError",
-    "MonitorRequest", "Request", "RequestError", "Response", "SendRequest", "StatusRequest", "decode_greeting",
-    "decode_reply", "decode_request", "encode_board", "encode_error", "encode_event", "encode_greeting",
-    "encode_request", "encode_response", "encode_status", "event_now", "to_json",
+    "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
+    "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryStatus", "LineBuffer",
+    "MessageError", "MonitorRequest", "Notifications", "Reply", "Request", "RequestError", "Response",
+    "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request", "encode_board",
+    "encode_error", "encode_event", "encode_greeting", "encode_notifications", "encode_request", "encode_response",
+    "encode_status", "event_now", "to_json",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -109,6 +110,8 @@ class FollowRequest:
     """Report all notifications of these boards and store them until they are acknowledged."""
 
     boards: Collection[str] | None = None
+    batches: bool = False
+    """Whether the event `notifications` may report several notifications."""
 
 
 @attrs.frozen(slots=False)
@@ -121,6 +124,13 @@ class AcknowledgeRequest:
 
 
 @attrs.frozen(slots=False)
+class AcknowledgeAllRequest:
+    """Delete notifications of several boards: a board, a history (`boot`) and a number `sequence` for each."""
+
+    positions: Sequence[tuple[str, str, int]]
+
+
+@attrs.frozen(slots=False)
 class ForgetRequest:
     """End the histories of boards that have no follower."""
 
@@ -128,7 +138,14 @@ class ForgetRequest:
 
 
 Request = (
-    StatusRequest | SendRequest | MonitorRequest | FlushRequest | FollowRequest | AcknowledgeRequest | ForgetRequest
+    StatusRequest
+    | SendRequest
+    | MonitorRequest
+    | FlushRequest
+    | FollowRequest
+    | AcknowledgeRequest
+    | AcknowledgeAllRequest
+    | ForgetRequest
 )
 
 _REQUESTS: dict[str, tuple[type[Request], str]] = {
@@ -138,17 +155,24 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "flush": (FlushRequest, "flush"),
     "follow": (FollowRequest, "follow"),
     "acknowledge": (AcknowledgeRequest, "acknowledged"),
+    "acknowledge-all": (AcknowledgeAllRequest, "acknowledged"),
     "forget": (ForgetRequest, "forgotten"),
 }
 """The class of each request and the key of its response, by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
 _SET = attrs.evolve(NAMES, convert=frozenset)
+_POSITIONS = Rule(
+    (list,),
+    "a list of lists [board, boot, sequence]",
+    lambda items: all(isinstance(item, list) and [*map(type, item)] == [str, str, int] for item in items),
+)
 _KEYS: dict[str, Rule] = {
     **dict.fromkeys(("board", "boot", "signal"), RULES[str]),
     **dict.fromkeys(("count", "sequence"), RULES[int]),
     **dict.fromkeys(("boards", "signals"), _SET),
     "direction": RULES[Direction],
-    "frames": RULES[bool],
+    "positions": _POSITIONS,
+    **dict.fromkeys(("batches", "frames"), RULES[bool]),
 }
 """The rules for the keys of all requests."""
 _NAMES = {kind: (name, key) for name, (kind, key) in _REQUESTS.items()}
@@ -299,11 +323,13 @@ def decode_greeting(line: bytes) -> Greeting | Response:
     return _structured(message, Greeting)
 
 
-def decode_reply(line: bytes) -> Event | Response:
+def decode_reply(line: bytes) -> Reply:
     """Decode an event or a response. Raises MessageError."""
     message = _object(line)
     if "event" not in message:
         return _response(message)
+    if message["event"] == "notifications":
+        return _notifications(message)
     event = _structured(message | {"text": line.decode()}, Event)
     if lacking := [key for key in _REQUIRED.get(event.event, ()) if message.get(key) is None]:
         raise MessageError(f"the event {event.event} lacks {', '.join(lacking)}")
@@ -311,6 +337,8 @@ def decode_reply(line: bytes) -> Event | Response:
 
 
 def _response(message: dict[str, object]) -> Response:
+    if message.keys() == {"acknowledged"} and type(number := message["acknowledged"]) is int:
+        return Response(acknowledged=number, keys=frozenset(message))  # Frequent, and cattrs takes long.
     if isinstance(boards := message.get("status"), list):
         for each in boards:
             if isinstance(each, dict):
@@ -352,6 +380,44 @@ class Event:
     def json(self) -> str:
         """Return the received line. If the event was not received, return its JSON, including the frame."""
         return self.text or encode_event(self, frames=True).rstrip("\n")
+
+
+@attrs.frozen(slots=False)
+class Notifications:
+    """Consecutive notifications of one board, which take less time to encode and decode than single events."""
+
+    board: str
+    boot: str
+    """The history of the notifications."""
+    sequence: int
+    """The sequence number of the first notification."""
+    signals: Sequence[tuple[Direction, str]]
+    items: Sequence[tuple[int, float, int]]
+    """For each notification, its index in `signals`, the time in seconds since 1970, and CLOCK_MONOTONIC in ns."""
+
+
+Reply = Event | Response | Notifications
+
+
+def encode_notifications(batch: Notifications) -> str:
+    signals = [(direction.value, name) for direction, name in batch.signals]
+    return json.dumps({"event": "notifications"} | vars(batch) | {"signals": signals}) + "\n"
+
+
+def _notifications(message: dict[str, Any]) -> Notifications:
+    """Check the event `notifications` without cattrs, which would take longer than all the rest."""
+    try:
+        board, boot = (RULES[str](message.get(key)) for key in ("board", "boot"))
+        signals = [(RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"]]
+        items = [(index, time, number) for index, time, number in message["items"]]
+        for index, time, number in items:
+            if not (type(index) is type(number) is int and type(time) is float):
+                _refuse("an item with values of other types")
+            if not (0 <= index < len(signals) and 0 <= time < math.inf):
+                _refuse("an item with values out of range")
+        return Notifications(board, boot, RULES[int](message.get("sequence")), signals, items)
+    except (InvalidValueError, LookupError, TypeError, ValueError) as error:
+        raise MessageError(f"the event notifications is not valid: {error}") from None
 
 
 def event_now(event: str, board: str = "", **fields: Any) -> Event:

@@ -66,6 +66,8 @@ class Control:
         self._listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         self._boot = os.urandom(8).hex()
         self._clients: set[Connection] = set()
+        self._limits = Problems()
+        """The limits that each user has reached, so that a flood is logged once."""
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
 
     async def serve(self) -> None:
@@ -109,15 +111,28 @@ class Control:
         try:
             async with stream:
                 if refusal := self._refusal(client):
+                    self._report(client, "refused a client", refusal)
                     await client.refuse(refusal)
                 else:
                     await client.run()
+                    if client.fault:
+                        self._report(client, "closed the connection of a client", client.fault)
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # The client has closed the connection.
         except* Exception:
             logger.exception("control socket: internal error: this is a bug in inco-trio, please report it")
         finally:
             self._clients.discard(client)
+            if not any(other.peer.user == client.peer.user for other in self._clients):
+                for what in ("refused a client", "closed the connection of a client"):
+                    self._limits.forget((client.peer.user, what))
+
+    def _report(self, client: Connection, what: str, reason: str) -> None:
+        """Log a limit that a user has reached, once until the user has no clients."""
+        peer = client.peer
+        if self._limits.said((peer.user, what)) is None:
+            text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
+            self._limits.failed((peer.user, what), text, "control")
 
     def _refusal(self, client: Connection) -> str | None:
         """Return why the quotas exclude a client, or None. First end the connections that clients have closed."""

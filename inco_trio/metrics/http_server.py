@@ -115,11 +115,13 @@ class _Scrapes:
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
         self._open: dict[trio.CancelScope, None] = {}
+        self._limits = Problems()
 
     async def answer(self, stream: trio.SocketStream) -> None:
         with trio.CancelScope() as scope:
             self._open[scope] = None
             if len(self._open) > CONNECTIONS_MAX:
+                self._limits.failed("connections", f"more than {CONNECTIONS_MAX}: the oldest ones are closed")
                 next(iter(self._open)).cancel()
             try:
                 async with stream:
@@ -135,6 +137,8 @@ class _Scrapes:
                 pass  # The client has closed the connection.
             finally:
                 del self._open[scope]
+                if not self._open:
+                    self._limits.forget("connections")
 
 
 async def _method(stream: trio.SocketStream) -> bytes:

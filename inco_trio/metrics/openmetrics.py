@@ -1,4 +1,4 @@
-"""The status of proxies in the OpenMetrics text format (version 1.0.0)."""
+"""The status of proxies in the text formats OpenMetrics (version 1.0.0) and Prometheus (version 0.0.4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import attrs
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.proxy_status import Status
 
-__all__ = ["Reported", "openmetrics", "openmetrics_of_proxies"]
+__all__ = ["Reported", "openmetrics_of_proxies", "textfile"]
 
 COUNTERS = {
     "received": ("received_frames", "Frames read from the link."),
@@ -59,9 +59,14 @@ class Reported:
     """The status of each board, or None if the proxy does not answer."""
 
 
-def openmetrics(boards: Iterable[BoardStatus]) -> str:
-    """Return the metrics of the boards of one proxy."""
-    return _text(_of_boards([({"board": each.board}, each) for each in boards]))
+def textfile(proxies: Mapping[str, Iterable[BoardStatus]]) -> str:
+    """Return the metrics of the boards of each proxy in the text format of Prometheus (version 0.0.4).
+
+    The textfile collector of node_exporter knows only this format: no units, no end mark, and in the line TYPE the name
+    that the samples have.
+    """
+    reported = [Reported(name, (*boards,)) for name, boards in proxies.items()]
+    return "".join(f"{line}\n" for family in _of_proxies(reported) for line in _lines(*family, openmetrics=False))
 
 
 def openmetrics_of_proxies(reported: Iterable[Reported]) -> str:
@@ -109,11 +114,13 @@ def _problems(status: Status) -> int:
     return len(problems) - problems.count(None)
 
 
-def _lines(name: str, kind: str, text: str, samples: Samples) -> Iterator[str]:
-    unit = f"\n# UNIT inco_trio_{name} seconds" if name.endswith("_seconds") else ""
-    yield f"# TYPE inco_trio_{name} {kind}{unit}"
-    yield f"# HELP inco_trio_{name} {text}"
+def _lines(name: str, kind: str, text: str, samples: Samples, *, openmetrics: bool = True) -> Iterator[str]:
     suffix = "_total" if kind == "counter" else ""
+    family = name if openmetrics else f"{name}{suffix}"
+    yield f"# TYPE inco_trio_{family} {kind}"
+    if openmetrics and name.endswith("_seconds"):
+        yield f"# UNIT inco_trio_{name} seconds"
+    yield f"# HELP inco_trio_{family} {text}"
     for labels, value in samples:
         shown = ",".join(f'{key}="{_escaped(label)}"' for key, label in labels.items())
         yield f"inco_trio_{name}{suffix}{f'{{{shown}}}' if shown else ''} {float(value):.17g}"

@@ -1,19 +1,35 @@
-"""The boards of a gateway, each with a queue of events to publish and counters of published events."""
+"""The boards of a gateway, each with a queue of notifications to publish and counters of published notifications."""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from typing import NamedTuple
 
 import attrs
 import trio
 
 from inco_trio.control.follower import Conversation
-from inco_trio.control.protocol import BoardStatus, Event
+from inco_trio.control.protocol import BoardStatus, Event, Notifications
+from inco_trio.signals import Direction
 
-__all__ = ["BATCH", "Board"]
+__all__ = ["BATCH", "Board", "Entry"]
 
 BATCH = 256
 """Maximum number of notifications that are published concurrently."""
+
+
+class Entry(NamedTuple):
+    """A notification, or several merged ones."""
+
+    boot: str
+    sequence: int
+    direction: Direction | None
+    signal: str
+    merged: int
+    """How many notifications were merged, or 0 for one that was not merged."""
+    time: float = 0.0
+    monotonic_ns: int = 0
 
 
 @attrs.define(eq=False)
@@ -38,7 +54,7 @@ class Board:
     arrived: trio.Event = attrs.Factory(trio.Event)
     """Wakes `batch` when events arrive."""
     changed: trio.Event = attrs.Factory(trio.Event)
-    _waiting: deque[Event] = attrs.Factory(deque)
+    _waiting: deque[Entry] = attrs.Factory(deque)
     _last: tuple[str, int] = ("", 0)
     """The history (`Event.boot`) and sequence number of the last published notification."""
 
@@ -63,31 +79,44 @@ class Board:
 
     def add(self, event: Event) -> None:
         """Queue a notification or merged notifications from the proxy."""
-        self._waiting.append(event)
+        self._waiting.append(
+            Entry(
+                event.boot, event.sequence, event.direction, event.signal or "", event.count, event.time,
+                event.monotonic_ns,
+            )
+        )  # fmt: skip
         self.arrived.set()
 
-    async def batch(self) -> tuple[Conversation | None, list[Event]]:
-        """Wait for events to publish; return some of them, and the connection that they came from."""
+    def add_all(self, batch: Notifications) -> None:
+        """Queue several notifications from the proxy."""
+        signals = batch.signals
+        for sequence, (index, time, monotonic_ns) in enumerate(batch.items, batch.sequence):
+            self._waiting.append(Entry(batch.boot, sequence, *signals[index], 0, time, monotonic_ns))
+        self.arrived.set()
+
+    async def batch(self) -> tuple[Conversation | None, list[Entry]]:
+        """Wait for entries to publish; return some of them, and the connection that they came from."""
         while not self._waiting:
             self.arrived = trio.Event()
             await self.arrived.wait()
         number = min(len(self._waiting), BATCH)
         # A single number acknowledges all merged notifications, so publish them together.
-        while number < len(self._waiting) and self._waiting[number].event == "merged":
+        while number < len(self._waiting) and self._waiting[number].merged:
             number += 1
-        return self.source, [self._waiting[n] for n in range(number)]
+        return self.source, list(itertools.islice(self._waiting, number))
 
-    def is_duplicate(self, event: Event) -> bool:
-        """Return whether an event was published before."""
+    def is_duplicate(self, entry: Entry) -> bool:
+        """Return whether a notification was published before."""
         boot, number = self._last
-        return event.event == "notification" and event.boot == boot and event.sequence <= number
+        return not entry.merged and entry.boot == boot and entry.sequence <= number
 
-    def done(self, source: Conversation | None, events: list[Event], new: list[Event]) -> None:
-        """Remove `events` from the queue if they came from `source`. Count the events in `new` as published."""
+    def done(self, source: Conversation | None, entries: list[Entry], new: list[Entry]) -> None:
+        """Remove `entries` from the queue if they came from `source`. Count those in `new` as published."""
         if self.source is source:
-            for _ in events:
+            for _ in entries:
                 self._waiting.popleft()
-        for event in new:
-            self.published += event.count or 1
-            self.merged += event.count
-            self._last = event.boot, event.sequence
+        for entry in new:
+            self.published += entry.merged or 1
+            self.merged += entry.merged
+        if new:
+            self._last = new[-1].boot, new[-1].sequence

@@ -189,7 +189,8 @@ class Bridge:
                 raise
             except (BrokerLostError, BrokerRefusedError) as error:
                 self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
-            await trio.sleep(backoff.lost())
+                pause = backoff.lost(error)
+            await trio.sleep(pause)
 
     def _check_limits(self, limits: Limits) -> None:
         """Report what the broker does not allow, although the bridge needs it."""

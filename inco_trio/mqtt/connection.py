@@ -53,25 +53,31 @@ CHUNK = 1 << 16
 
 
 class BrokerBackoff(Backoff):
-    """Pauses before reconnecting to the broker. They grow until a connection has lasted for `CAP` seconds."""
+    """Pauses before reconnecting to the broker.
 
-    FIRST = 0.1
+    They grow while the broker ends connections with a reason within CAP seconds, or while connections break sooner than
+    the pause before them.
+    """
+
     CAP = 5.0
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(first=0.1)
         self._connected = math.inf
+        self._last_pause = 0.0
 
     def connected(self) -> None:
         """Record that the broker has accepted a connection. It may still refuse what follows."""
         self._connected = trio.current_time()
 
-    def lost(self) -> float:
+    def lost(self, error: IncoError) -> float:
         """Return the pause after a failed attempt or a lost connection."""
-        if trio.current_time() - self._connected >= self.CAP:
+        enough = self._last_pause if isinstance(error, ConnectionBrokenError) else self.CAP
+        if trio.current_time() - self._connected >= enough:
             self.reset()
         self._connected = math.inf
-        return self.next()
+        self._last_pause = self.next()
+        return self._last_pause
 
 
 class Connection:

@@ -10,7 +10,6 @@ last will, so that boards do not wait for one another.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -23,9 +22,9 @@ import trio
 from inco_trio.control import protocol
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import Conversation, converse
-from inco_trio.control.protocol import Event, Response
+from inco_trio.control.protocol import Notifications, Reply, Response
 from inco_trio.errors import IncoError, ProxyNotFoundError
-from inco_trio.mqtt.backlog import Board
+from inco_trio.mqtt.backlog import Board, Entry
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
 from inco_trio.mqtt.session import (
@@ -115,12 +114,13 @@ class Gateway:
         async with converse(path) as (source, _):
             mine: list[Board] = []
             try:
-                response = await source.request(protocol.FollowRequest(self._config.boards))
+                response = await source.request(protocol.FollowRequest(self._config.boards, batches=True))
                 self._problems.well(path)
                 mine += [self._have(name, source, nursery) for name in response.follow]
                 followed.set()
                 async with plain_nursery() as asking:
                     asking.start_soon(self._count, source)
+                    asking.start_soon(source.send_acknowledgements)
                     while True:
                         for reply in await source.read():
                             self._hear(reply, source, mine, nursery)
@@ -158,7 +158,12 @@ class Gateway:
         else:
             self._problems.well((board, "owners"), board.name)
 
-    def _hear(self, reply: Event | Response, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
+    def _hear(self, reply: Reply, source: Conversation, mine: list[Board], nursery: trio.Nursery) -> None:
+        if isinstance(reply, Notifications):
+            board = self._boards.get(reply.board)
+            if board is not None and board.source is source:
+                board.add_all(reply)
+            return
         if isinstance(reply, Response):
             for status in reply.status:
                 board = self._boards.get(status.board)
@@ -205,8 +210,7 @@ class Gateway:
                 ) as connection:
                     begun = trio.current_time()
                     backoff.connected()
-                    if self._problems.well("broker", self._broker):
-                        logger.info("%s: reconnected", self._broker)
+                    self._problems.well("broker", self._broker)
                     self._check_limits(board, connection.limits)
                     await self._exchange(board, topics, connection)
             except (BrokerLostError, BrokerRefusedError) as error:
@@ -218,7 +222,8 @@ class Gateway:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
                 # All boards share this key, so that a problem of the broker is logged once.
                 self._problems.failed("broker", f"{what}; notifications wait, retrying", self._broker)
-            await trio.sleep(backoff.lost())
+                pause = backoff.lost(error)
+            await trio.sleep(pause)
 
     def _check_limits(self, board: Board, limits: Limits) -> None:
         """Report which functions of the gateway the broker does not support."""
@@ -236,31 +241,35 @@ class Gateway:
 
     async def _exchange(self, board: Board, topics: Topics, connection: Connection) -> None:
         async with plain_nursery() as nursery:
-            nursery.start_soon(self._publish_status, board, topics, connection)
             nursery.start_soon(self._publish, board, topics, connection)
             nursery.start_soon(self._send_all, board, topics, connection)
-            if self._sendable(board):
-                nursery.start_soon(self._subscribe, board, topics, connection)
+            # Subscribe before the status says `online`: the broker drops requests without a subscription.
+            is_subscribed = await self._subscribe(board, topics, connection)
+            nursery.start_soon(self._publish_status, board, topics, connection)
+            backoff = BrokerBackoff()
+            while not is_subscribed:
+                await trio.sleep(backoff.next())
+                is_subscribed = await self._subscribe(board, topics, connection)
 
     async def _publish(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish the events of a board, and acknowledge them to the proxy once the broker has acknowledged them."""
         while True:
-            source, events = await board.batch()
-            new = [event for event in events if not board.is_duplicate(event)]
+            source, entries = await board.batch()
+            new = [entry for entry in entries if not board.is_duplicate(entry)]
             left = new
             while left:
-                refusals = await connection.publish([_notification(topics, event) for event in left])
-                left = [event for event, refusal in zip(left, refusals, strict=True) if refusal is not None]
-                if left:
-                    refused = next(refusal for refusal in refusals if refusal is not None)
-                    what = f"the broker refuses notifications: {refused}; they wait, retrying"
-                    self._problems.failed(board, what, board.name)
-                    await trio.sleep(REFUSED_AGAIN)
+                refusals = await connection.publish([_notification(topics, entry) for entry in left])
+                if not any(refusals):
+                    break
+                left = [entry for entry, refusal in zip(left, refusals, strict=True) if refusal is not None]
+                refused = next(refusal for refusal in refusals if refusal is not None)
+                what = f"the broker refuses notifications: {refused}; they wait, retrying"
+                self._problems.failed(board, what, board.name)
+                await trio.sleep(REFUSED_AGAIN)
             self._problems.well(board, board.name)
-            board.done(source, events, new)
+            board.done(source, entries, new)
             if source is not None:
-                with contextlib.suppress(ProxyNotFoundError):  # The next proxy repeats unacknowledged events.
-                    await source.write(protocol.AcknowledgeRequest(board.name, events[-1].sequence, events[-1].boot))
+                source.acknowledge(board.name, entries[-1].boot, entries[-1].sequence)
 
     async def _publish_status(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Publish the status and the counters of a board whenever they change."""
@@ -278,7 +287,8 @@ class Gateway:
                 if refusal is None:
                     self._problems.well(message.topic)
                 elif refusal.is_too_large:
-                    self._problems.failed(message.topic, f"not published: {refusal}")
+                    if self._problems.said(message.topic) is None:  # Log it only once, although the size changes.
+                        self._problems.failed(message.topic, f"not published: {refusal}")
                 else:
                     self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; retrying")
                     again = REFUSED_AGAIN
@@ -292,24 +302,23 @@ class Gateway:
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
-    async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Subscribe to the requests of MQTT clients. Retry while the broker refuses it."""
-        signals, backoff = self._sendable(board), BrokerBackoff()
-        filters = [topics.sends]
-        if not connection.limits.wildcard_subscriptions:
+    async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> bool:
+        """Subscribe to the requests of MQTT clients. Return False if the broker refuses it."""
+        signals, filters = self._sendable(board), [topics.sends]
+        if signals and not connection.limits.wildcard_subscriptions:
             filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
             if "*" in signals:
                 text = "the broker allows no wildcards: name each signal in the configuration instead of *"
                 self._problems.failed((board, "wildcards"), text, board.name)
-        while filters:
-            try:
-                await connection.subscribe(filters)
-            except BrokerRefusedError as error:
-                self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
-                await trio.sleep(backoff.next())
-            else:
-                self._problems.well((board, "send"), board.name)
-                return
+        if not (signals and filters):
+            return True
+        try:
+            await connection.subscribe(filters)
+        except BrokerRefusedError as error:
+            self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
+            return False
+        self._problems.well((board, "send"), board.name)
+        return True
 
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
         """Handle the requests of MQTT clients to send signals, in the broker's order."""
@@ -369,14 +378,16 @@ def _status(board: Board, limits: Limits) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _notification(topics: Topics, event: Event) -> Message:
-    body: dict[str, object] = {"sequence": event.sequence, "boot": event.boot}
-    if event.count:
-        body["count"] = event.count
+def _notification(topics: Topics, entry: Entry) -> Message:
+    # Formatting takes a quarter of the time of json.dumps(), and none of these values needs escapes.
+    if entry.merged:
+        body = f'{{"sequence": {entry.sequence}, "boot": "{entry.boot}", "count": {entry.merged}}}'
     else:
-        body |= {"time": event.time, "monotonic_ns": event.monotonic_ns}
-    direction = "" if event.direction is None else event.direction.value
-    return Message(topics.notification(direction, event.signal or ""), _json(body))
+        body = (
+            f'{{"sequence": {entry.sequence}, "boot": "{entry.boot}", '
+            f'"time": {entry.time!r}, "monotonic_ns": {entry.monotonic_ns}}}'
+        )
+    return Message(topics.notification(entry.direction, entry.signal), body.encode())
 
 
 def _json(fields: Mapping[str, object]) -> bytes:

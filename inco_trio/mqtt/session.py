@@ -70,7 +70,7 @@ class RetainRefusedError(BrokerRefusedError):
     """The broker refuses a connection whose last will is a retained message."""
 
 
-@attrs.frozen
+@attrs.define
 class Message:
     """A message to publish."""
 

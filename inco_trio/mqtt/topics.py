@@ -6,6 +6,8 @@ import base64
 import hashlib
 from urllib.parse import unquote_to_bytes
 
+from inco_trio.signals import Direction
+
 __all__ = ["Topics", "client_id", "level", "name_of"]
 
 _OF_MQTT = frozenset("/+#%")
@@ -45,11 +47,16 @@ class Topics:
         self.status = f"{self._board}/status"
         self.counters = f"{self._board}/counters"
         self._send = f"{self._board}/send/"
+        self._notifications: dict[tuple[Direction | None, str], str] = {}
         self.sends = f"{self._send}+"
         """The filter for all requests to send a signal."""
 
-    def notification(self, direction: str, signal: str) -> str:
-        return f"{self._board}/{direction}/{level(signal)}"
+    def notification(self, direction: Direction | None, signal: str) -> str:
+        key = direction, signal
+        if (topic := self._notifications.get(key)) is None:
+            name = "" if direction is None else direction.value
+            topic = self._notifications[key] = f"{self._board}/{name}/{level(signal)}"
+        return topic
 
     def send(self, signal: str) -> str:
         return f"{self._send}{level(signal)}"

@@ -35,6 +35,7 @@ from inco_trio.proxy_status import Counters, SignalStatus, Stats, Status, TaskSt
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
+from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
@@ -195,7 +196,7 @@ class Proxy:
             former = self._registers.table
             self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
-                await self._registers.reload(table)
+                await self._registers.reload(table, Trust(config.owner, config.group))
             finally:
                 table = self._registers.table
                 self._link.expect(table.inbound, table.outbound)
@@ -377,7 +378,7 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
     """
     inherited = fd_store.inherited
     counters, inflight = Counters(), ground.inflight
-    registers = Registers(ground.inotify, inflight, counters)
+    registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
 

@@ -22,13 +22,18 @@ from inco_trio.problems import Problems
 from inco_trio.registers.directory import Directory, proc_is_mounted, watch_key
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.retries import FALLBACK, Retries
+from inco_trio.registers.trust import Trust, open_trusted
 
 __all__ = ["ABANDONED", "Directories"]
 
 ABANDONED = 60.0
 """Seconds until a directory that another process removed is recreated."""
 
+ATTEMPTS = 4
+"""How often a directory that is replaced meanwhile is opened again at once."""
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
+ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
+"""Events of an ancestor. IN_ATTRIB reports a new owner or mode of the ancestor and of the entries in it."""
 APPEARED = ino.IN_CREATE | ino.IN_MOVED_TO
 VANISHED = ino.IN_DELETE | ino.IN_MOVED_FROM
 NAMES_MASK = SELF_MASK | APPEARED | VANISHED
@@ -50,7 +55,15 @@ class _Awaited:
 class Directories:
     """The IRQ directories of a signal table, and the watches on them and their ancestors."""
 
-    def __init__(self, inotify: Watcher, noted: NumberTable, problems: Problems, announce: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        inotify: Watcher,
+        noted: NumberTable,
+        problems: Problems,
+        announce: Callable[[], None],
+        trust: Trust | None = None,
+    ) -> None:
+        self.trust = trust or Trust()
         self.by_path: dict[Path, Directory] = {}
         self._inotify = inotify
         self._noted = noted
@@ -70,20 +83,18 @@ class Directories:
 
         Raises OSError, or UnfitFileError if the directory is already open under another path.
         """
-        while True:
-            if make:
-                directory.path.mkdir(parents=True, exist_ok=True)
-            self._open(directory)
+        for _ in range(ATTEMPTS):
+            self._open(directory, make=make)
             directory.missing_since = None
             self._watch_above(directory, waiting=False)
             if directory.current:
                 return
             # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
+        self.trouble(directory)  # Another process replaces the directory all the time. Let other tasks run.
 
-    def _open(self, directory: Directory) -> None:
-        fd = os.open(directory.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _open(self, directory: Directory, *, make: bool) -> None:
+        fd, found = open_trusted(directory.path, self.trust, make=make)
         try:
-            found = os.fstat(fd)
             place = f"/proc/self/fd/{fd}/." if proc_is_mounted() else str(directory.path)
             wd = self._inotify.watch(place, NAMES_MASK)
             self._check_only_one(directory, wd)
@@ -96,6 +107,7 @@ class Directories:
         directory.release()
         directory.fd, directory.wd, directory.identity = fd, wd, (found.st_dev, found.st_ino)
         directory.devices = {found.st_dev}
+        directory.shared = self.trust.shares(found)
         self._by_wd[wd] = directory
         if former not in (0, wd):
             self._by_wd.setdefault(former, directory)
@@ -118,7 +130,7 @@ class Directories:
         """Watch the ancestors for moves and removals. If `waiting`, also watch the nearest one for new entries."""
         before, directory.above = directory.above, set()
         for parent in directory.path.parents:
-            mask = SELF_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
+            mask = ABOVE_MASK | ino.IN_MASK_ADD | (APPEARED if waiting else 0)
             try:
                 wd = self._inotify.watch(str(parent), mask)
             except OSError:
@@ -160,9 +172,9 @@ class Directories:
                 self._watch_only_self(awaited.path, wd)
 
     def _watch_only_self(self, path: Path, wd: int) -> None:
-        """Restrict the watch `wd` on the directory `path` to moves and removals of the directory itself."""
+        """Restrict the watch `wd` on the directory `path` to the events of an ancestor."""
         with contextlib.suppress(OSError):
-            found = self._inotify.watch(str(path), SELF_MASK)
+            found = self._inotify.watch(str(path), ABOVE_MASK)
             if found != wd:  # The path now leads to another directory.
                 self._unwatch(found)
 
@@ -237,6 +249,11 @@ class Directories:
             if directory is not None:
                 self.look(directory)
             return None
+        if mask & ino.IN_ATTRIB:
+            for other in below or ():
+                if not name or os.fsdecode(name) in other.path.parts:
+                    self.trouble(other)  # Check whether the path is still trusted.
+            return None
         if mask & APPEARED and (awaited := self._awaited.get(wd)):
             for waiting in tuple(awaited.names.get(name, ())):
                 self.look(waiting)
@@ -247,8 +264,11 @@ class Directories:
         return directory
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
-        """Reopen the directory if its path now leads to another one. Log a failure once, and schedule a retry."""
-        if not self.has(directory) or directory.current:
+        """Reopen the directory if its path now leads to another one, or is not trusted any more.
+
+        Log a failure once, and schedule a retry.
+        """
+        if not self.has(directory) or self._is_well(directory):
             return
         if newly := directory.missing_since is None:
             self.lose(directory)
@@ -273,6 +293,18 @@ class Directories:
             return
         self._problems.well(directory.path)
         self.miss_states(directory)
+
+    def _is_well(self, directory: Directory) -> bool:
+        """Return whether the path still leads to the open directory, and only trusted users can change this."""
+        if directory.fd < 0:
+            return False
+        try:
+            fd, found = open_trusted(directory.path, self.trust)
+        except OSError:
+            return False
+        os.close(fd)
+        directory.shared = self.trust.shares(found)
+        return (found.st_dev, found.st_ino) == directory.identity
 
     def look_at_all(self) -> None:
         """Schedule a check of all directories and files, because events may have been lost."""

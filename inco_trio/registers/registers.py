@@ -22,6 +22,7 @@ from inco_trio.registers.directory import Directory
 from inco_trio.registers.refusals import refusal
 from inco_trio.registers.states import StateFile, StateFiles
 from inco_trio.registers.triggers import Trigger, Triggers
+from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable
 
 __all__ = ["Registers"]
@@ -42,12 +43,12 @@ class _New:
 class Registers:
     """The registers of a signal table. `troubled` is set when an operation has failed and `restore` must run."""
 
-    def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters) -> None:
+    def __init__(self, inotify: Watcher, inflight: Inflight, counters: Counters, trust: Trust | None = None) -> None:
         self._problems = problems = Problems()
         self.table = SignalTable(())
         self._opened = False
         self.troubled = trio.Event()
-        self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set())
+        self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set(), trust)
         self.states = StateFiles(self.directories, inflight.pending, problems, counters)
         self.triggers = Triggers(self.directories, inotify, inflight.watches, problems, counters)
 
@@ -116,9 +117,15 @@ class Registers:
                 self.directories.drop(directory)
                 yield
 
-    async def reload(self, table: SignalTable) -> None:
+    async def reload(self, table: SignalTable, trust: Trust | None = None) -> None:
         """Replace the table and create missing directories. Raises IncoError, see `exchange`."""
-        await in_turns(self.exchange(table))
+        before = self.directories.trust
+        self.directories.trust = trust or before
+        try:
+            await in_turns(self.exchange(table))
+        except BaseException:
+            self.directories.trust = before
+            raise
         # Shield the clean-up, because the new table is already in use.
         with trio.CancelScope(shield=True):
             await in_turns(self._drop_unneeded())
@@ -130,7 +137,7 @@ class Registers:
         """Return why the proxy cannot write or watch the register of a signal now, or None."""
         directory = self.directories.by_path[signal.directory]
         if directory.fd < 0:
-            return "its directory is missing"
+            return self._problems.said(signal.directory) or "its directory is missing"
         trigger = self.triggers.by_path.get(signal.path)
         if trigger is not None and trigger.missing_since is not None:
             return "cannot be watched, or is missing"

@@ -110,7 +110,7 @@ class Daemon:
         label: str,
         control: str | None,
         fd_store: FdStore,
-        restrict: Callable[[Collection[Config]], None] = lambda _: None,
+        restrict: Callable[[Collection[Config], Path | None], None] = lambda *_: None,
     ) -> None:
         self.name = boards.name
         self.reload, self.log_statistics = boards.reload, boards.log_statistics
@@ -119,13 +119,14 @@ class Daemon:
         self._control = control
         self._fd_store = fd_store
         self._restrict = restrict
+        self._control_path: Path | None = None
 
     async def run(self, runner: Runner) -> None:
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
             # The diagnosis must inspect processes of other users. Its thread therefore starts with all capabilities.
             is_ready = threading.Event()
             self._start_diagnosis(is_ready)
-            self._restrict(self._boards.configs())
+            self._restrict(self._boards.configs(), self._control_path)
             runner.ready()
             is_ready.set()
             await runner.follow_reloads()
@@ -142,6 +143,7 @@ class Daemon:
             if listener is None:
                 yield None
                 return
+            self._control_path = Path(listener.getsockname())
             control = Control(self._boards, listener)
             background.start_soon(control.serve)
             try:

@@ -161,7 +161,7 @@ def bridge_service(url: str, link: str, end: str, config: Path | None) -> Servic
     """Describe one side of the bridge at `url`, with the file `config`. Raises InvalidArgumentError."""
     from inco_trio.mqtt.configuration import parse_broker, read_gateway
 
-    of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, "--link", link, "--end", end)
+    of, words = f"{end} on {parse_broker(url)}", ("mqtt-link", url, link, "--end", end)
     warnings = () if config is None else _warnings(lambda: read_gateway(config))
     options = () if config is None else ("--config", str(config.absolute()))
     address = parse_address(link)

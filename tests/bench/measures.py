@@ -20,8 +20,10 @@ import attrs
 
 from inco_trio.simulation.world import Cores
 
+from .attacks import ATTACKS, FROM_CORE1
 from .boards import boards_figures
 from .figures import Figure, Goal, quantile
+from .gateway import gateway_figures
 from .processes import memory_kib, switches, system_calls, wake_ups
 from .rivals import (
     C_MODIFY,
@@ -311,6 +313,62 @@ def _monitor(path: Path) -> Iterator[None]:
             process.terminate()
 
 
+def attacks(bench: Bench) -> Measured:
+    """Compare the latency at 1,000/s under each attack with the latency of the same proxy before the attack."""
+    latencies: dict[str, dict[str, Samples]] = {
+        name: {way: _samples() for way in ("inbound", "outbound")} for name in ATTACKS
+    }
+    faults: dict[str, list[str]] = defaultdict(list)
+    for pair in range(bench.size.pairs):
+        for name in ATTACKS:
+            bench.say(f"pair {pair + 1}/{bench.size.pairs}: {name}")
+            with bench.lab.running(MONITORED, TABLE) as run:
+                run.warm_up()
+                for state in ("no attack", "attack"):
+                    with _attack(bench, run, name) if state == "attack" else contextlib.nullcontext():
+                        load = run.load(inbound=bench.size.lone, in_rate=1000, latencies=True)
+                        back = run.load(outbound=bench.size.lone, out_rate=1000, latencies=True)
+                    for way, flow in (("inbound", load.inbound), ("outbound", back.outbound)):
+                        latencies[name][way][state].append(quantile(flow.latencies, 0.99) / 1000)
+                        if flow.lost:
+                            faults[name].append(f"{state}: {flow.lost} {way} lost")
+            if run.dropped:
+                faults[name].append(f"{run.dropped} dropped")
+    both = ("attack", "no attack")
+    return Measured(
+        [
+            Figure(
+                f"{way} latency, p99, {name}",
+                "us",
+                samples,
+                None,
+                both,
+                "",
+                tuple(faults[name]) if way == "inbound" else (),
+            )
+            for name, ways in latencies.items()
+            for way, samples in ways.items()
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _attack(bench: Bench, run: Running, name: str) -> Iterator[None]:
+    """Attack the proxy, see `attacks.ATTACKS`."""
+    control = run.table.with_name("control.sock")
+    command = [*PYTHON, "-m", "tests.bench.attacks", name, run.cores.link, str(run.directory), str(control)]
+    namespace = run.cores.core1 if name in FROM_CORE1 else run.cores.core0
+    start = functools.partial(subprocess.Popen[bytes], command, stdout=subprocess.PIPE, env=MONITORED.environment)
+    with namespace.run(start) as process:
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise BenchError(f"{name}: the attack has failed")
+            yield
+        finally:
+            process.kill()
+
+
 def burst(bench: Bench) -> Measured:
     """Measure losses and rate of 20,000 frames that a C program sends as fast as it can."""
     rates, losses = _samples(), _Losses()
@@ -485,6 +543,14 @@ def boards(bench: Bench) -> Measured:
     return Measured(boards_figures(bench.lab, size.boards, min(size.pairs, 5), size.lone // 4, min(size.idle, 3.0)))
 
 
+def gateway(bench: Bench) -> Measured:
+    """Measure the gateway to an MQTT broker (see gateway.py)."""
+    size = bench.size
+    return Measured(
+        gateway_figures(bench.lab.scratch, size.pairs, min(size.burst, 8000), max(20, size.lone // 60), bench.say)
+    )
+
+
 def idle(bench: Bench) -> Measured:
     """Measure wake-ups and system calls without traffic."""
     wakes, calls = _samples(), _samples()
@@ -632,12 +698,14 @@ MEASURES: dict[str, Measure] = {
     "inbound-latency": Measure(inbound_latency, 18, 12),
     "outbound-latency": Measure(outbound_latency, 18, 12),
     "control": Measure(control, 2, 14),
+    "attacks": Measure(attacks, 0, 120),
     "burst": Measure(burst, 9, 3),
     "sustained": Measure(sustained, 60, 45),
     "one-trigger": Measure(one_trigger, 12, 4),
     "many-signals": Measure(many_signals, 25, 18),
     "many-links": Measure(many_links, 0, 22),
     "boards": Measure(boards, 110, 0),
+    "gateway": Measure(gateway, 0, 15),
     "idle": Measure(idle, 65, 0),
     "start": Measure(start, 1, 1.2),
     "memory": Measure(memory, 0, 18),

@@ -142,7 +142,7 @@ def test_demo_runs_from_the_wheel(tmp_path: Path) -> None:
     [
         (["mqtt", "mqtt://127.0.0.1"], "mqtt5 is not installed: pip install 'inco-trio[mqtt]'"),
         (
-            ["mqtt-link", "mqtt://127.0.0.1", "--link", "unix:/a,peer=/b", "--end", "core0"],
+            ["mqtt-link", "mqtt://127.0.0.1", "unix:/a,peer=/b", "--end", "core0"],
             "mqtt5 is not installed: pip install 'inco-trio[mqtt]'",
         ),
     ],

@@ -1,0 +1,45 @@
+"""Users and groups: passwd(5), group(5)."""
+
+from __future__ import annotations
+
+__all__ = ["find_owner", "is_private_group", "user_name"]
+
+# The modules pwd and grp are imported where they are used, because most starts do not need them.
+
+
+def user_name(uid: int) -> str:
+    """Return the name and the ID of a user, for messages."""
+    import pwd
+
+    try:
+        return f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def find_owner(text: str) -> tuple[int | None, int | None]:
+    """Return the user ID and the group ID of `USER[:GROUP]` or `:GROUP`, as in chown(1). Raises ValueError."""
+    import grp
+    import pwd
+
+    user, _, group = text.partition(":")
+    try:
+        uid = None if not user else int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
+        gid = None if not group else int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ValueError(f"{text!r}: no such user or group") from None
+    if uid is None and gid is None:
+        raise ValueError(f"{text!r}: expected USER, USER:GROUP or :GROUP")
+    return uid, gid
+
+
+def is_private_group(gid: int, uid: int) -> bool:
+    """Return whether a group has the name of the user and no other members (useradd(8), USERGROUPS_ENAB)."""
+    import grp
+    import pwd
+
+    try:
+        group, name = grp.getgrgid(gid), pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == name and {*group.gr_mem} <= {name}

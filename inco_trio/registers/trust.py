@@ -1,0 +1,183 @@
+"""Open an IRQ directory so that no untrusted user can redirect its path to another directory.
+
+The path is followed by descriptors, one component at a time, and symlinks are resolved here (path_resolution(7)). Each
+directory and symlink must belong to root, to the user of this process or to the configured owner. Below something of
+the configured owner, everything must belong to this owner. No other user may be able to rename a component.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections import deque
+from pathlib import Path
+
+import attrs
+
+from inco_trio.linux.process import overflow_uid
+from inco_trio.linux.users import is_private_group, user_name
+from inco_trio.registers.refusals import UnfitFileError
+
+__all__ = ["Trust", "open_trusted"]
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ANYTHING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITERS = stat.S_IWGRP | stat.S_IWOTH
+SYMLINKS_MAX = 40
+"""Maximum number of symlinks in a path, as in the kernel."""
+STANDARD = frozenset({"/", "/dev", "/dev/shm", "/home", "/run", "/run/user", "/tmp", "/var", "/var/tmp"})  # noqa: S108
+"""Directories that belong to root on each system (hier(7), file-hierarchy(7))."""
+ACL = "system.posix_acl_access"
+
+
+@attrs.frozen
+class Trust:
+    """The users who may change IRQ directories, besides root and the user of this process."""
+
+    owner: int | None = None
+    group: int | None = None
+    """The group whose members may change the files in an IRQ directory, but not the directories above it."""
+
+    def shares(self, found: os.stat_result) -> bool:
+        """Return whether a user other than root and the user of this process may change the names in a directory."""
+        return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & stat.S_IWGRP)
+
+
+def open_trusted(path: Path, trust: Trust, *, make: bool = False) -> tuple[int, os.stat_result]:
+    """Return a descriptor (O_PATH) of the directory at `path`, and its status. With `make`, create it if it is missing.
+
+    Raises OSError, or UnfitFileError if an untrusted user could replace the directory or change its files.
+    """
+    walk = _Walk(path, trust)
+    try:
+        walk.run(make=make)
+    except OSError as error:
+        os.close(walk.fd)
+        error.filename = str(path)
+        raise
+    return walk.fd, walk.found
+
+
+class _Walk:
+    """The resolution of one path. `fd` is the directory that has been reached."""
+
+    def __init__(self, path: Path, trust: Trust) -> None:
+        self._path = path
+        self._trust = trust
+        self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
+        self._symlinks = 0
+        self._below: int | None = None
+        """The configured owner, if something of this owner has been passed."""
+        self._place = "/"
+        self.fd = os.open("/", _DIRECTORY)
+        self.found = os.fstat(self.fd)
+
+    def run(self, *, make: bool) -> None:
+        self._check_owner(self.found)
+        while self._names:
+            self._check_writers(final=False)
+            name = self._names.popleft()
+            try:
+                fd = os.open(name, _DIRECTORY, dir_fd=self.fd)
+            except NotADirectoryError:
+                self._follow_symlink(name)
+                continue
+            except FileNotFoundError:
+                if not make:
+                    raise
+                fd = self._make(name)
+            os.close(self.fd)
+            self.fd, self.found = fd, os.fstat(fd)
+            self._place = os.path.join(self._place, name)  # noqa: PTH118 - called for each component
+            self._check_owner(self.found)
+        self._check_writers(final=True)
+
+    def _follow_symlink(self, name: str) -> None:
+        fd = os.open(name, _ANYTHING, dir_fd=self.fd)
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISLNK(found.st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            target = os.readlink("", dir_fd=fd)
+        finally:
+            os.close(fd)
+        self._symlinks += 1
+        if self._symlinks > SYMLINKS_MAX:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        before = self._place
+        self._place = os.path.join(before, name)  # noqa: PTH118
+        self._check_owner(found)
+        self._place = before
+        parts = Path(target).parts
+        if target.startswith("/"):
+            root = os.open("/", _DIRECTORY)
+            os.close(self.fd)
+            self._place, self.fd, self.found = "/", root, os.fstat(root)
+            self._check_owner(self.found)
+            parts = parts[1:]
+        self._names.extendleft(reversed(parts))
+
+    def _make(self, name: str) -> int:
+        """Create a directory that other users cannot change."""
+        place = Path(self._place, name)
+        if self._below is not None:
+            what = f"{place} is missing below a directory of {user_name(self._below)}"
+            raise self._untrusted(what, f"let this user create {self._path}")
+        trust = self._trust
+        shared = not self._names and (trust.owner, trust.group) != (None, None)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, 0o755, dir_fd=self.fd)
+            if shared:
+                # Only root and this user can rename the new directory.
+                owner, group = (-1 if number is None else number for number in (trust.owner, trust.group))
+                os.chown(name, owner, group, dir_fd=self.fd, follow_symlinks=False)
+                if trust.group is not None:
+                    os.chmod(name, 0o2775, dir_fd=self.fd)  # noqa: S103 - writable by the trusted group
+        return os.open(name, _DIRECTORY, dir_fd=self.fd)
+
+    def _check_owner(self, found: os.stat_result) -> None:
+        uid = found.st_uid
+        if uid == overflow_uid():
+            if self._place in STANDARD and not _maps_all_users():
+                return
+            what = f"{self._place} belongs to uid {uid}, which stands for all unmapped users"
+            raise self._untrusted(what, "use a directory of root or of a dedicated system user")
+        if self._below is not None and uid != self._below:
+            what = f"{self._place} belongs to {user_name(uid)}, but is reached through {user_name(self._below)}"
+            raise self._untrusted(what, "use a path whose directories belong to one user from there on")
+        if uid == self._trust.owner and uid not in (0, os.geteuid()):
+            self._below = uid
+        elif uid not in (0, os.geteuid()):
+            what = f"{self._place} belongs to {user_name(uid)}"
+            raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
+
+    def _check_writers(self, *, final: bool) -> None:
+        """Check that other users can neither rename entries of the directory nor, in an IRQ directory, create them."""
+        mode = self.found.st_mode
+        if not mode & _WRITERS or (not final and mode & stat.S_ISVTX):
+            return
+        allowed = final and self.found.st_gid == self._trust.group
+        if mode & stat.S_IWOTH or not (allowed or is_private_group(self.found.st_gid, self.found.st_uid)):
+            what = f"other users may write to {self._place} (mode {stat.S_IMODE(mode):04o})"
+            raise self._untrusted(what, f"chmod go-w {self._place}, or use a directory below /run")
+        # With an ACL, the group bits are the mask for all users and groups in it (acl(5)).
+        try:
+            os.getxattr(f"/proc/self/fd/{self.fd}", ACL)
+        except OSError:
+            return  # The directory has no ACL.
+        what = f"the ACL of {self._place} lets other users write to it"
+        raise self._untrusted(what, f"setfacl -b {self._place}, or use a directory below /run")
+
+    def _untrusted(self, what: str, remedy: str) -> UnfitFileError:
+        return UnfitFileError(self._path, f"not trusted: {what}", remedy)
+
+
+def _maps_all_users() -> bool:
+    """Return whether this is the initial user namespace or one that maps all users (user_namespaces(7))."""
+    try:
+        with open("/proc/self/uid_map", "rb") as lines:  # noqa: PTH123
+            return [line.split() for line in lines] == [[b"0", b"0", b"4294967295"]]
+    except OSError:
+        return True

@@ -1,0 +1,80 @@
+"""The sandbox of a running daemon: Landlock for files, and a seccomp filter for system calls."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from inco_trio.config import Config
+from inco_trio.links.address import InterfaceAddress, UnixAddress
+from inco_trio.linux import landlock, seccomp
+
+__all__ = ["enter_sandbox"]
+
+logger = logging.getLogger(__name__)
+
+FD_STORE_PROGRAMS = ("s6-fdholder-store", "s6-fdholder-delete")
+PROCESSES = frozenset({"execve", "fork", "kill", "vfork"})
+"""System calls that start the programs of s6."""
+
+
+def enter_sandbox(
+    configs: Collection[Config], *, control: Path | None, grows: bool, has_fd_holder: bool, log: bool
+) -> None:
+    """Restrict this thread, and those that it creates. With `log`, the kernel only logs what it would refuse.
+
+    `control` is the control socket. With `grows`, a reload may add boards. The capabilities must already be dropped. If
+    the kernel lacks a part of the sandbox, log that and continue without this part.
+    """
+    try:
+        if not log:
+            writable = sorted(_writable(configs, control))
+            landlock.restrict_files([*writable, Path("/dev/null")], _programs() if has_fd_holder else ())
+            places = ", ".join(map(str, writable))
+            logger.info("sandbox: writing is limited to %s (after adding a directory elsewhere, restart)", places)
+    except OSError as error:
+        logger.warning("sandbox: cannot restrict writing (Landlock: %s): continuing without", error.strerror)
+    name = seccomp.machine()
+    if name is None:
+        logger.warning("sandbox: cannot filter system calls (unknown machine): continuing without")
+        return
+    families = [socket.AF_UNIX, socket.AF_NETLINK]
+    if grows or any(isinstance(config.address, InterfaceAddress) for config in configs):
+        families.append(socket.AF_PACKET)
+    also = set(PROCESSES) if has_fd_holder else set()
+    if any(config.netns is not None for config in configs):
+        also.add("setns")
+    try:
+        seccomp.install(seccomp.filter_code(name, families=families, also=also, log=log))
+    except OSError as error:
+        logger.warning("sandbox: cannot filter system calls (seccomp: %s): continuing without", error.strerror)
+
+
+def _writable(configs: Collection[Config], control: Path | None) -> set[Path]:
+    """Return the parents of all IRQ directories and sockets, so that a recreated directory is writable, too."""
+    paths = {signal.directory for config in configs for signal in config.signals}
+    paths |= {Path(config.address.local) for config in configs if isinstance(config.address, UnixAddress)}
+    if control is not None:
+        paths.add(control)
+    return {_existing(path) for path in paths}
+
+
+def _existing(path: Path) -> Path:
+    """Return the parent of `path`, or its nearest existing ancestor. For /NAME, return /NAME instead of /."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent if parent != parent.parent or not path.is_dir() else path
+
+
+def _programs() -> Iterator[Path]:
+    """Yield the programs of s6 that store descriptors, and the loaders of shared libraries that execve(2) opens."""
+    for name in FD_STORE_PROGRAMS:
+        if found := shutil.which(name):
+            yield Path(found)
+    for directory in ("/lib", "/lib64", "/usr/lib"):
+        for pattern in ("ld-*.so*", "ld64.so*", "*/ld-*.so*"):
+            yield from Path(directory).glob(pattern)

@@ -1,0 +1,389 @@
+"""Tests of which paths of IRQ directories are trusted, and of attacks by ordinary users who own a part of a path."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import pwd
+import re
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from inco_trio.errors import ConfigError
+from inco_trio.linux import users
+from inco_trio.linux.libc import libc
+from inco_trio.linux.process import overflow_uid
+from inco_trio.registers import trust as trust_module
+from inco_trio.registers.directories import ABANDONED
+from inco_trio.registers.refusals import UnfitFileError
+from inco_trio.registers.trust import Trust, open_trusted
+from inco_trio.signals import Direction, Signal
+from tests.support_registers import Clock, World
+
+pytestmark = pytest.mark.netns  # Changing owners needs root.
+
+STRANGER, OWNER, GROUP = 12345, 12346, 12347
+RENAME_EXCHANGE = 2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    made.install(monkeypatch)
+    return made
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    tmp_path.chmod(0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def state(home: Path) -> Signal:
+    return Signal("ihub_reset_irq", Direction.INBOUND, home / "board" / "irq", "state")
+
+
+@pytest.fixture
+def trigger(state: Signal) -> Signal:
+    return Signal("redun_notify_irq", Direction.OUTBOUND, state.directory, "trig")
+
+
+@pytest.fixture
+def world(clock: Clock, state: Signal, trigger: Signal) -> Iterator[World]:
+    made = World(clock, [state, trigger])
+    yield made
+    made.ending.close()
+
+
+def give(path: Path, uid: int = STRANGER, mode: int = 0o755) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    os.chown(path, uid, uid)
+    path.chmod(mode)
+    return path
+
+
+def add_acl(path: Path) -> None:
+    """Let another user write to a directory, as `setfacl -m u:STRANGER:rwx` does (struct posix_acl_xattr_header)."""
+    unnamed = 0xFFFFFFFF
+    entries = [(0x01, 7, unnamed), (0x02, 7, STRANGER), (0x04, 5, unnamed), (0x10, 7, unnamed), (0x20, 5, unnamed)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    os.setxattr(path, "system.posix_acl_access", value)
+
+
+def refusal(path: Path, trust: Trust | None = None) -> str | None:
+    """Return why a directory is not trusted, or None."""
+    try:
+        fd, _ = open_trusted(path, trust or Trust())
+    except UnfitFileError as error:
+        return str(error.strerror).removeprefix("not trusted: ")
+    os.close(fd)
+    return None
+
+
+def foreign_parent(irq: Path) -> Path:
+    irq.mkdir(parents=True)
+    return give(irq.parent)
+
+
+def foreign_directory(irq: Path) -> Path:
+    return give(irq)
+
+
+def sticky_parent(irq: Path) -> Path:
+    give(irq)
+    irq.parent.chmod(0o1777)
+    return irq
+
+
+def symlink_of_a_stranger(irq: Path) -> Path:
+    irq.parent.mkdir()
+    give(irq.with_name("real"), 0)
+    irq.symlink_to("real")
+    os.lchown(irq, STRANGER, STRANGER)
+    return irq
+
+
+def symlink_into_a_foreign_directory(irq: Path) -> Path:
+    foreign = give(irq.parent / "foreign")
+    give(foreign / "irq", 0)
+    irq.symlink_to(foreign / "irq")
+    return foreign
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [foreign_parent, foreign_directory, sticky_parent, symlink_of_a_stranger, symlink_into_a_foreign_directory],
+)
+def test_a_path_through_a_stranger_is_refused(world: World, state: Signal, prepare: Callable[[Path], Path]) -> None:
+    component = prepare(state.directory)
+    before = sorted(state.directory.iterdir())
+    with pytest.raises(ConfigError) as caught:
+        world.open()
+    assert str(caught.value) == (
+        f"{state.directory}: not trusted: {component} belongs to uid {STRANGER} "
+        f"(use a directory below /run, or trust this user with --irq-owner {STRANGER})"
+    )
+    assert sorted(state.directory.iterdir()) == before
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777], ids=oct)
+@pytest.mark.parametrize("where", ["itself", "above"])
+def test_a_directory_that_others_may_change_is_refused(world: World, state: Signal, mode: int, where: str) -> None:
+    state.directory.mkdir(parents=True)
+    place = state.directory if where == "itself" else state.directory.parent
+    os.chown(place, 0, GROUP)
+    place.chmod(mode)
+    if (mode, where) == (0o1777, "above"):
+        world.open()  # In a sticky directory, only root and the owner may rename an entry.
+        return
+    with pytest.raises(ConfigError) as caught:
+        world.open()
+    assert str(caught.value) == (
+        f"{state.directory}: not trusted: other users may write to {place} (mode {mode:04o}) "
+        f"(chmod go-w {place}, or use a directory below /run)"
+    )
+
+
+def test_a_private_group_may_write(home: Path) -> None:
+    home.chmod(0o775)  # Group root has no members.
+    assert refusal(home) is None
+    add_acl(home)
+    assert refusal(home) == f"the ACL of {home} lets other users write to it"
+
+
+def test_a_private_group_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = pwd.getpwuid(0)
+    assert users.is_private_group(root.pw_gid, 0)
+    assert not users.is_private_group(STRANGER, 0)
+    assert not users.is_private_group(root.pw_gid, STRANGER)
+    assert users.user_name(0) == "root (uid 0)"
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"), [("root", (0, None)), ("root:root", (0, 0)), (":7", (None, 7)), ("12:13", (12, 13))]
+)
+def test_an_owner_is_parsed(text: str, ids: tuple[int | None, int | None]) -> None:
+    assert users.find_owner(text) == ids
+
+
+@pytest.mark.parametrize("text", ["", ":", "no such user", "root:no such group"])
+def test_an_unknown_owner_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(repr(text))}: "):
+        users.find_owner(text)
+
+
+def test_the_configured_owner_is_trusted(home: Path) -> None:
+    owner = Trust(owner=OWNER)
+    irq = give(give(home / "app", OWNER) / "irq", OWNER)
+    assert refusal(irq, owner) is None
+    assert refusal(irq) == f"{irq.parent} belongs to uid {OWNER}"
+    link = irq.with_name("link")
+    link.symlink_to("irq")
+    os.lchown(link, OWNER, OWNER)
+    assert refusal(link, owner) is None
+    # The owner could otherwise redirect the proxy to any directory of root.
+    give(irq, 0)
+    assert refusal(irq, owner) == f"{irq} belongs to root (uid 0), but is reached through uid {OWNER}"
+    link.unlink()
+    link.symlink_to(home)
+    os.lchown(link, OWNER, OWNER)
+    assert refusal(link, owner) == f"/ belongs to root (uid 0), but is reached through uid {OWNER}"
+
+
+def test_the_configured_group_may_write(home: Path) -> None:
+    irq = give(home / "irq", 0, 0o775)
+    os.chown(irq, 0, GROUP)
+    assert refusal(irq, Trust(group=GROUP)) is None
+    add_acl(irq)
+    assert refusal(irq, Trust(group=GROUP)) == f"the ACL of {irq} lets other users write to it"
+    give(irq.parent, 0, 0o775)
+    os.chown(irq.parent, 0, GROUP)
+    assert refusal(irq, Trust(group=GROUP)) == f"other users may write to {irq.parent} (mode 0775)"
+
+
+def test_a_missing_directory_is_created_for_its_owner(home: Path) -> None:
+    before = os.umask(0)
+    try:
+        os.close(open_trusted(home / "a" / "irq", Trust(OWNER, GROUP), make=True)[0])
+        os.close(open_trusted(home / "b" / "irq", Trust(OWNER), make=True)[0])
+    finally:
+        os.umask(before)
+    found = [(home / name).stat() for name in ("a", "a/irq", "b/irq")]
+    assert [(each.st_uid, each.st_gid, each.st_mode & 0o7777) for each in found] == [
+        (0, 0, 0o755), (OWNER, GROUP, 0o2775), (OWNER, 0, 0o755)
+    ]  # fmt: skip
+    give(home / "a", OWNER)
+    (home / "a" / "irq").rmdir()
+    with pytest.raises(UnfitFileError, match=f"not trusted: {home}/a/irq is missing below a directory of uid {OWNER}"):
+        open_trusted(home / "a" / "irq", Trust(OWNER), make=True)
+
+
+def test_symlinks_are_followed(home: Path) -> None:
+    irq = give(home / "real" / "irq", 0)
+    (home / "absolute").symlink_to(home / "real")
+    (home / "real" / "relative").symlink_to("../real/./irq")
+    assert refusal(home / "absolute" / "relative") is None
+    (home / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        open_trusted(home / "loop" / "irq", Trust())
+    (irq / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        open_trusted(irq / "file" / "irq", Trust())
+
+
+def test_a_relative_path_starts_in_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(home / "irq", 0)
+    monkeypatch.chdir(home)
+    assert refusal(Path("irq")) is None
+
+
+def test_the_overflow_user_is_never_trusted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = overflow_uid()
+    irq = give(home / "irq", nobody)
+    why = f"{irq} belongs to uid {nobody}, which stands for all unmapped users"
+    assert refusal(irq, Trust(owner=nobody)) == why
+    monkeypatch.setattr("os.geteuid", lambda: nobody)
+    assert refusal(irq) == why
+
+
+def test_a_user_namespace_trusts_only_the_standard_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In a user namespace of an ordinary user, the host's root has the overflow user ID.
+    monkeypatch.setattr(trust_module, "overflow_uid", lambda: 0)
+    assert refusal(Path("/tmp")) == "/ belongs to uid 0, which stands for all unmapped users"  # noqa: S108
+    monkeypatch.setattr(trust_module, "_maps_all_users", lambda: False)
+    assert refusal(Path("/run")) is None
+    assert refusal(Path("/usr/bin")) == "/usr belongs to uid 0, which stands for all unmapped users"
+
+
+def attack_parent(irq: Path) -> Path:
+    """Replace the IRQ directory by a symlink to another directory of root."""
+    victim = give(irq.parent.parent / "victim", 0)
+    irq.rename(irq.with_name("old"))
+    irq.symlink_to(victim)
+    os.lchown(irq, STRANGER, STRANGER)
+    give(irq.parent)
+    return victim
+
+
+def attack_owner(irq: Path) -> Path:
+    os.chown(irq, STRANGER, STRANGER)
+    return irq
+
+
+def attack_mode(irq: Path) -> Path:
+    irq.chmod(0o777)
+    return irq
+
+
+def attack_mode_above(irq: Path) -> Path:
+    irq.parent.chmod(0o777)
+    return irq
+
+
+def attack_acl(irq: Path) -> Path:
+    add_acl(irq)
+    return irq
+
+
+@pytest.mark.parametrize("attack", [attack_parent, attack_owner, attack_mode, attack_mode_above, attack_acl])
+def test_a_directory_that_is_not_trusted_any_more_is_left_alone(
+    world: World, state: Signal, trigger: Signal, caplog: pytest.LogCaptureFixture, attack: Callable[[Path], Path]
+) -> None:
+    world.open()
+    victim = attack(state.directory)
+    world.triggered()
+    assert world.troubled  # An event has reported the change, without a notification.
+    world.restore()
+    before = sorted(victim.iterdir())
+    world.write(state)
+    world.after(ABANDONED)
+    assert sorted(victim.iterdir()) == before
+    assert world.pending == {state.name: 1}
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{state.directory}: cannot open: not trusted: ")
+    assert "not trusted" in str(world.registers.problem(state))
+    assert "not trusted" in str(world.registers.problem(trigger))
+
+    caplog.set_level(logging.INFO)
+    give(state.directory.parent, 0)
+    if attack is attack_parent:
+        state.directory.unlink()
+        state.directory.with_name("old").rename(state.directory)
+    else:
+        if attack is attack_acl:
+            os.removexattr(state.directory, "system.posix_acl_access")
+        give(state.directory, 0)
+    world.later()
+    assert (world.pending, state.path.read_text()) == ({}, "1")
+    assert world.registers.problem(state) is None
+    assert f"{state.directory}: works again" in caplog.text
+    world.triggered()
+    trigger.path.write_text("1")
+    assert world.triggered() == [trigger.name]
+
+
+@contextmanager
+def as_stranger(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` in a loop in a process of another user while the block runs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(STRANGER, STRANGER, STRANGER)
+            os.setresuid(STRANGER, STRANGER, STRANGER)
+            while True:
+                act()
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
+    home: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger who owns the parent exchanges the IRQ directory with a symlink to a directory of root."""
+    parent = give(home / "theirs", OWNER)
+    victim = give(home / "victim", 0)
+    for name in ("state", "trig"):
+        (victim / name).write_text("untouched")
+    irq = give(parent / "irq", OWNER)
+    (parent / "link").symlink_to(victim)
+    for path in (parent, irq, parent / "link"):
+        os.lchown(path, STRANGER, STRANGER)
+    place = os.open(parent, os.O_PATH)  # The stranger may not search pytest's directories.
+
+    def swap() -> None:
+        libc.renameat2(place, ctypes.c_char_p(b"irq"), place, ctypes.c_char_p(b"link"), RENAME_EXCHANGE)
+
+    signals = [Signal("in", Direction.INBOUND, irq, "state"), Signal("out", Direction.OUTBOUND, irq, "trig")]
+    opened, refused = 0, set[str]()
+    with as_stranger(swap):
+        while not opened or not refused:
+            world = World(clock, signals)
+            world.registers.directories.trust = Trust(owner=STRANGER)
+            try:
+                world.open()
+                opened += 1
+                for _ in range(20):
+                    world.write(signals[0])
+                    world.restore()
+            except ConfigError as error:
+                refused.add(str(error))
+            finally:
+                world.ending.close()
+    os.close(place)
+    assert all("reached through" in text for text in refused)
+    assert sorted(path.name for path in victim.iterdir()) == ["state", "trig"]
+    assert {path.read_text() for path in victim.iterdir()} == {"untouched"}
