@@ -74,19 +74,24 @@ def write_source(directory: Path, vendored: Path) -> str:
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
     shutil.copytree(wheels.ROOT, tree, ignore=ignored)
     shutil.copytree(vendored, tree / "vendor")
-    version = re.findall(r"\((.+)\)", (wheels.ROOT / "packages/debian/changelog").read_text())[0]
-    with tarfile.open(directory / f"inco-trio_{version.rpartition('-')[0]}.orig.tar.gz", "w:gz") as orig:
+    (wheel,) = vendored.glob("inco_trio-*.whl")
+    # In versions of Debian, ~ sorts before the end.
+    version = wheel.name.split("-")[1].replace(".dev", "~dev")
+    with tarfile.open(directory / f"inco-trio_{version}.orig.tar.gz", "w:gz") as orig:
         orig.add(tree, "inco-trio")
     shutil.copytree(wheels.ROOT / "packages/debian", tree / "debian")
-    return str(version)
+    revision = f"{version}-1"
+    if not (tree / "debian/changelog").read_text().startswith(f"inco-trio ({revision})"):
+        add_change(tree, revision, "Build of a version without a release.")
+    return revision
 
 
-def add_change(tree: Path, version: str) -> None:
+def add_change(tree: Path, version: str, change: str) -> None:
     """Make `version` the current version of the source package in `tree`."""
     changelog = tree / "debian/changelog"
     old = changelog.read_text()
     author = re.findall(r"^ -- (.+?)  ", old, re.MULTILINE)[0]
-    entry = f"inco-trio ({version}) unstable; urgency=medium\n\n  * Rebuild.\n\n"
+    entry = f"inco-trio ({version}) unstable; urgency=medium\n\n  * {change}\n\n"
     changelog.write_text(f"{entry} -- {author}  {email.utils.formatdate()}\n\n{old}")
 
 
@@ -101,7 +106,7 @@ def build(suite: str, mirror: str, vendored: Path, work: Path) -> list[Path]:
     (changes,) = source.glob("*.changes")
     strict = ("--fail-on", "error,warning", "--tag-display-limit", "0", "--color", "never")
     system.run("--chdir=/build", "lintian", "--allow-root", *strict, changes.name)
-    add_change(source / "inco-trio", f"{version}+check1")
+    add_change(source / "inco-trio", f"{version}+check1", "Build of a higher version for the check of upgrades.")
     system.run(*in_tree, "--build=binary")
     return sorted(source.glob("*.deb"), key=lambda path: path.stat().st_mtime)
 
