@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from inco_trio.notifications import Notification
     from inco_trio.proxy.fleet import Proxies, open_proxies
     from inco_trio.proxy.proxy import Proxy, open_proxy, serve
-    from inco_trio.proxy_status import SignalStatus, Stats, Status, TaskStatus
+    from inco_trio.proxy_status import RecorderStatus, SignalStatus, Stats, Status, TaskStatus
     from inco_trio.signals import Direction, Signal, builtin_signals
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "Proxies",
     "Proxy",
     "ProxyNotFoundError",
+    "RecorderStatus",
     "ResourceError",
     "Signal",
     "SignalStatus",
@@ -80,7 +81,7 @@ _NAMES_OF = {
     "proxy.fleet": ("Proxies", "open_proxies"),
     "proxy.proxy": ("Proxy", "open_proxy", "serve"),
     "signals": ("Direction", "Signal", "builtin_signals"),
-    "proxy_status": ("SignalStatus", "Stats", "Status", "TaskStatus"),
+    "proxy_status": ("RecorderStatus", "SignalStatus", "Stats", "Status", "TaskStatus"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 """The module of each name in `__all__`. Names of the module `errors` are left out."""

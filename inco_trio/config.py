@@ -23,6 +23,7 @@ __all__ = ["Board", "Config", "parse_board", "read_board", "read_udrv"]
 
 UDRV_SIZE_MAX = 16 << 20
 """Maximum size of a udrv.json, in bytes."""
+HISTORY_MAX = 65_536
 IRQ_DEVICE = "ihub-irq-dev"
 FILE = "file"
 REGS = "misc.ihub_config_dev.regs"
@@ -42,6 +43,8 @@ class Config:
     """Wait for a missing link instead of failing at start."""
     stop_deadline: float = 5.0
     """Maximum number of seconds for finishing pending notifications during a clean stop."""
+    history: int | None = None
+    """How many notifications the flight recorder keeps, 0 to 65,536 (default: 4,096; fewer with many boards)."""
     netns: Path | None = None
     """The path of the interface's network namespace, such as /run/netns/b2; None for that of this process."""
     owner: int | None = None
@@ -60,6 +63,8 @@ class Config:
             problems.append(f"link {self.link!r}: {error.reason}")
         if not self.stop_deadline >= 0:  # `stop_deadline < 0` would accept NaN
             problems.append(f"stop_deadline: {self.stop_deadline!r} is not a number of seconds, 0 or more")
+        if self.history is not None and not 0 <= self.history <= HISTORY_MAX:
+            problems.append(f"history: {self.history} is not a number from 0 to {HISTORY_MAX}")
         if problems:
             raise ConfigError("", problems)
 

@@ -13,17 +13,20 @@ from typing import Protocol
 import attrs
 import trio
 
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
+from inco_trio.persist.recorder import Recorder
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.states import StateFile
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["Deaf", "Events", "Listener", "Notification"]
+__all__ = ["Deaf", "Events", "Listener", "Notification", "Times"]
 
 logger = logging.getLogger(__name__)
 
 Wanted = Callable[[Signal], bool]
 
+Times = tuple[int, int]
+"""One moment according to time.time_ns() and time.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -51,7 +54,7 @@ class Listener(Protocol):
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
 
-    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int) -> None:
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         """Handle notifications that were delivered or sent, numbered from `sequence`. `frames` is empty if unknown.
 
         `since` is the time from which they were pending (time.monotonic_ns()), or 0.
@@ -63,8 +66,8 @@ class Listener(Protocol):
     def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
         """Handle a frame that was ignored or discarded. `reason` is the name of the counter for such frames."""
 
-    def link_changed(self, running: bool) -> None:
-        """Handle a link that has come up or gone down."""
+    def link_changed(self, running: bool, text: str) -> None:
+        """Handle a link that has come up or gone down. `text` describes the change."""
 
     def opened(self, keep: Callable[[], History]) -> None:
         """Handle the start of the proxy. `keep` is the `Events.keep` method of the proxy."""
@@ -87,16 +90,22 @@ class Deaf:
 class Events:
     """Passes notifications on to event streams and to the listener, without waiting for their readers."""
 
-    def __init__(self, counters: Counters, history: History, listener: Listener | None = None) -> None:
+    def __init__(
+        self, counters: Counters, history: History, listener: Listener | None = None, recorder: Recorder | None = None
+    ) -> None:
         self.history = history
+        self.recorder = recorder
         self.listener: Listener = listener or Deaf()
         self.sent: Counter[str] = Counter()
         """Number of frames that the link accepted, by wire name. Inbound signals are counted by their `StateFile`."""
         self.sent_last: dict[str, int] = {}
-        """When the link accepted the last frame (time.time_ns()), by wire name."""
+        """When the link accepted the last frame (time.monotonic_ns()), by wire name."""
         self._counters = counters
-        # Continue the numbering of a history that a previous process began.
+        # Continue the numbering of a previous process.
         self._sequence = history.sequence if history.keeping else 0
+        if recorder is not None:
+            recorder.skip_to(self._sequence)
+            self._sequence = recorder.sequence
         self._entries: dict[trio.MemorySendChannel[Notification], Wanted] = {}
 
     def written(self, files: Sequence[StateFile], frames: Sequence[bytes] = (), since: int = 0) -> None:
@@ -109,24 +118,25 @@ class Events:
 
     def accepted(self, signals: Sequence[Signal], frames: Sequence[bytes] = (), since: int = 0) -> None:
         """Report outbound notifications whose frames the link accepted."""
-        now = time.time_ns()
+        _, now = self.carried(signals, frames, since)
         for signal in signals:
             self.sent[signal.name] += 1
             self.sent_last[signal.name] = now
-        self.carried(signals, frames, since)
 
-    def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> None:
-        """Report notifications that were delivered or sent."""
+    def carried(self, signals: Sequence[Signal], frames: Sequence[bytes], since: int = 0) -> Times:
+        """Report notifications that were delivered or sent. Return the time that is reported."""
+        recorder = self.recorder
+        at = (time.time_ns(), time.monotonic_ns()) if recorder is None else recorder.append(signals, since)
         if self.history.keeping:
-            self.history.append(signals)
-        self.listener.carried(signals, self._sequence + 1, frames, since)
+            self.history.append(signals, at)
+        self.listener.carried(signals, self._sequence + 1, frames, at, since)
         self._sequence += len(signals)
         if logger.isEnabledFor(logging.DEBUG):
             for signal in signals:
                 logger.debug("%s: %s", signal.direction.value, signal.name)
         if not self._entries:
-            return
-        now, wall = time.monotonic_ns(), time.time_ns()
+            return at
+        wall, now = at
         first = self._sequence - len(signals) + 1
         reported = [Notification(signal, number, now, wall) for number, signal in enumerate(signals, first)]
         for entry, wanted in self._entries.items():
@@ -137,6 +147,32 @@ class Events:
                 except trio.WouldBlock:
                     self._counters.events_lost += len(some) - number
                     break
+        return at
+
+    def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
+        """Report notifications that cannot be delivered or sent yet."""
+        if self.recorder is not None:
+            for signal, count in Counter(signals).items():
+                self.recorder.note("pending", reason, signal.name, signal.direction, count=count, state=1)
+        self.listener.pending(signals, reason, frames)
+
+    def ignored(self, reason: str, name: str | None, frame: bytes | None) -> None:
+        """Report a frame that was ignored or discarded; see `Listener.ignored`."""
+        if self.recorder is not None:
+            direction = Direction.OUTBOUND if reason == "unsendable" else Direction.INBOUND
+            self.recorder.note("ignored", reason, name, direction, state=1)
+        self.listener.ignored(reason, name, frame)
+
+    def link_changed(self, running: bool, text: str) -> None:
+        """Report that the link has come up or gone down."""
+        if self.recorder is not None:
+            self.recorder.note("link", text, state=int(running))
+        self.listener.link_changed(running, text)
+
+    def note(self, kind: str, text: str, level: int) -> None:
+        """Record an event with the level of its log line; see `problems.noting`."""
+        if self.recorder is not None:
+            self.recorder.note(kind, text, state=min(2, max(0, level - logging.INFO) // 10))
 
     def keep(self) -> History:
         """Store all new notifications in the history, and return the history."""

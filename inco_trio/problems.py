@@ -5,14 +5,37 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-__all__ = ["Problems", "board_name", "working_for"]
+__all__ = ["Problems", "board_name", "noted_by", "noting", "report", "working_for"]
 
 logger = logging.getLogger(__name__)
 
 board_name: contextvars.ContextVar[str] = contextvars.ContextVar("inco_trio.board", default="")
 """The board that the current task serves, if the process serves several boards. Log lines name it."""
+
+noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = contextvars.ContextVar(
+    "inco_trio.noting", default=None
+)
+"""Records an event of the proxy that the current task serves: its kind, its text, and the level of its log line."""
+
+
+def report(line: logging.Logger, level: int, text: str, kind: str = "message", count: int = 0) -> None:
+    """Log a line, and record it in the history of the proxy that the current task serves."""
+    # Record first: a monitor must not report an event with an earlier time than the history has.
+    if (note := noting.get()) is not None:
+        note(kind, text, level)
+    line.log(level, "%s", text, extra={"event": kind} | ({"fields": {"count": count}} if count else {}))
+
+
+@contextlib.contextmanager
+def noted_by(note: Callable[[str, str, int], None]) -> Iterator[None]:
+    """Let `report` record events with `note` while the block runs."""
+    token = noting.set(note)
+    try:
+        yield
+    finally:
+        noting.reset(token)
 
 
 @contextlib.contextmanager
@@ -35,13 +58,13 @@ class Problems:
         """Set the problem of `key`. If it has changed, log it with the prefix `what` (default: the key)."""
         if self._current.get(key) != problem:
             self._current[key] = problem
-            logger.warning("%s: %s", key if what is None else what, problem, extra={"event": event})
+            report(logger, logging.WARNING, f"{key if what is None else what}: {problem}", event)
 
     def well(self, key: object, what: object = None) -> bool:
         """Clear the problem of `key` and log the recovery. Return whether `key` had a problem."""
         if self._current.pop(key, None) is None:
             return False
-        logger.info("%s: works again", key if what is None else what, extra={"event": "works"})
+        report(logger, logging.INFO, f"{key if what is None else what}: works again", "works")
         return True
 
     def said(self, key: object) -> str | None:

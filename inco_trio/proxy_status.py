@@ -6,7 +6,7 @@ import attrs
 
 from inco_trio.signals import Direction
 
-__all__ = ["Counters", "SignalStatus", "Stats", "Status", "TaskStatus"]
+__all__ = ["Counters", "RecorderStatus", "SignalStatus", "Stats", "Status", "TaskStatus"]
 
 
 @attrs.define
@@ -45,6 +45,8 @@ class Counters:
     """Events that a slow reader of an event stream missed. The notifications themselves were delivered or sent."""
     restarts: int = 0
     """Restarts of failed tasks."""
+    link_downs: int = 0
+    """How often the link went down."""
 
     def snapshot(self) -> Stats:
         return Stats(**attrs.asdict(self))
@@ -93,6 +95,23 @@ class TaskStatus:
 
 
 @attrs.frozen(slots=False, repr=False)
+class RecorderStatus:
+    """The content of the flight recorder, which `inco-trio history` prints."""
+
+    boot: str
+    """A random identifier of the recorder, which survives a restart if the recorder does."""
+    sequence: int
+    """The sequence number of the last notification."""
+    since: float | None
+    """When its oldest record was written, in seconds since 1970, or None if it is empty."""
+    notifications: int
+    """Number of records of notifications. A record contains all notifications of a signal in one batch."""
+    events: int
+    kept: int
+    """Maximum number of records of notifications."""
+
+
+@attrs.frozen(slots=False, repr=False)
 class Status:
     """The state of one proxy."""
 
@@ -111,5 +130,11 @@ class Status:
     counters: Stats
     signals: tuple[SignalStatus, ...]
     tasks: tuple[TaskStatus, ...]
+    uptime: float = 0.0
+    """For how many seconds the proxy has been open."""
+    last_down: float | None = None
+    """When the link went down for the last time, in seconds since 1970, or None."""
+    recorded: RecorderStatus | None = None
+    """What the flight recorder contains, or None if it is off."""
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""

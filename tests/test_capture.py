@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import resource
 import shutil
@@ -186,7 +187,8 @@ def test_recorder_writes_notifications_marks_and_ignored_frames(tmp_path: Path) 
 
 @pytest.mark.parametrize("limits", [{"size_max": 600}, {"seconds_max": 2.0}], ids=str)
 def test_recorder_rotates_files_by_size_or_time(tmp_path: Path, limits: dict[str, float]) -> None:
-    recorder = Recorder(tmp_path / "f.pcapng", keep=2, **limits)  # type: ignore[arg-type]
+    seconds = itertools.count()
+    recorder = Recorder(tmp_path / "f.pcapng", keep=2, clock=lambda: next(seconds), **limits)  # type: ignore[arg-type]
     for number in range(20):
         recorder.append(NOW + number * 10**9, Direction.INBOUND, "a", "", encode(b"a", MAC), "rpmsg4000")
     recorder.close()
@@ -267,3 +269,35 @@ def test_an_unreadable_file_is_a_permission_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PermissionDeniedError, match="cannot be read"):
         entries(tmp_path / "f")
+
+
+def test_times_do_not_depend_on_a_wall_clock_that_is_set(tmp_path: Path) -> None:
+    """The packets have the times of the wall clock, and marks say by how much it was set."""
+    second, start = 10**9, 5 * 10**9
+    steps = (0, 0, 86_400 * second, 86_400 * second, -3600 * second)
+    recorder = Recorder(tmp_path / "f")
+    for number, step in enumerate(steps):
+        recorder.follow_clock(NOW + number * second + step, start + number * second)
+        recorder.append(NOW + number * second + step, Direction.INBOUND, "a", "", None, "x")
+    recorder.close()
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        found = list(recording)
+    assert [each.time_ns - NOW for each in found if isinstance(each, Entry)] == [n * second for n in range(5)]
+    assert [(each.time_ns - NOW, each.text) for each in found if isinstance(each, Mark)] == [
+        (2 * second, "the wall clock was set forward by 86400.0 s"),
+        (4 * second, "the wall clock was set back by 90000.0 s"),
+    ]
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        packets = [packet.time_ns for packet in recording.reader if b"signal" in packet.data]
+    assert packets == [NOW + number * second + step for number, step in enumerate(steps)]
+
+
+def test_times_that_go_back_without_a_mark_are_marked(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "f")
+    for seconds in (100, 101, 50, 51, 50.5):
+        recorder.append(round(seconds * 10**9), Direction.INBOUND, "a", "", None, "x")
+    recorder.close()
+    with open_recording(tmp_path / "f", SignalTable([])) as recording:
+        found = list(recording)
+    assert [each.time_ns / 1e9 for each in found if isinstance(each, Entry)] == [100, 101, 101, 102, 101.5]
+    assert [each.text for each in found if isinstance(each, Mark)] == ["the times of the packets go back by 51.0 s"]

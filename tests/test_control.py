@@ -23,7 +23,7 @@ from inco_trio.control.protocol import LINE_MAX
 from inco_trio.control.server import CLIENTS_MAX, USER_MAX
 from inco_trio.frame import decode, encode
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
-from inco_trio.persist.history import KEPT
+from inco_trio.persist.followed import KEPT
 from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.support_control import FRAME, MAC, Board, Client

@@ -16,7 +16,7 @@ PACKAGE = Path(inco_trio.__file__).parent
 PAGE = (ROOT / "docs/design.md").read_text()
 LAYERS = (
     ("linux",),
-    ("backoff", "errors", "frame", "problems"),
+    ("backoff", "errors", "frame", "problems", "real_clock", "wall_clock"),
     ("notify", "nurseries", "signals"),
     ("proxy_status", "validation"),
     ("links", "persist"),

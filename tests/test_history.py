@@ -17,14 +17,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from inco_trio.control.feed import Batch
 from inco_trio.control.monitors import Follower
 from inco_trio.control.protocol import Event, Notifications, decode_reply
-from inco_trio.persist import history as room
-from inco_trio.persist.history import History
+from inco_trio.persist import followed as room
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.signals import Direction, Signal
 
 SIGNALS = [Signal(f"in{n}_irq", Direction.INBOUND, Path("/irq"), f"in{n}") for n in range(2)]
 SIGNALS += [Signal(f"out{n}_irq", Direction.OUTBOUND, Path("/irq"), f"out{n}") for n in range(2)]
 BOARD = "board"
+NOW = (2, 1)
+"""Wall-clock time and monotonic time of all notifications."""
 FEW = 6
 
 
@@ -84,7 +86,7 @@ class Walk(RuleBasedStateMachine):
 
     @rule(signals=st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=FEW + 2))
     def handle(self, signals: list[Signal]) -> None:
-        self.history.append(signals)
+        self.history.append(signals, NOW)
         self.handled += signals
         if self.follower is not None:
             self.follower.carried(Batch(BOARD, signals, 0, (), 0, 0))
@@ -164,7 +166,7 @@ def test_an_ended_history_is_empty() -> None:
     inflight = Inflight.open()
     history = History(inflight.history)
     history.begin(0)
-    history.append(SIGNALS * (room.KEPT // len(SIGNALS) + 1))
+    history.append(SIGNALS * (room.KEPT // len(SIGNALS) + 1), NOW)
     assert history.waiting == len(SIGNALS) * (room.KEPT // len(SIGNALS) + 1)
     assert history.merged_ever == len(SIGNALS)
     history.end()
@@ -187,7 +189,7 @@ def test_a_replaced_history_is_read_to_its_end_first() -> None:
             history.begin(0)
             boots.append(history.boot)
             follower.begin(BOARD, history)
-            history.append(SIGNALS[:1] * 3)
+            history.append(SIGNALS[:1] * 3, NOW)
         lines: list[dict[str, Any]] = []
         while len(lines) < 6:
             lines += map(json.loads, (await follower.take()).splitlines())
@@ -206,8 +208,8 @@ def test_a_large_backlog_does_not_delay_other_boards() -> None:
             histories[name] = History(inflight.history)
             histories[name].begin(0)
             follower.begin(name, histories[name])
-        histories["a"].append(SIGNALS[:1] * 500)
-        histories["b"].append(SIGNALS[:1])
+        histories["a"].append(SIGNALS[:1] * 500, NOW)
+        histories["b"].append(SIGNALS[:1], NOW)
         boards = [json.loads(line)["board"] for _ in range(2) for line in (await follower.take()).splitlines()]
         assert "b" in boards
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from inco_trio.config import Config
 from inco_trio.linux.inotify import Inotify, pack_event, parse_events
 from inco_trio.mqtt.bridge_progress import Memory, Progress
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import (
     BEFORE_HISTORY,
     EVENT_BANK,
@@ -60,7 +60,7 @@ def filled() -> Inflight:
     memory.queue.append(pack_event(5, 8) * 3)
     history = History(memory.history)
     history.begin(5)
-    history.append([Signal("first", IN, Path("/run"), "a"), Signal("second", OUT, Path("/run"), "b")] * 3)
+    history.append([Signal("first", IN, Path("/run"), "a"), Signal("second", OUT, Path("/run"), "b")] * 3, (2, 1))
     history._merge(history.floor + 1)
     return memory
 
@@ -115,7 +115,7 @@ def use(memory: Inflight) -> None:
     memory.queue.append(pack_event(1, 8))
     history = History(memory.history)
     history.begin(0)
-    history.append([Signal("third", IN, Path("/run"), "c")])
+    history.append([Signal("third", IN, Path("/run"), "c")], (2, 1))
     merged = list(history.merged())
     assert history.waiting >= 1
     assert history.after(0, 1 << 20)[-1].name == "third"

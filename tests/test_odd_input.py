@@ -379,7 +379,7 @@ def test_an_unreadable_service_file_is_an_error(tmp_path: Path, nobody: list[str
     scandir = tmp_path / "scan"
     scan(scandir)
     for path in [scandir, *scandir.rglob("*")]:
-        os.chown(path, 65534, 65534)
+        os.chown(path, 1, 1)  # The user of netns/unprivileged.py.
     (scandir / "inco-trio-x" / "data").mkdir(parents=True)
     (scandir / "inco-trio-x" / "data" / "uid").write_text("5")
     (scandir / "inco-trio-x" / "data").chmod(0)

@@ -73,6 +73,11 @@ RUN_BY = {
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
+    (
+        "control",
+        '{"request": "history"}',
+    ): "test_history_command.py::test_the_history_has_what_happened_before_it_was_asked",
+    ("control", "inco-trio history"): "test_history_command.py::test_the_history_has_what_happened_before_it_was_asked",
     ("control", '{"request": "follow"}'): "test_control.py::test_a_follower_receives_all_it_did_not_acknowledge",
     ("control", '{"event": "merged"'): "test_control.py::test_notifications_beyond_the_limit_are_merged_by_signal",
     ("first-steps", "import inco_trio"): "test_pages.py::test_the_programs_on_the_pages_run",

@@ -108,7 +108,8 @@ async def main():
 trio.run(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    # Core 1 ends before the proxy does.
+    assert (done.returncode, re.sub(".*: the link went down after .* s\n", "", done.stderr)) == (0, "")
 
 
 def trigger_until_answered(irq: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,8 +20,10 @@ from inco_trio.capture.recording import Entry, Mark, open_recording
 from inco_trio.frame import encode
 from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import Proxy
 from netns.hang import HANG
 from tests.support_control import COMMAND, FRAME, MAC, Board, Running
+from tests.test_fdstore import Daemon as Holder
 
 pytestmark = pytest.mark.tools
 
@@ -118,7 +122,11 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     finish(recording)
     assert names(tmp_path / "f") == [(OUT, Direction.OUTBOUND)] * 2
     marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
-    assert marks[-2:] == ["the proxy has ended", "the proxy was started again"]
+    assert [text for text in marks if "proxy" in text][-3:] == [
+        "the proxy has ended",
+        "what happened before this is unknown: the history did not survive the end of the proxy",
+        "the proxy was started again",
+    ]
 
 
 def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
@@ -127,7 +135,9 @@ def test_a_link_that_goes_down_is_marked(board: Board, start: Callable[..., Runn
     recording = start(tmp_path / "f", "--control", board.path)
     peer.close()
     Path(f"{board.home}/core1").unlink()
-    while not any(isinstance(each, Mark) and each.text == "the link went down" for each in everything(tmp_path / "f")):
+    while not any(
+        isinstance(each, Mark) and each.text.startswith("the link went down") for each in everything(tmp_path / "f")
+    ):
         assert recording.process.poll() is None
     assert finish(recording).startswith("inco-trio: 0 notifications in ")
 
@@ -341,6 +351,96 @@ def test_an_unwritable_file_is_an_error(board: Board, tmp_path: Path) -> None:
     assert done.stderr == f"inco-trio: error: {tmp_path}: cannot be written: Is a directory\n"
 
 
+FLOOD = 20_000
+"""More events than the proxy queues for a client, and than fit into the buffers of a socket."""
+
+
+def flood(board: Board, peer: socket.socket) -> None:
+    """Send FLOOD frames, and wait until all are delivered."""
+    for _ in range(FLOOD):
+        board.inbound(peer)
+    while board.status()["counters"]["delivered"] < FLOOD:
+        pass
+
+
+def counts(path: Path) -> Counter[str]:
+    return Counter(entry.signal for entry in everything(path) if isinstance(entry, Entry) and not entry.pending)
+
+
+@pytest.mark.parametrize("size", [65_536, 4096, 0])
+def test_what_a_slow_recording_missed_is_filled_in_or_counted(
+    board: Board, start: Callable[..., Running], tmp_path: Path, size: int
+) -> None:
+    peer = board.core1()
+    board.running("--history", str(size))
+    recording = start(tmp_path / "f", "--control", board.path)
+    recording.process.send_signal(signal.SIGSTOP)
+    flood(board, peer)
+    recording.process.send_signal(signal.SIGCONT)
+    finish(recording)
+    there = counts(tmp_path / "f")[IN]
+    marks = [each for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    missing = [int(each.text.split()[0]) for each in marks if "lost" in each.text or "not recorded" in each.text]
+    assert there + sum(missing) == FLOOD
+    assert len(missing) == (size < FLOOD)
+
+
+@pytest.mark.s6
+def test_what_a_killed_proxy_did_not_report_is_filled_in(
+    board: Board, start: Callable[..., Running], tmp_path: Path
+) -> None:
+    holder = Holder(board.home)
+    holder.start()
+    words = [board.link, "--irq-dir", str(board.irq), "--control", str(board.path), "--fd-holder", holder.socket,
+             "--history", "65536"]  # fmt: skip
+    prefix = ["s6-fdholder-getdump", holder.socket]
+    peer = board.core1()
+    with ExitStack() as stack:
+        stack.callback(holder.stop)
+        first = Proxy(None, words, {}, board.home / "log", prefix=prefix)
+        stack.callback(first.close)
+        first.wait_ready()
+        recording = start(tmp_path / "f", "--control", board.path)
+        board.trigger()
+        peer.recv(2000)
+        recording.process.send_signal(signal.SIGSTOP)
+        flood(board, peer)
+        first.process.kill()
+        first.process.wait(HANG)
+        second = Proxy(None, words, {}, board.home / "log2", prefix=prefix)
+        stack.callback(second.close)
+        second.wait_ready()
+        recording.process.send_signal(signal.SIGCONT)
+        while not any(isinstance(each, Mark) and "again" in each.text for each in everything(tmp_path / "f")):
+            assert recording.process.poll() is None
+        board.trigger()
+        peer.recv(2000)
+        finish(recording)
+    assert counts(tmp_path / "f") == {IN: FLOOD, OUT: 2}
+    marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
+    assert any(text.startswith("started again after the previous process had ended without a stop") for text in marks)
+    assert not any("not recorded" in text or "unknown" in text for text in marks)
+
+
+def test_what_happened_before_can_be_recorded(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    board.running("--history", "65536")
+    flood(board, peer)
+    board.trigger()
+    peer.recv(2000)
+    while board.status()["counters"]["sent"] < 1:
+        pass
+    file = tmp_path / "f"
+    command = [*COMMAND, "record", str(file), "--control", str(board.path), "--past"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == f"inco-trio: {FLOOD + 1} notifications of the history of {board.home}/core0 in {file}\n"
+    assert counts(file) == {IN: FLOOD, OUT: 1}
+    assert file.stat().st_size < 200 * FLOOD
+    subprocess.run([*command, "--signal", OUT, "--since", "1h"], capture_output=True, timeout=HANG, check=True)
+    assert counts(file) == {OUT: 1}
+
+
 def test_recording_ends_when_the_reader_of_its_pipe_has_gone(
     board: Board, start: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -372,3 +472,23 @@ def test_standard_output_is_recorded_until_its_reader_ends(
     done = subprocess.run([*COMMAND, "record", "-", "--size", "1M"], capture_output=True, text=True, check=False)
     said = "inco-trio: error: FILE -: standard output cannot be split (omit --size and --period)\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    run = tmp_path / "runtime/inco-trio"
+    run.mkdir(parents=True)
+    board.path = run / "core0.sock"
+    board.running()
+    board.trigger()
+    peer.recv(2000)
+    while board.status()["counters"]["sent"] < 1:
+        pass
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(run.parent)}
+    command = [*COMMAND, "plot", "--past", f"{board.home}/core0", "--json", "--out", str(tmp_path / "f.svg")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [(each["signal"], each["count"]) for each in json.loads(done.stdout)["signals"]] == [(OUT, 1)]
+    assert (tmp_path / "f.svg").stat().st_size > 1000
+    done = subprocess.run([*COMMAND, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
+    assert (done.returncode, "give either FILE or --past" in done.stderr) == (2, True)

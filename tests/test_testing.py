@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
+import freezegun
 import pytest
 import trio
 
@@ -649,3 +650,23 @@ def test_frame_faults_apply_to_a_guest(tmp_path: Path) -> None:
         first = next(each for each in board.core1.history if each.what.startswith("gets"))
         assert first.frame is not None
         assert decode(first.frame) != NOTIFY.encode() or first.frame[:12] != b"\xff" * 6
+
+
+@pytest.mark.parametrize("library", ["blocking", "trio", "asyncio"])
+def test_a_wait_ends_although_a_test_has_frozen_time(library: str) -> None:
+    """freezegun also stops the clocks of Trio and asyncio."""
+    history = History()
+    waits: dict[str, Callable[[], object]] = {
+        "blocking": lambda: history.wait(0, HWWD, 0.01),
+        "trio": lambda: trio.run(history.wait_async, 0, HWWD, 0.01),
+        "asyncio": lambda: asyncio.run(history.wait_async(0, HWWD, 0.01)),
+    }
+    with freezegun.freeze_time("2026-01-01"), pytest.raises(NotificationMissingError, match=r"within 0\.01 s"):
+        waits[library]()
+
+
+def test_a_delayed_frame_arrives_although_a_test_has_frozen_time(tmp_path: Path) -> None:
+    with freezegun.freeze_time("2026-01-01"), open_board(tmp_path / "board") as board:
+        board.faults.frames(delay=0.001)
+        board.core1.send(HWWD)
+        board.core0.expect(HWWD, HANG)

@@ -12,7 +12,7 @@ import trio
 from inco_trio.frame import encode
 from inco_trio.linux.inotify import Inotify
 from inco_trio.notifications import Events
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import FRAMES, Inflight
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound

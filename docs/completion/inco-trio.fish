@@ -50,8 +50,8 @@ function _shtab_inco_trio_using
   test "$_shtab_inco_trio_cmdpath" = "$argv"
 end
 
-set -g _shtab_inco_trio_commands run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --iface --irq-dir --irq-owner --keep --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --period --rate --record --sandbox --send --signal --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_commands run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --past --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -67,6 +67,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -l irq-owner -x -d 'also t
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l wait-link -d 'wait for a link that does not exist yet'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket (default: /run/inco-trio/NAME.sock)'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l history -x -d 'keep the last N notifications of each board for `history` (default: 4096; 0: none)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l sandbox -xka "off on log none" -d 'off (default), on, log, or none (keep all capabilities)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l lock-memory -d 'keep all used memory in RAM (needs ulimit -l unlimited)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
@@ -109,6 +110,16 @@ complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l count -x -d 'stop a
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l color -xka "auto always never" -d 'colours: auto (default: only on a terminal), always or never; see NO_COLOR and FORCE_COLOR'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor' -l json -d 'print the JSON lines of the proxy, see docs/control.md'
 complete -c inco-trio -n '_shtab_inco_trio_using monitor; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'proxy of this link, or of this directory of boards'
+complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a history -d 'Show the last notifications and events, also from before a crash.'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of the proxy (default: the one running proxy)'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l board -x -d 'only this board'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l since -x -d 'only the last TIME, such as 10m or 2h'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l signal -xka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'only this signal (repeatable)'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l direction -xka "inbound outbound" -d 'only this direction'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l color -xka "auto always never" -d 'colours: auto (default: only on a terminal), always or never; see NO_COLOR and FORCE_COLOR'
+complete -c inco-trio -n '_shtab_inco_trio_using history' -l json -d 'print a JSON object for each line, see docs/control.md'
+complete -c inco-trio -n '_shtab_inco_trio_using history; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'proxy of this link, or of this directory of boards'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a record -d 'Write each notification with its frame to a file.'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -s h -l help -d 'show this help message and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of the proxy (default: the one running proxy)'
@@ -116,6 +127,8 @@ complete -c inco-trio -n '_shtab_inco_trio_using record' -l board -x -d 'only th
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l signal -xka "ihub_hwwd_irq ihub_reset_irq redun_notify_irq" -d 'only this signal (repeatable)'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l direction -xka "inbound outbound" -d 'only this direction'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l count -x -d 'stop after N notifications'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l past -d 'write what `history` shows, without frames, and end'
+complete -c inco-trio -n '_shtab_inco_trio_using record' -l since -x -d 'with --past: only the last TIME'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l duration -x -d 'stop after TIME, such as 10m'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l size -x -d 'start FILE_00002 and so on at this size, such as 10M'
 complete -c inco-trio -n '_shtab_inco_trio_using record' -l period -x -d 'start another file after TIME (1h)'
@@ -170,6 +183,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_t
 complete -c inco-trio -n '_shtab_inco_trio_using replay; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'play core 1 on this interface or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a plot -d 'Plot a recording: timelines, rates, gaps, answer times, faults.'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -s h -l help -d 'show this help message and exit'
+complete -c inco-trio -n '_shtab_inco_trio_using plot' -l past -xka "(__fish_print_interfaces)" -d 'plot what `history` shows of the proxy of LINK (default: the only proxy), instead of FILE'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l out -xka "(__fish_complete_path (commandline -ct))" -d 'output, .svg or .png (default: FILE with the suffix .svg)'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l pair -x -d 'measure the time from SIGNAL to ANSWER; may be repeated'
 complete -c inco-trio -n '_shtab_inco_trio_using plot' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'udrv.json (default: $UDRV_JSON_PATH)'
@@ -233,4 +247,4 @@ complete -c inco-trio -n '_shtab_inco_trio_using s6' -l systemd -d 'print a syst
 complete -c inco-trio -n '_shtab_inco_trio_using s6; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_complete_directories)" -d 'scan directory'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a help -d 'Explain the commands, one command or the exit codes.'
 complete -c inco-trio -n '_shtab_inco_trio_using help' -s h -l help -d 'show this help message and exit'
-complete -c inco-trio -n '_shtab_inco_trio_using help; and test $_shtab_inco_trio_npos -eq 0' -ka "run check doctor status monitor record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes" -d 'a command, or exit-codes'
+complete -c inco-trio -n '_shtab_inco_trio_using help; and test $_shtab_inco_trio_npos -eq 0' -ka "run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help exit-codes" -d 'a command, or exit-codes'

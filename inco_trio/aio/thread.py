@@ -16,6 +16,7 @@ import trio
 from inco_trio.config import Config
 from inco_trio.errors import ClosedError, IncoError, ResourceError
 from inco_trio.proxy.proxy import Proxy, open_proxy
+from inco_trio.real_clock import RealClock
 from inco_trio.registers.refusals import refusal
 
 __all__ = ["Beside"]
@@ -216,7 +217,7 @@ class Beside:
 
     def _run(self) -> None:
         try:
-            trio.run(self._main)
+            trio.run(self._main, clock=RealClock())
         except IncoError as error:
             self._failure = error
         except OSError as error:

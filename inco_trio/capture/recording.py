@@ -12,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
 import stat
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +29,7 @@ from inco_trio.capture.pcapng import ETHERNET, Packet, Reader, interface_block, 
 from inco_trio.errors import STRERROR, RecordingError, ResourceError, from_os_error
 from inco_trio.frame import ADDRESSES, ETHERTYPE, HEADER_LENGTH, decode, is_wire_name
 from inco_trio.signals import Direction, SignalTable
+from inco_trio.wall_clock import TOLERANCE_NS, WallClock, step_text
 
 __all__ = ["Entry", "Mark", "Recorder", "Recording", "open_recording"]
 
@@ -37,6 +40,8 @@ STREAM = Path("-")
 """The path that stands for standard input or standard output."""
 _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
+COUNT_MAX = 1 << 20
+"""Maximum number of notifications that one packet stands for."""
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
 """The end of the comment of a notification that was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
@@ -56,8 +61,9 @@ class Recorder:
     """
 
     def __init__(
-        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None
-    ) -> None:
+        self, path: Path, *, size_max: int | None = None, seconds_max: float | None = None, keep: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.written: list[Path] = []
         """The files that have not been removed, oldest first."""
         self.count = 0
@@ -67,7 +73,9 @@ class Recorder:
         self._size_max, self._seconds_max, self._keep = size_max, seconds_max, keep
         self._fd = -1
         self._number = 0
-        self._size = self._entries = self._first_ns = 0
+        self._size = self._entries = 0
+        self._clock, self._begun = clock, 0.0
+        self._wall_clock: WallClock | None = None
         self._open()
 
     @property
@@ -76,9 +84,12 @@ class Recorder:
 
     def append(
         self, time_ns: int, direction: Direction, signal: str, register: str, frame: bytes | None, link: str,
-        *, pending: str = "", delay: float = 0.0,
+        *, pending: str = "", delay: float = 0.0, count: int = 1,
     ) -> None:  # fmt: skip
-        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments."""
+        """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments.
+
+        A `count` above 1 stands for that many notifications at one time, without frames.
+        """
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         comment = f"{_comment(direction, signal)} {register}".rstrip()
         if pending:
@@ -87,29 +98,42 @@ class Recorder:
         elif delay:
             content["delay"] = delay
             comment += f" [after {max(delay, 1e-6):.6f} s]"
+        if count > 1:
+            content["count"] = count
+            comment = f"{comment}, {count} times"
         if frame is None:
             self._append(time_ns, REGISTERS, _unframed(content), direction, comment)
         else:
             self._append(time_ns, link, frame, direction, comment)
-        self.count += not pending
+        self.count += 0 if pending else count
 
     def ignored(self, time_ns: int, comment: str, frame: bytes, link: str) -> None:
         """Append a received frame that the proxy ignored. `comment` is the reason."""
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
-    def mark(self, time_ns: int, text: str) -> None:
-        self._append(time_ns, REGISTERS, _unframed({"mark": text}), None, text)
+    def mark(self, time_ns: int, text: str, step_ns: int = 0) -> None:
+        """Append a mark. `step_ns` is by how much the wall clock was set just before."""
+        content: dict[str, object] = {"mark": text} | ({"step_ns": step_ns} if step_ns else {})
+        self._append(time_ns, REGISTERS, _unframed(content), None, text)
+
+    def follow_clock(self, time_ns: int, monotonic_ns: int) -> None:
+        """Append a mark if the wall clock was set since the last call. Both times are of the next entry."""
+        if self._wall_clock is None:
+            self._wall_clock = WallClock()
+            self._wall_clock.offset = time_ns - monotonic_ns
+        elif step := self._wall_clock.step(time_ns, monotonic_ns):
+            self.mark(time_ns, step_text(step), step)
 
     def _append(self, time_ns: int, interface: str, data: bytes, direction: Direction | None, comment: str) -> None:
         if self._fd < 0:
             raise ResourceError(self.path, "is closed")
         blocks = self._blocks(time_ns, interface, data, direction, comment)
-        if self._is_full(time_ns, len(blocks)):
+        if self._is_full(len(blocks)):
             self.close()
             self._open()
             blocks = self._blocks(time_ns, interface, data, direction, comment)
         if not self._entries:
-            self._first_ns = time_ns
+            self._begun = self._clock()
         self._write(blocks)
         self._interfaces.setdefault(interface, len(self._interfaces))
         self._entries += 1
@@ -120,12 +144,12 @@ class Recorder:
         head = b"" if interface in self._interfaces else interface_block(interface)
         return head + packet_block(number, time_ns, data, direction, comment)
 
-    def _is_full(self, time_ns: int, more: int) -> bool:
+    def _is_full(self, more: int) -> bool:
         if not self._entries:  # A file has at least one entry, even if the entry exceeds a limit.
             return False
         if self._size_max is not None and self._size + more > self._size_max:
             return True
-        return self._seconds_max is not None and time_ns - self._first_ns >= self._seconds_max * 10**9
+        return self._seconds_max is not None and self._clock() - self._begun >= self._seconds_max
 
     def _open(self) -> None:
         self._number += 1
@@ -216,6 +240,8 @@ class Mark:
 
     time_ns: int
     text: str
+    step_ns: int = 0
+    """By how many nanoseconds the wall clock was set here."""
 
 
 class Recording:
@@ -234,6 +260,8 @@ class Recording:
         self.left_out: Counter[str] = Counter()
         """The number of packets that were skipped, by reason."""
         self._table = table
+        self._count = 1
+        self._step_ns = self._last_ns = 0
         self._senders: dict[bytes, Direction] = {}
 
     @property
@@ -246,15 +274,32 @@ class Recording:
         for packet in self.reader:
             self.packets += 1
             if entry := self._entry(packet):
-                yield entry
+                yield from self._in_order(entry)
             else:
                 self.left_out[_reason(packet)] += 1
 
+    def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
+        """Yield an entry with the time of a clock that nobody set: durations must not depend on that."""
+        if isinstance(entry, Mark):
+            self._step_ns += entry.step_ns
+        time_ns = entry.time_ns - self._step_ns
+        if (back := self._last_ns - time_ns) > TOLERANCE_NS:
+            # No mark says that the clock was set: another program recorded this, or it joined recordings.
+            self._step_ns -= back
+            time_ns = self._last_ns
+            yield Mark(time_ns, f"the times of the packets go back by {back / 1e9:.1f} s")
+        self._last_ns = max(self._last_ns, time_ns)
+        if self._step_ns:
+            entry = attrs.evolve(entry, time_ns=time_ns)
+        yield from itertools.repeat(entry, self._count)
+
     def _entry(self, packet: Packet) -> Entry | Mark | None:
+        self._count = 1
         if packet.interface.linktype != ETHERNET:
             return None
         if packet.data.startswith(_UNFRAMED):
-            return _content(packet)
+            entry, self._count = _content(packet)
+            return entry
         name = decode(packet.data) if len(packet.data) == packet.length else None
         if name is None:
             return None
@@ -308,21 +353,23 @@ def _unframed(content: Mapping[str, object]) -> bytes:
     return _UNFRAMED + json.dumps(content).encode() + b"\n"
 
 
-def _content(packet: Packet) -> Entry | Mark | None:
-    """Return the entry or mark that `_unframed` encoded, or None if the packet is not valid."""
+def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
+    """Return the entry or mark that `_unframed` encoded, and for how many it stands, or None if it is not valid."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):
-            return Mark(packet.time_ns, content["mark"])
+            step = content.get("step_ns", 0)
+            return Mark(packet.time_ns, content["mark"], step if type(step) is int else 0), 1
         signal, register = content["signal"], content["register"]
         pending, delay = content.get("pending", ""), content.get("delay", 0.0)
+        count = content.get("count", 1)
         valid = isinstance(register, str) and isinstance(pending, str) and isinstance(delay, int | float)
-        if valid and is_wire_name(signal.encode("ascii")):
+        if valid and isinstance(count, int) and 0 < count <= COUNT_MAX and is_wire_name(signal.encode("ascii")):
             direction = packet.direction or Direction(content["direction"])
-            return Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay))
+            return Entry(packet.time_ns, signal, direction, register, pending=pending, delay=float(delay)), count
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return None
+    return None, 1
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from inco_trio.errors import ProxyNotFoundError
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
 
+__all__ = ["Lines", "arguments", "run"]
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
-    left, shown = args.count, _Lines()
+    left, shown = args.count, Lines()
     for event in events:
         say(*([event.json()] if args.json else painted([printable(shown.line(event))], args.color)))
         flush()
@@ -58,17 +60,18 @@ def _print(events: Iterable[Event], args: argparse.Namespace) -> int:
     return 0
 
 
-class _Lines:
+class Lines:
     """A formatter for events. A notification's line has the time since the previous notification of the same signal."""
 
-    def __init__(self) -> None:
+    def __init__(self, boards: int = 1) -> None:
         self._last: dict[tuple[str, Direction, str], int] = {}
         self._boards: set[str] = set()
+        self._names_boards = boards > 1
 
     def line(self, event: Event) -> str:
         parts = [clock_time(event)]
         self._boards.add(event.board)
-        if len(self._boards) > 1:
+        if self._names_boards or len(self._boards) > 1:
             parts.append(f"{event.board}:")
         return " ".join([*parts, *self._shown(event)])
 
@@ -78,17 +81,28 @@ class _Lines:
                 key, now = (event.board, direction, signal), event.monotonic_ns
                 last, self._last[key] = self._last.get(key), now
                 yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal}"
+                if event.count > 1:
+                    yield f"{event.count} times"
                 if last is not None:
                     yield f"+{(now - last) / 1e9:.6f} s"
                 if event.delay:
                     yield f"(was pending for {event.delay:.6f} s)"
             case Event(event="pending", direction=Direction() as direction, signal=str() as signal):
                 yield f"{'in ' if direction is Direction.INBOUND else 'out'} {signal} pending: {event.reason}"
+                yield from _repeated(event)
             case Event(event="ignored"):
                 yield f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
+                yield from _repeated(event)
             case Event(event="link"):
-                yield f"the link {'came up' if event.running else 'went down'}"
+                yield event.message or f"the link {'came up' if event.running else 'went down'}"
             case Event(event="lost"):
                 yield f"{event.count} events lost: they arrived faster than they could be printed"
             case _:
                 yield f"{event.level or 'info'}: {event.message or event.event}"
+                yield from _repeated(event)
+
+
+def _repeated(event: Event) -> Iterator[str]:
+    """Yield how often a recorded event occurred, if it occurred more than once."""
+    if event.last_ns:
+        yield f"({event.count} times within {(event.last_ns - event.monotonic_ns) / 1e9:.1f} s)"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from inco_trio.config import Board
 
 DIGITS_MAX = 12
+HISTORY_MAX = 65_536
 STREAM = "-"
 """The file argument that stands for standard input or standard output."""
 _DURATIONS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -62,6 +63,12 @@ def _number(text: str, what: str, units: Mapping[str, float], *, lowest: float) 
     if not lowest <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: expected {what}")
     return number
+
+
+def history_size(text: str) -> int:
+    if not text.isdecimal() or len(text) > DIGITS_MAX or int(text) > HISTORY_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number from 0 to {HISTORY_MAX}")
+    return int(text)
 
 
 def positive(text: str) -> int:

@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "diagnose missing notifications",
     "status": "show the state and the counters of a running proxy",
     "monitor": "show each notification as it happens",
+    "history": "show the last notifications and events, also from before a crash",
     "record": "write each notification with its frame to a file",
     "send": "send a signal through the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
@@ -46,7 +47,7 @@ COMMANDS = {
 
 GROUPS = {
     "run": ("run", "check", "service"),
-    "see": ("status", "monitor", "doctor"),
+    "see": ("status", "monitor", "history", "doctor"),
     "drive": ("send", "wait", "replay", "demo"),
     "record": ("record", "plot", "dissector"),
     "connect": ("mqtt", "mqtt-link", "exporter"),

@@ -5,24 +5,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import operator
 import select
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from inco_trio.capture.gaps import Gaps
 from inco_trio.cli.exit_codes import UsageError
+from inco_trio.cli.history import accepted, past_events, past_of
 from inco_trio.cli.options import STREAM, add_place, add_selection, number_of_seconds, path_of, positive, size
-from inco_trio.cli.signalling import direction_of, may_listen, remark_unknown
+from inco_trio.cli.signalling import board_of, direction_of, may_listen, remark_unknown
 from inco_trio.cli.streams import remark
 from inco_trio.control.client import Client, connect
-from inco_trio.control.protocol import Event, FlushRequest, MonitorRequest
-from inco_trio.errors import IncoError, ProxyNotFoundError
+from inco_trio.control.protocol import Event, FlushRequest, HistoryRequest, MonitorRequest
+from inco_trio.errors import IncoError, InvalidArgumentError, ProxyNotFoundError
 from inco_trio.service import process_signals
 from inco_trio.signals import Direction
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from inco_trio.capture.recording import Recorder
     from inco_trio.control.listen import Listening
 
@@ -45,6 +50,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("file", metavar="FILE", help="pcapng file to write, which is replaced, or - for standard output")
     add_place(sub)
     add_selection(sub)
+    sub.add_argument("--past", action="store_true", help="write what `history` shows, without frames, and end")
+    sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="with --past: only the last TIME")
     sub.add_argument("--duration", type=number_of_seconds, metavar="TIME", help="stop after TIME, such as 10m")
     sub.add_argument("--size", type=size, metavar="BYTES", help="start FILE_00002 and so on at this size, such as 10M")
     sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start another file after TIME (1h)")
@@ -54,6 +61,8 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Record until a limit is reached or a stop signal arrives; return the exit code. Raises IncoError."""
     path = path_of(args.file, "FILE")
+    if args.past:
+        return _record_past(args, path)
     if args.keep is not None and args.size is None and args.period is None:
         raise UsageError("--keep needs --size or --period: otherwise there is one file")
     if args.file == STREAM and (args.size or args.period):
@@ -78,6 +87,32 @@ def run(args: argparse.Namespace) -> int:
             several = f"{len(recorder.written)} files, the last one " if len(recorder.written) > 1 else ""
             remark(f"{recorder.count} notifications in {several}{recorder.path}")
     return 0
+
+
+def _record_past(args: argparse.Namespace, path: Path) -> int:
+    """Write what the proxy's flight recorder has to a file; return the exit code. Raises IncoError."""
+    with connect(args.link, args.control) as client:
+        wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
+        count = _write_past(client, path, wanted, args.since)
+        remark(f"{count} notifications of the history of {client.greeting.name} in {path}")
+    return 0
+
+
+def record_past(path: Path, link: str | None) -> None:
+    """Write what the flight recorder of the proxy of `link` has to a file. Raises IncoError."""
+    with connect(link, None) as client:
+        _write_past(client, path, MonitorRequest(link if link in client.greeting.boards else None), None)
+
+
+def _write_past(client: Client, path: Path, wanted: MonitorRequest, seconds: float | None) -> int:
+    """Write the recorded events that `wanted` accepts to a file. Return the number of notifications."""
+    from inco_trio.capture.recording import Recorder
+
+    recorder = Recorder(path)
+    with contextlib.closing(recorder):
+        for event in accepted(past_events(past_of(client, wanted.board, seconds)), wanted):
+            _write(recorder, event, client.greeting.name)
+    return recorder.count
 
 
 class _Stop:
@@ -107,10 +142,15 @@ class _Proxy:
         self._client, self._args, self._stop = client, args, stop
         self.name = client.greeting.name
         self._gone = False
+        self._wanted = MonitorRequest(args.board, direction_of(args), args.signal, frames=True)
+        self._gaps = Gaps()
+        for board in client.status(args.board):
+            if board.status is not None and board.status.recorded is not None:
+                self._gaps.begin(board.board, board.status.recorded)
         self._ask()
 
     def _ask(self) -> None:
-        self._client.request(MonitorRequest(self._args.board, direction_of(self._args), self._args.signal, frames=True))
+        self._client.request(self._wanted)
 
     def close(self) -> None:
         self._client.close()
@@ -121,7 +161,7 @@ class _Proxy:
     def arrived(self) -> list[Event]:
         """Return the events that have arrived. If the proxy has exited, first wait until a new proxy runs."""
         try:
-            return self._client.arrived()
+            return self._new(self._client.arrived())
         except ProxyNotFoundError as error:
             self._client.close()
             remark(f"{error}: waiting for the next one")
@@ -130,9 +170,32 @@ class _Proxy:
                 with contextlib.suppress(ProxyNotFoundError):
                     self._client = Client(self._client.path)
                     self._ask()
-                    return [ended, _mark("the proxy was started again")]
+                    events = [ended, *(self._missing() or ()), _mark("the proxy was started again")]
+                    return sorted(events, key=operator.attrgetter("monotonic_ns"))
             self._gone = True
             return [ended]
+
+    def _new(self, events: Iterable[Event]) -> list[Event]:
+        """Return the events that the recording does not have yet. Replace the event `lost` by what was lost."""
+        new: list[Event] = []
+        for event in events:
+            if event.event == "lost":
+                missing = self._missing()
+                new += [event] if missing is None else missing
+            elif self._gaps.is_new(event):
+                new.append(event)
+        return new
+
+    def _missing(self) -> list[Event] | None:
+        """Return what the recording lacks and the proxy's flight recorder has, or None if the recorder is off."""
+        boards = self._client.greeting.boards if self._args.board is None else (self._args.board,)
+        try:
+            requests = [HistoryRequest(board, self._gaps.after(board)) for board in boards]
+            pasts = [self._client.request(request).history for request in requests]
+        except InvalidArgumentError:  # The recorder is off, or the proxy is older than this program.
+            return None
+        missing = [event for past in pasts if past is not None for event in self._gaps.missing(past)]
+        return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns"))
 
     def rest(self) -> Iterator[Event]:
         """Yield the events that the proxy has not sent yet."""
@@ -144,11 +207,11 @@ class _Proxy:
             for event in self._client.events(FAREWELL):
                 if event.event == "flushed":
                     break
-                yield event
+                yield from self._new([event])
 
 
 def _mark(text: str) -> Event:
-    return Event("message", time=time.time(), message=text)
+    return Event("message", time=time.time(), monotonic_ns=time.monotonic_ns(), message=text)
 
 
 @contextlib.contextmanager
@@ -189,11 +252,16 @@ def _show(text: str) -> None:
 def _write(recorder: Recorder, event: Event, name: str) -> None:
     time_ns, board = round(event.time * 1e9), event.board or name
     frame = None if event.frame is None else bytes.fromhex(event.frame)
+    if event.monotonic_ns:
+        recorder.follow_clock(time_ns, event.monotonic_ns)
     where = "" if board == name else f"{board}: "
     match event:
         case Event(event="notification" | "pending", direction=Direction() as direction, signal=str() as signal):
             register = event.register or ""
-            recorder.append(time_ns, direction, signal, register, frame, board, pending=event.reason, delay=event.delay)
+            recorder.append(
+                time_ns, direction, signal, register, frame, board, pending=event.reason, delay=event.delay,
+                count=max(1, event.count),
+            )  # fmt: skip
         case Event(event="ignored"):
             text = f"ignored: {event.reason}{' signal ' + event.signal if event.signal else ' frame'}"
             if frame is None:
@@ -201,7 +269,9 @@ def _write(recorder: Recorder, event: Event, name: str) -> None:
             else:
                 recorder.ignored(time_ns, text, frame, board)
         case Event(event="link"):
-            recorder.mark(time_ns, f"{where}the link {'came up' if event.running else 'went down'}")
+            recorder.mark(
+                time_ns, f"{where}{event.message or ('the link came up' if event.running else 'the link went down')}"
+            )
         case Event(event="lost"):
             recorder.mark(time_ns, f"{event.count} events were lost here: they arrived too fast")
         case _:

@@ -40,6 +40,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--wait-link", action="store_true", help="wait for a link that does not exist yet")
     sub.add_argument("--fd-holder", metavar="SOCKET", help="keep descriptors in the s6-fdholder-daemon at SOCKET")
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
+    sub.add_argument(
+        "--history", type=options.history_size, metavar="N",
+        help="keep the last N notifications of each board for `history` (default: 4096; 0: none)",
+    )  # fmt: skip
     sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, default=SANDBOX[0], help=SANDBOX_HELP)
     sub.add_argument(
         "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
@@ -76,7 +80,7 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         from inco_trio.service.many_boards import ManyBoards
 
         directory = options.boards_directory(args, "IFACE", "--config", "--irq-dir", "--irq-owner", "--wait-link")
-        boards, label = ManyBoards(directory), options.boards_label(directory)
+        boards, label = ManyBoards(directory, args.history), options.boards_label(directory)
     else:
         args.iface = options.LINK if args.iface is None else args.iface
         options.check_link(args.iface)
@@ -114,4 +118,4 @@ def _load(args: argparse.Namespace) -> Config:
     for note in board.notes:
         logger.info("%s", note)
     owner, group = args.irq_owner or (None, None)
-    return Config(args.iface, board.signals, wait_link=args.wait_link, owner=owner, group=group)
+    return Config(args.iface, board.signals, wait_link=args.wait_link, history=args.history, owner=owner, group=group)

@@ -109,7 +109,7 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
         return
     now = time.time()
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.since))
-    state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(now - status.since)})"
+    state = f"{'up' if status.running else 'down'}, open since {since} ({_duration(_uptime(status, now))})"
     stored = STORED.get(status.descriptors, f"stored by {status.descriptors}")
     yield f"{board.board}: {state}, descriptors {stored}"
     yield f"  {status.link}: {status.description}, capabilities: {' '.join(status.capabilities) or 'none'}"
@@ -120,13 +120,19 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
     for task in status.tasks:
         if task.problem or task.restarts:
             yield f"  {task.task}: restarted {task.restarts} times; {task.problem or f'last: {task.last_problem}'}"
+    if status.last_down is not None:
+        ago = _duration(max(0.0, now - status.last_down))
+        yield f"  the link went down {status.counters.link_downs} times, last {ago} ago"
     if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
         yield f"  counters: {counters}"
+    if (recorded := status.recorded) is not None and recorded.since is not None:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(recorded.since))
+        yield f"  history since {since} ({_duration(max(0.0, now - recorded.since))}), {recorded.events} events"
 
 
 def _table(status: Status, seconds: float | None, past: Status | None, now: float) -> Iterator[str]:
     counts = {} if past is None else {each.signal: each.count for each in past.signals}
-    period = seconds if counts and seconds else max(now - status.since, 1e-3)
+    period = seconds if counts and seconds else max(_uptime(status, now), 1e-3)
     rows = [HEAD]
     for each in sorted(status.signals, key=lambda each: each.direction.value):
         rate = max(0, each.count - counts.get(each.signal, 0)) / period
@@ -142,6 +148,11 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"  {'  '.join(cells)}".rstrip()
+
+
+def _uptime(status: Status, now: float) -> float:
+    """Return for how many seconds the proxy has been open. Older proxies report only when they were opened."""
+    return status.uptime or now - status.since
 
 
 def _duration(seconds: float) -> str:

@@ -10,11 +10,13 @@ import trio
 
 from inco_trio.control import protocol
 from inco_trio.control.feed import Feed
-from inco_trio.control.monitors import Follower, Monitor
+from inco_trio.control.monitors import PIECE, Follower, Monitor
+from inco_trio.control.past import past_events
 from inco_trio.control.protocol import RequestError
 from inco_trio.control.server import Peer
 from inco_trio.errors import ClosedError, UnknownSignalError
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
+from inco_trio.proxy.proxy import Proxy
 from inco_trio.signals import Direction
 
 __all__ = ["Connection"]
@@ -99,6 +101,9 @@ class Connection:
                 case protocol.StatusRequest():
                     await self._write(protocol.encode_status(await self._status(request), tag))
                     return
+                case protocol.HistoryRequest():
+                    await self._write(await self._past(request, tag))
+                    return
                 case protocol.SendRequest():
                     value = await self._send(request)
                 case protocol.MonitorRequest():
@@ -142,19 +147,36 @@ class Connection:
             history.boot, history.sequence, history.acknowledged, history.waiting, history.merged_ever, followed
         )
 
-    async def _send(self, request: protocol.SendRequest) -> int:
-        self._check_permitted("send")
-        self._check_board(request.board)
-        if not 1 <= request.count <= SEND_MAX:
-            raise RequestError("invalid", f"count: {request.count} is not a number from 1 to {SEND_MAX}")
-        proxies, board = self._served.proxies(), request.board
+    async def _past(self, request: protocol.HistoryRequest, tag: Mapping[str, object]) -> bytes:
+        """Return the response to a HistoryRequest."""
+        board, proxy = self._proxy(request.board)
+        recorder = proxy._recorder()
+        if recorder is None:
+            raise RequestError("invalid", f"board {board!r}: the history is off (run --history 0)")
+        lines = []
+        for number, event in enumerate(past_events(board, recorder, request.after or 0)):
+            lines.append(protocol.encode_event(event))
+            if number % PIECE == 0:
+                await trio.lowlevel.checkpoint()
+        return protocol.encode_history(board, recorder.boot, lines, tag)
+
+    def _proxy(self, board: str | None) -> tuple[str, Proxy]:
+        """Return the name and the proxy of a board, or of the only board if None. Raises RequestError."""
+        self._check_board(board)
+        proxies = self._served.proxies()
         if board is None:
             if len(proxies) != 1:
                 raise RequestError("unknown-board", f"board: missing (open boards: {', '.join(proxies) or 'none'})")
             (board,) = proxies
         if board not in proxies:
             raise RequestError("unknown-board", f"board {board!r} is not open: {self._served.not_open()[board]}")
-        proxy = proxies[board]
+        return board, proxies[board]
+
+    async def _send(self, request: protocol.SendRequest) -> int:
+        self._check_permitted("send")
+        _, proxy = self._proxy(request.board)
+        if not 1 <= request.count <= SEND_MAX:
+            raise RequestError("invalid", f"count: {request.count} is not a number from 1 to {SEND_MAX}")
         try:
             for _ in range(request.count):
                 await proxy.send(request.signal)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 import attrs
 import trio
 
-from inco_trio.persist.history import History
+from inco_trio.notifications import Times
+from inco_trio.persist.followed import History
 from inco_trio.problems import board_name
 from inco_trio.proxy.proxy import Proxy
 from inco_trio.signals import Direction, Signal
@@ -87,21 +88,18 @@ class Feed:
 
         return (monitor for monitor in tuple(self.monitors) if isinstance(monitor, Follower))
 
-    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int) -> None:
+    def carried(self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], at: Times, since: int) -> None:
         if self.monitors:
             if self.wants_frames and not frames:
                 frames = self._frames_sent(signals)
-            self._put(signals, sequence, frames, since=since)
+            self._put(Batch(self._board, tuple(signals), sequence, frames, *at, since))
 
     def pending(self, signals: Sequence[Signal], reason: str, frames: Sequence[bytes]) -> None:
         if self.monitors:
-            self._put(signals, 0, frames, reason=reason)
+            now = time.time_ns(), time.monotonic_ns()
+            self._put(Batch(self._board, tuple(signals), 0, frames, *now, reason=reason))
 
-    def _put(
-        self, signals: Sequence[Signal], sequence: int, frames: Sequence[bytes], since: int = 0, reason: str = ""
-    ) -> None:
-        now = time.time_ns(), time.monotonic_ns()
-        batch = Batch(self._board, tuple(signals), sequence, frames, *now, since, reason)
+    def _put(self, batch: Batch) -> None:
         for monitor in self.monitors:
             monitor.carried(batch)
 
@@ -118,8 +116,8 @@ class Feed:
             shown = None if frame is None else frame.hex()
             self.offer("ignored", reason=reason, direction=direction, signal=name, frame=shown)
 
-    def link_changed(self, running: bool) -> None:
-        self.offer("link", running=running)
+    def link_changed(self, running: bool, text: str) -> None:
+        self.offer("link", running=running, message=text)
 
     def opened(self, keep: Callable[[], History]) -> None:
         for follower in self.followers() if self.monitors else ():
@@ -169,6 +167,8 @@ class _LogTap(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         kind, count = getattr(record, "event", "message"), getattr(record, "fields", {}).get("count", 0)
+        if kind == "link":
+            return  # `Feed.link_changed` has offered it.
         level, message = record.levelname.lower(), record.getMessage()
         offer = partial(self._feed.offer, kind, level=level, message=message, count=count)
         if threading.get_ident() == self._thread:

@@ -23,11 +23,11 @@ from inco_trio.validation import NAMES, RULES, InvalidValueError, Rule, Table, s
 
 __all__ = [
     "LINE_MAX", "PROTOCOL", "REPLY_MAX", "AcknowledgeAllRequest", "AcknowledgeRequest", "BoardStatus", "Event",
-    "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryStatus", "LineBuffer",
-    "MessageError", "MonitorRequest", "Notifications", "Reply", "Request", "RequestError", "Response",
-    "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request", "encode_board",
-    "encode_error", "encode_event", "encode_greeting", "encode_notifications", "encode_request", "encode_response",
-    "encode_status", "event_now", "to_json",
+    "FlushRequest", "FollowRequest", "Followed", "ForgetRequest", "Greeting", "HistoryRequest", "HistoryStatus",
+    "LineBuffer", "MessageError", "MonitorRequest", "Notifications", "Past", "Reply", "Request", "RequestError",
+    "Response", "SendRequest", "StatusRequest", "decode_greeting", "decode_reply", "decode_request", "encode_board",
+    "encode_error", "encode_event", "encode_greeting", "encode_history", "encode_notifications", "encode_request",
+    "encode_response", "encode_status", "event_now", "to_json",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -137,8 +137,18 @@ class ForgetRequest:
     boards: Collection[str] | None = None
 
 
+@attrs.frozen(slots=False)
+class HistoryRequest:
+    """Report what the flight recorder of a board contains, optionally only what is newer than `after`."""
+
+    board: str | None = None
+    after: int | None = None
+    """A time of CLOCK_MONOTONIC in nanoseconds."""
+
+
 Request = (
-    StatusRequest
+    HistoryRequest
+    | StatusRequest
     | SendRequest
     | MonitorRequest
     | FlushRequest
@@ -157,6 +167,7 @@ _REQUESTS: dict[str, tuple[type[Request], str]] = {
     "acknowledge": (AcknowledgeRequest, "acknowledged"),
     "acknowledge-all": (AcknowledgeAllRequest, "acknowledged"),
     "forget": (ForgetRequest, "forgotten"),
+    "history": (HistoryRequest, "history"),
 }
 """The class of each request and the key of its response, by request name."""
 _REQUEST = Rule((str,), f"one of {', '.join(_REQUESTS)}", _REQUESTS.__contains__, lambda name: _REQUESTS[name][0])
@@ -168,7 +179,7 @@ _POSITIONS = Rule(
 )
 _KEYS: dict[str, Rule] = {
     **dict.fromkeys(("board", "boot", "signal"), RULES[str]),
-    **dict.fromkeys(("count", "sequence"), RULES[int]),
+    **dict.fromkeys(("after", "count", "sequence"), RULES[int]),
     **dict.fromkeys(("boards", "signals"), _SET),
     "direction": RULES[Direction],
     "positions": _POSITIONS,
@@ -261,6 +272,17 @@ class Followed:
 
 
 @attrs.frozen(slots=False)
+class Past:
+    """What the flight recorder of a board contains."""
+
+    board: str
+    boot: str
+    """The identifier of the recorder; see `RecorderStatus`."""
+    events: tuple[Event, ...]
+    """The events, in the order of their monotonic times."""
+
+
+@attrs.frozen(slots=False)
 class Response:
     """The response of a proxy: an error, or the value for the type of the request."""
 
@@ -269,6 +291,7 @@ class Response:
     follow: Mapping[str, Followed] = attrs.Factory(dict)
     acknowledged: int = 0
     forgotten: tuple[str, ...] = ()
+    history: Past | None = None
     error: str = ""
     message: str = ""
     keys: frozenset[str] = frozenset()
@@ -303,6 +326,12 @@ def encode_board(board: BoardStatus) -> str:
 def encode_status(boards: Collection[str], tag: Mapping[str, object]) -> bytes:
     """Join encoded boards into a response. The caller encodes them one by one, so that other tasks can run."""
     return f'{json.dumps(tag)[:-1]}{", " if tag else ""}"status": [{", ".join(boards)}]}}\n'.encode()
+
+
+def encode_history(board: str, boot: str, events: Collection[str], tag: Mapping[str, object]) -> bytes:
+    """Join encoded events into the response to a HistoryRequest, as `encode_status` does."""
+    head = json.dumps({**tag, "history": {"board": board, "boot": boot}})[:-2]
+    return f'{head}, "events": [{", ".join(event.rstrip() for event in events)}]}}}}\n'.encode()
 
 
 def to_json(board: BoardStatus) -> dict[str, object]:
@@ -366,6 +395,8 @@ class Event:
     sequence: int = 0
     boot: str = ""
     """The history to which `sequence` belongs."""
+    last_ns: int = 0
+    """When a recorded event occurred for the last time, if it occurred more than once (CLOCK_MONOTONIC)."""
     frame: Annotated[str, _HEXADECIMAL] | None = None
     reason: str = ""
     delay: Annotated[float, _DURATION] = 0.0
@@ -472,10 +503,13 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads() would create a decoder for each line.
+
+
 def _object(line: bytes) -> dict[str, object]:
     """Parse a line that must be a JSON object. Raises MessageError."""
     try:
-        message = json.loads(line.decode(), parse_constant=_refuse)
+        message = _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise MessageError(f"the line is not JSON: {error}") from None
     if not isinstance(message, dict):

@@ -31,6 +31,10 @@ class Link(Protocol):
         """Whether the link is up and has a carrier or a peer."""
 
     @property
+    def downs(self) -> int:
+        """How often the kernel saw the carrier of the link go down, as of the last `refresh`."""
+
+    @property
     def fits(self) -> bool:
         """Whether an inherited socket can still be used for this link."""
 

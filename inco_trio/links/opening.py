@@ -81,7 +81,12 @@ def open_link(
     from inco_trio.links.packet import PacketLink
 
     with inside(netns, address.name):
-        if held is None:
-            return PacketLink.open(address.name), None
-        link = PacketLink.take(address.name, held)
-        return (link, None) if link.fits and belongs_to(held, netns) else (PacketLink.open(address.name), link)
+        stale = None if held is None else PacketLink.take(address.name, held)
+        fits = stale is not None and held is not None and stale.fits and belongs_to(held, netns)
+        inner = stale if fits and stale is not None else PacketLink.open(address.name)
+        stale = None if fits else stale
+    if netns is None:
+        return inner, stale
+    from inco_trio.links.namespace import NamespaceLink
+
+    return NamespaceLink(inner, netns, around.names(address.name)), stale

@@ -23,6 +23,7 @@ from inco_trio.linux.bpf import Instruction
 from inco_trio.linux.if_packet import GONE, SOL_PACKET
 from inco_trio.linux.rtnetlink import Interface, Rtnetlink
 from inco_trio.linux.sockets import set_receive_buffer
+from inco_trio.problems import report
 
 __all__ = ["PacketLink"]
 
@@ -80,7 +81,7 @@ class PacketLink:
         self.fd = sock.fileno()
         self.mac = b""
         self.running = False
-        self.foreign = 0
+        self.foreign = self.downs = 0
         self.wait_readable = functools.partial(trio.lowlevel.wait_readable, self.fd)
         set_receive_buffer(sock, RECEIVE_BUFFER)
         self.granted = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
@@ -187,7 +188,7 @@ class PacketLink:
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
-        self.running = interface.running
+        self.running, self.downs = interface.running, interface.downs
         master = self._rtnetlink.interface(index=interface.master) if interface.is_taken else None
         self._log_master("" if master is None else f"{interface.master_kind} {master.name}")
         self._interface = interface
@@ -238,10 +239,10 @@ class PacketLink:
         """Log when the interface joins or leaves a bridge, bond or other master, which takes the received frames."""
         before, self._master = self._master, master
         if master and master != before:
-            text = "%s: a port of the %s, which takes all frames (use %s as the interface)"
-            logger.warning(text, self.name, master, master.rpartition(" ")[2])
+            text = f"a port of the {master}, which takes all frames (use {master.rpartition(' ')[2]} as the interface)"
+            report(logger, logging.WARNING, f"{self.name}: {text}")
         elif before and not master:
-            logger.info("%s: no longer a port of the %s", self.name, before)
+            report(logger, logging.INFO, f"{self.name}: no longer a port of the {before}")
 
     def receive_into(self, rooms: Sequence[memoryview], step: int) -> list[int]:
         lengths: list[int] = []

@@ -24,6 +24,7 @@ from inco_trio.links.link import LinkDownError
 from inco_trio.links.names import Names, Watched
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.sockets import SO_PEEK_OFF
+from inco_trio.problems import report
 
 __all__ = ["UnixLink"]
 
@@ -58,6 +59,7 @@ class UnixLink:
         self.fd = sock.fileno()
         self.mac = address.mac
         self.foreign = 0
+        self.downs = 0
         self.malformed = 0
         """Number of malformed frames from the peer that `peek` dropped."""
         self._address = address
@@ -177,7 +179,7 @@ class UnixLink:
             ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
-            logger.warning("%s: removed or replaced by another process: bound again", self.name)
+            report(logger, logging.WARNING, f"{self.name}: removed or replaced by another process: bound again")
             trio.lowlevel.notify_closing(self._socket)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()

@@ -33,6 +33,7 @@ IFLA_LINK = 5
 IFLA_MASTER = 10
 IFLA_OPERSTATE = 16
 IFLA_LINKINFO = 18
+IFLA_CARRIER_DOWN_COUNT = 48
 IFLA_INFO_KIND = 1
 IFLA_INFO_DATA = 2
 IFLA_INFO_SLAVE_KIND = 4
@@ -76,6 +77,8 @@ class Interface:
     """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
     activated: bool = False
     """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
+    downs: int = 0
+    """How often the carrier has gone down."""
 
     @property
     def is_taken(self) -> bool:
@@ -235,4 +238,5 @@ def _parse(message: bytes) -> Interface:
         kinds.get(IFLA_INFO_KIND, ""),
         0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
         attributes.get(IFLA_OPERSTATE) == bytes([IF_OPER_UP]),
+        int.from_bytes(attributes.get(IFLA_CARRIER_DOWN_COUNT, b""), "little"),
     )

@@ -28,6 +28,7 @@ COUNTERS = {
     "recovered": ("recovered_notifications", "Notifications read by a previous process and delivered by this one."),
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
+    "link_downs": ("link_downs", "How often the link went down."),
 }
 """The name and help text of each counter's metric."""
 SIGNALS = {

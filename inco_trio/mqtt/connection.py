@@ -245,9 +245,10 @@ class Connection:
                 # Ping after half of the time limit, so that a delay does not exceed it.
                 ping = self._last_sent + session.limits.keep_alive / 2
                 if now >= ping:
+                    self._expect()
+                    self._is_pinging = True
                     session.ping()
                     await self._flush()
-                    self._is_pinging = True
                     continue
                 deadline = min(deadline, ping)
             with trio.move_on_at(min(deadline, now + self._patience)):

@@ -10,7 +10,7 @@ first; the end of the data is visible because unused memory is blank, which mean
 bytes (the mark) end each slot; only a frame that is too long for a slot overwrites the mark.
 
 Layout: a header page; two banks of frames; two banks of inotify events; two tables (`tables`); a queue of events for
-processes with many boards (`queue`, `proxy.share`); a history (`history`).
+processes with many boards (`queue`, `proxy.share`); a history (`history`); the flight recorder (`recorder`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import os
 import attrs
 
 from inco_trio.frame import FRAME_MAX, is_wire_name
-from inco_trio.persist.history import HISTORY, History
+from inco_trio.persist.followed import HISTORY, History
 from inco_trio.persist.memory import check_memory, new_memory
 from inco_trio.persist.queue import EventQueue
+from inco_trio.persist.recorder import AREA
 from inco_trio.persist.tables import PAGE, TABLE, NumberTable
 
 __all__ = ["FRAMES", "FRAME_MAX", "FRAME_STEP", "SHORT", "Bank", "Inflight", "frames_in"]
@@ -60,7 +61,8 @@ def _bank_of(frames: int) -> int:
 
 FRAME_BANK = _bank_of(FRAMES)
 BEFORE_HISTORY = PAGE + 2 * FRAME_BANK + 2 * EVENT_BANK + 2 * TABLE + PAGE + QUEUE
-SIZE = BEFORE_HISTORY + HISTORY
+BEFORE_RECORDER = BEFORE_HISTORY + HISTORY
+SIZE = BEFORE_RECORDER + AREA
 _NO_EVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
 """The mark in all memory that this process creates."""
@@ -109,7 +111,9 @@ class Inflight:
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
-    """The memory of the history: a page, two tables and a ring (see `persist.history`)."""
+    """The memory of the history: a page, two tables and a ring (see `persist.followed`)."""
+    recorder: memoryview
+    """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
     """16 bytes for the use of the link (see `links.unix`)."""
     at_once: int
@@ -162,7 +166,7 @@ class Inflight:
                 bank.clear(len(bank.view))
         elif max(bank.sequence for bank in banks) > SEQUENCE_MAX:
             raise ValueError("a batch has an invalid number")
-        history = view[BEFORE_HISTORY:]
+        history = view[BEFORE_HISTORY:BEFORE_RECORDER]
         if inherited:
             History(history).check()
         return cls(
@@ -173,6 +177,7 @@ class Inflight:
             watches=NumberTable(view[offset + TABLE : offset + 2 * TABLE], WATCH_MAX),
             queue=EventQueue(view[offset + 2 * TABLE : BEFORE_HISTORY]),
             history=history,
+            recorder=view[BEFORE_RECORDER:],
             note=view[PAGE - 48 : PAGE - 32],
             at_once=at_once,
             inherited=inherited,

@@ -26,6 +26,7 @@ from inco_trio.nurseries import starting_and_stopping
 from inco_trio.persist.bundle import Bundle
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.recorder import KEPT
 from inco_trio.problems import board_name, working_for
 from inco_trio.proxy.proxy import Ground, Proxy, build, running
 from inco_trio.proxy.share import Share, SharedInotify
@@ -39,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 FRAMES_AT_ONCE = 16
 """Maximum number of frames that a board reads before other boards run."""
+RECORDED = 8 * KEPT
+"""How many notifications the flight recorders of all boards keep together by default."""
+RECORDED_MIN = 256
+"""How many notifications the flight recorder of a board keeps at least by default."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
 """PAUSE and PAUSE_MAX are the first and the longest pause before opening a board is retried, in seconds."""
@@ -128,6 +133,7 @@ class Proxies(Mapping[str, Proxy]):
         self._last: dict[str, Stats] = {}
         self._nursery: trio.Nursery | None = None
         self._around = Surroundings()
+        self._recorded = KEPT
         resources.callback(self._around.close)
         try:
             memory = Inflight.open(inherited_fd(whole, "inflight"))
@@ -159,7 +165,7 @@ class Proxies(Mapping[str, Proxy]):
             self._bundle.remove(f"{name}/inflight")  # Store the new memory, so that the next process inherits that.
         share = self._shared.share(inflight)
         fds = {"inflight": inflight.fd}
-        ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener)
+        ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener, self._recorded)
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     def __getitem__(self, name: str) -> Proxy:
@@ -201,6 +207,7 @@ class Proxies(Mapping[str, Proxy]):
             if self._closed or self._nursery is None:
                 raise ClosedError("the proxies are closed")
             refused: dict[str, IncoError] = {}
+            self._recorded = max(RECORDED_MIN, min(KEPT, RECORDED // max(1, len(configs))))
             plan = self._plan(configs, keep, refused)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end, plan.removed)

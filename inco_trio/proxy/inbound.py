@@ -12,8 +12,9 @@ import trio
 
 from inco_trio.frame import ADDRESSES, FRAME_MAX, decode
 from inco_trio.links.link import Link
-from inco_trio.notifications import Deaf, Listener
+from inco_trio.notifications import Deaf, Events, Listener
 from inco_trio.persist.inflight import FRAME_STEP, FRAMES, SHORT, Inflight, frames_in
+from inco_trio.problems import report
 from inco_trio.proxy.flood import Flood
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import Health
@@ -41,14 +42,15 @@ class Inbound:
         states: StateFiles,
         inflight: Inflight,
         counters: Counters,
-        listener: Listener | None = None,
+        events: Events | None = None,
     ) -> None:
         self._handoff = handoff
         self._link = link
         self._states = states
         self._inflight = inflight
         self._counters = counters
-        self._listener = listener or Deaf()
+        self._events: Events | Deaf = events or Deaf()
+        self._listener: Listener = Deaf() if events is None else events.listener
         self._flood = Flood(link)
         self.filter = self._flood.filter
         """The task that ends the filtering of a flood of ignored frames."""
@@ -79,10 +81,8 @@ class Inbound:
         self._counters.foreign = self._link.foreign
         if dropped := self._link.dropped():
             self._counters.dropped += dropped
-            logger.warning(
-                "%s: %d frames dropped: the receive queue was full", self._link.name, dropped,
-                extra={"event": "dropped", "fields": {"count": dropped}},
-            )  # fmt: skip
+            text = f"{self._link.name}: {dropped} frames dropped: the receive queue was full"
+            report(logger, logging.WARNING, text, "dropped", dropped)
 
     def _read(self, link: Link) -> Batch[StateFile] | None:
         """Read as many queued frames as fit into the next bank. Return None if the queue is empty."""
@@ -146,7 +146,7 @@ class Inbound:
 
     def _ignore(self, reason: str, name: str | None, room: memoryview, length: int) -> None:
         frame = bytes(room[:length]) if self._listener.wants_frames else None
-        self._listener.ignored(reason, name, frame)
+        self._events.ignored(reason, name, frame)
 
     async def receive(self, health: Health) -> None:
         """Run the task that reads the link."""
@@ -207,9 +207,9 @@ class Inbound:
             some = [frames[number] for number in numbers] if frames else []
             if outcome is None:
                 for number in numbers:
-                    self._listener.ignored("unknown", files[number].signal.name, frames[number] if frames else None)
+                    self._events.ignored("unknown", files[number].signal.name, frames[number] if frames else None)
             elif outcome:
-                self._listener.pending([files[number].signal for number in numbers], outcome, some)
+                self._events.pending([files[number].signal for number in numbers], outcome, some)
         delivered = [number for number, outcome in enumerate(outcomes) if outcome == ""]
         batch.items = [files[number] for number in delivered]
         batch.frames = [frames[number] for number in delivered] if frames else ()

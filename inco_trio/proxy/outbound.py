@@ -15,7 +15,7 @@ from inco_trio.backoff import Backoff
 from inco_trio.errors import ClosedError
 from inco_trio.links.link import Link, LinkDownError
 from inco_trio.linux.inotify import Watcher, parse_events
-from inco_trio.notifications import Deaf, Listener
+from inco_trio.notifications import Deaf, Events
 from inco_trio.persist.inflight import EVENT_BANK, Bank, Inflight
 from inco_trio.proxy.handoff import Batch, Handoff
 from inco_trio.proxy.supervise import TRANSIENT, Health
@@ -42,7 +42,7 @@ class Outbound:
         inotify: Watcher,
         inflight: Inflight,
         counters: Counters,
-        listener: Listener | None = None,
+        events: Events | None = None,
     ) -> None:
         self._handoff = handoff
         self._link = link
@@ -50,7 +50,7 @@ class Outbound:
         self._inotify = inotify
         self._inflight = inflight
         self._counters = counters
-        self._listener = listener or Deaf()
+        self._events = events or Deaf()
         self.failures: Counter[str] = Counter()
         """Number of failed attempts to send a frame, by signal name."""
         # A device whose queue holds one frame is then retried soon after the frame has left, whatever its speed.
@@ -198,7 +198,7 @@ class Outbound:
     def _report_pending(self, batch: Batch[Signal]) -> None:
         if not batch.pending_since:
             batch.pending_since = time.monotonic_ns()
-            self._listener.pending(batch.items, self._delay, ())
+            self._events.pending(batch.items, self._delay, ())
 
     async def _send(self, signal: Signal, health: Health) -> bool:
         """Send one frame, waiting until the link accepts it. Return False if the frame is too long for the link.
@@ -238,7 +238,7 @@ class Outbound:
                 elif error.errno == errno.EMSGSIZE:
                     health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
                     self._counters.unsendable += 1
-                    self._listener.ignored("unsendable", signal.name, None)
+                    self._events.ignored("unsendable", signal.name, None)
                     return False
                 else:
                     raise

@@ -25,8 +25,10 @@ from inco_trio.linux.inotify import Inotify, Watcher
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
-from inco_trio.persist.history import History
+from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.recorder import KEPT, Recorder
+from inco_trio.problems import noted_by, noting, report
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -37,6 +39,7 @@ from inco_trio.registers.registers import Registers
 from inco_trio.registers.states import StateFile
 from inco_trio.registers.trust import Trust
 from inco_trio.signals import Direction, Signal, SignalTable, direction_of
+from inco_trio.wall_clock import WallClock
 
 __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running", "serve"]
 
@@ -81,7 +84,10 @@ class Proxy:
             "triggers": parts.outbound.triggers,
         }
         self._health = {name: Health(f"{self._link.name}: {name}") for name in self._tasks}
-        self._since = self._table_since = time.time()
+        self._clock = WallClock()
+        self._since = self._table_since = time.monotonic_ns()
+        self._down_at = 0
+        """When the link went down for the last time, or 0 (time.monotonic_ns(), as the other times here)."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -89,21 +95,27 @@ class Proxy:
     def stats(self) -> Stats:
         """The current counters."""
         if not self._closed:
-            self._inbound.count_dropped()
+            with noted_by(self._parts.events.note):
+                self._inbound.count_dropped()
         return self._counters.snapshot()
 
     @property
     def status(self) -> Status:
         """The current state of the proxy."""
         parts = self._parts
+        self._clock.refresh()
+        recorder = parts.events.recorder
         unsent = Counter(signal.name for batch in parts.handoffs[1].unfinished for signal in batch.items)
         return Status(
             link=self.config.link,
-            since=self._since,
-            table_since=self._table_since,
+            since=self._clock.seconds(self._since),
+            table_since=self._clock.seconds(self._table_since),
+            uptime=(time.monotonic_ns() - self._since) / 1e9,
             running=self._link.running and not self._closed,
             description=self._link.description,
             descriptors=parts.fd_store.supervisor,
+            last_down=self._clock.seconds(self._down_at) if self._down_at else None,
+            recorded=None if recorder is None else recorder.status(),
             counters=self.stats,
             signals=tuple(self._signal_status(signal, unsent) for signal in self._registers.table),
             tasks=tuple(
@@ -128,7 +140,7 @@ class Proxy:
             direction=signal.direction,
             register=str(signal.path),
             count=count,
-            last=last / 1e9 if last else None,
+            last=self._clock.seconds(last) if last else None,
             failures=failures,
             pending=pending,
             problem=self._registers.problem(signal),
@@ -196,12 +208,14 @@ class Proxy:
             former = self._registers.table
             self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
-                await self._registers.reload(table, Trust(config.owner, config.group))
+                with noted_by(self._parts.events.note):
+                    await self._registers.reload(table, Trust(config.owner, config.group))
             finally:
                 table = self._registers.table
                 self._link.expect(table.inbound, table.outbound)
             self.config = config
-            self._table_since = time.time()
+            self._table_since = time.monotonic_ns()
+            self._parts.events.note("reloaded", f"reloaded: {len(config.signals)} signals", logging.INFO)
 
     def _unknown(self, name: str, kind: str, signals: Iterable[Signal]) -> UnknownSignalError:
         known = ", ".join(signal.name for signal in signals) or "none"
@@ -226,6 +240,9 @@ class Proxy:
         """Keep new notifications until a client acknowledges them."""
         return self._parts.events.keep()
 
+    def _recorder(self) -> Recorder | None:
+        return self._parts.events.recorder
+
     def _history(self) -> History:
         return self._parts.events.history
 
@@ -234,6 +251,7 @@ class Proxy:
             nursery.start_soon(self._run_task, name, task, name=f"{self._link.name}: {name}")
 
     async def _run_task(self, name: str, task: Callable[[Health], Awaitable[None]]) -> None:
+        noting.set(self._parts.events.note)
         try:
             with self._scopes[name]:
                 await supervise(self._health[name], task, self._counters)
@@ -265,18 +283,21 @@ class Proxy:
         self._counters.unfinished = self._registers.states.pending + sum(
             len(batch.items) for handoff in self._parts.handoffs for batch in handoff.unfinished
         )
+        text = "stopped"
         if unfinished := self._counters.unfinished:
-            if isinstance(self._parts.fd_store, NoFdStore) and not self._successor:
-                logger.warning("%s: stopped with %d notifications pending: they are lost", self._link.name, unfinished)
-            else:
-                logger.info("%s: stopped with %d notifications pending: kept", self._link.name, unfinished)
-        self._inbound.count_dropped()
+            is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
+            text += f" with {unfinished} notifications pending: {'they are lost' if is_lost else 'kept'}"
+            logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
+        with noted_by(self._parts.events.note):
+            self._inbound.count_dropped()
+        self._parts.events.note("stopped", text, logging.INFO)
         self._parts.events.close()
 
     async def _watch(self, health: Health) -> None:
         """Run the task that follows the link, which may vanish, reappear or change its address."""
         link = self._link
-        running = False
+        running: bool | None = None
+        since, downs = time.monotonic_ns(), link.downs
         while True:
             stored = link.fd
             if link.refresh():
@@ -285,15 +306,45 @@ class Proxy:
             elif self._present.is_set():
                 health.failed(f"{link.absence}: waiting for it")
             before, running = running, link.running
-            if running is not before:
-                self._parts.events.listener.link_changed(running)
+            if running is not before or (running and link.downs > downs):
+                self._note_link(before, running, max(1, link.downs - downs), since)
+                since = time.monotonic_ns()
+            downs = link.downs
             if link.fd != stored:
                 try:
-                    self._parts.fd_store.store("link", link.fd)
+                    if link.fd < 0:
+                        self._parts.fd_store.remove("link")
+                    else:
+                        self._parts.fd_store.store("link", link.fd)
                 except IncoError as error:
-                    logger.warning("%s: frames that arrive during a restart will be lost: %s", link.name, error)
+                    text = f"{link.name}: frames that arrive during a restart will be lost: {error}"
+                    report(logger, logging.WARNING, text)
             self._outbound.link_changed()
             await link.changed()
+
+    def _note_link(self, before: bool | None, running: bool, times: int, since: int) -> None:
+        """Log, count and report that the link came up or went down. `since` is the time of the last change.
+
+        `before` is None at the start. If the link was and is running, it went down and came up again `times` times
+        before the proxy looked.
+        """
+        seconds = (time.monotonic_ns() - since) / 1e9
+        if before:
+            self._counters.link_downs += times
+            self._down_at = time.monotonic_ns()
+        if before and running:
+            text = f"the link went down and came up again at once ({times} times)"
+        elif before:
+            text = f"the link went down after {seconds:.1f} s"
+        elif before is None:
+            text = f"the link is {'up' if running else 'down'}"
+        else:
+            text = f"the link came up after {seconds:.1f} s"
+        if before is not None:
+            # Core 1 may start after the proxy: that is not worth a warning.
+            level = logging.WARNING if self._down_at else logging.INFO
+            logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
+        self._parts.events.link_changed(running, text)
 
     async def _restore(self, health: Health) -> None:
         """Run the task that retries failed operations on the registers."""
@@ -323,6 +374,8 @@ class Ground:
     leave_nothing: bool
     """Whether to delete the link's socket file at the end, because no successor needs it."""
     listener: Listener | None = None
+    recorded: int = KEPT
+    """How many notifications a new flight recorder keeps by default."""
 
 
 @asynccontextmanager
@@ -371,13 +424,28 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
-    """Open or inherit all resources and return the proxy. `resources` will close them.
+    """Open or inherit all resources and return the proxy. `resources` will close them. Raises IncoError."""
+    counters, recorder = Counters(), None
+    if config.history != 0:
+        recorder = Recorder(ground.inflight.recorder, config.history, ground.recorded)
+    events = Events(counters, History(ground.inflight.history), ground.listener, recorder)
+    with noted_by(events.note):
+        proxy = _build(config, fd_store, ground, resources, counters, events)
+    if recorder is not None:
+        recorder.note_start()
+    return proxy
+
+
+def _build(
+    config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack, counters: Counters, events: Events
+) -> Proxy:
+    """Do the work of `build`.
 
     The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
     before newer ones are read. Descriptors are stored last, because each one replaces a stored descriptor.
     """
     inherited = fd_store.inherited
-    counters, inflight = Counters(), ground.inflight
+    inflight = ground.inflight
     registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
     registers.open(SignalTable(config.signals))
@@ -390,10 +458,9 @@ def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStac
             raise link.missing()
         logger.warning("%s: %s: waiting for it", link.name, link.absence)
 
-    events = Events(counters, History(inflight.history), ground.listener)
     handoffs = (Handoff(inflight.watches, events.written), Handoff(inflight.watches, events.accepted))
-    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events.listener)
-    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events.listener)
+    inbound = Inbound(handoffs[0], link, registers.states, inflight, counters, events)
+    outbound = Outbound(handoffs[1], link, registers.triggers, ground.inotify, inflight, counters, events)
     registers.states.delivered_late = events.written_late
     events.listener.opened(events.keep)
     inbound.recover()

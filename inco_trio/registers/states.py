@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from inco_trio.persist.tables import NumberTable
-from inco_trio.problems import Problems
+from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import Directories
 from inco_trio.registers.directory import WRITE_FLAGS, Directory
@@ -43,7 +43,7 @@ class StateFile:
     """A descriptor that stays open after a failed write (disk full): closing the file would notify its watchers."""
     count: int = 0
     last: int = 0
-    """Time of the last write (time.time_ns())."""
+    """Time of the last write (time.monotonic_ns())."""
     failures: int = 0
     reason: str = "older notifications are pending"
     """Why the last write failed."""
@@ -119,7 +119,7 @@ class StateFile:
 
     def count_written(self, number: int) -> None:
         self.count += number
-        self.last = time.time_ns()
+        self.last = time.monotonic_ns()
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -176,7 +176,8 @@ class StateFiles:
                 self._directories.trouble(found.directory)
                 continue
             number, self._pending[key] = self._pending[key], 0
-            logger.warning("%s: no longer configured: %d pending notifications dropped", key.decode(), number)
+            text = f"{key.decode()}: no longer configured: {number} pending notifications dropped"
+            report(logger, logging.WARNING, text, "dropped", number)
             self._counters.unknown += number
 
     @property

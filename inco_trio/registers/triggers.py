@@ -25,7 +25,7 @@ import attrs
 from inco_trio.linux import inotify as ino
 from inco_trio.linux.inotify import Event, Watcher
 from inco_trio.persist.tables import NumberTable
-from inco_trio.problems import Problems
+from inco_trio.problems import Problems, report
 from inco_trio.proxy_status import Counters
 from inco_trio.registers.directories import APPEARED, VANISHED, Directories
 from inco_trio.registers.directory import Directory, temporary_name, watch_key
@@ -252,10 +252,8 @@ class Triggers:
 
     def _overflowed(self, triggered: Triggered) -> None:
         self._counters.overflowed += 1
-        logger.warning(
-            "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once",
-            extra={"event": "overflow"},
-        )
+        text = "the inotify queue overflowed (fs.inotify.max_queued_events): sending every trigger once"
+        report(logger, logging.WARNING, text, "overflow")
         self._notify_all(triggered)
         for trigger in self.by_path.values():
             trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
+
 from inco_trio.board_files import Boards, read_boards
 from inco_trio.config import Config
 from inco_trio.errors import IncoError
@@ -30,8 +32,9 @@ logger = logging.getLogger(__name__)
 class ManyBoards:
     """The boards of a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, history: int | None = None) -> None:
         self._directory = directory
+        self._history = history
         self._boards = read_boards(directory)
         self._proxies: Proxies | None = None
         self.name = str(directory)
@@ -41,7 +44,7 @@ class ManyBoards:
         _raise_descriptor_limit()
         gc.disable()
         self._log_problems(self._boards, self._boards.refused, "refused")
-        async with open_fleet(self._boards.configs, fd_store, self._boards.refused, listener) as proxies:
+        async with open_fleet(self._with_history(self._boards), fd_store, self._boards.refused, listener) as proxies:
             self._proxies = proxies
             self._log_open()
             # Do not let the garbage collector scan all objects created so far: that would delay all boards.
@@ -52,9 +55,12 @@ class ManyBoards:
     async def reload(self) -> None:
         assert self._proxies is not None  # noqa: S101 - the runner reloads only after `open`
         boards = await read_aside(functools.partial(read_boards, self._directory, self._proxies.configs))
-        refused = await self._proxies.reload(boards.configs, keep=boards.refused)
+        refused = await self._proxies.reload(self._with_history(boards), keep=boards.refused)
         self._log_problems(boards, {**boards.refused, **refused}, "refused, keeping the old configuration")
         self._log_open()
+
+    def _with_history(self, boards: Boards) -> Mapping[str, Config]:
+        return {name: attrs.evolve(config, history=self._history) for name, config in boards.configs.items()}
 
     def _log_problems(self, boards: Boards, refused: Mapping[str, IncoError], what: str) -> None:
         for name, notes in boards.notes.items():

@@ -14,6 +14,7 @@ import trio
 from inco_trio.cores.watch import Watch
 from inco_trio.errors import IncoError, unwrapped
 from inco_trio.links.opening import Surroundings
+from inco_trio.real_clock import RealClock
 
 __all__ = ["Engine", "engine", "stop_engine"]
 
@@ -32,7 +33,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            trio.run(self._serve)
+            trio.run(self._serve, clock=RealClock())
         except BaseException as error:
             if self._started.done():
                 raise

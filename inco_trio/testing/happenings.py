@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import attrs
 
+from inco_trio.real_clock import now
 from inco_trio.signals import Direction
 
 __all__ = ["Happening", "History", "NotificationMissingError"]
@@ -105,33 +106,45 @@ class History:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
         __tracebackhide__ = True  # Let pytest show the line of the test.
         news = threading.Event()
-        end = time.monotonic() + timeout
+        end = now() + timeout
         with self._listening(news.set):
             while True:
                 news.clear()
                 failed = self.failure is not None
                 if (found := self.take(core, name)) is not None:
                     return found
-                if failed or not news.wait(max(0.0, end - time.monotonic())):
+                if failed or not news.wait(max(0.0, end - now())):
                     raise self._missing(core, name, timeout)
 
     async def wait_async(self, core: int, name: str, timeout: float) -> Happening:  # noqa: ASYNC109 - as `wait`
         """Wait as `wait` does, without blocking the event loop of Trio or asyncio."""
         __tracebackhide__ = True
-        end = time.monotonic() + timeout
+        end = now() + timeout
         ring, wait_rung = _bell()
-        with self._listening(ring):
+        with self._listening(ring), _ringing_after(timeout, ring):
             while True:
-                over = self.failure is not None or time.monotonic() >= end
+                over = self.failure is not None or now() >= end
                 if (found := self.take(core, name)) is not None:
                     return found
                 if over:
                     raise self._missing(core, name, timeout)
-                await wait_rung(end - time.monotonic())
+                await wait_rung()
 
 
-def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
-    """Return a function that any thread may call, and one that waits in this event loop for a call or a timeout."""
+@contextlib.contextmanager
+def _ringing_after(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
+    """Call `ring` after `seconds`. A thread does it: the timeouts of Trio and asyncio stop when a test freezes time."""
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), ring)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _bell() -> tuple[Callable[[], None], Callable[[], Awaitable[None]]]:
+    """Return a function that any thread may call, and one that waits in this event loop for a call."""
     import sniffio
 
     if sniffio.current_async_library() == "trio":
@@ -140,19 +153,16 @@ def _bell() -> tuple[Callable[[], None], Callable[[float], Awaitable[None]]]:
         lot, token = trio.lowlevel.ParkingLot(), trio.lowlevel.current_trio_token()
         wake: Callable[[], object] = functools.partial(token.run_sync_soon, lot.unpark_all)
 
-        async def wait_rung(seconds: float) -> None:
-            with trio.move_on_after(seconds):
-                await lot.park()
+        async def wait_rung() -> None:
+            await lot.park()
     else:
         import asyncio
 
         event, loop = asyncio.Event(), asyncio.get_running_loop()
         wake = functools.partial(loop.call_soon_threadsafe, event.set)
 
-        async def wait_rung(seconds: float) -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await event.wait()
+        async def wait_rung() -> None:
+            await event.wait()
             event.clear()
 
     def ring() -> None:

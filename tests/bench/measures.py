@@ -33,6 +33,7 @@ from .rivals import (
     PYTHON,
     SCRIPT,
     UNASKED,
+    UNRECORDED,
     BenchError,
     C,
     Flow,
@@ -54,6 +55,9 @@ BUILTIN_TABLE = 3
 
 GAP_US = 500
 """Microseconds from an arrival to the next notification in a closed loop; all processes sleep meanwhile."""
+
+BURSTS = 3
+"""Number of bursts in each run that compares two forms of inco-trio."""
 
 _BEHIND = 0.03
 """Maximum delay of the last frame, as a share of a probe's length. In ten seconds, this would fill a queue."""
@@ -196,11 +200,19 @@ def _latency(bench: Bench, direction: Direction) -> Measured:
 
 
 def _closed_loop(bench: Bench, direction: Direction) -> Measured:
+    pairs, losses = _closed_loops(bench, direction, bench.with_beside(INCO, FLOOR, C), SCRIPT)
+    return _quantiles(bench, f"{direction} latency, closed loop", pairs, losses)
+
+
+def _closed_loops(
+    bench: Bench, direction: Direction, compared: Sequence[Program], *scripts: Program
+) -> tuple[Mapping[str, Sequence[Flow]], _Losses]:
+    """Return the flows of each program in each pair. The scripts are part of the first pairs only."""
     count, losses = bench.size.lone // bench.size.rounds, _Losses()
     pairs: dict[str, list[Flow]] = defaultdict(list)
     for pair in range(bench.size.pairs):
         bench.say(f"pair {pair + 1}/{bench.size.pairs}")
-        programs = bench.with_beside(INCO, FLOOR, C, *[SCRIPT] * (pair < bench.size.script_pairs))
+        programs = [*compared, *(scripts if pair < bench.size.script_pairs else ())]
         rounds: dict[Program, list[Flow]] = defaultdict(list)
         # All programs run at the same time, each on its own link, so that disturbances affect all of them equally.
         with contextlib.ExitStack() as stack:
@@ -222,7 +234,7 @@ def _closed_loop(bench: Bench, direction: Direction) -> Measured:
             flow = functools.reduce(operator.add, rounds[program])
             losses.add(program, flow, runs[program])
             pairs[program.name].append(flow)
-    return _quantiles(bench, f"{direction} latency, closed loop", pairs, losses)
+    return pairs, losses
 
 
 def _quantiles(bench: Bench, name: str, pairs: Mapping[str, Sequence[Flow]], losses: _Losses) -> Measured:
@@ -295,6 +307,31 @@ def control(bench: Bench) -> Measured:
             Figure("start to ready with a control socket", "ms", times, goal, both),
         ]
     )
+
+
+def recorder(bench: Bench) -> Measured:
+    """Compare a proxy with its flight recorder and one without: latency in a closed loop, and rate of a burst."""
+    both = INCO.name, UNRECORDED.name
+    figures: list[Figure] = []
+    ways: tuple[Direction, ...] = ("inbound", "outbound")
+    for way in ways:
+        pairs, losses = _closed_loops(bench, way, (INCO, UNRECORDED))
+        samples = {name: [quantile(flow.latencies, 0.5) / 1000 for flow in flows] for name, flows in pairs.items()}
+        name, goal = f"{way} latency with the flight recorder, p50", Goal("<=", 1.02, f"x {UNRECORDED.name}")
+        figures.append(Figure(name, "us", samples, goal, both, "", tuple(losses.faults)))
+    rates, losses = _samples(), _Losses()
+    for pair in range(bench.size.pairs):
+        for program in (INCO, UNRECORDED) if pair % 2 else (UNRECORDED, INCO):
+            with bench.lab.running(program, TABLE) as run:
+                run.warm_up()
+                for _ in range(BURSTS):
+                    flow = run.load(inbound=bench.size.burst).inbound
+                    losses.add(program, flow, run)
+                    rates[program.name].append(flow.rate)
+    goal = Goal(">=", 0.95, f"x {UNRECORDED.name}")
+    name = "inbound burst with the flight recorder, rate"
+    figures.append(Figure(name, "frames/s", rates, goal, both, "", tuple(losses.faults)))
+    return Measured(figures)
 
 
 @contextlib.contextmanager
@@ -698,6 +735,7 @@ MEASURES: dict[str, Measure] = {
     "inbound-latency": Measure(inbound_latency, 18, 12),
     "outbound-latency": Measure(outbound_latency, 18, 12),
     "control": Measure(control, 2, 14),
+    "recorder": Measure(recorder, 12, 14),
     "attacks": Measure(attacks, 0, 120),
     "burst": Measure(burst, 9, 3),
     "sustained": Measure(sustained, 60, 45),

@@ -75,12 +75,17 @@ class Program:
     control: str | None = None
     """For inco-trio: the file name of its control socket, or "none" (None: the default socket)."""
 
+    history: int | None = None
+    """For inco-trio: the value of `--history` (None: the default)."""
+
     def command(self, lab: Lab, directory: Path, table: Path, interface: str, fd: int) -> list[str]:
         """Return the command line to run with `environment`."""
         if self.checkout is not None:
             options = ["--config", str(table.with_suffix(".json")), "--notification-fd", str(fd)]
             if self.control is not None:
                 options += ["--control", "none" if self.control == "none" else str(table.with_name(self.control))]
+            if self.history is not None:
+                options += ["--history", str(self.history)]
             return [*PYTHON, "-m", "inco_trio", "run", interface, *options]
         arguments = [str(table), str(directory), interface, str(fd)]
         if self in (FLOOR, SCRIPT):
@@ -100,6 +105,7 @@ PYTHON = (sys.executable, "-P")
 INCO = Program("inco-trio", checkout=PROJECT)
 MONITORED = Program("a monitor", checkout=PROJECT, control="control.sock")
 UNASKED = Program("no control socket", checkout=PROJECT, control="none")
+UNRECORDED = Program("no history", checkout=PROJECT, history=0)
 FLOOR = Program("floor")
 C = Program("C")
 C_MODIFY = Program("C, IN_MODIFY too")

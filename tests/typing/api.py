@@ -28,6 +28,7 @@ from inco_trio import (
     Proxies,
     Proxy,
     ProxyNotFoundError,
+    RecorderStatus,
     ResourceError,
     Signal,
     SignalStatus,
@@ -143,6 +144,7 @@ def reports(event: Notification, status: Status) -> None:
     assert_type(status.counters.as_dict(), dict[str, int])
     assert_type(status.signals, tuple[SignalStatus, ...])
     assert_type(status.tasks, tuple[TaskStatus, ...])
+    assert_type(status.recorded, RecorderStatus | None)
     for signal in status.signals:
         assert_type(signal.signal, str)
         assert_type(signal.direction, Direction)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 from collections.abc import Iterator, Sequence
 
 import attrs
@@ -139,10 +138,10 @@ class History:
             for name in table:
                 table[name] = 0
 
-    def append(self, signals: Sequence[Signal]) -> None:
-        """Store notifications that were delivered or sent just now."""
+    def append(self, signals: Sequence[Signal], at: tuple[int, int]) -> None:
+        """Store notifications that were delivered or sent `at` a wall-clock time and a monotonic time in ns."""
         numbers, ring = self._numbers, self._ring
-        wall, monotonic = time.time_ns(), time.monotonic_ns()
+        wall, monotonic = at
         sequence, floor = numbers[_SEQUENCE], self.floor
         if sequence == floor:
             numbers[_BASE] = sequence  # Restart at the beginning of the ring, so that few pages are used.

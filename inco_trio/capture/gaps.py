@@ -1,0 +1,104 @@
+"""Fill the gaps of a recording with what the proxy's flight recorder has.
+
+A monitor misses events while its proxy is restarted, or when it reads too slowly. The flight recorder has them, also
+those that a killed process could not report any more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import attrs
+
+from inco_trio.control.protocol import Event, Past
+from inco_trio.proxy_status import RecorderStatus
+from inco_trio.signals import Direction
+
+__all__ = ["Gaps"]
+
+
+@attrs.define
+class _Seen:
+    """What the recording has of one board. Times are of CLOCK_MONOTONIC."""
+
+    boot: str = ""
+    """The recorder that the numbers belong to."""
+    sequence: int = 0
+    """The number of the last recorded notification."""
+    last_ns: int = 0
+    """The time of the last recorded notification."""
+    at_last: Counter[tuple[Direction | None, str | None]] = attrs.Factory(Counter)
+    """The recorded notifications of that time. A batch has one time, and its events may arrive only in part."""
+    noted_ns: int = attrs.Factory(time.monotonic_ns)
+    """The time of the last other event."""
+    filled_ns: int = 0
+    """The time up to which the recording is complete. Monitors may repeat earlier events."""
+
+
+class Gaps:
+    """Tells which events a recording does not have yet."""
+
+    def __init__(self) -> None:
+        self._boards: dict[str, _Seen] = {}
+
+    def begin(self, board: str, recorded: RecorderStatus) -> None:
+        """Start with the current state of a board's recorder."""
+        now = time.monotonic_ns()
+        self._boards[board] = _Seen(recorded.boot, recorded.sequence, now, noted_ns=now)
+
+    def is_new(self, event: Event) -> bool:
+        """Return whether an event of a monitor is not in the recording, which the caller then adds."""
+        seen = self._boards.setdefault(event.board, _Seen())
+        if event.monotonic_ns <= seen.filled_ns:
+            return False
+        if event.event == "notification":
+            if event.monotonic_ns != seen.last_ns:
+                seen.last_ns = event.monotonic_ns
+                seen.at_last.clear()
+            seen.at_last[event.direction, event.signal] += 1
+            seen.sequence = event.sequence
+        else:
+            seen.noted_ns = event.monotonic_ns
+        return True
+
+    def after(self, board: str) -> int:
+        """Return the time after which the recorder may have events that the recording does not have."""
+        seen = self._boards.setdefault(board, _Seen())
+        return max(0, min(seen.last_ns, seen.noted_ns) - 1)
+
+    def missing(self, past: Past) -> Iterator[Event]:
+        """Yield the events of a recorder that the recording does not have. A mark says what is missing there, too."""
+        seen = self._boards.setdefault(past.board, _Seen())
+        is_same = past.boot == seen.boot
+        if not is_same and seen.boot:
+            yield _mark(past, "what happened before this is unknown: the history did not survive the end of the proxy")
+        for event in past.events:
+            if event.event != "notification":
+                if max(event.monotonic_ns, event.last_ns) > seen.noted_ns:
+                    yield event
+                continue
+            if (
+                is_same
+                and (lost := event.sequence - event.count - seen.sequence) > 0
+                and event.monotonic_ns > seen.last_ns
+            ):
+                yield _mark(past, f"{lost} notifications before this were not recorded", event)
+            count = event.count
+            if event.monotonic_ns == seen.last_ns:
+                count -= seen.at_last[event.direction, event.signal]
+            if event.monotonic_ns >= seen.last_ns and count > 0:
+                yield attrs.evolve(event, count=count)
+            seen.sequence = max(seen.sequence, event.sequence) if is_same else event.sequence
+        newest = max((max(event.monotonic_ns, event.last_ns) for event in past.events), default=0)
+        seen.boot = past.boot
+        seen.filled_ns = max(seen.filled_ns, newest)
+        seen.last_ns, seen.noted_ns = max(seen.last_ns, newest), max(seen.noted_ns, newest)
+
+
+def _mark(past: Past, text: str, at: Event | None = None) -> Event:
+    """Return a mark at the time of an event, or at the beginning of what the recorder has."""
+    if at is None:
+        at = past.events[0] if past.events else Event("message", time=time.time(), monotonic_ns=time.monotonic_ns())
+    return Event("message", past.board, at.time, at.monotonic_ns, level="warning", message=text)

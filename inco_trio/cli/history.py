@@ -1,0 +1,79 @@
+"""`inco-trio history`: print the last notifications and events of a proxy, also from before this command started."""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import operator
+import time
+from collections.abc import Iterable, Iterator
+
+from inco_trio.cli.monitor import Lines
+from inco_trio.cli.options import add_color, add_place, number_of_seconds
+from inco_trio.cli.signalling import board_of, direction_of
+from inco_trio.cli.streams import remark, say
+from inco_trio.cli.terminal import painted
+from inco_trio.control.client import Client, connect
+from inco_trio.control.protocol import Event, HistoryRequest, MonitorRequest, Past
+from inco_trio.service.lines import printable
+
+
+def arguments(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = (
+        "The proxy keeps the last 4,096 notifications and 512 events of a board (`run --history N`), also across a\n"
+        "crash if an fd store keeps its descriptors. All notifications of a signal in one batch share a line.\n"
+        "example: inco-trio history --since 10m --signal ihub_hwwd_irq"
+    )
+    add_place(sub)
+    sub.add_argument("--board", metavar="NAME", help="only this board")
+    sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="only the last TIME, such as 10m or 2h")
+    sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
+    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
+    add_color(sub)
+    sub.add_argument("--json", action="store_true", help="print a JSON object for each line, see docs/control.md")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the history; return the exit code. Raises IncoError."""
+    with connect(args.link, args.control) as client:
+        wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
+        pasts = past_of(client, wanted.board, args.since)
+    events = [*accepted(past_events(pasts), wanted)]
+    if args.json:
+        say(*(event.json() for event in events))
+        return 0
+    remark(f"{len(events)} lines of the history of {', '.join(past.board for past in pasts) or client.greeting.name}")
+    say(*painted([printable(line) for line in _lines(events, boards=len(pasts))], args.color))
+    return 0
+
+
+def past_of(client: Client, board: str | None, seconds: float | None) -> list[Past]:
+    """Return what the proxy recorded of one board or of all boards, for the last `seconds` or for all time."""
+    after = None if seconds is None else max(0, time.monotonic_ns() - round(seconds * 1e9))
+    boards = client.greeting.boards if board is None else (board,)
+    answers = [client.request(HistoryRequest(each, after)).history for each in boards]
+    return [past for past in answers if past is not None]
+
+
+def past_events(pasts: Iterable[Past]) -> Iterator[Event]:
+    """Yield the events of several boards in order."""
+    return heapq.merge(*(past.events for past in pasts), key=operator.attrgetter("monotonic_ns"))
+
+
+def accepted(events: Iterable[Event], wanted: MonitorRequest) -> Iterator[Event]:
+    """Yield the events that a monitor with the request `wanted` would receive."""
+    for event in events:
+        if (event.direction is None or wanted.direction in (None, event.direction)) and (
+            event.signal is None or wanted.signals is None or event.signal in wanted.signals
+        ):
+            yield event
+
+
+def _lines(events: Iterable[Event], boards: int) -> Iterator[str]:
+    lines, day = Lines(boards=boards), ""
+    for event in events:
+        this_day = time.strftime("%Y-%m-%d", time.localtime(event.time))
+        if this_day != day:
+            day = this_day
+            yield f"{day}:"
+        yield lines.line(event)

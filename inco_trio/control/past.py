@@ -1,0 +1,44 @@
+"""The content of a flight recorder as events of the control socket."""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterator
+
+from inco_trio.control.protocol import Event
+from inco_trio.persist.recorder import LEVELS, Note, Recorded, Recorder
+
+__all__ = ["past_events"]
+
+
+def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Event]:
+    """Yield the recorded events of a board that are newer than the monotonic time `after`, in order.
+
+    An event that was counted several times is newer if its last occurrence is.
+    """
+    recorder.check_clock()
+    # Copy the records at once: the proxy may overwrite them while the caller lets other tasks run.
+    notifications = [each for each in recorder.notifications() if each.monotonic_ns > after]
+    notes = [each for each in recorder.notes() if each.last_ns > after]
+    both: tuple[list[Recorded | Note], ...] = ([*notifications], [*notes])
+    for each in heapq.merge(*both, key=operator.attrgetter("monotonic_ns")):
+        yield _notification(board, each) if isinstance(each, Recorded) else _event(board, each)
+
+
+def _notification(board: str, each: Recorded) -> Event:
+    return Event(
+        "notification", board, each.time_ns / 1e9, each.monotonic_ns, each.direction, each.signal,
+        sequence=each.sequence, count=each.count, delay=each.delay,
+    )  # fmt: skip
+
+
+def _event(board: str, note: Note) -> Event:
+    is_reason = note.kind in ("pending", "ignored")
+    return Event(
+        note.kind, board, note.time_ns / 1e9, note.monotonic_ns, note.direction, note.signal,
+        reason=note.text if is_reason else "", message="" if is_reason else note.text,
+        running=note.kind == "link" and bool(note.state), count=note.count,
+        last_ns=note.last_ns if note.count > 1 else 0,
+        level="" if is_reason or note.kind == "link" else LEVELS[min(note.state, len(LEVELS) - 1)],
+    )  # fmt: skip

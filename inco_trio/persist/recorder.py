@@ -1,0 +1,340 @@
+"""The flight recorder: the last notifications and events of a board, in memory that outlives the process.
+
+The recorder is part of the in-flight buffer (`inflight`), so it survives the end of the process, also by SIGKILL. It
+never grows: each new record replaces the oldest one.
+
+Layout: numbers and the names of the signals; a ring of notifications; a ring of events. Each ring has room for one
+record more than it keeps. The number of written records is stored after the record, so the record that a killed process
+was writing is never read. All notifications of a signal that one batch contains are one record.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import struct
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from inco_trio.frame import is_wire_name
+from inco_trio.proxy_status import RecorderStatus
+from inco_trio.signals import Direction, Signal
+from inco_trio.wall_clock import WallClock, step_text
+
+__all__ = ["AREA", "EVENTS_SHARE", "KEPT", "KEPT_MAX", "KINDS", "Note", "Recorded", "Recorder"]
+
+logger = logging.getLogger(__name__)
+
+KEPT = 4096
+"""Default number of notifications that the recorder of a single board keeps."""
+KEPT_MAX = 65_536
+EVENTS_SHARE = 8
+"""The recorder keeps one event for this number of notifications."""
+EVENTS_MIN = 16
+RECENT = 16
+"""An event that repeats one of the last events, this many at most, is only counted."""
+NAMES_MAX = (1 << 15) - 1
+NAME = 64
+_RECORD = struct.Struct("=QQQHHf")
+"""Wall clock and monotonic clock in ns, sequence number of the last notification, count, signal, delay in seconds."""
+_TEXT = 160
+_EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
+"""Wall clock and monotonic clock in ns of the first occurrence, monotonic clock of the last one, count, signal, kind,
+level or state, and text."""
+_MAGIC = int.from_bytes(b"recorder", "little")
+_MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
+"""Indexes of the numbers."""
+_NUMBERS = 256
+_RING = _NUMBERS + NAMES_MAX * NAME
+_EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
+AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 4096
+"""Size of the memory in bytes. Unused memory is not allocated."""
+COUNT_MAX = 0xFFFF
+_OUTBOUND = 1 << 15
+"""The bit of a signal's number that says that it is outbound."""
+_NO_SIGNAL = 0xFFFF
+KINDS = (
+    "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
+    "ignored",
+)  # fmt: skip
+"""The kinds of events. The number of a kind is part of the layout."""
+LEVELS = ("info", "warning", "error")
+
+
+@attrs.frozen
+class Recorded:
+    """Notifications of one signal that were delivered or sent at one time."""
+
+    time_ns: int
+    monotonic_ns: int
+    sequence: int
+    """The sequence number of the last of them."""
+    count: int
+    direction: Direction
+    signal: str
+    delay: float
+    """The number of seconds for which they had been pending, or 0."""
+
+
+@attrs.frozen
+class Note:
+    """An event that is not a notification. It may have occurred several times."""
+
+    kind: str
+    time_ns: int
+    monotonic_ns: int
+    last_ns: int
+    """When it occurred for the last time (time.monotonic_ns())."""
+    count: int
+    direction: Direction | None
+    signal: str | None
+    state: int
+    """For `link`, whether it is running; otherwise the index of the level in `LEVELS`."""
+    text: str
+
+
+class Recorder:
+    """The recorder in `view` (`AREA` bytes), which keeps `kept` notifications.
+
+    If `kept` is None, a recorder that an earlier process began keeps its size, and a new one keeps `default`. If the
+    memory does not contain a valid recorder, start with an empty one, and log the reason once.
+    """
+
+    def __init__(self, view: memoryview, kept: int | None = None, default: int = KEPT) -> None:
+        self._view = view
+        self._numbers = view[:_NUMBERS].cast("Q")
+        self._ring, self._events = view[_RING:_EVENTS], view[_EVENTS:]
+        self._names: list[str] = []
+        self._ids: dict[str, int] = {}
+        self._recent: dict[tuple[object, ...], int] = {}
+        self._clock = WallClock()
+        self.inherited = False
+        """Whether an earlier process wrote to this recorder."""
+        before: list[Recorded] = []
+        notes: list[Note] = []
+        if self._numbers[_MAGIC_AT] == _MAGIC:
+            try:
+                before, notes = self._load()
+                self.inherited = True
+            except ValueError as error:
+                logger.warning("the recorded history is damaged and starts again: %s", error)
+        if not self.inherited or (kept is not None and kept != self._numbers[_KEPT]):
+            self._reset(default if kept is None else kept, before, notes)
+        self._kept, self._events_kept = self._numbers[_KEPT], self._numbers[_EVENTS_KEPT]
+        self._written, self._noted = self._numbers[_WRITTEN], self._numbers[_NOTED]
+        self._sequence = before[-1].sequence if before else 0
+        written = [(record.monotonic_ns, record.time_ns) for record in before[-1:]]
+        written += [(note.monotonic_ns, note.time_ns) for note in notes[-1:]]
+        if written:
+            monotonic, wall = max(written)
+            self._clock.offset = wall - monotonic
+            self.check_clock()
+
+    def _reset(self, kept: int, before: Sequence[Recorded], notes: Sequence[Note]) -> None:
+        """Start with empty rings, and store the newest of `before` and `notes` again."""
+        numbers, boot = self._numbers, self._numbers[_BOOT]
+        numbers[_MAGIC_AT] = 0
+        numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
+        numbers[_KEPT], numbers[_EVENTS_KEPT] = kept, max(EVENTS_MIN, kept // EVENTS_SHARE)
+        numbers[_WRITTEN] = numbers[_NOTED] = numbers[_NAMES] = 0
+        self._names, self._ids, self._written, self._noted = [], {}, 0, 0
+        self._kept, self._events_kept = kept, numbers[_EVENTS_KEPT]
+        for each in before[-kept:]:
+            self._put(
+                each.time_ns, each.monotonic_ns, each.sequence, each.count, each.signal, each.direction, each.delay
+            )
+        for note in notes[-self._events_kept :]:
+            self._write_note(note)
+        numbers[_MAGIC_AT] = _MAGIC
+
+    def _load(self) -> tuple[list[Recorded], list[Note]]:
+        """Check and return the content. Raises ValueError."""
+        numbers = self._numbers
+        self._kept, self._events_kept, number = numbers[_KEPT], numbers[_EVENTS_KEPT], numbers[_NAMES]
+        if not (
+            0 < self._kept <= KEPT_MAX
+            and 0 < self._events_kept <= max(EVENTS_MIN, KEPT_MAX // EVENTS_SHARE)
+            and number <= NAMES_MAX
+        ):
+            raise ValueError("impossible sizes")
+        for index in range(number):
+            name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
+            if not is_wire_name(name):
+                raise ValueError("an invalid name")
+            self._add(name.decode("ascii"))
+        self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
+        before, notes = list(self.notifications()), list(self.notes())
+        for earlier, later in itertools.pairwise(before):
+            if later.sequence - later.count < earlier.sequence:
+                raise ValueError("sequence numbers that decrease")
+        return before, notes
+
+    @property
+    def boot(self) -> str:
+        """A random identifier of this recorder, which a successor that inherits it keeps."""
+        return f"{self._numbers[_BOOT]:016x}"
+
+    @property
+    def kept(self) -> int:
+        """The number of records of notifications that the recorder keeps."""
+        return self._kept
+
+    @property
+    def sequence(self) -> int:
+        """The sequence number of the last notification."""
+        return self._sequence
+
+    def skip_to(self, sequence: int) -> None:
+        """Let the next notification have the number `sequence` + 1, if that is higher than the next number."""
+        self._sequence = max(self._sequence, sequence)
+
+    def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
+        """Record notifications of one direction, pending from the monotonic time `since` (0: never pending).
+
+        Return the wall-clock time and the monotonic time of the record.
+        """
+        wall, monotonic = time.time_ns(), time.monotonic_ns()
+        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # As WallClock.step, without the call.
+            self._note_step(wall, monotonic)
+        delay = (monotonic - since) / 1e9 if since else 0.0
+        direction = signals[0].direction
+        if len(signals) == 1:
+            self._sequence += 1
+            self._put(wall, monotonic, self._sequence, 1, signals[0].name, direction, delay)
+            return wall, monotonic
+        for name, number in Counter([signal.name for signal in signals]).items():
+            while number:
+                count = min(number, COUNT_MAX)
+                number -= count
+                self._sequence += count
+                self._put(wall, monotonic, self._sequence, count, name, direction, delay)
+        return wall, monotonic
+
+    def _put(
+        self, wall: int, monotonic: int, sequence: int, count: int, name: str, direction: Direction, delay: float
+    ) -> None:
+        number = self._ids.get(name)
+        if number is None:
+            number = self._new_name(name)
+        if direction is Direction.OUTBOUND:
+            number |= _OUTBOUND
+        written = self._written
+        _RECORD.pack_into(self._ring, written % (self._kept + 1) * 32, wall, monotonic, sequence, count, number, delay)
+        self._written = self._numbers[_WRITTEN] = written + 1
+
+    def _new_name(self, name: str) -> int:
+        if len(self._names) == NAMES_MAX:
+            # Other names than those of the current table are in use only until the rings are full again.
+            self._reset(self._kept, (), ())
+        index = len(self._names)
+        self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME] = name.encode("ascii").ljust(NAME, b"\0")
+        self._numbers[_NAMES] = index + 1
+        self._add(name)
+        return index
+
+    def _add(self, name: str) -> None:
+        self._ids[name] = len(self._names)
+        self._names.append(name)
+
+    def _note_step(self, wall: int, monotonic: int) -> None:
+        if step := self._clock.step(wall, monotonic):
+            self.note("clock", step_text(step), state=1)
+
+    def check_clock(self) -> None:
+        """Record that the wall clock was set, if it was."""
+        self._note_step(time.time_ns(), time.monotonic_ns())
+
+    def note(
+        self,
+        kind: str,
+        text: str,
+        signal: str | None = None,
+        direction: Direction | None = None,
+        *,
+        count: int = 1,
+        state: int = 0,
+    ) -> None:
+        """Record an event. If one of the last events was the same, only count it there."""
+        monotonic = time.monotonic_ns()
+        key = kind, text, signal, direction, state
+        number = self._recent.get(key, -1)
+        if kind != "link" and number >= max(0, self._noted - RECENT):
+            place = number % (self._events_kept + 1) * _EVENT.size
+            first = _EVENT.unpack_from(self._events, place)
+            total = min(first[3] + count, 0xFFFFFFFF)
+            _EVENT.pack_into(self._events, place, *first[:2], monotonic, total, *first[4:])
+            return
+        self._recent[key] = self._noted
+        if len(self._recent) > 2 * RECENT:
+            self._recent = {key: number for key, number in self._recent.items() if number >= self._noted - RECENT}
+        self._write_note(Note(kind, time.time_ns(), monotonic, monotonic, count, direction, signal, state, text))
+
+    def _write_note(self, note: Note) -> None:
+        number = _NO_SIGNAL
+        if note.signal is not None and is_wire_name(note.signal.encode("ascii", "replace")):
+            number = self._ids.get(note.signal, -1)
+            number = self._new_name(note.signal) if number < 0 else number
+            number |= _OUTBOUND * (note.direction is Direction.OUTBOUND)
+        text = note.text.encode("utf-8", "backslashreplace")
+        if len(text) > _TEXT:
+            text = text[: _TEXT - 3].decode("utf-8", "ignore").encode() + b"..."
+        _EVENT.pack_into(
+            self._events,
+            self._noted % (self._events_kept + 1) * _EVENT.size,
+            note.time_ns,
+            note.monotonic_ns,
+            note.last_ns,
+            note.count,
+            number,
+            KINDS.index(note.kind) if note.kind in KINDS else 0,
+            note.state,
+            text,
+        )
+        self._noted = self._numbers[_NOTED] = self._noted + 1
+
+    def note_start(self) -> None:
+        """Record that a process started, and whether the previous one had stopped."""
+        text = "started again" if self.inherited else "started"
+        kinds = [note.kind for note in self.notes()]
+        if self.inherited and kinds[-1:] != ["stopped"]:
+            text += " after the previous process had ended without a stop"
+        self.note("started", f"{text} (PID {os.getpid()})")
+
+    def status(self) -> RecorderStatus:
+        notifications, events = min(self._written, self._kept), min(self._noted, self._events_kept)
+        oldest = [each.monotonic_ns for each in itertools.islice(self.notifications(), 1)]
+        oldest += [each.monotonic_ns for each in itertools.islice(self.notes(), 1)]
+        self.check_clock()
+        since = self._clock.seconds(min(oldest)) if oldest else None
+        return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
+
+    def notifications(self) -> Iterator[Recorded]:
+        """Yield the recorded notifications, oldest first. Raises ValueError for invalid memory."""
+        for number in range(max(0, self._written - self._kept), self._written):
+            place = number % (self._kept + 1) * _RECORD.size
+            wall, monotonic, sequence, count, signal, delay = _RECORD.unpack_from(self._ring, place)
+            direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
+            yield Recorded(wall, monotonic, sequence, count, direction, self._name(signal & ~_OUTBOUND), delay)
+
+    def _name(self, number: int) -> str:
+        if number >= len(self._names):
+            raise ValueError("an unknown signal")
+        return self._names[number]
+
+    def notes(self) -> Iterator[Note]:
+        """Yield the recorded events, oldest first. Raises ValueError for invalid memory."""
+        for number in range(max(0, self._noted - self._events_kept), self._noted):
+            place = number % (self._events_kept + 1) * _EVENT.size
+            wall, first, last, count, signal, kind, state, text = _EVENT.unpack_from(self._events, place)
+            if kind >= len(KINDS):
+                raise ValueError("an unknown kind of event")
+            direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
+            name = None if signal == _NO_SIGNAL else self._name(signal & ~_OUTBOUND)
+            yield Note(
+                KINDS[kind], wall, first, last, count, None if name is None else direction, name, state,
+                text.rstrip(b"\0").decode("utf-8", "replace"),
+            )  # fmt: skip

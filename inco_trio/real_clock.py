@@ -1,0 +1,30 @@
+"""A clock that tests do not replace.
+
+Libraries that freeze time for tests, such as freezegun and time-machine, replace the functions of the module `time`,
+also where other modules have imported them. They leave CLOCK_MONOTONIC of clock_gettime(2) alone.
+"""
+
+from __future__ import annotations
+
+import time
+
+import trio
+
+__all__ = ["RealClock", "now"]
+
+
+def now() -> float:
+    """Return the seconds of CLOCK_MONOTONIC."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+class RealClock(trio.abc.Clock):
+    """A clock for trio.run that works as Trio's own one, also while a test has frozen time."""
+
+    def start_clock(self) -> None: ...
+
+    def current_time(self) -> float:
+        return now()
+
+    def deadline_to_sleep_time(self, deadline: float) -> float:
+        return deadline - now()

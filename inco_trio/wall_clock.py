@@ -1,0 +1,38 @@
+"""The wall clock, as the monotonic clock sees it: when it was set, and times that stay comparable afterwards."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
+
+TOLERANCE_NS = 10**9
+"""Smallest step of the wall clock that counts as setting it, in nanoseconds. NTP slews both clocks alike."""
+
+
+def step_text(step_ns: int) -> str:
+    """Return a sentence about a wall clock that was set."""
+    return f"the wall clock was set {'forward' if step_ns > 0 else 'back'} by {abs(step_ns) / 1e9:.1f} s"
+
+
+class WallClock:
+    """The difference between the wall clock (time.time_ns()) and the monotonic clock (time.monotonic_ns())."""
+
+    def __init__(self) -> None:
+        self.offset = time.time_ns() - time.monotonic_ns()
+
+    def step(self, time_ns: int, monotonic_ns: int) -> int:
+        """Return by how many nanoseconds the wall clock was set since the last step, or 0. Both times are of now."""
+        step = time_ns - monotonic_ns - self.offset
+        if -TOLERANCE_NS < step < TOLERANCE_NS:
+            return 0
+        self.offset += step
+        return step
+
+    def refresh(self) -> None:
+        """Follow the wall clock if it was set."""
+        self.step(time.time_ns(), time.monotonic_ns())
+
+    def seconds(self, monotonic_ns: int) -> float:
+        """Return a monotonic time in seconds since 1970, according to the current wall clock."""
+        return (monotonic_ns + self.offset) / 1e9

@@ -1,0 +1,168 @@
+"""Tests of `inco-trio history`, as users run it, with a real daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inco_trio.frame import encode
+from inco_trio.simulation.world import Cores, Peer
+from netns.fixtures import Proxy, StartProxy
+from netns.hang import HANG
+from tests.support_control import COMMAND, MAC, Board
+from tests.test_fdstore import Daemon as Holder
+
+IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Iterator[Board]:
+    with ExitStack() as stack:
+        yield Board(tmp_path, stack)
+
+
+def history(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, "history", *map(str, words)], capture_output=True, text=True, timeout=HANG, check=False
+    )
+
+
+def events(board: Board, *words: str) -> list[dict[str, Any]]:
+    done = history("--control", board.path, "--json", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_history_has_what_happened_before_it_was_asked(board: Board) -> None:
+    board.running()
+    with ExitStack() as stack:
+        client = board.client()
+        stack.callback(client.end)
+        client.ask({"request": "monitor"})
+        peer = board.core1()
+        client.until(event="link", running=True)
+        board.trigger()
+        peer.recv(2000)
+        client.until(event="notification")
+        state = board.irq / "message_5_state"
+        state.unlink()
+        state.mkdir()
+        board.inbound(peer)
+        client.until(event="pending")
+        state.rmdir()
+        client.until(event="notification")
+        for _ in range(3):
+            board.inbound(peer, encode(b"stranger", MAC))
+            client.until(event="ignored")
+    found = events(board)
+    kinds = [(each["event"], each.get("signal")) for each in found]
+    assert kinds[:2] == [("started", None), ("link", None)]
+    assert [kind for kind in kinds if kind[1]] == [
+        ("notification", OUT), ("pending", IN), ("notification", IN), ("ignored", "stranger")
+    ]  # fmt: skip
+    assert [each["monotonic_ns"] for each in found] == sorted(each["monotonic_ns"] for each in found)
+    late = next(each for each in found if each.get("delay"))
+    assert (late["signal"], late["sequence"]) == (IN, 2)
+    assert found[-1]["count"] == 3
+    assert [each["signal"] for each in events(board, "--signal", IN) if "signal" in each] == [IN, IN]
+    assert [each["signal"] for each in events(board, "--direction", "outbound") if "signal" in each] == [OUT]
+    assert events(board, "--since", "1ms") == []
+    assert events(board, "--since", "1h") == found
+    done = history("--control", board.path)
+    lines = done.stdout.splitlines()
+    assert done.stderr == f"inco-trio: {len(found)} lines of the history of {board.home}/core0\n"
+    assert lines[0].endswith(":")
+    assert f"in  {IN} pending: cannot write: not a regular file but a directory" in done.stdout
+    assert f"in  {IN} (was pending for " in done.stdout
+    assert "ignored: unknown signal stranger (3 times within " in done.stdout
+    recorded = board.status()["recorded"]
+    assert recorded["notifications"] == 2
+    assert recorded["kept"] == 4096
+    assert recorded["since"] <= found[0]["time"] + 1
+
+
+def test_several_boards_are_merged_and_one_can_be_named(board: Board) -> None:
+    directory = board.home / "boards"
+    directory.mkdir()
+    for name in "ab":
+        entry = {"link": f"unix:{board.home}/{name}0,peer={board.home}/{name}1", "irq_dir": str(board.home / name)}
+        (directory / f"{name}.json").write_text(json.dumps(entry))
+    proxy = Proxy(None, ["--boards", str(directory), "--control", str(board.path)], {}, board.home / "log")
+    board._stack.callback(proxy.close)
+    proxy.wait_ready()
+    done = history("--control", board.path)
+    assert [line.split()[1] for line in done.stdout.splitlines() if "started" in line] in (["a:", "b:"], ["b:", "a:"])
+    done = history("--control", board.path, "--board", "b", "--json")
+    assert {json.loads(line)["board"] for line in done.stdout.splitlines()} == {"b"}
+    assert board.client().ask({"request": "history"})["error"] == "unknown-board"
+
+
+def test_a_history_that_is_off_is_an_error(board: Board) -> None:
+    board.running("--history", "0")
+    done = history("--control", board.path)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"board '{board.home}/core0': the history is off (run --history 0)\n")
+    assert board.status()["recorded"] is None
+
+
+def test_an_invalid_size_is_refused(board: Board) -> None:
+    for size in ("-1", "65537", "x"):
+        done = subprocess.run([*COMMAND, "run", "--history", size], capture_output=True, text=True, timeout=HANG,
+                              check=False)  # fmt: skip
+        assert done.returncode == 2
+        assert "expected a number from 0 to 65536" in done.stderr
+
+
+@pytest.mark.s6
+def test_the_history_survives_a_kill(board: Board) -> None:
+    """The fd store is a real s6-fdholder-daemon; the process dies without warning."""
+    holder = Holder(board.home)
+    holder.start()
+    words = [board.link, "--irq-dir", str(board.irq), "--control", str(board.path), "--fd-holder", holder.socket]
+    found: list[dict[str, Any]] = []
+    try:
+        peer = board.core1()
+        for number in range(1, 3):
+            log = board.home / f"log{number}"
+            with contextlib.closing(
+                Proxy(None, words, {}, log, prefix=["s6-fdholder-getdump", holder.socket])
+            ) as proxy:
+                proxy.wait_ready()
+                board.trigger()
+                peer.recv(2000)
+                while board.status()["counters"]["sent"] < 1:
+                    pass
+                found = events(board)
+                proxy.process.kill()
+                proxy.process.wait(HANG)
+            assert [each["sequence"] for each in found if each["event"] == "notification"] == [*range(1, number + 1)]
+    finally:
+        holder.stop()
+    started = [each["message"].partition(" (")[0] for each in found if each["event"] == "started"]
+    assert started == ["started", "started again after the previous process had ended without a stop"]
+
+
+@pytest.mark.netns
+def test_a_link_that_goes_down_is_logged_counted_and_recorded(
+    proxy: StartProxy, cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
+) -> None:
+    control = tmp_path / "control.sock"
+    running = proxy("--irq-dir", irq_dir, "--control", control)
+    for state in ("down", "up"):
+        cores.core1.run(functools.partial(subprocess.run, ["ip", "link", "set", cores.link, state], check=True))
+        running.wait_log(f"the link {'went' if state == 'down' else 'came'} {state} after ")
+    board = Board.__new__(Board)
+    board.path = control
+    found = [each for each in events(board) if each["event"] == "link"]
+    assert [each["running"] for each in found] == [True, False, True]
+    done = subprocess.run([*COMMAND, "status", "--control", str(control)], capture_output=True, text=True, check=True,
+                          timeout=HANG)  # fmt: skip
+    assert "the link went down 1 times, last " in done.stdout

@@ -1,0 +1,117 @@
+"""Tests of a link in a named network namespace that is deleted and recreated under its name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from inco_trio.config import Config
+from inco_trio.proxy.proxy import Proxy, open_supervised
+from inco_trio.signals import builtin_signals
+from inco_trio.simulation.world import Cores, Namespace, two_cores
+from netns.hang import HANG
+from tests.support_proxy import Cupboard, trigger
+
+pytestmark = pytest.mark.netns
+
+IN, OUT = "ihub_hwwd_irq", "redun_notify_irq"
+
+
+@pytest.fixture
+def others() -> Iterator[Cores]:
+    """Yield the cores that replace the first ones."""
+    with two_cores() as cores:
+        yield cores
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> Path:
+    """Return the path of the name of the network namespace."""
+    return tmp_path / "netns"
+
+
+def give(name: Path, namespace: Namespace) -> None:
+    """Let the name lead to a namespace, in one step."""
+    new = name.with_suffix(".new")
+    new.symlink_to(f"/proc/{os.getpid()}/fd/{namespace.fd}")
+    new.rename(name)
+
+
+def packet_sockets(namespace: Namespace) -> int:
+    """Return the number of packet sockets in a namespace."""
+    return len(namespace.run(Path("/proc/thread-self/net/packet").read_text).splitlines()) - 1
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(HANG):
+        while not condition():  # noqa: ASYNC110 - no event reports what the kernel has
+            await trio.sleep(0.01)  # How often the test looks.
+
+
+def following(name: Path, cores: Cores, tmp_path: Path, body: Callable[[Proxy, Cupboard], Awaitable[None]]) -> None:
+    """Run `body` with a proxy in the network namespace that `name` leads to."""
+
+    async def main() -> None:
+        signals = builtin_signals(tmp_path / "irq")
+        async with open_supervised(Config(cores.link, signals, netns=name), store) as proxy:
+            await body(proxy, store)
+
+    give(name, cores.core0)
+    store = Cupboard()
+    try:
+        trio.run(main)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["replaced at once", "missing meanwhile"])
+def test_a_recreated_namespace_is_followed(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, at_once: bool
+) -> None:
+    first, second = cores.peer(), others.peer()
+
+    async def body(proxy: Proxy, store: Cupboard) -> None:
+        first.send(IN.encode())
+        await until(lambda: proxy.stats.delivered == 1)
+        first.send(IN.encode())
+        if not at_once:
+            name.unlink()  # noqa: ASYNC240
+            await until(lambda: not proxy.status.running)
+            await until(lambda: "link" not in store.kept)
+            await until(lambda: packet_sockets(cores.core0) == 0)
+            trigger(tmp_path / "irq/message_6_trig")
+            await until(lambda: any(signal.pending for signal in proxy.status.signals))
+        give(name, others.core0)
+        await until(lambda: packet_sockets(others.core0) == 1 and proxy.status.running and "link" in store.kept)
+        if at_once:
+            trigger(tmp_path / "irq/message_6_trig")
+        assert OUT.encode() in await trio.to_thread.run_sync(second.receive, HANG)
+        second.send(IN.encode())
+        await until(lambda: proxy.stats.delivered == 3)
+        await until(lambda: packet_sockets(cores.core0) == 0)
+        assert proxy.stats.link_downs == 1
+
+    following(name, cores, tmp_path, body)
+    first.close()
+    second.close()
+    assert f"{cores.link}: the network namespace {name} was removed or replaced" in caplog.messages
+
+
+def test_a_name_that_is_not_a_namespace_is_waited_for(
+    cores: Cores, others: Cores, name: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`ip netns add` creates a file, and mounts the namespace there afterwards."""
+
+    async def body(proxy: Proxy, store: Cupboard) -> None:
+        name.unlink()  # noqa: ASYNC240
+        name.touch()  # noqa: ASYNC240
+        await until(lambda: not proxy.status.running)
+        give(name, others.core0)
+        await until(lambda: proxy.status.running)
+
+    following(name, cores, tmp_path, body)
+    assert not [record for record in caplog.records if "cannot enter" in record.getMessage()]

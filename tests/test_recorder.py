@@ -1,0 +1,226 @@
+"""Tests of the flight recorder: its content, its limits, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inco_trio.persist.inflight import Inflight
+from inco_trio.persist.recorder import AREA, COUNT_MAX, EVENTS_SHARE, KEPT, Note, Recorded, Recorder
+from inco_trio.signals import Direction, Signal
+
+IN = Signal("in_irq", Direction.INBOUND, Path("/irq"), "in")
+OTHER = Signal("other_irq", Direction.INBOUND, Path("/irq"), "other")
+OUT = Signal("out_irq", Direction.OUTBOUND, Path("/irq"), "out")
+
+
+@pytest.fixture
+def memory() -> memoryview:
+    return memoryview(mmap.mmap(-1, AREA))
+
+
+def counts(recorder: Recorder) -> list[tuple[str, int, int]]:
+    return [(each.signal, each.count, each.sequence) for each in recorder.notifications()]
+
+
+def test_notifications_have_times_sequence_and_delay(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    before = time.time_ns(), time.monotonic_ns()
+    at = recorder.append([IN])
+    recorder.append([OUT], since=before[1])
+    after = time.time_ns(), time.monotonic_ns()
+    first, second = recorder.notifications()
+    assert first == Recorded(*at, 1, 1, Direction.INBOUND, "in_irq", 0.0)
+    assert before[0] <= first.time_ns <= second.time_ns <= after[0]
+    assert before[1] <= first.monotonic_ns <= second.monotonic_ns <= after[1]
+    assert (second.sequence, second.direction) == (2, Direction.OUTBOUND)
+    assert second.delay == pytest.approx((second.monotonic_ns - before[1]) / 1e9)
+
+
+def test_a_batch_is_one_record_for_each_signal(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.append([IN, OTHER] * 100 + [IN])
+    assert counts(recorder) == [("in_irq", 101, 101), ("other_irq", 100, 201)]
+    recorder.append([IN] * (COUNT_MAX + 1))
+    assert [each[1] for each in counts(recorder)[2:]] == [COUNT_MAX, 1]
+    assert recorder.sequence == 201 + COUNT_MAX + 1
+
+
+def test_each_ring_keeps_the_newest(memory: memoryview) -> None:
+    recorder = Recorder(memory, kept=160)
+    for number in range(1, 500):
+        recorder.append([IN])
+        recorder.note("problem", f"problem {number}")
+    assert counts(recorder) == [("in_irq", 1, number) for number in range(340, 500)]
+    assert [note.text for note in recorder.notes()] == [f"problem {number}" for number in range(480, 500)]
+    assert 160 // EVENTS_SHARE == 20
+    status = recorder.status()
+    assert (status.notifications, status.events, status.kept) == (160, 20, 160)
+
+
+def test_a_successor_continues(memory: memoryview) -> None:
+    first = Recorder(memory)
+    first.note_start()
+    first.append([IN, OTHER])
+    boot = first.boot
+    second = Recorder(memory)
+    second.note_start()
+    second.append([IN])
+    second.note("stopped", "stopped")
+    third = Recorder(memory)
+    third.note_start()
+    assert third.boot == boot
+    assert counts(third) == [("in_irq", 1, 1), ("other_irq", 1, 2), ("in_irq", 1, 3)]
+    assert [note.text for note in third.notes() if note.kind == "started"] == [
+        f"started (PID {os.getpid()})",
+        f"started again after the previous process had ended without a stop (PID {os.getpid()})",
+        f"started again (PID {os.getpid()})",
+    ]
+
+
+@pytest.mark.parametrize(("kept", "left"), [(3, [8, 9, 10]), (20, [*range(1, 11)]), (None, [*range(1, 11)])])
+def test_another_size_keeps_the_newest_records(memory: memoryview, kept: int | None, left: list[int]) -> None:
+    first = Recorder(memory, kept=10)
+    for _ in range(10):
+        first.append([IN])
+    first.note("problem", "a problem", "in_irq", Direction.INBOUND, count=5, state=2)
+    second = Recorder(memory, kept)
+    assert ([each[2] for each in counts(second)], second.kept) == (left, kept or 10)
+    assert (list(second.notes()), second.boot) == (list(first.notes()), first.boot)
+
+
+def test_repeated_events_are_counted(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    for number in range(1000):
+        recorder.note("ignored", "unknown", f"name{number % 3}", Direction.INBOUND)
+    found = [(note.signal, note.count, note.last_ns > note.monotonic_ns) for note in recorder.notes()]
+    assert found == [("name0", 334, True), ("name1", 333, True), ("name2", 333, True)]
+    recorder.note("link", "link went down")
+    recorder.note("link", "link went down")
+    assert len(list(recorder.notes())) == 5
+
+
+def test_a_long_text_is_cut_between_characters(memory: memoryview) -> None:
+    recorder = Recorder(memory)
+    recorder.note("message", "ö" * 200)
+    recorder.note("message", "x" * 160)
+    assert [note.text for note in recorder.notes()] == ["ö" * 78 + "...", "x" * 160]
+
+
+def test_a_wall_clock_that_is_set_is_recorded(memory: memoryview, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(memory)
+    real, shifts = time.time_ns, [0]
+    monkeypatch.setattr("time.time_ns", lambda: real() + shifts[-1])
+    for shift in (0, 10**8, 3600 * 10**9, 0):
+        shifts.append(shift)
+        recorder.append([IN])
+    shifts.append(86_400 * 10**9)
+    recorder = Recorder(memory)  # The clock was set while no process ran.
+    assert [note.text for note in recorder.notes() if note.kind == "clock"] == [
+        "the wall clock was set forward by 3600.0 s",
+        "the wall clock was set back by 3600.0 s",
+        "the wall clock was set forward by 86400.0 s",
+    ]
+    monotonic = [each.monotonic_ns for each in recorder.notifications()]
+    assert monotonic == sorted(monotonic)
+
+
+def test_an_incomplete_record_is_not_read(memory: memoryview) -> None:
+    """The slot of the record that a killed process was writing contains neither the new nor the oldest record."""
+    recorder = Recorder(memory, kept=10)
+    for _ in range(25):
+        recorder.append([IN])
+    before = list(recorder.notifications())
+    place = recorder._written % 11 * 32
+    recorder._ring[place : place + 32] = b"\xff" * 32
+    assert list(Recorder(memory).notifications()) == before
+
+
+@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("value", [0, 1 << 62, (1 << 64) - 1])
+def test_damaged_numbers_start_an_empty_recorder(
+    memory: memoryview, number: int, value: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(memory, kept=10)
+    for _ in range(20):
+        recorder.append([IN])
+        recorder.note("problem", os.urandom(4).hex(), "in_irq", Direction.INBOUND)
+    recorder._numbers[number] = value
+    again = Recorder(memory)
+    assert len(caplog.records) <= 1
+    again.append([IN])
+    assert counts(again)[-1][0] == "in_irq"
+    assert again.status().notifications > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(place=st.integers(0, 3000), slot=st.integers(0, 16), garbage=st.binary(min_size=1, max_size=200))
+def test_damaged_memory_never_raises(place: int, slot: int, garbage: bytes) -> None:
+    memory = memoryview(mmap.mmap(-1, AREA))
+    recorder = Recorder(memory, kept=16)
+    for number in range(40):
+        recorder.append([IN, OUT][number % 2 :][:1])
+        recorder.note("problem", str(number), "in_irq", Direction.INBOUND)
+    memory[place : place + len(garbage)] = garbage
+    recorder._ring[slot * 32 : slot * 32 + len(garbage)] = garbage
+    logging.disable()
+    try:
+        again = Recorder(memory)
+    finally:
+        logging.disable(logging.NOTSET)
+    again.append([IN])
+    assert list(again.notifications())
+    assert all(isinstance(note, Note) for note in again.notes())
+
+
+def test_a_killed_process_leaves_a_valid_recorder() -> None:
+    inflight = Inflight.open()
+    expected = 0
+    for _ in range(20):
+        ready, begun = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                recorder = Recorder(Inflight.open(os.dup(inflight.fd)).recorder, kept=64)
+                while True:
+                    recorder.append([IN, OTHER] * 3)
+                    recorder.note("problem", str(recorder.sequence))
+                    os.write(begun, b"x")
+            finally:
+                os._exit(1)
+        os.close(begun)
+        seen = len(os.read(ready, 1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        while data := os.read(ready, 1 << 16):
+            seen += len(data)
+        os.close(ready)
+        recorder = Recorder(inflight.recorder)
+        assert recorder.inherited
+        assert recorder.sequence >= expected + 6 * seen
+        sequences = [each[2] for each in counts(recorder)]
+        assert sequences == [*range(sequences[0], sequences[-1] + 1, 3)]
+        expected = recorder.sequence
+    inflight.close()
+
+
+def test_memory_of_one_board() -> None:
+    """A full recorder of the default size, with a usual signal table, allocates less than 256 kB."""
+    inflight = Inflight.open()
+    before = os.fstat(inflight.fd).st_blocks * 512
+    recorder = Recorder(inflight.recorder)
+    for number in range(2 * KEPT):
+        recorder.append([IN, OUT][number % 2 :][:1])
+        recorder.note("problem", str(number))
+    assert recorder.status().notifications == KEPT
+    assert recorder.status().events == 512
+    assert os.fstat(inflight.fd).st_blocks * 512 - before < 256_000
+    inflight.close()
