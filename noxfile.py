@@ -167,9 +167,14 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation site in build/docs; warnings are errors."""
-    install(session, "docs")
+    """Build the documentation site in build/docs, where warnings are errors, and check it in a headless browser."""
+    need_programs(session)
+    install(session, "docs", "site")
     session.run("sphinx-build", "-q", "-W", "--keep-going", "-b", "html", "docs", "build/docs", *session.posargs)
+    session.run(
+        *("pytest", "--confcutdir=tests/site", "tests/site/check.py"),
+        env={"INCO_TRIO_SITE": str(Path("build/docs").resolve())},
+    )
 
 
 ON_EACH_PYTHON = nox.parametrize("python", [nox.param(path, id=version) for version, path in PYTHONS.items()])

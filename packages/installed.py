@@ -137,7 +137,7 @@ def upgrade_under_systemd(cores: Cores, new: str) -> None:
 def upgrade_under_s6(cores: Cores, old: str, new: str) -> None:
     run("systemctl", "stop", UNIT)
     run("dpkg", "--install", old)
-    run("inco-trio", "s6", str(SCANDIR), "--iface", LINK, "--config", str(CONFIG), "--user", "inco-trio")
+    run("inco-trio", "service", "s6", str(SCANDIR), LINK, "--config", str(CONFIG), "--user", "inco-trio")
     service = str(SCANDIR / f"inco-trio-{LINK}")
     with subprocess.Popen(["s6-svscan", str(SCANDIR)]) as svscan:
         # s6-svwait fails until s6-svscan has started the service.

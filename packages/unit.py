@@ -12,7 +12,7 @@ PATH = Path(__file__).with_name("inco-trio@.service")
 
 
 def unit() -> str:
-    """Return the unit that `inco-trio s6 --systemd` prints, with %i in place of the link."""
+    """Return the unit that `inco-trio service systemd` prints, with %i in place of the link."""
     service = link_service("LINK", Path("/etc/inco-trio/LINK.json"))
     text = systemd_unit(service=service, user=USER, program=["/usr/bin/inco-trio"])
     # The first comments name another path and the commands that create the user, which the package has run.

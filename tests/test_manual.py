@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import pty
-import re
 import shutil
 import subprocess
 import tomllib
@@ -19,11 +18,11 @@ from docs.manual.page import drop_in_page
 from inco_trio.cli.parser import COMMANDS
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
+from tests.support_pages import parts
 
 REMEDY = "not what the parser says any more: run `nox -s generated` (or `python -m docs.manual`), and commit"
 BASH, ZSH, FISH = (ROOT / COMPLETION / name for name in ("inco-trio.bash", "_inco-trio", "inco-trio.fish"))
 PAGES = sorted((ROOT / MAN).glob("*"))
-README = (ROOT / "README.md").read_text()
 SIGNALS = {signal.name for signal in builtin_signals(Path("/"))}
 
 
@@ -201,34 +200,25 @@ def installed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shell", "row", "ask", "said"),
+    ("shell", "ask", "said"),
     [
-        (("bash", "--norc"), "~/.bashrc", "complete -p inco-trio | grep -o 'inco-trio$'", "inco-trio"),
+        (("bash", "--norc"), "complete -p inco-trio | grep -o 'inco-trio$'", "inco-trio"),
         pytest.param(
-            *(
-                ("zsh", "-f"),
-                "~/.zshrc",
-                "autoload -Uz compinit; compinit -u -D; echo $_comps[inco-trio]",
-                "_inco-trio",
-            ),
+            *(("zsh", "-f"), "autoload -Uz compinit; compinit -u -D; echo $_comps[inco-trio]", "_inco-trio"),
             marks=pytest.mark.tools,
         ),
         pytest.param(
-            *(("fish", "--no-config"), "config.fish", "complete -C 'inco-trio ru' | cut -f 1", "run"),
-            marks=pytest.mark.tools,
+            *(("fish", "--no-config"), "complete -C 'inco-trio ru' | cut -f 1", "run"), marks=pytest.mark.tools
         ),
     ],
     ids=["bash", "zsh", "fish"],
 )
-def test_the_commands_of_the_readme_enable_completion(
-    shell: tuple[str, ...], row: str, ask: str, said: str, installed: Path, tmp_path: Path
+def test_the_commands_of_the_page_enable_completion(
+    shell: tuple[str, ...], ask: str, said: str, installed: Path, tmp_path: Path
 ) -> None:
-    section = README[README.index("## Man pages and completion") : README.index("## As a library")]
-    (line,) = re.findall(r"^    (share=.*)$", section, re.MULTILINE)
-    (lines,) = re.findall(rf"^\| `{row}` \| (.*) \|$", section, re.MULTILINE)
-    given = ([line] if "the line above" in lines else []) + re.findall(r"`([^`]+ [^`]+)`", lines)
+    (lines,) = (block.text for block in parts("installation") if block.language == shell[0])
     path = f"set -gx PATH {installed} $PATH" if shell[0] == "fish" else f"PATH={installed}:$PATH"
-    assert run(tmp_path, *shell, "-c", "\n".join([path, *given, ask])) == {said}
+    assert run(tmp_path, *shell, "-c", "\n".join([path, lines, ask])) == {said}
 
 
 @pytest.mark.parametrize(
