@@ -74,7 +74,7 @@ def install(tree: Path) -> None:
     subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", dist, ROOT], check=True)
     # greenlet, which trio-asyncio needs, is compiled: Debian has it for every architecture. So are newer versions of
     # hypothesis.
-    wanted = [*dist.glob("*.whl"), *TEST_PACKAGES]
+    wanted: list[str | Path] = [*dist.glob("*.whl"), *TEST_PACKAGES]
     options = ("--target", packages, "--python-version", python.removeprefix("python"), "--resolution", "lowest-direct")
     subprocess.run(["uv", "pip", "install", "--quiet", *options, *wanted], check=True)
     for compiled in packages.glob("greenlet*"):
@@ -87,7 +87,7 @@ def run(architecture: str, tree: Path, *options: str) -> bool:
     words = ["-p", "no:cacheprovider", "-m", "not netns and not s6 and not qemu and not faults and not tools"]
     files = [f"tests/{name}" for name in FILES]
     script = 'cd /opt/project && PYTHONPATH=/opt/packages exec python3 -m pytest -q "$@"'
-    command = [".", "sh", "-ec", script, "sh", *words, *deselected, *(options or files)]
+    command: list[str | Path] = [".", "sh", "-ec", script, "sh", *words, *deselected, *(options or files)]
     try:
         emulate(architecture, "env", f"--chdir={tree}", "sh", "-c", ENTER, "sh", "--", *command)
     except subprocess.CalledProcessError:
