@@ -39,7 +39,7 @@ KEYS = {
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
-exclude_patterns = ["man", "completion", "manual", "bench", "_build"]
+exclude_patterns = ["man", "man5", "completion", "manual", "bench", "_build"]
 html_theme = "furo"
 html_title = f"inco-trio {metadata.version('inco-trio')}"
 html_static_path = ["static"]

@@ -498,7 +498,7 @@ def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     (irq_dir / "message_6_trig").chmod(0o222)
     address = f"unix:{irq_dir}/a,peer={irq_dir}/b"
     command = [*nobody[:2], str(irq_dir), *nobody[2:], *RUN, "run", address, "--irq-dir", str(irq_dir)]
-    command += ["--log-timestamps", "never"]
+    command += ["--log-timestamps", "never", "--control", "none"]
     code, _, err = finished(command)
     (line,) = [line for line in err.decode().splitlines() if not line.startswith("inco-trio: info: ")]
     assert code == 77
