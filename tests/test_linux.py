@@ -29,7 +29,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def test_linux_imports_nothing_else_of_the_package() -> None:
     found = {name for path in LINUX.glob("*.py") for name in imports(path) if name.startswith("inco_trio")}
-    assert found == {"inco_trio.linux.libc"}
+    assert found == {"inco_trio.linux.bpf", "inco_trio.linux.libc"}
 
 
 def test_only_linux_loads_libc_and_defines_kernel_constants() -> None:
