@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -471,3 +472,23 @@ def test_standard_output_is_recorded_until_its_reader_ends(
     done = subprocess.run([*COMMAND, "record", "-", "--size", "1M"], capture_output=True, text=True, check=False)
     said = "inco-trio: error: FILE -: standard output cannot be split (omit --size and --period)\n"
     assert (done.returncode, done.stderr) == (2, said)
+
+
+def test_the_history_can_be_plotted(board: Board, tmp_path: Path) -> None:
+    peer = board.core1()
+    run = tmp_path / "runtime/inco-trio"
+    run.mkdir(parents=True)
+    board.path = run / "core0.sock"
+    board.running()
+    board.trigger()
+    peer.recv(2000)
+    while board.status()["counters"]["sent"] < 1:
+        pass
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(run.parent)}
+    command = [*COMMAND, "plot", "--past", f"{board.home}/core0", "--json", "--out", str(tmp_path / "f.svg")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [(each["signal"], each["count"]) for each in json.loads(done.stdout)["signals"]] == [(OUT, 1)]
+    assert (tmp_path / "f.svg").stat().st_size > 1000
+    done = subprocess.run([*COMMAND, "plot"], capture_output=True, text=True, timeout=HANG, check=False)
+    assert (done.returncode, "give either FILE or --past" in done.stderr) == (2, True)

@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from inco_trio.doctor.register_files import trusted
+from inco_trio.doctor.result import Level
 from inco_trio.errors import ConfigError
 from inco_trio.linux import users
 from inco_trio.linux.libc import libc
 from inco_trio.linux.process import overflow_uid
 from inco_trio.registers import trust as trust_module
+from inco_trio.registers.diagnose import unreported_type
 from inco_trio.registers.directories import ABANDONED
 from inco_trio.registers.refusals import UnfitFileError
 from inco_trio.registers.trust import Trust, open_trusted
@@ -387,3 +390,19 @@ def test_a_user_who_swaps_directories_all_the_time_gains_nothing(
     assert all("reached through" in text for text in refused)
     assert sorted(path.name for path in victim.iterdir()) == ["state", "trig"]
     assert {path.read_text() for path in victim.iterdir()} == {"untouched"}
+
+
+def test_the_doctor_warns_of_an_untrusted_directory(home: Path) -> None:
+    irq = give(home / "irq")
+    (found,) = trusted(irq, Trust())
+    assert (found.level, found.check) == (Level.WARN, "trusted")
+    assert found.found.startswith(f"not trusted: {irq} belongs to uid {STRANGER}; use a directory below /run, or ")
+    assert [result.level for result in trusted(irq, Trust(STRANGER))] == [Level.OK]
+    assert [*trusted(irq / "missing", Trust(STRANGER))] == []
+
+
+@pytest.mark.parametrize("kind", ["fuse", "fuse.bindfs", "9p"])
+def test_filesystems_with_several_inodes_for_a_file_are_reported(kind: str) -> None:
+    assert unreported_type(kind)
+    assert unreported_type("fuseblk") is None
+    assert unreported_type(None) is None

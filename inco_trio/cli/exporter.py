@@ -33,4 +33,4 @@ def run(args: argparse.Namespace) -> int:
         address, port = options.check_listen(args.listen)
         controls = options.control_paths(args)
         make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
-        return run_service(make, args.notification_fd, args.log_format, args.verbose)
+        return run_service(make, args.notification_fd, args.log_format, args.verbose, timestamps=args.log_timestamps)

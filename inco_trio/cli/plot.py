@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,13 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "example: inco-trio plot night.pcapng --pair redun_notify_irq ihub_hwwd_irq\n"
         "exit codes: 0 success, 65 not a recording, 69 matplotlib not installed, 71 disk full, 77 no permission"
     )
-    sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
+    sub.add_argument(
+        "file", nargs="?", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames"
+    )
+    sub.add_argument(
+        "--past", nargs="?", const="", metavar="LINK",
+        help="plot what `history` shows of the proxy of LINK (default: the only proxy), instead of FILE",
+    )  # fmt: skip
     sub.add_argument("--out", metavar="FILE", help="output, .svg or .png (default: FILE with the suffix .svg)")
     sub.add_argument(
         "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
@@ -47,7 +54,20 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plot the recording; return the exit code. Raises IncoError."""
-    path = path_of(args.file, "FILE")
+    if (args.file is None) == (args.past is None):
+        raise UsageError("give either FILE or --past")
+    if args.past is None:
+        return _plot(args, path_of(args.file, "FILE"))
+    from inco_trio.cli.record import record_past
+
+    with tempfile.TemporaryDirectory(prefix="inco-trio-") as directory:
+        path = Path(directory) / "history.pcapng"
+        record_past(path, args.past or None)
+        args.out = args.out or (None if args.json else "history.svg")
+        return _plot(args, path)
+
+
+def _plot(args: argparse.Namespace, path: Path) -> int:
     out = _out(args, path)
     draws = args.out is not None or not args.json
     if draws:

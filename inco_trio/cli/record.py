@@ -91,17 +91,28 @@ def run(args: argparse.Namespace) -> int:
 
 def _record_past(args: argparse.Namespace, path: Path) -> int:
     """Write what the proxy's flight recorder has to a file; return the exit code. Raises IncoError."""
+    with connect(args.link, args.control) as client:
+        wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
+        count = _write_past(client, path, wanted, args.since)
+        remark(f"{count} notifications of the history of {client.greeting.name} in {path}")
+    return 0
+
+
+def record_past(path: Path, link: str | None) -> None:
+    """Write what the flight recorder of the proxy of `link` has to a file. Raises IncoError."""
+    with connect(link, None) as client:
+        _write_past(client, path, MonitorRequest(link if link in client.greeting.boards else None), None)
+
+
+def _write_past(client: Client, path: Path, wanted: MonitorRequest, seconds: float | None) -> int:
+    """Write the recorded events that `wanted` accepts to a file. Return the number of notifications."""
     from inco_trio.capture.recording import Recorder
 
-    with connect(args.link, args.control) as client, contextlib.ExitStack() as stack:
-        wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
-        pasts = past_of(client, wanted.board, args.since)
-        recorder = Recorder(path)
-        stack.callback(recorder.close)
-        for event in accepted(past_events(pasts), wanted):
+    recorder = Recorder(path)
+    with contextlib.closing(recorder):
+        for event in accepted(past_events(past_of(client, wanted.board, seconds)), wanted):
             _write(recorder, event, client.greeting.name)
-        remark(f"{recorder.count} notifications of the history of {client.greeting.name} in {recorder.path}")
-    return 0
+    return recorder.count
 
 
 class _Stop:

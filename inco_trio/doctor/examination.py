@@ -12,6 +12,7 @@ from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
 from inco_trio.linux.processes import Processes
+from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
 
@@ -95,6 +96,8 @@ def _registers(signals: Sequence[Signal], processes: Processes, users: Users) ->
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory)
+        owner = None if users.proxy is None else users.proxy.uid
+        yield from register_files.trusted(directory, Trust(owner))
         yield from register_files.reported(directory)
         yield from register_files.kinds(own)
         yield from register_files.held_open(own, users.proxies)

@@ -13,10 +13,12 @@ from pathlib import Path
 from inco_trio.doctor.result import Result, fail, ok, permit, warn
 from inco_trio.linux.files import kind_of_file
 from inco_trio.linux.processes import Process
-from inco_trio.registers.diagnose import UNREPORTED, filesystem, open_registers
+from inco_trio.registers.diagnose import filesystem, open_registers, unreported_type
+from inco_trio.registers.refusals import UnfitFileError
+from inco_trio.registers.trust import Trust, open_trusted
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["directory", "held_open", "kinds", "reported", "watched"]
+__all__ = ["directory", "held_open", "kinds", "reported", "trusted", "watched"]
 
 OTHER_INODES = frozenset({"overlay", "btrfs"})
 """Filesystems where stat(2) and the watches in /proc show different device numbers."""
@@ -40,6 +42,19 @@ def directory(path: Path) -> Iterator[Result]:
         yield ok("directory", path, f"uid {uid} may read and write it")
     else:
         yield fail("directory", path, f"uid {uid} may not read and write it", permit(path, "u+rwx"))
+
+
+def trusted(path: Path, trust: Trust) -> Iterator[Result]:
+    """Check that no untrusted user can redirect the path of an IRQ directory or write to the directory."""
+    try:
+        fd, _ = open_trusted(path, trust)
+    except UnfitFileError as error:
+        yield warn("trusted", path, f"{error.strerror}; {error.remedy}")
+    except OSError:
+        pass  # `directory` reports this.
+    else:
+        os.close(fd)
+        yield ok("trusted", path, "only trusted users can change its path and its files")
 
 
 def kinds(signals: Iterable[Signal]) -> Iterator[Result]:
@@ -74,8 +89,8 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     shows whether other hosts can write to it without an event. Opening the directory shows whether inotify works.
     """
     existing, kind = filesystem(path, root)
-    if kind in UNREPORTED:
-        text = f"is on a filesystem of type {kind}: {UNREPORTED[kind]}; use a local one, such as tmpfs"
+    if reason := unreported_type(kind):
+        text = f"is on a filesystem of type {kind}: {reason}; use a local one, such as tmpfs"
         yield (fail if kind in ("proc", "sysfs") else warn)("filesystem", existing, text)
         return
     on = f"is on a filesystem of type {kind}" if kind else "is on a filesystem of unknown type"

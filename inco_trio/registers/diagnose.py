@@ -9,7 +9,7 @@ from pathlib import Path
 
 from inco_trio.signals import Direction, Signal
 
-__all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported"]
+__all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported", "unreported_type"]
 
 UNREPORTED = {
     "proc": "inotify reports nothing there",
@@ -35,9 +35,16 @@ def diagnose(signals: Iterable[Signal]) -> Iterator[str]:
 def unreported(path: Path) -> str | None:
     """Return why inotify misses events in `path`, or None. If `path` is missing, check its nearest ancestor."""
     existing, kind = filesystem(path)
-    if kind in UNREPORTED:
-        return f"{existing}: on a filesystem of type {kind}: {UNREPORTED[kind]} (use a local filesystem, such as tmpfs)"
+    if reason := unreported_type(kind):
+        return f"{existing}: on a filesystem of type {kind}: {reason} (use a local filesystem, such as tmpfs)"
     return None
+
+
+def unreported_type(kind: str | None) -> str | None:
+    """Return why inotify may miss events on a filesystem of type `kind`, or None."""
+    if kind is not None and (kind == "fuse" or kind.startswith("fuse.")):
+        return "the kernel may have several inodes for one file there, so inotify can miss writes"
+    return UNREPORTED.get(kind or "")
 
 
 def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
