@@ -237,8 +237,8 @@ def test_a_mistake_is_reported_with_its_key(path: tuple[str, ...], value: object
 @pytest.mark.parametrize(
     ("direction", "register", "problem"),
     [
-        ("outbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
-        ("inbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
+        ("outbound", "message_6_trig", "'/irq/message_6_trig' is already the trigger of redun_notify_irq"),
+        ("inbound", "message_6_trig", "'/irq/message_6_trig' is already the trigger of redun_notify_irq"),
         ("outbound", "message_4_state", "'/irq/message_4_state' is already the state register of ihub_reset_irq"),
     ],
 )
@@ -274,7 +274,7 @@ def test_one_file_under_two_devices_is_one_register() -> None:
         (X, entry("outbound", "twin.message_6_trig")),
     )
     assert problems(json.dumps(document).encode()) == [
-        "misc.inco_proxy.signals.x.reg: '/x/../irq/message_6_trig' is the trigger of redun_notify_irq already"
+        "misc.inco_proxy.signals.x.reg: '/x/../irq/message_6_trig' is already the trigger of redun_notify_irq"
     ]
 
 

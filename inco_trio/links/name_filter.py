@@ -13,7 +13,7 @@ __all__ = ["DEPTHS", "SAMPLE", "accepts", "name_filter"]
 DEPTHS = (64, 8, 4, 2, 1, 0)
 """Numbers of bytes of a name that a filter may compare, starting with the exact filter. Fewer bytes shorten it."""
 SAMPLE = 256
-"""The filter accepts one in 256 of all other frames, chosen at random. Must be a power of two."""
+"""The filter also accepts a random sample of other frames: one in this many. Must be a power of two."""
 
 _LOADS = {4: bpf.LOAD_WORD, 2: bpf.LOAD_HALF, 1: bpf.LOAD_BYTE}
 
@@ -60,7 +60,7 @@ def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
 
 
 def _compare(names: Sequence[bytes], start: int, length: int) -> list[Instruction]:
-    """Return code that accepts a frame with one of `names`, which have `length` bytes, and otherwise runs to its end.
+    """Return code that accepts a frame with one of `names` of `length` bytes. For another frame, it runs to its end.
 
     `names` are equally long and equal up to `start`. The caller truncates them if the filter compares fewer bytes.
     """

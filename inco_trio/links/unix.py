@@ -1,7 +1,7 @@
 """A link over a Unix datagram socket: each datagram is one Ethernet frame, as with QEMU's `-netdev dgram`.
 
 The socket is bound but not connected: a connected socket would refuse a peer that restarted. Each datagram is sent to
-the peer's path, so that it reaches the process that is bound there at that time. See unix(7).
+the peer's path, so that it reaches the process that is bound to this path at that moment. See unix(7).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Capabilities of the calling thread (capabilities(7)), with the constants of <linux/capability.h> and <linux/prctl.h>.
 
-The kernel keeps capabilities per thread. New threads have those of the thread that creates them.
+The kernel keeps capabilities per thread. A new thread inherits the capabilities of the thread that creates it.
 """
 
 from __future__ import annotations

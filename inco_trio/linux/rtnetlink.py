@@ -92,7 +92,7 @@ class Interface:
 
 
 class Rtnetlink:
-    """A socket that describes the interfaces and reports when one of them changes. Raises OSError (netlink(7))."""
+    """A socket that lists, changes and observes interfaces. Raises OSError (netlink(7))."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)

@@ -122,7 +122,7 @@ def _demonstrate(set_up: _SetUp, count: int, rate: float, out: Output, record: P
         stack.callback(proxy.close)
         _wait_ready(proxy, waiter)
         traffic = traffic_of(stage, _signals(directory), count)
-        out.write(f"{stage.about}; the proxy is process {proxy.pid}.\n")
+        out.write(f"{stage.about}; process {proxy.pid} is the proxy.\n")
         if stage.answers:
             answers = ", ".join(f"{name} by {answer}" for name, answer in stage.answers.items())
             out.write(f"It answers {answers}.\nEach latency is a round-trip time.\n")

@@ -79,7 +79,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
     `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The output
     of the firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
     QEMU runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must
-    also wait for other events. An exception of `wait` ends the calling method. During the start, it also kills QEMU.
+    also wait for other events. An exception of `wait` ends the calling method. During the start, QEMU is then killed.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
     if QEMU is not running or does not respond in time.

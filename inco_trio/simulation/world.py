@@ -50,7 +50,7 @@ class NamespaceRefusedError(PermissionDeniedError):
 def _refused(what: str, cause: OSError) -> NamespaceRefusedError:
     return NamespaceRefusedError(
         f"cannot create a {what} namespace ({cause.strerror})",
-        "run as root, or set those of these sysctls that this system has:"
+        "run as root, or set these sysctls, as far as this system has them:"
         " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
         " kernel.apparmor_restrict_unprivileged_userns=0",
     )
