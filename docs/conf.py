@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from docutils import nodes
@@ -37,10 +38,18 @@ KEYS = {
 
 project = "inco-trio"
 author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
-exclude_patterns = ["man", "completion", "manual", "bench", "_build"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
+exclude_patterns = ["man", "man5", "completion", "manual", "bench", "_build"]
 html_theme = "furo"
-html_title = "inco-trio"
+html_title = f"inco-trio {metadata.version('inco-trio')}"
+html_static_path = ["static"]
+html_css_files = ["blocks.css"]
+html_theme_options = {
+    "source_repository": "https://github.com/inco-trio/inco-trio/",
+    "source_branch": "main",
+    "source_directory": "docs/",
+    "footer_icons": [{"name": "Repository", "url": "https://github.com/inco-trio/inco-trio", "html": "Repository"}],
+}
 myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -48,7 +48,7 @@ exec chroot "$@"
 def readme_command(section: str) -> str:
     """Return the first command of a section of the README."""
     text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2]
-    found = re.search(r"^    (.+)$", text, re.MULTILINE)
+    found = re.search(r"^```sh\n(.+)$", text, re.MULTILINE)
     if found is None:
         raise ValueError(f"README.md: {section}: no command")
     return found[1]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def test_the_status_contains_current_problems(board: Board) -> None:
     watching.until(event="link", running=False)
     board.irq.rename(board.home / "away")
     watching.until(event="problem")
-    assert {each["problem"] for each in board.status()["signals"]} == {"its directory is missing"}
+    assert all("missing" in each["problem"] for each in board.status()["signals"])
 
 
 def test_a_monitor_receives_all_events(board: Board) -> None:
@@ -460,16 +461,46 @@ def _pid(path: Path) -> int:
         return pid
 
 
-def test_a_user_has_a_default_path_only_with_a_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+def test_a_user_without_a_runtime_directory_has_a_private_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(place, "_TEMPORARY", str(tmp_path))
+    uid = os.geteuid()
+    private = tmp_path / f"inco-trio-{uid}"
+    place.make_directory(private)
+    place.make_directory(private)
+    assert private.stat().st_mode & 0o777 == 0o700
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    assert place.default_path("rpmsg0") is None
+    assert place.runtime_directories() == [Path("/run/inco-trio"), private]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert place.default_path("rpmsg0") == tmp_path / "inco-trio-1000/rpmsg0.sock"
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     assert place.default_path("rpmsg0") == Path("/run/user/1000/inco-trio/rpmsg0.sock")
-    long = place.default_path("x" * 200)
-    assert long is not None
-    assert len(os.fsencode(long)) <= SOCKET_PATH_MAX
+    assert len(os.fsencode(place.default_path("x" * 200))) <= SOCKET_PATH_MAX
     assert place.runtime_directories() == [Path("/run/inco-trio"), Path("/run/user/1000/inco-trio")]
+
+
+def _open_to_others(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o770)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "file", "open to others", "of another user"])
+def test_a_private_directory_that_others_control_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    monkeypatch.setattr(place, "_TEMPORARY", str(tmp_path))
+    uid = os.geteuid() + (kind == "of another user")
+    path = tmp_path / f"inco-trio-{uid}"
+    makers: dict[str, Callable[[Path], object]] = {
+        "symlink": lambda path: path.symlink_to(tmp_path),
+        "file": Path.touch,
+        "open to others": _open_to_others,
+        "of another user": lambda path: path.mkdir(mode=0o700),
+    }
+    makers[kind](path)
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    with pytest.raises(OSError, match=re.escape(f"inco-trio-{uid}")):
+        place.make_directory(path)
+    assert path not in place.runtime_directories()
 
 
 def test_a_full_connection_queue_counts_as_a_listener(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_history_has_what_happened_before_it_was_asked(board: Board) -> None
     lines = done.stdout.splitlines()
     assert done.stderr == f"inco-trio: {len(found)} lines of the history of {board.home}/core0\n"
     assert lines[0].endswith(":")
-    assert f"in  {IN} pending: cannot write: Is a directory" in done.stdout
+    assert f"in  {IN} pending: cannot write: not a regular file but a directory" in done.stdout
     assert f"in  {IN} (was pending for " in done.stdout
     assert "ignored: unknown signal stranger (3 times within " in done.stdout
     recorded = board.status()["recorded"]

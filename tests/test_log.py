@@ -6,12 +6,14 @@ import contextlib
 import json
 import logging
 import os
+import pty
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from inco_trio.service.log import log_statistics, set_up_logging
+from inco_trio.service.log import log_statistics, needs_timestamps, set_up_logging
 from inco_trio.service.throttle import PERIOD, Throttle
 
 logger = logging.getLogger("inco_trio.somewhere")
@@ -38,6 +40,32 @@ def test_text_lines_name_level_and_message(capfd: pytest.CaptureFixture[str]) ->
         "inco-trio: warning: rpmsg4000: is gone",
         "inco-trio: info: statistics: received=2 sent=0",
     ]
+
+
+def test_timestamps_are_added_unless_the_supervisor_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    with contextlib.ExitStack() as stack:
+        pair = (*os.pipe(), *pty.openpty(), os.open(tmp_path / "log", os.O_CREAT | os.O_WRONLY), os.open(os.devnull, 1))
+        for fd in pair:
+            stack.callback(os.close, fd)
+        _, pipe, _, terminal, file, null = pair
+        assert [needs_timestamps("auto", fd) for fd in (pipe, terminal, file, null)] == [True, True, True, False]
+        # The logger of an s6 service adds timestamps, but a terminal or a file does not.
+        s6 = [needs_timestamps("auto", fd, is_s6_service=True) for fd in (pipe, terminal, file)]
+        assert s6 == [False, True, True]
+        status = os.fstat(pipe)
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+        assert [needs_timestamps("auto", fd) for fd in (pipe, file)] == [False, True]
+        assert needs_timestamps("always", pipe)
+        assert not needs_timestamps("never", file)
+    assert not needs_timestamps("auto", -1)
+
+
+def test_stamped_lines_start_with_the_local_time(capfd: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("text", verbose=False, stamped=True)
+    logger.warning("%s: is gone", "rpmsg4000")
+    line = capfd.readouterr().err
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} inco-trio: warning: rpmsg4000: is gone\n", line)
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

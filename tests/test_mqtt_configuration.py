@@ -191,6 +191,8 @@ def test_check_prints_what_a_gateway_may_send(tmp_path: Path) -> None:
     assert json.loads(run_command("check", "--gateway", str(path), "--json").stdout)["boards"] == ["a", "b"]
     path.write_text("{}")
     assert run_command("check", "--gateway", str(path)).stdout.splitlines() == ["boards: all", "nothing may be sent"]
+    path.write_text('{"response_prefix": "lab/responses"}')
+    assert "responses are published below lab/responses/" in run_command("check", "--gateway", str(path)).stdout
     path.write_text('{"broker": {"user_file": "/nowhere"}}')
     done = run_command("check", "--gateway", str(path))
     assert (done.returncode, "broker.user_file" in done.stderr or "/nowhere" in done.stderr) == (78, True)

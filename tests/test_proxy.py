@@ -719,7 +719,7 @@ def test_too_few_descriptors_are_one_clear_error(cores: Cores, irq_dir: Path, li
     assert done.returncode == 71
     *before, line = done.stderr.splitlines()
     assert line.startswith("inco-trio: error: ")
-    assert all(said.startswith("inco-trio: warning: no control socket: ") for said in before)
+    assert all(" inco-trio: warning: no control socket: " in said for said in before)
 
 
 def test_a_directory_that_cannot_be_created_is_one_error(cores: Cores, tmp_path: Path) -> None:
@@ -1048,11 +1048,14 @@ def test_a_register_that_cannot_be_written_is_written_later(
                 state.unlink()
                 state.mkdir()
                 core1.send(b"ihub_reset_irq")
-                await events.receive()
-                assert proxy.stats.write_failures >= 1
-                state.rmdir()
-                while not proxy.stats.delivered:
+                while not proxy.stats.write_failures:
                     await trio.lowlevel.checkpoint()
+                with pytest.raises(trio.WouldBlock):
+                    events.receive_nowait()
+                state.rmdir()
+                # The event comes once the file is written.
+                await events.receive()
+                assert proxy.stats.delivered == 1
                 assert state.read_text() == "1"
 
     in_core0(main)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from inco_trio.cli.exit_codes import UsageError, exit_code
-from inco_trio.cli.parser import COMMANDS
 from inco_trio.errors import ConfigError, IncoError, LinkNotFoundError, PermissionDeniedError, ResourceError
 from inco_trio.frame import decode
 from inco_trio.linux.inotify import IN_CLOSE_WRITE, Inotify
@@ -25,28 +23,17 @@ from inco_trio.simulation.world import Cores, Peer
 from netns.hang import HANG
 from tests import fresh
 from tests.faults.supervised import wait_path
+from tests.support_pages import parts
 from tests.support_proxy import trigger
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 UDRV = '{"file": {"ihub-irq-dev": {"path": "%s"}}}'
 
 
 @pytest.mark.parametrize("error", [UsageError, LinkNotFoundError, ResourceError, PermissionDeniedError, ConfigError])
 def test_exit_codes_are_documented(error: type[IncoError]) -> None:
-    assert f"| {exit_code(error('x'))} |" in README
-
-
-def test_documented_options_exist() -> None:
-    said = "".join(
-        subprocess.run(
-            [sys.executable, "-m", "inco_trio", *command, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for command in ([], *([name] for name in COMMANDS))
-    )
-    own = README[: README.index("## Tests")]
-    options = set(re.findall(r"(?<![\w<-])--[a-z]+(?:-[a-z]+)*(?![\w>-])", own))
-    assert options
-    assert [option for option in options if option not in said] == []
+    assert f"| {exit_code(error('x'))} |" in (ROOT / "docs/commands.md").read_text()
 
 
 @pytest.mark.parametrize(("section", "program"), [("Try it", "inco-trio demo"), ("Tests", "nox")])
@@ -67,10 +54,10 @@ def test_ci_runs_the_second_command_and_nothing_else() -> None:
 
 @pytest.mark.netns
 def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> None:
-    (program,) = re.findall(r"^    import inco_trio.*?trio.run\(answer\)\n", README, re.MULTILINE | re.DOTALL)
+    (program,) = (block.text for block in parts("README") if block.text.startswith("import inco_trio"))
     (tmp_path / "udrv.json").write_text(UDRV % (tmp_path / "irq"))
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         preexec_fn=cores.core0.enter,
@@ -85,31 +72,40 @@ def test_the_library_example_runs(cores: Cores, core1: Peer, tmp_path: Path) -> 
             process.kill()
 
 
-def test_the_example_of_core1_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"^    async with inco_trio.Core1.*?(?=\n\n)", README, re.MULTILINE | re.DOTALL)
-    body = textwrap.indent(textwrap.dedent(example), " " * 8).replace("/tmp", str(tmp_path))  # noqa: S108
-    program = f"""
-import inco_trio, pathlib, trio
+def test_the_c_example_counts_every_close(tmp_path: Path) -> None:
+    (lines,) = (block.text for block in parts("README") if block.language == "c")
+    (tmp_path / "irq").mkdir()
+    watch, loop = textwrap.indent(lines.replace("/run/irq", str(tmp_path / "irq")), " " * 4).split("\n", 1)
+    (tmp_path / "watch.c").write_text(f"""
+#include <stdio.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <unistd.h>
 
-async def answer(proxy, *, task_status):
-    with proxy.events(signals=["ihub_hwwd_irq"]) as events:
-        task_status.started()
-        async for event in events:
-            await proxy.send("redun_notify_irq")
+static int count;
+static void on_watchdog_interrupt(void) {{ count++; }}
 
-async def main():
-    signals = inco_trio.builtin_signals(pathlib.Path("{tmp_path}/irq"))
-    config = inco_trio.Config("unix:{tmp_path}/core0,peer={tmp_path}/core1", signals)
-    async with inco_trio.open_proxy(config) as proxy, trio.open_nursery() as nursery:
-        await nursery.start(answer, proxy)
-{body}
-        nursery.cancel_scope.cancel()
-
-trio.run(main)
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG, check=False)
-    # Core 1 ends before the proxy does.
-    assert (done.returncode, re.sub(".*: the link went down after .* s\n", "", done.stderr)) == (0, "")
+int main(void)
+{{
+    _Alignas(struct inotify_event) char buffer[65536];
+    struct inotify_event *event;
+    int fd = inotify_init1(IN_CLOEXEC);
+{watch}
+    puts("watching");
+    fflush(stdout);
+    getchar();
+{loop}
+    printf("%d\\n", count);
+}}
+""")
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-o", "watch", "watch.c"], cwd=tmp_path, check=True)
+    with subprocess.Popen([tmp_path / "watch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watching\n"
+        for _ in range(100):
+            trigger(tmp_path / "irq/message_5_state")
+        out, _ = process.communicate("\n", timeout=HANG)
+    assert out == "100\n"
 
 
 def trigger_until_answered(irq: Path) -> None:
@@ -129,18 +125,16 @@ def trigger_until_answered(irq: Path) -> None:
 @pytest.mark.qemu
 @pytest.mark.netns
 def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
-    section = README[README.index("## Without root: QEMU") :]
-    (lines,) = re.findall(r"^    cd .*?(?=\n\n)", section, re.MULTILINE | re.DOTALL)
-    assert lines.count("\n") == 4
+    lines = next(block.text for block in parts("qemu") if block.language == "sh")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryFile("w+") as log:
-        Path(home).chmod(0o777)
+        Path(home).chmod(0o1777)
         # Use the Python and the programs of this environment. They exit when their standard input closes, so that no
         # process outlives this test.
         script = f"""
             export TMPDIR={home}
             python3() {{ exec {sys.executable} "$@"; }}
             inco-trio() {{ exec {sys.executable} -m inco_trio "$@"; }}
-            {textwrap.dedent(lines)}
+            {lines}
             echo $PWD; read; kill $(jobs -p); wait
         """
         with subprocess.Popen(
@@ -166,5 +160,5 @@ def test_the_rootless_qemu_example_runs(nobody: list[str]) -> None:
                     os.killpg(shell.pid, signal.SIGKILL)
         log.seek(0)
         said = log.read()
-    assert "outbound: redun_notify_irq" in said
-    assert "inbound: ihub_hwwd_irq" in said
+    (shown,) = (block.text for block in parts("qemu") if block.language == "text")
+    assert {*shown.splitlines()} <= {*said.splitlines()}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import readme_command
+
 # The nox session `unit` skips tests with this marker: it runs in a copy of the tree without hidden directories.
 pytestmark = pytest.mark.tools
 
@@ -27,4 +29,4 @@ def test_the_workflow_runs_each_supported_python() -> None:
 def test_the_workflow_runs_the_test_command_of_the_readme() -> None:
     assert "command: .ci/run\n" in WORKFLOW.read_text()
     command = (ROOT / ".ci/run").read_text().splitlines()[-1]
-    assert f"\n## Tests\n\n    {command}\n" in (ROOT / "README.md").read_text()
+    assert command == readme_command("Tests")

@@ -51,7 +51,7 @@ function _shtab_inco_trio_using
 end
 
 set -g _shtab_inco_trio_commands run check doctor status monitor history record send wait demo replay plot dissector mqtt mqtt-link exporter service s6 help
-set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --mqtt --mqtt-link --notification-fd --out --pair --past --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
+set -g _shtab_inco_trio_opts_with_value --after --as --board --boards --color --config --control --count --direction --duration --end --exporter --fd-holder --gateway --history --iface --irq-dir --irq-owner --keep --listen --log-format --log-timestamps --mqtt --mqtt-link --notification-fd --out --pair --past --period --rate --record --sandbox --send --signal --since --size --speed --timeout --user --wait --watch
 
 complete -c inco-trio -e
 complete -c inco-trio -f
@@ -72,6 +72,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using run' -l sandbox -xka "off on lo
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l lock-memory -d 'keep all used memory in RAM (needs ulimit -l unlimited)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-format -xka "text json" -d 'text (default) or json'
+complete -c inco-trio -n '_shtab_inco_trio_using run' -l log-timestamps -xka "auto always never" -d 'auto (default: unless the supervisor adds them), always or never'
 complete -c inco-trio -n '_shtab_inco_trio_using run' -s v -l verbose -d 'log each notification'
 complete -c inco-trio -n '_shtab_inco_trio_using run; and test $_shtab_inco_trio_npos -eq 0' -ka "(__fish_print_interfaces)" -d 'interface (default rpmsg4000) or unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a check -d 'Validate the configuration and print the signal table.'
@@ -198,6 +199,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l config -xka "(__fish_c
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l control -xka "(__fish_complete_path (commandline -ct))" -d 'control socket of a proxy; may be repeated (default: all)'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l log-format -xka "text json" -d 'text (default) or json'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -l log-timestamps -xka "auto always never" -d 'auto (default: unless the supervisor adds them), always or never'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a mqtt-link -d 'Bridge a `unix:` link to another host over an MQTT broker.'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -s h -l help -d 'show this help message and exit'
@@ -206,6 +208,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l config -xka "(__f
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l fd-holder -xka "(__fish_complete_path (commandline -ct))" -d 'keep descriptors in the s6-fdholder-daemon at SOCKET'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l log-format -xka "text json" -d 'text (default) or json'
+complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -l log-timestamps -xka "auto always never" -d 'auto (default: unless the supervisor adds them), always or never'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using mqtt-link; and test $_shtab_inco_trio_npos -eq 1' -ka "(__fish_print_interfaces)" -d 'link of this side: unix:LOCAL,peer=REMOTE'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a exporter -d 'Export the metrics of all boards of this host to Prometheus.'
@@ -216,6 +219,7 @@ complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l dashboard -d 'prin
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l alerts -d 'print Prometheus alert rules and exit'
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l notification-fd -x -d 'write a newline to descriptor N once ready (s6)'
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l log-format -xka "text json" -d 'text (default) or json'
+complete -c inco-trio -n '_shtab_inco_trio_using exporter' -l log-timestamps -xka "auto always never" -d 'auto (default: unless the supervisor adds them), always or never'
 complete -c inco-trio -n '_shtab_inco_trio_using exporter' -s v -l verbose -d 'log more'
 complete -c inco-trio -n '_shtab_inco_trio_using; and test $_shtab_inco_trio_npos -eq 0' -a service -d 'Write an s6 scan directory, or print a systemd unit.'
 complete -c inco-trio -n '_shtab_inco_trio_using service' -s h -l help -d 'show this help message and exit'

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from docs.fields import described
 from docs.manual.completion import complete
-from docs.manual.page import command_pages, drop_in_page
+from docs.manual.page import command_pages, configuration_page, drop_in_page
+from inco_trio import config
 from inco_trio.cli.parser import drop_in_parser, parser
 
-__all__ = ["COMPLETION", "MAN", "ROOT", "generate", "stale"]
+__all__ = ["COMPLETION", "MAN", "MAN5", "ROOT", "generate", "stale"]
 
 ROOT = Path(__file__).parents[2]
 MAN = Path("docs/man")
+MAN5 = Path("docs/man5")
 COMPLETION = Path("docs/completion")
+EXAMPLE = ROOT / "inco_trio/example.json"
 
 
 def generate() -> dict[Path, str]:
@@ -20,13 +24,24 @@ def generate() -> dict[Path, str]:
     pages = {**command_pages(parser()), **drop_in_page(drop_in_parser())}
     return {
         **{MAN / name: text for name, text in pages.items()},
+        **{MAN5 / name: text for name, text in configuration_page(_keys(), EXAMPLE.read_text()).items()},
         **{COMPLETION / name: text for name, text in complete(parser()).items()},
     }
+
+
+def _keys() -> list[tuple[str, str]]:
+    """Return each key of udrv.json with its description."""
+    tables = {
+        "file.DEVICE": config._Device,
+        "misc.ihub_config_dev.regs.REG": config._Reg,
+        "misc.inco_proxy.signals.SIGNAL": config._Entry,
+    }
+    return [(f"{table}.{key}", what) for table, cls in tables.items() for key, what in described(cls).items()]
 
 
 def stale(root: Path = ROOT) -> list[str]:
     """Return the files below `root` that are missing, outdated or no longer needed."""
     wanted = generate()
-    there = {path.relative_to(root) for directory in (MAN, COMPLETION) for path in (root / directory).glob("*")}
+    there = {path.relative_to(root) for directory in (MAN, MAN5, COMPLETION) for path in (root / directory).glob("*")}
     old = {path for path in wanted.keys() & there if (root / path).read_text() != wanted[path]}
     return sorted(map(str, old | (wanted.keys() ^ there)))

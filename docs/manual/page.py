@@ -13,13 +13,36 @@ from collections.abc import Sequence
 
 from inco_trio.cli.parser import COMMANDS, EXIT_CODES
 
-__all__ = ["command_pages", "drop_in_page"]
+__all__ = ["command_pages", "configuration_page", "drop_in_page"]
 
 ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"})
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
 CODES = "exit codes:"
 OF_A_COMMAND = {1, 3, 4, 65}
 """Exit codes that only some commands return. Each of these commands documents its own."""
+DATE = "2026-11-29"
+"""The date of the pages. A generated date would change them each day."""
+ENVIRONMENT = (
+    ("UDRV_JSON_PATH", "--config", "path of the configuration, if `--config` and `--irq-dir` are not given"),
+    ("XDG_RUNTIME_DIR", "--control", "directory below which a user other than root has control sockets"),
+    ("NO_COLOR", "--color", "if set, the output has no colours"),
+    ("FORCE_COLOR", "--color", "if set, the output has colours even if it is not a terminal"),
+)
+"""Each environment variable, an option of the commands that read it, and its meaning."""
+FILES = (
+    ("udrv.json", "--config", "the board's configuration, see udrv.json(5)"),
+    ("/run/inco-trio/", "--control", "control sockets of the proxies of root and of services"),
+    ("$XDG_RUNTIME_DIR/inco-trio/", "--control", "control sockets of the proxies of another user"),
+)
+"""Each file, an option of the commands that use it, and its meaning."""
+SERVICE_SIGNALS = (
+    ("SIGHUP", "reload the configuration; if it is invalid, keep the old one"),
+    ("SIGUSR1", "log the counters"),
+    ("SIGTERM, SIGINT", "finish what was read, and exit; the third signal ends the process at once"),
+)
+COMMAND_SIGNALS = (("SIGINT", "stop with exit code 130"), ("SIGTERM", "stop"))
+GENERAL = {"-h", "--help", "-V", "--version"}
+SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "inco_proxy"}
 
 
 def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -54,9 +77,8 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     words = _Words(parser)
     summary = summary[0].lower() + summary[1:].rstrip(".")
     lines = [
-        # Leave out date and version, so that the page changes only with the parser.
-        f'.TH "{_escaped(title.upper())}" 1 "" "inco\\-trio" "Manual of inco\\-trio"',
-        *(".SH NAME", f"{_escaped(title)} \\- {_escaped(summary)}"),
+        f'.TH "{_escaped(title.upper())}" 1 {DATE} "inco\\-trio" "Manual of inco\\-trio"',
+        *(".SH NAME", *textwrap.wrap(f"{_escaped(title)} \\- {_escaped(summary)}", 79, break_on_hyphens=False)),
         *(".SH SYNOPSIS", words.usage(parser)),
         *(".SH DESCRIPTION", *words.paragraph(parser.description or "")),
     ]
@@ -76,10 +98,44 @@ def _page(parser: argparse.ArgumentParser, summary: str, see_also: Sequence[str]
     lines.append(".SH EXIT STATUS")
     for code, what in sorted(codes.items()):
         lines += [".TP", f".B {code}", *words.paragraph(what)]
+    options = {option for action in parser._actions for option in action.option_strings}
+    has = options if len(options) > len(GENERAL) else {option for _, option, _ in (*ENVIRONMENT, *FILES)}
+    if parser.prog == "inco_proxy":
+        has = {"--config", "--control"}
+    for heading, rows in (("ENVIRONMENT", ENVIRONMENT), ("FILES", FILES)):
+        if items := [(name, what) for name, option, what in rows if option in has]:
+            lines += _definitions(heading, items, words)
+    signals = SERVICE_SIGNALS if parser.prog.removeprefix("inco-trio ") in SERVICES else COMMAND_SIGNALS
+    lines += _definitions("SIGNALS", signals, words)
     if notes.examples:
         lines += [".SH EXAMPLES", ".EX", *(_line(_escaped(example)) for example in notes.examples), ".EE"]
     lines += [".SH SEE ALSO", *(f".BR {_escaped(page)} (1)," for page in see_also)]
     return "\n".join(lines).removesuffix(",") + "\n"
+
+
+def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) -> list[str]:
+    lines = [f".SH {heading}"]
+    for name, what in items:
+        lines += [".TP", f".B {_escaped(name)}", *words.paragraph(what)]
+    return lines
+
+
+def configuration_page(keys: Sequence[tuple[str, str]], example: str) -> dict[str, str]:
+    """Return the page of udrv.json, which has these keys and descriptions: text by file name."""
+    words = _Words(argparse.ArgumentParser())
+    about = (
+        "The proxy of inco-trio reads the signals of a board from this JSON file. It ignores all keys that are not "
+        "listed here, because the file describes many more devices. `inco-trio check` reports all mistakes at once."
+    )
+    lines = [
+        f'.TH "UDRV.JSON" 5 {DATE} "inco\\-trio" "Manual of inco\\-trio"',
+        *(".SH NAME", "udrv.json \\- configuration of a board of inco\\-trio"),
+        *(".SH DESCRIPTION", *words.paragraph(about)),
+        *_definitions("KEYS", keys, words),
+        *(".SH EXAMPLES", ".EX", *(_line(_escaped(line)) for line in example.splitlines()), ".EE"),
+        *(".SH SEE ALSO", ".BR inco\\-trio\\-check (1),", ".BR inco\\-trio\\-run (1)"),
+    ]
+    return {"udrv.json.5": "\n".join(lines) + "\n"}
 
 
 class _Notes:

@@ -74,6 +74,8 @@ def _check_gateway(args: argparse.Namespace) -> int:
         say(f"may be sent to {'all boards' if board == '*' else board}: {what}")
     if not config.send:
         say("nothing may be sent")
+    if config.response_prefix is not None:
+        say(f"responses are published below {config.response_prefix}/")
     return 0
 
 

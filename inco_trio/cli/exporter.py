@@ -39,4 +39,4 @@ def run(args: argparse.Namespace) -> int:
         kept = {CAP_NET_BIND_SERVICE} if port < PRIVILEGED else ()
         work = functools.partial(serve, address, port, controls)
         make = functools.partial(Restarting, args.listen, lambda: work, kept=kept)
-        return run_service(make, args.notification_fd, args.log_format, args.verbose)
+        return run_service(make, args.notification_fd, args.log_format, args.verbose, timestamps=args.log_timestamps)

@@ -39,5 +39,9 @@ def run(args: argparse.Namespace) -> int:
             return Gateway(broker, config, controls).run
 
         return run_service(
-            lambda: Restarting(str(broker), prepare), args.notification_fd, args.log_format, args.verbose
+            lambda: Restarting(str(broker), prepare),
+            args.notification_fd,
+            args.log_format,
+            args.verbose,
+            timestamps=args.log_timestamps,
         )

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
             return Restarting(str(broker), prepare, bridge.log_statistics, bridge.close)
 
-        return run_service(make, args.notification_fd, args.log_format, args.verbose)
+        return run_service(make, args.notification_fd, args.log_format, args.verbose, timestamps=args.log_timestamps)
 
 
 def check_end(link: str | None) -> UnixAddress:

@@ -157,6 +157,10 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
     sub.add_argument("--notification-fd", type=int, metavar="N", help="write a newline to descriptor N once ready (s6)")
     formats = ("text", "json")
     sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
+    sub.add_argument(
+        "--log-timestamps", metavar="WHEN", choices=("auto", "always", "never"), default="auto",
+        help="auto (default: unless the supervisor adds them), always or never",
+    )  # fmt: skip
     sub.add_argument("-v", "--verbose", action="store_true", help=verbose)
 
 

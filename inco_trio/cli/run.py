@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         # `inco_proxy` replaces a program that logged each notification on standard output.
         verbose, log_fd = args.verbose or args.drop_in, STANDARD_OUTPUT if args.drop_in else STANDARD_ERROR
         make = functools.partial(_daemon, args)
-        return run_service(make, args.notification_fd, args.log_format, verbose, log_fd)
+        return run_service(make, args.notification_fd, args.log_format, verbose, log_fd, args.log_timestamps)
 
 
 def _daemon(args: argparse.Namespace) -> Daemon:

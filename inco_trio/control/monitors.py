@@ -19,8 +19,10 @@ WAITING_MAX = 8192
 """Maximum number of events that are queued for one client."""
 PIECE = 128
 """Maximum number of events that are encoded at once."""
-PAUSE = 0.05
-"""Seconds between writes to an up-to-date follower. Each write wakes its process, which delays notifications."""
+PAUSE = 0.07
+"""Maximum pause in seconds between writes to a follower. Each write wakes its process, which delays notifications."""
+PAUSE_EACH = 0.005
+"""Seconds of pause for each notification of the last write. A notification that comes alone therefore rarely waits."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
 
@@ -231,6 +233,8 @@ class Follower(Monitor):
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
+    _pause: float = 0.0
+    """Seconds until the next write; 0 after a full piece, because more events may wait."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards
@@ -259,8 +263,8 @@ class Follower(Monitor):
             self._put(event, 1)
 
     async def pause(self) -> None:
-        if not self._behind and not self._waiting:
-            with trio.move_on_after(PAUSE):
+        if self._pause:
+            with trio.move_on_after(self._pause):
                 await self._ending.wait()
 
     def acknowledge(self, board: str, sequence: int) -> int:
@@ -283,3 +287,4 @@ class Follower(Monitor):
             number += cursor.sent - before
             if cursor.sent < cursor.history.sequence and len(cursor.records) < AHEAD:
                 self._behind[board] = None
+        self._pause = 0.0 if number >= PIECE else min(PAUSE, number * PAUSE_EACH)

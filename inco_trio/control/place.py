@@ -15,27 +15,54 @@ from pathlib import Path
 
 from inco_trio.linux.sockets import SOCKET_PATH_MAX
 
-__all__ = ["bind", "default_path", "is_live", "listening", "runtime_directories"]
+__all__ = ["bind", "default_path", "is_live", "listening", "make_directory", "runtime_directories"]
 
 BACKLOG = 128
 MODE = 0o660
+_TEMPORARY = "/tmp"  # noqa: S108 - `make_directory` refuses a directory of another user
 
 
 def runtime_directories() -> list[Path]:
     """Return the directories in which root and this user keep control sockets."""
     bases = dict.fromkeys(("/run", os.environ.get("XDG_RUNTIME_DIR")))
-    return [Path(base, "inco-trio") for base in bases if base]
+    private = _private_directory()
+    return [*(Path(base, "inco-trio") for base in bases if base), *([private] if _is_private(private) else [])]
 
 
-def default_path(label: str) -> Path | None:
-    """Return the default socket path of a proxy named `label`, or None for a user without a runtime directory."""
+def default_path(label: str) -> Path:
+    """Return the default socket path of a proxy named `label`."""
     base = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR")
-    if not base:
-        return None
-    path = Path(base, "inco-trio", f"{label}.sock")
+    path = (Path(base, "inco-trio") if base else _private_directory()) / f"{label}.sock"
     if len(os.fsencode(path)) > SOCKET_PATH_MAX:
         path = path.with_name(f"{blake2b(os.fsencode(label), digest_size=4).hexdigest()}.sock")
     return path
+
+
+def make_directory(path: Path) -> None:
+    """Create the directory of a control socket if it is missing. Raises OSError.
+
+    Every user may create files in /tmp. Refuse a directory there that another user made or may use.
+    """
+    if path != _private_directory():
+        path.mkdir(mode=0o755, exist_ok=True)
+        return
+    path.mkdir(mode=0o700, exist_ok=True)
+    if not _is_private(path):
+        raise PermissionError(errno.EPERM, "not a directory that only this user may use", str(path))
+
+
+def _private_directory() -> Path:
+    """Return the directory for the control sockets of a user without XDG_RUNTIME_DIR."""
+    return Path(_TEMPORARY, f"inco-trio-{os.geteuid()}")
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether `path` is a directory, not a symlink, that belongs to this user and that no other user may use."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
 def is_live(path: Path) -> bool:

@@ -503,10 +503,13 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
+_DECODER = json.JSONDecoder(parse_constant=_refuse)  # json.loads() would create a decoder for each line.
+
+
 def _object(line: bytes) -> dict[str, object]:
     """Parse a line that must be a JSON object. Raises MessageError."""
     try:
-        message = json.loads(line.decode(), parse_constant=_refuse)
+        message = _DECODER.decode(line.decode())
     except (ValueError, RecursionError) as error:
         raise MessageError(f"the line is not JSON: {error}") from None
     if not isinstance(message, dict):

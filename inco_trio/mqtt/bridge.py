@@ -186,7 +186,8 @@ class Bridge:
                     self._check_limits(connection.limits)
                     await self._exchange(connection)
             except SessionTakenError:
-                raise
+                text = f"another process is also {self._end}: stop one of them"
+                raise SessionTakenError(self._broker, text) from None
             except (BrokerLostError, BrokerRefusedError) as error:
                 self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
                 pause = backoff.lost(error)
@@ -247,8 +248,7 @@ class Bridge:
                     elif received.retain and self._is_taken(instance, state):
                         await connection.publish([self._status("left")])
                         connection.publishes_will = False
-                        reason = f"another process is also {self._end}: stop one of them"
-                        raise SessionTakenError(self._broker, reason)
+                        raise SessionTakenError(self._broker, "the retained status names another process")
             except ValueError:
                 self._refuse(received)
             await connection.acknowledge(received)
@@ -271,7 +271,8 @@ class Bridge:
             return False
         # One indication is not enough: the broker may have restored an older state.
         before, self._suspected = self._suspected, trio.current_time()
-        return self._suspected - before < SUSPICION
+        # Only the process with the lower ID gives up. Otherwise both could do so at the same time.
+        return self._suspected - before < SUSPICION and self._instance < instance
 
     async def _publish_all(self, connection: Connection) -> None:
         """Publish the frames of the local core."""

@@ -19,11 +19,12 @@ from pathlib import Path
 import attrs
 import trio
 
+from inco_trio.backoff import Backoff
 from inco_trio.control import protocol
 from inco_trio.control.client import sockets
 from inco_trio.control.follower import Conversation, converse
 from inco_trio.control.protocol import Notifications, Reply, Response
-from inco_trio.errors import IncoError, ProxyNotFoundError
+from inco_trio.errors import IncoError, ProxyNotFoundError, ResourceError
 from inco_trio.mqtt.backlog import Board, Entry
 from inco_trio.mqtt.configuration import Broker, GatewayConfig
 from inco_trio.mqtt.connection import BrokerBackoff, Connection, open_connection
@@ -336,16 +337,20 @@ class Gateway:
             return _error("not-permitted", "the configuration of the gateway does not allow this signal")
         if board.source is None:
             return _error("closed", "no proxy has this board open")
+        path, backoff = board.source.path, Backoff()
         with trio.move_on_after(SEND_PATIENCE):
-            try:
-                async with converse(board.source.path) as (conversation, _):
-                    await conversation.write(protocol.SendRequest(signal, board=board.name))
-                    for response in await conversation.read():
-                        if isinstance(response, Response) and response.error:
-                            return _error(response.error, response.message)
-                    return {"sent": 1}
-            except IncoError as error:
-                return _error("closed", str(error))
+            while True:
+                try:
+                    async with converse(path) as (conversation, _):
+                        await conversation.write(protocol.SendRequest(signal, board=board.name))
+                        for response in await conversation.read():
+                            if isinstance(response, Response) and response.error:
+                                return _error(response.error, response.message)
+                        return {"sent": 1}
+                except ResourceError:  # Too many clients are connected to the proxy. It has not read the request.
+                    await trio.sleep(backoff.next())
+                except IncoError as error:
+                    return _error("closed", str(error))
         return _error("closed", f"the link did not accept the frame within {SEND_PATIENCE:g} s, but may do so later")
 
     async def _respond(

@@ -154,16 +154,13 @@ class Daemon:
                     await control.closed.wait()
 
     def _control_socket(self, resources: ExitStack) -> socket.socket | None:
-        """Return the listening control socket, or None if it is disabled or has no default path. Raises OSError."""
+        """Return the listening control socket, or None if it is disabled. Raises OSError."""
         if self._control == "none":
             return None
         if self._control is not None:
             return resources.enter_context(place.listening(Path(self._control)))
         path = place.default_path(self._label)
-        if path is None:
-            logger.info("no control socket: $XDG_RUNTIME_DIR is not set (use --control PATH)")
-            return None
-        path.parent.mkdir(mode=0o755, exist_ok=True)
+        place.make_directory(path.parent)
         try:
             return resources.enter_context(place.listening(path))
         except OSError as error:

@@ -1,8 +1,8 @@
 """The log on a standard stream: text, or one JSON object per line.
 
-Text has no timestamps, because the supervisor's logger adds them. In systemd's journal, each line
-has its priority (sd-daemon(3)). The proxy does not wait for a slow reader of its log.
-If the stream is full or closed, lines are lost; the next line that can be written reports how many.
+Text has timestamps unless the supervisor's logger adds them. In systemd's journal, each line has its priority
+(sd-daemon(3)). The proxy does not wait for a slow reader of its log. If the stream is full or closed, lines are lost;
+the next line that can be written reports how many.
 
 Warnings and errors with the same cause, such as a link that goes up and down, are logged once per second: the first one
 immediately, then the latest one with the number of omitted lines, see `service.throttle`.
@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 import threading
 import time
 
@@ -21,7 +22,7 @@ from inco_trio.problems import board_name
 from inco_trio.service import throttle
 from inco_trio.service.lines import STANDARD_ERROR, printable, write_at_once
 
-__all__ = ["log_statistics", "set_up_logging"]
+__all__ = ["log_statistics", "needs_timestamps", "set_up_logging"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,20 @@ class _Json(logging.Formatter):
 
 
 class _Text(logging.Formatter):
+    def __init__(self, *, stamped: bool) -> None:
+        super().__init__()
+        self._stamped = stamped
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         board = board_name.get()
         text = f"inco-trio: {record.levelname.lower()}: {board}{': ' if board else ''}{printable(record.message)}"
         left_out = getattr(record, "left_out", 0)
-        return f"{text} ({left_out} similar lines omitted)" if left_out else text
+        if left_out:
+            text += f" ({left_out} similar lines omitted)"
+        if not self._stamped:
+            return text
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        return f"{stamp}.{int(record.msecs):03d} {text}"
 
 
 class _Lines(logging.Handler):
@@ -132,10 +142,30 @@ def _is_journal(fd: int) -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
-def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR) -> None:
-    """Write the package's log to the descriptor `fd` as `text` or `json`; `verbose` also logs each notification."""
+def needs_timestamps(when: str, fd: int, *, is_s6_service: bool = False) -> bool:
+    """Return whether text lines need timestamps if `--log-timestamps` is `when` (auto, always or never).
+
+    With `auto`, lines on a terminal, in a file or in a pipe have timestamps, but not those to systemd's journal
+    (JOURNAL_STREAM, see systemd.exec(5)) and to the logger of an s6 service, which add their own.
+    """
+    if when != "auto":
+        return when == "always"
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return False
+    if _is_journal(fd):
+        return False
+    return stat.S_ISREG(mode) or os.isatty(fd) or (stat.S_ISFIFO(mode) and not is_s6_service)
+
+
+def set_up_logging(log_format: str, *, verbose: bool, fd: int = STANDARD_ERROR, stamped: bool = False) -> None:
+    """Write the package's log to the descriptor `fd` as `text` or `json`; `verbose` also logs each notification.
+
+    With `stamped`, text lines start with the local time.
+    """
     handler = _Lines(fd)
-    handler.setFormatter(_Json() if log_format == "json" else _Text())
+    handler.setFormatter(_Json() if log_format == "json" else _Text(stamped=stamped))
     package = logging.getLogger("inco_trio")
     package.handlers = [handler]
     package.propagate = False

@@ -20,7 +20,7 @@ from inco_trio.errors import IncoError, ResourceError, unwrapped
 from inco_trio.notify import check_notification_fd, notify_ready, notify_reloaded, notify_reloading, notify_stopping
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
-from inco_trio.service.log import set_up_logging
+from inco_trio.service.log import needs_timestamps, set_up_logging
 from inco_trio.service.privileges import drop_capabilities
 
 __all__ = ["Restarting", "Runner", "Service", "Work", "run_service"]
@@ -47,7 +47,12 @@ class Service(Protocol):
 
 
 def run_service(
-    make: Callable[[], Service], notification_fd: int | None, log_format: str, verbose: bool, fd: int = STANDARD_ERROR
+    make: Callable[[], Service],
+    notification_fd: int | None,
+    log_format: str,
+    verbose: bool,
+    fd: int = STANDARD_ERROR,
+    timestamps: str = "auto",
 ) -> int:
     """Run the service that `make` returns until a stop signal arrives; return the exit code. Raises IncoError.
 
@@ -55,7 +60,8 @@ def run_service(
     """
     if notification_fd is not None:
         check_notification_fd(notification_fd)
-    set_up_logging(log_format, verbose=verbose, fd=fd)
+    stamped = needs_timestamps(timestamps, fd, is_s6_service=notification_fd is not None)
+    set_up_logging(log_format, verbose=verbose, fd=fd, stamped=stamped)
     service = make()
     try:
         trio.run(Runner(service, notification_fd).run)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from inco_trio.errors import STRERROR, IncoError, InvalidArgumentError, PermissionDeniedError, from_os_error
 from inco_trio.service.descriptions import PREFIX, Service, account_of, template
+from inco_trio.service.systemd import runtime_directory
 
 __all__ = ["write_scandir"]
 
@@ -76,10 +77,15 @@ def _service(service: Service, user: str | None, program: Sequence[str], options
         )
     store = ("--fd-holder", f"../{_FD_STORE}/s") if held else ()
     command = [*program, *service.words, *options, "--notification-fd", "3", *store, "--log-format", "text"]
+    setup = "ulimit -l unlimited\n" if "--lock-memory" in options else ""
+    if account and service.words[0] == "run":
+        # Only root may create a directory for the control socket in /run.
+        sockets = f"/run/inco-trio/{runtime_directory(service.label)}"
+        setup += f"install -d -o {shlex.quote(account.pw_name)} -g {account.pw_gid} {sockets}\n"
+        command += ["--control", f"{sockets}/control.sock"]
     name = PREFIX + service.label
     script = template("run-with-fd-store" if held else "run")
-    limits = "ulimit -l unlimited\n" if "--lock-memory" in options else ""
-    run = script.format(holder=_FD_STORE, limits=limits, setpriv=setpriv, program=shlex.join(command))
+    run = script.format(holder=_FD_STORE, setup=setup, setpriv=setpriv, program=shlex.join(command))
     # `_service_uids` reads this file to grant the user rights in the fd store.
     uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if held else {}
     # Write log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.

@@ -12,7 +12,7 @@ from pathlib import Path
 from inco_trio.service.descriptions import PREFIX, Service, template
 from inco_trio.service.lines import printable
 
-__all__ = ["systemd_unit"]
+__all__ = ["runtime_directory", "systemd_unit"]
 
 _OF_SANDBOX = ("capset", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
 """System calls that @privileged excludes, or that @system-service lacks."""
@@ -31,7 +31,7 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
             rights=service.rights, namespaces=service.namespaces, limits="".join(limits)
         )
         if service.words[0] == "run":
-            directory = _directory(service.label)
+            directory = runtime_directory(service.label)
             directives += template("runtime.directives").format(directory=directory)
             command += f" --control %t/inco-trio/{directory}/control.sock"
             # The proxy drops capabilities and restricts itself.
@@ -75,7 +75,7 @@ def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
     return any(path.is_relative_to(directory) for path in used for directory in directories)
 
 
-def _directory(label: str) -> str:
+def runtime_directory(label: str) -> str:
     """Return the name of a runtime directory: the label if it is short and needs no quoting, otherwise its hash."""
     if re.fullmatch(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]{0,31}", label):
         return label

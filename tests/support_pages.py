@@ -1,0 +1,201 @@
+"""Run the shell blocks of a page, and compare their output with the page.
+
+Comments that readers do not see control this:
+
+    <!-- file NAME -->      write the next code block to this file instead of running it
+    <!-- run COMMANDS -->   run commands that readers do not need, such as a loop that waits for the proxy
+    <!-- exit 0 or 3 -->    accept these exit codes of the next block (default: 0)
+    <!-- new shell -->      run what follows in another directory and shell
+    <!-- not run: WHY -->   do not run the next block
+    <!-- run by TEST -->    another test runs the next block
+
+The output block that follows a shell block must consist of lines that the commands print. The page may leave out lines.
+Numbers, times and addresses may differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from inco_trio.simulation.world import Cores, Peer
+from netns.hang import HANG
+from tests.support_proxy import ADD_USER
+
+__all__ = [
+    "DOCS",
+    "ROOT",
+    "Block",
+    "Script",
+    "comparable",
+    "page_path",
+    "page_text",
+    "parts",
+    "run",
+    "scripts",
+    "signalling",
+]
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PART = re.compile(
+    r"^<!-- (?P<mark>file|run by|run|exit|new shell|not run:)\s*(?P<value>.*?)\s*-->$"
+    r"|^```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+ENDING = "trap 'set +e; for job in $(jobs -p); do kill $job; wait $job; done' EXIT"
+
+
+@attrs.frozen
+class Block:
+    """A code block of a page, with the mark before it."""
+
+    page: str
+    language: str
+    text: str
+    mark: str = ""
+    value: str = ""
+
+
+@attrs.define
+class Script:
+    """What one shell runs: the lines of a shell script, and for each block its text and the output on the page."""
+
+    page: str
+    lines: list[str] = attrs.Factory(list)
+    shown: list[tuple[str, str]] = attrs.Factory(list)
+
+
+def page_path(page: str) -> Path:
+    """Return the path of a page by its name: `README` or the name of a file in docs."""
+    return (ROOT if page.isupper() else DOCS) / f"{page}.md"
+
+
+def page_text(page: str) -> str:
+    return page_path(page).read_text()
+
+
+def parts(page: str) -> Iterator[Block]:
+    """Yield the blocks and the marks `run` and `new shell` of a page in order. Such a mark is a Block without text."""
+    mark = value = ""
+    for found in PART.finditer(page_text(page)):
+        if found["mark"] in ("run", "new shell"):
+            yield Block(page, "", "", found["mark"], found["value"])
+        elif found["mark"]:
+            mark, value = found["mark"], found["value"]
+        else:
+            yield Block(page, found["language"], found["text"], mark, value)
+            mark = value = ""
+
+
+def scripts(page: str) -> list[Script]:
+    """Return the scripts of a page, one for each of its shells."""
+    made = [Script(page)]
+    before = None
+    for block in parts(page):
+        script = made[-1]
+        if block.mark == "new shell":
+            made.append(Script(page))
+        elif block.mark == "run":
+            script.lines.append(block.value)
+        elif block.mark == "file":
+            script.lines.append(f"mkdir -p $(dirname {block.value}); cat > {block.value} << 'END_OF_FILE'")
+            script.lines.append(f"{block.text}END_OF_FILE")
+        elif block.mark in ("not run:", "run by"):
+            pass
+        elif block.language == "sh":
+            text = block.text
+            if block.mark == "exit":
+                codes = "|".join(re.findall(r"\d+", block.value))
+                text = f"set +e\n{text}code=$?; set -e\ncase $code in {codes}) ;; *) exit $code ;; esac\n"
+            script.lines.append(f"echo '=== {len(script.shown)}'\n{text}echo '==='")
+            script.shown.append((block.text, ""))
+            before = block
+        elif block.language == "text" and before is not None:
+            script.shown[-1] = (before.text, block.text)
+        if block.language not in ("", "sh"):
+            before = None
+    return [script for script in made if script.shown]
+
+
+def run(cores: Cores, home: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script on core 0, as root who has installed inco-trio would. The programs are in `home`.
+
+    The script runs in a new directory below an empty /run, where each user may read. /etc/ in the script is there, too.
+    """
+    (home / "bin").mkdir()
+    for name, arguments in (
+        ("python3", ""),
+        ("inco-trio", "-m inco_trio"),
+        ("inco_proxy", "-c 'import sys, inco_trio.cli as cli; sys.exit(cli.inco_proxy())'"),
+    ):
+        program = home / "bin" / name
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {arguments} "$@"\n')
+        program.chmod(0o755)
+    script = re.sub(r"--timeout \d+", f"--timeout {HANG}", script).replace("/etc/", "/run/etc/")
+    # Hide the control sockets of other proxies in /run: they may serve a link of the same name.
+    enter = 'mount -t tmpfs -o mode=755 inco-trio-test /run && mkdir /run/etc /run/page && cd /run/page && exec "$@"'
+    hidden = ["unshare", "--mount", "sh", "-c", enter, "sh"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{home}/bin:{os.environ['PATH']}", "HOME": str(home)}
+    with subprocess.Popen(
+        [*hidden, "/bin/bash", "-c", f"set -e\n{ADD_USER}{ENDING}\n{script}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=cores.core0.enter, env=environment, process_group=0,
+    ) as shell:  # fmt: skip
+        try:
+            out, err = shell.communicate(timeout=HANG)
+        except subprocess.TimeoutExpired:
+            # Also kill the background processes of the script.
+            os.killpg(shell.pid, signal.SIGKILL)
+            out, err = shell.communicate()
+            raise AssertionError(f"the script does not end:\n{out}{err}") from None
+        except BaseException:
+            os.killpg(shell.pid, signal.SIGKILL)
+            raise
+    out = out.replace("/run/etc/", "/etc/")
+    return subprocess.CompletedProcess(shell.args, shell.returncode, out, err)
+
+
+@contextmanager
+def signalling(core1: Peer) -> Iterator[None]:
+    """Send two signals repeatedly from core 1 while the block runs. The signal table has only one of them."""
+    stop = threading.Event()
+
+    def send() -> None:
+        for name in itertools.cycle((b"something_else", b"ihub_hwwd_irq")):
+            core1.send(name)
+            if stop.wait(0.05):  # Limit the rate of the signals.
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def comparable(text: str) -> set[str]:
+    """Return the lines without the parts that vary: numbers, times, addresses, process names and column widths."""
+    for varying, constant in (
+        (r"(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", "MAC"),
+        (r"receive buffer of .*", "BUFFER"),
+        (r"never|[\d.]+ \w+ ago", "WHEN"),
+        (r"\d+ min \d+ s|[\d.]+ (?:ms|us|s|min)\b", "TIME"),
+        (r"(\d+) \([\w.-]+\)", r"\1 (PROGRAM)"),
+        (r"\b\d[\d.]*", "N"),
+        (r" +", " "),
+    ):
+        text = re.sub(varying, constant, text)
+    return {line.strip() for line in text.splitlines()}

@@ -1,0 +1,96 @@
+"""Tests of parts of the gateway without a broker and without a proxy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from inco_trio.control.protocol import Event, Response, SendRequest
+from inco_trio.errors import ResourceError
+from inco_trio.mqtt.backlog import Board
+from inco_trio.mqtt.configuration import GatewayConfig, parse_broker
+from inco_trio.mqtt.gateway import Gateway
+from inco_trio.mqtt.session import Limits, Received
+
+BROKER = parse_broker("mqtt://h/lab")
+REQUEST = Received("lab/b1/send/s1", b"", False, None, None, 1)
+
+
+class Conversation:
+    """Stands for a connection to a proxy."""
+
+    path = Path("/control.sock")
+
+    def __init__(self, *replies: Response) -> None:
+        self.replies, self.requests = list(replies), list[Any]()
+
+    async def write(self, request: object) -> None:
+        self.requests.append(request)
+
+    async def read(self) -> list[Response]:
+        return self.replies
+
+
+async def _never(*_: object, **__: object) -> None:
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("ending", ["proxy ends", "proxy closes the board", "both stay"])
+def test_two_proxies_are_reported_only_if_both_have_the_board(ending: str, caplog: pytest.LogCaptureFixture) -> None:
+    gateway, first, second = Gateway(BROKER, GatewayConfig()), Conversation(), Conversation()
+    setattr(gateway, "_serve", _never)  # noqa: B010 - mypy does not allow to assign a method
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            board = gateway._have("b1", first, nursery)  # type: ignore[arg-type]
+            assert gateway._have("b1", second, nursery) is board  # type: ignore[arg-type]
+            if ending == "proxy ends":
+                board.leave(first)  # type: ignore[arg-type]
+            elif ending == "proxy closes the board":
+                gateway._hear(Event("closed", "b1"), first, [board], nursery)  # type: ignore[arg-type]
+            await trio.sleep(5)  # The time of a simulated clock.
+            assert board.source is second  # type: ignore[comparison-overlap]
+            gateway._hear(Event("closed", "b1"), first, [board], nursery)  # type: ignore[arg-type]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    assert ("two proxies have a board with this name" in caplog.text) is (ending == "both stay")
+
+
+def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts, conversation = 0, Conversation(Response(sent=1))
+
+    @asynccontextmanager
+    async def converse(path: Path) -> AsyncIterator[tuple[Conversation, None]]:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 4:
+            raise ResourceError(path, "too many clients")
+        yield conversation, None
+
+    monkeypatch.setattr("inco_trio.mqtt.gateway.converse", converse)
+    gateway, board = Gateway(BROKER, GatewayConfig(send={"*": ["s1"]})), Board("b1")
+    board.source = conversation  # type: ignore[assignment]
+
+    async def main() -> dict[str, object]:
+        return await gateway._try_to_send(board, "s1", REQUEST)
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) == {"sent": 1}
+    assert conversation.requests == [SendRequest("s1", board="b1")]
+
+
+def test_what_the_broker_restricts_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    gateway = Gateway(BROKER, GatewayConfig(send={"b1": ["s1"]}))
+    gateway._check_limits(Board("b1"), Limits("id", False, 60, 30, 20, None, 2, False, 0, True, True))
+    assert "keeps requests only for 60 s while the gateway is away" in caplog.text
+    assert "keeps no retained messages" in caplog.text
+    caplog.clear()
+    gateway._check_limits(Board("b1"), Limits("id", False, 86_400, 30, 20, None, 2, True, 0, True, True))
+    gateway._check_limits(Board("b2"), Limits("id", False, 60, 30, 20, None, 2, True, 0, True, True))
+    assert caplog.text == ""
