@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nox
@@ -45,6 +46,14 @@ DEBIAN_PACKAGES = {
     "zsh": ("zsh",),
 }
 
+MACHINE_PACKAGES = {
+    "mke2fs": ("e2fsprogs",),
+    "mmdebstrap": ("mmdebstrap",),
+    "qemu-s390x-static": ("qemu-user-static",),
+    "qemu-system-x86_64": ("qemu-system-x86",),
+}
+"""The Debian packages that virtual machines need."""
+
 # Two tests run at a time, each with its own namespaces, directories and sockets. pytest prints the 10 slowest tests.
 TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
 
@@ -59,7 +68,7 @@ SAME_ON_EACH_PYTHON = (
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
     *("test_odd_input.py", "test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py"),
     *("test_recovery.py", "test_registers_calm.py", "test_registers_machine.py", "test_services.py"),
-    "test_status_monitor.py",
+    *("test_packages.py", "test_status_monitor.py"),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
@@ -108,15 +117,15 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
-def missing_programs() -> tuple[list[str], list[str]]:
+def missing_programs(wanted: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     """Return the missing programs and the Debian packages that provide them."""
-    missing = [program for program in DEBIAN_PACKAGES if not shutil.which(program)]
-    return missing, [package for program in missing for package in DEBIAN_PACKAGES[program]]
+    missing = [program for program in wanted if not shutil.which(program)]
+    return missing, [package for program in missing for package in wanted[program]]
 
 
-def need_programs(session: nox.Session) -> None:
+def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DEBIAN_PACKAGES) -> None:
     """Install missing programs with apt-get as root; otherwise fail and name the Debian packages."""
-    missing, packages = missing_programs()
+    missing, packages = missing_programs(wanted)
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
@@ -124,7 +133,7 @@ def need_programs(session: nox.Session) -> None:
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
-        missing, packages = missing_programs()
+        missing, packages = missing_programs(wanted)
     if missing:
         session.error(f"{', '.join(missing)}: not found (install the Debian packages {' '.join(packages)})")
 
@@ -415,10 +424,63 @@ def fresh(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def kernels(session: nox.Session) -> None:
+    """Run the tests of tests/kernels on Debian's kernels in QEMU: `nox -s kernels -- 6.1` runs one kernel."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.kernels", *session.posargs)
+
+
+@nox.session(default=False)
+def processors(session: nox.Session) -> None:
+    """Run the tests of system data on emulated processors: `nox -s processors -- s390x` runs one."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.processors", *session.posargs)
+
+
+@nox.session(default=False)
+def deb(session: nox.Session) -> None:
+    """Build the Debian package of each suite, and check it in a booted system: `nox -s deb -- bookworm`; needs root."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-u", "-m", "packages.deb", *session.posargs)
+
+
+@nox.session(default=False)
+def bundle(session: nox.Session) -> None:
+    """Build the offline bundle in dist/, with the wheels of all dependencies, and install it without a network."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-m", "packages.bundle")
+
+
+@nox.session(default=False)
+def yocto(session: nox.Session) -> None:
+    """Check the Yocto recipes with oelint-adv."""
+    session.install(*nox.project.dependency_groups(PROJECT, "yocto"))
+    recipes = sorted(map(str, Path("packages/yocto").glob("*.bb")))
+    # The rule that is left out needs a network.
+    suppressed = ("--suppress", "oelint.vars.homepageping")
+    session.run("oelint-adv", "--quiet", "--mode", "all", "--release", "scarthgap", *suppressed, *recipes)
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Write the newest versions of the dependencies to packages/requirements.txt, for the packages above."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run(
+        *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--upgrade"),
+        *("--no-annotate", "--custom-compile-command", "nox -s lock", "--generate-hashes"),
+        *("--extra", "mqtt", "--extra", "rich", "pyproject.toml", "packages/requirements.in"),
+        *("--output-file", "packages/requirements.txt"),
+    )
+
+
+@nox.session(default=False)
 def generated(session: nox.Session) -> None:
-    """Regenerate the man pages and shell completions from the argument parser."""
+    """Regenerate the man pages and shell completions from the argument parser, and the unit of the packages."""
     install(session, "manual")
     session.run("python", "-m", "docs.manual")
+    session.run("python", "-m", "packages.unit")
 
 
 @nox.session
