@@ -21,6 +21,7 @@ from inco_trio.simulation.demonstration import run_demo
 from inco_trio.simulation.traffic import duration, quantile
 from netns.fixtures import Canary
 from netns.hang import HANG
+from tests.support_pages import comparable, parts
 
 DEMO = [sys.executable, "-m", "inco_trio", "demo"]
 SHORT = ["--count", "5", "--rate", "1000"]
@@ -89,6 +90,9 @@ def test_all_notifications_arrive() -> None:
         "ihub_type_b_irq",
     ]
     assert all(row[6:8] == ["5", "5"] for row in table(said))
+    (shown,) = (block.text for block in parts("README") if block.value.endswith("test_all_notifications_arrive"))
+    assert comparable(shown) <= comparable(said)
+    assert len(table(shown)) == len(table(said))
 
 
 @pytest.mark.netns
