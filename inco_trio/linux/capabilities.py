@@ -14,9 +14,11 @@ from inco_trio.linux.libc import check, libc
 
 __all__ = ["clear_capabilities", "held_capabilities", "keep_capabilities", "names_of", "no_new_privileges"]
 
+CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
 CAP_FOWNER = 3
+CAP_FSETID = 4
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
 CAP_IPC_LOCK = 14

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _FILES = frozenset({cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER})
 """Capabilities of a proxy that writes into directories of other users."""
+_OWNERS = frozenset({cap.CAP_CHOWN, cap.CAP_FSETID})
+"""Capabilities of a proxy that gives a directory to another user, and sets its set-group-ID bit."""
 
 
 def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: bool) -> frozenset[int]:
@@ -35,6 +37,8 @@ def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: boo
         needed.add(cap.CAP_NET_RAW)
     if any(config.netns is not None for config in configs):
         needed |= {cap.CAP_SYS_ADMIN, cap.CAP_NET_ADMIN}
+    if any((config.owner, config.group) != (None, None) for config in configs):
+        needed |= _OWNERS
     if locked and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
         needed.add(cap.CAP_IPC_LOCK)
     return frozenset(needed)
