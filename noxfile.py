@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nox
@@ -44,6 +45,14 @@ DEBIAN_PACKAGES = {
     "tshark": ("tshark",),
     "zsh": ("zsh",),
 }
+
+MACHINE_PACKAGES = {
+    "mke2fs": ("e2fsprogs",),
+    "mmdebstrap": ("mmdebstrap",),
+    "qemu-s390x-static": ("qemu-user-static",),
+    "qemu-system-x86_64": ("qemu-system-x86",),
+}
+"""The Debian packages that virtual machines need."""
 
 # Two tests run at a time, each with its own namespaces, directories and sockets. pytest prints the 10 slowest tests.
 TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
@@ -108,15 +117,15 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
-def missing_programs() -> tuple[list[str], list[str]]:
+def missing_programs(wanted: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     """Return the missing programs and the Debian packages that provide them."""
-    missing = [program for program in DEBIAN_PACKAGES if not shutil.which(program)]
-    return missing, [package for program in missing for package in DEBIAN_PACKAGES[program]]
+    missing = [program for program in wanted if not shutil.which(program)]
+    return missing, [package for program in missing for package in wanted[program]]
 
 
-def need_programs(session: nox.Session) -> None:
+def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DEBIAN_PACKAGES) -> None:
     """Install missing programs with apt-get as root; otherwise fail and name the Debian packages."""
-    missing, packages = missing_programs()
+    missing, packages = missing_programs(wanted)
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
@@ -124,7 +133,7 @@ def need_programs(session: nox.Session) -> None:
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
-        missing, packages = missing_programs()
+        missing, packages = missing_programs(wanted)
     if missing:
         session.error(f"{', '.join(missing)}: not found (install the Debian packages {' '.join(packages)})")
 
@@ -412,6 +421,22 @@ def run_bench(session: nox.Session, *args: str) -> None:
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
+
+
+@nox.session(default=False)
+def kernels(session: nox.Session) -> None:
+    """Run the tests of tests/kernels on Debian's kernels in QEMU: `nox -s kernels -- 6.1` runs one kernel."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.kernels", *session.posargs)
+
+
+@nox.session(default=False)
+def processors(session: nox.Session) -> None:
+    """Run the tests of system data on emulated processors: `nox -s processors -- s390x` runs one."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.processors", *session.posargs)
 
 
 @nox.session(default=False)

@@ -58,6 +58,8 @@ def examine(
     for board in boards:
         if board.status is not None and board.status.link == link:
             yield from proxies.counters(board)
+            if users.proxy is not None:
+                yield from proxies.capabilities(users.proxy, board, netns)
     if configuration is not None and users.proxy is not None:
         read_at = min((board.status.table_since for board in boards if board.status is not None), default=None)
         yield from proxies.configuration(configuration, users.proxy, read_at)

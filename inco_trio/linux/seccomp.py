@@ -20,7 +20,7 @@ __all__ = ["filter_code", "install", "machine"]
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "armv7l": 0x40000028, "s390x": 0x80000016}
 """AUDIT_ARCH of <linux/audit.h> for each machine."""
-SPECIAL = frozenset({"clone3", "execve", "execveat", "fork", "kill", "setns", "vfork", "socket", "clone"})
+SPECIAL = frozenset({"clone3", "execve", "execveat", "fchownat", "fork", "kill", "setns", "vfork", "socket", "clone"})
 """System calls that depend on their arguments or on the features in use."""
 NEWEST = 451
 """The highest number in the headers of Linux 6.1. The C library tries newer system calls, and expects ENOSYS."""
