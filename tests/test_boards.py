@@ -303,7 +303,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: please report this fault of inco-trio" in caplog.text
+    assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
 
 
 @in_trio
