@@ -59,7 +59,7 @@ SAME_ON_EACH_PYTHON = (
     *("test_diagnose.py", "test_dissector.py", "test_doctor.py", "test_fresh.py", "test_history.py", "test_linux.py"),
     *("test_odd_input.py", "test_pages.py", "test_playing_core1.py", "test_plot.py", "test_readme.py"),
     *("test_recovery.py", "test_registers_calm.py", "test_registers_machine.py", "test_services.py"),
-    "test_status_monitor.py",
+    *("test_packages.py", "test_status_monitor.py"),
 )
 
 # Debian installs ip, tcpdump and mosquitto in directories that are not on a user's PATH.
@@ -415,10 +415,47 @@ def fresh(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def deb(session: nox.Session) -> None:
+    """Build the Debian package of each suite, and check it in a booted system: `nox -s deb -- bookworm`; needs root."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-u", "-m", "packages.deb", *session.posargs)
+
+
+@nox.session(default=False)
+def bundle(session: nox.Session) -> None:
+    """Build the offline bundle in dist/, with the wheels of all dependencies, and install it without a network."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run("python", "-m", "packages.bundle")
+
+
+@nox.session(default=False)
+def yocto(session: nox.Session) -> None:
+    """Check the Yocto recipes with oelint-adv."""
+    session.install(*nox.project.dependency_groups(PROJECT, "yocto"))
+    recipes = sorted(map(str, Path("packages/yocto").glob("*.bb")))
+    # The rule that is left out needs a network.
+    suppressed = ("--suppress", "oelint.vars.homepageping")
+    session.run("oelint-adv", "--quiet", "--mode", "all", "--release", "scarthgap", *suppressed, *recipes)
+
+
+@nox.session(default=False)
+def lock(session: nox.Session) -> None:
+    """Write the newest versions of the dependencies to packages/requirements.txt, for the packages above."""
+    session.install(*nox.project.dependency_groups(PROJECT, "packages"))
+    session.run(
+        *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--upgrade"),
+        *("--no-annotate", "--custom-compile-command", "nox -s lock", "--generate-hashes"),
+        *("--extra", "mqtt", "--extra", "rich", "pyproject.toml", "packages/requirements.in"),
+        *("--output-file", "packages/requirements.txt"),
+    )
+
+
+@nox.session(default=False)
 def generated(session: nox.Session) -> None:
-    """Regenerate the man pages and shell completions from the argument parser."""
+    """Regenerate the man pages and shell completions from the argument parser, and the unit of the packages."""
     install(session, "manual")
     session.run("python", "-m", "docs.manual")
+    session.run("python", "-m", "packages.unit")
 
 
 @nox.session

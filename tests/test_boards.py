@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -255,6 +256,29 @@ async def test_each_board_handles_its_own_notifications(place: Place) -> None:
     assert not [path for path in place.home.iterdir() if path.name.endswith(".0")]
     with pytest.raises(ClosedError):
         await proxies.reload({})
+
+
+@contextlib.contextmanager
+def covered(directory: Path) -> Iterator[None]:
+    """Cover a directory with an empty tmpfs while the block runs."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+@pytest.mark.netns  # Mounting needs root.
+@in_trio
+async def test_a_mount_over_the_directory_of_each_board_is_noticed(place: Place) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    async with open_proxies(place.configs("a", "b")):
+        for name, peer in peers.items():
+            directory = place.home / name
+            with covered(directory):
+                await until((directory / "message_6_trig").exists)
+                place.trigger(name)
+                assert await received(peer) == b"redun_notify_irq"
 
 
 @in_trio

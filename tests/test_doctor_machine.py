@@ -507,6 +507,8 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     assert pending["found"].startswith("ihub_reset_irq: cannot write: not a regular file but a directory; ")
     assert pending["found"].endswith(" (1 pending)")
     counted = [each["found"] for each in found if each["check"] == "counters"]
+    # The link goes down when core 1's process ends; whether the proxy notices this depends on the time.
+    counted = [each for each in counted if not each.startswith("link_downs: ")]
     assert len(counted) == 2
     assert counted[0].startswith("unknown: 1 frames had a name that is no inbound signal: compare `inco-trio monitor`")
     assert re.match("write_failures: [1-9][0-9]* attempts to write a state file failed", counted[1])
@@ -536,4 +538,5 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    assert f"{cores.link}: process {one.pid} (python" in done.stdout
+    # This user cannot tell in which network namespace the proxies of other test runs are, so they may be named, too.
+    assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)

@@ -271,7 +271,8 @@ class Bridge:
             return False
         # One indication is not enough: the broker may have restored an older state.
         before, self._suspected = self._suspected, trio.current_time()
-        return self._suspected - before < SUSPICION
+        # Only the process with the lower ID gives up. Otherwise both could do so at the same time.
+        return self._suspected - before < SUSPICION and self._instance < instance
 
     async def _publish_all(self, connection: Connection) -> None:
         """Publish the frames of the local core."""

@@ -190,8 +190,10 @@ class Connection:
                 await self._stream.send_all(data)
                 self._is_cut = False
                 self._progress = self._last_sent = trio.current_time()
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            self._lose(self._broke(error))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            # Do not lose the connection here: the broker may have sent the reason before it closed the connection, and
+            # `_receive` reads it. Otherwise a process that was replaced would reconnect and replace the other one.
+            session.out.clear()
         finally:
             self._flushing = False
 
@@ -234,7 +236,7 @@ class Connection:
         session = self._session
         while self._lost is None:
             now, deadline = trio.current_time(), math.inf
-            if session.is_waiting or self._flushing or self._is_pinging:
+            if session.is_waiting or self._flushing or self._is_pinging or self._is_cut:
                 deadline = self._progress + self._patience
                 if now >= deadline:
                     waits = "accepted the connection but does not answer"

@@ -20,6 +20,7 @@ from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
+from inco_trio.linux.mounts import Mounts
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
 from inco_trio.nurseries import starting_and_stopping
@@ -140,6 +141,8 @@ class Proxies(Mapping[str, Proxy]):
             resources.callback(memory.close)
             self._shared = SharedInotify(inherited_fd(whole, "inotify"), memory.events[0])
             resources.callback(self._shared.inotify.close)
+            self._mounts = Mounts()
+            resources.callback(self._mounts.close)
         except OSError as error:
             raise refusal(error, "shared memory") from error
         if not isinstance(fd_store, NoFdStore):
@@ -165,7 +168,9 @@ class Proxies(Mapping[str, Proxy]):
             self._bundle.remove(f"{name}/inflight")  # The stored memory is invalid: the proxy stores its new memory.
         share = self._shared.share(inflight)
         fds = {"inflight": inflight.fd}
-        ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener, self._recorded)
+        ground = Ground(
+            inflight, share, self._mounts, fds, self._around, self._bundle is None, self._listener, self._recorded
+        )
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     def __getitem__(self, name: str) -> Proxy:
@@ -275,6 +280,7 @@ class Proxies(Mapping[str, Proxy]):
     def _start(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         nursery.start_soon(supervise, Health("triggers"), self._shared.run, Counters())
+        nursery.start_soon(self._mounts.run)
 
     async def _stop(self) -> None:
         async with self._changing:

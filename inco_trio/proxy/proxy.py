@@ -22,6 +22,7 @@ from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
+from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
@@ -368,6 +369,7 @@ class Ground:
 
     inflight: Inflight
     inotify: Watcher
+    mounts: Mounts
     fds: Mapping[str, int]
     """The descriptors to put into the fd store, by name."""
     around: Surroundings
@@ -394,8 +396,9 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
     """Run a proxy as `open_proxy` does, with an fd store. `listener` receives all events."""
     with ExitStack() as resources:
-        proxy = build(config, fd_store, _ground(fd_store, resources, listener), resources)
-        async with running(proxy):
+        ground = _ground(fd_store, resources, listener)
+        proxy = build(config, fd_store, ground, resources)
+        async with _following(ground.mounts), running(proxy):
             await proxy._present.wait()
             yield proxy
 
@@ -407,6 +410,13 @@ async def running(proxy: Proxy) -> AsyncIterator[None]:
         yield
 
 
+@asynccontextmanager
+async def _following(mounts: Mounts) -> AsyncIterator[None]:
+    """Report changes of the mounts while the block runs."""
+    async with starting_and_stopping(lambda nursery: nursery.start_soon(mounts.run), mounts.stop):
+        yield
+
+
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
@@ -415,12 +425,14 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
         resources.callback(inflight.close)
         inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
+        mounts = Mounts()
+        resources.callback(mounts.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
     fds = {"inflight": inflight.fd, "inotify": inotify.fd}
     around = Surroundings()
     resources.callback(around.close)
-    return Ground(inflight, inotify, fds, around, isinstance(fd_store, NoFdStore), listener)
+    return Ground(inflight, inotify, mounts, fds, around, isinstance(fd_store, NoFdStore), listener)
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
@@ -448,6 +460,8 @@ def _build(
     inflight = ground.inflight
     registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
+    ground.mounts.followers.add(registers.mounts_changed)
+    resources.callback(ground.mounts.followers.remove, registers.mounts_changed)
     registers.open(SignalTable(config.signals))
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)

@@ -47,6 +47,7 @@ class Registers:
         self._problems = problems = Problems()
         self.table = SignalTable(())
         self._opened = False
+        self._may_be_covered = False
         self.troubled = trio.Event()
         self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set(), trust)
         self.states = StateFiles(self.directories, inflight.pending, problems, counters)
@@ -143,8 +144,25 @@ class Registers:
             return "cannot be watched, or is missing"
         return self._problems.said(signal.path)
 
+    def mounts_changed(self) -> int:
+        """Let `restore` check all directories and triggers, because a mount may cover them. Return their number."""
+        self._may_be_covered = True
+        self.troubled.set()
+        return len(self.directories.by_path) + len(self.triggers.by_path)
+
+    def _look_again(self) -> Generator[None, None, None]:
+        for directory in tuple(self.directories.by_path.values()):
+            self.directories.look(directory)
+            yield
+        for trigger in tuple(self.triggers.by_path.values()):
+            self.triggers.look_again(trigger)
+            yield
+
     def restore(self) -> Generator[None, None, None]:
         """Run all retries that are due. Each step restores one trigger or writes a few pending notifications."""
+        if self._may_be_covered:
+            self._may_be_covered = False
+            yield from self._look_again()
         self.triggers.expire()
         for directory in self.directories.retries.due():
             started = time.monotonic()

@@ -171,6 +171,11 @@ class Triggers:
             trigger.replaced.append(self._inotify.read + self._inotify.queued)
             self._replaced.add(trigger)
 
+    def look_again(self, trigger: Trigger) -> None:
+        """Watch the file at the path of a watched trigger, because a mount may cover the file or uncover another."""
+        if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
+            self._try_look(trigger, make=False)
+
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
