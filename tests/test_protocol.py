@@ -272,7 +272,7 @@ def test_a_line_above_the_limit_is_refused(data: bytes) -> None:
 
 
 def test_an_id_must_not_be_nested() -> None:
-    with pytest.raises(RequestError, match="must not be nested"):
+    with pytest.raises(RequestError, match="must not contain nested"):
         decode_request(b'{"request": "status", "id": [[1]]}')
 
 
