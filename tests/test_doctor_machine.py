@@ -524,7 +524,7 @@ def test_a_second_proxy_warns_and_names_the_first(cores: Cores, proxy: StartProx
         line = json.loads(two.wait_log(what))
         assert line["level"] == "warning"
         assert re.fullmatch(rf"{subject}: process {one.pid} \(python.*\) {what}: run: kill {one.pid}", line["message"])
-    assert "too: each" not in one.log
+    assert "both proxies" not in one.log
 
 
 def test_a_proxy_beside_one_of_another_user_names_it_by_its_command_line(
