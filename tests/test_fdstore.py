@@ -188,7 +188,7 @@ class TestS6:
         self, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fds: dict[str, int]
     ) -> None:
         monkeypatch.setenv("S6_FD#", "0")
-        with pytest.raises(ResourceError, match=r"^cannot store other/link\.1 .*not permitted .the daemon's rules[^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot store other/link\.1 .*permitted .the daemon's rules[^\n]*$"):
             S6FdStore(daemon.socket, "other/").store("link", fds["one"])
 
     def test_a_missing_daemon_is_one_error_line(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
