@@ -255,7 +255,7 @@ def test_s6_without_getdump_is_refused() -> None:
 def test_a_descriptor_that_was_closed_in_transit_is_an_error(identifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": identifier}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment("/run/s", "a")
 
 
@@ -305,7 +305,7 @@ def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatc
         monkeypatch.setenv(name, text)
     # The first descriptor after those of this process is the first one that is not open.
     monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
-    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment(None, "a")
 
 
