@@ -540,3 +540,11 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
     # This user cannot tell in which network namespace the proxies of other test runs are, so they may be named, too.
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
+
+
+@pytest.mark.parametrize("named", ["12:13", ":13"])
+def test_the_owner_that_a_proxy_trusts_is_trusted(cores: Cores, proxy: StartProxy, irq_dir: Path, named: str) -> None:
+    irq_dir.parent.chmod(0o755)
+    proxy("--irq-dir", irq_dir, "--irq-owner", named)
+    assert irq_dir.stat().st_gid == 13
+    assert of(doctor(cores.core0, cores.link, "--irq-dir", irq_dir), "trusted")["level"] == "ok"

@@ -165,4 +165,4 @@ def test_a_link_that_goes_down_is_logged_counted_and_recorded(
     assert [each["running"] for each in found] == [True, False, True]
     done = subprocess.run([*COMMAND, "status", "--control", str(control)], capture_output=True, text=True, check=True,
                           timeout=HANG)  # fmt: skip
-    assert "the link went down 1 times, last " in done.stdout
+    assert "the link went down 1 time, last " in done.stdout

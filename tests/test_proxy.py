@@ -615,7 +615,7 @@ def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Pa
     running = proxy("--irq-dir", irq_dir, ready=False)
     assert running.wait() == 69
     assert running.log.splitlines()[-1] == (
-        f"inco-trio: error: {cores.link}: no such interface (there are: lo); --wait-link waits for it"
+        f"inco-trio: error: {cores.link}: no such interface (available: lo); --wait-link waits for it"
     )
     assert os.read(running.ready_fd, 1) == b""
 

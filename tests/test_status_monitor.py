@@ -633,6 +633,10 @@ def test_a_board_is_described_in_words() -> None:
     assert row.split()[-3:] == ["2", "3", "/s"]
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
+    once = attrs.evolve(status, tasks=(attrs.evolve(task, restarts=1),), last_down=1.0, counters=Stats(link_downs=1))
+    _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
+    assert restarted.startswith("  send: restarted 1 time; ")
+    assert down.startswith("  the link went down 1 time, last ")
 
 
 def test_events_are_described_in_words() -> None:

@@ -29,7 +29,7 @@ from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
-from inco_trio.problems import noted_by, noting, report
+from inco_trio.problems import noted_by, noting, report, times
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -323,18 +323,18 @@ class Proxy:
             self._outbound.link_changed()
             await link.changed()
 
-    def _note_link(self, before: bool | None, running: bool, times: int, since: int) -> None:
+    def _note_link(self, before: bool | None, running: bool, count: int, since: int) -> None:
         """Log, count and report that the link came up or went down. `since` is the time of the last change.
 
-        `before` is None at the start. If the link was and is running, it went down and came up again `times` times
+        `before` is None at the start. If the link was and is running, it went down and came up again `count` times
         before the proxy looked.
         """
         seconds = (time.monotonic_ns() - since) / 1e9
         if before:
-            self._counters.link_downs += times
+            self._counters.link_downs += count
             self._down_at = time.monotonic_ns()
         if before and running:
-            text = f"the link went down and came up again at once ({times} times)"
+            text = f"the link went down and came up again at once ({times(count)})"
         elif before:
             text = f"the link went down after {seconds:.1f} s"
         elif before is None:

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
 import trio
@@ -21,6 +21,7 @@ from inco_trio.notify import check_notification_fd, notify_ready, notify_reloade
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import needs_timestamps, set_up_logging
+from inco_trio.service.privileges import drop_capabilities
 
 __all__ = ["Restarting", "Runner", "Service", "Work", "run_service"]
 
@@ -168,7 +169,10 @@ Work = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 class Restarting:
-    """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError."""
+    """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError.
+
+    A new object drops all capabilities of the process except `kept`, and forbids new privileges.
+    """
 
     def __init__(
         self,
@@ -176,7 +180,9 @@ class Restarting:
         prepare: Callable[[], Work],
         log_statistics: Callable[[], None] = lambda: None,
         close: Callable[[], None] = lambda: None,
+        kept: Collection[int] = (),
     ) -> None:
+        drop_capabilities(kept)
         self.name = name
         self.log_statistics = log_statistics
         self._prepare = prepare

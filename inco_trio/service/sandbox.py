@@ -47,6 +47,8 @@ def enter_sandbox(
     also = set(PROCESSES) if has_fd_holder else set()
     if any(config.netns is not None for config in configs):
         also.add("setns")
+    if any((config.owner, config.group) != (None, None) for config in configs):
+        also.add("fchownat")
     try:
         seccomp.install(seccomp.filter_code(name, families=families, also=also, log=log))
     except OSError as error:
