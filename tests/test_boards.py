@@ -288,9 +288,8 @@ async def test_a_board_that_cannot_be_opened_is_retried(place: Place, caplog: py
     peer = place.peer("good")
     async with open_proxies(place.configs("bad", "good")) as proxies:
         assert list(proxies) == ["good"]
-        problem = (
-            f"{place.home}/bad/message_5_state: not a regular file but a symlink (remove it, or use another register)"
-        )
+        remedy = "remove it, or configure another register"
+        problem = f"{place.home}/bad/message_5_state: not a regular file but a symlink ({remedy})"
         assert proxies.not_open == {"bad": problem}
         assert isinstance(proxies, Mapping)
         assert ("bad" in proxies, proxies.get("bad")) == (False, None)
@@ -327,7 +326,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: please report this fault of inco-trio" in caplog.text
+    assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
 
 
 @in_trio

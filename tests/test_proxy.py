@@ -695,7 +695,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 70
-    assert "inco-trio: error: internal error: please report this fault of inco-trio" in done.stderr
+    assert "inco-trio: error: internal error: this is a bug in inco-trio, please report it" in done.stderr
     assert "RuntimeError: put in by the test" in done.stderr
 
 

@@ -343,14 +343,14 @@ def test_a_missing_proxy_is_an_error(command: str, tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     done = run(command, "--control", path)
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"inco-trio: error: {path}: no proxy listens there\n"
+    assert done.stderr == f"inco-trio: error: {path}: no proxy is listening on this socket\n"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     assert run(command, "--control", path).returncode == 69
     done = run(command, "--control", path, "rpmsg0")
     assert (done.returncode, done.stderr) == (
         2,
-        "inco-trio: error: --control and LINK exclude each other: both name a proxy\n",
+        "inco-trio: error: --control and LINK are mutually exclusive: each selects a proxy\n",
     )
     done = run(command, "no such link", env={"XDG_RUNTIME_DIR": str(tmp_path)})
     assert done.returncode == 69
