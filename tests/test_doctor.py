@@ -23,12 +23,14 @@ import pytest
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, register_files
+from inco_trio.doctor.examination import trust_of
 from inco_trio.doctor.result import Level, Result, hidden, permit
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
@@ -1071,3 +1073,17 @@ def test_the_doctor_changes_no_file(tmp_path: Path) -> None:
     assert {path: (s.st_mtime_ns, s.st_ino) for path, s in after.items()} == {
         path: (s.st_mtime_ns, s.st_ino) for path, s in before.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "trust"),
+    [
+        ("", Trust(7)),
+        ("--irq-owner 12:13", Trust(12, 13)),
+        ("--irq-owner=:13", Trust(7, 13)),
+        ("--irq-owner no-such-user", Trust(7)),  # The user was removed after the start of the proxy.
+    ],
+)
+def test_whom_a_proxy_trusts_is_read_from_its_command_line(option: str, trust: Trust) -> None:
+    assert trust_of(process(1, f"inco-trio run l0 {option}", uid=7)) == trust
+    assert trust_of(None) == Trust()

@@ -264,6 +264,29 @@ def test_the_kept_capabilities_depend_on_the_features(
         assert needed_capabilities(configs, grows=grows, locked=locked) == FILES
 
 
+@pytest.mark.netns
+def test_a_recreated_directory_is_given_to_its_owner(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    irq = tmp_path / "irq"
+    command = [f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", str(irq), "--control", str(tmp_path / "s")]
+    proxy = Proxy(None, [*command, "--irq-owner", "12:13"], {}, tmp_path / "log")
+    try:
+        proxy.wait_ready()
+        files = (cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_CHOWN, cap.CAP_FSETID)
+        assert effective(proxy.pid) == OURS & bits(*files)
+        for _ in range(2):
+            found = irq.stat()
+            assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (12, 13, "0o42775")
+            irq.rename(tmp_path / f"old{found.st_ino}")
+            # A reload recreates a missing directory.
+            proxy.wait_log("irq: missing: ")
+            proxy.process.send_signal(signal.SIGHUP)
+            proxy.wait_log("reloaded")
+            (tmp_path / "log").write_text("")
+    finally:
+        proxy.close()
+
+
 def test_a_proxy_with_an_owner_of_its_directories_keeps_cap_chown(tmp_path: Path) -> None:
     several = [Config("unix:/a,peer=/b", builtin_signals(tmp_path), owner=1)]
     assert needed_capabilities(several, grows=False, locked=False) == FILES | {cap.CAP_CHOWN, cap.CAP_FSETID}

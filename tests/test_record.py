@@ -348,7 +348,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
+        (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy is listening on this socket"),
         (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: otherwise there is one file"),
         (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),
