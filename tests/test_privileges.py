@@ -205,23 +205,28 @@ def test_the_exporter_drops_all_capabilities(port: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("mqtt", "{broker}/lab"), ("mqtt-link", "{broker}/wire", "{link}", "--end", "core0")]
+    "words",
+    [("mqtt", "{broker}/lab", "--control", "{control}"), ("mqtt-link", "{broker}/wire", "{link}", "--end", "core0")],
 )
 def test_the_clients_of_a_broker_drop_all_capabilities_before_they_connect(
     words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as broker:
+    with ExitStack() as stack:
+        broker = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         broker.settimeout(HANG)
+        board = Board(tmp_path, stack)
+        board.running()
         place = {
             "broker": f"mqtt://127.0.0.1:{broker.getsockname()[1]}",
-            "link": f"unix:{tmp_path}/a,peer={tmp_path}/b",
+            "control": board.path,
+            "link": f"unix:{tmp_path}/core1,peer={tmp_path}/core0",
         }
-        with subprocess.Popen([*COMMAND, *(word.format(**place) for word in words)]) as service:
-            broker.accept()[0].close()
-            status = status_of(service.pid)
-            assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [0, 0, 0]
-            assert status["NoNewPrivs"] == "1"
-            service.kill()
+        service = stack.enter_context(subprocess.Popen([*COMMAND, *(word.format(**place) for word in words)]))
+        stack.callback(service.kill)
+        broker.accept()[0].close()
+        status = status_of(service.pid)
+        assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [0, 0, 0]
+        assert status["NoNewPrivs"] == "1"
 
 
 def config(tmp_path: Path, link: str, netns: str | None = None) -> Config:
