@@ -109,7 +109,7 @@ def test_a_history_that_is_off_is_an_error(board: Board) -> None:
     board.running("--history", "0")
     done = history("--control", board.path)
     assert done.returncode == 2
-    assert done.stderr.endswith(f"board '{board.home}/core0': the history is off (run --history 0)\n")
+    assert done.stderr.endswith(f"board '{board.home}/core0': the proxy records no history (--history 0 disables it)\n")
     assert board.status()["recorded"] is None
 
 

@@ -205,23 +205,28 @@ def test_the_exporter_drops_all_capabilities(port: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("mqtt", "{broker}/lab"), ("mqtt-link", "{broker}/wire", "{link}", "--end", "core0")]
+    "words",
+    [("mqtt", "{broker}/lab", "--control", "{control}"), ("mqtt-link", "{broker}/wire", "{link}", "--end", "core0")],
 )
 def test_the_clients_of_a_broker_drop_all_capabilities_before_they_connect(
     words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as broker:
+    with ExitStack() as stack:
+        broker = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         broker.settimeout(HANG)
+        board = Board(tmp_path, stack)
+        board.running()
         place = {
             "broker": f"mqtt://127.0.0.1:{broker.getsockname()[1]}",
-            "link": f"unix:{tmp_path}/a,peer={tmp_path}/b",
+            "control": board.path,
+            "link": f"unix:{tmp_path}/core1,peer={tmp_path}/core0",
         }
-        with subprocess.Popen([*COMMAND, *(word.format(**place) for word in words)]) as service:
-            broker.accept()[0].close()
-            status = status_of(service.pid)
-            assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [0, 0, 0]
-            assert status["NoNewPrivs"] == "1"
-            service.kill()
+        service = stack.enter_context(subprocess.Popen([*COMMAND, *(word.format(**place) for word in words)]))
+        stack.callback(service.kill)
+        broker.accept()[0].close()
+        status = status_of(service.pid)
+        assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [0, 0, 0]
+        assert status["NoNewPrivs"] == "1"
 
 
 def config(tmp_path: Path, link: str, netns: str | None = None) -> Config:
@@ -262,6 +267,29 @@ def test_the_kept_capabilities_depend_on_the_features(
     if locked:
         monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
         assert needed_capabilities(configs, grows=grows, locked=locked) == FILES
+
+
+@pytest.mark.netns
+def test_a_recreated_directory_is_given_to_its_owner(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    irq = tmp_path / "irq"
+    command = [f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", str(irq), "--control", str(tmp_path / "s")]
+    proxy = Proxy(None, [*command, "--irq-owner", "12:13"], {}, tmp_path / "log")
+    try:
+        proxy.wait_ready()
+        files = (cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_CHOWN, cap.CAP_FSETID)
+        assert effective(proxy.pid) == OURS & bits(*files)
+        for _ in range(2):
+            found = irq.stat()
+            assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (12, 13, "0o42775")
+            irq.rename(tmp_path / f"old{found.st_ino}")
+            # A reload recreates a missing directory.
+            proxy.wait_log("irq: missing: ")
+            proxy.process.send_signal(signal.SIGHUP)
+            proxy.wait_log("reloaded")
+            (tmp_path / "log").write_text("")
+    finally:
+        proxy.close()
 
 
 def test_a_proxy_with_an_owner_of_its_directories_keeps_cap_chown(tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ def test_a_reload_adds_and_removes_boards(boards: Boards, tmp_path: Path) -> Non
         del peers["b0"]
         boards.add("new")
         peers["new"] = boards.peer("new")
+        end = len(proxy.log)
         proxy.process.send_signal(signal.SIGHUP)
-        proxy.wait_log("40 boards open, 0 not")
+        proxy.wait_log("40 boards open, 0 not", after=end)
         assert not (tmp_path / "b0.0").exists()
         check_boards(boards, peers)
         assert proxy.stop() == 0
@@ -208,10 +209,11 @@ def test_a_killed_proxy_under_s6_loses_nothing(boards: Boards) -> None:
 def test_a_recreated_directory_gets_its_owner(tmp_path: Path) -> None:
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
-        board.running(*SANDBOX, "--irq-owner", "daemon:daemon")
+        proxy = board.running(*SANDBOX, "--irq-owner", "daemon:daemon")
         before = board.irq.stat()
         assert (before.st_uid, before.st_gid, before.st_mode & 0o7777) == (1, 1, 0o2775)
         board.irq.rename(tmp_path / "former")
+        proxy.process.send_signal(signal.SIGHUP)  # The proxy recreates the directory now, instead of after 60 s.
         wait_path(board.irq / "message_6_trig")
         after = board.irq.stat()
         assert (after.st_uid, after.st_gid, after.st_mode) == (1, 1, before.st_mode)

@@ -1,7 +1,7 @@
 """The proxy of one board and its tasks.
 
-Each task has its own shielded cancel scope, so that a stop can end the tasks in order: the reading tasks first read the
-rest of the kernel's queues and end; then the other tasks finish these notifications.
+Each task has its own shielded cancel scope, so that a stop can end the tasks in order. First, the reading tasks read
+the rest of the kernel's queues and end. Then the other tasks finish these notifications.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running
 logger = logging.getLogger(__name__)
 
 SHORTLY = 0.2
-"""Maximum seconds that a stop waits for pending notifications if another proxy will finish them."""
+"""Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
 @attrs.define
@@ -88,7 +88,7 @@ class Proxy:
         self._clock = WallClock()
         self._since = self._table_since = time.monotonic_ns()
         self._down_at = 0
-        """When the link went down for the last time, or 0 (time.monotonic_ns(), as the other times here)."""
+        """When the link last went down (time.monotonic_ns()), or 0."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -170,7 +170,7 @@ class Proxy:
         Raises UnknownSignalError, or ClosedError if the proxy is closed.
         """
         self._check_open()
-        if isinstance(signals, str):  # A str is a collection too, but of characters.
+        if isinstance(signals, str):  # A str is a collection of characters, not of names.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
@@ -187,7 +187,7 @@ class Proxy:
         """Wait for the next notification of an inbound or outbound signal.
 
         Earlier notifications do not count. To wait for the answer to an action, open `events` before the action.
-        Raises UnknownSignalError, or ClosedError if the proxy is closed or closes meanwhile.
+        Raises UnknownSignalError, or ClosedError if the proxy is closed or closes during the wait.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for notification in events:
@@ -197,15 +197,15 @@ class Proxy:
     async def reload(self, config: Config) -> None:
         """Replace the signal table. The link and the signals that are in both tables keep working.
 
-        The reload loses no accepted notification and causes none. Missing IRQ directories are created. Raises
-        ClosedError, or another IncoError if the link differs or a register cannot be opened; then nothing changes.
+        The reload neither loses nor causes notifications. It creates missing IRQ directories. Raises ClosedError. If
+        the link differs or a register cannot be opened, the reload changes nothing and raises another IncoError.
         """
         if not config.same_link(self.config):
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
             table = SignalTable(config.signals)
-            # During the reload, frames of the old and of the new table must pass a filter.
+            # During the reload, the link's filter must accept the frames of the old and the new table.
             former = self._registers.table
             self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
@@ -287,7 +287,7 @@ class Proxy:
         text = "stopped"
         if unfinished := self._counters.unfinished:
             is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
-            text += f" with {unfinished} notifications pending: {'they are lost' if is_lost else 'kept'}"
+            text += f" with {unfinished} notifications pending: they are {'lost' if is_lost else 'kept'}"
             logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
         with noted_by(self._parts.events.note):
             self._inbound.count_dropped()
@@ -342,7 +342,7 @@ class Proxy:
         else:
             text = f"the link came up after {seconds:.1f} s"
         if before is not None:
-            # Core 1 may start after the proxy: that is not worth a warning.
+            # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
             logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
         self._parts.events.link_changed(running, text)
@@ -365,7 +365,7 @@ class Proxy:
 
 @attrs.define
 class Ground:
-    """The resources that a proxy uses and its successor inherits."""
+    """The resources that a proxy uses and that the board's next proxy inherits."""
 
     inflight: Inflight
     inotify: Watcher
@@ -374,7 +374,7 @@ class Ground:
     """The descriptors to put into the fd store, by name."""
     around: Surroundings
     leave_nothing: bool
-    """Whether to delete the link's socket file at the end, because no successor needs it."""
+    """Whether to delete the link's socket file at the end, because no later proxy needs it."""
     listener: Listener | None = None
     recorded: int = KEPT
     """How many notifications a new flight recorder keeps by default."""
@@ -384,9 +384,9 @@ class Ground:
 async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
     """Run a proxy while the block runs. When the block ends or is cancelled, the proxy stops cleanly.
 
-    When the block starts, link and watches are active. Raises LinkNotFoundError, PermissionDeniedError, ResourceError
-    or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot be retried,
-    the block is cancelled; the exceptions of the task and of the block are then raised in an ExceptionGroup.
+    When the block starts, the link and the watches are active. Raises LinkNotFoundError, PermissionDeniedError,
+    ResourceError or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot
+    be restarted, it cancels the block. Its exception and those of the block are then raised in an ExceptionGroup.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy
@@ -394,7 +394,7 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
-    """Do what `open_proxy` does, and store descriptors in `fd_store`. `listener` receives all events."""
+    """Run a proxy as `open_proxy` does, with an fd store. `listener` receives all events."""
     with ExitStack() as resources:
         ground = _ground(fd_store, resources, listener)
         proxy = build(config, fd_store, ground, resources)
@@ -454,7 +454,7 @@ def _build(
     """Do the work of `build`.
 
     The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
-    before newer ones are read. Descriptors are stored last, because each one replaces a stored descriptor.
+    before newer ones are read. Descriptors are stored last, because storing one deletes the old descriptor.
     """
     inherited = fd_store.inherited
     inflight = ground.inflight

@@ -69,14 +69,16 @@ def run_service(
         raise
     except Exception as error:  # Log the traceback, and exit with a code for the supervisor.
         if refused := _exhausted(error):
-            raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
-        logger.exception("internal error: please report this fault of inco-trio")
+            raise ResourceError(
+                service.name, f"{refused.strerror}: raise the limit or free some of the resource"
+            ) from error
+        logger.exception("internal error: this is a bug in inco-trio, please report it")
         return os.EX_SOFTWARE
     return 0
 
 
 def _exhausted(error: Exception) -> OSError | None:
-    """Return the cause of `error` if it is a system limit. Trio itself may reach such a limit, too."""
+    """Return the cause of `error` if it is a system limit. Trio itself may also reach such a limit."""
     cause = unwrapped(error, only=True)
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
@@ -140,7 +142,7 @@ class Runner:
                 self._stop.cancel()
             elif number == signal.SIGHUP:
                 if not self._is_ready.is_set():
-                    logger.info("not ready yet: the configuration will be reloaded afterwards")
+                    logger.info("not ready yet: the configuration will be reloaded once the service is ready")
                 _send_once(self._hang_up)
             elif not self._is_ready.is_set():
                 logger.info("not ready yet: there are no counters")
@@ -158,7 +160,7 @@ class Runner:
             except IncoError as error:
                 refused = str(error).splitlines()
                 for problem in refused:
-                    logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - the user's mistake
+                    logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - an error of the user
             notify_reloaded(refused[0] if refused else None)
 
 
