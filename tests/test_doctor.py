@@ -270,11 +270,14 @@ def interface(
     port_of: str = "",
     mtu: int = 1500,
     kind: str = "",
+    carrier: bool = False,
+    operstate: int = 0,
 ) -> Interface:
-    return Interface(4, name, up, running, master, port_of, mtu, MAC, kind)
+    return Interface(4, name, up, running, master, port_of, mtu, MAC, kind, carrier=carrier, operstate=operstate)
 
 
 BRIDGE = interface("br0")
+STATE_UP = "ip link set dev l0 state up mode default"
 
 
 @pytest.mark.parametrize(
@@ -283,6 +286,26 @@ BRIDGE = interface("br0")
         (interface(), None, []),
         (interface(up=False, running=False), None, [("the interface is down", "ip link set dev l0 up")]),
         (interface(running=False), None, [("the interface is up without a carrier: bring the peer up", None)]),
+        (
+            interface(running=False, carrier=True, operstate=5),
+            None,
+            [
+                (
+                    "the interface is up and has a carrier, but is not RUNNING: its operational state is DORMANT (",
+                    STATE_UP,
+                )
+            ],
+        ),
+        (
+            interface(running=False, carrier=True, operstate=9),
+            None,
+            [
+                (
+                    "the interface is up and has a carrier, but is not RUNNING: its operational state is 9 (expec",
+                    STATE_UP,
+                )
+            ],
+        ),
         (
             interface(mtu=63),
             None,

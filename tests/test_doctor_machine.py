@@ -236,6 +236,19 @@ def test_an_interface_without_carrier_is_a_fault(cores: Cores) -> None:
     assert result["found"].startswith("the interface is up without a carrier: bring the peer up")
 
 
+def test_a_dormant_interface_is_a_fault_and_the_fix_brings_it_up(cores: Cores) -> None:
+    cores.link_down()
+    commands = (["ip", "link", "set", "dev", cores.link, *words] for words in (["mode", "dormant"], ["up"]))
+    cores.core0.run(lambda: [subprocess.run(command, check=True) for command in commands])
+    result = of(doctor(cores.core0, cores.link), "state")
+    assert result["level"] == "fail"
+    assert result["found"].startswith("the interface is up and has a carrier, but is not RUNNING")
+    assert "operational state is DORMANT (expected UP)" in result["found"]
+    fix(cores.core0, result)
+    wait_running(cores)
+    assert of(doctor(cores.core0, cores.link), "state")["level"] == "ok"
+
+
 def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")

@@ -252,6 +252,14 @@ def test_monitor_prints_each_notification(board: Board, start: Callable[..., Run
     assert monitor.end() == 0
 
 
+def test_monitor_explains_its_columns_except_for_json(board: Board, start: Callable[..., Running]) -> None:
+    board.running()
+    for words, explains in (((), True), (("--json",), False)):
+        header = start("monitor", "--control", board.path, *words).remark()
+        assert header.startswith("inco-trio: listening to ")
+        assert ("+ time since the previous notification of the same signal" in header) is explains
+
+
 def test_monitor_filters_and_prints_json(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()

@@ -52,7 +52,10 @@ PASSIVE_MASTERS = frozenset({"vrf", "batadv"})
 
 IFF_UP = 0x1
 IFF_UP_AND_RUNNING = IFF_UP | 0x40
+IFF_LOWER_UP = 0x10000
 IF_OPER_UP = 6
+OPERSTATES = ("UNKNOWN", "NOTPRESENT", "DOWN", "LOWERLAYERDOWN", "TESTING", "DORMANT", "UP")
+"""The names of the operational states, as `ip link` prints them."""
 
 
 @attrs.frozen
@@ -63,7 +66,7 @@ class Interface:
     name: str
     up: bool
     running: bool
-    """Whether the interface is up and has a carrier."""
+    """Whether the interface is up and RUNNING: its operational state is UP or UNKNOWN."""
     master: int
     """The index of the bridge, bond or other master device that the interface is a port of, or 0."""
     port_of: str
@@ -79,11 +82,20 @@ class Interface:
     """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
     downs: int = 0
     """How many times the carrier has gone down."""
+    carrier: bool = False
+    """Whether the lower layer reports a carrier (IFF_LOWER_UP). The interface may still not be running."""
+    operstate: int = 0
+    """The operational state (RFC 2863), an index of OPERSTATES."""
 
     @property
     def is_taken(self) -> bool:
         """Whether the master takes the frames that arrive at this interface."""
         return bool(self.master) and self.port_of not in PASSIVE_MASTERS
+
+    @property
+    def state(self) -> str:
+        """The operational state in words."""
+        return OPERSTATES[self.operstate] if self.operstate < len(OPERSTATES) else str(self.operstate)
 
     @property
     def master_kind(self) -> str:
@@ -239,4 +251,6 @@ def _parse(message: bytes) -> Interface:
         0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
         attributes.get(IFLA_OPERSTATE) == bytes([IF_OPER_UP]),
         int.from_bytes(attributes.get(IFLA_CARRIER_DOWN_COUNT, b""), "little"),
+        bool(flags & IFF_LOWER_UP),
+        int.from_bytes(attributes.get(IFLA_OPERSTATE, b""), "little"),
     )
