@@ -68,7 +68,7 @@ def test_a_closed_standard_output_is_an_error(command: list[str]) -> None:
     code, out, err = finished(command, closed=[1])
     assert out == b""
     if command == ["--help"]:
-        assert (code, err.splitlines()[0]) == (0, b"usage: inco-trio [-h] [-V] COMMAND ...")
+        assert (code, err.splitlines()[0]) == (0, b"usage: inco-trio [OPTION ...] COMMAND ...")
     else:
         assert (code, err) == (71, b"inco-trio: error: standard output is closed\n")
 
