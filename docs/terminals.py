@@ -23,6 +23,8 @@ TERMINALS = {
     "doctor": ("first-steps", "inco-trio doctor rpmsg4000 --config udrv.json"),
 }
 """The page and the command of each screenshot, by the name of the picture."""
+COLUMNS = 92
+"""The least width: pages show all screenshots at the same width, so their text has the same size."""
 
 
 def draw(name: str) -> str:
@@ -31,7 +33,7 @@ def draw(name: str) -> str:
     blocks = list(parts(page))
     at = next(number for number, block in enumerate(blocks) if block.text == f"{command}\n")
     lines = [f"$ {command}", *painted(blocks[at + 1].text.splitlines(), "always")]
-    width = max(len(Text.from_ansi(line)) for line in lines)
+    width = max(COLUMNS, *(len(Text.from_ansi(line)) for line in lines))
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for line in lines:
         console.print(Text.from_ansi(line), soft_wrap=True)
