@@ -103,7 +103,7 @@ def test_a_broker_without_retained_messages_is_used(tmp_path: Path, stack: ExitS
     reader = bench.reader()
     gateway = bench.gateway()
     reader.until_status(bench.name, state="online")
-    gateway.wait_log("the broker keeps no retained messages")
+    gateway.wait_log("the broker does not keep retained messages")
     bench.board.trigger()
     assert next(reader.notifications()).body["sequence"] == 1
     gateway.end(signal.SIGKILL)

@@ -113,7 +113,7 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     board.trigger()
     peer.recv(2000)
     assert proxy.stop() == 0
-    assert recording.remark().endswith("the proxy has ended: waiting for the next one\n")
+    assert recording.remark().endswith("the proxy has ended: waiting for the next proxy\n")
     board.running()
     while not any(isinstance(each, Mark) and "again" in each.text for each in everything(tmp_path / "f")):
         assert recording.process.poll() is None
@@ -124,7 +124,7 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
     assert [text for text in marks if "proxy" in text][-3:] == [
         "the proxy has ended",
-        "what happened before this is unknown: the history did not survive the end of the proxy",
+        "earlier events are unknown: the history was lost when the proxy exited",
         "the proxy was started again",
     ]
 
@@ -316,7 +316,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == f"inco-trio: no proxy answers: listening on {cores.link} itself\n"
+        assert process.stderr.readline() == f"inco-trio: no proxy answers: capturing frames on {cores.link}\n"
         assert "recording" in process.stderr.readline()
         core1.send(b"one")
         core1.send(b"two")
@@ -329,7 +329,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     ("words", "code", "text"),
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
-        (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: otherwise there is one file"),
+        (("FILE", "--keep", "2"), 2, "--keep requires --size or --period: without them, only one file is written"),
         (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),
     ],
