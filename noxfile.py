@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import nox
@@ -45,7 +46,15 @@ DEBIAN_PACKAGES = {
     "zsh": ("zsh",),
 }
 
-# Two tests run at a time, each with its own namespaces, directories and sockets. pytest prints the 10 slowest tests.
+MACHINE_PACKAGES = {
+    "mke2fs": ("e2fsprogs",),
+    "mmdebstrap": ("mmdebstrap",),
+    "qemu-s390x-static": ("qemu-user-static",),
+    "qemu-system-x86_64": ("qemu-system-x86",),
+}
+"""The Debian packages that virtual machines need."""
+
+# Run two tests at a time, each with its own namespaces, directories and sockets. Print the 10 slowest tests.
 TWO_AT_A_TIME = ("-p", "xdist", "-n", "2", "--dist", "worksteal", "--durations", "10")
 
 # These tests mostly wait for other processes and for the kernel, so two of them leave a CPU idle.
@@ -108,23 +117,23 @@ def install(session: nox.Session, *groups: str) -> None:
     session.install("-e", ".", *nox.project.dependency_groups(PROJECT, *groups))
 
 
-def missing_programs() -> tuple[list[str], list[str]]:
+def missing_programs(wanted: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str]]:
     """Return the missing programs and the Debian packages that provide them."""
-    missing = [program for program in DEBIAN_PACKAGES if not shutil.which(program)]
-    return missing, [package for program in missing for package in DEBIAN_PACKAGES[program]]
+    missing = [program for program in wanted if not shutil.which(program)]
+    return missing, [package for program in missing for package in wanted[program]]
 
 
-def need_programs(session: nox.Session) -> None:
+def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DEBIAN_PACKAGES) -> None:
     """Install missing programs with apt-get as root; otherwise fail and name the Debian packages."""
-    missing, packages = missing_programs()
+    missing, packages = missing_programs(wanted)
     if missing and os.geteuid() == 0 and shutil.which("apt-get"):
         session.log(f"{', '.join(missing)}: not found (installing {' '.join(packages)})")
         for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
-            # Ignore the exit code: `apt-get update` fails if any package source fails. The next check decides.
+            # Ignore the exit code: `apt-get update` fails if any package source fails. Look for the programs again.
             session.run_install(
                 "apt-get", *command, env={"DEBIAN_FRONTEND": "noninteractive"}, external=True, success_codes=range(256)
             )
-        missing, packages = missing_programs()
+        missing, packages = missing_programs(wanted)
     if missing:
         session.error(f"{', '.join(missing)}: not found (install the Debian packages {' '.join(packages)})")
 
@@ -160,7 +169,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check types strictly: package, tests, netns, docs, examples and this file."""
+    """Check the types of all Python code with mypy in strict mode."""
     install(session, "types")
     session.run("mypy", "--strict")
 
@@ -188,7 +197,7 @@ def is_first(session: nox.Session) -> bool:
 @nox.session
 @ON_EACH_PYTHON
 def unit(session: nox.Session) -> None:
-    """Run the tests without namespaces on the built wheel; after the first Python only those that depend on Python."""
+    """Test the built wheel, without namespaces. Only the first Python runs tests that do not depend on Python."""
     left_out = () if is_first(session) else tuple(f"--ignore=tests/{name}" for name in SAME_ON_EACH_PYTHON)
     run_unit(session, *left_out)
 
@@ -196,7 +205,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(default=False)
 @ON_EACH_PYTHON
 def unit_full(session: nox.Session) -> None:
-    """Run all tests without namespaces on the built wheel, with each supported Python that was found."""
+    """Run all tests that need no namespaces on the built wheel, with each supported Python that was found."""
     run_unit(session)
 
 
@@ -209,7 +218,7 @@ def run_unit(session: nox.Session, *args: str) -> None:
     shutil.copytree(".", away, ignore=shutil.ignore_patterns("inco_trio", ".*", "__pycache__"))
     with session.chdir(away):
         words = ("tests", "-m", "not netns and not s6 and not qemu and not faults and not tools", *args)
-        # No line of the package depends on the Python version, so measure coverage on one.
+        # No line of the package depends on the Python version, so measure coverage on one version only.
         if is_first(session):
             run_pytest(session, *words, data="unit")
         else:
@@ -250,12 +259,12 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def release(session: nox.Session) -> None:
-    """Build the files of a release in dist/: twice with the same result, checked, audited and with an SBOM."""
+    """Build the files of a release in dist/, with an SBOM. Check that the build is reproducible; audit the packages."""
     session.install(*nox.project.dependency_groups(PROJECT, "release"))
     work, dist = Path(session.virtualenv.location).resolve() / "work", Path("dist").resolve()
     for place in (work, dist):
         shutil.rmtree(place, ignore_errors=True)
-    # The files contain no other time than that of the commit.
+    # Use the time of the commit for all timestamps in the files.
     session.env["SOURCE_DATE_EPOCH"] = str(session.run("git", "log", "-1", "--format=%ct", external=True, silent=True))
     for place in (dist, work / "again"):
         session.run("python", "-m", "build", "--installer", "uv", "--outdir", str(place))
@@ -271,27 +280,27 @@ def release(session: nox.Session) -> None:
     session.run("uv", "pip", "install", "--quiet", "--python", python, f"{wheel}[{extras}]")
     installed = work / "requirements.txt"
     lines = session.run("uv", "pip", "freeze", "--python", python, "--exclude-editable", silent=True)
-    # Leave out inco-trio itself, which has a path instead of a version, and the messages of uv.
+    # Omit inco-trio itself, which has a path instead of a version, and the messages of uv.
     installed.write_text("".join(f"{line}\n" for line in str(lines).splitlines() if "==" in line))
     session.run(
         *("cyclonedx-py", "environment", "--output-reproducible", "--pyproject", "pyproject.toml"),
         *("--output-file", str(dist / f"{wheel.name.partition('-py3')[0]}.cdx.json"), python),
     )
-    # Last: it needs the vulnerability database of PyPI, which a mirror may not have.
+    # Run the audit last: it needs the vulnerability database of PyPI, which a mirror may not have.
     session.run("pip-audit", "--strict", "--no-deps", "--disable-pip", "--requirement", str(installed))
 
 
 @nox.session
 @ON_EACH_PYTHON
 def examples(session: nox.Session) -> None:
-    """Test each example project with the built wheel; on one Python also with faults inserted and with QEMU."""
+    """Test each example project with the built wheel. One Python also runs the tests with inserted faults and QEMU."""
     need_programs(session)
     session.install(*nox.project.dependency_groups(PROJECT, "examples"))
     work = Path(session.virtualenv.location).resolve() / "work"
     shutil.rmtree(work / "dist", ignore_errors=True)
     session.run("python", "-m", "build", "--installer", "uv", "--wheel", "--outdir", str(work / "dist"))
     (wheel,) = (work / "dist").iterdir()
-    # Neither the firmware nor whether a test finds a fault depends on the Python version.
+    # The firmware, and whether a test detects an inserted fault, do not depend on the Python version.
     which = () if is_first(session) else ("-k", "passes and not firmware")
     session.run(
         *("pytest", "--confcutdir=tests/examples", "tests/examples/check.py", *which, *FOUR_AT_A_TIME),
@@ -327,7 +336,7 @@ def faults_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Run the whole fault suite, and 10,000 round trips instead of 2,000 with each core 1 in QEMU; takes minutes."""
+    """Run the whole fault suite, and 10,000 round trips (instead of 2,000) with each QEMU core 1. Takes minutes."""
     run_faults(session, "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
@@ -339,7 +348,7 @@ def run_faults(session: nox.Session, marker: str, **env: str) -> None:
 
 @nox.session(default=False)
 def loaded(session: nox.Session) -> None:
-    """Run all tests in random order next to busy processes; `-- --randomly-seed=N` repeats an order."""
+    """Run all tests in random order beside busy processes. `-- --randomly-seed=N` repeats an order."""
     need_programs(session)
     install(session, "test", "loaded")
     count = 2 * (os.cpu_count() or 1)
@@ -381,7 +390,7 @@ def fuzz_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def fuzz(session: nox.Session) -> None:
-    """Fuzz everything that reads data of other programs: `nox -s fuzz -- --minutes 60` runs longer than 10 minutes."""
+    """Fuzz all code that reads data from other programs, for 10 minutes or as in `nox -s fuzz -- --minutes 60`."""
     run_fuzz(session)
 
 
@@ -398,7 +407,7 @@ def bench_smoke(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmark next to a minimal Trio loop, C and a Python script; `-- --beside PATH` adds a checkout."""
+    """Compare inco-trio with a minimal Trio loop, C and a Python script. `-- --beside PATH` adds another checkout."""
     run_bench(session)
 
 
@@ -412,6 +421,22 @@ def run_bench(session: nox.Session, *args: str) -> None:
 def fresh(session: nox.Session) -> None:
     """Run the README's commands on bare Debian systems: `nox -s fresh -- bookworm` runs one suite."""
     session.run("python", "-u", "-m", "tests.fresh", *session.posargs)
+
+
+@nox.session(default=False)
+def kernels(session: nox.Session) -> None:
+    """Run the tests of tests/kernels on Debian's kernels in QEMU: `nox -s kernels -- 6.1` runs one kernel."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.kernels", *session.posargs)
+
+
+@nox.session(default=False)
+def processors(session: nox.Session) -> None:
+    """Run the tests of system data on emulated processors: `nox -s processors -- s390x` runs one."""
+    need_programs(session, MACHINE_PACKAGES)
+    session.install("attrs>=24.1", *nox.project.dependency_groups(PROJECT, "oldest"))
+    session.run("python", "-u", "-m", "tests.processors", *session.posargs)
 
 
 @nox.session(default=False)
@@ -460,7 +485,7 @@ def generated(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Combine the coverage data of the sessions above; fail below the limit in pyproject.toml."""
+    """Combine the coverage data of all test sessions. Fail if the coverage is below the limit in pyproject.toml."""
     session.install(*nox.project.dependency_groups(PROJECT, "test"))
     session.env["COVERAGE_FILE"] = str(COVERAGE_DATA / "data")
     session.run("coverage", "combine", "--quiet")

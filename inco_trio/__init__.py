@@ -13,7 +13,7 @@ As a library::
 
 from __future__ import annotations
 
-# Replaces typing.TYPE_CHECKING, because importing typing takes longer than importing this module.
+# Use this instead of typing.TYPE_CHECKING, because importing typing takes longer than importing this module.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from inco_trio.config import Board, Config, read_board

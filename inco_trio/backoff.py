@@ -8,7 +8,7 @@ __all__ = ["Backoff"]
 
 
 class Backoff:
-    """Exponential backoff with jitter: pauses in seconds, which grow up to CAP. CAP also limits the recovery time."""
+    """Exponential backoff with jitter. Pauses (in seconds) grow up to CAP, which therefore limits the recovery time."""
 
     FIRST = 0.005
     CAP = 0.08

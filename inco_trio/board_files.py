@@ -82,7 +82,7 @@ class Boards:
 
 
 def read_boards(directory: Path, running: Mapping[str, Config] | None = None) -> Boards:
-    """Return the boards in `directory`. Boards in `running` have priority, see `refuse_shared`. Raises ConfigError."""
+    """Read the board files in `directory`. Boards in `running` have priority (`refuse_shared`). Raises ConfigError."""
     try:
         files = sorted(file for file in directory.iterdir() if file.name.endswith(SUFFIX) and file.name[0] != ".")
     except OSError as error:
@@ -104,16 +104,16 @@ def read_boards(directory: Path, running: Mapping[str, Config] | None = None) ->
 
 
 def _read(path: Path, name: str) -> tuple[Config, tuple[str, ...]]:
-    """Return the configuration and the notes of the board that a file describes. Raises IncoError."""
+    """Read a board file, and return the configuration and the notes of the board. Raises IncoError."""
     if not NAME.fullmatch(name):
         rule = "1 to 64 letters, digits, '.', '_' and '-'; the first must be a letter or digit"
-        raise ConfigError(path, f"a board's name has {rule}")
+        raise ConfigError(path, f"a board's name consists of {rule}")
     table = parse_table(read_file(path), str(path))
     file = table.structure(BoardFile)
     if ("config" in table.values) == ("irq_dir" in table.values):
-        table.problems.append("needs either config, the path of a udrv.json, or irq_dir, a directory")
+        table.problems.append("expected either config, the path of a udrv.json, or irq_dir, a directory")
     if file and file.netns is not None and file.link.startswith("unix:"):
-        table.fault("netns", "not allowed for a unix: link (leave it out)")
+        table.fault("netns", "not allowed for a unix: link (remove this key)")
     table.finish(str(path))
     assert file is not None  # noqa: S101 - `finish` raises if there are mistakes
     netns = None if file.netns is None else NETNS / file.netns

@@ -46,7 +46,7 @@ class Config:
     history: int | None = None
     """How many notifications the flight recorder keeps, 0 to 65,536 (default: 4,096; fewer with many boards)."""
     netns: Path | None = None
-    """The path of the interface's network namespace, such as /run/netns/b2; None for that of this process."""
+    """The path of the interface's network namespace, such as /run/netns/b2 (None: the namespace of this process)."""
     owner: int | None = None
     """The user ID that may own IRQ directories, besides root and the user of this process."""
     group: int | None = None
@@ -132,7 +132,7 @@ class _Device:
     """An entry of the table `file` in a udrv.json."""
 
     path: Path
-    """The absolute path of the directory. Use the same path everywhere. The proxy creates a missing directory."""
+    """The absolute path of the directory, spelled the same everywhere. The proxy creates a missing directory."""
 
 
 @attrs.frozen
@@ -155,7 +155,7 @@ class _Entry:
 
 @attrs.frozen
 class _Found:
-    """A signal before its device is looked up; `where` is the key path of its entry."""
+    """A signal whose device has not been looked up yet. `where` is the key path of its entry."""
 
     name: str
     direction: Direction
@@ -165,7 +165,7 @@ class _Found:
 
 def _find(document: Table, notes: list[str]) -> Iterator[_Found]:
     regs, ours, signals = document.walk(REGS), document.walk(OURS), document.walk(SIGNALS)
-    # Only inco-trio uses these tables, so an unknown key in them is a typing error.
+    # Only inco-trio uses these tables, so an unknown key in them is a typo.
     ours.only(["signals"])
     signals.only(signals.values)
     builtins = {builtin.name: builtin for builtin in BUILTIN}

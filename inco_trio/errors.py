@@ -34,7 +34,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class IncoError(Exception):
-    """Base of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with `remedy`."""
+    """Base class of all errors: `IncoError(subject, reason)` or `IncoError(reason)`. The text ends with `remedy`."""
 
     def __init__(self, subject: object, reason: str | None = None, remedy: str | None = None) -> None:
         self.subject, self.reason = ("", str(subject)) if reason is None else (str(subject), reason)
@@ -121,7 +121,7 @@ def from_os_error(
     if the kernel denied access, or else the class `otherwise`. Both then have the reason `reason`.
     """
     if error.errno == errno.EMFILE and error.filename == "inotify":
-        # inotify_init(2) returns EMFILE for either of two limits, but the kernel's text only mentions open files.
+        # inotify_init(2) fails with EMFILE for either of two limits, but the kernel's text only mentions open files.
         what = "" if subject == "inotify" else "inotify: "
         return ResourceError(subject, f"{what}limit reached: raise fs.inotify.max_user_instances or ulimit -n")
     kind, text = (PermissionDeniedError, reason) if error.errno in DENIED else (otherwise, reason)
@@ -132,7 +132,7 @@ def from_os_error(
 
 
 def unwrapped(error: BaseException, *, only: bool = False) -> BaseException:
-    """Return KeyboardInterrupt or else the first error of nested groups. `only` keeps a group of several errors."""
+    """Return KeyboardInterrupt or else the first error in nested groups. `only` keeps a group of several errors."""
     while isinstance(error, BaseExceptionGroup) and not (only and len(error.exceptions) > 1):
         error = (error.subgroup(KeyboardInterrupt) or error).exceptions[0]
     return error

@@ -45,7 +45,7 @@ def encode(name: bytes, source: bytes) -> bytes:
     if len(source) != len(BROADCAST):
         raise ValueError(f"{source!r} is not a MAC address")
     if not is_wire_name(name):
-        raise ValueError(f"{name!r} is not a wire name")
+        raise ValueError(f"{name!r} is not a valid wire name")
     return BROADCAST + source + _TYPE + name
 
 

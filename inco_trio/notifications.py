@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Wanted = Callable[[Signal], bool]
 
 Times = tuple[int, int]
-"""One moment according to time.time_ns() and time.monotonic_ns()."""
+"""The same moment as time.time_ns() and as time.monotonic_ns()."""
 _signal_of = operator.attrgetter("signal")
 
 
@@ -40,7 +40,7 @@ class Notification:
     monotonic_ns: int
     """When the notification was delivered or sent (time.monotonic_ns())."""
     time_ns: int
-    """The same time as time.time_ns()."""
+    """When the notification was delivered or sent (time.time_ns())."""
 
     @property
     def direction(self) -> Direction:
@@ -70,7 +70,7 @@ class Listener(Protocol):
         """Handle a link that has come up or gone down. `text` describes the change."""
 
     def opened(self, keep: Callable[[], History]) -> None:
-        """Handle the start of the proxy. `keep` is the `Events.keep` method of the proxy."""
+        """Handle the start of the proxy. `keep` stores new notifications in the history, see `Events.keep`."""
 
     def ended(self) -> None:
         """Handle the end of the proxy."""

@@ -87,4 +87,4 @@ def _tell_systemd(state: str) -> None:
         sd_notify(state)
     except OSError as error:
         what = state.partition("\n")[0]
-        logger.warning("cannot report %s to $NOTIFY_SOCKET (%s): %s", what, os.environ["NOTIFY_SOCKET"], error)
+        logger.warning("cannot report %s to $NOTIFY_SOCKET (%r): %s", what, os.environ["NOTIFY_SOCKET"], error)

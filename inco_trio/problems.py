@@ -7,7 +7,7 @@ import contextvars
 import logging
 from collections.abc import Callable, Iterator
 
-__all__ = ["Problems", "board_name", "noted_by", "noting", "report", "working_for"]
+__all__ = ["Problems", "board_name", "noted_by", "noting", "report", "times", "working_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,11 @@ noting: contextvars.ContextVar[Callable[[str, str, int], None] | None] = context
     "inco_trio.noting", default=None
 )
 """Records an event of the proxy that the current task serves: its kind, its text, and the level of its log line."""
+
+
+def times(count: int) -> str:
+    """Return `1 time`, `2 times` and so on."""
+    return f"{count} time{'' if count == 1 else 's'}"
 
 
 def report(line: logging.Logger, level: int, text: str, kind: str = "message", count: int = 0) -> None:

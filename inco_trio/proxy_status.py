@@ -46,7 +46,7 @@ class Counters:
     restarts: int = 0
     """Restarts of failed tasks."""
     link_downs: int = 0
-    """How often the link went down."""
+    """Number of times that the link went down."""
 
     def snapshot(self) -> Stats:
         return Stats(**attrs.asdict(self))
@@ -71,13 +71,13 @@ class SignalStatus:
     register: str
     """The path of the trigger or state file."""
     count: int
-    """How often the state file was written, or the frame sent, since the signal was added to the table."""
+    """Number of times that the state file was written or the frame was sent since the signal was added to the table."""
     last: float | None
     """When the state file was last written or the frame last sent, in seconds since 1970."""
     failures: int
     """Failed attempts to write the state file or to send the frame."""
     pending: int
-    """Number of accepted notifications whose state file was not written, or whose frame was not sent yet."""
+    """Number of accepted notifications whose state file is not written yet, or whose frame is not sent yet."""
     problem: str | None
     """Why the signal does not work at the moment, or None."""
 
@@ -91,7 +91,7 @@ class TaskStatus:
     problem: str | None
     """The current problem, or None."""
     last_problem: str | None
-    """The last problem, even if it has been fixed, or None."""
+    """The most recent problem, even if it has been fixed, or None."""
 
 
 @attrs.frozen(slots=False, repr=False)
@@ -99,11 +99,11 @@ class RecorderStatus:
     """The content of the flight recorder, which `inco-trio history` prints."""
 
     boot: str
-    """A random identifier of the recorder, which survives a restart if the recorder does."""
+    """A random identifier of the recorder. It changes only when a restart loses the recorder's content."""
     sequence: int
     """The sequence number of the last notification."""
     since: float | None
-    """When its oldest record was written, in seconds since 1970, or None if it is empty."""
+    """When the oldest record was written, in seconds since 1970, or None if the recorder is empty."""
     notifications: int
     """Number of records of notifications. A record contains all notifications of a signal in one batch."""
     events: int
@@ -131,10 +131,10 @@ class Status:
     signals: tuple[SignalStatus, ...]
     tasks: tuple[TaskStatus, ...]
     uptime: float = 0.0
-    """For how many seconds the proxy has been open."""
+    """How long the proxy has been open, in seconds."""
     last_down: float | None = None
-    """When the link went down for the last time, in seconds since 1970, or None."""
+    """When the link last went down, in seconds since 1970, or None."""
     recorded: RecorderStatus | None = None
-    """What the flight recorder contains, or None if it is off."""
+    """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""

@@ -1,7 +1,7 @@
 """A clock that tests do not replace.
 
 Libraries that freeze time for tests, such as freezegun and time-machine, replace the functions of the module `time`,
-also where other modules have imported them. They leave CLOCK_MONOTONIC of clock_gettime(2) alone.
+even where other modules have imported them. They do not replace CLOCK_MONOTONIC of clock_gettime(2).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def now() -> float:
 
 
 class RealClock(trio.abc.Clock):
-    """A clock for trio.run that works as Trio's own one, also while a test has frozen time."""
+    """A clock for trio.run that works like Trio's own clock, even while a test has frozen time."""
 
     def start_clock(self) -> None: ...
 

@@ -118,12 +118,12 @@ def clashes(signals: Iterable[Signal]) -> Iterator[tuple[Signal, str]]:
         if signal.name in names:
             yield signal, "is in the table twice"
         names.add(signal.name)
-        # normpath keeps two leading slashes, because POSIX allows a special meaning for them. Linux has none.
+        # normpath keeps two leading slashes, because POSIX allows a special meaning for them. On Linux, they have none.
         directory = os.path.normpath(signal.directory).replace("//", "/")
         owner = owners.setdefault((directory, signal.register), signal)
         if owner is not signal and Direction.OUTBOUND in (owner.direction, signal.direction):
             kind = "trigger" if owner.direction is Direction.OUTBOUND else "state register"
-            yield signal, f"{str(signal.path)!r} is the {kind} of {owner.name} already"
+            yield signal, f"{str(signal.path)!r} is already the {kind} of {owner.name}"
 
 
 class SignalTable:

@@ -90,7 +90,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 class InvalidValueError(ValueError):
-    """A value does not obey its rule. The text of the exception says why."""
+    """A value breaks its rule. The text of the exception says why."""
 
 
 @attrs.frozen
@@ -253,12 +253,12 @@ class Table:
         return table or Table({}, path, self.problems)
 
     def structure(self, kind: type[_T]) -> _T | None:
-        """Convert this table to the attrs class `kind`. Unknown keys are mistakes. Return None for a mistake."""
+        """Convert this table to the attrs class `kind`, or return None for mistakes. Unknown keys are mistakes."""
         self.only(field.name for field in attrs.fields(kind))  # type: ignore[arg-type]
         return structure(self.values, kind, self.problems, self.where)
 
     def finish(self, source: str) -> None:
-        """Raise ConfigError for the mistakes, if there are any."""
+        """Raise a ConfigError that lists the mistakes, if there are any."""
         found = list(dict.fromkeys(self.problems))
         more = [f"and {len(found) - REPORTED_MAX} more mistakes"] if len(found) > REPORTED_MAX else []
         if found:

@@ -1,4 +1,4 @@
-"""The wall clock, as the monotonic clock sees it: when it was set, and times that stay comparable afterwards."""
+"""Detect when the wall clock is set, and convert times of the monotonic clock to the current wall clock."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 __all__ = ["TOLERANCE_NS", "WallClock", "step_text"]
 
 TOLERANCE_NS = 10**9
-"""Smallest step of the wall clock that counts as setting it, in nanoseconds. NTP slews both clocks alike."""
+"""Minimum step that counts as setting the wall clock, in nanoseconds. NTP adjusts the rate of both clocks equally."""
 
 
 def step_text(step_ns: int) -> str:
-    """Return a sentence about a wall clock that was set."""
+    """Describe in a sentence how the wall clock was set."""
     return f"the wall clock was set {'forward' if step_ns > 0 else 'back'} by {abs(step_ns) / 1e9:.1f} s"
 
 
@@ -22,7 +22,7 @@ class WallClock:
         self.offset = time.time_ns() - time.monotonic_ns()
 
     def step(self, time_ns: int, monotonic_ns: int) -> int:
-        """Return by how many nanoseconds the wall clock was set since the last step, or 0. Both times are of now."""
+        """Return by how many nanoseconds the wall clock was set since the last call, or 0. Pass the current times."""
         step = time_ns - monotonic_ns - self.offset
         if -TOLERANCE_NS < step < TOLERANCE_NS:
             return 0
@@ -30,7 +30,7 @@ class WallClock:
         return step
 
     def refresh(self) -> None:
-        """Follow the wall clock if it was set."""
+        """Adjust the difference if the wall clock was set."""
         self.step(time.time_ns(), time.monotonic_ns())
 
     def seconds(self, monotonic_ns: int) -> float:

@@ -36,7 +36,7 @@ __all__ = ["Canary", "Consumer", "Proxy", "StartProxy", "Tcpdump"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "netns: needs network namespaces: root, or a user namespace around pytest")
-    # Parallel workers and test runs must not find each other's control sockets.
+    # Give each pytest process a private /run/inco-trio, so that parallel runs do not see each other's control sockets.
     if os.geteuid() != 0:
         directory = tempfile.TemporaryDirectory(prefix="inco-trio-")
         config.add_cleanup(directory.cleanup)
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def cores() -> Iterator[Cores]:
-    """Create two cores, joined by a running link."""
+    """Create two cores, connected by a running link."""
     with two_cores() as made:
         yield made
 
@@ -74,7 +74,7 @@ class Canary:
         """Wait until the namespace has been destroyed."""
         while "canary" in (name for _, name in self._own.run(socket.if_nameindex)):
             if not select.select([self._changes], [], [], HANG)[0]:
-                pytest.fail("the namespace is still there")
+                pytest.fail("the namespace still exists")
             self._changes.recv(65536)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Canary:
 
 @pytest.fixture
 def canary() -> Iterator[Callable[[int], Canary]]:
-    """Return a function: `canary(fd)` returns a `Canary` for a namespace and does not keep the namespace alive."""
+    """Return a function `canary(fd)` that returns a `Canary` for a namespace without keeping the namespace alive."""
     with ExitStack() as stack:
 
         def start(fd: int) -> Canary:
@@ -119,7 +119,7 @@ class Proxy(Launched):
         log: Path,
         prefix: Sequence[str] = (),
     ) -> None:
-        # Run nsenter before `prefix`, which may drop the needed capability.
+        # Run nsenter before `prefix`, which may drop the capability that nsenter needs.
         enter = () if namespace is None else ("nsenter", f"--net=/proc/{os.getpid()}/fd/{namespace.fd}", "--")
         super().__init__("run", *arguments, log=log, environment=environment, prefix=[*enter, *prefix])
 
@@ -162,8 +162,8 @@ StartProxy = Callable[..., Proxy]
 def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
     """Return a function that starts the proxy: `proxy(*arguments, env={...}, core=cores.core0, ready=True)`.
 
-    The proxy uses the link of `cores` and a JSON log. `ready=False` does not wait until it is ready. If the test fails,
-    pytest shows the log of each proxy.
+    The proxy uses the link of `cores` and a JSON log. With `ready=False`, the function does not wait until the proxy is
+    ready. If the test fails, pytest shows the log of each proxy.
     """
     with ExitStack() as stack:
 
@@ -226,7 +226,7 @@ class Consumer:
             return self._count
 
     def wait(self, count: int, timeout: float = HANG) -> None:
-        """Wait for `count` notifications. Fail the test if more have been read by then."""
+        """Wait for `count` notifications. Fail the test if more than `count` have arrived by then."""
         self.wait_at_least(count, timeout)
         assert self.count == count, f"{self.path}: {self.count} notifications instead of {count}"
 

@@ -1,10 +1,10 @@
 """Run a program as an ordinary user: `python unprivileged.py PATH... -- PROGRAM ARGUMENT...`.
 
-This needs root or its capabilities. The ordinary user must be able to read each PATH (an interpreter, a package), which
-may be below a directory that is closed to others, such as /root. In a new mount namespace (mount_namespaces(7)), a
-tmpfs covers each closed directory and contains only the PATH, at its usual place.
+This script needs root or the capabilities of root. The program must be able to read each PATH (an interpreter, a
+package) even below a directory that only root can enter, such as /root. Therefore, in a new mount namespace
+(mount_namespaces(7)), a tmpfs covers each such directory and contains only PATH.
 
-In a user namespace of an ordinary user, an ordinary user is not mapped. In that case, the program runs as the same user
+In the user namespace of an ordinary user, no other user is mapped. In that case, the program runs as the same user,
 without capabilities.
 """
 
@@ -38,7 +38,7 @@ def _closed_to_others(path: Path) -> Path | None:
 
 
 def uncover(paths: list[Path]) -> None:
-    """Make all `paths` accessible to every user, in this process and its children only."""
+    """Make all `paths` accessible to every user, but only in this process and its children."""
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
     opened = {path: os.open(path, os.O_PATH) for path in paths}
@@ -53,7 +53,7 @@ def uncover(paths: list[Path]) -> None:
 def cover_run() -> None:
     """Give this process and its children a private, empty /run/inco-trio. Raises PermissionError without CAP_SYS_ADMIN.
 
-    Proxies of root create control sockets there, named after the link. Most tests have a link named rpmsg4000.
+    Proxies of root name their control sockets in this directory after the link, which most tests call rpmsg4000.
     """
     unshare(CLONE_NEWNS)
     _mount("none", Path("/"), "none", MS_REC | MS_PRIVATE, "")
@@ -78,4 +78,4 @@ if __name__ == "__main__":
     program = sys.argv[split + 1 :]
     uncover([Path(path).resolve() for path in sys.argv[1:split]])
     drop()
-    os.execve(program[0], program, {"PATH": os.environ["PATH"]})  # noqa: S606 - to run this program is the purpose
+    os.execve(program[0], program, {"PATH": os.environ["PATH"]})  # noqa: S606 - this script exists to run the program

@@ -1,4 +1,4 @@
-"""Tests that tests/test_core1.py runs as the user `nobody`; pytest does not collect this file by itself."""
+"""Tests that tests/test_core1.py runs as an ordinary user; pytest does not collect this file by itself."""
 
 from __future__ import annotations
 

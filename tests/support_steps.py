@@ -90,6 +90,8 @@ class Turns(trio.abc.Instrument):
         """Whether Trio is suspended at the step at which the loop must call `_act`."""
         self._acted = False
         self._feed: Callable[[], None] | None = None
+        self._before = set(threading.enumerate())
+        """Threads of earlier tests, such as the pytest plugin's `inco-trio testing`, which ends with the process."""
 
         turns, self._trio_run = self, trio.run
         monkeypatch.setattr(trio, "run", self._run_trio)
@@ -174,7 +176,8 @@ class Turns(trio.abc.Instrument):
     @contextmanager
     def _trio_running(self) -> Iterator[None]:
         """Let Trio run during the block, and afterwards until all of its tasks wait or a step suspends Trio."""
-        threads = [thread for thread in threading.enumerate() if thread.name.startswith("inco-trio ")]
+        started = set(threading.enumerate()) - self._before
+        threads = [thread for thread in started if thread.name.startswith("inco-trio ")]
         if self._free or not threads:
             yield
             return

@@ -84,9 +84,9 @@ def test_mac_option_sets_the_mac_address() -> None:
         ("unix:/a,peer=/x/../a", "both sides have the same path"),
         ("unix:/a\0,peer=/b", "a NUL byte cannot be part of a path"),
         ("unix:/\ud800,peer=/b", "cannot be a path"),
-        ("unix:/a,peer=/b,mac=02:00:00:00:00", "mac=02:00:00:00:00: not the address of one station"),
-        ("unix:/a,peer=/b,mac=03:00:00:00:00:01", "not the address of one station"),
-        ("unix:/a,peer=/b,mac=ff:ff:ff:ff:ff:ff", "not the address of one station"),
+        ("unix:/a,peer=/b,mac=02:00:00:00:00", "mac=02:00:00:00:00: not a unicast MAC address"),
+        ("unix:/a,peer=/b,mac=03:00:00:00:00:01", "not a unicast MAC address"),
+        ("unix:/a,peer=/b,mac=ff:ff:ff:ff:ff:ff", "not a unicast MAC address"),
     ],
 )
 def test_invalid_address_is_an_error(text: str, fault: str) -> None:

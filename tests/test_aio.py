@@ -402,12 +402,12 @@ def test_documented_callback(
     pytestconfig: pytest.Config, start: Callable[..., Program], cores: Cores, core1: Peer, irq_dir: Path, tmp_path: Path
 ) -> None:
     command = python(pytestconfig.getini("filterwarnings"))
-    say = start(*command, documented("say.py", tmp_path), cores.link, irq_dir)
-    say.wait_said(b"ready\n")
+    show = start(*command, documented("show.py", tmp_path), cores.link, irq_dir)
+    show.wait_said(b"ready\n")
     core1.send(RESET)
-    say.wait_said(b"inbound ihub_reset_irq\n")
+    show.wait_said(b"inbound ihub_reset_irq\n")
     (irq_dir / "message_6_trig").write_text("1")
-    say.wait_said(b"outbound redun_notify_irq\n")
+    show.wait_said(b"outbound redun_notify_irq\n")
 
 
 @pytest.mark.netns

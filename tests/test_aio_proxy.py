@@ -116,11 +116,12 @@ def alive() -> tuple[set[str], set[str]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    before = alive()
+    gc.collect()
+    before, open_before = alive(), descriptors()
     yield
     assert alive() == before
     gc.collect()
-    assert not [each for each in descriptors() if "memfd:inco-trio" in each]
+    assert descriptors() == open_before
 
 
 Run = Callable[[Coroutine[Any, Any, None]], None]

@@ -9,6 +9,7 @@ import logging
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_each_json_file_of_the_directory_is_a_board(tmp_path: Path) -> None:
 
 LINK = "unix:/x/a.0,peer=/x/a.1"
 EXPECTED = "expected an interface name or unix:LOCAL,peer=REMOTE"
-EITHER = "needs either config, the path of a udrv.json, or irq_dir, a directory"
+EITHER = "expected either config, the path of a udrv.json, or irq_dir, a directory"
 LONG = f"unix:/{'x' * 200},peer=/x/a.1"
 
 
@@ -158,7 +159,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
             {"link": LONG, "irq_dir": "/x"},
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],
         ),
-        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (leave it out)"]),
+        ({"link": LINK, "irq_dir": "/x", "netns": "b"}, ["netns: not allowed for a unix: link (remove this key)"]),
         (
             {"link": "a", "irq_dir": "/x", "netns": "a/b"},
             ["netns: 'a/b' (expected a name under /run/netns or an absolute path)"],
@@ -180,7 +181,7 @@ def test_an_invalid_board_name_is_refused(tmp_path: Path) -> None:
     boards = read_boards(directory)
     assert boards.configs == {}
     assert {str(error) for error in boards.refused.values()} == {
-        f"{directory}/{name}.json: a board's name has 1 to 64 letters, digits, '.', '_' and '-'; "
+        f"{directory}/{name}.json: a board's name consists of 1 to 64 letters, digits, '.', '_' and '-'; "
         "the first must be a letter or digit"
         for name in ("a b", "-x", "x" * 65, "ä")
     }
@@ -257,6 +258,29 @@ async def test_each_board_handles_its_own_notifications(place: Place) -> None:
         await proxies.reload({})
 
 
+@contextlib.contextmanager
+def covered(directory: Path) -> Iterator[None]:
+    """Cover a directory with an empty tmpfs while the block runs."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
+
+
+@pytest.mark.netns  # Mounting needs root.
+@in_trio
+async def test_a_mount_over_the_directory_of_each_board_is_noticed(place: Place) -> None:
+    peers = {name: place.peer(name) for name in ("a", "b")}
+    async with open_proxies(place.configs("a", "b")):
+        for name, peer in peers.items():
+            directory = place.home / name
+            with covered(directory):
+                await until((directory / "message_6_trig").exists)
+                place.trigger(name)
+                assert await received(peer) == b"redun_notify_irq"
+
+
 @in_trio
 async def test_a_board_that_cannot_be_opened_is_retried(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     (place.home / "bad").mkdir()
@@ -264,9 +288,8 @@ async def test_a_board_that_cannot_be_opened_is_retried(place: Place, caplog: py
     peer = place.peer("good")
     async with open_proxies(place.configs("bad", "good")) as proxies:
         assert list(proxies) == ["good"]
-        problem = (
-            f"{place.home}/bad/message_5_state: not a regular file but a symlink (remove it, or use another register)"
-        )
+        remedy = "remove it, or configure another register"
+        problem = f"{place.home}/bad/message_5_state: not a regular file but a symlink ({remedy})"
         assert proxies.not_open == {"bad": problem}
         assert isinstance(proxies, Mapping)
         assert ("bad" in proxies, proxies.get("bad")) == (False, None)
@@ -303,7 +326,7 @@ async def test_a_failing_proxy_is_reopened_without_affecting_others(
         assert proxies["b"] is fine
         place.trigger("a")
         assert await received(peers["a"]) == b"redun_notify_irq"
-    assert "internal error: please report this fault of inco-trio" in caplog.text
+    assert "internal error: this is a bug in inco-trio, please report it" in caplog.text
 
 
 @in_trio

@@ -17,9 +17,7 @@ from inco_trio.errors import ResourceError
 from inco_trio.persist.bundle import MESSAGE_FDS, Bundle
 from tests.support_proxy import Cupboard
 
-INVALID = (
-    "fd store: the stored bundle of descriptors is invalid: starting without it; notifications that it keeps are lost"
-)
+INVALID = "fd store: the stored bundle of descriptors is invalid: starting without it; the notifications in it are lost"
 
 KILLED = """
 import os, sys

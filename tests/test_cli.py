@@ -248,7 +248,7 @@ UNIX_EXPLANATION = (
 @pytest.mark.parametrize(
     ("link", "explanation"),
     [
-        ("rpmsg0", "the network interface rpmsg0, by an AF_PACKET socket, which needs CAP_NET_RAW"),
+        ("rpmsg0", "the network interface rpmsg0, through an AF_PACKET socket, which needs CAP_NET_RAW"),
         (
             "unix:/x/a,peer=/x/b,mac=02:00:00:00:00:01",
             UNIX_EXPLANATION,

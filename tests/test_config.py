@@ -237,9 +237,9 @@ def test_a_mistake_is_reported_with_its_key(path: tuple[str, ...], value: object
 @pytest.mark.parametrize(
     ("direction", "register", "problem"),
     [
-        ("outbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
-        ("inbound", "message_6_trig", "'/irq/message_6_trig' is the trigger of redun_notify_irq already"),
-        ("outbound", "message_4_state", "'/irq/message_4_state' is the state register of ihub_reset_irq already"),
+        ("outbound", "message_6_trig", "'/irq/message_6_trig' is already the trigger of redun_notify_irq"),
+        ("inbound", "message_6_trig", "'/irq/message_6_trig' is already the trigger of redun_notify_irq"),
+        ("outbound", "message_4_state", "'/irq/message_4_state' is already the state register of ihub_reset_irq"),
     ],
 )
 def test_a_register_in_use_is_refused(direction: str, register: str, problem: str) -> None:
@@ -274,14 +274,14 @@ def test_one_file_under_two_devices_is_one_register() -> None:
         (X, entry("outbound", "twin.message_6_trig")),
     )
     assert problems(json.dumps(document).encode()) == [
-        "misc.inco_proxy.signals.x.reg: '/x/../irq/message_6_trig' is the trigger of redun_notify_irq already"
+        "misc.inco_proxy.signals.x.reg: '/x/../irq/message_6_trig' is already the trigger of redun_notify_irq"
     ]
 
 
 def test_an_overridden_builtin_conflicts_with_another_builtin() -> None:
     document = changed(((*SIGNALS, "ihub_reset_irq"), entry("inbound", "ihub-irq-dev.message_6_trig")))
     where = "misc.ihub_config_dev.regs.redun_notify_trig.reg"
-    why = "'/irq/message_6_trig' is the state register of ihub_reset_irq already"
+    why = "'/irq/message_6_trig' is already the state register of ihub_reset_irq"
     assert problems(json.dumps(document).encode()) == [f"{where}: {why}"]
 
 

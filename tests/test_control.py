@@ -174,7 +174,7 @@ def test_send_sends_the_requested_number_of_notifications(board: Board) -> None:
     assert client.ask({"request": "send", "signal": "redun_notify_irq", "count": 3, "id": 5}) == {"id": 5, "sent": 3}
     assert [decode(peer.recv(200)) for _ in range(4)] == [b"redun_notify_irq"] * 4
     assert client.ask({"request": "send", "signal": "ihub_hwwd_irq"})["error"] == "unknown-signal"
-    assert "(there are: redun_notify_irq)" in client.ask({"request": "send", "signal": "x"})["message"]
+    assert "(available: redun_notify_irq)" in client.ask({"request": "send", "signal": "x"})["message"]
 
 
 @pytest.mark.parametrize(
@@ -512,7 +512,7 @@ def test_a_full_connection_queue_counts_as_a_listener(tmp_path: Path) -> None:
         client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         client.connect(str(path))
         assert place.is_live(path)
-        with pytest.raises(OSError, match="another process listens there"):
+        with pytest.raises(OSError, match="another process is already listening on this socket"):
             place.bind(path)
 
 

@@ -26,7 +26,7 @@ each_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenar
 def test_scenario_over_a_unix_socket_as_ordinary_user(scenario: Scenario, nobody: list[str]) -> None:
     # pytest's tmp_path is too long for a socket's path (unix(7)).
     with tempfile.TemporaryDirectory() as home:
-        Path(home).chmod(0o777)
+        Path(home).chmod(0o1777)
         script = Path(__file__).with_name("core1_over_a_socket.py")
         pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", f"{home}/t"]
         done = subprocess.run(

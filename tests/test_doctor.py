@@ -23,12 +23,14 @@ import pytest
 from inco_trio.cli import main
 from inco_trio.cli.doctor import EXITS
 from inco_trio.doctor import links, machine, proxies, register_files
+from inco_trio.doctor.examination import trust_of
 from inco_trio.doctor.result import Level, Result, hidden, permit
 from inco_trio.links.address import UnixAddress, parse_address
 from inco_trio.linux.capabilities import CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 from inco_trio.linux.processes import Process, Processes, look, packet_sockets, unix_sockets
 from inco_trio.linux.rtnetlink import Interface
 from inco_trio.registers.diagnose import UNREPORTED
+from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, superfluous, users_of_interface, users_of_socket
 from inco_trio.signals import Direction, Signal, builtin_signals
 from netns.hang import HANG
@@ -268,11 +270,14 @@ def interface(
     port_of: str = "",
     mtu: int = 1500,
     kind: str = "",
+    carrier: bool = False,
+    operstate: int = 0,
 ) -> Interface:
-    return Interface(4, name, up, running, master, port_of, mtu, MAC, kind)
+    return Interface(4, name, up, running, master, port_of, mtu, MAC, kind, carrier=carrier, operstate=operstate)
 
 
 BRIDGE = interface("br0")
+STATE_UP = "ip link set dev l0 state up mode default"
 
 
 @pytest.mark.parametrize(
@@ -281,6 +286,26 @@ BRIDGE = interface("br0")
         (interface(), None, []),
         (interface(up=False, running=False), None, [("the interface is down", "ip link set dev l0 up")]),
         (interface(running=False), None, [("the interface is up without a carrier: bring the peer up", None)]),
+        (
+            interface(running=False, carrier=True, operstate=5),
+            None,
+            [
+                (
+                    "the interface is up and has a carrier, but is not RUNNING: its operational state is DORMANT (",
+                    STATE_UP,
+                )
+            ],
+        ),
+        (
+            interface(running=False, carrier=True, operstate=9),
+            None,
+            [
+                (
+                    "the interface is up and has a carrier, but is not RUNNING: its operational state is 9 (expec",
+                    STATE_UP,
+                )
+            ],
+        ),
         (
             interface(mtu=63),
             None,
@@ -1063,3 +1088,17 @@ def test_the_doctor_changes_no_file(tmp_path: Path) -> None:
     assert {path: (s.st_mtime_ns, s.st_ino) for path, s in after.items()} == {
         path: (s.st_mtime_ns, s.st_ino) for path, s in before.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "trust"),
+    [
+        ("", Trust(7)),
+        ("--irq-owner 12:13", Trust(12, 13)),
+        ("--irq-owner=:13", Trust(7, 13)),
+        ("--irq-owner no-such-user", Trust(7)),  # The user was removed after the start of the proxy.
+    ],
+)
+def test_whom_a_proxy_trusts_is_read_from_its_command_line(option: str, trust: Trust) -> None:
+    assert trust_of(process(1, f"inco-trio run l0 {option}", uid=7)) == trust
+    assert trust_of(None) == Trust()

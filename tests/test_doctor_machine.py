@@ -236,6 +236,19 @@ def test_an_interface_without_carrier_is_a_fault(cores: Cores) -> None:
     assert result["found"].startswith("the interface is up without a carrier: bring the peer up")
 
 
+def test_a_dormant_interface_is_a_fault_and_the_fix_brings_it_up(cores: Cores) -> None:
+    cores.link_down()
+    commands = (["ip", "link", "set", "dev", cores.link, *words] for words in (["mode", "dormant"], ["up"]))
+    cores.core0.run(lambda: [subprocess.run(command, check=True) for command in commands])
+    result = of(doctor(cores.core0, cores.link), "state")
+    assert result["level"] == "fail"
+    assert result["found"].startswith("the interface is up and has a carrier, but is not RUNNING")
+    assert "operational state is DORMANT (expected UP)" in result["found"]
+    fix(cores.core0, result)
+    wait_running(cores)
+    assert of(doctor(cores.core0, cores.link), "state")["level"] == "ok"
+
+
 def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")
@@ -302,7 +315,7 @@ def test_the_fix_gives_missing_permissions(cores: Cores, irq_dir: Path, nobody: 
 def test_registers_on_proc_are_a_fault(cores: Cores) -> None:
     result = of(doctor(cores.core0, "--irq-dir", "/proc/irq/x"), "filesystem")
     assert (result["level"], result["fix"]) == ("fail", None)
-    assert "is on a filesystem of type proc: inotify reports nothing there" in result["found"]
+    assert "is on a filesystem of type proc: inotify reports no events on it" in result["found"]
 
 
 def test_an_interface_needs_exactly_one_proxy(cores: Cores, proxy: StartProxy, tmp_path: Path) -> None:
@@ -510,6 +523,8 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     assert pending["found"].startswith("ihub_reset_irq: cannot write: not a regular file but a directory; ")
     assert pending["found"].endswith(" (1 pending)")
     counted = [each["found"] for each in found if each["check"] == "counters"]
+    # The link goes down when core 1's process ends; whether the proxy notices this depends on the time.
+    counted = [each for each in counted if not each.startswith("link_downs: ")]
     assert len(counted) == 2
     assert counted[0].startswith(
         "unknown: 1 frames had a name that is not an inbound signal: compare `inco-trio monitor`"
@@ -521,13 +536,13 @@ def test_a_second_proxy_warns_and_names_the_first(cores: Cores, proxy: StartProx
     one = proxy("--irq-dir", tmp_path / "irq")
     two = proxy("--irq-dir", tmp_path / "irq")
     for subject, what in (
-        (cores.link, "serves this link, too: each proxy receives each frame"),
-        (tmp_path / "irq", "watches its triggers, too: each proxy sends each notification"),
+        (cores.link, "also serves this link, so both proxies receive each frame"),
+        (tmp_path / "irq", "also watches its triggers, so both proxies send each notification"),
     ):
         line = json.loads(two.wait_log(what))
         assert line["level"] == "warning"
         assert re.fullmatch(rf"{subject}: process {one.pid} \(python.*\) {what}: run: kill {one.pid}", line["message"])
-    assert "too: each" not in one.log
+    assert "both proxies" not in one.log
 
 
 def test_a_proxy_beside_one_of_another_user_names_it_by_its_command_line(
@@ -541,4 +556,13 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
 """
     command = [*nobody, sys.executable, "-c", program]
     done = cores.core0.run(lambda: subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True))
-    assert f"{cores.link}: process {one.pid} (python" in done.stdout
+    # This user cannot tell in which network namespace the proxies of other test runs are, so they may be named, too.
+    assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
+
+
+@pytest.mark.parametrize("named", ["12:13", ":13"])
+def test_the_owner_that_a_proxy_trusts_is_trusted(cores: Cores, proxy: StartProxy, irq_dir: Path, named: str) -> None:
+    irq_dir.parent.chmod(0o755)
+    proxy("--irq-dir", irq_dir, "--irq-owner", named)
+    assert irq_dir.stat().st_gid == 13
+    assert of(doctor(cores.core0, cores.link, "--irq-dir", irq_dir), "trusted")["level"] == "ok"

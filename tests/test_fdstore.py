@@ -188,13 +188,15 @@ class TestS6:
         self, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, fds: dict[str, int]
     ) -> None:
         monkeypatch.setenv("S6_FD#", "0")
-        with pytest.raises(ResourceError, match=r"^cannot store other/link\.1 .*not permitted .its rules[^\n]*$"):
+        with pytest.raises(ResourceError, match=r"^cannot store other/link\.1 .*permitted .the daemon's rules[^\n]*$"):
             S6FdStore(daemon.socket, "other/").store("link", fds["one"])
 
     def test_a_missing_daemon_is_one_error_line(self, daemon: Daemon, holder: S6FdStore, fds: dict[str, int]) -> None:
         holder.store("link", fds["one"])
         daemon.stop()
-        with pytest.raises(ResourceError, match=r"^cannot store .*refused .is s6-fdholder-daemon running there\?\)$"):
+        with pytest.raises(
+            ResourceError, match=r"^cannot store .*refused .is s6-fdholder-daemon running on this socket\?\)$"
+        ):
             holder.store("link", fds["two"])
         with pytest.raises(ResourceError, match=r"^cannot delete [^\n]*$"):
             holder.remove("link")
@@ -253,7 +255,7 @@ def test_s6_without_getdump_is_refused() -> None:
 def test_a_descriptor_that_was_closed_in_transit_is_an_error(identifier: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"S6_FD#": "1", "S6_FD_0": "1000000", "S6_FDID_0": identifier}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment("/run/s", "a")
 
 
@@ -267,7 +269,7 @@ def test_an_invalid_number_of_s6_is_one_error_line(name: str, value: str, monkey
     with pytest.raises(InvalidArgumentError) as caught:
         fd_store_from_environment("/run/s", "a")
     supervisor = "(let the supervisor start inco-trio directly)"
-    assert str(caught.value) == f"${name}: {value!r} is not a number of descriptors {supervisor}"
+    assert str(caught.value) == f"${name}: {value!r} is not a descriptor number or count {supervisor}"
 
 
 @pytest.mark.parametrize("missing", ["S6_FDID_0", "S6_FD_0"])
@@ -283,7 +285,9 @@ def test_a_missing_variable_of_s6_is_one_error_line(missing: str, monkeypatch: p
 def test_an_invalid_number_of_systemd_is_one_error_line(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"NOTIFY_SOCKET": "/n", "LISTEN_PID": str(os.getpid()), "LISTEN_FDS": value}.items():
         monkeypatch.setenv(name, text)
-    with pytest.raises(InvalidArgumentError, match=r"^\$LISTEN_FDS: [^\n]* is not a number of descriptors [^\n]*$"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"^\$LISTEN_FDS: [^\n]* is not a descriptor number or count [^\n]*$"
+    ):
         fd_store_from_environment(None, "a")
 
 
@@ -301,7 +305,7 @@ def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatc
         monkeypatch.setenv(name, text)
     # The first descriptor after those of this process is the first one that is not open.
     monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
-    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: in the environment [^\n]*$"):
+    with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment(None, "a")
 
 

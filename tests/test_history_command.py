@@ -109,7 +109,7 @@ def test_a_history_that_is_off_is_an_error(board: Board) -> None:
     board.running("--history", "0")
     done = history("--control", board.path)
     assert done.returncode == 2
-    assert done.stderr.endswith(f"board '{board.home}/core0': the history is off (run --history 0)\n")
+    assert done.stderr.endswith(f"board '{board.home}/core0': the proxy records no history (--history 0 disables it)\n")
     assert board.status()["recorded"] is None
 
 
@@ -165,4 +165,4 @@ def test_a_link_that_goes_down_is_logged_counted_and_recorded(
     assert [each["running"] for each in found] == [True, False, True]
     done = subprocess.run([*COMMAND, "status", "--control", str(control)], capture_output=True, text=True, check=True,
                           timeout=HANG)  # fmt: skip
-    assert "the link went down 1 times, last " in done.stdout
+    assert "the link went down 1 time, last " in done.stdout

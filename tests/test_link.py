@@ -421,7 +421,7 @@ def test_error_names_the_missing_interface_and_existing_ones(cores: Cores) -> No
     link = cores.core0.run(lambda: PacketLink.open("rpmsg16"))
     error = link.missing()
     close(link)
-    assert str(error) == f"rpmsg16: no such interface (there are: lo, {cores.link}); --wait-link waits for it"
+    assert str(error) == f"rpmsg16: no such interface (available: lo, {cores.link}); --wait-link waits for it"
     assert exit_code(error) == 69
 
 

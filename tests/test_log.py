@@ -226,7 +226,7 @@ def test_lost_lines_are_counted_in_the_next_written_line(
     logger.info("heard")
     logger.info("and this")
     assert drain(reader).decode().splitlines() == [
-        "inco-trio: warning: log lines lost here: 3",
+        "inco-trio: warning: log lines lost before this line: 3",
         "inco-trio: info: heard",
         "inco-trio: info: and this",
     ]
@@ -242,7 +242,7 @@ def test_a_partial_line_is_ended_before_the_next_line(pipe: tuple[int, int]) -> 
     assert torn.startswith(b"inco-trio: info: xxx")
     assert not torn.endswith(b"\n")
     logger.info("heard")
-    assert drain(reader) == b"\ninco-trio: warning: log lines lost here: 1\ninco-trio: info: heard\n"
+    assert drain(reader) == b"\ninco-trio: warning: log lines lost before this line: 1\ninco-trio: info: heard\n"
 
 
 @pytest.mark.parametrize(("place", "reason"), [("full", "No space left on device"), ("closed", "Bad file descriptor")])
@@ -270,7 +270,7 @@ def test_a_full_standard_error_is_not_reported_to_itself(capfd: pytest.CaptureFi
         os.close(full)
     logger.info("heard")
     assert capfd.readouterr().err.splitlines() == [
-        "inco-trio: warning: log lines lost here: 1",
+        "inco-trio: warning: log lines lost before this line: 1",
         "inco-trio: info: heard",
     ]
 

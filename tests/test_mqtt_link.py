@@ -294,7 +294,7 @@ def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
     for number in range(5):
         here.send(frame(number))
     here.bridge.unlink()
-    bridges[0].wait_log("bound again")
+    bridges[0].wait_log("bound a new socket")
     for number in range(5, 10):
         here.send(frame(number))
     bench.broker.start()

@@ -162,8 +162,8 @@ def bytes_at(place: str, offset: int, data: bytes) -> Callable[[mmap.mmap, dict[
 
 
 INVALID = [
-    (number_at("sequences", 16, 2**64 - 1), "a batch has an invalid number"),
-    (number_at("sequences", 40, 2**63), "a batch has an invalid number"),
+    (number_at("sequences", 16, 2**64 - 1), "a batch has an invalid sequence number"),
+    (number_at("sequences", 40, 2**63), "a batch has an invalid sequence number"),
     (bytes_at("pending keys", 0, b"\xff"), r"a table has an invalid entry: b'\xffirst', 2"),
     (bytes_at("pending keys", KEY, b"first".ljust(KEY, b"\0")), "a table has an invalid entry: b'first', 1"),
     (number_at("pending numbers", 0, 2**41), f"a table has an invalid entry: b'first', {2**41}"),
@@ -173,12 +173,12 @@ INVALID = [
     (number_at("queue", 8, 40), "the event queue has an incomplete event"),
     (number_at("queued events", 8, 2**63), "the event queue has an incomplete event"),
     (bytes_at("queued events", 4, bytes(4)), "the event queue has an incomplete event"),
-    (number_at("history", 3 * 8, 2**63), "the history has invalid numbers"),
-    (number_at("history", 2 * 8, 2**64 - 1), "the history has invalid numbers"),
-    (number_at("history", 6 * 8, 2**63), "the history has invalid numbers"),
-    (number_at("ring", 96 + 16, 2), "the history has an invalid notification"),
-    (number_at("ring", 96, 2**64 - 1), "the history has an invalid notification"),
-    (bytes_at("ring", 96 + 24, b"\x80"), "the history has an invalid notification"),
+    (number_at("history", 3 * 8, 2**63), "the history contains invalid numbers"),
+    (number_at("history", 2 * 8, 2**64 - 1), "the history contains invalid numbers"),
+    (number_at("history", 6 * 8, 2**63), "the history contains invalid numbers"),
+    (number_at("ring", 96 + 16, 2), "the history contains an invalid notification"),
+    (number_at("ring", 96, 2**64 - 1), "the history contains an invalid notification"),
+    (bytes_at("ring", 96 + 24, b"\x80"), "the history contains an invalid notification"),
     (bytes_at("merged keys", 0, b"\n"), "a table has an invalid entry: "),
 ]
 

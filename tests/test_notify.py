@@ -82,7 +82,7 @@ def test_a_missing_supervisor_does_not_stop_the_proxy(
     notify_ready(write)
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert f"descriptor {write}: Broken pipe" in caplog.messages[0]
-    assert f"READY=1 to $NOTIFY_SOCKET ({tmp_path}/gone)" in caplog.messages[1]
+    assert f"READY=1 to $NOTIFY_SOCKET ('{tmp_path}/gone')" in caplog.messages[1]
 
 
 def test_a_valid_descriptor_is_not_inherited_by_children() -> None:

@@ -490,14 +490,16 @@ def test_the_warning_about_a_holder_escapes_a_process_name_that_is_not_utf8(
 def test_an_unreadable_trigger_is_reported_as_a_read_problem(
     cores: Cores, irq_dir: Path, nobody: list[str], tmp_path: Path
 ) -> None:
-    irq_dir.mkdir()
-    irq_dir.chmod(0o777)
+    sockets = tmp_path / "sockets"
+    for directory, mode in ((irq_dir, 0o755), (sockets, 0o777)):
+        directory.mkdir()
+        directory.chmod(mode)
     for name in ("message_4_state", "message_5_state", "message_6_trig"):
         (irq_dir / name).touch()
         (irq_dir / name).chmod(0o666)
     (irq_dir / "message_6_trig").chmod(0o222)
-    address = f"unix:{irq_dir}/a,peer={irq_dir}/b"
-    command = [*nobody[:2], str(irq_dir), *nobody[2:], *RUN, "run", address, "--irq-dir", str(irq_dir)]
+    address = f"unix:{sockets}/a,peer={sockets}/b"
+    command = [*nobody[:2], str(irq_dir), str(sockets), *nobody[2:], *RUN, "run", address, "--irq-dir", str(irq_dir)]
     command += ["--log-timestamps", "never", "--control", "none"]
     code, _, err = finished(command)
     (line,) = [line for line in err.decode().splitlines() if not line.startswith("inco-trio: info: ")]

@@ -144,7 +144,7 @@ def test_a_trigger_that_another_user_replaced_is_not_watched(
     replace(trigger.path, stack)
     assert world.triggered() + world.restore() == []
     assert f"{trigger.path}: cannot watch: {why}; retrying" in caplog.text
-    assert world.registers.problem(trigger) == "cannot be watched, or is missing"
+    assert world.registers.problem(trigger) == "the file is missing or cannot be watched"
 
     put_a_new_file(trigger.path, stack)
     assert set(world.triggered() + world.later()) == {trigger.name}

@@ -57,7 +57,7 @@ RUN_BY = {
     ("mqtt", '{"time"'): "test_mqtt.py::test_notifications_are_published",
     ("mqtt", '{"send"'): "test_mqtt_configuration.py::test_the_file_of_the_page_is_valid",
     ("asyncio", '"""Answer each'): "test_aio.py::test_documented_asyncio_program",
-    ("asyncio", '"""Say which'): "test_aio.py::test_documented_callback",
+    ("asyncio", '"""Print each'): "test_aio.py::test_documented_callback",
     ("asyncio", '"""Join a board'): "test_aio.py::test_documented_bridge_to_mqtt",
     ("control", '{"protocol"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
     ("control", '{"request": "status"'): "test_pages.py::test_the_control_socket_answers_as_its_page_shows",
@@ -236,6 +236,13 @@ def test_the_tests_named_in_promises_exist() -> None:
     assert len(named) > 10
     assert [promise for promise, tests in named.items() if not tests] == []
     assert [test for tests in named.values() for test in tests if not exists(test)] == []
+
+
+def test_the_tests_named_on_the_kernels_page_exist() -> None:
+    checks = "".join(path.read_text() for path in (ROOT / "tests/kernels/checks").glob("check_*.py"))
+    named = re.findall(r"`(test_\w+)`", (DOCS / "kernels.md").read_text())
+    assert len(named) > 20
+    assert {*named} <= {*re.findall(r"^def (test_\w+)", checks, re.MULTILINE)}
 
 
 def test_the_board_files_on_the_pages_are_valid(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_client_refuses_a_socket_of_another_user(tmp_path: Path, connect: Call
     with listening_as(STRANGER, path), pytest.raises(PermissionDeniedError) as caught:
         connect(path)
     assert str(caught.value) == (
-        f"{path}: uid {STRANGER} listens there, who is neither root nor this user nor the owner of {tmp_path} "
+        f"{path}: the server runs as uid {STRANGER}: neither root nor this user nor the owner of {tmp_path} "
         "(remove the socket, or run this command as that user)"
     )
 
@@ -99,7 +99,7 @@ def test_a_client_trusts_its_own_user_and_the_owner_of_the_directory(
 def test_a_client_refuses_the_overflow_user(tmp_path: Path, connect: Callable[[Path], None]) -> None:
     path = tmp_path / "control.sock"
     os.chown(tmp_path, overflow_uid(), -1)
-    with listening_as(overflow_uid(), path), pytest.raises(IncoError, match=f"uid {overflow_uid()} listens there"):
+    with listening_as(overflow_uid(), path), pytest.raises(IncoError, match=f"runs as uid {overflow_uid()}"):
         connect(path)
 
 

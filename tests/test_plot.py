@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -54,6 +55,7 @@ def test_the_numbers_are_exact(night: Path) -> None:
     done = plot(night, "--json", "--pair", OUT, IN)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {
+        "version": 1,
         "file": str(night),
         "from": 0,
         "to": 4,
@@ -121,8 +123,68 @@ def test_the_picture_contains_the_expected_text(night: Path) -> None:
         f"{IN} (inbound): 3",
         "the link went down",
         "2.25 s",
-        f"from {OUT} to {IN}: 2 answered, 1 not; half within 0.25 s, 99 % within 0.5 s",
-    } <= comments(picture)
+        "local time (UTC)",
+        f"{OUT} (outbound): at most 0.75/s",
+        f"from {OUT} to {IN}: 2 answered, 1 not; half within 250 ms, 99 % within 500 ms",
+        "00:00:04.000",
+    } <= {re.sub(r"^1 +", "", text) for text in comments(picture)}
+
+
+@pytest.mark.tools
+def test_the_picture_names_the_time_zone(night: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    assert plot(night).returncode == 0
+    assert {"local time (IST, UTC+05:30)", "05:30:02.0", "1970-01-01"} <= comments(night.with_suffix(".svg"))
+
+
+def drawn(times: list[int], marks: list[Mark]) -> set[str]:
+    """Return the text in a picture of notifications at `times` (nanoseconds) and of marks."""
+    from inco_trio.capture.picture import draw
+
+    summary = Summary()
+    for time in times:
+        summary.take(Entry(time, "a", Direction.INBOUND))
+    for mark in marks:
+        summary.take(mark)
+    return texts(draw(summary, "", ".svg").decode())
+
+
+@pytest.mark.tools
+def test_durations_and_rates_have_readable_units() -> None:
+    hour = 3600 * SECOND
+    for times, gap, rate in (
+        ([0, 77 * SECOND // 1000], "77 ms", "26/s"),
+        ([0, 3 * 60 * SECOND], "3 min", "0.667/min"),
+        ([0, hour + 62 * SECOND], "1 h 1 min", "1.97/h"),
+        ([0, 65 * SECOND], "1 min 5 s", "1.85/min"),
+        ([0, 1000, 2000], "1 µs", "1,500,000/s"),
+    ):
+        assert {gap, f"a (inbound): at most {rate}"} <= drawn(times, [])
+
+
+@pytest.mark.tools
+def test_a_picture_of_a_single_notification() -> None:
+    found = drawn([SECOND + 123], [])
+    assert {"a (inbound): 1", "rates: too few notifications"} <= found
+    assert any(text.endswith(":01.000000123") for text in found)
+
+
+@pytest.mark.tools
+def test_close_marks_share_a_flag_and_each_has_a_line_in_the_list() -> None:
+    long = "the proxy was started again " * 12
+    marks = [Mark(SECOND, "down"), Mark(SECOND + 1, "up"), Mark(50 * SECOND, long)]
+    found = drawn([0, 100 * SECOND], marks)
+    assert {"1-2", "3", "down", "up", "mark (listed below the rates)"} <= found
+    assert " ".join(sorted(text for text in found if "proxy" in text)).count("the proxy was started") >= 10
+
+
+@pytest.mark.tools
+def test_a_picture_on_standard_output(night: Path) -> None:
+    done = plot(night, "--out", "-")
+    assert (done.returncode, done.stderr) == (0, "")
+    ET.fromstring(done.stdout)  # noqa: S314 - of our own making
+    assert f"{OUT} (outbound): 3" in texts(done.stdout)
+    assert not night.with_suffix(".svg").exists()
 
 
 @pytest.mark.tools
@@ -149,7 +211,11 @@ def record(path: Path, names: Sequence[str], marks: Sequence[str] = ()) -> Path:
 def comments(picture: Path) -> set[str]:
     """Return the comments in an SVG; matplotlib draws text as paths and puts the original text into comments."""
     ET.parse(picture)  # noqa: S314 - of our own making
-    return {part.partition("-->")[0].strip() for part in picture.read_text().split("<!--")[1:]}
+    return texts(picture.read_text())
+
+
+def texts(svg: str) -> set[str]:
+    return {part.partition("-->")[0].strip() for part in svg.split("<!--")[1:]}
 
 
 @pytest.mark.tools
@@ -161,7 +227,7 @@ def test_signal_names_are_drawn_literally(tmp_path: Path) -> None:
     said = comments(path.with_suffix(".svg"))
     assert {f"{formula} (inbound): 1", "x$^{$.pcapng: 3 notifications", r"$\frac$"} <= said
     assert r"bell\x07, escape\x1b, half \ud800" in said
-    assert "_hidden (inbound)" in said  # matplotlib itself would omit a legend label that begins with "_"
+    assert {"_hidden (inbound): 1", "_hidden (inbound): at most 250/s"} <= said
 
 
 @pytest.mark.tools
@@ -260,7 +326,7 @@ def peak(count):
         summary.take(Entry(number * 10_000 + 500 + number % 89, "b", None))
     with tempfile.TemporaryDirectory() as home:
         summary.numbers()
-        draw(summary, "", Path(home) / "f.svg")
+        Path(home, "f.svg").write_bytes(draw(summary, "", ".svg"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 before = peak({10**4})
@@ -335,6 +401,7 @@ def test_a_truncated_recording_is_plotted_with_a_warning(night: Path) -> None:
         ),
         (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: unknown format (expected one of .svg, .png)"),
         (("FILE", "--out", ""), 2, "--out: the path is empty"),
+        (("FILE", "--out", "-", "--json"), 2, "--out -: cannot be used with --json (give the plot a file)"),
         (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
     ],
 )
@@ -379,4 +446,14 @@ def test_pending_notifications_are_counted_and_plotted(tmp_path: Path) -> None:
     signals = {each["signal"]: (each["count"], each["pending"], each["delay"]) for each in found["signals"]}
     two = dict.fromkeys(("min", "p50", "p90", "p99", "max"), 2)
     assert signals == {IN: (1, 1, two), OUT: (0, 1, None)}
-    assert f"{OUT} (outbound): 0, 1 pending (x)" in (tmp_path / "f.svg").read_text()
+    assert {f"{OUT} (outbound): 0, 1 pending", "became pending", "pending until delivered"} <= comments(
+        tmp_path / "f.svg"
+    )
+
+
+def test_overlapping_waits_of_a_signal_are_one_period() -> None:
+    flow = Flow("a", None)
+    for late, delay in ((9, 2), (4, 3), (5, 3), (5, 4)):
+        flow.late.append(late)
+        flow.delays.append(delay)
+    assert flow.waits() == [(1, 5), (7, 9)]

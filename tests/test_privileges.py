@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,16 +18,21 @@ import pytest
 import trio
 
 from inco_trio.config import Config
+from inco_trio.control.protocol import BoardStatus
+from inco_trio.doctor import proxies
 from inco_trio.errors import ResourceError
 from inco_trio.linux import capabilities as cap
 from inco_trio.proxy.proxy import open_proxy
+from inco_trio.proxy_status import Stats, Status
 from inco_trio.service import privileges
 from inco_trio.service.privileges import drop_capabilities, needed_capabilities
 from inco_trio.signals import builtin_signals
-from inco_trio.simulation.world import Cores
+from inco_trio.simulation.world import Cores, veth
 from netns.fixtures import Proxy
 from netns.hang import HANG
+from tests.faults.supervised import wait_path
 from tests.support_control import COMMAND, Board
+from tests.support_doctor import process
 
 LOCKED = "--lock-memory: cannot lock memory (its size is limited): set `ulimit -l unlimited`"
 
@@ -72,7 +80,9 @@ def effective(pid: int) -> int:
     """Return the capabilities of a process, once all of its threads have the same."""
     deadline = time.monotonic() + HANG
     while True:
-        found = {status_of(pid, task.name)["CapEff"] for task in Path(f"/proc/{pid}/task").iterdir()}
+        found = set()
+        with contextlib.suppress(FileNotFoundError):  # The diagnosis thread has just ended.
+            found = {status_of(pid, task.name)["CapEff"] for task in Path(f"/proc/{pid}/task").iterdir()}
         if len(found) == 1:
             return int(found.pop(), 16)
         assert time.monotonic() < deadline, found
@@ -112,12 +122,111 @@ def test_a_proxy_of_an_interface_keeps_cap_net_raw(cores: Cores, tmp_path: Path)
         proxy.close()
 
 
+@pytest.mark.netns
+@pytest.mark.parametrize(
+    ("mode", "level", "text"),
+    [
+        ("off", "ok", "has CAP_DAC_OVERRIDE CAP_FOWNER"),
+        ("none", "warn", "has capabilities that it does not need: CAP_CHOWN "),
+    ],
+)
+def test_the_doctor_reports_capabilities(mode: str, level: str, text: str, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        board = Board(tmp_path, stack)
+        proxy = board.running("--sandbox", mode)
+        doctor = [*COMMAND, "doctor", board.link, "--irq-dir", str(board.irq), "--json"]
+        done = subprocess.run(doctor, capture_output=True, text=True, check=False)
+        results = [each for each in json.loads(done.stdout)["results"] if each["check"] == "capabilities"]
+        assert [(each["level"], each["subject"]) for each in results] == [(level, f"process {proxy.pid}")]
+        assert results[0]["found"].startswith(text)
+        assert "CAP_FOWNER" not in results[0]["found"] or mode == "off"
+
+
+@pytest.mark.parametrize(
+    ("command", "netns", "levels"),
+    [
+        ("inco-trio run a", None, ["warn"]),
+        ("inco-trio run a", "/proc/7/ns/net", ["ok"]),
+        ("inco-trio run --boards /b", None, ["ok"]),
+        ("python program.py", None, []),
+    ],
+)
+def test_the_doctor_knows_what_a_proxy_needs(command: str, netns: str | None, levels: list[str]) -> None:
+    held = ("CAP_NET_RAW", "CAP_SYS_ADMIN")
+    status = Status("a", 0, 0, True, "", None, Stats(), (), (), capabilities=held)
+    board = BoardStatus("a", status=status)
+    found = proxies.capabilities(process(1, command), board, None if netns is None else Path(netns))
+    assert [result.level.name.lower() for result in found] == levels
+    assert not [*proxies.capabilities(process(1, command), BoardStatus("a", "not open"), None)]
+
+
 def test_an_escape_keeps_all_capabilities(tmp_path: Path) -> None:
     with ExitStack() as stack:
         board = Board(tmp_path, stack)
         proxy = board.running("--sandbox", "none")
         assert effective(proxy.pid) == OURS
         assert status_of(proxy.pid)["NoNewPrivs"] == "0"
+
+
+@pytest.mark.netns
+def test_a_proxy_that_waits_for_its_link_has_already_dropped_capabilities(cores: Cores, tmp_path: Path) -> None:
+    words = ["missing0", "--irq-dir", str(tmp_path / "irq"), "--control", "none", "--wait-link"]
+    proxy = Proxy(cores.core0, words, {}, tmp_path / "log")
+    try:
+        proxy.wait_log("waiting for it")
+        kept = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}
+        assert effective(proxy.pid) == OURS & bits(*kept)
+        status = status_of(proxy.pid)
+        assert status["NoNewPrivs"] == "1"
+        assert int(status["CapBnd"], 16) == 0
+        veth(cores.core0, "missing0", cores.core1, "missing0")
+        proxy.wait_ready()
+        assert effective(proxy.pid) == OURS & bits(*(kept - {cap.CAP_NET_ADMIN}))
+    finally:
+        proxy.close()
+
+
+@pytest.mark.parametrize("port", ["9478", "80"])
+def test_the_exporter_drops_all_capabilities(port: str, tmp_path: Path) -> None:
+    script = "import sys; from inco_trio.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", sys.executable, "-c", script]
+    with (tmp_path / "log").open("wb") as log:
+        words = [*program, "exporter", "--listen", f"127.0.0.1:{port}"]
+        exporter = subprocess.Popen(words, stderr=log)
+    try:
+        wait_path(tmp_path / "log", lambda: "ready" in (tmp_path / "log").read_text())
+        status = status_of(exporter.pid)
+        kept = OURS & bits(cap.CAP_NET_BIND_SERVICE) if port == "80" else 0
+        assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [kept, kept, 0]
+        assert status["NoNewPrivs"] == "1"
+    finally:
+        exporter.terminate()
+        assert exporter.wait(HANG) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("mqtt", "{broker}/lab", "--control", "{control}"), ("mqtt-link", "{broker}/wire", "{link}", "--end", "core0")],
+)
+def test_the_clients_of_a_broker_drop_all_capabilities_before_they_connect(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        broker = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        broker.settimeout(HANG)
+        board = Board(tmp_path, stack)
+        board.running()
+        place = {
+            "broker": f"mqtt://127.0.0.1:{broker.getsockname()[1]}",
+            "control": board.path,
+            "link": f"unix:{tmp_path}/core1,peer={tmp_path}/core0",
+        }
+        service = stack.enter_context(subprocess.Popen([*COMMAND, *(word.format(**place) for word in words)]))
+        stack.callback(service.kill)
+        broker.accept()[0].close()
+        status = status_of(service.pid)
+        assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd")] == [0, 0, 0]
+        assert status["NoNewPrivs"] == "1"
 
 
 def config(tmp_path: Path, link: str, netns: str | None = None) -> Config:
@@ -135,6 +244,12 @@ FILES = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER}
         ([("unix:/a,peer=/b", None)], True, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}),
         ([], True, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}),
         ([("a", "/run/netns/b")], False, False, {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN, cap.CAP_SYS_ADMIN}),
+        (
+            [("a", "/proc/7/ns/net")],
+            False,
+            False,
+            {cap.CAP_NET_RAW, cap.CAP_NET_ADMIN, cap.CAP_SYS_ADMIN, cap.CAP_SYS_PTRACE},
+        ),
         ([("unix:/a,peer=/b", None)], False, True, {cap.CAP_IPC_LOCK}),
     ],
 )
@@ -154,6 +269,34 @@ def test_the_kept_capabilities_depend_on_the_features(
         assert needed_capabilities(configs, grows=grows, locked=locked) == FILES
 
 
+@pytest.mark.netns
+def test_a_recreated_directory_is_given_to_its_owner(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    irq = tmp_path / "irq"
+    command = [f"unix:{tmp_path}/a,peer={tmp_path}/b", "--irq-dir", str(irq), "--control", str(tmp_path / "s")]
+    proxy = Proxy(None, [*command, "--irq-owner", "12:13"], {}, tmp_path / "log")
+    try:
+        proxy.wait_ready()
+        files = (cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_CHOWN, cap.CAP_FSETID)
+        assert effective(proxy.pid) == OURS & bits(*files)
+        for _ in range(2):
+            found = irq.stat()
+            assert (found.st_uid, found.st_gid, oct(found.st_mode)) == (12, 13, "0o42775")
+            irq.rename(tmp_path / f"old{found.st_ino}")
+            # A reload recreates a missing directory.
+            proxy.wait_log("irq: missing: ")
+            proxy.process.send_signal(signal.SIGHUP)
+            proxy.wait_log("reloaded")
+            (tmp_path / "log").write_text("")
+    finally:
+        proxy.close()
+
+
+def test_a_proxy_with_an_owner_of_its_directories_keeps_cap_chown(tmp_path: Path) -> None:
+    several = [Config("unix:/a,peer=/b", builtin_signals(tmp_path), owner=1)]
+    assert needed_capabilities(several, grows=False, locked=False) == FILES | {cap.CAP_CHOWN, cap.CAP_FSETID}
+
+
 def test_a_refusal_of_the_kernel_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,7 +305,7 @@ def test_a_refusal_of_the_kernel_is_one_warning(
 
     monkeypatch.setattr(cap, "no_new_privileges", refuse)
     drop_capabilities(())
-    assert caplog.messages == ["cannot drop capabilities (Operation not permitted): the proxy keeps them"]
+    assert caplog.messages == ["cannot drop capabilities (Operation not permitted): the process keeps them"]
 
 
 def test_memory_that_cannot_be_locked_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:

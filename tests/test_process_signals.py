@@ -105,7 +105,7 @@ def test_a_stop_before_anything_is_open(place: str, numbers: list[signal.Signals
 def test_a_third_stop_exits_at_once(tmp_path: Path) -> None:
     assert run(AT_IMPORT, "trio", [signal.SIGTERM, signal.SIGINT, signal.SIGTERM], "--irq-dir", tmp_path) == (
         0,
-        "inco-trio: warning: third stop signal: exiting at once\n",
+        "inco-trio: warning: third stop signal: exiting immediately\n",
     )
 
 
@@ -202,7 +202,7 @@ def test_a_reload_requested_while_waiting_for_the_link_runs_later(
     running.wait_log("not ready yet: there are no counters")
     write_udrv(udrv, irq_dir, {}, {})
     running.process.send_signal(signal.SIGHUP)
-    running.wait_log("not ready yet: the configuration will be reloaded afterwards")
+    running.wait_log("not ready yet: the configuration will be reloaded once the service is ready")
     cores.make_link()
     running.wait_ready()
     assert '"reloaded: 3 signals"' in running.wait_log('"reloaded"')

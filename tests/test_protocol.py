@@ -147,11 +147,11 @@ BATCH = b'{"event": "notifications", "board": "b", "boot": "5f", "sequence": 1, 
         (b'{"follow": {"b": 1}}', r"follow\.b: a number \(expected a table\)"),
         (b'{"sent": true}', "sent: a boolean \\(expected a whole number"),
         (b'{"event": "notifications"}', "the event notifications is not valid: null"),
-        (BATCH % (b"[]", b"[[0, 1.5, 2]]"), "an item with values out of range"),
-        (BATCH % (b'[["inbound", "x"]]', b"[[-1, 1.5, 2]]"), "an item with values out of range"),
-        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1e999, 2]]"), "an item with values out of range"),
-        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1, 2]]"), "an item with values of other types"),
-        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1.5, true]]"), "an item with values of other types"),
+        (BATCH % (b"[]", b"[[0, 1.5, 2]]"), "an item with a value out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[-1, 1.5, 2]]"), "an item with a value out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1e999, 2]]"), "an item with a value out of range"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1, 2]]"), "an item with a value of the wrong type"),
+        (BATCH % (b'[["inbound", "x"]]', b"[[0, 1.5, true]]"), "an item with a value of the wrong type"),
         (BATCH % (b'[["inbound", "x"]]', b"[[0, 1.5]]"), "the event notifications is not valid"),
         (BATCH % (b'[["up", "x"]]', b"[]"), "expected inbound or outbound"),
         (BATCH % (b"[1]", b"[]"), "the event notifications is not valid"),
@@ -168,7 +168,7 @@ def test_invalid_messages_from_a_proxy_are_refused(line: bytes, text: str) -> No
     ("line", "text"),
     [
         (b"{}", "the process listening there is not inco-trio"),
-        (b'{"protocol": 2}', "the proxy uses protocol 2, this program 1: use the same version of both"),
+        (b'{"protocol": 2}', "the proxy uses protocol 2, this program 1: install matching versions"),
         (b'{"protocol": 1, "name": "x"}', "pid: missing"),
     ],
 )
@@ -272,7 +272,7 @@ def test_a_line_above_the_limit_is_refused(data: bytes) -> None:
 
 
 def test_an_id_must_not_be_nested() -> None:
-    with pytest.raises(RequestError, match="must not be nested"):
+    with pytest.raises(RequestError, match="must not contain nested"):
         decode_request(b'{"request": "status", "id": [[1]]}')
 
 

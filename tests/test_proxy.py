@@ -615,7 +615,7 @@ def test_a_missing_link_is_an_error(proxy: StartProxy, cores: Cores, irq_dir: Pa
     running = proxy("--irq-dir", irq_dir, ready=False)
     assert running.wait() == 69
     assert running.log.splitlines()[-1] == (
-        f"inco-trio: error: {cores.link}: no such interface (there are: lo); --wait-link waits for it"
+        f"inco-trio: error: {cores.link}: no such interface (available: lo); --wait-link waits for it"
     )
     assert os.read(running.ready_fd, 1) == b""
 
@@ -695,7 +695,7 @@ sys.exit(main(sys.argv[1:]))
 """
     done = finished(cores.core0, sys.executable, "-c", script, "run", cores.link, "--irq-dir", irq_dir)
     assert done.returncode == 70
-    assert "inco-trio: error: internal error: please report this fault of inco-trio" in done.stderr
+    assert "inco-trio: error: internal error: this is a bug in inco-trio, please report it" in done.stderr
     assert "RuntimeError: put in by the test" in done.stderr
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -104,6 +106,24 @@ def test_both_directions_are_recorded_with_their_frames(
         sent[4]: f"outbound {OUT} {board.irq}/message_6_trig",
     }
     assert {packet.interface.name for packet in packets(file)} == {f"{board.home}/core0"}
+
+
+def test_a_message_never_continues_the_line_of_the_progress(board: Board, tmp_path: Path) -> None:
+    proxy = board.running()
+    master, slave = pty.openpty()
+    code = "import sys, inco_trio.cli.record as record; record.SHOWN = 0.0; from inco_trio.cli import main"
+    command = [sys.executable, "-c", f"{code}; sys.exit(main())", "record", str(tmp_path / "f"), "--control"]
+    with subprocess.Popen([*command, str(board.path)], stderr=slave) as process, os.fdopen(master, "rb", 0) as terminal:
+        os.close(slave)
+        shown = b""
+        while b" notifications" not in shown:
+            shown += terminal.read(4096)
+        assert proxy.stop() == 0
+        while b"waiting for the next proxy" not in shown:
+            shown += terminal.read(4096)
+        process.send_signal(signal.SIGINT)
+    assert b"\r\x1b[Kinco-trio: " in shown
+    assert b"notificationsinco-trio" not in shown
 
 
 def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..., Running], tmp_path: Path) -> None:
@@ -328,7 +348,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy listens there"),
+        (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy is listening on this socket"),
         (("FILE", "--keep", "2"), 2, "--keep requires --size or --period: without them, only one file is written"),
         (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),

@@ -192,7 +192,9 @@ def test_a_trigger_that_is_not_a_regular_file_is_refused_at_start(
     make(notify.path)
     with pytest.raises(ConfigError) as caught:
         start(notify, opened=False).open()
-    assert str(caught.value) == (f"{notify.path}: not a regular file but {kind} (remove it, or use another register)")
+    assert str(caught.value) == (
+        f"{notify.path}: not a regular file but {kind} (remove it, or configure another register)"
+    )
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["itself", "above"])
@@ -1220,7 +1222,7 @@ def test_two_triggers_that_are_one_file_are_refused(
     irq.mkdir(parents=True)
     notify.path.touch()
     uart.path.hardlink_to(notify.path)
-    with pytest.raises(ConfigError, match=f"^{notify.path}: has 2 names .hard links. .replace it by a new file, or "):
+    with pytest.raises(ConfigError, match=f"^{notify.path}: has 2 names .hard links. .replace it with a new file, or "):
         start(notify, uart, opened=False).open()
     uart.path.unlink()
     world = start(notify, uart)
@@ -1405,7 +1407,9 @@ def test_each_register_that_is_not_a_regular_file_is_refused_at_start(
     make(signal.path)
     with pytest.raises(ConfigError) as caught:
         start(notify, reset, opened=False).open()
-    assert str(caught.value) == f"{signal.path}: not a regular file but {kind} (remove it, or use another register)"
+    assert (
+        str(caught.value) == f"{signal.path}: not a regular file but {kind} (remove it, or configure another register)"
+    )
 
 
 def test_no_file_is_created_in_a_directory_that_is_being_emptied(

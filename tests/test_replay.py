@@ -138,11 +138,11 @@ def test_a_tcpdump_capture_replays_the_same_frames(
     [
         (("none", "none0"), 65, "none: cannot be read: No such file or directory"),
         (("empty", "none0"), 65, "empty: not a recording: empty"),
-        pytest.param(("f", "none0"), 69, "none0: no such interface (there are: ", marks=pytest.mark.netns),
+        pytest.param(("f", "none0"), 69, "none0: no such interface (available: ", marks=pytest.mark.netns),
         (
             ("f", "unix:HOME/1,peer=HOME/0"),
             69,
-            "HOME/1: takes no frames now: no process is at HOME/0 (No such",
+            "HOME/1: the link accepts no frames: no process is at HOME/0 (No such",
         ),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),

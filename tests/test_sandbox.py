@@ -23,6 +23,7 @@ from inco_trio.service import sandbox
 from inco_trio.service.sandbox import enter_sandbox
 from inco_trio.signals import builtin_signals
 from netns.hang import HANG
+from tests.faults.supervised import wait_path
 from tests.support_control import Board
 from tests.support_proxy import write_udrv
 from tests.test_privileges import status_of
@@ -162,14 +163,17 @@ def test_a_proxy_in_the_sandbox_does_its_work(tmp_path: Path) -> None:
         assert "sandbox: writing is limited to" in proxy.log
         client = board.client()
         client.ask({"request": "monitor"})
-        board.trigger()
-        assert peer.recv(100)
-        board.inbound(peer)
-        client.until(event="notification", direction="inbound")
-        proxy.process.send_signal(signal.SIGHUP)
-        proxy.wait_log("reloaded")
-        board.trigger()
-        assert peer.recv(100)
+        for turn in range(2):
+            board.trigger()
+            assert peer.recv(100)
+            board.inbound(peer)
+            client.until(event="notification", direction="inbound")
+            proxy.process.send_signal(signal.SIGHUP)
+            proxy.wait_log("reloaded")
+            # The proxy recreates the files in a new directory. Its parent is what the rule of Landlock names.
+            board.irq.rename(tmp_path / f"former{turn}")
+            board.irq.mkdir()
+            wait_path(board.irq / "message_6_trig")
         assert board.status()["tasks"]
         proxy.process.terminate()
         assert proxy.wait() == 0

@@ -211,7 +211,7 @@ def test_send_reports_a_link_that_is_down_and_waits(board: Board) -> None:
             ("wait", "ihub_hwd_irq"),
             "ihub_hwd_irq: no such signal (expected one of: ihub_hwwd_irq, ihub_reset_irq, redun_notify_irq); did",
         ),
-        (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': unknown (there are: {home}/core0)"),
+        (("send", "redun_notify_irq", "--board", "b9"), "board 'b9': unknown (available: {home}/core0)"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -245,7 +245,7 @@ def test_send_and_wait_choose_a_board(board: Board) -> None:
         stack.callback(proxy.close)
         proxy.wait_ready()
         code, complaint = error(run("send", "redun_notify_irq", "--control", runtime / "boards.sock", "--board", "c"))
-        assert (code, complaint) == (2, "board 'c': unknown (there are: a, b)")
+        assert (code, complaint) == (2, "board 'c': unknown (available: a, b)")
         done = run(
             "wait", "redun_notify_irq", "b", "--timeout", str(HANG), "--after", "inco-trio send redun_notify_irq b"
         )
@@ -276,11 +276,14 @@ def test_other_users_may_wait_if_the_group_allows_it_but_not_send(
 
 
 def test_a_missing_proxy_is_an_error(tmp_path: Path) -> None:
-    assert error(run("send", "x", "--control", tmp_path / "none")) == (69, f"{tmp_path}/none: no proxy listens there")
+    assert error(run("send", "x", "--control", tmp_path / "none")) == (
+        69,
+        f"{tmp_path}/none: no proxy is listening on this socket",
+    )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
         stale.bind(str(tmp_path / "stale"))
     code, complaint = error(run("wait", "x", "--control", tmp_path / "stale"))
-    assert (code, complaint) == (69, f"{tmp_path}/stale: no proxy listens there")
+    assert (code, complaint) == (69, f"{tmp_path}/stale: no proxy is listening on this socket")
 
 
 def test_send_as_an_application(board: Board) -> None:
@@ -461,7 +464,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
     assert error(run("wait", "a_irq", "--as", "core1", link, "--send", "b_irq")) == (
         69,
-        f"{tmp_path}/core1: takes no frames now: no process is at {tmp_path}/core0 (Connection refused)",
+        f"{tmp_path}/core1: the link accepts no frames: no process is at {tmp_path}/core0 (Connection refused)",
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
@@ -481,7 +484,7 @@ def test_core1_times_out_or_reports_a_failed_command(tmp_path: Path) -> None:
 def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
     assert code == 69
-    assert complaint.startswith(f"{board.home}/core1: takes no frames now: no process is at {board.home}/core0")
+    assert complaint.startswith(f"{board.home}/core1: the link accepts no frames: no process is at {board.home}/core0")
     board.running()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(f"{board.home}/other")
@@ -568,7 +571,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
     inside[3:] = ["send", "x", "--as", "core1", "nothing0"]
     code, complaint = error(cores.core1.run(send))
     assert code == 69
-    assert complaint.startswith("nothing0: no such interface (there are: ")
+    assert complaint.startswith("nothing0: no such interface (available: ")
     assert "wait-link" not in complaint
 
 

@@ -71,11 +71,11 @@ A_IN = Signal("a", IN, IRQ, "r")
 @pytest.mark.parametrize(
     ("first", "second", "why"),
     [
-        (A_OUT, Signal("b", OUT, IRQ, "r"), "'/irq/r' is the trigger of a already"),
-        (A_OUT, Signal("b", IN, IRQ, "r"), "'/irq/r' is the trigger of a already"),
-        (A_IN, Signal("b", OUT, IRQ, "r"), "'/irq/r' is the state register of a already"),
-        (A_OUT, Signal("b", OUT, Path("/x/../irq/./"), "r"), "'/x/../irq/r' is the trigger of a already"),
-        (A_OUT, Signal("b", OUT, Path("//irq"), "r"), "'//irq/r' is the trigger of a already"),
+        (A_OUT, Signal("b", OUT, IRQ, "r"), "'/irq/r' is already the trigger of a"),
+        (A_OUT, Signal("b", IN, IRQ, "r"), "'/irq/r' is already the trigger of a"),
+        (A_IN, Signal("b", OUT, IRQ, "r"), "'/irq/r' is already the state register of a"),
+        (A_OUT, Signal("b", OUT, Path("/x/../irq/./"), "r"), "'/x/../irq/r' is already the trigger of a"),
+        (A_OUT, Signal("b", OUT, Path("//irq"), "r"), "'//irq/r' is already the trigger of a"),
         (A_IN, Signal("a", IN, IRQ, "s"), "is in the table twice"),
     ],
 )

@@ -252,6 +252,14 @@ def test_monitor_prints_each_notification(board: Board, start: Callable[..., Run
     assert monitor.end() == 0
 
 
+def test_monitor_explains_its_columns_except_for_json(board: Board, start: Callable[..., Running]) -> None:
+    board.running()
+    for words, explains in (((), True), (("--json",), False)):
+        header = start("monitor", "--control", board.path, *words).remark()
+        assert header.startswith("inco-trio: listening to ")
+        assert ("+ time since the previous notification of the same signal" in header) is explains
+
+
 def test_monitor_filters_and_prints_json(board: Board, start: Callable[..., Running]) -> None:
     peer = board.core1()
     board.running()
@@ -343,14 +351,14 @@ def test_a_missing_proxy_is_an_error(command: str, tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
     done = run(command, "--control", path)
     assert (done.returncode, done.stdout) == (69, "")
-    assert done.stderr == f"inco-trio: error: {path}: no proxy listens there\n"
+    assert done.stderr == f"inco-trio: error: {path}: no proxy is listening on this socket\n"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
     assert run(command, "--control", path).returncode == 69
     done = run(command, "--control", path, "rpmsg0")
     assert (done.returncode, done.stderr) == (
         2,
-        "inco-trio: error: --control and LINK exclude each other: both name a proxy\n",
+        "inco-trio: error: --control and LINK are mutually exclusive: each selects a proxy\n",
     )
     done = run(command, "no such link", env={"XDG_RUNTIME_DIR": str(tmp_path)})
     assert done.returncode == 69
@@ -633,6 +641,10 @@ def test_a_board_is_described_in_words() -> None:
     assert row.split()[-3:] == ["2", "3", "/s"]
     assert problem == "  s: /s: cannot write"
     assert restarted == "  send: restarted 2 times; last: No buffer space available"
+    once = attrs.evolve(status, tasks=(attrs.evolve(task, restarts=1),), last_down=1.0, counters=Stats(link_downs=1))
+    _, _, _, _, _, restarted, down, _ = _board_lines(BoardStatus("b", "", once), None, None)
+    assert restarted.startswith("  send: restarted 1 time; ")
+    assert down.startswith("  the link went down 1 time, last ")
 
 
 def test_events_are_described_in_words() -> None:

@@ -204,7 +204,7 @@ def test_a_missing_peer_is_an_error(world: World) -> None:
 def test_a_peer_of_another_socket_type_is_an_error(world: World, kind: int) -> None:
     link = world.bound()
     world.other(kind=kind).listen()
-    with pytest.raises(LinkDownError, match=r"core1 takes no frames .Protocol wrong type for socket"):
+    with pytest.raises(LinkDownError, match=r"core1 accepts no frames .Protocol wrong type for socket"):
         link.send("redun_notify_irq")
 
 
@@ -376,7 +376,7 @@ def test_a_file_that_is_not_a_socket_is_left_alone(world: World, make: str, kind
         world.local.symlink_to("nowhere")
     else:
         getattr(world.local, make)()
-    refuse(world, LinkNotFoundError, f"not a socket but {kind} (remove it, or use another path)")
+    refuse(world, LinkNotFoundError, f"the path is {kind}, not a socket (remove it, or use another path)")
     assert world.local.is_symlink() or world.local.exists()
 
 
@@ -445,7 +445,7 @@ def test_a_removed_or_replaced_path_is_bound_again(
         link.close()
 
     run(main)
-    assert caplog.messages == [f"{world.local}: removed or replaced by another process: bound again"]
+    assert caplog.messages == [f"{world.local}: the file was removed or replaced: bound a new socket"]
 
 
 def test_the_link_waits_for_a_path_taken_by_a_live_process(world: World) -> None:

@@ -42,7 +42,7 @@ def open_proxy(config: Config) -> AbstractAsyncContextManager[Proxy]:
 
 
 class _Opening(AbstractAsyncContextManager["Proxy"]):
-    """A class, because before Python 3.13 closing a coroutine does not close what an asynchronous generator awaits."""
+    """A class, because before Python 3.13, closing a coroutine does not close an asynchronous generator inside it."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -58,7 +58,7 @@ class _Opening(AbstractAsyncContextManager["Proxy"]):
 class Proxy:
     """A running proxy for an asyncio program. Use it only in the loop in which `open_proxy` opened it.
 
-    When a method raises `asyncio.CancelledError`, the cancelled operation has ended.
+    When a method raises `asyncio.CancelledError`, the operation that it cancelled has already ended.
     """
 
     def __init__(self, beside: Beside) -> None:
@@ -119,7 +119,7 @@ class _Events(AsyncIterator[Notification]):
         self._beside, self._batch = beside, batch
         self._stack = ExitStack()
         self._closed = False
-        # The Trio thread appends, the asyncio thread removes. If a reader is cancelled, the next one gets its batch.
+        # The Trio thread appends, the asyncio thread removes. If a reader is cancelled, the next reader gets its batch.
         self._fetched: deque[Notification] = deque()
         self._fetching = asyncio.Lock()
 
@@ -156,7 +156,7 @@ class _Events(AsyncIterator[Notification]):
         self._stack.close()
 
     def _end(self) -> None:
-        """Fetch all buffered notifications after the proxy has closed."""
+        """Fetch all notifications that are still buffered after the proxy has closed."""
         self._take(sys.maxsize)
         self._stack.close()
 
@@ -259,7 +259,7 @@ async def on_notification(
 
 
 async def run(proxy: trio_proxy.Proxy, main: Callable[[AsyncioProxy], Awaitable[T]]) -> T:
-    """Run the asyncio function `main` and return its result. An exception of `main` is raised unchanged.
+    """Run the asyncio function `main` and return its result. If `main` raises an exception, raise it unchanged.
 
     If no trio-asyncio loop is open, `main` runs in a new loop. When `main` ends, the remaining tasks of this loop are
     cancelled, as by `asyncio.run`. Raises ImportError if trio-asyncio does not work with this Python version.

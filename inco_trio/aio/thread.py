@@ -1,4 +1,4 @@
-"""A proxy in a Trio thread, which calls asyncio by `call_soon_threadsafe`; asyncio calls Trio by `run_sync_soon`."""
+"""A proxy in a Trio thread. Trio calls asyncio with `call_soon_threadsafe`; asyncio calls Trio with `run_sync_soon`."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Beside:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, GeneratorExit):  # The loop has been dropped: nothing can be awaited.
+        if isinstance(error, GeneratorExit):  # The event loop has been dropped, so it cannot await anything.
             self._abandon()
             return
         cancelled = await self._stop()
@@ -154,7 +154,7 @@ class Beside:
         try:
             return await self.call(call)
         except ClosedError:
-            return function()  # Trio has ended: the proxy does not change any more.
+            return function()  # Trio has stopped, so the proxy's state can no longer change.
 
     async def ended(self) -> None:
         await asyncio.wait({self._ended})
@@ -172,7 +172,7 @@ class Beside:
         self._end()
         cancelled = None
         try:
-            # Wait at least once, even if Trio has ended, so that a requested cancellation is raised here.
+            # Wait at least once, even if Trio has ended, so that a requested cancellation is raised by this wait.
             while True:
                 try:
                     await asyncio.wait({self._ended})
@@ -180,7 +180,7 @@ class Beside:
                 except asyncio.CancelledError as error:
                     cancelled = error
         finally:
-            # This only blocks after a second Ctrl-C or if the loop was dropped. Otherwise the thread has ended.
+            # This call blocks only after a second Ctrl-C or if the loop was dropped. Otherwise the thread has ended.
             self._join()
         return cancelled
 

@@ -34,6 +34,8 @@ class Flow:
     """The times at which notifications became pending. `times` contains the later times of their delivery."""
     delays: array[int] = attrs.Factory(lambda: array("q"))
     """How long delivered notifications had been pending, in nanoseconds."""
+    late: array[int] = attrs.Factory(lambda: array("q"))
+    """When the notifications in `delays` were delivered."""
 
     @property
     def label(self) -> str:
@@ -43,6 +45,16 @@ class Flow:
     def intervals(self) -> Iterator[int]:
         """Return the nanoseconds from each notification to the next."""
         return (later - earlier for earlier, later in zip(self.times, islice(self.times, 1, None), strict=False))
+
+    def waits(self) -> list[tuple[int, int]]:
+        """Return the start and end of each period in which a notification that was delivered later was pending."""
+        periods: list[tuple[int, int]] = []
+        for start, end in sorted((late - delay, late) for late, delay in zip(self.late, self.delays, strict=True)):
+            if periods and start <= periods[-1][1]:
+                periods[-1] = periods[-1][0], max(end, periods[-1][1])
+            else:
+                periods.append((start, end))
+        return periods
 
     def longest_gap(self) -> tuple[int, int] | None:
         """Return the start and length of the longest gap in nanoseconds, or None if there is no gap."""
@@ -107,6 +119,7 @@ class Summary:
         self.flows[key].times.append(each.time_ns)
         if each.delay:
             self.flows[key].delays.append(round(each.delay * BILLION))
+            self.flows[key].late.append(each.time_ns)
         for pair in self.pairs:
             pair.take(each)
 

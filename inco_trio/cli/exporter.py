@@ -10,6 +10,9 @@ from inco_trio.cli import options
 from inco_trio.cli.streams import say
 from inco_trio.service import process_signals
 
+PRIVILEGED = 1024
+"""The first port that does not need CAP_NET_BIND_SERVICE (ip(7))."""
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "example: inco-trio exporter --listen 127.0.0.1:9478"
@@ -27,10 +30,13 @@ def run(args: argparse.Namespace) -> int:
         say(resources.files("inco_trio.metrics").joinpath(name).read_text().rstrip("\n"))
         return 0
     with process_signals.held():
+        from inco_trio.linux.capabilities import CAP_NET_BIND_SERVICE
         from inco_trio.metrics.http_server import serve
         from inco_trio.service.runner import Restarting, run_service
 
         address, port = options.check_listen(args.listen)
         controls = options.control_paths(args)
-        make = functools.partial(Restarting, args.listen, lambda: functools.partial(serve, address, port, controls))
+        kept = {CAP_NET_BIND_SERVICE} if port < PRIVILEGED else ()
+        work = functools.partial(serve, address, port, controls)
+        make = functools.partial(Restarting, args.listen, lambda: work, kept=kept)
         return run_service(make, args.notification_fd, args.log_format, args.verbose, timestamps=args.log_timestamps)

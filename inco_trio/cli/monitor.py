@@ -17,6 +17,9 @@ from inco_trio.signals import Direction
 
 __all__ = ["Lines", "arguments", "run"]
 
+COLUMNS = "local time, direction, signal, + time since the previous notification of the same signal"
+"""The columns of a notification, for the header."""
+
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
@@ -44,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     with client:
         remark_unknown(client, args)
         client.request(MonitorRequest(args.board, direction, args.signal))
-        remark(f"listening to {client.greeting.name}")
+        columns = "" if args.json else f" ({COLUMNS})"
+        remark(f"listening to {client.greeting.name}{columns}")
         return _print(client.events(), args)
 
 

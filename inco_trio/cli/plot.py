@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inco_trio.cli.exit_codes import UsageError
-from inco_trio.cli.options import absolute, configuration_argument, configured_board, path_of
+from inco_trio.cli.options import STREAM, absolute, configuration_argument, configured_board, path_of
 from inco_trio.cli.signalling import left_out
-from inco_trio.cli.streams import remark, say
+from inco_trio.cli.streams import remark, say, say_bytes
 from inco_trio.errors import STRERROR, ProgramNotFoundError, RecordingError, from_os_error
 from inco_trio.service.lines import printable
 from inco_trio.signals import SignalTable, builtin_signals
@@ -43,7 +43,11 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "--past", nargs="?", const="", metavar="LINK",
         help="plot what `history` shows of the proxy of LINK (default: the only proxy), instead of FILE",
     )  # fmt: skip
-    sub.add_argument("--out", metavar="FILE", help="output, .svg or .png (default: FILE with the suffix .svg)")
+    sub.add_argument(
+        "--out",
+        metavar="FILE",
+        help="output, .svg or .png, or - for SVG on standard output (default: FILE with the suffix .svg)",
+    )
     sub.add_argument(
         "--pair", action="append", nargs=2, default=[], metavar=("SIGNAL", "ANSWER"),
         help="measure the time from SIGNAL to ANSWER; may be repeated",
@@ -71,7 +75,7 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
     out = _out(args, path)
     draws = args.out is not None or not args.json
     if draws:
-        if _is_one_file(path, out):
+        if args.out != STREAM and _is_one_file(path, out):
             raise UsageError(f"--out {out}: is the recording itself (use another file)")
         # Import matplotlib first, so that a failed import is reported before a long read.
         try:
@@ -84,19 +88,38 @@ def _plot(args: argparse.Namespace, path: Path) -> int:
         say(json.dumps({"version": 1, "file": str(path), **summary.numbers()}, indent=2))
     if draws:
         total = sum(len(flow.times) for flow in summary.flows.values())
-        try:
-            draw(summary, f"{printable(path.name)}: {total} notifications", out)
-        except OSError as error:
-            raise from_os_error(error, out, f"cannot be written: {STRERROR}") from error
+        title = f"{printable(path.name)}: {total} notifications"
+        if args.out == STREAM:
+            say_bytes(draw(summary, title, FORMATS[0]))
+            return 0
+        _save(draw(summary, title, out.suffix), out)
         if not args.json:
             say(f"{total} notifications and {len(summary.marks)} marks plotted to {printable(str(out))}")
     return 0
+
+
+def _save(picture: bytes, out: Path) -> None:
+    """Write the plot to a file. Raises ResourceError, PermissionDeniedError."""
+    try:
+        file = out.open("wb")
+        try:
+            with file:
+                file.write(picture)
+        except OSError:
+            out.unlink(missing_ok=True)  # Do not leave an incomplete plot.
+            raise
+    except OSError as error:
+        raise from_os_error(error, out, f"cannot be written: {STRERROR}") from error
 
 
 def _out(args: argparse.Namespace, path: Path) -> Path:
     """Return the path of the plot. Raises UsageError."""
     if args.out is None:
         return path.parent / f"{path.stem}{FORMATS[0]}"
+    if args.out == STREAM:
+        if args.json:
+            raise UsageError("--out -: cannot be used with --json (give the plot a file)")
+        return Path(STREAM)
     out = path_of(args.out, "--out")
     if out.suffix not in FORMATS:
         raise UsageError(f"--out {out}: unknown format (expected one of {', '.join(FORMATS)})")

@@ -164,6 +164,7 @@ class _Proxy:
             return self._new(self._client.arrived())
         except ProxyNotFoundError as error:
             self._client.close()
+            _show("")  # Otherwise the message would continue the line of the progress.
             remark(f"{error}: waiting for the next proxy")
             ended = _mark("the proxy has ended")
             while not self._stop.wait(AGAIN):

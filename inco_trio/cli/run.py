@@ -89,6 +89,10 @@ def _daemon(args: argparse.Namespace) -> Daemon:
         boards = OneBoard(functools.partial(_load, args))
         label = boards.label
     fd_store = fd_store_from_environment(args.fd_holder, label)
+    if args.wait_link and args.sandbox != "none":
+        # The wait may be long. Opening the link needs the same capabilities as a reload that adds a board.
+        opening = privileges.needed_capabilities(boards.configs(), grows=True, locked=args.lock_memory)
+        privileges.drop_capabilities(opening)
     if args.sandbox == "none":
         return Daemon(boards, label, args.control, fd_store)
 

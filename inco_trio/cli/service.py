@@ -8,6 +8,7 @@ import os
 from inco_trio.cli import options
 from inco_trio.cli.exit_codes import UsageError
 from inco_trio.cli.mqtt_link import ENDS, check_end
+from inco_trio.cli.run import SANDBOX
 from inco_trio.cli.streams import remark, say, say_bytes
 from inco_trio.service import descriptions
 from inco_trio.service.scandir import write_scandir
@@ -45,6 +46,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--user", help=f"run the service as USER (default for root: {descriptions.USER})")
     sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox of the proxy (see `run`)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,8 +61,10 @@ def run(args: argparse.Namespace) -> int:
         remark("warning: an isolated Python (-I) does not find inco_trio, so the service runs without isolation")
     user = descriptions.USER if args.user is None and os.geteuid() == 0 else args.user
     extra = ["--lock-memory"] if args.lock_memory else []
+    if args.sandbox is not None:
+        extra += ["--sandbox", args.sandbox]
     if extra and service.words[0] != "run":
-        raise UsageError("--lock-memory applies only to proxies")
+        raise UsageError(f"{extra[0]} applies only to proxies")
     if args.supervisor == "systemd":
         if args.user is not None:
             descriptions.account_of(args.user)

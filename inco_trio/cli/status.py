@@ -15,6 +15,7 @@ from inco_trio.cli.terminal import is_terminal, painted, screen
 from inco_trio.control.client import Client, connect, connect_all, wait_for_end
 from inco_trio.control.protocol import BoardStatus, to_json
 from inco_trio.errors import InvalidArgumentError
+from inco_trio.problems import times
 from inco_trio.proxy_status import Status
 from inco_trio.service.lines import printable
 from inco_trio.signals import Direction
@@ -119,10 +120,10 @@ def _board_lines(board: BoardStatus, seconds: float | None, past: Status | None)
             yield f"  {each.signal}: {each.register}: {each.problem}"
     for task in status.tasks:
         if task.problem or task.restarts:
-            yield f"  {task.task}: restarted {task.restarts} times; {task.problem or f'last: {task.last_problem}'}"
+            yield f"  {task.task}: restarted {times(task.restarts)}; {task.problem or f'last: {task.last_problem}'}"
     if status.last_down is not None:
         ago = _duration(max(0.0, now - status.last_down))
-        yield f"  the link went down {status.counters.link_downs} times, last {ago} ago"
+        yield f"  the link went down {times(status.counters.link_downs)}, last {ago} ago"
     if counters := ", ".join(f"{count} {name}" for name, count in status.counters.as_dict().items() if count):
         yield f"  counters: {counters}"
     if (recorded := status.recorded) is not None and recorded.since is not None:

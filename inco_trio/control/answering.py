@@ -1,4 +1,4 @@
-"""Connections to the control socket: requests, responses and events. See docs/control.md."""
+"""Connections to the control socket: read requests, and write responses and events. See docs/control.md."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from inco_trio.signals import Direction
 __all__ = ["Connection"]
 
 SHARE = 0.001
-"""Seconds that a monitor waits after each write, for each other monitor. However many monitors there are, all of them
-together then make about 1,000 writes per second, so that they do not delay notifications."""
+"""Pause of a monitor after each write, in seconds, multiplied by the number of other monitors. All monitors together
+therefore write at most about 1,000 times per second and do not delay notifications."""
 SEND_MAX = 1_000_000
 """Maximum number of notifications that one request sends."""
 
@@ -39,7 +39,7 @@ class Connection:
         self._monitor: Monitor | None = None
         self._writing = trio.Lock()
         self.fault = ""
-        """Why this side has closed the connection, or "" if the client has not exceeded a limit."""
+        """The limit that the client exceeded, which ended the connection, or "" if there was none."""
 
     @property
     def gone(self) -> bool:
@@ -61,7 +61,7 @@ class Connection:
             self._monitor.end()
 
     async def refuse(self, message: str) -> None:
-        """Write the error `busy` instead of a greeting."""
+        """Send the error `busy` instead of a greeting."""
         await self._write(protocol.encode_error(RequestError("busy", message)))
 
     async def run(self) -> None:
@@ -136,7 +136,7 @@ class Connection:
             if request.board in (None, name) and proxy is not None:
                 history = self._history(name, proxy._history())
                 boards.append(protocol.encode_board(protocol.BoardStatus(name, "", proxy.status, history)))
-                await trio.lowlevel.checkpoint()  # Let other tasks run: there may be 1,000 boards.
+                await trio.lowlevel.checkpoint()  # Let other tasks run, because a process may serve 1,000 boards.
         return boards
 
     def _history(self, board: str, history: History) -> protocol.HistoryStatus | None:
@@ -152,7 +152,7 @@ class Connection:
         board, proxy = self._proxy(request.board)
         recorder = proxy._recorder()
         if recorder is None:
-            raise RequestError("invalid", f"board {board!r}: the history is off (run --history 0)")
+            raise RequestError("invalid", f"board {board!r}: the proxy records no history (--history 0 disables it)")
         lines = []
         for number, event in enumerate(past_events(board, recorder, request.after or 0)):
             lines.append(protocol.encode_event(event))
@@ -182,7 +182,7 @@ class Connection:
                 await proxy.send(request.signal)
         except UnknownSignalError as error:
             outbound = ", ".join(s.name for s in proxy.config.signals if s.direction is Direction.OUTBOUND)
-            raise RequestError("unknown-signal", f"{error} (there are: {outbound or 'none'})") from None
+            raise RequestError("unknown-signal", f"{error} (available: {outbound or 'none'})") from None
         except ClosedError as error:
             raise RequestError("closed", str(error)) from None
         return request.count
@@ -200,7 +200,9 @@ class Connection:
         for other in self._feed.followers():
             is_same = request.boards is None or other.boards is None or set(request.boards) & set(other.boards)
             if is_same and not other.gone():
-                raise RequestError("busy", f"process {other.process} already follows; a board has only one follower")
+                raise RequestError(
+                    "busy", f"process {other.process} already follows this board (a board can have only one follower)"
+                )
         follower = Follower(
             boards=request.boards, batches=request.batches, process=self.peer.process, gone=lambda: self.gone
         )
@@ -216,11 +218,11 @@ class Connection:
 
     def _follower(self) -> Follower:
         if not isinstance(self._monitor, Follower):
-            raise RequestError("invalid", "this connection does not follow")
+            raise RequestError("invalid", "this connection follows no board (send the request follow first)")
         return self._monitor
 
     def _acknowledge_all(self, request: protocol.AcknowledgeAllRequest) -> int:
-        """Acknowledge notifications of several boards. Ignore histories that have ended. Return how many were valid."""
+        """Acknowledge notifications of several boards. Ignore ended histories. Return how many positions were valid."""
         follower, number = self._follower(), 0
         for board, boot, sequence in request.positions:
             cursor = follower.cursors.get(board)
@@ -232,9 +234,9 @@ class Connection:
     def _acknowledge(self, request: protocol.AcknowledgeRequest) -> int:
         follower = self._follower()
         if request.board not in follower.cursors:
-            raise RequestError("unknown-board", f"board {request.board!r} is not followed")
+            raise RequestError("unknown-board", f"this connection does not follow board {request.board!r}")
         if request.boot not in (None, follower.cursors[request.board].history.boot):
-            raise RequestError("invalid", f"boot: {request.boot!r} is not the current history")
+            raise RequestError("invalid", f"boot: {request.boot!r} does not name the current history")
         return follower.acknowledge(request.board, request.sequence)
 
     def _forget(self, request: protocol.ForgetRequest) -> list[str]:
@@ -260,7 +262,7 @@ class Connection:
     def _check_board(self, board: str | None) -> None:
         known = [*self._served.proxies(), *self._served.not_open()]
         if board is not None and board not in known:
-            raise RequestError("unknown-board", f"board {board!r}: unknown (there are: {', '.join(known) or 'none'})")
+            raise RequestError("unknown-board", f"board {board!r}: unknown (available: {', '.join(known) or 'none'})")
 
     async def _run_monitor(self, monitor: Monitor) -> None:
         try:

@@ -50,14 +50,14 @@ ERRORS: dict[str, type[IncoError]] = {
     "closed": ProxyNotFoundError,
     "busy": ResourceError,
 }
-"""The exceptions for error codes of the proxy. Other codes become InvalidArgumentError."""
+"""The exception for each error code of the proxy. Other codes become InvalidArgumentError."""
 
 
 def dial(sock: socket.socket, path: Path) -> bool:
     """Connect a non-blocking socket. Return False if the backlog of the proxy is full. Raises IncoError.
 
     If no process listens at `path`, the cause of the error is FileNotFoundError or ConnectionRefusedError. Raises
-    PermissionDeniedError if an untrusted user listens there.
+    PermissionDeniedError if the listening process belongs to an untrusted user.
     """
     try:
         sock.connect(os.fspath(path))
@@ -68,7 +68,7 @@ def dial(sock: socket.socket, path: Path) -> bool:
             path, "only root, the user of the proxy and its group may connect (run as one of them)"
         ) from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise ProxyNotFoundError(path, "no proxy listens there") from error
+        raise ProxyNotFoundError(path, "no proxy is listening on this socket") from error
     except OSError as error:
         raise ProxyNotFoundError(path, f"cannot connect: {error.strerror or error}") from error
     _check_server(sock, path)
@@ -76,23 +76,23 @@ def dial(sock: socket.socket, path: Path) -> bool:
 
 
 def _check_server(sock: socket.socket, path: Path) -> None:
-    """Check that the user who listens is root, this user, or the owner of the directory. Raises IncoError."""
+    """Check that the server runs as root, as this user, or as the owner of the directory. Raises IncoError."""
     _, user = peer_of(sock)
     trusted = {0, os.geteuid()}
     with contextlib.suppress(OSError):
         trusted.add(path.parent.stat().st_uid)
     if user not in trusted - {overflow_uid()}:
-        text = f"uid {user} listens there, who is neither root nor this user nor the owner of {path.parent}"
+        text = f"the server runs as uid {user}: neither root nor this user nor the owner of {path.parent}"
         raise PermissionDeniedError(path, f"{text} (remove the socket, or run this command as that user)")
 
 
 class Channel:
-    """Base class of both clients, with received lines and error handling. Methods raise ProtocolError."""
+    """Base class of the blocking and the Trio client. It checks and decodes lines. Methods raise ProtocolError."""
 
     def __init__(self, path: Path, *, is_subject: bool) -> None:
         self.path = path
         self._is_subject = is_subject
-        """Whether errors that the proxy reports have the path as their subject."""
+        """Whether the text of an error that the proxy reports starts with the path."""
         self._received = protocol.LineBuffer(protocol.REPLY_MAX)
         self._lines: deque[bytes] = deque()
 
@@ -133,7 +133,7 @@ class Channel:
         try:
             yield
         except MessageError as error:
-            text = "the process listening there is not inco-trio, or another version"
+            text = "the process listening there is not inco-trio or uses another version"
             raise ProtocolError(self.path, f"{text}: {error}") from error
 
     def _ended(self) -> ProxyNotFoundError:
@@ -178,7 +178,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         self._sock.close()
 
     def request(self, request: Request, patience: float | None = PATIENCE) -> Response:
-        """Send a request, and return the response within `patience` seconds. Raises IncoError if it is refused."""
+        """Send a request, and return the response within `patience` seconds. Raises IncoError if the proxy refuses."""
         deadline = math.inf if patience is None else time.monotonic() + patience
         try:
             self._sock.settimeout(patience)
@@ -227,7 +227,7 @@ class Client(Channel, AbstractContextManager["Client"]):
             return reply
         with self._obeying():
             if not isinstance(reply, Event):
-                raise MessageError("the event notifications was not requested")
+                raise MessageError("the proxy sent the event notifications, which was not requested")
         self._events.append(reply)
         return None
 
@@ -252,7 +252,7 @@ def connect(link: str | None, control: str | None) -> Client:
     """Connect to the proxy of `link`, to the proxy at `control`, or to the only running proxy. Raises IncoError."""
     if control is not None:
         if link is not None:
-            raise InvalidArgumentError("--control and LINK exclude each other: both name a proxy")
+            raise InvalidArgumentError("--control and LINK are mutually exclusive: each selects a proxy")
         return Client(Path(control))
     clients, errors = answering(sockets())
     found = [client for client in clients if link is None or _is_called(client, link)]
@@ -305,7 +305,7 @@ def _close(clients: list[Client], kept: Client | None) -> None:
 
 
 def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
-    """Connect to the control sockets at `paths` concurrently. Also return the errors of those that do not answer."""
+    """Connect to the control sockets at `paths` concurrently. Also return the errors of failed connections."""
     if len(paths) < 2:
         found = [_attempt(path) for path in paths]
     else:
@@ -317,7 +317,7 @@ def answering(paths: Sequence[Path]) -> tuple[list[Client], list[IncoError]]:
     clients: dict[str, Client] = {}
     for each in found:
         if isinstance(each, Client) and clients.setdefault(each.greeting.boot, each) is not each:
-            each.close()  # Two paths lead to the same proxy.
+            each.close()  # Another path leads to the same proxy.
     return [*clients.values()], [each for each in found if isinstance(each, IncoError)]
 
 

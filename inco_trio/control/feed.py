@@ -1,4 +1,4 @@
-"""The listener that passes the events of proxies on to monitors and followers. It never waits for a client."""
+"""Pass the events of proxies on to monitors and followers, without ever waiting for a client."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Batch:
     reason: str = ""
     """Why pending notifications cannot be delivered or sent."""
     lines: dict[bool, list[str]] = attrs.field(factory=dict, init=False)
-    """The events as lines, without and with frames. The first monitor that needs them encodes them for all others."""
+    """The encoded events, without and with frames. The first monitor that needs them encodes them for all others."""
 
     @property
     def kind(self) -> str:
@@ -105,7 +105,7 @@ class Feed:
 
     def _frames_sent(self, signals: Sequence[Signal]) -> Sequence[bytes]:
         proxy = self.served.proxies().get(self._board)
-        # Frames are unknown if the proxy is not open yet, or read them before a monitor asked for frames.
+        # Frames are unknown if the proxy is not open yet, or if it read them before a monitor asked for frames.
         if proxy is None or any(signal.direction is Direction.INBOUND for signal in signals):
             return ()
         return [proxy._frame(signal.name) for signal in signals]
@@ -168,7 +168,7 @@ class _LogTap(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         kind, count = getattr(record, "event", "message"), getattr(record, "fields", {}).get("count", 0)
         if kind == "link":
-            return  # `Feed.link_changed` has offered it.
+            return  # `Feed.link_changed` has already queued this event.
         level, message = record.levelname.lower(), record.getMessage()
         offer = partial(self._feed.offer, kind, level=level, message=message, count=count)
         if threading.get_ident() == self._thread:

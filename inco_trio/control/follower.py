@@ -19,7 +19,7 @@ POSITIONS_MAX = 100
 
 
 class Conversation(Channel):
-    """A connection to a proxy. One task may read while several write. Raises ProxyNotFoundError once the proxy ends."""
+    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy ends."""
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
         super().__init__(path, is_subject=True)
@@ -27,7 +27,7 @@ class Conversation(Channel):
         self._writing = trio.Lock()
         self._ahead: list[Reply] = []
         self._positions: dict[str, tuple[str, int]] = {}
-        """By board, the history and number up to which notifications will be acknowledged."""
+        """For each board, the history and the sequence number up to which to acknowledge notifications."""
         self._has_positions = trio.Event()
 
     async def write(self, request: Request) -> None:
@@ -39,12 +39,12 @@ class Conversation(Channel):
                 raise self._ended() from error
 
     def acknowledge(self, board: str, boot: str, sequence: int) -> None:
-        """Let `send_acknowledgements` acknowledge the notifications of a board."""
+        """Let `send_acknowledgements` acknowledge the notifications of a board up to `sequence`."""
         self._positions[board] = boot, sequence
         self._has_positions.set()
 
     async def send_acknowledgements(self) -> None:
-        """Send acknowledgements until cancelled, those of several boards in one request."""
+        """Send acknowledgements until cancelled. One request acknowledges notifications of several boards."""
         while True:
             await self._has_positions.wait()
             self._has_positions = trio.Event()
@@ -62,7 +62,7 @@ class Conversation(Channel):
         return [self._next() for _ in range(len(self._lines))]
 
     async def request(self, request: Request) -> Response:
-        """Send a request and return the response. No other task may read. Raises IncoError if it is refused."""
+        """Send a request and return the response. No other task may read. Raises IncoError if the proxy refuses."""
         events: list[Reply] = []
         with trio.move_on_after(PATIENCE):
             await self.write(request)

@@ -24,7 +24,7 @@ _FILTER = (
 
 
 class Listening(contextlib.AbstractContextManager["Listening"]):
-    """Captures the frames on an interface. Frames that this host sends are outbound. Raises IncoError."""
+    """Captures the frames on an interface. Frames sent by this host are outbound. Raises IncoError."""
 
     def __init__(self, interface: str, signals: Collection[str] | None, direction: Direction | None) -> None:
         self.name = interface
@@ -54,7 +54,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
 
     def events(self) -> Iterator[Event]:
         """Yield events with their frames until the interface is gone."""
-        yield event_now("message", level="info", message=f"no proxy answers: listening on {self.name} itself")
+        yield event_now("message", level="info", message=f"no proxy answers: listening on interface {self.name}")
         while not self._gone:
             yield from self._receive(0)
 
@@ -69,7 +69,7 @@ class Listening(contextlib.AbstractContextManager["Listening"]):
         return events
 
     def rest(self) -> Iterator[Event]:
-        """Yield the last events at the end of a recording."""
+        """Yield the events that have arrived but were not read, at the end of a recording."""
         yield from self.arrived()
 
     def _receive(self, flags: int) -> Iterator[Event]:

@@ -22,7 +22,7 @@ PIECE = 128
 PAUSE = 0.07
 """Maximum pause in seconds between writes to a follower. Each write wakes its process, which delays notifications."""
 PAUSE_EACH = 0.005
-"""Seconds of pause for each notification of the last write. A notification that comes alone therefore rarely waits."""
+"""Pause in seconds for each notification in the last write. A single notification is therefore rarely delayed."""
 AHEAD = 1024
 """Maximum number of unacknowledged notifications that a follower receives for each board."""
 
@@ -70,13 +70,13 @@ class Monitor:
         self._arrived.set()
 
     def end(self) -> None:
-        """Let `take` return no lines once the queue is empty."""
+        """Let `take` return b"" once the queue is empty."""
         self._ended = True
         self._arrived.set()
         self._ending.set()
 
     async def take(self) -> bytes:
-        """Wait for events, and return some of them as lines. Return no lines after `end`."""
+        """Wait for events, and return some of them as lines. After `end`, return b"" once the queue is empty."""
         while True:
             lines: list[str] = []
             while self._waiting and len(lines) < PIECE:
@@ -97,11 +97,11 @@ class Monitor:
         """Wait before the next `take`."""
 
     def _stored(self) -> Iterator[str]:
-        """Yield lines with events from the histories that a follower reads."""
+        """Yield the next events from the histories of a follower, as lines. A monitor has no histories."""
         yield from ()
 
     def _wanted(self, what: Batch | Event) -> Iterator[str]:
-        """Yield the events that the filters accept, as lines."""
+        """Yield, as lines, the event or the events of the batch that the filters accept."""
         if isinstance(what, Event):
             if self._accepts(what.direction, what.signal):
                 yield encode_event(what, frames=self.frames)
@@ -144,9 +144,9 @@ class _Cursor:
     sent: int
     """Sequence number of the last notification that the follower received."""
     records: deque[Record] = attrs.Factory(deque)
-    """Notifications that the follower received and has not acknowledged."""
+    """Notifications that the follower received and has not acknowledged yet."""
     merged: Sequence[Merged] = ()
-    """Merged notifications that the follower received and has not acknowledged."""
+    """Merged notifications that the follower received and has not acknowledged yet."""
     merged_to: int = 0
     """Sequence number with which the follower acknowledges `merged`."""
 
@@ -160,7 +160,7 @@ class _Cursor:
             )  # fmt: skip
 
     def take_batch(self, room: int, board: str) -> Iterator[str]:
-        """Yield the same events as lines, with all notifications in one line."""
+        """Yield the events that `take` yields, as lines. One line contains all notifications."""
         yield from map(encode_event, self._take_merged(board))
         if records := self._next(room):
             numbers: dict[tuple[Direction, str], int] = {}
@@ -229,12 +229,12 @@ class Follower(Monitor):
     process: int = 0
     """The PID of the client."""
     gone: Callable[[], bool] = bool
-    """Returns whether the client has closed its connection."""
+    """A function that returns whether the client has closed its connection."""
     cursors: dict[str, _Cursor] = attrs.Factory(dict)
     _behind: dict[str, None] = attrs.Factory(dict)
     """The boards whose histories may have unsent events, in round-robin order."""
     _pause: float = 0.0
-    """Seconds until the next write; 0 after a full piece, because more events may wait."""
+    """Seconds until the next write; 0 if more events may be waiting."""
 
     def follows(self, board: str) -> bool:
         return self.boards is None or board in self.boards

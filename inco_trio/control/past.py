@@ -15,7 +15,7 @@ __all__ = ["past_events"]
 def past_events(board: str, recorder: Recorder, after: int = 0) -> Iterator[Event]:
     """Yield the recorded events of a board that are newer than the monotonic time `after`, in order.
 
-    An event that was counted several times is newer if its last occurrence is.
+    An event that occurred several times is included if its last occurrence is newer than `after`.
     """
     recorder.check_clock()
     # Copy the records at once: the proxy may overwrite them while the caller lets other tasks run.

@@ -1,4 +1,4 @@
-"""The path of the control socket: choose a default path, bind the socket, replace a stale one, and remove it."""
+"""Choose the path of the control socket, bind the socket, replace a stale socket, and remove the path at the end."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def default_path(label: str) -> Path:
 def make_directory(path: Path) -> None:
     """Create the directory of a control socket if it is missing. Raises OSError.
 
-    Every user may create files in /tmp. Refuse a directory there that another user made or may use.
+    Every user may create files in /tmp, so refuse a directory in /tmp that another user created or can access.
     """
     if path != _private_directory():
         path.mkdir(mode=0o755, exist_ok=True)
         return
     path.mkdir(mode=0o700, exist_ok=True)
     if not _is_private(path):
-        raise PermissionError(errno.EPERM, "not a directory that only this user may use", str(path))
+        raise PermissionError(errno.EPERM, "only this user may have access to this directory", str(path))
 
 
 def _private_directory() -> Path:
@@ -66,7 +66,7 @@ def _is_private(path: Path) -> bool:
 
 
 def is_live(path: Path) -> bool:
-    """Return whether a process listens at `path`. Raises OSError, also if the path is missing or not a socket."""
+    """Return whether a process listens at `path`. Raises OSError, for example if the path is not a socket."""
     if not stat.S_ISSOCK(path.lstat().st_mode):
         raise FileExistsError(errno.EEXIST, "not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -83,12 +83,12 @@ def bind(path: Path) -> socket.socket:
     """Return a socket that listens at `path`. Raises OSError (EADDRINUSE if another process listens)."""
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # The lock keeps two processes from replacing a stale path at once. If locking fails, continue without it.
+        # The lock keeps two processes from replacing a stale path at the same time. If locking fails, continue.
         with contextlib.suppress(OSError):
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with contextlib.suppress(FileNotFoundError):
             if is_live(path):
-                raise OSError(errno.EADDRINUSE, "another process listens there")
+                raise OSError(errno.EADDRINUSE, "another process is already listening on this socket")
             path.unlink()
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:

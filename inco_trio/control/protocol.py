@@ -76,7 +76,7 @@ class LineBuffer:
 
 @attrs.frozen(slots=False)
 class StatusRequest:
-    """Report the status of all boards or of one."""
+    """Report the status of all boards or of one board."""
 
     board: str | None = None
 
@@ -125,7 +125,7 @@ class AcknowledgeRequest:
 
 @attrs.frozen(slots=False)
 class AcknowledgeAllRequest:
-    """Delete notifications of several boards: a board, a history (`boot`) and a number `sequence` for each."""
+    """Delete acknowledged notifications. Each position is a board, its history (`boot`) and a sequence number."""
 
     positions: Sequence[tuple[str, str, int]]
 
@@ -139,7 +139,7 @@ class ForgetRequest:
 
 @attrs.frozen(slots=False)
 class HistoryRequest:
-    """Report what the flight recorder of a board contains, optionally only what is newer than `after`."""
+    """Report the events in the flight recorder of a board, optionally only events newer than `after`."""
 
     board: str | None = None
     after: int | None = None
@@ -202,7 +202,7 @@ def decode_request(line: bytes) -> tuple[Request, Mapping[str, object]]:
         raise RequestError("not-json", str(error)) from None
     tag = {"id": message["id"]} if "id" in message else {}
     if not _is_flat(tag.get("id")):
-        raise RequestError("invalid", "id: lists and objects in it must not be nested")
+        raise RequestError("invalid", "id: must not contain nested lists or objects")
     try:
         kind: type[Request] = _REQUEST(message.get("request"))
     except InvalidValueError as error:
@@ -273,7 +273,7 @@ class Followed:
 
 @attrs.frozen(slots=False)
 class Past:
-    """What the flight recorder of a board contains."""
+    """The content of a board's flight recorder."""
 
     board: str
     boot: str
@@ -348,7 +348,7 @@ def decode_greeting(line: bytes) -> Greeting | Response:
     if not isinstance(protocol, int):
         raise MessageError("the process listening there is not inco-trio")
     if protocol != PROTOCOL:
-        raise MessageError(f"the proxy uses protocol {protocol}, this program {PROTOCOL}: use the same version of both")
+        raise MessageError(f"the proxy uses protocol {protocol}, this program {PROTOCOL}: install matching versions")
     return _structured(message, Greeting)
 
 
@@ -367,7 +367,7 @@ def decode_reply(line: bytes) -> Reply:
 
 def _response(message: dict[str, object]) -> Response:
     if message.keys() == {"acknowledged"} and type(number := message["acknowledged"]) is int:
-        return Response(acknowledged=number, keys=frozenset(message))  # Frequent, and cattrs takes long.
+        return Response(acknowledged=number, keys=frozenset(message))  # This response is frequent, and cattrs is slow.
     if isinstance(boards := message.get("status"), list):
         for each in boards:
             if isinstance(each, dict):
@@ -396,11 +396,11 @@ class Event:
     boot: str = ""
     """The history to which `sequence` belongs."""
     last_ns: int = 0
-    """When a recorded event occurred for the last time, if it occurred more than once (CLOCK_MONOTONIC)."""
+    """When a recorded event last occurred, if it occurred more than once (CLOCK_MONOTONIC in ns)."""
     frame: Annotated[str, _HEXADECIMAL] | None = None
     reason: str = ""
     delay: Annotated[float, _DURATION] = 0.0
-    """The number of seconds for which a delivered notification was pending, or 0."""
+    """How long a delivered notification had been pending (seconds), or 0."""
     running: bool = False
     count: int = 0
     level: str = ""
@@ -436,16 +436,16 @@ def encode_notifications(batch: Notifications) -> str:
 
 
 def _notifications(message: dict[str, Any]) -> Notifications:
-    """Check the event `notifications` without cattrs, which would take longer than all the rest."""
+    """Decode the event `notifications` without cattrs, which would take most of a client's CPU time."""
     try:
         board, boot = (RULES[str](message.get(key)) for key in ("board", "boot"))
         signals = [(RULES[Direction](direction), RULES[str](name)) for direction, name in message["signals"]]
         items = [(index, time, number) for index, time, number in message["items"]]
         for index, time, number in items:
             if not (type(index) is type(number) is int and type(time) is float):
-                _refuse("an item with values of other types")
+                _refuse("an item with a value of the wrong type")
             if not (0 <= index < len(signals) and 0 <= time < math.inf):
-                _refuse("an item with values out of range")
+                _refuse("an item with a value out of range")
         return Notifications(board, boot, RULES[int](message.get("sequence")), signals, items)
     except (InvalidValueError, LookupError, TypeError, ValueError) as error:
         raise MessageError(f"the event notifications is not valid: {error}") from None
@@ -499,7 +499,7 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse(name: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python reads although JSON does not allow them."""
+    """Raise ValueError. Python's decoder accepts NaN and Infinity unless this function refuses them."""
     raise ValueError(f"{name} is not allowed")
 
 

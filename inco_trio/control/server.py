@@ -29,7 +29,7 @@ RESERVED = 32
 USER_MAX = 64
 """Maximum number of connections of any other user."""
 ACCEPT_AGAIN = 0.1
-"""Seconds until the next attempt to accept a client."""
+"""Pause in seconds after a failed accept(2)."""
 FAREWELL = 0.1
 """Seconds that clients have to read their queued events when the server closes."""
 
@@ -43,7 +43,7 @@ class Peer:
 
     @classmethod
     def of(cls, stream: trio.SocketStream) -> Peer:
-        """Return the peer that the kernel reports."""
+        """Return the process and the user of the client, as reported by the kernel."""
         return cls(*peer_of(stream.socket))
 
     @property
@@ -71,7 +71,7 @@ class Control:
         self._accepting, self._ending = trio.CancelScope(), trio.CancelScope()
 
     async def serve(self) -> None:
-        """Answer clients until `close`."""
+        """Answer clients until `close` is called."""
         try:
             with self._ending:
                 async with trio.open_nursery() as clients:
@@ -128,14 +128,14 @@ class Control:
                     self._limits.forget((client.peer.user, what))
 
     def _report(self, client: Connection, what: str, reason: str) -> None:
-        """Log a limit that a user has reached, once until the user has no clients."""
+        """Log that a user has reached a limit. Do not log it again while the user has connections."""
         peer = client.peer
         if self._limits.said((peer.user, what)) is None:
             text = f"{what} of user {peer.user} (pid {peer.process}): {reason}"
             self._limits.failed((peer.user, what), text, "control")
 
     def _refusal(self, client: Connection) -> str | None:
-        """Return why the quotas exclude a client, or None. First end the connections that clients have closed."""
+        """Return which quota excludes a client, or None. Connections that their clients have closed do not count."""
         if self._over_quota(client, self._clients) is None:
             return None
         gone = {other for other in self._clients if other.gone}

@@ -28,9 +28,9 @@ class Arrival:
     monotonic_ns: int
     """When the notification was read (time.monotonic_ns())."""
     time_ns: int
-    """The same time as time.time_ns()."""
+    """When the notification was read (time.time_ns())."""
     frame: bytes = b""
-    """The received frame. It is empty at core 0."""
+    """The received frame. Empty for arrivals at core 0, which receives no frames."""
 
 
 @asynccontextmanager
@@ -82,7 +82,7 @@ class Core:
             raise ClosedError(f"{self._title} is not open: use `async with`")
 
     def _check_name(self, name: str) -> None:
-        """Check a name that a caller waits for. Raises IncoError if no notification of this name can arrive."""
+        """Check the name of a signal to wait for. Raises IncoError if no such notification can arrive at this core."""
         raise NotImplementedError
 
     def _arrive(self, name: str, frame: bytes = b"") -> None:

@@ -26,7 +26,7 @@ FULL = 0.001
 
 
 class Port:
-    """Core 1's end of a link; `open_port` opens one."""
+    """Core 1's end of a link. Use `open_port` to open one."""
 
     def __init__(self, link: Link, arrived: Callable[[bytes], None]) -> None:
         self._link = link
@@ -47,7 +47,7 @@ class Port:
             except BlockingIOError:
                 await self._link.wait_for_room()
             except LinkDownError as error:
-                raise LinkNotFoundError(self._link.name, f"takes no frames now: {error.strerror}") from error
+                raise LinkNotFoundError(self._link.name, f"the link accepts no frames: {error.strerror}") from error
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise ResourceError(self._link.name, f"cannot send: {error.strerror}") from error
@@ -64,7 +64,7 @@ class Port:
                 length = self._link.receive_one(room)
                 if length < 0:
                     return False
-                # A frame longer than FRAME_MAX is truncated here. It is malformed anyway.
+                # A frame longer than FRAME_MAX is truncated, which does no harm: it is malformed anyway.
                 self._arrived(bytes(room[:length]))
         except OSError as error:
             raise ResourceError(self._link.name, f"cannot receive: {error.strerror}") from error
@@ -111,7 +111,7 @@ async def open_port(
 
 
 class Core1(Core):
-    """Core 1 on a link, in a block `async with Core1("unix:/tmp/core1,peer=/tmp/core0") as core1:`.
+    """Act as core 1 on a link while the block `async with Core1("unix:/tmp/core1,peer=/tmp/core0"):` runs.
 
     `link` is the address of the link. For a pair of sockets, core 1's path comes first. An interface is looked up in
     the network namespace at the path `netns`, or in the current one.

@@ -1,4 +1,4 @@
-"""Core 1 for blocking code, as a plain socket. It tests the proxy's links, so it shares no code with them."""
+"""Core 1 for blocking code, as a plain socket. Because it tests the proxy's links, it shares no code with them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Peer(contextlib.AbstractContextManager["Peer"]):
         self.send_raw(encode(name, self.mac).ljust(pad, b"\0"))
 
     def _forget_error(self) -> None:
-        # After the link was down, the next call would raise ENETDOWN, even if the link is up again.
+        # If the link was down, the next call would raise ENETDOWN even if the link is up again.
         self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def send_raw(self, data: bytes) -> None:

@@ -23,7 +23,7 @@ Report = Callable[[Signal | IncoError], None]
 # IN_MASK_ADD is needed because a directory with registers may be the parent of another such directory.
 _PATH = ino.IN_MOVED_TO | ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR | ino.IN_MASK_ADD
 _PARENT = _PATH | ino.IN_CREATE
-# IN_MODIFY events separate close events, which the kernel would otherwise merge while unread (inotify(7)).
+# IN_MODIFY events come between close events; otherwise the kernel merges identical unread events (inotify(7)).
 _DIRECTORY = _PATH | ino.IN_CLOSE_WRITE | ino.IN_MODIFY
 _CLOSE_WRITE = ino.IN_CLOSE_WRITE
 _WRITES = ino.IN_CLOSE_WRITE | ino.IN_MODIFY
@@ -69,7 +69,7 @@ class _Directory:
     parent_wd: int = -1
     """The watch on the nearest ancestor directory that exists."""
     child: bytes = b""
-    """The name in this ancestor directory that leads to `path`."""
+    """The entry of this ancestor directory that is the next component of `path`."""
 
 
 class Watch:
@@ -93,7 +93,7 @@ class Watch:
         return self._inotify.fd
 
     def follow(self, signals: Iterable[Signal], report: Report, *, missing_ok: bool = False) -> None:
-        """Report new notifications of these signals. Directories must exist, unless `missing_ok`. Raises IncoError."""
+        """Report new notifications of `signals`. Directories must exist, unless `missing_ok`. Raises IncoError."""
         directories: dict[Path, _Directory] = {}
         for signal in signals:
             directory = directories.setdefault(signal.directory, _Directory(signal.directory, report))
@@ -148,7 +148,7 @@ class Watch:
         """Report queued notifications without waiting. Exceptions of `report` are passed on to the caller."""
         while length := self._inotify.read_into(self._buffer):
             for wd, mask, name in ino.parse_events(self._buffer[:length]):
-                if mask & _WRITES:  # Handle writes first and fast: many writes must not overflow the queue.
+                if mask & _WRITES:  # Handle writes first and fast, so that many writes do not overflow the queue.
                     if mask & _CLOSE_WRITE:
                         for directory in self._directories.get(wd, ()):
                             for signal in directory.signals.get(name, ()) if wd == directory.wd else ():

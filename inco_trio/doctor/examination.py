@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from inco_trio.doctor.result import Result, fail
 from inco_trio.errors import IncoError
 from inco_trio.links.address import InterfaceAddress, UnixAddress, parse_address
 from inco_trio.links.opening import inside
-from inco_trio.linux.processes import Processes
+from inco_trio.linux.processes import Process, Processes
+from inco_trio.linux.users import find_owner
 from inco_trio.registers.trust import Trust
 from inco_trio.service.rivals import Users, users_of_interface, users_of_socket
 from inco_trio.signals import Signal
 
-__all__ = ["examine"]
+__all__ = ["examine", "trust_of"]
 
 _NO_USERS = Users((), (), (), 0)
 
@@ -56,6 +58,8 @@ def examine(
     for board in boards:
         if board.status is not None and board.status.link == link:
             yield from proxies.counters(board)
+            if users.proxy is not None:
+                yield from proxies.capabilities(users.proxy, board, netns)
     if configuration is not None and users.proxy is not None:
         read_at = min((board.status.table_since for board in boards if board.status is not None), default=None)
         yield from proxies.configuration(configuration, users.proxy, read_at)
@@ -96,11 +100,22 @@ def _registers(signals: Sequence[Signal], processes: Processes, users: Users) ->
     for directory in dict.fromkeys(signal.directory for signal in signals):
         own = [signal for signal in signals if signal.directory == directory]
         yield from register_files.directory(directory)
-        owner = None if users.proxy is None else users.proxy.uid
-        yield from register_files.trusted(directory, Trust(owner))
+        yield from register_files.trusted(directory, trust_of(users.proxy))
         yield from register_files.reported(directory)
         yield from register_files.kinds(own)
         yield from register_files.held_open(own, users.proxies)
         yield from proxies.users_of_directory(directory, own, processes)
         if users.proxy is not None:
             yield from register_files.watched(own, users.proxy)
+
+
+def trust_of(proxy: Process | None) -> Trust:
+    """Return whom a proxy trusts: the owner that its command line names, or else its own user."""
+    if proxy is None:
+        return Trust()
+    named = proxies.value_of("--irq-owner", proxy.command)
+    with contextlib.suppress(ValueError):  # The user was removed after the start of the proxy.
+        if named is not None:
+            owner, group = find_owner(named)
+            return Trust(proxy.uid if owner is None else owner, group)
+    return Trust(proxy.uid)

@@ -47,6 +47,9 @@ def state(found: Interface, master: Interface | None) -> Iterator[Result]:
     name = found.name
     if not found.up:
         yield fail("state", name, "the interface is down", f"ip link set dev {shlex.quote(name)} up")
+    elif not found.running and found.carrier:
+        text = f"the interface is up and has a carrier, but is not RUNNING: its operational state is {found.state}"
+        yield fail("state", name, f"{text} (expected UP)", f"ip link set dev {shlex.quote(name)} state up mode default")
     elif not found.running:
         yield fail("state", name, "the interface is up without a carrier: bring the peer up, or connect the cable")
     else:

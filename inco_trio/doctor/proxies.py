@@ -8,13 +8,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from inco_trio.config import Config
 from inco_trio.control.protocol import BoardStatus
 from inco_trio.doctor.result import Result, fail, hidden, ok, warn
+from inco_trio.linux.capabilities import names_of
 from inco_trio.linux.processes import Process, Processes, named
+from inco_trio.service.privileges import OF_NAMESPACES, OF_OWNERS, needed_capabilities
 from inco_trio.service.rivals import Users, superfluous, watchers
 from inco_trio.signals import Signal
 
-__all__ = ["configuration", "counters", "descriptors", "users_of_directory", "users_of_link", "value_of"]
+__all__ = [
+    "capabilities",
+    "configuration",
+    "counters",
+    "descriptors",
+    "users_of_directory",
+    "users_of_link",
+    "value_of",
+]
 
 COUNTERS = {
     "dropped": "frames were dropped because the receive queue was full: raise net.core.rmem_max",
@@ -103,6 +114,26 @@ def configuration(path: Path, proxy: Process, read_at: float | None = None) -> I
         yield warn("reload", path, text, f"kill -HUP {proxy.pid}")
     else:
         yield ok("reload", path, f"process {proxy.pid} has read the current version")
+
+
+def capabilities(proxy: Process, board: BoardStatus, netns: Path | None) -> Iterator[Result]:
+    """Report the capabilities of a proxy, and check that it needs each of them. A library user may need others."""
+    if board.status is None or not proxy.is_proxy:
+        return
+    words = proxy.command
+    config = Config(board.status.link, (), netns=netns)
+    several = value_of("--boards", words) is not None
+    needed = set(needed_capabilities([config], grows=several, locked="--lock-memory" in words))
+    if several or value_of("--irq-owner", words) is not None:
+        needed |= OF_OWNERS
+    if several:
+        needed |= OF_NAMESPACES  # Another board may have a network namespace.
+    held, subject = board.status.capabilities, f"process {proxy.pid}"
+    if surplus := [name for name in held if name not in names_of(needed)]:
+        text = f"has capabilities that it does not need: {' '.join(surplus)}: start it without --sandbox none"
+        yield warn("capabilities", subject, text)
+    else:
+        yield ok("capabilities", subject, f"has {' '.join(held) or 'no capabilities'}")
 
 
 def counters(board: BoardStatus) -> Iterator[Result]:

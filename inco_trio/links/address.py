@@ -44,12 +44,12 @@ class InterfaceAddress:
     @property
     def explanation(self) -> str:
         """A description of the link and the privilege that it needs."""
-        return f"the network interface {self.name}, by an AF_PACKET socket, which needs CAP_NET_RAW"
+        return f"the network interface {self.name}, through an AF_PACKET socket, which needs CAP_NET_RAW"
 
 
 @attrs.frozen
 class UnixAddress:
-    """A Unix datagram socket and its peer, as with QEMU's `-netdev dgram`."""
+    """A Unix datagram socket and its peer, such as QEMU's `-netdev dgram`."""
 
     local: str
     peer: str
@@ -61,7 +61,7 @@ class UnixAddress:
 
     @property
     def label(self) -> str:
-        """The path without slashes; see `InterfaceAddress.label`. A long path is shortened to its end and a hash."""
+        """The path without slashes; see `InterfaceAddress.label`. A long path is replaced by its end and a hash."""
         whole = self.local.strip("/").replace("/", "-")
         if len(os.fsencode(whole)) <= LABEL_MAX:
             return whole
@@ -78,7 +78,7 @@ class UnixAddress:
 
 
 def parse_address(text: str) -> InterfaceAddress | UnixAddress:
-    """Return the address that `text` names. Raises InvalidArgumentError."""
+    """Parse the address of a link. Raises InvalidArgumentError."""
     if text.startswith(UNIX):
         try:
             return _parse_unix(text.removeprefix(UNIX))
@@ -149,7 +149,7 @@ def _path_fault(path: str) -> str | None:
 
 def _parse_mac(text: str) -> bytes:
     if not _MAC.fullmatch(text) or int(text[:2], 16) & _GROUP:
-        raise ValueError(f"mac={text}: not the address of one station (expected, for example, 02:00:00:00:00:01)")
+        raise ValueError(f"mac={text}: not a unicast MAC address (expected, for example, 02:00:00:00:00:01)")
     return bytes.fromhex(text.replace(":", ""))
 
 

@@ -24,7 +24,7 @@ class Link(Protocol):
     fd: int
     """The socket that receives frames; `refresh` may replace it."""
     foreign: int
-    """Number of frames from senders other than the peer. The link makes them malformed, so that they are ignored."""
+    """Number of frames from senders other than the peer. The link makes them malformed, so the proxy ignores them."""
 
     @property
     def running(self) -> bool:
@@ -32,7 +32,7 @@ class Link(Protocol):
 
     @property
     def downs(self) -> int:
-        """How often the kernel saw the carrier of the link go down, as of the last `refresh`."""
+        """How many times the carrier of the link has gone down. `refresh` updates this number."""
 
     @property
     def fits(self) -> bool:
@@ -47,7 +47,7 @@ class Link(Protocol):
 
     @property
     def absence(self) -> str:
-        """Why the link does not exist, for the log."""
+        """Return why the link does not exist, for the log."""
 
     def missing(self) -> IncoError:
         """Return the error for a link that does not exist."""
@@ -69,13 +69,13 @@ class Link(Protocol):
         """Set the names of the signals. `restrict` lets frames of inbound signals pass."""
 
     def restrict(self, on: bool) -> bool:
-        """Let the kernel drop frames that carry none of the expected names, except for a random sample, or stop that.
+        """Start or stop (`on`) filtering: the kernel drops frames without an expected name, except for a random sample.
 
         Return whether the kernel drops such frames now.
         """
 
     def stands_for(self, frame: memoryview) -> int:
-        """Return how many frames a received frame represents: more than 1 if it belongs to a sample; see `restrict`."""
+        """Return how many frames a received frame represents: more than 1 if it belongs to a sample, see `restrict`."""
 
     def frame(self, name: str) -> bytes:
         """Return the frame that `send` sends for a notification."""

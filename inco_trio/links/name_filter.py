@@ -1,4 +1,4 @@
-"""A socket filter that accepts only frames whose payload can be one of some names. Pure code, see linux/bpf.py."""
+"""Generate a socket filter (see linux/bpf.py) that accepts only frames whose payload can be one of the given names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from inco_trio.linux.bpf import ACCEPT, REJECT, Instruction
 __all__ = ["DEPTHS", "SAMPLE", "accepts", "name_filter"]
 
 DEPTHS = (64, 8, 4, 2, 1, 0)
-"""How many bytes of a name a filter may compare, exact filters first. Fewer bytes make a shorter filter."""
+"""Numbers of bytes of a name that a filter may compare, starting with the exact filter. Fewer bytes shorten it."""
 SAMPLE = 256
-"""The filter accepts one of so many other frames, chosen at random. A power of two."""
+"""The filter also accepts a random sample of other frames: one in this many. Must be a power of two."""
 
 _LOADS = {4: bpf.LOAD_WORD, 2: bpf.LOAD_HALF, 1: bpf.LOAD_BYTE}
 
@@ -60,9 +60,9 @@ def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
 
 
 def _compare(names: Sequence[bytes], start: int, length: int) -> list[Instruction]:
-    """Return code that accepts a frame with one of `names`, which have `length` bytes, and otherwise runs to its end.
+    """Return code that accepts a frame with one of `names` of `length` bytes. For another frame, it runs to its end.
 
-    `names` are equally long, and equal up to `start`. They are shorter than `length` if the filter compares less.
+    `names` are equally long and equal up to `start`. The caller truncates them if the filter compares fewer bytes.
     """
     rest = len(names[0]) - start
     if not rest:

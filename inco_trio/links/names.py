@@ -27,9 +27,9 @@ class Watched:
 
     paths: tuple[Path, ...]
     places: frozenset[tuple[int, bytes]] = frozenset()
-    """For each path, the descriptor of the watched directory and the awaited entry in this directory."""
+    """For each path, the descriptor of the watched directory and the name of the directory entry to wait for."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """The places whose entry is the socket itself. Their events do not change which directories must be watched."""
+    """The places whose entry is the socket itself. Its events do not change which directories must be watched."""
     moved: bool = True
     """Whether a directory on one of the paths may have been replaced."""
     all_found: bool = False
@@ -39,7 +39,7 @@ class Watched:
 
 
 class Names:
-    """Reports when a path may lead to another file. Raises OSError (inotify_init(2))."""
+    """Reports when a path may refer to another file. Raises OSError (inotify_init(2))."""
 
     def __init__(self) -> None:
         self._inotify = Inotify()
@@ -97,7 +97,7 @@ class Names:
         return found
 
     async def wait(self, watched: Watched) -> None:
-        """Wait until something may have changed at one of the paths."""
+        """Wait until one of the paths may refer to another file."""
         # The first waiting task reads events for all waiting tasks. When it leaves, another task takes over.
         while not watched.changed:
             watched.woken = trio.Event()
@@ -138,7 +138,7 @@ class Names:
 
 
 def _wake(groups: Iterable[set[Watched]], place: tuple[int, bytes] | None) -> None:
-    """Wake the tasks in `groups`, because `place` has changed. None means that any place may have changed."""
+    """Wake the tasks in `groups` because the directory entry `place` has changed (None: any entry may have changed)."""
     for group in groups:
         for watched in group:
             watched.changed = True

@@ -1,7 +1,7 @@
-"""A link over an interface in a named network namespace, which may be deleted and recreated under its name.
+"""A link over an interface in a named network namespace, which may be deleted and recreated with the same name.
 
-A socket belongs to the network namespace in which it was created, and keeps that namespace alive. When the name leads
-to another namespace, the link opens a new socket there. It first receives what is queued in the old socket.
+A socket belongs to the network namespace in which it was created, and keeps that namespace alive. When the name refers
+to a new namespace, the link opens a socket in it. The link first receives the frames that the old socket has queued.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 ABSENT = (0, 0)
 LOOK_AGAIN = 0.2
-"""Seconds between two looks at a name without a namespace. `ip netns add` creates the file before it mounts it."""
+"""Seconds between checks of a file without a namespace: `ip netns add` creates the file before it mounts it."""
 
 
 class NamespaceLink:
@@ -50,7 +50,7 @@ class NamespaceLink:
         self._refused = ""
         self._closed = False
         self._downs_before = self._downs_at_start = 0
-        """The value of `downs` when the current namespace was entered, and the kernel's count there at that time."""
+        """The values of `downs` and of the kernel's counter in the current namespace when the link entered it."""
         self._use(inner)
 
     def _use(self, inner: PacketLink) -> None:
@@ -96,7 +96,7 @@ class NamespaceLink:
         return exists
 
     def _leave(self) -> None:
-        """Stop using the socket in the former namespace. `receive_one` closes it once its queue is empty."""
+        """Stop sending through the socket in the old namespace. `receive_one` closes it once its queue is empty."""
         if self._inner is None:
             return
         report(logger, logging.WARNING, f"{self.name}: the network namespace {self._netns} was removed or replaced")
@@ -117,7 +117,7 @@ class NamespaceLink:
             inner.expect(*self._expected)
             self._use(inner)
         except OSError as error:
-            # EINVAL: the file exists, but the namespace is not mounted there yet.
+            # EINVAL: the file exists, but the namespace is not mounted on it yet.
             is_early = error.errno in (errno.EINVAL, errno.ENOENT)
             self._refused = "" if is_early else f"cannot enter the network namespace {self._netns}: {error.strerror}"
         except IncoError as error:

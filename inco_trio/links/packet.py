@@ -33,17 +33,17 @@ RECEIVE_BUFFER = 24 * 1024 * 1024
 """Requested size in bytes. The kernel doubles it: room for 20,000 frames even if a driver uses 2.4 kB per frame."""
 
 HEAD: tuple[Instruction, ...] = (
-    # Only frames of our EtherType.
+    # Accept only frames of our EtherType.
     (bpf.LOAD_HALF, 0, 0, bpf.PROTOCOL),
     (bpf.JUMP_IF_EQUAL, 1, 0, ETHERTYPE),
     bpf.REJECT,
-    # Only the packet types host, broadcast and multicast (0 to 2): no frames for other hosts (a VLAN that does not
-    # exist here, a promiscuous interface) and no sent frames (3, 4).
+    # Accept only the packet types host, broadcast and multicast (0 to 2). Reject sent frames (4) and frames for other
+    # hosts (3), which arrive for an unknown VLAN or at a promiscuous interface.
     (bpf.LOAD_HALF, 0, 0, bpf.PACKET_TYPE),
     (bpf.JUMP_IF_GREATER, 0, 1, 2),
     bpf.REJECT,
-    # Only frames of the interface itself. The kernel also offers the frames that it hands to a VLAN, bond or team above
-    # the interface. The operand of the comparison, the interface's index, follows.
+    # Accept only frames of the interface itself. The socket also sees the frames that the kernel passes to a VLAN, bond
+    # or team above the interface. `_from_interface` adds the comparison with the interface's index.
     (bpf.LOAD_WORD, 0, 0, bpf.INTERFACE),
 )
 """The beginning of each filter. All filters start with the same `HEAD_CODE`."""
@@ -51,7 +51,7 @@ HEAD_CODE = bpf.program(HEAD)
 
 
 def _from_interface(index: int) -> tuple[Instruction, ...]:
-    """Return the end of a filter's beginning: reject frames unless they are from the interface `index`."""
+    """Return the last instructions of a filter's beginning, which reject frames of all interfaces except `index`."""
     return (bpf.JUMP_IF_EQUAL, 1, 0, index), bpf.REJECT
 
 
@@ -67,7 +67,7 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
 
 
 DOWN = GONE | {errno.ENETDOWN}
-"""Error numbers if the interface is down or gone. A later change of the interface may fix this."""
+"""Error numbers of calls for an interface that is down or gone. A later change of the interface may fix the error."""
 
 
 class PacketLink:
@@ -93,7 +93,7 @@ class PacketLink:
         self._depth: int | None = None
         """How many bytes of a name the filter compares, or None if it accepts all names."""
         self._sampled = False
-        """Whether the queue contains only frames that the present filter has accepted."""
+        """Whether the queue contains only frames that the current filter has accepted."""
         self._frames: dict[str, bytes] = {}
         self._master = ""
         self._interface: Interface | None = None
@@ -162,10 +162,10 @@ class PacketLink:
 
     def missing(self) -> LinkNotFoundError:
         names = ", ".join(interface.name for interface in self._rtnetlink.interfaces()) or "none"
-        return LinkNotFoundError(self.name, f"no such interface (there are: {names})", "--wait-link waits for it")
+        return LinkNotFoundError(self.name, f"no such interface (available: {names})", "--wait-link waits for it")
 
     def refresh(self) -> bool:
-        """Update address and state, bind the socket if necessary, and return whether the interface exists."""
+        """Update the address and the state, bind the socket if necessary, and return whether the interface exists."""
         self.running = False
         interface = self._rtnetlink.interface(self.name)
         # If the interface was renamed, the socket is still bound to it. With index 0, the filter rejects its frames.
@@ -184,7 +184,7 @@ class PacketLink:
                 return False
         mac = self._bound_address(interface)
         if mac is None:
-            return False  # The interface was removed or replaced just now. Its event is still to come.
+            return False  # The interface has just been removed or replaced. The event follows.
         if mac != self.mac:
             self.mac = mac
             self._frames.clear()
@@ -208,7 +208,7 @@ class PacketLink:
             self.restrict(True)
 
     def restrict(self, on: bool) -> bool:
-        # Each filter that compares less needs less memory, which net.core.optmem_max limits.
+        # A filter that compares fewer bytes needs less memory, which net.core.optmem_max limits.
         for depth in name_filter.DEPTHS if on else ():
             with contextlib.suppress(OSError):
                 self._attach(depth)

@@ -1,7 +1,7 @@
 """A link over a Unix datagram socket: each datagram is one Ethernet frame, as with QEMU's `-netdev dgram`.
 
 The socket is bound but not connected: a connected socket would refuse a peer that restarted. Each datagram is sent to
-the peer's path, so that it reaches the process that is bound there at that time. See unix(7).
+the peer's path, so that it reaches the process that is bound to this path at that moment. See unix(7).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""Error numbers of sendto(2) if no process at the peer's path can receive."""
+"""Error numbers of sendto(2) when no process can receive at the peer's path."""
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
@@ -52,7 +52,7 @@ def _new_socket() -> socket.socket:
 
 
 class UnixLink:
-    """The `Link` of the socket bound at `address.local`. `note` keeps device and inode of its file for a successor."""
+    """The `Link` of the socket at `address.local`. `note` keeps the file's device and inode for a new process."""
 
     def __init__(self, sock: socket.socket, address: UnixAddress, note: memoryview, names: Names) -> None:
         self.name = address.local
@@ -179,7 +179,7 @@ class UnixLink:
             ) from error
         self._note[0], self._note[1] = found.st_dev, found.st_ino
         if sock is not self._socket:
-            report(logger, logging.WARNING, f"{self.name}: removed or replaced by another process: bound again")
+            report(logger, logging.WARNING, f"{self.name}: the file was removed or replaced: bound a new socket")
             trio.lowlevel.notify_closing(self._socket)
             self._former.append(self._socket)
             self._socket, self.fd = sock, sock.fileno()
@@ -193,7 +193,7 @@ class UnixLink:
             return
         if not stat.S_ISSOCK(found.st_mode):
             kind = kind_of_file(found.st_mode)
-            raise LinkNotFoundError(self.name, f"not a socket but {kind} (remove it, or use another path)")
+            raise LinkNotFoundError(self.name, f"the path is {kind}, not a socket (remove it, or use another path)")
         with _new_socket() as probe:
             try:
                 probe.connect(self.name)
@@ -244,7 +244,7 @@ class UnixLink:
         length, sender = sock.recvfrom_into(room, 0, socket.MSG_TRUNC)
         if not self._knows(sender):
             self.foreign += 1
-            # Make the frame malformed, so that this process and a successor ignore it.
+            # Make the frame malformed, so that this process and the next one ignore it.
             room[ETHERTYPE_PLACE] = bytes(2)
         return length
 
@@ -340,7 +340,7 @@ class UnixLink:
         except OSError as error:
             if error.errno in NO_PEER:
                 absent = error.errno in (errno.ENOENT, errno.ECONNREFUSED)
-                why = f"no process is at {self._address.peer}" if absent else f"{self._address.peer} takes no frames"
+                why = f"no process is at {self._address.peer}" if absent else f"{self._address.peer} accepts no frames"
                 raise LinkDownError(error.errno, f"{why} ({error.strerror})") from None
             raise
 
@@ -362,7 +362,7 @@ class UnixLink:
             self._room = None
 
     async def changed(self) -> None:
-        # If another process uses our path, no event reports when that process ends.
+        # If another process uses the path of our socket, no event reports when that process ends.
         delay = next(self._looks, None) if self._all_watched and self._ours else UNWATCHED
         if delay is None:
             await self._names.wait(self._watched)

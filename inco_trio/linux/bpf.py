@@ -12,7 +12,7 @@ from inco_trio.linux.libc import check, libc
 __all__ = ["Instruction", "attach_filter", "filter_of", "program"]
 
 Instruction = tuple[int, int, int, int]
-"""The operation code, the jump offsets if a comparison is true and false, and the operand."""
+"""The operation code, the jump offsets after a true and after a false comparison, and the operand."""
 
 LOAD_WORD = 0x20
 LOAD_HALF = 0x28
@@ -46,12 +46,12 @@ _INSTRUCTION = struct.Struct("=HBBI")
 
 
 def program(instructions: Iterable[Instruction]) -> bytes:
-    """Return the machine code of a filter."""
+    """Encode the instructions of a filter as the kernel expects them."""
     return b"".join(_INSTRUCTION.pack(*instruction) for instruction in instructions)
 
 
 def attach_filter(sock: socket.socket, code: bytes) -> None:
-    """Let the kernel queue only frames that the filter accepts. A former filter is replaced atomically. Raises OSError.
+    """Let the kernel queue only frames that the filter accepts. An old filter is replaced atomically. Raises OSError.
 
     Attaching fails with ENOMEM if the filter needs more memory than net.core.optmem_max.
     """
@@ -62,7 +62,7 @@ def attach_filter(sock: socket.socket, code: bytes) -> None:
 
 
 def filter_of(sock: socket.socket) -> bytes:
-    """Return the attached filter, or b"" if the socket has none. Raises OSError."""
+    """Return the filter that is attached to a socket, or b"" if there is none. Raises OSError."""
     # SO_GET_FILTER counts instructions instead of bytes, so socket.getsockopt would truncate the answer.
     code = ctypes.create_string_buffer(INSTRUCTIONS_MAX * _INSTRUCTION.size)
     length = ctypes.c_uint(INSTRUCTIONS_MAX)

@@ -1,6 +1,6 @@
 """Capabilities of the calling thread (capabilities(7)), with the constants of <linux/capability.h> and <linux/prctl.h>.
 
-The kernel keeps capabilities per thread. New threads have those of the thread that creates them.
+The kernel keeps capabilities per thread. A new thread inherits the capabilities of the thread that creates it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from inco_trio.linux.libc import check, libc
 
 __all__ = ["clear_capabilities", "held_capabilities", "keep_capabilities", "names_of", "no_new_privileges"]
 
+CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
 CAP_DAC_READ_SEARCH = 2
 CAP_FOWNER = 3
+CAP_FSETID = 4
+CAP_NET_BIND_SERVICE = 10
 CAP_NET_ADMIN = 12
 CAP_NET_RAW = 13
 CAP_IPC_LOCK = 14
+CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 
 # fmt: off
@@ -32,7 +36,7 @@ NAMES = (
     "CHECKPOINT_RESTORE",
 )
 # fmt: on
-"""The names by number, without CAP_."""
+"""The name of each capability without the prefix CAP_, indexed by its number."""
 
 PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
@@ -64,10 +68,10 @@ def names_of(capabilities: Collection[int]) -> list[str]:
 
 
 def keep_capabilities(kept: Collection[int]) -> None:
-    """Drop all capabilities except those in `kept` that this thread has, also for programs that it starts.
+    """Drop all capabilities that are not in `kept`, for this thread and for the programs that it starts.
 
-    Raises OSError (capset(2), prctl(2)). Without CAP_SETPCAP, the bounding set cannot change. Then
-    `no_new_privileges` has the same effect.
+    Raises OSError (capset(2), prctl(2)). Without CAP_SETPCAP, the bounding set cannot change. In that case, call
+    `no_new_privileges`, which has the same effect.
     """
     with contextlib.suppress(OSError):
         for number in range(64):  # EINVAL: the kernel does not know this capability.
@@ -79,7 +83,7 @@ def keep_capabilities(kept: Collection[int]) -> None:
 
 
 def no_new_privileges() -> None:
-    """Let no program that this thread starts gain privileges (PR_SET_NO_NEW_PRIVS, prctl(2)). Raises OSError."""
+    """Prevent programs that this thread starts from gaining privileges (PR_SET_NO_NEW_PRIVS). Raises OSError."""
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 

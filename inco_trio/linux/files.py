@@ -1,4 +1,4 @@
-"""Files: their kinds (inode(7)), the limits of their names, and their mounts (proc_pid_fdinfo(5))."""
+"""File types (inode(7)), limits of file names, and mount IDs (proc_pid_fdinfo(5))."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KINDS = {
 
 
 def kind_of_file(mode: int) -> str:
-    """Return the kind of a file in words, for example "a directory"."""
+    """Return the type of a file in words, for example "a directory"."""
     return _KINDS[stat.S_IFMT(mode)]
 
 

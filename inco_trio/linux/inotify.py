@@ -56,7 +56,7 @@ class Event(NamedTuple):
 
 
 def pack_event(wd: int, mask: int) -> bytes:
-    """Return an event without a name, as read(2) returns it."""
+    """Return the bytes that read(2) returns for an event without a name."""
     return EVENT.pack(wd, mask, 0, 0)
 
 
@@ -127,7 +127,7 @@ class _Watches(pyinotify.WatchManager):  # type: ignore[misc]  # pyinotify has n
 
 
 class Inotify:
-    """An inotify descriptor (`fd`, non-blocking) and its watches."""
+    """A non-blocking inotify descriptor (`fd`) and its watches."""
 
     def __init__(self, held: int | None = None) -> None:
         """Open a descriptor, or take over `held` with its watches and queue. Raises OSError (inotify_init(2))."""
@@ -149,15 +149,15 @@ class Inotify:
             number = ctypes.get_errno()
             reason = os.strerror(number)
             if number == errno.ENOSPC:
-                # The kernel's text is "No space left on device".
+                # Replace the kernel's misleading text, "No space left on device".
                 reason = "the limit of inotify watches is reached: raise fs.inotify.max_user_watches"
             raise OSError(number, reason, path) from None
         return int(wd)
 
     def unwatch(self, wd: int) -> None:
-        """End a watch, or forget it if the kernel has already ended it."""
+        """Remove a watch, or forget it if the kernel has already removed it."""
         if self._watches.get_watch(wd) is None:
-            # WatchManager does not know inherited watches.
+            # WatchManager does not know the watches of an inherited descriptor.
             self._watches._inotify_wrapper.inotify_rm_watch(self.fd, wd)
         else:
             try:
@@ -166,17 +166,17 @@ class Inotify:
                 self._watches.del_watch(wd)
 
     def forget(self, wd: int) -> None:
-        """Forget a watch that the kernel has ended (IN_IGNORED)."""
+        """Forget a watch that the kernel has removed (IN_IGNORED)."""
         if self._watches.get_watch(wd) is not None:
             self._watches.del_watch(wd)
 
     @property
     def queued(self) -> int:
-        """Number of bytes in the queue."""
+        """Return the number of bytes in the event queue."""
         return int(struct.unpack("i", fcntl.ioctl(self.fd, termios.FIONREAD, bytes(4)))[0])
 
     def read_into(self, buffer: memoryview) -> int:
-        """Read as many events as fit. Return the number of bytes, or 0 if nothing is queued."""
+        """Read as many events as fit into `buffer`. Return the number of bytes, or 0 if no event is queued."""
         try:
             length = os.readv(self.fd, (buffer,))
         except BlockingIOError:

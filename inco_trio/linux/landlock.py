@@ -1,4 +1,4 @@
-"""Landlock, by which a thread gives up access to files: landlock(7), and the constants of <linux/landlock.h>."""
+"""Landlock, with which a thread gives up access to files: landlock(7), with the constants of <linux/landlock.h>."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ EXECUTE, WRITE_FILE, TRUNCATE, IOCTL_DEV = 1 << 0, 1 << 1, 1 << 14, 1 << 15
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_REG, MAKE_SOCK = 1 << 4, 1 << 5, 1 << 7, 1 << 8, 1 << 9
 READ = 1 << 2 | 1 << 3
 _FILE = EXECUTE | WRITE_FILE | TRUNCATE
-"""The rights that a rule for a file, instead of a directory, may have."""
+"""The access rights that a Landlock rule for a single file may have. Rules for directories may have more."""
 _ALL = {1: 1 << 13, 2: 1 << 14, 3: 1 << 15, 5: 1 << 16}
-"""The first bit that is not a right, by the version of the interface (ABI) that introduced the last rights."""
+"""For each version of the interface (ABI) that added rights: the first bit above all rights known to that version."""
 _TCP = 0b11
 """The rights to bind and to connect TCP sockets, since ABI 4."""
 _SCOPE_SIGNAL = 0b10
-"""Signals only reach processes of the same sandbox, since ABI 6."""
+"""LANDLOCK_SCOPE_SIGNAL: a sandboxed thread can only send signals to processes in its sandbox (since ABI 6)."""
 
 
 def abi() -> int:
-    """Return the version of the interface that the kernel has, or 0 without Landlock."""
+    """Return the version of the Landlock interface (ABI) in the kernel, or 0 if the kernel has no Landlock."""
     return max(0, int(libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), ctypes.c_uint(_CREATE_RULESET_VERSION))))
 
 
 def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None:
-    """Let this thread, and those that it creates, write only below `writable` and execute only `executable`.
+    """Let this thread and the threads that it creates write only below `writable` and execute only `executable`.
 
-    Reading stays possible. TCP is forbidden, if the kernel can do that. no_new_privs must be set. Raises OSError.
+    Reading stays allowed. TCP is forbidden if the kernel supports that. Requires no_new_privs. Raises OSError.
     """
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ

@@ -30,14 +30,14 @@ def end_with_parent(parent: int) -> bool:
 def lock_memory() -> None:
     """Keep all pages that the process uses in memory, now and later (mlockall(2)). Raises OSError.
 
-    MCL_ONFAULT does not allocate unused pages, because most of an in-flight buffer is unused.
+    MCL_ONFAULT avoids allocating unused pages: most pages of an in-flight buffer are never used.
     """
     check(libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT))
 
 
 @functools.cache
 def overflow_uid() -> int:
-    """Return the user ID that stands for all users who are not mapped in this user namespace; usually also `nobody`."""
+    """Return the user ID that stands for all users not mapped in this user namespace, usually the ID of `nobody`."""
     try:
         return int(Path("/proc/sys/fs/overflowuid").read_text())
     except OSError:

@@ -39,7 +39,7 @@ _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc 
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 _MINOR_BITS = 20
-"""The size of a minor number in the kernel's device numbers, which fdinfo contains (include/linux/kdev_t.h)."""
+"""Number of bits of the minor number in the device numbers that fdinfo contains (include/linux/kdev_t.h)."""
 
 
 def read(path: Path) -> str | None:
@@ -51,7 +51,7 @@ def read(path: Path) -> str | None:
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file of /proc, or an empty line if it cannot be read."""
+    """Return the lines of a file of /proc, or one empty line if the file cannot be read."""
     # Do not use splitlines(): a process or file name may contain other line separators.
     return (read(path) or "").split("\n")
 
@@ -88,7 +88,7 @@ class Process:
 
     @property
     def stop(self) -> str:
-        """The command that stops the process for good. A supervisor would restart a process after kill(1)."""
+        """The command that stops the process permanently. After kill(1), a supervisor would restart the process."""
         return self.supervised or f"kill {self.pid}"
 
     @property
@@ -114,7 +114,7 @@ class Processes:
 
     all: tuple[Process, ...]
     unseen: bool
-    """Whether this user may not inspect the descriptors of some processes, but root may."""
+    """Whether there are processes whose descriptors root may inspect, but this user may not."""
     mounted: bool
     """Whether /proc is mounted."""
 
@@ -182,7 +182,7 @@ def _supervisor(place: Path, parent: str) -> str:
     if stop := _S6_STYLE.get(name):
         try:
             service = str((above / "cwd").readlink())  # The supervisor works in the service directory.
-        except OSError:  # This user may not inspect the supervisor. Its last argument is the name of the service.
+        except OSError:  # This user may not inspect the supervisor: use its last argument, the name of the service.
             service = (read(above / "cmdline") or "").rstrip("\0").rpartition("\0")[2]
         return f"{stop} {shlex.quote(service)}"
     # See cgroups(7). The line of the unified hierarchy, or of systemd's own hierarchy, ends with the unit.
@@ -238,7 +238,7 @@ def interfaces_of(process: Process, root: Path = Path("/")) -> list[str]:
 
 
 def listening_sockets(process: Process, root: Path = Path("/")) -> list[Path]:
-    """Return the paths at which a process listens, for connections from this process."""
+    """Return the paths of the Unix sockets on which a process listens, as paths that this process can open."""
     rows = (line.split(None, 7) for line in lines_of(root / f"proc/{process.pid}/net/unix")[1:])
     paths = [
         row[7]

@@ -48,11 +48,14 @@ _INTERFACE = struct.Struct("=BxHiII")
 _ATTRIBUTE = struct.Struct("=HH")
 
 PASSIVE_MASTERS = frozenset({"vrf", "batadv"})
-"""Kinds of masters that leave the frames of other protocols to their ports: a VRF uses IP, batman-adv its EtherType."""
+"""Kinds of masters that take only some frames from their ports: a VRF takes IP, batman-adv takes its own EtherType."""
 
 IFF_UP = 0x1
 IFF_UP_AND_RUNNING = IFF_UP | 0x40
+IFF_LOWER_UP = 0x10000
 IF_OPER_UP = 6
+OPERSTATES = ("UNKNOWN", "NOTPRESENT", "DOWN", "LOWERLAYERDOWN", "TESTING", "DORMANT", "UP")
+"""The names of the operational states, as `ip link` prints them."""
 
 
 @attrs.frozen
@@ -63,27 +66,36 @@ class Interface:
     name: str
     up: bool
     running: bool
-    """Whether the interface is up and has a carrier."""
+    """Whether the interface is up and RUNNING: its operational state is UP or UNKNOWN."""
     master: int
     """The index of the bridge, bond or other master device that the interface is a port of, or 0."""
     port_of: str
-    """The kind of `master`, such as "bridge", "bond" or "openvswitch", or "" if the kernel does not tell it."""
+    """The kind of `master`, such as "bridge", "bond" or "openvswitch", or "" if the kernel does not report it."""
     mtu: int
     """Maximum payload of a frame in bytes."""
     address: bytes
     kind: str = ""
     """The kind of a virtual interface, such as "vlan" or "veth"."""
     below: int = 0
-    """The index of the other end of a veth pair, or of the lower interface. 0 if it is in another network namespace."""
+    """The index of the lower interface or of the veth peer, or 0 if that interface is in another network namespace."""
     activated: bool = False
     """Whether the operational state is UP (RFC 2863). Before that, a running interface may still drop frames."""
     downs: int = 0
-    """How often the carrier has gone down."""
+    """How many times the carrier has gone down."""
+    carrier: bool = False
+    """Whether the lower layer reports a carrier (IFF_LOWER_UP). The interface may still not be running."""
+    operstate: int = 0
+    """The operational state (RFC 2863), an index of OPERSTATES."""
 
     @property
     def is_taken(self) -> bool:
         """Whether the master takes the frames that arrive at this interface."""
         return bool(self.master) and self.port_of not in PASSIVE_MASTERS
+
+    @property
+    def state(self) -> str:
+        """The operational state in words."""
+        return OPERSTATES[self.operstate] if self.operstate < len(OPERSTATES) else str(self.operstate)
 
     @property
     def master_kind(self) -> str:
@@ -92,7 +104,7 @@ class Interface:
 
 
 class Rtnetlink:
-    """A socket that describes the interfaces and reports when one of them changes. Raises OSError (netlink(7))."""
+    """A socket that lists, changes and observes interfaces. Raises OSError (netlink(7))."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
@@ -111,7 +123,7 @@ class Rtnetlink:
         return next(self._ask(0, index, _name(name) if name else b""), None)
 
     def add_veth(self, name: str, peer: str, peer_netns: int) -> None:
-        """Create a veth pair, whose other end `peer` is in the network namespace of the descriptor `peer_netns`."""
+        """Create a veth pair. Its other end `peer` is in the network namespace of the descriptor `peer_netns`."""
         other = _INTERFACE.pack(0, 0, 0, 0, 0) + _name(peer) + _attribute(IFLA_NET_NS_FD, struct.pack("=I", peer_netns))
         self._change(RTM_NEWLINK, name, _new("veth", _attribute(VETH_INFO_PEER, other)), flags=NLM_F_CREATE_EXCL)
 
@@ -142,7 +154,7 @@ class Rtnetlink:
 
     def _request(self, kind: int, flags: int, body: bytes) -> int:
         """Send a request and return its number."""
-        # Discard queued messages: they are older than the answer and may leave no room for it.
+        # Discard queued messages: they are older than the answer, and a full queue would drop the answer.
         self._drain()
         number = next(self._numbers)
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, NLM_F_REQUEST | flags, number, 0) + body)
@@ -177,7 +189,7 @@ class Rtnetlink:
         self._drain()
 
     def wait_blocking(self, timeout: float) -> bool:
-        """Wait as `wait` does, but block the thread; return False after `timeout` seconds."""
+        """Block the thread until any interface changes. Return False after `timeout` seconds."""
         return bool(select.select([self._socket], [], [], timeout)[0])
 
     def close(self) -> None:
@@ -194,7 +206,7 @@ def _name(name: str) -> bytes:
 
 
 def _new(kind: str, data: bytes) -> bytes:
-    """Return the attribute that selects the kind of a new interface."""
+    """Return the attribute IFLA_LINKINFO, which selects the kind of a new interface."""
     info = _attribute(IFLA_INFO_KIND, kind.encode())
     return _attribute(IFLA_LINKINFO, info + (_attribute(IFLA_INFO_DATA, data) if data else b""))
 
@@ -239,4 +251,6 @@ def _parse(message: bytes) -> Interface:
         0 if IFLA_LINK_NETNSID in attributes else int.from_bytes(attributes.get(IFLA_LINK, b""), "little"),
         attributes.get(IFLA_OPERSTATE) == bytes([IF_OPER_UP]),
         int.from_bytes(attributes.get(IFLA_CARRIER_DOWN_COUNT, b""), "little"),
+        bool(flags & IFF_LOWER_UP),
+        int.from_bytes(attributes.get(IFLA_OPERSTATE, b""), "little"),
     )

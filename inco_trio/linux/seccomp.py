@@ -1,4 +1,4 @@
-"""A filter for system calls: seccomp(2), with the constants of <linux/seccomp.h> and <linux/audit.h>.
+"""A seccomp filter, which restricts the system calls of a process: seccomp(2), <linux/seccomp.h>, <linux/audit.h>.
 
 `system_calls.txt` has the numbers of the system calls that a running proxy may use.
 """
@@ -20,10 +20,10 @@ __all__ = ["filter_code", "install", "machine"]
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "armv7l": 0x40000028, "s390x": 0x80000016}
 """AUDIT_ARCH of <linux/audit.h> for each machine."""
-SPECIAL = frozenset({"clone3", "execve", "execveat", "fork", "kill", "setns", "vfork", "socket", "clone"})
-"""System calls that depend on their arguments or on the features in use."""
+SPECIAL = frozenset({"clone3", "execve", "execveat", "fchownat", "fork", "kill", "setns", "vfork", "socket", "clone"})
+"""System calls that the filter allows or refuses depending on their arguments or on the features in use."""
 NEWEST = 451
-"""The highest number in the headers of Linux 6.1. The C library tries newer system calls, and expects ENOSYS."""
+"""Highest system call number of Linux 6.1. The C library tries newer calls first, and expects ENOSYS for them."""
 CLONE_NAMESPACES = 0x7E020080
 """The flags CLONE_NEW* of clone(2) and unshare(2)."""
 
@@ -59,7 +59,7 @@ def filter_code(
     log: bool = False,
     byteorder: str = sys.byteorder,
 ) -> bytes:
-    """Return the filter for a machine. It allows sockets of `families`, and the system calls `also`.
+    """Return the filter for a machine. It also allows sockets of `families` and the system calls in `also`.
 
     The kernel refuses other system calls with EPERM. With `log`, it allows and logs them (see journalctl -k).
     """
@@ -108,7 +108,7 @@ def _error(number: int) -> Instruction:
 
 
 def install(code: bytes) -> None:
-    """Filter the system calls of this thread and of those that it creates. Raises OSError without no_new_privs."""
+    """Filter the system calls of this thread and of threads that it creates. Raises OSError without no_new_privs."""
     kept = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog contains the number of instructions and their address.
     fprog = struct.pack("HP", len(code) // 8, ctypes.addressof(kept))

@@ -24,7 +24,7 @@ class _Socket(Protocol):
 
 
 def peer_of(sock: _Socket) -> tuple[int, int]:
-    """Return the PID and the user of the process that connected or listens at the other end (SO_PEERCRED, unix(7))."""
+    """Return the PID and the user ID of the process at the other end of a connection (SO_PEERCRED, unix(7))."""
     process, user, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     return process, user
 

@@ -35,17 +35,17 @@ REQUEST_PATIENCE = 5.0
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
 Answer = tuple[BoardStatus, ...] | str | None
-"""The boards of a proxy, or the reason why the proxy does not answer, or None for a stale socket."""
+"""The boards of a proxy, the reason why the proxy does not answer, or None for a stale control socket."""
 
 
 class Boards:
-    """The proxies at `controls`, or all proxies on this host."""
+    """The proxies with the control sockets `controls`, or all proxies on this host."""
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
         self._problems = Problems()
         self._names: dict[Path, str] = {}
-        """The last known name of each proxy, for use while the proxy does not answer."""
+        """The last known name of each proxy, which is used while the proxy does not answer."""
         self._asking = trio.Lock()
         self._metrics, self._number = "", 0
 
@@ -101,16 +101,16 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
         raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use a port from 1024 on)") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            text = "another process already listens there (stop it or use another port)"
+            text = "another process already uses this port (stop it or use another port)"
             raise ResourceError(f"--listen {listen}: {text}") from error
-        raise InvalidArgumentError(f"--listen {listen}: cannot listen there: {error.strerror}") from error
+        raise InvalidArgumentError(f"--listen {listen}: cannot listen on this address: {error.strerror}") from error
     logger.info("http://%s/metrics", listen)
     ready()
     await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)
 
 
 class _Scrapes:
-    """The HTTP connections. Each connection serves one request."""
+    """Serves the HTTP connections, with one request for each connection."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
@@ -121,7 +121,7 @@ class _Scrapes:
         with trio.CancelScope() as scope:
             self._open[scope] = None
             if len(self._open) > CONNECTIONS_MAX:
-                self._limits.failed("connections", f"more than {CONNECTIONS_MAX}: the oldest ones are closed")
+                self._limits.failed("connections", f"more than {CONNECTIONS_MAX}: closing the oldest connections")
                 next(iter(self._open)).cancel()
             try:
                 async with stream:

@@ -18,17 +18,17 @@ COUNTERS = {
     "sent": ("sent_frames", "Frames that the link accepted."),
     "unknown": ("unknown_frames", "Well-formed frames whose name is not an inbound signal of the table."),
     "malformed": ("malformed_frames", "Frames without a valid wire name."),
-    "foreign": ("foreign_datagrams", "Datagrams that another process than the peer sent to a unix: link."),
+    "foreign": ("foreign_datagrams", "Datagrams that a process other than the peer sent to a unix: link."),
     "dropped": ("dropped_frames", "Frames that the kernel dropped because the receive queue was full."),
     "overflowed": ("inotify_overflows", "Overflows of the inotify queue."),
     "write_failures": ("write_failures", "Failed attempts to write a state file."),
     "send_failures": ("send_failures", "Failed attempts to send a frame."),
-    "unsendable": ("unsendable_notifications", "Outbound notifications that were discarded: too long for the link."),
-    "unfinished": ("unfinished_notifications", "Notifications accepted but not finished when the proxy closed."),
+    "unsendable": ("unsendable_notifications", "Outbound notifications discarded as too long for the link."),
+    "unfinished": ("unfinished_notifications", "Notifications that were still pending when the proxy closed."),
     "recovered": ("recovered_notifications", "Notifications read by a previous process and delivered by this one."),
     "events_lost": ("lost_events", "Events that a slow reader of an event stream missed."),
     "restarts": ("task_restarts", "Restarts of a failed task."),
-    "link_downs": ("link_downs", "How often the link went down."),
+    "link_downs": ("link_downs", "Number of times that the link went down."),
 }
 """The name and help text of each counter's metric."""
 SIGNALS = {
@@ -63,8 +63,8 @@ class Reported:
 def textfile(proxies: Mapping[str, Iterable[BoardStatus]]) -> str:
     """Return the metrics of the boards of each proxy in the text format of Prometheus (version 0.0.4).
 
-    The textfile collector of node_exporter knows only this format: no units, no end mark, and in the line TYPE the name
-    that the samples have.
+    The textfile collector of node_exporter understands only this format. It has no units and no end mark, and its TYPE
+    lines contain the same names as the samples.
     """
     reported = [Reported(name, (*boards,)) for name, boards in proxies.items()]
     return "".join(f"{line}\n" for family in _of_proxies(reported) for line in _lines(*family, openmetrics=False))
@@ -94,7 +94,7 @@ def _of_boards(boards: list[tuple[dict[str, str], BoardStatus]]) -> Iterator[Fam
     text = "Whether the link is up and has a carrier, or a peer."
     yield "link_up", "gauge", text, [(labels, status.running) for labels, status, _ in running]
     yield "start_time_seconds", "gauge", "When the proxy was opened.", [(labels, s.since) for labels, s, _ in running]
-    text = "Tasks and signals that have a problem now."
+    text = "Tasks and signals that currently have a problem."
     yield "problems", "gauge", text, [(labels, _problems(status)) for labels, status, _ in running]
     for key, (name, text) in COUNTERS.items():
         yield name, "counter", text, [(labels, getattr(status.counters, key)) for labels, status, _ in running]

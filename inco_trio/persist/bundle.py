@@ -1,8 +1,8 @@
-"""Store many descriptors as one, because s6-fdholder-getdump fails with several hundred descriptors.
+"""Store many descriptors in one entry of the fd store: s6-fdholder-getdump fails with several hundred entries.
 
 The descriptors are queued in a Unix stream socket, as SCM_RIGHTS messages (unix(7)), and the fd store keeps the socket.
-A successor peeks at the messages (MSG_PEEK), which opens copies of the descriptors and leaves the queue unchanged.
-Later changes are appended as a line of text and a descriptor. When the queue is full, a new socket is stored instead.
+The next process peeks at the messages (MSG_PEEK), which opens copies of the descriptors and leaves the queue unchanged.
+Each later change adds a message. When the queue is full, a new socket with all descriptors replaces the old socket.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ NAME = "bundle"
 MESSAGE_FDS = 250
 """Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
 READ_SIZE = 1 << 18
-"""More bytes than one message can have. The kernel would return the descriptors again with the rest of a message."""
+"""Bytes per read, more than any message has. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
 STORED, REMOVED = b"+", b"-"
 _LINES = re.compile(rb"(?:[+-][^\0\n]+\n)*")
 
 
 class Bundle:
-    """An `FdStore` that stores only one descriptor in `outer`. `kept` has open copies of all stored descriptors."""
+    """An `FdStore` that uses one entry of `outer`, another fd store. `kept` has open copies of all descriptors."""
 
     def __init__(self, outer: FdStore) -> None:
         self.supervisor = outer.supervisor
@@ -48,7 +48,7 @@ class Bundle:
         self._renew()
 
     def _look(self, former: socket.socket) -> None:
-        """Open copies of the queued descriptors. If the queue is invalid, log that and take none.
+        """Add copies of the descriptors queued in `former` to `kept`. If the queue is invalid, log a warning instead.
 
         Raises ResourceError.
         """
@@ -58,7 +58,7 @@ class Bundle:
             if not _LINES.fullmatch(text) or sum(line.startswith(STORED) for line in text.splitlines()) != len(fds):
                 logger.warning(
                     "fd store: the stored bundle of descriptors is invalid: starting without it; "
-                    "notifications that it keeps are lost"
+                    "the notifications in it are lost"
                 )
                 return
             for line in text.split(b"\n")[:-1]:
@@ -93,7 +93,7 @@ class Bundle:
             os.close(fd)
 
     def _append(self, text: bytes, fds: Sequence[int]) -> None:
-        assert self._entry is not None  # noqa: S101 - see `__init__`
+        assert self._entry is not None  # noqa: S101 - set by `__init__`
         try:
             socket.send_fds(self._entry, [text], fds)
         except BlockingIOError:
@@ -120,7 +120,7 @@ class Bundle:
         self._entry = entry
 
     def close(self) -> None:
-        """Close the copies of the descriptors. The fd store keeps its own."""
+        """Close the copies of the descriptors. The fd store keeps its own copies."""
         for name in tuple(self.kept):
             self._forget(name)
         if self._entry is not None:
@@ -139,7 +139,7 @@ def _peek(queue: socket.socket, fds: list[int]) -> bytes:
     while True:
         try:
             data, ancillary, received, _ = queue.recvmsg(READ_SIZE, room, flags)
-        except BlockingIOError:  # Another process still has the other end of the socket.
+        except BlockingIOError:  # The queue is empty, but another process still has the other end open.
             return text
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -1,8 +1,8 @@
-"""Fd stores, in which descriptors outlive the process: s6-fdholder-daemon, or the fd store of systemd.
+"""Store descriptors in s6-fdholder-daemon or in the fd store of systemd, so that they survive a restart of the proxy.
 
 A descriptor is stored under its name and a number (`link.2`). A replacement is stored under the next number before the
-old descriptor is deleted, so the fd store always has one of them. After a crash, the higher number is the newer
-descriptor. If the next number is already taken, another process uses the same names.
+old descriptor is deleted, so the fd store always has at least one of the two. After a crash, the descriptor with the
+higher number is the newer one. If the next number is already taken, another process uses the same names.
 
 See https://skarnet.org/software/s6/s6-fdholderd.html and sd_pid_notify_with_fds(3).
 """
@@ -29,35 +29,35 @@ logger = logging.getLogger(__name__)
 _TIMEOUT_MS = 5000
 """Timeout of the s6 tools in milliseconds. The daemon normally answers within 1 ms."""
 _LISTEN_FDS_START = 3
-"""SD_LISTEN_FDS_START of sd_listen_fds(3)."""
+"""The first descriptor that systemd passes to a process (SD_LISTEN_FDS_START, sd_listen_fds(3))."""
 _FD_MAX = (1 << 31) - 1
 _LINKS = {(sockets.AF_PACKET, sockets.SOCK_RAW), (sockets.AF_UNIX, sockets.SOCK_DGRAM)}
-"""Family and type of the sockets that a link may use."""
+"""The socket families and types that a link may have."""
 _SOCKETS = {"link": _LINKS, "bundle": {(sockets.AF_UNIX, sockets.SOCK_STREAM)}}
 _Found = tuple[str, int, int]
-"""Name, number and descriptor of an entry."""
+"""The name, the number and the descriptor of an entry of the fd store."""
 
 
 class FdStore(Protocol):
     """Keeps descriptors while the proxy is not running."""
 
     supervisor: str | None
-    """`s6-fdholder`, `systemd`, or None without an fd store."""
+    """The name of the supervisor: `s6-fdholder`, `systemd`, or None if there is no fd store."""
     inherited: dict[str, int]
-    """The descriptors of an earlier process, by name. They are close-on-exec. The caller owns them."""
+    """The descriptors that an earlier process stored, by name. They are close-on-exec. The caller owns them."""
 
     def store(self, name: str, fd: int) -> None:
-        """Store a copy of `fd` as `name`, and delete the descriptor that was stored before, with its queue.
+        """Store a copy of `fd` as `name`. Delete the descriptor previously stored as `name`, and its unread data.
 
-        The call blocks for some milliseconds. Raises ResourceError.
+        The call blocks for a few milliseconds. Raises ResourceError.
         """
 
     def remove(self, name: str) -> None:
-        """Delete `name` if it is stored. Raises as `store` does."""
+        """Delete the descriptor `name` if it is stored. Raises ResourceError."""
 
 
 def inherited_fd(fds: dict[str, int], name: str) -> int | None:
-    """Return the inherited descriptor `name`. If it is of the wrong kind, log that, close and remove it."""
+    """Return the inherited descriptor `name`. If it is of the wrong kind, log a warning, and close and remove it."""
     fd = fds.get(name)
     if fd is None or _is_right_kind(name.rpartition("/")[2], fd):
         return fd
@@ -73,7 +73,7 @@ def _is_right_kind(name: str, fd: int) -> bool:
         except OSError:
             return True  # /proc is not mounted.
     if name not in _SOCKETS:
-        return True  # `persist.memory` checks a memfd.
+        return True  # The descriptor is a memfd, which `check_memory` checks later.
     try:
         with sockets.socket(fileno=os.dup(fd)) as sock:
             return (sock.family, sock.type) in _SOCKETS[name]
@@ -82,7 +82,7 @@ def _is_right_kind(name: str, fd: int) -> bool:
 
 
 class NoFdStore:
-    """Stores nothing and inherits nothing."""
+    """An fd store that stores nothing and inherits nothing."""
 
     supervisor: str | None = None
 
@@ -130,7 +130,7 @@ class S6FdStore(_NumberedFdStore):
     """Stores descriptors in the s6-fdholder-daemon at `socket`, under identifiers that start with `prefix`.
 
     The constructor removes the variables of `s6-fdholder-getdump` from the environment and closes descriptors of other
-    prefixes. It raises InvalidArgumentError if that program did not start this process.
+    prefixes. It raises InvalidArgumentError if `s6-fdholder-getdump` did not start this process.
     """
 
     supervisor: str | None = "s6-fdholder"
@@ -143,14 +143,14 @@ class S6FdStore(_NumberedFdStore):
     def _put(self, identifier: str, fd: int) -> None:
         code, reason = self._run("s6-fdholder-store", identifier, fd)
         if code:
-            hint = "is s6-fdholder-daemon running there?"
+            hint = "is s6-fdholder-daemon running on this socket?"
             if code == 1:
-                hint = "its rules must allow this user, and no other process may use the same interface"
+                hint = "the daemon's rules must allow this user, and no other process may use the same interface"
             raise ResourceError(f"cannot store {self._prefix}{identifier} in {self._socket}: {reason} ({hint})")
 
     def _drop(self, identifier: str) -> None:
         code, reason = self._run("s6-fdholder-delete", identifier, subprocess.DEVNULL)
-        # Exit code 1 means denied. We may delete our identifiers, so the daemon has restarted and lost this identifier.
+        # Exit code 1 means denied. We may delete our identifiers, so the daemon must have restarted and lost them.
         if code not in (0, 1):
             raise ResourceError(f"cannot delete {self._prefix}{identifier} from {self._socket}: {reason}")
 
@@ -167,7 +167,7 @@ class SystemdFdStore(_NumberedFdStore):
     """Stores descriptors in the fd store of this process's systemd unit.
 
     The constructor removes the variables of sd_listen_fds(3) from the environment and closes unknown descriptors.
-    systemd does not answer; it logs refusals in the journal (see `FileDescriptorStoreMax=`).
+    systemd does not report whether it stored a descriptor. It logs refusals (see `FileDescriptorStoreMax=`).
     """
 
     supervisor: str | None = "systemd"
@@ -191,9 +191,9 @@ class SystemdFdStore(_NumberedFdStore):
 
 
 def fd_store_from_environment(fd_holder: str | None, interface: str) -> FdStore:
-    """Return the fd store of s6 at the socket `fd_holder` if given, or else of systemd, or else a NoFdStore.
+    """Return the fd store: s6 at the socket `fd_holder` if given, else systemd if available, else a NoFdStore.
 
-    Call this function once, before other descriptors are opened. Raises InvalidArgumentError.
+    Call this function once, before the process opens other descriptors. Raises InvalidArgumentError.
     """
     if fd_holder is not None:
         return S6FdStore(fd_holder, f"inco-trio/{interface}/")
@@ -218,12 +218,12 @@ def _take_dump(socket: str, prefix: str) -> list[_Found]:
 
 
 def _take_number(variable: str) -> int:
-    """Remove a variable from the environment and return its value. Raises InvalidArgumentError if it is no number."""
+    """Remove a variable from the environment and return its value. Raises InvalidArgumentError if it is invalid."""
     text = os.environ.pop(variable, "")
     if re.fullmatch("[0-9]{1,10}", text) and int(text) <= _FD_MAX:
         return int(text)
     raise InvalidArgumentError(
-        f"${variable}", f"{text!r} is not a number of descriptors (let the supervisor start inco-trio directly)"
+        f"${variable}", f"{text!r} is not a descriptor number or count (let the supervisor start inco-trio directly)"
     )
 
 
@@ -253,7 +253,7 @@ def _numbered(entries: Iterable[tuple[str, int]]) -> list[_Found]:
                 os.close(fd)
         except OSError:
             raise InvalidArgumentError(
-                f"descriptor {fd}: in the environment as a stored descriptor, but not open (start inco-trio without a "
-                "program in between that closes descriptors)"
+                f"descriptor {fd}: listed in the environment as a stored descriptor, but not open (a program between "
+                "the supervisor and inco-trio closed it: start inco-trio directly)"
             ) from None
     return found

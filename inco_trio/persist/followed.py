@@ -1,8 +1,8 @@
 """The history: delivered and sent notifications that a client, such as the gateway, has not acknowledged yet.
 
 The history is part of the in-flight buffer (`inflight`), so it survives the end of the client and of the process. It is
-empty until a client asks for it. The ring has room for `KEPT` notifications. Older notifications are merged: only their
-number per signal remains.
+empty until a client asks for it. A ring stores the newest `KEPT` notifications. Older notifications are merged: only
+the number of merged notifications of each signal remains.
 
 Layout: a page of numbers, a table of merged notifications for each direction, and the ring. Each number is updated
 after the data that it counts. If the process dies in between, a notification is missing or is counted twice.
@@ -34,7 +34,7 @@ _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
 """Indexes of the numbers in the first page."""
 NUMBER_MAX = 1 << 62
-"""Maximum number in valid memory."""
+"""If a stored number is larger, the memory is invalid."""
 
 
 @attrs.frozen
@@ -61,7 +61,7 @@ class Merged:
 
 
 class History:
-    """The history in `view`, see `Inflight.history`. Raises ValueError if a table in the memory is invalid."""
+    """The history in the memory `view`. Raises ValueError if a table in the memory is invalid."""
 
     def __init__(self, view: memoryview) -> None:
         self._numbers = view[:PAGE].cast("Q")
@@ -80,11 +80,11 @@ class History:
             not self._numbers[_BASE] <= floor <= sequence <= floor + KEPT
             or max(sequence, self.merged_ever) > NUMBER_MAX
         ):
-            raise ValueError("the history has invalid numbers")
+            raise ValueError("the history contains invalid numbers")
         for number in range(floor + 1, sequence + 1):
             wall, monotonic, direction, name = self._record(number)
             if max(wall, monotonic) > NUMBER_MAX or direction >= len(_DIRECTIONS) or not is_wire_name(name):
-                raise ValueError("the history has an invalid notification")
+                raise ValueError("the history contains an invalid notification")
 
     @property
     def boot(self) -> str:
@@ -122,7 +122,7 @@ class History:
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:
-        """Start to store notifications. The next one gets the number `sequence` + 1. No effect if already started."""
+        """Start to store notifications, unless already started. The next one gets the number `sequence` + 1."""
         if self.keeping:
             return
         self._numbers[_BOOT] = int.from_bytes(os.urandom(8), "little")
@@ -132,19 +132,19 @@ class History:
         self._numbers[_KEEPING] = self.keeping = True
 
     def end(self) -> None:
-        """Forget all notifications and stop keeping new ones."""
+        """Delete all notifications and stop storing new ones."""
         self._numbers[_KEEPING] = self.keeping = False
         for table in self._merged:
             for name in table:
                 table[name] = 0
 
     def append(self, signals: Sequence[Signal], at: tuple[int, int]) -> None:
-        """Store notifications that were delivered or sent `at` a wall-clock time and a monotonic time in ns."""
+        """Store notifications. `at` is when they were delivered or sent: wall clock and monotonic clock, in ns."""
         numbers, ring = self._numbers, self._ring
         wall, monotonic = at
         sequence, floor = numbers[_SEQUENCE], self.floor
         if sequence == floor:
-            numbers[_BASE] = sequence  # Restart at the beginning of the ring, so that few pages are used.
+            numbers[_BASE] = sequence  # The ring is empty: restart at its beginning to use few pages of memory.
         base = numbers[_BASE]
         for signal in signals:
             if sequence - floor == KEPT:
@@ -183,13 +183,13 @@ class History:
         return [self._at(number) for number in range(first, min(self.sequence, first + most - 1) + 1)]
 
     def merged(self) -> Iterator[Merged]:
-        """Yield the merged notifications that are not acknowledged. All of them are older than the ring's content."""
+        """Yield the merged notifications that are not acknowledged. They are older than those in the ring."""
         for direction, table in zip(_DIRECTIONS, self._merged, strict=True):
             for name in table:
                 yield Merged(direction, name.decode("ascii"), table[name])
 
     def acknowledge(self, sequence: int, merged: Sequence[Merged] = ()) -> None:
-        """Forget all notifications up to the sequence number `sequence`, and the given merged notifications."""
+        """Delete all notifications up to the sequence number `sequence`, and the merged notifications in `merged`."""
         for each in merged:
             table, name = self._merged[each.direction is Direction.OUTBOUND], each.name.encode("ascii")
             table[name] = max(0, table[name] - each.count)

@@ -2,7 +2,7 @@
 
 The kernel forgets a frame or an inotify event once it is read. If the process died before acting on the data, the
 notification would be lost. The proxy therefore reads into this memory, which the fd store keeps (see `fdstore`), and
-blanks it only after processing the data. A successor processes the remaining data again: delivery is at least once.
+blanks it only after processing the data. The next process processes the rest again: delivery is at least once.
 
 recv(2) and read(2) copy the data before they return, and a fatal signal does not interrupt the copying. All data that
 has left the kernel's queue is therefore complete in this memory. No length is stored, because the process could die
@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"inco-trio inflight 5, batches of %6d frames\n"
 MARK = 8
-"""Size of the mark after each frame, in bytes."""
+"""Size of the mark at the end of each slot, in bytes."""
 FRAME_STEP = 128
-"""Size of a slot of a bank in bytes, small enough that the bank fits into the CPU cache."""
+"""Size in bytes of the slot for one frame, small enough that all slots of a batch fit into the CPU cache."""
 SHORT = FRAME_STEP - MARK
-"""Maximum length in bytes of a frame that fits into one slot. Our frames have at most 18 + 64 bytes."""
+"""Maximum length in bytes of a frame that fits into one slot. Frames of inco-trio have at most 18 + 64 bytes."""
 FRAMES = 256
 """Maximum number of frames in a batch, large enough that the cost of a hand-over is small."""
 EVENT_BANK = 4 * PAGE
-"""Size of a bank of inotify events in bytes: 1,024 events without a name."""
+"""Size in bytes of the memory for a batch of inotify events. It has room for 1,024 events without a name."""
 SEQUENCE_MAX = 1 << 62
 """Maximum sequence number of a batch in valid memory."""
 WATCH_MAX = (1 << 31) - 1
-"""Maximum number of a watch: the kernel uses an int."""
+"""Maximum watch descriptor: the kernel uses an int."""
 PENDING_MAX = 1 << 40
 """Maximum number of pending notifications of a signal in valid memory: eight months at 50,000 per second."""
 QUEUE = 256 * PAGE
@@ -55,7 +55,7 @@ QUEUE = 256 * PAGE
 
 
 def _bank_of(frames: int) -> int:
-    """Return the size of a bank of frames in bytes, rounded up to whole pages."""
+    """Return the size in bytes of the memory for a batch of frames, rounded up to whole pages."""
     return -(-(FRAME_STEP * (frames - 1) + FRAME_MAX) // PAGE) * PAGE
 
 
@@ -65,17 +65,17 @@ BEFORE_RECORDER = BEFORE_HISTORY + HISTORY
 SIZE = BEFORE_RECORDER + AREA
 _NO_EVENTS = bytes(EVENT_BANK)
 _MARK = os.urandom(MARK)
-"""The mark in all memory that this process creates."""
+"""The random bytes at the end of each empty slot in memory that this process creates."""
 
 
 @functools.cache
 def _no_frames(mark: bytes, frames: int) -> bytes:
-    """Return the content of an empty bank of frames."""
+    """Return the content of unused memory for a batch of frames."""
     return (bytes(SHORT) + mark) * (_bank_of(frames) // FRAME_STEP)
 
 
 class Bank:
-    """The memory of one batch of frames or events. It is blank while it is unused."""
+    """The memory of one batch of frames or events. While it is unused, its content is `blank`."""
 
     def __init__(self, view: memoryview, sequence: memoryview, blank: bytes) -> None:
         self.view = view
@@ -85,15 +85,15 @@ class Bank:
 
     @property
     def sequence(self) -> int:
-        """The sequence number of the batch. Of two banks, the bank with the lower number is older."""
+        """The sequence number of the batch. Batches are numbered in the order in which they were read."""
         return int.from_bytes(self._sequence, "little")
 
     def begin(self, sequence: int) -> None:
-        """Store the sequence number of the next batch. Call this before reading into the bank."""
+        """Store the sequence number of the next batch. Call this method before reading into the bank."""
         self._sequence[:] = sequence.to_bytes(8, "little")
 
     def clear(self, length: int) -> None:
-        """Blank the first `length` bytes, whose content has been processed."""
+        """Overwrite the first `length` bytes with `blank`, because their content has been processed."""
         self.view[:length] = self.blank[:length]
 
 
@@ -115,7 +115,7 @@ class Inflight:
     recorder: memoryview
     """The memory of the flight recorder (see `persist.recorder`)."""
     note: memoryview
-    """16 bytes for the use of the link (see `links.unix`)."""
+    """16 bytes that the link may use (see `links.unix`)."""
     at_once: int
     """Maximum number of frames in a batch."""
     inherited: bool
@@ -125,7 +125,7 @@ class Inflight:
     def open(cls, held: int | None = None, at_once: int = FRAMES) -> Inflight:
         """Map the inherited descriptor `held` if its memory is valid. Otherwise log the reason and map new memory.
 
-        `at_once` is the maximum number of frames in a batch. With fewer than FRAMES, the rest of a bank uses no memory.
+        `at_once` is the maximum number of frames in a batch. If it is less than FRAMES, the buffer uses less memory.
         Raises OSError (memfd_create(2), mmap(2)).
         """
         magic = MAGIC % at_once
@@ -165,7 +165,7 @@ class Inflight:
             for bank in banks[:2]:
                 bank.clear(len(bank.view))
         elif max(bank.sequence for bank in banks) > SEQUENCE_MAX:
-            raise ValueError("a batch has an invalid number")
+            raise ValueError("a batch has an invalid sequence number")
         history = view[BEFORE_HISTORY:BEFORE_RECORDER]
         if inherited:
             History(history).check()
@@ -187,7 +187,7 @@ class Inflight:
     def close(self) -> None:
         """Close the descriptor. The memory persists as long as another process holds a descriptor for it."""
         os.close(self.fd)
-        # Deleting the last view unmaps the memory. Closing the map here would raise BufferError.
+        # Python unmaps the memory when the last view is deleted. Closing the map earlier would raise BufferError.
 
 
 def frames_in(bank: Bank) -> list[bytes]:
@@ -206,7 +206,7 @@ def frames_in(bank: Bank) -> list[bytes]:
 
 
 def _long_frame(room: bytes, blank: bytes) -> bytes:
-    """Return the frame at the beginning of `room`. The rest of `room` is blank."""
+    """Return the frame at the beginning of `room`. The bytes after the frame are the same as in `blank`."""
     length = len(room)
     while room[length - 1] == blank[length - 1]:
         length -= 1

@@ -1,7 +1,7 @@
-"""Memory that outlives the process: a memfd of fixed size with a known beginning (memfd_create(2)).
+"""Memory that outlives the process: a memfd of fixed size that begins with a known header (memfd_create(2)).
 
-The seals forbid changes of its size (fcntl(2)). Otherwise, a process that holds a copy of the descriptor could shrink
-the memory, and the next access would kill this process with SIGBUS.
+Seals forbid changes of the size (fcntl(2)). Otherwise, a process that holds a copy of the descriptor could shrink the
+memory, and the next access would kill this process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def new_memory(name: str, size: int, head: bytes) -> int:
 
 
 def check_memory(fd: int, size: int, head: bytes) -> None:
-    """Check that `new_memory` created `fd` with this size and beginning. Raises ValueError with the reason."""
+    """Check that `fd` is a sealed memfd of `size` bytes that begins with `head`. Raises ValueError with the reason."""
     try:
         sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
     except OSError:  # EINVAL: the descriptor is not a memfd.

@@ -11,13 +11,13 @@ __all__ = ["OVERFLOW", "EventQueue"]
 
 OVERFLOW = pack_event(-1, IN_Q_OVERFLOW)
 POSITION_MAX = 1 << 62
-"""Maximum position in valid memory. A position is the number of bytes that were ever queued."""
+"""If a position is higher, the memory is invalid. A position is a number of bytes since the queue was last empty."""
 
 
 class EventQueue:
-    """A ring of whole inotify events. The first page contains the positions of the start and the end of the queue.
+    """A ring buffer of inotify events. The first page contains the positions of the start and the end of the queue.
 
-    Raises ValueError if the memory does not contain whole events.
+    Raises ValueError if the memory is invalid or contains an incomplete event.
     """
 
     def __init__(self, view: memoryview) -> None:
@@ -53,7 +53,7 @@ class EventQueue:
         return max(0, self._ends[1] - self._ends[0])
 
     def copy(self) -> bytes:
-        """Return a copy of the queued events, without touching unused pages, which would allocate memory."""
+        """Return a copy of the queued events. Do not read unused pages, because reading them would allocate memory."""
         place, length = self._ends[0] % len(self._room), len(self)
         behind = bytes(self._room[place : place + length])
         return behind + bytes(self._room[: length - len(behind)])
@@ -74,11 +74,11 @@ class EventQueue:
         first = min(len(events), size - place)
         self._room[place : place + first] = events[:first]
         self._room[: len(events) - first] = events[first:]
-        # Set the end last: if the process is killed before this line, it has queued nothing.
+        # Move the end last: if the process is killed before this line, the queue is unchanged.
         self._ends[1] = end + len(events)
 
     def finish_alone(self, act: Callable[[memoryview, int], bool]) -> int:
-        """Call `act` with the queued events. If it returns True, empty the queue and return its former length."""
+        """Call `act` with the queued events. If it returns True, empty the queue and return the number of bytes."""
         length = len(self)
         if not length or self._ends[1] > len(self._room) or not act(self._room[self._ends[0] :], length):
             return 0
@@ -103,7 +103,7 @@ class EventQueue:
                 length = following
             buffer[length:available] = bytes(available - length)
         if length == len(self):
-            self._begin_again()  # Restart at the beginning of the ring, so that few pages are used.
+            self._begin_again()  # The ring is empty: restart at its beginning to use few pages of memory.
         else:
             self._ends[0] = start + length
         return length

@@ -1,11 +1,11 @@
 """The flight recorder: the last notifications and events of a board, in memory that outlives the process.
 
-The recorder is part of the in-flight buffer (`inflight`), so it survives the end of the process, also by SIGKILL. It
-never grows: each new record replaces the oldest one.
+The recorder is part of the in-flight buffer (`inflight`), so it survives the end of the process, even by SIGKILL. It
+has a fixed size: once it is full, each new record replaces the oldest one.
 
 Layout: numbers and the names of the signals; a ring of notifications; a ring of events. Each ring has room for one
-record more than it keeps. The number of written records is stored after the record, so the record that a killed process
-was writing is never read. All notifications of a signal that one batch contains are one record.
+record more than it keeps. The number of written records is updated after each record, so a record that a killed process
+was writing is never read. One record contains all notifications of a signal in one batch.
 """
 
 from __future__ import annotations
@@ -33,51 +33,51 @@ KEPT = 4096
 """Default number of notifications that the recorder of a single board keeps."""
 KEPT_MAX = 65_536
 EVENTS_SHARE = 8
-"""The recorder keeps one event for this number of notifications."""
+"""The recorder has room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
-"""An event that repeats one of the last events, this many at most, is only counted."""
+"""If a new event equals one of the last RECENT events, the recorder only increases the count of that event."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
-"""Wall clock and monotonic clock in ns, sequence number of the last notification, count, signal, delay in seconds."""
+"""Notifications: wall clock and monotonic clock in ns, last sequence number, count, signal, and delay in seconds."""
 _TEXT = 160
 _EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
-"""Wall clock and monotonic clock in ns of the first occurrence, monotonic clock of the last one, count, signal, kind,
-level or state, and text."""
+"""An event: wall clock and monotonic clock of the first occurrence in ns, monotonic clock of the last occurrence,
+count, signal, kind, level or state, and text."""
 _MAGIC = int.from_bytes(b"recorder", "little")
 _MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
-"""Indexes of the numbers."""
+"""Indexes of the numbers at the beginning of the memory."""
 _NUMBERS = 256
 _RING = _NUMBERS + NAMES_MAX * NAME
 _EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
 AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 4096
-"""Size of the memory in bytes. Unused memory is not allocated."""
+"""Size of the recorder's memory in bytes. The kernel allocates only the pages in use."""
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
-"""The bit of a signal's number that says that it is outbound."""
+"""This bit is set in the number of an outbound signal."""
 _NO_SIGNAL = 0xFFFF
 KINDS = (
     "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
     "ignored",
 )  # fmt: skip
-"""The kinds of events. The number of a kind is part of the layout."""
+"""The kinds of events. Records contain the index of their kind, so append new kinds at the end."""
 LEVELS = ("info", "warning", "error")
 
 
 @attrs.frozen
 class Recorded:
-    """Notifications of one signal that were delivered or sent at one time."""
+    """Notifications of one signal that were delivered or sent at the same time."""
 
     time_ns: int
     monotonic_ns: int
     sequence: int
-    """The sequence number of the last of them."""
+    """The sequence number of the last notification."""
     count: int
     direction: Direction
     signal: str
     delay: float
-    """The number of seconds for which they had been pending, or 0."""
+    """How long the notifications had been pending (seconds), or 0."""
 
 
 @attrs.frozen
@@ -88,20 +88,20 @@ class Note:
     time_ns: int
     monotonic_ns: int
     last_ns: int
-    """When it occurred for the last time (time.monotonic_ns())."""
+    """When the event last occurred (time.monotonic_ns())."""
     count: int
     direction: Direction | None
     signal: str | None
     state: int
-    """For `link`, whether it is running; otherwise the index of the level in `LEVELS`."""
+    """For the kind `link`, whether the link is running. For other kinds, the index of the level in `LEVELS`."""
     text: str
 
 
 class Recorder:
     """The recorder in `view` (`AREA` bytes), which keeps `kept` notifications.
 
-    If `kept` is None, a recorder that an earlier process began keeps its size, and a new one keeps `default`. If the
-    memory does not contain a valid recorder, start with an empty one, and log the reason once.
+    If `kept` is None, an inherited recorder keeps its size, and a new recorder keeps `default` notifications. If the
+    memory does not contain a valid recorder, start with an empty recorder and log the reason.
     """
 
     def __init__(self, view: memoryview, kept: int | None = None, default: int = KEPT) -> None:
@@ -121,7 +121,7 @@ class Recorder:
                 before, notes = self._load()
                 self.inherited = True
             except ValueError as error:
-                logger.warning("the recorded history is damaged and starts again: %s", error)
+                logger.warning("the recorded history is damaged (%s): starting with an empty history", error)
         if not self.inherited or (kept is not None and kept != self._numbers[_KEPT]):
             self._reset(default if kept is None else kept, before, notes)
         self._kept, self._events_kept = self._numbers[_KEPT], self._numbers[_EVENTS_KEPT]
@@ -135,7 +135,7 @@ class Recorder:
             self.check_clock()
 
     def _reset(self, kept: int, before: Sequence[Recorded], notes: Sequence[Note]) -> None:
-        """Start with empty rings, and store the newest of `before` and `notes` again."""
+        """Empty both rings, then store the newest records of `before` and `notes` again."""
         numbers, boot = self._numbers, self._numbers[_BOOT]
         numbers[_MAGIC_AT] = 0
         numbers[_BOOT] = boot if self.inherited else int.from_bytes(os.urandom(8), "little")
@@ -152,7 +152,7 @@ class Recorder:
         numbers[_MAGIC_AT] = _MAGIC
 
     def _load(self) -> tuple[list[Recorded], list[Note]]:
-        """Check and return the content. Raises ValueError."""
+        """Return the recorded notifications and events. Raises ValueError if the memory is invalid."""
         numbers = self._numbers
         self._kept, self._events_kept, number = numbers[_KEPT], numbers[_EVENTS_KEPT], numbers[_NAMES]
         if not (
@@ -160,27 +160,27 @@ class Recorder:
             and 0 < self._events_kept <= max(EVENTS_MIN, KEPT_MAX // EVENTS_SHARE)
             and number <= NAMES_MAX
         ):
-            raise ValueError("impossible sizes")
+            raise ValueError("invalid sizes")
         for index in range(number):
             name = bytes(self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME]).rstrip(b"\0")
             if not is_wire_name(name):
-                raise ValueError("an invalid name")
+                raise ValueError("invalid signal name")
             self._add(name.decode("ascii"))
         self._written, self._noted = numbers[_WRITTEN], numbers[_NOTED]
         before, notes = list(self.notifications()), list(self.notes())
         for earlier, later in itertools.pairwise(before):
             if later.sequence - later.count < earlier.sequence:
-                raise ValueError("sequence numbers that decrease")
+                raise ValueError("decreasing sequence numbers")
         return before, notes
 
     @property
     def boot(self) -> str:
-        """A random identifier of this recorder, which a successor that inherits it keeps."""
+        """A random identifier of this recorder. A process that inherits the recorder keeps the identifier."""
         return f"{self._numbers[_BOOT]:016x}"
 
     @property
     def kept(self) -> int:
-        """The number of records of notifications that the recorder keeps."""
+        """Maximum number of records in the ring of notifications."""
         return self._kept
 
     @property
@@ -189,16 +189,16 @@ class Recorder:
         return self._sequence
 
     def skip_to(self, sequence: int) -> None:
-        """Let the next notification have the number `sequence` + 1, if that is higher than the next number."""
+        """Give the next notification the number `sequence` + 1, unless its number would be higher anyway."""
         self._sequence = max(self._sequence, sequence)
 
     def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
-        """Record notifications of one direction, pending from the monotonic time `since` (0: never pending).
+        """Record notifications of one direction. Return the wall-clock time and the monotonic time of the record.
 
-        Return the wall-clock time and the monotonic time of the record.
+        `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
         """
         wall, monotonic = time.time_ns(), time.monotonic_ns()
-        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # As WallClock.step, without the call.
+        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # Like WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
         direction = signals[0].direction
@@ -228,7 +228,7 @@ class Recorder:
 
     def _new_name(self, name: str) -> int:
         if len(self._names) == NAMES_MAX:
-            # Other names than those of the current table are in use only until the rings are full again.
+            # After many reloads, the table of names is full. Delete all records to make room for new names.
             self._reset(self._kept, (), ())
         index = len(self._names)
         self._view[_NUMBERS + index * NAME : _NUMBERS + (index + 1) * NAME] = name.encode("ascii").ljust(NAME, b"\0")
@@ -245,7 +245,7 @@ class Recorder:
             self.note("clock", step_text(step), state=1)
 
     def check_clock(self) -> None:
-        """Record that the wall clock was set, if it was."""
+        """Record a `clock` event if the wall clock was set."""
         self._note_step(time.time_ns(), time.monotonic_ns())
 
     def note(
@@ -258,7 +258,7 @@ class Recorder:
         count: int = 1,
         state: int = 0,
     ) -> None:
-        """Record an event. If one of the last events was the same, only count it there."""
+        """Record an event. If it equals one of the last RECENT events, increase the count of that event instead."""
         monotonic = time.monotonic_ns()
         key = kind, text, signal, direction, state
         number = self._recent.get(key, -1)
@@ -297,7 +297,7 @@ class Recorder:
         self._noted = self._numbers[_NOTED] = self._noted + 1
 
     def note_start(self) -> None:
-        """Record that a process started, and whether the previous one had stopped."""
+        """Record that this process started, and whether the previous process had stopped cleanly."""
         text = "started again" if self.inherited else "started"
         kinds = [note.kind for note in self.notes()]
         if self.inherited and kinds[-1:] != ["stopped"]:
@@ -313,7 +313,7 @@ class Recorder:
         return RecorderStatus(self.boot, self._sequence, since, notifications, events, self._kept)
 
     def notifications(self) -> Iterator[Recorded]:
-        """Yield the recorded notifications, oldest first. Raises ValueError for invalid memory."""
+        """Yield the recorded notifications, oldest first. Raises ValueError if the memory is invalid."""
         for number in range(max(0, self._written - self._kept), self._written):
             place = number % (self._kept + 1) * _RECORD.size
             wall, monotonic, sequence, count, signal, delay = _RECORD.unpack_from(self._ring, place)
@@ -322,16 +322,16 @@ class Recorder:
 
     def _name(self, number: int) -> str:
         if number >= len(self._names):
-            raise ValueError("an unknown signal")
+            raise ValueError("unknown signal number")
         return self._names[number]
 
     def notes(self) -> Iterator[Note]:
-        """Yield the recorded events, oldest first. Raises ValueError for invalid memory."""
+        """Yield the recorded events, oldest first. Raises ValueError if the memory is invalid."""
         for number in range(max(0, self._noted - self._events_kept), self._noted):
             place = number % (self._events_kept + 1) * _EVENT.size
             wall, first, last, count, signal, kind, state, text = _EVENT.unpack_from(self._events, place)
             if kind >= len(KINDS):
-                raise ValueError("an unknown kind of event")
+                raise ValueError("unknown kind of event")
             direction = Direction.OUTBOUND if signal & _OUTBOUND else Direction.INBOUND
             name = None if signal == _NO_SIGNAL else self._name(signal & ~_OUTBOUND)
             yield Note(

@@ -16,9 +16,9 @@ TABLE = -(-RECORD * RECORDS // PAGE) * PAGE
 
 
 class NumberTable:
-    """Maps keys (1 to 64 bytes, no trailing NUL) to numbers from 1 in shared memory. A missing key has the number 0.
+    """Maps keys (1 to 64 bytes, no trailing NUL) to positive numbers in shared memory. Missing keys have the number 0.
 
-    Raises ValueError if the memory has duplicate keys, a key that `is_key` refuses, or a number above `largest`.
+    Raises ValueError if the memory has duplicate keys, a key that `is_key` rejects, or a number above `largest`.
     """
 
     def __init__(self, view: memoryview, largest: int = (1 << 63) - 1, is_key: Callable[[bytes], bool] = bool) -> None:

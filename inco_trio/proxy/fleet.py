@@ -1,7 +1,7 @@
 """Several boards in one process: one proxy for each board, and one inotify descriptor for all boards.
 
-If a board cannot be opened or fails, the fleet retries it after a pause and at each reload. The other boards keep
-running. The next proxy of a board inherits the board's in-flight buffer and its share of the inotify queue.
+If a board cannot be opened or fails, the fleet retries to open it after a pause and at each reload. The other boards
+keep running. The board's next proxy inherits its in-flight buffer and its share of the inotify queue.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from inco_trio.board_files import claims, refuse_shared
 from inco_trio.config import Config
 from inco_trio.errors import BoardNotOpenError, ClosedError, ConfigError, IncoError, ResourceError
 from inco_trio.links.opening import Surroundings
+from inco_trio.linux.mounts import Mounts
 from inco_trio.linux.netns import identity
 from inco_trio.notifications import Listener
 from inco_trio.nurseries import starting_and_stopping
@@ -41,12 +42,12 @@ logger = logging.getLogger(__name__)
 FRAMES_AT_ONCE = 16
 """Maximum number of frames that a board reads before other boards run."""
 RECORDED = 8 * KEPT
-"""How many notifications the flight recorders of all boards keep together by default."""
+"""Default number of notifications that the flight recorders of all boards keep together."""
 RECORDED_MIN = 256
-"""How many notifications the flight recorder of a board keeps at least by default."""
+"""Minimum of the default number of notifications that the flight recorder of each board keeps."""
 PAUSE = 1.0
 PAUSE_MAX = 60.0
-"""PAUSE and PAUSE_MAX are the first and the longest pause before opening a board is retried, in seconds."""
+"""PAUSE and PAUSE_MAX are the first and the longest pause before the fleet retries to open a board, in seconds."""
 
 
 class _BoardStore:
@@ -59,7 +60,7 @@ class _BoardStore:
         self._name = name
 
     def lend(self, inflight: int) -> None:
-        """Fill `inherited` for the next proxy. The link is a duplicate that the proxy closes. Raises ResourceError."""
+        """Fill `inherited` for the board's next proxy, which closes the link's descriptor. Raises ResourceError."""
         self.inherited = {"inflight": inflight} if f"{self._name}/inflight" in self._bundle.kept else {}
         link = self._bundle.kept.get(f"{self._name}/link")
         if link is not None:
@@ -93,7 +94,7 @@ class _Plan:
     moved: list[_Board]
     """Boards whose link or network namespace changes. Their proxies are replaced."""
     now: dict[str, Config]
-    """Boards to open or reload at once."""
+    """Boards to open or reload immediately."""
     later: dict[str, Config]
     """Boards to open once the boards in `removed` and `moved` have stopped: they use the same links or directories."""
     staying: Collection[str]
@@ -140,12 +141,14 @@ class Proxies(Mapping[str, Proxy]):
             resources.callback(memory.close)
             self._shared = SharedInotify(inherited_fd(whole, "inotify"), memory.events[0])
             resources.callback(self._shared.inotify.close)
+            self._mounts = Mounts()
+            resources.callback(self._mounts.close)
         except OSError as error:
             raise refusal(error, "shared memory") from error
         if not isinstance(fd_store, NoFdStore):
             self._bundle = Bundle(fd_store)
             resources.callback(self._bundle.close)
-            # Create the shares before the first read, so that queued events reach their boards.
+            # Create the share of each board before the first read, so that queued events reach their boards.
             for name in {name.rpartition("/")[0] for name in self._bundle.kept}:
                 self._kept[name] = self._keep(name)
         self._shared.recover()
@@ -162,10 +165,12 @@ class Proxies(Mapping[str, Proxy]):
         except OSError as error:
             raise refusal(error, "shared memory") from error
         if self._bundle is not None and not inflight.inherited:
-            self._bundle.remove(f"{name}/inflight")  # Store the new memory, so that the next process inherits that.
+            self._bundle.remove(f"{name}/inflight")  # The stored memory is invalid: the proxy stores its new memory.
         share = self._shared.share(inflight)
         fds = {"inflight": inflight.fd}
-        ground = Ground(inflight, share, fds, self._around, self._bundle is None, self._listener, self._recorded)
+        ground = Ground(
+            inflight, share, self._mounts, fds, self._around, self._bundle is None, self._listener, self._recorded
+        )
         return _Kept(ground, share, None if self._bundle is None else _BoardStore(self._bundle, name))
 
     def __getitem__(self, name: str) -> Proxy:
@@ -197,7 +202,7 @@ class Proxies(Mapping[str, Proxy]):
         return {name: board.proxy.stats for name, board in self._boards.items() if board.proxy is not None} | self._last
 
     async def reload(self, configs: Mapping[str, Config], keep: Collection[str] = ()) -> dict[str, IncoError]:
-        """Replace the set of boards. Existing boards that are named in `keep` do not change.
+        """Replace the set of boards. Existing boards in `keep` do not change.
 
         New boards are opened, missing ones are stopped cleanly, and changed ones are reloaded. A board whose link
         changed gets a new proxy, which also sends notifications that were triggered before the change. Return the
@@ -246,7 +251,7 @@ class Proxies(Mapping[str, Proxy]):
 
     async def _open_or_change(self, configs: Mapping[str, Config], refused: dict[str, IncoError]) -> None:
         """Open new boards and reload existing ones. Add each board that is refused, with the error, to `refused`."""
-        assert self._nursery is not None  # noqa: S101 - see `_start`
+        assert self._nursery is not None  # noqa: S101 - set by `_start`
         started = []
         for name, config in configs.items():
             if name not in self._boards:
@@ -275,6 +280,7 @@ class Proxies(Mapping[str, Proxy]):
     def _start(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         nursery.start_soon(supervise, Health("triggers"), self._shared.run, Counters())
+        nursery.start_soon(self._mounts.run)
 
     async def _stop(self) -> None:
         async with self._changing:
@@ -283,13 +289,13 @@ class Proxies(Mapping[str, Proxy]):
             proxies = {board.name: board.proxy for board in boards}
             await self._end(list(self._boards.values()), leave_nothing=False)
             self._last = {name: proxy.stats for name, proxy in proxies.items() if proxy is not None}
-        assert self._nursery is not None  # noqa: S101 - see `_start`
+        assert self._nursery is not None  # noqa: S101 - set by `_start`
         self._nursery.cancel_scope.cancel()
         for kept in self._kept.values():
             kept.ground.inflight.close()
 
     async def _end(self, boards: Collection[_Board], *, leave_nothing: bool = True) -> None:
-        """Stop boards cleanly and in parallel."""
+        """Stop boards cleanly and in parallel. With `leave_nothing`, also delete the socket files of their links."""
         if boards:
             self._shared.drain()  # Send notifications that were triggered before the stop.
         for board in boards:
@@ -333,7 +339,7 @@ class Proxies(Mapping[str, Proxy]):
                     except IncoError as error:
                         self._log_problem(board, str(error))
                     except Exception as error:
-                        logger.exception("internal error: please report this fault of inco-trio")
+                        logger.exception("internal error: this is a bug in inco-trio, please report it")
                         board.problem = f"internal error: {error!r}"
                     finally:
                         board.proxy = None
@@ -355,7 +361,7 @@ class Proxies(Mapping[str, Proxy]):
             proxy = build(board.config, kept.store or NoFdStore(), kept.ground, resources)
             # Opening a board causes inotify events. Read them now, so that many boards do not overflow the queue.
             self._shared.drain()
-            # The task that reads inotify for all boards calls `finish_alone`. The context sets this board's log prefix.
+            # The task that reads inotify for all boards calls `finish_alone`. This context has the board's log prefix.
             run_here = contextvars.copy_context().run
             kept.share.finish_alone = lambda events, length: run_here(proxy._outbound.finish_alone, events, length)
             resources.callback(kept.share.leave)
@@ -387,7 +393,7 @@ async def open_proxies(configs: Mapping[str, Config]) -> AsyncIterator[Proxies]:
 async def open_fleet(
     configs: Mapping[str, Config], fd_store: FdStore, keep: Collection[str] = (), listener: Listener | None = None
 ) -> AsyncIterator[Proxies]:
-    """Do what `open_proxies` does, and store descriptors in `fd_store`. For `keep`, see `Proxies.reload`."""
+    """Run proxies as `open_proxies` does, and store descriptors in `fd_store`. For `keep`, see `Proxies.reload`."""
     if shared := refuse_shared(configs):
         raise ConfigError("", (f"{name}: {why}" for name, why in shared.items()))
     with ExitStack() as resources:

@@ -1,4 +1,4 @@
-"""Floods of unknown or malformed frames, which the kernel then drops before they fill the receive queue."""
+"""Let the kernel drop floods of unknown or malformed frames before these frames fill the receive queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inco_trio.proxy.supervise import Health
 __all__ = ["FLOOD", "Flood"]
 
 FLOOD = 1000
-"""Maximum number of ignored frames per second that the proxy reads. A queue of the default size holds 256 frames."""
+"""Unknown or malformed frames per second above which the kernel drops them. The receive queue holds 256 by default."""
 CALM = 5.0
 """Seconds between checks whether a flood has ended."""
 

@@ -21,11 +21,11 @@ Item = TypeVar("Item")
 
 @attrs.define(eq=False)
 class Batch(Generic[Item]):
-    """Notifications on the way from the reading task to the acting task, in order."""
+    """Notifications, in order, that one task has read and another task writes or sends."""
 
     items: list[Item]
     banks: Sequence[tuple[Bank, int]] = ()
-    """The banks to clear once all items are finished, each with the length that the items use."""
+    """The in-flight memory to clear once all items are finished, each bank with the number of bytes in use."""
     watches: Mapping[bytes, int] = attrs.field(factory=dict)
     """The watches to store once all items are finished; see `Triggered.watches`."""
     drained: bool = True
@@ -39,7 +39,7 @@ class Batch(Generic[Item]):
 
 
 class Handoff(Generic[Item]):
-    """An unbuffered channel, and the batches that are not finished.
+    """An unbuffered channel from a reading task to an acting task, which writes or sends, and all unfinished batches.
 
     The reading task waits until the acting task takes a batch. Meanwhile, the backlog stays in the kernel's queue,
     which survives the process. `report` receives `items`, `frames` and `pending_since` of each finished batch.
@@ -60,7 +60,7 @@ class Handoff(Generic[Item]):
         return batch
 
     def finish(self, batch: Batch[Item]) -> None:
-        """Finish a batch: report its items, and clear its memory."""
+        """Finish a batch: report its items and clear its memory."""
         if batch.items:
             # Report first: if the process is killed before it clears the memory, a report is repeated instead of lost.
             self.report(batch.items, batch.frames, batch.pending_since)

@@ -26,8 +26,8 @@ __all__ = ["Inbound"]
 FORMS = 4
 """Maximum number of cached frames per signal, on average. Frames of one signal may differ in their VLAN tags."""
 _SLOT = struct.Struct(f"{ADDRESSES}x{FRAME_STEP - ADDRESSES}s")
-"""One slot of a bank. The bytes after the MAC addresses are the key of the frame cache (`StateFiles.by_frame`). A frame
-that is too long for a slot overwrites the mark at its end, so its key is never in the cache."""
+"""One slot of the in-flight buffer. The bytes after the MAC addresses are the key of the cache `StateFiles.by_frame`. A
+frame that is too long for a slot overwrites the mark at the end of the slot, so its key is never in the cache."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,14 @@ class Inbound:
         self._listener: Listener = Deaf() if events is None else events.listener
         self._flood = Flood(link)
         self.filter = self._flood.filter
-        """The task that ends the filtering of a flood of ignored frames."""
+        """The task that reports a flood of ignored frames and lifts the kernel's filter after it."""
         self._at_once = inflight.at_once
         self._lone_room = inflight.frames[0].view[:FRAME_MAX]
         self._fills = max(bank.sequence for bank in inflight.frames)
 
     @functools.cached_property
     def _rooms(self) -> list[list[memoryview]]:
-        """The slots of each bank. Created on first use, because many boards only ever receive single frames."""
+        """The slots of each bank. They are created on first use: many boards only ever receive single frames."""
         starts = range(0, self._at_once * FRAME_STEP, FRAME_STEP)
         return [[bank.view[i : i + FRAME_MAX] for i in starts] for bank in self._inflight.frames]
 
@@ -117,7 +117,7 @@ class Inbound:
         return frames
 
     def _file_of(self, room: memoryview, length: int) -> StateFile | None:
-        """Return the state file for the frame in `room`. If there is none, count the frame and return None."""
+        """Return the state file for the frame in `room`. If no signal matches, count the frame and return None."""
         file = self._states.by_frame.get(room[ADDRESSES:FRAME_STEP].tobytes())
         return self._decode(room, length) if file is None else file
 
@@ -138,7 +138,7 @@ class Inbound:
         return file
 
     def _stands_for(self, frame: memoryview) -> int:
-        """Return how many ignored frames `frame` represents."""
+        """Count the ignored frames that `frame` represents, several during a flood. Return their number."""
         frames = self._link.stands_for(frame)
         self._counters.received += frames - 1
         self._flood.ignored(frames)
@@ -162,7 +162,7 @@ class Inbound:
                 self._deliver(batch)
                 if batch.drained:
                     break
-                await trio.lowlevel.checkpoint()  # Let other boards run.
+                await trio.lowlevel.checkpoint()  # Let the tasks of other boards run.
                 continue
             burst = True
             await self._handoff.hand_over(batch)

@@ -53,7 +53,7 @@ class Outbound:
         self._events = events or Deaf()
         self.failures: Counter[str] = Counter()
         """Number of failed attempts to send a frame, by signal name."""
-        # A device whose queue holds one frame is then retried soon after the frame has left, whatever its speed.
+        # The pauses grow slowly, so that even a device with a queue of one frame soon gets its next frame.
         self._room = Backoff(first=0.0005, factor=1.4)
         self._changed = trio.Event()
         self._fills = max(bank.sequence for bank in inflight.events)
@@ -61,14 +61,14 @@ class Outbound:
         self._recovered: Batch[Signal] | None = None
         self._waiting: set[trio.Event] = set()
         self._sending: Batch[Signal] = Batch([])
-        """The batch of the task `send`, whose items are in `_sent`, in `_rest` or reported as sent."""
+        """The batch that the task `send` is sending. Each item is in `_sent`, in `_rest` or was reported as sent."""
         self._sent: list[Signal] = []
         self._rest: deque[Signal] = deque()
         self._delay = ""
-        """Why the link accepts no frames at the moment."""
+        """Why the link accepts no frames at the moment, or "" if it does."""
 
     def recover(self) -> None:
-        """Recover events that an earlier process read but did not finish. The task `triggers` hands them over."""
+        """Recover events that an earlier process read but did not finish. The task `triggers` passes them on."""
         triggered = Triggered()
         banks = sorted(self._inflight.events, key=lambda bank: bank.sequence)
         for bank in banks:
@@ -78,12 +78,12 @@ class Outbound:
         self._recovered.finished = trio.Event()
 
     def _batch(self, triggered: Triggered, *, sent: int = 0, banks: Sequence[tuple[Bank, int]] = ()) -> Batch[Signal]:
-        """Return a batch of the triggered signals, without the first `sent` signals."""
+        """Return a batch of the triggered signals, skipping the first `sent`."""
         self._counters.triggered += len(triggered.signals)
         return self._handoff.begin(Batch(triggered.signals[sent:], banks, triggered.watches))
 
     async def send_found(self, found: Triggered) -> None:
-        """Send notifications of replaced triggers. If the proxy closes first, a successor finds the triggers again."""
+        """Send notifications of replaced triggers. If the proxy closes first, the next one finds the triggers again."""
         with contextlib.suppress(ClosedError):
             await self._handoff.hand_over(self._batch(found))
 
@@ -112,7 +112,7 @@ class Outbound:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - set by `recover`
-            await batch.finished.wait()  # Until then, the recovered events occupy both banks.
+            await batch.finished.wait()  # Until then, the recovered events occupy the memory for new events.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
@@ -187,7 +187,7 @@ class Outbound:
             health.well()
 
     def _delayed(self, reason: str) -> None:
-        """Report the rest of the batch that the task `send` is sending as pending, and what it has sent as sent."""
+        """Report the sent part of the current batch as sent, and the rest as pending because of `reason`."""
         batch = self._sending
         if self._sent:
             self._handoff.report(self._sent, (), batch.pending_since)
@@ -236,7 +236,7 @@ class Outbound:
                     with trio.move_on_after(self._room.next()):
                         await changed.wait()
                 elif error.errno == errno.EMSGSIZE:
-                    health.failed(f"{signal.name} is longer than the MTU and cannot be sent: raise the MTU")
+                    health.failed(f"{signal.name}: the frame is longer than the MTU and is not sent: raise the MTU")
                     self._counters.unsendable += 1
                     self._events.ignored("unsendable", signal.name, None)
                     return False

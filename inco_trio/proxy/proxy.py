@@ -1,7 +1,7 @@
 """The proxy of one board and its tasks.
 
-Each task has its own shielded cancel scope, so that a stop can end the tasks in order: the reading tasks first read the
-rest of the kernel's queues and end; then the other tasks finish these notifications.
+Each task has its own shielded cancel scope, so that a stop can end the tasks in order. First, the reading tasks read
+the rest of the kernel's queues and end. Then the other tasks finish these notifications.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from inco_trio.links.link import Link
 from inco_trio.links.opening import Surroundings, open_link
 from inco_trio.linux.capabilities import held_capabilities, names_of
 from inco_trio.linux.inotify import Inotify, Watcher
+from inco_trio.linux.mounts import Mounts
 from inco_trio.notifications import Events, Listener, Notification
 from inco_trio.nurseries import in_turns, starting_and_stopping
 from inco_trio.persist.fdstore import FdStore, NoFdStore, inherited_fd
 from inco_trio.persist.followed import History
 from inco_trio.persist.inflight import Inflight
 from inco_trio.persist.recorder import KEPT, Recorder
-from inco_trio.problems import noted_by, noting, report
+from inco_trio.problems import noted_by, noting, report, times
 from inco_trio.proxy.handoff import Handoff
 from inco_trio.proxy.inbound import Inbound
 from inco_trio.proxy.outbound import Outbound
@@ -46,7 +47,7 @@ __all__ = ["Ground", "Proxy", "build", "open_proxy", "open_supervised", "running
 logger = logging.getLogger(__name__)
 
 SHORTLY = 0.2
-"""Maximum seconds that a stop waits for pending notifications if another proxy will finish them."""
+"""Maximum time in seconds that a stop waits for pending notifications if another proxy will finish them."""
 
 
 @attrs.define
@@ -87,7 +88,7 @@ class Proxy:
         self._clock = WallClock()
         self._since = self._table_since = time.monotonic_ns()
         self._down_at = 0
-        """When the link went down for the last time, or 0 (time.monotonic_ns(), as the other times here)."""
+        """When the link last went down (time.monotonic_ns()), or 0."""
         self._scopes = {name: trio.CancelScope(shield=True) for name in self._tasks}
         self._ended = {name: trio.Event() for name in self._tasks}
 
@@ -169,7 +170,7 @@ class Proxy:
         Raises UnknownSignalError, or ClosedError if the proxy is closed.
         """
         self._check_open()
-        if isinstance(signals, str):  # A str is a collection too, but of characters.
+        if isinstance(signals, str):  # A str is a collection of characters, not of names.
             raise TypeError(f"signals={signals!r}: expected a collection of names, such as [{signals!r}]")
         names = None if signals is None else frozenset(signals)
         for name in (names or frozenset()) - {signal.name for signal in self._registers.table}:
@@ -186,7 +187,7 @@ class Proxy:
         """Wait for the next notification of an inbound or outbound signal.
 
         Earlier notifications do not count. To wait for the answer to an action, open `events` before the action.
-        Raises UnknownSignalError, or ClosedError if the proxy is closed or closes meanwhile.
+        Raises UnknownSignalError, or ClosedError if the proxy is closed or closes during the wait.
         """
         with self.events(math.inf, signals=[name]) as events:
             async for notification in events:
@@ -196,15 +197,15 @@ class Proxy:
     async def reload(self, config: Config) -> None:
         """Replace the signal table. The link and the signals that are in both tables keep working.
 
-        The reload loses no accepted notification and causes none. Missing IRQ directories are created. Raises
-        ClosedError, or another IncoError if the link differs or a register cannot be opened; then nothing changes.
+        The reload neither loses nor causes notifications. It creates missing IRQ directories. Raises ClosedError. If
+        the link differs or a register cannot be opened, the reload changes nothing and raises another IncoError.
         """
         if not config.same_link(self.config):
             raise ConfigError(config.link, "a reload cannot change the link (restart the proxy)")
         async with self._reloading:
             self._check_open()
             table = SignalTable(config.signals)
-            # During the reload, frames of the old and of the new table must pass a filter.
+            # During the reload, the link's filter must accept the frames of the old and the new table.
             former = self._registers.table
             self._link.expect({*former.inbound, *table.inbound}, former.outbound)
             try:
@@ -286,7 +287,7 @@ class Proxy:
         text = "stopped"
         if unfinished := self._counters.unfinished:
             is_lost = isinstance(self._parts.fd_store, NoFdStore) and not self._successor
-            text += f" with {unfinished} notifications pending: {'they are lost' if is_lost else 'kept'}"
+            text += f" with {unfinished} notifications pending: they are {'lost' if is_lost else 'kept'}"
             logger.log(logging.WARNING if is_lost else logging.INFO, "%s: %s", self._link.name, text)
         with noted_by(self._parts.events.note):
             self._inbound.count_dropped()
@@ -322,18 +323,18 @@ class Proxy:
             self._outbound.link_changed()
             await link.changed()
 
-    def _note_link(self, before: bool | None, running: bool, times: int, since: int) -> None:
+    def _note_link(self, before: bool | None, running: bool, count: int, since: int) -> None:
         """Log, count and report that the link came up or went down. `since` is the time of the last change.
 
-        `before` is None at the start. If the link was and is running, it went down and came up again `times` times
+        `before` is None at the start. If the link was and is running, it went down and came up again `count` times
         before the proxy looked.
         """
         seconds = (time.monotonic_ns() - since) / 1e9
         if before:
-            self._counters.link_downs += times
+            self._counters.link_downs += count
             self._down_at = time.monotonic_ns()
         if before and running:
-            text = f"the link went down and came up again at once ({times} times)"
+            text = f"the link went down and came up again at once ({times(count)})"
         elif before:
             text = f"the link went down after {seconds:.1f} s"
         elif before is None:
@@ -341,7 +342,7 @@ class Proxy:
         else:
             text = f"the link came up after {seconds:.1f} s"
         if before is not None:
-            # Core 1 may start after the proxy: that is not worth a warning.
+            # Do not warn when the link comes up for the first time, because core 1 may start after the proxy.
             level = logging.WARNING if self._down_at else logging.INFO
             logger.log(level, "%s: %s", self._link.name, text, extra={"event": "link"})
         self._parts.events.link_changed(running, text)
@@ -364,15 +365,16 @@ class Proxy:
 
 @attrs.define
 class Ground:
-    """The resources that a proxy uses and its successor inherits."""
+    """The resources that a proxy uses and that the board's next proxy inherits."""
 
     inflight: Inflight
     inotify: Watcher
+    mounts: Mounts
     fds: Mapping[str, int]
     """The descriptors to put into the fd store, by name."""
     around: Surroundings
     leave_nothing: bool
-    """Whether to delete the link's socket file at the end, because no successor needs it."""
+    """Whether to delete the link's socket file at the end, because no later proxy needs it."""
     listener: Listener | None = None
     recorded: int = KEPT
     """How many notifications a new flight recorder keeps by default."""
@@ -382,9 +384,9 @@ class Ground:
 async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
     """Run a proxy while the block runs. When the block ends or is cancelled, the proxy stops cleanly.
 
-    When the block starts, link and watches are active. Raises LinkNotFoundError, PermissionDeniedError, ResourceError
-    or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot be retried,
-    the block is cancelled; the exceptions of the task and of the block are then raised in an ExceptionGroup.
+    When the block starts, the link and the watches are active. Raises LinkNotFoundError, PermissionDeniedError,
+    ResourceError or ConfigError. Exceptions of the block are raised unchanged. If a task of the proxy fails and cannot
+    be restarted, it cancels the block. Its exception and those of the block are then raised in an ExceptionGroup.
     """
     async with open_supervised(config, NoFdStore()) as proxy:
         yield proxy
@@ -392,10 +394,11 @@ async def open_proxy(config: Config) -> AsyncIterator[Proxy]:
 
 @asynccontextmanager
 async def open_supervised(config: Config, fd_store: FdStore, listener: Listener | None = None) -> AsyncIterator[Proxy]:
-    """Do what `open_proxy` does, and store descriptors in `fd_store`. `listener` receives all events."""
+    """Run a proxy as `open_proxy` does, with an fd store. `listener` receives all events."""
     with ExitStack() as resources:
-        proxy = build(config, fd_store, _ground(fd_store, resources, listener), resources)
-        async with running(proxy):
+        ground = _ground(fd_store, resources, listener)
+        proxy = build(config, fd_store, ground, resources)
+        async with _following(ground.mounts), running(proxy):
             await proxy._present.wait()
             yield proxy
 
@@ -407,6 +410,13 @@ async def running(proxy: Proxy) -> AsyncIterator[None]:
         yield
 
 
+@asynccontextmanager
+async def _following(mounts: Mounts) -> AsyncIterator[None]:
+    """Report changes of the mounts while the block runs."""
+    async with starting_and_stopping(lambda nursery: nursery.start_soon(mounts.run), mounts.stop):
+        yield
+
+
 def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) -> Ground:
     """Open or inherit the resources of a proxy. Raises ResourceError."""
     inherited = fd_store.inherited
@@ -415,12 +425,14 @@ def _ground(fd_store: FdStore, resources: ExitStack, listener: Listener | None) 
         resources.callback(inflight.close)
         inotify = Inotify(inherited_fd(inherited, "inotify"))
         resources.callback(inotify.close)
+        mounts = Mounts()
+        resources.callback(mounts.close)
     except OSError as error:
         raise refusal(error, "shared memory") from error
     fds = {"inflight": inflight.fd, "inotify": inotify.fd}
     around = Surroundings()
     resources.callback(around.close)
-    return Ground(inflight, inotify, fds, around, isinstance(fd_store, NoFdStore), listener)
+    return Ground(inflight, inotify, mounts, fds, around, isinstance(fd_store, NoFdStore), listener)
 
 
 def build(config: Config, fd_store: FdStore, ground: Ground, resources: ExitStack) -> Proxy:
@@ -442,12 +454,14 @@ def _build(
     """Do the work of `build`.
 
     The registers are opened before the link, so that triggers are watched early. Recovered notifications are finished
-    before newer ones are read. Descriptors are stored last, because each one replaces a stored descriptor.
+    before newer ones are read. Descriptors are stored last, because storing one deletes the old descriptor.
     """
     inherited = fd_store.inherited
     inflight = ground.inflight
     registers = Registers(ground.inotify, inflight, counters, Trust(config.owner, config.group))
     resources.callback(registers.close)
+    ground.mounts.followers.add(registers.mounts_changed)
+    resources.callback(ground.mounts.followers.remove, registers.mounts_changed)
     registers.open(SignalTable(config.signals))
 
     link, stale = open_link(config.address, config.netns, inherited_fd(inherited, "link"), inflight.note, ground.around)

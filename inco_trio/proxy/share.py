@@ -33,7 +33,7 @@ FLAGS = ino.IN_ONLYDIR | ino.IN_DONT_FOLLOW
 
 @attrs.define
 class _Watch:
-    """One board's watch: the number by which the board knows the watch, and the requested events."""
+    """A watch of one board: the number that the board uses for the watch, and the requested events."""
 
     number: int
     mask: int | None
@@ -45,10 +45,10 @@ class _Watch:
 
 
 class SharedInotify:
-    """The shared descriptor. `bank` contains events that were read but not yet moved to the queues of the boards."""
+    """The descriptor that all boards share. `bank` contains events that are not in the queues of the boards yet."""
 
     def __init__(self, held: int | None, bank: Bank) -> None:
-        """Open a descriptor, or take over the inherited `held`. Raises OSError (inotify_init(2))."""
+        """Open a descriptor, or use the inherited descriptor `held`. Raises OSError (inotify_init(2))."""
         self.inotify = Inotify(held)
         self._bank = bank
         self._watches: dict[int, dict[Share, _Watch]] = {}
@@ -70,7 +70,7 @@ class SharedInotify:
             self._watches.setdefault(number % GENERATION, {})[share] = _Watch(number, None)
 
     def recover(self) -> None:
-        """Move the events that an earlier process read but did not move. First call `share` for all of its boards."""
+        """Move the events in `bank` to their boards after a restart. Call `share` for all inherited boards first."""
         self._move(len(self._bank.view))
 
     async def run(self, health: Health) -> None:
@@ -82,19 +82,19 @@ class SharedInotify:
             await self.inotify.wait_readable()
 
     def drain(self) -> None:
-        """Move at least the events that are queued when the call starts."""
+        """Move to the boards at least the events that are queued when the call starts."""
         target = self.inotify.read + self.inotify.queued
         while self.inotify.read < target and self._pump():
             pass
 
     def _pump(self) -> bool:
-        """Read once and move the events. Return whether any were queued."""
+        """Read the descriptor once and move the events to their boards. Return whether any events were queued."""
         if length := self.inotify.read_into(self._bank.view):
             self._move(length)
         return length > 0
 
     def _move(self, length: int) -> None:
-        """Move the events in the first `length` bytes of the bank to their boards, and wake the boards."""
+        """Move the events in the first `length` bytes of the shared memory to their boards, and wake the boards."""
         view, moved = self._bank.view, dict[Share, list[bytes]]()
         offset = 0
         while offset + ino.EVENT.size <= length:
@@ -150,7 +150,7 @@ class SharedInotify:
         found = self.inotify.watch(path, wanted | flags)
         if found == wd:
             return
-        # The path now leads to another directory. An event will report the change.
+        # The path now refers to a different directory. An event will report the change.
         if found not in self._watches:
             self.inotify.unwatch(found)
         else:
@@ -164,11 +164,11 @@ class SharedInotify:
         if watch is None or watch.number != number:
             return  # The watch has ended already.
         if len(watches) == 1:
-            self.inotify.unwatch(wd)  # The kernel queues IN_IGNORED behind the other events.
+            self.inotify.unwatch(wd)  # The kernel queues IN_IGNORED after the other events.
             return
         self.drain()  # Move the queued events first, so that IN_IGNORED comes last, as in the kernel's queue.
         if self._watches.get(wd, {}).pop(share, None) is None:
-            return  # The queued events included the kernel's IN_IGNORED.
+            return  # The kernel had already ended the watch: IN_IGNORED was among the queued events.
         share.given_up.add(number)
         share.queue.append(ino.pack_event(number, ino.IN_IGNORED))
         share.wake()
@@ -182,7 +182,7 @@ class SharedInotify:
 
 
 class Share:
-    """One board's share of the descriptor. Its methods work like the methods of `Inotify`."""
+    """One board's share of the inotify descriptor. Its methods work like the methods of `Inotify`."""
 
     def __init__(self, shared: SharedInotify, queue: EventQueue) -> None:
         self._shared = shared

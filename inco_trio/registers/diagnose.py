@@ -12,8 +12,8 @@ from inco_trio.signals import Direction, Signal
 __all__ = ["UNREPORTED", "diagnose", "filesystem", "filesystem_type", "open_registers", "unreported", "unreported_type"]
 
 UNREPORTED = {
-    "proc": "inotify reports nothing there",
-    "sysfs": "inotify reports nothing there",
+    "proc": "inotify reports no events on it",
+    "sysfs": "inotify reports no events on it",
     **dict.fromkeys(
         ("9p", "virtiofs", "nfs", "nfs4", "cifs", "smb3", "ceph", "vboxsf"),
         "inotify does not report writes of other hosts",
@@ -43,7 +43,7 @@ def unreported(path: Path) -> str | None:
 def unreported_type(kind: str | None) -> str | None:
     """Return why inotify may miss events on a filesystem of type `kind`, or None."""
     if kind is not None and (kind == "fuse" or kind.startswith("fuse.")):
-        return "the kernel may have several inodes for one file there, so inotify can miss writes"
+        return "the kernel may use several inodes for one file, so inotify can miss writes"
     return UNREPORTED.get(kind or "")
 
 
@@ -55,7 +55,7 @@ def filesystem(path: Path, root: Path = Path("/")) -> tuple[Path, str | None]:
         mounts = (root / "proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         return path, filesystem_type(mounts, path.stat().st_dev)
     except OSError:
-        return path, None  # The path was removed meanwhile, or no descriptor is left.
+        return path, None  # The path has been removed, or the process cannot open more descriptors.
 
 
 def filesystem_type(mountinfo: str, device: int) -> str | None:

@@ -30,7 +30,7 @@ ABANDONED = 60.0
 """Seconds until a directory that another process removed is recreated."""
 
 ATTEMPTS = 4
-"""How often a directory that is replaced meanwhile is opened again at once."""
+"""Maximum number of attempts to open a directory that another process keeps replacing, before other tasks run."""
 SELF_MASK = ino.IN_DELETE_SELF | ino.IN_MOVE_SELF | ino.IN_ONLYDIR
 ABOVE_MASK = SELF_MASK | ino.IN_ATTRIB
 """Events of an ancestor. IN_ATTRIB reports a new owner or mode of the ancestor and of the entries in it."""
@@ -90,7 +90,7 @@ class Directories:
             if directory.current:
                 return
             # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
-        self.trouble(directory)  # Another process replaces the directory all the time. Let other tasks run.
+        self.trouble(directory)  # Another process keeps replacing the directory. Let other tasks run.
 
     def _open(self, directory: Directory, *, make: bool) -> None:
         fd, found = open_trusted(directory.path, self.trust, make=make)
@@ -134,7 +134,7 @@ class Directories:
             try:
                 wd = self._inotify.watch(str(parent), mask)
             except OSError:
-                continue  # This ancestor is missing or unreadable. If it is moved, only a failed write will show it.
+                continue  # This ancestor is missing or unreadable. Only a failed write will show that it was moved.
             if waiting:
                 self._await(directory, wd, parent)
                 waiting = False
@@ -175,7 +175,7 @@ class Directories:
         """Restrict the watch `wd` on the directory `path` to the events of an ancestor."""
         with contextlib.suppress(OSError):
             found = self._inotify.watch(str(path), ABOVE_MASK)
-            if found != wd:  # The path now leads to another directory.
+            if found != wd:  # The path now refers to a different directory.
                 self._unwatch(found)
 
     def _watches_names(self, wd: int) -> bool:
@@ -193,7 +193,7 @@ class Directories:
             self._inotify.unwatch(wd)
 
     def lose(self, directory: Directory) -> None:
-        """Close a directory that is no longer at its path, and schedule a retry to open the path."""
+        """Close a directory that is no longer at its path, and schedule an attempt to open the path again."""
         if directory.missing_since is None:
             directory.missing_since = time.monotonic()
         directory.release()
@@ -219,7 +219,7 @@ class Directories:
             self._unwatch(wd)
 
     def forget_noted(self, others: Iterable[bytes]) -> list[int]:
-        """Delete stored watches that neither the table nor `others` needs. Return those that the kernel must end."""
+        """Delete stored watches that neither the table nor `others` needs. Return those that must still be ended."""
         needed = {*self.by_path, *(parent for path in self.by_path for parent in path.parents)}
         keys = {*others, *map(watch_key, needed)}
         stale = []
@@ -243,7 +243,7 @@ class Directories:
                     for waiting in set[Directory]().union(*awaited.names.values()):
                         waiting.awaited_in = 0
                 self._inotify.forget(wd)
-            # Only schedule retries for the directories below, because there may be thousands of them.
+            # Do not check the directories below now, because there may be thousands of them.
             for other in below or ():
                 self.trouble(other)
             if directory is not None:
@@ -264,7 +264,7 @@ class Directories:
         return directory
 
     def look(self, directory: Directory, *, make: bool = False) -> None:
-        """Reopen the directory if its path now leads to another one, or is not trusted any more.
+        """Reopen the directory if its path now refers to a different directory or is no longer trusted.
 
         Log a failure once, and schedule a retry.
         """
@@ -295,7 +295,7 @@ class Directories:
         self.miss_states(directory)
 
     def _is_well(self, directory: Directory) -> bool:
-        """Return whether the path still leads to the open directory, and only trusted users can change this."""
+        """Return whether the path still refers to the open directory and only trusted users can change the path."""
         if directory.fd < 0:
             return False
         try:
@@ -354,6 +354,6 @@ class Directories:
         return None
 
     def close(self) -> None:
-        """Close the directories. Their watches stay for a successor that inherits the inotify descriptor."""
+        """Close the directories. A process that inherits the inotify descriptor also inherits the watches."""
         for directory in self.by_path.values():
             directory.release()

@@ -27,7 +27,7 @@ EMPTIED = 1.0
 WRITE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 TEMPORARY = ".inco-trio."
 KIND = stat.S_IFMT(0xFFFF)
-"""The bits of `st_mode` that are the kind of a file."""
+"""The bits of `st_mode` that contain the type of the file."""
 FILE_MODE = 0o666 | stat.S_IFREG
 TRIGGER_MASK = ino.IN_CLOSE_WRITE | ino.IN_MODIFY | ino.IN_DONT_FOLLOW
 
@@ -82,7 +82,7 @@ class Directory:
 
     @property
     def current(self) -> bool:
-        """Whether `path` still leads to the open directory."""
+        """Whether `path` still refers to the open directory."""
         try:
             found = os.stat(self._path)  # noqa: PTH116 - twice as fast as Path.stat, and run for every batch
         except OSError:
@@ -100,11 +100,11 @@ class Directory:
 
     def name(self, register: str) -> str:
         """Return a path to a file in the open directory that stays valid if the directory is moved."""
-        # Without /proc, the path may lead to another directory. The caller checks for this afterwards.
+        # Without /proc, the path may refer to a different directory by now. The caller checks for this afterwards.
         return f"/proc/self/fd/{self.fd}/{register}" if proc_is_mounted() else str(self.path / register)
 
     def release(self) -> None:
-        """Close the descriptor. The watch stays for a successor."""
+        """Close the descriptor. The watch remains for the next process."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -123,7 +123,7 @@ class Directory:
     def check(self, register: str | bytes, opened: int | None = None) -> None:
         """Check that a register is a regular file with one name, on the directory's filesystem.
 
-        `opened` is a descriptor of the register. Without it, the name is checked.
+        `opened` is an open descriptor of the register. If it is None, check the file that has the name `register`.
         """
         found = os.stat(register, dir_fd=self.fd, follow_symlinks=False) if opened is None else os.fstat(opened)
         if found.st_mode & KIND != stat.S_IFREG or found.st_nlink != 1 or found.st_dev not in self.devices:
@@ -133,9 +133,9 @@ class Directory:
         path = self.path / register
         if not stat.S_ISREG(found.st_mode):
             what = f"not a regular file but {kind_of_file(found.st_mode)}"
-            raise UnfitFileError(path, what, "remove it, or use another register")
+            raise UnfitFileError(path, what, "remove it, or configure another register")
         if found.st_nlink > 1 and not self._unlink_temporaries(found):
-            remedy = "replace it by a new file, or remove its other names"
+            remedy = "replace it with a new file, or remove its other names"
             raise UnfitFileError(path, f"has {found.st_nlink} names (hard links)", remedy)
         if found.st_dev not in self.devices:
             if not self._is_on_same_mount(register):
@@ -143,7 +143,7 @@ class Directory:
             self.devices.add(found.st_dev)
 
     def _unlink_temporaries(self, found: os.stat_result) -> bool:
-        """Remove the second name of a trigger that a killed proxy left. Return whether one name is left."""
+        """Remove the temporary name of a trigger that a killed proxy left behind. Return whether one name remains."""
         names = 0
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.name(".")):
@@ -184,7 +184,7 @@ class Directory:
             except FileExistsError:
                 return 0
             except OSError:
-                # The filesystem has no hard links. The new file is visible for an instant before it is watched.
+                # The filesystem does not support hard links. The new file is briefly visible before it is watched.
                 os.mknod(register, FILE_MODE, dir_fd=self.fd)
                 note(wd := self.watch_trigger(register, inotify))
             return wd

@@ -47,6 +47,7 @@ class Registers:
         self._problems = problems = Problems()
         self.table = SignalTable(())
         self._opened = False
+        self._may_be_covered = False
         self.troubled = trio.Event()
         self.directories = Directories(inotify, inflight.watches, problems, lambda: self.troubled.set(), trust)
         self.states = StateFiles(self.directories, inflight.pending, problems, counters)
@@ -63,8 +64,8 @@ class Registers:
     def exchange(self, table: SignalTable) -> Generator[None, None, None]:
         """Replace the table in steps. Registers that are in both tables do not change; new files cause no notification.
 
-        Each step opens one register, and the last one replaces the table. If a register cannot be opened, IncoError is
-        raised and nothing changes. The caller then closes the old registers with `_drop_unneeded`.
+        Each step opens one register, and the last step replaces the table. If a register cannot be opened, this raises
+        IncoError and changes nothing. The caller then closes the old registers with `_drop_unneeded`.
         """
         new = _New()
         try:
@@ -89,7 +90,7 @@ class Registers:
         self.table = table
 
     def _prepare(self, signal: Signal, new: _New) -> None:
-        """Open the register of a signal, and its directory if that is new. Add them to `new`. Raises OSError."""
+        """Open the register of a signal, and its directory if it is new. Add both to `new`. Raises OSError."""
         new.path = signal.directory
         directory = self.directories.by_path.get(new.path)
         if directory is None:
@@ -140,11 +141,28 @@ class Registers:
             return self._problems.said(signal.directory) or "its directory is missing"
         trigger = self.triggers.by_path.get(signal.path)
         if trigger is not None and trigger.missing_since is not None:
-            return "cannot be watched, or is missing"
+            return "the file is missing or cannot be watched"
         return self._problems.said(signal.path)
+
+    def mounts_changed(self) -> int:
+        """Let `restore` check all directories and triggers, because a mount may cover them. Return their number."""
+        self._may_be_covered = True
+        self.troubled.set()
+        return len(self.directories.by_path) + len(self.triggers.by_path)
+
+    def _look_again(self) -> Generator[None, None, None]:
+        for directory in tuple(self.directories.by_path.values()):
+            self.directories.look(directory)
+            yield
+        for trigger in tuple(self.triggers.by_path.values()):
+            self.triggers.look_again(trigger)
+            yield
 
     def restore(self) -> Generator[None, None, None]:
         """Run all retries that are due. Each step restores one trigger or writes a few pending notifications."""
+        if self._may_be_covered:
+            self._may_be_covered = False
+            yield from self._look_again()
         self.triggers.expire()
         for directory in self.directories.retries.due():
             started = time.monotonic()
@@ -163,6 +181,6 @@ class Registers:
         return min(self.directories.retries.next(), self.triggers.next_expiry(), math.inf)
 
     def close(self) -> None:
-        """Close files and directories. Their watches stay for a successor that inherits the inotify descriptor."""
+        """Close files and directories. A process that inherits the inotify descriptor also inherits the watches."""
         self.states.close()
         self.directories.close()

@@ -27,7 +27,7 @@ __all__ = ["StateFile", "StateFiles"]
 logger = logging.getLogger(__name__)
 
 RUNS = 64
-"""Maximum number of times that a file stores for its pending notifications."""
+"""Maximum number of different times that a file stores for its pending notifications."""
 REPLACED = "its directory was replaced"
 SLICE = 32
 """Maximum number of pending notifications that are written before other tasks run."""
@@ -40,7 +40,7 @@ class StateFile:
     signal: Signal
     directory: Directory
     fd: int = -1
-    """A descriptor that stays open after a failed write (disk full): closing the file would notify its watchers."""
+    """A descriptor kept open after a failed write (disk full), because closing the file would notify its watchers."""
     count: int = 0
     last: int = 0
     """Time of the last write (time.monotonic_ns())."""
@@ -96,7 +96,7 @@ class StateFile:
             self.runs.append([now, 1])
 
     def unpend(self, number: int) -> Iterator[tuple[int, int]]:
-        """Forget the oldest `number` pending notifications. Yield their times and numbers, or the time 0 if unknown."""
+        """Forget the oldest `number` pending notifications. Yield each time (0 if unknown) and its number."""
         while number and self.runs:
             since, there = self.runs[0]
             some = min(number, there)
@@ -144,7 +144,7 @@ class StateFiles:
         self._problems = problems
         self._counters = counters
         self.delivered_late: Callable[[Sequence[StateFile], int], None] = lambda *_: None
-        """Called after pending notifications were written, with the time since when they were pending."""
+        """Called after pending notifications were written, with the time when they became pending."""
 
     def prepare(self, signal: Signal, directory: Directory) -> StateFile:
         """Return the state file of a signal, and create it if it is missing. Raises OSError."""
@@ -232,7 +232,7 @@ class StateFiles:
             outcomes[number] = files[number].reason
         for number, file in enumerate(files):
             if file.directory in replaced and not outcomes[number]:
-                # The directory was replaced meanwhile: the write may have gone to the old directory.
+                # The directory was replaced during the write, which may have gone to the old directory.
                 self._pend(file)
                 outcomes[number] = REPLACED
         for directory in replaced:
@@ -240,7 +240,7 @@ class StateFiles:
         return outcomes
 
     def _write_alone(self, file: StateFile) -> list[str | None] | None:
-        """Do what `write` does for one file while nothing is pending, in less time."""
+        """Write one notification faster than `write` can. No other notification may be pending."""
         try:
             file.write()
         except OSError as error:
@@ -260,7 +260,7 @@ class StateFiles:
         file.pend()
 
     def _write_renewed(self, files: Sequence[StateFile]) -> list[str | None]:
-        """Write to the current files of the signals of `files`, some of which are from before the last reload."""
+        """Write to the current files of the signals. Some of `files` belong to the table before the last reload."""
         renewed = [self._files.get(file.signal.name) for file in files]
         known = [file for file in renewed if file is not None]
         self._counters.unknown += len(files) - len(known)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
 """Two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of one file."""
 RETIREMENT = 1.0
-"""Seconds for which the old file of a replaced trigger stays watched, because a process may still close it."""
+"""How long (seconds) to keep watching the old file of a replaced trigger: a process may still have it open."""
 
 
 @attrs.define(eq=False)
@@ -53,10 +53,10 @@ class Trigger:
     wd: int = 0
     """The watch descriptor of the file, or 0."""
     looked_in: int = 0
-    """The `wd` of the directory in which the file was last found."""
+    """The watch descriptor of the directory in which the file was last found."""
     missing_since: float | None = None
     made_in: int = 0
-    """The `wd` of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
+    """The watch descriptor of the directory in which the proxy created the file, or 0 once IN_CREATE has been read."""
     replaced: deque[int] = attrs.Factory(deque)
     """For each detected replacement, the byte position in the inotify stream after which no event can report it."""
     path: Path = attrs.field(init=False)
@@ -105,7 +105,7 @@ class Triggers:
         self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
         self._replaced: set[Trigger] = set()
-        # The reasons that were logged for each directory, each with the path of one trigger.
+        # For each directory, the logged reasons why triggers cannot be watched, each with the path of one trigger.
         self._reasons: dict[Directory, dict[str, Path]] = {}
 
     def add(self, directory: Directory, register: str) -> Trigger:
@@ -134,7 +134,7 @@ class Triggers:
             self._retire(trigger.wd)
 
     def ignore(self, wd: int) -> None:
-        """End an inherited watch that the configuration does not need. Its queued events have no effect."""
+        """End an inherited watch that the configuration does not use. Its queued events have no effect."""
         if wd not in self._by_wd:
             self._by_wd[wd] = Trigger(Directory(Path("/")), "of an earlier process")
             self._retire(wd)
@@ -170,6 +170,11 @@ class Triggers:
         else:
             trigger.replaced.append(self._inotify.read + self._inotify.queued)
             self._replaced.add(trigger)
+
+    def look_again(self, trigger: Trigger) -> None:
+        """Watch the file at the path of a watched trigger, because a mount may cover the file or uncover another."""
+        if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
+            self._try_look(trigger, make=False)
 
     def _set_watch(self, trigger: Trigger, wd: int) -> None:
         owner = self._by_wd.get(wd, trigger)
@@ -257,7 +262,7 @@ class Triggers:
         self._notify_all(triggered)
         for trigger in self.by_path.values():
             trigger.made_in = 0  # The IN_CREATE of this trigger may be lost.
-            # Do not postpone this: if a file was renamed to this path, it is not watched yet.
+            # Check the file now: if it was renamed to this path, it is not watched yet.
             self._try_look(trigger, make=False)
         self._directories.look_at_all()
 
@@ -299,7 +304,7 @@ class Triggers:
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd
         if wd != directory.wd:
-            # `wd` watches the directory that was at this path before. A retry checks the current directory anyway.
+            # `wd` watches the directory that was at this path before. A scheduled retry checks the current directory.
             if ours:
                 trigger.made_in = 0
             elif not vanished:
@@ -313,7 +318,7 @@ class Triggers:
             if not ours:
                 self._look_again(trigger, mask, triggered, always=not created)
         elif trigger.made_in == wd or (trigger.missing_since is None and trigger.looked_in == wd):
-            # Look later: if there already is a new file at the path, its own queued event counts it.
+            # Check the path later: if it already has a new file, another queued event reports that file.
             trigger.made_in = 0
             self._miss(trigger)
 
@@ -367,7 +372,7 @@ class Triggers:
         self._log_refused(directory, refused)
 
     def _log_refused(self, directory: Directory, refused: dict[str, list[Path]]) -> None:
-        """Log each reason why triggers cannot be watched only once, because there may be thousands of triggers."""
+        """Log each reason only once per directory, because a directory may have thousands of unwatched triggers."""
         for reason, paths in refused.items():
             others = f" (and {len(paths) - 1} more in this directory)" if len(paths) > 1 else ""
             self._problems.failed((directory, reason), f"cannot watch: {reason}; retrying", f"{paths[0]}{others}")
@@ -383,7 +388,7 @@ class Triggers:
         for wd in [wd for wd, until in self._retired.items() if until <= now]:
             del self._retired[wd]
             if self._directories.watches(wd):
-                del self._by_wd[wd]  # A reload has added this directory, which an earlier process also watched.
+                del self._by_wd[wd]  # A reload has added this directory, so its inherited watch is in use again.
             else:
                 self._inotify.unwatch(wd)
 

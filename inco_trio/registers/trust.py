@@ -1,8 +1,8 @@
 """Open an IRQ directory so that no untrusted user can redirect its path to another directory.
 
-The path is followed by descriptors, one component at a time, and symlinks are resolved here (path_resolution(7)). Each
-directory and symlink must belong to root, to the user of this process or to the configured owner. Below something of
-the configured owner, everything must belong to this owner. No other user may be able to rename a component.
+This module opens each component of the path in turn and resolves symlinks itself (path_resolution(7)). Each directory
+and symlink must belong to root, to the user of this process or to the configured owner. Below a directory of the
+configured owner, everything must belong to this owner. No other user may be able to rename a component.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WRITERS = stat.S_IWGRP | stat.S_IWOTH
 SYMLINKS_MAX = 40
 """Maximum number of symlinks in a path, as in the kernel."""
 STANDARD = frozenset({"/", "/dev", "/dev/shm", "/home", "/run", "/run/user", "/tmp", "/var", "/var/tmp"})  # noqa: S108
-"""Directories that belong to root on each system (hier(7), file-hierarchy(7))."""
+"""Directories that belong to root on every system (hier(7), file-hierarchy(7))."""
 ACL = "system.posix_acl_access"
 
 
@@ -61,7 +61,7 @@ def open_trusted(path: Path, trust: Trust, *, make: bool = False) -> tuple[int, 
 
 
 class _Walk:
-    """The resolution of one path. `fd` is the directory that has been reached."""
+    """The resolution of one path. `fd` is the descriptor of the last directory that has been opened."""
 
     def __init__(self, path: Path, trust: Trust) -> None:
         self._path = path
@@ -69,7 +69,7 @@ class _Walk:
         self._names = deque(Path(os.path.abspath("."), path).parts[1:] if not path.is_absolute() else path.parts[1:])  # noqa: PTH100
         self._symlinks = 0
         self._below: int | None = None
-        """The configured owner, if something of this owner has been passed."""
+        """The configured owner, once the path has passed through a directory or symlink of this owner."""
         self._place = "/"
         self.fd = os.open("/", _DIRECTORY)
         self.found = os.fstat(self.fd)
@@ -90,7 +90,7 @@ class _Walk:
                 fd = self._make(name)
             os.close(self.fd)
             self.fd, self.found = fd, os.fstat(fd)
-            self._place = os.path.join(self._place, name)  # noqa: PTH118 - called for each component
+            self._place = os.path.join(self._place, name)  # noqa: PTH118 - faster, and called for each component
             self._check_owner(self.found)
         self._check_writers(final=True)
 

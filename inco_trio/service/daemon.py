@@ -45,7 +45,7 @@ class Boards(Served, Protocol):
         """Reload the configuration. Raises IncoError if the new configuration is refused."""
 
     def log_statistics(self) -> None:
-        """Log the counters; do nothing before `open`."""
+        """Log the counters. Do nothing if `open` has not been called yet."""
 
     def signals(self) -> Collection[Signal]:
         """Return the signals of all boards."""
@@ -91,7 +91,7 @@ class OneBoard:
 
 
 async def read_aside(read: Callable[[], _R]) -> _R:
-    """Call `read` in a thread, because reading files would delay notifications; return its result."""
+    """Call `read` in a thread and return its result. In the event loop, reading files would delay notifications."""
     try:
         return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
     except RuntimeError:  # No thread can be started: read in the event loop.
@@ -123,7 +123,7 @@ class Daemon:
 
     async def run(self, runner: Runner) -> None:
         async with self._answering(runner.background) as control, self._boards.open(self._fd_store, control):
-            # The diagnosis must inspect processes of other users. Its thread therefore starts with all capabilities.
+            # The diagnosis inspects processes of other users, so its thread starts before capabilities are dropped.
             is_ready = threading.Event()
             self._start_diagnosis(is_ready)
             self._restrict(self._boards.configs(), self._control_path)
@@ -166,7 +166,7 @@ class Daemon:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            # An interface in another network namespace has the same name: use a path that contains our PID.
+            # The proxy of an equally named interface in another network namespace uses this path. Add our PID to it.
             for left in path.parent.glob(f"{glob.escape(path.stem)}-*.sock"):
                 with contextlib.suppress(OSError):
                     if not place.is_live(left):
@@ -180,13 +180,13 @@ class Daemon:
             threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 
     def _diagnose(self, is_ready: threading.Event) -> None:
-        """Log conditions that may prevent notifications, after readiness because reading /proc takes time."""
+        """Log conditions that may prevent notifications. Wait for readiness first, because reading /proc takes time."""
         is_ready.wait()
         # A vanished file or a lack of descriptors ends the diagnosis, but not the daemon.
         with contextlib.suppress(OSError):
             for line in diagnose(self._boards.signals()):
                 logger.warning("%s", line)
-            # Import the module lazily, because the start of the daemon needs it last.
+            # Import the module lazily, because the import would delay the start of the daemon.
             from inco_trio.service.rivals import rivals
 
             configs = [proxy.config for proxy in [*self._boards.proxies().values()]]

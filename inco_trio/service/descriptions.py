@@ -36,7 +36,7 @@ __all__ = [
 PREFIX = "inco-trio-"
 _GATEWAY, _EXPORTER, _BRIDGE = "mqtt", "exporter", "wire-"
 _RESERVED = {"fdholder": "the fd store", _GATEWAY: "the gateway", _EXPORTER: "the exporter"}
-"""Labels that a link cannot have, because other services have them."""
+"""Labels that a link cannot have, because other services use them."""
 USER = "inco-trio"
 """The system user of services that root sets up."""
 _OF_INTERFACES = "CAP_NET_RAW CAP_NET_ADMIN"
@@ -55,7 +55,7 @@ _RIGHTS_OF_BOARDS = f"""\
 # The capabilities are for interfaces. Boards with a network namespace also need CAP_SYS_ADMIN in both lines.
 {_PACKETS}"""
 _OF_USER = ",+net_raw,+net_admin"
-"""The capabilities of `_PACKETS`, as an argument of setpriv(1)."""
+"""The capabilities that `_PACKETS` grants, as an argument of setpriv(1)."""
 
 
 def find_program() -> list[str]:
@@ -87,13 +87,13 @@ class Service:
     warnings: tuple[str, ...] = ()
     """Warnings about configuration files that cannot be read at the moment."""
     rights: str = ""
-    """The directives of a systemd unit that grant rights. Empty for clients of proxies, which need no fd store."""
+    """The directives of a systemd unit that grant rights. Empty for clients of proxies, which use no fd store."""
     capability: str = ""
     """The capability to keep, as an argument of setpriv(1)."""
     namespaces: str = "yes"
     """The value of RestrictNamespaces= in a systemd unit."""
     paths: tuple[Path, ...] = ()
-    """The files and directories that the service uses, as far as they are known now."""
+    """The known files and directories that the service uses."""
     check: tuple[str, ...] = ()
     """The command and its arguments that validate the configuration before a reload."""
 
@@ -114,7 +114,7 @@ def gateway_service(url: str, config: Path | None) -> Service:
 
 
 def exporter_service(listen: str) -> Service:
-    """Describe the exporter that listens at `listen`."""
+    """Describe the exporter that listens on the address `listen`."""
     return Service(_EXPORTER, f"metrics at {listen}", ("exporter", "--listen", listen))
 
 

@@ -27,7 +27,7 @@ from inco_trio.linux.process import end_with_parent
 __all__ = ["Launched", "Wait", "run_child", "wait_readable"]
 
 STOP = 60.0
-"""Seconds after a stop signal until the process is killed. The proxy itself stops within 5 s."""
+"""Seconds between the stop signal and SIGKILL. A proxy normally stops within 5 s."""
 
 _LISTEN_FDS_START = 3
 _ABOVE = 64
@@ -56,8 +56,8 @@ class Launched:
 
     The process ends when the thread that started it ends (PR_SET_PDEATHSIG of prctl(2)). Ctrl-C does not reach it.
     `netns` is a descriptor of its network namespace. `listen_fds` are passed as in sd_listen_fds(3). The process gets
-    the variables in `environment`, but none of the caller's supervisor. `prefix` is a command that runs the rest of the
-    command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
+    the variables in `environment`, but not those that the caller's supervisor set. `prefix` is a command that runs the
+    rest of the command line, such as setpriv(1). With `ready`, the process uses `--notification-fd`. Raises OSError.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Launched:
         self.is_ready = False
         inherited = dict(listen_fds or {})
         self.ready_fd, write_ready = os.pipe()
-        """A descriptor that is readable once the process is ready or has exited. Then call `see_ready`."""
+        """A descriptor that becomes readable when the process is ready or has exited. Then call `see_ready`."""
         settings = {
             "parent": os.getpid(),
             "names": None if listen_fds is None else list(inherited),
@@ -167,7 +167,7 @@ def run_child() -> int:
         os.close(settings["netns"])
     inherited, ready, arguments = settings["fds"], settings["ready"], sys.argv[2:]
     if inherited:
-        # The numbers that sd_listen_fds(3) requires may be in use: first move all descriptors out of the way.
+        # The numbers that sd_listen_fds(3) requires may be in use, so first move all descriptors to higher numbers.
         passed = [*inherited, *([] if ready is None else [ready])]
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in passed]
         for fd in passed:

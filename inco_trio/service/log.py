@@ -1,8 +1,8 @@
-"""The log on a standard stream: text, or one JSON object per line.
+"""Write the log to a standard stream, as text or as one JSON object per line.
 
 Text has timestamps unless the supervisor's logger adds them. In systemd's journal, each line has its priority
-(sd-daemon(3)). The proxy does not wait for a slow reader of its log. If the stream is full or closed, lines are lost;
-the next line that can be written reports how many.
+(sd-daemon(3)). The proxy does not wait for a slow reader of its log. If the stream is full or closed, lines are lost,
+and the next line that can be written reports their number.
 
 Warnings and errors with the same cause, such as a link that goes up and down, are logged once per second: the first one
 immediately, then the latest one with the number of omitted lines, see `service.throttle`.
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
 """The priorities of syslog(3), by the lowest level of the logging module that has them."""
 PATIENCE_MS = 10
-"""Maximum time in milliseconds to wait for a slow reader. After a lost line, do not wait until one succeeds."""
+"""Maximum time in milliseconds to wait for a slow reader. After a lost line, this is 0 until a write succeeds."""
 
 
 class _Json(logging.Formatter):
@@ -106,11 +106,11 @@ class _Lines(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         try:
             lines = self._line(record)
-        except Exception:  # noqa: BLE001 - wrong logging call; logging prints the place
+        except Exception:  # noqa: BLE001 - a logging call with wrong arguments; the logging module prints where it is
             self.handleError(record)
             return
         if self._lost:
-            note = f"log lines lost here: {self._lost}"
+            note = f"log lines lost before this line: {self._lost}"
             lines = self._line(logging.LogRecord(logger.name, logging.WARNING, __file__, 0, note, None, None)) + lines
         if self._torn:
             lines = b"\n" + lines

@@ -98,6 +98,6 @@ class ManyBoards:
 
 
 def _raise_descriptor_limit() -> None:
-    """Raise the limit of open descriptors to its maximum, because each board needs four or five."""
+    """Raise the limit of open descriptors to its maximum, because each board uses four or five descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

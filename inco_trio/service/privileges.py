@@ -13,12 +13,17 @@ from inco_trio.links.address import InterfaceAddress
 from inco_trio.linux import capabilities as cap
 from inco_trio.linux.process import lock_memory
 
-__all__ = ["drop_capabilities", "keep_in_memory", "needed_capabilities"]
+__all__ = ["OF_NAMESPACES", "OF_OWNERS", "drop_capabilities", "keep_in_memory", "needed_capabilities"]
 
 logger = logging.getLogger(__name__)
 
 _FILES = frozenset({cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER})
 """Capabilities of a proxy that writes into directories of other users."""
+
+OF_NAMESPACES = frozenset({cap.CAP_SYS_ADMIN, cap.CAP_NET_ADMIN, cap.CAP_SYS_PTRACE})
+"""Capabilities for boards in other network namespaces. CAP_SYS_PTRACE is for a namespace in /proc."""
+OF_OWNERS = frozenset({cap.CAP_CHOWN, cap.CAP_FSETID})
+"""Capabilities for an owner of new IRQ directories. CAP_FSETID keeps the set-group-ID bit of a foreign group."""
 
 
 def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: bool) -> frozenset[int]:
@@ -26,7 +31,8 @@ def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: boo
     with `locked`, the memory is locked.
 
     CAP_NET_RAW opens a packet socket for an interface. CAP_NET_ADMIN sets its receive buffer, which only a reload does
-    again. CAP_SYS_ADMIN enters a network namespace. CAP_IPC_LOCK locks memory beyond the limit.
+    again. CAP_SYS_ADMIN enters a network namespace. CAP_SYS_PTRACE reads a namespace of another process, such as
+    /proc/PID/ns/net. CAP_CHOWN gives new IRQ directories to their owner. CAP_IPC_LOCK locks memory beyond the limit.
     """
     needed = set(_FILES)
     if grows:
@@ -34,7 +40,11 @@ def needed_capabilities(configs: Collection[Config], *, grows: bool, locked: boo
     if any(isinstance(config.address, InterfaceAddress) for config in configs):
         needed.add(cap.CAP_NET_RAW)
     if any(config.netns is not None for config in configs):
-        needed |= {cap.CAP_SYS_ADMIN, cap.CAP_NET_ADMIN}
+        needed |= OF_NAMESPACES - {cap.CAP_SYS_PTRACE}
+    if any(config.netns is not None and config.netns.is_relative_to("/proc") for config in configs):
+        needed |= OF_NAMESPACES
+    if any((config.owner, config.group) != (None, None) for config in configs):
+        needed |= OF_OWNERS
     if locked and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
         needed.add(cap.CAP_IPC_LOCK)
     return frozenset(needed)
@@ -46,7 +56,7 @@ def drop_capabilities(needed: Collection[int]) -> None:
         cap.no_new_privileges()
         cap.keep_capabilities(needed)
     except OSError as error:
-        logger.warning("cannot drop capabilities (%s): the proxy keeps them", error.strerror)
+        logger.warning("cannot drop capabilities (%s): the process keeps them", error.strerror)
 
 
 def keep_in_memory() -> None:

@@ -20,7 +20,7 @@ __all__ = ["STOPS", "end_by_interrupt", "held", "hold", "listening", "take", "wa
 STOPS = (signal.SIGTERM, signal.SIGINT)
 HELD = (*STOPS, signal.SIGHUP, signal.SIGUSR1)
 PATIENCE = 2
-"""Number of stop signals that stop the process cleanly. The next one ends it immediately."""
+"""Number of stop signals after which the process still stops cleanly. The next stop signal ends it immediately."""
 
 
 class _Held:
@@ -35,7 +35,7 @@ class _Held:
         if number in STOPS:
             self.stops += 1
             if self.stops > PATIENCE:
-                write_at_once(STANDARD_ERROR, b"inco-trio: warning: third stop signal: exiting at once\n")
+                write_at_once(STANDARD_ERROR, b"inco-trio: warning: third stop signal: exiting immediately\n")
                 os._exit(0)
         self.arrived[number] = None
         if self.tell is not None:
@@ -46,7 +46,7 @@ _held = _Held()
 
 
 def hold() -> None:
-    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on, instead of taking their default actions."""
+    """Record SIGTERM, SIGINT, SIGHUP and SIGUSR1 from now on. Their default actions would end the process."""
     for number in HELD:
         signal.signal(number, _held.arrive)
     # The parent may have blocked the signals, so that none arrives before the handlers are set.
@@ -98,6 +98,6 @@ def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
 
 
 def end_by_interrupt() -> None:
-    """Kill this process with SIGINT, as if it had no handler for the signal."""
+    """End this process by SIGINT, as the default action of the signal does."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The processes that use a link or an IRQ directory, to find a second proxy."""
+"""Find the processes that use a link or an IRQ directory, to detect a second proxy."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Users:
     """The processes that have sockets of a link open."""
 
     proxies: tuple[Process, ...]
-    """Processes whose command runs a proxy, the oldest first."""
+    """Processes whose command line runs a proxy, oldest first."""
     others: tuple[Process, ...]
     """Other processes, such as programs that use the library or only listen."""
     holders: tuple[Process, ...]
     unseen: int
-    """Number of sockets of processes that this user may not inspect."""
+    """Number of sockets whose processes this user may not inspect."""
 
     @property
     def proxy(self) -> Process | None:
@@ -58,7 +58,7 @@ class Users:
 
 
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
-    """Return the processes with packet sockets of our EtherType on the interface `index`.
+    """Return the processes with packet sockets of inco-trio's EtherType on the interface `index`.
 
     inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
     """
@@ -75,7 +75,7 @@ def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Pat
 
 
 def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> Users:
-    """Return the processes that use a link of this thread's network namespace. If it is missing, there are none."""
+    """Return the processes that use a link of this thread's network namespace. If the link is missing, return none."""
     if isinstance(address, UnixAddress):
         return users_of_socket(address, processes)
     try:
@@ -111,7 +111,7 @@ def watchers(signals: Iterable[Signal], processes: Processes) -> list[Process]:
 
 
 def superfluous(proxies: Iterable[Process]) -> Process:
-    """Return which of several proxies to stop: one without a supervisor, otherwise the oldest one."""
+    """Return the proxy to stop if several run: one without a supervisor, otherwise the oldest one."""
     return min(proxies, key=lambda process: (bool(process.supervised), process.started, process.pid))
 
 
@@ -132,11 +132,15 @@ def rivals(
         except IncoError:
             continue  # The network namespace no longer exists, or this user may not enter it.
         yield from _line(
-            address.name, _serving(address, users, processes), "serves this link, too: each proxy receives each frame"
+            address.name,
+            _serving(address, users, processes),
+            "also serves this link, so both proxies receive each frame",
         )
         for directory in dict.fromkeys(signal.directory for signal in signals):
             watching = watchers((signal for signal in signals if signal.directory == directory), processes)
-            yield from _line(str(directory), watching, "watches its triggers, too: each proxy sends each notification")
+            yield from _line(
+                str(directory), watching, "also watches its triggers, so both proxies send each notification"
+            )
 
 
 def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
@@ -148,7 +152,7 @@ def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
 def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
     found = list(users.proxies)
     if users.unseen:
-        # This user may not inspect the process that has the socket. Every user may read its command line.
+        # This user may not inspect the process that has the socket, but every user may read its command line.
         found += [each for each in processes.all if not each.sockets and _names(address.name, each.command)]
     return found
 

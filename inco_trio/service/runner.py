@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
 import trio
@@ -21,6 +21,7 @@ from inco_trio.notify import check_notification_fd, notify_ready, notify_reloade
 from inco_trio.service import process_signals
 from inco_trio.service.lines import STANDARD_ERROR
 from inco_trio.service.log import needs_timestamps, set_up_logging
+from inco_trio.service.privileges import drop_capabilities
 
 __all__ = ["Restarting", "Runner", "Service", "Work", "run_service"]
 
@@ -68,14 +69,16 @@ def run_service(
         raise
     except Exception as error:  # Log the traceback, and exit with a code for the supervisor.
         if refused := _exhausted(error):
-            raise ResourceError(service.name, f"{refused.strerror}: raise or free the limited resource") from error
-        logger.exception("internal error: please report this fault of inco-trio")
+            raise ResourceError(
+                service.name, f"{refused.strerror}: raise the limit or free some of the resource"
+            ) from error
+        logger.exception("internal error: this is a bug in inco-trio, please report it")
         return os.EX_SOFTWARE
     return 0
 
 
 def _exhausted(error: Exception) -> OSError | None:
-    """Return the cause of `error` if it is a system limit. Trio itself may reach such a limit, too."""
+    """Return the cause of `error` if it is a system limit. Trio itself may also reach such a limit."""
     cause = unwrapped(error, only=True)
     return cause if isinstance(cause, OSError) and cause.errno in EXHAUSTED else None
 
@@ -139,7 +142,7 @@ class Runner:
                 self._stop.cancel()
             elif number == signal.SIGHUP:
                 if not self._is_ready.is_set():
-                    logger.info("not ready yet: the configuration will be reloaded afterwards")
+                    logger.info("not ready yet: the configuration will be reloaded once the service is ready")
                 _send_once(self._hang_up)
             elif not self._is_ready.is_set():
                 logger.info("not ready yet: there are no counters")
@@ -157,7 +160,7 @@ class Runner:
             except IncoError as error:
                 refused = str(error).splitlines()
                 for problem in refused:
-                    logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - the user's mistake
+                    logger.error("reload refused, keeping the old configuration: %s", problem)  # noqa: TRY400 - an error of the user
             notify_reloaded(refused[0] if refused else None)
 
 
@@ -166,7 +169,10 @@ Work = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 class Restarting:
-    """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError."""
+    """A service that restarts its work at each reload. `prepare` reads the configuration and may raise IncoError.
+
+    A new object drops all capabilities of the process except `kept`, and forbids new privileges.
+    """
 
     def __init__(
         self,
@@ -174,7 +180,9 @@ class Restarting:
         prepare: Callable[[], Work],
         log_statistics: Callable[[], None] = lambda: None,
         close: Callable[[], None] = lambda: None,
+        kept: Collection[int] = (),
     ) -> None:
+        drop_capabilities(kept)
         self.name = name
         self.log_statistics = log_statistics
         self._prepare = prepare

@@ -24,7 +24,7 @@ PROCESSES = frozenset({"execve", "fork", "kill", "vfork"})
 def enter_sandbox(
     configs: Collection[Config], *, control: Path | None, grows: bool, has_fd_holder: bool, log: bool
 ) -> None:
-    """Restrict this thread, and those that it creates. With `log`, the kernel only logs what it would refuse.
+    """Restrict this thread and the threads that it creates. With `log`, the kernel logs violations instead.
 
     `control` is the control socket. With `grows`, a reload may add boards. The capabilities must already be dropped. If
     the kernel lacks a part of the sandbox, log that and continue without this part.
@@ -47,6 +47,8 @@ def enter_sandbox(
     also = set(PROCESSES) if has_fd_holder else set()
     if any(config.netns is not None for config in configs):
         also.add("setns")
+    if any((config.owner, config.group) != (None, None) for config in configs):
+        also.add("fchownat")
     try:
         seccomp.install(seccomp.filter_code(name, families=families, also=also, log=log))
     except OSError as error:
@@ -54,7 +56,7 @@ def enter_sandbox(
 
 
 def _writable(configs: Collection[Config], control: Path | None) -> set[Path]:
-    """Return the parents of all IRQ directories and sockets, so that a recreated directory is writable, too."""
+    """Return the parents of all IRQ directories and sockets, so that a recreated directory is also writable."""
     paths = {signal.directory for config in configs for signal in config.signals}
     paths |= {Path(config.address.local) for config in configs if isinstance(config.address, UnixAddress)}
     if control is not None:

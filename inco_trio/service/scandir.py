@@ -1,4 +1,4 @@
-"""The s6 scan directory that `inco-trio s6` writes.
+"""Write the s6 scan directory for `inco-trio s6`.
 
 The services refer to each other by relative paths. A scan directory can therefore be copied or moved, and its path may
 be longer than a socket address (107 bytes). See https://skarnet.org/software/s6/servicedir.html and, for the rules,
@@ -28,7 +28,7 @@ _FD_STORE = "inco-trio-fdholder"
 _MISPLACED = frozenset({
     errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.EROFS, errno.EINVAL,
 })  # fmt: skip
-"""Errors that are caused by the path that the user gave."""
+"""Errors that the path given by the user causes."""
 
 
 def write_scandir(
@@ -36,7 +36,7 @@ def write_scandir(
 ) -> list[str]:
     """Write `service` to the s6 scan directory `directory`, which may contain other services.
 
-    The service runs `program` with additional `options` as `user` (default, and "root": the user of s6-svscan). Another
+    The service runs `program` with additional `options` as `user`. None and "root" mean the user of s6-svscan; another
     user gets the capabilities that the service needs. Write only files that differ. Return a line for each written
     file, and the warnings. Raises InvalidArgumentError, PermissionDeniedError, ResourceError.
     """
@@ -88,7 +88,7 @@ def _service(service: Service, user: str | None, program: Sequence[str], options
     run = script.format(holder=_FD_STORE, setup=setup, setpriv=setpriv, program=shlex.join(command))
     # `_service_uids` reads this file to grant the user rights in the fd store.
     uid = {f"{name}/data/uid": (f"{account.pw_uid}\n" if account else "", 0o644)} if held else {}
-    # Write log/run first and run last: s6-svscan may scan at any time, and looks for a logger only once.
+    # Write log/run first and run last: s6-svscan may scan at any time, and checks for a logger only once.
     return {
         f"{name}/log/run": (template("log-run"), 0o755),
         **uid,
@@ -166,7 +166,7 @@ def _write(directory: Path, name: str, content: str, mode: int) -> str | None:
     except OSError as error:
         with contextlib.suppress(OSError):  # This may fail for the same reason.
             new.unlink(missing_ok=True)
-        # An error of write(2) does not contain the file name.
+        # Errors from write(2) do not include the file name.
         error.filename = error.filename2 = str(path)
         raise
     return f"{'changed' if exists else 'created'} {path}"
@@ -187,7 +187,7 @@ def _remove_stale_rules(directory: Path, rules: dict[str, str]) -> list[str]:
     wanted = {path.split("/")[3] for path in rules}
     lines = []
     for path in sorted((directory / _FD_STORE / "data/rules/uid").iterdir()):
-        # A directory, or a symlink to one, may grant rights. A file grants none, and inco-trio did not write it.
+        # Only a directory, or a symlink to a directory, may grant rights. inco-trio writes no files here.
         if path.name in wanted or not (path.is_symlink() or path.is_dir()):
             continue
         if path.is_symlink():

@@ -1,4 +1,4 @@
-"""The units that `inco-trio s6 --systemd` prints. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
+"""Create units for `inco-trio s6 --systemd`. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from inco_trio.service.lines import printable
 __all__ = ["runtime_directory", "systemd_unit"]
 
 _OF_SANDBOX = ("capset", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self")
-"""System calls that @privileged excludes, or that @system-service lacks."""
+"""System calls for the sandbox that the unit's filter would otherwise forbid."""
 
 
 def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], options: Sequence[str] = ()) -> str:
@@ -38,7 +38,7 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
             calls = f"SystemCallFilter={' '.join(_OF_SANDBOX)}\n"
     if service.check:
         check = f"ExecReload={_command(*program, *service.check)}\n"
-        # A directory of boards is reloaded although some of its files are invalid.
+        # Reload a directory of boards even if some of its files are invalid.
         reload = reload + check if "--boards" in service.check else check + reload
     return template("unit.service").format(
         name=printable(PREFIX + service.label),
@@ -47,7 +47,7 @@ def systemd_unit(*, service: Service, user: str | None, program: Sequence[str], 
         program=command,
         reload=reload,
         user=_quote_text(user or "root"),
-        private_tmp="no" if _uses(service, program, "/tmp", "/var/tmp") else "yes",  # noqa: S108 - not a file
+        private_tmp="no" if _uses(service, program, "/tmp", "/var/tmp") else "yes",  # noqa: S108 - this creates no files
         protect_home=_home(service, program),
         calls=calls,
         directives=directives,
@@ -59,7 +59,7 @@ def _command(*words: str) -> str:
 
 
 def _home(service: Service, program: Sequence[str]) -> str:
-    """Return the value of ProtectHome=. The registers must be writable, and the program readable."""
+    """Return the value of ProtectHome=. The registers must stay writable, and the program must stay readable."""
     homes = ("/home", "/root", "/run/user")
     if _uses(service, (), *homes):
         return "no"
@@ -76,7 +76,7 @@ def _uses(service: Service, program: Sequence[str], *directories: str) -> bool:
 
 
 def runtime_directory(label: str) -> str:
-    """Return the name of a runtime directory: the label if it is short and needs no quoting, otherwise its hash."""
+    """Return the name of a runtime directory: the label if it is short and has only safe characters, else its hash."""
     if re.fullmatch(r"[A-Za-z0-9_@-][A-Za-z0-9_.@-]{0,31}", label):
         return label
     return blake2b(os.fsencode(label), digest_size=8).hexdigest()

@@ -38,11 +38,11 @@ _ANSWERS = {
     "ihub_crash_log_irq": "ihub_reset_irq",
     "ihub_uart_irq": "ihub_type_b_irq",
 }
-"""Outbound signals and the answers of a QEMU guest to them. Together they include every signal."""
+"""For each outbound signal, the inbound signal with which a QEMU guest answers. Together they include every signal."""
 _READY_DEADLINE = 60.0
 """Timeout for waiting on a process, in seconds. A process starts within 2 s, so only a hang reaches this limit."""
 _SetUp = Callable[[Path, Wait], AbstractContextManager[Stage]]
-"""Sets up a stage in a directory. Waits only with the given `Wait`, so that signals can stop the demonstration."""
+"""A function that sets up a stage in a directory. It waits only with `Wait`, so that signals can stop it."""
 
 
 class ProxyError(IncoError):
@@ -77,7 +77,7 @@ def _play(waiter: Waiter, applications: Applications, traffic: Sequence[Traffic]
 
 
 def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
-    """Wait until the proxy is ready. Afterwards, the end of the proxy is an error. Raises ProxyError."""
+    """Wait until the proxy is ready. From then on, `waiter` raises ProxyError if the proxy ends. Raises ProxyError."""
 
     def failed(what: str) -> ProxyError:
         sys.stderr.write(proxy.log)
@@ -89,7 +89,7 @@ def _wait_ready(proxy: Launched, waiter: Waiter) -> None:
     if not proxy.wait_ready(_READY_DEADLINE, waiter.readable):
         if waiter.readable([proxy.end_fd], _READY_DEADLINE):
             ended()
-        raise failed("the proxy does not become ready")
+        raise failed("the proxy did not become ready")
     waiter.on(proxy.end_fd, ended)
 
 
@@ -155,7 +155,7 @@ def _choose(out: Output) -> _SetUp:
 
 
 def run_demo(count: int, rate: float, out: Output, *, with_qemu: bool = False, record: Path | None = None) -> int:
-    """Send `count` notifications of each signal through a real proxy, `rate` per second in total. Show them on `out`.
+    """Send `count` notifications of each signal through a real proxy, `rate` per second in total. Show counts on `out`.
 
     Record the notifications to the file `record`, if given. Return the exit code: 0 if all notifications arrived, 1 if
     not, and 128 + n after the process signal n.

@@ -44,7 +44,7 @@ _PLAIN = ("-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdi
 
 
 class GuestError(UnavailableError):
-    """QEMU is missing, has refused a command or has ended, or the guest does not do what the caller waits for."""
+    """QEMU is missing, has refused a command or has ended, or the guest did not respond in time."""
 
 
 class QemuNotFoundError(GuestError, FileNotFoundError):
@@ -64,7 +64,7 @@ def unix_netdev(local: Path, remote: Path) -> dict[str, Any]:
 
 
 def tap_netdev(ifname: str) -> dict[str, Any]:
-    """Return the options of a QEMU network card that is connected to the existing tap `ifname`."""
+    """Return the options of a QEMU network card that is connected to the existing tap interface `ifname`."""
     return {"type": "tap", "ifname": ifname, "script": "no", "downscript": "no"}
 
 
@@ -79,7 +79,7 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
     `netdev` is the result of `unix_netdev` or `tap_netdev`. `command_line` contains rules for the firmware. The output
     of the firmware and of QEMU is appended to the file `log`. With `reboot=False`, QEMU ends when the guest is reset.
     QEMU runs in the network namespace `namespace`, if given. `wait` replaces `wait_readable`, for a program that must
-    also wait for other events. An exception of `wait` ends the calling method. During the start, it also kills QEMU.
+    also wait for other events. An exception of `wait` ends the calling method. During the start, QEMU is then killed.
 
     The kernel kills QEMU when the thread that started it ends (PR_SET_PDEATHSIG in prctl(2)). Methods raise GuestError
     if QEMU is not running or does not respond in time.
@@ -149,9 +149,9 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         return self._process
 
     def start(self) -> None:
-        """Start QEMU and return when its monitor answers. The firmware becomes ready later, see `wait_ready`."""
+        """Start QEMU, and return once its monitor answers. The firmware becomes ready later, see `wait_ready`."""
         if self._process is not None:
-            raise GuestError(f"the guest is running already, as process {self._process.pid}")
+            raise GuestError(f"the guest is already running (PID {self._process.pid})")
         program = shutil.which(self._program)
         if program is None:
             raise QemuNotFoundError(f"{self._program} is not installed (Debian: install qemu-system-misc)")
@@ -238,14 +238,14 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
             self._monitor.sendall(json.dumps({"execute": command, "id": self._commands}).encode())
         except ConnectionError:
             self.raise_ended()
-        # Skip the greeting, events, and late answers to commands whose wait was interrupted.
+        # Skip the greeting, events, and late answers to commands that were interrupted.
         while (answer := self._message(deadline)).get("id") != self._commands:
             pass
         if "error" in answer:
-            raise GuestError(f"QEMU's monitor refuses {command}: {answer['error']['desc']}")
+            raise GuestError(f"QEMU's monitor refused {command}: {answer['error']['desc']}")
 
     def wait_for(self, text: str) -> str:
-        """Wait for an output line that contains `text`, after the line that the last call returned. Return it."""
+        """Wait for an output line that contains `text`, after the line that the last call returned. Return the line."""
         deadline = time.monotonic() + _DEADLINE
         self._running()
         while True:
@@ -276,11 +276,11 @@ class Guest(contextlib.AbstractContextManager["Guest"]):
         self._execute("stop")
 
     def cont(self) -> None:
-        """Continue after `stop`."""
+        """Resume the guest after `stop`."""
         self._execute("cont")
 
     def system_reset(self) -> None:
-        """Reset the guest, which loses all frames in its memory. `wait_ready` waits until it has booted."""
+        """Reset the guest. It loses all frames in its memory. Call `wait_ready` to wait until it has booted."""
         self._execute("system_reset")
 
     def quit(self) -> int:

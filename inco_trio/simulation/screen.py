@@ -13,7 +13,7 @@ __all__ = ["Output", "Screen"]
 
 
 class Output(Protocol):
-    """The text stream on which a demonstration is shown."""
+    """The text stream to which a demonstration writes its progress."""
 
     def write(self, text: str, /) -> object: ...
     def flush(self) -> object: ...

@@ -32,7 +32,7 @@ class Stage:
     """Core 1, or None if core 1 is `guest`."""
     guest: Guest | None = None
     answers: Mapping[str, str] = attrs.Factory(dict)
-    """Maps each outbound signal to the answer of `guest`."""
+    """Maps each outbound signal to the inbound signal with which `guest` answers."""
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def namespaces(_directory: Path, _wait: Wait) -> Iterator[Stage]:
 def _address(local: Path, remote: Path) -> str:
     link = "unix:" + ",peer=".join(str(path).replace(",", ",,") for path in (local, remote))
     if fault := address_fault(link):
-        raise InvalidArgumentError(f"TMPDIR: the sockets of a link cannot be in this directory: {fault}")
+        raise InvalidArgumentError(f"TMPDIR: cannot create the link's sockets in this directory: {fault}")
     return link
 
 

@@ -2,7 +2,7 @@
 
 A notification has arrived when core 1 has read the frame, or when inotify(7) has reported the close of the state file.
 With a QEMU guest as core 1, round trips are counted. A round trip ends when the state file of the answer is closed.
-Each signal has at most one notification in flight, so that each arrival belongs to one departure.
+Each signal has at most one notification in flight, so that each arrival belongs to exactly one sent notification.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from inco_trio.simulation.waiter import Waiter
 __all__ = ["Applications", "Traffic", "duration", "quantile", "table", "traffic_of", "verdict"]
 
 _LOST_AFTER = 3.0
-"""Seconds after which a notification counts as lost. The proxy needs less than 1 ms, but the machine may be busy."""
+"""Seconds after which a notification counts as lost. The proxy takes less than 1 ms, but the machine may be busy."""
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
 
@@ -47,7 +47,7 @@ class Traffic:
 
     @property
     def seen(self) -> Signal:
-        """The signal whose arrival counts."""
+        """The signal whose arrival ends a latency measurement: `answer`, or else `signal`."""
         return self.answer or self.signal
 
     @property
@@ -157,8 +157,8 @@ def verdict(traffic: Sequence[Traffic]) -> tuple[str, int]:
     what = "notifications" if traffic[0].answer is None else "round trips"
     if len(latencies) < sent:
         names = ", ".join(one.signal.name for one in traffic if one.lost)
-        return f"LOST {sent - len(latencies)} of {sent} {what} ({names}): the proxy does not work here", 1
+        return f"LOST {sent - len(latencies)} of {sent} {what} ({names}): the proxy does not work on this machine", 1
     if unexpected:
-        return f"{unexpected} notifications arrived that were not sent: the proxy does not work here", 1
+        return f"{unexpected} notifications arrived that were not sent: the proxy does not work on this machine", 1
     median = duration(quantile(latencies, 0.5))
     return f"all {sent} {what} arrived, median {median}: the proxy works on this machine", 0

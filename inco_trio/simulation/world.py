@@ -44,13 +44,13 @@ _LINK_DEADLINE = 120.0
 
 
 class NamespaceRefusedError(PermissionDeniedError):
-    """The system forbids namespaces to this user."""
+    """The system does not allow this user to create namespaces."""
 
 
 def _refused(what: str, cause: OSError) -> NamespaceRefusedError:
     return NamespaceRefusedError(
         f"cannot create a {what} namespace ({cause.strerror})",
-        "run as root, or set those of these sysctls that this system has:"
+        "run as root, or set these sysctls, as far as this system has them:"
         " kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000 and"
         " kernel.apparmor_restrict_unprivileged_userns=0",
     )
@@ -66,14 +66,14 @@ def may_make_namespaces() -> bool:
 def new_user_namespace() -> None:
     """Move this process, which must have only one thread, into a new user namespace as root.
 
-    The process gets all capabilities over namespaces that it creates. Outside of them, it keeps the rights of its user.
-    Call this function before the others of this module, because the kernel may still count a thread that was joined.
-    Raises NamespaceRefusedError.
+    The process gets all capabilities over namespaces that it creates. Outside them, it keeps its user's permissions.
+    Call this function before any other function of this module: they start threads, and the kernel may still count a
+    thread that has just been joined. Raises NamespaceRefusedError.
     """
     user, group = os.geteuid(), os.getegid()
     try:
         unshare(CLONE_NEWUSER)
-        # Without privilege, gid_map can be written only after setgroups(2) was disabled (user_namespaces(7)).
+        # Without privileges, a process may write gid_map only after it has disabled setgroups(2) (user_namespaces(7)).
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
@@ -84,7 +84,7 @@ def new_user_namespace() -> None:
 def namespaces_refusal() -> str | None:
     """Return why this process cannot create network namespaces, or None. The process must have only one thread.
 
-    A child process makes the attempt, because a process cannot leave a user namespace whose maps were refused.
+    A child process tries it, because a process cannot leave a user namespace after the kernel has refused its maps.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -112,8 +112,8 @@ def _in_thread(function: Callable[[], T]) -> T:
 def _make_network() -> int:
     def make() -> int:
         unshare(CLONE_NEWNET)
-        # Disable IPv6, which would send router solicitations and multicast reports over the links. In a container,
-        # /proc/sys may be read-only. The additional frames then do no harm.
+        # Disable IPv6, which would send router solicitations and multicast reports over the links. If /proc/sys is
+        # read-only, as in some containers, these frames do no harm.
         with contextlib.suppress(OSError):
             Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -136,7 +136,7 @@ class Namespace(contextlib.AbstractContextManager["Namespace"]):
 
     @property
     def path(self) -> Path:
-        """A path of the namespace that is valid in this process."""
+        """A path of the namespace, which is valid only in this process."""
         return Path(f"/proc/self/fd/{self.fd}")
 
     def enter(self) -> None:
@@ -185,7 +185,7 @@ def _enslave(namespace: Namespace, name: str, bridge: str) -> None:
 
 
 def veth(a: Namespace, a_name: str, b: Namespace, b_name: str) -> None:
-    """Connect two namespaces with a veth pair. Both of its ends are down."""
+    """Connect two namespaces with a veth pair, whose ends are still down."""
     _with_links(a, lambda links: links.add_veth(a_name, b_name, b.fd))
 
 
@@ -203,10 +203,10 @@ def _wait_running(namespace: Namespace, name: str) -> None:
 
 @attrs.frozen
 class Cores:
-    """Two cores and the link between them, which has the same name in both namespaces.
+    """Two cores and the link between them. The link has the same name in both namespaces.
 
-    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. Core 1's end
-    then remains when core 0's end is deleted.
+    With `switch`, the link passes through a bridge in this third namespace, as in the board's simulation. In this case,
+    deleting core 0's end does not delete core 1's end.
     """
 
     core0: Namespace
@@ -230,15 +230,15 @@ class Cores:
         self.link_up()
 
     def delete_link(self) -> None:
-        """Delete core 0's end, which also deletes the other end of the veth pair."""
+        """Delete core 0's end of the link. The kernel also deletes the other end of the veth pair."""
         _with_links(self.core0, lambda links: links.delete(self.link))
 
     def link_down(self) -> None:
-        """Take core 0's end down."""
+        """Take core 0's end of the link down."""
         _set_up(self.core0, self.link, False)
 
     def link_up(self) -> None:
-        """Bring core 0's end up, and wait until frames pass."""
+        """Bring core 0's end of the link up, and wait until frames pass."""
         _set_up(self.core0, self.link)
         _wait_running(self.core0, self.link)
         if self.switch is not None:

@@ -1,6 +1,6 @@
-"""Test applications of core 0 and firmware of core 1 with a real proxy, without hardware and without root.
+"""Test applications of core 0 and firmware of core 1 together with a real proxy, without hardware or root.
 
-The pytest plugin has the fixture `inco_board`; `open_board` does the same without pytest.
+The pytest plugin provides the fixture `inco_board`. Without pytest, use `open_board`.
 """
 
 from __future__ import annotations

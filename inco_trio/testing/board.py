@@ -40,7 +40,7 @@ class _Core:
 
     @property
     def history(self) -> list[Happening]:
-        """The notifications that this core has sent and received until now, the oldest first."""
+        """The notifications that this core has sent and received so far, oldest first."""
         self._board._settle()
         return self._board._rig.history.all(self.number)
 
@@ -74,7 +74,7 @@ class _Core:
 
 
 class BoardCore0(_Core):
-    """Core 0: the side of the applications."""
+    """Core 0: the side that runs the applications."""
 
     number = 0
 
@@ -90,7 +90,7 @@ class BoardCore0(_Core):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment for a program under test: the environment of the test, plus UDRV_JSON_PATH."""
+        """The environment for a program under test: that of the test process, plus UDRV_JSON_PATH."""
         return {**os.environ, "UDRV_JSON_PATH": str(self.config)}
 
     def register(self, name: str) -> Path:
@@ -192,7 +192,7 @@ class BoardFaults:
         seed: int = 0,
         direction: Direction | str | None = None,
     ) -> None:
-        """Set the faults of the link: rates from 0 to 1, and a `delay` in seconds. Without arguments, end all faults.
+        """Set the faults of the link: rates from 0 to 1, and a `delay` in seconds. Without arguments, stop all faults.
 
         `direction` is a Direction, `inbound` or `outbound` (default: both). A reordered frame arrives 50 ms late. With
         the same `seed`, the same frames are affected. Raises InvalidArgumentError.
@@ -203,7 +203,7 @@ class BoardFaults:
                 lane.faults = FrameFaults(drop, double, reorder, corrupt, delay, seed)
 
     def link_down(self) -> None:
-        """Take the link down. The proxy keeps outbound notifications; notifications that core 1 sends are lost."""
+        """Take the link down. The proxy keeps outbound notifications. Notifications that core 1 sends are lost."""
         self._board._call("the link is taken down", self._board._rig.line_down)
 
     def link_up(self) -> None:
@@ -211,7 +211,7 @@ class BoardFaults:
         self._board._call("the link is brought up", self._board._rig.line_up)
 
     def replace_directory(self) -> None:
-        """Replace core 0's directory with a new, empty directory, as another program might."""
+        """Replace core 0's directory with a new, empty directory, as another program might do."""
         path = self._board.core0.directory
         self._board._rig.history.add(None, f"{path.name} is replaced by a new directory")
         new = path.with_name(f"{path.name}.new")
@@ -245,7 +245,7 @@ class Board:
     def _rig(self) -> Rig:
         __tracebackhide__ = True
         if self._open_rig is None:
-            raise ClosedError("the board has ended")
+            raise ClosedError("the board is closed")
         return self._open_rig
 
     def _check_open(self) -> None:
@@ -269,7 +269,7 @@ class Board:
 
     @property
     def history(self) -> list[Happening]:
-        """The notifications at both cores and the events between them, in the order in which they were seen."""
+        """The notifications at both cores and the events between the cores, in the order in which the test saw them."""
         self._settle()
         return self._rig.history.all()
 
@@ -283,7 +283,7 @@ class Board:
         machine: Sequence[str] | None = None,
         ready: str | None = None,
     ) -> Iterator[Guest]:
-        """Run a firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
+        """Run firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
         `firmware` defaults to that of `inco-trio demo --qemu`. `program` is the QEMU program. `machine` replaces the
         arguments for the RISC-V machine `virt`; a virtio-net-device is added. `ready` is a text that the firmware
@@ -291,7 +291,7 @@ class Board:
         """
         rig = self._rig
         if self._plan.cores is not None:
-            raise InvalidArgumentError("link='interface': a guest needs a link of sockets (leave this argument out)")
+            raise InvalidArgumentError("link='interface': a guest needs a socket link (omit this argument)")
         self._engine.run(rig.attach_guest)
         netdev = unix_netdev(self._layout.socket("guest"), self._layout.socket("wire1"))
         log = self.directory / f"guest-{len(self._guests)}.log"
@@ -318,7 +318,7 @@ class Board:
         record(path, self.history, {signal.name: str(signal.path) for signal in self.signals}, self.link)
 
     def failure(self) -> str | None:
-        """Return why the board has failed since the last call, such as a proxy that ended by itself, or None."""
+        """Return why the board has failed since the last call, for example because the proxy has ended, or None."""
         self._settle()
         before, self._reported = self._reported, self._rig.history.failure
         return None if self._reported == before else self._reported

@@ -56,14 +56,14 @@ class Carrier(Protocol):
         """Return the log of the proxy."""
 
     def stats(self) -> Stats | None:
-        """Return the counters, or None if the proxy does not answer. After a stop, may return the last ones."""
+        """Return the counters (after a stop, the last known ones), or None if the proxy does not answer."""
 
     def close(self) -> None:
         """Release all resources of a stopped proxy."""
 
 
 class Process:
-    """`inco-trio run` as a separate process. This class is its fd store, as systemd is (sd_notify(3), FDSTORE)."""
+    """Runs `inco-trio run` as a separate process, and acts as its fd store, as systemd does (sd_notify(3), FDSTORE)."""
 
     def __init__(self, engine: Engine, layout: Layout, link: str, history: History, netns: int | None) -> None:
         self._engine = engine
@@ -87,7 +87,7 @@ class Process:
 
     async def start(self) -> None:
         if self._launched is not None:
-            raise InvalidArgumentError(f"the proxy is running already, as process {self.pid}")
+            raise InvalidArgumentError(f"the proxy is already running (PID {self.pid})")
         self._take_notes()
         self._ended, self._expected = trio.Event(), False
         options = ("--config", self._layout.config, "--control", self._layout.socket("control.sock"), "--wait-link")
@@ -187,7 +187,7 @@ class Process:
 
 
 class InProcess:
-    """A proxy in the engine's loop. All such proxies share one inotify instance."""
+    """A proxy inside the test process, in the engine's event loop. All such proxies share one inotify instance."""
 
     pid = None
 
@@ -201,7 +201,7 @@ class InProcess:
     async def start(self) -> None:
         boards = await _boards_of(self._engine)
         if self._name in boards.configs:
-            raise InvalidArgumentError("the proxy is running already")
+            raise InvalidArgumentError("the proxy is already running")
         _Logs.of(self._name, self._lines)
         await boards.change({self._name: self._config})
         if (why := boards.proxies.not_open.get(self._name)) is not None:
@@ -217,7 +217,7 @@ class InProcess:
 
     async def kill(self) -> None:
         raise InvalidArgumentError(
-            "a proxy in the process of the test cannot be killed (leave out --inco-trio-in-process)"
+            "cannot kill a proxy that runs inside the test process (omit --inco-trio-in-process)"
         )
 
     async def look(self) -> None: ...
@@ -235,7 +235,7 @@ class InProcess:
 
 
 class _Boards:
-    """The proxies in the engine's loop."""
+    """All proxies that run in the engine's event loop."""
 
     def __init__(self, proxies: Proxies) -> None:
         self.proxies = proxies
@@ -280,7 +280,7 @@ class _Logs(logging.Handler):
 
     @classmethod
     def of(cls, board: str, lines: list[str]) -> None:
-        """Append the log lines of a board to `lines` from now on."""
+        """Append the future log lines of a board to `lines`."""
         cls.boards[board] = lines
         if cls._handler is None:
             cls._handler = cls()

@@ -19,11 +19,11 @@ from inco_trio.real_clock import RealClock
 __all__ = ["Engine", "engine", "stop_engine"]
 
 T = TypeVar("T")
-ENDED = "the boards of this process have ended"
+ENDED = "all boards of this process are closed"
 
 
 class Engine:
-    """The thread of all boards. `engine` returns the only instance."""
+    """The thread that serves all boards. `engine` returns its only instance."""
 
     def __init__(self) -> None:
         self._started: concurrent.futures.Future[None] = concurrent.futures.Future()

@@ -41,7 +41,7 @@ class FrameFaults:
         self._random = random.Random(self.seed)  # noqa: S311 - reproducible on purpose
 
     def fates(self, frame: bytes) -> list[Fate]:
-        """Apply the faults to a frame. Return one fate, or two if the frame is duplicated."""
+        """Apply the faults to a frame. Return its fate, or two fates if the frame is duplicated."""
         # Always draw five random numbers, so that changing one rate does not affect the other faults.
         drop, double, reorder, corrupt, place = (self._random.random() for _ in range(5))
         if drop < self.drop:

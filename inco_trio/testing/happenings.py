@@ -30,15 +30,15 @@ class Happening:
     name: str
     """The wire name, or an empty string."""
     monotonic_ns: int
-    """When the happening was seen (time.monotonic_ns())."""
+    """When the test saw the happening (time.monotonic_ns())."""
     time_ns: int
-    """The same time as time.time_ns()."""
+    """When the test saw the happening (time.time_ns())."""
     direction: Direction | None = None
     frame: bytes | None = None
 
 
 class History:
-    """Happenings in the order in which they were seen. One thread adds happenings; any thread may wait for them."""
+    """The happenings in the order in which they occurred. One thread adds happenings. Any thread may wait for them."""
 
     def __init__(self) -> None:
         self._happenings: list[Happening] = []
@@ -62,7 +62,7 @@ class History:
         self._wake()
 
     def fail(self, failure: str | None) -> None:
-        """Let current and later waits fail with this reason. None allows waits again."""
+        """Let current and later waits fail with the reason `failure`. None allows waits again."""
         self.failure = failure
         self._wake()
 
@@ -78,7 +78,7 @@ class History:
             return [each for each in self._happenings if core is None or each.core == core]
 
     def take(self, core: int, name: str) -> Happening | None:
-        """Return the first notification of this name at a core that was not returned before, or None."""
+        """Return the first notification of a signal at a core that no earlier call has returned, or None."""
         with self._lock:
             taken = self._taken.get((core, name), 0)
             for number, each in enumerate(self._happenings[taken:], taken):
@@ -100,7 +100,7 @@ class History:
     def _missing(self, core: int, name: str, timeout: float) -> NotificationMissingError:
         why = f"within {timeout:g} s" if self.failure is None else f"({self.failure})"
         came = ", ".join(f"{each.what} {each.name}" for each in self.all(core)[-20:]) or "nothing"
-        return NotificationMissingError(f"{name}: did not arrive at core {core} {why}; events there: {came}")
+        return NotificationMissingError(f"{name}: did not arrive at core {core} {why}; events at this core: {came}")
 
     def wait(self, core: int, name: str, timeout: float) -> Happening:
         """Wait until `take` returns a notification. Raises NotificationMissingError after `timeout` seconds."""
@@ -133,7 +133,7 @@ class History:
 
 @contextlib.contextmanager
 def _ringing_after(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
-    """Call `ring` after `seconds`. A thread does it: the timeouts of Trio and asyncio stop when a test freezes time."""
+    """Call `ring` from a thread after `seconds`. Timeouts of Trio and asyncio would stop when a test freezes time."""
     timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), ring)
     timer.daemon = True
     timer.start()
@@ -144,7 +144,7 @@ def _ringing_after(seconds: float, ring: Callable[[], None]) -> Iterator[None]:
 
 
 def _bell() -> tuple[Callable[[], None], Callable[[], Awaitable[None]]]:
-    """Return a function that any thread may call, and one that waits in this event loop for a call."""
+    """Return a function that any thread may call, and a function that waits for such a call in this event loop."""
     import sniffio
 
     if sniffio.current_async_library() == "trio":

@@ -31,7 +31,7 @@ class Layout:
 
     directory: Path
     sockets: Path
-    """The directory of the sockets: a temporary one if the path of `directory` is too long for sockets (unix(7))."""
+    """The directory of the sockets: a temporary directory if the path of `directory` is too long (unix(7))."""
     config: Path
     """The path of the udrv.json."""
     signals: tuple[Signal, ...]
@@ -44,7 +44,7 @@ class Layout:
         return "unix:" + ",peer=".join(str(self.socket(name)).replace(",", ",,") for name in (local, peer))
 
     def signal(self, name: str, direction: Direction | None = None) -> Signal:
-        """Return the signal with this name, optionally of one `direction`. Raises InvalidArgumentError."""
+        """Return the signal with the given name and, optionally, `direction`. Raises InvalidArgumentError."""
         __tracebackhide__ = True  # Let pytest show the line of the test.
         known = [signal for signal in self.signals if direction in (None, signal.direction)]
         for signal in known:
@@ -71,7 +71,7 @@ def make_layout(
     if not isinstance(config, Path | str | Mapping | None):
         raise InvalidArgumentError(f"config={config!r}: expected the path of a udrv.json, or a dict")
     if not isinstance(signals, Mapping | None):
-        raise InvalidArgumentError(f"signals={signals!r}: expected a dict of wire names to 'inbound' or 'outbound'")
+        raise InvalidArgumentError(f"signals={signals!r}: expected a dict from wire names to 'inbound' or 'outbound'")
     document = _document(config)
     devices = _tables(document, "file")
     for name, device in devices.items():

@@ -1,4 +1,4 @@
-"""A link between the proxy and core 1 that drops and changes frames as `FrameFaults` says."""
+"""A link between the proxy and core 1 that drops and changes frames as configured by `FrameFaults`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Lane:
         """Send a frame: apply the faults and schedule the delivery."""
         for late, whole, done in self.faults.fates(frame):
             if done:
-                self._note(f"{done} on the wire", frame)
+                self._note(f"{done} on the link", frame)
             if done != "dropped":
                 heapq.heappush(self._due, (trio.current_time() + late, next(self._number), whole))
         self._news.unpark_all()
@@ -67,7 +67,7 @@ class Lane:
                 self._rest.unpark_all()
 
     async def settled(self) -> None:
-        """Wait until no frame is due, but not longer than PATIENCE: the receiver's queue may be full."""
+        """Wait until all due frames are delivered, but at most PATIENCE seconds: the receiver's queue may be full."""
         with trio.move_on_after(PATIENCE):
             while self._delivering or (self._due and self._due[0][0] <= trio.current_time()):
                 await self._rest.park()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["MakeBoard", "inco_board", "make_inco_board"]
 
 MakeBoard = Callable[..., "Board"]
-"""A function that opens a board. Its arguments are those of `inco_trio.testing.open_board`, without the directory."""
+"""A function that opens a board. It has the arguments of `inco_trio.testing.open_board` except the directory."""
 MARKER = "inco_trio(config=None, signals=None, link='unix'): configure the board of this test, see inco_trio.testing"
 MISSING = "inco_trio_missing"
 RECORDING = "inco-trio.pcapng"
@@ -27,11 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--inco-trio-in-process",
         action="store_true",
-        help="run the proxies of boards in the process of the test instead of separate processes",
+        help="run the proxies inside the test process instead of as separate processes",
     )
     parser.addini(
         MISSING,
-        "what to do with a test that needs QEMU or namespaces if they are missing: fail or skip",
+        "whether a test that needs QEMU or namespaces fails or is skipped if they are missing: fail or skip",
         default="fail",
     )
 

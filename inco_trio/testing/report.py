@@ -1,4 +1,4 @@
-"""Output of a board's history: a table for people, and a recording for tools."""
+"""Write a board's history as a table for people and as a recording for tools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inco_trio.testing.happenings import Happening
 __all__ = ["record", "side_by_side"]
 
 SHOWN = 200
-"""Maximum number of happenings in the table. Older ones are left out."""
+"""Maximum number of happenings in the table. The table omits older happenings."""
 WIDTH = 36
 
 
@@ -22,7 +22,7 @@ def side_by_side(happenings: Sequence[Happening]) -> str:
     first = happenings[0].monotonic_ns
     lines = [f"{'seconds':>10}  {'core 0':{WIDTH}}core 1"]
     if len(happenings) > SHOWN:
-        lines.append(f"{'':>10}  ({len(happenings) - SHOWN} before these)")
+        lines.append(f"{'':>10}  ({len(happenings) - SHOWN} earlier events)")
     for each in happenings[-SHOWN:]:
         text = f"{each.what} {each.name}".rstrip()
         place = {0: f"{text}", 1: f"{'':{WIDTH}}{text}", None: f"-- {text}"}[each.core]

@@ -131,7 +131,7 @@ class Rig:
         await self._port.send(frame)
 
     async def _to_core1(self, frame: bytes) -> None:
-        # Note the frame before the guest can answer it.
+        # Add the frame to the history before the guest can answer it.
         self._note(1, "gets", frame, Direction.OUTBOUND)
         if self._guest is not None:
             await self._guest.send(frame)

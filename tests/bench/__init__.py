@@ -1,1 +1,1 @@
-"""The benchmark: inco-trio compared with a C program and with the script that a Python user would write today."""
+"""The benchmark: compare inco-trio with a C program and with a script that a Python user would write today."""

@@ -30,9 +30,9 @@ def _arguments() -> argparse.Namespace:
         epilog=f"figures: {', '.join(MEASURES)}",
     )
     parser.add_argument("--smoke", action="store_true", help="only check that the benchmark works (one minute)")
-    parser.add_argument("--only", metavar="FIGURE,...", help="only these figures")
+    parser.add_argument("--only", metavar="FIGURE,...", help="measure only these figures")
     parser.add_argument("--merge", action="store_true", help="keep the other figures in --out")
-    parser.add_argument("--pairs", type=int, help=f"pairs a figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
+    parser.add_argument("--pairs", type=int, help=f"pairs per figure (default {FULL.pairs}, smoke {SMOKE.pairs})")
     parser.add_argument("--beside", type=Path, metavar="PATH", help="also measure the inco-trio of another checkout")
     parser.add_argument("--pin", choices=["none", "split", "together"], default="none", help="CPUs of load and program")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="directory of the results (%(default)s)")
@@ -53,7 +53,7 @@ def _print(text: object, where: TextIO = sys.stdout) -> None:
 
 
 def _draw(results: Results, out: Path) -> None:
-    from .plots import draw  # imported lazily to keep matplotlib's memory and threads out of the measurements
+    from .plots import draw  # lazily, to keep matplotlib's memory and threads out of the measurements
 
     for path in draw(results.series, out, in_words(results.runs[-1]["machine"])):
         _print(path)
@@ -73,7 +73,7 @@ def _measure(arguments: argparse.Namespace, size: Size, beside: Sequence[Program
 
     if not arguments.smoke:
         expected = sum(MEASURES[name].seconds(size) for name in arguments.only)
-        say(f"about {_minutes(expected)} for {len(arguments.only)} measures, {size.pairs} pairs each")
+        say(f"about {_minutes(expected)} for {len(arguments.only)} measurements with {size.pairs} pairs each")
     with two_cores() as cores, Lab.open(cores, arguments.pin, say) as lab:
         for current in arguments.only:
             start = time.monotonic()

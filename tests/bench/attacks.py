@@ -1,8 +1,8 @@
-"""What others do to a proxy while its latency is measured.
+"""Attacks on a proxy while its latency is measured.
 
 usage: python -m tests.bench.attacks ATTACK LINK DIRECTORY CONTROL
 
-The program prints a line when the attack has begun, and attacks until it is ended.
+The program prints a line when the attack has begun, and attacks until it is terminated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ATTACKS", "FROM_CORE1"]
 RATE = 50_000
 """Frames per second of a flood."""
 BLOCK = 100
-"""Frames that are sent together."""
+"""Number of frames that a flood sends at once."""
 LISTENERS = 32
 FILES = 200
 
@@ -38,7 +38,7 @@ def flood(payload: bytes, link: str) -> Iterator[None]:
             for _ in range(BLOCK):
                 sock.send(head + payload)
             due += BLOCK / RATE
-            time.sleep(max(0.0, due - time.monotonic()))  # the rate of the attack
+            time.sleep(max(0.0, due - time.monotonic()))  # Keep to the rate of the attack.
             yield
 
 
@@ -49,7 +49,7 @@ def connected(control: str) -> socket.socket:
 
 
 def clients(control: str) -> Iterator[None]:
-    """Connect, read the greeting and leave, without a pause."""
+    """Connect, read the greeting and disconnect, again and again without a pause."""
     while True:
         with connected(control) as sock:
             sock.recv(4096)
@@ -57,7 +57,7 @@ def clients(control: str) -> Iterator[None]:
 
 
 def listeners(control: str) -> Iterator[None]:
-    """Monitor with many clients that read nothing."""
+    """Open many monitors that never read."""
     with contextlib.ExitStack() as stack:
         for _ in range(LISTENERS):
             stack.enter_context(connected(control)).sendall(b'{"request": "monitor", "frames": true}\n')
@@ -67,7 +67,7 @@ def listeners(control: str) -> Iterator[None]:
 
 
 def lines(control: str) -> Iterator[None]:
-    """Send endless lines."""
+    """Send lines that never end."""
     while True:
         with connected(control) as sock, contextlib.suppress(OSError):
             while True:
@@ -76,7 +76,7 @@ def lines(control: str) -> Iterator[None]:
 
 
 def scrapes(control: str) -> Iterator[None]:
-    """Request the status without a pause, as exporters do."""
+    """Request the status again and again without a pause, as many exporters would."""
     with connected(control) as sock, sock.makefile("rb") as replies:
         replies.readline()
         while True:
@@ -86,7 +86,7 @@ def scrapes(control: str) -> Iterator[None]:
 
 
 def files(directory: str) -> Iterator[None]:
-    """Create and remove files in the IRQ directory."""
+    """Create and remove files in the IRQ directory without a pause."""
     while True:
         paths = [Path(directory, f"other_{number}") for number in range(FILES)]
         for path in paths:
@@ -106,7 +106,7 @@ ATTACKS: dict[str, Callable[[str, str, str], Iterator[None]]] = {
     "files in the directory": lambda _link, directory, _control: files(directory),
 }
 FROM_CORE1 = frozenset({"unknown frames", "malformed frames"})
-"""Attacks from the other side of the link."""
+"""Attacks that come from core 1, over the link."""
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ GAP = 0.0005
 FLOOD_RATE = 50_000
 IMPORTS = "import inco_trio.service.daemon, inco_trio.service.many_boards"
 PROCESSES = 10
-"""Number of one-board processes from which the memory of a thousand is estimated."""
+"""Number of one-board processes that are measured to estimate the memory of 1,000 such processes."""
 
 
 class Place:
@@ -136,7 +136,7 @@ class Place:
 
 @contextlib.contextmanager
 def _never_kept_waiting() -> Iterator[None]:
-    """Give this process real-time priority if permitted (sched(7)), so that its waits for a CPU do not count."""
+    """Give this process real-time priority if permitted (sched(7)), so that it never waits for a CPU."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
     except PermissionError:
@@ -165,7 +165,7 @@ def boards_figures(lab: Lab, number: int, pairs: int, lone: int, idle: float) ->
                     samples["ready"][name].append(ready - imports)
                     place.closed_loop(50)
                     samples["memory"][name].append(memory_kib(pid, "VmRSS") / 1024)
-                    time.sleep(0.5)  # Let the last wake-ups of the load pass.
+                    time.sleep(0.5)  # Wait until the last wake-ups that the load caused are over.
                     before = switches(pid)
                     time.sleep(idle)  # Count the wake-ups during this time.
                     samples["idle"][name].append(wake_ups(before, switches(pid)))

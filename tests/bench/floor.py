@@ -1,8 +1,8 @@
-"""The floor: the shortest Trio program with the same system calls, and so the best that this design can reach.
+"""The floor: the shortest Trio program with the same system calls. It shows the best that this design can reach.
 
 usage: floor.py TABLE DIR IFACE NOTIFICATION_FD
 
-Modules of inco-trio set up sockets, watches and files, so that filter, buffer and masks are the same. The two loops
+Modules of inco-trio set up the sockets, watches and files, so the filter, buffer and masks are the same. The two loops
 give none of inco-trio's guarantees: they do not store, retry, count or log notifications, and ignore replaced files.
 """
 

@@ -1,4 +1,4 @@
-"""The gateway to an MQTT broker: rate, CPU time and latency of a board, beside a minimal program and mosquitto_pub."""
+"""Compare the gateway to an MQTT broker with a minimal program and mosquitto_pub: rate, CPU time and latency."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["gateway_figures"]
 
 GATEWAY, FLOOR, PUB = "gateway", "trio and mqtt5", "mosquitto_pub"
 PAUSE = 0.15
-"""Seconds between single notifications. Shorter pauses make a flow, which the proxy reports in intervals."""
+"""Seconds between single notifications. With shorter pauses, the proxy reports the notifications in batches."""
 
 
 class Subscriber:
@@ -100,7 +100,7 @@ class _Rig:
         self.lone(3)
 
     def backlog(self, count: int) -> tuple[float, float]:
-        """Let the gateway publish `count` waiting notifications; return the rate, and the CPU time for each in us."""
+        """Let the gateway publish `count` pending notifications; return the rate, and the CPU time for each in us."""
         wait_stopped(self._gateway.pid)
         before = self._board.status()["counters"]["delivered"]
         for _ in range(count):
@@ -146,7 +146,7 @@ class _Rig:
 
 
 def gateway_figures(scratch: Path, pairs: int, count: int, lone: int, say: Callable[[str], None]) -> list[Figure]:
-    """Measure the gateway and its rivals in turn."""
+    """Measure the gateway, the minimal program and mosquitto_pub in turn."""
     rates, cpu, p50 = (defaultdict[str, list[float]](list) for _ in range(3))
     for pair in range(pairs):
         say(f"pair {pair + 1}/{pairs}")

@@ -48,7 +48,7 @@ from .search import Outcome, Tried, highest_kept
 __all__ = ["FULL", "MEASURES", "SMOKE", "Bench", "Measure", "Measured", "Size"]
 
 TABLE = 30
-"""Default number of signals (20 inbound, 10 outbound), used in turn so that no two events in a row are identical."""
+"""Default number of signals (20 inbound, 10 outbound). They take turns, so that consecutive events differ."""
 
 BUILTIN_TABLE = 3
 """Number of built-in signals, one of them outbound."""
@@ -60,7 +60,7 @@ BURSTS = 3
 """Number of bursts in each run that compares two forms of inco-trio."""
 
 _BEHIND = 0.03
-"""Maximum delay of the last frame, as a share of a probe's length. In ten seconds, this would fill a queue."""
+"""Maximum delay of the last frame, as a share of a probe's length. Such a delay would fill a queue in ten seconds."""
 
 
 @attrs.frozen
@@ -165,7 +165,7 @@ def _script_note(size: Size, pairs: int | None = None) -> str:
 
 
 class _Losses:
-    """The losses that are not allowed, from the counts of the consumer and of the program."""
+    """Collects losses that are not allowed, from the counts of the consumer and of the program."""
 
     def __init__(self) -> None:
         self.lost = _samples()
@@ -278,7 +278,7 @@ def outbound_latency(bench: Bench) -> Measured:
 
 
 def control(bench: Bench) -> Measured:
-    """Compare a proxy with a running monitor and one without a control socket: latency at 1,000/s and start time."""
+    """Compare a proxy with a monitor to a proxy without a control socket: latency at 1,000/s, and start time."""
     times, losses = _samples(), _Losses()
     latencies: dict[str, Samples] = {"inbound": _samples(), "outbound": _samples()}
     for pair in range(bench.size.pairs):
@@ -310,7 +310,7 @@ def control(bench: Bench) -> Measured:
 
 
 def recorder(bench: Bench) -> Measured:
-    """Compare a proxy with its flight recorder and one without: latency in a closed loop, and rate of a burst."""
+    """Compare a proxy with a flight recorder to a proxy without: latency in a closed loop, and rate of a burst."""
     both = INCO.name, UNRECORDED.name
     figures: list[Figure] = []
     ways: tuple[Direction, ...] = ("inbound", "outbound")
@@ -430,7 +430,7 @@ def _try(bench: Bench, run: Running, seconds: float, behind: float, rate: float)
     try:
         flow = run.load(inbound=round(rate * seconds), in_rate=rate).inbound
     except UncountedError:
-        bench.say(f"{rate:,.0f}/s cannot be counted: trying a lower rate")
+        bench.say(f"the load generator cannot count {rate:,.0f}/s: trying a lower rate")
         return Tried(Outcome.UNCOUNTED, rate, rate)
     kept = not flow.lost and flow.total_s - flow.send_s <= behind
     return Tried(Outcome.KEPT if kept else Outcome.LOST, (flow.sent - 1) / flow.send_s, flow.rate)
@@ -453,7 +453,7 @@ def sustained(bench: Bench) -> Measured:
                 statistics.median(earlier) if earlier else run.load(inbound=size.burst).inbound.rate,
             )
         if found is None:
-            raise BenchError(f"{program.name}: no rate is kept without loss")
+            raise BenchError(f"{program.name}: loses frames at every rate that was tried")
         earlier.append(found.rate)
         at_least[program.name] += found.at_least
         bench.say(f"{program.name}: {'at least ' * found.at_least}{found.rate:,.0f}/s")
@@ -605,7 +605,7 @@ def idle(bench: Bench) -> Measured:
     if calls:
         figures.append(Figure(f"idle {bench.size.idle:g} s, system calls", "calls", calls, Goal("=", 0)))
     else:
-        bench.say("strace is missing or refused: system calls are not counted")
+        bench.say("strace is missing or not permitted: not counting system calls")
     return Measured(figures)
 
 
@@ -631,7 +631,7 @@ def start(bench: Bench) -> Measured:
         ended = time.monotonic() - begin
         with bench.lab.running(C, BUILTIN_TABLE) as run:
             bare = run.ready_s
-        if pair:  # Leave out the first pair, which fills the page cache.
+        if pair:  # Ignore the first pair, which fills the page cache.
             for name, seconds in (ready | {IMPORT: ended, "its import only": imported, C.name: bare}).items():
                 times[name].append(1000 * seconds)
     goal = Goal("<=", 1.4, f"x {IMPORT}")
@@ -710,7 +710,7 @@ def load_curve(bench: Bench) -> Measured:
                 try:
                     flow = run.load(inbound=round(rate * bench.size.point), in_rate=rate).inbound
                 except UncountedError:
-                    bench.say(f"{rate:,}/s is left out")
+                    bench.say(f"skipping {rate:,}/s: the load generator could not count all arrivals")
                     continue
             curve[program.name].append((flow.sent / flow.send_s, flow.rate, flow.lost))
     return Measured([], curve)

@@ -1,9 +1,9 @@
-"""The floor of the gateway: the shortest Trio program that publishes its messages to a broker with the codec mqtt5.
+"""The floor of the gateway: the shortest Trio program that publishes the same messages with the codec mqtt5.
 
 usage: mqtt_floor.py PORT COUNT PAUSE
 
-It publishes COUNT messages at QoS 1, waits PAUSE seconds before each, and prints the CPU time in seconds. It obeys
-Receive Maximum, but checks nothing, does not reconnect and sends no pings: it gives none of the gateway's guarantees.
+The program publishes COUNT messages at QoS 1, waits PAUSE seconds before each, and prints the CPU time in seconds. It
+obeys Receive Maximum, but gives none of the gateway's guarantees: no checks, no reconnects, no pings.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The results as a table: text and Markdown."""
+"""Format the results as a table, in plain text or Markdown."""
 
 from __future__ import annotations
 

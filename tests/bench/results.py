@@ -1,4 +1,4 @@
-"""The results of one or several runs of the benchmark, as JSON. The table and the plots are made from them."""
+"""The results of one or several benchmark runs, stored as JSON, from which the table and the plots are drawn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Results:
 
     @classmethod
     def load(cls, directory: Path) -> Results:
-        """Load what `save` wrote into a directory."""
+        """Load the results that `save` wrote into a directory."""
         return cls(**json.loads((directory / "results.json").read_text()))
 
     def add(self, name: str, seconds: float, figures: Sequence[Figure], series: Any) -> None:

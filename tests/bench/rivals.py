@@ -1,4 +1,4 @@
-"""The measured programs, each started in core 0 as users would start it, and the load on them."""
+"""The measured programs, each started on core 0 as users would start it, and the load generator."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ _REPEATS = 3
 
 
 class BenchError(Exception):
-    """The benchmark itself failed, so the figure cannot be trusted."""
+    """The benchmark itself failed, so its figures cannot be trusted."""
 
 
 class UncountedError(BenchError):
-    """The load generator repeatedly failed to count all arrivals, so nothing is known about the program."""
+    """The load generator repeatedly failed to count all arrivals, so the run says nothing about the program."""
 
 
 @attrs.frozen
@@ -264,7 +264,7 @@ class Lab:
     def spawn(
         self, command: Sequence[str], environment: Mapping[str, str], fd: int, log: Path
     ) -> tuple[subprocess.Popen[bytes], float]:
-        """Start a program in core 0; return the process and the monotonic time of its exec in seconds."""
+        """Start a program in core 0's namespace; return the process and the monotonic time of its exec in seconds."""
 
         def inside() -> tuple[subprocess.Popen[bytes], float]:
             with log.open("wb") as errors:
@@ -343,7 +343,7 @@ class Lab:
                 process.wait()
 
     def run_load(self, cores: Cores, arguments: Sequence[object]) -> dict[str, Any]:
-        """Run the load generator in core 1 and return its JSON output."""
+        """Run the load generator in core 1's network namespace, and return its JSON output."""
         command = self._pinned("load", [str(self.build / "load"), *map(str, arguments)])
         done = cores.core1.run(
             lambda: subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG)

@@ -14,7 +14,7 @@ RESOLUTION = 1.05
 """The search ends when the upper end of the bracket is at most this multiple of its lower end."""
 
 _LOWER = 0.04
-"""Step by which the rate is lowered after a full-length run with losses. Each further step is larger by this much."""
+"""First reduction of the rate after a full-length run with losses. Each further reduction is larger by 4 %."""
 
 _FIRST_STEP = 1.1
 _LAST_STEP = 2.0
@@ -33,7 +33,7 @@ class Outcome(enum.Enum):
     KEPT = enum.auto()
     LOST = enum.auto()
     UNCOUNTED = enum.auto()
-    """The load generator could not count all arrivals, so nothing is known about the program."""
+    """The load generator could not count all arrivals, so the result is unknown."""
 
 
 @attrs.frozen
@@ -61,8 +61,7 @@ def highest_kept(probe: Callable[[float], Tried], confirm: Callable[[float], Tri
     """Return the highest rate without loss, to about 5 %, or None if there is none.
 
     Short runs (`probe`) widen a bracket around `start` and then halve it. Full-length runs (`confirm`) then test the
-    rate, and lower it by 4 %, 8 %, ... until nothing is lost. The result is the rate that the generator actually sent
-    at.
+    rate, reduced by 4 %, 8 %, ... until nothing is lost. The result is the rate that the generator actually reached.
     """
     found = _bracket(probe, start)
     rate, at_least, lower = found.rate, found.at_least, 1.0

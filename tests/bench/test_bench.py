@@ -1,4 +1,4 @@
-"""Tests of the benchmark where an error would go unnoticed: its statistics and its figures of processes."""
+"""Tests of those parts of the benchmark whose errors would go unnoticed: statistics and process figures."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_wake_ups_of_new_and_ended_threads_count(before: dict[int, int], after: 
 
 @pytest.fixture
 def python() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
-    """Start Python on a program that prints a line when it is ready; kill the process at the end of the test."""
+    """Run a Python program that prints a line when it is ready, and kill the process at the end of the test."""
     with ExitStack() as stack:
 
         def run(code: str) -> subprocess.Popen[bytes]:
@@ -141,7 +141,7 @@ def test_a_waiting_process_makes_no_system_calls_and_a_ticking_one_does(
     before = [switches(process.pid) for process in (waits, ticks)]
     calls = [system_calls(process.pid, 0.3, tmp_path / "trace") for process in (waits, ticks)]
     assert memory_kib(ticks.pid, "VmHWM") >= memory_kib(ticks.pid, "VmRSS") > 0
-    # Wait for ten ticks: without strace, no time has passed. The first read may return several earlier ticks.
+    # Without strace, no time has passed: wait for ten ticks. The first read may return several earlier ticks.
     assert ticks.stdout is not None
     for _ in range(10):
         os.read(ticks.stdout.fileno(), 65536)

@@ -1,1 +1,1 @@
-"""Fuzzers of everything that reads data of other programs. `nox -s fuzz -- --minutes N` runs them."""
+"""Fuzz targets for all code that reads data from other programs. `nox -s fuzz -- --minutes N` runs them."""

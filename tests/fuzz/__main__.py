@@ -1,7 +1,7 @@
 """Run the fuzz targets, two at a time, and print a table: `python -m tests.fuzz [TARGET...] --minutes 30`.
 
-The time is divided among the targets. New inputs that reach new code are kept in `--corpus`, where the next run starts.
-An input that makes a target fail is written there too, and printed as a command that repeats the failure.
+The time is divided among the targets. The directory `--corpus` keeps the inputs that reach new code, and the next run
+starts with them. An input that makes a target fail is kept as well. A printed command repeats the failure.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.fuzz.targets import TARGETS
 TOGETHER = 2
 """How many targets run at the same time."""
 INPUT_MAX = 4096
-"""Maximum size of an input in bytes, except for the seeds."""
+"""Maximum size of a generated input in bytes. Seeds may be larger."""
 FOUND = re.compile(r"^Test unit written to (.*)$", re.MULTILINE)
 
 
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def fuzz(target: str, corpus: Path, seconds: float, runs: int | None) -> Outcome:
-    """Run one target for some seconds, or for a number of inputs."""
+    """Fuzz one target for `seconds`, or with `runs` inputs."""
     place = corpus / target
     place.mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(TARGETS[target].seeds):
@@ -78,11 +78,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz everything that reads data of other programs.")
+    parser = argparse.ArgumentParser(description="Fuzz all code that reads data from other programs.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"one of {', '.join(TARGETS)} (default: all)")
     parser.add_argument("--minutes", type=float, default=10, help="total time (default: 10)")
     parser.add_argument("--runs", type=int, help="run each target with this number of inputs instead")
-    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="directory of the inputs")
+    parser.add_argument("--corpus", type=Path, default=Path("build/fuzz"), help="directory of the kept inputs")
     args = parser.parse_args()
     chosen = args.targets or list(TARGETS)
     if unknown := set(chosen) - TARGETS.keys():

@@ -1,4 +1,4 @@
-"""Run one target until it finds a fault or libFuzzer ends it: `python -m tests.fuzz.one TARGET [OPTION...]`."""
+"""Run one fuzz target until it fails or libFuzzer stops: `python -m tests.fuzz.one TARGET [OPTION...]`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The fuzz targets. Each one reads arbitrary bytes and raises an exception only if it has found a fault.
+"""The fuzz targets. Each target reads arbitrary bytes and raises an exception only if it has found a bug.
 
-A target accepts the documented errors of the code, and checks what its result must fulfil.
+A target ignores the documented errors of the code under test, and checks properties of each result.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WORK = Path(tempfile.gettempdir())
 
 @attrs.frozen
 class Target:
-    """One target with the inputs to start from."""
+    """A fuzz target and its seeds, the inputs to start from."""
 
     run: Callable[[bytes], None]
     seeds: Sequence[bytes]
@@ -98,7 +98,7 @@ def addresses(data: bytes) -> None:
 
 
 def requests(data: bytes) -> None:
-    """Decode what a client sends to the control socket."""
+    """Decode the requests that a client sends to the control socket."""
     received = protocol.LineBuffer(protocol.LINE_MAX)
     with contextlib.suppress(protocol.MessageError):
         for start in range(0, len(data), 7):
@@ -115,7 +115,7 @@ def requests(data: bytes) -> None:
 
 
 def replies(data: bytes) -> None:
-    """Decode what a proxy, or a program that pretends to be one, sends to a client."""
+    """Decode the replies that a client receives from a proxy, or from a program that pretends to be a proxy."""
     for read in (protocol.decode_greeting, protocol.decode_reply):
         with contextlib.suppress(protocol.MessageError):
             found = read(data)
@@ -127,7 +127,7 @@ def replies(data: bytes) -> None:
 
 
 def recordings(data: bytes) -> None:
-    """Read a recording, pcapng or pcap."""
+    """Read a recording in the format pcapng or pcap."""
     with contextlib.suppress(IncoError):
         reader = Reader(io.BytesIO(data), "file")
         for packet in reader:
@@ -136,7 +136,7 @@ def recordings(data: bytes) -> None:
 
 
 def bundles(data: bytes) -> None:
-    """Take over a bundle of descriptors. Half of the input is sent with a descriptor."""
+    """Take over a bundle of descriptors whose queue contains the input. A descriptor is attached to the first half."""
     entry, queue = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with entry, queue:
         entry.setblocking(False)
@@ -154,7 +154,7 @@ def bundles(data: bytes) -> None:
 
 
 def bridges(data: bytes) -> None:
-    """Decode the payloads of the other side of a bridge."""
+    """Decode the payloads that the other end of a bridge sends."""
     with contextlib.suppress(ValueError):
         batch = bridge_codec.Batch.decode(data)
         assert bridge_codec.Batch.decode(batch.encode()) == batch
@@ -167,7 +167,7 @@ def bridges(data: bytes) -> None:
 
 
 def gateways(data: bytes) -> None:
-    """Read the configuration of a gateway."""
+    """Read the configuration file of a gateway."""
     file = WORK / f"inco-trio-fuzz-{os.getpid()}.json"
     file.write_bytes(data)
     with contextlib.suppress(IncoError):
@@ -175,7 +175,7 @@ def gateways(data: bytes) -> None:
 
 
 def memory(data: bytes) -> None:
-    """Use a stored in-flight buffer after bytes of it were changed: 8 bytes of place and offset, then the new bytes."""
+    """Use a stored in-flight buffer in which the bytes that `_mutation` selects were changed."""
     from tests.test_mutated_memory import changed, use
 
     found = Inflight.open(changed(_mutation(data)))
@@ -184,7 +184,7 @@ def memory(data: bytes) -> None:
 
 
 def proxies(data: bytes) -> None:
-    """Run a proxy with a stored in-flight buffer, of which bytes were changed."""
+    """Run a proxy with a stored in-flight buffer in which the bytes that `_mutation` selects were changed."""
     import trio
 
     from tests.support_proxy import Cupboard
@@ -199,6 +199,8 @@ def proxies(data: bytes) -> None:
 
 
 def _mutation(data: bytes) -> Callable[[mmap.mmap, dict[str, int]], None]:
+    """Return a function that changes bytes: 4 bytes of input select each place, and the next 8 bytes are written."""
+
     def write(whole: mmap.mmap, at: dict[str, int]) -> None:
         places = sorted(at.values())
         for start in range(0, len(data), 12):

@@ -1,0 +1,66 @@
+"""Changes of the mounts in the mount namespace of this process: mounts and unmounts (proc_pid_mounts(5))."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Callable
+
+import trio
+
+__all__ = ["Mounts"]
+
+PAUSE = 0.0002
+"""Seconds to wait after each change for each file that is then checked, so that checks use about a tenth of the CPU."""
+
+
+class Mounts:
+    """Watches all mounts with one descriptor for the process. It works without /proc, but then reports no change.
+
+    `followers` are called after each change. Each one returns how many files it is going to check. Raises OSError.
+    """
+
+    def __init__(self) -> None:
+        self.followers: set[Callable[[], int]] = set()
+        self._fds: list[int] = []
+        self._scope = trio.CancelScope()
+        # poll(2) reports a change once for each descriptor, as POLLPRI. Trio can only wait for POLLIN, which an epoll
+        # descriptor reports. Trio polls it when a wait begins. A change before that is lost, so `_missed` reports it.
+        self._waited, self._missed = select.epoll(), select.poll()
+        try:
+            for watch in (self._waited.register, self._missed.register):
+                self._fds.append(os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC))
+                watch(self._fds[-1], select.EPOLLPRI)
+        except FileNotFoundError:
+            pass  # /proc is not mounted.
+        except BaseException:
+            self.close()
+            raise
+
+    async def run(self) -> None:
+        """Call the followers after each change until `stop`."""
+        with self._scope:
+            while True:
+                await self._wait()
+                files = sum(follower() for follower in tuple(self.followers))
+                await trio.sleep(PAUSE * files)
+
+    async def _wait(self) -> None:
+        """Wait until a mount has changed since the last call."""
+        with trio.CancelScope() as waiting:
+            # Trio calls the function after the wait has begun.
+            trio.lowlevel.current_trio_token().run_sync_soon(self._end_if_missed, waiting)
+            await trio.lowlevel.wait_readable(self._waited.fileno())
+            self._missed.poll(0)
+
+    def _end_if_missed(self, waiting: trio.CancelScope) -> None:
+        if self._waited.closed or self._missed.poll(0):
+            waiting.cancel()
+
+    async def stop(self) -> None:
+        self._scope.cancel()
+
+    def close(self) -> None:
+        self._waited.close()
+        while self._fds:
+            os.close(self._fds.pop())

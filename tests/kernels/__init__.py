@@ -1,0 +1,1 @@
+"""Checks on distribution kernels in virtual machines; see `python -m tests.kernels --help`."""

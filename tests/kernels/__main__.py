@@ -1,0 +1,191 @@
+"""Run the checks of tests/kernels/checks on distribution kernels: `python -m tests.kernels [KERNEL...]`, as root.
+
+mmdebstrap builds a Debian system for each kernel, with the built wheel and the tests. QEMU boots the system without a
+network. QEMU emulates the processor (TCG), so the checks judge loss, order and messages, and never time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from tests.fresh import find_mirror
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / "build/kernels"
+COPIED = ("tests", "netns", "pyproject.toml")
+NO_LOGIN = "systemd.mask=serial-getty@ttyS0.service"
+"""Kernel parameter: a login prompt would hang up the terminal to which the checks write (vhangup(2))."""
+
+TEST_PACKAGES = ("pytest>=8.2", "pytest-timeout>=2.3", "hypothesis>=6.103")
+
+PACKAGES = (
+    *("systemd-sysv", "udev", "dbus", "kmod", "python3", "python3-venv", "iproute2", "ethtool", "procps", "util-linux"),
+    *("s6", "execline", "tcpdump", "bindfs", "fuse3", "acl", "e2fsprogs", "nfs-kernel-server", "nfs-common"),
+    "qemu-system-misc",
+)
+
+
+@attrs.frozen
+class System:
+    """A Debian release, and the package of the kernel that it boots."""
+
+    suite: str
+    kernel: str = "linux-image-amd64"
+    kernel_suite: str | None = None
+    """The older release from which the kernel comes; by default the system's own."""
+
+
+SYSTEMS = {
+    "5.10": System("bookworm", kernel_suite="bullseye"),
+    "6.1": System("bookworm"),
+    "6.12": System("trixie"),
+}
+
+
+@attrs.frozen
+class Boot:
+    """One start of a virtual machine, and the checks that run inside."""
+
+    name: str
+    checks: tuple[str, ...]
+    memory: int = 1024
+    """MiB."""
+    append: str = ""
+    """Additional parameters of the kernel command line."""
+
+
+CHECKS = "tests/kernels/checks"
+BOOTS = (
+    Boot("systemd", ("check_link.py", "check_files.py", "check_clock.py", "check_systemd.py")),
+    Boot("s6", ("check_s6.py",), append="init=/opt/project/tests/kernels/s6_init"),
+    Boot("small", ("check_memory.py",), memory=128),
+)
+
+
+def build_tree(name: str, system: System) -> Path:
+    """Install Debian in a directory, unless an earlier run did."""
+    tree = WORK / f"{name}.tree"
+    if tree.exists():
+        return tree
+    mirror = find_mirror()
+    include = ",".join(PACKAGES)
+    sources = [f"deb {mirror} {system.suite} main"]
+    hooks = []
+    if system.kernel_suite is None:
+        include += f",{system.kernel}"
+    else:
+        # apt prefers the newer kernel, so the older release serves the kernel only.
+        sources.append(f"deb {mirror} {system.kernel_suite} main")
+        hooks.append(f"--customize-hook=chroot $1 apt-get install --yes {system.kernel}/{system.kernel_suite}")
+    partial = tree.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={include}", *hooks]
+    excluded = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "man", "locale")]
+    subprocess.run([*command, *excluded, system.suite, partial, *sources], check=True)
+    return partial.rename(tree)
+
+
+def install(tree: Path) -> None:
+    """Install the wheel, its dependencies, pytest and the checks in the system."""
+    python = (tree / "usr/bin/python3").readlink().name
+    shutil.rmtree(tree / "opt", ignore_errors=True)
+    project, environment = tree / "opt/project", tree / "opt/inco-trio"
+    project.mkdir(parents=True)
+    for name in COPIED:
+        source = ROOT / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, project / name)
+    subprocess.run(["chroot", tree, "python3", "-m", "venv", "--without-pip", "/opt/inco-trio"], check=True)
+    dist = WORK / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", dist, ROOT], check=True)
+    # The system in the machine has no network, so uv installs from here, for the machine's version of Python.
+    target = (
+        "--target",
+        environment / f"lib/{python}/site-packages",
+        "--python-version",
+        python.removeprefix("python"),
+    )
+    subprocess.run(["uv", "pip", "install", "--quiet", *target, *dist.glob("*.whl"), *TEST_PACKAGES], check=True)
+    unit = tree / "etc/systemd/system/checks.service"
+    unit.write_text((ROOT / "tests/kernels/checks.service").read_text())
+    wants = tree / "etc/systemd/system/multi-user.target.wants"
+    wants.mkdir(exist_ok=True)
+    (wants / unit.name).unlink(missing_ok=True)
+    (wants / unit.name).symlink_to(f"../{unit.name}")
+
+
+def console_of(name: str, start: Boot) -> Path:
+    """Return the path of the file with the output of the machine's console."""
+    return WORK / f"{name}-{start.name}.console"
+
+
+def boot(name: str, tree: Path, start: Boot, expression: str | None) -> Iterator[dict[str, str]]:
+    """Boot the system, run the checks inside, and yield the result of each."""
+    image, report = WORK / f"{name}.ext4", WORK / f"{name}-{start.name}.report"
+    arguments = [f"{CHECKS}/{check}" for check in start.checks]
+    (tree / "opt/checks").write_text("\n".join(arguments if expression is None else [*arguments, f"-k={expression}"]))
+    image.unlink(missing_ok=True)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", tree, image, "4G"], check=True)
+    (kernel,), (initrd,) = tree.glob("boot/vmlinuz-*"), tree.glob("boot/initrd.img-*")
+    command = [
+        *("qemu-system-x86_64", "-machine", "q35", "-cpu", "max", "-accel", "tcg", "-smp", "1", "-monitor", "none"),
+        *("-m", str(start.memory), "-nodefaults", "-display", "none", "-no-reboot"),
+        *("-kernel", kernel, "-initrd", initrd),
+        *("-append", f"root=/dev/vda rw console=ttyS0 panic=-1 {NO_LOGIN} {start.append}"),
+        *("-drive", f"file={image},if=virtio,format=raw,cache=unsafe"),
+        *("-serial", f"file:{console_of(name, start)}", "-serial", f"file:{report}"),
+    ]
+    report.unlink(missing_ok=True)
+    subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL)
+    for line in report.read_text().splitlines():
+        yield json.loads(line)
+
+
+def main() -> int:
+    """Run the checks on each kernel, print one report per kernel, and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=__doc__)
+    parser.add_argument("kernel", nargs="*", metavar="KERNEL", help=f"a kernel: {', '.join(SYSTEMS)} (default: all)")
+    parser.add_argument("--boot", choices=[start.name for start in BOOTS], help="run only the checks of this boot")
+    parser.add_argument("-k", metavar="EXPRESSION", help="run only matching checks, as in pytest")
+    arguments = parser.parse_args()
+    failed = False
+    for name in arguments.kernel or SYSTEMS:
+        tree = build_tree(name, SYSTEMS[name])
+        install(tree)
+        for start in BOOTS:
+            if arguments.boot in (None, start.name):
+                failed |= not report_boot(name, start, boot(name, tree, start, arguments.k))
+    return failed
+
+
+def report_boot(name: str, start: Boot, results: Iterator[dict[str, str]]) -> bool:
+    """Print the results of one boot. Return whether all checks have passed."""
+    counts = Counter[str]()
+    complete = False
+    for result in results:
+        if "exit" in result:
+            complete = True
+            continue
+        counts[result["outcome"]] += 1
+        sys.stdout.write(f"{name} {start.name} {result['outcome']:7} {result['check'].removeprefix(CHECKS)}\n")
+        if result["outcome"] != "passed":
+            sys.stdout.write(result["text"] + "\n")
+    if not complete:
+        sys.stdout.write(f"{name} {start.name}: the machine ended before the checks (see {console_of(name, start)})\n")
+    sys.stdout.write(f"{name} {start.name}: {dict(counts)}\n")
+    sys.stdout.flush()
+    return complete and set(counts) == {"passed"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Jumps of the wall clock, and suspend."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from inco_trio.simulation.world import Cores
+from tests.kernels.checks.conftest import Board, run
+
+YEAR = 365 * 24 * 3600
+
+
+@pytest.fixture
+def set_clock() -> Iterator[None]:
+    """Restore the wall clock after the check."""
+    offset = time.time() - time.monotonic()
+    yield
+    time.clock_settime(time.CLOCK_REALTIME, time.monotonic() + offset)
+
+
+@pytest.mark.usefixtures("set_clock")
+@pytest.mark.parametrize("years", [11, -11])
+def test_a_jump_of_the_wall_clock_disturbs_nothing(board: Board, cores: Cores, years: int) -> None:
+    board.exchange()
+    started = time.monotonic()
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + years * YEAR)
+    board.exchange()
+    status = json.loads(run(cores.core0, f"{sys.executable} -m inco_trio status rpmsg4000 --json"))["boards"][0]
+    # The board was started before this check, less than the time since boot ago.
+    assert 0 <= status["uptime"] <= started + HOUR
+
+
+HOUR = 3600
+
+
+def test_a_suspended_machine_loses_nothing(board: Board) -> None:
+    for name in ("ihub_reset_irq", "ihub_hwwd_irq"):
+        board.core1.send(name.encode())
+    done = subprocess.run(["rtcwake", "-m", "mem", "-s", "5"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    board.applications.wait_for(lambda: len(board.applications.seen) == 2)
+    board.exchange()

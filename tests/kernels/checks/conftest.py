@@ -1,0 +1,168 @@
+"""Fixtures for the checks inside a virtual machine: the link of the boards, VLAN 4000 on `eth_rpmsg`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import select
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from inco_trio.cores.watch import Watch
+from inco_trio.errors import IncoError
+from inco_trio.signals import Direction, Signal
+from inco_trio.simulation.world import Cores, Namespace, Peer, two_cores
+from netns.fixtures import StartProxy
+from netns.hang import HANG
+from tests.support_proxy import INBOUND, OUTBOUND, trigger, write_udrv
+
+REPORT = "INCO_TRIO_REPORT"
+"""Environment variable: the file, or the serial port, to which the results go as lines of JSON."""
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write the result of each check to the host at once, so that a crash of the machine does not lose it."""
+    if report.when == "call" or report.outcome != "passed":
+        text = "" if report.passed else report.longreprtext
+        line = json.dumps({"check": report.nodeid, "when": report.when, "outcome": report.outcome, "text": text})
+        with Path(os.environ[REPORT]).open("a") as port:
+            port.write(line + "\n")
+
+
+def ip(namespace: Namespace, *commands: str) -> None:
+    """Run `ip` commands in a network namespace."""
+    for command in commands:
+        run(namespace, f"ip {command}")
+
+
+def run(namespace: Namespace, command: str) -> str:
+    """Run a command in a network namespace and return its output. A failure fails the check with the error output."""
+    start = functools.partial(subprocess.run, shlex.split(command), capture_output=True, text=True, check=False)
+    done: subprocess.CompletedProcess[str] = namespace.run(start)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def parents() -> Iterator[Cores]:
+    """Create two cores, joined by the interface below the VLAN, `eth_rpmsg`."""
+    with two_cores("eth_rpmsg") as made:
+        yield made
+
+
+@pytest.fixture
+def cores(parents: Cores) -> Cores:
+    """Add VLAN 4000, the interface `rpmsg4000`, to both cores. Replaces the plain link of the other tests."""
+    made = Cores(parents.core0, parents.core1, "rpmsg4000")
+    for core in (made.core0, made.core1):
+        add_vlan(core)
+    made.link_up()
+    return made
+
+
+def add_vlan(core: Namespace, *options: str) -> None:
+    """Create `rpmsg4000` and bring it up."""
+    ip(
+        core,
+        f"link add link eth_rpmsg name rpmsg4000 type vlan id 4000 {' '.join(options)}",
+        "link set rpmsg4000 up",
+    )
+
+
+class Applications(contextlib.AbstractContextManager["Applications"]):
+    """The applications on core 0, which see the notifications of several signals in order."""
+
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+        self.seen: list[str] = []
+        self._watch = Watch()
+        signals = [Signal(name, Direction.INBOUND, directory, INBOUND[name]) for name in names]
+        self._watch.follow(signals, self._report)
+
+    def _report(self, what: Signal | IncoError) -> None:
+        assert isinstance(what, Signal), f"the applications have lost events: {what}"
+        self.seen.append(what.name)
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Read events until `done()` is true."""
+        while not done():
+            assert select.select([self._watch.fileno()], [], [], HANG)[0], f"no event; seen: {self.seen}"
+            self._watch.drain()
+
+    def __exit__(self, *raised: object) -> None:
+        self._watch.close()
+
+
+class Board:
+    """A running proxy with both of its cores."""
+
+    def __init__(self, core1: Peer, directory: Path, applications: Applications) -> None:
+        self.core1 = core1
+        self.directory = directory
+        self.applications = applications
+
+    def exchange(self, count: int = 90) -> None:
+        """Send `count` notifications each way, one signal after the other, and check that all arrive in order."""
+        self.inbound(count)
+        self.outbound(count)
+
+    def inbound(self, count: int = 90) -> None:
+        names = list(INBOUND) * (count // len(INBOUND))
+        self.applications.seen.clear()
+        for name in names:
+            self.core1.send(name.encode())
+        self.applications.wait_for(lambda: len(self.applications.seen) >= len(names))
+        assert self.applications.seen == names
+
+    def outbound(self, count: int = 90) -> None:
+        names = list(OUTBOUND) * (count // len(OUTBOUND))
+        for name in names:
+            trigger(self.directory / OUTBOUND[name])
+        assert [self.next_frame() for _ in names] == names
+
+    def next_frame(self) -> str:
+        """Return the signal of the next frame that core 1 receives."""
+        return self.core1.receive(HANG)[14:].rstrip(b"\0").decode()
+
+    def recovers(self, cores: Cores) -> None:
+        """Bring the link up, and check that the trigger written without it is sent, and that notifications pass."""
+        cores.link_up()
+        assert self.next_frame() == "redun_notify_irq"
+        self.exchange()
+
+    def only(self, name: str) -> None:
+        """Send the signal `name`, and check that it is the only one that has arrived."""
+        self.core1.send(name.encode())
+        self.applications.wait_for(lambda: name in self.applications.seen)
+        assert self.applications.seen == [name]
+        self.applications.seen.clear()
+
+
+@pytest.fixture
+def udrv(tmp_path: Path, irq_dir: Path) -> Path:
+    """Return the path of a configuration with six signals."""
+    return write_udrv(tmp_path / "udrv.json", irq_dir)
+
+
+@pytest.fixture
+def make_board(proxy: StartProxy, udrv: Path, irq_dir: Path, core1: Peer) -> Iterator[Callable[..., Board]]:
+    """Return a function that starts a proxy, `make_board(*options)`, with the applications and core 1 of the board."""
+    with ExitStack() as stack:
+
+        def make(*options: str) -> Board:
+            proxy("--config", udrv, *options)
+            applications = stack.enter_context(Applications(irq_dir, list(INBOUND)))
+            return Board(core1, irq_dir, applications)
+
+        yield make
+
+
+@pytest.fixture
+def board(make_board: Callable[..., Board]) -> Board:
+    return make_board()
