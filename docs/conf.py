@@ -41,7 +41,7 @@ author = copyright = "The inco-trio developers"  # noqa: A001 - Sphinx's name
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton"]
 exclude_patterns = ["man", "man5", "completion", "manual", "bench", "_build"]
 html_theme = "furo"
-html_title = f"inco-trio {metadata.version('inco-trio')}"
+html_title = f"inco-trio {metadata.version('inco-trio').partition('+')[0]}"
 html_static_path = ["static"]
 html_css_files = ["blocks.css"]
 html_theme_options = {

@@ -2,7 +2,8 @@
 
 As a library::
 
-    async with inco_trio.open_proxy(inco_trio.Config("rpmsg4000", inco_trio.read_board("udrv.json").signals)) as proxy:
+    config = inco_trio.Config("rpmsg4000", inco_trio.read_board("udrv.json").signals)
+    async with inco_trio.open_proxy(config) as proxy:
         await proxy.send("redun_notify_irq")
         with proxy.events() as events:
             async for event in events:

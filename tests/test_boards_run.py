@@ -183,12 +183,28 @@ def test_datagrams_of_any_size_are_counted_as_malformed(boards: Boards, daemon: 
         (
             ["run", "rpmsg0", "--boards", "/x"],
             2,
-            "--boards and LINK exclude each other: a board's file names its link",
+            "--boards and LINK are mutually exclusive: the file of each board names its link",
         ),
-        (["run", "--boards", "/x", "--irq-dir", "/y"], 2, "--boards and --irq-dir exclude each other: a board's file "),
-        (["run", "--boards", "/x", "--wait-link"], 2, "--boards and --wait-link exclude each other: a board's file "),
-        (["check", "--boards", "/x", "--config", "/y"], 2, "--boards and --config exclude each other: a board's file "),
-        (["s6", "/z", "--boards", "/x", "--iface", "i"], 2, "--boards and LINK exclude each other: a board's file "),
+        (
+            ["run", "--boards", "/x", "--irq-dir", "/y"],
+            2,
+            "--boards and --irq-dir are mutually exclusive: the file of each board ",
+        ),
+        (
+            ["run", "--boards", "/x", "--wait-link"],
+            2,
+            "--boards and --wait-link are mutually exclusive: the file of each board ",
+        ),
+        (
+            ["check", "--boards", "/x", "--config", "/y"],
+            2,
+            "--boards and --config are mutually exclusive: the file of each board ",
+        ),
+        (
+            ["s6", "/z", "--boards", "/x", "--iface", "i"],
+            2,
+            "--boards and LINK are mutually exclusive: the file of each board ",
+        ),
     ],
 )
 def test_invalid_arguments_are_one_error_line(tmp_path: Path, words: list[str], code: int, line: str) -> None:

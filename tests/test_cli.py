@@ -202,10 +202,10 @@ def test_wrong_arguments_of_inco_proxy_print_the_usage(say: Say, arguments: tupl
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("run",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
-        (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)"),
-        (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config exclude each other"),
-        (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected the scan directory to write)"),
+        (("run",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also accepts --irq-dir DIR)"),
+        (("check",), "no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also accepts --irq-dir DIR)"),
+        (("run", "--config", "a", "--irq-dir", "b"), "--irq-dir and --config are mutually exclusive"),
+        (("s6", "--config", str(SAMPLE)), "SCANDIR: missing (expected the scan directory to write to)"),
         (("demo", "--count", "0"), "the demonstration needs a count of 1 or more and a rate above 0"),
         (
             ("run", "--irq-dir", "b", "--notification-fd", "1"),
@@ -338,8 +338,8 @@ def test_service_writes_what_s6_writes(say: Say, tmp_path: Path) -> None:
     assert f"created {tmp_path}/scan/inco-trio-rpmsg16/run" in out
     assert say("s6", tmp_path / "scan", "--iface", "rpmsg16", *options) == (0, "nothing changed\n", "")
     for words, said in (
-        (("systemd", "a", "b"), "a: `service systemd` prints a unit and takes no SCANDIR"),
-        (("s6",), "SCANDIR: missing (expected the scan directory to write)"),
+        (("systemd", "a", "b"), "a: `service systemd` prints a unit and does not use a SCANDIR"),
+        (("s6",), "SCANDIR: missing (expected the scan directory to write to)"),
     ):
         assert say("service", *words, "--config", SAMPLE) == (2, "", f"inco-trio: error: {said}\n")
 

@@ -229,7 +229,7 @@ def test_inotify_limits_are_compared_with_their_use(tree: Tree) -> None:
         ("OK", f"fs.inotify.max_user_watches: uid {uid} uses at most 36 of 1000", None),
         (
             "OK",
-            "fs.inotify.max_queued_events: 16384 events are queued in order while a link is down, two for each close",
+            "fs.inotify.max_queued_events: 16384 events can be queued while a link is down, two for each close",
             None,
         ),
     ]
@@ -257,7 +257,7 @@ def test_short_unix_queue_is_a_warning(tree: Tree, length: str, level: str) -> N
     tree.put("proc/sys/net/unix/max_dgram_qlen", length)
     found = only(machine.unix_queue(tree.root))
     assert found[0] == level
-    assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames are queued")
+    assert found[1].startswith(f"net.unix.max_dgram_qlen: {length} frames fit in the queue")
     assert found[2] == (None if level == "ok" else "sysctl -w net.unix.max_dgram_qlen=10")
 
 
@@ -409,7 +409,7 @@ def test_sys_of_another_network_namespace_is_a_warning(tree: Tree, index: str | 
         tree.put("sys/class/net/l0/address", str(address))
     assert only(links.order(interface(), tree.root)) == (
         "warn",
-        "l0: cannot inspect its queues: /sys belongs to another network namespace",
+        "l0: cannot inspect the receive queues: /sys belongs to another network namespace",
         "mount -t sysfs sysfs /sys",
     )
 
@@ -446,25 +446,29 @@ def test_the_socket_path_is_checked(tmp_path: Path) -> None:
     home = tmp_path / "of links"
     address, path = unix(home), home / "a"
     found = only(links.socket_path(address))
-    assert found == ("fail", f"{home}: does not exist: the proxy creates its socket there", f"mkdir -p '{home}'")
+    assert found == (
+        "fail",
+        f"{home}: does not exist: the proxy creates its socket in this directory",
+        f"mkdir -p '{home}'",
+    )
     run_fix(found)
-    free = ("ok", f"{home}: the proxy can create its socket there", None)
+    free = ("ok", f"{home}: the proxy can create its socket in this directory", None)
     assert only(links.socket_path(address)) == free
     with datagram(path):
-        assert only(links.socket_path(address)) == ("ok", f"{path}: a process is bound to it", None)
-    ended = f"{path}: left by a process that has ended: the next proxy replaces it"
+        assert only(links.socket_path(address)) == ("ok", f"{path}: a process has bound this socket", None)
+    ended = f"{path}: the process that bound this socket has ended: the next proxy replaces the socket"
     assert only(links.socket_path(address)) == ("ok", ended, None)
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
         found = only(links.socket_path(address))
-        text = f"{path}: another type of socket is bound to it: use another path"
+        text = f"{path}: a socket of another type is bound to this path: use another path"
         assert found == ("fail", text, None)
     path.unlink()
     for make, kind in ((Path.mkdir, "a directory"), (Path.touch, "a file"), (os.mkfifo, "a FIFO")):
         make(path)
         found = only(links.socket_path(address))
-        assert found[:2] == ("fail", f"{path}: {kind}, not a socket: the proxy cannot bind its socket there")
+        assert found[:2] == ("fail", f"{path}: {kind}, not a socket: the proxy cannot bind its socket")
         run_fix(found)
         assert only(links.socket_path(address)) == free
     (tmp_path / "file").touch()
@@ -477,14 +481,14 @@ def test_the_socket_path_is_checked(tmp_path: Path) -> None:
 
 def test_the_peer_path_is_checked(tmp_path: Path) -> None:
     address, path = unix(tmp_path), tmp_path / "b"
-    missing = "fail", f"{path}: no process is bound to it (No such file or directory): start core 1", None
+    missing = "fail", f"{path}: no process has bound this socket (No such file or directory): start core 1", None
     assert only(links.peer(address)) == missing
     with datagram(path) as sock:
-        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 has bound this socket", None)
         # A connected socket accepts frames from one sender only, but still counts as bound.
         sock.connect(str(path))
-        assert only(links.peer(address)) == ("ok", f"{path}: core 1 is bound to it", None)
-    assert "no process is bound to it (Connection refused)" in only(links.peer(address))[1]
+        assert only(links.peer(address)) == ("ok", f"{path}: core 1 has bound this socket", None)
+    assert "no process has bound this socket (Connection refused)" in only(links.peer(address))[1]
     path.unlink()
     with socket.socket(socket.AF_UNIX) as stream:
         stream.bind(str(path))
@@ -497,7 +501,7 @@ def test_the_registers_directory_is_checked(tmp_path: Path) -> None:
     found = only(register_files.directory(path))
     assert found == (
         "warn",
-        f"{path}: does not exist: a proxy creates it at its start, and 60 s after a removal",
+        f"{path}: does not exist: a proxy creates it when it starts, and 60 s after a removal",
         f"mkdir -p '{path}'",
     )
     run_fix(found)
@@ -528,16 +532,16 @@ def test_missing_permissions_are_faults_with_a_fix(tmp_path: Path) -> None:
         for result in found:
             run_fix(("", "", result.fix))
         assert only(register_files.kinds(signals))[0] == "ok"
-        text = f"{ours}: cannot connect to it: Permission denied"
+        text = f"{ours}: cannot connect to this socket: Permission denied"
         assert only(links.socket_path(address)) == ("fail", text, None)
         refused = only(links.peer(address))
-        assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to it")
+        assert refused[:2] == ("fail", f"{core1}: uid {uid} may not send to this socket")
         run_fix(refused)
         assert only(links.peer(address))[0] == "ok"
         ours.unlink()
         home.chmod(0o500)
         checks: list[tuple[Callable[[], Iterable[Result]], str]] = [
-            (lambda: links.socket_path(address), "may not create a socket there"),
+            (lambda: links.socket_path(address), "may not create a socket in this directory"),
             (lambda: register_files.directory(home), "may not read and write it"),
         ]
         for check, text in checks:
@@ -582,11 +586,19 @@ MOUNTS = "29 28 {major}:{minor} / /x rw,relatime - {kind} x rw\n"
 @pytest.mark.parametrize(
     ("kind", "level", "text"),
     [
-        ("tmpfs", "ok", "is on a filesystem of type tmpfs; inotify works there"),
-        ("proc", "fail", f"is on a filesystem of type proc: {UNREPORTED['proc']}; use a local one, such as tmpfs"),
-        ("9p", "warn", f"is on a filesystem of type 9p: {UNREPORTED['9p']}; use a local one, such as tmpfs"),
-        ("nfs4", "warn", f"is on a filesystem of type nfs4: {UNREPORTED['nfs4']}; use a local one, such as tmpfs"),
-        (None, "ok", "is on a filesystem of unknown type; inotify works there"),
+        ("tmpfs", "ok", "is on a filesystem of type tmpfs; inotify reports its events"),
+        (
+            "proc",
+            "fail",
+            f"is on a filesystem of type proc: {UNREPORTED['proc']}; use a local filesystem, such as tmpfs",
+        ),
+        ("9p", "warn", f"is on a filesystem of type 9p: {UNREPORTED['9p']}; use a local filesystem, such as tmpfs"),
+        (
+            "nfs4",
+            "warn",
+            f"is on a filesystem of type nfs4: {UNREPORTED['nfs4']}; use a local filesystem, such as tmpfs",
+        ),
+        (None, "ok", "is on a filesystem of unknown type; inotify reports its events"),
     ],
 )
 def test_filesystems_without_inotify_events_are_reported(
@@ -604,7 +616,7 @@ def test_a_filesystem_on_which_inotify_fails_is_a_fault(tmp_path: Path, monkeypa
     monkeypatch.setattr(register_files, "_opening_is_reported", lambda _: False)
     level, text, fix = only(register_files.reported(tmp_path))
     assert (level, fix) == ("fail", None)
-    assert text.endswith("; inotify reports nothing there; use tmpfs")
+    assert text.endswith("; inotify does not report its events; use tmpfs")
 
 
 def test_a_directory_that_cannot_be_watched_is_a_fault(tmp_path: Path) -> None:
@@ -957,9 +969,12 @@ def test_each_level_has_its_own_exit_code() -> None:
 
 def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for words, said in (
-        (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config exclude each other"),
-        (["--boards", "a", "--config", "b"], "--boards and --config exclude each other: a board's file names its link"),
-        (["l0", "--boards", "a"], "--boards and LINK exclude each other"),
+        (["--irq-dir", "a", "--config", "b"], "--irq-dir and --config are mutually exclusive"),
+        (
+            ["--boards", "a", "--config", "b"],
+            "--boards and --config are mutually exclusive: the file of each board names its link",
+        ),
+        (["l0", "--boards", "a"], "--boards and LINK are mutually exclusive"),
         (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
@@ -1039,7 +1054,7 @@ def shown(tmp_path: Path, **environment: str) -> bytes:
 
 
 def test_lines_are_not_wrapped_and_colours_can_be_disabled(tmp_path: Path) -> None:
-    line = b"%b/b: no process is bound to it" % bytes(tmp_path)
+    line = b"%b/b: no process has bound this socket" % bytes(tmp_path)
     coloured = shown(tmp_path)
     assert b"\033[31mfail\033[m " + line in coloured
     assert b"\033[32mok  \033[m " in coloured

@@ -140,7 +140,7 @@ def test_the_receive_buffer_limit_is_checked(cores: Cores, nobody: list[str]) ->
     # Do not change this machine-wide limit. Linux 6.1 shows it only in the initial network namespace.
     if limit is None:
         assert (result["level"], result["fix"]) == ("warn", None)
-        assert result["found"].startswith("cannot be read here")
+        assert result["found"].startswith("cannot be read in this network namespace")
     elif limit < RECEIVE_BUFFER:
         assert (result["level"], result["fix"]) == ("warn", f"sysctl -w net.core.rmem_max={RECEIVE_BUFFER}")
     else:
@@ -253,7 +253,7 @@ def test_a_missing_interface_is_a_fault(cores: Cores) -> None:
     cores.delete_link()
     result = of(doctor(cores.core0, cores.link), "interface")
     assert result["level"] == "fail"
-    assert result["found"].startswith("no such interface (there are: lo")
+    assert result["found"].startswith("no such interface (available: lo")
 
 
 def test_a_bridge_port_is_a_fault(cores: Cores) -> None:
@@ -493,7 +493,10 @@ def test_without_arguments_all_proxies_and_boards_are_examined(cores: Cores, tmp
     assert double["subject"] == f"{tmp_path}/one"
     assert double["found"].startswith("2 proxies: ")
     silent = of(found, "control")
-    assert (silent["level"], silent["found"]) == ("warn", "no control socket answers: its counters are unknown")
+    assert (silent["level"], silent["found"]) == (
+        "warn",
+        "the process does not answer on a control socket: its counters are unknown",
+    )
     assert {each["subject"] for each in found if each["check"] == "counters"} == {link, f"{tmp_path}/one.0", "b1", "b2"}
     # Files that the proxies use are found by the command line.
     assert {each["subject"] for each in found if each["check"] == "reload"} == {
@@ -523,7 +526,9 @@ def test_the_counters_and_problems_of_a_proxy_are_reported(cores: Cores, tmp_pat
     # The link goes down when core 1's process ends; whether the proxy notices this depends on the time.
     counted = [each for each in counted if not each.startswith("link_downs: ")]
     assert len(counted) == 2
-    assert counted[0].startswith("unknown: 1 frames had a name that is no inbound signal: compare `inco-trio monitor`")
+    assert counted[0].startswith(
+        "unknown: 1 frames had a name that is not an inbound signal: compare `inco-trio monitor`"
+    )
     assert re.match("write_failures: [1-9][0-9]* attempts to write a state file failed", counted[1])
 
 

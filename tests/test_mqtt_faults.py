@@ -150,7 +150,7 @@ def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitSta
     gateway.wait_ready()
     board.trigger()
     board.trigger()
-    for text in ("the broker refuses notifications", "/status: the broker refuses to publish"):
+    for text in ("the broker refused notifications", "/status: the broker refused the message"):
         gateway.wait_log(text)
     assert "Traceback" not in gateway.log
     assert board.status()["history"]["waiting"] == 2
@@ -158,7 +158,7 @@ def test_notifications_refused_by_an_acl_are_kept(tmp_path: Path, stack: ExitSta
     assert broker.process is not None
     broker.process.send_signal(signal.SIGHUP)
     assert [told.body["sequence"] for _, told in zip(range(2), reader.notifications(), strict=False)] == [1, 2]
-    assert gateway.log.count("the broker refuses notifications") == 1
+    assert gateway.log.count("the broker refused notifications") == 1
 
 
 def test_unreachable_broker_is_an_error() -> None:
@@ -351,7 +351,7 @@ def test_unacknowledged_messages_are_received_again(tmp_path: Path, stack: ExitS
     ("words", "code", "text"),
     [
         (["http://x"], 2, "unknown scheme (expected mqtt://"),
-        (["mqtt://me:word@x"], 2, "has a user or password"),
+        (["mqtt://me:word@x"], 2, "contains a user name or password"),
         (["mqtt://x", "--config", "/nowhere"], 78, "/nowhere: cannot be read"),
         (["mqtt://x", "--notification-fd", "99"], 2, "--notification-fd 99"),
     ],

@@ -88,8 +88,8 @@ def test_a_request_waits_while_the_proxy_has_too_many_clients(monkeypatch: pytes
 def test_what_the_broker_restricts_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     gateway = Gateway(BROKER, GatewayConfig(send={"b1": ["s1"]}))
     gateway._check_limits(Board("b1"), Limits("id", False, 60, 30, 20, None, 2, False, 0, True, True))
-    assert "keeps requests only for 60 s while the gateway is away" in caplog.text
-    assert "keeps no retained messages" in caplog.text
+    assert "keeps requests only for 60 s while the gateway is offline" in caplog.text
+    assert "does not keep retained messages" in caplog.text
     caplog.clear()
     gateway._check_limits(Board("b1"), Limits("id", False, 86_400, 30, 20, None, 2, True, 0, True, True))
     gateway._check_limits(Board("b2"), Limits("id", False, 60, 30, 20, None, 2, True, 0, True, True))

@@ -195,7 +195,7 @@ def test_what_the_broker_restricts_is_reported(tmp_path: Path, caplog: pytest.Lo
     limits = Limits("id", False, 60, 30, 20, None, 2, False, 0, True, True)
     bridge._check_limits(limits)
     assert "keeps frames only for 60 s while a side is offline" in caplog.text
-    assert "keeps no retained messages" in caplog.text
+    assert "does not keep retained messages" in caplog.text
     caplog.clear()
     bridge._check_limits(attrs.evolve(limits, session_expiry=86_400, retain_available=True))
     assert caplog.text == ""
@@ -281,7 +281,7 @@ def test_frames_wait_for_a_core_that_left(bench: Bench) -> None:
     there.leave()
     for number in range(5):
         here.send(frame(number))
-    bridge.wait_log("frames wait for the core")
+    bridge.wait_log("frames are queued for the core")
     there.socket = there.bound()
     assert [there.receive() for _ in range(5)] == [frame(n) for n in range(5)]
 
@@ -290,7 +290,7 @@ def test_a_removed_socket_path_is_recreated_without_loss(bench: Bench) -> None:
     bridges = bench.joined()
     here, there = bench.cores
     bench.broker.end()
-    bridges[0].wait_log("frames wait, retrying")
+    bridges[0].wait_log("frames are queued; retrying")
     for number in range(5):
         here.send(frame(number))
     here.bridge.unlink()
@@ -312,7 +312,7 @@ def test_two_processes_for_the_same_side_are_an_error(bench: Bench) -> None:
         assert time.monotonic() < deadline
     ended, left, path = (bridge, other, "other") if other.process.poll() is None else (other, bridge, "wire0")
     assert ended.process.wait(HANG) == 69
-    assert "another process is also core0: stop one of them" in ended.log
+    assert "another process also runs as core0: stop one of them" in ended.log
     bench.cores[0].bridge = bench.home / path
     bench.cores[0].send(frame(1))
     bench.bridge(1)
@@ -408,7 +408,7 @@ def test_frames_refused_by_an_acl_wait(bench: Bench, topic: str) -> None:
         conf.write(f"acl_file {acl}\n")
     bench.broker.start()
     bridges = bench.bridge(0), bench.bridge(1)
-    bridges[1].wait_log(f"lab/wire/core1/{topic}: the broker refuses to publish: Not authorized")
+    bridges[1].wait_log(f"lab/wire/core1/{topic}: the broker refused the message: Not authorized")
     for core in bench.cores:
         core.send(frame(1))
     acl.write_text("\n".join(allowed) + "\n")

@@ -145,8 +145,12 @@ def test_messages_that_are_too_large_are_not_sent() -> None:
     small, large, huge = (Message("lab/status", bytes(size)) for size in (80, 90, 100_000))
     receipts, packets = publish(session, small, large, huge)
     assert [len(packet.payload) for packet in packets] == [80]
-    assert receipts.refusals[1] == Refusal("its packet has 107 bytes, and the broker allows 100", is_too_large=True)
-    assert receipts.refusals[2] == Refusal("its packet has 100000 bytes, and the broker allows 100", is_too_large=True)
+    assert receipts.refusals[1] == Refusal(
+        "its packet has 107 bytes, but the broker allows only 100", is_too_large=True
+    )
+    assert receipts.refusals[2] == Refusal(
+        "its packet has 100000 bytes, but the broker allows only 100", is_too_large=True
+    )
     refused, packets = subscribe(session, "a" * 100)  # type: ignore[assignment]
     assert (packets, refused.refusals[0] is not None and refused.refusals[0].is_too_large) == ([], True)
 
@@ -241,11 +245,11 @@ def test_packets_may_arrive_in_pieces() -> None:
 @pytest.mark.parametrize(
     ("data", "text"),
     [
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, "sent what is not MQTT 5"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, "sent invalid MQTT 5 data"),
         (b"\x32\xff\xff\xff\xff\x01", "the length of a packet is not valid"),
         (b"\x32\xff\xff\xff\x7f", f"was allowed only {PACKET_MAX}"),
-        (b"\x40\x03\x00\x07\x50", "sent what is not MQTT 5: Invalid PubAckReasonCode"),
-        (b"\x40\x01\x00", "sent what is not MQTT 5"),
+        (b"\x40\x03\x00\x07\x50", "sent invalid MQTT 5 data: Invalid PubAckReasonCode"),
+        (b"\x40\x01\x00", "sent invalid MQTT 5 data"),
         (incoming(1, qos=mqtt5.QoS.EXACTLY_ONCE), "at QoS 2"),
         (mqtt5.ConnAckPacket().write(), r"unexpected packet \(CONNACK\)"),
         (mqtt5.PingReqPacket().write(), r"unexpected packet \(PINGREQ\)"),
@@ -333,7 +337,7 @@ def test_the_gateway_retries_a_refused_subscription(
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
     assert connection.calls == [filters, ["lab/b1/status"], filters, filters]
-    assert caplog.text.count("signals cannot be sent, retrying") == 1
+    assert caplog.text.count("signals cannot be sent; retrying") == 1
     assert ("name each signal in the configuration instead of *" in caplog.text) is not wildcards
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from docs.diagrams import DIAGRAMS, IMAGES
 from docs.fields import described, table
+from docs.terminals import TERMINALS, draw, visible
 from inco_trio.board_files import BoardFile, read_boards
 from inco_trio.cli.parser import COMMANDS, parse, parser
 from inco_trio.simulation.world import Cores, Peer
@@ -291,3 +292,9 @@ def test_the_configuration_page_lists_each_key() -> None:
 def test_the_diagrams_are_up_to_date() -> None:
     old = [name for name, draw in DIAGRAMS.items() if (IMAGES / f"{name}.svg").read_text() != draw().svg()]
     assert not old, "run `python -m docs.diagrams`, and commit"
+
+
+def test_the_terminal_screenshots_are_up_to_date() -> None:
+    # Compare the texts only: versions of rich write different SVG.
+    old = [name for name in TERMINALS if visible((IMAGES / f"terminal-{name}.svg").read_text()) != visible(draw(name))]
+    assert not old, "run `python -m docs.terminals`, and commit"

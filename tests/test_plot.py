@@ -387,7 +387,7 @@ def test_a_truncated_recording_is_plotted_with_a_warning(night: Path) -> None:
     done = plot(night, "--json")
     assert done.returncode == 0
     assert done.stderr.startswith(f"inco-trio: {night}: ")
-    assert done.stderr.endswith(": only the part before that is plotted\n")
+    assert done.stderr.endswith(": only the packets before this position are plotted\n")
     assert json.loads(done.stdout)["marks"] == []
 
 

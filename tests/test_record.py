@@ -119,7 +119,7 @@ def test_a_message_never_continues_the_line_of_the_progress(board: Board, tmp_pa
         while b" notifications" not in shown:
             shown += terminal.read(4096)
         assert proxy.stop() == 0
-        while b"waiting for the next one" not in shown:
+        while b"waiting for the next proxy" not in shown:
             shown += terminal.read(4096)
         process.send_signal(signal.SIGINT)
     assert b"\r\x1b[Kinco-trio: " in shown
@@ -133,7 +133,7 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     board.trigger()
     peer.recv(2000)
     assert proxy.stop() == 0
-    assert recording.remark().endswith("the proxy has ended: waiting for the next one\n")
+    assert recording.remark().endswith("the proxy has ended: waiting for the next proxy\n")
     board.running()
     while not any(isinstance(each, Mark) and "again" in each.text for each in everything(tmp_path / "f")):
         assert recording.process.poll() is None
@@ -144,7 +144,7 @@ def test_record_waits_for_a_proxy_that_restarts(board: Board, start: Callable[..
     marks = [each.text for each in everything(tmp_path / "f") if isinstance(each, Mark)]
     assert [text for text in marks if "proxy" in text][-3:] == [
         "the proxy has ended",
-        "what happened before this is unknown: the history did not survive the end of the proxy",
+        "earlier events are unknown: the history was lost when the proxy exited",
         "the proxy was started again",
     ]
 
@@ -336,7 +336,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs inco-trio-test /run && exec "$@"', "sh", *command]
     with cores.core0.run(lambda: subprocess.Popen(hidden, stderr=subprocess.PIPE, text=True)) as process:
         assert process.stderr is not None
-        assert process.stderr.readline() == f"inco-trio: no proxy answers: listening on {cores.link} itself\n"
+        assert process.stderr.readline() == f"inco-trio: no proxy answers: capturing frames on {cores.link}\n"
         assert "recording" in process.stderr.readline()
         core1.send(b"one")
         core1.send(b"two")
@@ -349,7 +349,7 @@ def test_record_listens_on_the_interface_without_a_proxy(cores: Cores, core1: Pe
     ("words", "code", "text"),
     [
         (("FILE", "--control", "/nowhere/x.sock"), 69, "/nowhere/x.sock: no proxy is listening on this socket"),
-        (("FILE", "--keep", "2"), 2, "--keep needs --size or --period: otherwise there is one file"),
+        (("FILE", "--keep", "2"), 2, "--keep requires --size or --period: without them, only one file is written"),
         (("FILE", "--duration", "0"), 2, "'0': expected a duration above 0"),
         (("",), 2, "FILE"),
     ],

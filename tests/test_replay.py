@@ -146,11 +146,15 @@ def test_a_tcpdump_capture_replays_the_same_frames(
         ),
         (("f", "--irq-dir", "HOME/irq"), 69, "HOME/irq: missing: the proxy creates it (is a proxy running?)"),
         (("f", "--as", "core1"), 2, "--as core1 needs the LINK to send frames on"),
-        (("f", "x", "--as", "core0"), 2, "--as core0 writes triggers and takes no LINK: give --irq-dir or --config"),
-        (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed exclude each other"),
+        (
+            ("f", "x", "--as", "core0"),
+            2,
+            "--as core0 writes trigger files and does not use LINK: give --irq-dir or --config",
+        ),
+        (("f", "x", "--fast", "--speed", "2"), 2, "--fast and --speed are mutually exclusive"),
         (("f", "x", "--speed", "0"), 2, "argument --speed: '0': expected a number above 0"),
         (("f", "x", "--wait", "nan"), 2, "argument --wait: 'nan': expected a duration, 0 or more"),
-        (("f", "--irq-dir", "a", "--config", "b"), 2, "--irq-dir and --config exclude each other"),
+        (("f", "--irq-dir", "a", "--config", "b"), 2, "--irq-dir and --config are mutually exclusive"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -175,7 +179,7 @@ def test_truncated_recordings_and_unknown_signals_are_reported(tmp_path: Path) -
     assert (code, err) == (1, "")
     assert out == (
         f"{OUT}: 1 sent\n{IN}: 0 of 1 came back, 1 missing\nother: 1 left out: not in the signal table\n"
-        f"note: {path}: truncated after {path.stat().st_size} bytes: everything before that was played\n"
+        f"note: {path}: truncated after {path.stat().st_size} bytes: the packets before this position were played\n"
     )
     assert (irq / "message_6_trig").read_text() == "1"
 
@@ -287,7 +291,9 @@ def test_a_replay_that_plays_nothing_fails(mixed: Path, tmp_path: Path) -> None:
     (irq / "message_6_trig").touch()
     code, out, err = replay(mixed, "--irq-dir", irq, "--wait", "0", "--json")
     assert (code, json.loads(out)["sent"]) == (65, {})
-    assert err == f"inco-trio: error: {mixed}: nothing was played: the file contains nothing that core0 sends\n"
+    assert (
+        err == f"inco-trio: error: {mixed}: nothing was played: the file contains no notifications that core0 sends\n"
+    )
 
 
 def test_packets_that_a_replay_leaves_out_are_counted_by_reason(tmp_path: Path) -> None:

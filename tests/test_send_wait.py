@@ -519,8 +519,8 @@ def test_the_socket_of_core0_is_refused_for_core1(board: Board, command: str) ->
     pid = board.running().pid
     code, complaint = error(run(command, "ihub_hwwd_irq", "--as", "core1", board.link))
     assert code == 2
-    assert complaint.startswith(f"{board.link}: this is core 0's end of the link: process {pid} (")
-    assert complaint.endswith(f" serves it, and receives nothing sent on it: use {core1_link(board)}")
+    assert complaint.startswith(f"{board.link}: is core 0's side of the link: process {pid} (")
+    assert complaint.endswith(f" serves it, and receives only frames from core 1: use {core1_link(board)}")
 
 
 @pytest.mark.netns
@@ -545,8 +545,8 @@ def test_the_interface_of_core0_is_refused_for_core1(
         ):
             code, complaint = error(cores.core0.run(functools.partial(run, *words, link)))
             assert code == 2
-            assert complaint.startswith(f"{link}: this is core 0's end of the link: process {pid} (")
-            assert complaint.endswith(f" serves it, and receives nothing sent on it: use {use}")
+            assert complaint.startswith(f"{link}: is core 0's side of the link: process {pid} (")
+            assert complaint.endswith(f" serves it, and receives only frames from core 1: use {use}")
     finally:
         near.close()
 
@@ -597,7 +597,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
         (("send", "x", "--as", "core1", "a/b"), "link 'a/b': neither unix:"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "unrecognized arguments: l"),
-        (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config exclude each other"),
+        (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config are mutually exclusive"),
         (("wait", "x", "--irq-dir", ""), "--irq-dir: the path is empty"),
         (("send", "x", "--irq-dir", "/a"), "x: no such signal (expected one of: redun_notify_irq)"),
         (

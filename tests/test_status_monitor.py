@@ -225,7 +225,7 @@ def test_an_unknown_signal_is_reported_once(board: Board, start: Callable[..., R
             *words, "--control", board.path, "--signal", "nobody", "--signal", "ihub_hwwd_irq", "--count", "1"
         )
         said = monitor.remark()
-        assert said.startswith("inco-trio: nobody: not in the signal table (there are: ")
+        assert said.startswith("inco-trio: nobody: not in the signal table (available: ")
         assert "ihub_hwwd_irq" in said
         monitor.remark()
         board.inbound(peer)
@@ -667,7 +667,7 @@ def test_events_are_described_in_words() -> None:
         (("monitor", "--count", "0"), "'0': expected an integer above 0"),
         (("monitor", "--count", "9" * 5000), "expected an integer above 0"),
         (("monitor", "--direction", "up"), "invalid choice: 'up'"),
-        (("status", "--watch", "--openmetrics"), "--watch and --openmetrics exclude each other"),
+        (("status", "--watch", "--openmetrics"), "--watch and --openmetrics are mutually exclusive"),
     ],
 )
 def test_invalid_options_are_refused(words: tuple[str, ...], text: str) -> None:

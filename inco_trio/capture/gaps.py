@@ -1,7 +1,7 @@
-"""Fill the gaps of a recording with what the proxy's flight recorder has.
+"""Fill the gaps of a recording with events from the proxy's flight recorder.
 
-A monitor misses events while its proxy is restarted, or when it reads too slowly. The flight recorder has them, also
-those that a killed process could not report any more.
+A monitor misses events while the proxy restarts, or when the monitor reads too slowly. The flight recorder keeps these
+events, even those that a killed proxy could not report.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ __all__ = ["Gaps"]
 
 @attrs.define
 class _Seen:
-    """What the recording has of one board. Times are of CLOCK_MONOTONIC."""
+    """The last recorded events of one board. Times are of CLOCK_MONOTONIC."""
 
     boot: str = ""
-    """The recorder that the numbers belong to."""
+    """The ID of the flight recorder that assigned the sequence numbers."""
     sequence: int = 0
-    """The number of the last recorded notification."""
+    """The sequence number of the last recorded notification."""
     last_ns: int = 0
     """The time of the last recorded notification."""
     at_last: Counter[tuple[Direction | None, str | None]] = attrs.Factory(Counter)
-    """The recorded notifications of that time. A batch has one time, and its events may arrive only in part."""
+    """The notifications recorded at `last_ns`. A batch has one time, and a monitor may receive only a part of it."""
     noted_ns: int = attrs.Factory(time.monotonic_ns)
-    """The time of the last other event."""
+    """The time of the last recorded event that is not a notification."""
     filled_ns: int = 0
     """The time up to which the recording is complete. Monitors may repeat earlier events."""
 
 
 class Gaps:
-    """Tells which events a recording does not have yet."""
+    """Find the events that a recording does not contain yet."""
 
     def __init__(self) -> None:
         self._boards: dict[str, _Seen] = {}
 
     def begin(self, board: str, recorded: RecorderStatus) -> None:
-        """Start with the current state of a board's recorder."""
+        """Treat all earlier events of a board's flight recorder as recorded."""
         now = time.monotonic_ns()
         self._boards[board] = _Seen(recorded.boot, recorded.sequence, now, noted_ns=now)
 
     def is_new(self, event: Event) -> bool:
-        """Return whether an event of a monitor is not in the recording, which the caller then adds."""
+        """Return whether a monitor's event is not in the recording yet. If so, the caller must record it."""
         seen = self._boards.setdefault(event.board, _Seen())
         if event.monotonic_ns <= seen.filled_ns:
             return False
@@ -64,16 +64,16 @@ class Gaps:
         return True
 
     def after(self, board: str) -> int:
-        """Return the time after which the recorder may have events that the recording does not have."""
+        """Return the time after which the flight recorder may have events that the recording lacks."""
         seen = self._boards.setdefault(board, _Seen())
         return max(0, min(seen.last_ns, seen.noted_ns) - 1)
 
     def missing(self, past: Past) -> Iterator[Event]:
-        """Yield the events of a recorder that the recording does not have. A mark says what is missing there, too."""
+        """Yield the events in `past` that the recording lacks. Yield a mark wherever `past` lacks events, too."""
         seen = self._boards.setdefault(past.board, _Seen())
         is_same = past.boot == seen.boot
         if not is_same and seen.boot:
-            yield _mark(past, "what happened before this is unknown: the history did not survive the end of the proxy")
+            yield _mark(past, "earlier events are unknown: the history was lost when the proxy exited")
         for event in past.events:
             if event.event != "notification":
                 if max(event.monotonic_ns, event.last_ns) > seen.noted_ns:
@@ -98,7 +98,7 @@ class Gaps:
 
 
 def _mark(past: Past, text: str, at: Event | None = None) -> Event:
-    """Return a mark at the time of an event, or at the beginning of what the recorder has."""
+    """Return a mark with the time of the event `at`, or by default of the first event in `past`."""
     if at is None:
         at = past.events[0] if past.events else Event("message", time=time.time(), monotonic_ns=time.monotonic_ns())
     return Event("message", past.board, at.time, at.monotonic_ns, level="warning", message=text)

@@ -173,7 +173,7 @@ class Reader:
         while head := self._read(16, may_end=True):
             seconds, fraction, captured, length = self._unpack("IIII", head)
             if captured > BLOCK_MAX:
-                raise self._damage(f"a packet of {captured} bytes")
+                raise self._damage(f"the packet length {captured} is not valid")
             time_ns = seconds * BILLION + fraction * BILLION // self._units
             yield Packet(time_ns, interface, self._read(captured), length)
 
@@ -194,7 +194,7 @@ class Reader:
     def _body(self, size: int, already: int) -> bytes:
         """Return the rest of a block after its first `already` bytes, without the repeated length at the end."""
         if size % 4 or not already + 4 <= size <= BLOCK_MAX:
-            raise self._damage(f"a block of {size} bytes")
+            raise self._damage(f"the block length {size} is not valid")
         rest = self._read(size - already)
         if self._unpack("I", rest, len(rest) - 4) != (size,):
             raise self._damage("the two lengths of a block differ")

@@ -24,7 +24,7 @@ from inco_trio.signals import Direction, SignalTable
 __all__ = ["Played", "Side", "applications", "core1", "play"]
 
 PATIENCE = 10.0
-"""Seconds to wait until a link that went down is up again."""
+"""Maximum seconds to wait until a link that went down is up again."""
 TURN = 64
 """Number of notifications that one task handles before other tasks run."""
 
@@ -102,7 +102,7 @@ async def applications(table: SignalTable) -> AsyncIterator[Side]:
 
 @attrs.define
 class Played:
-    """The notifications that were played and that came back, counted by signal or label."""
+    """The numbers of notifications that were played and that came back, by signal or label."""
 
     sent: Counter[str] = attrs.Factory(Counter)
     expected: Counter[str] = attrs.Factory(Counter)

@@ -3,8 +3,8 @@
 A recording has an Ethernet interface for each link, with the original frames. The interface `registers` contains marks,
 such as a link that went down, and notifications without a frame. Its packets have the EtherType 0x88B5, which IEEE 802
 reserves for local experiments, and contain a JSON object with `signal`, `direction` and `register`, or with `mark`.
-Custom Blocks and other link types are not used: tshark does not show the former, and libpcap refuses files with several
-link types. A packet's flags are its direction as core 0 sees it. Its comment contains the signal and the register.
+Custom Blocks would not be visible in tshark, and libpcap refuses files with several link types. The flags of a packet
+contain its direction as core 0 sees it. The comment of a packet contains the signal and the register.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STREAM = Path("-")
 _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 LOCAL_EXPERIMENT = 0x88B5
 COUNT_MAX = 1 << 20
-"""Maximum number of notifications that one packet stands for."""
+"""Maximum number of notifications that one packet represents."""
 _STATE = re.compile(r" \[(?:pending: (.+)|after (\d+\.\d+) s)\]$", re.DOTALL)
 """The end of the comment of a notification that was pending."""
 _UNFRAMED = bytes(ADDRESSES) + LOCAL_EXPERIMENT.to_bytes(2, "big")
@@ -52,7 +52,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 class Recorder:
     """A writer of notifications and marks to a file at `path`. Like tcpdump, it replaces an existing file.
 
-    The path `-` is standard output. If the file is a pipe whose reader has gone, raise BrokenPipeError.
+    The path `-` is standard output. If the file is a pipe whose reader has exited, raise BrokenPipeError.
 
     With `size_max` (bytes) or `seconds_max`, an entry that would exceed the limit starts a new file. The files are
     numbered: _00001 and so on before the suffix. If there are more than `keep` files, the oldest one is removed. Each
@@ -88,7 +88,7 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Append a notification of a link. `frame` is None if it has no frame. `Entry` explains the other arguments.
 
-        A `count` above 1 stands for that many notifications at one time, without frames.
+        A `count` above 1 represents several notifications at one time, without frames.
         """
         content: dict[str, object] = {"signal": signal, "direction": direction.value, "register": register}
         comment = f"{_comment(direction, signal)} {register}".rstrip()
@@ -112,12 +112,12 @@ class Recorder:
         self._append(time_ns, link, frame, Direction.INBOUND, comment)
 
     def mark(self, time_ns: int, text: str, step_ns: int = 0) -> None:
-        """Append a mark. `step_ns` is by how much the wall clock was set just before."""
+        """Append a mark. `step_ns` is the time by which the wall clock was just set."""
         content: dict[str, object] = {"mark": text} | ({"step_ns": step_ns} if step_ns else {})
         self._append(time_ns, REGISTERS, _unframed(content), None, text)
 
     def follow_clock(self, time_ns: int, monotonic_ns: int) -> None:
-        """Append a mark if the wall clock was set since the last call. Both times are of the next entry."""
+        """Append a mark if the wall clock was set since the last call. Both arguments are times of the next entry."""
         if self._wall_clock is None:
             self._wall_clock = WallClock()
             self._wall_clock.offset = time_ns - monotonic_ns
@@ -180,7 +180,7 @@ class Recorder:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise ResourceError(path, "another process is recording to it (use another file)") from None
+            raise ResourceError(path, "another process is recording to this file (use another file)") from None
         except OSError:
             pass  # The filesystem does not support locks.
         os.ftruncate(self._fd, 0)
@@ -208,7 +208,7 @@ class Recorder:
 
     @property
     def pipe(self) -> int | None:
-        """The descriptor of the file if it is a pipe. select(2) reports it as readable once its reader has gone."""
+        """The descriptor of the file if it is a pipe. select(2) reports it as readable once its reader has exited."""
         return self._fd if self._fd >= 0 and stat.S_ISFIFO(os.fstat(self._fd).st_mode) else None
 
     def close(self) -> None:
@@ -229,7 +229,7 @@ class Entry:
     ignored: bool = False
     """Whether the proxy ignored this frame when it was recorded."""
     pending: str = ""
-    """Why the proxy could not deliver or send the notification at this time. A later entry follows when it could."""
+    """Why the proxy could not deliver or send the notification at this time. Another entry follows on delivery."""
     delay: float = 0.0
     """The number of seconds for which the notification was pending before this time."""
 
@@ -241,7 +241,7 @@ class Mark:
     time_ns: int
     text: str
     step_ns: int = 0
-    """By how many nanoseconds the wall clock was set here."""
+    """The number of nanoseconds by which the wall clock was set at this time."""
 
 
 class Recording:
@@ -266,7 +266,7 @@ class Recording:
 
     @property
     def progress(self) -> str:
-        """How much has been read, as text."""
+        """The part of the file that has been read, as text."""
         position = self.reader.position
         return f"{100 * position // self.size} %" if self.size else f"{position // 1000} kB"
 
@@ -279,15 +279,15 @@ class Recording:
                 self.left_out[_reason(packet)] += 1
 
     def _in_order(self, entry: Entry | Mark) -> Iterator[Entry | Mark]:
-        """Yield an entry with the time of a clock that nobody set: durations must not depend on that."""
+        """Yield an entry. Correct its time for changes of the wall clock, which must not change durations."""
         if isinstance(entry, Mark):
             self._step_ns += entry.step_ns
         time_ns = entry.time_ns - self._step_ns
         if (back := self._last_ns - time_ns) > TOLERANCE_NS:
-            # No mark says that the clock was set: another program recorded this, or it joined recordings.
+            # No mark reports a change of the clock: another program recorded the packets or joined the files.
             self._step_ns -= back
             time_ns = self._last_ns
-            yield Mark(time_ns, f"the times of the packets go back by {back / 1e9:.1f} s")
+            yield Mark(time_ns, f"the packet timestamps go back by {back / 1e9:.1f} s")
         self._last_ns = max(self._last_ns, time_ns)
         if self._step_ns:
             entry = attrs.evolve(entry, time_ns=time_ns)
@@ -345,7 +345,7 @@ def _reason(packet: Packet) -> str:
 
 
 def _comment(direction: Direction, signal: str) -> str:
-    """Return the text with which the comment of a notification starts."""
+    """Return the beginning of the comment of a notification."""
     return f"{direction.value} {signal}"
 
 
@@ -354,7 +354,7 @@ def _unframed(content: Mapping[str, object]) -> bytes:
 
 
 def _content(packet: Packet) -> tuple[Entry | Mark | None, int]:
-    """Return the entry or mark that `_unframed` encoded, and for how many it stands, or None if it is not valid."""
+    """Return the entry or mark that `_unframed` encoded (None if invalid), and how many notifications it represents."""
     try:
         content = json.loads(packet.data[HEADER_LENGTH:])
         if isinstance(content.get("mark"), str):

@@ -1,4 +1,4 @@
-"""Statistics of a recording: counts, rates and gaps per signal, answer times, and marks."""
+"""Statistics of a recording: counts, rates and gaps per signal, response times, and marks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BILLION = 10**9
 TIME_MAX = 2**63 - 1
 """The latest valid time in nanoseconds since 1970. It is in the year 2262."""
 AT_ONCE = 2**16
-"""Maximum count of numbers to sort at once, because a sorted list takes five times the memory of an array."""
+"""Maximum number of values to sort at once, because a sorted list takes five times the memory of an array."""
 
 
 @attrs.define
@@ -29,9 +29,9 @@ class Flow:
     signal: str
     direction: Direction | None
     times: array[int] = attrs.Factory(lambda: array("q"))
-    """Times in nanoseconds since 1970 of the deliveries, in the order of the recording."""
+    """The times of the deliveries in nanoseconds since 1970, in the order of the recording."""
     pending: array[int] = attrs.Factory(lambda: array("q"))
-    """When notifications became pending. `times` contains them a second time, when they were delivered or sent."""
+    """The times at which notifications became pending. `times` contains the later times of their delivery."""
     delays: array[int] = attrs.Factory(lambda: array("q"))
     """How long delivered notifications had been pending, in nanoseconds."""
     late: array[int] = attrs.Factory(lambda: array("q"))
@@ -65,12 +65,12 @@ class Flow:
 
 @attrs.define
 class Pair:
-    """The answer times of a signal. A notification that is repeated before its answer counts as unanswered."""
+    """The response times of a signal. A notification that is repeated before its answer counts as unanswered."""
 
     signal: str
     answer: str
     taken: array[int] = attrs.Factory(lambda: array("q"))
-    """The answer times in nanoseconds."""
+    """The response times in nanoseconds."""
     unanswered: int = 0
     _asked: int | None = None
 
@@ -88,7 +88,7 @@ class Pair:
         self._asked = None
 
     def spread(self) -> dict[str, float] | None:
-        """Return `min`, `p50`, `p90`, `p99` and `max` of the answer times in seconds, or None without answers."""
+        """Return `min`, `p50`, `p90`, `p99` and `max` of the response times in seconds, or None without answers."""
         return _spread(self.taken)
 
 
@@ -100,7 +100,7 @@ class Summary:
     ignored: int = 0
     """Number of frames that the proxy ignored. No flow contains them."""
     left_out: Mapping[str, int] = attrs.Factory(dict)
-    """The number of other packets in the recording, by the reason why they are no notifications."""
+    """The number of other packets in the recording, by the reason for skipping them."""
 
     def take(self, each: Entry | Mark) -> None:
         """Add an entry or mark with a time from 0 to TIME_MAX."""

@@ -19,12 +19,12 @@ from inco_trio.links.address import parse_address
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "example: inco-trio check --config udrv.json"
     options.configuration_argument(sub)
-    sub.add_argument("iface", nargs="?", metavar="LINK", help="also explain this link")
+    sub.add_argument("iface", nargs="?", metavar="LINK", help="also check and explain this link")
     sub.add_argument("--iface", dest="former_iface", help=argparse.SUPPRESS)
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--gateway", metavar="FILE", help="check the configuration of `inco-trio mqtt`")
     sub.add_argument("--example", action="store_true", help="print a complete udrv.json as an example")
-    sub.add_argument("--json", action="store_true", help="print the table as JSON")
+    sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def _check_gateway(args: argparse.Namespace) -> int:
     from inco_trio.mqtt.configuration import read_gateway
 
     if any(option is not None for option in (args.config, args.iface, args.boards)):
-        raise UsageError("--gateway and --config, LINK or --boards exclude each other")
+        raise UsageError("--gateway cannot be combined with --config, LINK or --boards")
     config = read_gateway(options.absolute(args.gateway, "--gateway"))
     config.broker.read()
     if args.json:

@@ -17,7 +17,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--qemu",
         action="store_true",
-        help="run real firmware as core 1 in QEMU, and measure round trips; needs no root",
+        help="run real firmware as core 1 in QEMU, and measure round trips (root is not required)",
     )
     sub.add_argument("--record", metavar="FILE", help="record all notifications for Wireshark, replay and plot")
     sub.add_argument("--count", type=int, default=80, metavar="N", help="notifications per signal (default: 80)")

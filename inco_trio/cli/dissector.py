@@ -20,7 +20,7 @@ USUAL = Path(".local/lib/wireshark/plugins")
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "Without options, it prints the dissector, a Lua program.\n"
+        "Without options, the command prints the dissector, a Lua program.\n"
         "example: inco-trio dissector --install\n"
         "exit codes: 0 success, 71 out of resources, 77 no permission"
     )

@@ -27,7 +27,7 @@ EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
 """The exit code of the command, by the level of its worst result."""
 
 NAMES = {Level.FAIL: "problems", Level.WARN: "warnings", Level.OK: "ok"}
-"""The keys of the numbers of results in the JSON, by level."""
+"""The JSON key of the number of results of each level."""
 VERSION = 1
 """The version of the JSON. It is increased when the meaning of a key changes."""
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
@@ -36,8 +36,8 @@ _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "Without arguments it examines all running proxies and their boards. It prints problems first, with the\n"
-        "commands that fix them, and changes nothing.\n"
+        "Without arguments, the command examines all running proxies and their boards. It prints problems first,\n"
+        "with the commands that fix them, and changes nothing.\n"
         "exit codes: 0 no problems, 1 problems, 3 only warnings\n\n"
         "example: inco-trio doctor rpmsg4000 --config /etc/udrv.json"
     )
@@ -83,7 +83,7 @@ def _summary(counts: Counter[Level]) -> str:
 
 
 def _as_root(args: argparse.Namespace) -> str:
-    """Return the command that repeats this examination as root. Its path is absolute: sudo(8) has its own PATH."""
+    """Return the command that repeats this examination as root. sudo(8) has its own PATH, so the path is absolute."""
     program = shutil.which("inco-trio")
     words = [program] if program else [sys.executable, "-m", "inco_trio"]
     given = {"--config": args.config, "--irq-dir": args.irq_dir, "--boards": args.boards}
@@ -94,7 +94,7 @@ def _as_root(args: argparse.Namespace) -> str:
 def _one(args: argparse.Namespace) -> Iterator[Result]:
     """Return the check results for one link. Raise UsageError before the first check if the arguments are invalid."""
     if args.irq_dir is not None and args.config is not None:
-        raise UsageError("--irq-dir and --config exclude each other")
+        raise UsageError("--irq-dir and --config are mutually exclusive")
     if args.iface is not None:
         options.check_link(args.iface)
     directory = None if args.irq_dir is None else options.absolute(args.irq_dir, "--irq-dir")

@@ -1,4 +1,4 @@
-"""`inco-trio history`: print the last notifications and events of a proxy, also from before this command started."""
+"""`inco-trio history`: print the last notifications and events that a proxy recorded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from inco_trio.service.lines import printable
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
-        "The proxy keeps the last 4,096 notifications and 512 events of a board (`run --history N`), also across a\n"
-        "crash if an fd store keeps its descriptors. All notifications of a signal in one batch share a line.\n"
+        "The proxy keeps the last 4,096 notifications and 512 events of each board (`run --history N`). They survive\n"
+        "a crash of the proxy if an fd store keeps its descriptors. A batch has one line for each signal.\n"
         "example: inco-trio history --since 10m --signal ihub_hwwd_irq"
     )
     add_place(sub)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def past_of(client: Client, board: str | None, seconds: float | None) -> list[Past]:
-    """Return what the proxy recorded of one board or of all boards, for the last `seconds` or for all time."""
+    """Return the recorded history of one board or of all boards, limited to the last `seconds` unless that is None."""
     after = None if seconds is None else max(0, time.monotonic_ns() - round(seconds * 1e9))
     boards = client.greeting.boards if board is None else (board,)
     answers = [client.request(HistoryRequest(each, after)).history for each in boards]

@@ -24,7 +24,7 @@ COLUMNS = "local time, direction, signal, + time since the previous notification
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.epilog = (
         "example: inco-trio monitor --signal ihub_hwwd_irq --count 1\n"
-        "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and shows frames only."
+        "If no proxy is running, the command captures frames on the interface (needs CAP_NET_RAW)."
     )
     add_place(sub)
     add_selection(sub)

@@ -27,9 +27,9 @@ HISTORY_MAX = 65_536
 STREAM = "-"
 """The file argument that stands for standard input or standard output."""
 _DURATIONS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-"""The seconds of each unit of a duration."""
+"""The number of seconds in each unit of a duration."""
 _MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-"""The multiple that each suffix of a number means."""
+"""The factor for each suffix of a number."""
 LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
@@ -116,7 +116,7 @@ def config_path(args: argparse.Namespace) -> Path:
         return path_of(args.config, "--config")
     if named := os.environ.get("UDRV_JSON_PATH"):
         return Path(named)
-    raise UsageError("no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also has --irq-dir DIR)")
+    raise UsageError("no configuration: use --config FILE or set UDRV_JSON_PATH (`run` also accepts --irq-dir DIR)")
 
 
 def configured_board(args: argparse.Namespace) -> Board:
@@ -166,8 +166,8 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
 
 def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that select a running proxy."""
-    sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link, or of this directory of boards")
-    sub.add_argument("--control", metavar="PATH", help="control socket of the proxy (default: the one running proxy)")
+    sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link or of this directory of boards")
+    sub.add_argument("--control", metavar="PATH", help="control socket (default: the only running proxy)")
 
 
 def add_color(sub: argparse.ArgumentParser) -> None:
@@ -215,7 +215,8 @@ def boards_directory(args: argparse.Namespace, *excluded: str) -> Path:
         # An option that was not given has the value None or False.
         if getattr(args, option.strip("-").replace("-", "_").lower()) not in (None, False):
             other = "LINK" if option == "IFACE" else option
-            raise UsageError(f"--boards and {other} exclude each other: a board's file names its link and registers")
+            text = "the file of each board names its link and registers"
+            raise UsageError(f"--boards and {other} are mutually exclusive: {text}")
     return absolute(args.boards, "--boards")
 
 

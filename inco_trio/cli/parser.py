@@ -28,19 +28,19 @@ COMMANDS = {
     "doctor": "diagnose missing notifications",
     "status": "show the state and the counters of a running proxy",
     "monitor": "show each notification as it happens",
-    "history": "show the last notifications and events, also from before a crash",
+    "history": "show the last notifications and events, including those from before a crash",
     "record": "write each notification with its frame to a file",
     "send": "send a signal through the proxy or as one of the cores",
     "wait": "wait for a notification, for shell tests",
-    "demo": "demonstrate two simulated cores that signal each other; needs no root",
-    "replay": "play one side of a recording, and report what came back",
-    "plot": "plot a recording: timelines, rates, gaps, answer times, faults",
+    "demo": "demonstrate two simulated cores that signal each other (root is not required)",
+    "replay": "play one side of a recording, and report which notifications came back",
+    "plot": "plot a recording: timelines, rates, gaps, response times, faults",
     "dissector": "print or install the dissector for Wireshark and tshark",
     "mqtt": "publish the notifications of this host's proxies to an MQTT broker",
     "mqtt-link": "bridge a `unix:` link to another host over an MQTT broker",
     "exporter": "export the metrics of all boards of this host to Prometheus",
     "service": "write an s6 scan directory, or print a systemd unit",
-    "s6": "write services like `service`, with the former options",
+    "s6": "do the same as `service`, with its former options",
     "help": "explain the commands, one command or the exit codes",
 }
 """The help text of each command. The module of a command has the same name, with `_` instead of `-`."""
@@ -60,7 +60,7 @@ EXIT_CODES = {
     2: "invalid arguments",
     3: "`doctor` found only warnings",
     4: "the command of `wait --after` failed",
-    65: "the file is not a recording, or it contains nothing to use",
+    65: "the file is not a recording, or it contains no usable notifications",
     69: "a required program, device, interface or proxy is missing",
     70: "internal error",
     71: "a resource limit is reached: descriptors, inotify limits, memory, disk",
@@ -70,7 +70,7 @@ EXIT_CODES = {
 }
 """The meaning of each exit code. `docs/commands.md` has the same table."""
 TOPICS = ("exit-codes",)
-"""What `inco-trio help` explains beside the commands."""
+"""The topics that `inco-trio help` explains in addition to the commands."""
 
 
 def run_command(words: Sequence[str]) -> int:
@@ -118,7 +118,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     made = parser(words[0])
     (commands,) = (action for action in made._actions if isinstance(action, argparse._SubParsersAction))
     sub: argparse.ArgumentParser = commands.choices[words[0]]
-    # Options may stand between the arguments, as in `send SIGNAL --as core1 LINK`. argparse cannot mix them after `--`.
+    # Options may stand between arguments, as in `send SIGNAL --as core1 LINK`. argparse rejects this after `--`.
     return _parsed(sub.parse_args if "--" in words else sub.parse_intermixed_args, words[1:])
 
 
@@ -166,7 +166,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Commands(_Parser):
-    """The parser of all commands. Its help shows the commands by purpose, in the epilog."""
+    """The parser of all commands. The epilog of its help groups the commands by purpose."""
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -180,7 +180,7 @@ class _Commands(_Parser):
 
 
 class _Version(argparse.Action):
-    """The option that prints the version. It imports importlib.metadata itself, because that import is slow."""
+    """The option that prints the version. Only this option imports importlib.metadata, because that import is slow."""
 
     def __call__(self, asking: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -228,5 +228,5 @@ def _grouped() -> str:
     lines = []
     for purpose, names in GROUPS.items():
         lines += [f"{purpose}:", *(f"  {name:10} {COMMANDS[name]}" for name in names)]
-    lines += ["", "inco-trio help COMMAND explains a command, inco-trio help exit-codes the exit codes."]
+    lines += ["", "inco-trio help COMMAND explains a command, inco-trio help exit-codes lists the exit codes."]
     return "\n".join(lines)

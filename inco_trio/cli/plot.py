@@ -26,7 +26,7 @@ FORMATS = (".svg", ".png")
 SHOWN = 0.5
 """Seconds between two progress messages on a terminal."""
 OFTEN = 1024
-"""Number of notifications between two checks whether to update the progress."""
+"""Number of notifications between two checks of whether to update the progress."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         help="measure the time from SIGNAL to ANSWER; may be repeated",
     )  # fmt: skip
     configuration_argument(sub)
-    sub.add_argument("--json", action="store_true", help="print statistics in seconds; plot only with --out")
+    sub.add_argument("--json", action="store_true", help="print statistics (in seconds); plot only with --out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -149,7 +149,7 @@ def _read(path: Path, table: SignalTable, pairs: list[tuple[str, str]]) -> Summa
     with open_recording(path, table) as recording:
         _follow(recording, summary, path)
         if recording.reader.cut is not None:
-            remark(f"{path}: {recording.reader.cut}: only the part before that is plotted")
+            remark(f"{path}: {recording.reader.cut}: only the packets before this position are plotted")
         for note in left_out(recording):
             remark(f"{path}: {note}")
     summary.left_out = recording.left_out

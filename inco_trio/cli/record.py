@@ -42,19 +42,19 @@ FAREWELL = 1.0
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "Recording stops at SIGINT, SIGTERM, --count or --duration. If the proxy ends, it waits for the next proxy.\n"
-        "Without a proxy, it listens on the interface itself (CAP_NET_RAW) and records frames only.\n"
+        "Recording stops at SIGINT or SIGTERM, or after --count or --duration. If the proxy exits, the command waits\n"
+        "for the next proxy. If no proxy is running, it captures frames on the interface (needs CAP_NET_RAW).\n"
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
-    sub.add_argument("file", metavar="FILE", help="pcapng file to write, which is replaced, or - for standard output")
+    sub.add_argument("file", metavar="FILE", help="pcapng file to replace, or - for standard output")
     add_place(sub)
     add_selection(sub)
-    sub.add_argument("--past", action="store_true", help="write what `history` shows, without frames, and end")
+    sub.add_argument("--past", action="store_true", help="write the recorded history, without frames")
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="with --past: only the last TIME")
     sub.add_argument("--duration", type=number_of_seconds, metavar="TIME", help="stop after TIME, such as 10m")
-    sub.add_argument("--size", type=size, metavar="BYTES", help="start FILE_00002 and so on at this size, such as 10M")
-    sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start another file after TIME (1h)")
+    sub.add_argument("--size", type=size, metavar="BYTES", help="start a new file FILE_00002 at this size, such as 10M")
+    sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start a new file after TIME, such as 1h")
     sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
 
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.past:
         return _record_past(args, path)
     if args.keep is not None and args.size is None and args.period is None:
-        raise UsageError("--keep needs --size or --period: otherwise there is one file")
+        raise UsageError("--keep requires --size or --period: without them, only one file is written")
     if args.file == STREAM and (args.size or args.period):
         raise UsageError("FILE -: standard output cannot be split (omit --size and --period)")
     with process_signals.wakeups(process_signals.STOPS) as stops, contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _record_past(args: argparse.Namespace, path: Path) -> int:
-    """Write what the proxy's flight recorder has to a file; return the exit code. Raises IncoError."""
+    """Write the history in the proxy's flight recorder to a file; return the exit code. Raises IncoError."""
     with connect(args.link, args.control) as client:
         wanted = MonitorRequest(board_of(client, args), direction_of(args), args.signal)
         count = _write_past(client, path, wanted, args.since)
@@ -99,7 +99,7 @@ def _record_past(args: argparse.Namespace, path: Path) -> int:
 
 
 def record_past(path: Path, link: str | None) -> None:
-    """Write what the flight recorder of the proxy of `link` has to a file. Raises IncoError."""
+    """Write the history in the flight recorder of the proxy of `link` to a file. Raises IncoError."""
     with connect(link, None) as client:
         _write_past(client, path, MonitorRequest(link if link in client.greeting.boards else None), None)
 
@@ -120,7 +120,7 @@ class _Stop:
 
     def __init__(self, sock: socket.socket, duration: float | None) -> None:
         self.pipe: int | None = None
-        """The pipe that is written, if any. Recording stops once its reader has gone."""
+        """The pipe that receives the recording, if any. Recording stops once the pipe's reader has exited."""
         self._sock = sock
         self._over = False
         self._end = math.inf if duration is None else time.monotonic() + duration
@@ -159,13 +159,13 @@ class _Proxy:
         return self._client.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events that have arrived. If the proxy has exited, first wait until a new proxy runs."""
+        """Return the events that have arrived. If the proxy has exited, first wait until a new proxy is running."""
         try:
             return self._new(self._client.arrived())
         except ProxyNotFoundError as error:
             self._client.close()
             _show("")  # Otherwise the message would continue the line of the progress.
-            remark(f"{error}: waiting for the next one")
+            remark(f"{error}: waiting for the next proxy")
             ended = _mark("the proxy has ended")
             while not self._stop.wait(AGAIN):
                 with contextlib.suppress(ProxyNotFoundError):
@@ -177,7 +177,7 @@ class _Proxy:
             return [ended]
 
     def _new(self, events: Iterable[Event]) -> list[Event]:
-        """Return the events that the recording does not have yet. Replace the event `lost` by what was lost."""
+        """Return the events that the recording does not contain yet. Replace an event `lost` by the lost events."""
         new: list[Event] = []
         for event in events:
             if event.event == "lost":
@@ -188,12 +188,12 @@ class _Proxy:
         return new
 
     def _missing(self) -> list[Event] | None:
-        """Return what the recording lacks and the proxy's flight recorder has, or None if the recorder is off."""
+        """Return the events that only the proxy's flight recorder contains, or None if the flight recorder is off."""
         boards = self._client.greeting.boards if self._args.board is None else (self._args.board,)
         try:
             requests = [HistoryRequest(board, self._gaps.after(board)) for board in boards]
             pasts = [self._client.request(request).history for request in requests]
-        except InvalidArgumentError:  # The recorder is off, or the proxy is older than this program.
+        except InvalidArgumentError:  # The flight recorder is off, or the proxy is older than this program.
             return None
         missing = [event for past in pasts if past is not None for event in self._gaps.missing(past)]
         return sorted(accepted(missing, self._wanted), key=operator.attrgetter("monotonic_ns"))
@@ -225,7 +225,7 @@ def _source(args: argparse.Namespace, stop: _Stop) -> Iterator[_Proxy | Listenin
         from inco_trio.control.listen import Listening
 
         with Listening(args.link, args.signal, direction_of(args)) as listening:
-            remark(f"no proxy answers: listening on {args.link} itself")
+            remark(f"no proxy answers: capturing frames on {args.link}")
             yield listening
         return
     remark_unknown(client, args)

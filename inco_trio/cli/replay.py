@@ -36,18 +36,18 @@ def arguments(sub: argparse.ArgumentParser) -> None:
         "The direction of a frame comes from the flags of an inco-trio recording, the signal table, or other\n"
         "frames of the same sender.\n"
         "example: inco-trio replay night.pcapng rpmsg4000 --speed 10\n"
-        "exit codes: 0 everything came back, 1 not everything came back, 65 not a recording, 69 no link or\n"
+        "exit codes: 0 all expected notifications came back, 1 some are missing, 65 not a recording, 69 no link or\n"
         "registers, 77 no permission"
     )
     sub.add_argument("file", metavar="FILE", help="recording, or any pcapng or pcap file with Ethernet frames")
     sub.add_argument("link", nargs="?", metavar="LINK", help="play core 1 on this interface or unix:LOCAL,peer=REMOTE")
-    sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with LINK, else core0")
+    sub.add_argument("--as", dest="side", choices=("core0", "core1"), help="default: core1 with a LINK, else core0")
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals; core0 plays on their registers in DIR")
     configuration_argument(sub)
     sub.add_argument("--speed", type=rate, metavar="X", help="play X times as fast as recorded (default: 1)")
     sub.add_argument("--fast", action="store_true", help="play as fast as possible")
     sub.add_argument(
-        "--wait", type=seconds, default=1.0, metavar="TIME", help="how long to listen after the end (default: 1s)"
+        "--wait", type=seconds, default=1.0, metavar="TIME", help="listen for TIME after the end (default: 1s)"
     )
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -68,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
         cut = recording.reader.cut
         notes = left_out(recording)
     if cut is not None:
-        notes.append(f"{path}: {cut}: everything before that was played")
+        notes.append(f"{path}: {cut}: the packets before this position were played")
     if played.overflowed:
         notes.append("the inotify queue overflowed: the counts are too low")
     _report(args, path, played, recording.left_out, notes)
     if not played.sent:
-        raise RecordingError(path, f"nothing was played: the file contains nothing that {args.side} sends")
+        raise RecordingError(path, f"nothing was played: the file contains no notifications that {args.side} sends")
     return 1 if played.missing or played.overflowed else 0
 
 
@@ -84,14 +84,14 @@ def _check(args: argparse.Namespace) -> None:
     if args.side == "core1" and args.link is None:
         raise UsageError("--as core1 needs the LINK to send frames on")
     if args.side == "core0" and args.link is not None:
-        raise UsageError("--as core0 writes triggers and takes no LINK: give --irq-dir or --config")
+        raise UsageError("--as core0 writes trigger files and does not use LINK: give --irq-dir or --config")
     if args.link is not None:
         check_link(args.link)
         check_core1(args.link)
     if args.irq_dir is not None and args.config is not None:
-        raise UsageError("--irq-dir and --config exclude each other")
+        raise UsageError("--irq-dir and --config are mutually exclusive")
     if args.fast and args.speed is not None:
-        raise UsageError("--fast and --speed exclude each other")
+        raise UsageError("--fast and --speed are mutually exclusive")
 
 
 def _table(args: argparse.Namespace) -> SignalTable:
@@ -132,7 +132,7 @@ async def _show_progress(played: Played, recording: Recording) -> None:
     try:
         await trio.sleep(SLOW)
         while True:
-            text = f"{recording.progress}, {played.sent.total()} sent, {played.came.total()} came"
+            text = f"{recording.progress}, {played.sent.total()} sent, {played.came.total()} came back"
             width = _width()
             sys.stderr.write(f"\r{text[:width]:{width}}")
             sys.stderr.flush()

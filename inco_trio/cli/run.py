@@ -115,7 +115,7 @@ def _load(args: argparse.Namespace) -> Config:
 
     if args.irq_dir is not None:
         if args.config is not None:
-            raise UsageError("--irq-dir and --config exclude each other")
+            raise UsageError("--irq-dir and --config are mutually exclusive")
         board = Board(builtin_signals(args.irq_dir), ())
     else:
         board = read_board(options.config_path(args))

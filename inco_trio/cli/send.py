@@ -124,14 +124,14 @@ def _send_through_proxy(args: argparse.Namespace, schedule: _Schedule) -> str:
         signalling.check_known(args.signal, outbound, directions, WHAT, HINT)
         one = board is not None or len(client.greeting.boards) == 1
         if one and not running:
-            remark("the link is down, or core 1 is not running: the proxy sends it later")
+            remark("the link is down, or core 1 is not running: the proxy will send the notifications later")
 
         def send(count: int) -> None:
             patience = None if args.timeout is None else schedule.patience
             try:
                 client.request(SendRequest(args.signal, count, board), patience)
             except ProxyNotFoundError:
-                schedule.check()  # At the timeout, the proxy has not answered yet. Otherwise it has ended.
+                schedule.check()  # Raises TimeoutError if the proxy was too slow. Otherwise the proxy has exited.
                 raise
 
         schedule.follow(send)

@@ -33,18 +33,18 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that `service` and `s6` share."""
     options.configuration_argument(sub)
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
-    sub.add_argument("--mqtt", metavar="URL", help="write the gateway to the broker at URL instead of a proxy")
-    sub.add_argument("--mqtt-link", metavar="URL", help="write one side of the bridge at URL, with LINK and --end")
-    sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core at this side of the bridge: core0 or core1")
+    sub.add_argument("--mqtt", metavar="URL", help="write a service for the MQTT gateway to the broker at URL")
+    sub.add_argument("--mqtt-link", metavar="URL", help="write a service for one side of the bridge at URL")
+    sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core on this side of the bridge: core0 or core1")
     sub.add_argument("--gateway", metavar="FILE", help="configuration of the gateway or bridge")
     sub.add_argument(
         "--exporter",
         metavar="ADDR",
         nargs="?",
         const=options.LISTEN,
-        help=f"write the exporter instead of a proxy (default: {options.LISTEN})",
+        help=f"write a service for the exporter at ADDR (default: {options.LISTEN})",
     )
-    sub.add_argument("--user", help=f"run as USER (default for root: {descriptions.USER}; root: --user root)")
+    sub.add_argument("--user", help=f"run the service as USER (default for root: {descriptions.USER})")
     sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
     sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox of the proxy (see `run`)")
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the scan directory, or print the unit; return the exit code. Raises IncoError."""
     if args.supervisor == "systemd":
         if args.iface is not None:
-            raise UsageError(f"{args.scandir}: `service systemd` prints a unit and takes no SCANDIR")
+            raise UsageError(f"{args.scandir}: `service systemd` prints a unit and does not use a SCANDIR")
         args.iface, args.scandir = args.scandir, None
     service = _service(args)
     program = descriptions.find_program()
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.sandbox is not None:
         extra += ["--sandbox", args.sandbox]
     if extra and service.words[0] != "run":
-        raise UsageError(f"{extra[0]} is for proxies")
+        raise UsageError(f"{extra[0]} applies only to proxies")
     if args.supervisor == "systemd":
         if args.user is not None:
             descriptions.account_of(args.user)
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         say_bytes(os.fsencode(f"{unit}\n"))
         return 0
     if args.scandir is None:
-        raise UsageError("SCANDIR: missing (expected the scan directory to write)")
+        raise UsageError("SCANDIR: missing (expected the scan directory to write to)")
     directory = options.absolute(args.scandir, "SCANDIR")
     changes = write_scandir(directory, service=service, user=user, program=program, options=extra)
     say(*(changes or ["nothing changed"]))
@@ -91,9 +91,9 @@ def _service(args: argparse.Namespace) -> descriptions.Service:
     kinds = {name: getattr(args, name) for name in ("iface", "boards", "mqtt", "exporter")}
     named = ["LINK" if name == "iface" else f"--{name}" for name, value in kinds.items() if value is not None]
     if len(named) > 1 and set(named) != {"LINK", "--boards"}:
-        raise UsageError(f"{' and '.join(named)} exclude each other: a call writes one service")
+        raise UsageError(f"{' and '.join(named)} are mutually exclusive: each call writes one service")
     if (args.mqtt or args.exporter) is not None and args.config is not None:
-        raise UsageError(f"--config and {named[0]} exclude each other: --config is for proxies")
+        raise UsageError(f"--config and {named[0]} are mutually exclusive: --config applies only to proxies")
     if args.mqtt is not None:
         return descriptions.gateway_service(
             args.mqtt, None if args.gateway is None else options.absolute(args.gateway, "--gateway")
@@ -115,7 +115,7 @@ def _bridge(args: argparse.Namespace) -> descriptions.Service:
         raise UsageError("--mqtt-link needs LINK (unix:LOCAL,peer=REMOTE) and --end core0 or core1")
     for name in ("boards", "mqtt", "exporter", "config"):
         if getattr(args, name) is not None:
-            raise UsageError(f"--mqtt-link and --{name} exclude each other: a call writes one service")
+            raise UsageError(f"--mqtt-link and --{name} are mutually exclusive: each call writes one service")
     check_end(args.iface)
     config = None if args.gateway is None else options.absolute(args.gateway, "--gateway")
     return descriptions.bridge_service(args.mqtt_link, args.iface, args.end, config)

@@ -28,7 +28,7 @@ def add_ways(sub: argparse.ArgumentParser) -> None:
     """Add SIGNAL, and the options that select a role: client of the proxy, application or core 1."""
     sub.add_argument("signal", metavar="SIGNAL", help="wire name of the signal")
     add_place(sub)
-    sub.add_argument("--board", metavar="NAME", help="board, if the proxy serves several")
+    sub.add_argument("--board", metavar="NAME", help="board of the signal, if the proxy serves several boards")
     sub.add_argument("--irq-dir", metavar="DIR", help="act as an application that uses the built-in registers in DIR")
     sub.add_argument("--config", metavar="FILE", help="act as an application that uses the registers of this udrv.json")
     sub.add_argument(
@@ -48,7 +48,7 @@ def check_ways(args: argparse.Namespace) -> None:
     }
     both = [what for what, is_given in given.items() if is_given]
     if len(both) > 1:
-        raise UsageError(f"{' and '.join(both)} exclude each other")
+        raise UsageError(f"{' and '.join(both)} are mutually exclusive")
 
 
 def is_application(args: argparse.Namespace) -> bool:
@@ -72,7 +72,7 @@ def check_known(name: str, known: Collection[str], other: Collection[str], what:
 
 
 def register_of(args: argparse.Namespace, direction: str, what: str, hint: str) -> Signal:
-    """Return the signal `args.signal`. Raises IncoError, also if the signal is unknown or has another direction."""
+    """Return the signal `args.signal`. Raises IncoError, for example if the signal is unknown."""
     signals: tuple[Signal, ...]
     if args.irq_dir is not None:
         signals = builtin_signals(path_of(args.irq_dir, "--irq-dir"))
@@ -104,7 +104,7 @@ def remark_unknown(client: Client, args: argparse.Namespace) -> None:
     known, _ = signals_of(client, args.board)
     for name in args.signal:
         if name not in known:
-            remark(f"{name}: not in the signal table (there are: {', '.join(known) or 'none'})")
+            remark(f"{name}: not in the signal table (available: {', '.join(known) or 'none'})")
 
 
 def clock_time(event: Event) -> str:
@@ -122,7 +122,7 @@ def may_listen(link: str | None) -> bool:
 
 
 def link_of(args: argparse.Namespace) -> str:
-    """Return the link of core 1. Raises UsageError, also if `args.signal` is not a wire name."""
+    """Return the link of core 1. Raises UsageError, for example if `args.signal` is not a wire name."""
     link = args.link
     if args.core1 != "core1":
         raise UsageError(f"--as {args.core1}: unknown core (expected core1)")
@@ -136,18 +136,18 @@ def link_of(args: argparse.Namespace) -> str:
 
 
 def check_core1(link: str) -> None:
-    """Raise UsageError if a proxy of this machine serves `link`: it does not receive what core 0 itself sends there."""
+    """Raise UsageError if a proxy on this machine serves `link`: a proxy receives only the frames of core 1."""
     from inco_trio.linux.processes import named
     from inco_trio.service.rivals import serving
 
     address = parse_address(link)
     if proxies := serving(address):
-        text = f"this is core 0's end of the link: process {named(proxies)} serves it, and receives nothing sent on it"
+        text = f"is core 0's side of the link: process {named(proxies)} serves it, and receives only frames from core 1"
         raise UsageError(link, f"{text}: use {_core1_of(address)}")
 
 
 def _core1_of(address: InterfaceAddress | UnixAddress) -> str:
-    """Return core 1's end of the link whose end on core 0 is `address`, as text."""
+    """Describe core 1's side of the link whose address on core 0 is `address`."""
     if isinstance(address, UnixAddress):
         local, peer = (path.replace(",", ",,") for path in (address.local, address.peer))
         return f"unix:{peer},peer={local}"
@@ -175,6 +175,6 @@ def alone() -> Iterator[None]:
 
 
 def left_out(recording: Recording) -> list[str]:
-    """Return a note for each kind of packets that a recording contains but that are no notifications."""
+    """Return a note for each kind of packet in a recording that is neither a notification nor a mark."""
     counts = sorted(recording.left_out.items())
     return [f"{count} packet{'' if count == 1 else 's'} left out: {reason}" for reason, count in counts]

@@ -22,7 +22,7 @@ from inco_trio.signals import Direction
 
 HEAD = ("", "signal", "count", "per second", "last", "pending", "failures", "register")
 STORED = {None: "not stored", "s6-fdholder": "stored in s6-fdholder", "systemd": "stored by systemd"}
-"""How the fd store is described."""
+"""The description of each kind of fd store."""
 LAST = HEAD.index("last")
 LAST_WIDTH = len("59 min ago")
 """The width of the column `last`, so that the columns do not move when an age gets longer."""
@@ -51,7 +51,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the status; return the exit code. Raises IncoError."""
     if args.watch is not None and args.openmetrics:
-        raise UsageError("--watch and --openmetrics exclude each other")
+        raise UsageError("--watch and --openmetrics are mutually exclusive")
     with contextlib.ExitStack() as stack:
         clients = [connect(args.link, args.control)] if args.link or args.control else connect_all()
         for client in clients:

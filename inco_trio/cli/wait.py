@@ -1,4 +1,4 @@
-"""`inco-trio wait`: wait for notifications at the running proxy, as an application or as core 1; for shell tests."""
+"""`inco-trio wait`: wait for notifications of the running proxy, as an application or as core 1, for shell tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXIT_NOT_ARRIVED = 1
 EXIT_COMMAND = 4
 UNINTERRUPTED = 1.0
-"""Maximum timeout of one poll(2) in seconds. A process signal that arrives just before the call does not end it."""
+"""Maximum timeout of one poll(2) in seconds. A process signal just before the call does not interrupt poll(2)."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--after", metavar="COMMAND", help="run COMMAND in a shell once listening; if it fails, `wait` fails too"
     )
-    sub.add_argument("--send", metavar="SIGNAL", help="as core 1: send this signal on the link once listening")
+    sub.add_argument("--send", metavar="SIGNAL", help="with --as core1: send this signal once listening")
     sub.add_argument("--json", action="store_true", help="print a line of JSON for each notification")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only errors")
 
@@ -200,13 +200,13 @@ class _Proxy:
         self.fileno = client.fileno
 
     def arrived(self) -> list[Event]:
-        """See `_Source`. Raises ProxyNotFoundError once the proxy has exited."""
+        """Return the events that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
         found = []
         for event in self._client.arrived():
             if event.event == "notification":
                 found.append(event)
             elif event.event == "lost":
-                text = f"{event.count} events were lost here: they may have been notifications"
+                text = f"{event.count} events were lost, possibly notifications of this signal"
                 found.append(Event("lost", message=text))
         return found
 
@@ -243,7 +243,7 @@ class _Register:
             self._arrived.append(_notification(what.name, Direction.INBOUND, str(what.path)))
 
     def arrived(self) -> list[Event]:
-        """See `_Source`. Raises IncoError."""
+        """Return the events that have arrived. Raises IncoError."""
         self._arrived.clear()
         self._watch.drain()
         return self._arrived

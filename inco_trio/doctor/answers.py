@@ -1,4 +1,4 @@
-"""What the running proxies of this machine report on their control sockets."""
+"""Collect the status that the running proxies of this machine report on their control sockets."""
 
 from __future__ import annotations
 

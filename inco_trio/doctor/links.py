@@ -34,7 +34,7 @@ def interface(name: str) -> tuple[Interface | None, list[Result]]:
         found = rtnetlink.interface(name)
         if found is None:
             names = ", ".join(other.name for other in rtnetlink.interfaces()) or "none"
-            text = f"no such interface (there are: {names}): create it or use another one"
+            text = f"no such interface (available: {names}): create it or use another interface"
             return None, [fail("interface", name, text)]
         master = rtnetlink.interface(index=found.master) if found.master else None
         return found, list(state(found, master))
@@ -87,7 +87,7 @@ def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
     name = found.name
     place = root / "sys/class/net" / name
     if read(place / "ifindex") != str(found.index) or (read(place / "address") or "") != found.address.hex(":"):
-        text = "cannot inspect its queues: /sys belongs to another network namespace"
+        text = "cannot inspect the receive queues: /sys belongs to another network namespace"
         yield warn("order", name, text, "mount -t sysfs sysfs /sys")
         return
     if _count(read(root / "sys/devices/system/cpu/online") or "0") == 1:
@@ -149,38 +149,38 @@ def socket_path(address: UnixAddress) -> Iterator[Result]:
         return
     if not stat.S_ISSOCK(mode):
         fix = f"rmdir {quoted}" if stat.S_ISDIR(mode) else f"rm {quoted}"
-        yield fail("socket", path, f"{kind_of_file(mode)}, not a socket: the proxy cannot bind its socket there", fix)
+        yield fail("socket", path, f"{kind_of_file(mode)}, not a socket: the proxy cannot bind its socket", fix)
         return
     code = bound(address.local)
     if code == 0:
-        yield ok("socket", path, "a process is bound to it")
+        yield ok("socket", path, "a process has bound this socket")
     elif code == errno.ECONNREFUSED:
-        yield ok("socket", path, "left by a process that has ended: the next proxy replaces it")
+        yield ok("socket", path, "the process that bound this socket has ended: the next proxy replaces the socket")
     elif code == errno.EPROTOTYPE:
-        yield fail("socket", path, "another type of socket is bound to it: use another path")
+        yield fail("socket", path, "a socket of another type is bound to this path: use another path")
     else:
-        yield fail("socket", path, f"cannot connect to it: {os.strerror(code)}")
+        yield fail("socket", path, f"cannot connect to this socket: {os.strerror(code)}")
 
 
 def _socket_directory(directory: Path) -> Result:
     if not directory.exists():
-        text = "does not exist: the proxy creates its socket there"
+        text = "does not exist: the proxy creates its socket in this directory"
         return fail("socket", directory, text, f"mkdir -p {shlex.quote(str(directory))}")
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
-        text = f"uid {os.geteuid()} may not create a socket there"
+        text = f"uid {os.geteuid()} may not create a socket in this directory"
         return fail("socket", directory, text, permit(directory, "u+rwx"))
-    return ok("socket", directory, "the proxy can create its socket there")
+    return ok("socket", directory, "the proxy can create its socket in this directory")
 
 
 def peer(address: UnixAddress) -> Iterator[Result]:
     """Check that core 1 has bound its socket."""
     code = bound(address.peer)
     if code == 0:
-        yield ok("peer", address.peer, "core 1 is bound to it")
+        yield ok("peer", address.peer, "core 1 has bound this socket")
     elif code in (errno.ENOENT, errno.ECONNREFUSED):
-        yield fail("peer", address.peer, f"no process is bound to it ({os.strerror(code)}): start core 1")
+        yield fail("peer", address.peer, f"no process has bound this socket ({os.strerror(code)}): start core 1")
     elif code == errno.EACCES:
-        text = f"uid {os.geteuid()} may not send to it"
+        text = f"uid {os.geteuid()} may not send to this socket"
         yield fail("peer", address.peer, text, permit(Path(address.peer), "u+w"))
     else:
         yield fail("peer", address.peer, f"does not receive frames: {os.strerror(code)}")

@@ -68,9 +68,9 @@ def receive_buffer(proxy: Process | None, wanted: int, root: Path = Path("/")) -
         return
     granted = _sysctl(setting, root)
     if granted is None:
-        yield warn(check, setting, "cannot be read here: see the size of the receive buffer in the log of the proxy")
+        yield warn(check, setting, "cannot be read in this network namespace: see the buffer size in the proxy's log")
     elif int(granted) >= wanted:
-        yield ok(check, setting, f"{granted} bytes hold a burst of 20,000 frames")
+        yield ok(check, setting, f"{granted} bytes are enough for a burst of 20,000 frames")
     else:
         text = f"{granted} bytes: {who} without CAP_NET_ADMIN needs {wanted}, or the kernel drops frames of long bursts"
         yield warn(check, setting, f"{text} (restart the proxy after a change)", f"sysctl -w {setting}={wanted}")
@@ -80,7 +80,7 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
     """Check how close the user of the proxy (default: this user) is to the inotify limits."""
     uid = os.geteuid() if proxy is None else proxy.uid
     own = [process for process in processes.all if process.uid == uid]
-    # A running proxy needs no more: `used` includes its instances and watches.
+    # `used` already includes the instances and watches of a running proxy.
     needed = (0, 0) if proxy else (INSTANCES, WATCHES)
     used = (sum(process.instances for process in own), sum(len(process.watches) for process in own))
     for what, count, need in zip(("instances", "watches"), used, needed, strict=True):
@@ -99,14 +99,14 @@ def inotify_limits(processes: Processes, proxy: Process | None, root: Path = Pat
             yield warn("inotify-limits", setting, found, fix)
         else:
             yield ok("inotify-limits", setting, found)
-    found = "events are queued in order while a link is down, two for each close"
+    found = "events can be queued while a link is down, two for each close"
     harm = "further events merge into one per signal"
     yield from _at_least(QUEUED_EVENTS, "inotify-limits", "fs.inotify.max_queued_events", found, harm, root)
 
 
 def unix_queue(root: Path = Path("/")) -> Iterator[Result]:
     """Check how many datagrams a Unix socket queues before its sender has to wait."""
-    found = "frames are queued in a socket before the sender has to wait"
+    found = "frames fit in the queue of a socket before the sender has to wait"
     harm = "a socket keeps the value that was set when it was created"
     yield from _at_least(DATAGRAMS, "unix-queue", "net.unix.max_dgram_qlen", found, harm, root)
 

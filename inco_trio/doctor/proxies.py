@@ -29,16 +29,16 @@ __all__ = [
 
 COUNTERS = {
     "dropped": "frames were dropped because the receive queue was full: raise net.core.rmem_max",
-    "unknown": "frames had a name that is no inbound signal: compare `inco-trio monitor` with `inco-trio check`",
+    "unknown": "frames had a name that is not an inbound signal: compare `inco-trio monitor` with `inco-trio check`",
     "malformed": "frames had no valid wire name: `inco-trio monitor` shows them",
-    "overflowed": "inotify overflows, each with a frame for every trigger: raise fs.inotify.max_queued_events",
+    "overflowed": "inotify overflows, each followed by a frame for every trigger: raise fs.inotify.max_queued_events",
     "write_failures": "attempts to write a state file failed: the log has the reason",
     "send_failures": "attempts to send a frame failed: the log has the reason",
     "unsendable": "notifications were discarded: the link can never send frames of that size",
     "link_downs": "times the link went down: `inco-trio history` shows when",
     "restarts": "restarts of a failed task: the log has the reason",
 }
-"""What a counter means, for each counter that should be 0."""
+"""The meaning of each counter that should be 0, and the remedy."""
 
 
 def users_of_link(link: str, users: Users, start: str | None = None) -> Iterator[Result]:
@@ -58,7 +58,7 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that only one process uses `subject`. `does` is its work; `harm` is what each of several proxies does."""
+    """Check that only one process uses `subject`. `does` is the action of one proxy; `harm`, of each of several."""
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
@@ -145,10 +145,10 @@ def counters(board: BoardStatus) -> Iterator[Result]:
     faults = []
     for signal in status.signals:
         if signal.problem is not None or signal.pending:
-            text = f"{signal.signal}: {signal.problem or 'notifications wait'} ({signal.pending} pending)"
+            text = f"{signal.signal}: {signal.problem or 'not delivered yet'} ({signal.pending} pending)"
             faults.append(fail("signal", signal.register, text))
     faults += [fail("task", board.board, f"{task.task}: {task.problem}") for task in status.tasks if task.problem]
     for name, count in status.counters.as_dict().items():
         if count and name in COUNTERS:
             faults.append(warn("counters", board.board, f"{name}: {count} {COUNTERS[name]}"))
-    yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since it was opened")]
+    yield from faults or [ok("counters", board.board, "no failures, unknown frames or drops since the start")]

@@ -30,7 +30,7 @@ def directory(path: Path) -> Iterator[Result]:
     try:
         status = path.stat()
     except FileNotFoundError:
-        text = "does not exist: a proxy creates it at its start, and 60 s after a removal"
+        text = "does not exist: a proxy creates it when it starts, and 60 s after a removal"
         yield warn("directory", path, text, f"mkdir -p {quoted}")
         return
     except OSError as error:
@@ -90,7 +90,7 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
     """
     existing, kind = filesystem(path, root)
     if reason := unreported_type(kind):
-        text = f"is on a filesystem of type {kind}: {reason}; use a local one, such as tmpfs"
+        text = f"is on a filesystem of type {kind}: {reason}; use a local filesystem, such as tmpfs"
         yield (fail if kind in ("proc", "sysfs") else warn)("filesystem", existing, text)
         return
     on = f"is on a filesystem of type {kind}" if kind else "is on a filesystem of unknown type"
@@ -100,9 +100,9 @@ def reported(path: Path, root: Path = Path("/")) -> Iterator[Result]:
         yield fail("filesystem", existing, f"{on}; cannot watch it: {_reason(error)}")
         return
     if seen:
-        yield ok("filesystem", existing, f"{on}; inotify works there")
+        yield ok("filesystem", existing, f"{on}; inotify reports its events")
     else:
-        yield fail("filesystem", existing, f"{on}; inotify reports nothing there; use tmpfs")
+        yield fail("filesystem", existing, f"{on}; inotify does not report its events; use tmpfs")
 
 
 def _reason(error: OSError) -> str:

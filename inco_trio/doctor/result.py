@@ -82,7 +82,7 @@ def summarize(results: Iterable[Result], again: str) -> list[Result]:
 
 
 def permit(path: Path, mode: str) -> str:
-    """Return the command that gives this user access to `path`: chmod(1) with `mode` for its owner, else chown(1)."""
+    """Return the command that gives this user access to `path`: chmod(1) for the owner, otherwise chown(1)."""
     quoted, uid = shlex.quote(str(path)), os.geteuid()
     try:
         owned = path.lstat().st_uid == uid

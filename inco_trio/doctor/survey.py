@@ -22,7 +22,7 @@ __all__ = ["survey"]
 
 
 def survey(processes: Processes, answers: Answers) -> Iterator[Result]:
-    """Examine each running proxy and its boards. It is a failure if no proxy is running."""
+    """Examine each running proxy and its boards. Yield a failure if no proxy is running."""
     yield from answers.problems
     running = [process for process in processes.all if process.is_proxy or process.pid in answers.by_pid]
     if not running:
@@ -58,7 +58,7 @@ def _silent(process: Process, processes: Processes, answers: Answers) -> Iterato
     if not process.sockets and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
-    yield warn("control", subject, "no control socket answers: its counters are unknown")
+    yield warn("control", subject, "the process does not answer on a control socket: its counters are unknown")
     names: list[str] = []
     with contextlib.suppress(IncoError), inside(_network(process), subject):
         names = interfaces_of(process)
@@ -86,7 +86,7 @@ def _examine(
 
 
 def _network(process: Process) -> Path | None:
-    """Return the network namespace of a process, or None if it is the one of this thread or unknown."""
+    """Return the network namespace of a process, or None if it is unknown or that of this thread."""
     path = Path(f"/proc/{process.pid}/ns/net")
     return path if identity(path) not in (identity(None), (0, 0)) else None
 

@@ -20,14 +20,14 @@ BATCH = 256
 
 
 class Entry(NamedTuple):
-    """A notification, or several merged ones."""
+    """A notification, or several merged notifications."""
 
     boot: str
     sequence: int
     direction: Direction | None
     signal: str
     merged: int
-    """How many notifications were merged, or 0 for one that was not merged."""
+    """How many notifications were merged, or 0 for a single notification."""
     time: float = 0.0
     monotonic_ns: int = 0
 

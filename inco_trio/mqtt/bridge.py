@@ -186,15 +186,15 @@ class Bridge:
                     self._check_limits(connection.limits)
                     await self._exchange(connection)
             except SessionTakenError:
-                text = f"another process is also {self._end}: stop one of them"
+                text = f"another process also runs as {self._end}: stop one of them"
                 raise SessionTakenError(self._broker, text) from None
             except (BrokerLostError, BrokerRefusedError) as error:
-                self._problems.failed("broker", f"{error.reason}; frames wait, retrying", self._broker)
+                self._problems.failed("broker", f"{error.reason}; frames are queued; retrying", self._broker)
                 pause = backoff.lost(error)
             await trio.sleep(pause)
 
     def _check_limits(self, limits: Limits) -> None:
-        """Report what the broker does not allow, although the bridge needs it."""
+        """Report the limits of the broker that are too low for the bridge."""
         size, longest = limits.maximum_packet_size, Batch(bytes(8), 1, [bytes(FRAME_MAX)]).encode()
         needed = PUBLISH_OVERHEAD + len(self._topic(self._end, "frames").encode()) + len(longest)
         faults = {
@@ -202,7 +202,7 @@ class Bridge:
             if size is not None and size < needed else None,
             "expiry": f"keeps frames only for {limits.session_expiry} s while a side is offline"
             if limits.session_expiry < SESSION else None,
-            "retain": "keeps no retained messages: a side does not learn whether the other one is online"
+            "retain": "does not keep retained messages: a side cannot see whether the other side is online"
             if not limits.retain_available else None,
         }  # fmt: skip
         for key, fault in faults.items():
@@ -325,10 +325,10 @@ class Bridge:
                 return refusal
             if refusal.is_unheard:
                 if not logged:
-                    logger.info("%s: %s has never been online; frames wait", self._broker, self._other)
+                    logger.info("%s: %s has never been online; frames are queued", self._broker, self._other)
                 logged = True
             else:
-                self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; frames wait, retrying")
+                self._problems.failed(message.topic, f"the broker refused the message: {refusal}; retrying")
             with trio.move_on_after(AGAIN):
                 await changed.wait()
 
@@ -371,7 +371,7 @@ class Bridge:
             except BlockingIOError:
                 await link.wait_for_room()
             except LinkDownError as error:
-                self._problems.failed("core", f"{error.strerror}; frames wait for the core", link.name)
+                self._problems.failed("core", f"{error.strerror}; frames are queued for the core", link.name)
                 await changed.wait()
             except OSError as error:
                 if error.errno == errno.EMSGSIZE:

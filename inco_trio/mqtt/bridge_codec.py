@@ -62,7 +62,7 @@ def encode_report(boot: bytes, number: int) -> bytes:
 
 
 def decode_report(payload: bytes) -> tuple[bytes, int]:
-    """Return the numbering and the number in a report. Raises ValueError."""
+    """Return the numbering and the last written number in a report. Raises ValueError if the report is invalid."""
     boot, number = _fields(payload, boot=str, number=int)
     if number < 0:
         raise ValueError("number: negative")
@@ -70,12 +70,12 @@ def decode_report(payload: bytes) -> tuple[bytes, int]:
 
 
 def encode_status(state: str, instance: str) -> bytes:
-    """Return the payload of a status: `online`, `offline`, or `left` after another process has taken this side."""
+    """Return the payload of a status: `online`, `offline`, or `left` after another process has taken over this side."""
     return json.dumps({"state": state, "instance": instance}).encode()
 
 
 def decode_status(payload: bytes) -> tuple[str, str]:
-    """Return the state and the instance in a status. Raises ValueError."""
+    """Return the fields `state` and `instance` of a status. Raises ValueError if one is missing or invalid."""
     state, instance = _fields(payload, state=str, instance=str)
     return state, instance
 

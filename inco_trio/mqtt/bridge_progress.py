@@ -46,7 +46,7 @@ class Memory:
                 return cls._map_memory(held)
             except ValueError as error:
                 logger.warning(
-                    "bridge: cannot use the stored frame numbers (%s): numbering frames anew; "
+                    "bridge: cannot use the stored frame numbers (%s): restarting the numbering; "
                     "frames may be delivered twice", error
                 )  # fmt: skip
         fd = new_memory("inco-trio bridge", PAGE + TABLE, _MAGIC)
@@ -110,7 +110,7 @@ class Progress:
         return self._numbers[self._sent]
 
     def taken(self) -> None:
-        """Count the oldest frame as published. A crash before the frame is dequeued publishes the frame again."""
+        """Count the oldest frame as published. After a crash before `dequeue`, the frame is published again."""
         self._numbers[self._sent] += 1
 
     def written(self, boot: bytes) -> int:

@@ -53,15 +53,15 @@ class Credentials:
     """The files with the credentials of the gateway and with the trusted certificates."""
 
     ca_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The trusted CA certificates, PEM (default: those of the system)."""
+    """The trusted CA certificates, in PEM format (default: those of the system)."""
     certificate_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The certificate of the gateway, PEM."""
+    """The gateway's certificate, in PEM format."""
     key_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """The private key of the certificate, PEM, not encrypted."""
+    """The private key of the certificate, in PEM format and not encrypted."""
     user_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """One line: the user name of the gateway."""
+    """A file with one line, the user name of the gateway."""
     password_file: Annotated[str | None, ABSOLUTE_PATH] = None
-    """One line: the password of the gateway."""
+    """A file with one line, the password of the gateway."""
 
     def read(self) -> Identity:
         """Read the user name and the password. Raises ConfigError, ResourceError."""
@@ -89,14 +89,12 @@ class GatewayConfig:
     """The credentials for the broker and the trusted CA: absolute paths of files."""
 
     def check_response_prefix(self, broker: Broker) -> None:
-        """Raise ConfigError if a response could be taken for a message of a gateway, or for a request to one."""
+        """Raise ConfigError if a response could be mistaken for a message of a gateway, or for a request to one."""
         if self.response_prefix is None:
             return
         responses, gateway = f"{self.response_prefix}/", f"{broker.prefix}/"
         if responses.startswith(gateway) or gateway.startswith(responses):
-            text = (
-                f"{self.response_prefix!r} overlaps the prefix {broker.prefix!r} of the gateway (expected another one)"
-            )
+            text = f"{self.response_prefix!r} overlaps the prefix {broker.prefix!r} of the gateway (use another prefix)"
             raise ConfigError("response_prefix", text)
 
 
@@ -109,7 +107,7 @@ def parse_broker(url: str) -> Broker:
         raise InvalidArgumentError(f"broker {url!r}: {error}") from None
     if parts.username is not None or parts.password is not None:
         # Do not show the URL, because it may contain a password.
-        text = "has a user or password, which all users can see (use user_file and password_file of --config)"
+        text = "contains a user name or password, which all users can see (use user_file and password_file of --config)"
         raise InvalidArgumentError("broker URL", text)
     prefix = unquote(parts.path).strip("/") or PREFIX
     prefix_problem = _prefix_fault(prefix)
@@ -129,7 +127,7 @@ def parse_broker(url: str) -> Broker:
 
 
 def _prefix_fault(prefix: str) -> str | None:
-    """Return why topics cannot be below `prefix`, or None."""
+    """Return why `prefix` is not valid as the prefix of topics, or None."""
     if prefix.startswith("$") or any(char in "+#" or not char.isprintable() for char in prefix):
         return "contains '+', '#' or a control character, or starts with '$'"
     if "" in prefix.split("/"):
@@ -156,7 +154,7 @@ def _faults(config: GatewayConfig) -> list[str]:
     """Return the mistakes in a configuration whose values have the right types."""
     faults = []
     if config.boards is not None and not config.boards:
-        faults.append("boards: an empty list (leave the key out for all boards)")
+        faults.append("boards: an empty list (omit the key to serve all boards)")
     for board, signals in config.send.items():
         named = [signal for signal in signals if signal != "*"]
         faults += [f"send.{board}: {signal!r}: {fault}" for signal in named if (fault := name_fault(signal))]

@@ -55,8 +55,8 @@ CHUNK = 1 << 16
 class BrokerBackoff(Backoff):
     """Pauses before reconnecting to the broker.
 
-    They grow while the broker ends connections with a reason within CAP seconds, or while connections break sooner than
-    the pause before them.
+    The pauses grow while the broker ends connections with a reason within CAP seconds, or while connections break
+    sooner than the pause before them.
     """
 
     CAP = 5.0
@@ -67,7 +67,7 @@ class BrokerBackoff(Backoff):
         self._last_pause = 0.0
 
     def connected(self) -> None:
-        """Record that the broker has accepted a connection. It may still refuse what follows."""
+        """Record that the broker has accepted a connection. The broker may still refuse later requests."""
         self._connected = trio.current_time()
 
     def lost(self, error: IncoError) -> float:
@@ -103,7 +103,7 @@ class Connection:
 
     @property
     def limits(self) -> Limits:
-        """What the broker allows."""
+        """The limits that the broker announced."""
         assert self._session.limits is not None  # noqa: S101 - `open_connection` has waited for it
         return self._session.limits
 
@@ -159,7 +159,7 @@ class Connection:
             await self._flush()
 
     def _expect(self) -> None:
-        """Start the time limit of the broker, unless it already has to answer."""
+        """Start the broker's time limit for an answer, unless it is already running."""
         if not self._session.is_waiting and not self._flushing:
             self._progress = trio.current_time()
 
@@ -229,7 +229,7 @@ class Connection:
                 entry.send_nowait(session.received.popleft())
             if session.dropped and not is_warned:
                 is_warned = True
-                logger.warning("%s: dropped messages at QoS 0, because %d messages wait", self._broker, RECEIVE_MAX)
+                logger.warning("%s: dropped messages at QoS 0, because %d are queued", self._broker, RECEIVE_MAX)
 
     async def _watch(self) -> None:
         """Send pings. Lose the connection if the broker does not answer for `patience` seconds."""
@@ -270,7 +270,7 @@ class Connection:
         return BrokerLostError(self._broker, f"ended the connection without an answer ({self._hint()})")
 
     def _hint(self) -> str:
-        return "does it need a client certificate, or another one?" if self._broker.tls else "does it need TLS?"
+        return "does it need a client certificate, or a different one?" if self._broker.tls else "does it need TLS?"
 
     async def answered(self) -> None:
         """Wait for the CONNACK of the broker."""
@@ -405,7 +405,7 @@ def _connect_error(broker: Broker, error: Exception) -> IncoError:
         case trio.TooSlowError() | TimeoutError():
             return BrokerLostError(broker, "does not answer")
         case ConnectionResetError() | None if broker.tls:
-            return BrokerLostError(broker, "reset the connection (is it without TLS?)")
+            return BrokerLostError(broker, "reset the connection (does it support TLS?)")
     return BrokerLostError(broker, f"cannot be reached: {getattr(cause, 'strerror', None) or cause}")
 
 
@@ -419,7 +419,7 @@ def _context(broker: Broker, credentials: Credentials) -> ssl.SSLContext:
 
 
 def _version(file: str) -> tuple[int, int]:
-    """Return what changes when a file is replaced or written."""
+    """Return attributes of a file that change when the file is replaced or written."""
     status = Path(file).stat()
     return status.st_mtime_ns, status.st_ino
 

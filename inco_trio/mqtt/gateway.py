@@ -46,13 +46,13 @@ __all__ = ["Gateway"]
 logger = logging.getLogger(__name__)
 
 AT_START = 2.0
-"""Timeout in seconds for the answers of running proxies at startup. Slower proxies are followed later."""
+"""Timeout in seconds for the answers of running proxies at startup. The gateway connects to slower proxies later."""
 LOOK_AGAIN = 0.5
 """Seconds between two searches for control sockets."""
 SESSION = 86_400
 """Seconds for which the broker queues send requests while no gateway is connected."""
 SHORT = 3.0
-"""Seconds below which a connection is short: another gateway may have taken over the session."""
+"""A connection that lasts less than this (in seconds) is short: another gateway may have taken over the session."""
 SHORT_ONES = 3
 """Number of consecutive short connections after which the log mentions another gateway."""
 SEND_PATIENCE = 10.0
@@ -154,7 +154,7 @@ class Gateway:
     def _compare(self, board: Board) -> None:
         """Report whether more than one proxy has a board of this name open."""
         if len(board.owners) > 1:
-            text = "two proxies have a board with this name: publishing only the one that opened it last"
+            text = "two proxies have a board with this name: publishing only the board that was opened last"
             self._problems.failed((board, "owners"), text, board.name)
         else:
             self._problems.well((board, "owners"), board.name)
@@ -222,16 +222,16 @@ class Gateway:
                 if short >= SHORT_ONES:
                     what += " (repeatedly: does another gateway publish this board below this prefix?)"
                 # All boards share this key, so that a problem of the broker is logged once.
-                self._problems.failed("broker", f"{what}; notifications wait, retrying", self._broker)
+                self._problems.failed("broker", f"{what}; notifications stay pending; retrying", self._broker)
                 pause = backoff.lost(error)
             await trio.sleep(pause)
 
     def _check_limits(self, board: Board, limits: Limits) -> None:
         """Report which functions of the gateway the broker does not support."""
         faults = {
-            "retain": "keeps no retained messages: subscribers receive the status only when it changes"
+            "retain": "does not keep retained messages: subscribers receive the status only when it changes"
             if not limits.retain_available else None,
-            "expiry": f"keeps requests only for {limits.session_expiry} s while the gateway is away"
+            "expiry": f"keeps requests only for {limits.session_expiry} s while the gateway is offline"
             if self._sendable(board) and limits.session_expiry < SESSION else None,
         }  # fmt: skip
         for key, fault in faults.items():
@@ -264,7 +264,7 @@ class Gateway:
                     break
                 left = [entry for entry, refusal in zip(left, refusals, strict=True) if refusal is not None]
                 refused = next(refusal for refusal in refusals if refusal is not None)
-                what = f"the broker refuses notifications: {refused}; they wait, retrying"
+                what = f"the broker refused notifications: {refused}; they stay pending; retrying"
                 self._problems.failed(board, what, board.name)
                 await trio.sleep(REFUSED_AGAIN)
             self._problems.well(board, board.name)
@@ -291,7 +291,7 @@ class Gateway:
                     if self._problems.said(message.topic) is None:  # Log it only once, although the size changes.
                         self._problems.failed(message.topic, f"not published: {refusal}")
                 else:
-                    self._problems.failed(message.topic, f"the broker refuses to publish: {refusal}; retrying")
+                    self._problems.failed(message.topic, f"the broker refused the message: {refusal}; retrying")
                     again = REFUSED_AGAIN
                     continue
                 published[message.topic] = message.payload
@@ -309,14 +309,14 @@ class Gateway:
         if signals and not connection.limits.wildcard_subscriptions:
             filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
             if "*" in signals:
-                text = "the broker allows no wildcards: name each signal in the configuration instead of *"
+                text = "the broker does not allow wildcards: name each signal in the configuration instead of *"
                 self._problems.failed((board, "wildcards"), text, board.name)
         if not (signals and filters):
             return True
         try:
             await connection.subscribe(filters)
         except BrokerRefusedError as error:
-            self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent, retrying", board.name)
+            self._problems.failed((board, "send"), f"{error.reason}; signals cannot be sent; retrying", board.name)
             return False
         self._problems.well((board, "send"), board.name)
         return True
@@ -369,7 +369,7 @@ class Gateway:
         if refusal is None:
             self._problems.forget(key)
         else:
-            self._problems.failed(key, f"the broker refuses to publish a response: {refusal}", board.name)
+            self._problems.failed(key, f"the broker refused a response: {refusal}", board.name)
 
 
 def _status(board: Board, limits: Limits) -> dict[str, object]:

@@ -97,7 +97,7 @@ class Received:
 
 @attrs.frozen
 class Limits:
-    """What the broker announced in its CONNACK (MQTT 5, 3.2.2.3)."""
+    """The limits that the broker announced in its CONNACK (MQTT 5, 3.2.2.3)."""
 
     client_id: str
     """The client identifier that the broker assigned, or else the one that was requested."""
@@ -231,7 +231,7 @@ class Session:
         return alias
 
     def _next_id(self) -> int:
-        """Return an unused packet identifier. One is always free, because fewer than INFLIGHT_MAX are in use."""
+        """Return an unused packet identifier. At least one is free, because fewer than INFLIGHT_MAX are in use."""
         while True:
             self._last_id = self._last_id % 0xFFFF + 1
             if self._last_id not in self._awaited and self._last_id not in self._subscribing:
@@ -304,7 +304,7 @@ class Session:
 
     def _malformed(self, reason: str) -> BrokerLostError:
         self.goodbye = mqtt5.DisconnectReasonCode.MALFORMED_PACKET
-        return BrokerLostError(self._subject, f"sent what is not MQTT 5: {reason}")
+        return BrokerLostError(self._subject, f"sent invalid MQTT 5 data: {reason}")
 
     def _handle(self, packet: mqtt5.Packet) -> None:
         match packet:
@@ -361,7 +361,7 @@ class Session:
             self._unacknowledged.add(packet_id)
             if len(self._unacknowledged) > RECEIVE_MAX:
                 self.goodbye = mqtt5.DisconnectReasonCode.RECEIVE_MAX_EXCEEDED
-                text = f"sent more than {RECEIVE_MAX} unacknowledged messages, the limit that it was given"
+                text = f"sent more than {RECEIVE_MAX} unacknowledged messages, which is the limit"
                 raise BrokerLostError(self._subject, text)
         self.received.append(
             Received(
@@ -399,7 +399,7 @@ class Session:
 
 
 def _too_large(size: int, limit: int) -> Refusal:
-    return Refusal(f"its packet has {size} bytes, and the broker allows {limit}", is_too_large=True)
+    return Refusal(f"its packet has {size} bytes, but the broker allows only {limit}", is_too_large=True)
 
 
 def _text(packet: Any, reason: Any = None) -> str:
