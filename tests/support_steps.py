@@ -206,8 +206,8 @@ class Turns(trio.abc.Instrument):
         self._free = True
         self._go.release()
 
-    def _run_trio(self, main: Callable[[], Awaitable[None]]) -> None:
-        """Run `main` like `trio.run`, and take turns with the loop."""
+    def _run_trio(self, main: Callable[[], Awaitable[None]], clock: trio.abc.Clock) -> None:  # noqa: ARG002
+        """Run `main` like `trio.run`, with a clock that stands still, and take turns with the loop."""
 
         # The shield lets Trio take turns even while it shuts down after a system task has failed.
         keeping = trio.CancelScope(shield=True)
