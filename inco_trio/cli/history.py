@@ -28,7 +28,9 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--board", metavar="NAME", help="only this board")
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="only the last TIME, such as 10m or 2h")
     sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
-    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
+    sub.add_argument(
+        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only inbound or only outbound"
+    )
     add_color(sub)
     sub.add_argument("--json", action="store_true", help="print a JSON object for each line, see docs/control.md")
 

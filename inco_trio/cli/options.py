@@ -34,7 +34,7 @@ LINK = "rpmsg4000"
 LISTEN = "127.0.0.1:9478"
 BOARDS_HELP = "directory of boards, one per file DIR/NAME.json"
 CONTROL_HELP = "control socket (default: /run/inco-trio/NAME.sock)"
-LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=REMOTE"
+LINK_HELP = f"interface (default {LINK}) or unix:LOCAL,peer=PEER"
 
 
 def number_of_seconds(text: str) -> float:
@@ -97,8 +97,8 @@ def configuration_argument(sub: argparse.ArgumentParser) -> None:
 
 
 def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
-    help_text = "also trust IRQ directories of USER, and let members of GROUP write to them"
-    sub.add_argument("--irq-owner", metavar="USER[:GROUP]", type=_irq_owner, help=help_text)
+    help_text = "trusted owner of the directories, as USER[:GROUP]"
+    sub.add_argument("--irq-owner", metavar="OWNER", type=_irq_owner, help=help_text)
 
 
 def _irq_owner(text: str) -> tuple[int | None, int | None]:
@@ -158,22 +158,22 @@ def add_service_options(sub: argparse.ArgumentParser, verbose: str = "log more")
     formats = ("text", "json")
     sub.add_argument("--log-format", metavar="FORMAT", choices=formats, default="text", help="text (default) or json")
     sub.add_argument(
-        "--log-timestamps", metavar="WHEN", choices=("auto", "always", "never"), default="auto",
-        help="auto (default: unless the supervisor adds them), always or never",
+        "--log-timestamps", metavar="MODE", choices=("auto", "always", "never"), default="auto",
+        help="auto (default), always or never",
     )  # fmt: skip
     sub.add_argument("-v", "--verbose", action="store_true", help=verbose)
 
 
 def add_place(sub: argparse.ArgumentParser) -> None:
     """Add the options that select a running proxy."""
-    sub.add_argument("link", nargs="?", metavar="LINK", help="proxy of this link or of this directory of boards")
-    sub.add_argument("--control", metavar="PATH", help="control socket (default: the only running proxy)")
+    sub.add_argument("link", nargs="?", metavar="LINK", help="link or board directory of the proxy")
+    sub.add_argument("--control", metavar="PATH", help="control socket (default: of the only proxy)")
 
 
 def add_color(sub: argparse.ArgumentParser) -> None:
     """Add `--color`."""
     sub.add_argument(
-        "--color", metavar="WHEN", choices=("auto", "always", "never"), default="auto",
+        "--color", metavar="MODE", choices=("auto", "always", "never"), default="auto",
         help="colours: auto (default: only on a terminal), always or never; see NO_COLOR and FORCE_COLOR",
     )  # fmt: skip
 
@@ -182,7 +182,9 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
     """Add the options that select notifications: board, signal, direction and count."""
     sub.add_argument("--board", metavar="NAME", help="only this board")
     sub.add_argument("--signal", action="append", metavar="NAME", help="only this signal (repeatable)")
-    sub.add_argument("--direction", choices=("inbound", "outbound"), help="only this direction")
+    sub.add_argument(
+        "--direction", metavar="WAY", choices=("inbound", "outbound"), help="only inbound or only outbound"
+    )
     sub.add_argument("--count", type=positive, metavar="N", help="stop after N notifications")
 
 

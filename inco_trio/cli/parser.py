@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import sys
 import traceback
@@ -149,7 +150,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser that suggests similar options, and that raises ResourceError if its help text cannot be written."""
 
     def __init__(self, **settings: Any) -> None:
-        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        settings.setdefault(
+            "formatter_class", functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
+        )
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:

@@ -42,18 +42,17 @@ FAREWELL = 1.0
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "Recording stops at SIGINT or SIGTERM, or after --count or --duration. If the proxy exits, the command waits\n"
-        "for the next proxy. If no proxy is running, it captures frames on the interface (needs CAP_NET_RAW).\n"
+        "If the proxy exits, the command waits for the next one. Without a proxy, it captures frames of the interface.\n"
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
-    sub.add_argument("file", metavar="FILE", help="pcapng file to replace, or - for standard output")
+    sub.add_argument("file", metavar="FILE", help="pcapng file, which is replaced; - for standard output")
     add_place(sub)
     add_selection(sub)
     sub.add_argument("--past", action="store_true", help="write the recorded history, without frames")
     sub.add_argument("--since", type=number_of_seconds, metavar="TIME", help="with --past: only the last TIME")
     sub.add_argument("--duration", type=number_of_seconds, metavar="TIME", help="stop after TIME, such as 10m")
-    sub.add_argument("--size", type=size, metavar="BYTES", help="start a new file FILE_00002 at this size, such as 10M")
+    sub.add_argument("--size", type=size, metavar="BYTES", help="start FILE_00002 at this size, such as 10M")
     sub.add_argument("--period", type=number_of_seconds, metavar="TIME", help="start a new file after TIME, such as 1h")
     sub.add_argument("--keep", type=positive, metavar="N", help="keep the newest N files and remove older ones")
 

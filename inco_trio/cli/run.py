@@ -23,15 +23,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SANDBOX = ("off", "on", "log", "none")
-SANDBOX_HELP = "off (default), on, log, or none (keep all capabilities)"
+SANDBOX_HELP = "off (default), on, log or none (all capabilities)"
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] [LINK] [--config FILE | --irq-dir DIR | --boards DIR]"
-    sub.epilog = (
-        "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v\n"
-        "SIGHUP reloads the configuration, SIGUSR1 logs the counters."
-    )
+    sub.description = f"{sub.description} SIGHUP reloads the configuration, SIGUSR1 logs the counters."
+    sub.epilog = "example: inco-trio run rpmsg4000 --irq-dir /run/irq -v"
     sub.add_argument("iface", nargs="?", metavar="LINK", help=options.LINK_HELP)
     options.configuration_argument(sub)
     sub.add_argument("--irq-dir", metavar="DIR", help="use the built-in signals in DIR, without udrv.json")
@@ -42,12 +40,10 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--control", metavar="PATH|none", help=options.CONTROL_HELP)
     sub.add_argument(
         "--history", type=options.history_size, metavar="N",
-        help="keep the last N notifications of each board for `history` (default: 4096; 0: none)",
+        help="notifications kept per board (default 4096, 0: none)",
     )  # fmt: skip
     sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, default=SANDBOX[0], help=SANDBOX_HELP)
-    sub.add_argument(
-        "--lock-memory", action="store_true", help="keep all used memory in RAM (needs ulimit -l unlimited)"
-    )
+    sub.add_argument("--lock-memory", action="store_true", help="keep all memory in RAM (ulimit -l unlimited)")
     options.add_service_options(sub, verbose="log each notification")
 
 
