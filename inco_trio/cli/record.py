@@ -42,7 +42,7 @@ FAREWELL = 1.0
 def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] FILE [LINK]"
     sub.epilog = (
-        "If the proxy exits, the command waits for the next one. Without a proxy, it captures frames of the interface.\n"
+        "If the proxy exits, the command waits for the next one. Without a proxy, it captures on the interface.\n"
         "example: inco-trio record night.pcapng --size 100M --keep 10\n"
         "exit codes: 0 success, 69 no proxy, 71 no space, 77 no permission"
     )
