@@ -138,6 +138,13 @@ def tried(home: Path, operation: str, mode: str = "on") -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def _without_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not measure coverage in subprocesses: the sandbox forbids them to write the data when they exit."""
+    for name in ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.mark.parametrize("name", FORBIDDEN)
 def test_an_operation_is_forbidden(name: str, tmp_path: Path) -> None:
     assert landlock.abi() >= 1

@@ -99,7 +99,7 @@ def test_each_notification_is_returned_once() -> None:
         match=f"{HWWD}: did not arrive at core 1 within 0 s; events at this core: gets {RESET}$",
     ):
         history.wait(1, HWWD, 0)
-    with pytest.raises(NotificationMissingError, match=r"there: nothing$"):
+    with pytest.raises(NotificationMissingError, match=r"events at this core: nothing$"):
         History().wait(1, HWWD, 0)
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 MAN = Path("docs/man")
 MAN5 = Path("docs/man5")
 COMPLETION = Path("docs/completion")
-EXAMPLE = ROOT / "inco_trio/example.json"
+EXAMPLE = Path(config.__file__).with_name("example.json")
 
 
 def generate() -> dict[Path, str]:
