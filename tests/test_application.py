@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from inco_trio.testing import Board, open_board
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 
 PAGE = (Path(__file__).parents[1] / "docs/application.md").read_text()
 BLOCKS = re.findall(r"^```(c|sh|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -85,6 +87,13 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
 
+    def pause(self) -> None:
+        """Stop all processes of the group, and wait until none of them can read any more."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):  # The process has ended since glob() found it.
+                if os.getpgid(int(process.name)) == self.process.pid:
+                    wait_stopped(int(process.name))
+
     def close(self) -> None:
         self.signal(signal.SIGKILL)
         self.process.communicate(timeout=HANG)
@@ -117,7 +126,7 @@ def start(board: Board, tmp_path: Path) -> Iterator[Start]:
 
 def burst(board: Board, running: Running) -> None:
     """Send a burst of signals while the program is paused, and let it go on once all are delivered."""
-    running.signal(signal.SIGSTOP)
+    running.pause()
     for _ in range(BURST):
         board.core1.send(HWWD)
     for _ in range(BURST):
@@ -156,7 +165,7 @@ def test_without_modify_events_a_program_misses_notifications(language: str, boa
 @pytest.mark.parametrize("language", FOLLOWERS)
 def test_a_program_reports_an_overflow(language: str, board: Board, start: Start) -> None:
     running = start(language, PROGRAMS[language][2])
-    running.signal(signal.SIGSTOP)
+    running.pause()
     files = [os.open(board.core0.directory / name, os.O_WRONLY | os.O_CREAT) for name in ("left", "right")]
     for _ in range(int(QUEUE.read_text()) // 2 + 1):
         for file in files:
