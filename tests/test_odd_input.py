@@ -18,7 +18,7 @@ from tests.support_proxy import trigger, write_udrv
 
 SAMPLE = str(Path(__file__).parent / "data" / "udrv.json")
 RUN = [sys.executable, "-m", "inco_trio"]
-LOGGED = re.compile(rb"[-0-9]+ [:.0-9]+ inco-trio: info: ")
+LOGGED = re.compile(rb"([-0-9]+ [:.0-9]+ )?inco-trio: info: ")
 
 Done = tuple[int, bytes, bytes]
 

@@ -749,7 +749,7 @@ def test_the_old_command_is_a_drop_in_replacement(cores: Cores, udrv: Path, irq_
             trigger(irq_dir / "message_6_trig")
             assert names(core1, 1) == [b"redun_notify_irq"]
             # The drop-in command logs one line for each notification.
-            assert running.stdout.readline() == "inco-trio: debug: outbound: redun_notify_irq\n"
+            assert running.stdout.readline().endswith(" inco-trio: debug: outbound: redun_notify_irq\n")
             running.terminate()
             assert running.wait(HANG) == 0
         finally:

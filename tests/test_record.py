@@ -24,6 +24,7 @@ from inco_trio.signals import Direction, SignalTable
 from inco_trio.simulation.world import Cores, Peer
 from netns.fixtures import Proxy
 from netns.hang import HANG
+from tests.faults.processes import wait_stopped
 from tests.support_control import COMMAND, FRAME, MAC, Board, Running
 from tests.test_fdstore import Daemon as Holder
 
@@ -222,7 +223,7 @@ def test_notifications_sent_before_the_proxy_ended_are_kept(
     peer = board.core1()
     proxy = board.running()
     recording = start(tmp_path / "f", "--control", board.path)
-    recording.process.send_signal(signal.SIGSTOP)
+    wait_stopped(recording.process.pid)
     os.waitid(os.P_PID, recording.process.pid, os.WSTOPPED)
     for _ in range(5):
         board.trigger()
@@ -394,7 +395,7 @@ def test_what_a_slow_recording_missed_is_filled_in_or_counted(
     peer = board.core1()
     board.running("--history", str(size))
     recording = start(tmp_path / "f", "--control", board.path)
-    recording.process.send_signal(signal.SIGSTOP)
+    wait_stopped(recording.process.pid)
     flood(board, peer)
     recording.process.send_signal(signal.SIGCONT)
     finish(recording)
@@ -423,7 +424,7 @@ def test_what_a_killed_proxy_did_not_report_is_filled_in(
         recording = start(tmp_path / "f", "--control", board.path)
         board.trigger()
         peer.recv(2000)
-        recording.process.send_signal(signal.SIGSTOP)
+        wait_stopped(recording.process.pid)
         flood(board, peer)
         first.process.kill()
         first.process.wait(HANG)
