@@ -48,11 +48,11 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         yield make
 
 
-StartIn = Callable[[Path], tuple[Board, Proxy]]
+StartBoard = Callable[[Path], tuple[Board, Proxy]]
 
 
 @pytest.fixture
-def start_in(proxy: StartProxy, core1: Peer, tmp_path: Path) -> Iterator[StartIn]:
+def start_in(proxy: StartProxy, core1: Peer, tmp_path: Path) -> Iterator[StartBoard]:
     """Return a function that starts a board with this IRQ directory."""
     with ExitStack() as stack:
 
@@ -65,12 +65,12 @@ def start_in(proxy: StartProxy, core1: Peer, tmp_path: Path) -> Iterator[StartIn
 
 
 @pytest.mark.parametrize("kind", list(MOUNTS))
-def test_notifications_pass_on(kind: str, mount: Callable[[str], Path], start_in: StartIn) -> None:
+def test_notifications_pass_on(kind: str, mount: Callable[[str], Path], start_in: StartBoard) -> None:
     board, _ = start_in(mount(MOUNTS[kind]))
     board.exchange()
 
 
-def test_files_that_overlayfs_copies_up_are_delivered(mount: Callable[[str], Path], start_in: StartIn) -> None:
+def test_files_that_overlayfs_copies_up_are_delivered(mount: Callable[[str], Path], start_in: StartBoard) -> None:
     lower = "touch disk/lower/irq/message_4_state disk/lower/irq/message_6_trig"
     directory = mount(MOUNTS["overlayfs"].replace(" && mount -t overlay", f" && {lower} && mount -t overlay"))
     board, _ = start_in(directory)
@@ -78,7 +78,7 @@ def test_files_that_overlayfs_copies_up_are_delivered(mount: Callable[[str], Pat
 
 
 def test_a_read_only_file_system_keeps_notifications_pending(
-    mount: Callable[[str], Path], start_in: StartIn, tmp_path: Path
+    mount: Callable[[str], Path], start_in: StartBoard, tmp_path: Path
 ) -> None:
     board, running = start_in(mount(MOUNTS["tmpfs"]))
     shell(f"mount -o remount,ro {tmp_path}/mounted")
@@ -90,7 +90,7 @@ def test_a_read_only_file_system_keeps_notifications_pending(
 
 
 def test_a_full_file_system_keeps_notifications_pending(
-    mount: Callable[[str], Path], start_in: StartIn, tmp_path: Path
+    mount: Callable[[str], Path], start_in: StartBoard, tmp_path: Path
 ) -> None:
     board, running = start_in(mount("mkdir mounted && mount -t tmpfs -o size=64k tmpfs mounted"))
     shell(f"dd if=/dev/zero of={tmp_path}/mounted/filler bs=4k 2>/dev/null || true")
@@ -101,7 +101,7 @@ def test_a_full_file_system_keeps_notifications_pending(
 
 
 def test_a_lazily_unmounted_directory_is_recreated(
-    mount: Callable[[str], Path], start_in: StartIn, tmp_path: Path
+    mount: Callable[[str], Path], start_in: StartBoard, tmp_path: Path
 ) -> None:
     board, running = start_in(mount(MOUNTS["tmpfs"]))
     shell(f"umount -l {tmp_path}/mounted")
@@ -111,7 +111,7 @@ def test_a_lazily_unmounted_directory_is_recreated(
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "bind"])
-def test_a_mount_over_the_directory_is_noticed(kind: str, start_in: StartIn, irq_dir: Path, tmp_path: Path) -> None:
+def test_a_mount_over_the_directory_is_noticed(kind: str, start_in: StartBoard, irq_dir: Path, tmp_path: Path) -> None:
     board, running = start_in(irq_dir)
     (tmp_path / "other").mkdir()
     source = "-t tmpfs tmpfs" if kind == "tmpfs" else f"--bind {tmp_path}/other"
@@ -125,7 +125,7 @@ def test_a_mount_over_the_directory_is_noticed(kind: str, start_in: StartIn, irq
 
 
 def test_triggers_through_fuse_are_seen_or_warned_about(
-    mount: Callable[[str], Path], start_in: StartIn, tmp_path: Path
+    mount: Callable[[str], Path], start_in: StartBoard, tmp_path: Path
 ) -> None:
     board, running = start_in(mount("mkdir mounted disk && bindfs --no-allow-other disk mounted && mkdir mounted/irq"))
     if "fuse" not in running.log:
@@ -133,7 +133,7 @@ def test_triggers_through_fuse_are_seen_or_warned_about(
 
 
 def test_notifications_pass_on_nfs_of_the_same_machine(
-    mount: Callable[[str], Path], start_in: StartIn, tmp_path: Path
+    mount: Callable[[str], Path], start_in: StartBoard, tmp_path: Path
 ) -> None:
     start = (
         "mkdir mounted disk && mount -t tmpfs tmpfs disk && mkdir disk/irq && chmod 755 disk disk/irq"
