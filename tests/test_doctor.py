@@ -301,7 +301,7 @@ STATE_UP = "ip link set dev l0 state up mode default"
             None,
             [
                 (
-                    "the interface is up and has a carrier, but is not RUNNING: its operational state is 9 (expec",
+                    "the interface is up and has a carrier, but is not RUNNING: its operational state is 9 (",
                     STATE_UP,
                 )
             ],
