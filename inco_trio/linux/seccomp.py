@@ -1,6 +1,6 @@
 """A seccomp filter, which restricts the system calls of a process: seccomp(2), <linux/seccomp.h>, <linux/audit.h>.
 
-`system_calls.txt` has the numbers of the system calls that a running proxy may use.
+`system_calls.txt` lists the numbers of the system calls that a running proxy may use.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from inco_trio.linux.libc import check, libc
 __all__ = ["filter_code", "install", "machine"]
 
 MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "armv7l": 0x40000028, "s390x": 0x80000016}
-"""AUDIT_ARCH of <linux/audit.h> for each machine."""
+"""The AUDIT_ARCH constant of <linux/audit.h> for each supported machine."""
 SPECIAL = frozenset({"clone3", "execve", "execveat", "fchownat", "fork", "kill", "setns", "vfork", "socket", "clone"})
 """System calls that the filter allows or refuses depending on their arguments or on the features in use."""
 NEWEST = 451
-"""Highest system call number of Linux 6.1. The C library tries newer calls first, and expects ENOSYS for them."""
+"""Highest system call number of Linux 6.1. Newer calls fail with ENOSYS; the C library then uses older ones."""
 CLONE_NAMESPACES = 0x7E020080
 """The flags CLONE_NEW* of clone(2) and unshare(2)."""
 

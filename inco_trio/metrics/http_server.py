@@ -39,7 +39,7 @@ Answer = tuple[BoardStatus, ...] | str | None
 
 
 class Boards:
-    """The proxies with the control sockets `controls`, or all proxies on this host."""
+    """The proxies with the control sockets `controls` (default: all proxies on this host)."""
 
     def __init__(self, controls: Sequence[Path] | None = None) -> None:
         self._controls = controls
@@ -104,13 +104,13 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
             text = "another process already uses this port (stop it or use another port)"
             raise ResourceError(f"--listen {listen}: {text}") from error
         raise InvalidArgumentError(f"--listen {listen}: cannot listen on this address: {error.strerror}") from error
-    logger.info("http://%s/metrics", listen)
+    logger.info("serving metrics at http://%s/metrics", listen)
     ready()
     await trio.serve_listeners(_Scrapes(Boards(controls)).answer, listeners)
 
 
 class _Scrapes:
-    """Serves the HTTP connections, with one request for each connection."""
+    """A handler of HTTP connections. Each connection serves one request."""
 
     def __init__(self, boards: Boards) -> None:
         self._boards = boards
@@ -121,7 +121,7 @@ class _Scrapes:
         with trio.CancelScope() as scope:
             self._open[scope] = None
             if len(self._open) > CONNECTIONS_MAX:
-                self._limits.failed("connections", f"more than {CONNECTIONS_MAX}: closing the oldest connections")
+                self._limits.failed("connections", f"more than {CONNECTIONS_MAX} are open: closing the oldest ones")
                 next(iter(self._open)).cancel()
             try:
                 async with stream:

@@ -11,7 +11,7 @@ from inco_trio.signals import Direction
 __all__ = ["Topics", "client_id", "level", "name_of"]
 
 _OF_MQTT = frozenset("/+#%")
-"""Characters with a meaning in a topic filter (MQTT 5, 4.7), and the escape character."""
+"""Characters with a special meaning in topic filters (MQTT 5, 4.7), and the escape character."""
 
 
 def level(name: str) -> str:
