@@ -49,7 +49,7 @@ class Notification:
 
 
 class Listener(Protocol):
-    """A receiver of each event of the board `problems.board_name`. Its methods must not block or raise."""
+    """A receiver of all events of the board `problems.board_name`. Its methods must not block or raise."""
 
     wants_frames: bool
     """Whether the method `carried` needs the frames."""
@@ -175,7 +175,7 @@ class Events:
             self.recorder.note(kind, text, state=min(2, max(0, level - logging.INFO) // 10))
 
     def keep(self) -> History:
-        """Store all new notifications in the history, and return the history."""
+        """Start storing new notifications in the history, and return the history."""
         self.history.begin(self._sequence)
         return self.history
 

@@ -22,7 +22,7 @@ __all__ = ["Core1", "Port", "open_port"]
 TURN = 64
 """Maximum number of frames that are read before other tasks run."""
 FULL = 0.001
-"""Seconds between attempts to send while the interface's queue is full: no event reports free space (packet(7))."""
+"""Seconds between attempts to send while the interface's queue is full, because no event reports free space."""
 
 
 class Port:

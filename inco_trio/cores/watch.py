@@ -69,7 +69,7 @@ class _Directory:
     parent_wd: int = -1
     """The watch on the nearest ancestor directory that exists."""
     child: bytes = b""
-    """The component of `path` that follows this ancestor directory."""
+    """The component of `path` that follows the directory watched by `parent_wd`."""
 
 
 class Watch:

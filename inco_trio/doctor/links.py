@@ -79,7 +79,7 @@ def short_names(found: Interface, signals: Iterable[Signal]) -> Iterator[Result]
 
 
 def order(found: Interface, root: Path = Path("/")) -> Iterator[Result]:
-    """Check that frames stay in order. Receive packet steering and several receive queues can reorder them.
+    """Check that receive packet steering and several receive queues do not reorder frames.
 
     Frames that several CPUs handle at the same time can be reordered. On a virtual interface, the sender's CPU handles
     the frames unless rps_cpus selects a CPU, and the scheduler may move the sender to another CPU.

@@ -58,7 +58,7 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that only one process uses `subject`. `does` and `harm` say what one proxy and each of several do."""
+    """Check that only one process uses `subject`. `does` and `harm` are the texts for one proxy and for several."""
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:

@@ -23,7 +23,7 @@ INTERFACE_MAX = 15
 LABEL_MAX = 36
 """Maximum length of a label in bytes, because s6-fdholder-getdump 2.11 crashes on identifiers longer than 64 bytes."""
 UNIX = "unix:"
-# dev_valid_name() in the kernel's net/core/dev.c refuses these bytes; its isspace() assumes Latin-1.
+# The kernel's dev_valid_name() refuses these bytes in interface names. Its isspace() assumes Latin-1.
 _REFUSED = frozenset(b"\0/:\t\n\v\f\r \xa0")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _LOCALLY_ADMINISTERED = 0x02
@@ -84,7 +84,7 @@ def parse_address(text: str) -> InterfaceAddress | UnixAddress:
             return _parse_unix(text.removeprefix(UNIX))
         except ValueError as error:
             raise InvalidArgumentError(text, str(error)) from None
-    # The kernel accepts any bytes, but Python can bind a packet socket only to a name in UTF-8.
+    # The kernel also accepts names that are not UTF-8, but Python cannot bind a packet socket to such a name.
     try:
         raw = text.encode()
     except UnicodeEncodeError:

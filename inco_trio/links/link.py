@@ -75,7 +75,7 @@ class Link(Protocol):
         """
 
     def stands_for(self, frame: memoryview) -> int:
-        """Return how many frames a received frame represents: more than 1 if it is part of the sample of `restrict`."""
+        """Return how many frames a received frame represents: more than 1 if it is part of a random sample."""
 
     def frame(self, name: str) -> bytes:
         """Return the frame that `send` sends for a notification."""

@@ -60,7 +60,7 @@ def name_filter(names: Iterable[bytes], depth: int) -> list[Instruction]:
 
 
 def _compare(names: Sequence[bytes], start: int, length: int) -> list[Instruction]:
-    """Return code that accepts a frame with one of `names`, which have `length` bytes. Other frames reach its end.
+    """Return code that accepts frames with one of `names`, of `length` bytes. Other frames continue after the code.
 
     All `names` have the same first `start` bytes. The caller truncates them if the filter compares fewer bytes.
     """

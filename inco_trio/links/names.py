@@ -29,7 +29,7 @@ class Watched:
     places: frozenset[tuple[int, bytes]] = frozenset()
     """For each path, the watch descriptor of a directory and the name of the directory entry to wait for."""
     complete: frozenset[tuple[int, bytes]] = frozenset()
-    """The `places` whose entry is a path's last component. Its events do not change which directories to watch."""
+    """Places whose entry is a path's last component. Events for these entries do not change what to watch."""
     moved: bool = True
     """Whether a directory on one of the paths may have been replaced."""
     all_found: bool = False

@@ -278,7 +278,7 @@ class PacketLink:
     def frame(self, name: str) -> bytes:
         frame = self._frames.get(name)
         if frame is None:
-            if not self.mac:  # The interface has not existed so far.
+            if not self.mac:  # The interface has not existed yet.
                 raise LinkDownError(errno.ENETDOWN, os.strerror(errno.ENETDOWN))
             frame = self._frames[name] = encode(name.encode("ascii"), self.mac)
         return frame

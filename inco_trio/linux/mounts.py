@@ -38,7 +38,7 @@ class Mounts:
             raise
 
     async def run(self) -> None:
-        """Call the followers after each change until `stop`."""
+        """Call the followers after each change until `stop` is called."""
         with self._scope:
             while True:
                 await self._wait()
@@ -46,7 +46,7 @@ class Mounts:
                 await trio.sleep(PAUSE * files)
 
     async def _wait(self) -> None:
-        """Wait until a mount has changed since the last call."""
+        """Wait until a filesystem has been mounted or unmounted since the last call."""
         with trio.CancelScope() as waiting:
             # Trio calls `_end_if_missed` after the wait below has begun.
             trio.lowlevel.current_trio_token().run_sync_soon(self._end_if_missed, waiting)

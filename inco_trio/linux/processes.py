@@ -220,8 +220,8 @@ def _watches(fdinfo: str) -> Iterator[tuple[int, int]]:
 
 def packet_sockets(index: int, ethertype: int, root: Path = Path("/")) -> list[int]:
     """Return the inodes of the packet sockets for an interface and an EtherType in this network namespace."""
-    # Use thread-self, because only this thread may be in the network namespace.
-    # Columns: sk, references, type, protocol, interface, running, memory, user, inode.
+    # Use thread-self, because other threads may be in other network namespaces. Columns: sk, references, type,
+    # protocol, interface, running, memory, user, inode.
     rows = (line.split() for line in lines_of(root / "proc/thread-self/net/packet")[1:])
     return [int(row[8]) for row in rows if len(row) == 9 and int(row[3], 16) == ethertype and int(row[4]) == index]
 
@@ -258,7 +258,7 @@ def is_same_mount_namespace(process: Process, root: Path = Path("/")) -> bool:
 
 
 def unix_sockets(path: str, root: Path = Path("/")) -> list[int]:
-    """Return the inodes of the sockets of this network namespace that are bound to `path`."""
+    """Return the inodes of the sockets in this network namespace that are bound to `path`."""
     # Columns: num, references, protocol, flags, type, state, inode, path. The path may contain spaces.
     rows = (line.split(None, 7) for line in lines_of(root / "proc/thread-self/net/unix")[1:])
     return [int(row[6]) for row in rows if len(row) == 8 and row[7] == path]

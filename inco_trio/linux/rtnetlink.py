@@ -153,7 +153,7 @@ class Rtnetlink:
                     return
 
     def _request(self, kind: int, flags: int, body: bytes) -> int:
-        """Send a request and return its number."""
+        """Send a request and return its sequence number."""
         # Discard queued messages: they are older than the answer, and a full queue would drop the answer.
         self._drain()
         number = next(self._numbers)

@@ -1,4 +1,4 @@
-"""The HTTP server for Prometheus, which queries every proxy of this host for each scrape. See docs/metrics.md."""
+"""The HTTP server for Prometheus, which queries every proxy on this host for each scrape. See docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def serve(address: str, port: int, controls: Sequence[Path] | None, ready:
     try:
         listeners = await trio.open_tcp_listeners(port, host=address)
     except PermissionError as error:
-        raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use a port from 1024 on)") from error
+        raise PermissionDeniedError(f"--listen {listen}: {error.strerror} (use port 1024 or higher)") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             text = "another process already uses this port (stop it or use another port)"

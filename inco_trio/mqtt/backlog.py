@@ -48,7 +48,7 @@ class Board:
     status: BoardStatus | None = None
     """The last status from the proxy."""
     published: int = 0
-    """Notifications that the broker has acknowledged."""
+    """Number of notifications that the broker has acknowledged."""
     merged: int = 0
     """How many of the `published` notifications the proxy had merged."""
     arrived: trio.Event = attrs.Factory(trio.Event)

@@ -72,20 +72,20 @@ class Counts:
     """The counters of one side."""
 
     published: int = 0
-    """Frames of the local core that the broker has acknowledged."""
+    """Frames from the local core that the broker has acknowledged."""
     written: int = 0
     duplicates: int = 0
     """Frames dropped because the bridge had written them before."""
     missed: int = 0
-    """Frames of the other side that the broker acknowledged but never delivered."""
+    """Frames from the other side that the broker acknowledged but never delivered."""
     malformed: int = 0
-    """Messages that are not from a bridge, and datagrams of the local core that are not frames."""
+    """Messages that are not from a bridge, and datagrams from the local core that are not frames."""
     too_large: int = 0
     """Frames dropped because they are larger than the broker's Maximum Packet Size."""
 
 
 class Bridge:
-    """One side of a bridge, for the core at `address.peer`. `ends` has the names of this side and of the other side."""
+    """One side of a bridge, for the core at `address.peer`. `ends` names this side and the other side."""
 
     def __init__(self, broker: Broker, ends: tuple[str, str], address: UnixAddress, fd_store: FdStore) -> None:
         self.counts = Counts()

@@ -153,10 +153,7 @@ class Connection:
             raise BrokerRefusedError(self._broker, f"refuses the subscription to {', '.join(refused)}")
 
     async def acknowledge(self, received: Received) -> None:
-        """Acknowledge a message, so that the broker does not repeat it.
-
-        Do nothing if the connection has ended.
-        """
+        """Acknowledge a message, so that the broker does not repeat it. Do nothing if the connection has ended."""
         if self._lost is None:
             self._session.acknowledge(received)
             await self._flush()
@@ -247,7 +244,7 @@ class Connection:
                     self._lose(BrokerLostError(self._broker, what))
                     return
             if session.limits is not None and session.limits.keep_alive and not (self._flushing or self._is_pinging):
-                # Ping after half of the time limit, so that a delay does not exceed it.
+                # Ping after half of the keep-alive time, so that a delayed ping is still in time.
                 ping = self._last_sent + session.limits.keep_alive / 2
                 if now >= ping:
                     self._expect()
@@ -312,8 +309,8 @@ async def open_connection(
     """Connect to `broker` while the block runs. The broker publishes `will` when the connection ends.
 
     The broker then keeps the session for another `session` seconds. `clean` discards an earlier session. If the
-    connection is lost, the block is cancelled. A broker without retained messages gets a last will that is not
-    retained. Raises BrokerLostError and BrokerRefusedError.
+    connection is lost, the block is cancelled. The last will is not retained if the broker does not allow retained
+    messages. Raises BrokerLostError and BrokerRefusedError.
     """
     identity = credentials.read()
     connect = functools.partial(

@@ -1,4 +1,4 @@
-"""The gateway publishes the notifications of the proxies of this host to an MQTT broker.
+"""The gateway publishes the notifications of the proxies on this host to an MQTT broker.
 
 The gateway is a follower of each proxy (docs/control.md) and keeps no notifications itself. A proxy keeps each
 notification until the gateway acknowledges it, which happens after the broker has acknowledged it to the gateway. The

@@ -274,10 +274,7 @@ class Session:
         return number
 
     def _end_of_packet(self, place: int) -> int | None:
-        """Return the end of the packet at the offset `place`, or None if it is incomplete.
-
-        Raises BrokerLostError.
-        """
+        """Return the end of the packet that starts at `place`, or None if it is incomplete. Raises BrokerLostError."""
         length = shift = 0
         for index in range(place + 1, min(place + 5, len(self._data))):
             byte = self._data[index]

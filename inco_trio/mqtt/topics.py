@@ -49,7 +49,7 @@ class Topics:
         self._send = f"{self._board}/send/"
         self._notifications: dict[tuple[Direction | None, str], str] = {}
         self.sends = f"{self._send}+"
-        """The filter for all requests to send a signal."""
+        """The topic filter that matches all requests to send a signal."""
 
     def notification(self, direction: Direction | None, signal: str) -> str:
         key = direction, signal
