@@ -74,7 +74,7 @@ def test_decode_accepts_valid_frames_only(frame: bytes, name: bytes | None) -> N
 def test_a_frame_longer_than_the_maximum_is_not_decoded(length: int, name: bytes | None) -> None:
     whole = (HEADER + b"x").ljust(length, b"\0")
     assert decode(whole) == name
-    # The receive buffer is shorter or longer than the frame.
+    # Also decode from a receive buffer that is shorter or longer than the frame.
     assert decode(memoryview(whole)[:FRAME_MAX], length) == name
     assert decode(memoryview(whole + b"more"), length) == name
 

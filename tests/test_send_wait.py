@@ -55,7 +55,7 @@ def board(tmp_path: Path) -> Iterator[Board]:
 
 @pytest.fixture
 def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Yield a function that starts a command and returns its process once its --after command shows that it listens."""
+    """Yield a function that starts a command and returns its process once its --after command shows it is listening."""
     with ExitStack() as stack:
 
         def start(*words: str | Path) -> subprocess.Popen[str]:
@@ -327,7 +327,7 @@ def test_wait_follows_replaced_files_and_directories(
     state.write_text("1")
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     state.unlink()
-    state.write_text("1")  # in a new file
+    state.write_text("1")  # This creates a new file.
     assert waiting.stdout.readline().endswith(" inbound ihub_hwwd_irq\n")
     # Replace the directory. Writes to the old directory must not count.
     other = tmp_path / "above/other"
@@ -497,7 +497,7 @@ def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
 
 
 def test_send_stops_at_its_timeout(board: Board) -> None:
-    board.running()  # Without core 1, the proxy accepts no more notifications than it can hold.
+    board.running()  # Without core 1, the proxy accepts no more notifications than it can queue.
     result = run(
         "send", "redun_notify_irq", "--control", board.path, "--count", "100000", "--timeout", "0.1s", "--json"
     )
@@ -506,7 +506,7 @@ def test_send_stops_at_its_timeout(board: Board) -> None:
     assert (said["version"], said["where"]) == (1, "timeout")
     assert said["sent"] < 100000
     assert result.stderr.endswith(f"redun_notify_irq: {said['sent']} of 100000 were sent\n")
-    # As core 1 and as an application, --rate makes the command wait.
+    # When `send` acts as an application or as core 1, --rate makes it wait.
     board.core1()
     for words in (("--irq-dir", board.irq), ("--as", "core1", f"unix:{board.home}/c,peer={board.home}/core1")):
         done = run("send", "redun_notify_irq", *words, "--count", "9", "--rate", "1e-3", "--timeout", "10ms")
