@@ -1,4 +1,4 @@
-"""The events of a proxy: streams of notifications, a listener, and the counts of the sent signals."""
+"""The events of a proxy: streams of notifications, a listener, and counters of sent signals."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Core0(Core):
     def __init__(self, signals: Iterable[Signal]) -> None:
         super().__init__("core 0")
         self.overflows = 0
-        """How often the inotify queue overflowed. After an overflow, notifications may be missing from the streams."""
+        """Number of inotify queue overflows. After an overflow, notifications may be missing from the streams."""
         self._signals = {signal.name: signal for signal in signals}
 
     async def _start(self, resources: AsyncExitStack) -> None:

@@ -17,7 +17,7 @@ __all__ = ["Answer", "Answers", "ask"]
 
 @attrs.frozen
 class Answer:
-    """The answer of one proxy process."""
+    """The answer from one proxy process."""
 
     name: str
     """The name of the link, or the path of the directory of boards."""
@@ -26,7 +26,7 @@ class Answer:
 
 @attrs.frozen
 class Answers:
-    """The answers of all proxies."""
+    """The answers from all proxies."""
 
     by_pid: Mapping[int, Answer] = attrs.Factory(dict)
     problems: tuple[Result, ...] = ()

@@ -1,4 +1,4 @@
-"""Checks of a link: whether frames can pass, and whether they stay in order."""
+"""Checks of a link: whether frames can pass through it, and whether they stay in order."""
 
 from __future__ import annotations
 

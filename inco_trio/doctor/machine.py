@@ -13,15 +13,15 @@ from inco_trio.linux.processes import Process, Processes, read, status_of
 __all__ = ["capability", "inotify_limits", "proc", "receive_buffer", "unix_queue"]
 
 QUEUED_EVENTS = 16384
-"""The kernel's default of fs.inotify.max_queued_events."""
+"""The kernel's default for fs.inotify.max_queued_events."""
 INSTANCES = 2
-"""Number of inotify instances of a proxy: one for the triggers, one for the sockets of a `unix:` link."""
+"""Number of inotify instances that a proxy uses: one for the triggers, one for the sockets of a `unix:` link."""
 WATCHES = 64
 """Number of inotify watches for a typical signal table: one per trigger, directory and parent directory."""
 PLENTY = 0.9
 """Fraction of a limit above which the check warns."""
 DATAGRAMS = 10
-"""The kernel's default of net.unix.max_dgram_qlen."""
+"""The kernel's default for net.unix.max_dgram_qlen."""
 FIRST_USER_NAMESPACE = ["0", "0", "4294967295"]
 """The content of uid_map in the initial user namespace (user_namespaces(7))."""
 

@@ -11,7 +11,7 @@ __all__ = ["Link", "LinkDownError"]
 
 
 class LinkDownError(OSError):
-    """The link does not accept frames at the moment. A later change of the link may fix this."""
+    """The link does not accept frames at the moment. A later change to the link may fix this."""
 
 
 class Link(Protocol):

@@ -67,7 +67,7 @@ def too_short(interface: Interface, names: Iterable[bytes]) -> str | None:
 
 
 DOWN = GONE | {errno.ENETDOWN}
-"""Error numbers for an interface that is down or gone. A later change of the interface may fix the error."""
+"""Error numbers that mean that the interface is down or gone. A later change to the interface may fix this."""
 
 
 class PacketLink:

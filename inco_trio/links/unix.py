@@ -35,7 +35,7 @@ NO_PEER = frozenset({
     errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EPROTOTYPE, errno.ELOOP,
     errno.ECONNRESET, errno.ENXIO,
 })  # fmt: skip
-"""Error numbers of sendto(2) when no process can receive at the peer's path."""
+"""Error numbers that sendto(2) reports when no process can receive at the peer's path."""
 AFTERWARDS = (0.005, 0.02, 0.08)
 """Pauses in seconds between checks after an event: a socket's file appears shortly before the socket can receive."""
 UNWATCHED = 0.08
@@ -253,7 +253,7 @@ class UnixLink:
         return self._meet(sender) if known is None else known
 
     def peek(self) -> list[bytes]:
-        """Return the oldest frames of the peer, which stay queued until `dequeue`. Raises OSError (unix(7)).
+        """Return the peer's oldest frames. They stay queued until `dequeue` removes them. Raises OSError.
 
         If the oldest datagram is from another sender, empty or longer than FRAME_MAX, it is dropped and counted in
         `foreign` or `malformed`.

@@ -39,11 +39,11 @@ _S6_STYLE = {"s6-supervise": "s6-svc -d", "runsv": "sv down", "supervise": "svc 
 _LISTENS = 0x10000
 """__SO_ACCEPTCON, the flag of a listening socket in /proc/net/unix (the kernel's include/uapi/linux/net.h)."""
 _MINOR_BITS = 20
-"""Number of bits of the minor number in the device numbers that fdinfo contains (include/linux/kdev_t.h)."""
+"""Number of bits of the minor number in a device number in fdinfo (include/linux/kdev_t.h)."""
 
 
 def read(path: Path) -> str | None:
-    """Return the text of a file of /proc or /sys without the last line break, or None if it cannot be read."""
+    """Return the text of a file in /proc or /sys without the last line break, or None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
     except OSError:
@@ -51,13 +51,13 @@ def read(path: Path) -> str | None:
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file of /proc, or one empty line if the file cannot be read."""
+    """Return the lines of a file in /proc, or one empty line if the file cannot be read."""
     # Do not use splitlines(): a process or file name may contain other line separators.
     return (read(path) or "").split("\n")
 
 
 def status_of(process: Path) -> dict[str, str]:
-    """Return the fields of the file `status` in the /proc directory of a process, or {} if it cannot be read."""
+    """Return the fields of the file `status` in a process's /proc directory, or {} if it cannot be read."""
     return dict(line.partition(":")[::2] for line in lines_of(process / "status"))
 
 

@@ -21,7 +21,7 @@ __all__ = ["Boards", "serve"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 2.0
-"""Timeout in seconds for the greeting of a proxy, so that a suspended proxy does not delay the scrape."""
+"""Timeout in seconds for a proxy's greeting, so that a suspended proxy does not delay the scrape."""
 ALL = 5.0
 """Timeout in seconds for all proxies. Prometheus waits 10 seconds for the response by default."""
 AT_ONCE = 256

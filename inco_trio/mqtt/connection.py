@@ -43,7 +43,7 @@ __all__ = ["BrokerBackoff", "Connection", "open_connection"]
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10.0
-"""Timeout in seconds for each answer of the broker."""
+"""Timeout in seconds for each answer from the broker."""
 KEEPALIVE = 30
 """Maximum time in seconds between two packets from the client, unless the broker sets another limit."""
 FAREWELL = 1.0
@@ -94,7 +94,7 @@ class Connection:
         self._room = trio.Event()
         self._flushing = False
         self._is_cut = False
-        """Whether a packet may have been sent only in part."""
+        """Whether a packet may have been sent only partially."""
         self._is_pinging = False
         self._progress = self._last_sent = trio.current_time()
         """When the broker last answered or accepted data, and when the client last sent data."""
@@ -159,7 +159,7 @@ class Connection:
             await self._flush()
 
     def _expect(self) -> None:
-        """Start the broker's time limit for an answer, unless it is already running."""
+        """Start the time limit for the broker's answer, unless it is already running."""
         if not self._session.is_waiting and not self._flushing:
             self._progress = trio.current_time()
 
@@ -419,7 +419,7 @@ def _context(broker: Broker, credentials: Credentials) -> ssl.SSLContext:
 
 
 def _version(file: str) -> tuple[int, int]:
-    """Return attributes of a file that change when the file is replaced or written."""
+    """Return file attributes that change when the file is replaced or modified."""
     status = Path(file).stat()
     return status.st_mtime_ns, status.st_ino
 

@@ -227,7 +227,7 @@ class Gateway:
             await trio.sleep(pause)
 
     def _check_limits(self, board: Board, limits: Limits) -> None:
-        """Report which functions of the gateway the broker does not support."""
+        """Report which of the gateway's features the broker does not support."""
         faults = {
             "retain": "does not keep retained messages: subscribers receive the status only when it changes"
             if not limits.retain_available else None,
@@ -299,12 +299,12 @@ class Gateway:
                 await changed.wait()
 
     def _sendable(self, board: Board) -> frozenset[str]:
-        """Return the signals of a board that MQTT clients may send."""
+        """Return which of a board's signals MQTT clients may send."""
         send = self._config.send
         return frozenset(send.get(board.name, ())) | frozenset(send.get("*", ()))
 
     async def _subscribe(self, board: Board, topics: Topics, connection: Connection) -> bool:
-        """Subscribe to the requests of MQTT clients. Return False if the broker refuses it."""
+        """Subscribe to requests from MQTT clients. Return False if the broker refuses the subscription."""
         signals, filters = self._sendable(board), [topics.sends]
         if signals and not connection.limits.wildcard_subscriptions:
             filters = [topics.send(signal) for signal in sorted(signals - {"*"})]
@@ -322,7 +322,7 @@ class Gateway:
         return True
 
     async def _send_all(self, board: Board, topics: Topics, connection: Connection) -> None:
-        """Handle the requests of MQTT clients to send signals, in the broker's order."""
+        """Handle MQTT clients' requests to send signals, in the order in which they arrive."""
         async for received in connection.received:
             response = await self._try_to_send(board, topics.signal_of(received.topic), received)
             # Acknowledge the request last: if the connection breaks before that, the broker repeats the request.

@@ -43,9 +43,9 @@ PUBLISH_OVERHEAD = 13
 _PUBLISH_PACKET_MAX = (1 << 28) - 1
 """Maximum size of a packet in bytes, if the broker announces no limit (MQTT 5, 1.5.5)."""
 _FAILURE = 0x80
-"""Reason codes of at least this value are failures (MQTT 5, 2.4)."""
+"""The lowest reason code that indicates a failure (MQTT 5, 2.4)."""
 _UNREACHABLE = {136, 137, 149, 151, 156, 157, 159}
-"""Reason codes of a CONNACK that may be temporary, such as a busy broker."""
+"""Reason codes in a CONNACK for problems that may be temporary, such as a busy broker."""
 _RETAIN_NOT_SUPPORTED = 0x9A
 _QOS = mqtt5.QoS.AT_LEAST_ONCE
 
@@ -55,7 +55,7 @@ class BrokerLostError(UnavailableError):
 
 
 class ConnectionBrokenError(BrokerLostError):
-    """The connection ended without a reason from the broker."""
+    """The connection ended, and the broker gave no reason."""
 
 
 class SessionTakenError(BrokerLostError):
@@ -84,7 +84,7 @@ class Message:
 
 @attrs.frozen(eq=False)
 class Received:
-    """A received message. Until it is acknowledged, the broker repeats it on each new connection."""
+    """A received message. The broker repeats it on each new connection until it is acknowledged."""
 
     topic: str
     payload: bytes
