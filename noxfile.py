@@ -139,7 +139,7 @@ def need_programs(session: nox.Session, wanted: Mapping[str, Sequence[str]] = DE
 
 
 def run_pytest(session: nox.Session, *args: str, data: str, root: bool = False, **env: str) -> None:
-    """Run pytest and its subprocesses under coverage, and name the data `data` for the session `coverage`."""
+    """Run pytest and its subprocesses under coverage. The session `coverage` combines the data."""
     COVERAGE_DATA.mkdir(parents=True, exist_ok=True)
     for old in COVERAGE_DATA.glob(f"data.{data}.*"):
         old.unlink()
@@ -319,7 +319,7 @@ def netns(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def mosquitto13(session: nox.Session) -> None:
-    """Run the MQTT tests with the mosquitto of Debian 13, which is downloaded and unpacked."""
+    """Download and unpack Debian 13's mosquitto, and run the MQTT tests with it."""
     need_programs(session)
     install(session, "test")
     place = Path(session.virtualenv.location, "debian13")
@@ -336,7 +336,7 @@ def faults_short(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def faults(session: nox.Session) -> None:
-    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each link to QEMU. Takes minutes."""
+    """Run the full fault suite, and 10,000 instead of 2,000 round trips over each kind of link to QEMU (minutes)."""
     run_faults(session, "faults or qemu", INCO_TRIO_FAULTS="full", INCO_TRIO_ROUND_TRIPS="10000")
 
 
@@ -401,7 +401,7 @@ def run_fuzz(session: nox.Session, *args: str) -> None:
 
 @nox.session
 def bench_smoke(session: nox.Session) -> None:
-    """Run the quick form of the benchmark, which gives no valid figures."""
+    """Run the quick form of the benchmark. Its figures are not meaningful."""
     run_bench(session, "--smoke", "--out", f"{session.virtualenv.location}/results")
 
 

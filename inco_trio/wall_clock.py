@@ -34,5 +34,5 @@ class WallClock:
         self.step(time.time_ns(), time.monotonic_ns())
 
     def seconds(self, monotonic_ns: int) -> float:
-        """Return a monotonic time in seconds since 1970, according to the current wall clock."""
+        """Convert a monotonic time to seconds since 1970, according to the current wall clock."""
         return (monotonic_ns + self.offset) / 1e9

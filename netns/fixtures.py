@@ -62,7 +62,7 @@ def core1(cores: Cores) -> Iterator[Peer]:
 
 
 class Canary:
-    """A detector of a network namespace's end: the kernel deletes a veth pair together with the namespace."""
+    """A veth pair into a network namespace. The pair disappears when the kernel destroys the namespace."""
 
     def __init__(self, fd: int) -> None:
         self._own = Namespace()
@@ -190,7 +190,7 @@ def proxy(cores: Cores, tmp_path: Path) -> Iterator[StartProxy]:
 
 
 class Consumer:
-    """A counter of one state file's notifications, as an application sees them.
+    """A counter of the notifications that an application sees in one state file.
 
     A thread reads continuously, because the kernel queues at most 16,384 events.
     """

@@ -595,8 +595,8 @@ def test_invalid_interface_names_are_refused(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert str(caught.value) == (
-        f"link {interface!r}: neither unix:LOCAL,peer=REMOTE nor an interface's name:"
-        " 1 to 15 bytes of UTF-8 without '/', ':' and whitespace"
+        f"link {interface!r}: expected unix:LOCAL,peer=REMOTE or an interface name"
+        " (1 to 15 bytes of UTF-8 without '/', ':' or whitespace)"
     )
 
 

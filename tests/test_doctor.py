@@ -975,7 +975,7 @@ def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str]
             "--boards and --config are mutually exclusive: the file of each board names its link",
         ),
         (["l0", "--boards", "a"], "--boards and LINK are mutually exclusive"),
-        (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["a/b"], "link 'a/b': expected unix:LOCAL,peer=REMOTE or an interface name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
         (["--config", ""], "--config: the path is empty"),

@@ -246,7 +246,7 @@ def test_packets_may_arrive_in_pieces() -> None:
     ("data", "text"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10, "sent invalid MQTT 5 data"),
-        (b"\x32\xff\xff\xff\xff\x01", "the length of a packet is not valid"),
+        (b"\x32\xff\xff\xff\xff\x01", "the packet length is invalid"),
         (b"\x32\xff\xff\xff\x7f", f"was allowed only {PACKET_MAX}"),
         (b"\x40\x03\x00\x07\x50", "sent invalid MQTT 5 data: Invalid PubAckReasonCode"),
         (b"\x40\x01\x00", "sent invalid MQTT 5 data"),
@@ -267,7 +267,7 @@ def test_what_the_protocol_does_not_allow_ends_the_connection(data: bytes, text:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # The codec's panics cause this warning.
 @pytest.mark.parametrize("data", [b"\x30\x04\x00\x01\xff\x00", b"\xe0\x06\x8e\x04\x1f\x00\x01\xff"])
 def test_a_text_that_is_not_utf_8_ends_the_connection(data: bytes) -> None:
-    with pytest.raises(BrokerLostError, match="a text is not UTF-8"):
+    with pytest.raises(BrokerLostError, match="a string is not valid UTF-8"):
         opened().feed(data)
 
 

@@ -77,8 +77,8 @@ def test_every_command_checks_links_in_the_same_way(
         2,
         b"",
         complaint(
-            f"link {shown}: neither unix:LOCAL,peer=REMOTE nor an interface's name: 1 to 15 bytes of UTF-8 without "
-            "'/', ':' and whitespace"
+            f"link {shown}: expected unix:LOCAL,peer=REMOTE or an interface name (1 to 15 bytes of UTF-8 without "
+            "'/', ':' or whitespace)"
         ),
     )
     assert list(tmp_path.iterdir()) == []

@@ -464,7 +464,7 @@ def test_core1_sends_once_it_listens(tmp_path: Path, started: Callable[..., subp
     assert (waiting.returncode, out.split()[1:]) == (0, ["outbound", "a_irq"])
     assert error(run("wait", "a_irq", "--as", "core1", link, "--send", "b_irq")) == (
         69,
-        f"{tmp_path}/core1: the link accepts no frames: no process is at {tmp_path}/core0 (Connection refused)",
+        f"{tmp_path}/core1: the link accepts no frames: no process has bound {tmp_path}/core0 (Connection refused)",
     )
     assert error(run("wait", "a_irq", "--send", "b_irq")) == (
         2,
@@ -484,7 +484,8 @@ def test_core1_times_out_or_reports_a_failed_command(tmp_path: Path) -> None:
 def test_core1_reports_a_missing_or_wrong_peer(board: Board) -> None:
     code, complaint = error(run("send", "ihub_hwwd_irq", "--as", "core1", core1_link(board)))
     assert code == 69
-    assert complaint.startswith(f"{board.home}/core1: the link accepts no frames: no process is at {board.home}/core0")
+    home = board.home
+    assert complaint.startswith(f"{home}/core1: the link accepts no frames: no process has bound {home}/core0")
     board.running()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(f"{board.home}/other")
@@ -594,7 +595,7 @@ def test_core1_on_an_interface(cores: Cores, proxy: StartProxy, irq_dir: Path) -
             "argument --timeout: '-1': expected a duration, 0 or more, such as",
         ),
         (("send", "x", "--as", "core0", "l"), "--as core0: unknown core (expected core1)"),
-        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': neither unix:"),
+        (("send", "x", "--as", "core1", "a/b"), "link 'a/b': expected unix:"),
         (("send", "a b", "--as", "core1", "l"), "'a b': a wire name is 1 to 64 printable ASCII characters"),
         (("send", "x", "l", "--as", "core1", "l"), "unrecognized arguments: l"),
         (("wait", "x", "--irq-dir", "a", "--config", "b"), "--irq-dir and --config are mutually exclusive"),

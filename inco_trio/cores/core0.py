@@ -16,7 +16,7 @@ __all__ = ["Core0"]
 
 
 class Core0(Core):
-    """Act as the applications of core 0 while the block `async with Core0(builtin_signals(Path("/run/irq"))):` runs.
+    """Simulated applications on core 0, for use as `async with Core0(builtin_signals(Path("/run/irq"))):`.
 
     Entering the block raises PermissionDeniedError, ResourceError, and ProxyNotFoundError if a directory is missing. A
     later error cancels the block and is raised in an ExceptionGroup.

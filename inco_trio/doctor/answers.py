@@ -1,4 +1,4 @@
-"""Collect the status that the running proxies of this machine report on their control sockets."""
+"""Collect the status that the running proxies on this machine report on their control sockets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Answers:
 
 
 def ask(processes: Processes) -> Answers:
-    """Ask all proxies of this machine for their status. Sockets outside the usual directories are found in /proc."""
+    """Ask all proxies on this machine for their status. Sockets outside the usual directories are found in /proc."""
     paths = [
         *sockets(),
         *(path for process in processes.all if process.is_proxy for path in listening_sockets(process)),

@@ -1,4 +1,4 @@
-"""Landlock, with which a thread gives up access to files: landlock(7), with the constants of <linux/landlock.h>."""
+"""Landlock, with which a thread restricts its own access to files (landlock(7), <linux/landlock.h>)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def abi() -> int:
 def restrict_files(writable: Iterable[Path], executable: Iterable[Path]) -> None:
     """Let this thread and the threads that it creates write only below `writable` and execute only `executable`.
 
-    Reading stays allowed. TCP is forbidden if the kernel supports that. Requires no_new_privs. Raises OSError.
+    Reading stays allowed. The kernel also refuses TCP if it can (since ABI 4). Requires no_new_privs. Raises OSError.
     """
     version = abi()
     handled = next(end - 1 for since, end in sorted(_ALL.items(), reverse=True) if since <= max(version, 1)) & ~READ

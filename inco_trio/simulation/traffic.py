@@ -25,7 +25,7 @@ from inco_trio.simulation.waiter import Waiter
 __all__ = ["Applications", "Traffic", "duration", "quantile", "table", "traffic_of", "verdict"]
 
 _LOST_AFTER = 3.0
-"""Seconds after which a notification counts as lost. The proxy takes less than 1 ms, but the machine may be busy."""
+"""Seconds after which a notification counts as lost. Delivery takes less than 1 ms, but the machine may be busy."""
 _ARROW = {Direction.INBOUND: "core 1 -> core 0", Direction.OUTBOUND: "core 0 -> core 1"}
 _ROUND_TRIP = "core 0 -> 1 -> 0"
 

@@ -285,9 +285,9 @@ class Board:
     ) -> Iterator[Guest]:
         """Run firmware in QEMU as core 1 while the block runs; see `inco_trio.testing.Guest`.
 
-        `firmware` defaults to that of `inco-trio demo --qemu`. `program` is the QEMU program to run. `machine` replaces
-        the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is a text that the
-        firmware prints on its serial output when it is ready. Raises GuestError.
+        `firmware` defaults to the firmware of `inco-trio demo --qemu`. `program` is the QEMU program to run. `machine`
+        replaces the arguments for the RISC-V machine `virt`. QEMU always gets a virtio-net-device. `ready` is a text
+        that the firmware prints on its serial output when it is ready. Raises GuestError.
         """
         rig = self._rig
         if self._plan.cores is not None:
@@ -359,7 +359,7 @@ def open_board(
 
     `config` is the path or the content of a udrv.json; its devices get directories below `directory`. `signals` maps
     additional wire names to `inbound` or `outbound`. `link` is `unix`, which does not need privileges, or `interface`:
-    two network namespaces and a veth pair. The proxy is a separate process unless `in_process`.
+    two network namespaces and a veth pair. The proxy is a separate process unless `in_process` is true.
 
     Raises ConfigError, InvalidArgumentError, NamespaceRefusedError, ProxyDiedError, ResourceError.
     """

@@ -38,7 +38,7 @@ class Carrier(Protocol):
 
     @property
     def pid(self) -> int | None:
-        """The PID of the proxy's process, or None if the process is not running or is the test process."""
+        """The PID of the separate process, or None if there is none."""
 
     async def start(self) -> None:
         """Start the proxy and wait until it is ready. Raises ProxyDiedError."""

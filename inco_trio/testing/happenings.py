@@ -44,7 +44,7 @@ class History:
         self._happenings: list[Happening] = []
         self._taken: dict[tuple[int, str], int] = {}
         self.failure: str | None = None
-        """Why no more happenings are expected, or None."""
+        """The reason why no more happenings are expected, or None."""
         self._lock = threading.Lock()
         self._listeners: set[Callable[[], object]] = set()
 

@@ -147,7 +147,7 @@ class Bench:
     def report(
         self, name: str, unit: str, samples: Mapping[str, Sequence[float]], *rivals: Program
     ) -> Iterator[Figure]:
-        """Yield a row without a goal that compares inco-trio with each rival."""
+        """Yield, for each rival, a row without a goal that compares inco-trio with the rival."""
         for rival in rivals:
             both = {program.name: samples[program.name] for program in (INCO, rival)}
             yield Figure(f"{name}, against {rival.name}", unit, both, None, (INCO.name, rival.name))
@@ -524,7 +524,7 @@ def many_signals(bench: Bench) -> Measured:
 
 
 def many_links(bench: Bench) -> Measured:
-    """Measure many links in one process, with one `serve` each: memory after traffic, and latency of a lone frame."""
+    """Measure many links in one process, with one `serve` each: memory after traffic, and latency of a single frame."""
     numbers, programs = bench.size.links, bench.with_beside(INCO)
     memory: dict[int, Samples] = {number: _samples() for number in numbers}
     latency: dict[int, Samples] = {number: _samples() for number in numbers}

@@ -18,7 +18,7 @@ __all__ = ["Results"]
 
 @attrs.frozen
 class Results:
-    """The runs (machine, arguments, sizes), and the run, duration, figures and plot data of each measurement."""
+    """All runs (machine, arguments, sizes) and, for each measurement, its run, duration, figures and plot data."""
 
     runs: list[dict[str, Any]] = attrs.field(factory=list)
     measures: dict[str, dict[str, Any]] = attrs.field(factory=dict)

@@ -93,7 +93,7 @@ def board(start_board: Callable[..., Board]) -> Board:
 
 @pytest.fixture
 def python_runs_under(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that runs the proxy under a program: `python_runs_under("prlimit", "--nofile=9")`."""
+    """Return a function that runs the proxy under another program: `python_runs_under("prlimit", "--nofile=9")`."""
 
     def choose(*words: str) -> None:
         script = tmp_path / "python"

@@ -35,7 +35,7 @@ def unmount(mounted: list[Path]) -> None:
 
 
 def uncover(board: Board, mounted: list[Path]) -> None:
-    """Unmount, and wait for the frames of the uncovered triggers, which count as written, as in a new directory."""
+    """Unmount, and wait for one frame per uncovered trigger: the proxy treats uncovered triggers as written."""
     seen = len(board.wire.order)
     unmount(mounted)
     board.wire.wait(lambda: len(board.wire.order) >= seen + 3, "the uncovered directory has not been noticed")
@@ -91,7 +91,7 @@ def test_a_mount_over_a_trigger_is_noticed(board: Board, mounted: list[Path], tm
     trigger = board.directory / "out_b_trig"
     (tmp_path / "other").touch()
     mount(mounted, trigger, "mount", "--bind", tmp_path / "other")
-    board.wire.wait_seen("out_b")  # A replaced trigger counts as written.
+    board.wire.wait_seen("out_b")  # The proxy treats a replaced trigger as written.
     passes(board)
     unmount(mounted)
     board.wire.wait(lambda: board.wire.seen["out_b"] == 3, "the file below the mount has not been noticed")
