@@ -477,7 +477,7 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-anytime = settings(deadline=None)  # The duration of an example depends on the machine.
+anytime = settings(deadline=None)  # How long an example takes depends on the machine.
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 values = st.recursive(

@@ -12,7 +12,7 @@ MAC = bytes.fromhex("02005e100001")
 HEADER = BROADCAST + MAC + b"\x88\x00"
 TAGGED = BROADCAST + MAC + b"\x81\x00\x0f\xa0\x88\x00"
 
-anytime = settings(deadline=None)  # The duration of an example depends on the machine.
+anytime = settings(deadline=None)  # How long an example takes depends on the machine.
 macs = st.binary(min_size=6, max_size=6)
 wire_names = st.binary(min_size=1, max_size=NAME_MAX).map(lambda b: bytes(0x21 + c % 0x5E for c in b))
 

@@ -1,4 +1,4 @@
-"""Tests of a link in a named network namespace that is deleted and recreated under its name."""
+"""Tests of a link in a named network namespace that is deleted and recreated under the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unusual input from users and from the system: each command prints one error line and returns the right exit code."""
+"""Tests with unusual input from users and the system: each command prints one error line and the exit code is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers that another user or a mistake replaced by a device, a FIFO, a hard link or a mount: nothing is written."""
+"""Tests of registers that became a device, a FIFO, a hard link or a mount: the proxy writes nothing to them."""
 
 from __future__ import annotations
 

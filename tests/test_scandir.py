@@ -81,7 +81,7 @@ else
 fi
 echo >&"$7" && exec sleep 1000
 """
-"""A stand-in in sh, for a user who may be unable to run this Python. It stores one FIFO and reports to another one."""
+"""A shell script that replaces STANDIN if a user cannot run this Python. It stores a FIFO and reports to another."""
 
 
 def another_user() -> str | None:

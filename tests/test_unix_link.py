@@ -472,7 +472,7 @@ def test_a_path_whose_new_owner_crashed_is_taken_back(world: World) -> None:
         link, other = world.bound(), world.other()
         world.local.unlink()
         thief = world.other(world.local)
-        with trio.move_on_after(60):  # simulated time, longer than the checks that follow the change
+        with trio.move_on_after(60):  # A simulated minute is longer than the checks that follow the change.
             while not link.refresh():
                 await link.changed()
         thief.close()  # A crash closes the socket, too, and no event reports it.
