@@ -154,7 +154,7 @@ LONG = f"unix:/{'x' * 200},peer=/x/a.1"
         ),
         ('{"link": "a", "link": "b", "irq_dir": "/x"}', ["link: given more than once"]),
         ({"link": "unix:/x/a.0", "irq_dir": "/x"}, ["link: 'unix:/x/a.0': peer=REMOTE is missing (expected the "]),
-        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': neither unix:LOCAL,peer=REMOTE nor an interface"]),
+        ({"link": "vsock:3", "irq_dir": "/x"}, ["link: 'vsock:3': expected unix:LOCAL,peer=REMOTE or an interface"]),
         (
             {"link": LONG, "irq_dir": "/x"},
             [f"link: '{LONG}': the path before ',peer=': the path has 201 bytes (expected at most 107"],

@@ -33,7 +33,7 @@ SAMPLE = Path(__file__).parent / "data" / "udrv.json"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Remove configuration variables; restore the package's log and the signal handlers afterwards."""
+    """Remove configuration variables; restore the package's logger and the signal handlers afterwards."""
     monkeypatch.delenv("UDRV_JSON_PATH", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
     package = logging.getLogger("inco_trio")

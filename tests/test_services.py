@@ -1,4 +1,4 @@
-"""Tests of gateway and exporter as separate services: under a real s6, and as systemd units."""
+"""Tests of the gateway and the exporter as separate services: under a real s6, and as systemd units."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # systemd knows FileDescriptorStorePreserve= since version 254.
+    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
     mine = [line for line in done.stderr.splitlines() if kind in line and "FileDescriptorStorePreserve" not in line]
     assert mine == []
     level = subprocess.run(
