@@ -395,7 +395,7 @@ def _others_read(board: Board, nobody: list[str]) -> None:
 
     assert stat.S_IMODE(board.path.stat().st_mode) == 0o660
     assert "PermissionError" in ask().stderr
-    board.path.chmod(0o666)  # Has the same effect as if the user were a member of the socket's group.
+    board.path.chmod(0o666)  # This has the same effect as adding the user to the socket's group.
     status, send = ask().stdout.splitlines()
     assert status.startswith('{"status": [')
     assert send.startswith('{"error": "not-permitted"')

@@ -41,7 +41,7 @@ from tests.support_proxy import Cupboard, trigger
 REFUSED = "in-flight buffer: cannot use the stored memory ("
 IN, OUT = Direction.INBOUND, Direction.OUTBOUND
 NUMBERS = KEY * 65536
-"""Offset of the numbers in a table."""
+"""Offset of the numbers in a table, which follow its 65,536 keys."""
 
 
 def filled() -> Inflight:
@@ -95,7 +95,7 @@ def changed(write: Callable[[mmap.mmap, dict[str, int]], None]) -> int:
 
 
 def use(memory: Inflight) -> None:
-    """Do with the memory what a proxy, its gateway and its status do."""
+    """Use the memory in the same way as a proxy, its gateway and its status do."""
     for bank in (*memory.frames, *memory.events):
         bank.begin(bank.sequence + 1)
     for bank in memory.frames:

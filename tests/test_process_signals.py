@@ -82,7 +82,7 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
 
 
 def without_times(log: str) -> str:
-    """Remove the time from each line that has one: the log has times only once it is set up."""
+    """Remove the time from each log line that has one. Lines written before logging is set up have none."""
     return re.sub(r"^[\d-]+ [\d:.]+ ", "", log, flags=re.MULTILINE)
 
 

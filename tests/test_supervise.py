@@ -1,4 +1,4 @@
-"""Tests of how tasks are restarted, on a simulated clock."""
+"""Tests of task restarts with a simulated clock."""
 
 from __future__ import annotations
 

@@ -74,8 +74,8 @@ def test_a_seed_repeats_the_faults() -> None:
     [
         ({"drop": 1.5}, "drop=1.5: expected a rate from 0 to 1"),
         ({"corrupt": float("nan")}, "corrupt=nan: expected a rate"),
-        ({"delay": -1}, "delay=-1: expected seconds, 0 or more"),
-        ({"delay": float("inf")}, "delay=inf: expected seconds"),
+        ({"delay": -1}, "delay=-1: expected a number of seconds, 0 or more"),
+        ({"delay": float("inf")}, "delay=inf: expected a number of seconds"),
     ],
 )
 def test_invalid_fault_rates_are_refused(options: dict[str, float], said: str) -> None:
@@ -468,7 +468,7 @@ def test_invalid_arguments_are_refused(board: Board) -> None:
             use("x")
     timeouts: list[Any] = [-1, math.nan, math.inf, "1"]
     for timeout in timeouts:
-        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: expected seconds"):
+        with pytest.raises(InvalidArgumentError, match=f"timeout={timeout!r}: expected a number of seconds"):
             board.core0.expect(RESET, timeout)
     frame: Any = "text"
     with pytest.raises(InvalidArgumentError, match="frame: expected bytes, not str"):

@@ -118,7 +118,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
 
 def test_a_new_mac_address_is_used_at_once(board: Board) -> None:
     command(board.cores, "ip", "link", "set", board.cores.link, "address", "02:00:00:00:00:42")
-    board.proxy.counters()  # Before the proxy answers, it reads the address change.
+    board.proxy.counters()  # The proxy reads the address change before it answers.
     board.works()
     assert board.wire.sources == {bytes.fromhex("020000000042")}
 

@@ -38,7 +38,7 @@ def test_an_inotify_queue_overflow_sends_each_trigger(board: Board) -> None:
 def test_frames_dropped_by_the_kernel_are_counted(
     only_net_raw: None, proxy: StartProxy, core1: Peer, irq_dir: Path, watch: Callable[[Path], Consumer]
 ) -> None:
-    # Without CAP_NET_ADMIN, the receive queue is short.
+    # Without CAP_NET_ADMIN, the proxy cannot enlarge its receive queue.
     running = proxy("--irq-dir", irq_dir)
     resets = watch(irq_dir / "message_4_state")
     sent = 20_000
