@@ -32,7 +32,7 @@ KEPT = RING // _RECORD.size
 """Number of notifications that fit into the ring."""
 _DIRECTIONS = (Direction.INBOUND, Direction.OUTBOUND)
 _KEEPING, _BOOT, _BASE, _SEQUENCE, _ACKNOWLEDGED, _MERGED_TO, _MERGED = range(7)
-"""Indexes of the numbers in the first page."""
+"""Indexes of the 64-bit numbers in the first page of the memory."""
 NUMBER_MAX = 1 << 62
 """Maximum stored number. A larger number means that the memory is corrupt."""
 
@@ -53,7 +53,7 @@ class Record:
 
 @attrs.frozen
 class Merged:
-    """The number of merged notifications of one signal."""
+    """The number of merged notifications for one signal."""
 
     direction: Direction
     name: str
@@ -118,7 +118,7 @@ class History:
 
     @property
     def merged_ever(self) -> int:
-        """The number of notifications that were merged since the history began."""
+        """The number of notifications that have been merged since the history began."""
         return self._numbers[_MERGED]
 
     def begin(self, sequence: int) -> None:

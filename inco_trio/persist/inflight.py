@@ -47,7 +47,7 @@ EVENT_BANK = 4 * PAGE
 SEQUENCE_MAX = 1 << 62
 """Maximum sequence number of a batch. A higher number means that the memory is corrupt."""
 WATCH_MAX = (1 << 31) - 1
-"""Maximum watch descriptor, because the kernel stores it as an int."""
+"""Maximum value of a watch descriptor, which the kernel stores as an int."""
 PENDING_MAX = 1 << 40
 """Maximum number of pending notifications per signal: at 50,000 per second, it is reached after eight months."""
 QUEUE = 256 * PAGE

@@ -47,7 +47,7 @@ _EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
 count, signal, kind, level or state, and text."""
 _MAGIC = int.from_bytes(b"recorder", "little")
 _MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
-"""Indexes of the numbers at the beginning of the memory."""
+"""Indexes of the 64-bit numbers at the beginning of the memory."""
 _NUMBERS = 256
 _RING = _NUMBERS + NAMES_MAX * NAME
 _EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
@@ -198,7 +198,7 @@ class Recorder:
         `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
         """
         wall, monotonic = time.time_ns(), time.monotonic_ns()
-        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # A faster WallClock.step.
+        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
         direction = signals[0].direction

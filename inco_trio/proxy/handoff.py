@@ -87,11 +87,11 @@ class Handoff(Generic[Item]):
             if scope.cancelled_caught:
                 await self._refuse()
         except trio.ClosedResourceError:
-            # `abort` and `close` ran after the acting task had taken the previous batch.
+            # The channel is closed: `abort` and `close` ran after the acting task had taken the previous batch.
             await self._refuse()
 
     async def _refuse(self) -> NoReturn:
-        """Raise Cancelled or ClosedError to stop the reading task, which would overwrite unfinished batches."""
+        """Raise Cancelled or ClosedError to stop the reading task before it overwrites unfinished batches."""
         await trio.lowlevel.checkpoint()
         raise ClosedError("the proxy is closed") from None
 

@@ -112,7 +112,7 @@ class Outbound:
             batch, self._recovered = self._recovered, None
             await self._handoff.hand_over(batch)
             assert batch.finished is not None  # noqa: S101 - set by `recover`
-            await batch.finished.wait()  # The recovered events occupy the memory for new events.
+            await batch.finished.wait()  # Wait, because the recovered events occupy the memory for new events.
         self._begin_bank()
         await self._handoff.run_reader(self._inotify.wait_readable, self._read_queued, health)
 
@@ -220,7 +220,7 @@ class Outbound:
             except LinkDownError as error:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
-                if before is changed:  # Otherwise retry at once: the link may have come up meanwhile.
+                if before is changed:  # If the link has changed, retry at once: it may have come up.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept")
                     self._delayed(error.strerror)
                     await changed.wait()
@@ -228,7 +228,7 @@ class Outbound:
                 self._counters.send_failures += 1
                 self.failures[signal.name] += 1
                 if error.errno in TRANSIENT:
-                    # For example, ENOBUFS: the device queue is full. No event reports when the queue has room again.
+                    # For example, ENOBUFS means that the device queue is full. No event reports when it has room again.
                     health.failed(f"cannot send: {error.strerror}; notifications are kept and retried")
                     late_at = min(late_at, trio.current_time() + LATE)
                     if trio.current_time() >= late_at:

@@ -90,7 +90,7 @@ class Directories:
             if directory.current:
                 return
             # Retry: the directory was replaced before all watches existed, so no event reports the replacement.
-        self.trouble(directory)  # Another process keeps replacing it: retry after other tasks.
+        self.trouble(directory)
 
     def _open(self, directory: Directory, *, make: bool) -> None:
         fd, found = open_trusted(directory.path, self.trust, make=make)

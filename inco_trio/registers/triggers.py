@@ -299,7 +299,7 @@ class Triggers:
                     triggered.add(trigger)
 
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
-        """Handle an event of a trigger's file name in the directory that `wd` watches."""
+        """Handle an event about a trigger's file name in the directory that `wd` watches."""
         directory = trigger.directory
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd

@@ -130,7 +130,7 @@ class _Walk:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, 0o755, dir_fd=self.fd)
             if shared:
-                # Only root and this user can rename the new directory.
+                # chown(2) by name is safe here, because only root and this user can rename the new directory.
                 owner, group = (-1 if number is None else number for number in (trust.owner, trust.group))
                 os.chown(name, owner, group, dir_fd=self.fd, follow_symlinks=False)
                 if trust.group is not None:

@@ -177,7 +177,7 @@ class Daemon:
             return resources.enter_context(place.listening(other))
 
     def _start_diagnosis(self, is_ready: threading.Event) -> None:
-        # Do not use trio.to_thread, which wakes the event loop when its thread ends. The diagnosis is optional.
+        # Do not use trio.to_thread: it wakes the event loop when its thread ends. Without a thread, skip the diagnosis.
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._diagnose, args=(is_ready,), daemon=True).start()
 

@@ -43,7 +43,7 @@ class Service(Protocol):
         """Reload the configuration. Raises IncoError if the new configuration is refused."""
 
     def log_statistics(self) -> None:
-        """Log the counters, if there are any. This is also called when the service ends."""
+        """Log the counters, if there are any. The runner also calls this method when the service ends."""
 
 
 def run_service(
