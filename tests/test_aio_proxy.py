@@ -366,7 +366,7 @@ def test_buffered_events_can_be_read_after_the_proxy_closed(world: World) -> Non
         assert names([event async for event in stream]).count(HWWD) == 100
         assert await anext(stream, None) is None
         kept.__exit__(None, None, None)
-        with pytest.raises(ClosedError, match="the stream of events is closed"):
+        with pytest.raises(ClosedError, match="the event stream is closed"):
             await anext(stream)
 
     run(main)
@@ -380,9 +380,9 @@ def test_closing_a_stream_ends_a_waiting_reader(world: World) -> None:
                 await proxy.send(NOTIFY)
                 await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
                 (left,) = [reader for reader in readers if not reader.done()]
-            with pytest.raises(ClosedError, match="the stream of events is closed"):
+            with pytest.raises(ClosedError, match="the event stream is closed"):
                 await left
-            with pytest.raises(ClosedError, match="the stream of events is closed"):
+            with pytest.raises(ClosedError, match="the event stream is closed"):
                 await anext(events)
 
     run(main)

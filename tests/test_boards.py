@@ -181,7 +181,7 @@ def test_an_invalid_board_name_is_refused(tmp_path: Path) -> None:
     boards = read_boards(directory)
     assert boards.configs == {}
     assert {str(error) for error in boards.refused.values()} == {
-        f"{directory}/{name}.json: a board's name consists of 1 to 64 letters, digits, '.', '_' and '-'; "
+        f"{directory}/{name}.json: a board's name must consist of 1 to 64 letters, digits, '.', '_' and '-'; "
         "the first must be a letter or digit"
         for name in ("a b", "-x", "x" * 65, "ä")
     }
@@ -197,7 +197,7 @@ def test_an_unreadable_boards_directory_is_an_error(tmp_path: Path, kind: str) -
     path = tmp_path / "boards"
     if kind == "file":
         path.touch()
-    with pytest.raises(ConfigError, match=f"{path}: the directory of boards cannot be read: No"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot read the board directory: No"):
         read_boards(path)
 
 

@@ -131,7 +131,7 @@ def test_sighup_adds_removes_and_refuses_boards(boards: Boards, daemon: StartDae
     boards.directory.rename(boards.home / "away")
     end = len(proxy.log)
     proxy.process.send_signal(signal.SIGHUP)
-    proxy.wait_log(f"{boards.directory}: the directory of boards cannot be read: No such file", after=end)
+    proxy.wait_log(f"{boards.directory}: cannot read the board directory: No such file", after=end)
     boards.trigger("c")
     assert decode(peers["c"].recv(200)) == b"redun_notify_irq"
     assert proxy.stop() == 0
@@ -176,9 +176,9 @@ def test_datagrams_of_any_size_are_counted_as_malformed(boards: Boards, daemon: 
         (
             ["run", "--boards", "{missing}"],
             78,
-            "{missing}: the directory of boards cannot be read: No such file or directory",
+            "{missing}: cannot read the board directory: No such file or directory",
         ),
-        (["check", "--boards", "{missing}"], 78, "{missing}: the directory of boards cannot be read: No such file or "),
+        (["check", "--boards", "{missing}"], 78, "{missing}: cannot read the board directory: No such file or "),
         (["run", "--boards", ""], 2, "--boards: the path is empty"),
         (
             ["run", "rpmsg0", "--boards", "/x"],

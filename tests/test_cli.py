@@ -415,9 +415,9 @@ def test_a_configuration_can_be_standard_input(say: Say, monkeypatch: pytest.Mon
     assert say("check", "--config", "-")[0] == 78
     monkeypatch.setattr(sys, "stdin", None)
     assert say("check", "--config", "-") == (71, "", "inco-trio: error: standard input is closed\n")
-    said = "--config -: this command reads its configuration from a file only"
+    said = "--config -: this command can read its configuration only from a file"
     assert say("service", "systemd", "--config", "-") == (2, "", f"inco-trio: error: {said}\n")
-    said = "--record -: must be a path: it cannot be standard input or standard output"
+    said = "--record -: must be a path, not standard input or standard output"
     assert say("demo", "--record", "-") == (2, "", f"inco-trio: error: {said}\n")
 
 

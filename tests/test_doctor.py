@@ -1007,7 +1007,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     done = run("--boards", boards)
     assert done.returncode == 1
-    assert b"the directory of boards cannot be read: No such file or directory\n" in done.stdout
+    assert b"cannot read the board directory: No such file or directory\n" in done.stdout
     boards.mkdir()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

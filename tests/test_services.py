@@ -117,7 +117,7 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt", "mqtt://h", "--iface", "x"], "are mutually exclusive"),
         (["--exporter", "127.0.0.1:1", "--boards", "/x"], "are mutually exclusive"),
         (["--gateway", "/x"], "--mqtt URL"),
-        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link needs LINK (unix:"),
+        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link requires LINK (unix:"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b"], "and --end core0 or core1"),
         (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a bridge joins Unix sockets"),
         (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
