@@ -39,7 +39,7 @@ __all__ = [
 
 @attrs.frozen
 class Users:
-    """The processes that have sockets of a link open."""
+    """The processes that have a link's sockets open."""
 
     proxies: tuple[Process, ...]
     """Processes whose command line runs a proxy, oldest first."""
@@ -60,7 +60,7 @@ class Users:
 def users_of_interface(index: int, processes: Processes, root: Path = Path("/")) -> Users:
     """Return the processes with packet sockets of inco-trio's EtherType on the interface `index`.
 
-    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets of other programs.
+    inco-trio's predecessor opens a socket for all EtherTypes. Ignore such sockets if other programs opened them.
     """
     inodes = packet_sockets(index, ETHERTYPE, root)
     for inode in packet_sockets(index, ETH_P_ALL, root):
@@ -75,7 +75,7 @@ def users_of_socket(address: UnixAddress, processes: Processes, root: Path = Pat
 
 
 def users_of(address: InterfaceAddress | UnixAddress, processes: Processes) -> Users:
-    """Return the processes that use a link of this thread's network namespace. If the link is missing, return none."""
+    """Return the processes that use a link of this thread's network namespace. Return none if the link is missing."""
     if isinstance(address, UnixAddress):
         return users_of_socket(address, processes)
     try:
