@@ -151,9 +151,11 @@ def serving(address: InterfaceAddress | UnixAddress) -> list[Process]:
 
 def _serving(address: InterfaceAddress | UnixAddress, users: Users, processes: Processes) -> list[Process]:
     found = list(users.proxies)
-    if users.unseen:
-        # This user may not inspect the process that has the socket, but every user may read its command line.
-        found += [each for each in processes.all if not each.sockets and _names(address.name, each.command)]
+    # This user may not inspect these processes, but every user may read their command lines. They may serve a link
+    # of the same name in another network namespace. So require a socket that belongs to no other process.
+    hidden = [each for each in processes.all if each.hidden and _names(address.name, each.command)]
+    if hidden and users.unseen and users_of(address, look()).unseen:
+        found += hidden
     return found
 
 
