@@ -107,7 +107,7 @@ class Inflight:
     pending: NumberTable
     """The number of pending inbound notifications of each signal, by wire name."""
     watches: NumberTable
-    """Watch descriptors, by the key of the watched path (`registers.directory.watch_key`)."""
+    """Watch descriptors, by the key of the watched path (`registers.directory.watch_key`) or `Trigger.made_key`."""
     queue: EventQueue
     """Unread events of an inotify descriptor that several boards share."""
     history: memoryview
