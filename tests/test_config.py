@@ -477,7 +477,7 @@ def test_problems_begin_with_the_path_as_given(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-anytime = settings(deadline=None)  # The duration of an example depends on the machine.
+anytime = settings(deadline=None)  # How long an example takes depends on the machine.
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 values = st.recursive(
@@ -595,8 +595,8 @@ def test_invalid_interface_names_are_refused(interface: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Config(interface, ())
     assert str(caught.value) == (
-        f"link {interface!r}: neither unix:LOCAL,peer=REMOTE nor an interface's name:"
-        " 1 to 15 bytes of UTF-8 without '/', ':' and whitespace"
+        f"link {interface!r}: expected unix:LOCAL,peer=REMOTE or an interface name"
+        " (1 to 15 bytes of UTF-8 without '/', ':' or whitespace)"
     )
 
 

@@ -358,7 +358,7 @@ ALL_CPUS = "echo 1 | tee /sys/class/net/l0/queues/rx-*/rps_cpus"
         ("0-3", ["2"], False, "ok", "one CPU handles its frames", None),
         ("0-3", ["00000000,00000002", "00000000,00000002"], True, "ok", "one CPU handles its frames", None),
         ("0,2", ["0"], True, "ok", "one receive queue without steering", None),
-        # All frames of one EtherType have the same hash, by which the kernel selects one of the CPUs.
+        # The kernel selects a CPU by a hash, which is the same for all frames of one EtherType.
         ("0-1", ["3"], True, "ok", "one CPU handles its frames", None),
         ("0-3", ["f", "f"], False, "ok", "one CPU handles its frames", None),
         ("0-3", ["3", "f"], True, "warn", "rps_cpus is 3, f: several CPUs", ALL_CPUS),
@@ -694,7 +694,7 @@ def test_processes_with_sockets_of_a_link_are_found(tree: Tree) -> None:
     processes = everyone(PROXY, HOLDER)
     assert users_of_interface(4, processes, tree.root) == Users((PROXY,), (), (HOLDER,), 0)
     assert users_of_interface(5, processes, tree.root) == Users((), (), (), 1)
-    # The doctor ignores packet sockets for all EtherTypes, except those of inco_proxy.
+    # The doctor ignores packet sockets that receive every EtherType, unless inco_proxy owns them.
     former = process(50, "./inco_proxy l0", name="inco_proxy", sockets=(80,), started=7)
     processes = everyone(PROXY, LISTENER, former)
     assert users_of_interface(4, processes, tree.root) == Users((PROXY, former), (), (), 0)
@@ -805,7 +805,7 @@ def test_a_missing_fd_store_is_reported(users: Users, unseen: bool, level: str, 
             "0::/user.slice/user-5.slice/user@5.service/app.slice/inco.service",
             "systemctl --user stop inco.service",
         ),
-        # A login shell and cron are also in a unit of systemd, but nothing restarts their children.
+        # Login shells and cron also run in systemd units, but systemd does not restart their children.
         ({"name": "systemd"}, "0::/user.slice/user-5.slice/session-1.scope", "kill 30"),
         ({"name": "cron", "pid": 7}, "0::/system.slice/cron.service", "kill 30"),
         ({"name": "bash", "pid": 7}, "0::/", "kill 30"),
@@ -849,7 +849,7 @@ def test_two_proxies_on_one_directory_are_a_fault(tmp_path: Path) -> None:
         process(n, command, started=n, watches=(place(path),))
         for n, command in ((3, "inco-trio run l0"), (4, "inco_proxy l1"), (5, "tail -f x"))
     )
-    # The doctor ignores the fd store, which holds the proxy's own watches, and its own process.
+    # The doctor ignores its own process and the fd store, which holds the proxy's watches.
     aside = (
         process(6, name="s6-fdholderd", watches=(place(path),)),
         process(os.getpid(), watches=(place(path),)),
@@ -975,7 +975,7 @@ def test_invalid_arguments_are_one_error_line(capsys: pytest.CaptureFixture[str]
             "--boards and --config are mutually exclusive: the file of each board names its link",
         ),
         (["l0", "--boards", "a"], "--boards and LINK are mutually exclusive"),
-        (["a/b"], "link 'a/b': neither unix:LOCAL,peer=REMOTE nor an interface's name"),
+        (["a/b"], "link 'a/b': expected unix:LOCAL,peer=REMOTE or an interface name"),
         (["unix:/a"], "link 'unix:/a': peer=REMOTE is missing"),
         (["--irq-dir", ""], "--irq-dir: the path is empty"),
         (["--config", ""], "--config: the path is empty"),
@@ -1007,7 +1007,7 @@ def test_all_boards_of_a_directory_are_checked(tmp_path: Path) -> None:
     boards = tmp_path / "boards"
     done = run("--boards", boards)
     assert done.returncode == 1
-    assert b"the directory of boards cannot be read: No such file or directory\n" in done.stdout
+    assert b"cannot read the board directory: No such file or directory\n" in done.stdout
     boards.mkdir()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -44,7 +44,7 @@ print(json.dumps({
     "environment": [name for name in os.environ if name.startswith(("S6_FD", "LISTEN_"))],
 }))
 """
-"""The program of a successor: it prints as JSON which descriptors it has inherited and which are left over."""
+"""Program of a successor that prints as JSON its inherited descriptors, open memfds and environment variables."""
 
 
 def memfd(content: str) -> int:
@@ -232,7 +232,7 @@ for prefix in ("inco-trio/a/", "inco-trio/aa/"):
             capture_output=True,
             text=True,
         )
-        # A service's user may store descriptors of this service only; the scan directory's owner, of all services.
+        # A service's user may store descriptors for that service only; the scan directory's owner, for all services.
         assert done.stdout == f"inco-trio/a/ kept\ninco-trio/aa/ {'refused' if account else 'kept'}\n"
         assert "inco-trio/a/link.2" in daemon.identifiers()
 
@@ -305,7 +305,7 @@ def test_more_descriptors_than_are_open_is_one_error_line(names: str, monkeypatc
     }
     for name, text in variables.items():
         monkeypatch.setenv(name, text)
-    # The first descriptor after those of this process is the first one that is not open.
+    # Let the passed descriptors start at a number that is certainly not open.
     monkeypatch.setattr("inco_trio.persist.fdstore._LISTEN_FDS_START", 1000000)
     with pytest.raises(InvalidArgumentError, match=r"^descriptor 1000000: listed in the environment [^\n]*$"):
         fd_store_from_environment(None, "a")

@@ -401,7 +401,7 @@ def test_a_truncated_recording_is_plotted_with_a_warning(night: Path) -> None:
         ),
         (("FILE", "--out", "x.pdf"), 2, "--out x.pdf: unknown format (expected one of .svg, .png)"),
         (("FILE", "--out", ""), 2, "--out: the path is empty"),
-        (("FILE", "--out", "-", "--json"), 2, "--out -: cannot be used with --json (give the plot a file)"),
+        (("FILE", "--out", "-", "--json"), 2, "--out -: cannot be used with --json (write the plot to a file)"),
         (("/nowhere", "--json"), 65, "/nowhere: cannot be read: No such file or directory"),
     ],
 )

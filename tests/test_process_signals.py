@@ -101,7 +101,7 @@ def run(script: str, place: str, numbers: list[signal.Signals], *arguments: str 
 
 
 def without_times(log: str) -> str:
-    """Remove the time from each line that has one: the log has times only once it is set up."""
+    """Remove the time from each log line that has one. Lines written before logging is set up have none."""
     return re.sub(r"^[\d-]+ [\d:.]+ ", "", log, flags=re.MULTILINE)
 
 
@@ -233,7 +233,7 @@ def test_a_reload_requested_while_waiting_for_the_link_runs_later(
     running = proxy("--config", udrv, "--wait-link", ready=False)
     running.wait_log("no such interface yet")
     running.process.send_signal(signal.SIGUSR1)
-    running.wait_log("not ready yet: there are no counters")
+    running.wait_log("not ready yet: no counters to log")
     write_udrv(udrv, irq_dir, {}, {})
     running.process.send_signal(signal.SIGHUP)
     running.wait_log("not ready yet: the configuration will be reloaded once the service is ready")

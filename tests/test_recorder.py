@@ -1,4 +1,4 @@
-"""Tests of the flight recorder: its content, its limits, and what a killed process leaves."""
+"""Tests of the flight recorder: its content, its limits, and its state after a process was killed."""
 
 from __future__ import annotations
 

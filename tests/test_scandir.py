@@ -81,7 +81,7 @@ else
 fi
 echo >&"$7" && exec sleep 1000
 """
-"""A stand-in in sh, for a user who may be unable to run this Python. It stores one FIFO and reports to another one."""
+"""A shell script that replaces STANDIN if a user cannot run this Python. It stores a FIFO and reports to another."""
 
 
 def another_user() -> str | None:
@@ -511,7 +511,7 @@ def test_systemd_rates_the_exposure_of_each_unit_as_low(name: str, tmp_path: Pat
         if line.startswith("✗"):
             assert f"`{line.split()[1]}`" in page, f"docs/supervision.md does not explain: {line}"
     verified = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # systemd knows FileDescriptorStorePreserve= since version 254.
+    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
     unexpected = [line for line in verified.stderr.splitlines() if "FileDescriptorStorePreserve" not in line]
     assert not [line for line in unexpected if str(unit) in line]
 

@@ -1,4 +1,4 @@
-"""Tests of gateway and exporter as separate services: under a real s6, and as systemd units."""
+"""Tests of the gateway and the exporter as separate services: under a real s6, and as systemd units."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_link_cannot_take_a_reserved_service_name(label: str) -> None:
         (["--mqtt", "mqtt://h", "--iface", "x"], "are mutually exclusive"),
         (["--exporter", "127.0.0.1:1", "--boards", "/x"], "are mutually exclusive"),
         (["--gateway", "/x"], "--mqtt URL"),
-        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link needs LINK (unix:"),
+        (["--mqtt-link", "mqtt://h", "--end", "core0"], "--mqtt-link requires LINK (unix:"),
         (["--mqtt-link", "mqtt://h", "--iface", "unix:/a,peer=/b"], "and --end core0 or core1"),
         (["--mqtt-link", "mqtt://h", "--iface", "x", "--end", "core0"], "a bridge joins Unix sockets"),
         (["--mqtt-link", "http://h", "--iface", "unix:/a,peer=/b", "--end", "core0"], "mqtt://HOST"),
@@ -163,7 +163,7 @@ def test_the_units_pass_systemd_analyze(service: Described, tmp_path: Path) -> N
     unit = tmp_path / f"inco-trio-{kind}.service"
     unit.write_text(systemd_unit(service=service, user="daemon", program=PROGRAM))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
-    # systemd knows FileDescriptorStorePreserve= since version 254.
+    # Versions of systemd before 254 do not know FileDescriptorStorePreserve=.
     mine = [line for line in done.stderr.splitlines() if kind in line and "FileDescriptorStorePreserve" not in line]
     assert mine == []
     level = subprocess.run(

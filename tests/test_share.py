@@ -1,4 +1,4 @@
-"""Tests of an inotify descriptor that many boards share, of each board's queue, and of descriptors in one bundle."""
+"""Tests of an inotify descriptor that many boards share, of each board's queue, and of a bundle of descriptors."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ EXAMPLE = Path(config.__file__).with_name("example.json")
 
 
 def generate() -> dict[Path, str]:
-    """Return each text by its path relative to ROOT. The texts do not depend on Python or the terminal width."""
+    """Return the text of each file, by path relative to ROOT. Python's version and the terminal do not change them."""
     pages = {**command_pages(parser()), **drop_in_page(drop_in_parser())}
     return {
         **{MAN / name: text for name, text in pages.items()},

@@ -1,4 +1,4 @@
-"""Man pages in roff, see man-pages(7) and groff_man(7).
+"""Man pages in roff; see man-pages(7) and groff_man(7).
 
 argparse-manpage is not used, because it adds a date, keeps the line breaks that argparse inserts for a terminal, and
 joins the lines of the epilogs, which contain the exit codes and the examples.
@@ -19,22 +19,22 @@ ESCAPES = str.maketrans({"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^
 EXAMPLE = re.compile(r"(?:examples?|try it):\s*", re.IGNORECASE)
 CODES = "exit codes:"
 OF_A_COMMAND = {1, 3, 4, 65}
-"""Exit codes that only some commands return. Each of these commands documents its own."""
+"""Exit codes that only some commands return. The man pages of these commands explain them."""
 DATE = "2026-11-29"
-"""The date of the pages. A generated date would change them each day."""
+"""The date of the man pages. It is fixed, because a generated date would change the files each day."""
 ENVIRONMENT = (
     ("UDRV_JSON_PATH", "--config", "path of the configuration, if `--config` and `--irq-dir` are not given"),
     ("XDG_RUNTIME_DIR", "--control", "directory below which a user other than root has control sockets"),
     ("NO_COLOR", "--color", "if set, the output has no colours"),
     ("FORCE_COLOR", "--color", "if set, the output has colours even if it is not a terminal"),
 )
-"""Each environment variable, an option of the commands that read it, and its meaning."""
+"""The environment variables: name, option, meaning. The commands with this option read the variable."""
 FILES = (
     ("udrv.json", "--config", "the board's configuration, see udrv.json(5)"),
     ("/run/inco-trio/", "--control", "control sockets of the proxies of root and of services"),
     ("$XDG_RUNTIME_DIR/inco-trio/", "--control", "control sockets of the proxies of another user"),
 )
-"""Each file, an option of the commands that use it, and its meaning."""
+"""The files: path, option, meaning. The commands with this option use the file."""
 SERVICE_SIGNALS = (
     ("SIGHUP", "reload the configuration; if it is invalid, keep the old one"),
     ("SIGUSR1", "log the counters"),
@@ -46,7 +46,7 @@ SERVICES = {"run", "mqtt", "mqtt-link", "exporter", "inco_proxy"}
 
 
 def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the page of `inco-trio` and a page for each command: text by file name."""
+    """Return the man pages of `inco-trio` and of each command, by file name."""
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     pages = {"inco-trio.1": _page(parser, parser.description or "", ["inco_proxy"])}
     for command, sub in commands.choices.items():
@@ -55,7 +55,7 @@ def command_pages(parser: argparse.ArgumentParser) -> dict[str, str]:
 
 
 def drop_in_page(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the page of `inco_proxy`: text by file name."""
+    """Return the man page of `inco_proxy`, by file name."""
     summary = "carry inter-core interrupts, as the old program of that name"
     return {"inco_proxy.1": _page(parser, summary, ["inco-trio", "inco-trio-run"])}
 
@@ -65,7 +65,7 @@ def _name(command: str) -> str:
 
 
 def _related(command: str, sub: argparse.ArgumentParser) -> list[str]:
-    """Return the pages of the commands that the help of `command` mentions."""
+    """Return the names of the man pages of the commands that the help of `command` mentions."""
     text = " ".join(filter(None, (sub.description, sub.epilog, *(action.help for action in sub._actions))))
     named = set(re.findall(r"inco-trio ([a-z][a-z0-9]*)", text))
     return [_name(other) for other in COMMANDS if other in named and other != command]
@@ -121,7 +121,7 @@ def _definitions(heading: str, items: Sequence[tuple[str, str]], words: _Words) 
 
 
 def configuration_page(keys: Sequence[tuple[str, str]], example: str) -> dict[str, str]:
-    """Return the page of udrv.json, which has these keys and descriptions: text by file name."""
+    """Return the man page of udrv.json, by file name. `keys` contains the name and the description of each key."""
     words = _Words(argparse.ArgumentParser())
     about = (
         "The proxy of inco-trio reads the signals of a board from this JSON file. It ignores all keys that are not "
@@ -169,7 +169,7 @@ class _Notes:
 
 
 class _Words:
-    """Converts text to roff, with the options of a parser in bold and its metavars in italics."""
+    """A converter from text to roff. It sets the options of a parser in bold and its metavars in italics."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         named = {name for action in parser._actions for name in re.findall(r"[A-Z][A-Z0-9]*", _values(action))}
@@ -177,7 +177,7 @@ class _Words:
         self._special = re.compile(rf"`([^`]+)`|((?<![\w-])--?[a-z][a-z-]*)|\b((?:{metavars})\b)")
 
     def roff(self, text: str) -> str:
-        """Return the text as one line of roff, with fonts."""
+        """Return the text as one line of roff, with font escapes."""
         made, end = "", 0
         for found in self._special.finditer(text):
             made += _escaped(text[end : found.start()])
@@ -199,7 +199,7 @@ class _Words:
         return self.roff(", ".join(f"{option} {values}".rstrip() for option in action.option_strings))
 
     def usage(self, parser: argparse.ArgumentParser) -> str:
-        """Return the parser's own usage line, or a replacement that is the same in all versions of argparse."""
+        """Return the parser's own usage line, or else one that does not depend on the version of argparse."""
         usage = parser.usage
         if usage is None:
             positionals = [action for action in parser._actions if not action.option_strings]

@@ -24,14 +24,14 @@ from inco_trio.service.lines import printable
 from inco_trio.signals import Signal, builtin_signals
 
 EXITS = {Level.OK: 0, Level.FAIL: 1, Level.WARN: 3}
-"""The exit code of the command, by the level of its worst result."""
+"""The exit code of the command, by the level of the worst result."""
 
 NAMES = {Level.FAIL: "problems", Level.WARN: "warnings", Level.OK: "ok"}
-"""The JSON key of the number of results of each level."""
+"""The JSON key for the number of results at each level."""
 VERSION = 1
-"""The version of the JSON. It is increased when the meaning of a key changes."""
+"""The version of the JSON output. It is increased when the meaning of a key changes."""
 _COLOURS = {Level.OK: 32, Level.WARN: 33, Level.FAIL: 31}
-"""The terminal escape codes for green, yellow and red, see console_codes(4)."""
+"""The terminal colour codes for green, yellow and red; see console_codes(4)."""
 
 
 def arguments(sub: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("iface", nargs="?", metavar="LINK", help="interface, or unix:LOCAL,peer=REMOTE (default: all)")
     options.configuration_argument(sub)
-    sub.add_argument("--irq-dir", metavar="DIR", help="check the built-in signals in DIR, without a configuration file")
+    sub.add_argument("--irq-dir", metavar="DIR", help="check the built-in signals with registers in DIR")
     sub.add_argument("--boards", metavar="DIR", help=options.BOARDS_HELP)
     sub.add_argument("--json", action="store_true", help="print the results as JSON")
     sub.add_argument("-q", "--quiet", action="store_true", help="print only problems and warnings")
@@ -83,7 +83,7 @@ def _summary(counts: Counter[Level]) -> str:
 
 
 def _as_root(args: argparse.Namespace) -> str:
-    """Return the command that repeats this examination as root. sudo(8) has its own PATH, so the path is absolute."""
+    """Return the command that repeats this check as root. Its path is absolute, because sudo(8) has its own PATH."""
     program = shutil.which("inco-trio")
     words = [program] if program else [sys.executable, "-m", "inco_trio"]
     given = {"--config": args.config, "--irq-dir": args.irq_dir, "--boards": args.boards}

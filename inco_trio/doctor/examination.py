@@ -114,7 +114,7 @@ def trust_of(proxy: Process | None) -> Trust:
     if proxy is None:
         return Trust()
     named = proxies.value_of("--irq-owner", proxy.command)
-    with contextlib.suppress(ValueError):  # The user was removed after the start of the proxy.
+    with contextlib.suppress(ValueError):  # The user was removed after the proxy had started.
         if named is not None:
             owner, group = find_owner(named)
             return Trust(proxy.uid if owner is None else owner, group)

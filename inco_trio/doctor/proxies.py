@@ -1,4 +1,4 @@
-"""Checks of the processes that use a link or a directory, of stored descriptors and of outdated configurations."""
+"""Checks of proxies: competing processes, stored descriptors, outdated configurations, capabilities and counters."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def users_of_directory(directory: Path, signals: Iterable[Signal], processes: Pr
 
 
 def _check_alone(subject: str, processes: Iterable[Process], does: str, harm: str) -> Iterator[Result]:
-    """Check that only one process uses `subject`. `does` is the action of one proxy; `harm`, of each of several."""
+    """Check that only one process uses `subject`. `does` and `harm` are the texts for one proxy and for several."""
     everyone = sorted(processes, key=lambda process: (not process.is_proxy, process.started, process.pid))
     proxies = [process for process in everyone if process.is_proxy]
     if len(proxies) > 1:
@@ -117,7 +117,7 @@ def configuration(path: Path, proxy: Process, read_at: float | None = None) -> I
 
 
 def capabilities(proxy: Process, board: BoardStatus, netns: Path | None) -> Iterator[Result]:
-    """Report the capabilities of a proxy, and check that it needs each of them. A library user may need others."""
+    """Report a proxy's capabilities, and check that it needs them. Skip other programs, which may need more."""
     if board.status is None or not proxy.is_proxy:
         return
     words = proxy.command
@@ -127,7 +127,7 @@ def capabilities(proxy: Process, board: BoardStatus, netns: Path | None) -> Iter
     if several or value_of("--irq-owner", words) is not None:
         needed |= OF_OWNERS
     if several:
-        needed |= OF_NAMESPACES  # Another board may have a network namespace.
+        needed |= OF_NAMESPACES  # Any of the boards may use a network namespace.
     held, subject = board.status.capabilities, f"process {proxy.pid}"
     if surplus := [name for name in held if name not in names_of(needed)]:
         text = f"has capabilities that it does not need: {' '.join(surplus)}: start it without --sandbox none"

@@ -1,4 +1,4 @@
-"""The examination of all running proxies of this machine."""
+"""The examination of all proxies that run on this machine."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _answering(process: Process, processes: Processes, answers: Answers) -> Iter
 def _silent(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
     """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line."""
     subject = f"process {process.pid} ({process.name})"
-    if not process.sockets and processes.unseen:
+    if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
     yield warn("control", subject, "the process does not answer on a control socket: its counters are unknown")
@@ -86,13 +86,13 @@ def _examine(
 
 
 def _network(process: Process) -> Path | None:
-    """Return the network namespace of a process, or None if it is unknown or that of this thread."""
+    """Return the network namespace of a process, or None if it is unknown or the same as this thread's."""
     path = Path(f"/proc/{process.pid}/ns/net")
     return path if identity(path) not in (identity(None), (0, 0)) else None
 
 
 def _files(process: Process, name: str) -> tuple[dict[str, Path], dict[str, Path | None]]:
-    """Return the configuration file and the network namespace of each board of a process, by the board's name."""
+    """Return the configuration files and the network namespaces of a process's boards, each by board name."""
     if value_of("--boards", process.command) is None:
         file = _configuration(process)
         return ({} if file is None else {name: file}), {}
@@ -101,12 +101,12 @@ def _files(process: Process, name: str) -> tuple[dict[str, Path], dict[str, Path
     try:
         boards = read_boards(Path(name)).configs
     except IncoError:
-        return {}, {}  # The directory was removed after the start of the proxy.
+        return {}, {}  # The directory was removed after the proxy had started.
     return {board: Path(name, f"{board}.json") for board in boards}, {b: boards[b].netns for b in boards}
 
 
 def _registers(process: Process) -> tuple[tuple[Signal, ...], Path | None]:
-    """Return the signals that the command line of a process names, and the configuration file."""
+    """Return the signals that a process's command line specifies, and its configuration file or None."""
     directory = value_of("--irq-dir", process.command)
     if directory is not None:
         return builtin_signals(_path(process, directory)), None
@@ -118,7 +118,7 @@ def _registers(process: Process) -> tuple[tuple[Signal, ...], Path | None]:
     try:
         return read_board(file).signals, file
     except IncoError:
-        return (), file  # The file was changed after the start of the proxy.
+        return (), file  # The file was changed after the proxy had started.
 
 
 def _configuration(process: Process) -> Path | None:
@@ -135,7 +135,7 @@ def _configuration(process: Process) -> Path | None:
 
 
 def _path(process: Process, path: str) -> Path:
-    """Return a path of a process as an absolute path."""
+    """Return a path from a process's command line or environment as an absolute path."""
     try:
         return Path(f"/proc/{process.pid}/cwd").readlink() / path
     except OSError:

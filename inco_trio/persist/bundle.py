@@ -27,7 +27,7 @@ NAME = "bundle"
 MESSAGE_FDS = 250
 """Maximum number of descriptors in one message; SCM_MAX_FD is 253."""
 READ_SIZE = 1 << 18
-"""Bytes per read, more than any message has. The kernel returns the descriptors again with each part of a message."""
+"""Bytes per read: more than any message has. The kernel returns the descriptors again with each part of a message."""
 FULL = f"{STRERROR}: raise ulimit -n"
 _REFUSED = ((errno.ETOOMANYREFS,), ResourceError, IN_TRANSIT)
 STORED, REMOVED = b"+", b"-"

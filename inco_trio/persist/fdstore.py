@@ -50,7 +50,7 @@ _Found = tuple[str, int, int]
 
 
 class FdStore(Protocol):
-    """Keeps descriptors while the proxy is not running."""
+    """A store that keeps descriptors while the proxy is not running."""
 
     supervisor: str | None
     """The name of the supervisor: `s6-fdholder`, `systemd`, or None if there is no fd store."""
@@ -105,7 +105,7 @@ class NoFdStore:
 
 
 class _NumberedFdStore(ABC):
-    """Numbers the descriptors, because no supervisor can replace a descriptor in one step."""
+    """An fd store that numbers its descriptors, because no supervisor can replace one in a single step."""
 
     supervisor: str | None = None
 
@@ -138,7 +138,7 @@ class _NumberedFdStore(ABC):
 
 
 class S6FdStore(_NumberedFdStore):
-    """Stores descriptors in the s6-fdholder-daemon at `socket`, under identifiers that start with `prefix`.
+    """An fd store in the s6-fdholder-daemon at `socket`, with identifiers that start with `prefix`.
 
     The constructor removes the variables of `s6-fdholder-getdump` from the environment and closes descriptors of other
     prefixes. It raises InvalidArgumentError if `s6-fdholder-getdump` did not start this process.
@@ -177,7 +177,7 @@ class S6FdStore(_NumberedFdStore):
 
 
 class SystemdFdStore(_NumberedFdStore):
-    """Stores descriptors in the fd store of this process's systemd unit.
+    """The fd store of this process's systemd unit.
 
     The constructor removes the variables of sd_listen_fds(3) from the environment and closes unknown descriptors.
     systemd does not report whether it stored a descriptor. It logs refusals (see `FileDescriptorStoreMax=`).

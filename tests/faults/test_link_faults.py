@@ -118,7 +118,7 @@ def test_a_recreated_link_sends_with_its_new_address(board: Board) -> None:
 
 def test_a_new_mac_address_is_used_at_once(board: Board) -> None:
     command(board.cores, "ip", "link", "set", board.cores.link, "address", "02:00:00:00:00:42")
-    board.proxy.counters()  # Before the proxy answers, it reads the address change.
+    board.proxy.counters()  # The proxy reads the address change before it answers.
     board.works()
     assert board.wire.sources == {bytes.fromhex("020000000042")}
 
@@ -127,7 +127,7 @@ def test_wait_link_waits_for_the_link(cores: Cores, core1: Peer, start_board: Ca
     cores.delete_link()
 
     def wait(running: Proxy) -> None:
-        running.wait_log("waiting for it")
+        running.wait_log("waiting for the link")
         wait_idle(running.pid)
         assert '"ready"' not in running.log
         make_again(cores, core1)

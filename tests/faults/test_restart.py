@@ -56,7 +56,7 @@ class Supervised:
         return self.applications.closes[name] > 0 and self.applications.delivered(name, since)
 
     def send_all(self, inbound: list[str], outbound: list[str]) -> float:
-        """Send each signal once, every third trigger by a rename, and return the time of the start."""
+        """Send each signal once, every third trigger by a rename, and return the start time."""
         since = self.applications.mark()
         for name in inbound:
             self.core1.send(name.encode())
@@ -70,7 +70,7 @@ Supervise = Callable[..., Supervised]
 
 @pytest.fixture
 def supervise(cores: Cores, core1: Peer, tmp_path: Path) -> Iterator[Supervise]:
-    """Start a supervised proxy: `supervise(inbound, outbound)`."""
+    """Return a function that starts a supervised proxy: `supervise(inbound, outbound)`."""
     with ExitStack() as stack:
 
         def start(inbound: list[str], outbound: list[str]) -> Supervised:
@@ -204,7 +204,7 @@ def test_a_stored_socket_that_does_not_match_is_replaced(supervise: Supervise, c
     world.end("d")
 
     def foreign() -> socket.socket:
-        # An earlier version may have stored such a socket: bound to the link, without our filter.
+        # An earlier version of inco-trio may have stored a socket without the filter.
         return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE))
 
     holder = str(world.service.scandir / "inco-trio-fdholder/s")
