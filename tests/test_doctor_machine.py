@@ -599,3 +599,18 @@ def test_the_owner_that_a_proxy_trusts_is_trusted(cores: Cores, proxy: StartProx
     proxy("--irq-dir", irq_dir, "--irq-owner", named)
     assert irq_dir.stat().st_gid == 13
     assert of(doctor(cores.core0, cores.link, "--irq-dir", irq_dir), "trusted")["level"] == "ok"
+
+
+def test_the_owner_in_the_file_of_a_board_is_trusted(cores: Cores, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    irq, boards = tmp_path / "irq", tmp_path / "boards"
+    boards.mkdir()
+    irq.mkdir()
+    os.chown(irq, 12, 12)
+    board = {"link": unix_link(tmp_path, "b"), "irq_dir": str(irq)}
+    for owner, level in (({}, "warn"), ({"irq_owner": "12"}, "ok")):
+        (boards / "b.json").write_text(json.dumps(board | owner))
+        assert of(doctor(cores.core0, "--boards", boards), "trusted")["level"] == level
+    # A running proxy reports the owner.
+    _, found = survey(cores.core0, tmp_path, ("--boards", boards))
+    assert of(found, "trusted")["level"] == "ok"
