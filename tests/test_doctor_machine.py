@@ -593,6 +593,29 @@ print(*rivals([(InterfaceAddress({cores.link!r}), None, ())]), sep="\\n")
     assert re.search(rf"^{cores.link}: process .*\b{one.pid} \(python", done.stdout)
 
 
+def test_a_proxy_of_another_user_does_not_serve_a_socket_of_this_user(nobody: list[str]) -> None:
+    """The link of the other user's proxy has the same path, in a network namespace that this user cannot inspect."""
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o777)  # Other users may not enter pytest's directories.
+        link = f"unix:{home}/core1,peer={home}/core0"
+        other = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", link]
+        program = f"""
+import socket
+from inco_trio.links.address import parse_address
+from inco_trio.service.rivals import serving
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+    own.bind("{home}/core1")
+    print(serving(parse_address({link!r})))
+"""
+        with subprocess.Popen(other, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            command = [*nobody, sys.executable, "-c", program]
+            done = subprocess.run(command, check=True, timeout=HANG, stdout=subprocess.PIPE, text=True)
+            process.communicate("\n")
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize("named", ["12:13", ":13"])
 def test_the_owner_that_a_proxy_trusts_is_trusted(cores: Cores, proxy: StartProxy, irq_dir: Path, named: str) -> None:
     irq_dir.parent.chmod(0o755)

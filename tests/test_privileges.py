@@ -33,7 +33,7 @@ from tests.faults.supervised import wait_path
 from tests.support_control import COMMAND, Board
 from tests.support_doctor import process
 
-LOCKED = "--lock-memory: cannot lock memory (its size is limited): set `ulimit -l unlimited`"
+LOCKED = "--lock-memory: cannot lock memory (RLIMIT_MEMLOCK is finite): set `ulimit -l unlimited`"
 
 
 def status_of(pid: int, task: str = "") -> dict[str, str]:
@@ -170,7 +170,7 @@ def test_a_proxy_that_waits_for_its_link_has_already_dropped_capabilities(cores:
     words = ["missing0", "--irq-dir", str(tmp_path / "irq"), "--control", "none", "--wait-link"]
     proxy = Proxy(cores.core0, words, {}, tmp_path / "log")
     try:
-        proxy.wait_log("waiting for it")
+        proxy.wait_log("waiting for the link")
         kept = {cap.CAP_DAC_OVERRIDE, cap.CAP_FOWNER, cap.CAP_NET_RAW, cap.CAP_NET_ADMIN}
         assert effective(proxy.pid) == OURS & bits(*kept)
         status = status_of(proxy.pid)

@@ -205,7 +205,7 @@ def test_a_reload_requested_while_waiting_for_the_link_runs_later(
     running = proxy("--config", udrv, "--wait-link", ready=False)
     running.wait_log("no such interface yet")
     running.process.send_signal(signal.SIGUSR1)
-    running.wait_log("not ready yet: there are no counters")
+    running.wait_log("not ready yet: no counters to log")
     write_udrv(udrv, irq_dir, {}, {})
     running.process.send_signal(signal.SIGHUP)
     running.wait_log("not ready yet: the configuration will be reloaded once the service is ready")

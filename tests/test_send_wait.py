@@ -21,6 +21,7 @@ import pytest
 from inco_trio.cli import send as send_command
 from inco_trio.cli.send import _Schedule
 from inco_trio.cli.signalling import alone
+from inco_trio.cores.peer import Peer
 from inco_trio.frame import decode, encode
 from inco_trio.simulation.world import Cores
 from netns.fixtures import Proxy, StartProxy
@@ -550,6 +551,19 @@ def test_the_interface_of_core0_is_refused_for_core1(
             assert complaint.endswith(f" serves it, and receives only frames from core 1: use {use}")
     finally:
         near.close()
+
+
+@pytest.mark.netns
+def test_a_proxy_without_sockets_does_not_serve_the_link(cores: Cores, core1: Peer) -> None:
+    """A proxy for a link of the same name in another namespace is starting, and another program listens on the link."""
+    starting = [sys.executable, "-c", "print(flush=True); input()", "inco-trio", "run", cores.link]
+    with subprocess.Popen(starting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        send = functools.partial(run, "send", "ihub_hwwd_irq", "--as", "core1", cores.link)
+        sent = cores.core1.run(send)
+        process.communicate("\n")
+    assert (sent.returncode, sent.stderr) == (0, "")
 
 
 @pytest.mark.netns

@@ -198,7 +198,7 @@ def test_devices_get_directories_of_the_board(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "signals", "said"),
     [
-        (None, {"x": "up"}, "signals: x: direction='up': neither 'inbound' nor 'outbound'"),
+        (None, {"x": "up"}, "signals: x: direction='up': expected 'inbound' or 'outbound'"),
         (None, {"two words": "inbound"}, "signals: misc.inco_proxy.signals"),
         ({"file": []}, None, "file: expected an object"),
         ("/nowhere/udrv.json", None, "/nowhere/udrv.json: cannot be read: No such file or directory"),
@@ -437,7 +437,7 @@ def test_frame_faults_apply_by_direction(board: Board) -> None:
     board.core0.trigger(NOTIFY)
     board.core1.expect(NOTIFY)
     assert [each.name for each in board.history if each.what == "dropped on the link"][-1] == HWWD
-    with pytest.raises(InvalidArgumentError, match="direction='in': neither 'inbound' nor 'outbound'"):
+    with pytest.raises(InvalidArgumentError, match="direction='in': expected 'inbound' or 'outbound'"):
         board.faults.frames(direction="in")
 
 

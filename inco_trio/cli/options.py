@@ -92,7 +92,7 @@ def check_link(address: str) -> None:
 
 
 def configuration_argument(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", metavar="FILE", help="udrv.json (default: $UDRV_JSON_PATH)")
+    sub.add_argument("--config", metavar="FILE", help="path of udrv.json (default: $UDRV_JSON_PATH)")
 
 
 def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
@@ -192,7 +192,10 @@ def add_selection(sub: argparse.ArgumentParser) -> None:
 def add_clients_option(sub: argparse.ArgumentParser) -> None:
     """Add `--control` for a service that connects to several proxies."""
     sub.add_argument(
-        "--control", metavar="PATH", action="append", help="control socket of a proxy; may be repeated (default: all)"
+        "--control",
+        metavar="PATH",
+        action="append",
+        help="control socket of a proxy; repeatable (default: all proxies)",
     )
 
 

@@ -25,7 +25,7 @@ def arguments(sub: argparse.ArgumentParser) -> None:
     sub.usage = "%(prog)s [OPTION ...] SIGNAL [LINK]"
     sub.epilog = "example: inco-trio send redun_notify_irq --count 100 --rate 50"
     signalling.add_ways(sub)
-    sub.add_argument("--count", type=positive, default=1, metavar="N", help="number of notifications (default: 1)")
+    sub.add_argument("--count", type=positive, default=1, metavar="N", help="notifications to send (default: 1)")
     sub.add_argument(
         "--rate", type=rate, metavar="R", help="notifications per second (default: as fast as they are accepted)"
     )

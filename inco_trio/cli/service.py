@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mqtt", metavar="URL", help="write a service for the MQTT gateway to the broker at URL")
     sub.add_argument("--mqtt-link", metavar="URL", help="write a service for one side of the bridge at URL")
     sub.add_argument("--end", metavar="CORE", choices=ENDS, help="the core on this side of the bridge: core0 or core1")
-    sub.add_argument("--gateway", metavar="FILE", help="configuration of the gateway or bridge")
+    sub.add_argument("--gateway", metavar="FILE", help="configuration file of the gateway or bridge")
     sub.add_argument(
         "--exporter",
         metavar="ADDR",
@@ -47,7 +47,7 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--user", help=f"run the service as USER (default for root: {descriptions.USER})")
     options.irq_owner_argument(sub)
     sub.add_argument("--lock-memory", action="store_true", help="let the proxy lock its memory (see `run`)")
-    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox of the proxy (see `run`)")
+    sub.add_argument("--sandbox", metavar="MODE", choices=SANDBOX, help="sandbox mode of the proxy (see `run`)")
 
 
 def run(args: argparse.Namespace) -> int:

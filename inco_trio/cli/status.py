@@ -152,7 +152,7 @@ def _table(status: Status, seconds: float | None, past: Status | None, now: floa
 
 
 def _uptime(status: Status, now: float) -> float:
-    """Return for how many seconds the proxy has been open. Older proxies report only when they were opened."""
+    """Return for how many seconds the proxy has been open. Older versions report only when it was opened."""
     return status.uptime or now - status.since
 
 

@@ -195,7 +195,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self.request(protocol.StatusRequest(board), patience).status
 
     def events(self, patience: float | None = None) -> Iterator[Event]:
-        """Yield the events of a monitor until the proxy ends, or until no event arrives for `patience` seconds."""
+        """Yield the events of a monitor until the proxy exits, or until no event arrives for `patience` seconds."""
         while True:
             while self._events:
                 yield self._events.popleft()
@@ -211,7 +211,7 @@ class Client(Channel, AbstractContextManager["Client"]):
         return self._sock.fileno()
 
     def arrived(self) -> list[Event]:
-        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has ended."""
+        """Return the events of a monitor that have arrived. Raises ProxyNotFoundError once the proxy has exited."""
         if not self._events and not self._lines and select.select([self._sock], [], [], 0)[0]:
             self._receive()
         while self._lines:
@@ -275,7 +275,7 @@ def connect_all() -> list[Client]:
 
 
 def wait_for_end(clients: Sequence[Client], seconds: float) -> None:
-    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy ends in the meantime."""
+    """Sleep for `seconds`. Raises ProxyNotFoundError if a proxy exits in the meantime."""
     deadline = time.monotonic() + seconds
     for client in select.select(clients, [], [], seconds)[0]:
         client._read_event(deadline)

@@ -19,7 +19,7 @@ POSITIONS_MAX = 100
 
 
 class Conversation(Channel):
-    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy ends."""
+    """A connection to a proxy. One task may read while others write. Raises ProxyNotFoundError once the proxy exits."""
 
     def __init__(self, path: Path, stream: trio.SocketStream) -> None:
         super().__init__(path, is_subject=True)

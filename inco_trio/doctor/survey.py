@@ -61,7 +61,7 @@ def _answering(process: Process, processes: Processes, answers: Answers) -> Iter
 def _silent(process: Process, processes: Processes, answers: Answers) -> Iterator[Result]:
     """Examine a proxy without a control socket, such as inco_proxy, by its sockets and its command line."""
     subject = f"process {process.pid} ({process.name})"
-    if not process.sockets and processes.unseen:
+    if process.hidden and processes.unseen:
         yield hidden(f"the link of {subject}")
         return
     text = "the process does not answer on a control socket: its counters and its configuration are unknown"

@@ -1,11 +1,11 @@
-"""The flight recorder: the last notifications and events of a board, in memory that outlives the process.
+"""The flight recorder: a board's most recent notifications and events, in memory that outlives the process.
 
-The recorder is part of the in-flight buffer (`inflight`), so it survives the end of the process, even by SIGKILL. It
+The recorder is part of the in-flight buffer (`inflight`), so its content survives even if SIGKILL ends the process. It
 has a fixed size: once it is full, each new record replaces the oldest one.
 
-Layout: numbers and the names of the signals; a ring of notifications; a ring of events. Each ring has room for one
-record more than it keeps. The number of written records is updated after each record, so a record that a killed process
-was writing is never read. One record contains all notifications of a signal in one batch.
+Layout: numbers and the signal names; a ring of notifications; a ring of events. Each ring has one spare slot, and the
+number of records is updated only after a record is complete. A record that a killed process was writing is therefore
+never read. One record contains all notifications of a signal in one batch.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ KEPT = 4096
 """Default number of notifications that the recorder of a single board keeps."""
 KEPT_MAX = 65_536
 EVENTS_SHARE = 8
-"""The recorder has room for one event per EVENTS_SHARE notifications."""
+"""Ratio of the sizes of the two rings: room for one event per EVENTS_SHARE notifications."""
 EVENTS_MIN = 16
 RECENT = 16
-"""If a new event equals one of the last RECENT events, the recorder only increases the count of that event."""
+"""Number of recent events that a new event is compared with. If one is equal, only its count is increased."""
 NAMES_MAX = (1 << 15) - 1
 NAME = 64
 _RECORD = struct.Struct("=QQQHHf")
-"""Notifications: wall clock and monotonic clock in ns, last sequence number, count, signal, and delay in seconds."""
+"""A notification record: wall-clock and monotonic time in ns, last sequence number, count, signal, delay in s."""
 _TEXT = 160
 _EVENT = struct.Struct(f"=QQQIHBB{_TEXT}s")
-"""An event: wall clock and monotonic clock of the first occurrence in ns, monotonic clock of the last occurrence,
+"""An event record: wall-clock and monotonic time of the first occurrence in ns, monotonic time of the last occurrence,
 count, signal, kind, level or state, and text."""
 _MAGIC = int.from_bytes(b"recorder", "little")
 _MAGIC_AT, _KEPT, _EVENTS_KEPT, _BOOT, _WRITTEN, _NOTED, _NAMES = range(7)
-"""Indexes of the numbers at the beginning of the memory."""
+"""Indexes of the 64-bit numbers at the beginning of the memory."""
 _NUMBERS = 256
 _RING = _NUMBERS + NAMES_MAX * NAME
 _EVENTS = _RING + (KEPT_MAX + 1) * _RECORD.size
@@ -55,13 +55,13 @@ AREA = -(-(_EVENTS + (KEPT_MAX // EVENTS_SHARE + 1) * _EVENT.size) // 4096) * 40
 """Size of the recorder's memory in bytes. The kernel allocates only the pages in use."""
 COUNT_MAX = 0xFFFF
 _OUTBOUND = 1 << 15
-"""This bit is set in the number of an outbound signal."""
+"""The bit that marks the number of an outbound signal."""
 _NO_SIGNAL = 0xFFFF
 KINDS = (
     "message", "started", "stopped", "link", "pending", "dropped", "overflow", "problem", "works", "reloaded", "clock",
     "ignored",
 )  # fmt: skip
-"""The kinds of events. Records contain the index of their kind, so append new kinds at the end."""
+"""The kinds of events. Records store an index into this tuple, so append new kinds at the end."""
 LEVELS = ("info", "warning", "error")
 
 
@@ -82,7 +82,7 @@ class Recorded:
 
 @attrs.frozen
 class Note:
-    """An event that is not a notification. It may have occurred several times."""
+    """An event other than a notification. `count` is the number of occurrences."""
 
     kind: str
     time_ns: int
@@ -98,7 +98,7 @@ class Note:
 
 
 class Recorder:
-    """The recorder in `view` (`AREA` bytes), which keeps `kept` notifications.
+    """A recorder in the memory `view` (`AREA` bytes) that keeps the last `kept` notifications.
 
     If `kept` is None, an inherited recorder keeps its size, and a new recorder keeps `default` notifications. If the
     memory does not contain a valid recorder, start with an empty recorder and log the reason.
@@ -189,7 +189,7 @@ class Recorder:
         return self._sequence
 
     def skip_to(self, sequence: int) -> None:
-        """Give the next notification the number `sequence` + 1, unless its number would be higher anyway."""
+        """Number the next notification `sequence` + 1, unless its number would already be higher."""
         self._sequence = max(self._sequence, sequence)
 
     def append(self, signals: Sequence[Signal], since: int = 0) -> tuple[int, int]:
@@ -198,7 +198,7 @@ class Recorder:
         `since` is the monotonic time when the notifications became pending, or 0 if they never were pending.
         """
         wall, monotonic = time.time_ns(), time.monotonic_ns()
-        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # Like WallClock.step, but faster.
+        if not -(10**9) < wall - monotonic - self._clock.offset < 10**9:  # The same as WallClock.step, but faster.
             self._note_step(wall, monotonic)
         delay = (monotonic - since) / 1e9 if since else 0.0
         direction = signals[0].direction
@@ -245,7 +245,7 @@ class Recorder:
             self.note("clock", step_text(step), state=1)
 
     def check_clock(self) -> None:
-        """Record a `clock` event if the wall clock was set."""
+        """Record a `clock` event if the wall clock has been changed."""
         self._note_step(time.time_ns(), time.monotonic_ns())
 
     def note(

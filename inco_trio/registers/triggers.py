@@ -1,8 +1,8 @@
 """Triggers: the files of outbound signals. The proxy watches each file and follows every replacement.
 
-Each trigger has its own watch. IN_CLOSE_WRITE is the notification. IN_MODIFY is watched because it separates two
-closes, which the kernel would otherwise merge (inotify(7)). The directory is watched only for changes of file names: a
-watch for writes would also report the state files that the proxy writes.
+Each trigger has its own watch. IN_CLOSE_WRITE counts as a notification. IN_MODIFY is watched because it separates two
+IN_CLOSE_WRITE events, which the kernel would otherwise merge (inotify(7)). The directory is watched only for changes to
+file names: a watch for writes would also report the state files that the proxy writes.
 
 If another process replaces a trigger, by a rename or by recreating the file, this counts as one notification. When the
 proxy creates a trigger, it watches the file before the file becomes visible, so that no write is missed.
@@ -37,7 +37,7 @@ __all__ = ["RETIREMENT", "Trigger", "Triggered", "Triggers"]
 logger = logging.getLogger(__name__)
 
 _WRITTEN_AND_CLOSED = struct.Struct(ino.EVENT.format + ino.EVENT.format.removeprefix("="))
-"""Two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of one file."""
+"""Layout of two inotify events without names: IN_MODIFY and IN_CLOSE_WRITE of the same file."""
 RETIREMENT = 1.0
 """How long (seconds) to keep watching the old file of a replaced trigger: a process may still have it open."""
 
@@ -73,7 +73,7 @@ class Triggered:
 
     signals: list[Signal] = attrs.Factory(list)
     watches: dict[bytes, int] = attrs.Factory(dict)
-    """Entries for `Inflight.watches`. If they were stored first, a crash before sending would lose notifications."""
+    """Entries to store in `Inflight.watches` after sending. If stored earlier, a crash could lose notifications."""
 
     def extend(self, other: Triggered) -> None:
         self.signals += other.signals
@@ -100,7 +100,7 @@ class Triggers:
         self._noted = noted
         self._problems = problems
         self._counters = counters
-        # Watches of replaced and removed triggers stay here until IN_IGNORED is read.
+        # Watches of replaced and removed triggers stay in this dict until IN_IGNORED is read.
         self._by_wd: dict[int, Trigger] = {}
         self._temporary = temporary_name().encode()
         self._retired: dict[int, float] = {}
@@ -172,7 +172,7 @@ class Triggers:
             self._replaced.add(trigger)
 
     def look_again(self, trigger: Trigger) -> None:
-        """Watch the file at the path of a watched trigger, because a mount may cover the file or uncover another."""
+        """Watch the file that is now at a trigger's path, because a mount may hide the old file or reveal another."""
         if self.by_path.get(trigger.path) is trigger and trigger.wd and trigger.looked_in == trigger.directory.wd:
             self._try_look(trigger, make=False)
 
@@ -180,7 +180,7 @@ class Triggers:
         owner = self._by_wd.get(wd, trigger)
         if owner is not trigger and owner.wd == wd and self.by_path.get(owner.path) is owner:
             if _same_file(owner.path, trigger.path):
-                raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "remove one of the two names")
+                raise UnfitFileError(trigger.path, f"the same file as {owner.path}", "configure only one of them")
             # The file of `owner` was renamed to this path.
             owner.wd = 0
             self._miss(owner)
@@ -231,7 +231,7 @@ class Triggers:
             else:
                 self._follow_directory(wd, mask, name, triggered)
         if unknown:
-            # Send all triggers once for all unknown events, because a crash can leave hundreds of them.
+            # Send all triggers only once, not once per unknown event: a crash can leave hundreds of such events.
             self._notify_all(triggered)
         if self._replaced:
             self._count_replaced(triggered)
@@ -293,13 +293,13 @@ class Triggers:
     def _follow_unknown(self, wd: int, mask: int, name: bytes, triggered: Triggered) -> None:
         """Handle an event of an unknown watch, which an earlier process added to a directory."""
         if mask & APPEARED and wd not in self._by_wd:
-            # A process may have written the new file.
+            # A process may have written to the new file.
             for trigger in self.by_path.values():
                 if os.fsencode(trigger.register) == name:
                     triggered.add(trigger)
 
     def _follow_trigger(self, trigger: Trigger, wd: int, mask: int, triggered: Triggered) -> None:
-        """Handle an event of a trigger's file name in the directory that `wd` watches."""
+        """Handle an event about a trigger's file name in the directory that `wd` watches."""
         directory = trigger.directory
         created, vanished = mask & ino.IN_CREATE, mask & VANISHED
         ours = created and trigger.made_in == wd
@@ -327,7 +327,7 @@ class Triggers:
         error = self._try_look(trigger, make=False)
         if another := bool(trigger.replaced):
             trigger.replaced.popleft()
-        # The event reports a file. By now, a directory may have replaced the file.
+        # The event reported a file, but a directory may have replaced the file by now.
         gone_again = (
             error is not None
             and not mask & ino.IN_ISDIR

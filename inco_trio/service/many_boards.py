@@ -1,4 +1,4 @@
-"""The boards of a directory, for `inco-trio run --boards DIR`."""
+"""The boards in a directory, for `inco-trio run --boards DIR`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class ManyBoards:
-    """The boards of a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
+    """The boards in a directory; see `daemon.Boards`. Raises IncoError if the directory cannot be read."""
 
     def __init__(self, directory: Path, history: int | None = None) -> None:
         self._directory = directory
@@ -75,7 +75,7 @@ class ManyBoards:
     def _log_open(self) -> None:
         assert self._proxies is not None  # noqa: S101 - called after `open`
         logger.info(
-            "%s: %d boards open, %d not", self.name, len(self._proxies), len(self._proxies.not_open),
+            "%s: %d boards open, %d not open", self.name, len(self._proxies), len(self._proxies.not_open),
             extra={"event": "reloaded"},
         )  # fmt: skip
 

@@ -98,6 +98,6 @@ def wakeups(numbers: Sequence[signal.Signals]) -> Iterator[socket.socket]:
 
 
 def end_by_interrupt() -> None:
-    """End this process by SIGINT, as the default action of the signal does."""
+    """End this process with the default action of SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)

@@ -127,7 +127,7 @@ def test_wait_link_waits_for_the_link(cores: Cores, core1: Peer, start_board: Ca
     cores.delete_link()
 
     def wait(running: Proxy) -> None:
-        running.wait_log("waiting for it")
+        running.wait_log("waiting for the link")
         wait_idle(running.pid)
         assert '"ready"' not in running.log
         make_again(cores, core1)
