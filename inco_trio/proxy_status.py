@@ -138,3 +138,9 @@ class Status:
     """The content of the flight recorder, or None if it is off."""
     capabilities: tuple[str, ...] = ()
     """The capabilities that the process has, such as CAP_NET_RAW (capabilities(7))."""
+    netns: str | None = None
+    """The path of the network namespace of the link, or None: the namespace of the process."""
+    owner: int | None = None
+    """The user ID that may own IRQ directories, besides root and the user of the process, or None."""
+    group: int | None = None
+    """The group ID that may write to IRQ directories, or None."""

@@ -100,11 +100,12 @@ def irq_owner_argument(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--irq-owner", metavar="OWNER", type=_irq_owner, help=help_text)
 
 
-def _irq_owner(text: str) -> tuple[int | None, int | None]:
+def _irq_owner(text: str) -> str:
     try:
-        return find_owner(text)
+        find_owner(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def config_path(args: argparse.Namespace) -> Path:

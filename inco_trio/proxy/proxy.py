@@ -124,6 +124,9 @@ class Proxy:
                 for name, health in self._health.items()
             ),
             capabilities=tuple(names_of(held_capabilities())),
+            netns=None if self.config.netns is None else str(self.config.netns),
+            owner=self.config.owner,
+            group=self.config.group,
         )
 
     def _signal_status(self, signal: Signal, waiting: Counter[str]) -> SignalStatus:

@@ -39,10 +39,12 @@ class Trust:
     owner: int | None = None
     group: int | None = None
     """The group whose members may change the files in an IRQ directory, but not the directories above it."""
+    user: int = attrs.Factory(os.geteuid)
+    """The user of the proxy, by default of this process."""
 
     def shares(self, found: os.stat_result) -> bool:
         """Return whether a user other than root and the user of this process may change the names in a directory."""
-        return found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & stat.S_IWGRP)
+        return found.st_uid not in (0, self.user) or bool(found.st_mode & stat.S_IWGRP)
 
 
 def open_trusted(path: Path, trust: Trust, *, make: bool = False) -> tuple[int, os.stat_result]:
@@ -147,9 +149,9 @@ class _Walk:
         if self._below is not None and uid != self._below:
             what = f"{self._place} belongs to {user_name(uid)}, but is reached through {user_name(self._below)}"
             raise self._untrusted(what, f"use a path whose lower directories all belong to {user_name(self._below)}")
-        if uid == self._trust.owner and uid not in (0, os.geteuid()):
+        if uid == self._trust.owner and uid not in (0, self._trust.user):
             self._below = uid
-        elif uid not in (0, os.geteuid()):
+        elif uid not in (0, self._trust.user):
             what = f"{self._place} belongs to {user_name(uid)}"
             raise self._untrusted(what, f"use a directory below /run, or trust this user with --irq-owner {uid}")
 

@@ -1,4 +1,4 @@
-"""Descriptions of the services that `inco-trio s6` writes, for s6 and for systemd."""
+"""Descriptions of the services that `inco-trio service` writes, for s6 and for systemd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the s6 scan directory for `inco-trio s6`.
+"""Write the s6 scan directory for `inco-trio service s6`.
 
 The services refer to each other by relative paths. A scan directory can therefore be copied or moved, and its path may
 be longer than a socket address (107 bytes). See https://skarnet.org/software/s6/servicedir.html and, for the rules,
@@ -49,7 +49,7 @@ def write_scandir(
         uids, foreign = _service_uids(directory)
         rules = _rules(directory, uids)
         lines += [
-            f"warning: {path}: not written by `inco-trio s6`, so its service may not use the fd store"
+            f"warning: {path}: not written by `inco-trio service s6`, so its service may not use the fd store"
             for path in foreign
         ]
         lines += _write_tree(directory, _fd_store(rules))

@@ -1,4 +1,4 @@
-"""Create units for `inco-trio s6 --systemd`. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
+"""Create units for `inco-trio service systemd`. See systemd.service(5), systemd.exec(5) and systemd.syntax(7)."""
 
 from __future__ import annotations
 
