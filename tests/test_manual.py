@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import pty
+import re
 import shutil
 import subprocess
 import tomllib
